@@ -1,0 +1,276 @@
+"""Every setting of a run as a frozen value that is valid from birth.
+
+A config is built once (by a recipe, by the command line or from a checkpoint) and never changed. What a field
+means, and its unit, stands below the field. Derived values are properties or functions of `(config, examples)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_type_hints
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoder:
+    """The encoder f(.), a ResNet (arXiv:2002.05709, Sec. 2.1)."""
+
+    depth: Literal[8, 14, 20, 18, 34, 50, 101, 152, 200] = 50
+    """Layers. 8, 14 and 20 are the three-stage CIFAR networks of arXiv:1512.03385, Sec. 4.2 (6n + 2 layers)."""
+    width: int = 1
+    """Width multiplier of every layer."""
+    sk_ratio: float = 0.0
+    """Selective kernels' reduction ratio (arXiv:1903.06586); 0 = none. SimCLR v2 uses 0.0625."""
+    se_ratio: float = 0.0
+    """Squeeze-and-excitation reduction ratio (arXiv:1709.01507); 0 = none."""
+    cifar_stem: bool = False
+    """A 3 x 3 convolution with stride 1 and no max-pool, for images of about 32 px (App. B.9)."""
+    batchnorm: Literal["global", "per_worker"] = "global"
+    """Whose images the batch statistics cover: all workers' (Sec. 2.1), or each worker's own, which leaks the positive pair."""
+
+    def __post_init__(self) -> None:
+        _require(self.width >= 1, f"encoder.width is {self.width}; it multiplies the layers' widths and is at least 1")
+        _require(0 <= self.sk_ratio <= 1, f"encoder.sk_ratio is {self.sk_ratio}; expected a share in [0, 1]")
+        _require(0 <= self.se_ratio <= 1, f"encoder.se_ratio is {self.se_ratio}; expected a share in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """The projection head g(.) (arXiv:2002.05709, Sec. 4.2; three layers in arXiv:2006.10029)."""
+
+    layers: int = 2
+    """Linear layers; all but the last are as wide as h and followed by BatchNorm and ReLU."""
+    d_out: int = 128
+    """Dimension of the projection z."""
+
+    def __post_init__(self) -> None:
+        _require(self.layers >= 1, f"head.layers is {self.layers}; expected 2 (v1) or 3 (v2), at least 1")
+        _require(self.d_out >= 1, f"head.d_out is {self.d_out}; expected at least 1, the papers use 128")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Views:
+    """The two random views of an image (arXiv:2002.05709, App. A)."""
+
+    size_px: int = 224
+    """Side of a view, in pixels."""
+    area: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest area of a crop, as a share of the image."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest aspect ratio (width / height) of a crop."""
+    flip_p: float = 0.5
+    """Probability of a left-right flip."""
+    colour_strength: float = 1.0
+    """s in App. A: brightness, contrast and saturation vary by 0.8 s, hue by 0.2 s. The paper uses 0.5 on CIFAR-10."""
+    jitter_p: float = 0.8
+    """Probability of the colour jitter."""
+    grey_p: float = 0.2
+    """Probability of dropping the colour."""
+    blur_p: float = 0.5
+    """Probability of a Gaussian blur (sigma in [0.1, 2.0], kernel 10 % of the side). The paper uses none on CIFAR-10."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Subtracted from the pixels, which lie in [0, 1], before the encoder sees them. The official code subtracts nothing."""
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """The pixels are divided by this after the mean is taken off. The official code divides by nothing."""
+
+    def __post_init__(self) -> None:
+        _require(self.size_px >= 8, f"views.size_px is {self.size_px}; expected at least 8 pixels")
+        lo, hi = self.area
+        _require(0 < lo <= hi <= 1, f"views.area is {lo} {hi}; expected 0 < smallest <= largest <= 1")
+        lo, hi = self.aspect
+        _require(0 < lo <= hi, f"views.aspect is {lo} {hi}; expected 0 < smallest <= largest")
+        for name in ("flip_p", "jitter_p", "grey_p", "blur_p"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"views.{name} is {value}; expected a probability in [0, 1]")
+        _require(0 <= self.colour_strength <= 1.25, f"views.colour_strength is {self.colour_strength}; expected [0, 1.25]")
+        _require(min(self.std) > 0, f"views.std is {self.std}; every entry must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """NT-Xent (arXiv:2002.05709, Eq. 1)."""
+
+    temperature: float = 0.1
+    """tau in Eq. 1. The paper uses 0.1 on ImageNet and 0.5 on CIFAR-10."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, f"loss.temperature is {self.temperature}; expected a positive number, the paper tries 0.05 to 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optim:
+    """Optimizer and learning-rate schedule (arXiv:2002.05709, Sec. 2.2 and App. B.6)."""
+
+    name: Literal["lars", "sgd"] = "lars"
+    """LARS (arXiv:1708.03888), or SGD with momentum, which serves below about N = 1024."""
+    base_lr: float = 0.3
+    """Learning rate per 256 images, before scaling (App. B.1)."""
+    scaling: Literal["linear", "sqrt"] = "linear"
+    """lr = base_lr * N / 256, or base_lr * sqrt(N), which trains better below N = 2048 (App. B.1)."""
+    warmup_epochs: float = 10.0
+    """Epochs of linear warm-up; then half a cosine down to 0."""
+    momentum: float = 0.9
+    """Decay of the momentum buffer."""
+    weight_decay: float = 1e-6
+    """Decay of kernels per step, times the learning rate. BatchNorm, biases and classifiers have none."""
+
+    def __post_init__(self) -> None:
+        _require(self.base_lr > 0, f"optim.base_lr is {self.base_lr}; expected a positive learning rate")
+        _require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs}; expected 0 or more epochs")
+        _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; expected [0, 1)")
+        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """How long, how much at a time, and how exactly."""
+
+    batch_size: int = 4096
+    """N: images per step over all workers. Each gives two views, so the loss sees 2 N."""
+    epochs: float = 100.0
+    """Passes over the training split."""
+    steps: int | None = None
+    """Optimizer steps, in place of `epochs` when given; the schedule then has this length."""
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """bfloat16 = autocast with float32 weights, statistics and loss; float64 is for tests."""
+    compile: bool = False
+    """Compile the encoder and head with torch.compile (pays on a GPU, after a minute of compiling)."""
+    report_every_steps: int = 10
+    """Steps between two reports (metrics, progress). The device is not waited for in between."""
+    checkpoint_every_steps: int = 500
+    """Steps between two checkpoints; one is written at the end in any case."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 2, f"train.batch_size is {self.batch_size}; contrasting needs at least 2 images per step")
+        _require(self.epochs > 0, f"train.epochs is {self.epochs}; expected more than 0")
+        _require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}; expected at least 1")
+        for name in ("report_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watch:
+    """The weighted kNN vote that watches a run (arXiv:1805.01978), where the data has labels and a test split."""
+
+    every_epochs: float = 5.0
+    """Epochs between two evaluations; the last step is always evaluated. 0 = only the last step."""
+    k: int = 200
+    """Neighbours that vote."""
+    temperature: float = 0.1
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    bank: int = 50_000
+    """Training images that may be neighbours, at most: evenly spaced over the training split."""
+    queries: int = 10_000
+    """Test images that are classified, at most: evenly spaced over the test split."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 0, f"watch.every_epochs is {self.every_epochs}; expected 0 or more")
+        for name in ("k", "bank", "queries"):
+            _require(getattr(self, name) >= 1, f"watch.{name} is {getattr(self, name)}; expected at least 1")
+        _require(self.temperature > 0, f"watch.temperature is {self.temperature}; expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One pretraining run, whole. Two runs with equal configs on equal shards compute the same numbers."""
+
+    recipe: str
+    """Name of the recipe this began as."""
+    seed: int = 0
+    """Key of all randomness: weights, order, crops, colours."""
+    encoder: Encoder = field(default_factory=Encoder)
+    head: Head = field(default_factory=Head)
+    views: Views = field(default_factory=Views)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, f"seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Whole batches in one pass over `examples` images; the rest of a pass is dropped and differs each epoch."""
+        if self.train.batch_size > examples:
+            raise ValueError(
+                f"batch_size {self.train.batch_size} is larger than the training split ({examples} images); "
+                f"use --train.batch-size {examples} or less"
+            )
+        return examples // self.train.batch_size
+
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of the run. As in the official code: examples * epochs // N + 1 (get_train_steps)."""
+        if self.train.steps is not None:
+            return self.train.steps
+        return math.floor(examples * self.train.epochs / self.train.batch_size) + 1
+
+    def warmup_steps(self, examples: int) -> int:
+        """Steps of linear warm-up, as the official code rounds them; at most a tenth of a run cut by train.steps."""
+        warmup = round(self.optim.warmup_epochs * examples // self.train.batch_size)
+        return warmup if self.train.steps is None else min(warmup, self.train.steps // 10)
+
+    def watch_steps(self, examples: int) -> int:
+        """Steps between two kNN evaluations; 0 = only the last step."""
+        return round(self.watch.every_epochs * self.steps_per_epoch(examples))
+
+    def images_per_rank(self, workers: int) -> int:
+        """n = N / W. Raises ValueError naming the nearest batches that divide."""
+        n = self.train.batch_size
+        if n % workers:
+            low = max(n // workers * workers, workers)
+            fits = [w for w in range(workers, 0, -1) if n % w == 0][0]
+            raise ValueError(
+                f"batch_size {n} does not divide over {workers} workers; "
+                f"use {low} or {n // workers * workers + workers}, or --workers {fits}"
+            )
+        return n // workers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, ready for JSON; `from_dict` is the inverse."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a config. Raises ValueError naming an unknown field and the nearest known ones."""
+        return _build(cls, values, "")
+
+    def flat(self) -> dict[str, str | int | float | bool | None]:
+        """Field path -> value, e.g. {"optim.base_lr": 0.3}; tuples as text. For trackers and tables."""
+        return _flatten(self.to_dict(), "")
+
+
+def _build(cls: type[Any], values: dict[str, Any], path: str) -> Any:
+    hints = get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3) or sorted(known)
+            raise ValueError(f"unknown field {path}{name}; nearest: {', '.join(path + n for n in near)}")
+    arguments = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            arguments[name] = _build(hints[name], value, f"{path}{name}.")  # type: ignore[arg-type]
+        else:
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+def _flatten(values: dict[str, Any], path: str) -> dict[str, str | int | float | bool | None]:
+    flat: dict[str, str | int | float | bool | None] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{path}{name}.")
+        else:
+            flat[path + name] = " ".join(map(str, value)) if isinstance(value, list) else value
+    return flat

@@ -1,0 +1,57 @@
+"""Keyed randomness: uniform numbers as pure functions of (seed, stream, epoch, sample id, view).
+
+A sequential generator makes what an image sees depend on who drew before it: on the number of workers, threads and
+prefetched batches, and on where a run was resumed. Philox (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011) is a keyed bijection of a counter instead, so every draw has an address and none has a history.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Stream = Literal["order", "crop", "colour", "weights", "patterns", "subset"]
+_STREAMS: dict[Stream, int] = {"order": 0, "crop": 1, "colour": 2, "weights": 3, "patterns": 4, "subset": 5}
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+
+
+def philox(counter: tuple[NDArray[np.uint64], ...], key: tuple[int, int]) -> tuple[NDArray[np.uint64], ...]:
+    """Philox4x32-10: four 32-bit words (in uint64 arrays of one shape) for each 128-bit counter under a 64-bit key."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ np.uint64(k0), p1 & _LOW, (p0 >> _32) ^ c3 ^ np.uint64(k1), p0 & _LOW
+        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def bits(seed: int, stream: Stream, epoch: int, ids: NDArray[np.int64], view: int, count: int) -> NDArray[np.uint64]:
+    """(len(ids), count) words of 32 random bits. `count` only says how many: a longer draw begins with the shorter one.
+
+    The counter is (sample id: 64 bits, epoch: 32 bits, stream, view and block: 8 + 8 + 16 bits); the key is the seed.
+    """
+    blocks = -(-count // 4)
+    assert blocks <= 1 << 16 and 0 <= view < 256 and 0 <= epoch < 1 << 32
+    sample = np.asarray(ids, dtype=np.int64).astype(np.uint64)[:, None]
+    block = np.arange(blocks, dtype=np.uint64)[None, :] | np.uint64(_STREAMS[stream] << 24 | view << 16)
+    shape = (sample.shape[0], blocks)
+    counter = (sample & _LOW, sample >> _32, np.full((1, 1), epoch, np.uint64), block)
+    words = philox(tuple(np.broadcast_to(c, shape) for c in counter), (seed & 0xFFFFFFFF, seed >> 32))
+    return np.stack(words, axis=-1).reshape(shape[0], 4 * blocks)[:, :count]
+
+
+def uniform(seed: int, stream: Stream, epoch: int, ids: NDArray[np.int64], view: int, count: int) -> NDArray[np.float64]:
+    """(len(ids), count) numbers in [0, 1), multiples of 2^-32."""
+    return bits(seed, stream, epoch, ids, view, count) * 2.0**-32
+
+
+def permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    """A random order of range(size): the sample ids sorted by 64 keyed bits each (ties, of chance size^2 / 2^65, by id)."""
+    words = bits(seed, "order", epoch, np.arange(size, dtype=np.int64), 0, 2)
+    return np.argsort(words[:, 0] << _32 | words[:, 1], kind="stable")

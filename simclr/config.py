@@ -184,8 +184,6 @@ class Watch:
 class Config:
     """One pretraining run, whole. Two runs with equal configs on equal shards compute the same numbers."""
 
-    recipe: str
-    """Name of the recipe this began as."""
     seed: int = 0
     """Key of all randomness: weights, order, crops, colours."""
     encoder: Encoder = field(default_factory=Encoder)
@@ -228,7 +226,7 @@ class Config:
         n = self.train.batch_size
         if n % workers:
             low = max(n // workers * workers, workers)
-            fits = [w for w in range(workers, 0, -1) if n % w == 0][0]
+            fits = next(w for w in range(workers, 0, -1) if n % w == 0)
             raise ValueError(
                 f"batch_size {n} does not divide over {workers} workers; "
                 f"use {low} or {n // workers * workers + workers}, or --workers {fits}"

@@ -1,0 +1,84 @@
+"""`simclr COMMAND …`: finds the command's module, reads its flags from the dataclass `Args`, runs `main(args)`.
+
+A mistake of the user's is one sentence and exit code 2; everything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib
+import sys
+from typing import Any
+
+COMMANDS = {
+    "demo": "the whole job on this machine: render, shard, pretrain, evaluate, register, pull, report",
+    "prepare": "images (a folder, an archive, a dataset's name) → shards",
+    "pretrain": "shards → a pretrained encoder, on Ray Train workers",
+    "evaluate": "encoder + shards → kNN and linear-probe accuracy",
+    "publish": "run → a version in the model registry, `champion` if it is the best",
+    "pull": "registry → an encoder directory",
+    "embed": "encoder + images → features.npz",
+    "report": "run → report.html",
+    "recipes": "the named configs",
+    "bench": "measured comparisons on this machine",
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    return f"usage: simclr COMMAND [--help] …\n\n{rows}\n\n`simclr COMMAND --help` states every option with its unit and default."
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `simclr` command; exits with 0, 2 (a mistake in the input) or 130 (interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0 if argv else 2)
+    name, rest = argv[0], argv[1:]
+    try:
+        if name not in COMMANDS:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, COMMANDS, n=3, cutoff=0.4) or list(COMMANDS)
+            raise ValueError(f"unknown command {name!r}; nearest: {', '.join(near)}")
+        quiet = "--quiet" in rest
+        from pipelines import terminal
+
+        terminal.set_quiet(quiet)
+        module = importlib.import_module(f"pipelines.{name}")
+        module.main(parse(name, module.Args, [a for a in rest if a != "--quiet"]))
+    except ValueError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"no space left on the disk that holds {error.filename or 'the output'}; free some and run the same command again")
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        sys.stderr.flush()
+        sys.exit(130)
+
+
+def _fail(sentence: str) -> None:
+    print(f"simclr: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(name: str, args: type[Any], argv: list[str]) -> Any:
+    """Read `argv` into the dataclass `args`. One with a field `config` takes its defaults from the recipe, its first word."""
+    import tyro
+
+    fields = {f.name: f for f in dataclasses.fields(args)}
+    default: Any = None
+    if "config" in fields:
+        from simclr.recipes import recipe
+
+        named = argv[0] if argv and not argv[0].startswith("-") else None
+        default = args(recipe=named or "patterns_tiny", data=tyro.MISSING, config=recipe(named or "patterns_tiny"))
+        if named is None and not {"-h", "--help"} & set(argv):
+            raise ValueError(f"which recipe? `simclr {name} RECIPE …`; `simclr recipes` lists them")
+        argv = argv[1:] if named else argv
+    description = f"{args.__doc__}\n\n--quiet: errors and results only."
+    return tyro.cli(args, args=argv, default=default, prog=f"simclr {name}", description=description)

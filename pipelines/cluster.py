@@ -1,0 +1,168 @@
+"""The door to Ray Train: connecting, resources, the trainer, and the reports' way back to the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before Ray is imported: what it reads from the environment once.
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """Where the workers run."""
+
+    workers: int = 2
+    """Ray Train workers, one process each; with GPUs, one GPU each."""
+    cpus_per_worker: int = 1
+    """CPU cores of each worker: torch threads on a CPU, loader threads beside a GPU."""
+    device: str = "auto"
+    """auto (GPUs when the cluster has one for each worker), cpu or cuda."""
+    address: str | None = None
+    """Ray cluster to join: 'auto' on a cluster's node; nothing = a private Ray on this machine."""
+    max_failures: int = 3
+    """How often lost or failed workers are started again, from the last checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"--workers is {self.workers}; expected at least 1")
+        if self.cpus_per_worker < 1:
+            raise ValueError(f"--cpus-per-worker is {self.cpus_per_worker}; expected at least 1")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"--device is {self.device!r}; expected auto, cpu or cuda")
+
+
+def connect(resources: Resources) -> None:
+    """Join the cluster, or start a private Ray that has as many cores as the workers ask for. Idempotent."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True, "ignore_reinit_error": True}
+    if resources.address or os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=resources.address or os.environ["RAY_ADDRESS"], **quiet)
+        except ConnectionError as error:
+            raise ValueError(f"no Ray cluster answers at {resources.address!r} ({error}); start one with `ray up`, or leave out --address") from None
+    else:
+        cores = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
+        ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+
+
+def disconnect() -> None:
+    """Leave the cluster; a private Ray ends."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+@dataclass
+class Running:
+    """A training job under way: iterate `reports()`, then it is over."""
+
+    thread: threading.Thread
+    inbox: Any
+    outcome: list[BaseException | None]
+
+    def reports(self) -> Iterator[dict[str, Any]]:
+        """Metrics of rank 0, one dict per report, as they arrive. Raises what ended the training, if it failed."""
+        while True:
+            batch = self._take()
+            yield from batch
+            if not batch and not self.thread.is_alive():
+                yield from self._take()
+                break
+        error = self.outcome[0] if self.outcome else None
+        if error is not None:
+            raise error
+
+    def _take(self) -> list[dict[str, Any]]:
+        from ray.util.queue import Empty
+
+        # Blocking in short turns: Ctrl-C must reach the main thread at once.
+        if not self.thread.is_alive():
+            size = self.inbox.qsize()
+            return list(self.inbox.get_nowait_batch(size)) if size else []
+        with contextlib.suppress(Empty, queue.Empty):
+            return [self.inbox.get(timeout=0.2)]
+        return []
+
+
+def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resources: Resources, storage: Path) -> Running:
+    """Start `worker(job)` on every worker under Ray Train and return at once.
+
+    The trainer runs in a thread of its own, so that the caller's thread stays free for reports and Ctrl-C.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.queue import Queue
+
+    total = ray.cluster_resources()
+    gpus = total.get("GPU", 0) >= resources.workers and resources.device != "cpu"
+    if resources.device == "cuda" and not gpus:
+        raise ValueError(f"--device cuda with {resources.workers} workers needs as many GPUs; the cluster has {total.get('GPU', 0):.0f}")
+    cores = resources.workers * resources.cpus_per_worker
+    if cores > total.get("CPU", 0):
+        raise ValueError(
+            f"{resources.workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; the cluster has {total.get('CPU', 0):.0f}: "
+            "use fewer --workers or --cpus-per-worker"
+        )
+    inbox = Queue(actor_options={"num_cpus": 0})
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=gpus,
+            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=str(storage.absolute()),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            callbacks=[_forwarder(inbox)],
+        ),
+    )
+    outcome: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except BaseException as error:  # handed to the thread that iterates the reports
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    return Running(thread, inbox, outcome)
+
+
+def _forwarder(inbox: Any) -> Any:
+    """A callback for Ray's controller process that puts rank 0's metrics into the driver's queue."""
+    from ray.train import UserCallback
+
+    class Forward(UserCallback):  # type: ignore[misc]
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            inbox.put(metrics[0])
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            rank, error = sorted(worker_exceptions.items())[0]
+            inbox.put({"failed_rank": rank, "error": str(error).strip().splitlines()[-1][:500]})
+
+    return Forward()

@@ -1,0 +1,219 @@
+"""`simclr pretrain`: shards → a pretrained encoder, on Ray Train workers; the same command again goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from pipelines import cluster, tracking
+from pipelines.rundir import Run, open_run
+from pipelines.terminal import Bar, say
+from simclr.config import Config
+from simclr.data.shards import read_manifest
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Args:
+    """Pretrain an encoder by a recipe; every field of the recipe is a flag."""
+
+    data: Path
+    """Directory of prepared shards (`simclr prepare`)."""
+    config: Annotated[Config, tyro.conf.arg(prefix_name=False)]
+    recipe: Annotated[str, tyro.conf.Suppress] = ""
+    run: Path | None = None
+    """Run directory. Default: runs/RECIPE-DIGEST, the same for the same config and data."""
+    resources: Annotated[cluster.Resources, tyro.conf.arg(prefix_name=False)] = field(default_factory=cluster.Resources)
+    tracking_uri: str | None = None
+    """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+
+
+def main(args: Args) -> None:
+    run = pretrain(args)
+    print(run.path)
+
+
+def pretrain(args: Args) -> Run:
+    """Check everything, train, and leave a run directory with its encoder. Returns the run.
+
+    Raises ValueError, before any worker starts, for what the user can mend.
+    """
+    config = args.config
+    manifest = read_manifest(args.data)
+    examples = manifest.examples("train")
+    config.images_per_rank(args.resources.workers)
+    config.steps_per_epoch(examples)
+    uri = tracking_address(args.tracking_uri)
+    tracking.check(uri)
+    run = open_run(args.run, args.recipe, config, args.data)
+    total = config.total_steps(examples)
+    done = _steps_done(run, config)
+    if done >= total:
+        _publish_newest(run)
+        say(f"{run.path} is complete: {done:,} of {total:,} steps; nothing to do")
+        return run
+    _require_space(run, config)
+    run.save()
+    if done:
+        say(f"going on with {run.path} after step {done:,} of {total:,}")
+
+    tracked = _Tracked(run, uri)  # its database takes seconds to open: beside Ray's start, not before it
+    began = time.monotonic()
+    cluster.connect(args.resources)
+    connected = time.monotonic()
+    job = {"config": config.to_dict(), "data": str(args.data.absolute()), "run": str(run.path.absolute())}
+    from pipelines.worker import train_worker
+
+    status = "FAILED"
+    try:
+        running = cluster.launch(train_worker, job, args.resources, run.path / "ray")
+        with Bar("pretrain", total, "steps") as bar:
+            bar.resume_at(done)
+            first = True
+            for report in running.reports():
+                if first:
+                    first = False
+                    since = time.time() - _process_started()
+                    say(
+                        f"first step {since:.0f} s after the process began: Ray {connected - began:.0f} s, "
+                        f"workers and data {time.monotonic() - connected:.0f} s, the rest is imports"
+                    )
+                run.append(report)
+                tracked.log(report)
+                rate = report["speed/images_per_s"]
+                bar.update(report["step"], _note(report), rate)
+        _publish_newest(run)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        shutil.rmtree(run.path / "ray", ignore_errors=True)
+        if status == "KILLED":
+            cluster.disconnect()
+        run = tracked.close(status)
+    return run
+
+
+def tracking_address(given: str | None) -> str:
+    """The MLflow address: the flag's, else the environment's, else the embedded database's."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path("runs"))
+
+
+def _note(report: dict[str, Any]) -> str:
+    knn = f"  kNN {100 * report['eval/knn_top1']:.1f} %" if "eval/knn_top1" in report else ""
+    return f"loss {report['train/loss']:.3f}  epoch {report['epoch']:.1f}{knn}"
+
+
+def _steps_done(run: Run, config: Config) -> int:
+    """Steps in the newest whole checkpoint. Raises ValueError where it does not fit the config's model."""
+    from simclr import checkpoint
+
+    newest = checkpoint.latest(run.checkpoints, say)
+    if newest is None:
+        return 0
+    import torch
+
+    from simclr.pretrain import build_model
+
+    state = checkpoint.read(newest)
+    with torch.device("meta"):
+        model = build_model(config)
+    checkpoint.check(state, model)
+    return state.step
+
+
+def _require_space(run: Run, config: Config) -> None:
+    """Room for the checkpoints that will be kept and the one being written: weights and momentum, 4 bytes each."""
+    import torch
+
+    from simclr.pretrain import build_model
+
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in build_model(config).parameters())
+    needed = numbers * 8 * (config.train.keep_checkpoints + 1)
+    existing = next(p for p in [run.path.absolute(), *run.path.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"no space left on the disk of {run.path}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed for "
+            f"{config.train.keep_checkpoints} checkpoints and one being written; free some, or use --run on another disk"
+        )
+
+
+def _publish_newest(run: Run) -> None:
+    """Write the newest checkpoint's encoder to run/encoder."""
+    from simclr import checkpoint
+    from simclr.model import write_encoder
+
+    newest = checkpoint.latest(run.checkpoints, say)
+    if newest is None:
+        raise ValueError(f"{run.path} has no checkpoint yet; `simclr pretrain` writes one every train.checkpoint_every_steps steps")
+    state = checkpoint.read(newest)
+    tensors = {name.removeprefix("model.encoder."): t for name, t in state.tensors.items() if name.startswith("model.encoder.")}
+    write_encoder(tensors, run.config, run.encoder, {"recipe": run.recipe, "step": state.step, "data": run.data.name})
+
+
+def _process_started() -> float:
+    """Unix time at which this process began."""
+    import psutil
+
+    return float(psutil.Process().create_time())
+
+
+class _Tracked:
+    """The MLflow run of a job, opened in a thread: what is logged before it is open waits."""
+
+    def __init__(self, run: Run, uri: str) -> None:
+        self.run, self.uri = run, uri
+        self.tracker: Tracker | None = None
+        self.error: BaseException | None = None
+        self.waiting: list[dict[str, Any]] = []
+        self.thread = threading.Thread(target=self._open, name="tracking", daemon=True)
+        self.thread.start()
+
+    def _open(self) -> None:
+        params: dict[str, object] = dict(self.run.config.flat())
+        params |= {"recipe": self.run.recipe, "data": str(self.run.data), "lr": self._lr()}
+        tags = {"run_directory": str(self.run.path.absolute()), "command": self.run.command}
+        try:
+            same = self.run.tracking_run if self.run.tracking_uri == self.uri else ""
+            self.tracker = tracking.Tracker(self.uri, self.run.recipe, self.run.path.name, params, tags, same or None)
+        except Exception as error:  # a tracker that fails must not lose the training: it is named at the end
+            self.error = error
+
+    def _lr(self) -> float:
+        from simclr.optim import lr_peak
+
+        optim = self.run.config.optim
+        return lr_peak(optim.base_lr, self.run.config.train.batch_size, optim.scaling)
+
+    def log(self, report: dict[str, Any]) -> None:
+        self.waiting.append(report)
+        if self.tracker is not None:
+            for row in self.waiting:
+                metrics = {k: float(v) for k, v in row.items() if "/" in k or k == "epoch"}
+                self.tracker.log(int(row["step"]), metrics)
+            self.waiting.clear()
+
+    def close(self, status: str) -> Run:
+        """Flush and end the MLflow run; returns the job's run with its id."""
+        if status == "KILLED" and self.thread.is_alive():
+            return self.run
+        self.thread.join(timeout=60)
+        if self.tracker is None:
+            say(f"nothing was logged to MLflow: {self.error or 'it did not open within a minute'}; metrics.jsonl has every report")
+            return self.run
+        if self.waiting:
+            self.log(self.waiting.pop())
+        self.tracker.close(status)
+        return self.run.tracked(self.uri, self.tracker.run_id)

@@ -1,0 +1,124 @@
+"""A run's directory: what it holds, whose it is, and how it is found again.
+
+    run.json        recipe, config, data, command, tracking address and run id
+    metrics.jsonl   one line per report
+    checkpoints/    step-…/ (see simclr.checkpoint)
+    encoder/        the published form of the newest checkpoint's encoder
+    evaluation.json scores; pictures.npz: what the report shows; report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from simclr.config import Config
+
+SCHEMA = 1
+# These change how often a run speaks, not what it computes: a resumed run may change them.
+_OPERATIONAL = ("train.report_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.compile", "watch.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One run: its directory and the content of run.json."""
+
+    path: Path
+    recipe: str
+    config: Config
+    data: Path
+    data_digest: str
+    """sha256 of the data's manifest: the same name over other shards is another run."""
+    command: str
+    created: float
+    tracking_uri: str = ""
+    tracking_run: str = ""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def encoder(self) -> Path:
+        return self.path / "encoder"
+
+    def save(self) -> None:
+        """Write run.json, atomically."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": str(self.data)}
+        del text["path"]
+        scratch = self.path / f".run.json-{os.getpid()}"
+        scratch.write_text(json.dumps(text, indent=1) + "\n")
+        scratch.replace(self.path / "run.json")
+
+    def tracked(self, uri: str, run_id: str) -> Self:
+        """The same run with its tracking address and id, saved."""
+        run = replace(self, tracking_uri=uri, tracking_run=run_id)
+        run.save()
+        return run
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        """One report, as a line of metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **metrics}) + "\n")
+
+    def history(self) -> list[dict[str, float]]:
+        """All reports in order of steps. A step that was repeated after a failure counts as it came out last."""
+        path = self.path / "metrics.jsonl"
+        rows: dict[int, dict[str, float]] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            row = json.loads(line)
+            rows[row["step"]] = row
+        return [rows[step] for step in sorted(rows)]
+
+
+def manifest_digest(data: Path) -> str:
+    """sha256 of `data`/manifest.json."""
+    return hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest()
+
+
+def open_run(path: Path | None, recipe: str, config: Config, data: Path) -> Run:
+    """The run that this config and data belong to: a new one, or the one to go on with.
+
+    Without `path` the directory is runs/RECIPE-DIGEST, so the same command finds its run again. Raises ValueError where
+    `path` holds a run of another config or data, naming the first differences, or something that is no run.
+    """
+    digest = manifest_digest(data)
+    if path is None:
+        key = {k: v for k, v in config.flat().items() if not k.startswith(_OPERATIONAL)}
+        name = hashlib.sha256(json.dumps([key, digest], sort_keys=True).encode()).hexdigest()[:8]
+        path = Path("runs") / f"{recipe}-{name}"
+    if (path / "run.json").exists():
+        run = load_run(path)
+        theirs, ours = run.config.flat(), config.flat()
+        different = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k] and not k.startswith(_OPERATIONAL)]
+        if run.data_digest != digest:
+            different.append(f"data {run.data} there, {data} here")
+        if different:
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise ValueError(f"run directory {path} belongs to another config: {'; '.join(different[:3])}{more}; use another --run")
+        run = replace(run, config=config, data=data)
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is no run (it has no run.json); use another --run")
+    else:
+        command = shlex.join(["simclr", *sys.argv[1:]])
+        run = Run(path=path, recipe=recipe, config=config, data=data, data_digest=digest, command=command, created=time.time())
+    return run
+
+
+def load_run(path: Path) -> Run:
+    """The run in directory `path`. Raises ValueError where there is none, or one of another schema."""
+    if not (path / "run.json").is_file():
+        raise ValueError(f"{path} is no run directory (it has no run.json); `simclr pretrain RECIPE --data DIR` makes one")
+    text: dict[str, Any] = json.loads((path / "run.json").read_text())
+    if text.pop("schema") != SCHEMA:
+        raise ValueError(f"{path}/run.json has another schema than {SCHEMA}; go on with the version that wrote it")
+    text["config"], text["data"] = Config.from_dict(text["config"]), Path(text["data"])
+    return Run(path=path, **text)

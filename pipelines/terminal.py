@@ -1,0 +1,95 @@
+"""What a command says while it works: a bar with ETA and rate on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_PLAIN_EVERY_S = 10.0
+_QUIET = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """`--quiet`: errors and results only."""
+    global _QUIET
+    _QUIET = quiet
+
+
+def say(text: str) -> None:
+    """One line of progress, on standard error, so that results on standard output can be piped."""
+    if not _QUIET:
+        print(text, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """Progress of one step of work.
+
+    with Bar("embed", total=60_000, unit="images") as bar:
+        bar.advance(256)
+
+    `note` is free text at the end (loss, kNN). Without a terminal it prints a line every ten seconds and one at the end,
+    so that a log of a long run stays readable; a step that ends within two seconds prints nothing there.
+    """
+
+    def __init__(self, name: str, total: int | None, unit: str = "images") -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done, self.note, self.rate = 0, "", 0.0
+        self.began = self.printed = time.monotonic()
+        self.started_at = 0
+        self.progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if not _QUIET and sys.stderr.isatty():
+            self.progress = Progress(
+                TextColumn("{task.description:<10}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.fields[counts]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+                refresh_per_second=4,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task(self.name, total=self.total, counts="", note="")
+        return self
+
+    def resume_at(self, done: int) -> None:
+        """Start counting at `done`, which an earlier process did: it counts as progress, not as speed."""
+        self.done = self.started_at = done
+
+    def advance(self, amount: int = 1) -> None:
+        self.update(self.done + amount)
+
+    def update(self, done: int, note: str | None = None, rate: float | None = None) -> None:
+        """`done` units so far; `rate` in images/s where the caller measures it better than this clock."""
+        self.done = done
+        self.note = self.note if note is None else note
+        elapsed = time.monotonic() - self.began
+        self.rate = rate if rate is not None else (done - self.started_at) / max(elapsed, 1e-9)
+        if self.progress is not None:
+            self.progress.update(self.task, completed=done, counts=self._counts(), note=self.note)
+        elif time.monotonic() - self.printed >= _PLAIN_EVERY_S:
+            self.printed = time.monotonic()
+            say(self._line(elapsed))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        elif kind is None and time.monotonic() - self.began > 2:
+            say(self._line(time.monotonic() - self.began))
+
+    def _counts(self) -> str:
+        of = f"/{self.total:,}" if self.total else ""
+        return f"{self.done:,}{of} {self.unit}  {self.rate:,.0f} images/s"
+
+    def _line(self, elapsed: float) -> str:
+        new = self.done - self.started_at
+        left = "" if not self.total or self.done >= self.total or not new else f"  ETA {(self.total - self.done) * elapsed / new:,.0f} s"
+        return f"{self.name}: {self._counts()}  {elapsed:,.0f} s{left}  {self.note}".rstrip()

@@ -1,0 +1,55 @@
+"""The function that each Ray Train worker runs: the loop, its reports to the driver, its checkpoints to the run directory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from simclr import checkpoint
+from simclr.config import Config
+from simclr.pretrain import Start, pretrain
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """Train `job["config"]` on the shards in `job["data"]`, from the newest whole checkpoint in `job["run"]`, if any.
+
+    Every rank reports; rank 0 writes checkpoints. Started again after a failure, it goes on from the last one.
+    """
+    config = Config.from_dict(job["config"])
+    checkpoints = Path(job["run"]) / "checkpoints"
+    context = ray.train.get_context()
+    first = context.get_world_rank() == 0
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(job["cpus_per_worker"])
+        _keep_freed_memory()
+    start = Start(
+        data=Path(job["data"]),
+        device=device,
+        checkpoint=checkpoint.latest(checkpoints, lambda text: print(text, file=sys.stderr)),
+        threads=job["cpus_per_worker"],
+    )
+    for report in pretrain(config, start):
+        if report.state is not None and first:
+            checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
+        saved = report.state is not None
+        ray.train.report({**report.metrics, "step": report.step, "total_steps": report.total_steps, "saved": saved})
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks instead of returning them to the kernel.
+
+    A CPU step allocates the same activations over and over; by default each is mapped, page-faulted and unmapped anew,
+    which cost 30 % of a ResNet-8 step at 32 px.
+    """
+    mmap_threshold, trim_threshold = -3, -1
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl and macOS have none
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)

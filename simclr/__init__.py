@@ -1,0 +1,25 @@
+"""SimCLR v1 and v2: the method, its data path and its kernels. Knows torch, numpy and its data; never Ray, MLflow or argv."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from simclr.model import PublishedEncoder
+
+__version__ = "0.1.0"
+
+
+def load_encoder(path: str | Path) -> PublishedEncoder:
+    """The encoder published in directory `path` (encoder.safetensors + config.json), in evaluation mode, on the CPU.
+
+    `load_encoder(path).embed(images)` takes uint8 images (n, H, W, 3) of any size and returns features (n, d_h).
+    Raises ValueError where the directory is no published encoder or its weights do not fit its config.
+    """
+    from simclr.model import read_encoder  # torch costs seconds; `simclr --help` must not wait for it
+
+    return read_encoder(Path(path))
+
+
+__all__ = ["__version__", "load_encoder"]

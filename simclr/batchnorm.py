@@ -1,0 +1,94 @@
+"""Batch normalisation over the global batch, on any backend (arXiv:2002.05709, Sec. 2.1).
+
+With statistics of the local images only, the positive pair of an image shares a device with few others, and the
+network can find the partner by the batch's statistics instead of by content: the loss falls and the representation
+does not improve. `nn.SyncBatchNorm` prevents that on CUDA only and refuses CPU tensors; this one asks for nothing
+but an all-reduce.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from simclr.collectives import all_reduce_sum, world_size
+
+
+class BatchNorm(nn.Module):
+    """Normalises channel dimension 1 of (n, c) or (n, c, h, w) with the statistics of all ranks' rows.
+
+    As in the official code: running statistics move by 0.1 per step, the running variance is the *biased* batch
+    variance (torch's own is unbiased), eps is 1e-5; `beta=False` leaves out the shift, as in the head's last layer.
+    `per_worker=True` uses the local rows only. Every rank must hold equally many rows.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, *, beta: bool = True, zero_init: bool = False, per_worker: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels) if zero_init else torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if beta else None
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.momentum, self.eps, self.per_worker = 0.1, 1e-5, per_worker
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        if self.per_worker or world_size() == 1:
+            y, mean, invstd = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, self.momentum, self.eps)
+            mean, var = mean.detach(), invstd.detach().pow(-2) - self.eps
+        else:
+            y, mean, var = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.running_mean.clone(), self.eps)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, beta={self.bias is not None}, per_worker={self.per_worker}"
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """One all-reduce of 2c numbers forward and one backward; the elementwise work is torch's native kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dims = [d for d in range(x.ndim) if d != 1]
+        accumulate = weight.dtype  # float32 under autocast, float64 in tests
+        # E[x²] − E[x]² cancels where |mean| ≫ deviation. So ranks combine local *variances*, and means as distances from
+        # `shift`, the running mean, which is the same on every rank and close to all of them.
+        var, mean = torch.var_mean(x.to(accumulate), dims, correction=0)
+        offset = mean - shift
+        offset, second = (all_reduce_sum(torch.cat([offset, var + offset.square()])) / world_size()).chunk(2)
+        mean, var = shift + offset, (second - offset.square()).clamp_min(0)
+        y = nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.beta = eps, bias is not None  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        x, weight, mean, var = ctx.saved_tensors  # type: ignore[attr-defined]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        dims = [d for d in range(x.ndim) if d != 1]
+        invstd = (var + ctx.eps).rsqrt()  # type: ignore[attr-defined]
+        centred = x - mean.to(x.dtype).view(shape)
+        grad_bias = grad.sum(dims, dtype=weight.dtype)
+        grad_weight = (grad * centred).sum(dims, dtype=weight.dtype) * invstd
+        # The input's gradient needs the global sums; the parameters' gradients stay local, DDP averages them.
+        sums = all_reduce_sum(torch.cat([grad_bias, grad_weight])) / (world_size() * x.numel() // x.shape[1])
+        mean_grad, mean_grad_xhat = sums.chunk(2)
+        scale = weight * invstd
+        grad_x = grad * scale.to(x.dtype).view(shape)
+        grad_x.addcmul_(centred, (-scale * invstd * mean_grad_xhat).to(x.dtype).view(shape))
+        grad_x.sub_((scale * mean_grad).to(x.dtype).view(shape))
+        return grad_x, grad_weight, grad_bias if ctx.beta else None, None, None  # type: ignore[attr-defined]

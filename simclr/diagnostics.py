@@ -1,0 +1,54 @@
+"""What a representation looks like without labels: tensor in, float out. None of these carries a gradient."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simclr.collectives import all_gather, rank
+
+
+@torch.no_grad()
+def contrastive_top1(z: Tensor) -> Tensor:
+    """Share of view-0 rows whose most similar view-1 row of the global batch is their own image's (chance: 1 / N).
+
+    z (2n, d): this rank's rows, as in `nt_xent`. The candidates are the other view's N rows, as the official metric has
+    it. Returns a scalar tensor, this rank's mean, so that nobody waits for the device.
+    """
+    first, second = F.normalize(z.detach().float(), dim=1).chunk(2)
+    own = rank() * len(first) + torch.arange(len(first), device=z.device)
+    return (first @ all_gather(second).T).argmax(1).eq(own).float().mean()
+
+
+@torch.no_grad()
+def contrastive_entropy(z: Tensor, temperature: float) -> Tensor:
+    """Mean entropy, in nats, of view 0's softmax over the other view's N rows (ln N when nothing is told apart)."""
+    first, second = F.normalize(z.detach().float(), dim=1).chunk(2)
+    log_p = F.log_softmax(first @ all_gather(second).T / temperature, dim=1)
+    return -(log_p.exp() * log_p).sum(1).mean()
+
+
+@torch.no_grad()
+def alignment(z: Tensor) -> Tensor:
+    """E ‖z₀ − z₁‖² over positive pairs of normalised rows, 0 is perfect (arXiv:2005.10242, Eq. 1 with α = 2)."""
+    first, second = F.normalize(z.detach().float(), dim=1).chunk(2)
+    return (first - second).square().sum(1).mean()
+
+
+@torch.no_grad()
+def uniformity(z: Tensor) -> Tensor:
+    """ln E exp(−2 ‖x − y‖²) over pairs of different rows, lower is more uniform (arXiv:2005.10242, Eq. 2 with t = 2)."""
+    x = F.normalize(z.detach().float(), dim=1)
+    n = len(x)
+    squared = 2 - 2 * x @ x.T
+    squared.fill_diagonal_(float("inf"))
+    return torch.logsumexp((-2 * squared).flatten(), 0) - torch.log(torch.tensor(float(n * (n - 1))))
+
+
+@torch.no_grad()
+def rankme(h: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values of h (n, d): the effective rank (arXiv:2210.02885, Eq. 3)."""
+    s = torch.linalg.svdvals(h.detach().float())
+    p = s / s.sum().clamp_min(1e-30) + 1e-7
+    return torch.exp(-(p * p.log()).sum())

@@ -1,0 +1,190 @@
+"""What a representation is worth: kNN and a linear probe on frozen features. Each returns a dict of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simclr.collectives import all_gather, rank, world_size
+from simclr.config import Views
+from simclr.data import loader
+from simclr.views import normalise
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Features of a split in sample order: h (n, d) float32, labels y (n,) int64 (−1 = unlabelled), sample ids (n,)."""
+
+    h: Tensor
+    y: Tensor
+    ids: Tensor
+
+
+@torch.no_grad()
+def embed(
+    encoder: Callable[[Tensor], Tensor],
+    batches: Iterator[loader.Batch],
+    views: Views,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """Features of every image in `batches` (whole images or centre crops, as `loader.in_order` gives them).
+
+    With a process group each rank embeds its own batches and every rank gets all rows, in the order of ranks. The encoder
+    is used in the mode it is in: put it in evaluation mode first.
+    """
+    h, y, ids = [], [], []
+    for batch in batches:
+        x = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+        if x.shape[2:] != (views.size_px, views.size_px):
+            x = F.interpolate(x, (views.size_px, views.size_px), mode="bicubic", antialias=True).clamp(0, 1)
+        x = normalise(x, views).to(dtype, memory_format=torch.channels_last)
+        h.append(encoder(x).float())
+        y.append(batch.labels)
+        ids.append(batch.ids)
+        if progress is not None:
+            progress(len(batch.ids))
+    empty = torch.zeros(0, dtype=torch.int64)
+    rows = torch.cat(h) if h else torch.zeros(0, 1, device=device)
+    return Features(_gather_rows(rows), _gather_rows(torch.cat([empty, *y]).to(device)), _gather_rows(torch.cat([empty, *ids]).to(device)))
+
+
+def _gather_rows(x: Tensor) -> Tensor:
+    """Rows of all ranks, which may hold different numbers of them."""
+    if world_size() == 1:
+        return x
+    count = torch.tensor([len(x)], device=x.device)
+    counts = all_gather(count).tolist()
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x
+    return torch.cat([part[:c] for part, c in zip(all_gather(padded).chunk(world_size()), counts, strict=True)])
+
+
+def pixels(x: Tensor) -> Tensor:
+    """The representation that needs no learning: images (n, 3, H, W) as rows (n, 3 H W)."""
+    return x.flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The k nearest training rows of each query, nearest first, and what they vote for."""
+
+    index: Tensor
+    """(m, k) rows of the training features."""
+    similarity: Tensor
+    """(m, k) cosines."""
+    votes: Tensor
+    """(m, classes) sum of exp(cosine / temperature) over the neighbours of each class."""
+
+
+@torch.no_grad()
+def nearest(train_h: Tensor, train_y: Tensor, test_h: Tensor, k: int, temperature: float, block: int = 1024) -> Neighbours:
+    """Exact cosine neighbours of test_h (m, d) among train_h (n, d), `block` queries at a time; k is at most n."""
+    bank = F.normalize(train_h.float(), dim=1)
+    k = min(k, len(bank))
+    classes = int(train_y.max()) + 1 if len(train_y) and int(train_y.max()) >= 0 else 1
+    index, similarity, votes = [], [], []
+    for queries in test_h.split(block):
+        s, i = (F.normalize(queries.float(), dim=1) @ bank.T).topk(k, dim=1)
+        # The largest cosine is taken off before exp: the ranking of votes is the same and a small temperature cannot overflow.
+        weight = ((s - s[:, :1]) / temperature).exp()
+        votes.append(weight.new_zeros(len(queries), classes).scatter_add_(1, train_y[i].clamp_min(0), weight))
+        index.append(i)
+        similarity.append(s)
+    return Neighbours(torch.cat(index), torch.cat(similarity), torch.cat(votes))
+
+
+def knn(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k: int, temperature: float) -> dict[str, float]:
+    """Weighted kNN accuracy (arXiv:1805.01978, Sec. 3.4): {"top1", "top5"}, shares in [0, 1].
+
+    Each of the k nearest training rows by cosine votes for its class with weight exp(cosine / temperature).
+    """
+    return _accuracy(nearest(train_h, train_y, test_h, k, temperature).votes, test_y)
+
+
+def _accuracy(scores: Tensor, y: Tensor) -> dict[str, float]:
+    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices.eq(y[:, None])
+    return {"top1": ranked[:, 0].float().mean().item(), "top5": ranked.any(1).float().mean().item()}
+
+
+def linear_probe(
+    train_h: Tensor,
+    train_y: Tensor,
+    test_h: Tensor,
+    test_y: Tensor,
+    decays: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2),
+    iterations: int = 100,
+) -> dict[str, float]:
+    """Accuracy of a linear classifier on frozen features: {"top1", "top5", "decay"}.
+
+    Multinomial logistic regression on standardised features, fitted to convergence by full-batch L-BFGS, as the paper's
+    transfer protocol does (App. B.8). The weight decay is chosen on every tenth training row, then all rows are fitted.
+    """
+    mean, std = train_h.mean(0), train_h.std(0).clamp_min(1e-6)
+    train_h, test_h = (train_h - mean) / std, (test_h - mean) / std
+    held = torch.arange(len(train_y), device=train_y.device) % 10 == 0
+    classes = int(torch.maximum(train_y.max(), test_y.max())) + 1
+    best, decay = -1.0, decays[0]
+    for candidate in decays if len(decays) > 1 else ():
+        weights = _fit(train_h[~held], train_y[~held], classes, candidate, iterations)
+        score = _accuracy(_logits(train_h[held], weights), train_y[held])["top1"]
+        if score > best:
+            best, decay = score, candidate
+    weights = _fit(train_h, train_y, classes, decay, iterations)
+    return {**_accuracy(_logits(test_h, weights), test_y), "decay": decay}
+
+
+def _logits(h: Tensor, weights: Tensor) -> Tensor:
+    return torch.addmm(weights[-1], h, weights[:-1])
+
+
+def _fit(h: Tensor, y: Tensor, classes: int, decay: float, iterations: int) -> Tensor:
+    """(d + 1, classes): kernel and, as the last row, bias."""
+    weights = torch.zeros(h.shape[1] + 1, classes, device=h.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], lr=1.0, max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(_logits(h, weights), y) + 0.5 * decay * weights[:-1].square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weights.detach()
+
+
+class Frozen:
+    """`with Frozen(encoder):` evaluation mode inside, the earlier mode after."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.was_training = module, module.training
+
+    def __enter__(self) -> nn.Module:
+        return self.module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.module.train(self.was_training)
+
+
+def embed_split(
+    encoder: nn.Module,
+    data: Path,
+    split: str,
+    views: Views,
+    limit: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 256,
+    threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """Features of `split` of the shards in `data` (at most `limit` images, evenly spaced), shared out over the ranks."""
+    rows = loader.in_order(data, split, views.size_px, batch_size, limit, threads, rank(), world_size())
+    with Frozen(encoder) as frozen:
+        return embed(frozen, rows, views, device, dtype, progress)

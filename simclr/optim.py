@@ -1,0 +1,109 @@
+"""LARS and the learning-rate schedule (arXiv:2002.05709, Sec. 2.2 and App. B.6; LARS: arXiv:1708.03888)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from simclr.config import Optim
+
+
+def lr_peak(base_lr: float, batch_size: int, rule: Literal["linear", "sqrt"]) -> float:
+    """Learning rate after scaling: base_lr · N / 256 (linear) or base_lr · √N (sqrt), App. B.1."""
+    if rule == "linear":
+        return base_lr * batch_size / 256
+    if rule == "sqrt":
+        return base_lr * math.sqrt(batch_size)
+    raise ValueError(f"unknown scaling rule {rule!r}; expected 'linear' or 'sqrt'")
+
+
+def warmup_cosine(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate at `step` (0-based): linear from 0 to `peak`, then half a cosine to 0 (App. B.6)."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling, with the learning rate inside the momentum buffer (App. B.6).
+
+        g ← g + λ w;   v ← m v + lr · η ‖w‖ / ‖g‖ · g;   w ← w − v
+
+    Where lr stands matters: with it outside (`w ← w − lr · v`, as in most ports) a changing schedule rescales the
+    whole history of gradients at once. The trust ratio η ‖w‖ / ‖g‖ is 1 where either norm is 0, and in groups with
+    `adapt=False` (BatchNorm, biases, classifier).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust_coefficient: float = 1e-3,
+        nesterov: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "trust_coefficient": trust_coefficient,
+                "nesterov": nesterov,
+                "adapt": True,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step over every parameter that has a gradient, as a few multi-tensor calls per group."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers: list[Tensor] = [self.state[p]["momentum_buffer"] for p in params]
+
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+            if group["adapt"]:
+                w, g = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
+                trust = torch.where((w > 0) & (g > 0), group["trust_coefficient"] * w / g, torch.ones_like(w))
+                torch._foreach_mul_(grads, list((trust * group["lr"]).unbind()))
+            else:
+                torch._foreach_mul_(grads, group["lr"])
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            if group["nesterov"]:
+                torch._foreach_add_(grads, buffers, alpha=group["momentum"])
+            torch._foreach_sub_(params, grads if group["nesterov"] else buffers)
+        return result
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: kernels, which decay and adapt; BatchNorm and biases (vectors), which do neither (App. B.6)."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """The configured optimizer over `module`'s parameters, with lr 0: the loop sets it before each step."""
+    groups = parameter_groups(module, optim.weight_decay)
+    if optim.name == "lars":
+        return LARS(groups, lr=0.0, momentum=optim.momentum)
+    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, foreach=True)

@@ -1,0 +1,148 @@
+"""Encoders and heads against features of the official code (tests/golden/resnet: TensorFlow 2.21, weights made from names)."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simclr.batchnorm import BatchNorm
+from simclr.model import ProjectionHead
+from simclr.resnet import ResNet, resnet
+
+GOLDEN = Path(__file__).parent / "golden" / "resnet"
+CASES: dict[str, dict[str, float]] = {
+    "resnet18_cifar": {"depth": 18, "cifar_stem": True},
+    "resnet18_2x_cifar": {"depth": 18, "width": 2, "cifar_stem": True},
+    "resnet18_se_cifar": {"depth": 18, "se_ratio": 0.0625, "cifar_stem": True},
+    "resnet50_imagenet": {"depth": 50},
+    "resnet50_2x_imagenet": {"depth": 50, "width": 2},
+    "resnet50_sk_imagenet": {"depth": 50, "sk_ratio": 0.0625},
+}
+
+
+def made(name: str, shape: list[int], seed: int = 7) -> np.ndarray:
+    """The weights' formula of tests/golden's README."""
+    r = np.random.RandomState(zlib.crc32(name.encode()) % 2**31 ^ seed)
+    kind = name.rsplit("/", 1)[1]
+    if kind == "gamma":
+        return 1 + 0.1 * r.randn(*shape)
+    if kind == "moving_variance":
+        return 1 + 0.2 * r.rand(*shape)
+    if kind in ("beta", "bias", "moving_mean"):
+        return 0.1 * r.randn(*shape)
+    return r.randn(*shape) * np.sqrt(2 / np.prod(shape[:-1]))
+
+
+def load(module: nn.Module, variables: list[dict[str, object]]) -> dict[str, Tensor]:
+    """Fill `module`; returns variable name → our tensor.
+
+    The official code numbers its layers as it creates them, a block's shortcut first, and so do we: the i-th
+    convolution (dense layer, BatchNorm) here is the i-th by number there.
+    """
+    layers: dict[str, dict[str, list[int]]] = {"map": {}, "norm": {}}
+    for variable in variables:
+        layer, _ = str(variable["name"]).rsplit("/", 1)
+        layers["norm" if "batch_norm" in layer else "map"].setdefault(layer, [])
+    number = re.compile(r"_(\d+)$")
+
+    def created(layer: str) -> int:
+        found = number.search(layer)
+        return int(found[1]) if found else 0
+
+    maps = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+    ours: dict[str, Tensor] = {}
+    for layer, m in zip(sorted(layers["map"], key=created), maps, strict=True):
+        ours[f"{layer}/kernel"] = m.weight
+        if m.bias is not None:
+            ours[f"{layer}/bias"] = m.bias
+    for layer, norm in zip(sorted(layers["norm"], key=created), norms, strict=True):
+        ours |= {f"{layer}/gamma": norm.weight, f"{layer}/moving_mean": norm.running_mean, f"{layer}/moving_variance": norm.running_var}
+        if norm.bias is not None:
+            ours[f"{layer}/beta"] = norm.bias
+    assert set(ours) == {str(v["name"]) for v in variables}
+    for variable in variables:
+        name, shape = str(variable["name"]), list(variable["shape"])  # type: ignore[call-overload]
+        value = torch.tensor(made(name, shape))
+        value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T if value.ndim == 2 else value
+        assert value.shape == ours[name].shape, (name, value.shape, ours[name].shape)
+        ours[name].data.copy_(value)
+    return ours
+
+
+def build(tag: str) -> tuple[ResNet, ProjectionHead, dict[str, Tensor], Tensor]:
+    variables = json.loads((GOLDEN / f"{tag}_variables.json").read_text())
+    encoder = resnet(**CASES[tag]).double()  # type: ignore[arg-type]
+    head = ProjectionHead(encoder.d_h, layers=3).double()
+    names = load(encoder, [v for v in variables if v["name"].startswith("resnet/")])
+    names |= load(head, [v for v in variables if v["name"].startswith("projection_head/")])
+    side = 32 if "cifar" in tag else 64
+    x = torch.tensor(np.random.RandomState(18).rand(4, side, side, 3)).permute(0, 3, 1, 2)
+    return encoder, head, names, x
+
+
+def deviation(ours: Tensor, golden: np.ndarray) -> float:
+    """Largest difference, relative to the golden array's largest entry."""
+    return float((ours.detach() - torch.tensor(golden).double()).abs().max() / np.abs(golden).max())
+
+
+@pytest.mark.parametrize("tag", CASES)
+def test_features_and_projections_equal_the_official_ones(tag: str) -> None:
+    encoder, head, names, x = build(tag)
+    golden = np.load(GOLDEN / f"{tag}.npz")
+    encoder.eval(), head.eval()
+    for stage, features in enumerate(encoder.stages(x)):
+        assert list(golden[f"stage{stage}_shape"]) == [features.shape[i] for i in (0, 2, 3, 1)]
+        assert deviation(features.mean((2, 3)), golden[f"stage{stage}_mean"]) < 1e-4
+    h = encoder(x)
+    assert deviation(h, golden["features"]) < 1e-4
+    for tap, output in enumerate(head(h)):
+        assert deviation(output, golden[f"head3_tap{tap}"]) < 1e-4
+    assert deviation(head(h)[-1], golden["head3_z"]) < 1e-4
+    encoder.train(), head.train()
+    h = encoder(x)
+    # Statistics over 4 images amplify TensorFlow's float32: our own float32 and float64 differ by 1.2e-4 for ResNet-50, and
+    # by 1.9e-3 with selective kernels, whose attention normalises 4 single pixels.
+    noise = 4e-3 if "_sk_" in tag else 3e-4 if "resnet50" in tag else 1e-4
+    assert deviation(h, golden["features_batch_statistics"]) < noise
+    assert deviation(head(h)[-1], golden["head3_z_batch_statistics"]) < 10 * noise  # 3 more BatchNorms over 4 rows
+    updated = [key for key in golden.files if key.startswith("updated|")]
+    assert updated
+    for key in updated:
+        assert deviation(names[key.removeprefix("updated|")], golden[key]) < 1e-4, key
+
+
+def test_two_layer_head() -> None:
+    tag = "resnet18_cifar"
+    encoder, _, _, x = build(tag)
+    golden = np.load(GOLDEN / f"{tag}.npz")
+    head = ProjectionHead(512, layers=2).double()
+    variables = [v for v in json.loads((GOLDEN / f"{tag}_variables.json").read_text()) if "/nl_0/" in v["name"]]
+    # The 2-layer head shares the names of the 3-layer head's first layer; its last layer is nl_1 of width 128.
+    stem = "projection_head/nl_1/"
+    norm = "batch_norm_relu_22/batch_normalization_22/"
+    last = [(norm + kind, [128]) for kind in ("gamma", "moving_mean", "moving_variance")] + [("dense_1/kernel", [512, 128])]
+    variables += [{"name": stem + name, "shape": shape, "trainable": True} for name, shape in last]
+    load(head, variables)
+    encoder.eval(), head.eval()
+    assert deviation(head(encoder(x))[-1], golden["head2_z"]) < 1e-4
+
+
+def test_parameter_counts_as_published() -> None:
+    """Millions, without classifier: arXiv:2006.10029, Table 1 (ResNet-50 24 M, 2× 94 M; 35 M with SK)."""
+    count = {tag: sum(p.numel() for p in resnet(**case).parameters()) / 1e6 for tag, case in CASES.items()}  # type: ignore[arg-type]
+    assert round(count["resnet50_imagenet"]) == 24 and round(count["resnet50_2x_imagenet"]) == 94
+    assert round(count["resnet50_sk_imagenet"]) == 35
+
+
+def test_small_networks_and_an_unknown_depth() -> None:
+    assert resnet(8, width=2, cifar_stem=True)(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+    with pytest.raises(ValueError, match="no ResNet of depth 51; choose one of 8, 14, 18"):
+        resnet(51)

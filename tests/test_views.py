@@ -1,0 +1,118 @@
+"""Views against the official code's pixels and crop boxes (tests/golden: TensorFlow 2.21 on fixed inputs)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simclr import keyed, views
+from simclr.config import Views
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def planar(image: np.ndarray) -> torch.Tensor:
+    return torch.tensor(image).permute(2, 0, 1)[None].double()
+
+
+def test_colour_and_blur_equal_the_official_pixels() -> None:
+    data = np.load(GOLDEN / "colour_and_blur.npz")
+    seen = set()
+    for key in data.files:
+        parts = key.split("|")
+        if len(parts) == 1 or parts[1] in ("input", "brightness_v1_additive"):
+            continue
+        image, operation = parts[:2]
+        if image.startswith("blur224"):
+            continue
+        x = planar(data[f"{image}|input"])
+        if operation == "grey":
+            ours = views.grey(x).expand(-1, 3, -1, -1)
+        elif operation == "blur":
+            ours = views.gaussian_blur(x, torch.tensor([float(parts[2])], dtype=torch.float64))
+        else:
+            factor = torch.tensor(float(parts[2]), dtype=torch.float64).view(1, 1, 1, 1)
+            ours = views._APPLY[operation](x, factor)
+        torch.testing.assert_close(ours, planar(data[key]), rtol=0, atol=2e-3, msg=lambda m, key=key: f"{key}: {m}")
+        seen.add(operation)
+    assert seen == {"brightness", "contrast", "saturation", "hue", "grey", "blur"}
+
+
+@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [24, 96])
+def test_resize_equals_the_official_one(kernel: str, size: int) -> None:
+    data = np.load(GOLDEN / "resize.npz")
+    x = planar(data["input"])
+    box = torch.tensor([[0, 0, x.shape[2], x.shape[3]]])
+    ours = views.crop_resize(x, box, size, kernel)  # type: ignore[arg-type]
+    expected = planar(data[f"{size}x{size}|{kernel}"]).clamp(0, 1)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)
+
+
+def test_crop_boxes_have_the_official_distribution() -> None:
+    golden = json.loads((GOLDEN / "crops.json").read_text())["random_crop"]
+    ids = np.arange(20_000)
+    boxes = views.crop_boxes(Views(), 3, 1, ids, np.tile([375, 500], (len(ids), 1))).reshape(-1, 4)
+    top, left, height, width = boxes.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 375).all() and (left + width <= 500).all()
+    levels = golden["quantile_levels"]
+    ours = {
+        "area_fraction": height * width / (375 * 500),
+        "aspect_w_over_h": width / height,
+        "centre_x_fraction": (left + width / 2) / 500,
+        "centre_y_fraction": (top + height / 2) / 375,
+    }
+    for name, values in ours.items():
+        np.testing.assert_allclose(np.quantile(values, levels), golden[name], atol=0.012, err_msg=name)
+    assert abs(ours["area_fraction"].mean() - golden["mean_area"]) < 0.005
+
+
+def test_each_operation_happens_with_its_probability() -> None:
+    drawn = views.draw_colours(Views(), 0, 0, np.arange(5000))
+    for happened, p in ((drawn.flip, 0.5), (drawn.jitter, 0.8), (drawn.grey, 0.2), (drawn.blur_sigma > 0, 0.5)):
+        assert abs(happened.mean() - p) < 4 * np.sqrt(p * (1 - p) / len(happened))
+    assert np.all(np.sort(drawn.order, 1) == np.arange(4))
+    first = np.bincount(drawn.order[:, 0], minlength=4) / len(drawn.order)
+    assert np.abs(first - 0.25).max() < 4 * np.sqrt(0.25 * 0.75 / len(drawn.order))
+    assert 0.2 <= drawn.factors[:, :3].min() and drawn.factors[:, :3].max() <= 1.8
+    assert np.abs(drawn.factors[:, 3]).max() <= 0.2
+    assert 0.1 <= drawn.blur_sigma[drawn.blur_sigma > 0].min() and drawn.blur_sigma.max() <= 2.0
+
+
+def test_a_view_depends_on_its_sample_alone() -> None:
+    images = torch.tensor(np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3)), dtype=torch.uint8)
+    ids = torch.arange(100, 112)
+    config = Views(size_px=32)
+    whole = views.two_views(images, ids, 5, config, seed=9)
+    part = views.two_views(images[3:7], ids[3:7], 5, config, seed=9)
+    assert torch.equal(part, torch.cat([whole[3:7], whole[15:19]]))
+    assert not torch.equal(whole[:12], whole[12:])
+    assert not torch.equal(whole, views.two_views(images, ids, 6, config, seed=9))
+
+
+def test_crops_of_both_views_and_whole_images_go_the_same_way() -> None:
+    config = Views(size_px=16, area=(1.0, 1.0), aspect=(1.0, 1.0))
+    images = torch.tensor(np.random.default_rng(1).integers(0, 256, (6, 16, 16, 3)), dtype=torch.uint8)
+    crops = images[:, None].repeat(1, 2, 1, 1, 1)  # whole-image crops, as the JPEG decoder would hand them over
+    ids = torch.arange(6)
+    torch.testing.assert_close(views.two_views(images, ids, 0, config, 0), views.two_views(crops, ids, 0, config, 0), rtol=0, atol=1e-6)
+
+
+def test_philox_known_answers() -> None:
+    """The test vectors of Random123 (philox4x32-10)."""
+    zero, ones = np.zeros(1, np.uint64), np.full(1, 0xFFFFFFFF, np.uint64)
+    assert [int(w[0]) for w in keyed.philox((zero,) * 4, (0, 0))] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    high = (0xFFFFFFFF, 0xFFFFFFFF)
+    assert [int(w[0]) for w in keyed.philox((ones,) * 4, high)] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_permutation_is_one_and_changes_with_its_key() -> None:
+    order = keyed.permutation(0, 0, 1000)
+    assert np.array_equal(np.sort(order), np.arange(1000))
+    assert not np.array_equal(order, keyed.permutation(0, 1, 1000))
+    assert not np.array_equal(order, keyed.permutation(1, 0, 1000))
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.13  # 4 / sqrt(1000)

@@ -1,0 +1,1 @@
+"""Many runs: spaces, sweeps and the papers' figures from your own runs."""

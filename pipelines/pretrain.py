@@ -16,7 +16,7 @@ from pipelines import cluster, tracking
 from pipelines.rundir import Run, open_run
 from pipelines.terminal import Bar, say
 from simclr.config import Config
-from simclr.data.shards import read_manifest
+from simclr.data.manifest import read_manifest
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker

@@ -20,7 +20,7 @@ from simclr import checkpoint, diagnostics, evaluate
 from simclr.collectives import mean_over_ranks, rank, world_size
 from simclr.config import Config
 from simclr.data import loader
-from simclr.data.shards import read_manifest
+from simclr.data.manifest import read_manifest
 from simclr.loss import nt_xent
 from simclr.model import SimCLR
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine

@@ -1,0 +1,1 @@
+"""Images → shards → batches."""

@@ -1,0 +1,280 @@
+"""Batches from shards: keyed order, one decode per image, resumed at any step. The door to the FFCV reader.
+
+FFCV reads one file per Loader. Here every shard of a split is mapped into one range of addresses, back to back, and the
+samples' pointers are shifted to match, so that FFCV's compiled operations see one file and nothing is copied. FFCV's own
+epoch iterator is not used: it hangs when its thread fails, drains at the end of each epoch, and knows no step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.state import State
+from ffcv.reader import Reader
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simclr import keyed
+from simclr.config import Config
+from simclr.data.decode import Crops
+from simclr.data.manifest import read_manifest
+from simclr.views import crop_boxes
+
+_AHEAD = 3
+_PAGE = 1 << 16  # a multiple of every page size in use
+_CENTRE_CROP = 0.875
+# numba's workqueue layer aborts the process when two threads enter parallel regions at once.
+_compiled_code = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's share of a batch. Its tensors are good until the next batch is asked for."""
+
+    step: int
+    """Optimizer step (0-based) that it belongs to; in evaluation its number."""
+    epoch: int
+    images: Tensor
+    """uint8. Raw shards: (n, H, W, 3), whole images. JPEG shards: (n, 2, size, size, 3), both views' crops, and in
+    evaluation (n, size, size, 3), centre crops."""
+    ids: Tensor
+    """(n,) int64: positions in the split."""
+    labels: Tensor
+    """(n,) int64; −1 = unlabelled."""
+
+
+def batches(config: Config, data: Path, start_step: int, rank: int, world: int, threads: int = 1) -> Iterator[Batch]:
+    """Endless training batches of `rank` from `start_step` on, prepared by a thread of their own.
+
+    Step s lies in epoch s // (examples // N). The global batch is N consecutive entries of the epoch's keyed permutation, a
+    rank's share n = N / W consecutive ones of those: what step s sees depends on nothing but config, s and the data.
+    """
+    split = _Split(data, "train", threads)
+    per_epoch, n = config.steps_per_epoch(len(split)), config.images_per_rank(world)
+    size = config.views.size_px
+    read = split.reader(n, crops=2, size_px=size)
+    order_of, order = -1, np.empty(0, np.int64)
+
+    def batch(step: int) -> Batch:
+        nonlocal order_of, order
+        epoch = step // per_epoch
+        if epoch != order_of:
+            order_of, order = epoch, keyed.permutation(config.seed, epoch, len(split))
+        first = step % per_epoch * config.train.batch_size + rank * n
+        ids = order[first : first + n]
+        boxes = None if split.raw else crop_boxes(config.views, config.seed, epoch, ids, split.sizes(ids))
+        return split.batch(read, step, epoch, ids, boxes)
+
+    return _prefetched(batch, itertools.count(start_step))
+
+
+def in_order(
+    data: Path,
+    split: str,
+    size_px: int,
+    batch_size: int,
+    limit: int | None = None,
+    threads: int = 1,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """Every image of a split once, or `limit` evenly spaced ones, in order; a rank gets its consecutive share.
+
+    Raw shards give whole images; JPEG shards the centre crop of 0.875 of the shorter side, resized to `size_px`.
+    """
+    rows = _Split(data, split, threads)
+    total = min(limit or len(rows), len(rows))
+    ids = np.arange(total, dtype=np.int64) * len(rows) // total
+    ids = ids[total * rank // world : total * (rank + 1) // world]
+    read = rows.reader(min(batch_size, max(len(ids), 1)), crops=1, size_px=size_px)
+
+    def batch(number: int) -> Batch:
+        mine = ids[number * batch_size : (number + 1) * batch_size]
+        boxes = None if rows.raw else centre_boxes(rows.sizes(mine))[:, None]
+        return rows.batch(read, number, 0, mine, boxes)
+
+    return _prefetched(batch, range(-(-len(ids) // batch_size)))
+
+
+def centre_boxes(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n, 4) boxes of the official evaluation crop: a square of 0.875 of the shorter side, in the middle."""
+    side = np.rint(_CENTRE_CROP * sizes.min(1)).astype(np.int64)
+    top, left = (sizes[:, 0] - side + 1) // 2, (sizes[:, 1] - side + 1) // 2
+    return np.stack([top, left, side, side], 1)
+
+
+class _Split:
+    """All shards of a split as one dataset."""
+
+    def __init__(self, data: Path, split: str, threads: int) -> None:
+        manifest = read_manifest(data)
+        manifest.examples(split)  # names the splits there are
+        self.shards = manifest.splits[split]
+        self.raw = manifest.kind == "raw"
+        self.threads = threads
+        rows, labels, sizes, bases = [], [], [], [0]
+        for shard in self.shards:
+            reader = Reader(str(data / shard.name))
+            image, label = (reader.metadata[name] for name in reader.metadata.dtype.names)
+            size = np.zeros(len(image), np.uint64)
+            size[reader.alloc_table["sample_id"].astype(np.int64)] = reader.alloc_table["size"]
+            _check(data / shard.name, image, size, shard.bytes, shard.samples)
+            moved = image.copy()
+            moved["data_ptr"] += np.uint64(bases[-1])
+            rows.append(moved)
+            labels.append(label)
+            sizes.append(size)
+            bases.append(bases[-1] + -(-shard.bytes // _PAGE) * _PAGE)
+        self.rows, self.labels = np.concatenate(rows), np.concatenate(labels).astype(np.int64)
+        lengths = np.concatenate(sizes)
+        by_pointer = np.argsort(self.rows["data_ptr"])
+        region = _map([data / s.name for s in self.shards], bases)
+        self.storage = (region, self.rows["data_ptr"][by_pointer], lengths[by_pointer])
+        self.first_id = np.cumsum([0, *(s.samples for s in self.shards)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sizes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n, 2) height and width in pixels."""
+        rows = self.rows[ids]
+        return np.stack([rows["height"], rows["width"]], 1).astype(np.int64)
+
+    def reader(self, most: int, crops: int, size_px: int) -> Callable[[Any, Any], Tensor]:
+        """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time."""
+        Compiler.num_threads = self.threads  # not set_num_threads, which would set torch's as well
+        operation = SimpleRGBImageDecoder() if self.raw else Crops(crops, size_px)
+        operation.accept_globals(self.rows, Compiler.compile(_read))
+        start = State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype("u1"))
+        _, queries = operation.declare_state_and_memory(start)
+        code = Compiler.compile(operation.generate_code())
+        slots = [_allocate(queries, most) for _ in range(_AHEAD + 2)]  # queued, being filled, in the caller's hands
+        turn = itertools.cycle(range(len(slots)))
+
+        def read(rows: Any, ids: NDArray[np.int64]) -> Tensor:
+            buffers = slots[next(turn)]
+            with _compiled_code:
+                if self.threads > 1:
+                    numba.set_num_threads(self.threads)
+                images = code(np.arange(len(rows)), buffers, rows, self.storage)
+            if isinstance(buffers, tuple) and (bad := np.flatnonzero(buffers[1][: len(rows), 0])).size:
+                raise ValueError(f"{self._where(int(ids[bad[0]]))} is damaged: its JPEG cannot be decoded; prepare the data again")
+            return torch.from_numpy(images if self.raw or crops > 1 else images[:, 0])
+
+        return read
+
+    def batch(
+        self, read: Callable[[Any, Any], Tensor], step: int, epoch: int, ids: NDArray[np.int64], boxes: NDArray[np.int64] | None
+    ) -> Batch:
+        rows: Any = self.rows[ids]
+        if boxes is not None:
+            rows = np.empty(len(ids), [*self.rows.dtype.descr, ("box", "<i4", boxes.shape[1:])])
+            for name in self.rows.dtype.names or ():
+                rows[name] = self.rows[name][ids]
+            rows["box"] = boxes
+        return Batch(step, epoch, read(rows, ids), torch.from_numpy(ids.copy()), torch.from_numpy(self.labels[ids]))
+
+    def _where(self, sample: int) -> str:
+        shard = int(np.searchsorted(self.first_id, sample, side="right")) - 1
+        return f"sample {sample - self.first_id[shard]} of shard {self.shards[shard].name}"
+
+
+def _check(path: Path, image: Any, size: NDArray[np.uint64], total: int, samples: int) -> None:
+    """FFCV reads through raw pointers: one that leaves the file would be a crash, so it is an error here."""
+    if len(image) != samples:
+        raise ValueError(f"shard {path} holds {len(image)} samples, the manifest says {samples}; prepare the data again")
+    pixels = image["height"].astype(np.uint64) * image["width"] * 3
+    bad = (image["data_ptr"] + size > total) | (size == 0) | (pixels == 0) | ((image["mode"] == 1) & (pixels != size)) | (image["mode"] > 1)
+    if bad.any():
+        raise ValueError(f"shard {path}: sample {int(np.flatnonzero(bad)[0])} points outside the file or contradicts its size; prepare the data again")
+
+
+def _read(address: Any, storage: Any) -> Any:
+    """The bytes at `address`: what FFCV's operations call. `storage` is (mapped bytes, sorted pointers, their lengths)."""
+    size = storage[2][np.searchsorted(storage[1], address)]
+    return storage[0][address : address + size]
+
+
+def _map(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
+    """Map `files` read-only at offsets `bases` of one reserved range of addresses, as one array of bases[-1] bytes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    none, readable, shared, private, fixed, anonymous, no_reserve = 0, 1, 1, 2, 0x10, 0x20, 0x4000
+    failed = ctypes.c_void_p(-1).value
+
+    def mapped(address: int | None, length: int, protection: int, flags: int, descriptor: int) -> int:
+        result = libc.mmap(address, length, protection, flags, descriptor, 0)
+        if result == failed or result is None:
+            raise OSError(ctypes.get_errno(), f"cannot map {length} bytes: {os.strerror(ctypes.get_errno())}")
+        return int(result)
+
+    start = mapped(None, bases[-1], none, private | anonymous | no_reserve, -1)
+    for path, base in zip(files, bases, strict=False):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            mapped(start + base, path.stat().st_size, readable, shared | fixed, descriptor)
+        finally:
+            os.close(descriptor)
+    memory = (ctypes.c_uint8 * bases[-1]).from_address(start)
+    weakref.finalize(memory, libc.munmap, start, bases[-1]).atexit = False  # a loader thread may still read then
+    return np.ctypeslib.as_array(memory)
+
+
+def _allocate(queries: Any, rows: int) -> Any:
+    if isinstance(queries, tuple):
+        return tuple(np.empty((rows, *q.shape), q.dtype) for q in queries)
+    return np.empty((rows, *queries.shape), queries.dtype)
+
+
+def _prefetched(make: Callable[[int], Batch], numbers: Any) -> Iterator[Batch]:
+    """make(number) for each number, up to _AHEAD of them in advance, by a thread that ends with the iterator."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_AHEAD)
+    over = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> bool:
+        while not over.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for number in numbers:
+                if not put(make(number)):
+                    return
+            put(None)
+        except BaseException as error:  # raised again where the batch is asked for
+            put(error)
+
+    thread = threading.Thread(target=produce, name="loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        over.set()
+        thread.join(timeout=5)

@@ -1,0 +1,109 @@
+"""manifest.json: what a directory of shards holds. Read by everybody, so it needs neither FFCV nor torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One .beton file."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """A prepared dataset."""
+
+    splits: dict[str, tuple[Shard, ...]]
+    """train, and test where there is one."""
+    classes: tuple[str, ...]
+    """Sorted names, the label is the index; empty = unlabelled."""
+    kind: str
+    """raw: pixels of one size, whole; jpeg: photographs."""
+    height_px: tuple[int, int]
+    """Smallest and largest."""
+    width_px: tuple[int, int]
+    mean: tuple[float, float, float]
+    """Per channel, of pixels in [0, 1], over at most the first 10,000 images of the training split."""
+    std: tuple[float, float, float]
+    source: str
+    options: dict[str, int]
+    """What `simclr prepare` was asked for: the same source and options give the same bytes."""
+    skipped: int
+    """Images that could not be read; skipped.csv names them."""
+    versions: dict[str, str]
+
+    def examples(self, split: str) -> int:
+        """Images in `split`. Raises ValueError naming the splits there are."""
+        if split not in self.splits:
+            raise ValueError(f"the shards have no split {split!r}, only {', '.join(self.splits)}")
+        return sum(shard.samples for shard in self.splits[split])
+
+    def to_json(self) -> str:
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        values: dict[str, Any] = json.loads(text)
+        values.pop("schema")
+        values["splits"] = {split: tuple(Shard(**s) for s in shards) for split, shards in values["splits"].items()}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json, atomically and last: a directory with a manifest is whole."""
+    scratch = directory / f".manifest-{os.getpid()}"
+    scratch.write_text(manifest.to_json())
+    scratch.replace(directory / "manifest.json")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of `directory`, after a look at each shard's size.
+
+    Raises ValueError for a missing directory or manifest, another schema, a shard that is missing or has another size.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"no directory {directory}; `simclr prepare --source … --out {directory}` makes it")
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no manifest.json, so it is no (complete) dataset; `simclr prepare --source … --out …` makes one")
+    try:
+        schema = json.loads(path.read_text()).get("schema")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path} is damaged (no JSON); prepare the data again") from None
+    if schema != SCHEMA:
+        raise ValueError(f"{directory} was prepared with shard schema {schema}, this version reads {SCHEMA}; prepare it again")
+    manifest = Manifest.from_json(path.read_text())
+    for shard in (s for shards in manifest.splits.values() for s in shards):
+        file = directory / shard.name
+        if not file.is_file():
+            raise ValueError(f"shard {shard.name} of {directory} is missing; prepare the data again")
+        if file.stat().st_size != shard.bytes:
+            raise ValueError(f"shard {shard.name} of {directory} has {file.stat().st_size:,} bytes, the manifest says {shard.bytes:,}; prepare it again")
+    return manifest
+
+
+def verify(directory: Path, progress: Callable[[int], None] | None = None) -> list[str]:
+    """Names of the shards in `directory` whose bytes do not match the manifest's sha256; progress gets bytes read."""
+    damaged = []
+    for shard in (s for shards in read_manifest(directory).splits.values() for s in shards):
+        with (directory / shard.name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if progress is not None:
+            progress(shard.bytes)
+        if digest != shard.sha256:
+            damaged.append(shard.name)
+    return damaged

@@ -1,0 +1,198 @@
+"""Where images come from: a folder, a tar archive, a torchvision dataset, the built-in patterns. One streaming pass each."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr.data.datasets import DATASETS
+from simclr.data.patterns import CLASSES, render
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
+_SPLITS = {"train": "train", "training": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
+_RENDER_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image on its way into a shard."""
+
+    split: str
+    """train or test."""
+    label: str | None
+    """Class name; None = unlabelled."""
+    name: str
+    """Where it came from, for error lines."""
+    data: bytes | NDArray[np.uint8]
+    """An encoded file, or pixels (H, W, 3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A set of images that can be read once from front to back, always in the same order."""
+
+    spec: str
+    """What the user asked for; with the options, it identifies the shards made from it."""
+    total: int | None
+    """Images, where that is known without reading."""
+    items: Callable[[], Iterator[Item]]
+
+
+def open_source(spec: str) -> Source:
+    """The source that `spec` names.
+
+    A directory or tar archive of split/class/file, class/file, or files alone (unlabelled); the name of a dataset
+    (`cifar10`, or `torchvision:NAME`), downloaded where there is a network; `patterns`, with options as in
+    `patterns:train=4000,test=1000,size=32,seed=0,coloured`. Raises ValueError where it is missing, empty or unknown.
+    """
+    name, _, options = spec.partition(":")
+    if name == "patterns":
+        return _patterns(spec, options)
+    if name == "torchvision" or (spec in DATASETS and DATASETS[spec].torchvision):
+        return _torchvision(spec, options or DATASETS[spec].torchvision)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        if not path.name.lower().endswith(_ARCHIVES) and not tarfile.is_tarfile(path):
+            raise ValueError(f"{path} is no tar archive; expected a folder, one of {', '.join(_ARCHIVES)}, or a dataset's name")
+        return Source(str(path), None, lambda: _archive(path))
+    known = ["patterns", *(n for n, d in DATASETS.items() if d.torchvision)]
+    near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"give a folder, a tar archive or one of {', '.join(known)}"
+    raise ValueError(f"no source at {spec}: there is no such file or folder and no dataset of that name; {hint}")
+
+
+def place(parts: tuple[str, ...]) -> tuple[str, str | None]:
+    """(split, class) of a file from the folders above it: split/…/class/file, class/file, or just file."""
+    split = "train"
+    folders = list(parts[:-1])
+    for depth, folder in enumerate(folders):
+        if folder.lower() in _SPLITS:
+            split = _SPLITS[folder.lower()]
+            folders = folders[depth + 1 :]
+            break
+    return split, folders[-1] if folders else None
+
+
+def is_image(name: str) -> bool:
+    """By its suffix; `._*`, which macOS leaves in archives, and other hidden files are none."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+# ── Folders and archives ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _folder(root: Path) -> Source:
+    files = sorted(p for p in root.rglob("*") if is_image(p.name) and (p.is_file() or p.is_symlink()))
+    if not files:
+        raise ValueError(f"no images in {root}; expected files with one of the endings {' '.join(sorted(IMAGE_SUFFIXES))}")
+    flat = all(len(p.relative_to(root).parts) == 1 for p in files)
+
+    def items() -> Iterator[Item]:
+        for path in files:
+            parts = path.relative_to(root).parts
+            split, label = place(parts)
+            try:
+                data = path.read_bytes()
+            except OSError:  # a broken link, say: an empty file is skipped and counted where images are decoded
+                data = b""
+            yield Item(split, None if flat else label, "/".join(parts), data)
+
+    return Source(str(root), len(files), items)
+
+
+def _archive(path: Path) -> Iterator[Item]:
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if not member.isfile() or not is_image(member.name):
+                    continue
+                parts = tuple(p for p in PurePosixPath(member.name).parts if p not in ("", ".", "/"))
+                split, label = place(parts)
+                file = archive.extractfile(member)
+                yield Item(split, label, member.name, file.read() if file is not None else b"")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{path} ends early or is damaged ({error}); fetch it again") from None
+
+
+# ── Datasets by name ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _torchvision(spec: str, name: str) -> Source:
+    import torchvision.datasets as library
+
+    classes = {n: c for n, c in vars(library).items() if isinstance(c, type)}
+    if name not in classes:
+        near = difflib.get_close_matches(name, classes, n=3, cutoff=0.3)
+        raise ValueError(f"torchvision has no dataset {name!r}; nearest: {', '.join(near)}")
+    signature = inspect.signature(classes[name]).parameters
+    root = Path("~/.cache/simclr/datasets").expanduser() / name
+
+    def open_split(split: str) -> Any:
+        arguments: dict[str, Any] = {"root": str(root)}
+        if "download" in signature:
+            arguments["download"] = True
+        if "train" in signature:
+            arguments["train"] = split == "train"
+        elif "split" in signature:
+            arguments["split"] = split if name != "ImageNet" or split == "train" else "val"
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            return classes[name](**arguments)
+        except Exception as error:
+            raise ValueError(
+                f"torchvision could not give {name} ({split}): {str(error).splitlines()[0]}; without a network, "
+                "download it elsewhere and give the folder or archive as --source"
+            ) from None
+
+    splits = ("train", "test") if {"train", "split"} & set(signature) else ("train",)
+    opened = {split: open_split(split) for split in splits}
+
+    def items() -> Iterator[Item]:
+        for split, dataset in opened.items():
+            names = getattr(dataset, "classes", None)
+            for index in range(len(dataset)):
+                image, label = dataset[index]
+                title = names[label] if names else str(label)
+                title = "/".join(title) if isinstance(title, tuple) else str(title)
+                yield Item(split, title, f"{split}/{index}", np.asarray(image.convert("RGB")))
+
+    return Source(spec, sum(len(d) for d in opened.values()), items)
+
+
+def _patterns(spec: str, options: str) -> Source:
+    values: dict[str, int] = {"train": 4_000, "test": 1_000, "size": 32, "seed": 0, "coloured": 0}
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        if key not in values or not (value.isdigit() or (key == "coloured" and not value)):
+            raise ValueError(f"patterns has no option {option!r}; expected {', '.join(f'{k}=NUMBER' for k in values)}")
+        values[key] = int(value or 1)
+    if values["size"] < 8:
+        raise ValueError(f"patterns of {values['size']} px show nothing; use size=32, at least 8")
+    counts = {"train": values["train"], "test": values["test"]}
+    if values["train"] < 2:
+        raise ValueError(f"patterns:train={values['train']} leaves nothing to contrast; use at least 2")
+
+    def items() -> Iterator[Item]:
+        first = 0
+        for split, count in counts.items():
+            for begin in range(first, first + count, _RENDER_BLOCK):
+                ids = np.arange(begin, min(begin + _RENDER_BLOCK, first + count))
+                images, labels = render(ids, values["seed"], values["size"], bool(values["coloured"]))
+                for sample, image, label in zip(ids, images, labels, strict=True):
+                    yield Item(split, CLASSES[label], f"{split}/{sample}", image)
+            first += count  # the test images are other samples than the training images
+
+    stated = ",".join(f"{k}={v}" for k, v in values.items())
+    return Source(f"patterns:{stated}", sum(counts.values()), items)

@@ -46,6 +46,14 @@ DATASETS: dict[str, Dataset] = {
         splits={"train": 50_000, "test": 10_000},
         torchvision="CIFAR100",
     ),
+    "stl10": Dataset(  # without its 100,000 unlabelled images
+        classes=10,
+        size_px=96,
+        mean=(0.4467, 0.4398, 0.4066),
+        std=(0.2603, 0.2566, 0.2713),
+        splits={"train": 5_000, "test": 8_000},
+        torchvision="STL10",
+    ),
     "svhn": Dataset(
         classes=10,
         size_px=32,

@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,13 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+
+import simclr.data.ffcv_import  # noqa: F401  (first: it makes the next import fast)
+
+# isort: split
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 from ffcv.reader import Reader
 from numpy.typing import NDArray
@@ -30,8 +35,9 @@ from torch import Tensor
 
 from simclr import keyed
 from simclr.config import Config
+from simclr.data.beton import METADATA
 from simclr.data.decode import Crops
-from simclr.data.manifest import read_manifest
+from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.views import crop_boxes
 
 _AHEAD = 3
@@ -39,11 +45,12 @@ _PAGE = 1 << 16  # a multiple of every page size in use
 _CENTRE_CROP = 0.875
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
+_kept: dict[tuple[type, bool], Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's share of a batch. Its tensors are good until the next batch is asked for."""
+    """One rank's share of a batch. Its images are good until the next batch is asked for: then their memory is used again."""
 
     step: int
     """Optimizer step (0-based) that it belongs to; in evaluation its number."""
@@ -57,11 +64,12 @@ class Batch:
     """(n,) int64; −1 = unlabelled."""
 
 
-def batches(config: Config, data: Path, start_step: int, rank: int, world: int, threads: int = 1) -> Iterator[Batch]:
-    """Endless training batches of `rank` from `start_step` on, prepared by a thread of their own.
+def batches(config: Config, data: Path, start_step: int, rank: int, world: int, threads: int = 1) -> Generator[Batch, None, None]:
+    """Endless training batches of `rank` from `start_step` on, prepared in advance; closing the iterator ends their thread.
 
     Step s lies in epoch s // (examples // N). The global batch is N consecutive entries of the epoch's keyed permutation, a
-    rank's share n = N / W consecutive ones of those: what step s sees depends on nothing but config, s and the data.
+    rank's share n = N / W consecutive ones of those: what step s sees depends on nothing but config, s and the data. Raises
+    ValueError for damaged shards, naming shard and sample.
     """
     split = _Split(data, "train", threads)
     per_epoch, n = config.steps_per_epoch(len(split)), config.images_per_rank(world)
@@ -91,7 +99,7 @@ def in_order(
     threads: int = 1,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every image of a split once, or `limit` evenly spaced ones, in order; a rank gets its consecutive share.
 
     Raw shards give whole images; JPEG shards the centre crop of 0.875 of the shorter side, resized to `size_px`.
@@ -125,25 +133,19 @@ class _Split:
         manifest.examples(split)  # names the splits there are
         self.shards = manifest.splits[split]
         self.raw = manifest.kind == "raw"
-        self.threads = threads
+        self.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         rows, labels, sizes, bases = [], [], [], [0]
         for shard in self.shards:
-            reader = Reader(str(data / shard.name))
-            image, label = (reader.metadata[name] for name in reader.metadata.dtype.names)
-            size = np.zeros(len(image), np.uint64)
-            size[reader.alloc_table["sample_id"].astype(np.int64)] = reader.alloc_table["size"]
-            _check(data / shard.name, image, size, shard.bytes, shard.samples)
-            moved = image.copy()
-            moved["data_ptr"] += np.uint64(bases[-1])
-            rows.append(moved)
+            image, label, size = _open(data / shard.name, shard, manifest)
+            image["data_ptr"] += np.uint64(bases[-1])
+            rows.append(image)
             labels.append(label)
             sizes.append(size)
             bases.append(bases[-1] + -(-shard.bytes // _PAGE) * _PAGE)
         self.rows, self.labels = np.concatenate(rows), np.concatenate(labels).astype(np.int64)
-        lengths = np.concatenate(sizes)
         by_pointer = np.argsort(self.rows["data_ptr"])
         region = _map([data / s.name for s in self.shards], bases)
-        self.storage = (region, self.rows["data_ptr"][by_pointer], lengths[by_pointer])
+        self.storage = (region, self.rows["data_ptr"][by_pointer], np.concatenate(sizes)[by_pointer])
         self.first_id = np.cumsum([0, *(s.samples for s in self.shards)])
 
     def __len__(self) -> int:
@@ -156,22 +158,22 @@ class _Split:
 
     def reader(self, most: int, crops: int, size_px: int) -> Callable[[Any, Any], Tensor]:
         """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time."""
-        Compiler.num_threads = self.threads  # not set_num_threads, which would set torch's as well
         operation = SimpleRGBImageDecoder() if self.raw else Crops(crops, size_px)
         operation.accept_globals(self.rows, Compiler.compile(_read))
         start = State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype("u1"))
         _, queries = operation.declare_state_and_memory(start)
-        code = Compiler.compile(operation.generate_code())
-        slots = [_allocate(queries, most) for _ in range(_AHEAD + 2)]  # queued, being filled, in the caller's hands
-        turn = itertools.cycle(range(len(slots)))
+        code = _compile(operation, self.threads)
+        # One slot per batch that is queued, one being filled, one in the caller's hands.
+        slots = itertools.cycle([_allocate(queries, most) for _ in range(_AHEAD + 2)])
+        scratch = None if self.raw else np.empty((self.threads, operation.scratch_bytes), np.uint8)
 
         def read(rows: Any, ids: NDArray[np.int64]) -> Tensor:
-            buffers = slots[next(turn)]
+            slot = next(slots)
             with _compiled_code:
                 if self.threads > 1:
                     numba.set_num_threads(self.threads)
-                images = code(np.arange(len(rows)), buffers, rows, self.storage)
-            if isinstance(buffers, tuple) and (bad := np.flatnonzero(buffers[1][: len(rows), 0])).size:
+                images = code(np.arange(len(rows)), slot if self.raw else (*slot, scratch), rows, self.storage)
+            if not self.raw and (bad := np.flatnonzero(slot[1][: len(rows)])).size:
                 raise ValueError(f"{self._where(int(ids[bad[0]]))} is damaged: its JPEG cannot be decoded; prepare the data again")
             return torch.from_numpy(images if self.raw or crops > 1 else images[:, 0])
 
@@ -190,17 +192,51 @@ class _Split:
 
     def _where(self, sample: int) -> str:
         shard = int(np.searchsorted(self.first_id, sample, side="right")) - 1
-        return f"sample {sample - self.first_id[shard]} of shard {self.shards[shard].name}"
+        return f"shard {self.shards[shard].name}: sample {sample - self.first_id[shard]}"
 
 
-def _check(path: Path, image: Any, size: NDArray[np.uint64], total: int, samples: int) -> None:
-    """FFCV reads through raw pointers: one that leaves the file would be a crash, so it is an error here."""
-    if len(image) != samples:
-        raise ValueError(f"shard {path} holds {len(image)} samples, the manifest says {samples}; prepare the data again")
-    pixels = image["height"].astype(np.uint64) * image["width"] * 3
-    bad = (image["data_ptr"] + size > total) | (size == 0) | (pixels == 0) | ((image["mode"] == 1) & (pixels != size)) | (image["mode"] > 1)
+def _open(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArray[Any], NDArray[np.uint64]]:
+    """Metadata rows, labels and bytes of the samples of a shard.
+
+    FFCV reads through raw pointers: one that leaves the file would be a crash, so it is an error here.
+    """
+    try:
+        reader = Reader(str(path))
+        assert reader.metadata.dtype == METADATA, "other fields"
+        image, label = (reader.metadata[name].copy() for name in METADATA.names)
+        table = reader.alloc_table
+        assert len(image) == shard.samples, f"{len(image)} images"
+        assert np.array_equal(table["sample_id"], np.arange(shard.samples)), "another table of samples"
+    except Exception as error:  # whatever FFCV and numpy raise at a header that says anything
+        raise ValueError(
+            f"shard {path} is damaged: its header does not describe {shard.samples} labelled images "
+            f"({str(error) or type(error).__name__}); prepare the data again"
+        ) from None
+    at, size = image["data_ptr"], table["size"].copy()
+    height, width = image["height"], image["width"]
+    bad = (at != table["ptr"]) | (size == 0) | (at > shard.bytes) | (size > shard.bytes - np.minimum(at, shard.bytes))
+    for side, (least, most) in ((height, manifest.height_px), (width, manifest.width_px)):
+        bad |= (side < least) | (side > most)
+    if manifest.kind == "raw":
+        bad |= (image["mode"] != 1) | (3 * height.astype(np.uint64) * width != size)
+    else:
+        bad |= image["mode"] != 0
+    bad |= (label < -1) | (label >= max(len(manifest.classes), 1))
     if bad.any():
-        raise ValueError(f"shard {path}: sample {int(np.flatnonzero(bad)[0])} points outside the file or contradicts its size; prepare the data again")
+        raise ValueError(
+            f"shard {path}: sample {int(np.flatnonzero(bad)[0])} is damaged: its place, size or label contradicts the file; "
+            "prepare the data again"
+        )
+    return image, label, size
+
+
+def _compile(operation: Operation, threads: int) -> Callable[..., Any]:
+    """FFCV's compiled code of `operation`, kept for the process: each evaluation would wait a second for it again."""
+    key = type(operation), threads > 1
+    if key not in _kept:
+        Compiler.num_threads = threads  # not set_num_threads, which would set torch's as well
+        _kept[key] = Compiler.compile(operation.generate_code())
+    return _kept[key]
 
 
 def _read(address: Any, storage: Any) -> Any:
@@ -242,7 +278,7 @@ def _allocate(queries: Any, rows: int) -> Any:
     return np.empty((rows, *queries.shape), queries.dtype)
 
 
-def _prefetched(make: Callable[[int], Batch], numbers: Any) -> Iterator[Batch]:
+def _prefetched(make: Callable[[int], Batch], numbers: Iterable[int]) -> Generator[Batch, None, None]:
     """make(number) for each number, up to _AHEAD of them in advance, by a thread that ends with the iterator."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_AHEAD)
     over = threading.Event()

@@ -15,22 +15,26 @@ from numpy.typing import NDArray
 from simclr import keyed
 
 CLASSES = ("bricks", "checks", "crosses", "diamonds", "dots", "grid", "rings", "stripes", "waves", "zigzag")
-Field = NDArray[np.float32]
+Field = NDArray[np.floating]
 _DRAWS = 16
-_BLOCK = 512
+_PIXELS = 1 << 19  # rendered at a time: 512 images of 32 px, small enough to stay near the cache
+_LARGEST_PX = 511  # beyond this an image's noise would need more draws than a key of `keyed` has
 
 
 def render(ids: NDArray[np.int64], seed: int, size_px: int = 32, coloured: bool = False) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images (n, size, size, 3) and labels (n,) of sample `ids`: class id % 10, everything else keyed by (seed, id).
 
     Position, phase, scale, angle, polarity, brightness, contrast, tint and noise vary. A period is a fifth to nearly half
-    of the side, whatever the side is.
+    of the side, whatever the side is. Raises ValueError for a size outside 1 … 511 px.
     """
+    if not 1 <= size_px <= _LARGEST_PX:
+        raise ValueError(f"patterns of {size_px} px were asked for; expected 1 to {_LARGEST_PX} px, the built-in recipe uses 32")
     ids = np.asarray(ids, np.int64)
     labels = ids % len(CLASSES)
     images = np.empty((len(ids), size_px, size_px, 3), np.uint8)
-    for begin in range(0, len(ids), _BLOCK):
-        rows = slice(begin, begin + _BLOCK)
+    block = max(_PIXELS // size_px**2, 1)
+    for begin in range(0, len(ids), block):
+        rows = slice(begin, begin + block)
         images[rows] = _render(ids[rows], labels[rows], seed, size_px, coloured)
     return images, labels
 
@@ -39,9 +43,9 @@ def _render(ids: NDArray[np.int64], labels: NDArray[np.int64], seed: int, size_p
     draws = keyed.uniform(seed, "patterns", 0, ids, 0, _DRAWS + size_px * size_px).astype(np.float32)
     u, noise = draws[:, :_DRAWS, None, None], draws[:, _DRAWS:].reshape(-1, size_px, size_px) - 0.5
 
-    # Pixel centres in periods of the pattern, turned by up to 25°: more would make checks of diamonds.
-    angle = np.deg2rad(50) * (u[:, 0] - 0.5)
-    period = 0.22 + 0.2 * u[:, 1]
+    # Pixel centres in periods of the pattern, turned by up to 40°; diamonds are taller than wide, so checks stay checks.
+    angle = np.deg2rad(80) * (u[:, 0] - 0.5)
+    period = 0.22 + 0.25 * u[:, 1]
     at = ((np.arange(size_px, dtype=np.float32) + 0.5) / size_px - 0.5)[None]
     x, y = at[:, None, :], at[:, :, None]
     a = (np.cos(angle) * x + np.sin(angle) * y) / period
@@ -51,29 +55,32 @@ def _render(ids: NDArray[np.int64], labels: NDArray[np.int64], seed: int, size_p
     shape = np.empty((len(ids), size_px, size_px), np.float32)
     for label, name in enumerate(CLASSES):
         chosen = labels == label
-        # Rings have a centre, which lies in the middle half of the image; the others only a phase.
-        reach = 0.5 / period[chosen] if name == "rings" else 1.0
+        # Rings have a centre, which lies in the middle half of the image; the others only a phase, and repeat within two periods.
+        reach = 0.5 / period[chosen] if name == "rings" else 2.0
         field = _SHAPES[name](a[chosen] + reach * (shift_a[chosen] - 0.5), b[chosen] + reach * (shift_b[chosen] - 0.5))
         # Edges are one pixel wide: a distance in periods times the pixels of a period.
         shape[chosen] = np.clip(0.5 + field * (period[chosen] * size_px), 0, 1) if name != "waves" else field
     polarity = np.where(u[:, 4] < 0.5, -1.0, 1.0)
-    contrast = 0.25 + 0.35 * u[:, 5]
+    contrast = 0.2 + 0.35 * u[:, 5]
     level = 0.5 + 0.3 * (u[:, 6] - 0.5)
-    grey = level + polarity * contrast * (shape - 0.5) + (0.05 + 0.15 * u[:, 7]) * noise
+    grey = level + polarity * contrast * (shape - 0.5) + (0.05 + 0.2 * u[:, 7]) * noise
 
     if coloured:  # a pair of saturated colours per image: hue anywhere, the second at least 90° away
-        first = _hue(u[:, 8, 0, 0])
-        second = _hue(u[:, 8, 0, 0] + 0.25 + 0.5 * u[:, 9, 0, 0])
-        mixed = first[:, None, None] * grey[..., None] + second[:, None, None] * (1 - grey[..., None])
-        return np.rint(255 * np.clip(mixed, 0, 1)).astype(np.uint8)
-    tint = 1 + 0.12 * (u[:, 8:11, 0, 0][:, None, None] - 0.5)
-    return np.rint(255 * np.clip(grey[..., None] * tint, 0, 1)).astype(np.uint8)
+        first, second = _hue(u[:, 8, 0, 0]), _hue(u[:, 8, 0, 0] + 0.25 + 0.5 * u[:, 9, 0, 0])
+        share = np.where(polarity > 0, shape, 1 - shape)[..., None]
+        bright = 0.6 + 0.4 * u[:, 6] + (0.05 + 0.2 * u[:, 7]) * noise
+        mixed = bright[..., None] * (first[:, None, None] * share + second[:, None, None] * (1 - share))
+    else:
+        mixed = grey[..., None] * (1 + 0.12 * (u[:, 8:11, 0, 0][:, None, None] - 0.5))
+    image: NDArray[np.uint8] = np.rint(255 * np.clip(mixed, 0, 1)).astype(np.uint8)
+    return image
 
 
 def _hue(turn: Field) -> Field:
     """Fully saturated RGB (n, 3) of hues in turns."""
     k = np.mod(np.array([0.0, 2 / 3, 1 / 3], np.float32) + turn[:, None], 1.0)
-    return np.clip(np.abs(6 * k - 3) - 1, 0, 1)
+    rgb: Field = np.clip(np.abs(6 * k - 3) - 1, 0, 1)
+    return rgb
 
 
 def _cell(t: Field) -> Field:
@@ -115,7 +122,8 @@ def _grid(a: Field, b: Field) -> Field:
 
 
 def _rings(a: Field, b: Field) -> Field:
-    return 0.25 - np.abs(_cell(np.hypot(a, b)))
+    distance: Field = np.hypot(a, b)
+    return 0.25 - np.abs(_cell(distance))
 
 
 def _stripes(a: Field, b: Field) -> Field:
@@ -124,7 +132,8 @@ def _stripes(a: Field, b: Field) -> Field:
 
 def _waves(a: Field, b: Field) -> Field:
     """Smooth swell with bent crests: the only class without edges."""
-    return 0.5 + 0.5 * np.sin(2 * np.pi * (a + 0.3 * np.sin(np.pi * b)))
+    swell: Field = np.sin(2 * np.pi * (a + 0.3 * np.sin(np.pi * b)))
+    return 0.5 + 0.5 * swell
 
 
 def _zigzag(a: Field, b: Field) -> Field:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,6 +46,8 @@ class Source:
     total: int | None
     """Images, where that is known without reading."""
     items: Callable[[], Iterator[Item]]
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Ending → files that are no images by their names; of an archive, those seen so far."""
 
 
 def open_source(spec: str) -> Source:
@@ -65,7 +68,8 @@ def open_source(spec: str) -> Source:
     if path.is_file():
         if not path.name.lower().endswith(_ARCHIVES) and not tarfile.is_tarfile(path):
             raise ValueError(f"{path} is no tar archive; expected a folder, one of {', '.join(_ARCHIVES)}, or a dataset's name")
-        return Source(str(path), None, lambda: _archive(path))
+        ignored: Counter[str] = Counter()
+        return Source(str(path), None, lambda: _archive(path, ignored), ignored)
     known = ["patterns", *(n for n, d in DATASETS.items() if d.torchvision)]
     near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"give a folder, a tar archive or one of {', '.join(known)}"
@@ -90,13 +94,21 @@ def is_image(name: str) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
+def _ending(name: str) -> str:
+    path = PurePosixPath(name)
+    return "hidden" if path.name.startswith(".") else path.suffix.lower() or "none"
+
+
 # ── Folders and archives ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _folder(root: Path) -> Source:
-    files = sorted(p for p in root.rglob("*") if is_image(p.name) and (p.is_file() or p.is_symlink()))
+    present = [p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()]
+    files = sorted(p for p in present if is_image(p.name))
+    ignored = Counter(_ending(p.name) for p in present if not is_image(p.name))
     if not files:
-        raise ValueError(f"no images in {root}; expected files with one of the endings {' '.join(sorted(IMAGE_SUFFIXES))}")
+        found = f"{ignored.total()} other files ({', '.join(sorted(ignored)[:5])})" if ignored else "nothing"
+        raise ValueError(f"no images in {root}, only {found}; expected files that end with {' '.join(sorted(IMAGE_SUFFIXES))}")
     flat = all(len(p.relative_to(root).parts) == 1 for p in files)
 
     def items() -> Iterator[Item]:
@@ -109,14 +121,32 @@ def _folder(root: Path) -> Source:
                 data = b""
             yield Item(split, None if flat else label, "/".join(parts), data)
 
-    return Source(str(root), len(files), items)
+    return Source(str(root), len(files), items, ignored)
 
 
-def _archive(path: Path) -> Iterator[Item]:
+class _Header(tarfile.TarInfo):
+    """A header, or an error. tarfile takes a cut or damaged header for the end of the archive: of a half-fetched one it gives
+    the first half and says nothing. Only the block of zeros that every tar ends with is the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Header:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the stubs leave it out
+            raise
+        except tarfile.HeaderError as error:
+            raise OSError(str(error)) from None
+
+
+def _archive(path: Path, ignored: Counter[str]) -> Iterator[Item]:
+    ignored.clear()
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
             for member in archive:
-                if not member.isfile() or not is_image(member.name):
+                if not member.isfile():
+                    continue
+                if not is_image(member.name):
+                    ignored[_ending(member.name)] += 1
                     continue
                 parts = tuple(p for p in PurePosixPath(member.name).parts if p not in ("", ".", "/"))
                 split, label = place(parts)
@@ -137,23 +167,25 @@ def _torchvision(spec: str, name: str) -> Source:
         near = difflib.get_close_matches(name, classes, n=3, cutoff=0.3)
         raise ValueError(f"torchvision has no dataset {name!r}; nearest: {', '.join(near)}")
     signature = inspect.signature(classes[name]).parameters
-    root = Path("~/.cache/simclr/datasets").expanduser() / name
 
     def open_split(split: str) -> Any:
-        arguments: dict[str, Any] = {"root": str(root)}
+        arguments: dict[str, Any] = {}
+        if "root" in signature:
+            root = Path("~/.cache/simclr/datasets").expanduser() / name
+            root.mkdir(parents=True, exist_ok=True)
+            arguments["root"] = str(root)
         if "download" in signature:
             arguments["download"] = True
         if "train" in signature:
             arguments["train"] = split == "train"
         elif "split" in signature:
             arguments["split"] = split if name != "ImageNet" or split == "train" else "val"
-        root.mkdir(parents=True, exist_ok=True)
         try:
             return classes[name](**arguments)
         except Exception as error:
             raise ValueError(
-                f"torchvision could not give {name} ({split}): {str(error).splitlines()[0]}; without a network, "
-                "download it elsewhere and give the folder or archive as --source"
+                f"torchvision could not give {name} ({split}): {(str(error).splitlines() or [type(error).__name__])[0]}; "
+                "without a network, download it elsewhere and give the folder or archive as --source"
             ) from None
 
     splits = ("train", "test") if {"train", "split"} & set(signature) else ("train",)
@@ -164,9 +196,11 @@ def _torchvision(spec: str, name: str) -> Source:
             names = getattr(dataset, "classes", None)
             for index in range(len(dataset)):
                 image, label = dataset[index]
-                title = names[label] if names else str(label)
+                if not isinstance(label, int | np.integer) or not hasattr(image, "convert"):
+                    raise ValueError(f"torchvision's {name} is no dataset of images with a class each; use another")
+                title = names[label] if names and label >= 0 else str(label)
                 title = "/".join(title) if isinstance(title, tuple) else str(title)
-                yield Item(split, title, f"{split}/{index}", np.asarray(image.convert("RGB")))
+                yield Item(split, title if label >= 0 else None, f"{split}/{index}", np.asarray(image.convert("RGB")))
 
     return Source(spec, sum(len(d) for d in opened.values()), items)
 

@@ -1,0 +1,248 @@
+"""Shards: FFCV's own loader reads them; their bytes depend on source and options alone; a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simclr.data import beton, shards
+from simclr.data.decode import decode
+from simclr.data.manifest import Manifest, read_manifest, verify
+from simclr.data.sources import Item, Source, open_source
+
+# isort: split
+from ffcv.fields.basics import IntDecoder
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
+from ffcv.reader import Reader
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def source(files: list[bytes], labels: str | None = None, spec: str = "made") -> Source:
+    items = [Item("train", labels and labels[i % len(labels)], f"{i}.jpg", data) for i, data in enumerate(files)]
+    return Source(spec, len(items), lambda: iter(items))
+
+
+def prepare(what: Source, out: Path, threads: int = 2, **options: Any) -> Manifest:
+    return shards.prepare(what, out, shards.Options(**options), threads, lambda count: None)
+
+
+def stored(out: Path, split: str = "train") -> list[bytes]:
+    """Each sample's bytes, where FFCV's reader says that they are."""
+    found = []
+    for shard in read_manifest(out).splits[split]:
+        whole = (out / shard.name).read_bytes()
+        found += [whole[int(row["ptr"]) : int(row["ptr"]) + int(row["size"])] for row in Reader(str(out / shard.name)).alloc_table]
+    return found
+
+
+def test_the_loader_of_ffcv_reads_them(tmp_path: Path) -> None:
+    what = open_source("patterns:train=50,test=10,size=16")
+    manifest = prepare(what, tmp_path / "out")
+    assert (manifest.kind, manifest.height_px, manifest.examples("train"), manifest.examples("test")) == ("raw", (16, 16), 50, 10)
+    pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
+    loader = Loader(str(tmp_path / "out/train-00000.beton"), 25, 1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
+    images, labels = zip(*((np.array(image), np.array(label)) for image, label in loader), strict=True)
+    items = [item for item in what.items() if item.split == "train"]
+    np.testing.assert_array_equal(np.concatenate(images), np.stack([np.asarray(item.data) for item in items]))
+    assert [manifest.classes[label] for label in np.concatenate(labels)[:, 0]] == [item.label for item in items]
+
+
+def test_labels_are_ranks_of_class_names_that_come_in_any_order(tmp_path: Path) -> None:
+    manifest = prepare(source([encoded(noise(80, 80, i)) for i in range(6)], "cab"), tmp_path / "out")
+    assert manifest.classes == ("a", "b", "c")
+    assert Reader(str(tmp_path / "out/train-00000.beton")).metadata["f1"].tolist() == [2, 0, 1] * 2
+    assert prepare(source([encoded(noise(80, 80, i)) for i in range(2)]), tmp_path / "flat").classes == ()
+    assert Reader(str(tmp_path / "flat/train-00000.beton")).metadata["f1"].tolist() == [-1, -1]
+
+
+def test_the_bytes_are_the_same_whatever_the_threads(tmp_path: Path) -> None:
+    what = source([encoded(noise(150, 200, i), "PNG") for i in range(60)], "xyz")
+    one, three = prepare(what, tmp_path / "1", 1, shard_mib=1), prepare(what, tmp_path / "3", 3, shard_mib=1)
+    assert one == three and len(one.splits["train"]) > 1
+    assert sum(shard.samples for shard in one.splits["train"]) == 60
+    assert verify(tmp_path / "3") == []
+    for path in (tmp_path / "1").iterdir():
+        assert path.read_bytes() == (tmp_path / "3" / path.name).read_bytes()
+
+
+def test_no_image_lies_across_two_pages(tmp_path: Path) -> None:
+    prepare(source([encoded(noise(400, 500, i), quality=100) for i in range(12)]), tmp_path / "out")
+    table = Reader(str(tmp_path / "out/train-00000.beton")).alloc_table
+    assert (table["ptr"] // beton.PAGE == (table["ptr"] + table["size"] - 1) // beton.PAGE).all()
+    assert table["ptr"].max() > 2 * beton.PAGE
+
+
+def test_a_jpeg_that_needs_no_change_is_stored_as_it_is(tmp_path: Path) -> None:
+    files = [encoded(noise(100, 120, i), quality=70) for i in range(3)]
+    prepare(source(files), tmp_path / "out")
+    assert stored(tmp_path / "out") == files
+
+
+def test_what_needs_change_is_changed_as_a_person_would_expect(tmp_path: Path) -> None:
+    halves = Image.new("RGB", (120, 80), "red")
+    halves.paste("blue", (60, 0, 120, 80))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # to be turned a quarter to the right
+    files = [
+        encoded(halves, quality=95, exif=rotated.tobytes()),
+        encoded(Image.new("RGBA", (80, 80), (0, 0, 0, 0)), "PNG"),
+        encoded(Image.fromarray(np.full((80, 80), 100 * 257, np.uint16)), "PNG"),
+        encoded(Image.new("CMYK", (80, 80), (0, 255, 255, 0)), quality=95),
+        encoded(Image.new("L", (80, 80), 77), "PNG"),
+        encoded(Image.new("RGB", (2000, 1000), (10, 20, 30))),
+    ]
+    manifest = prepare(source(files), tmp_path / "out")
+    images = [np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in stored(tmp_path / "out")]
+    assert [image.shape for image in images] == [(120, 80, 3), *[(80, 80, 3)] * 4, (250, 500, 3)]
+    assert (manifest.height_px, manifest.width_px, manifest.skipped) == ((80, 250), (80, 500), 0)
+    for image, (at, colour) in zip(
+        [images[0], images[0], *images[1:]],
+        [(20, (255, 0, 0)), (100, (0, 0, 255)), *((40, c) for c in [(255,) * 3, (100,) * 3, (255, 0, 0), (77,) * 3, (10, 20, 30)])],
+        strict=True,
+    ):
+        assert abs(image[at, 40] - np.array(colour)).max() <= 4
+
+
+def test_a_jpeg_that_only_pillow_forgives_is_stored_anew(tmp_path: Path) -> None:
+    good = encoded(noise(100, 100))
+    scan = good.index(b"\xff\xda")
+    stray = good[:scan] + b"\x00\x07" + good[scan:]  # bytes before a marker: libjpeg warns and goes on
+    assert decode(good, 100, 100) is not None and decode(stray, 100, 100) is None
+    manifest = prepare(source([good, stray]), tmp_path / "out")
+    first, second = stored(tmp_path / "out")
+    assert manifest.skipped == 0 and first == good and second != stray
+    assert decode(second, 100, 100) is not None
+
+
+def test_mean_and_deviation_are_those_of_the_pixels(tmp_path: Path) -> None:
+    grey = source([encoded(Image.new("RGB", (8, 8), (shade, 51, 255)), "PNG") for shade in (0, 102)])
+    manifest = prepare(grey, tmp_path / "out")
+    assert manifest.mean == (0.2, 0.2, 1.0) and manifest.std == (0.2, 0.0, 0.0)
+
+
+def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
+    good = encoded(noise(90, 90))
+    files = [good] * 399
+    files[7], files[9], files[11] = b"", b"no image", good[: len(good) // 2]
+    manifest = prepare(source(files), tmp_path / "out")
+    assert (manifest.skipped, manifest.examples("train")) == (3, 396)
+    with (tmp_path / "out/skipped.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert [row[0] for row in rows] == ["name", "7.jpg", "9.jpg", "11.jpg"] and all(row[1] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "sentence"),
+    [
+        ([b"no image"] * 3, {}, r"no image that can be read \(3 tried; the first: 0.jpg: cannot identify"),
+        ([], {}, r"no image that can be read \(0 tried\)"),
+        ([encoded(noise(9, 9))], {}, "has 1 usable image to train on"),
+        ([encoded(noise(90, 90))] * 50 + [b""], {}, "1 of 51 images of made cannot be read, more than 1%; the first: 50.jpg"),
+        ([encoded(noise(9, 9))] * 40 + [encoded(noise(9, 8))], {}, "40.jpg has 8 × 9 px, the images before it 9 × 9"),
+        ([encoded(noise(900, 900))] * 3, {"kind": "raw", "max_side_px": 900}, "exceed a page"),
+    ],
+)
+def test_bad_sources_are_a_sentence_and_leave_nothing(
+    tmp_path: Path, files: list[bytes], options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        prepare(source(files), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_small_images_of_several_sizes_are_photographs(tmp_path: Path) -> None:
+    assert prepare(source([encoded(noise(9, 9)), encoded(noise(9, 8))]), tmp_path / "out").kind == "jpeg"
+
+
+def interrupt(count: int) -> None:
+    if count == 100:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_prepare_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    what = open_source("patterns:train=300,test=30,size=16")
+    with pytest.raises(KeyboardInterrupt):
+        shards.prepare(what, tmp_path / "out", shards.Options(), 2, interrupt)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.writing-train-00000.beton").write_bytes(b"of a prepare that was killed")
+    prepare(what, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "test-00000.beton", "train-00000.beton"]
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(beton.os, "fsync", full)
+    with pytest.raises(ValueError, match="no space left on the disk of"):
+        prepare(open_source("patterns:train=20,test=5"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("Usage", (), {"free": 1000}))
+    with pytest.raises(ValueError, match="0 MiB free, at least 1 MiB needed"):
+        prepare(open_source("patterns:train=400,test=5"), tmp_path / "out")
+
+
+def test_what_is_there_already_is_kept(tmp_path: Path) -> None:
+    what = open_source("patterns:train=20,test=5")
+    manifest = prepare(what, tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert prepare(what, tmp_path / "out") == manifest
+    with pytest.raises(ValueError, match="already holds shards made with jpeg_quality 90"):
+        prepare(what, tmp_path / "out", jpeg_quality=80)
+    with pytest.raises(ValueError, match="already holds shards made with source patterns:train=20"):
+        prepare(open_source("patterns:train=21,test=5"), tmp_path / "out")
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("…")
+    with pytest.raises(ValueError, match=r"is not empty and no dataset \(it holds thesis.tex\)"):
+        prepare(what, tmp_path / "mine")
+    with pytest.raises(ValueError, match="is a file"):
+        prepare(what, tmp_path / "mine/thesis.tex")
+
+
+def corrupt(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+def test_the_manifest_reads_back_and_names_what_is_wrong(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = prepare(open_source("patterns:train=20,test=5"), out)
+    assert read_manifest(out) == manifest == Manifest.from_json(manifest.to_json())
+    with pytest.raises(ValueError, match="no split 'val', only train, test"):
+        manifest.examples("val")
+    corrupt(out / "test-00000.beton", lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    assert verify(out) == ["test-00000.beton"]
+    corrupt(out / "test-00000.beton", lambda data: data[:-1])
+    with pytest.raises(ValueError, match=r"test-00000.beton of .* bytes, the manifest says"):
+        read_manifest(out)
+    (out / "test-00000.beton").unlink()
+    with pytest.raises(ValueError, match=r"test-00000.beton .* is missing"):
+        read_manifest(out)
+    corrupt(out / "manifest.json", lambda data: data.replace(b'"schema": 1', b'"schema": 7'))
+    with pytest.raises(ValueError, match="schema 7, this version reads 1"):
+        read_manifest(out)
+    (out / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"has no manifest.json"):
+        read_manifest(out)
+    with pytest.raises(ValueError, match="no directory"):
+        read_manifest(tmp_path / "nowhere")

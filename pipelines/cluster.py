@@ -51,7 +51,7 @@ def connect(resources: Resources) -> None:
 
     if ray.is_initialized():
         return
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True, "ignore_reinit_error": True}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}
     if resources.address or os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(address=resources.address or os.environ["RAY_ADDRESS"], **quiet)
@@ -122,8 +122,18 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
             f"{resources.workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; the cluster has {total.get('CPU', 0):.0f}: "
             "use fewer --workers or --cpus-per-worker"
         )
+    class LeanTrainer(TorchTrainer):  # type: ignore[misc]
+        """Without the actors that a run on this machine alone has no use for. Each is a process that imports for 3 s."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"}  # Ray Data; a controller lost with its node
+            callbacks: list[Any] = super()._create_default_callbacks()
+            return [c for c in callbacks if type(c).__name__ not in unused]
+
     inbox = Queue(actor_options={"num_cpus": 0})
-    trainer = TorchTrainer(
+    private = not (resources.address or os.environ.get("RAY_ADDRESS"))
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
+    trainer = (LeanTrainer if private else TorchTrainer)(
         worker,
         train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),

@@ -24,7 +24,7 @@ class Args:
     or patterns[:train=4000,test=1000,size=32,seed=0,coloured]."""
     out: Path
     """Directory for the shards: new, empty, or holding the same dataset already."""
-    options: Annotated[shards.Options, tyro.conf.arg(prefix_name=False)] = field(default_factory=shards.Options)
+    options: Annotated[shards.Options, tyro.conf.arg(name="")] = field(default_factory=shards.Options)
     threads: int = os.cpu_count() or 1
     """Threads that decode and encode."""
 

@@ -22,17 +22,20 @@ if TYPE_CHECKING:
     from pipelines.tracking import Tracker
 
 
+_AMPLE_BYTES = 32 << 30  # three checkpoints of the largest recipe are 19 GiB
+
+
 @dataclass(frozen=True)
 class Args:
     """Pretrain an encoder by a recipe; every field of the recipe is a flag."""
 
     data: Path
     """Directory of prepared shards (`simclr prepare`)."""
-    config: Annotated[Config, tyro.conf.arg(prefix_name=False)]
+    config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     run: Path | None = None
     """Run directory. Default: runs/RECIPE-DIGEST, the same for the same config and data."""
-    resources: Annotated[cluster.Resources, tyro.conf.arg(prefix_name=False)] = field(default_factory=cluster.Resources)
+    resources: Annotated[cluster.Resources, tyro.conf.arg(name="")] = field(default_factory=cluster.Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
 
@@ -56,23 +59,22 @@ def pretrain(args: Args) -> Run:
     tracking.check(uri)
     run = open_run(args.run, args.recipe, config, args.data)
     total = config.total_steps(examples)
-    done = _steps_done(run, config)
+    done = _steps_done(run)
     if done >= total:
         _publish_newest(run)
         say(f"{run.path} is complete: {done:,} of {total:,} steps; nothing to do")
         return run
-    _require_space(run, config)
+    began = time.monotonic()
+    cluster.connect(args.resources)
+    from pipelines.worker import train_worker
+
+    _require_space(run)
+    connected = time.monotonic()
     run.save()
     if done:
         say(f"going on with {run.path} after step {done:,} of {total:,}")
-
-    tracked = _Tracked(run, uri)  # its database takes seconds to open: beside Ray's start, not before it
-    began = time.monotonic()
-    cluster.connect(args.resources)
-    connected = time.monotonic()
+    tracked = _Tracked(run, uri)
     job = {"config": config.to_dict(), "data": str(args.data.absolute()), "run": str(run.path.absolute())}
-    from pipelines.worker import train_worker
-
     status = "FAILED"
     try:
         running = cluster.launch(train_worker, job, args.resources, run.path / "ray")
@@ -82,10 +84,11 @@ def pretrain(args: Args) -> Run:
             for report in running.reports():
                 if first:
                     first = False
+                    tracked.open()
                     since = time.time() - _process_started()
                     say(
-                        f"first step {since:.0f} s after the process began: Ray {connected - began:.0f} s, "
-                        f"workers and data {time.monotonic() - connected:.0f} s, the rest is imports"
+                        f"first step {since:.0f} s after the process began: Ray and checks {connected - began:.0f} s, "
+                        f"workers, their imports and the step {time.monotonic() - connected:.0f} s"
                     )
                 run.append(report)
                 tracked.log(report)
@@ -114,39 +117,35 @@ def _note(report: dict[str, Any]) -> str:
     return f"loss {report['train/loss']:.3f}  epoch {report['epoch']:.1f}{knn}"
 
 
-def _steps_done(run: Run, config: Config) -> int:
+def _steps_done(run: Run) -> int:
     """Steps in the newest whole checkpoint. Raises ValueError where it does not fit the config's model."""
+    if not run.checkpoints.exists():
+        return 0
     from simclr import checkpoint
+    from simclr.model import shapes_only
 
     newest = checkpoint.latest(run.checkpoints, say)
     if newest is None:
         return 0
-    import torch
-
-    from simclr.pretrain import build_model
-
     state = checkpoint.read(newest)
-    with torch.device("meta"):
-        model = build_model(config)
-    checkpoint.check(state, model)
+    checkpoint.check(state, shapes_only(run.config))
     return state.step
 
 
-def _require_space(run: Run, config: Config) -> None:
+def _require_space(run: Run) -> None:
     """Room for the checkpoints that will be kept and the one being written: weights and momentum, 4 bytes each."""
-    import torch
-
-    from simclr.pretrain import build_model
-
-    with torch.device("meta"):
-        numbers = sum(p.numel() for p in build_model(config).parameters())
-    needed = numbers * 8 * (config.train.keep_checkpoints + 1)
     existing = next(p for p in [run.path.absolute(), *run.path.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
+    if free > _AMPLE_BYTES:
+        return
+    from simclr.model import shapes_only  # its imports take seconds
+
+    keep = run.config.train.keep_checkpoints
+    needed = sum(p.numel() for p in shapes_only(run.config).parameters()) * 8 * (keep + 1)
     if free < needed:
         raise ValueError(
             f"no space left on the disk of {run.path}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed for "
-            f"{config.train.keep_checkpoints} checkpoints and one being written; free some, or use --run on another disk"
+            f"{keep} checkpoints and one being written; free some, or use --run on another disk"
         )
 
 
@@ -179,6 +178,9 @@ class _Tracked:
         self.error: BaseException | None = None
         self.waiting: list[dict[str, Any]] = []
         self.thread = threading.Thread(target=self._open, name="tracking", daemon=True)
+
+    def open(self) -> None:
+        """Begin opening. Not before the workers run: its imports and tables take seconds that they need too."""
         self.thread.start()
 
     def _open(self) -> None:
@@ -207,7 +209,7 @@ class _Tracked:
 
     def close(self, status: str) -> Run:
         """Flush and end the MLflow run; returns the job's run with its id."""
-        if status == "KILLED" and self.thread.is_alive():
+        if self.thread.ident is None or (status == "KILLED" and self.thread.is_alive()):
             return self.run
         self.thread.join(timeout=60)
         if self.tracker is None:

@@ -7,20 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.train.torch
-import torch
-
-from simclr import checkpoint
-from simclr.config import Config
-from simclr.pretrain import Start, pretrain
-
 
 def train_worker(job: dict[str, Any]) -> None:
     """Train `job["config"]` on the shards in `job["data"]`, from the newest whole checkpoint in `job["run"]`, if any.
 
     Every rank reports; rank 0 writes checkpoints. Started again after a failure, it goes on from the last one.
     """
+    # Imported here, not above: the driver imports this module too, and need not wait for numba and FFCV.
+    import ray.train.torch
+    import torch
+
+    from simclr import checkpoint
+    from simclr.config import Config
+    from simclr.pretrain import Start, pretrain
+
     config = Config.from_dict(job["config"])
     checkpoints = Path(job["run"]) / "checkpoints"
     context = ray.train.get_context()

@@ -61,6 +61,19 @@ class SimCLR(nn.Module):
         return h, self.head(h)[-1]
 
 
+def build_model(config: configs.Config) -> SimCLR:
+    """Encoder and head with the initial weights that `config.seed` names, on the CPU, the same on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return SimCLR(config)
+
+
+def shapes_only(config: configs.Config) -> SimCLR:
+    """The model on the meta device: names and shapes without memory."""
+    with torch.device("meta"):
+        return SimCLR(config)
+
+
 class PublishedEncoder(nn.Module):
     """An encoder with the preprocessing it was trained under: what a user pulls from the registry.
 

@@ -22,7 +22,7 @@ from simclr.config import Config
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.loss import nt_xent
-from simclr.model import SimCLR
+from simclr.model import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.views import two_views
 
@@ -129,13 +129,6 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
             since = _Clock(step)
     finally:
         batches.close()  # stops the loader's thread also when the caller stops iterating
-
-
-def build_model(config: Config) -> SimCLR:
-    """Encoder and head with the initial weights that `config.seed` names, on the CPU, the same on every rank."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return SimCLR(config)
 
 
 def watch_knn(model: SimCLR, config: Config, start: Start) -> dict[str, float]:

@@ -78,9 +78,9 @@ def test_each_operation_happens_with_its_probability() -> None:
     assert np.all(np.sort(drawn.order, 1) == np.arange(4))
     first = np.bincount(drawn.order[:, 0], minlength=4) / len(drawn.order)
     assert np.abs(first - 0.25).max() < 4 * np.sqrt(0.25 * 0.75 / len(drawn.order))
-    assert 0.2 <= drawn.factors[:, :3].min() and drawn.factors[:, :3].max() <= 1.8
+    assert drawn.factors[:, :3].min() >= 0.2 and drawn.factors[:, :3].max() <= 1.8
     assert np.abs(drawn.factors[:, 3]).max() <= 0.2
-    assert 0.1 <= drawn.blur_sigma[drawn.blur_sigma > 0].min() and drawn.blur_sigma.max() <= 2.0
+    assert drawn.blur_sigma[drawn.blur_sigma > 0].min() >= 0.1 and drawn.blur_sigma.max() <= 2.0
 
 
 def test_a_view_depends_on_its_sample_alone() -> None:

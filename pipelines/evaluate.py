@@ -1,0 +1,147 @@
+"""`simclr evaluate`: encoder + shards → kNN and linear-probe accuracy, beside what needs no training."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from pipelines.rundir import load_run
+from pipelines.terminal import Bar, say
+from simclr.config import Config
+from simclr.data.manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+    from simclr.evaluate import Features
+
+
+@dataclass(frozen=True)
+class Args:
+    """Weighted kNN and a linear probe on frozen features of the training split, scored on the test split."""
+
+    encoder: Annotated[Path, tyro.conf.Positional]
+    """Run directory, or a published encoder's directory."""
+    data: Path | None = None
+    """Directory of prepared shards. Default: the data of the run."""
+    k: int | None = None
+    """Neighbours that vote. Default: the config's watch.k."""
+    baselines: bool = True
+    """Also score raw pixels and the untrained encoder: what a score is to be compared with."""
+    limit: int | None = None
+    """Images of each split, at most; evenly spaced. Default: all."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def main(args: Args) -> None:
+    rows = evaluate(args)
+    print(f"{'':<20} {'kNN':>7} {'probe':>7}   top-1, %")
+    for row in rows:
+        print(f"{row['name']:<20} {100 * row['knn_top1']:>7.1f} {100 * row['probe_top1']:>7.1f}")
+
+
+def evaluate(args: Args) -> list[dict[str, Any]]:
+    """The score rows, weakest method first. In a run directory they are also written, with what the report shows of them.
+
+    Raises ValueError for data without labels or without a test split.
+    """
+    directory, config, data = resolve(args.encoder, args.data)
+    manifest = read_manifest(data)
+    if not manifest.classes or "test" not in manifest.splits:
+        raise ValueError(f"{data} has {'no test split' if manifest.classes else 'no labels'}; kNN and probe need both")
+    import torch
+
+    import simclr
+    from simclr.evaluate import pixels
+    from simclr.model import build_model
+
+    device = torch.device("cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu")
+    trained = simclr.load_encoder(directory).encoder
+    encoders: dict[str, Any] = {}
+    if args.baselines:
+        encoders["raw pixels"] = _Pixels() if manifest.kind == "jpeg" else pixels
+        encoders["untrained encoder"] = build_model(config).encoder.eval().to(device)
+    encoders["trained encoder"] = trained.to(device)
+    images = sum(min(args.limit or manifest.examples(s), manifest.examples(s)) for s in ("train", "test")) * len(encoders)
+    rows, kept = [], None
+    with Bar("evaluate", images) as bar:
+        for name, encoder in encoders.items():
+            train, test = (_features(encoder, data, split, config, args.limit, device, bar) for split in ("train", "test"))
+            rows.append({"name": name, **_scores(train, test, config, args.k)})
+            bar.update(bar.done, f"{name}: kNN {100 * rows[-1]['knn_top1']:.1f} %")
+            kept = (train, test)
+    assert kept is not None
+    if (args.encoder / "run.json").is_file():
+        from pipelines.pictures import write_pictures
+
+        chance = 1 / len(manifest.classes)
+        text = {"scores": rows, "chance": chance, "data": str(data), "k": args.k or config.watch.k, "time": time.time()}
+        (args.encoder / "evaluation.json").write_text(json.dumps(text, indent=1) + "\n")
+        write_pictures(args.encoder / "pictures.npz", config, data, *kept)
+    return rows
+
+
+def resolve(encoder: Path, data: Path | None) -> tuple[Path, Config, Path]:
+    """(published encoder directory, its config, data directory) of a run or an encoder directory."""
+    if (encoder / "run.json").is_file():
+        run = load_run(encoder)
+        if not run.encoder.is_dir():
+            raise ValueError(f"{encoder} has no encoder yet; finish it with the command that began it: {run.command}")
+        return run.encoder, run.config, data or run.data
+    if not (encoder / "config.json").is_file():
+        raise ValueError(f"{encoder} is neither a run nor a published encoder; give a run directory, or `simclr pull` one")
+    if data is None:
+        raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
+    text = json.loads((encoder / "config.json").read_text())
+    return encoder, Config.from_dict({k: v for k, v in text.items() if k not in ("schema", "published")}), data
+
+
+def _features(encoder: Any, data: Path, split: str, config: Config, limit: int | None, device: torch.device, bar: Bar) -> Features:
+    from simclr.data.loader import in_order
+    from simclr.evaluate import embed
+
+    return embed(encoder, in_order(data, split, config.views.size_px, 256, limit), config.views, device, progress=bar.advance)
+
+
+def _scores(train: Features, test: Features, config: Config, k: int | None) -> dict[str, float]:
+    from simclr.evaluate import knn, linear_probe
+
+    votes = knn(train.h, train.y, test.h, test.y, k or config.watch.k, config.watch.temperature)
+    probe = linear_probe(train.h, train.y, test.h, test.y)
+    scores = {f"knn_{name}": value for name, value in votes.items()}
+    return scores | {f"probe_{name}": value for name, value in probe.items()}
+
+
+class _Pixels:
+    """Photographs as rows of 32 × 32 pixels: 150,528 numbers each would ask for a larger machine than training does."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        import torch.nn.functional as F
+
+        return F.interpolate(x, (32, 32), mode="area").flatten(1)
+
+
+def require_scores(run: Path) -> dict[str, Any]:
+    """evaluation.json of a run. Raises ValueError where it was not evaluated yet."""
+    path = run / "evaluation.json"
+    if not path.is_file():
+        raise ValueError(f"{run} was not evaluated yet; `simclr evaluate {run}` does it")
+    text: dict[str, Any] = json.loads(path.read_text())
+    return text
+
+
+def manifest_of(run: Path) -> Manifest:
+    """The manifest of a run's data."""
+    return read_manifest(load_run(run).data)
+
+
+def announce(rows: list[dict[str, Any]]) -> None:
+    """One line per score row."""
+    for row in rows:
+        say(f"  {row['name']:<18} kNN {100 * row['knn_top1']:5.1f} %   probe {100 * row['probe_top1']:5.1f} %")

@@ -1,0 +1,32 @@
+"""`simclr pull`: registry → an encoder directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pipelines import tracking
+from pipelines.pretrain import tracking_address
+
+
+@dataclass(frozen=True)
+class Args:
+    """Download a registered encoder; `simclr.load_encoder(DIR)` loads it."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """NAME@alias (patterns@champion) or NAME/version (patterns/3)."""
+    to: Path
+    """Directory to make."""
+    tracking_uri: str | None = None
+    """MLflow address. Default: $MLFLOW_TRACKING_URI, else the database under runs/."""
+
+
+def main(args: Args) -> None:
+    uri = tracking_address(args.tracking_uri)
+    tracking.check(uri)
+    got = tracking.pull(uri, args.model, args.to)
+    scores = ", ".join(f"{name} {100 * value:.1f} %" for name, value in got["scores"].items() if name.endswith("top1"))
+    print(f"{args.to}: {got['name']} version {got['version']} ({scores})")

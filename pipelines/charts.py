@@ -24,7 +24,7 @@ MAP_WIDTH, MAP_HEIGHT = 800.0, 600.0
 _PIXEL_ART = 64  # sides up to this are enlarged by whole numbers with crisp pixels; larger pictures are photographs
 _SHEET_BYTES = 900_000
 _POINTS = 400
-_PALETTE = 10  # colours in report.css, --k0 … --k9
+_PALETTE = 10  # colours in page.css, --k0 … --k9
 
 
 def escape(text: object) -> str:

@@ -82,3 +82,7 @@ def parse(name: str, args: type[Any], argv: list[str]) -> Any:
         argv = argv[1:] if named else argv
     description = f"{args.__doc__}\n\n--quiet: errors and results only."
     return tyro.cli(args, args=argv, default=default, prog=f"simclr {name}", description=description)
+
+
+if __name__ == "__main__":
+    main()

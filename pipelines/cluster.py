@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import queue
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pipelines.terminal import say
 
 # Before Ray is imported: what it reads from the environment once.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
@@ -45,21 +48,23 @@ class Resources:
             raise ValueError(f"--device is {self.device!r}; expected auto, cpu or cuda")
 
 
-def connect(resources: Resources) -> None:
-    """Join the cluster, or start a private Ray that has as many cores as the workers ask for. Idempotent."""
+def connect(resources: Resources) -> bool:
+    """Join the cluster, or start a private Ray that has as many cores as the workers ask for. False where that was done before."""
     import ray
 
     if ray.is_initialized():
-        return
+        return False
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}
     if resources.address or os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(address=resources.address or os.environ["RAY_ADDRESS"], **quiet)
         except ConnectionError as error:
-            raise ValueError(f"no Ray cluster answers at {resources.address!r} ({error}); start one with `ray up`, or leave out --address") from None
+            where = resources.address or os.environ["RAY_ADDRESS"]
+            raise ValueError(f"no Ray cluster answers at {where!r} ({error}); start one with `ray up`, or leave out --address") from None
     else:
         cores = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
         ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+    return True
 
 
 def disconnect() -> None:
@@ -79,15 +84,23 @@ class Running:
     outcome: list[BaseException | None]
 
     def reports(self) -> Iterator[dict[str, Any]]:
-        """Metrics of rank 0, one dict per report, as they arrive. Raises what ended the training, if it failed."""
-        while True:
-            batch = self._take()
-            yield from batch
-            if not batch and not self.thread.is_alive():
-                yield from self._take()
-                break
-        error = self.outcome[0] if self.outcome else None
+        """Metrics of rank 0, one dict per report, as they arrive.
+
+        Raises ValueError where a worker failed in a way that the user can mend and that trying again cannot, and what Ray
+        raises where workers failed too often.
+        """
+        ended = False
+        while not ended:
+            ended = not self.thread.is_alive()  # asked before the last look into the inbox
+            for message in self._take():
+                if "failed_rank" in message:
+                    say(f"rank {message['failed_rank']} failed: {message['error']}")
+                else:
+                    yield message
+        error = self.outcome[0]
         if error is not None:
+            if sentence := _mistake(error):
+                raise ValueError(sentence) from None
             raise error
 
     def _take(self) -> list[dict[str, Any]]:
@@ -109,7 +122,7 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.util.queue import Queue
 
     total = ray.cluster_resources()
@@ -119,21 +132,13 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     cores = resources.workers * resources.cpus_per_worker
     if cores > total.get("CPU", 0):
         raise ValueError(
-            f"{resources.workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; the cluster has {total.get('CPU', 0):.0f}: "
-            "use fewer --workers or --cpus-per-worker"
+            f"{resources.workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; "
+            f"the cluster has {total.get('CPU', 0):.0f}: use fewer --workers or --cpus-per-worker"
         )
-    class LeanTrainer(TorchTrainer):  # type: ignore[misc]
-        """Without the actors that a run on this machine alone has no use for. Each is a process that imports for 3 s."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"}  # Ray Data; a controller lost with its node
-            callbacks: list[Any] = super()._create_default_callbacks()
-            return [c for c in callbacks if type(c).__name__ not in unused]
-
     inbox = Queue(actor_options={"num_cpus": 0})
     private = not (resources.address or os.environ.get("RAY_ADDRESS"))
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
-    trainer = (LeanTrainer if private else TorchTrainer)(
+    trainer = _trainer_class(private)(
         worker,
         train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
@@ -163,11 +168,47 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     return Running(thread, inbox, outcome)
 
 
+def _trainer_class(private: bool) -> Any:
+    """TorchTrainer that gives up at once where trying again cannot help, and that starts nothing which a run has no use for."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+    from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+
+    class GiveUpOnMistakes(DefaultFailurePolicy):
+        def make_decision(self, training_failed_error: Any) -> Any:
+            return FailureDecision.RAISE if _mistake(training_failed_error) else super().make_decision(training_failed_error)
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+            # On this machine alone: each is an actor, a process that imports for 3 s, for Ray Data and for a lost head node.
+            unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"} if private else set()
+            return [c for c in callbacks if type(c).__name__ not in unused]
+
+        def _initialize_and_run_controller(self, **settings: Any) -> Any:
+            settings["failure_policy"] = GiveUpOnMistakes(self.run_config.failure_config)  # type: ignore[arg-type]
+            return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
+
+    return Trainer
+
+
+def _mistake(failure: BaseException) -> str:
+    """The sentence of a worker's failure that would come again in every new try (a diverging loss, a damaged shard, a full
+    disk), or ""."""
+    for worker_error in getattr(failure, "worker_failures", {}).values():
+        error = getattr(worker_error, "_base_exc", worker_error)
+        if isinstance(error, ValueError | FloatingPointError):
+            return str(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return f"no space left on the disk that holds {error.filename or 'the run'}; free some and run the same command again"
+    return ""
+
+
 def _forwarder(inbox: Any) -> Any:
     """A callback for Ray's controller process that puts rank 0's metrics into the driver's queue."""
     from ray.train import UserCallback
 
-    class Forward(UserCallback):  # type: ignore[misc]
+    class Forward(UserCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             inbox.put(metrics[0])
 

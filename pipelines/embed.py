@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from pipelines.terminal import Bar, say
+from pipelines.terminal import Bar
 from simclr.data.sources import is_image
+
+if TYPE_CHECKING:
+    from simclr.model import PublishedEncoder
 
 _BATCH = 64
 
@@ -50,20 +54,19 @@ def main(args: Args) -> None:
     print(f"{args.out}: {len(features)} × {features[0].shape[0]} features")
 
 
-def _embed(encoder, images):  # type: ignore[no-untyped-def]
-    """One image size at a time, in the order given."""
+def _embed(encoder: PublishedEncoder, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+    """(d,) features of each image; images of one size go through the encoder together."""
     by_size: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
         by_size.setdefault(image.shape, []).append(i)
-    out = [None] * len(images)
+    features: dict[int, NDArray[np.float32]] = {}
     for rows in by_size.values():
-        for i, h in zip(rows, encoder.embed(np.stack([images[i] for i in rows])).numpy(), strict=True):
-            out[i] = h
-    return out
+        features |= zip(rows, encoder.embed(np.stack([images[i] for i in rows])).numpy(), strict=True)
+    return [features[i] for i in range(len(images))]
 
 
-def _open(paths: tuple[Path, ...]):  # type: ignore[no-untyped-def]
-    """(names, function index → uint8 (H, W, 3))."""
+def _open(paths: tuple[Path, ...]) -> tuple[list[str], Callable[[int], NDArray[np.uint8]]]:
+    """(names, function: index → uint8 (H, W, 3))."""
     if len(paths) == 1 and paths[0].suffix == ".npy":
         if not paths[0].is_file():
             raise ValueError(f"no file {paths[0]}; expected images")
@@ -94,5 +97,4 @@ def _read(path: Path) -> NDArray[np.uint8]:
             image.load()
             return np.asarray(upright_rgb(image))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        say(f"{path}: {error}")
         raise ValueError(f"{path} is no image that can be read ({error}); leave it out") from None

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from pipelines.rundir import load_run
-from pipelines.terminal import Bar, say
+from pipelines.terminal import Bar
 from simclr.config import Config
-from simclr.data.manifest import Manifest, read_manifest
+from simclr.data.manifest import read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -34,16 +34,13 @@ class Args:
     baselines: bool = True
     """Also score raw pixels and the untrained encoder: what a score is to be compared with."""
     limit: int | None = None
-    """Images of each split, at most; evenly spaced. Default: all."""
+    """Images of each split, at most; which ones is the same in every run. Default: all."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
 
 def main(args: Args) -> None:
-    rows = evaluate(args)
-    print(f"{'':<20} {'kNN':>7} {'probe':>7}   top-1, %")
-    for row in rows:
-        print(f"{row['name']:<20} {100 * row['knn_top1']:>7.1f} {100 * row['probe_top1']:>7.1f}")
+    print(table(evaluate(args)))
 
 
 def evaluate(args: Args) -> list[dict[str, Any]]:
@@ -69,7 +66,9 @@ def evaluate(args: Args) -> list[dict[str, Any]]:
         encoders["untrained encoder"] = build_model(config).encoder.eval().to(device)
     encoders["trained encoder"] = trained.to(device)
     images = sum(min(args.limit or manifest.examples(s), manifest.examples(s)) for s in ("train", "test")) * len(encoders)
-    rows, kept = [], None
+    rows: list[dict[str, Any]] = []
+    kept = None
+    began = time.monotonic()
     with Bar("evaluate", images) as bar:
         for name, encoder in encoders.items():
             train, test = (_features(encoder, data, split, config, args.limit, device, bar) for split in ("train", "test"))
@@ -80,10 +79,10 @@ def evaluate(args: Args) -> list[dict[str, Any]]:
     if (args.encoder / "run.json").is_file():
         from pipelines.pictures import write_pictures
 
-        chance = 1 / len(manifest.classes)
-        text = {"scores": rows, "chance": chance, "data": str(data), "k": args.k or config.watch.k, "time": time.time()}
-        (args.encoder / "evaluation.json").write_text(json.dumps(text, indent=1) + "\n")
         write_pictures(args.encoder / "pictures.npz", config, data, *kept)
+        text = {"scores": rows, "data": str(data), "k": args.k or config.watch.k, "time": time.time()}
+        (args.encoder / "evaluation.json").write_text(json.dumps(text, indent=1) + "\n")
+        load_run(args.encoder).took("evaluate", time.monotonic() - began)
     return rows
 
 
@@ -127,21 +126,17 @@ class _Pixels:
         return F.interpolate(x, (32, 32), mode="area").flatten(1)
 
 
-def require_scores(run: Path) -> dict[str, Any]:
-    """evaluation.json of a run. Raises ValueError where it was not evaluated yet."""
+def scores_of(run: Path) -> list[dict[str, Any]]:
+    """The rows that `evaluate` found for a run. Raises ValueError where it was not evaluated yet."""
     path = run / "evaluation.json"
     if not path.is_file():
         raise ValueError(f"{run} was not evaluated yet; `simclr evaluate {run}` does it")
-    text: dict[str, Any] = json.loads(path.read_text())
-    return text
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["scores"]
+    return rows
 
 
-def manifest_of(run: Path) -> Manifest:
-    """The manifest of a run's data."""
-    return read_manifest(load_run(run).data)
-
-
-def announce(rows: list[dict[str, Any]]) -> None:
-    """One line per score row."""
-    for row in rows:
-        say(f"  {row['name']:<18} kNN {100 * row['knn_top1']:5.1f} %   probe {100 * row['probe_top1']:5.1f} %")
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, in per cent."""
+    lines = [f"{'top-1, %':<20} {'kNN':>6} {'probe':>6}"]
+    lines += [f"{row['name']:<20} {100 * row['knn_top1']:>6.1f} {100 * row['probe_top1']:>6.1f}" for row in rows]
+    return "\n".join(lines)

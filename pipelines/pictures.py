@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from simclr import keyed
 from simclr.config import Config
 from simclr.data.loader import Batch, batches, in_order
 from simclr.evaluate import Features, nearest
@@ -28,7 +29,7 @@ def write_pictures(path: Path, config: Config, data: Path, train: Features, test
     found = nearest(train.h, train.y, test.h, config.watch.k, config.watch.temperature)
     predicted = found.votes.argmax(1).cpu().numpy()
     index = found.index[queries][:, :_NEIGHBOURS].cpu().numpy()
-    points = np.arange(min(_POINTS, len(test.h))) * len(test.h) // min(_POINTS, len(test.h))
+    points = np.sort(keyed.permutation(0, 0, len(test.h))[:_POINTS])
     train_ids, test_ids = train.ids.cpu().numpy(), test.ids.cpu().numpy()
     wanted = _images(data, "train", config, train_ids[index.ravel()])
     arrays: dict[str, NDArray[Any]] = {
@@ -44,7 +45,7 @@ def write_pictures(path: Path, config: Config, data: Path, train: Features, test
         "thumbs": _thumbs(_images(data, "test", config, test_ids[points])),
     }
     with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def _first_of_class(y: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -77,7 +78,7 @@ def _gallery(config: Config, data: Path) -> NDArray[np.uint8]:
     n = min(_SHOWN, len(batch.ids))
     ids = batch.ids[:n].clone()
     views = (raw_views(batch.images[:n], ids, batch.epoch, config.views, config.seed) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     originals = _images(data, "train", config, ids.numpy())
     if originals.shape[1:] != views.shape[1:]:
         originals = np.stack([_resized(image, views.shape[1]) for image in originals])

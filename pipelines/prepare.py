@@ -44,6 +44,9 @@ def prepare(args: Args) -> Manifest:
         return found
     with Bar("prepare", source.total) as bar:
         manifest = shards.prepare(source, args.out, args.options, max(args.threads, 1), bar.update)
+    if source.ignored:
+        kinds = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in source.ignored.most_common(5))
+        say(f"{source.ignored.total():,} files are no images by their names and were left out: {kinds}")
     if manifest.skipped:
         say(f"{manifest.skipped} images could not be read and were skipped; {args.out}/skipped.csv names them")
     return manifest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from pipelines import cluster, tracking
+from pipelines import address, cluster, tracking
 from pipelines.rundir import Run, open_run
-from pipelines.terminal import Bar, say
+from pipelines.terminal import Bar, process_age_s, say
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
 
@@ -50,13 +49,14 @@ def pretrain(args: Args) -> Run:
 
     Raises ValueError, before any worker starts, for what the user can mend.
     """
+    began = stepped = time.monotonic()
     config = args.config
     manifest = read_manifest(args.data)
     examples = manifest.examples("train")
     config.images_per_rank(args.resources.workers)
     config.steps_per_epoch(examples)
-    uri = tracking_address(args.tracking_uri)
-    tracking.check(uri)
+    uri = address.tracking_address(args.tracking_uri)
+    address.check(uri)
     run = open_run(args.run, args.recipe, config, args.data)
     total = config.total_steps(examples)
     done = _steps_done(run)
@@ -64,8 +64,7 @@ def pretrain(args: Args) -> Run:
         _publish_newest(run)
         say(f"{run.path} is complete: {done:,} of {total:,} steps; nothing to do")
         return run
-    began = time.monotonic()
-    cluster.connect(args.resources)
+    ours = cluster.connect(args.resources)
     from pipelines.worker import train_worker
 
     _require_space(run)
@@ -85,15 +84,17 @@ def pretrain(args: Args) -> Run:
                 if first:
                     first = False
                     tracked.open()
-                    since = time.time() - _process_started()
+                    stepped = time.monotonic()
                     say(
-                        f"first step {since:.0f} s after the process began: Ray and checks {connected - began:.0f} s, "
-                        f"workers, their imports and the step {time.monotonic() - connected:.0f} s"
+                        f"first step {process_age_s():.0f} s after the process began: checks and Ray {connected - began:.0f} s, "
+                        f"workers, their imports and the step {stepped - connected:.0f} s"
                     )
+                    run.took("start", stepped - began)
                 run.append(report)
                 tracked.log(report)
                 rate = report["speed/images_per_s"]
                 bar.update(report["step"], _note(report), rate)
+        run.took("pretrain", time.monotonic() - stepped)
         _publish_newest(run)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -101,15 +102,10 @@ def pretrain(args: Args) -> Run:
         raise
     finally:
         shutil.rmtree(run.path / "ray", ignore_errors=True)
-        if status == "KILLED":
+        if ours or status == "KILLED":
             cluster.disconnect()
         run = tracked.close(status)
     return run
-
-
-def tracking_address(given: str | None) -> str:
-    """The MLflow address: the flag's, else the environment's, else the embedded database's."""
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path("runs"))
 
 
 def _note(report: dict[str, Any]) -> str:
@@ -162,13 +158,6 @@ def _publish_newest(run: Run) -> None:
     write_encoder(tensors, run.config, run.encoder, {"recipe": run.recipe, "step": state.step, "data": run.data.name})
 
 
-def _process_started() -> float:
-    """Unix time at which this process began."""
-    import psutil
-
-    return float(psutil.Process().create_time())
-
-
 class _Tracked:
     """The MLflow run of a job, opened in a thread: what is logged before it is open waits."""
 
@@ -188,7 +177,7 @@ class _Tracked:
         params |= {"recipe": self.run.recipe, "data": str(self.run.data), "lr": self._lr()}
         tags = {"run_directory": str(self.run.path.absolute()), "command": self.run.command}
         try:
-            same = self.run.tracking_run if self.run.tracking_uri == self.uri else ""
+            same = self.run.tracking_run if self.run.tracking_uri == address.redacted(self.uri) else ""
             self.tracker = tracking.Tracker(self.uri, self.run.recipe, self.run.path.name, params, tags, same or None)
         except Exception as error:  # a tracker that fails must not lose the training: it is named at the end
             self.error = error
@@ -218,4 +207,4 @@ class _Tracked:
         if self.waiting:
             self.log(self.waiting.pop())
         self.tracker.close(status)
-        return self.run.tracked(self.uri, self.tracker.run_id)
+        return self.run.noted(tracking_uri=address.redacted(self.uri), tracking_run=self.tracker.run_id)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from pipelines import tracking
-from pipelines.evaluate import require_scores
-from pipelines.pretrain import tracking_address
+from pipelines import address, tracking
+from pipelines.evaluate import scores_of
 from pipelines.rundir import load_run
 from pipelines.terminal import say
 
@@ -36,15 +36,18 @@ def main(args: Args) -> None:
 
 def publish(args: Args) -> dict[str, Any]:
     """Register and, if it beats the present champion, move the alias. Returns name, version, champion, before."""
-    run = load_run(args.run)
-    row = require_scores(args.run)["scores"][-1]
+    run, began = load_run(args.run), time.monotonic()
+    row = scores_of(args.run)[-1]
     scores = {key: float(value) for key, value in row.items() if key != "name"}
     if args.metric not in scores:
         raise ValueError(f"no score {args.metric!r}; choose one of {', '.join(scores)}")
-    uri = args.tracking_uri or run.tracking_uri or tracking_address(None)
-    if uri != run.tracking_uri:
-        raise ValueError(f"the run was not logged at {tracking.redacted(uri)}; publish it where it was, or train it with --tracking-uri")
-    tracking.check(uri)
+    uri = address.tracking_address(args.tracking_uri)
+    if address.redacted(uri) != run.tracking_uri:
+        if args.tracking_uri or "…" in run.tracking_uri:  # whose credentials are not in run.json
+            where = f"it was logged at {run.tracking_uri}" if run.tracking_uri else "it was not logged to any MLflow"
+            raise ValueError(f"{args.run} is not known at {address.redacted(uri)}: {where}; give that address with --tracking-uri")
+        uri = run.tracking_uri
+    address.check(uri)
     name = args.name or run.data.resolve().name
     version = tracking.register(uri, run.tracking_run, run.encoder, name, scores)
     moved, before = tracking.promote(uri, name, version, args.metric)
@@ -53,4 +56,5 @@ def publish(args: Args) -> dict[str, Any]:
         say(f"{name}/{version} is champion with {args.metric} {100 * scores[args.metric]:.1f} %{than}")
     else:
         say(f"{name}/{version} is registered; the champion stays, with {args.metric} {100 * (before or 0):.1f} %")
+    run.noted(registered=f"{name}/{version}").took("publish", time.monotonic() - began)
     return {"name": name, "version": version, "champion": moved, "before": before}

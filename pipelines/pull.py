@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from pipelines import tracking
-from pipelines.pretrain import tracking_address
+from pipelines import address, tracking
+from pipelines.terminal import Bar
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,14 @@ class Args:
 
 
 def main(args: Args) -> None:
-    uri = tracking_address(args.tracking_uri)
-    tracking.check(uri)
-    got = tracking.pull(uri, args.model, args.to)
+    uri = address.tracking_address(args.tracking_uri)
+    address.check(uri)
+    with Bar("download", None, "MiB", "MiB/s") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.resize(total >> 20)
+            bar.update(done >> 20)
+
+        got = tracking.pull(uri, args.model, args.to, progress)
     scores = ", ".join(f"{name} {100 * value:.1f} %" for name, value in got["scores"].items() if name.endswith("top1"))
     print(f"{args.to}: {got['name']} version {got['version']} ({scores})")

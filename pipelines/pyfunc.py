@@ -20,7 +20,6 @@ class EncoderModel:
         self.encoder = simclr.load_encoder(path)
 
     def predict(self, images: NDArray[np.uint8], params: dict[str, Any] | None = None) -> NDArray[np.float32]:
-        images = np.require(images, requirements="W")  # torch warns at an array that it could not write to
         rows = [self.encoder.embed(images[i : i + _ROWS]).numpy() for i in range(0, len(images), _ROWS)]
         return np.concatenate(rows) if rows else np.zeros((0, self.encoder.d_h), np.float32)
 

@@ -1,17 +1,20 @@
 """A run's directory: what it holds, whose it is, and how it is found again.
 
-    run.json        recipe, config, data, command, tracking address and run id
+    run.json        recipe, config, data, command, environment, tracking address and run id, registered version
     metrics.jsonl   one line per report
     checkpoints/    step-…/ (see simclr.checkpoint)
     encoder/        the published form of the newest checkpoint's encoder
+    timings.json    seconds of each command so far
     evaluation.json scores; pictures.npz: what the report shows; report.html
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import shlex
 import sys
 import time
@@ -38,8 +41,14 @@ class Run:
     """sha256 of the data's manifest: the same name over other shards is another run."""
     command: str
     created: float
+    """Unix time."""
+    environment: dict[str, str]
+    """Machine and versions of the driver that began it."""
     tracking_uri: str = ""
+    """MLflow address, without credentials."""
     tracking_run: str = ""
+    registered: str = ""
+    """NAME/VERSION in the registry, once published."""
 
     @property
     def checkpoints(self) -> Path:
@@ -58,11 +67,23 @@ class Run:
         scratch.write_text(json.dumps(text, indent=1) + "\n")
         scratch.replace(self.path / "run.json")
 
-    def tracked(self, uri: str, run_id: str) -> Self:
-        """The same run with its tracking address and id, saved."""
-        run = replace(self, tracking_uri=uri, tracking_run=run_id)
+    def noted(self, **fields: str) -> Self:
+        """The same run with `fields` of run.json changed, saved."""
+        run = replace(self, **fields)  # type: ignore[arg-type]
         run.save()
         return run
+
+    def took(self, phase: str, seconds: float) -> None:
+        """Add to the seconds that `phase` has taken (a resumed run adds to its earlier part)."""
+        path = self.path / "timings.json"
+        timings = self.timings()
+        path.write_text(json.dumps(timings | {phase: round(timings.get(phase, 0.0) + seconds, 2)}) + "\n")
+
+    def timings(self) -> dict[str, float]:
+        """Phase → seconds, in the order in which the phases first ran."""
+        path = self.path / "timings.json"
+        seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        return seconds
 
     def append(self, metrics: dict[str, Any]) -> None:
         """One report, as a line of metrics.jsonl."""
@@ -77,6 +98,22 @@ class Run:
             row = json.loads(line)
             rows[row["step"]] = row
         return [rows[step] for step in sorted(rows)]
+
+
+def environment() -> dict[str, str]:
+    """This machine and the versions that matter, for people."""
+    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "ray", "mlflow", "ffcv")}
+    models = [line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    cpu = models[0] if models else platform.processor()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "machine": f"{os.cpu_count()} cores, {cpu or platform.machine()}, {memory:.0f} GiB",
+        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{name} {v}" for name, v in versions.items())]),
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
 
 
 def manifest_digest(data: Path) -> str:
@@ -109,7 +146,16 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path) -> Run:
         raise ValueError(f"{path} exists and is no run (it has no run.json); use another --run")
     else:
         command = shlex.join(["simclr", *sys.argv[1:]])
-        run = Run(path=path, recipe=recipe, config=config, data=data, data_digest=digest, command=command, created=time.time())
+        run = Run(
+            path=path,
+            recipe=recipe,
+            config=config,
+            data=data,
+            data_digest=digest,
+            command=command,
+            created=time.time(),
+            environment=environment(),
+        )
     return run
 
 

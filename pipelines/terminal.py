@@ -26,18 +26,26 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def process_age_s() -> float:
+    """Seconds since this process began, its imports included."""
+    import psutil  # type: ignore[import-untyped]
+
+    return time.time() - float(psutil.Process().create_time())
+
+
 class Bar:
     """Progress of one step of work.
 
     with Bar("embed", total=60_000, unit="images") as bar:
         bar.advance(256)
 
-    `note` is free text at the end (loss, kNN). Without a terminal it prints a line every ten seconds and one at the end,
-    so that a log of a long run stays readable; a step that ends within two seconds prints nothing there.
+    `rate_unit` is what the speed counts, where that is not images/s. `note` is free text at the end (loss, kNN). Without a
+    terminal it prints a line every ten seconds and one at the end, so that a log of a long run stays readable; a step that
+    ends within two seconds prints nothing there.
     """
 
-    def __init__(self, name: str, total: int | None, unit: str = "images") -> None:
-        self.name, self.total, self.unit = name, total, unit
+    def __init__(self, name: str, total: int | None, unit: str = "images", rate_unit: str = "images/s") -> None:
+        self.name, self.total, self.unit, self.rate_unit = name, total, unit, rate_unit
         self.done, self.note, self.rate = 0, "", 0.0
         self.began = self.printed = time.monotonic()
         self.started_at = 0
@@ -64,6 +72,12 @@ class Bar:
         """Start counting at `done`, which an earlier process did: it counts as progress, not as speed."""
         self.done = self.started_at = done
 
+    def resize(self, total: int) -> None:
+        """Set the total, once it is known."""
+        self.total = total or None
+        if self.progress is not None:
+            self.progress.update(self.task, total=self.total)
+
     def advance(self, amount: int = 1) -> None:
         self.update(self.done + amount)
 
@@ -87,7 +101,7 @@ class Bar:
 
     def _counts(self) -> str:
         of = f"/{self.total:,}" if self.total else ""
-        return f"{self.done:,}{of} {self.unit}  {self.rate:,.0f} images/s"
+        return f"{self.done:,}{of} {self.unit}  {self.rate:,.0f} {self.rate_unit}"
 
     def _line(self, elapsed: float) -> str:
         new = self.done - self.started_at

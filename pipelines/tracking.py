@@ -13,7 +13,6 @@ import importlib.metadata
 import logging
 import os
 import re
-import sqlite3
 import sys
 import tempfile
 import threading
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.address import database_file, redacted
 from pipelines.terminal import say
 
 # Read at each use. With MLflow's defaults a call to a server that is down blocks for four minutes; 30 s is for large encoders.
@@ -35,84 +35,19 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # "Retrying (Retry(total=0, …" in the middle of a bar
 
-_ANSWER_S, _AWAY_S = 8.0, 30.0  # a server's time to answer `check`; the longest pause between two tries while it is away
+_AWAY_S = 30.0  # the longest pause between two tries while a server is away
 _FLUSH_S, _KILLED_S = 30.0, 3.0  # a finished job waits this long for its last metrics; an interrupted one has to end within 5 s
 _EVERY_S, _BATCH, _BATCH_PARAMS = 0.5, 900, 100  # metrics go out this often; MLflow takes 1,000 values, 100 parameters at a time
 _SCORE_TAG = "score."
 _ABSENT, _EXISTS = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"
 _FINAL = (_ABSENT, "INVALID_PARAMETER_VALUE")  # answers that trying again does not change
-_HINT = "leave out --tracking-uri and MLFLOW_TRACKING_URI for the embedded database"
-
-
-def default_uri(runs: Path) -> str:
-    """The embedded tracking database, `runs`/mlflow.db, with artifacts under `runs`/artifacts: no server needed."""
-    return f"sqlite:///{(runs / 'mlflow.db').absolute()}"
-
-
-def redacted(text: str) -> str:
-    """`text` without the user and password of any address in it."""
-    return re.sub(r"(?<!sqlite)://\S*@", "://…@", text)
-
-
-def check(uri: str) -> None:
-    """Raise ValueError within 10 s where no MLflow server answers at `uri`, or its database cannot be used. Writes nothing."""
-    if file := _database(uri):
-        _check_database(file, uri)
-        return
-    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", uri):
-        raise ValueError(f"{redacted(uri)} is no MLflow address; expected http(s)://HOST:PORT or sqlite:///FILE")
-    # In a thread: time limits of a request begin anew with every address, redirect and byte, and name look-up has none.
-    trouble = [f"no answer within {_ANSWER_S:.0f} s"]
-    asking = threading.Thread(target=lambda: trouble.append(_trouble_at(uri)), name="mlflow check", daemon=True)
-    asking.start()
-    asking.join(_ANSWER_S + 0.5)
-    if trouble[-1]:
-        raise ValueError(f"no MLflow server at {redacted(uri)} ({trouble[-1]}); start it, correct the address, or {_HINT}")
-
-
-def _database(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def _check_database(file: Path, uri: str) -> None:
-    if file.name in ("", ":memory:") or "?" in uri or file.is_dir():
-        raise ValueError(f"the tracking address {uri} names no file; expected sqlite:///FILE (without '?'), or {_HINT}")
-    folder = next(p for p in file.absolute().parents if p.exists())  # SQLite writes its journal beside the file
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK) or (file.exists() and not os.access(file, os.R_OK | os.W_OK)):
-        raise ValueError(f"the tracking database {file} cannot be written; give another --tracking-uri, or {_HINT}")
-    if file.exists():
-        try:
-            with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
-                database.execute("SELECT count(*) FROM sqlite_master")
-        except sqlite3.Error as error:
-            raise ValueError(f"{file} is no usable tracking database ({error}); move it away, or give another --tracking-uri") from None
-
-
-def _trouble_at(uri: str) -> str:
-    """Why the server at `uri` cannot be used, or "". Asks as MLflow will, with its credentials, but without its import."""
-    import requests
-
-    env = os.environ.get
-    user, password, token = env("MLFLOW_TRACKING_USERNAME"), env("MLFLOW_TRACKING_PASSWORD"), env("MLFLOW_TRACKING_TOKEN")
-    auth = (user, password) if user and password else None
-    headers = {"Authorization": f"Bearer {token}"} if token else {}  # which `auth` replaces
-    verify = env("MLFLOW_TRACKING_SERVER_CERT_PATH") or env("MLFLOW_TRACKING_INSECURE_TLS", "").lower() not in ("true", "1")
-    address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
-    try:
-        answer = requests.get(address, auth=auth, headers=headers, verify=verify, timeout=_ANSWER_S)
-        if answer.status_code in (401, 403):
-            return f"it refuses the credentials with status {answer.status_code}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        is_mlflow = answer.ok and "json" in answer.headers.get("Content-Type", "")
-        return "" if is_mlflow else f"something else answers, with status {answer.status_code}"
-    except Exception as error:  # from a thread it would be lost: refused, unknown host, certificate, …
-        return type(error).__name__
 
 
 @contextlib.contextmanager
 def _locked(uri: str) -> Iterator[None]:
     """One process at a time at the embedded database, also from several hosts on a shared disk; a server sees to itself."""
     with contextlib.ExitStack() as stack:
-        if file := _database(uri):
+        if file := database_file(uri):
             file.parent.mkdir(parents=True, exist_ok=True)
             fcntl.flock(stack.enter_context((file.parent / ".mlflow.lock").open("w")), fcntl.LOCK_EX)
         yield
@@ -151,7 +86,7 @@ def _client(uri: str) -> Any:
     """An MlflowClient. A new database gets its tables under our lock: MLflow's own lies in the host's temporary folder."""
     from mlflow.tracking import MlflowClient
 
-    if not _database(uri):
+    if not database_file(uri):
         return MlflowClient(uri, uri)
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401  its import takes a second: not under the lock
 
@@ -162,7 +97,7 @@ def _client(uri: str) -> Any:
 def _experiment(client: Any, uri: str, name: str) -> str:
     """The id of experiment `name`, made where there is none and restored where it was deleted."""
     if client.get_experiment_by_name(name) is None:
-        place = (file.absolute().parent / "artifacts").as_uri() if (file := _database(uri)) else None
+        place = (file.absolute().parent / "artifacts").as_uri() if (file := database_file(uri)) else None
         _unless(_EXISTS, client.create_experiment, name, place)  # exists: somebody else was faster
     found = client.get_experiment_by_name(name)
     if found.lifecycle_stage == "deleted":
@@ -336,11 +271,11 @@ def promote(uri: str, name: str, version: int, metric: str, alias: str = "champi
         return moved, before
 
 
-def pull(uri: str, spec: str, to: Path) -> dict[str, Any]:
+def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = lambda done, of: None) -> dict[str, Any]:
     """Download the encoder that `spec` names (NAME@alias or NAME/version) to the directory `to`, which must be new or empty.
 
-    Returns name, version, run_id and scores. Raises ValueError naming what exists where `spec` names nothing; `to` then is
-    as it was, and it appears whole or not at all.
+    `progress` gets the bytes that are there and all bytes, now and then. Returns name, version, run_id and scores. Raises
+    ValueError naming what exists where `spec` names nothing; `to` then is as it was, and it appears whole or not at all.
     """
     match = re.fullmatch(r"([^@/:]+)(?:@([^@/]+)|/(\d+))", spec)
     if not match:
@@ -357,7 +292,7 @@ def pull(uri: str, spec: str, to: Path) -> dict[str, Any]:
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
             found = Path(scratch) / "encoder"
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), _watched(Path(scratch), _bytes(client, version, source), progress):
                 download_artifacts(artifact_uri=f"{source}/encoder", dst_path=scratch, tracking_uri=uri)
             if not _is_encoder(found):
                 raise ValueError(f"{name}/{version.version} has lost its files at {redacted(source)}; publish the run again")
@@ -367,6 +302,40 @@ def pull(uri: str, spec: str, to: Path) -> dict[str, Any]:
             else:
                 found.rename(to)
     return {"name": name, "version": int(version.version), "run_id": version.run_id, "scores": _scores(version)}
+
+
+def version_of(uri: str, name: str, alias: str) -> int:
+    """The version of model `name` that `alias` points to. Raises ValueError naming what exists where there is none."""
+    with _one_sentence(uri):
+        return int(_find(_client(uri), uri, name, alias, 0).version)
+
+
+def _bytes(client: Any, version: Any, source: str) -> int:
+    """Size of a version's encoder, or 0 where it was registered from elsewhere than its run's artifacts."""
+    folder = source.rpartition("/")[2]
+    try:
+        return sum(int(f.file_size or 0) for f in client.list_artifacts(version.run_id, f"{folder}/encoder"))
+    except Exception:  # only the bar's end depends on it
+        return 0
+
+
+@contextlib.contextmanager
+def _watched(folder: Path, total: int, progress: Callable[[int, int], None]) -> Iterator[None]:
+    """Tell `progress`, four times a second, how many bytes are in `folder`: MLflow's own bar counts files."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.25):
+            with contextlib.suppress(OSError):  # a file that was renamed meanwhile
+                progress(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()), total)
+
+    thread = threading.Thread(target=look, name="download", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _is_encoder(directory: Path) -> bool:

@@ -41,7 +41,7 @@ class BatchNorm(nn.Module):
             y, mean, invstd = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, self.momentum, self.eps)
             mean, var = mean.detach(), invstd.detach().pow(-2) - self.eps
         else:
-            y, mean, var = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.running_mean.clone(), self.eps)  # type: ignore[no-untyped-call]
+            y, mean, var = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.running_mean.clone(), self.eps)
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
@@ -73,7 +73,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:

@@ -135,7 +135,9 @@ def about(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise Damaged(f"checkpoint {path} is not whole ({error})") from None
     if text.get("schema") != SCHEMA:
-        raise ValueError(f"checkpoint {path} has schema {text.get('schema')}, this version reads {SCHEMA}; go on with the version that wrote it")
+        raise ValueError(
+            f"checkpoint {path} has schema {text.get('schema')}, this version reads {SCHEMA}; go on with the version that wrote it"
+        )
     if digest != text["sha256"]:
         raise Damaged(f"checkpoint {path} does not match its checksum")
     return text

@@ -27,7 +27,7 @@ def all_gather(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    gathered: Tensor = _AllGather.apply(x)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _AllGather.apply(x)
     return gathered
 
 
@@ -51,7 +51,7 @@ class _AllGather(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         mine = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
         dist.reduce_scatter_tensor(mine, grad.contiguous())
         return mine

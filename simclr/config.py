@@ -169,9 +169,9 @@ class Watch:
     temperature: float = 0.1
     """A neighbour's vote weighs exp(cosine / temperature)."""
     bank: int = 50_000
-    """Training images that may be neighbours, at most: evenly spaced over the training split."""
+    """Training images that may be neighbours, at most: drawn once, the same in every run."""
     queries: int = 10_000
-    """Test images that are classified, at most: evenly spaced over the test split."""
+    """Test images that are classified, at most: drawn once, the same in every run."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 0, f"watch.every_epochs is {self.every_epochs}; expected 0 or more")
@@ -241,7 +241,8 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Rebuild a config. Raises ValueError naming an unknown field and the nearest known ones."""
-        return _build(cls, values, "")
+        config: Self = _build(cls, values, "")
+        return config
 
     def flat(self) -> dict[str, str | int | float | bool | None]:
         """Field path -> value, e.g. {"optim.base_lr": 0.3}; tuples as text. For trackers and tables."""
@@ -258,7 +259,7 @@ def _build(cls: type[Any], values: dict[str, Any], path: str) -> Any:
     arguments = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
-            arguments[name] = _build(hints[name], value, f"{path}{name}.")  # type: ignore[arg-type]
+            arguments[name] = _build(hints[name], value, f"{path}{name}.")
         else:
             arguments[name] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)

@@ -48,7 +48,8 @@ def bits(seed: int, stream: Stream, epoch: int, ids: NDArray[np.int64], view: in
 
 def uniform(seed: int, stream: Stream, epoch: int, ids: NDArray[np.int64], view: int, count: int) -> NDArray[np.float64]:
     """(len(ids), count) numbers in [0, 1), multiples of 2^-32."""
-    return bits(seed, stream, epoch, ids, view, count) * 2.0**-32
+    numbers: NDArray[np.float64] = bits(seed, stream, epoch, ids, view, count) * np.float64(2.0**-32)
+    return numbers
 
 
 def permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:

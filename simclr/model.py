@@ -101,6 +101,8 @@ class PublishedEncoder(nn.Module):
         Images of another size than the views' are centre-cropped (0.875 of the shorter side; all of it at 32 px and
         below) and resized bicubically with antialiasing.
         """
+        if isinstance(images, np.ndarray):
+            images = np.require(images, requirements="W")  # torch warns at an array that it could not write to
         x = torch.as_tensor(images)
         if x.ndim != 4 or x.shape[3] != 3 or x.dtype != torch.uint8:
             raise ValueError(f"embed got {x.dtype} images of shape {tuple(x.shape)}; expected uint8 (n, H, W, 3)")
@@ -111,7 +113,8 @@ class PublishedEncoder(nn.Module):
             top, left = (x.shape[2] - side) // 2, (x.shape[3] - side) // 2
             x = x[:, :, top : top + side, left : left + side]
             x = F.interpolate(x, (self.size_px, self.size_px), mode="bicubic", antialias=True).clamp(0, 1)
-        return self((x - mean) / self.get_buffer("std")).float()
+        features: Tensor = self((x - mean) / self.get_buffer("std")).float()
+        return features
 
 
 def write_encoder(tensors: dict[str, Tensor], config: configs.Config, directory: Path, published: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ class LARS(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over every parameter that has a gradient, as a few multi-tensor calls per group."""
         result = None
         if closure is not None:

@@ -7,13 +7,13 @@ compute what one would, up to the order of float summation.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr import checkpoint, diagnostics, evaluate
@@ -35,7 +35,7 @@ class Start:
 
     data: Path
     """Directory of prepared shards."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     checkpoint: Path | None = None
     threads: int = 1
     """Loader threads of this rank."""
@@ -70,7 +70,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
 
     # ── Model and optimizer, fresh or from a checkpoint ────────────────────────────────────────────────────────────
-    model = build_model(config).to(device, dtype, memory_format=torch.channels_last)
+    model = build_model(config).to(device, dtype).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config.optim)
     step = first = 0
     if start.checkpoint is not None:
@@ -147,11 +147,6 @@ def watch_knn(model: SimCLR, config: Config, start: Start) -> dict[str, float]:
 
 def _measure(loss: Tensor, h: Tensor, z: Tensor, config: Config, step: int) -> dict[str, float]:
     """Metrics of the last step (the loss: mean since the last report), averaged over ranks in one collective."""
-    if not math.isfinite(float(loss)):
-        raise FloatingPointError(
-            f"the loss is {float(loss)} at step {step} on rank {rank()}; the last checkpoint is still good: "
-            "go on from it with a lower --optim.base-lr or more --optim.warmup-epochs"
-        )
     z = z.detach()
     values = {
         "train/loss": loss,
@@ -160,8 +155,16 @@ def _measure(loss: Tensor, h: Tensor, z: Tensor, config: Config, step: int) -> d
         "health/alignment": diagnostics.alignment(z),
         "health/uniformity": diagnostics.uniformity(z[:4096]),
     }
-    means = mean_over_ranks(torch.stack([v.double() for v in values.values()])).tolist()
-    return dict(zip(values, means, strict=True))
+    # Whose loss is not finite travels with the means: every rank raises the same, none is left waiting for another.
+    lost = torch.arange(world_size(), device=loss.device).eq(rank()) & ~loss.isfinite()
+    means = mean_over_ranks(torch.cat([torch.stack([v.double() for v in values.values()]), lost.double()])).tolist()
+    ranks = [str(r) for r, share in enumerate(means[len(values) :]) if share > 0]
+    if ranks:
+        raise FloatingPointError(
+            f"the loss is not finite at step {step} on rank {', '.join(ranks)}; the last checkpoint is still good: "
+            "train with a lower --optim.base-lr or more --optim.warmup-epochs"
+        )
+    return dict(zip(values, means, strict=False))
 
 
 class _Clock:

@@ -158,7 +158,8 @@ class _SelectiveKernel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         both = self.branches(x).unflatten(1, (2, -1))  # (n, 2, c, h, w)
         logits = self.attention(both.sum(1).mean((2, 3), keepdim=True)).unflatten(1, (2, -1))
-        return (both * torch.softmax(logits, dim=1)).sum(1)
+        mixed: Tensor = (both * torch.softmax(logits, dim=1)).sum(1)
+        return mixed
 
 
 class _SqueezeExcite(nn.Module):

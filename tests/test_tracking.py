@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import tracking
+from pipelines import address, tracking
 from pipelines.tracking import Tracker
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tracking.default_uri(tmp_path_factory.mktemp("runs of 50 %"))
+    return address.default_uri(tmp_path_factory.mktemp("runs of 50 %"))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_what_mlflow_refuses_is_counted_and_the_rest_arrives(uri: str, tmp_path:
 
 
 def test_jobs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
-    uri = tracking.default_uri(tmp_path / "runs")
+    uri = address.default_uri(tmp_path / "runs")
 
     def job(number: int) -> list[tuple[int, float]]:
         tracker = Tracker(uri, "sweep", f"trial {number}", {}, {})
@@ -226,15 +226,15 @@ def test_close_gives_up_in_time_and_says_what_is_missing(
 
 
 def test_check_accepts_a_server_and_a_database(server: Server, uri: str, published: list[int]) -> None:
-    tracking.check(server.uri)
-    tracking.check(uri)
+    address.check(server.uri)
+    address.check(uri)
 
 
 def test_check_refuses_a_closed_port_and_a_silent_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking._ANSWER_S + 0.5 < 10
+    assert address._ANSWER_S + 0.5 < 10
     with pytest.raises(ValueError, match=r"no MLflow server at http://h:99999 \(InvalidURL\)"):
-        tracking.check("http://h:99999")
-    monkeypatch.setattr(tracking, "_ANSWER_S", 0.5)
+        address.check("http://h:99999")
+    monkeypatch.setattr(address, "_ANSWER_S", 0.5)
     with socket.socket() as silent, socket.socket() as closed:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -242,7 +242,7 @@ def test_check_refuses_a_closed_port_and_a_silent_one(monkeypatch: pytest.Monkey
         for port, reason in ((silent.getsockname()[1], "Timeout"), (closed.getsockname()[1], "ConnectionError")):
             began = time.monotonic()
             with pytest.raises(ValueError, match=rf"no MLflow server at http://…@127.0.0.1:{port} \(.*{reason}\); start it") as error:
-                tracking.check(f"http://user:secret@127.0.0.1:{port}")
+                address.check(f"http://user:secret@127.0.0.1:{port}")
             assert "secret" not in str(error.value)
             assert time.monotonic() - began < 2
 
@@ -251,18 +251,18 @@ def test_check_refuses_what_answers_but_is_no_mlflow(server: Server, monkeypatch
     for status, reason in ((404, "something else answers, with status 404"), (401, "refuses the credentials with status 401")):
         monkeypatch.setattr(Answer, "do_GET", lambda self, status=status: self.send_error(status))
         with pytest.raises(ValueError, match=reason):
-            tracking.check(server.uri)
+            address.check(server.uri)
 
 
 @pytest.mark.parametrize("uri", ["localhost:5000", "postgresql://user:secret@host/mlflow", "http://", "ftp://h", "sqlite://x", ""])
 def test_check_refuses_what_is_no_address(uri: str) -> None:
     with pytest.raises(ValueError, match="is no MLflow address; expected") as error:
-        tracking.check(uri)
+        address.check(uri)
     assert "secret" not in str(error.value)
 
 
 def test_check_of_a_database_writes_nothing(tmp_path: Path) -> None:
-    tracking.check(tracking.default_uri(tmp_path / "new" / "runs"))
+    address.check(address.default_uri(tmp_path / "new" / "runs"))
     assert not any(tmp_path.iterdir())
     (tmp_path / "notes.txt").write_text("no database, but long enough to have a header")
     for path, reason in (
@@ -271,11 +271,11 @@ def test_check_of_a_database_writes_nothing(tmp_path: Path) -> None:
         ("notes.txt/mlflow.db", "cannot be written"),
     ):
         with pytest.raises(ValueError, match=reason):
-            tracking.check(f"sqlite:///{tmp_path / path}")
+            address.check(f"sqlite:///{tmp_path / path}")
     (tmp_path / "torn.db").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 16)
     for uri, reason in ((f"sqlite:///{tmp_path}/torn.db", "not a database"), ("sqlite:///", "names no file")):
         with pytest.raises(ValueError, match=reason):
-            tracking.check(uri)
+            address.check(uri)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "torn.db"]
 
 

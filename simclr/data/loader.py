@@ -100,13 +100,16 @@ def in_order(
     rank: int = 0,
     world: int = 1,
 ) -> Generator[Batch, None, None]:
-    """Every image of a split once, or `limit` evenly spaced ones, in order; a rank gets its consecutive share.
+    """Every image of a split once, or `limit` of them, in order; a rank gets its consecutive share.
+
+    Which ones `limit` leaves is drawn once and the same for every caller. (Evenly spaced ones would be of a single class
+    where classes take turns in the split.)
 
     Raw shards give whole images; JPEG shards the centre crop of 0.875 of the shorter side, resized to `size_px`.
     """
     rows = _Split(data, split, threads)
     total = min(limit or len(rows), len(rows))
-    ids = np.arange(total, dtype=np.int64) * len(rows) // total
+    ids = np.sort(keyed.permutation(0, 0, len(rows))[:total]) if total < len(rows) else np.arange(total, dtype=np.int64)
     ids = ids[total * rank // world : total * (rank + 1) // world]
     read = rows.reader(min(batch_size, max(len(ids), 1)), crops=1, size_px=size_px)
 

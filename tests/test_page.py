@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines import charts
-from pipelines.report import FeatureMap, Neighbours, ReportData, Score, headline, render, write
+from pipelines.page import FeatureMap, Neighbours, ReportData, Score, headline, render, write
 
 CLASSES = tuple(f"kind {i}" for i in range(10))
 NBSP = "\N{NO-BREAK SPACE}"
@@ -348,7 +348,7 @@ def test_the_ten_colours_stand_out_from_the_page_and_differ_for_every_eye() -> N
 
     Matrices: Machado, Oliveira and Fernandes 2009, severity 1; OKLab: Ottosson 2020.
     """
-    css = (Path(charts.__file__).parent / "report.css").read_text(encoding="utf-8")
+    css = (Path(charts.__file__).parent / "page.css").read_text(encoding="utf-8")
     pairs = re.findall(r"--k\d: light-dark\((#\w{6}), (#\w{6})\)", css)
     papers = re.search(r"--raised: light-dark\((#\w{6}), (#\w{6})\)", css)
     assert len(pairs) == 10 and papers

@@ -1,0 +1,83 @@
+"""The address of MLflow: which one, whether something answers there, and how it is written without credentials."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+import threading
+from pathlib import Path
+
+_ANSWER_S = 8.0  # a server's time to answer `check`
+_HINT = "leave out --tracking-uri and MLFLOW_TRACKING_URI for the embedded database"
+
+
+def tracking_address(given: str | None) -> str:
+    """The MLflow address: the flag's, else the environment's, else the embedded database's."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(Path("runs"))
+
+
+def default_uri(runs: Path) -> str:
+    """The embedded tracking database, `runs`/mlflow.db, with artifacts under `runs`/artifacts: no server needed."""
+    return f"sqlite:///{(runs / 'mlflow.db').absolute()}"
+
+
+def redacted(text: str) -> str:
+    """`text` without the user and password of any address in it."""
+    return re.sub(r"(?<!sqlite)://\S*@", "://…@", text)
+
+
+def check(uri: str) -> None:
+    """Raise ValueError within 10 s where no MLflow server answers at `uri`, or its database cannot be used. Writes nothing."""
+    if file := database_file(uri):
+        _check_database(file, uri)
+        return
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", uri):
+        raise ValueError(f"{redacted(uri)} is no MLflow address; expected http(s)://HOST:PORT or sqlite:///FILE")
+    # In a thread: time limits of a request begin anew with every address, redirect and byte, and name look-up has none.
+    trouble = [f"no answer within {_ANSWER_S:.0f} s"]
+    asking = threading.Thread(target=lambda: trouble.append(_trouble_at(uri)), name="mlflow check", daemon=True)
+    asking.start()
+    asking.join(_ANSWER_S + 0.5)
+    if trouble[-1]:
+        raise ValueError(f"no MLflow server at {redacted(uri)} ({trouble[-1]}); start it, correct the address, or {_HINT}")
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of an embedded database, None for a server."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _check_database(file: Path, uri: str) -> None:
+    if file.name in ("", ":memory:") or "?" in uri or file.is_dir():
+        raise ValueError(f"the tracking address {uri} names no file; expected sqlite:///FILE (without '?'), or {_HINT}")
+    folder = next(p for p in file.absolute().parents if p.exists())  # SQLite writes its journal beside the file
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK) or (file.exists() and not os.access(file, os.R_OK | os.W_OK)):
+        raise ValueError(f"the tracking database {file} cannot be written; give another --tracking-uri, or {_HINT}")
+    if file.exists():
+        try:
+            with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+                database.execute("SELECT count(*) FROM sqlite_master")
+        except sqlite3.Error as error:
+            raise ValueError(f"{file} is no usable tracking database ({error}); move it away, or give another --tracking-uri") from None
+
+
+def _trouble_at(uri: str) -> str:
+    """Why the server at `uri` cannot be used, or "". Asks as MLflow will, with its credentials, but without its import."""
+    import requests
+
+    env = os.environ.get
+    user, password, token = env("MLFLOW_TRACKING_USERNAME"), env("MLFLOW_TRACKING_PASSWORD"), env("MLFLOW_TRACKING_TOKEN")
+    auth = (user, password) if user and password else None
+    headers = {"Authorization": f"Bearer {token}"} if token else {}  # which `auth` replaces
+    verify = env("MLFLOW_TRACKING_SERVER_CERT_PATH") or env("MLFLOW_TRACKING_INSECURE_TLS", "").lower() not in ("true", "1")
+    address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
+    try:
+        answer = requests.get(address, auth=auth, headers=headers, verify=verify, timeout=_ANSWER_S)
+        if answer.status_code in (401, 403):
+            return f"it refuses the credentials with status {answer.status_code}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        is_mlflow = answer.ok and "json" in answer.headers.get("Content-Type", "")
+        return "" if is_mlflow else f"something else answers, with status {answer.status_code}"
+    except Exception as error:  # from a thread it would be lost: refused, unknown host, certificate, …
+        return type(error).__name__

@@ -1,0 +1,22 @@
+# make demo    the whole job on this machine, in about four minutes; installs what is missing
+# make test    lint, types, tests; installs what is missing
+# make lock    renew requirements.lock after a change of pyproject.toml
+
+.PHONY: setup demo test lock
+.SILENT:
+
+setup:
+	./cluster/bootstrap.sh
+
+demo: setup
+	.venv/bin/simclr demo
+
+test: setup
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/pytest
+
+# Names versions and hashes for Python 3.11 and 3.12, and no address of an index.
+lock: setup
+	.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --no-header --quiet --output-file requirements.lock

@@ -8,8 +8,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import os
+import signal
 import sys
+import threading
 from typing import Any
+
+_END_S = 2.0  # for Ray, when interrupted
 
 COMMANDS = {
     "demo": "the whole job on this machine: render, shard, pretrain, evaluate, register, pull, report",
@@ -43,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
             near = get_close_matches(name, COMMANDS, n=3, cutoff=0.4) or list(COMMANDS)
             raise ValueError(f"unknown command {name!r}; nearest: {', '.join(near)}")
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice ends it like Ctrl-C
         quiet = "--quiet" in rest
         from pipelines import terminal
 
@@ -56,9 +62,15 @@ def main(argv: list[str] | None = None) -> None:
             raise
         _fail(f"no space left on the disk that holds {error.filename or 'the output'}; free some and run the same command again")
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        sys.stderr.flush()
-        sys.exit(130)
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if "ray" in sys.modules:
+            from pipelines import cluster
+
+            ending = threading.Thread(target=cluster.disconnect, daemon=True)
+            ending.start()
+            ending.join(_END_S)
+        os._exit(130)  # other threads may be in the middle of something: they are not waited for
 
 
 def _fail(sentence: str) -> None:

@@ -7,6 +7,8 @@ import errno
 import logging
 import os
 import queue
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +20,12 @@ from pipelines.terminal import say
 
 # Before Ray is imported: what it reads from the environment once.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a call that comes after the shutdown starts a second Ray, which nobody ends
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+_END: dict[str, Any] = {"end": True}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,14 +52,20 @@ class Resources:
             raise ValueError(f"--device is {self.device!r}; expected auto, cpu or cuda")
 
 
+def joins_a_cluster(address: str | None) -> bool:
+    """Whether Ray is joined, at `address` or at $RAY_ADDRESS, and not started on this machine for this command alone."""
+    return bool(address or os.environ.get("RAY_ADDRESS"))
+
+
 def connect(resources: Resources) -> bool:
     """Join the cluster, or start a private Ray that has as many cores as the workers ask for. False where that was done before."""
     import ray
 
     if ray.is_initialized():
         return False
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}
-    if resources.address or os.environ.get("RAY_ADDRESS"):
+    if joins_a_cluster(resources.address):
         try:
             ray.init(address=resources.address or os.environ["RAY_ADDRESS"], **quiet)
         except ConnectionError as error:
@@ -63,16 +73,18 @@ def connect(resources: Resources) -> bool:
             raise ValueError(f"no Ray cluster answers at {where!r} ({error}); start one with `ray up`, or leave out --address") from None
     else:
         cores = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
-        ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+        # Ray lowers the priority of its workers by 15. With nobody else on the cores that only lets every background process
+        # interrupt a step: it cost 7 % of ResNet-18's at N = 32 on two cores (`simclr bench loop`).
+        ray.init(num_cpus=cores, include_dashboard=False, _system_config={"worker_niceness": 0}, **quiet)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # which ray.init has replaced
     return True
 
 
 def disconnect() -> None:
-    """Leave the cluster; a private Ray ends."""
-    import ray
-
-    if ray.is_initialized():
-        ray.shutdown()
+    """Leave the cluster; a private Ray ends, also one that was still starting."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 @dataclass
@@ -89,30 +101,28 @@ class Running:
         Raises ValueError where a worker failed in a way that the user can mend and that trying again cannot, and what Ray
         raises where workers failed too often.
         """
-        ended = False
-        while not ended:
-            ended = not self.thread.is_alive()  # asked before the last look into the inbox
-            for message in self._take():
-                if "failed_rank" in message:
-                    say(f"rank {message['failed_rank']} failed: {message['error']}")
-                else:
-                    yield message
+        for message in iter(self._take, _END):
+            if "failed_rank" in message:
+                say(f"rank {message['failed_rank']} failed: {message['error']}")
+            elif message:
+                yield message
+        self.thread.join()
         error = self.outcome[0]
         if error is not None:
             if sentence := _mistake(error):
                 raise ValueError(sentence) from None
             raise error
 
-    def _take(self) -> list[dict[str, Any]]:
+    def _take(self) -> dict[str, Any]:
+        """The next message; {} where there was none for a while."""
         from ray.util.queue import Empty
 
-        # Blocking in short turns: Ctrl-C must reach the main thread at once.
-        if not self.thread.is_alive():
-            size = self.inbox.qsize()
-            return list(self.inbox.get_nowait_batch(size)) if size else []
-        with contextlib.suppress(Empty, queue.Empty):
-            return [self.inbox.get(timeout=0.2)]
-        return []
+        ended = not self.thread.is_alive()  # asked before looking, so that nothing put before the end is missed
+        try:
+            message: dict[str, Any] = self.inbox.get(timeout=2)
+            return message
+        except (Empty, queue.Empty):
+            return _END if ended else {}
 
 
 def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resources: Resources, storage: Path) -> Running:
@@ -136,7 +146,7 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
             f"the cluster has {total.get('CPU', 0):.0f}: use fewer --workers or --cpus-per-worker"
         )
     inbox = Queue(actor_options={"num_cpus": 0})
-    private = not (resources.address or os.environ.get("RAY_ADDRESS"))
+    private = not joins_a_cluster(resources.address)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
     trainer = _trainer_class(private)(
         worker,
@@ -162,6 +172,8 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
             outcome.append(None)
         except BaseException as error:  # handed to the thread that iterates the reports
             outcome.append(error)
+        with contextlib.suppress(Exception):  # Ray was shut down: then nobody reads it
+            inbox.put(_END)
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
@@ -173,19 +185,29 @@ def _trainer_class(private: bool) -> Any:
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
     from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
     class GiveUpOnMistakes(DefaultFailurePolicy):
         def make_decision(self, training_failed_error: Any) -> Any:
             return FailureDecision.RAISE if _mistake(training_failed_error) else super().make_decision(training_failed_error)
 
+    class AloneScaling(FixedScalingPolicy):
+        """Without a request to an autoscaler, which takes an actor, that is a process of 3 s of imports."""
+
+        def after_controller_start(self, train_run_context: Any) -> None: ...
+
+        def _maybe_send_resource_request(self) -> None: ...
+
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-            # On this machine alone: each is an actor, a process that imports for 3 s, for Ray Data and for a lost head node.
+            # On this machine alone: each is an actor more, for Ray Data and for a controller lost with its node.
             unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"} if private else set()
             return [c for c in callbacks if type(c).__name__ not in unused]
 
         def _initialize_and_run_controller(self, **settings: Any) -> Any:
+            if private:
+                settings["scaling_policy"] = AloneScaling(self.scaling_config)  # type: ignore[arg-type]
             settings["failure_policy"] = GiveUpOnMistakes(self.run_config.failure_config)  # type: ignore[arg-type]
             return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
 

@@ -28,7 +28,7 @@ def train_worker(job: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(job["cpus_per_worker"])
-        _keep_freed_memory()
+        keep_freed_memory()
     start = Start(
         data=Path(job["data"]),
         device=device,
@@ -42,7 +42,7 @@ def train_worker(job: dict[str, Any]) -> None:
         ray.train.report({**report.metrics, "step": report.step, "total_steps": report.total_steps, "saved": saved})
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks instead of returning them to the kernel.
 
     A CPU step allocates the same activations over and over; by default each is mapped, page-faulted and unmapped anew,

@@ -89,6 +89,7 @@ def write(folder: Path, state: State, keep: int) -> Path:
     """
     target = folder / f"step-{state.step:09d}"
     scratch = folder / f".writing-{state.step:09d}-{os.getpid()}"
+    aside = folder / f".old-{state.step:09d}-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
@@ -99,13 +100,13 @@ def write(folder: Path, state: State, keep: int) -> Path:
         for path in (*scratch.iterdir(), scratch):
             _flush(path)
         if target.exists():  # a resumed run comes by the same step again
-            shutil.rmtree(target)
+            target.rename(aside)
         scratch.rename(target)
         _flush(folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[:-keep]:
+    for old in (*list_checkpoints(folder)[:-keep], *folder.glob(".old-*")):
         shutil.rmtree(old, ignore_errors=True)
     return target
 

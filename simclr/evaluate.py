@@ -60,10 +60,10 @@ def _gather_rows(x: Tensor) -> Tensor:
     """Rows of all ranks, which may hold different numbers of them."""
     if world_size() == 1:
         return x
-    count = torch.tensor([len(x)], device=x.device)
-    counts = all_gather(count).tolist()
-    padded = x.new_zeros((max(counts), *x.shape[1:]))
-    padded[: len(x)] = x
+    # A rank without rows does not know how wide the others' are.
+    counts, width = (v.tolist() for v in all_gather(torch.tensor([[len(x), x[:1].numel()]], device=x.device)).unbind(1))
+    padded = x.new_zeros((max(counts), *([max(width)] if x.ndim == 2 else [])))
+    padded[: len(x), ...] = x if len(x) else 0
     return torch.cat([part[:c] for part, c in zip(all_gather(padded).chunk(world_size()), counts, strict=True)])
 
 

@@ -1,0 +1,71 @@
+"""A pool of gloo processes: started once, they run a function on W ranks as often as tests ask."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_MOST = 4
+_PATIENCE_S = 120
+
+
+class Ranks:
+    """`ranks(W, function, *arguments)` runs `function(*arguments)` on W ranks and returns their results in order of ranks.
+
+    The function must be importable (a module's, not a local one). A failure on any rank raises here, with its traceback.
+    """
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for _ in range(_MOST):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def __call__(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, pipe in enumerate(self.pipes[:world]):
+                pipe.send((f"{folder}/store", rank, world, function, arguments))
+            answers = []
+            for rank, pipe in enumerate(self.pipes[:world]):
+                assert pipe.poll(_PATIENCE_S), f"rank {rank} did not answer within {_PATIENCE_S} s"
+                answers.append(pipe.recv())
+        failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
+        assert not failed, "\n".join(failed)
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if "lo" in (name for _, name in socket.if_nameindex()) else "")
+    while True:
+        store, rank, world, function, arguments = pipe.recv()
+        try:
+            if world > 1:
+                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+            pipe.send((True, function(*arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()

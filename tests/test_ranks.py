@@ -1,0 +1,208 @@
+"""W ranks compute what one process does: loss and gradient, BatchNorm, twenty steps, features."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from simclr import evaluate
+from simclr.batchnorm import BatchNorm
+from simclr.collectives import all_gather, rank, world_size
+from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
+from simclr.data import loader
+from simclr.loss import nt_xent
+from simclr.pretrain import Start, pretrain
+from simclr.views import two_views
+from tests.ranks import Ranks
+
+TINY = Config(
+    encoder=Encoder(depth=8, cifar_stem=True),
+    head=Head(d_out=16),
+    views=Views(size_px=32, colour_strength=0.5, blur_p=0.5),
+    loss=Loss(temperature=0.2),
+    optim=Optim(base_lr=0.3, warmup_epochs=0.1),
+    train=Train(batch_size=24, steps=20, precision="float64", report_every_steps=1, checkpoint_every_steps=20),
+    watch=Watch(every_epochs=0, k=5),
+)
+
+
+def mine(x: Tensor, views: int = 1) -> Tensor:
+    """This rank's rows of x, of which `views` blocks stand below each other."""
+    return torch.cat([block.chunk(world_size())[rank()] for block in x.chunk(views)])
+
+
+# ── Loss ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def loss_and_gradients(temperature: float) -> tuple[float, list[Tensor]]:
+    """Loss, averaged over ranks, and the parameters' gradients after DDP, of a small network on 12 images' two views."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(24, 7, dtype=torch.float64, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        network: nn.Module = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)).double()
+    if world_size() > 1:
+        network = DistributedDataParallel(network)
+    loss = nt_xent(network(mine(x, views=2)), temperature)
+    loss.backward()
+    mean = all_gather(loss.detach().view(1)).mean().item()
+    return mean, [p.grad for p in network.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0])
+def test_loss_and_gradient_are_those_of_one_process(ranks: Ranks, world: int, temperature: float) -> None:
+    """The classic mistakes: negatives of one rank only change the loss, a gather without gradient gives 1/W of the cross terms."""
+    expected, gradients = loss_and_gradients(temperature)
+    for loss, found in ranks(world, loss_and_gradients, temperature):
+        assert abs(loss - expected) < 1e-9
+        assert len(found) == len(gradients) == 4
+        for ours, theirs in zip(found, gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+# ── BatchNorm ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def normalised(shape: tuple[int, ...], offset: float, per_worker: bool) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator) + offset
+    target = torch.randn(shape, dtype=torch.float64, generator=generator)
+    norm = BatchNorm(shape[1], per_worker=per_worker).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, shape[1]))
+        assert norm.bias is not None
+        norm.bias.copy_(torch.linspace(-1, 1, shape[1]))
+    own = mine(x).requires_grad_()
+    y = norm(own)
+    (y * mine(target)).sum().backward()
+    assert own.grad is not None and norm.weight.grad is not None and norm.bias.grad is not None
+    parameters = all_gather(torch.stack([norm.weight.grad, norm.bias.grad])[None]).sum(0)
+    return {
+        "y": all_gather(y.detach()),
+        "dx": all_gather(own.grad),
+        "parameters": parameters,
+        "mean": norm.running_mean,
+        "var": norm.running_var,
+    }
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("shape", "offset"), [((8, 3), 0.0), ((8, 3, 5, 4), 0.0), ((8, 3, 5, 4), 1000.0)])
+def test_batchnorm_is_that_of_the_whole_batch(ranks: Ranks, world: int, shape: tuple[int, ...], offset: float) -> None:
+    """Output, all gradients and the running statistics; also where the mean is far larger than the deviation."""
+    expected = normalised(shape, offset, False)
+    reference = nn.functional.batch_norm  # the definition, so that one process is right too
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + offset
+    y = reference(x, None, None, torch.linspace(0.5, 2, 3).double(), torch.linspace(-1, 1, 3).double(), True, 0.1, 1e-5)
+    torch.testing.assert_close(expected["y"], y, rtol=0, atol=1e-9)
+    for found in ranks(world, normalised, shape, offset, False):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-8 if offset else 1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_per_worker_batchnorm_differs_on_purpose(ranks: Ranks) -> None:
+    together, apart = (ranks(2, normalised, (8, 3), 0.0, per_worker)[0]["y"] for per_worker in (False, True))
+    assert (together - apart).abs().max() > 0.1
+
+
+# ── The loop ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def trained(config: Config, data: str) -> tuple[list[float], dict[str, Tensor], float]:
+    """Losses of every step, the final weights and the final kNN score."""
+    losses, state, knn = [], {}, -1.0
+    for report in pretrain(config, Start(Path(data))):
+        losses.append(report.metrics["train/loss"])
+        knn = report.metrics.get("eval/knn_top1", knn)
+        if report.state is not None:
+            state = {name: t.clone() for name, t in report.state.tensors.items()}
+    return losses, state, knn
+
+
+def test_twenty_steps_are_the_same_on_one_two_and_four_ranks(ranks: Ranks, patterns: Path) -> None:
+    losses, state, knn = trained(TINY, str(patterns))
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    for world in (2, 4):
+        for found, weights, score in ranks(world, trained, TINY, str(patterns)):
+            np.testing.assert_allclose(found, losses, rtol=0, atol=1e-9)
+            assert weights.keys() == state.keys()
+            for name, t in state.items():
+                torch.testing.assert_close(weights[name], t, rtol=0, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+            assert score == knn
+
+
+def seen(config: Config, data: str, start: int) -> list[Any]:
+    """Ids and the pixels of both views of three batches."""
+    stream = loader.batches(config, Path(data), start, rank(), world_size())
+    out = []
+    for _ in range(3):
+        batch = next(stream)
+        views = two_views(batch.images, batch.ids, batch.epoch, config.views, config.seed, torch.device("cpu"))
+        out.append((batch.ids.clone(), *views.chunk(2)))
+    stream.close()
+    return out
+
+
+def test_ranks_see_their_slices_of_the_same_images_and_views(ranks: Ranks, patterns: Path) -> None:
+    whole = seen(TINY, str(patterns), 8)  # crosses the end of the first epoch of ten steps
+    for world in (2, 4):
+        parts = ranks(world, seen, TINY, str(patterns), 8)
+        for step in range(3):
+            for column in range(3):
+                assert torch.equal(torch.cat([part[step][column] for part in parts]), whole[step][column])
+
+
+def embedded(data: str, limit: int | None) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    kernel = torch.randn(3 * 32 * 32, 4, generator=generator)
+    features = evaluate.embed_split(_Flat(kernel), Path(data), "test", TINY.views, limit, batch_size=7)
+    return [features.h, features.y, features.ids]
+
+
+class _Flat(nn.Module):
+    def __init__(self, kernel: Tensor) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.kernel
+
+
+@pytest.mark.parametrize("limit", [None, 3, 59])
+def test_features_arrive_whole_and_in_order_on_every_rank(ranks: Ranks, patterns: Path, limit: int | None) -> None:
+    expected = embedded(str(patterns), limit)
+    assert len(expected[0]) == (limit or 60)
+    for found in ranks(4, embedded, str(patterns), limit):
+        torch.testing.assert_close(found[0], expected[0])
+        assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+
+
+def diverging(data: str) -> str:
+    """What is raised where rank 1 alone has a loss that is not finite."""
+    from simclr import pretrain as module
+
+    good = module.nt_xent
+    if rank() == 1:
+        module.nt_xent = lambda z, temperature: good(z, temperature) * float("nan")
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, batch_size=8, steps=3))
+    try:
+        for _ in pretrain(config, Start(Path(data))):
+            pass
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        module.nt_xent = good
+    return ""
+
+
+def test_a_loss_that_is_not_finite_names_rank_and_step_on_every_rank(ranks: Ranks, patterns: Path) -> None:
+    for text in ranks(2, diverging, str(patterns)):
+        assert text.startswith("the loss is not finite at step 1 on rank 1; the last checkpoint is still good")

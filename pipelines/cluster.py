@@ -150,7 +150,7 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
     trainer = _trainer_class(private)(
         worker,
-        train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
+        train_loop_config={**job, "inbox": inbox, "cpus_per_worker": resources.cpus_per_worker},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
@@ -227,13 +227,10 @@ def _mistake(failure: BaseException) -> str:
 
 
 def _forwarder(inbox: Any) -> Any:
-    """A callback for Ray's controller process that puts rank 0's metrics into the driver's queue."""
+    """A callback for Ray's controller process that tells the driver's queue of failed workers."""
     from ray.train import UserCallback
 
     class Forward(UserCallback):
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            inbox.put(metrics[0])
-
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             rank, error = sorted(worker_exceptions.items())[0]
             inbox.put({"failed_rank": rank, "error": str(error).strip().splitlines()[-1][:500]})

@@ -64,10 +64,10 @@ def pretrain(args: Args) -> Run:
         _publish_newest(run)
         say(f"{run.path} is complete: {done:,} of {total:,} steps; nothing to do")
         return run
+    _require_space(run)
     ours = cluster.connect(args.resources)
     from pipelines.worker import train_worker
 
-    _require_space(run)
     connected = time.monotonic()
     run.save()
     if done:

@@ -11,9 +11,11 @@ from typing import Any
 def train_worker(job: dict[str, Any]) -> None:
     """Train `job["config"]` on the shards in `job["data"]`, from the newest whole checkpoint in `job["run"]`, if any.
 
-    Every rank reports; rank 0 writes checkpoints. Started again after a failure, it goes on from the last one.
+    Rank 0 puts every report into the queue `job["inbox"]` and writes checkpoints. Started again after a failure, it goes on
+    from the last one.
     """
     # Imported here, not above: the driver imports this module too, and need not wait for numba and FFCV.
+    import ray
     import ray.train.torch
     import torch
 
@@ -36,10 +38,17 @@ def train_worker(job: dict[str, Any]) -> None:
         threads=job["cpus_per_worker"],
     )
     for report in pretrain(config, start):
+        metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps}
         if report.state is not None and first:
             checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
-        saved = report.state is not None
-        ray.train.report({**report.metrics, "step": report.step, "total_steps": report.total_steps, "saved": saved})
+        if first:
+            sent = job["inbox"].actor.put.remote(metrics)
+            if report.step == report.total_steps:
+                ray.get(sent)  # so that it is there before the driver hears that training is over
+        # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
+        # what a scheduler decides by, and the driver's queue gets everything.
+        if report.state is not None or "eval/knn_top1" in metrics:
+            ray.train.report(metrics)
 
 
 def keep_freed_memory() -> None:

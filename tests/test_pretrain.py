@@ -1,0 +1,96 @@
+"""The loop in one process: resuming is bitwise, reports are complete, a caller may stop, and the schedule is the config's."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simclr import checkpoint
+from simclr.config import Config
+from simclr.optim import lr_peak, warmup_cosine
+from simclr.pretrain import Report, Start, pretrain
+from tests.test_ranks import TINY
+
+
+def config(**train: Any) -> Config:
+    """Twelve steps of 24 in float32; an epoch has ten."""
+    return dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, precision="float32", steps=12, **train))
+
+
+def run(config: Config, patterns: Path, folder: Path, until: int | None = None, resume: bool = True) -> dict[int, Report]:
+    """Reports by step; checkpoints go to `folder`, as the worker writes them."""
+    found = checkpoint.latest(folder, print) if resume and folder.exists() else None
+    reports = {}
+    for report in pretrain(config, Start(patterns, checkpoint=found)):
+        if report.state is not None:
+            checkpoint.write(folder, report.state, config.train.keep_checkpoints)
+        reports[report.step] = report
+        if report.step == until:
+            break
+    return reports
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+@pytest.mark.parametrize("stop", [1, 7, 10, 11])
+def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, tmp_path: Path, name: Any, stop: int) -> None:
+    """At the first step, in mid-epoch, at an epoch's end and one before the last: weights, momentum, statistics and losses."""
+    settings = config(checkpoint_every_steps=1)
+    settings = dataclasses.replace(settings, optim=dataclasses.replace(settings.optim, name=name))
+    whole = run(settings, patterns, tmp_path / "whole")
+    run(settings, patterns, tmp_path / "parts", until=stop)
+    rest = run(settings, patterns, tmp_path / "parts")
+    assert sorted(rest) == list(range(stop + 1, 13))
+    for step, report in rest.items():
+        assert report.metrics["train/loss"] == whole[step].metrics["train/loss"]
+    a, b = (checkpoint.read(tmp_path / part / "step-000000012").tensors for part in ("whole", "parts"))
+    assert a.keys() == b.keys() and any(key.startswith("optimizer.") for key in a)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_reports_are_due_when_the_config_says(patterns: Path, tmp_path: Path) -> None:
+    settings = config(report_every_steps=5, checkpoint_every_steps=8)
+    settings = dataclasses.replace(settings, watch=dataclasses.replace(settings.watch, every_epochs=0.6))  # six steps
+    reports = run(settings, patterns, tmp_path)
+    assert list(reports) == [1, 5, 6, 8, 10, 12]  # the first, every fifth, every watched, every saved, the last
+    assert [s for s, r in reports.items() if r.state is not None] == [8, 12]
+    assert [s for s, r in reports.items() if "eval/knn_top1" in r.metrics] == [6, 12]
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000000008", "step-000000012"]
+    last = reports[12].metrics
+    assert {"train/loss", "train/lr", "train/contrastive_top1", "health/alignment"} <= set(last)
+    assert last["speed/images_per_s"] > 0 and 0 <= last["speed/data_wait_pct"] <= 100
+    assert last["epoch"] == 1.2 and 0 < last["eval/knn_top1"] <= 1 and 1 <= last["health/rankme"] <= 64
+
+
+def test_learning_rate_is_the_schedules(patterns: Path, tmp_path: Path) -> None:
+    settings = config()
+    peak = lr_peak(settings.optim.base_lr, 24, settings.optim.scaling)
+    assert settings.warmup_steps(240) == 1 and settings.total_steps(240) == 12
+    for step, report in run(settings, patterns, tmp_path).items():
+        assert report.metrics["train/lr"] == warmup_cosine(step - 1, peak, 1, 12)
+
+
+def test_a_caller_that_stops_leaves_no_thread(patterns: Path) -> None:
+    before = threading.active_count()
+    for report in pretrain(config(), Start(patterns)):
+        assert report.step == 1
+        break
+    assert threading.active_count() <= before
+
+
+def test_the_seed_is_in_everything(patterns: Path, tmp_path: Path) -> None:
+    losses = {seed: run(dataclasses.replace(config(), seed=seed), patterns, tmp_path / str(seed), until=1)[1].metrics for seed in (0, 1, 0)}
+    assert losses[0]["train/loss"] != losses[1]["train/loss"]
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(patterns: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch_size 241 is larger than the training split \(240 images\)"):
+        next(pretrain(config(batch_size=241), Start(patterns)))
+    run(config(checkpoint_every_steps=1), patterns, tmp_path, until=1)
+    wider = dataclasses.replace(config(), head=dataclasses.replace(TINY.head, d_out=8))
+    with pytest.raises(ValueError, match=r"step 1 does not fit this config: .*head.* has shape \(16, 64\), expected \(8, 64\)"):
+        next(pretrain(wider, Start(patterns, checkpoint=checkpoint.latest(tmp_path, print))))

@@ -1,0 +1,104 @@
+"""The house: imports run one way, every library has one door, files stay short."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("simclr", "pipelines", "tune", "tests")
+FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
+
+# Library → the files that may import it.
+DOORS = {
+    "boto3": {"simclr/data/store.py"},
+    "botocore": {"simclr/data/store.py"},
+    "mlflow": {"pipelines/tracking.py"},
+    # The writer, the reader and its operation, and the room that makes FFCV's import fast and harmless.
+    "ffcv": {"simclr/data/beton.py", "simclr/data/loader.py", "simclr/data/decode.py", "simclr/data/ffcv_import.py"},
+    "ray": {"pipelines/cluster.py", "pipelines/worker.py"},
+    "torchvision": {"simclr/data/sources.py"},
+}
+# Module of ours → the modules of ours that it may import.
+WITHIN = {
+    "simclr.config": set(),
+    "simclr.collectives": set(),
+    "simclr.keyed": set(),
+    "simclr.loss": {"simclr.collectives"},
+    "simclr.diagnostics": {"simclr.collectives"},
+    "simclr.optim": {"simclr.config"},
+    "simclr.batchnorm": {"simclr.collectives"},
+    "simclr.resnet": {"simclr.batchnorm", "simclr.config"},
+    "simclr.model": {"simclr.batchnorm", "simclr.config", "simclr.resnet", "simclr"},
+    "simclr.checkpoint": set(),
+}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path) for path in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that `path` imports, anywhere in it; `from a import b` is a.b where that is a module of ours."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else str(node.module))
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    for path in FILES:
+        room = ROOMS.index(path.relative_to(ROOT).parts[0])
+        above = {name for name in imports(path) if name.split(".")[0] in ROOMS[room + 1 :]}
+        assert not above, f"{path.relative_to(ROOT)} imports {above}"
+        assert not any(name.split(".")[0] == "cluster" for name in imports(path))
+
+
+@pytest.mark.parametrize("module", sorted(WITHIN))
+def test_the_method_is_layered(module: str) -> None:
+    path = ROOT / (module.replace(".", "/") + ".py")
+    ours = {name for name in imports(path) if name.split(".")[0] == "simclr"}
+    assert ours <= WITHIN[module]
+
+
+def test_each_library_has_its_door() -> None:
+    found = defaultdict(set)
+    for path in FILES:
+        if path.is_relative_to(ROOT / "tests"):
+            continue
+        for name in imports(path):
+            found[name.split(".")[0]].add(str(path.relative_to(ROOT)))
+    for library, doors in DOORS.items():
+        assert found[library] <= doors, f"{library} is imported in {found[library] - doors}"
+
+
+def test_the_method_knows_no_framework_around_it() -> None:
+    for path in (ROOT / "simclr").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & {"ray", "mlflow", "tyro", "argparse", "rich"}, path
+        assert "sys.argv" not in path.read_text(), path
+
+
+def test_files_stay_short() -> None:
+    budget = {ROOT / "simclr/pretrain.py": 250, ROOT / "pipelines/worker.py": 80}
+    for path in FILES:
+        lines = len(path.read_text().splitlines())
+        assert lines <= budget.get(path, 400), f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def test_nothing_is_called_utils_and_nothing_is_left_to_do() -> None:
+    for path in FILES:
+        assert path.stem not in ("utils", "util", "helpers", "common"), path
+        if path != Path(__file__):
+            assert not {"TODO", "FIXME", "XXX"} & set(path.read_text().replace(":", " ").split()), path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_the_demo_from_rendering_to_the_report(shared_ray: None, tmp_path: Path,
 
 def _loaded(page: str) -> str:
     """What the page would load: the values of src and href."""
-    return " ".join(part.split('"')[1] for part in page.replace("href=", "src=").split("src=")[1:] if part.startswith('"'))
+    return " ".join(value for value in re.findall(r'(?:src|href)="([^"]*)"', page) if not value.startswith("data:"))
 
 
 def test_interrupted_it_ends_within_five_seconds_and_the_same_command_goes_on(

@@ -116,7 +116,7 @@ def test_features_and_projections_equal_the_official_ones(tag: str) -> None:
     updated = [key for key in golden.files if key.startswith("updated|")]
     assert updated
     for key in updated:
-        assert deviation(names[key.removeprefix("updated|")], golden[key]) < 1e-4, key
+        assert deviation(names[key.removeprefix("updated|")], golden[key]) < (10 * noise if "projection_head" in key else noise), key
 
 
 def test_two_layer_head() -> None:

@@ -25,6 +25,7 @@ from typing import Any, Self
 from simclr.config import Config
 
 SCHEMA = 1
+_PHASES = ("render and shard", "start", "pretrain", "evaluate", "publish", "pull and compare")
 # These change how often a run speaks, not what it computes: a resumed run may change them.
 _OPERATIONAL = ("train.report_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.compile", "watch.")
 
@@ -75,15 +76,16 @@ class Run:
 
     def took(self, phase: str, seconds: float) -> None:
         """Add to the seconds that `phase` has taken (a resumed run adds to its earlier part)."""
+        assert phase in _PHASES
         path = self.path / "timings.json"
         timings = self.timings()
         path.write_text(json.dumps(timings | {phase: round(timings.get(phase, 0.0) + seconds, 2)}) + "\n")
 
     def timings(self) -> dict[str, float]:
-        """Phase → seconds, in the order in which the phases first ran."""
+        """Phase → seconds, in the order of the job."""
         path = self.path / "timings.json"
         seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-        return seconds
+        return {phase: seconds[phase] for phase in _PHASES if phase in seconds}
 
     def append(self, metrics: dict[str, Any]) -> None:
         """One report, as a line of metrics.jsonl."""

@@ -49,6 +49,7 @@ class Bar:
         self.done, self.note, self.rate = 0, "", 0.0
         self.began = self.printed = time.monotonic()
         self.started_at = 0
+        self.last = -1  # what the last plain line said
         self.progress: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -90,13 +91,13 @@ class Bar:
         if self.progress is not None:
             self.progress.update(self.task, completed=done, counts=self._counts(), note=self.note)
         elif time.monotonic() - self.printed >= _PLAIN_EVERY_S:
-            self.printed = time.monotonic()
+            self.printed, self.last = time.monotonic(), done
             say(self._line(elapsed))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.progress is not None:
             self.progress.stop()
-        elif kind is None and time.monotonic() - self.began > 2:
+        elif kind is None and time.monotonic() - self.began > 2 and self.last != self.done:
             say(self._line(time.monotonic() - self.began))
 
     def _counts(self) -> str:

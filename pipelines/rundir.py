@@ -75,11 +75,12 @@ class Run:
         return run
 
     def took(self, phase: str, seconds: float) -> None:
-        """Add to the seconds that `phase` has taken (a resumed run adds to its earlier part)."""
+        """Note the seconds that `phase` took. A resumed training adds to its earlier part; what is done again counts once."""
         assert phase in _PHASES
         path = self.path / "timings.json"
         timings = self.timings()
-        path.write_text(json.dumps(timings | {phase: round(timings.get(phase, 0.0) + seconds, 2)}) + "\n")
+        before = timings.get(phase, 0.0) if phase in ("start", "pretrain") else 0.0
+        path.write_text(json.dumps(timings | {phase: round(before + seconds, 2)}) + "\n")
 
     def timings(self) -> dict[str, float]:
         """Phase → seconds, in the order of the job."""

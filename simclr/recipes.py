@@ -25,8 +25,8 @@ def patterns_tiny() -> Config:
         views=Views(size_px=32, area=(0.2, 1.0), colour_strength=0.8, blur_p=0.0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
         loss=Loss(temperature=0.2),
         optim=Optim(base_lr=4.0, warmup_epochs=2, weight_decay=1e-4),
-        train=Train(batch_size=128, epochs=16, report_every_steps=5, checkpoint_every_steps=100),
-        watch=Watch(every_epochs=2, k=20),
+        train=Train(batch_size=128, epochs=12, report_every_steps=5, checkpoint_every_steps=100),
+        watch=Watch(every_epochs=3, k=20),
     )
 
 

@@ -66,7 +66,7 @@ def test_interrupted_it_ends_within_five_seconds_and_the_same_command_goes_on(
     import ray
 
     command = [sys.executable, "-m", "pipelines.cli", "pretrain", "patterns_tiny", "--data", str(patterns), "--run", "run"]
-    command += ["--train.batch-size", "60", "--train.steps", "120", "--train.checkpoint-every-steps", "20"]
+    command += ["--train.batch-size", "60", "--train.steps", "60", "--train.checkpoint-every-steps", "15"]
     command += ["--train.report-every-steps", "1"]
     command += ["--address", ray.get_runtime_context().gcs_address]
     run = tmp_path / "run"
@@ -82,13 +82,13 @@ def test_interrupted_it_ends_within_five_seconds_and_the_same_command_goes_on(
         assert time.monotonic() - began < 5
     assert "interrupted; run the same command again to go on" in (tmp_path / "log").read_text()
     newest = checkpoint.latest(run / "checkpoints", print)
-    assert newest is not None and 0 < checkpoint.read(newest).step < 120
+    assert newest is not None and 0 < checkpoint.read(newest).step < 60
 
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)
     assert second.returncode == 0, second.stderr
-    assert f"going on with run after step {checkpoint_step(newest)} of 120" in second.stderr
+    assert f"going on with run after step {checkpoint_step(newest)} of 60" in second.stderr
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert set(steps) == set(range(1, 121)) and steps[-1] == 120
+    assert set(steps) == set(range(1, 61)) and steps[-1] == 60
     assert (run / "encoder" / "encoder.safetensors").is_file()
 
 

@@ -26,6 +26,8 @@ os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 _END: dict[str, Any] = {"end": True}
+_STOP_S = 2.0
+_jobs: list[threading.Thread] = []  # that may be inside Ray's core worker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +85,15 @@ def connect(resources: Resources) -> bool:
 
 def disconnect() -> None:
     """Leave the cluster; a private Ray ends, also one that was still starting."""
-    if "ray" in sys.modules:
+    if "ray" not in sys.modules:
+        return
+    if any(job.is_alive() for job in _jobs):
+        # A shutdown under a thread that waits in Ray is a segmentation fault now and then. A cluster ends what a driver that
+        # went away had started; a private Ray's processes are ended from outside.
+        node = sys.modules["ray"]._private.worker._global_node
+        if node is not None and node.is_head():
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+    else:
         sys.modules["ray"].shutdown()
 
 
@@ -94,6 +104,16 @@ class Running:
     thread: threading.Thread
     inbox: Any
     outcome: list[BaseException | None]
+    controllers: list[Any]
+    """The handle of Ray's controller actor, once there is one."""
+
+    def stop(self) -> None:
+        """End the job where it is, workers and all. Takes at most 2 s."""
+        import ray
+
+        if self.controllers and self.thread.is_alive():
+            ray.kill(self.controllers[0])  # its workers are its own and end with it
+        self.thread.join(_STOP_S)
 
     def reports(self) -> Iterator[dict[str, Any]]:
         """Metrics of rank 0, one dict per report, as they arrive.
@@ -148,7 +168,8 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     inbox = Queue(actor_options={"num_cpus": 0})
     private = not joins_a_cluster(resources.address)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
-    trainer = _trainer_class(private)(
+    controllers: list[Any] = []
+    trainer = _trainer_class(private, controllers)(
         worker,
         train_loop_config={**job, "inbox": inbox, "cpus_per_worker": resources.cpus_per_worker},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
@@ -177,12 +198,17 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    return Running(thread, inbox, outcome)
+    _jobs[:] = [job for job in _jobs if job.is_alive()] + [thread]
+    return Running(thread, inbox, outcome, controllers)
 
 
-def _trainer_class(private: bool) -> Any:
-    """TorchTrainer that gives up at once where trying again cannot help, and that starts nothing which a run has no use for."""
+def _trainer_class(private: bool, controllers: list[Any]) -> Any:
+    """TorchTrainer that gives up at once where trying again cannot help, that starts nothing which a run has no use for, and
+    that puts its controller's handle into `controllers`."""
+    import ray
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+    from ray.train.v2._internal.execution.controller import TrainController
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
     from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
@@ -209,7 +235,13 @@ def _trainer_class(private: bool) -> Any:
             if private:
                 settings["scaling_policy"] = AloneScaling(self.scaling_config)  # type: ignore[arg-type]
             settings["failure_policy"] = GiveUpOnMistakes(self.run_config.failure_config)  # type: ignore[arg-type]
-            return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
+            # As the parent does, which keeps the handle to itself; Ctrl-C needs it.
+            here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+            env = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
+            actor: Any = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": env})(TrainController)
+            controllers.append(actor.remote(**settings))
+            ray.get(controllers[0].run.remote())
+            return ray.get(controllers[0].get_result.remote())
 
     return Trainer
 

@@ -75,6 +75,7 @@ def pretrain(args: Args) -> Run:
     tracked = _Tracked(run, uri)
     job = {"config": config.to_dict(), "data": str(args.data.absolute()), "run": str(run.path.absolute())}
     status = "FAILED"
+    running = None
     try:
         running = cluster.launch(train_worker, job, args.resources, run.path / "ray")
         with Bar("pretrain", total, "steps") as bar:
@@ -102,7 +103,9 @@ def pretrain(args: Args) -> Run:
         raise
     finally:
         shutil.rmtree(run.path / "ray", ignore_errors=True)
-        if ours or status == "KILLED":
+        if running is not None:
+            running.stop()
+        if ours:
             cluster.disconnect()
         run = tracked.close(status)
     return run

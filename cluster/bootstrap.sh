@@ -52,7 +52,7 @@ if [ -n "$missing" ]; then
 fi
 
 # ── Python packages, as requirements.lock says ─────────────────────────────────────────────────────────────────────
-wanted=$(cat requirements.lock pyproject.toml | sha256sum | cut -d ' ' -f 1)
+wanted=$(cat requirements.lock pyproject.toml cluster/bootstrap.sh | sha256sum | cut -d ' ' -f 1)
 if [ -x .venv/bin/simclr ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted $PWD" ]; then
     exit 0
 fi
@@ -64,7 +64,8 @@ if [ ! -x .venv/bin/uv ]; then
 fi
 # Its own cache may lie on another disk: copying is then what happens anyway, without a warning.
 export UV_LINK_MODE="${UV_LINK_MODE:-copy}" VIRTUAL_ENV="$PWD/.venv"
-.venv/bin/uv pip install --quiet --require-hashes -r requirements.lock
+# Compiled now: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every process would do it again, 3 s for torch alone.
+.venv/bin/uv pip install --quiet --compile-bytecode --require-hashes -r requirements.lock
 .venv/bin/uv pip install --quiet --no-deps --no-build-isolation -e .
 echo "$wanted $PWD" >.venv/installed
 say "done"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import logging
 import os
 import queue
@@ -65,6 +66,8 @@ def connect(resources: Resources) -> bool:
 
     if ray.is_initialized():
         return False
+    # Its imports take as long as Ray takes to start its processes.
+    threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}
     if joins_a_cluster(resources.address):
@@ -77,7 +80,9 @@ def connect(resources: Resources) -> bool:
         cores = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
         # Ray lowers the priority of its workers by 15. With nobody else on the cores that only lets every background process
         # interrupt a step: it cost 7 % of ResNet-18's at N = 32 on two cores (`simclr bench loop`).
-        ray.init(num_cpus=cores, include_dashboard=False, _system_config={"worker_niceness": 0}, **quiet)
+        # It would also start a worker process per core in advance, without the environment that Train's workers want.
+        tuned = {"worker_niceness": 0, "prestart_worker_first_driver": False}
+        ray.init(num_cpus=cores, include_dashboard=False, _system_config=tuned, **quiet)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # which ray.init has replaced
     return True

@@ -49,6 +49,7 @@ class Bar:
         self.done, self.note, self.rate = 0, "", 0.0
         self.began = self.printed = time.monotonic()
         self.started_at = 0
+        self.first: tuple[float, int] | None = None  # when the first units were done, and how many: what went before was set-up
         self.last = -1  # what the last plain line said
         self.progress: Progress | None = None
 
@@ -86,6 +87,7 @@ class Bar:
         """`done` units so far; `rate` in images/s where the caller measures it better than this clock."""
         self.done = done
         self.note = self.note if note is None else note
+        self.first = self.first or (time.monotonic(), done)
         elapsed = time.monotonic() - self.began
         self.rate = rate if rate is not None else (done - self.started_at) / max(elapsed, 1e-9)
         if self.progress is not None:
@@ -105,6 +107,8 @@ class Bar:
         return f"{self.done:,}{of} {self.unit}  {self.rate:,.0f} {self.rate_unit}"
 
     def _line(self, elapsed: float) -> str:
-        new = self.done - self.started_at
-        left = "" if not self.total or self.done >= self.total or not new else f"  ETA {(self.total - self.done) * elapsed / new:,.0f} s"
+        left = ""
+        if self.total and self.first and self.first[1] < self.done < self.total:
+            pace = (time.monotonic() - self.first[0]) / (self.done - self.first[1])
+            left = f"  ETA {(self.total - self.done) * pace:,.0f} s"
         return f"{self.name}: {self._counts()}  {elapsed:,.0f} s{left}  {self.note}".rstrip()

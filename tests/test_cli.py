@@ -264,3 +264,19 @@ def test_the_installed_command_starts_quickly_and_says_its_usage() -> None:
     done = subprocess.run([sys.executable, "-m", "pipelines.cli", "--help"], capture_output=True, text=True, check=True)
     assert "usage: simclr COMMAND" in done.stdout
     assert time.monotonic() - began < 10  # torch, ray and mlflow take longer than this together
+
+
+def test_the_time_left_counts_from_the_first_step_not_from_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    with terminal.Bar("pretrain", 100, "steps") as bar:
+        bar.resume_at(10)
+        for now, step in ((130.0, 11), (150.0, 31), (170.0, 51)):  # 30 s until the first step, then one a second
+            bar.update(step, "loss 4", rate=64.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "pretrain: 11/100 steps  64 images/s  30 s  loss 4",
+        "pretrain: 31/100 steps  64 images/s  50 s  ETA 69 s  loss 4",
+        "pretrain: 51/100 steps  64 images/s  70 s  ETA 49 s  loss 4",
+    ]

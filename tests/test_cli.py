@@ -269,11 +269,11 @@ def test_the_installed_command_starts_quickly_and_says_its_usage() -> None:
 def test_the_time_left_counts_from_the_first_step_not_from_the_start(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = 100.0
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with terminal.Bar("pretrain", 100, "steps") as bar:
         bar.resume_at(10)
-        for now, step in ((130.0, 11), (150.0, 31), (170.0, 51)):  # 30 s until the first step, then one a second
+        for clock[0], step in ((130.0, 11), (150.0, 31), (170.0, 51)):  # 30 s until the first step, then one a second
             bar.update(step, "loss 4", rate=64.0)
     assert capsys.readouterr().err.splitlines() == [
         "pretrain: 11/100 steps  64 images/s  30 s  loss 4",

@@ -7,6 +7,7 @@ import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -52,19 +53,21 @@ def main(args: Args) -> None:
 
 
 def loop(args: Args) -> float:
-    """Print and return Ray's share: median step under Ray ÷ median step of the bare generator, minus 1."""
+    """Print and return Ray's share: the median over pairs of trials of (step under Ray ÷ step of the bare generator), minus 1."""
     config = recipe(args.recipe)
     train = replace(config.train, batch_size=args.batch_size, steps=args.steps)
     train = replace(train, report_every_steps=_WARM_STEPS, checkpoint_every_steps=args.steps)
     # The last step is always evaluated; what that costs is not asked here.
     config = replace(config, train=train, watch=replace(config.watch, bank=64, queries=64, k=1, every_epochs=0))
-    bare, ray = [], []
-    for trial in range(args.trials):  # in turn, so that what else the machine does falls on both
-        bare.append(_bare(config, args))
-        ray.append(_ray(config, args))
+    bare: list[float] = []
+    ray: list[float] = []
+    for trial in range(args.trials):
+        sides: list[tuple[list[float], Callable[[Config, Args], float]]] = [(bare, _bare), (ray, _ray)]
+        for seconds, side in sides if trial % 2 == 0 else sides[::-1]:  # in turn, so that what else the machine does falls on both
+            seconds.append(side(config, args))
         say(f"trial {trial + 1} of {args.trials}: bare {1e3 * bare[-1]:,.1f} ms, under Ray {1e3 * ray[-1]:,.1f} ms a step")
-    cost = statistics.median(ray) / statistics.median(bare) - 1
     ratios = sorted(r / b for r, b in zip(ray, bare, strict=True))
+    cost = statistics.median(ratios) - 1
     counted = args.steps - _WARM_STEPS
     print(f"step of {args.recipe}, N = {args.batch_size}, {args.threads} threads, median of {counted} steps, n = {args.trials}")
     print(f"bare generator      {1e3 * statistics.median(bare):8,.1f} ms")

@@ -40,8 +40,9 @@ class Args:
     """Steps of each trial; the first 5 are not counted."""
     trials: int = 3
     """n: trials of each side."""
-    threads: int = os.cpu_count() or 1
-    """CPU threads of the one worker."""
+    threads: int = cluster.Resources().cpus_per_worker
+    """CPU threads of the one worker. As many as there are cores leaves none for Ray's own processes: what they take then
+    counts, and more than once, for a worker's threads wait for one another."""
 
 
 def main(args: Args) -> None:

@@ -62,7 +62,9 @@ class Run:
     def save(self) -> None:
         """Write run.json, atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
-        text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": str(self.data)}
+        # As seen from the run, where it was not given absolutely: any folder may be the current one next time.
+        data = self.data if self.data.is_absolute() else os.path.relpath(self.data, self.path)
+        text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": str(data)}
         del text["path"]
         scratch = self.path / f".run.json-{os.getpid()}"
         scratch.write_text(json.dumps(text, indent=1) + "\n")
@@ -169,5 +171,6 @@ def load_run(path: Path) -> Run:
     text: dict[str, Any] = json.loads((path / "run.json").read_text())
     if text.pop("schema") != SCHEMA:
         raise ValueError(f"{path}/run.json has another schema than {SCHEMA}; go on with the version that wrote it")
-    text["config"], text["data"] = Config.from_dict(text["config"]), Path(text["data"])
+    data = Path(text["data"])
+    text["config"], text["data"] = Config.from_dict(text["config"]), data if data.is_absolute() else Path(os.path.relpath(path / data))
     return Run(path=path, **text)

@@ -280,3 +280,21 @@ def test_the_time_left_counts_from_the_first_step_not_from_the_start(
         "pretrain: 31/100 steps  64 images/s  50 s  ETA 69 s  loss 4",
         "pretrain: 51/100 steps  64 images/s  70 s  ETA 49 s  loss 4",
     ]
+
+
+def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
+    from pipelines.rundir import load_run, open_run
+    from simclr.recipes import recipe
+
+    (tmp_path / "project" / "elsewhere").mkdir(parents=True)
+    (tmp_path / "project" / "shards").symlink_to(patterns)
+    monkeypatch.chdir(tmp_path / "project")
+    config = recipe("patterns_tiny")
+    open_run(Path("runs/one"), "patterns_tiny", config, Path("shards")).save()
+    assert load_run(Path("runs/one")).data == Path("shards")
+    monkeypatch.chdir("elsewhere")
+    moved = load_run(Path("../runs/one"))
+    assert moved.data == Path("../shards") and (moved.data / "manifest.json").is_file()
+    assert open_run(Path("../runs/one"), "patterns_tiny", config, Path("../shards")).created == moved.created
+    open_run(Path("two"), "patterns_tiny", config, patterns).save()
+    assert load_run(Path("two")).data == patterns

@@ -57,7 +57,8 @@ if [ -x .venv/bin/simclr ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted 
     exit 0
 fi
 say "installing the locked Python packages into .venv (about 6 GB, most of it CUDA)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# --clear: what an interrupted set-up left has no pip.
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 if [ ! -x .venv/bin/uv ]; then
     awk '/^uv==/ { on = 1 } on { print } on && !/\\$/ { exit }' requirements.lock >.venv/uv.lock
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.lock

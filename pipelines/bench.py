@@ -18,6 +18,7 @@ from pipelines import cluster
 from pipelines.rundir import environment
 from pipelines.terminal import say
 from simclr.config import Config
+from simclr.data.manifest import read_manifest
 from simclr.recipes import recipe
 
 _WARM_STEPS = 5  # the first steps allocate and compile
@@ -49,6 +50,7 @@ def main(args: Args) -> None:
         raise ValueError(f"--trials {args.trials} --steps {args.steps}; expected at least 1 trial of more than {_WARM_STEPS} steps")
     if cluster.joins_a_cluster(None):
         raise ValueError("RAY_ADDRESS is set; this compares on one machine: unset it")
+    read_manifest(args.data)
     loop(args)
 
 

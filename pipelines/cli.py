@@ -6,7 +6,6 @@ A mistake of the user's is one sentence and exit code 2; everything else is a bu
 from __future__ import annotations
 
 import dataclasses
-import errno
 import importlib
 import os
 import signal
@@ -58,9 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        from simclr import disk
+
+        if not (sentence := disk.trouble(error)):
             raise
-        _fail(f"no space left on the disk that holds {error.filename or 'the output'}; free some and run the same command again")
+        _fail(sentence)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import logging
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
+from simclr import disk
 
 # Before Ray is imported: what it reads from the environment once.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
@@ -140,6 +140,7 @@ class Running:
 
     def _take(self) -> dict[str, Any]:
         """The next message; {} where there was none for a while."""
+        from ray.exceptions import RayActorError
         from ray.util.queue import Empty
 
         ended = not self.thread.is_alive()  # asked before looking, so that nothing put before the end is missed
@@ -148,6 +149,26 @@ class Running:
             return message
         except (Empty, queue.Empty):
             return _END if ended else {}
+        except RayActorError:  # somebody killed the queue's process: the training's end is still to be waited for
+            time.sleep(_STOP_S)
+            return _END if ended else {}
+
+
+def require(resources: Resources) -> bool:
+    """Whether the workers get GPUs. Raises ValueError where the cluster, once connected, has not what they ask for."""
+    import ray
+
+    total = ray.cluster_resources()
+    gpus = total.get("GPU", 0) >= resources.workers and resources.device != "cpu"
+    if resources.device == "cuda" and not gpus:
+        raise ValueError(f"--device cuda with {resources.workers} workers needs as many GPUs; the cluster has {total.get('GPU', 0):.0f}")
+    cores = resources.workers * resources.cpus_per_worker
+    if cores > total.get("CPU", 0):
+        raise ValueError(
+            f"{resources.workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; "
+            f"the cluster has {total.get('CPU', 0):.0f}: use fewer --workers or --cpus-per-worker"
+        )
+    return gpus
 
 
 def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resources: Resources, storage: Path) -> Running:
@@ -160,17 +181,10 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     from ray.train.torch import TorchConfig
     from ray.util.queue import Queue
 
-    total = ray.cluster_resources()
-    gpus = total.get("GPU", 0) >= resources.workers and resources.device != "cpu"
-    if resources.device == "cuda" and not gpus:
-        raise ValueError(f"--device cuda with {resources.workers} workers needs as many GPUs; the cluster has {total.get('GPU', 0):.0f}")
-    cores = resources.workers * resources.cpus_per_worker
-    if cores > total.get("CPU", 0):
-        raise ValueError(
-            f"{resources.workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; "
-            f"the cluster has {total.get('CPU', 0):.0f}: use fewer --workers or --cpus-per-worker"
-        )
-    inbox = Queue(actor_options={"num_cpus": 0})
+    gpus = require(resources)
+    # Where the driver is: on another node it would be lost with that node, and the reports with it.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    inbox = Queue(actor_options={"num_cpus": 0, "label_selector": here})
     private = not joins_a_cluster(resources.address)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
     controllers: list[Any] = []
@@ -258,8 +272,8 @@ def _mistake(failure: BaseException) -> str:
         error = getattr(worker_error, "_base_exc", worker_error)
         if isinstance(error, ValueError | FloatingPointError):
             return str(error)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return f"no space left on the disk that holds {error.filename or 'the run'}; free some and run the same command again"
+        if sentence := disk.trouble(error):
+            return sentence
     return ""
 
 

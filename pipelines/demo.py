@@ -68,6 +68,8 @@ class Result:
 
 def demo(args: Args) -> Result:
     """Run every step as its own command would. What an interrupted demo finished already is not done again."""
+    if args.test < 1:
+        raise ValueError(f"--test is {args.test}; expected at least 1")
     out = args.out or Path("runs") / ("demo" + (f"-{args.seed}" if args.seed else "") + ("-coloured" if args.coloured else ""))
     config = replace(recipe("patterns_tiny"), seed=args.seed)
     if args.epochs is not None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from pipelines.terminal import Bar
+from pipelines.terminal import Bar, say
+from simclr import disk
 from simclr.data.sources import is_image
-
-if TYPE_CHECKING:
-    from simclr.model import PublishedEncoder
 
 _BATCH = 64
 
@@ -32,48 +30,58 @@ class Args:
     """Written: features (n, d) float32 and names (n,)."""
 
 
+@dataclass(frozen=True)
+class _Images:
+    names: list[str]
+    read: Callable[[int], NDArray[np.uint8]]
+    """Index → (H, W, 3). Raises ValueError where it is no image."""
+    given: frozenset[str] = frozenset()
+    """Names that the user wrote down: those have to be images. What merely lies in a folder may be junk."""
+
+
 def main(args: Args) -> None:
     if not args.images:
         raise ValueError("which images? give files, folders or an .npy file")
-    names, arrays = _open(args.images)
+    disk.require_writable(args.out)
+    images = _open(args.images)
     import torch
 
     import simclr
 
     encoder = simclr.load_encoder(args.encoder)
     features: list[NDArray[np.float32]] = []
-    with Bar("embed", len(names)) as bar, torch.inference_mode():
-        for begin in range(0, len(names), _BATCH):
-            features += _embed(encoder, [arrays(i) for i in range(begin, min(begin + _BATCH, len(names)))])
-            bar.update(len(features))
-    scratch = args.out.with_name(f".{args.out.name}.writing")
+    names: list[str] = []
+    junk: list[str] = []
+    with Bar("embed", len(images.names)) as bar, torch.inference_mode():
+        for begin in range(0, len(images.names), _BATCH):
+            ready = []
+            for i in range(begin, min(begin + _BATCH, len(images.names))):
+                try:
+                    pixels = images.read(i)
+                except ValueError as error:
+                    if images.names[i] in images.given:
+                        raise
+                    junk.append(str(error))
+                    continue
+                ready.append(encoder.prepared(pixels[None]))  # one by one: 64 photographs at full size are gigabytes
+                names.append(images.names[i])
+            if ready:
+                features.append(encoder(torch.cat(ready)).float().numpy())
+            bar.update(len(names) + len(junk))
+    if not features:
+        raise ValueError(f"none of the {len(junk)} files can be read as an image; the first: {junk[0]}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with scratch.open("wb") as file:
-        np.savez(file, features=np.stack(features), names=np.array(names))
-    scratch.replace(args.out)
-    print(f"{args.out}: {len(features)} × {features[0].shape[0]} features")
+    rows = np.concatenate(features)
+    with disk.whole(args.out) as scratch, scratch.open("wb") as file:
+        np.savez(file, features=rows, names=np.array(names))
+    if junk:
+        say(f"{len(junk):,} files are no images that can be read and were left out; the first: {junk[0]}")
+    print(f"{args.out}: {len(rows)} × {rows.shape[1]} features")
 
 
-def _embed(encoder: PublishedEncoder, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    """(d,) features of each image; images of one size go through the encoder together."""
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    for i, image in enumerate(images):
-        by_size.setdefault(image.shape, []).append(i)
-    features: dict[int, NDArray[np.float32]] = {}
-    for rows in by_size.values():
-        features |= zip(rows, encoder.embed(np.stack([images[i] for i in rows])).numpy(), strict=True)
-    return [features[i] for i in range(len(images))]
-
-
-def _open(paths: tuple[Path, ...]) -> tuple[list[str], Callable[[int], NDArray[np.uint8]]]:
-    """(names, function: index → uint8 (H, W, 3))."""
+def _open(paths: tuple[Path, ...]) -> _Images:
     if len(paths) == 1 and paths[0].suffix == ".npy":
-        if not paths[0].is_file():
-            raise ValueError(f"no file {paths[0]}; expected images")
-        array = np.load(paths[0], mmap_mode="r")
-        if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
-            raise ValueError(f"{paths[0]} holds {array.dtype} {array.shape}; expected uint8 (n, H, W, 3)")
-        return [str(i) for i in range(len(array))], lambda i: np.asarray(array[i])
+        return _array(paths[0])
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -84,11 +92,23 @@ def _open(paths: tuple[Path, ...]) -> tuple[list[str], Callable[[int], NDArray[n
             raise ValueError(f"no file or folder {path}; expected images")
     if not files:
         raise ValueError(f"no images in {', '.join(map(str, paths))}")
-    return [str(f) for f in files], lambda i: _read(files[i])
+    return _Images([str(f) for f in files], lambda i: _read(files[i]), frozenset(map(str, paths)))
+
+
+def _array(path: Path) -> _Images:
+    if not path.is_file():
+        raise ValueError(f"no file {path}; expected images")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy file that can be read ({error}); expected uint8 (n, H, W, 3)") from None
+    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not len(array):
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (n, H, W, 3)")
+    return _Images([str(i) for i in range(len(array))], lambda i: np.asarray(array[i]))
 
 
 def _read(path: Path) -> NDArray[np.uint8]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     from simclr.data.pixels import upright_rgb
 
@@ -96,5 +116,6 @@ def _read(path: Path) -> NDArray[np.uint8]:
         with Image.open(path) as image:
             image.load()
             return np.asarray(upright_rgb(image))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"{path} is no image that can be read ({error}); leave it out") from None
+    except Exception as error:  # Pillow raises nearly anything at a damaged file: struct.error, IndexError, zlib.error …
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(f"{path} is no image that can be read ({reason}); leave it out") from None

@@ -12,6 +12,7 @@ import tyro
 
 from pipelines.rundir import load_run
 from pipelines.terminal import Bar
+from simclr import disk
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
 
@@ -20,10 +21,16 @@ if TYPE_CHECKING:
 
     from simclr.evaluate import Features
 
+_RANKED = 2048  # features whose singular values are taken
+
 
 @dataclass(frozen=True)
 class Args:
-    """Weighted kNN and a linear probe on frozen features of the training split, scored on the test split."""
+    """Weighted kNN and a linear probe on frozen features of the training split, scored on the test split.
+
+    Without a test split a tenth of the training images is held back for it. Images without a label count for nothing; where
+    there are no labels at all, the effective rank of the features (RankMe) is what can be said.
+    """
 
     encoder: Annotated[Path, tyro.conf.Positional]
     """Run directory, or a published encoder's directory."""
@@ -44,44 +51,54 @@ def main(args: Args) -> None:
 
 
 def evaluate(args: Args) -> list[dict[str, Any]]:
-    """The score rows, weakest method first. In a run directory they are also written, with what the report shows of them.
+    """The score rows, weakest method first: name, rankme, and where there are labels knn_top1, probe_top1, ….
 
-    Raises ValueError for data without labels or without a test split.
+    In a run directory they are also written, with what the report shows of them.
     """
+    for flag, value, least in (("--k", args.k, 1), ("--limit", args.limit, 2)):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} is {value}; expected at least {least}")
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device is {args.device!r}; expected auto, cpu or cuda")
     directory, config, data = resolve(args.encoder, args.data)
     manifest = read_manifest(data)
-    if not manifest.classes or "test" not in manifest.splits:
-        raise ValueError(f"{data} has {'no test split' if manifest.classes else 'no labels'}; kNN and probe need both")
     import torch
 
     import simclr
     from simclr.evaluate import pixels
     from simclr.model import build_model
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no GPU here; leave it out to use the CPU")
     device = torch.device("cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu")
     trained = simclr.load_encoder(directory).encoder
     encoders: dict[str, Any] = {}
     if args.baselines:
-        encoders["raw pixels"] = _Pixels() if manifest.kind == "jpeg" else pixels
+        if manifest.classes:
+            encoders["raw pixels"] = _Pixels() if manifest.kind == "jpeg" else pixels
         encoders["untrained encoder"] = build_model(config).encoder.eval().to(device)
     encoders["trained encoder"] = trained.to(device)
-    images = sum(min(args.limit or manifest.examples(s), manifest.examples(s)) for s in ("train", "test")) * len(encoders)
+    images = sum(min(args.limit or manifest.examples(s), manifest.examples(s)) for s in manifest.splits) * len(encoders)
     rows: list[dict[str, Any]] = []
     kept = None
     began = time.monotonic()
     with Bar("evaluate", images) as bar:
         for name, encoder in encoders.items():
-            train, test = (_features(encoder, data, split, config, args.limit, device, bar) for split in ("train", "test"))
+            train = _features(encoder, data, "train", config, args.limit, device, bar)
+            if "test" in manifest.splits:
+                test = _features(encoder, data, "test", config, args.limit, device, bar)
+            else:
+                train, test = _held_back(train)
             rows.append({"name": name, **_scores(train, test, config, args.k)})
-            bar.update(bar.done, f"{name}: kNN {100 * rows[-1]['knn_top1']:.1f} %")
+            bar.update(bar.done, f"{name}: {_score_text(rows[-1])}")
             kept = (train, test)
     assert kept is not None
     if (args.encoder / "run.json").is_file():
         from pipelines.pictures import write_pictures
 
-        write_pictures(args.encoder / "pictures.npz", config, data, *kept)
+        write_pictures(args.encoder / "pictures.npz", config, data, *kept, query_split=sorted(manifest.splits)[0])
         text = {"scores": rows, "data": str(data), "k": args.k or config.watch.k, "time": time.time()}
-        (args.encoder / "evaluation.json").write_text(json.dumps(text, indent=1) + "\n")
+        disk.write_text(args.encoder / "evaluation.json", json.dumps(text, indent=1) + "\n")
         load_run(args.encoder).took("evaluate", time.monotonic() - began)
     return rows
 
@@ -108,13 +125,29 @@ def _features(encoder: Any, data: Path, split: str, config: Config, limit: int |
     return embed(encoder, in_order(data, split, config.views.size_px, 256, limit), config.views, device, progress=bar.advance)
 
 
+def _held_back(train: Features) -> tuple[Features, Features]:
+    """(the rest, a tenth): which images is the same for every encoder."""
+    import torch
+
+    from simclr import keyed
+
+    order = torch.from_numpy(keyed.permutation(0, 1, len(train.ids))).to(train.h.device)
+    tenth = max(len(order) // 10, 1)
+    return train[order[tenth:].sort().values], train[order[:tenth].sort().values]
+
+
 def _scores(train: Features, test: Features, config: Config, k: int | None) -> dict[str, float]:
+    from simclr.diagnostics import rankme
     from simclr.evaluate import knn, linear_probe
 
+    health = {"rankme": float(rankme(test.h[:_RANKED]))}
+    train, test = train.labelled(), test.labelled()
+    if not len(train.y) or not len(test.y):
+        return health
     votes = knn(train.h, train.y, test.h, test.y, k or config.watch.k, config.watch.temperature)
     probe = linear_probe(train.h, train.y, test.h, test.y)
     scores = {f"knn_{name}": value for name, value in votes.items()}
-    return scores | {f"probe_{name}": value for name, value in probe.items()}
+    return scores | {f"probe_{name}": value for name, value in probe.items()} | health
 
 
 class _Pixels:
@@ -135,8 +168,14 @@ def scores_of(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _score_text(row: dict[str, Any]) -> str:
+    return f"kNN {100 * row['knn_top1']:.1f} %" if "knn_top1" in row else f"RankMe {row['rankme']:.1f}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, in per cent."""
+    """The rows as text: kNN and probe in per cent, or the effective rank where there are no labels."""
+    if "knn_top1" not in rows[-1]:
+        return "\n".join([f"{'no labels':<20} {'RankMe':>6}", *(f"{row['name']:<20} {row['rankme']:>6.1f}" for row in rows)])
     lines = [f"{'top-1, %':<20} {'kNN':>6} {'probe':>6}"]
     lines += [f"{row['name']:<20} {100 * row['knn_top1']:>6.1f} {100 * row['probe_top1']:>6.1f}" for row in rows]
     return "\n".join(lines)

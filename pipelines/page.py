@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipelines import charts
 from pipelines.charts import escape, percent
+from simclr import disk
 
 # Nothing may be loaded, whatever a class is called: the page is allowed its own style, script and data: pictures only.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -113,13 +113,9 @@ class ReportData:
 def write(data: ReportData, path: Path) -> Path:
     """Write the page to `path`, whole or not at all; returns `path`."""
     text = render(data)
+    disk.require_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8", errors="replace")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    disk.write_text(path, text)
     return path
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr import keyed
+from simclr import disk, keyed
 from simclr.config import Config
 from simclr.data.loader import Batch, batches, in_order
 from simclr.evaluate import Features, nearest
@@ -21,8 +21,11 @@ _POINTS = 1000
 _THUMB_PX = 32
 
 
-def write_pictures(path: Path, config: Config, data: Path, train: Features, test: Features) -> None:
-    """Gallery (8, 3, H, W, 3): original and two views; neighbours of 8 test images; a 2-D map of up to 1,000 test features."""
+def write_pictures(path: Path, config: Config, data: Path, train: Features, test: Features, query_split: str) -> None:
+    """Gallery (8, 3, H, W, 3): original and two views; neighbours of 8 test images; a 2-D map of up to 1,000 test features.
+
+    `query_split` is the split that the test features are of: train, where some of it was held back.
+    """
     # Queries spread over the classes: the first test image of each, as far as they go.
     order = np.argsort(_first_of_class(test.y.cpu().numpy()), kind="stable")
     queries = np.sort(order[:_SHOWN])
@@ -34,7 +37,7 @@ def write_pictures(path: Path, config: Config, data: Path, train: Features, test
     wanted = _images(data, "train", config, train_ids[index.ravel()])
     arrays: dict[str, NDArray[Any]] = {
         "gallery": _gallery(config, data),
-        "queries": _images(data, "test", config, test_ids[queries]),
+        "queries": _images(data, query_split, config, test_ids[queries]),
         "query_labels": test.y[queries].cpu().numpy(),
         "neighbours": wanted.reshape(*index.shape, *wanted.shape[1:]),
         "neighbour_labels": train.y[torch.as_tensor(index)].cpu().numpy(),
@@ -42,9 +45,9 @@ def write_pictures(path: Path, config: Config, data: Path, train: Features, test
         "map": _plane(test.h[points].cpu().numpy()),
         "map_labels": test.y[points].cpu().numpy(),
         "map_predicted": predicted[points],
-        "thumbs": _thumbs(_images(data, "test", config, test_ids[points])),
+        "thumbs": _thumbs(_images(data, query_split, config, test_ids[points])),
     }
-    with path.open("wb") as file:
+    with disk.whole(path) as scratch, scratch.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
@@ -99,6 +102,8 @@ def _plane(h: NDArray[np.float32]) -> NDArray[np.float32]:
     """t-SNE of the normalised features, (n, 2); started from PCA, so that the same features give the same map."""
     from sklearn.manifold import TSNE
 
+    if len(h) < 4:  # too few to be like or unlike one another
+        return np.zeros((len(h), 2), np.float32)
     unit = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
     perplexity = min(30.0, max((len(h) - 1) / 3, 1.0))
     xy: NDArray[np.float32] = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine", max_iter=500).fit_transform(unit)

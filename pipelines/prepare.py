@@ -43,7 +43,14 @@ def prepare(args: Args) -> Manifest:
         say(f"{args.out} holds these shards already; nothing to do")
         return found
     with Bar("prepare", source.total) as bar:
-        manifest = shards.prepare(source, args.out, args.options, max(args.threads, 1), bar.update)
+        manifest = shards.prepare(
+            source,
+            args.out,
+            args.options,
+            max(args.threads, 1),
+            bar.update,
+            lambda done, of: bar.update(bar.done, f"sealing {done >> 20:,} of {of >> 20:,} MiB"),
+        )
     if source.ignored:
         kinds = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in source.ignored.most_common(5))
         say(f"{source.ignored.total():,} files are no images by their names and were left out: {kinds}")

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
-from pipelines import address, cluster, tracking
+from pipelines import address, cluster
 from pipelines.rundir import Run, open_run
 from pipelines.terminal import Bar, process_age_s, say
+from pipelines.tracked import Tracked
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
-
-if TYPE_CHECKING:
-    from pipelines.tracking import Tracker
-
 
 _AMPLE_BYTES = 32 << 30  # three checkpoints of the largest recipe are 19 GiB
 
@@ -69,10 +65,16 @@ def pretrain(args: Args) -> Run:
     from pipelines.worker import train_worker
 
     connected = time.monotonic()
+    try:
+        cluster.require(args.resources)
+    except ValueError:
+        if ours:
+            cluster.disconnect()
+        raise
     run.save()
     if done:
         say(f"going on with {run.path} after step {done:,} of {total:,}")
-    tracked = _Tracked(run, uri)
+    tracked = Tracked(run, uri)
     job = {"config": config.to_dict(), "data": str(args.data.absolute()), "run": str(run.path.absolute())}
     status = "FAILED"
     running = None
@@ -159,55 +161,3 @@ def _publish_newest(run: Run) -> None:
     state = checkpoint.read(newest)
     tensors = {name.removeprefix("model.encoder."): t for name, t in state.tensors.items() if name.startswith("model.encoder.")}
     write_encoder(tensors, run.config, run.encoder, {"recipe": run.recipe, "step": state.step, "data": run.data.name})
-
-
-class _Tracked:
-    """The MLflow run of a job, opened in a thread: what is logged before it is open waits."""
-
-    def __init__(self, run: Run, uri: str) -> None:
-        self.run, self.uri = run, uri
-        self.tracker: Tracker | None = None
-        self.error: BaseException | None = None
-        self.waiting: list[dict[str, Any]] = []
-        self.thread = threading.Thread(target=self._open, name="tracking", daemon=True)
-
-    def open(self) -> None:
-        """Begin opening. Not before the workers run: its imports and tables take seconds that they need too."""
-        self.thread.start()
-
-    def _open(self) -> None:
-        params: dict[str, object] = dict(self.run.config.flat())
-        params |= {"recipe": self.run.recipe, "data": str(self.run.data), "lr": self._lr()}
-        tags = {"run_directory": str(self.run.path.absolute()), "command": self.run.command}
-        try:
-            same = self.run.tracking_run if self.run.tracking_uri == address.redacted(self.uri) else ""
-            self.tracker = tracking.Tracker(self.uri, self.run.recipe, self.run.path.name, params, tags, same or None)
-        except Exception as error:  # a tracker that fails must not lose the training: it is named at the end
-            self.error = error
-
-    def _lr(self) -> float:
-        from simclr.optim import lr_peak
-
-        optim = self.run.config.optim
-        return lr_peak(optim.base_lr, self.run.config.train.batch_size, optim.scaling)
-
-    def log(self, report: dict[str, Any]) -> None:
-        self.waiting.append(report)
-        if self.tracker is not None:
-            for row in self.waiting:
-                metrics = {k: float(v) for k, v in row.items() if "/" in k or k == "epoch"}
-                self.tracker.log(int(row["step"]), metrics)
-            self.waiting.clear()
-
-    def close(self, status: str) -> Run:
-        """Flush and end the MLflow run; returns the job's run with its id."""
-        if self.thread.ident is None or (status == "KILLED" and self.thread.is_alive()):
-            return self.run
-        self.thread.join(timeout=60)
-        if self.tracker is None:
-            say(f"nothing was logged to MLflow: {self.error or 'it did not open within a minute'}; metrics.jsonl has every report")
-            return self.run
-        if self.waiting:
-            self.log(self.waiting.pop())
-        self.tracker.close(status)
-        return self.run.noted(tracking_uri=address.redacted(self.uri), tracking_run=self.tracker.run_id)

@@ -11,8 +11,9 @@ import tyro
 
 from pipelines import address, tracking
 from pipelines.evaluate import scores_of
-from pipelines.rundir import load_run
+from pipelines.rundir import Run, load_run
 from pipelines.terminal import say
+from pipelines.tracked import log_report, open_tracker
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Args:
     """Run directory, after `simclr evaluate`."""
     name: str | None = None
     """Model name in the registry. Default: the name of the run's data directory."""
-    metric: str = "knn_top1"
-    """The score that decides who is champion: knn_top1 or probe_top1."""
+    metric: str | None = None
+    """The score that decides who is champion, higher is better. Default: knn_top1, or rankme for data without labels."""
     tracking_uri: str | None = None
     """MLflow address. Default: the run's."""
 
@@ -39,22 +40,42 @@ def publish(args: Args) -> dict[str, Any]:
     run, began = load_run(args.run), time.monotonic()
     row = scores_of(args.run)[-1]
     scores = {key: float(value) for key, value in row.items() if key != "name"}
-    if args.metric not in scores:
-        raise ValueError(f"no score {args.metric!r}; choose one of {', '.join(scores)}")
+    metric = args.metric or ("knn_top1" if "knn_top1" in scores else "rankme")
+    if metric not in scores:
+        raise ValueError(f"no score {metric!r}; choose one of {', '.join(scores)}")
     uri = address.tracking_address(args.tracking_uri)
-    if address.redacted(uri) != run.tracking_uri:
+    if run.tracking_run and address.redacted(uri) != run.tracking_uri:
         if args.tracking_uri or "…" in run.tracking_uri:  # whose credentials are not in run.json
-            where = f"it was logged at {run.tracking_uri}" if run.tracking_uri else "it was not logged to any MLflow"
-            raise ValueError(f"{args.run} is not known at {address.redacted(uri)}: {where}; give that address with --tracking-uri")
+            raise ValueError(
+                f"{args.run} is not known at {address.redacted(uri)}: it was logged at {run.tracking_uri}; "
+                "give that address with --tracking-uri"
+            )
         uri = run.tracking_uri
     address.check(uri)
+    if not run.tracking_run:
+        run = _log(run, uri)
     name = args.name or run.data.resolve().name
     version = tracking.register(uri, run.tracking_run, run.encoder, name, scores)
-    moved, before = tracking.promote(uri, name, version, args.metric)
+    moved, before = tracking.promote(uri, name, version, metric)
     if moved:
-        than = f" (before: {100 * before:.1f} %)" if before is not None else ""
-        say(f"{name}/{version} is champion with {args.metric} {100 * scores[args.metric]:.1f} %{than}")
+        than = f" (before: {score_text(metric, before)})" if before is not None else ""
+        say(f"{name}/{version} is champion with {metric} {score_text(metric, scores[metric])}{than}")
     else:
-        say(f"{name}/{version} is registered; the champion stays, with {args.metric} {100 * (before or 0):.1f} %")
+        say(f"{name}/{version} is registered; the champion stays, with {metric} {score_text(metric, before or 0)}")
     run.noted(registered=f"{name}/{version}").took("publish", time.monotonic() - began)
     return {"name": name, "version": version, "champion": moved, "before": before}
+
+
+def _log(run: Run, uri: str) -> Run:
+    """Log a run that MLflow was away for, from its metrics.jsonl. Raises ValueError where MLflow refuses."""
+    say(f"{run.path} was not logged to any MLflow; logging it at {address.redacted(uri)}")
+    tracker = open_tracker(run, uri)
+    for report in run.history():
+        log_report(tracker, report)
+    tracker.close("FINISHED")
+    return run.noted(tracking_uri=address.redacted(uri), tracking_run=tracker.run_id)
+
+
+def score_text(metric: str, value: float) -> str:
+    """Shares in per cent, anything else as a number."""
+    return f"{100 * value:.1f} %" if metric.endswith(("top1", "top5")) else f"{value:.3g}"

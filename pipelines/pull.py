@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from pipelines import address, tracking
+from pipelines.publish import score_text
 from pipelines.terminal import Bar
 
 
@@ -34,5 +35,6 @@ def main(args: Args) -> None:
             bar.update(done >> 20)
 
         got = tracking.pull(uri, args.model, args.to, progress)
-    scores = ", ".join(f"{name} {100 * value:.1f} %" for name, value in got["scores"].items() if name.endswith("top1"))
+    told = [name for name in got["scores"] if name.endswith("top1")] or list(got["scores"])
+    scores = ", ".join(f"{name} {score_text(name, got['scores'][name])}" for name in told)
     print(f"{args.to}: {got['name']} version {got['version']} ({scores})")

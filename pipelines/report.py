@@ -72,6 +72,9 @@ def _scores(run: Run) -> tuple[list[Score], dict[str, str]]:
     if not path.is_file():
         return [], {}
     text = json.loads(path.read_text())
+    if "knn_top1" not in text["scores"][-1]:
+        ranks = ", ".join(f"{row['name']} {row['rankme']:.1f}" for row in text["scores"])
+        return [], {"effective rank of the features (RankMe)": ranks}
     scores = [Score(name=row["name"], knn_top1=row["knn_top1"], probe_top1=row.get("probe_top1")) for row in text["scores"]]
     return scores, {"kNN": f"k = {text['k']}, τ = {run.config.watch.temperature:g}, cosine"}
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from simclr import disk
 from simclr.config import Config
 
 SCHEMA = 1
@@ -66,9 +68,7 @@ class Run:
         data = self.data if self.data.is_absolute() else os.path.relpath(self.data, self.path)
         text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": str(data)}
         del text["path"]
-        scratch = self.path / f".run.json-{os.getpid()}"
-        scratch.write_text(json.dumps(text, indent=1) + "\n")
-        scratch.replace(self.path / "run.json")
+        disk.write_text(self.path / "run.json", json.dumps(text, indent=1) + "\n")
 
     def noted(self, **fields: str) -> Self:
         """The same run with `fields` of run.json changed, saved."""
@@ -82,7 +82,7 @@ class Run:
         path = self.path / "timings.json"
         timings = self.timings()
         before = timings.get(phase, 0.0) if phase in ("start", "pretrain") else 0.0
-        path.write_text(json.dumps(timings | {phase: round(before + seconds, 2)}) + "\n")
+        disk.write_text(path, json.dumps(timings | {phase: round(before + seconds, 2)}) + "\n")
 
     def timings(self) -> dict[str, float]:
         """Phase → seconds, in the order of the job."""
@@ -92,16 +92,20 @@ class Run:
 
     def append(self, metrics: dict[str, Any]) -> None:
         """One report, as a line of metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **metrics}) + "\n")
+        line = json.dumps({"time": round(time.time(), 3), **metrics}).encode() + b"\n"
+        with (self.path / "metrics.jsonl").open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = b"\n" + line  # a machine that died left half a line
+            file.write(line)
 
     def history(self) -> list[dict[str, float]]:
         """All reports in order of steps. A step that was repeated after a failure counts as it came out last."""
         path = self.path / "metrics.jsonl"
         rows: dict[int, dict[str, float]] = {}
         for line in path.read_text().splitlines() if path.exists() else ():
-            row = json.loads(line)
-            rows[row["step"]] = row
+            with contextlib.suppress(ValueError):  # half a line, of a machine that died
+                row = json.loads(line)
+                rows[row["step"]] = row
         return [rows[step] for step in sorted(rows)]
 
 
@@ -161,6 +165,7 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path) -> Run:
             created=time.time(),
             environment=environment(),
         )
+    disk.require_writable(path)
     return run
 
 

@@ -20,6 +20,7 @@ def train_worker(job: dict[str, Any]) -> None:
     import torch
 
     from simclr import checkpoint
+    from simclr.collectives import from_rank_zero
     from simclr.config import Config
     from simclr.pretrain import Start, pretrain
 
@@ -34,7 +35,8 @@ def train_worker(job: dict[str, Any]) -> None:
     start = Start(
         data=Path(job["data"]),
         device=device,
-        checkpoint=checkpoint.latest(checkpoints, lambda text: print(text, file=sys.stderr)),
+        # One rank looks: on a shared disk that is slow to show a rename, two might see different ones.
+        checkpoint=from_rank_zero(checkpoint.latest(checkpoints, lambda text: print(text, file=sys.stderr)) if first else None),
         threads=job["cpus_per_worker"],
     )
     for report in pretrain(config, start):

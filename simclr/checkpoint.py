@@ -106,7 +106,8 @@ def write(folder: Path, state: State, keep: int) -> Path:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    for old in (*list_checkpoints(folder)[:-keep], *folder.glob(".old-*")):
+    # `.writing-*` of a process that was killed: only one rank writes, so nobody else is at it.
+    for old in (*list_checkpoints(folder)[:-keep], *folder.glob(".old-*"), *folder.glob(".writing-*")):
         shutil.rmtree(old, ignore_errors=True)
     return target
 

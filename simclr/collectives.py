@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,6 +43,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean over ranks of a detached copy of `values`."""
     return all_reduce_sum(values.detach().clone()) / world_size()
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's `value` (anything that pickles) on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 class _AllGather(torch.autograd.Function):

@@ -25,6 +25,14 @@ class Features:
     y: Tensor
     ids: Tensor
 
+    def __getitem__(self, rows: Tensor) -> Features:
+        """The features of some rows, by index (k,) or mask (n,)."""
+        return Features(self.h[rows], self.y[rows], self.ids[rows])
+
+    def labelled(self) -> Features:
+        """Without the rows that have no label."""
+        return self[self.y >= 0]
+
 
 @torch.no_grad()
 def embed(
@@ -81,7 +89,7 @@ class Neighbours:
     similarity: Tensor
     """(m, k) cosines."""
     votes: Tensor
-    """(m, classes) sum of exp(cosine / temperature) over the neighbours of each class."""
+    """(m, classes) sum of exp(cosine / temperature) over the neighbours of each class; without a label they have no vote."""
 
 
 @torch.no_grad()
@@ -94,7 +102,7 @@ def nearest(train_h: Tensor, train_y: Tensor, test_h: Tensor, k: int, temperatur
     for queries in test_h.split(block):
         s, i = (F.normalize(queries.float(), dim=1) @ bank.T).topk(k, dim=1)
         # The largest cosine is taken off before exp: the ranking of votes is the same and a small temperature cannot overflow.
-        weight = ((s - s[:, :1]) / temperature).exp()
+        weight = ((s - s[:, :1]) / temperature).exp() * (train_y[i] >= 0)
         votes.append(weight.new_zeros(len(queries), classes).scatter_add_(1, train_y[i].clamp_min(0), weight))
         index.append(i)
         similarity.append(s)

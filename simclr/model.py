@@ -96,7 +96,13 @@ class PublishedEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
-        """uint8 images (n, H, W, 3) of any size → features (n, d_h), float32.
+        """uint8 images (n, H, W, 3) of any size → features (n, d_h), float32. See `prepared`."""
+        features: Tensor = self(self.prepared(images)).float()
+        return features
+
+    @torch.no_grad()
+    def prepared(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
+        """uint8 images (n, H, W, 3) of any size → what `forward` takes, (n, 3, size, size).
 
         Images of another size than the views' are centre-cropped (0.875 of the shorter side; all of it at 32 px and
         below) and resized bicubically with antialiasing.
@@ -107,14 +113,15 @@ class PublishedEncoder(nn.Module):
         if x.ndim != 4 or x.shape[3] != 3 or x.dtype != torch.uint8:
             raise ValueError(f"embed got {x.dtype} images of shape {tuple(x.shape)}; expected uint8 (n, H, W, 3)")
         mean = self.get_buffer("mean")
-        x = x.to(mean.device).permute(0, 3, 1, 2).float() / 255
-        if x.shape[2:] != (self.size_px, self.size_px):
+        x = x.to(mean.device).permute(0, 3, 1, 2)
+        if x.shape[2:] == (self.size_px, self.size_px):
+            x = x.float() / 255
+        else:
             side = max(round(self.centre_crop * min(x.shape[2:])), 1)
             top, left = (x.shape[2] - side) // 2, (x.shape[3] - side) // 2
-            x = x[:, :, top : top + side, left : left + side]
+            x = x[:, :, top : top + side, left : left + side].float() / 255
             x = F.interpolate(x, (self.size_px, self.size_px), mode="bicubic", antialias=True).clamp(0, 1)
-        features: Tensor = self((x - mean) / self.get_buffer("std")).float()
-        return features
+        return (x - mean) / self.get_buffer("std")
 
 
 def write_encoder(tensors: dict[str, Tensor], config: configs.Config, directory: Path, published: dict[str, Any]) -> None:

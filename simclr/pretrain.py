@@ -140,9 +140,11 @@ def watch_knn(model: SimCLR, config: Config, start: Start) -> dict[str, float]:
         evaluate.embed_split(model.encoder, start.data, split, config.views, limit, start.device, dtype, threads=start.threads)
         for split, limit in (("train", watch.bank), ("test", watch.queries))
     )
-    top1 = evaluate.knn(bank.h, bank.y, queries.h, queries.y, watch.k, watch.temperature)["top1"]
-    rank_of_h = diagnostics.rankme(queries.h[:2048])
-    return {"eval/knn_top1": top1, "health/rankme": float(rank_of_h), "eval/seconds": time.perf_counter() - began}
+    measured = {"health/rankme": float(diagnostics.rankme(queries.h[:2048])), "eval/seconds": time.perf_counter() - began}
+    bank, queries = bank.labelled(), queries.labelled()
+    if len(bank.y) and len(queries.y):
+        measured["eval/knn_top1"] = evaluate.knn(bank.h, bank.y, queries.h, queries.y, watch.k, watch.temperature)["top1"]
+    return measured
 
 
 def _measure(loss: Tensor, h: Tensor, z: Tensor, config: Config, step: int) -> dict[str, float]:

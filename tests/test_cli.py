@@ -227,6 +227,11 @@ def test_runs_and_encoders_that_are_none(simclr: Run, tmp_path: Path, patterns: 
     refused(simclr("evaluate", "nowhere"), "nowhere is neither a run nor a published encoder")
     refused(simclr("publish", "nowhere"), "nowhere is no run directory")
     refused(simclr("report", "nowhere"), "nowhere is no run directory")
+    refused(simclr("evaluate", "nowhere", "--k", "0"), "--k is 0; expected at least 1")
+    refused(simclr("evaluate", "nowhere", "--device", "tpu"), "--device is 'tpu'; expected auto, cpu or cuda")
+    refused(simclr("bench", "loop", "--data", "nowhere"), "no directory nowhere")
+    refused(simclr("demo", "--test", "0"), "--test is 0; expected at least 1")
+    refused(simclr("prepare", "--source", "torchvision:", "--out", "x"), "which torchvision dataset")
     refused(simclr("embed", "nowhere", "x.png"), "no file or folder x.png|nowhere is no published encoder")
     run = a_run(tmp_path / "run", patterns)
     refused(simclr("evaluate", run), "has no encoder yet; finish it with the command that began it")
@@ -253,8 +258,15 @@ def test_embed_takes_files_folders_and_arrays(simclr: Run, tmp_path: Path) -> No
     with np.load(tmp_path / "g.npz") as file:
         np.testing.assert_allclose(file["features"][0], features[1], rtol=1e-4, atol=1e-5)
     (tmp_path / "photos" / "3.png").write_bytes(b"\x89PNG no picture")
-    refused(simclr("embed", "encoder", "photos", "--out", "h.npz"), r"3\.png is no image that can be read")
+    refused(simclr("embed", "encoder", "photos/3.png", "--out", "h.npz"), r"3\.png is no image that can be read")
     assert not (tmp_path / "h.npz").exists()
+    code, out, err = simclr("embed", "encoder", "photos", "--out", "h.npz")  # found in a folder, not asked for by name
+    assert code == 0 and "3 × 64 features" in out and re.search(r"1 files are no images .* left out; the first: photos/3\.png", err)
+    with np.load(tmp_path / "h.npz") as file:
+        np.testing.assert_array_equal(file["features"], features)
+    (tmp_path / "empty.npy").write_bytes(b"")
+    refused(simclr("embed", "encoder", "empty.npy"), "empty.npy is no .npy file that can be read")
+    refused(simclr("embed", "encoder", "photos", "--out", "one.npy/f.npz"), "a folder in the path one.npy/f.npz is a file")
     np.save(tmp_path / "wrong.npy", np.zeros((2, 3, 8, 8), np.float32))
     refused(simclr("embed", "encoder", "wrong.npy"), r"holds float32 \(2, 3, 8, 8\); expected uint8 \(n, H, W, 3\)")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,11 +88,17 @@ class SplitWriter:
         self.full.append((f"{self.split}-{len(self.full):05d}.beton", metadata))
         self.file, self.rows = None, []
 
-    def finish(self, rank: NDArray[np.int64], pool: ThreadPoolExecutor) -> tuple[Shard, ...]:
+    def bytes_written(self) -> int:
+        """Of all shards, the last one ended."""
+        if self.file is not None:
+            self._end_shard(self.file)
+        return sum((self.out / f".writing-{name}").stat().st_size for name, _ in self.full)
+
+    def finish(self, rank: NDArray[np.int64], pool: ThreadPoolExecutor) -> Iterator[Shard]:
         """Write the labels, now that they are known (rank: provisional label → label), and hash every shard."""
         if self.file is not None:
             self._end_shard(self.file)
-        return tuple(pool.map(lambda full: self._seal(full[0], full[1], np.append(rank, -1)), self.full))
+        yield from pool.map(lambda full: self._seal(full[0], full[1], np.append(rank, -1)), self.full)
 
     def _seal(self, name: str, metadata: NDArray[Any], rank: NDArray[np.int64]) -> Shard:
         path = self.out / f".writing-{name}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from simclr import disk
 
 SCHEMA = 1
 
@@ -66,9 +67,7 @@ class Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json, atomically and last: a directory with a manifest is whole."""
-    scratch = directory / f".manifest-{os.getpid()}"
-    scratch.write_text(manifest.to_json())
-    scratch.replace(directory / "manifest.json")
+    disk.write_text(directory / "manifest.json", manifest.to_json())
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -9,7 +9,6 @@ first decoded as the loader will decode it, so a picture that only Pillow can re
 from __future__ import annotations
 
 import csv
-import errno
 import importlib.metadata
 import io
 import itertools
@@ -25,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from simclr import disk
 from simclr.data.beton import PAGE, SplitWriter
 from simclr.data.decode import decode
-from simclr.data.manifest import Manifest, read_manifest, write_manifest
+from simclr.data.manifest import Manifest, Shard, read_manifest, write_manifest
 from simclr.data.pixels import upright_rgb
 from simclr.data.sources import Item, Source
 
@@ -75,13 +75,17 @@ class Options:
 
 def existing(source: Source, out: Path, options: Options) -> Manifest | None:
     """What `out` holds already: the manifest where it was made from the same source with the same options, None where there
-    is nothing. Raises ValueError where it holds something else."""
+    is nothing. Raises ValueError where it holds something else, or cannot be written."""
+    disk.require_writable(out)
     if (out / "manifest.json").exists():
         manifest = read_manifest(out)
         if (manifest.source, manifest.options) != (source.spec, _stated(options)):
             differ = [f"source {manifest.source}"] if manifest.source != source.spec else []
             differ += [f"{k} {v}" for k, v in manifest.options.items() if _stated(options).get(k) != v]
             raise ValueError(f"{out} already holds shards made with {', '.join(differ)}; use another --out, or remove it")
+        held = sum(manifest.examples(split) for split in manifest.splits) + manifest.skipped
+        if source.total not in (None, held):
+            raise ValueError(f"{out} holds {held:,} images, {source.spec} has {source.total:,} now; use another --out, or remove it")
         return manifest
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out names a directory for the shards")
@@ -91,12 +95,20 @@ def existing(source: Source, out: Path, options: Options) -> Manifest | None:
     return None
 
 
-def prepare(source: Source, out: Path, options: Options, threads: int, progress: Callable[[int], None]) -> Manifest:
+def prepare(
+    source: Source,
+    out: Path,
+    options: Options,
+    threads: int,
+    progress: Callable[[int], None],
+    sealing: Callable[[int, int], None] = lambda done, of: None,
+) -> Manifest:
     """Write the shards of `source` and their manifest into the directory `out`; what it holds already is returned.
 
     Labels are the ranks of the sorted class names. The bytes depend on source and options, not on `threads`. progress gets
-    the number of images so far. Raises ValueError for fewer than two images, for more than 1 % that cannot be read, for raw
-    images of different sizes, for an `out` that holds something else, and for a full disk. A failure leaves nothing behind.
+    the number of images so far; then, while shards are hashed, sealing gets their bytes so far and in all. Raises
+    ValueError for fewer than two images, for more than 1 % that cannot be read, for raw images of different sizes, for an
+    `out` that holds something else, and for a full disk. A failure leaves nothing behind.
     """
     found = existing(source, out, options)
     if found is not None:
@@ -108,7 +120,7 @@ def prepare(source: Source, out: Path, options: Options, threads: int, progress:
     writers: dict[str, SplitWriter] = {}
     pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
     try:
-        return _write(source, out, options, pool, 4 * threads, progress, writers)
+        return _write(source, out, options, pool, 4 * threads, progress, sealing, writers)
     except BaseException as error:
         pool.shutdown(cancel_futures=True)
         written = sum(path.stat().st_size for path in out.glob(".writing-*"))
@@ -119,7 +131,7 @@ def prepare(source: Source, out: Path, options: Options, threads: int, progress:
         free = shutil.disk_usage(out).free
         if made:
             out.rmdir()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in disk.FULL:
             raise ValueError(
                 f"no space left on the disk of {out}: its {free / 2**20:,.0f} MiB were full after {written / 2**20:,.0f} MiB of shards; "
                 "free some, or use another --out"
@@ -136,6 +148,7 @@ def _write(
     pool: ThreadPoolExecutor,
     ahead: int,
     progress: Callable[[int], None],
+    sealing: Callable[[int, int], None],
     writers: dict[str, SplitWriter],
 ) -> Manifest:
     kind, bytes_each, items = _decide(source, options)
@@ -177,7 +190,13 @@ def _write(
     # Only now, at the end of the stream, is the rank of a class name known. A single folder of images names no classes.
     classes = tuple(sorted(labels)) if len(labels) > 1 else ()
     rank = np.array([classes.index(name) if classes else -1 for name in labels], np.int64)
-    splits = {split: writers[split].finish(rank, pool) for split in sorted(writers, reverse=True)}
+    splits: dict[str, tuple[Shard, ...]] = {}
+    written, sealed = sum(writer.bytes_written() for writer in writers.values()), 0
+    for split in sorted(writers, reverse=True):
+        splits[split] = ()
+        for shard in writers[split].finish(rank, pool):
+            splits[split] += (shard,)
+            sealing(sealed := sealed + shard.bytes, written)
     for shard in (s for shards in splits.values() for s in shards):
         (out / f".writing-{shard.name}").rename(out / shard.name)
     if skipped:
@@ -216,16 +235,18 @@ def _decide(source: Source, options: Options) -> tuple[Literal["raw", "jpeg"], i
     """raw or jpeg, by the first images that can be read; bytes per image, at least; and all items, those included."""
     items = source.items()
     seen: list[Item] = []
+    # As JPEG, where the choice is open: pixels of a photograph may exceed a page.
+    trial: Literal["raw", "jpeg"] = "raw" if options.kind == "raw" else "jpeg"
     sizes: list[tuple[int, int]] = []
     for item in itertools.islice(items, _TRIED):
         seen.append(item)
-        first = _encode(item, "raw", options)
+        first = _encode(item, trial, options)
         if not first.skipped:
             sizes.append((first.height, first.width))
         if len(sizes) == _LOOKED_AT or (sizes and max(sizes[-1]) > _RAW_SIDE_PX):
             break
     if not sizes:
-        reason = f"; the first: {seen[0].name}: {_encode(seen[0], 'raw', options).skipped}" if seen else ""
+        reason = f"; the first: {seen[0].name}: {_encode(seen[0], trial, options).skipped}" if seen else ""
         raise ValueError(f"{source.spec} has no image that can be read ({len(seen)} tried{reason}); expected JPEG, PNG or other pictures")
     small = len(set(sizes)) == 1 and max(sizes[0]) <= _RAW_SIDE_PX
     everything = itertools.chain(seen, items)

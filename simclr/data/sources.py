@@ -60,6 +60,8 @@ def open_source(spec: str) -> Source:
     name, _, options = spec.partition(":")
     if name == "patterns":
         return _patterns(spec, options)
+    if spec in ("torchvision", "torchvision:"):
+        raise ValueError("which torchvision dataset? torchvision:NAME, as in torchvision:CIFAR10")
     if name == "torchvision" or (spec in DATASETS and DATASETS[spec].torchvision):
         return _torchvision(spec, options or DATASETS[spec].torchvision)
     path = Path(spec).expanduser()

@@ -1,0 +1,91 @@
+"""A run's reports on their way to MLflow, which may be slow, away or full: the training never waits for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from pipelines import address, tracking
+from pipelines.rundir import Run
+from pipelines.terminal import say
+
+_AGAIN_S, _PAUSE_MOST_S = 2.0, 60.0  # pauses between tries to open double from the first to the second
+_OPEN_S = 60.0  # what a finished job waits for an opening under way
+
+
+def open_tracker(run: Run, uri: str) -> tracking.Tracker:
+    """The MLflow run of `run` at `uri`: the one it has there, or a new one. Takes seconds. Raises ValueError where MLflow refuses."""
+    params: dict[str, object] = dict(run.config.flat())
+    params |= {"recipe": run.recipe, "data": str(run.data), "lr": _lr(run)}
+    tags = {"run_directory": str(run.path.absolute()), "command": run.command}
+    same = run.tracking_run if run.tracking_uri == address.redacted(uri) else ""
+    return tracking.Tracker(uri, run.recipe, run.path.name, params, tags, same or None)
+
+
+def log_report(tracker: tracking.Tracker, report: dict[str, Any]) -> None:
+    """Queue a report's metrics."""
+    tracker.log(int(report["step"]), {k: float(v) for k, v in report.items() if "/" in k or k == "epoch"})
+
+
+def _lr(run: Run) -> float:
+    from simclr.optim import lr_peak
+
+    return lr_peak(run.config.optim.base_lr, run.config.train.batch_size, run.config.optim.scaling)
+
+
+class Tracked:
+    """The MLflow run of a job, opened in a thread that tries until it succeeds: what is logged before it is open waits."""
+
+    def __init__(self, run: Run, uri: str) -> None:
+        self.run, self.uri = run, uri
+        self.tracker: tracking.Tracker | None = None
+        self.error: BaseException | None = None
+        self.waiting: list[dict[str, Any]] = []
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._open, name="tracking", daemon=True)
+
+    def open(self) -> None:
+        """Begin opening. Not before the workers run: its imports and tables take seconds that they need too."""
+        self.thread.start()
+
+    def _open(self) -> None:
+        pause = _AGAIN_S
+        while self.tracker is None:
+            try:
+                tracker = open_tracker(self.run, self.uri)
+                # At once, not at the end: a job that is killed goes on in the same MLflow run.
+                self.run = self.run.noted(tracking_uri=address.redacted(self.uri), tracking_run=tracker.run_id)
+                self.tracker, self.error = tracker, None
+            except Exception as error:  # a tracker that fails must not lose the training: it is named at the end
+                if self.error is None:
+                    say(f"MLflow does not open yet ({error}); the training goes on, and so does the trying")
+                self.error = error
+                if self.over.wait(pause):
+                    return
+                pause = min(2 * pause, _PAUSE_MOST_S)
+
+    def log(self, report: dict[str, Any]) -> None:
+        """Queue a report's metrics; returns at once."""
+        self.waiting.append(report)
+        if self.tracker is not None:
+            for row in self.waiting:
+                log_report(self.tracker, row)
+            self.waiting.clear()
+
+    def close(self, status: str) -> Run:
+        """Flush and end the MLflow run; returns the job's run with its id."""
+        if self.thread.ident is None or (status == "KILLED" and self.thread.is_alive()):
+            return self.run
+        until = time.monotonic() + _OPEN_S
+        while self.thread.is_alive() and self.error is None and time.monotonic() < until:
+            self.thread.join(0.2)  # opening for the first time: it may well succeed
+        self.over.set()
+        if self.tracker is None:
+            why = self.error or f"it did not open within {_OPEN_S:.0f} s"
+            say(f"nothing was logged to MLflow: {why}; metrics.jsonl has every report, `simclr publish {self.run.path}` logs them later")
+            return self.run
+        if self.waiting:
+            self.log(self.waiting.pop())
+        self.tracker.close(status)
+        return self.run

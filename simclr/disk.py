@@ -1,0 +1,53 @@
+"""Files that are whole under their own name, and what a disk refuses, in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_REASONS = {
+    errno.ENOSPC: "no space left on the disk that holds {name}; free some and run the same command again",
+    errno.EDQUOT: "the disk quota is used up where {name} lies; free some and run the same command again",
+    errno.EROFS: "{name} lies on a disk that is read-only; write somewhere else",
+    errno.EACCES: "no permission for {name}; change its permissions, or give another path",
+    errno.EPERM: "{name} may not be changed (operation not permitted); give another path",
+    errno.ENOTDIR: "a folder in the path {name} is a file; give another path",
+    errno.ENAMETOOLONG: "the name {name} is too long for this disk; give another path",
+}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def trouble(error: BaseException) -> str:
+    """The sentence for an OSError that its user can mend and that trying again cannot, or ""."""
+    known = isinstance(error, OSError) and error.errno in _REASONS
+    return _REASONS[error.errno].format(name=error.filename or "the output") if known else ""  # type: ignore[attr-defined]
+
+
+def require_writable(path: Path) -> None:
+    """Raise ValueError where `path` could not be made: asked before hours of work, not after. Writes nothing."""
+    there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+    if there.is_file() and there != path.absolute():
+        raise ValueError(_REASONS[errno.ENOTDIR].format(name=path))
+    if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
+        read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+        raise ValueError(_REASONS[errno.EROFS if read_only else errno.EACCES].format(name=path))
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it becomes `path` at the end, or is gone where the writing failed."""
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`: the old content or the new, never a part."""
+    with whole(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", errors="replace")

@@ -1,0 +1,118 @@
+"""Photograph folders as people have them, without labels, with some, without a test split: from shards to a pulled encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import evaluate, publish, pull, rundir, tracked, tracking
+from pipelines.address import default_uri
+from pipelines.report import Args as ReportArgs
+from pipelines.report import report
+from simclr.data import shards
+from simclr.data.patterns import render
+from simclr.data.sources import open_source
+from simclr.model import build_model, write_encoder
+from simclr.recipes import recipe
+
+
+def a_run(folder: Path, places: Sequence[str]) -> rundir.Run:
+    """A run, its encoder untrained, over shards of pattern images; image i lies in the subfolder places[i]."""
+    images, _ = render(np.arange(len(places)), 0, 32, False)
+    for i, (place, image) in enumerate(zip(places, images, strict=True)):
+        (folder / "photos" / place).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / "photos" / place / f"{i:03}.png")
+    shards.prepare(open_source(str(folder / "photos")), folder / "mine", shards.Options(), 1, lambda done: None)
+    config = recipe("patterns_tiny")
+    small = replace(config, train=replace(config.train, batch_size=8))
+    run = rundir.open_run(folder / "runs" / "one", "patterns_tiny", small, folder / "mine")
+    run.save()
+    write_encoder(dict(build_model(config).encoder.state_dict()), config, run.encoder, {"recipe": "none"})
+    for step in (1, 2, 3):
+        run.append({"step": step, "epoch": step / 5, "train/loss": 4.0 - step})
+    return run
+
+
+def test_without_labels_the_effective_rank_is_the_score_and_the_encoder_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = a_run(tmp_path, [""] * 40)
+    rows = evaluate.evaluate(evaluate.Args(encoder=run.path))
+    assert [set(row) for row in rows] == [{"name", "rankme"}] * 2 and 1 < rows[1]["rankme"] <= 4  # of the tenth held back
+    assert "RankMe" in evaluate.table(rows)
+    # It was never logged, as if MLflow had been away all the time: publishing logs it.
+    done = publish.publish(publish.Args(run=run.path))
+    assert done["champion"] and done["name"] == "mine"
+    run = rundir.load_run(run.path)
+    logged = tracking._client(default_uri(tmp_path / "runs")).get_metric_history(run.tracking_run, "train/loss")
+    assert [(m.step, m.value) for m in logged] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    page = report(ReportArgs(run=run.path)).read_text()
+    assert "RankMe" in page and "unlabelled" in page.lower()
+    capsys.readouterr()
+    pull.main(pull.Args(model="mine@champion", to=tmp_path / "here"))
+    assert f"mine version 1 (rankme {rows[1]['rankme']:.3g})" in capsys.readouterr().out
+
+
+def test_without_a_test_split_a_tenth_is_held_back(tmp_path: Path) -> None:
+    run = a_run(tmp_path, [("stripes", "dots")[i % 2] for i in range(60)])
+    rows = evaluate.evaluate(evaluate.Args(encoder=run.path, k=3))
+    assert [row["name"] for row in rows] == ["raw pixels", "untrained encoder", "trained encoder"]
+    assert all(0 <= row["knn_top1"] <= 1 and row["knn_top1"] * 6 % 1 == pytest.approx(0, abs=1e-5) for row in rows)  # of six images
+
+
+def test_images_without_a_label_count_for_nothing(tmp_path: Path) -> None:
+    """Forty labelled images and twenty more without: the same scores as without those twenty."""
+    some = ["train/a", "train/b", "test/a", "test/b"] * 10
+    whole = evaluate.evaluate(evaluate.Args(encoder=a_run(tmp_path / "some", some).path, k=3))
+    more = evaluate.evaluate(evaluate.Args(encoder=a_run(tmp_path / "more", [*some, *["train", "test"] * 10]).path, k=3))
+    for a, b in zip(whole[1:], more[1:], strict=True):  # raw pixels too, but for the data's own mean
+        assert a["knn_top1"] == b["knn_top1"] and a["probe_top1"] == b["probe_top1"]
+
+
+def test_neighbours_without_a_label_have_no_vote() -> None:
+    from simclr.evaluate import nearest
+
+    bank, query = torch.eye(3), torch.tensor([[1.0, 0.1, 0.0]])
+    votes = nearest(bank, torch.tensor([-1, 1, 0]), query, 3, 0.1).votes
+    assert votes.shape == (1, 2) and votes.argmax() == 1
+
+
+def test_half_a_line_of_metrics_is_left_out(tmp_path: Path) -> None:
+    run = a_run(tmp_path, [""] * 4)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')
+    run.append({"step": 4, "train/loss": 0.5})
+    assert [(row["step"], row["train/loss"]) for row in run.history()] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
+
+
+def test_a_tracker_that_opens_at_the_third_try_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(tmp_path, [""] * 4)
+    uri, tries = default_uri(tmp_path / "runs"), []
+    real = tracked.open_tracker
+
+    def at_the_third(run: rundir.Run, uri: str) -> tracking.Tracker:
+        tries.append(uri)
+        if len(tries) < 3:
+            raise ValueError("MLflow is away")
+        return real(run, uri)
+
+    monkeypatch.setattr(tracked, "open_tracker", at_the_third)
+    monkeypatch.setattr(tracked, "_AGAIN_S", 0.01)
+    job = tracked.Tracked(run, uri)
+    job.open()
+    for row in run.history():
+        job.log(row)
+    job.thread.join(30)
+    # Known before the job ends: one that is killed now goes on in the same MLflow run.
+    known = json.loads((run.path / "run.json").read_text())["tracking_run"]
+    assert len(tries) == 3 and known
+    assert job.close("FINISHED").tracking_run == known
+    assert len(tracking._client(uri).get_metric_history(known, "train/loss")) == 3

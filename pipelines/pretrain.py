@@ -55,12 +55,13 @@ def pretrain(args: Args) -> Run:
     address.check(uri)
     run = open_run(args.run, args.recipe, config, args.data)
     total = config.total_steps(examples)
-    done = _steps_done(run)
+    classes = len(manifest.classes)
+    done = _steps_done(run, classes)
     if done >= total:
         _publish_newest(run)
         say(f"{run.path} is complete: {done:,} of {total:,} steps; nothing to do")
         return run
-    _require_space(run)
+    _require_space(run, classes)
     ours = cluster.connect(args.resources)
     from pipelines.worker import train_worker
 
@@ -118,7 +119,7 @@ def _note(report: dict[str, Any]) -> str:
     return f"loss {report['train/loss']:.3f}  epoch {report['epoch']:.1f}{knn}"
 
 
-def _steps_done(run: Run) -> int:
+def _steps_done(run: Run, classes: int) -> int:
     """Steps in the newest whole checkpoint. Raises ValueError where it does not fit the config's model."""
     if not run.checkpoints.exists():
         return 0
@@ -129,11 +130,11 @@ def _steps_done(run: Run) -> int:
     if newest is None:
         return 0
     state = checkpoint.read(newest)
-    checkpoint.check(state, shapes_only(run.config))
+    checkpoint.check(state, shapes_only(run.config, classes))
     return state.step
 
 
-def _require_space(run: Run) -> None:
+def _require_space(run: Run, classes: int) -> None:
     """Room for the checkpoints that will be kept and the one being written: weights and momentum, 4 bytes each."""
     existing = next(p for p in [run.path.absolute(), *run.path.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
@@ -142,7 +143,7 @@ def _require_space(run: Run) -> None:
     from simclr.model import shapes_only  # its imports take seconds
 
     keep = run.config.train.keep_checkpoints
-    needed = sum(p.numel() for p in shapes_only(run.config).parameters()) * 8 * (keep + 1)
+    needed = sum(p.numel() for p in shapes_only(run.config, classes).parameters()) * 8 * (keep + 1)
     if free < needed:
         raise ValueError(
             f"no space left on the disk of {run.path}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed for "

@@ -41,12 +41,13 @@ def train_worker(job: dict[str, Any]) -> None:
     )
     for report in pretrain(config, start):
         metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps}
-        if report.state is not None and first:
-            checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
         if first:
             sent = job["inbox"].actor.put.remote(metrics)
-            if report.step == report.total_steps:
-                ray.get(sent)  # so that it is there before the driver hears that training is over
+            if report.state is not None:
+                # There before the checkpoint is: a run that goes on from it does not repeat this report, nor may the driver
+                # hear earlier that training is over.
+                ray.get(sent)
+                checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
         # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
         # what a scheduler decides by, and the driver's queue gets everything.
         if report.state is not None or "eval/knn_top1" in metrics:

@@ -96,12 +96,20 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """NT-Xent (arXiv:2002.05709, Eq. 1)."""
+    """NT-Xent (arXiv:2002.05709, Eq. 1), or one of the losses that the paper compares it with (Table 2 and 4)."""
 
+    name: Literal["nt_xent", "nt_logistic", "margin_triplet"] = "nt_xent"
+    """Which loss. The other two are the paper's ablation: they train, and worse."""
     temperature: float = 0.1
-    """tau in Eq. 1. The paper uses 0.1 on ImageNet and 0.5 on CIFAR-10."""
+    """tau in Eq. 1. The paper uses 0.1 on ImageNet and 0.5 on CIFAR-10. The triplet loss has none."""
+    margin: float = 0.8
+    """m of the triplet loss, a difference of cosines."""
+    semi_hard: bool = False
+    """Of the ablation losses: only the closest negative further away than the positive counts (Sec. 5.1)."""
 
     def __post_init__(self) -> None:
+        _require(self.margin > 0, f"loss.margin is {self.margin}; expected a positive difference of cosines, at most 2")
+        _require(not self.semi_hard or self.name != "nt_xent", "loss.semi_hard is for the other losses; NT-Xent weighs its negatives")
         _require(self.temperature > 0, f"loss.temperature is {self.temperature}; expected a positive number, the paper tries 0.05 to 1")
 
 
@@ -143,6 +151,8 @@ class Train:
     """bfloat16 = autocast with float32 weights, statistics and loss; float64 is for tests."""
     compile: bool = False
     """Compile the encoder and head with torch.compile (pays on a GPU, after a minute of compiling)."""
+    linear_eval: bool = True
+    """Train a linear classifier on h beside the loss, where the data has labels; no gradient of it reaches the encoder."""
     report_every_steps: int = 10
     """Steps between two reports (metrics, progress). The device is not waited for in between."""
     checkpoint_every_steps: int = 500

@@ -1,4 +1,12 @@
-"""NT-Xent, the contrastive loss of SimCLR (arXiv:2002.05709, Eq. 1 and Algorithm 1), exact over ranks."""
+"""NT-Xent, the contrastive loss of SimCLR (arXiv:2002.05709, Eq. 1 and Algorithm 1), exact over ranks; beside it the paper's
+other two (Table 2), each also with semi-hard negatives (Sec. 5.1), for its ablation (Table 4).
+
+Each takes z (2n, d): this rank's projections, rows [view 0 of n images; view 1 of the same n], any scale, and returns the
+mean over these 2n rows, a scalar. The other 2N − 1 views of the global batch, from every rank, are the candidates. The mean
+over ranks is the loss of the global batch, and with DDP its gradient is exact. Each raises ValueError for an odd number of
+rows. Looking for NaN would make the host wait for the device at every step: the loop does it when it reports, naming rank
+and step.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +18,67 @@ from simclr.collectives import all_gather, rank
 
 
 def nt_xent(z: Tensor, temperature: float) -> Tensor:
-    """The normalised temperature-scaled cross entropy of the global batch, seen from this rank's rows.
-
-    z (2n, d): this rank's projections, rows [view 0 of n images; view 1 of the same n], any scale. Returns the mean
-    of Eq. 1 over these 2n rows, a scalar. The other 2N − 1 views of the global batch, from every rank, are the
-    candidates. The mean over ranks is the loss of the global batch, and with DDP its gradient is exact.
+    """The normalised temperature-scaled cross entropy of the global batch, seen from this rank's rows (2n, d) (Eq. 1).
 
     The official TensorFlow code adds the two directions, loss_a + loss_b, which is twice this value.
-    Raises ValueError for an odd number of rows.
     """
-    if z.ndim != 2 or z.shape[0] % 2:
-        raise ValueError(f"nt_xent got z of shape {tuple(z.shape)}; expected (2n, d): view 0 of n images, then view 1")
-    z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
     with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(z, dim=1)
-        keys = all_gather(z)  # (2N, d), in the order of ranks
-        own = rank() * z.shape[0] + torch.arange(z.shape[0], device=z.device)  # each row's own column
-        logits = z @ keys.T / temperature
+        cosines, own = _cosines(z)
+        logits = cosines / temperature
         logits = logits.scatter(1, own[:, None], float("-inf"))  # an image is no candidate for itself
-        # A row's partner is the same image's other view, half of this rank's rows away.
-        return F.cross_entropy(logits, own.roll(z.shape[0] // 2))
+        return F.cross_entropy(logits, _partner(own))
+
+
+def nt_logistic(z: Tensor, temperature: float, semi_hard: bool = False) -> Tensor:
+    """−log σ(u·v⁺ / τ) − log σ(−u·v⁻ / τ) (Table 2, second row), averaged over the anchor's negatives v⁻ and the rows u.
+
+    With `semi_hard` an anchor's one negative is the closest of those further away than its positive; without such a
+    negative only the positive's term is left.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        cosines, own = _cosines(z)
+        positive, weights = _pairs(cosines, own, float("inf") if semi_hard else None)
+        return -(F.logsigmoid(positive / temperature)[:, 0] + (weights * F.logsigmoid(-cosines / temperature)).sum(1)).mean()
+
+
+def margin_triplet(z: Tensor, margin: float, semi_hard: bool = False) -> Tensor:
+    """max(u·v⁻ − u·v⁺ + m, 0) (Table 2, third row), averaged over the anchor's negatives v⁻ and the rows u.
+
+    With `semi_hard` an anchor's one negative is the closest of those further away than its positive by less than the
+    margin m (a difference of cosines, arXiv:1503.03832, Sec. 3.2); an anchor without one counts as 0.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        cosines, own = _cosines(z)
+        positive, weights = _pairs(cosines, own, margin if semi_hard else None)
+        return (weights * F.relu(cosines - positive + margin)).sum(1).mean()
+
+
+def _cosines(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(2n, 2N) cosines of this rank's rows with all ranks', and (2n,) the column of each row itself."""
+    if z.ndim != 2 or z.shape[0] % 2:
+        raise ValueError(f"the loss got z of shape {tuple(z.shape)}; expected (2n, d): view 0 of n images, then view 1")
+    z = F.normalize(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z, dim=1)
+    keys = all_gather(z)  # (2N, d), in the order of ranks
+    return z @ keys.T, rank() * z.shape[0] + torch.arange(z.shape[0], device=z.device)
+
+
+def _partner(own: Tensor) -> Tensor:
+    """(2n,) the column of each row's positive: the same image's other view, half of this rank's rows away."""
+    return own.roll(len(own) // 2)
+
+
+def _pairs(cosines: Tensor, own: Tensor, within: float | None) -> tuple[Tensor, Tensor]:
+    """(2n, 1) cosines of the positives, and (2n, 2N) the weight of each candidate as a negative.
+
+    `within` None: all 2N − 2 negatives alike. Else the closest one whose cosine lies below the positive's by less than
+    `within`. Which one that is, is a choice and carries no gradient.
+    """
+    partner = _partner(own)
+    positive = cosines.gather(1, partner[:, None])
+    negative = torch.ones_like(cosines, dtype=torch.bool).scatter(1, torch.stack([own, partner], 1), False)
+    if within is None:
+        return positive, negative.to(cosines.dtype) / (cosines.shape[1] - 2)
+    with torch.no_grad():
+        eligible = negative & (cosines < positive) & (cosines > positive - within)
+        closest = cosines.masked_fill(~eligible, float("-inf")).argmax(1, keepdim=True)
+        return positive, torch.zeros_like(cosines).scatter(1, closest, 1.0) * eligible

@@ -47,31 +47,42 @@ class ProjectionHead(nn.Module):
 
 
 class SimCLR(nn.Module):
-    """Views (2n, 3, H, W) → (h, z): representation (2n, d_h) and projection (2n, d_z). Both views go through one pass,
-    so BatchNorm sees them together, as in the official code.
+    """Views (2n, 3, H, W) → (h, z, logits): representation (2n, d_h), projection (2n, d_z), class scores (2n, classes).
+    Both views go through one pass, so BatchNorm sees them together, as in the official code.
+
+    The classifier is the linear evaluation that goes on beside pretraining: it sees h behind a stop-gradient, so that
+    nothing of a label reaches the encoder. Without classes there is none, and logits are (2n, 0).
     """
 
-    def __init__(self, config: configs.Config) -> None:
+    def __init__(self, config: configs.Config, classes: int = 0) -> None:
         super().__init__()
         self.encoder: ResNet = build_encoder(config.encoder)
         self.head = ProjectionHead(self.encoder.d_h, config.head.layers, config.head.d_out, config.encoder.batchnorm == "per_worker")
+        self.classifier: nn.Linear | None = None
+        if classes and config.train.linear_eval:  # made last: the other weights are the same with and without it
+            self.classifier = nn.Linear(self.encoder.d_h, classes)
+            nn.init.normal_(self.classifier.weight, std=0.01)
+            nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = self.encoder(views)
-        return h, self.head(h)[-1]
+        z = self.head(h)[-1]
+        seen = h.detach()
+        return h, z, seen[:, :0] if self.classifier is None else self.classifier(seen)
 
 
-def build_model(config: configs.Config) -> SimCLR:
-    """Encoder and head with the initial weights that `config.seed` names, on the CPU, the same on every rank."""
+def build_model(config: configs.Config, classes: int = 0) -> SimCLR:
+    """The model with the initial weights that `config.seed` names, on the CPU, the same on every rank. `classes` of the data,
+    0 = unlabelled."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return SimCLR(config)
+        return SimCLR(config, classes)
 
 
-def shapes_only(config: configs.Config) -> SimCLR:
+def shapes_only(config: configs.Config, classes: int = 0) -> SimCLR:
     """The model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
-        return SimCLR(config)
+        return SimCLR(config, classes)
 
 
 class PublishedEncoder(nn.Module):

@@ -93,12 +93,17 @@ class LARS(torch.optim.Optimizer):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: kernels, which decay and adapt; BatchNorm and biases (vectors), which do neither (App. B.6)."""
-    params = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+    """Kernels decay and adapt; BatchNorm and biases (vectors) do neither (App. B.6); a classifier's kernel decays only, as in
+    the official code. Groups without a parameter are left out."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    classifier = [p for name, p in named if name.startswith("classifier.") and p.ndim > 1]
+    kernels = [p for name, p in named if not name.startswith("classifier.") and p.ndim > 1]
+    groups: list[dict[str, Any]] = [
+        {"params": kernels, "weight_decay": weight_decay, "adapt": True},
+        {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+        {"params": classifier, "weight_decay": weight_decay, "adapt": False},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:

@@ -7,21 +7,23 @@ compute what one would, up to the order of float summation.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr import checkpoint, diagnostics, evaluate
 from simclr.collectives import mean_over_ranks, rank, world_size
-from simclr.config import Config
+from simclr.config import Config, Loss
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
-from simclr.loss import nt_xent
+from simclr.loss import margin_triplet, nt_logistic, nt_xent
 from simclr.model import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.views import two_views
@@ -65,12 +67,12 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
     warmup, watch_every = config.warmup_steps(examples), config.watch_steps(examples)
     peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
     per_rank = config.images_per_rank(world_size())
-    watched = bool(manifest.classes) and "test" in manifest.splits
+    watched, classes = bool(manifest.classes) and "test" in manifest.splits, len(manifest.classes)
     device, dtype = start.device, _DTYPES[config.train.precision]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
 
     # ── Model and optimizer, fresh or from a checkpoint ────────────────────────────────────────────────────────────
-    model = build_model(config).to(device, dtype).to(memory_format=torch.channels_last)
+    model = build_model(config, classes).to(device, dtype).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config.optim)
     step = first = 0
     if start.checkpoint is not None:
@@ -88,7 +90,8 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
 
     # ── Steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
     batches = loader.batches(config, start.data, step, rank(), world_size(), start.threads)
-    summed = torch.zeros((), device=device, dtype=torch.float64)
+    summed = torch.zeros(3, device=device, dtype=torch.float64)  # since the last report: loss, classifier's loss and hits
+    bad_at = torch.full((), math.inf, device=device, dtype=torch.float64)
     since = _Clock(step)
     try:
         while step < total:
@@ -98,17 +101,19 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
 
             views = two_views(batch.images, batch.ids, batch.epoch, config.views, config.seed, device)
             with autocast:
-                h, z = network(views.to(dtype, memory_format=torch.channels_last))
-            loss = nt_xent(z, config.loss.temperature)
+                h, z, logits = network(views.to(dtype, memory_format=torch.channels_last))
+            loss = _contrast(z, config.loss)
+            classified, hits = _classify(logits, batch.labels.to(device, non_blocking=True))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss + classified).backward()
             lr = warmup_cosine(step, peak, warmup, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
 
-            summed += loss.detach()
+            summed += torch.stack([loss.detach(), classified.detach(), hits])
             step += 1
+            bad_at = torch.minimum(bad_at, _first_bad(z, loss, step))
             last = step == total
             watch = watched and (last or (watch_every > 0 and step % watch_every == 0))
             save = last or step % config.train.checkpoint_every_steps == 0
@@ -117,7 +122,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
                 continue
 
             # ── A report: the only place where the host waits for the device ───────────────────────────────────────
-            metrics = _measure(summed / (step - since.step), h, z, config, step)
+            metrics = _measure(summed / (step - since.step), bad_at, h, z, config, model.classifier is not None)
             metrics |= {"epoch": step / per_epoch, "train/lr": lr}
             metrics |= since.speed(step, per_rank * world_size())
             if device.type == "cuda":
@@ -147,23 +152,61 @@ def watch_knn(model: SimCLR, config: Config, start: Start) -> dict[str, float]:
     return measured
 
 
-def _measure(loss: Tensor, h: Tensor, z: Tensor, config: Config, step: int) -> dict[str, float]:
-    """Metrics of the last step (the loss: mean since the last report), averaged over ranks in one collective."""
+def _contrast(z: Tensor, loss: Loss) -> Tensor:
+    """The configured loss of this rank's projections z (2n, d)."""
+    if loss.name == "nt_logistic":
+        return nt_logistic(z, loss.temperature, loss.semi_hard)
+    if loss.name == "margin_triplet":
+        return margin_triplet(z, loss.margin, loss.semi_hard)
+    return nt_xent(z, loss.temperature)
+
+
+def _classify(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the linear evaluation, logits (2n, classes), labels (n,), and its share of hits among labelled views.
+
+    Both are 0 without classes. An image without a label (−1) adds nothing, and the divisor stays 2n: so the mean over ranks
+    is the global batch's, however labels are spread.
+    """
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    if not logits.shape[1]:
+        return logits.new_zeros(()), logits.new_zeros(())
+    labels = labels.repeat(2)
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    hits = (logits.detach().argmax(1) == labels).to(loss.dtype).sum() / (labels >= 0).sum().clamp_min(1)
+    return loss / len(labels), hits
+
+
+def _first_bad(z: Tensor, loss: Tensor, step: int) -> Tensor:
+    """`step` where this rank's projections are not finite, half a step later where only its loss is not (whose keys are
+    everybody's, so one rank's NaN is in every loss), else infinity. On the device: nobody waits."""
+    late = torch.where(loss.detach().isfinite(), math.inf, step + 0.5)
+    return torch.where(z.detach().isfinite().all(), late, float(step)).double()
+
+
+def _measure(sums: Tensor, bad_at: Tensor, h: Tensor, z: Tensor, config: Config, classifies: bool) -> dict[str, float]:
+    """Metrics of the last step (losses: means since the last report), averaged over ranks in one collective.
+
+    Raises FloatingPointError, the same on every rank, naming the first step that was not finite and whose it was.
+    """
     z = z.detach()
     values = {
-        "train/loss": loss,
+        "train/loss": sums[0],
         "train/contrastive_top1": diagnostics.contrastive_top1(z),
         "train/contrastive_entropy": diagnostics.contrastive_entropy(z, config.loss.temperature),
         "health/alignment": diagnostics.alignment(z),
         "health/uniformity": diagnostics.uniformity(z[:4096]),
     }
-    # Whose loss is not finite travels with the means: every rank raises the same, none is left waiting for another.
-    lost = torch.arange(world_size(), device=loss.device).eq(rank()) & ~loss.isfinite()
-    means = mean_over_ranks(torch.cat([torch.stack([v.double() for v in values.values()]), lost.double()])).tolist()
-    ranks = [str(r) for r, share in enumerate(means[len(values) :]) if share > 0]
-    if ranks:
+    if classifies:
+        values |= {"train/linear_loss": sums[1], "train/linear_top1": sums[2]}
+    # Each rank's first bad step travels with the means; where it was never bad, 0 does.
+    slot = torch.arange(world_size(), device=bad_at.device).eq(rank())
+    bad = torch.where(slot & bad_at.isfinite(), bad_at * world_size(), 0.0)
+    means = mean_over_ranks(torch.cat([torch.stack([v.double() for v in values.values()]), bad])).tolist()
+    if found := {r: at for r, at in enumerate(means[len(values) :]) if at > 0}:
+        first = min(found.values())
+        ranks = ", ".join(str(r) for r, at in found.items() if at == first)
         raise FloatingPointError(
-            f"the loss is not finite at step {step} on rank {', '.join(ranks)}; the last checkpoint is still good: "
+            f"the loss is not finite at step {int(first)} on rank {ranks}; the last checkpoint is still good: "
             "train with a lower --optim.base-lr or more --optim.warmup-epochs"
         )
     return dict(zip(values, means, strict=False))

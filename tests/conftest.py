@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.ranks import Ranks
+
+_WORST: dict[tuple[str, str], tuple[float, float]] = {}
+Within = Callable[[str, float, float], None]
+"""within(what, deviation, bound) fails where the deviation is larger; the largest of each test are listed at the end."""
+
+
+@pytest.fixture
+def within(request: pytest.FixtureRequest) -> Within:
+    def check(what: str, deviation: float, bound: float) -> None:
+        key = (f"{request.node.path.stem}::{request.node.originalname}", what)
+        _WORST[key] = max(_WORST.get(key, (0.0, bound)), (float(deviation), bound), key=lambda found: found[0] / found[1])
+        assert deviation <= bound, f"{what} deviates by {deviation:.2e}, more than {bound:.0e}"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _WORST:
+        terminalreporter.section("largest deviations")
+        for (test, what), (deviation, bound) in sorted(_WORST.items()):
+            terminalreporter.write_line(f"{deviation:8.1e} of {bound:.0e}  {test}  {what}")
 
 
 @pytest.fixture(scope="session", autouse=True)

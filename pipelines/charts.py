@@ -114,6 +114,14 @@ QUANTITIES = (
         share=True,
         meaning="weighted kNN on the test split while training goes on. Training itself never sees a label.",
     ),
+    Quantity(
+        key="train/linear_top1",
+        name="Linear top-1",
+        unit="%",
+        share=True,
+        meaning="hits of a linear classifier that learns beside the encoder from its features, on the views of the training "
+        "images. Its gradient stops before the encoder.",
+    ),
     Quantity(key="train/lr", name="Learning rate", digits=".4g", meaning="as the optimizer used it, after the scaling rule."),
     Quantity(key="speed/images_per_s", name="Images per second", digits=",.0f", meaning="images, not views, over all workers."),
     Quantity(

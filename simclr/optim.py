@@ -77,18 +77,24 @@ class LARS(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers: list[Tensor] = [self.state[p]["momentum_buffer"] for p in params]
 
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+            momentum, decay = group["momentum"], group["weight_decay"]
+            # m v + s g is one call as lerp(v, s g / (1 − m), 1 − m): each call passes over all weights' memory, and that is
+            # what a step costs.
+            scale = group["lr"] / (1 - momentum)
             if group["adapt"]:
+                grads = list(torch._foreach_add(grads, params, alpha=decay))
                 w, g = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
                 trust = torch.where((w > 0) & (g > 0), group["trust_coefficient"] * w / g, torch.ones_like(w))
-                torch._foreach_mul_(grads, list((trust * group["lr"]).unbind()))
+                torch._foreach_mul_(grads, list((trust * scale).unbind()))
             else:
-                torch._foreach_mul_(grads, group["lr"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, grads)
-            if group["nesterov"]:
-                torch._foreach_add_(grads, buffers, alpha=group["momentum"])
-            torch._foreach_sub_(params, grads if group["nesterov"] else buffers)
+                grads = list(torch._foreach_mul(grads, scale))
+                if decay:
+                    torch._foreach_add_(grads, params, alpha=decay * scale)
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            torch._foreach_sub_(params, buffers)
+            if group["nesterov"]:  # w ← w − m v − s g, of which v was taken off already
+                torch._foreach_add_(params, buffers, alpha=1 - momentum)
+                torch._foreach_sub_(params, grads, alpha=1 - momentum)
         return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.ranks import Ranks
@@ -56,6 +57,23 @@ def shared_ray() -> Iterator[None]:
     assert cluster.connect(cluster.Resources(workers=2))
     yield
     cluster.disconnect()
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEG shards of 240 rendered images of 72 × 96 px, without labels."""
+    from PIL import Image
+
+    from simclr.data import shards
+    from simclr.data.patterns import render
+    from simclr.data.sources import open_source
+
+    folder = tmp_path_factory.mktemp("photographs")
+    images, _ = render(np.arange(240), 0, 96, True)
+    for i, image in enumerate(images):
+        Image.fromarray(image[:72]).save(folder / f"{i:03}.jpg", quality=90)
+    shards.prepare(open_source(str(folder)), folder / "shards", shards.Options(), 2, lambda done: None)
+    return folder / "shards"
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import multiprocessing
+import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,83 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, tm
     a, b = (checkpoint.read(tmp_path / part / "step-000000012").tensors for part in ("whole", "parts"))
     assert a.keys() == b.keys() and any(key.startswith("optimizer.") for key in a)
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def train_in_a_process(settings: Config, patterns: Path, folder: Path, told: Any) -> None:
+    """Runs and writes checkpoints until somebody kills it; `told` gets each step and its loss."""
+    torch.set_num_threads(1)
+    told.send(("began", 0.0))
+    found = checkpoint.latest(folder, print) if folder.exists() else None
+    for report in pretrain(settings, Start(patterns, checkpoint=found)):
+        told.send((report.step, report.metrics["train/loss"]))
+        if report.state is not None:
+            checkpoint.write(folder, report.state, settings.train.keep_checkpoints)
+
+
+def test_killed_at_any_moment_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, tmp_path: Path) -> None:
+    """SIGKILL after 0, 2, 3, 5 and 2 steps of a process, while it computes or writes: weights, momentum, statistics, losses."""
+    settings = config(checkpoint_every_steps=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = run(settings, patterns, tmp_path / "whole")
+    torch.set_num_threads(threads)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_pretrain"])
+    losses: dict[int, float] = {}
+    for steps, wait_s in ((0, 0.0), (2, 0.0), (3, 0.02), (5, 0.001), (2, 0.005), (None, 0.0)):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=train_in_a_process, args=(settings, patterns, tmp_path / "parts", theirs))
+        process.start()
+        theirs.close()
+        assert ours.poll(60) and ours.recv()[0] == "began"
+        with contextlib.suppress(EOFError):
+            seen = 0
+            while seen != steps:
+                step, loss = ours.recv()
+                assert losses.setdefault(step, loss) == loss  # a repeated step is the same step
+                seen += 1
+        if steps is not None:
+            time.sleep(wait_s)
+            process.kill()
+        process.join(60)
+        assert process.exitcode == (0 if steps is None else -signal.SIGKILL)
+    assert losses == {step: report.metrics["train/loss"] for step, report in whole.items()} and len(losses) == 12
+    a, b = (checkpoint.read(tmp_path / part / "step-000000012").tensors for part in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_linear_evaluation_learns_and_no_gradient_of_it_reaches_the_encoder(patterns: Path, tmp_path: Path) -> None:
+    from simclr.model import build_model
+    from simclr.pretrain import _classify
+
+    settings = config(checkpoint_every_steps=12)
+    model = build_model(settings, classes=10)
+    _, _, logits = model(torch.rand(8, 3, 32, 32))
+    loss, _ = _classify(logits, torch.arange(4))
+    loss.backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert reached == {"classifier.weight", "classifier.bias"}
+    # The same, seen from the result: the encoder and head of a run with it are bitwise those of a run without.
+    without = dataclasses.replace(settings, train=dataclasses.replace(settings.train, linear_eval=False))
+    metrics = {part: run(c, patterns, tmp_path / part)[12].metrics for part, c in (("with", settings), ("without", without))}
+    a, b = (checkpoint.read(tmp_path / part / "step-000000012").tensors for part in ("with", "without"))
+    assert all(key.split(".")[1] == "classifier" for key in a.keys() - b.keys()) and len(a.keys() - b.keys()) == 4
+    assert all(torch.equal(a[key], b[key]) for key in b)
+    assert metrics["with"]["train/loss"] == metrics["without"]["train/loss"] and "train/linear_top1" not in metrics["without"]
+    assert 0 < metrics["with"]["train/linear_loss"] < 2.31 and 0 <= metrics["with"]["train/linear_top1"] <= 1
+
+
+def test_an_image_without_a_label_adds_nothing_to_the_linear_evaluation() -> None:
+    from simclr.pretrain import _classify
+
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [5.0, 0.0]], requires_grad=True)  # view 0 of two images, view 1
+    loss, hits = _classify(logits, torch.tensor([0, -1]))
+    expected = -(torch.log_softmax(logits[0], 0)[0] + torch.log_softmax(logits[2], 0)[0]) / 4
+    assert torch.allclose(loss, expected) and hits == 0.5
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert grad[1].abs().max() == grad[3].abs().max() == 0 and grad[0].abs().max() > 0
+    loss, hits = _classify(logits, torch.tensor([-1, -1]))
+    assert loss == 0 and hits == 0
 
 
 def test_reports_are_due_when_the_config_says(patterns: Path, tmp_path: Path) -> None:

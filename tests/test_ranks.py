@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr import evaluate
+from simclr import checkpoint, evaluate
 from simclr.batchnorm import BatchNorm
-from simclr.collectives import all_gather, rank, world_size
+from simclr.collectives import all_gather, from_rank_zero, rank, world_size
 from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
 from simclr.data import loader
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
 from simclr.model import build_model
 from simclr.pretrain import Start, pretrain
-from simclr.views import two_views
+from simclr.views import crop_boxes, draw_colours, two_views
 from tests.conftest import Within
 from tests.ranks import Ranks
 
@@ -81,29 +82,45 @@ def test_loss_and_gradient_are_those_of_one_process(ranks: Ranks, within: Within
         within(f"gradient, W = {world}", max(float((a - b).abs().max()) for a, b in zip(found, gradients, strict=True)), 1e-9)
 
 
+def replica(z: np.ndarray, temperature: float) -> tuple[float, Tensor]:
+    """This rank's loss and the gradient of the mean over ranks with respect to its rows."""
+    own = torch.tensor(z[rank()], requires_grad=True)
+    loss = nt_xent(own, temperature)
+    (grad,) = torch.autograd.grad(loss, own)  # of the sum over ranks: DDP divides by their number
+    return loss.item(), grad / world_size()
+
+
+def test_four_replicas_have_the_official_losses_and_gradients(ranks: Ranks, within: Within) -> None:
+    data = np.load(Path(__file__).parent / "golden" / "nt_xent_replicas.npz")
+    found = ranks(4, replica, data["z"], float(data["temperature"]))
+    within("losses", float(np.abs(2 * np.array([loss for loss, _ in found]) - data["replica_loss"]).max()), 1e-10)
+    within("mean loss", abs(2 * np.mean([loss for loss, _ in found]) - float(data["loss"])), 1e-10)
+    within("gradient", float(np.abs(2 * np.stack([grad.numpy() for _, grad in found]) - data["grad"]).max()), 1e-10)
+
+
 # ── BatchNorm ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def normalised(shape: tuple[int, ...], offset: float, per_worker: bool) -> dict[str, Tensor]:
+def normalised(shape: tuple[int, ...], offset: float, per_worker: bool, device: str = "cpu") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(shape, dtype=torch.float64, generator=generator) + offset
     target = torch.randn(shape, dtype=torch.float64, generator=generator)
-    norm = BatchNorm(shape[1], per_worker=per_worker).double()
+    norm = BatchNorm(shape[1], per_worker=per_worker).to(device, torch.float64)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, shape[1]))
         assert norm.bias is not None
         norm.bias.copy_(torch.linspace(-1, 1, shape[1]))
-    own = mine(x).requires_grad_()
+    own = mine(x).to(device).requires_grad_()
     y = norm(own)
-    (y * mine(target)).sum().backward()
+    (y * mine(target).to(device)).sum().backward()
     assert own.grad is not None and norm.weight.grad is not None and norm.bias.grad is not None
-    parameters = all_gather(torch.stack([norm.weight.grad, norm.bias.grad])[None]).sum(0)
+    parameters = all_gather(torch.stack([norm.weight.grad, norm.bias.grad])[None].cpu()).sum(0)
     return {
-        "y": all_gather(y.detach()),
-        "dx": all_gather(own.grad),
+        "y": all_gather(y.detach().cpu()),
+        "dx": all_gather(own.grad.cpu()),
         "parameters": parameters,
-        "mean": norm.running_mean,
-        "var": norm.running_var,
+        "mean": norm.running_mean.cpu(),
+        "var": norm.running_var.cpu(),
     }
 
 
@@ -121,6 +138,16 @@ def test_batchnorm_is_that_of_the_whole_batch(ranks: Ranks, within: Within, worl
             # Where the mean is a thousand deviations, what is left of 16 digits.
             scale, bound = float(value.abs().max().clamp_min(1)), 1e-8 if offset else 1e-10
             within(f"{name}{', mean 1000' if offset else ''}", float((found[name] - value).abs().max()) / scale, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("world", [1, 2])
+def test_batchnorm_on_cuda_is_that_of_the_whole_batch(ranks: Ranks, within: Within, world: int) -> None:
+    expected = normalised((8, 3, 5, 4), 0.0, False)
+    for found in ranks(world, normalised, (8, 3, 5, 4), 0.0, False, "cuda"):
+        for name, value in expected.items():
+            within(name, float((found[name] - value).abs().max()), 1e-10)
 
 
 def test_per_worker_batchnorm_differs_on_purpose(ranks: Ranks) -> None:
@@ -142,37 +169,88 @@ def trained(config: Config, data: str) -> tuple[list[float], dict[str, Tensor], 
     return losses, state, knn
 
 
-def test_twenty_steps_are_the_same_on_one_two_and_four_ranks(ranks: Ranks, patterns: Path) -> None:
+def test_twenty_steps_are_the_same_on_one_two_and_four_ranks(ranks: Ranks, within: Within, patterns: Path) -> None:
+    """And the same as when tests/golden/curve.json was written: any change of the numbers has to be meant."""
     losses, state, knn = trained(TINY, str(patterns))
     assert len(losses) == 20 and losses[-1] < losses[0]
+    golden = json.loads((Path(__file__).parent / "golden" / "curve.json").read_text())
+    within("loss, frozen curve", float(np.abs(np.subtract(losses, golden["train/loss"])).max()), 1e-9)
     for world in (2, 4):
         for found, weights, score in ranks(world, trained, TINY, str(patterns)):
-            np.testing.assert_allclose(found, losses, rtol=0, atol=1e-9)
+            within(f"loss, W = {world}", float(np.abs(np.subtract(found, losses)).max()), 1e-9)
             assert weights.keys() == state.keys()
-            for name, t in state.items():
-                torch.testing.assert_close(weights[name], t, rtol=0, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+            within(f"weights, W = {world}", max(float((weights[name] - t).abs().max()) for name, t in state.items()), 1e-7)
             assert score == knn
 
 
-def seen(config: Config, data: str, start: int) -> list[Any]:
-    """Ids and the pixels of both views of three batches."""
-    stream = loader.batches(config, Path(data), start, rank(), world_size())
-    out = []
-    for _ in range(3):
+def resumed(config: Config, data: str, folder: str, until: int) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and last state of a run from the newest checkpoint in `folder` to step `until`, where it leaves one."""
+    losses, state = [], {}
+    found = from_rank_zero(checkpoint.latest(Path(folder), print) if Path(folder).exists() else None)
+    for report in pretrain(config, Start(Path(data), checkpoint=found)):
+        losses.append(report.metrics["train/loss"])
+        if report.step == until:
+            assert report.state is not None
+            state = {name: t.clone() for name, t in report.state.tensors.items()}
+            if rank() == 0:
+                checkpoint.write(Path(folder), report.state, 1)
+            break
+    return losses, state
+
+
+def test_a_run_goes_on_with_another_number_of_workers(ranks: Ranks, within: Within, patterns: Path, tmp_path: Path) -> None:
+    """Three steps on 2 workers, four on 4, three on 1: as ten on one. Step 7 lies in mid-epoch."""
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, checkpoint_every_steps=1, steps=10))
+    losses, state = resumed(config, str(patterns), str(tmp_path / "whole"), 10)
+    parts: list[float] = []
+    for world, until in ((2, 3), (4, 7)):
+        parts += ranks(world, resumed, config, str(patterns), str(tmp_path / "parts"), until)[0][0]
+    rest, weights = resumed(config, str(patterns), str(tmp_path / "parts"), 10)
+    assert len(parts) == 7 and len(rest) == 3
+    within("loss", float(np.abs(np.subtract(parts + rest, losses)).max()), 1e-9)
+    assert weights.keys() == state.keys() and any(name.startswith("optimizer.") for name in state)
+    within("weights, momentum, statistics", max(float((weights[name] - t).abs().max()) for name, t in state.items()), 1e-9)
+
+
+def seen(config: Config, data: str, steps: int, threads: int) -> dict[tuple[int, int], list[Any]]:
+    """(epoch, sample id) → crop boxes, colours and the pixels of both views, of this rank's share of the first `steps` batches."""
+    stream = loader.batches(config, Path(data), 0, rank(), world_size(), threads)
+    found: dict[tuple[int, int], list[Any]] = {}
+    for _ in range(steps):
         batch = next(stream)
-        views = two_views(batch.images, batch.ids, batch.epoch, config.views, config.seed, torch.device("cpu"))
-        out.append((batch.ids.clone(), *views.chunk(2)))
+        ids = batch.ids.numpy().copy()
+        sizes = np.broadcast_to(np.array([72, 96] if batch.images.ndim == 5 else [32, 32]), (len(ids), 2))
+        boxes = crop_boxes(config.views, config.seed, batch.epoch, ids, sizes)
+        colours = dataclasses.astuple(draw_colours(config.views, config.seed, batch.epoch, ids))
+        views = two_views(batch.images, batch.ids, batch.epoch, config.views, config.seed, torch.device("cpu")).clone()
+        n = len(ids)
+        for i, sample in enumerate(ids.tolist()):
+            parameters = [row[k] for row in colours for k in (i, n + i)]
+            found[batch.epoch, sample] = [boxes[i], *parameters, views[i].numpy(), views[n + i].numpy()]
     stream.close()
-    return out
+    return found
 
 
-def test_ranks_see_their_slices_of_the_same_images_and_views(ranks: Ranks, patterns: Path) -> None:
-    whole = seen(TINY, str(patterns), 8)  # crosses the end of the first epoch of ten steps
+@pytest.mark.parametrize("kind", ["raw", "photographs"])
+def test_256_samples_are_seen_alike_by_any_number_of_workers_and_threads(
+    ranks: Ranks, patterns: Path, photographs: Path, kind: str
+) -> None:
+    """View parameters and pixels, exactly: 1, 2 and 4 workers, 1 and 3 threads, batches of 64 and of 32."""
+    data = str(patterns if kind == "raw" else photographs)
+    views = TINY.views if kind == "raw" else dataclasses.replace(TINY.views, size_px=40)
+    settings = {n: dataclasses.replace(TINY, views=views, train=dataclasses.replace(TINY.train, batch_size=n)) for n in (16, 32)}
+    whole = seen(settings[32], data, 8, 1)  # into the second epoch
+    assert len(whole) == 256
+    others = [seen(settings[32], data, 8, 3), seen(settings[16], data, 16, 1)]
     for world in (2, 4):
-        parts = ranks(world, seen, TINY, str(patterns), 8)
-        for step in range(3):
-            for column in range(3):
-                assert torch.equal(torch.cat([part[step][column] for part in parts]), whole[step][column])
+        parts = ranks(world, seen, settings[32], data, 8, 1)
+        assert [len(part) for part in parts] == [256 // world] * world
+        others.append({key: row for part in parts for key, row in part.items()})
+    for other in others:
+        shared = whole.keys() & other.keys()  # smaller batches leave less of an epoch out
+        assert len(shared) >= 240
+        for key in shared:
+            assert all(np.array_equal(a, b) for a, b in zip(whole[key], other[key], strict=True)), key
 
 
 def embedded(data: str, limit: int | None) -> list[Tensor]:

@@ -43,17 +43,25 @@ def prepare(args: Args) -> Manifest:
         say(f"{args.out} holds these shards already; nothing to do")
         return found
     with Bar("prepare", source.total) as bar:
+
+        def resumed(done: int) -> None:
+            bar.resume_at(done)
+            say(f"going on with {args.out} behind the {done:,} images that it holds already")
+
         manifest = shards.prepare(
             source,
             args.out,
             args.options,
             max(args.threads, 1),
             bar.update,
+            resumed,
             lambda done, of: bar.update(bar.done, f"sealing {done >> 20:,} of {of >> 20:,} MiB"),
         )
     if source.ignored:
         kinds = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in source.ignored.most_common(5))
         say(f"{source.ignored.total():,} files are no images by their names and were left out: {kinds}")
+    if manifest.duplicates:
+        say(f"{manifest.duplicates:,} images are copies of others, and so each other's negatives; {args.out}/duplicates.csv lists them")
     if manifest.skipped:
         say(f"{manifest.skipped} images could not be read and were skipped; {args.out}/skipped.csv names them")
     return manifest

@@ -156,7 +156,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
         ([b"no image"] * 3, {}, r"no image that can be read \(3 tried; the first: 0.jpg: cannot identify"),
         ([], {}, r"no image that can be read \(0 tried\)"),
         ([encoded(noise(9, 9))], {}, "has 1 usable image to train on"),
-        ([encoded(noise(90, 90))] * 50 + [b""], {}, "1 of 51 images of made cannot be read, more than 1%; the first: 50.jpg"),
+        ([encoded(noise(90, 90))] * 50 + [b""], {}, r"1 of 51 images of made cannot be read, more than 1 %; .* 50.jpg.*--max-skipped"),
         ([encoded(noise(9, 9))] * 40 + [encoded(noise(9, 8))], {}, "40.jpg has 8 × 9 px, the images before it 9 × 9"),
         ([encoded(noise(900, 900))] * 3, {"kind": "raw", "max_side_px": 900}, "exceed a page"),
     ],
@@ -173,20 +173,98 @@ def test_small_images_of_several_sizes_are_photographs(tmp_path: Path) -> None:
     assert prepare(source([encoded(noise(9, 9)), encoded(noise(9, 8))]), tmp_path / "out").kind == "jpeg"
 
 
-def interrupt(count: int) -> None:
-    if count == 100:
-        raise KeyboardInterrupt
+def interrupt(at: int) -> Callable[[int], None]:
+    def progress(count: int) -> None:
+        if count == at:
+            raise KeyboardInterrupt
+
+    return progress
 
 
-def test_an_interrupted_prepare_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+def test_interrupted_before_a_shard_is_full_it_leaves_nothing(tmp_path: Path) -> None:
     what = open_source("patterns:train=300,test=30,size=16")
     with pytest.raises(KeyboardInterrupt):
-        shards.prepare(what, tmp_path / "out", shards.Options(), 2, interrupt)
+        shards.prepare(what, tmp_path / "out", shards.Options(), 2, interrupt(100))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/.writing-train-00000.beton").write_bytes(b"of a prepare that was killed")
     prepare(what, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "test-00000.beton", "train-00000.beton"]
+
+
+def mixed(skips: bool = True) -> Source:
+    """Ninety PNGs in both splits, by turns, of three classes; one in thirty is none; one is a copy."""
+    items = []
+    for i in range(90):
+        data = b"no image" if skips and i % 30 == 29 else encoded(noise(150, 200, 3 if i == 50 else i), "PNG")
+        items.append(Item("test" if i % 5 == 4 else "train", "cab"[i % 3], f"{i}.png", data))
+    return Source("mixed", len(items), lambda: iter(items))
+
+
+@pytest.mark.parametrize("stop", [40, 75, "sealing", "naming"])
+def test_an_interrupted_prepare_goes_on_behind_its_full_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | str
+) -> None:
+    """Whatever it was doing: the bytes are those of one that was left alone, and what was done is not done again."""
+    options = shards.Options(shard_mib=1, max_skipped_pct=5)
+    whole = shards.prepare(mixed(), tmp_path / "whole", options, 2, lambda count: None)
+    assert len(whole.splits["train"]) > 2 and whole.skipped == 3 and whole.duplicates == 1
+    out = tmp_path / "out"
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if stop == "naming":
+            patch.setattr(shards, "write_manifest", stopped)
+        sealing = stopped if stop == "sealing" else lambda done, of: None
+        shards.prepare(mixed(), out, options, 2, interrupt(stop) if isinstance(stop, int) else lambda count: None, sealing=sealing)
+    assert list(out.glob(".writing-*.json")) and not (out / "manifest.json").exists()
+    encoded_again: list[str] = []
+    real = shards.encode
+
+    def counted(item: Item, *rest: Any) -> Any:
+        encoded_again.append(item.name)
+        return real(item, *rest)
+
+    monkeypatch.setattr(shards, "encode", counted)
+    went_on: list[int] = []
+    assert shards.prepare(mixed(), out, options, 3, lambda count: None, resumed=went_on.append) == whole
+    assert went_on and went_on[0] > 10 and len(encoded_again) <= 90 - went_on[0] + 1  # one decides between raw and jpeg
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_what_another_source_left_is_not_gone_on_with(tmp_path: Path) -> None:
+    options = shards.Options(shard_mib=1, max_skipped_pct=5)
+    with pytest.raises(KeyboardInterrupt):
+        shards.prepare(mixed(), tmp_path / "out", options, 2, interrupt(60))
+    went_on: list[int] = []
+    manifest = shards.prepare(mixed(False), tmp_path / "out", shards.Options(shard_mib=2), 2, lambda count: None, resumed=went_on.append)
+    assert not went_on and manifest.skipped == 0 and verify(tmp_path / "out") == []
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "manifest.json", "duplicates.csv", *(s.name for split in manifest.splits.values() for s in split)
+    }
+
+
+def test_two_prepares_do_not_write_to_one_directory(tmp_path: Path) -> None:
+    def second(count: int) -> None:
+        if count > 1:
+            return
+        with pytest.raises(ValueError, match="another prepare is writing to"):
+            prepare(mixed(), tmp_path / "out")
+
+    shards.prepare(mixed(False), tmp_path / "out", shards.Options(), 2, second)
+    assert read_manifest(tmp_path / "out").examples("train") == 72
+
+
+def test_copies_are_listed(tmp_path: Path) -> None:
+    prepare(mixed(False), tmp_path / "out")
+    with (tmp_path / "out/duplicates.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    # The fifty-first image is the fourth: samples of the training split, of which every fifth image is no part.
+    assert rows == [["split", "sample", "same_as_split", "same_as_sample"], ["train", "40", "train", "3"]]
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ class Manifest:
     """What `simclr prepare` was asked for: the same source and options give the same bytes."""
     skipped: int
     """Images that could not be read; skipped.csv names them."""
+    duplicates: int
+    """Images whose file is a copy of an earlier one, so that they are each other's negatives; duplicates.csv lists them."""
     versions: dict[str, str]
 
     def examples(self, split: str) -> int:

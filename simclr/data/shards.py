@@ -8,47 +8,34 @@ first decoded as the loader will decode it, so a picture that only Pillow can re
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
+import hashlib
 import importlib.metadata
-import io
 import itertools
+import json
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image
 
 from simclr import disk
-from simclr.data.beton import PAGE, SplitWriter
-from simclr.data.decode import decode
+from simclr.data.beton import Note, SplitWriter
+from simclr.data.encode import Encoded, encode
 from simclr.data.manifest import Manifest, Shard, read_manifest, write_manifest
-from simclr.data.pixels import upright_rgb
 from simclr.data.sources import Item, Source
 
 _RAW_SIDE_PX = 64
-_MOST_SKIPPED = 0.01
 _LOOKED_AT, _TRIED = 32, 1000  # images that decide raw or jpeg, and how many are tried to find them
+_LOCK = ".writing-lock"
+_LISTS = ("skipped.csv", "duplicates.csv")
 Kind = Literal["auto", "raw", "jpeg"]
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """An image as a shard stores it; `skipped` says why there is none."""
-
-    item: Item
-    stored: bytes
-    jpeg: bool
-    height: int
-    width: int
-    moments: NDArray[np.float64]
-    """(2, 3): per channel mean and mean square, of pixels in [0, 1]."""
-    skipped: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +50,8 @@ class Options:
     """Of images that are encoded here; a JPEG that needs no change is stored as it is."""
     shard_mib: int = 1024
     """Size of a shard, in MiB, about."""
+    max_skipped_pct: float = 1.0
+    """Share of the images, in per cent, that may be unreadable; they are skipped and listed in skipped.csv."""
 
     def __post_init__(self) -> None:
         if self.max_side_px < 8:
@@ -71,11 +60,13 @@ class Options:
             raise ValueError(f"--jpeg-quality is {self.jpeg_quality}; expected 1 to 100")
         if self.shard_mib < 1:
             raise ValueError(f"--shard-mib is {self.shard_mib}; expected at least 1")
+        if not 0 <= self.max_skipped_pct <= 100:
+            raise ValueError(f"--max-skipped-pct is {self.max_skipped_pct}; expected 0 to 100")
 
 
 def existing(source: Source, out: Path, options: Options) -> Manifest | None:
     """What `out` holds already: the manifest where it was made from the same source with the same options, None where there
-    is nothing. Raises ValueError where it holds something else, or cannot be written."""
+    is nothing, or what an interrupted prepare left. Raises ValueError where it holds something else, or cannot be written."""
     disk.require_writable(out)
     if (out / "manifest.json").exists():
         manifest = read_manifest(out)
@@ -89,7 +80,8 @@ def existing(source: Source, out: Path, options: Options) -> Manifest | None:
         return manifest
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out names a directory for the shards")
-    left = sorted(p.name for p in out.iterdir() if not p.name.startswith(".writing-")) if out.exists() else []
+    ours = {path.name for path in _unfinished(out)} if out.exists() else set()
+    left = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.exists() else []
     if left:
         raise ValueError(f"{out} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
     return None
@@ -101,124 +93,202 @@ def prepare(
     options: Options,
     threads: int,
     progress: Callable[[int], None],
+    resumed: Callable[[int], None] = lambda done: None,
     sealing: Callable[[int, int], None] = lambda done, of: None,
 ) -> Manifest:
     """Write the shards of `source` and their manifest into the directory `out`; what it holds already is returned.
 
     Labels are the ranks of the sorted class names. The bytes depend on source and options, not on `threads`. progress gets
-    the number of images so far; then, while shards are hashed, sealing gets their bytes so far and in all. Raises
-    ValueError for fewer than two images, for more than 1 % that cannot be read, for raw images of different sizes, for an
-    `out` that holds something else, and for a full disk. A failure leaves nothing behind.
+    the number of images so far; then, while shards are hashed, sealing gets their bytes so far and in all.
+
+    Interrupted or killed it leaves the shards that were full; called again it goes on behind them (resumed gets the number
+    of images that they hold), and the bytes are those of an uninterrupted one. Raises ValueError, with nothing left behind,
+    for fewer than two images, for more than `options.max_skipped_pct` that cannot be read, for raw images of different
+    sizes, for an `out` that holds something else or that somebody else is writing to, and for a full disk.
     """
     found = existing(source, out, options)
     if found is not None:
         return found
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob(".writing-*"):  # of a prepare that was killed
-        old.unlink()
-    writers: dict[str, SplitWriter] = {}
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
-    try:
-        return _write(source, out, options, pool, 4 * threads, progress, sealing, writers)
-    except BaseException as error:
-        pool.shutdown(cancel_futures=True)
-        written = sum(path.stat().st_size for path in out.glob(".writing-*"))
-        for writer in writers.values():
-            writer.abandon()
-        for path in (*out.glob(".writing-*"), *out.glob("*.beton"), out / "skipped.csv"):
+    with _alone(out):
+        job = _Job(source, out, options, ThreadPoolExecutor(threads, thread_name_prefix="encode"), 4 * threads)
+        try:
+            return job.run(progress, resumed, sealing)
+        except BaseException as error:
+            job.pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+            written = sum(path.stat().st_size for path in _unfinished(out))
+            for writer in job.writers.values():
+                writer.abandon()
+            if isinstance(error, Exception):
+                for path in (*_unfinished(out), *(out / name for name in _LISTS)):
+                    path.unlink(missing_ok=True)
+            free = shutil.disk_usage(out).free
+            if made and not list(out.glob(".writing-*.beton.json")):
+                shutil.rmtree(out)
+            if isinstance(error, OSError) and error.errno in disk.FULL:
+                raise ValueError(
+                    f"no space left on the disk of {out}: its {free / 2**20:,.0f} MiB were full after {written / 2**20:,.0f} MiB of "
+                    "shards; free some, or use another --out"
+                ) from None
+            raise
+        finally:
+            job.pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second prepare out of the same directory."""
+    path = out / _LOCK
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another prepare is writing to {out}; wait for it, or use another --out") from None
+        try:
+            yield
+        finally:
             path.unlink(missing_ok=True)
-        free = shutil.disk_usage(out).free
-        if made:
-            out.rmdir()
-        if isinstance(error, OSError) and error.errno in disk.FULL:
-            raise ValueError(
-                f"no space left on the disk of {out}: its {free / 2**20:,.0f} MiB were full after {written / 2**20:,.0f} MiB of shards; "
-                "free some, or use another --out"
-            ) from None
-        raise
-    finally:
-        pool.shutdown()
 
 
-def _write(
-    source: Source,
-    out: Path,
-    options: Options,
-    pool: ThreadPoolExecutor,
-    ahead: int,
-    progress: Callable[[int], None],
-    sealing: Callable[[int, int], None],
-    writers: dict[str, SplitWriter],
-) -> Manifest:
-    kind, bytes_each, items = _decide(source, options)
-    if source.total is not None:
-        _require_space(out, source.total * bytes_each)
-    labels: dict[str, int] = {}
-    skipped: list[tuple[str, str]] = []
-    moments, trained = np.zeros((2, 3)), 0
-    sizes: list[tuple[int, int]] = []
-    count = 0
-    for encoded in _in_order(pool, items, kind, options, ahead):
-        item = encoded.item
-        if encoded.skipped:
-            skipped.append((item.name, encoded.skipped))
-            continue
-        if kind == "raw" and sizes and sizes[0] != (encoded.height, encoded.width):
+def _unfinished(out: Path) -> list[Path]:
+    """Files of a prepare that has not ended: what it was writing, and shards that have their name but no manifest yet."""
+    waiting = [p for p in out.iterdir() if ".writing-" in p.name]
+    named = [out / p.name.removeprefix(".writing-").removesuffix(".json") for p in waiting if p.name.endswith(".beton.json")]
+    lists = [out / name for name in _LISTS if named]
+    return [*waiting, *(p for p in (*named, *lists) if p.exists())]
+
+
+class _Job:
+    """A prepare under way."""
+
+    def __init__(self, source: Source, out: Path, options: Options, pool: ThreadPoolExecutor, ahead: int) -> None:
+        self.source, self.out, self.options, self.pool, self.ahead = source, out, options, pool, ahead
+        self.writers: dict[str, SplitWriter] = {}
+
+    def run(self, progress: Callable[[int], None], resumed: Callable[[int], None], sealing: Callable[[int, int], None]) -> Manifest:
+        kind, bytes_each, items = _decide(self.source, self.options)
+        about = [self.source.spec, self.source.total, _stated(self.options), kind, _versions()]
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        behind = {}
+        for split in ("train", "test"):
+            self.writers[split] = SplitWriter(self.out, split, self.options.shard_mib << 20, key, self.pool)
+            behind[split] = self.writers[split].resume()
+        count = sum(behind.values())
+        kept = {f".writing-{name}{end}" for w in self.writers.values() for name, _ in w.full for end in ("", ".json")}
+        for path in _unfinished(self.out):
+            if path.name not in kept and path.name != _LOCK:
+                path.unlink(missing_ok=True)
+        if count:
+            resumed(count)
+        if self.source.total is not None:
+            _require_space(self.out, (self.source.total - count) * bytes_each)
+        self._fill(kind, _skipping(items, behind), progress, count)
+        return self._finish(kind, sealing)
+
+    def _fill(self, kind: Literal["raw", "jpeg"], items: Iterator[Item], progress: Callable[[int], None], count: int) -> None:
+        size: tuple[int, int] | None = None
+        for note in (note for writer in self.writers.values() for note in writer.notes() if note.which):
+            size = note.height_px[0], note.width_px[0]
+        for encoded in _in_order(self.pool, items, kind, self.options, self.ahead):
+            writer = self.writers[encoded.item.split]
+            if encoded.skipped:
+                writer.note.skip(encoded.item.name, encoded.skipped)
+                continue
+            size = size or (encoded.height, encoded.width)
+            if kind == "raw" and size != (encoded.height, encoded.width):
+                raise ValueError(
+                    f"{encoded.item.name} has {encoded.width} × {encoded.height} px, the images before it {size[1]} × {size[0]}; "
+                    "raw shards hold one size: use --kind jpeg"
+                )
+            writer.add(encoded)
+            count += 1
+            progress(count)
+
+    def _finish(self, kind: Literal["raw", "jpeg"], sealing: Callable[[int, int], None]) -> Manifest:
+        notes = {split: writer.notes() for split, writer in self.writers.items()}
+        everything = [note for split in notes for note in notes[split]]
+        count, skipped = sum(len(note.which) for note in everything), [row for note in everything for row in note.skipped]
+        if count < 2 or not any(note.which for note in notes["train"]):
+            why = f" ({len(skipped)} could not be read, the first: {': '.join(skipped[0])})" if skipped else ""
+            usable = f"{count} usable image{'s' * (count != 1)}"
+            raise ValueError(f"{self.source.spec} has {usable} to train on{why}; contrasting needs at least 2")
+        most = self.options.max_skipped_pct
+        if len(skipped) > most / 100 * (count + len(skipped)):
+            reasons = Counter(reason for _, reason in skipped).most_common(3)
             raise ValueError(
-                f"{item.name} has {encoded.width} × {encoded.height} px, the images before it {sizes[0][1]} × {sizes[0][0]}; "
-                "raw shards hold one size: use --kind jpeg"
+                f"{len(skipped)} of {count + len(skipped)} images of {self.source.spec} cannot be read, more than {most:g} %; "
+                f"the first: {': '.join(skipped[0])}; most often: {', '.join(f'{reason} ({times})' for reason, times in reasons)}; "
+                "mend the source, or allow more with --max-skipped-pct"
             )
-        if item.split not in writers:
-            writers[item.split] = SplitWriter(out, item.split, options.shard_mib << 20)
-        if item.split == "train":  # all of it: sources come sorted by class, and the first classes are no fair sample
-            moments, trained = moments + encoded.moments, trained + 1
-        if not sizes or kind == "jpeg":
-            sizes.append((encoded.height, encoded.width))
-        label = -1 if item.label is None else labels.setdefault(item.label, len(labels))
-        writers[item.split].add(encoded.stored, encoded.jpeg, encoded.height, encoded.width, label)
-        count += 1
-        progress(count)
-    if count < 2 or "train" not in writers:
-        why = f" ({len(skipped)} could not be read, the first: {': '.join(skipped[0])})" if skipped else ""
-        raise ValueError(f"{source.spec} has {count} usable image{'s' * (count != 1)} to train on{why}; contrasting needs at least 2")
-    if len(skipped) > _MOST_SKIPPED * (count + len(skipped)):
-        raise ValueError(
-            f"{len(skipped)} of {count + len(skipped)} images of {source.spec} cannot be read, more than {_MOST_SKIPPED:.0%}; "
-            f"the first: {': '.join(skipped[0])}"
+        # Only now, at the end of the stream, is the rank of a class name known. A single folder of images names no classes.
+        labels = {label for note in everything for label in note.labels if label is not None}
+        classes = tuple(sorted(labels)) if len(labels) > 1 else ()
+        written, sealed = sum(writer.end() for writer in self.writers.values()), 0
+        splits: dict[str, tuple[Shard, ...]] = {}
+        for split, writer in self.writers.items():
+            for shard in writer.seal(classes):
+                splits[split] = (*splits.get(split, ()), shard)
+                sealing(sealed := sealed + shard.bytes, written)
+        for shard in (s for shards in splits.values() for s in shards):
+            (self.out / f".writing-{shard.name}").rename(self.out / shard.name)
+        copies = _copies(notes)
+        _write_list(self.out / "skipped.csv", ("name", "reason"), skipped)
+        _write_list(self.out / "duplicates.csv", ("split", "sample", "same_as_split", "same_as_sample"), copies)
+        mean, square = np.sum([note.sums for note in notes["train"]], 0) / sum(len(note.which) for note in notes["train"])
+        sides = [[side for note in everything for side in getattr(note, name)] for name in ("height_px", "width_px")]
+        manifest = Manifest(
+            splits=splits,
+            classes=classes,
+            kind=kind,
+            height_px=(min(sides[0]), max(sides[0])),
+            width_px=(min(sides[1]), max(sides[1])),
+            mean=tuple(round(float(m), 6) for m in mean),  # type: ignore[arg-type]
+            std=tuple(round(float(s), 6) for s in np.sqrt(np.maximum(square - mean**2, 0))),  # type: ignore[arg-type]
+            source=self.source.spec,
+            options=_stated(self.options),
+            skipped=len(skipped),
+            duplicates=len(copies),
+            versions=_versions(),
         )
-    # Only now, at the end of the stream, is the rank of a class name known. A single folder of images names no classes.
-    classes = tuple(sorted(labels)) if len(labels) > 1 else ()
-    rank = np.array([classes.index(name) if classes else -1 for name in labels], np.int64)
-    splits: dict[str, tuple[Shard, ...]] = {}
-    written, sealed = sum(writer.bytes_written() for writer in writers.values()), 0
-    for split in sorted(writers, reverse=True):
-        splits[split] = ()
-        for shard in writers[split].finish(rank, pool):
-            splits[split] += (shard,)
-            sealing(sealed := sealed + shard.bytes, written)
-    for shard in (s for shards in splits.values() for s in shards):
-        (out / f".writing-{shard.name}").rename(out / shard.name)
-    if skipped:
-        with (out / "skipped.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            csv.writer(file).writerows([("name", "reason"), *skipped])
-    mean, square = moments / trained
-    heights, widths = zip(*sizes, strict=True)
-    manifest = Manifest(
-        splits=splits,
-        classes=classes,
-        kind=kind,
-        height_px=(min(heights), max(heights)),
-        width_px=(min(widths), max(widths)),
-        mean=tuple(round(float(m), 6) for m in mean),  # type: ignore[arg-type]
-        std=tuple(round(float(s), 6) for s in np.sqrt(np.maximum(square - mean**2, 0))),  # type: ignore[arg-type]
-        source=source.spec,
-        options=_stated(options),
-        skipped=len(skipped),
-        versions={name: importlib.metadata.version(name) for name in ("ffcv", "pillow", "numpy")},
-    )
-    write_manifest(out, manifest)
-    return manifest
+        write_manifest(self.out, manifest)
+        for path in _unfinished(self.out):
+            if ".writing-" in path.name:
+                path.unlink()
+        return manifest
+
+
+def _skipping(items: Iterator[Item], behind: dict[str, int]) -> Iterator[Item]:
+    """`items` without the first `behind[split]` of each split."""
+    passed = Counter[str]()
+    for item in items:
+        passed[item.split] += 1
+        if passed[item.split] > behind[item.split]:
+            yield item
+
+
+def _copies(notes: dict[str, list[Note]]) -> list[tuple[str, int, str, int]]:
+    """Samples whose content came before: (split, sample, split and sample of the first)."""
+    first: dict[int, tuple[str, int]] = {}
+    copies = []
+    for split in notes:
+        for sample, digest in enumerate(digest for note in notes[split] for digest in note.digests):
+            if digest in first:
+                copies.append((split, sample, *first[digest]))
+            else:
+                first[digest] = (split, sample)
+    return copies
+
+
+def _write_list(path: Path, head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
+    """A CSV file, where there is something to list."""
+    if rows:
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            csv.writer(file).writerows([head, *rows])
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("ffcv", "pillow", "numpy")}
 
 
 def _stated(options: Options) -> dict[str, int]:
@@ -240,13 +310,13 @@ def _decide(source: Source, options: Options) -> tuple[Literal["raw", "jpeg"], i
     sizes: list[tuple[int, int]] = []
     for item in itertools.islice(items, _TRIED):
         seen.append(item)
-        first = _encode(item, trial, options)
+        first = encode(item, trial, options.max_side_px, options.jpeg_quality)
         if not first.skipped:
             sizes.append((first.height, first.width))
         if len(sizes) == _LOOKED_AT or (sizes and max(sizes[-1]) > _RAW_SIDE_PX):
             break
     if not sizes:
-        reason = f"; the first: {seen[0].name}: {_encode(seen[0], trial, options).skipped}" if seen else ""
+        reason = f"; the first: {seen[0].name}: {encode(seen[0], trial, options.max_side_px, options.jpeg_quality).skipped}" if seen else ""
         raise ValueError(f"{source.spec} has no image that can be read ({len(seen)} tried{reason}); expected JPEG, PNG or other pictures")
     small = len(set(sizes)) == 1 and max(sizes[0]) <= _RAW_SIDE_PX
     everything = itertools.chain(seen, items)
@@ -274,57 +344,8 @@ def _in_order(
     while True:
         chunk = list(itertools.islice(items, size))
         if chunk:
-            pending.append(pool.submit(lambda rows: [_encode(row, kind, options) for row in rows], chunk))
+            pending.append(pool.submit(lambda rows: [encode(row, kind, options.max_side_px, options.jpeg_quality) for row in rows], chunk))
         if pending and (not chunk or len(pending) >= ahead):
             yield from pending.popleft().result()
         if not chunk and not pending:
             return
-
-
-def _encode(item: Item, kind: Literal["raw", "jpeg"], options: Options) -> Encoded:
-    """Decode, turn upright, convert to RGB, reduce, and encode as `kind`; or say why not."""
-    try:
-        if isinstance(item.data, np.ndarray):
-            image = Image.fromarray(item.data)
-        elif not item.data:
-            raise ValueError("the file is empty or cannot be read")
-        else:
-            opened = Image.open(io.BytesIO(item.data))
-            as_is = _decoded_as_stored(opened, item.data, options) if kind == "jpeg" else None
-            if as_is is not None:
-                return Encoded(item, item.data, True, as_is.shape[0], as_is.shape[1], _moments(as_is))
-            opened.draft(None, (options.max_side_px, options.max_side_px))  # lets a far larger JPEG be decoded smaller
-            image = upright_rgb(opened)
-        if max(image.size) > options.max_side_px:
-            scale = options.max_side_px / max(image.size)
-            image = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.BOX)
-        pixels = np.asarray(image)
-        if kind == "raw":
-            stored = pixels.tobytes()
-        else:
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=options.jpeg_quality, subsampling=0)
-            stored = buffer.getvalue()
-        if len(stored) > PAGE:
-            raise ValueError(f"its {len(stored):,} bytes exceed a page of {PAGE:,}; use a smaller --max-side-px")
-    except Exception as error:  # Pillow raises nearly anything at a damaged file: struct.error, IndexError, zlib.error …
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        return Encoded(item, b"", False, 0, 0, np.zeros((2, 3)), reason)
-    return Encoded(item, stored, kind == "jpeg", image.height, image.width, _moments(pixels))
-
-
-def _decoded_as_stored(opened: Image.Image, data: bytes, options: Options) -> NDArray[np.uint8] | None:
-    """Pixels (H, W, 3) of a file that may go into a shard byte for byte: an upright RGB JPEG, not too large, that the loader's
-    own decoder accepts. That one refuses what Pillow forgives (stray bytes before a marker, a missing end)."""
-    if opened.format != "JPEG" or opened.mode != "RGB" or max(opened.size) > options.max_side_px or len(data) > PAGE:
-        return None
-    if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        return None
-    return decode(data, opened.height, opened.width)
-
-
-def _moments(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(2, 3): per channel mean and mean square, in [0, 1], of some 4,000 evenly spaced pixels."""
-    rows = pixels.reshape(-1, 3)
-    some = rows[:: max(len(rows) // 4096, 1)].astype(np.float64) / 255
-    return np.stack([some.mean(0), (some**2).mean(0)])

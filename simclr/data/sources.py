@@ -33,8 +33,8 @@ class Item:
     """Class name; None = unlabelled."""
     name: str
     """Where it came from, for error lines."""
-    data: bytes | NDArray[np.uint8]
-    """An encoded file, or pixels (H, W, 3)."""
+    data: bytes | Path | NDArray[np.uint8]
+    """An encoded file, its path, or pixels (H, W, 3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +117,7 @@ def _folder(root: Path) -> Source:
         for path in files:
             parts = path.relative_to(root).parts
             split, label = place(parts)
-            try:
-                data = path.read_bytes()
-            except OSError:  # a broken link, say: an empty file is skipped and counted where images are decoded
-                data = b""
-            yield Item(split, None if flat else label, "/".join(parts), data)
+            yield Item(split, None if flat else label, "/".join(parts), path)
 
     return Source(str(root), len(files), items, ignored)
 

@@ -1,0 +1,104 @@
+"""One image of a source → what a shard stores of it, or why it cannot be used."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from simclr.data.decode import decode
+from simclr.data.pixels import upright_rgb
+from simclr.data.sources import Item
+
+PAGE = 1 << 21
+"""Bytes: FFCV's smallest page. An image lies within one."""
+_SAMPLED = 4096  # pixels of an image that its moments are taken of
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An image as a shard stores it; `skipped` says why there is none."""
+
+    item: Item
+    stored: bytes
+    jpeg: bool
+    height: int
+    width: int
+    moments: NDArray[np.float64]
+    """(2, 3): per channel mean and mean square, of pixels in [0, 1]."""
+    digest: int = 0
+    """64 bits of the file's content as it came: equal for copies."""
+    skipped: str = ""
+
+
+def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_quality: int) -> Encoded:
+    """Decode, turn upright, convert to RGB, reduce, and encode as `kind`; or say why not.
+
+    A JPEG that needs no change is stored as it is, if the loader's own decoder takes it.
+    """
+    digest = 0
+    try:
+        if isinstance(item.data, np.ndarray):
+            digest = _digest(item.data.tobytes())
+            image = Image.fromarray(item.data)
+        else:
+            data = item.data if isinstance(item.data, bytes) else _read(item.data)
+            if not data:
+                raise ValueError("the file is empty")
+            digest = _digest(data)
+            opened = Image.open(io.BytesIO(data))
+            as_is = _decoded_as_stored(opened, data, max_side_px) if kind == "jpeg" else None
+            if as_is is not None:
+                return Encoded(item, data, True, as_is.shape[0], as_is.shape[1], _moments(as_is), digest)
+            opened.draft(None, (max_side_px, max_side_px))  # lets a far larger JPEG be decoded smaller
+            image = upright_rgb(opened)
+        if max(image.size) > max_side_px:
+            scale = max_side_px / max(image.size)
+            image = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.BOX)
+        pixels = np.asarray(image)
+        if kind == "raw":
+            stored = pixels.tobytes()
+        else:
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+            stored = buffer.getvalue()
+        if len(stored) > PAGE:
+            raise ValueError(f"its {len(stored):,} bytes exceed a page of {PAGE:,}; use a smaller --max-side-px")
+    except Exception as error:  # Pillow raises nearly anything at a damaged file: struct.error, IndexError, zlib.error …
+        reason = (str(error).splitlines() or [""])[0].partition(" <_io.")[0] or type(error).__name__  # not where in memory it was
+        return Encoded(item, b"", False, 0, 0, np.zeros((2, 3)), digest, reason)
+    return Encoded(item, stored, kind == "jpeg", image.height, image.width, _moments(pixels), digest)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:  # a broken link, a file that may not be read
+        raise ValueError(f"the file cannot be read: {error.strerror}") from None
+
+
+def _digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _decoded_as_stored(opened: Image.Image, data: bytes, max_side_px: int) -> NDArray[np.uint8] | None:
+    """Pixels (H, W, 3) of a file that may go into a shard byte for byte: an upright RGB JPEG, not too large, that the loader's
+    own decoder accepts. That one refuses what Pillow forgives (stray bytes before a marker, a missing end)."""
+    if opened.format != "JPEG" or opened.mode != "RGB" or max(opened.size) > max_side_px or len(data) > PAGE:
+        return None
+    if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    return decode(data, opened.height, opened.width)
+
+
+def _moments(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(2, 3): per channel mean and mean square, in [0, 1], of some 4,000 evenly spaced pixels."""
+    rows = pixels.reshape(-1, 3)
+    some = rows[:: max(len(rows) // _SAMPLED, 1)].astype(np.float64) / 255
+    return np.stack([some.mean(0), (some**2).mean(0)])

@@ -89,8 +89,8 @@ class SplitWriter:
     shard_bytes: int
     key: str
     """Whose shards these are: notes with another key are of another source or other options."""
-    pool: ThreadPoolExecutor
-    """Flushes full shards to the disk while the next one is being filled."""
+    flushers: ThreadPoolExecutor
+    """Flush full shards to the disk while the next one is being filled."""
     file: IO[bytes] | None = None
     rows: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     """Of the shard being written: mode, width, height, pointer, bytes."""
@@ -153,7 +153,7 @@ class SplitWriter:
         file.write(header.tobytes() + descriptors.tobytes() + metadata.tobytes())
         name = f"{self.split}-{len(self.full):05d}.beton"
         self.full.append((name, self.note))
-        self.flushing.append(self.pool.submit(_flush, file, self.out / f".writing-{name}", self.note, self.key))
+        self.flushing.append(self.flushers.submit(_flush, file, self.out / f".writing-{name}", self.note, self.key))
         self.file, self.rows, self.note, self.places = None, [], Note(), {}
         for flushed in self.flushing:
             if flushed.done():
@@ -167,9 +167,9 @@ class SplitWriter:
             flushed.result()
         return sum(note.bytes for _, note in self.full)
 
-    def seal(self, classes: tuple[str, ...]) -> Iterator[Shard]:
+    def seal(self, classes: tuple[str, ...], pool: ThreadPoolExecutor) -> Iterator[Shard]:
         """After `end`: write the labels, now that they are known, and hash every shard."""
-        yield from self.pool.map(lambda full: self._seal(full[0], full[1], classes), self.full)
+        yield from pool.map(lambda full: self._seal(full[0], full[1], classes), self.full)
 
     def _seal(self, name: str, note: Note, classes: tuple[str, ...]) -> Shard:
         path = self.out / f".writing-{name}"

@@ -18,7 +18,7 @@ import json
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -117,6 +117,8 @@ def prepare(
             return job.run(progress, resumed, sealing)
         except BaseException as error:
             job.pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+            # A full shard that is on its way to the disk is worth a moment; more than two seconds Ctrl-C does not wait.
+            wait([f for writer in job.writers.values() for f in writer.flushing], None if isinstance(error, Exception) else 2)
             written = sum(path.stat().st_size for path in _unfinished(out))
             for writer in job.writers.values():
                 writer.abandon()
@@ -133,7 +135,8 @@ def prepare(
                 ) from None
             raise
         finally:
-            job.pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (job.pool, job.flushers):
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -164,6 +167,7 @@ class _Job:
 
     def __init__(self, source: Source, out: Path, options: Options, pool: ThreadPoolExecutor, ahead: int) -> None:
         self.source, self.out, self.options, self.pool, self.ahead = source, out, options, pool, ahead
+        self.flushers = ThreadPoolExecutor(2, thread_name_prefix="flush")  # not behind the queue of images to encode
         self.writers: dict[str, SplitWriter] = {}
 
     def run(self, progress: Callable[[int], None], resumed: Callable[[int], None], sealing: Callable[[int, int], None]) -> Manifest:
@@ -172,7 +176,7 @@ class _Job:
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         behind = {}
         for split in ("train", "test"):
-            self.writers[split] = SplitWriter(self.out, split, self.options.shard_mib << 20, key, self.pool)
+            self.writers[split] = SplitWriter(self.out, split, self.options.shard_mib << 20, key, self.flushers)
             behind[split] = self.writers[split].resume()
         count = sum(behind.values())
         kept = {f".writing-{name}{end}" for w in self.writers.values() for name, _ in w.full for end in ("", ".json")}
@@ -227,7 +231,7 @@ class _Job:
         written, sealed = sum(writer.end() for writer in self.writers.values()), 0
         splits: dict[str, tuple[Shard, ...]] = {}
         for split, writer in self.writers.items():
-            for shard in writer.seal(classes):
+            for shard in writer.seal(classes, self.pool):
                 splits[split] = (*splits.get(split, ()), shard)
                 sealing(sealed := sealed + shard.bytes, written)
         for shard in (s for shards in splits.values() for s in shards):

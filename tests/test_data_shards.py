@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,9 @@ def test_an_interrupted_prepare_goes_on_behind_its_full_shards(
         sealing = stopped if stop == "sealing" else lambda done, of: None
         shards.prepare(mixed(), out, options, 2, interrupt(stop) if isinstance(stop, int) else lambda count: None, sealing=sealing)
     assert list(out.glob(".writing-*.json")) and not (out / "manifest.json").exists()
+    for thread in threading.enumerate():
+        if thread.name.startswith("encode"):  # Ctrl-C does not wait for those
+            thread.join()
     encoded_again: list[str] = []
     real = shards.encode
 

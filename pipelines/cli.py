@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 _END_S = 2.0  # for Ray, when interrupted
@@ -18,6 +19,8 @@ _END_S = 2.0  # for Ray, when interrupted
 COMMANDS = {
     "demo": "the whole job on this machine: render, shard, pretrain, evaluate, register, pull, report",
     "prepare": "images (a folder, an archive, a dataset's name) → shards",
+    "verify": "shards → whether every byte and every image is whole",
+    "views": "shards + recipe → a picture of what the network sees",
     "pretrain": "shards → a pretrained encoder, on Ray Train workers",
     "evaluate": "encoder + shards → kNN and linear-probe accuracy",
     "publish": "run → a version in the model registry, `champion` if it is the best",
@@ -53,7 +56,10 @@ def main(argv: list[str] | None = None) -> None:
 
         terminal.set_quiet(quiet)
         module = importlib.import_module(f"pipelines.{name}")
-        module.main(parse(name, module.Args, [a for a in rest if a != "--quiet"]))
+        words = [a for a in rest if a != "--quiet"]
+        if words and hasattr(module, "recipe_for") and Path(words[0]).is_dir():
+            words = [module.recipe_for(Path(words[0])), "--data", *words]
+        module.main(parse(name, module.Args, words))
     except ValueError as error:
         _fail(str(error))
     except OSError as error:

@@ -36,7 +36,7 @@ def write_pictures(path: Path, config: Config, data: Path, train: Features, test
     train_ids, test_ids = train.ids.cpu().numpy(), test.ids.cpu().numpy()
     wanted = _images(data, "train", config, train_ids[index.ravel()])
     arrays: dict[str, NDArray[Any]] = {
-        "gallery": _gallery(config, data),
+        "gallery": gallery(config, data, _SHOWN),
         "queries": _images(data, query_split, config, test_ids[queries]),
         "query_labels": test.y[queries].cpu().numpy(),
         "neighbours": wanted.reshape(*index.shape, *wanted.shape[1:]),
@@ -74,11 +74,11 @@ def _images(data: Path, split: str, config: Config, ids: NDArray[np.int64]) -> N
     return np.stack([found[int(i)] for i in ids])
 
 
-def _gallery(config: Config, data: Path) -> NDArray[np.uint8]:
-    """The first images of the first epoch: original, view 0, view 1, before normalisation."""
+def gallery(config: Config, data: Path, most: int) -> NDArray[np.uint8]:
+    """The first images of the first epoch, (n, 3, H, W, 3): original, view 0, view 1, before normalisation."""
     stream = batches(config, data, 0, 0, 1)
     batch: Batch = next(stream)
-    n = min(_SHOWN, len(batch.ids))
+    n = min(most, len(batch.ids))
     ids = batch.ids[:n].clone()
     views = (raw_views(batch.images[:n], ids, batch.epoch, config.views, config.seed) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     stream.close()

@@ -310,3 +310,30 @@ def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytes
     assert open_run(Path("../runs/one"), "patterns_tiny", config, Path("../shards")).created == moved.created
     open_run(Path("two"), "patterns_tiny", config, patterns).save()
     assert load_run(Path("two")).data == patterns
+
+
+def test_views_are_drawn_for_any_data_and_verify_names_a_damaged_shard(
+    simclr: Run, tmp_path: Path, patterns: Path, photographs: Path
+) -> None:
+    code, out, _ = simclr("views", "patterns_tiny", "--data", patterns, "--images", "5", "--out", "a.png")
+    assert code == 0 and "a.png: 5 images, each with its two views at 32 px" in out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (312, 22 + 5 * 102 + 6)
+        assert len(set(picture.getdata())) > 1000
+    code, out, _ = simclr("views", photographs, "--views.size-px", "64", "--out", "b.jpg")  # the recipe follows from the data
+    assert code == 0 and "24 images, each with its two views at 64 px" in out
+    refused(simclr("views", photographs, "--out", "c.txt"), r"c.txt has no ending of a picture; use c.txt.png")
+    refused(simclr("views", photographs, "--images", "0"), "--images is 0")
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in photographs.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    code, out, _ = simclr("verify", other)
+    assert code == 0 and re.fullmatch(r"train-00000.beton +\d+\.\d MiB +240 images  whole\n", out)
+    shard = bytearray((other / "train-00000.beton").read_bytes())
+    at = shard.index(b"\xff\xda", 1 << 21)  # the first image's scan: 200 bytes of it are wiped out
+    shard[at - 100 : at + 100] = bytes(200)
+    (other / "train-00000.beton").write_bytes(bytes(shard))
+    code, out, err = simclr("verify", other)
+    assert code == 2 and "damaged: its bytes do not have the manifest's sha256; sample 0: its JPEG cannot be decoded" in out
+    assert f"1 of 1 shards of {other} are damaged" in err

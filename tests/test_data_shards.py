@@ -17,8 +17,9 @@ from PIL import Image
 
 from simclr.data import beton, shards
 from simclr.data.decode import decode
-from simclr.data.manifest import Manifest, read_manifest, verify
+from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.sources import Item, Source, open_source
+from simclr.data.verify import verify
 
 # isort: split
 from ffcv.fields.basics import IntDecoder
@@ -80,7 +81,7 @@ def test_the_bytes_are_the_same_whatever_the_threads(tmp_path: Path) -> None:
     one, three = prepare(what, tmp_path / "1", 1, shard_mib=1), prepare(what, tmp_path / "3", 3, shard_mib=1)
     assert one == three and len(one.splits["train"]) > 1
     assert sum(shard.samples for shard in one.splits["train"]) == 60
-    assert verify(tmp_path / "3") == []
+    assert not any(found.wrong for found in verify(tmp_path / "3"))
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "3" / path.name).read_bytes()
 
@@ -246,7 +247,7 @@ def test_what_another_source_left_is_not_gone_on_with(tmp_path: Path) -> None:
         shards.prepare(mixed(), tmp_path / "out", options, 2, interrupt(60))
     went_on: list[int] = []
     manifest = shards.prepare(mixed(False), tmp_path / "out", shards.Options(shard_mib=2), 2, lambda count: None, resumed=went_on.append)
-    assert not went_on and manifest.skipped == 0 and verify(tmp_path / "out") == []
+    assert not went_on and manifest.skipped == 0 and not any(found.wrong for found in verify(tmp_path / "out"))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "manifest.json", "duplicates.csv", *(s.name for split in manifest.splits.values() for s in split)
     }
@@ -313,7 +314,10 @@ def test_the_manifest_reads_back_and_names_what_is_wrong(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="no split 'val', only train, test"):
         manifest.examples("val")
     corrupt(out / "test-00000.beton", lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
-    assert verify(out) == ["test-00000.beton"]
+    assert {f.shard.name: f.wrong for f in verify(out)} == {
+        "train-00000.beton": (),
+        "test-00000.beton": ("its bytes do not have the manifest's sha256",),
+    }
     corrupt(out / "test-00000.beton", lambda data: data[:-1])
     with pytest.raises(ValueError, match=r"test-00000.beton of .* bytes, the manifest says"):
         read_manifest(out)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,9 @@ from simclr.data.sources import Item
 
 PAGE = 1 << 21
 """Bytes: FFCV's smallest page. An image lies within one."""
+_MOST_PIXELS = 89_478_485  # 256 MiB of RGB in each thread; Pillow itself refuses the double
+# What Pillow warns of (corrupt EXIF data, a large image), without the name of the file, is nothing that a person can mend.
+warnings.filterwarnings("ignore", module="PIL")
 _SAMPLED = 4096  # pixels of an image that its moments are taken of
 
 
@@ -56,6 +61,8 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
             as_is = _decoded_as_stored(opened, data, max_side_px) if kind == "jpeg" else None
             if as_is is not None:
                 return Encoded(item, data, True, as_is.shape[0], as_is.shape[1], _moments(as_is), digest)
+            if opened.width * opened.height > _MOST_PIXELS and opened.format != "JPEG":  # which is decoded smaller
+                raise ValueError(f"its {opened.width:,} × {opened.height:,} pixels would fill the memory")
             opened.draft(None, (max_side_px, max_side_px))  # lets a far larger JPEG be decoded smaller
             image = upright_rgb(opened)
         if max(image.size) > max_side_px:
@@ -78,6 +85,8 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
 
 def _read(path: Path) -> bytes:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            raise ValueError("it is no regular file")
         return path.read_bytes()
     except OSError as error:  # a broken link, a file that may not be read
         raise ValueError(f"the file cannot be read: {error.strerror}") from None

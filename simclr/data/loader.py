@@ -139,7 +139,7 @@ class _Split:
         self.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         rows, labels, sizes, bases = [], [], [], [0]
         for shard in self.shards:
-            image, label, size = _open(data / shard.name, shard, manifest)
+            image, label, size = open_shard(data / shard.name, shard, manifest)
             image["data_ptr"] += np.uint64(bases[-1])
             rows.append(image)
             labels.append(label)
@@ -198,7 +198,7 @@ class _Split:
         return f"shard {self.shards[shard].name}: sample {sample - self.first_id[shard]}"
 
 
-def _open(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArray[Any], NDArray[np.uint64]]:
+def open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArray[Any], NDArray[np.uint64]]:
     """Metadata rows, labels and bytes of the samples of a shard.
 
     FFCV reads through raw pointers: one that leaves the file would be a crash, so it is an error here.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -45,7 +43,7 @@ class Manifest:
     """What `simclr prepare` was asked for: the same source and options give the same bytes."""
     skipped: int
     """Images that could not be read; skipped.csv names them."""
-    duplicates: int
+    duplicates: int = 0
     """Images whose file is a copy of an earlier one, so that they are each other's negatives; duplicates.csv lists them."""
     versions: dict[str, str]
 
@@ -72,8 +70,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     disk.write_text(directory / "manifest.json", manifest.to_json())
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of `directory`, after a look at each shard's size.
+def read_manifest(directory: Path, look: bool = True) -> Manifest:
+    """The manifest of `directory`, after a `look` at each shard's size.
 
     Raises ValueError for a missing directory or manifest, another schema, a shard that is missing or has another size.
     """
@@ -89,7 +87,7 @@ def read_manifest(directory: Path) -> Manifest:
     if schema != SCHEMA:
         raise ValueError(f"{directory} was prepared with shard schema {schema}, this version reads {SCHEMA}; prepare it again")
     manifest = Manifest.from_json(path.read_text())
-    for shard in (s for shards in manifest.splits.values() for s in shards):
+    for shard in (s for shards in manifest.splits.values() for s in shards if look):
         file = directory / shard.name
         if not file.is_file():
             raise ValueError(f"shard {shard.name} of {directory} is missing; prepare the data again")
@@ -97,16 +95,3 @@ def read_manifest(directory: Path) -> Manifest:
         if size != shard.bytes:
             raise ValueError(f"shard {shard.name} of {directory} has {size:,} bytes, the manifest says {shard.bytes:,}; prepare it again")
     return manifest
-
-
-def verify(directory: Path, progress: Callable[[int], None] | None = None) -> list[str]:
-    """Names of the shards in `directory` whose bytes do not match the manifest's sha256; progress gets bytes read."""
-    damaged = []
-    for shard in (s for shards in read_manifest(directory).splits.values() for s in shards):
-        with (directory / shard.name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if progress is not None:
-            progress(shard.bytes)
-        if digest != shard.sha256:
-            damaged.append(shard.name)
-    return damaged

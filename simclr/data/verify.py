@@ -1,0 +1,67 @@
+"""Whether shards are what their manifest says: every byte is hashed again, every image decoded again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from simclr.data.decode import decode
+from simclr.data.loader import open_shard
+from simclr.data.manifest import Manifest, Shard, read_manifest
+
+_ROWS = 256  # images that a thread takes at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was found of one shard."""
+
+    shard: Shard
+    wrong: tuple[str, ...]
+    """What is wrong with it; empty = whole."""
+
+
+def verify(directory: Path, threads: int = 1, progress: Callable[[int], None] = lambda done: None) -> Iterator[Verified]:
+    """Each shard of `directory` in turn; progress gets the bytes that were read. Raises ValueError where there is no manifest."""
+    manifest = read_manifest(directory, look=False)
+    done = 0
+    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+        for shard in (s for shards in manifest.splits.values() for s in shards):
+            yield Verified(shard, tuple(_wrong(directory / shard.name, shard, manifest, pool)))
+            progress(done := done + shard.bytes)
+
+
+def _wrong(path: Path, shard: Shard, manifest: Manifest, pool: ThreadPoolExecutor) -> Iterator[str]:
+    if not path.is_file():
+        yield "it is missing"
+        return
+    size = path.stat().st_size
+    if size != shard.bytes:
+        yield f"it has {size:,} bytes, the manifest says {shard.bytes:,}"
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            yield "its bytes do not have the manifest's sha256"
+    try:
+        image, _, sizes = open_shard(path, shard, manifest)
+    except ValueError as error:
+        yield str(error)
+        return
+    if manifest.kind == "raw":  # any bytes are pixels
+        return
+    stored = np.memmap(path, np.uint8, "r")
+
+    def damaged(first: int) -> list[int]:
+        rows = range(first, min(first + _ROWS, len(image)))
+        starts = [int(image["data_ptr"][row]) for row in rows]
+        files = [bytes(stored[at : at + int(sizes[row])]) for row, at in zip(rows, starts, strict=True)]
+        return [r for r, data in zip(rows, files, strict=True) if decode(data, int(image["height"][r]), int(image["width"][r])) is None]
+
+    for samples in pool.map(damaged, range(0, len(image), _ROWS)):
+        for sample in samples:
+            yield f"sample {sample}: its JPEG cannot be decoded"

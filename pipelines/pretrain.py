@@ -47,9 +47,11 @@ def pretrain(args: Args) -> Run:
     """
     began = stepped = time.monotonic()
     config = args.config
-    manifest = read_manifest(args.data)
-    examples = manifest.examples("train")
+    groups = config.train.shard_groups
+    manifest = read_manifest(args.data, look=groups == 1)  # in groups: this machine may hold none of them
+    examples = manifest.examples("train", groups)
     config.images_per_rank(args.resources.workers)
+    config.group_of(0, args.resources.workers)
     config.steps_per_epoch(examples)
     uri = address.tracking_address(args.tracking_uri)
     address.check(uri)

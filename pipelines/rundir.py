@@ -29,7 +29,10 @@ from simclr.config import Config
 SCHEMA = 1
 _PHASES = ("render and shard", "start", "pretrain", "evaluate", "publish", "pull and compare")
 # These change how often a run speaks, not what it computes: a resumed run may change them.
-_OPERATIONAL = ("train.report_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.compile", "watch.")
+_OPERATIONAL = (
+    *("train.report_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.compile", "train.cache"),
+    "watch.",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -153,6 +153,12 @@ class Train:
     """Compile the encoder and head with torch.compile (pays on a GPU, after a minute of compiling)."""
     linear_eval: bool = True
     """Train a linear classifier on h beside the loss, where the data has labels; no gradient of it reaches the encoder."""
+    cache: Literal["page", "process"] = "page"
+    """Where shards stay between epochs: in the page cache, which gives way when memory is short, or read once into each
+    worker's own memory, for a slow or shared disk."""
+    shard_groups: int = 1
+    """For data larger than a node's disk: shard i belongs to group i mod G, worker r to group r * G // W, and a worker reads its
+    group's training shards only. Every step then draws N / G images from each group."""
     report_every_steps: int = 10
     """Steps between two reports (metrics, progress). The device is not waited for in between."""
     checkpoint_every_steps: int = 500
@@ -164,7 +170,7 @@ class Train:
         _require(self.batch_size >= 2, f"train.batch_size is {self.batch_size}; contrasting needs at least 2 images per step")
         _require(self.epochs > 0, f"train.epochs is {self.epochs}; expected more than 0")
         _require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}; expected at least 1")
-        for name in ("report_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+        for name in ("shard_groups", "report_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; expected at least 1")
 
 
@@ -242,6 +248,16 @@ class Config:
                 f"use {low} or {n // workers * workers + workers}, or --workers {fits}"
             )
         return n // workers
+
+    def group_of(self, rank: int, workers: int) -> int:
+        """The shard group that worker `rank` reads. Raises ValueError where the groups do not divide workers and batch."""
+        groups = self.train.shard_groups
+        if workers % groups or self.train.batch_size % groups:
+            raise ValueError(
+                f"train.shard_groups {groups} does not divide {workers} workers and batch_size {self.train.batch_size}; "
+                "use a divisor of both, or more workers"
+            )
+        return rank * groups // workers
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for JSON; `from_dict` is the inverse."""

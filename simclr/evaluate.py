@@ -207,8 +207,10 @@ def embed_split(
     batch_size: int = 256,
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
+    groups: int = 1,
 ) -> Features:
-    """Features of `split` of the shards in `data` (at most `limit` images), shared out over the ranks."""
-    rows = loader.in_order(data, split, views.size_px, batch_size, limit, threads, rank(), world_size())
+    """Features of `split` of the shards in `data` (at most `limit` images), shared out over the ranks, of which each reads its
+    own shard group's training images."""
+    rows = loader.in_order(data, split, views.size_px, batch_size, limit, threads, rank(), world_size(), groups)
     with Frozen(encoder) as frozen:
         return embed(frozen, rows, views, device, dtype, progress)

@@ -61,8 +61,9 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
     first step, and FloatingPointError naming rank and step where the loss is not finite.
     """
     # ── The plan ───────────────────────────────────────────────────────────────────────────────────────────────────
-    manifest = read_manifest(start.data)
-    examples = manifest.examples("train")
+    groups = config.train.shard_groups
+    manifest = read_manifest(start.data, groups=groups, group=config.group_of(rank(), world_size()))
+    examples = manifest.examples("train", groups)
     per_epoch, total = config.steps_per_epoch(examples), config.total_steps(examples)
     warmup, watch_every = config.warmup_steps(examples), config.watch_steps(examples)
     peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
@@ -89,7 +90,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
         network.compile()
 
     # ── Steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    batches = loader.batches(config, start.data, step, rank(), world_size(), start.threads)
+    batches = loader.on_device(loader.batches(config, start.data, step, rank(), world_size(), start.threads), device)
     summed = torch.zeros(3, device=device, dtype=torch.float64)  # since the last report: loss, classifier's loss and hits
     bad_at = torch.full((), math.inf, device=device, dtype=torch.float64)
     since = _Clock(step)
@@ -142,7 +143,11 @@ def watch_knn(model: SimCLR, config: Config, start: Start) -> dict[str, float]:
     dtype = next(model.parameters()).dtype
     began = time.perf_counter()
     bank, queries = (
-        evaluate.embed_split(model.encoder, start.data, split, config.views, limit, start.device, dtype, threads=start.threads)
+        evaluate.embed_split(
+            *(model.encoder, start.data, split, config.views, limit, start.device, dtype),
+            threads=start.threads,
+            groups=config.train.shard_groups,
+        )
         for split, limit in (("train", watch.bank), ("test", watch.queries))
     )
     measured = {"health/rankme": float(diagnostics.rankme(queries.h[:2048])), "eval/seconds": time.perf_counter() - began}

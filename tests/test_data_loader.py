@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -287,3 +289,100 @@ def test_two_loaders_on_two_threads_each_do_not_collide(raw: Path, jpeg: Path) -
 def test_what_does_not_fit_is_a_sentence_at_once(raw: Path, call: Callable[[Path], object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         call(raw)
+
+
+# ── Shard groups, and the process's own cache ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def five_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 90 photographs in five shards or more."""
+    out = tmp_path_factory.mktemp("five") / "out"
+    noise = np.random.default_rng(0)
+    items = [Item("train", None, f"{i}", noise.integers(0, 256, (160, 170, 3), dtype=np.uint8)) for i in range(90)]
+    shards.prepare(Source("noise", 90, lambda: iter(items)), out, shards.Options(kind="jpeg", shard_mib=1), 2, lambda done: None)
+    assert len(read_manifest(out).splits["train"]) >= 4
+    return out
+
+
+def grouped(groups: int, batch_size: int = 8, cache: str = "page") -> Config:
+    made = config(batch_size)
+    return replace(made, train=replace(made.train, shard_groups=groups, cache=cache))  # type: ignore[arg-type]
+
+
+def drawn(made: Config, data: Path, steps: int, rank: int, world: int) -> list[Batch]:
+    stream = loader.batches(made, data, 0, rank, world)
+    found = [replace(b, images=b.images.clone()) for b in itertools.islice(stream, steps)]
+    stream.close()
+    return found
+
+
+def test_a_worker_reads_its_own_groups_shards_and_the_batch_is_the_same_for_any_number_of_workers(
+    five_shards: Path, tmp_path: Path
+) -> None:
+    manifest = read_manifest(five_shards)
+    whole = manifest.splits["train"]
+    per_epoch = grouped(2).steps_per_epoch(manifest.examples("train", 2))
+    batches_of = {}
+    for world in (2, 4):
+        ranks = []
+        for rank in range(world):
+            # A node that holds nothing but the group's shards.
+            node = tmp_path / f"{world}-{rank}"
+            node.mkdir()
+            for file in (five_shards / "manifest.json", *(five_shards / s.name for s in whole[rank * 2 // world :: 2])):
+                (node / file.name).symlink_to(file)
+            ranks.append(drawn(grouped(2), node, per_epoch + 1, rank, world))
+        batches_of[world] = [
+            (torch.cat([r[step].ids for r in ranks]), torch.cat([r[step].images for r in ranks])) for step in range(per_epoch + 1)
+        ]
+    for (ids, images), (other_ids, other_images) in zip(batches_of[2], batches_of[4], strict=True):
+        assert torch.equal(ids, other_ids) and torch.equal(images, other_images)
+    epoch = torch.cat([ids for ids, _ in batches_of[2][:per_epoch]]).tolist()
+    assert len(set(epoch)) == len(epoch) == per_epoch * 8
+    group_of = np.repeat([i % 2 for i in range(len(whole))], [s.samples for s in whole])
+    for ids, _ in batches_of[2]:
+        assert group_of[ids[:4]].tolist() == [0] * 4 and group_of[ids[4:]].tolist() == [1] * 4
+    # The images are those of the ungrouped dataset: same sample, same crops.
+    one = {int(i): image for b in drawn(grouped(1), five_shards, 90 // 8, 0, 1) for i, image in zip(b.ids, b.images, strict=True)}
+    first = {int(i): image for ids, images in batches_of[2][:per_epoch] for i, image in zip(ids, images, strict=True)}
+    shared = one.keys() & first.keys()
+    assert len(shared) > 60 and all(torch.equal(one[i], first[i]) for i in shared)
+
+
+def test_groups_that_fit_nothing_are_a_sentence(five_shards: Path) -> None:
+    with pytest.raises(ValueError, match="shard_groups 2 does not divide 1 workers and batch_size 8"):
+        next(loader.batches(grouped(2), five_shards, 0, 0, 1))
+    with pytest.raises(ValueError, match="make no 40 groups; prepare with a smaller --shard-mib"):
+        read_manifest(five_shards).examples("train", 40)
+
+
+def test_evaluation_of_groups_gives_each_image_once(five_shards: Path) -> None:
+    ids = [torch.cat([b.ids for b in loader.in_order(five_shards, "train", 32, 16, None, 1, r, 4, groups=2)]).tolist() for r in range(4)]
+    assert sorted(i for part in ids for i in part) == list(range(90))
+
+
+def test_the_process_cache_gives_the_same_and_needs_no_file_afterwards(five_shards: Path, tmp_path: Path) -> None:
+    for file in five_shards.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    stream = loader.batches(grouped(1, cache="process"), tmp_path, 0, 0, 1)
+    first = next(stream)
+    for file in tmp_path.glob("*.beton"):
+        os.truncate(file, 0)  # under a mapping that would be a crash
+    found = [first.images.clone(), *(b.images.clone() for b in itertools.islice(stream, 10))]
+    stream.close()
+    for ours, page in zip(found, drawn(grouped(1), five_shards, 11, 0, 1), strict=True):
+        assert torch.equal(ours, page.images)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_arrive_on_the_device_whole(raw: Path) -> None:
+    device = torch.device("cuda")
+    expected = take(raw, 64, 0, 20)
+    stream = loader.on_device(loader.batches(config(64), raw, 0, 0, 1), device)
+    for ours in expected:
+        batch = next(stream)
+        torch.cuda._sleep(10_000_000)  # the step: the next batches arrive meanwhile
+        assert batch.images.device.type == "cuda" and torch.equal(batch.images.cpu(), ours.images) and torch.equal(batch.ids, ours.ids)
+    stream.close()

@@ -7,6 +7,7 @@ epoch iterator is not used: it hangs when its thread fails, drains at the end of
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -14,7 +15,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,14 @@ def batches(config: Config, data: Path, start_step: int, rank: int, world: int, 
     """Endless training batches of `rank` from `start_step` on, prepared in advance; closing the iterator ends their thread.
 
     Step s lies in epoch s // (examples // N). The global batch is N consecutive entries of the epoch's keyed permutation, a
-    rank's share n = N / W consecutive ones of those: what step s sees depends on nothing but config, s and the data. Raises
-    ValueError for damaged shards, naming shard and sample.
+    rank's share n = N / W consecutive ones of those: what step s sees depends on nothing but config, s and the data. With G
+    shard groups each has a permutation of its own, and gives N / G consecutive entries: then it depends on G too, and is the
+    same for every number of workers that G divides. Raises ValueError for damaged shards, naming shard and sample.
     """
-    split = _Split(data, "train", threads)
-    per_epoch, n = config.steps_per_epoch(len(split)), config.images_per_rank(world)
+    groups, group = config.train.shard_groups, config.group_of(rank, world)
+    split = _Split(data, "train", threads, groups, group, config.train.cache == "process")
+    per_epoch, n = config.steps_per_epoch(split.examples), config.images_per_rank(world)
+    taken = config.train.batch_size // groups  # from each group, in a step
     size = config.views.size_px
     read = split.reader(n, crops=2, size_px=size)
     order_of, order = -1, np.empty(0, np.int64)
@@ -82,9 +86,9 @@ def batches(config: Config, data: Path, start_step: int, rank: int, world: int, 
         epoch = step // per_epoch
         if epoch != order_of:
             order_of, order = epoch, keyed.permutation(config.seed, epoch, len(split))
-        first = step % per_epoch * config.train.batch_size + rank * n
+        first = step % per_epoch * taken + rank * n - group * taken
         ids = order[first : first + n]
-        boxes = None if split.raw else crop_boxes(config.views, config.seed, epoch, ids, split.sizes(ids))
+        boxes = None if split.raw else crop_boxes(config.views, config.seed, epoch, split.names[ids], split.sizes(ids))
         return split.batch(read, step, epoch, ids, boxes)
 
     return _prefetched(batch, itertools.count(start_step))
@@ -99,18 +103,22 @@ def in_order(
     threads: int = 1,
     rank: int = 0,
     world: int = 1,
+    groups: int = 1,
 ) -> Generator[Batch, None, None]:
-    """Every image of a split once, or `limit` of them, in order; a rank gets its consecutive share.
+    """Every image of a split once, or `limit` of them, in order; a rank gets its consecutive share. Of training shards in more
+    than one group it gets a share of its own group's.
 
     Which ones `limit` leaves is drawn once and the same for every caller. (Evenly spaced ones would be of a single class
     where classes take turns in the split.)
 
     Raw shards give whole images; JPEG shards the centre crop of 0.875 of the shorter side, resized to `size_px`.
     """
-    rows = _Split(data, split, threads)
-    total = min(limit or len(rows), len(rows))
+    groups = groups if split == "train" else 1
+    rows = _Split(data, split, threads, groups, rank * groups // world)
+    total = min((limit or len(rows) * groups) // groups, len(rows))
     ids = np.sort(keyed.permutation(0, 0, len(rows))[:total]) if total < len(rows) else np.arange(total, dtype=np.int64)
-    ids = ids[total * rank // world : total * (rank + 1) // world]
+    here, own = world // groups, rank % (world // groups)  # ranks of this group, and which of them this is
+    ids = ids[total * own // here : total * (own + 1) // here]
     read = rows.reader(min(batch_size, max(len(ids), 1)), crops=1, size_px=size_px)
 
     def batch(number: int) -> Batch:
@@ -121,6 +129,36 @@ def in_order(
     return _prefetched(batch, range(-(-len(ids) // batch_size)))
 
 
+def on_device(stream: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+    """`stream` with its images on `device`. To a GPU a batch is copied while the step before it computes, on a stream of its own;
+    ids and labels stay where they are. Closing it closes `stream`."""
+    with contextlib.closing(stream):
+        if device.type != "cuda":
+            yield from stream
+            return
+        copying = torch.cuda.Stream(device)
+        waiting: tuple[Batch, torch.cuda.Event] | None = None
+        for batch in stream:
+            with torch.cuda.stream(copying):
+                moved = replace(batch, images=batch.images.to(device, non_blocking=True))
+                done = torch.cuda.Event()
+                done.record()
+            if waiting is not None:
+                yield _arrived(*waiting, device)
+            waiting = moved, done
+            done.synchronize()  # the loader is asked for more now, and may use the batch's memory again
+        if waiting is not None:
+            yield _arrived(*waiting, device)
+
+
+def _arrived(batch: Batch, done: torch.cuda.Event, device: torch.device) -> Batch:
+    """`batch`, once the stream that computes has waited for its copy."""
+    computing = torch.cuda.current_stream(device)
+    computing.wait_event(done)
+    batch.images.record_stream(computing)
+    return batch
+
+
 def centre_boxes(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """(n, 4) boxes of the official evaluation crop: a square of 0.875 of the shorter side, in the middle."""
     side = np.rint(_CENTRE_CROP * sizes.min(1)).astype(np.int64)
@@ -129,12 +167,15 @@ def centre_boxes(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class _Split:
-    """All shards of a split as one dataset."""
+    """All shards of a split, or those of one group, as one dataset. Rows are numbered from 0; `names` gives positions in the split."""
 
-    def __init__(self, data: Path, split: str, threads: int) -> None:
-        manifest = read_manifest(data)
-        manifest.examples(split)  # names the splits there are
-        self.shards = manifest.splits[split]
+    def __init__(self, data: Path, split: str, threads: int, groups: int = 1, group: int = 0, own_memory: bool = False) -> None:
+        manifest = read_manifest(data, groups=groups, group=group)
+        self.examples = manifest.examples(split, groups)  # names the splits there are
+        whole = manifest.splits[split]
+        self.shards = whole[group::groups]
+        before = np.cumsum([0, *(s.samples for s in whole)])[group::groups]
+        self.names = np.concatenate([at + np.arange(s.samples) for at, s in zip(before, self.shards, strict=False)])
         self.raw = manifest.kind == "raw"
         self.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         rows, labels, sizes, bases = [], [], [], [0]
@@ -147,7 +188,7 @@ class _Split:
             bases.append(bases[-1] + -(-shard.bytes // _PAGE) * _PAGE)
         self.rows, self.labels = np.concatenate(rows), np.concatenate(labels).astype(np.int64)
         by_pointer = np.argsort(self.rows["data_ptr"])
-        region = _map([data / s.name for s in self.shards], bases)
+        region = (_copy if own_memory else _map)([data / s.name for s in self.shards], bases)
         self.storage = (region, self.rows["data_ptr"][by_pointer], np.concatenate(sizes)[by_pointer])
         self.first_id = np.cumsum([0, *(s.samples for s in self.shards)])
 
@@ -191,7 +232,7 @@ class _Split:
             for name in self.rows.dtype.names or ():
                 rows[name] = self.rows[name][ids]
             rows["box"] = boxes
-        return Batch(step, epoch, read(rows, ids), torch.from_numpy(ids.copy()), torch.from_numpy(self.labels[ids]))
+        return Batch(step, epoch, read(rows, ids), torch.from_numpy(self.names[ids]), torch.from_numpy(self.labels[ids]))
 
     def _where(self, sample: int) -> str:
         shard = int(np.searchsorted(self.first_id, sample, side="right")) - 1
@@ -275,10 +316,27 @@ def _map(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
     return np.ctypeslib.as_array(memory)
 
 
+def _copy(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
+    """`files` at offsets `bases` of memory of this process, which no other one's reading pushes out."""
+    memory = np.empty(bases[-1], np.uint8)
+    for path, base in zip(files, bases, strict=False):
+        with path.open("rb", buffering=0) as file:
+            view, at = memory[base : base + path.stat().st_size].data, 0
+            while at < len(view):
+                got = file.readinto(view[at:])
+                if not got:
+                    raise ValueError(f"shard {path} ends early; prepare or fetch the data again")
+                at += got
+    return memory
+
+
 def _allocate(queries: Any, rows: int) -> Any:
     if isinstance(queries, tuple):
-        return tuple(np.empty((rows, *q.shape), q.dtype) for q in queries)
-    return np.empty((rows, *queries.shape), queries.dtype)
+        return tuple(_allocate(q, rows) for q in queries)
+    if queries.dtype != np.uint8 or not torch.cuda.is_available():
+        return np.empty((rows, *queries.shape), queries.dtype)
+    # Page-locked: a GPU copies from it by itself.
+    return torch.empty((rows, *queries.shape), dtype=torch.uint8, pin_memory=True).numpy()
 
 
 def _prefetched(make: Callable[[int], Batch], numbers: Iterable[int]) -> Generator[Batch, None, None]:

@@ -47,11 +47,16 @@ class Manifest:
     """Images whose file is a copy of an earlier one, so that they are each other's negatives; duplicates.csv lists them."""
     versions: dict[str, str]
 
-    def examples(self, split: str) -> int:
-        """Images in `split`. Raises ValueError naming the splits there are."""
+    def examples(self, split: str, groups: int = 1) -> int:
+        """Images in `split`; with more than one shard group those of the smallest, times their number: all an epoch can use.
+
+        Raises ValueError naming the splits there are, or where there are fewer shards than groups.
+        """
         if split not in self.splits:
             raise ValueError(f"the shards have no split {split!r}, only {', '.join(self.splits)}")
-        return sum(shard.samples for shard in self.splits[split])
+        if groups > len(self.splits[split]):
+            raise ValueError(f"{len(self.splits[split])} shards of {split} make no {groups} groups; prepare with a smaller --shard-mib")
+        return groups * min(sum(shard.samples for shard in self.splits[split][group::groups]) for group in range(groups))
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
@@ -70,8 +75,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     disk.write_text(directory / "manifest.json", manifest.to_json())
 
 
-def read_manifest(directory: Path, look: bool = True) -> Manifest:
-    """The manifest of `directory`, after a `look` at each shard's size.
+def read_manifest(directory: Path, look: bool = True, groups: int = 1, group: int = 0) -> Manifest:
+    """The manifest of `directory`, after a `look` at the size of each shard, of the training shards those of `group` only.
 
     Raises ValueError for a missing directory or manifest, another schema, a shard that is missing or has another size.
     """
@@ -87,7 +92,8 @@ def read_manifest(directory: Path, look: bool = True) -> Manifest:
     if schema != SCHEMA:
         raise ValueError(f"{directory} was prepared with shard schema {schema}, this version reads {SCHEMA}; prepare it again")
     manifest = Manifest.from_json(path.read_text())
-    for shard in (s for shards in manifest.splits.values() for s in shards if look):
+    mine = [s for split, shards in manifest.splits.items() for s in (shards[group::groups] if split == "train" else shards)]
+    for shard in mine if look else ():
         file = directory / shard.name
         if not file.is_file():
             raise ValueError(f"shard {shard.name} of {directory} is missing; prepare the data again")

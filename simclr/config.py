@@ -143,6 +143,9 @@ class Train:
 
     batch_size: int = 4096
     """N: images per step over all workers. Each gives two views, so the loss sees 2 N."""
+    micro_batch: int | None = None
+    """Images that a worker embeds at a time; nothing = all of its N / W. The gradient stays that of the whole batch, memory is that
+    of a piece, a step takes about a third longer. BatchNorm then normalises over one piece of every worker."""
     epochs: float = 100.0
     """Passes over the training split."""
     steps: int | None = None
@@ -168,6 +171,7 @@ class Train:
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2, f"train.batch_size is {self.batch_size}; contrasting needs at least 2 images per step")
+        _require(self.micro_batch is None or self.micro_batch >= 1, f"train.micro_batch is {self.micro_batch}; expected at least 1")
         _require(self.epochs > 0, f"train.epochs is {self.epochs}; expected more than 0")
         _require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}; expected at least 1")
         for name in ("shard_groups", "report_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
@@ -246,6 +250,13 @@ class Config:
             raise ValueError(
                 f"batch_size {n} does not divide over {workers} workers; "
                 f"use {low} or {n // workers * workers + workers}, or --workers {fits}"
+            )
+        micro = self.train.micro_batch
+        if micro is not None and n // workers % micro:
+            nearest = [m for m in range(1, n // workers + 1) if n // workers % m == 0]
+            near = sorted(nearest, key=lambda m: abs(m - micro))[:2]
+            raise ValueError(
+                f"micro_batch {micro} does not divide the {n // workers} images of a worker; use {' or '.join(map(str, sorted(near)))}"
             )
         return n // workers
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from simclr.collectives import all_gather, rank
 
+_BLOCK = 1 << 24  # cosines in memory at a time
+
 
 @torch.no_grad()
 def contrastive_top1(z: Tensor) -> Tensor:
@@ -18,15 +20,26 @@ def contrastive_top1(z: Tensor) -> Tensor:
     """
     first, second = F.normalize(z.detach().float(), dim=1).chunk(2)
     own = rank() * len(first) + torch.arange(len(first), device=z.device)
-    return (first @ all_gather(second).T).argmax(1).eq(own).float().mean()
+    keys = all_gather(second)
+    nearest = [(rows @ keys.T).argmax(1) for rows in first.split(_rows(keys))]
+    return torch.cat(nearest).eq(own).float().mean()
 
 
 @torch.no_grad()
 def contrastive_entropy(z: Tensor, temperature: float) -> Tensor:
     """Mean entropy, in nats, of view 0's softmax over the other view's N rows (ln N when nothing is told apart)."""
     first, second = F.normalize(z.detach().float(), dim=1).chunk(2)
-    log_p = F.log_softmax(first @ all_gather(second).T / temperature, dim=1)
-    return -(log_p.exp() * log_p).sum(1).mean()
+    keys = all_gather(second)
+    found = []
+    for rows in first.split(_rows(keys)):
+        log_p = F.log_softmax(rows @ keys.T / temperature, dim=1)
+        found.append(-(log_p.exp() * log_p).sum(1))
+    return torch.cat(found).mean()
+
+
+def _rows(keys: Tensor) -> int:
+    """How many rows at a time, so that no batch is too large to look at."""
+    return max(_BLOCK // len(keys), 1)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from simclr.config import Config, Loss
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
+from simclr.microbatch import cached_gradient
 from simclr.model import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.views import two_views
@@ -70,6 +72,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
     per_rank = config.images_per_rank(world_size())
     watched, classes = bool(manifest.classes) and "test" in manifest.splits, len(manifest.classes)
     device, dtype = start.device, _DTYPES[config.train.precision]
+    contrast = partial(_contrast, loss=config.loss)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
 
     # ── Model and optimizer, fresh or from a checkpoint ────────────────────────────────────────────────────────────
@@ -100,13 +103,23 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
             batch = next(batches)
             since.waiting_s += time.perf_counter() - waited
 
-            views = two_views(batch.images, batch.ids, batch.epoch, config.views, config.seed, device)
-            with autocast:
-                h, z, logits = network(views.to(dtype, memory_format=torch.channels_last))
-            loss = _contrast(z, config.loss)
-            classified, hits = _classify(logits, batch.labels.to(device, non_blocking=True))
+            def views_of(rows: slice, batch: loader.Batch = batch) -> Tensor:
+                made = two_views(batch.images[rows], batch.ids[rows], batch.epoch, config.views, config.seed, device)
+                return made.to(dtype, memory_format=torch.channels_last)
+
+            def classify(logits: Tensor, rows: slice, labels: Tensor = batch.labels) -> tuple[Tensor, Tensor]:
+                return _classify(logits, labels[rows].to(device, non_blocking=True))
+
             optimizer.zero_grad(set_to_none=True)
-            (loss + classified).backward()
+            if config.train.micro_batch in (None, per_rank):
+                with autocast:
+                    _, z, logits = network(views_of(slice(0, per_rank)))
+                loss = contrast(z)
+                classified, hits = classify(logits, slice(0, per_rank))
+                (loss + classified).backward()
+            else:
+                with autocast:
+                    z, loss, classified, hits = cached_gradient(network, views_of, per_rank, config.train.micro_batch, contrast, classify)
             lr = warmup_cosine(step, peak, warmup, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -123,7 +136,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
                 continue
 
             # ── A report: the only place where the host waits for the device ───────────────────────────────────────
-            metrics = _measure(summed / (step - since.step), bad_at, h, z, config, model.classifier is not None)
+            metrics = _measure(summed / (step - since.step), bad_at, z, config, model.classifier is not None)
             metrics |= {"epoch": step / per_epoch, "train/lr": lr}
             metrics |= since.speed(step, per_rank * world_size())
             if device.type == "cuda":
@@ -188,7 +201,7 @@ def _first_bad(z: Tensor, loss: Tensor, step: int) -> Tensor:
     return torch.where(z.detach().isfinite().all(), late, float(step)).double()
 
 
-def _measure(sums: Tensor, bad_at: Tensor, h: Tensor, z: Tensor, config: Config, classifies: bool) -> dict[str, float]:
+def _measure(sums: Tensor, bad_at: Tensor, z: Tensor, config: Config, classifies: bool) -> dict[str, float]:
     """Metrics of the last step (losses: means since the last report), averaged over ranks in one collective.
 
     Raises FloatingPointError, the same on every rank, naming the first step that was not finite and whose it was.

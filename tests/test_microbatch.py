@@ -1,0 +1,123 @@
+"""Pieces of a batch give the whole batch's gradient; ranks exchange it once; running statistics move once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from simclr.batchnorm import BatchNorm
+from simclr.collectives import all_gather, world_size
+from simclr.loss import nt_xent
+from simclr.microbatch import cached_gradient
+from simclr.model import build_model
+from simclr.pretrain import Start, _classify, pretrain
+from tests.conftest import Within
+from tests.ranks import Ranks
+from tests.test_ranks import TINY, mine
+
+N = 12
+
+
+def gradients(piece: int, fixed_statistics: bool) -> dict[str, Any]:
+    """Loss, gradients and running statistics on this rank's share of 12 images, whole (piece 0) or in pieces."""
+    generator = torch.Generator().manual_seed(7)
+    views = mine(torch.rand(2 * N, 3, 16, 16, dtype=torch.float64, generator=generator), views=2)
+    labels = mine(torch.arange(N) % 4)
+    model = build_model(TINY, 4).double()
+    for norm in (m for m in model.modules() if isinstance(m, BatchNorm)):
+        with torch.no_grad():
+            norm.running_mean.uniform_(-0.1, 0.1, generator=generator)
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+        norm.train(not fixed_statistics)
+    network: torch.nn.Module = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    n = N // world_size()
+
+    def views_of(rows: slice) -> Tensor:
+        return torch.cat([views[rows], views[n + rows.start : n + rows.stop]])
+
+    if piece:
+        z, loss, classified, hits = cached_gradient(
+            network, views_of, n, piece, lambda z: nt_xent(z, 0.3), lambda logits, rows: _classify(logits, labels[rows])
+        )
+    else:
+        _, z, logits = network(views)
+        loss = nt_xent(z, 0.3)
+        classified, hits = _classify(logits, labels)
+        (loss + classified).backward()
+    total = all_gather(torch.stack([loss.detach(), classified.detach(), hits.double()])[None]).mean(0)
+    norms = {name: m.running_mean.clone() for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return {"losses": total, "z": z.detach(), "statistics": norms, "gradients": grads}
+
+
+def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[name] - t).abs().max()) for name, t in b.items())
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 6])
+def test_with_fixed_statistics_the_gradient_is_the_whole_batchs(ranks: Ranks, within: Within, piece: int) -> None:
+    whole = gradients(0, True)
+    assert max(float(g.abs().max()) for g in whole["gradients"].values()) > 1e-3
+    for world in (1, 2):
+        if N // world % piece:
+            continue
+        for found in ranks(world, gradients, piece, True) if world > 1 else [gradients(piece, True)]:
+            within(f"gradient, W = {world}", worst(found["gradients"], whole["gradients"]), 1e-9)
+            within(f"losses, W = {world}", float((found["losses"] - whole["losses"]).abs().max()), 1e-9)
+
+
+def test_statistics_are_those_of_a_piece_and_move_once(within: Within) -> None:
+    """Against the definition: pieces through BatchNorm by themselves, in one graph; the running mean by their average."""
+    found = gradients(4, False)
+    generator = torch.Generator().manual_seed(7)
+    views = torch.rand(2 * N, 3, 16, 16, dtype=torch.float64, generator=generator)
+    model = build_model(TINY, 4).double()
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+    for norm in norms.values():
+        with torch.no_grad():
+            norm.running_mean.uniform_(-0.1, 0.1, generator=generator)
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+    before = {name: m.running_mean.clone() for name, m in norms.items()}
+    moved: dict[str, list[Tensor]] = {name: [] for name in norms}
+    parts = []
+    for at in range(0, N, 4):
+        _, z, logits = model(torch.cat([views[at : at + 4], views[N + at : N + at + 4]]))
+        parts.append((*z.chunk(2), logits))
+        for name, norm in norms.items():
+            moved[name].append((norm.running_mean - 0.9 * before[name]) / 0.1)
+            norm.running_mean.copy_(before[name])
+    z = torch.cat([part[view] for view in range(2) for part in parts])
+    classified = sum(_classify(part[2], (torch.arange(N) % 4)[at : at + 4])[0] for at, part in zip(range(0, N, 4), parts, strict=True)) / 3
+    (nt_xent(z, 0.3) + classified).backward()
+    within("gradient", worst(found["gradients"], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}), 1e-9)
+    expected = {name: 0.9 * before[name] + 0.1 * torch.stack(means).mean(0) for name, means in moved.items()}
+    within("running mean", worst(found["statistics"], expected), 1e-12)
+
+
+def losses(data: str, micro_batch: int | None) -> list[float]:
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=4, micro_batch=micro_batch))
+    return [report.metrics["train/loss"] for report in pretrain(config, Start(Path(data)))]
+
+
+def test_the_loop_trains_in_pieces(ranks: Ranks, within: Within, patterns: Path) -> None:
+    one = losses(str(patterns), 6)
+    assert one[-1] < one[0] and one != losses(str(patterns), None)  # BatchNorm over 6 images is another network than over 24
+    assert losses(str(patterns), 24) == losses(str(patterns), None)
+    for found in ranks(2, losses, str(patterns), 12):  # all of a rank's images: nothing is cut
+        within("loss", float(np.abs(np.subtract(found, losses(str(patterns), None))).max()), 1e-9)
+    assert all(np.isfinite(found).all() for found in ranks(2, losses, str(patterns), 3))
+
+
+def test_a_micro_batch_that_does_not_divide_is_a_sentence() -> None:
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, micro_batch=5))
+    with pytest.raises(ValueError, match="micro_batch 5 does not divide the 12 images of a worker; use 4 or 6"):
+        config.images_per_rank(2)
+    with pytest.raises(ValueError, match=r"train.micro_batch is 0; expected at least 1"):
+        dataclasses.replace(TINY.train, micro_batch=0)

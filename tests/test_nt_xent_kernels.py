@@ -102,7 +102,7 @@ def interpreted() -> list[tuple[str, float, float]]:
 def test_tiles_equal_the_definition(within: Within) -> None:
     """In a process of its own: Triton decides at its import whether it is interpreted."""
     pytest.importorskip("triton")
-    program = "import json; from tests.test_kernels import interpreted; print(json.dumps(interpreted()))"
+    program = "import json; from tests.test_nt_xent_kernels import interpreted; print(json.dumps(interpreted()))"
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

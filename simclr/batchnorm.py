@@ -72,7 +72,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         x, weight, mean, var = ctx.saved_tensors  # type: ignore[attr-defined]
         eps: float = ctx.eps  # type: ignore[attr-defined]
         # As if the statistics were constants: native kernels in one pass. That they are not is the two terms below.

@@ -47,6 +47,11 @@ class Manifest:
     """Images that could not be read; skipped.csv names them."""
     versions: dict[str, str]
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Of every split."""
+        return tuple(shard for shards in self.splits.values() for shard in shards)
+
     def examples(self, split: str) -> int:
         """Images in `split`. Raises ValueError naming the splits there are."""
         if split not in self.splits:
@@ -70,6 +75,17 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     disk.write_text(directory / "manifest.json", manifest.to_json())
 
 
+def parse(text: str, where: object) -> Manifest:
+    """The manifest that `text` is. Raises ValueError naming `where` for another schema, or what is no manifest."""
+    try:
+        schema = json.loads(text).get("schema")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{where}/manifest.json is damaged (no JSON); prepare the data again") from None
+    if schema != SCHEMA:
+        raise ValueError(f"{where} was prepared with shard schema {schema}, this version reads {SCHEMA}; prepare it again")
+    return Manifest.from_json(text)
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of `directory`, after a look at each shard's size.
 
@@ -80,14 +96,8 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / "manifest.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no manifest.json, so it is no (complete) dataset; `simclr prepare --source … --out …` makes one")
-    try:
-        schema = json.loads(path.read_text()).get("schema")
-    except (ValueError, AttributeError):
-        raise ValueError(f"{path} is damaged (no JSON); prepare the data again") from None
-    if schema != SCHEMA:
-        raise ValueError(f"{directory} was prepared with shard schema {schema}, this version reads {SCHEMA}; prepare it again")
-    manifest = Manifest.from_json(path.read_text())
-    for shard in (s for shards in manifest.splits.values() for s in shards):
+    manifest = parse(path.read_text(), directory)
+    for shard in manifest.shards:
         file = directory / shard.name
         if not file.is_file():
             raise ValueError(f"shard {shard.name} of {directory} is missing; prepare the data again")
@@ -100,7 +110,7 @@ def read_manifest(directory: Path) -> Manifest:
 def verify(directory: Path, progress: Callable[[int], None] | None = None) -> list[str]:
     """Names of the shards in `directory` whose bytes do not match the manifest's sha256; progress gets bytes read."""
     damaged = []
-    for shard in (s for shards in read_manifest(directory).splits.values() for s in shards):
+    for shard in read_manifest(directory).shards:
         with (directory / shard.name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if progress is not None:

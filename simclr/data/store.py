@@ -206,12 +206,11 @@ class Store:
             expected = sha256 or found.sha256
             with partial.open("rb") as file:
                 right = not expected or hashlib.file_digest(file, "sha256").hexdigest() == expected
-            if right:
-                partial.replace(path)
-            partial.unlink(missing_ok=True)
             log.unlink(missing_ok=True)
             if right:
+                partial.replace(path)
                 return
+            partial.unlink()
             reason = "bytes that do not match their sha256"
         raise Damaged(f"{place} failed {self.attempts} times, the last time with {reason}; upload it again")
 

@@ -85,7 +85,9 @@ def s3(s3_proxy: Proxy, tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     monkeypatch.setenv("SIMCLR_CACHE", str(tmp_path_factory.mktemp("cache")))
     from simclr.data.store import Store
 
+    s3_proxy.quiet()
     Store().client.create_bucket(Bucket="photos")
+    s3_proxy.log.clear()
     return s3_proxy
 
 

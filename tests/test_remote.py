@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,6 @@ from simclr.data.store import Store
 from tests.s3 import Proxy
 
 PLACE = Address("photos", "some/shards")
-
-
-@pytest.fixture(autouse=True)
-def _no_faults(s3: Proxy) -> Iterator[None]:
-    s3.quiet()
-    yield
-    s3.quiet()
 
 
 @pytest.fixture(scope="module")

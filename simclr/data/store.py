@@ -147,13 +147,13 @@ class Store:
         answer = self._tried(place, lambda: self.client.head_object(Bucket=place.bucket, Key=place.key))
         return Object(place.name, answer["ContentLength"], answer["ETag"], answer.get("Metadata", {}).get("sha256", ""))
 
-    def holds(self, place: Address, size: int, sha256: str) -> bool:
-        """Whether an object of these bytes, uploaded by us, is at `place`."""
+    def held(self, place: Address, size: int, sha256: str) -> Object | None:
+        """The object at `place`, if there is one with these bytes that was uploaded by us."""
         try:
             found = self.look(place)
         except Missing:
-            return False
-        return (found.bytes, found.sha256) == (size, sha256)
+            return None
+        return found if (found.bytes, found.sha256) == (size, sha256) else None
 
     def delete(self, place: Address) -> None:
         """Remove the object at `place`, if there is one."""
@@ -256,19 +256,22 @@ class Store:
 
     # ── Sending ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def upload(self, path: Path, place: Address, sha256: str = "", progress: Progress = lambda n: None) -> str:
-        """Send the file, in parts where it is large, unless the very same is there. Returns its sha256, which goes with it.
+    def upload(self, path: Path, place: Address, sha256: str = "", progress: Progress = lambda n: None) -> Object:
+        """Send the file as it is now, in parts where it is large, unless the very same is there; its sha256 goes with it.
 
         Raises Damaged where `sha256` is given and the file has another. S3 shows an object only when all of it is there; the
         parts of an upload that fails are removed, those of a process that is killed wait for the bucket's lifecycle rule.
         """
         with path.open("rb") as file:
-            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            size, hashed = os.fstat(file.fileno()).st_size, hashlib.sha256()
+            for at in range(0, size, _CHUNK):  # not to its end: somebody may be appending
+                hashed.update(os.pread(file.fileno(), min(_CHUNK, size - at), at))
+            digest = hashed.hexdigest()
             if sha256 and digest != sha256:
                 raise Damaged(f"{path} does not match its sha256; make it again")
-            if self.holds(place, size, digest):
+            if found := self.held(place, size, digest):
                 progress(size)
-                return digest
+                return found
             about = {"Bucket": place.bucket, "Key": place.key}
             if size <= self.part_bytes:
                 data = os.pread(file.fileno(), size, 0)
@@ -276,9 +279,9 @@ class Store:
                 progress(size)
             else:
                 self._send_parts(place, about, file.fileno(), size, digest, progress)
-        if not self.holds(place, size, digest):
-            raise Damaged(f"{place} is not what was uploaded; something else writes there: use another prefix")
-        return digest
+        if sent := self.held(place, size, digest):
+            return sent
+        raise Damaged(f"{place} is not what was uploaded; something else writes there: use another prefix")
 
     def _send(self, place: Address, data: bytes, request: Callable[..., Any]) -> str:
         """One body, with its MD5, which the server checks and we check again. Returns the ETag."""
@@ -299,7 +302,7 @@ class Store:
         each = max(self.part_bytes, -(-size // _MOST_PARTS))
 
         def send(number: int) -> dict[str, Any]:
-            data = os.pread(file, each, (number - 1) * each)
+            data = os.pread(file, min(each, size - (number - 1) * each), (number - 1) * each)
             etag = self._send(place, data, lambda **body: self.client.upload_part(**about, **body, PartNumber=number))
             progress(len(data))
             return {"PartNumber": number, "ETag": etag}
@@ -309,7 +312,7 @@ class Store:
                 self.client.complete_multipart_upload(**about, MultipartUpload={"Parts": parts})
             except boto.ClientError as error:
                 # The try before this one succeeded, and its answer was lost.
-                if error.response.get("Error", {}).get("Code") != "NoSuchUpload" or not self.holds(place, size, digest):
+                if error.response.get("Error", {}).get("Code") != "NoSuchUpload" or not self.held(place, size, digest):
                     raise
 
         try:

@@ -47,7 +47,6 @@ _PASSING = (
 )
 _WORDS: dict[type[Exception], str] = {
     boto.ReadTimeoutError: "no answer in time",
-    boto.ConnectTimeoutError: "no connection in time",
     boto.EndpointConnectionError: "no connection",
     boto.IncompleteReadError: "a body that ended early",
     boto.ResponseStreamingError: "a body that broke off",
@@ -56,7 +55,6 @@ _WORDS: dict[type[Exception], str] = {
     boto.HTTPClientError: "a connection that failed",
     boto.ConnectionError: "a connection that failed",
     ConnectionError: "a connection that was reset",
-    TimeoutError: "no answer in time",
 }
 _TRANSPORT = tuple(_WORDS)
 _CREDENTIALS = (
@@ -103,8 +101,7 @@ class Store:
     def __init__(
         self, *, attempts: int = 8, pause_s: float = 0.25, answer_s: float = 20.0, part_bytes: int = 16 << 20, threads: int = 8
     ) -> None:
-        """`pause_s` is the first pause, doubled with each; `part_bytes` one request's share of a large object; `threads` parts
-        are under way at a time."""
+        """`pause_s`: the first pause, doubled with each; `part_bytes`: of a request; `threads`: parts under way at a time."""
         self.attempts, self.pause_s, self.part_bytes = attempts, pause_s, part_bytes
         self.over = threading.Event()  # set it to end what is under way in other threads
         # At DEBUG botocore writes signatures and headers, whoever it was that turned the root logger up.

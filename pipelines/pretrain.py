@@ -63,13 +63,13 @@ def pretrain(args: Args) -> Run:
     remote = place.address(args.data)
     run = open_run(home.path if home else None, args.recipe, config, data, str(remote or ""))
     home = home or storage.Home(run.path)
-    total = config.total_steps(examples)
+    where, total = storage.shown(args.run or run.path), config.total_steps(examples)
     classes = len(manifest.classes)
     done = _steps_done(run, classes)
     if done >= total:
         _publish_newest(run)
         home.send()
-        say(f"{run.path} is complete: {done:,} of {total:,} steps; nothing to do")
+        say(f"{where} is complete: {done:,} of {total:,} steps; nothing to do")
         return run
     _require_space(run, classes)
     ours = cluster.connect(args.resources)
@@ -78,14 +78,14 @@ def pretrain(args: Args) -> Run:
     connected = time.monotonic()
     try:
         cluster.require(args.resources)
+        run.save()
+        home.send()  # before any checkpoint: run.json says whose they are
     except ValueError:
         if ours:
             cluster.disconnect()
         raise
-    run.save()
-    home.send()  # before any checkpoint: run.json says whose they are
     if done:
-        say(f"going on with {run.path} after step {done:,} of {total:,}")
+        say(f"going on with {where} after step {done:,} of {total:,}")
     tracked = Tracked(run, uri)
     job = {"config": config.to_dict(), "data": str(remote or data.absolute()), "run": str(home.at or run.path.absolute())}
     status = "FAILED"

@@ -117,12 +117,12 @@ def _counter(total: int, progress: Callable[[int, int], None]) -> Progress:
 
 def _each(shards: list[Shard], work: Callable[[Shard], object], store: Store) -> None:
     """`work` on every shard, several at once. The first that fails ends the others."""
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="shards") as pool:
-        futures = [pool.submit(work, shard) for shard in shards]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            store.over.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="shards")
+    try:
+        for future in as_completed([pool.submit(work, shard) for shard in shards]):
+            future.result()
+    except BaseException as error:
+        store.over.set()
+        pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)  # Ctrl-C waits for no answer
+        raise
+    pool.shutdown()

@@ -21,7 +21,7 @@ import random
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -242,10 +242,10 @@ class Store:
                 if not answer.get("ContentRange", "").startswith(f"bytes {begin}-{end - 1}/"):
                     raise _Again("another range of bytes than asked for")
                 while begin < end and (chunk := body.read(min(_CHUNK, end - begin))):
+                    self._check_over()
                     os.pwrite(file, chunk, begin)
                     begin += len(chunk)
                     progress(len(chunk))
-                    self._check_over()
             if begin < end:
                 raise _Again("a body that ended early")
 
@@ -353,11 +353,11 @@ class Store:
         try:
             return [future.result() for future in futures]
         except BaseException as error:
-            if not isinstance(error, Exception):  # Ctrl-C
+            left = [future for future in futures if not future.cancel()]
+            if isinstance(error, Exception):
+                wait(left)
+            else:  # Ctrl-C waits for no answer
                 self.over.set()
-            for future in futures:
-                if not future.cancel():
-                    future.exception()
             raise
 
     def _pause(self, attempt: int) -> None:

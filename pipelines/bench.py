@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from pipelines import cluster
+from pipelines import cluster, storage
 from pipelines.rundir import environment
 from pipelines.terminal import say
 from simclr.config import Config
@@ -36,7 +36,7 @@ class Args:
     """loop: the step under Ray Train with one worker ÷ the same step of the bare generator.
     optim: LARS ÷ torch's SGD (foreach, and fused) over ResNet-50's parameters."""
     data: Path | None = None
-    """loop: directory of prepared shards, CIFAR-10's for the figure in the README."""
+    """loop: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for the figure in the README."""
     recipe: str = "cifar10_resnet18"
     """loop: recipe whose step is timed."""
     batch_size: int = 32
@@ -62,8 +62,9 @@ def main(args: Args) -> None:
         raise ValueError("which data? `simclr bench loop --data DIR`, a directory of prepared shards")
     if cluster.joins_a_cluster(None):
         raise ValueError("RAY_ADDRESS is set; this compares on one machine: unset it")
-    read_manifest(args.data)
-    loop(args, args.data)
+    data = storage.shards(args.data)
+    read_manifest(data)
+    loop(args, data)
 
 
 def loop(args: Args, data: Path) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 from pipelines import cluster, evaluate, prepare, pretrain, publish, report
 from pipelines.rundir import Run, load_run
 from pipelines.terminal import process_age_s, say
+from simclr import disk
 from simclr.recipes import recipe
 
 _CHECKED = 64  # images that the pulled encoder is tried on
@@ -71,6 +72,7 @@ def demo(args: Args) -> Result:
     if args.test < 1:
         raise ValueError(f"--test is {args.test}; expected at least 1")
     out = args.out or Path("runs") / ("demo" + (f"-{args.seed}" if args.seed else "") + ("-coloured" if args.coloured else ""))
+    disk.require_writable(out)
     config = replace(recipe("patterns_tiny"), seed=args.seed)
     if args.epochs is not None:
         config = replace(config, train=replace(config.train, epochs=args.epochs))

@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from pipelines import storage
 from pipelines.terminal import Bar, say
 from simclr import disk
 from simclr.data.sources import is_image
@@ -23,7 +24,7 @@ class Args:
     """Features of image files, with the preprocessing that the encoder was trained under."""
 
     encoder: Annotated[Path, tyro.conf.Positional]
-    """A published encoder's directory (`simclr pull`, or RUN/encoder)."""
+    """A published encoder's directory (`simclr pull`, or RUN/encoder), or s3://bucket/prefix of one."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, folders of them, or an .npy file of uint8 images (n, H, W, 3)."""
     out: Path = Path("features.npz")
@@ -48,7 +49,8 @@ def main(args: Args) -> None:
 
     import simclr
 
-    encoder = simclr.load_encoder(args.encoder)
+    with storage.directory(args.encoder) as directory:
+        encoder = simclr.load_encoder(directory)
     features: list[NDArray[np.float32]] = []
     names: list[str] = []
     junk: list[str] = []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from pipelines import storage
 from pipelines.rundir import load_run
 from pipelines.terminal import Bar
 from simclr import disk
@@ -33,9 +34,9 @@ class Args:
     """
 
     encoder: Annotated[Path, tyro.conf.Positional]
-    """Run directory, or a published encoder's directory."""
+    """Run directory, or a published encoder's directory; or s3://bucket/prefix of one."""
     data: Path | None = None
-    """Directory of prepared shards. Default: the data of the run."""
+    """Directory or s3://bucket/prefix of prepared shards. Default: the data of the run."""
     k: int | None = None
     """Neighbours that vote. Default: the config's watch.k."""
     baselines: bool = True
@@ -60,6 +61,11 @@ def evaluate(args: Args) -> list[dict[str, Any]]:
             raise ValueError(f"{flag} is {value}; expected at least {least}")
     if args.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device is {args.device!r}; expected auto, cpu or cuda")
+    with storage.directory(args.encoder) as encoder:
+        return _evaluate(replace(args, encoder=encoder))
+
+
+def _evaluate(args: Args) -> list[dict[str, Any]]:
     directory, config, data = resolve(args.encoder, args.data)
     manifest = read_manifest(data)
     import torch
@@ -97,7 +103,8 @@ def evaluate(args: Args) -> list[dict[str, Any]]:
         from pipelines.pictures import write_pictures
 
         write_pictures(args.encoder / "pictures.npz", config, data, *kept, query_split=sorted(manifest.splits)[0])
-        text = {"scores": rows, "data": str(data), "k": args.k or config.watch.k, "time": time.time()}
+        shown = storage.shown(args.data or load_run(args.encoder).origin)
+        text = {"scores": rows, "data": shown, "k": args.k or config.watch.k, "time": time.time()}
         disk.write_text(args.encoder / "evaluation.json", json.dumps(text, indent=1) + "\n")
         load_run(args.encoder).took("evaluate", time.monotonic() - began)
     return rows
@@ -109,13 +116,13 @@ def resolve(encoder: Path, data: Path | None) -> tuple[Path, Config, Path]:
         run = load_run(encoder)
         if not run.encoder.is_dir():
             raise ValueError(f"{encoder} has no encoder yet; finish it with the command that began it: {run.command}")
-        return run.encoder, run.config, data or run.data
+        return run.encoder, run.config, storage.shards(data or run.origin)
     if not (encoder / "config.json").is_file():
         raise ValueError(f"{encoder} is neither a run nor a published encoder; give a run directory, or `simclr pull` one")
     if data is None:
         raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
     text = json.loads((encoder / "config.json").read_text())
-    return encoder, Config.from_dict({k: v for k, v in text.items() if k not in ("schema", "published")}), data
+    return encoder, Config.from_dict({k: v for k, v in text.items() if k not in ("schema", "published")}), storage.shards(data)
 
 
 def _features(encoder: Any, data: Path, split: str, config: Config, limit: int | None, device: torch.device, bar: Bar) -> Features:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from pipelines import storage
 from pipelines.terminal import Bar, say
 from simclr.data import shards
 from simclr.data.manifest import Manifest
-from simclr.data.sources import open_source
+from simclr.data.place import Address, address, copy_of, locked
+from simclr.data.sources import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,10 @@ class Args:
     """Write the images of a source as FFCV shards with a manifest. The same source and options give the same bytes."""
 
     source: str
-    """A folder or tar archive of split/class/file, class/file or files alone; a dataset's name (cifar10, torchvision:NAME);
-    or patterns[:train=4000,test=1000,size=32,seed=0,coloured]."""
+    """A folder or tar archive of split/class/file, class/file or files alone, on disk or at s3://bucket/prefix; a dataset's name
+    (cifar10, torchvision:NAME); or patterns[:train=4000,test=1000,size=32,seed=0,coloured]."""
     out: Path
-    """Directory for the shards: new, empty, or holding the same dataset already."""
+    """Directory or s3://bucket/prefix for the shards: new, empty, or holding the same dataset already."""
     options: Annotated[shards.Options, tyro.conf.arg(name="")] = field(default_factory=shards.Options)
     threads: int = os.cpu_count() or 1
     """Threads that decode and encode."""
@@ -32,16 +36,48 @@ class Args:
 def main(args: Args) -> None:
     manifest = prepare(args)
     per_split = ", ".join(f"{split} {manifest.examples(split):,}" for split in manifest.splits)
-    print(f"{args.out}: {per_split} images, {len(manifest.classes) or 'no'} classes, {manifest.kind}")
+    print(f"{storage.shown(args.out)}: {per_split} images, {len(manifest.classes) or 'no'} classes, {manifest.kind}")
 
 
 def prepare(args: Args) -> Manifest:
     """Shards of `args.source` in `args.out`, made now or found there."""
     source = open_source(args.source)
+    at = address(args.out)
+    if at is not None:
+        return _prepare_in_s3(args, source, at)
     found = shards.existing(source, args.out, args.options)
     if found is not None:
         say(f"{args.out} holds these shards already; nothing to do")
         return found
+    return _write(args, source)
+
+
+def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
+    """Write to a directory of this machine's cache, send it, and keep it as the copy that training reads."""
+    from simclr.data import remote
+    from simclr.data.store import Store
+
+    store = Store()
+    found = remote.manifest_at(at, store)
+    if found is not None:
+        manifest = shards.agreed(found[0], source, at, args.options)
+        say(f"{at} holds these shards already; nothing to do")
+        return manifest
+    left = [o.name for o in store.listing(at) if o.name not in remote.LISTS and not o.name.endswith(".beton")]  # of ours: not sent to the end
+    if left:
+        raise ValueError(f"{at} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
+    made_from = hashlib.sha256(f"{source.spec} {args.options}".encode()).hexdigest()[:8]
+    here, copy = copy_of(at, f"staging/{made_from}"), copy_of(at, "shards")
+    manifest = shards.existing(source, here, args.options) or _write(replace(args, out=here), source)
+    with Bar("upload", None, "MiB", "MiB/s") as bar:
+        remote.push(here, at, storage.mebibytes(bar), store)
+    with locked(copy):
+        shutil.rmtree(copy, ignore_errors=True)
+        here.rename(copy)
+    return manifest
+
+
+def _write(args: Args, source: Source) -> Manifest:
     with Bar("prepare", source.total) as bar:
 
         def resumed(done: int) -> None:
@@ -63,5 +99,5 @@ def prepare(args: Args) -> Manifest:
     if manifest.duplicates:
         say(f"{manifest.duplicates:,} images are copies of others, and so each other's negatives; {args.out}/duplicates.csv lists them")
     if manifest.skipped:
-        say(f"{manifest.skipped} images could not be read and were skipped; {args.out}/skipped.csv names them")
+        say(f"{manifest.skipped} images could not be read and were skipped; {storage.shown(args.out)}/skipped.csv names them")
     return manifest

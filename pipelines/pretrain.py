@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from pipelines import address, cluster
+from pipelines import address, cluster, storage
 from pipelines.rundir import Run, open_run
 from pipelines.terminal import Bar, process_age_s, say
 from pipelines.tracked import Tracked
 from simclr.config import Config
+from simclr.data import place
 from simclr.data.manifest import read_manifest
 
 _AMPLE_BYTES = 32 << 30  # three checkpoints of the largest recipe are 19 GiB
@@ -25,11 +26,12 @@ class Args:
     """Pretrain an encoder by a recipe; every field of the recipe is a flag."""
 
     data: Path
-    """Directory of prepared shards (`simclr prepare`)."""
+    """Directory or s3://bucket/prefix of prepared shards (`simclr prepare`); each node fetches those of S3 once."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     run: Path | None = None
-    """Run directory. Default: runs/RECIPE-DIGEST, the same for the same config and data."""
+    """Run directory or s3://bucket/prefix, for checkpoints too: what is there goes on, on any machine.
+    Default: runs/RECIPE-DIGEST, the same for the same config and data."""
     resources: Annotated[cluster.Resources, tyro.conf.arg(name="")] = field(default_factory=cluster.Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
@@ -37,7 +39,7 @@ class Args:
 
 def main(args: Args) -> None:
     run = pretrain(args)
-    print(run.path)
+    print(storage.shown(args.run or run.path))
 
 
 def pretrain(args: Args) -> Run:
@@ -48,20 +50,29 @@ def pretrain(args: Args) -> Run:
     began = stepped = time.monotonic()
     config = args.config
     groups = config.train.shard_groups
-    manifest = read_manifest(args.data, look=groups == 1)  # in groups: this machine may hold none of them
+    group = 0 if groups == 1 else -1  # in groups: this machine may be too small for all of them
+    data = storage.shards(args.data, groups, group)
+    manifest = read_manifest(data, look=groups == 1)
     examples = manifest.examples("train", groups)
     config.images_per_rank(args.resources.workers)
     config.group_of(0, args.resources.workers)
     config.steps_per_epoch(examples)
     uri = address.tracking_address(args.tracking_uri)
     address.check(uri)
-    run = open_run(args.run, args.recipe, config, args.data)
-    total = config.total_steps(examples)
+    home = storage.Home(args.run) if args.run is not None else None
+    if home is not None:
+        home.fetch()
+        home.settle()
+    remote = place.address(args.data)
+    run = open_run(home.path if home else None, args.recipe, config, data, str(remote or ""))
+    home = home or storage.Home(run.path)
+    where, total = storage.shown(args.run or run.path), config.total_steps(examples)
     classes = len(manifest.classes)
     done = _steps_done(run, classes)
     if done >= total:
         _publish_newest(run)
-        say(f"{run.path} is complete: {done:,} of {total:,} steps; nothing to do")
+        home.send()
+        say(f"{where} is complete: {done:,} of {total:,} steps; nothing to do")
         return run
     _require_space(run, classes)
     ours = cluster.connect(args.resources)
@@ -70,15 +81,16 @@ def pretrain(args: Args) -> Run:
     connected = time.monotonic()
     try:
         cluster.require(args.resources)
+        run.save()
+        home.send()  # before any checkpoint: run.json says whose they are
     except ValueError:
         if ours:
             cluster.disconnect()
         raise
-    run.save()
     if done:
-        say(f"going on with {run.path} after step {done:,} of {total:,}")
+        say(f"going on with {where} after step {done:,} of {total:,}")
     tracked = Tracked(run, uri)
-    job = {"config": config.to_dict(), "data": str(args.data.absolute()), "run": str(run.path.absolute())}
+    job = {"config": config.to_dict(), "data": str(remote or data.absolute()), "run": str(home.at or run.path.absolute())}
     status = "FAILED"
     running = None
     try:
@@ -98,9 +110,12 @@ def pretrain(args: Args) -> Run:
                     run.took("start", stepped - began)
                 run.append(report)
                 tracked.log(report)
+                if report["step"] % config.train.checkpoint_every_steps == 0 and not home.busy():
+                    home.later(home.send)
                 rate = report["speed/images_per_s"]
                 bar.update(report["step"], _note(report), rate)
         run.took("pretrain", time.monotonic() - stepped)
+        home.settle()
         _publish_newest(run)
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -113,6 +128,8 @@ def pretrain(args: Args) -> Run:
         if ours:
             cluster.disconnect()
         run = tracked.close(status)
+    home.wait()
+    home.send()
     return run
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from pipelines import address, tracking
+from pipelines import address, storage, tracking
 from pipelines.evaluate import scores_of
 from pipelines.rundir import Run, load_run
 from pipelines.terminal import say
@@ -21,7 +21,7 @@ class Args:
     """Register the encoder of an evaluated run."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory, after `simclr evaluate`."""
+    """Run directory, or s3://bucket/prefix of one, after `simclr evaluate`."""
     name: str | None = None
     """Model name in the registry. Default: the name of the run's data directory."""
     metric: str | None = None
@@ -37,6 +37,11 @@ def main(args: Args) -> None:
 
 def publish(args: Args) -> dict[str, Any]:
     """Register and, if it beats the present champion, move the alias. Returns name, version, champion, before."""
+    with storage.directory(args.run) as run:
+        return _publish(replace(args, run=run))
+
+
+def _publish(args: Args) -> dict[str, Any]:
     run, began = load_run(args.run), time.monotonic()
     row = scores_of(args.run)[-1]
     scores = {key: float(value) for key, value in row.items() if key != "name"}

@@ -11,6 +11,7 @@ import tyro
 from pipelines import address, tracking
 from pipelines.publish import score_text
 from pipelines.terminal import Bar
+from simclr import disk
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Args:
 
 
 def main(args: Args) -> None:
+    disk.require_writable(args.to)
     uri = address.tracking_address(args.tracking_uri)
     address.check(uri)
     with Bar("download", None, "MiB", "MiB/s") as bar:

@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from pipelines import page
+from pipelines import page, storage
 from pipelines.page import FeatureMap, Neighbours, ReportData, Score
 from pipelines.rundir import Run, load_run
 from simclr.data.manifest import read_manifest
@@ -22,7 +22,8 @@ class Args:
     """Write a run's report: one HTML file that needs no network and nothing beside it."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory; after `simclr evaluate` the page also has scores, neighbours and a map of the features."""
+    """Run directory, or s3://bucket/prefix of one; after `simclr evaluate` the page also has scores, neighbours and a map of the
+    features."""
     out: Path | None = None
     """File to write. Default: RUN/report.html."""
 
@@ -33,7 +34,8 @@ def main(args: Args) -> None:
 
 def report(args: Args) -> Path:
     """Gather what the run directory holds and write the page. Returns its path."""
-    return page.write(gather(load_run(args.run)), args.out or args.run / "report.html")
+    with storage.directory(args.run) as run:
+        return page.write(gather(load_run(run)), args.out or run / "report.html")
 
 
 def gather(run: Run) -> ReportData:
@@ -48,7 +50,7 @@ def gather(run: Run) -> ReportData:
         **facts,
         **({"registered as": run.registered} if run.registered else {}),
         **({"MLflow": f"run {run.tracking_run} at {run.tracking_uri}"} if run.tracking_run else {}),
-        "data": f"{run.data} (manifest sha256 {run.data_digest[:12]}…)",
+        "data": f"{run.origin} (manifest sha256 {run.data_digest[:12]}…)",
         **run.environment,
     }
     gallery, neighbours, points = _pictures(run.path / "pictures.npz")

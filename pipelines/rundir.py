@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from simclr import disk
 from simclr.config import Config
+from simclr.data.place import address, copy_of
 
 SCHEMA = 1
 _PHASES = ("render and shard", "start", "pretrain", "evaluate", "publish", "pull and compare")
@@ -48,6 +49,8 @@ class Run:
     command: str
     created: float
     """Unix time."""
+    data_at: str = ""
+    """s3://bucket/prefix, where `data` is this machine's copy of it."""
     environment: dict[str, str]
     """Machine and versions of the driver that began it."""
     tracking_uri: str = ""
@@ -55,6 +58,11 @@ class Run:
     tracking_run: str = ""
     registered: str = ""
     """NAME/VERSION in the registry, once published."""
+
+    @property
+    def origin(self) -> str:
+        """Where the data is, for people and for a command on another machine."""
+        return self.data_at or str(self.data)
 
     @property
     def checkpoints(self) -> Path:
@@ -69,8 +77,8 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         # As seen from the run, where it was not given absolutely: any folder may be the current one next time.
         data = self.data if self.data.is_absolute() else os.path.relpath(self.data, self.path)
-        text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": str(data)}
-        del text["path"]
+        text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": self.data_at or str(data)}
+        del text["path"], text["data_at"]
         disk.write_text(self.path / "run.json", json.dumps(text, indent=1) + "\n")
 
     def noted(self, **fields: str) -> Self:
@@ -133,8 +141,8 @@ def manifest_digest(data: Path) -> str:
     return hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest()
 
 
-def open_run(path: Path | None, recipe: str, config: Config, data: Path) -> Run:
-    """The run that this config and data belong to: a new one, or the one to go on with.
+def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at: str = "") -> Run:
+    """The run that this config and data (at `data_at`, where `data` is a copy) belong to: a new one, or the one to go on with.
 
     Without `path` the directory is runs/RECIPE-DIGEST, so the same command finds its run again. Raises ValueError where
     `path` holds a run of another config or data, naming the first differences, or something that is no run.
@@ -149,11 +157,11 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path) -> Run:
         theirs, ours = run.config.flat(), config.flat()
         different = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k] and not k.startswith(_OPERATIONAL)]
         if run.data_digest != digest:
-            different.append(f"data {run.data} there, {data} here")
+            different.append(f"data {run.origin} there, {data_at or data} here")
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise ValueError(f"run directory {path} belongs to another config: {'; '.join(different[:3])}{more}; use another --run")
-        run = replace(run, config=config, data=data)
+        run = replace(run, config=config, data=data, data_at=data_at)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is no run (it has no run.json); use another --run")
     else:
@@ -163,6 +171,7 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path) -> Run:
             recipe=recipe,
             config=config,
             data=data,
+            data_at=data_at,
             data_digest=digest,
             command=command,
             created=time.time(),
@@ -179,6 +188,11 @@ def load_run(path: Path) -> Run:
     text: dict[str, Any] = json.loads((path / "run.json").read_text())
     if text.pop("schema") != SCHEMA:
         raise ValueError(f"{path}/run.json has another schema than {SCHEMA}; go on with the version that wrote it")
-    data = Path(text["data"])
-    text["config"], text["data"] = Config.from_dict(text["config"]), data if data.is_absolute() else Path(os.path.relpath(path / data))
+    at = address(text["data"])
+    if at is not None:
+        text["data_at"], data = str(at), copy_of(at, "shards")
+    else:
+        data = Path(text["data"])
+        data = data if data.is_absolute() else Path(os.path.relpath(path / data))
+    text["config"], text["data"] = Config.from_dict(text["config"]), data
     return Run(path=path, **text)

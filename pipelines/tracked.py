@@ -17,7 +17,7 @@ _OPEN_S = 60.0  # what a finished job waits for an opening under way
 def open_tracker(run: Run, uri: str) -> tracking.Tracker:
     """The MLflow run of `run` at `uri`: the one it has there, or a new one. Takes seconds. Raises ValueError where MLflow refuses."""
     params: dict[str, object] = dict(run.config.flat())
-    params |= {"recipe": run.recipe, "data": str(run.data), "lr": _lr(run)}
+    params |= {"recipe": run.recipe, "data": run.origin, "lr": _lr(run)}
     tags = {"run_directory": str(run.path.absolute()), "command": run.command}
     same = run.tracking_run if run.tracking_uri == address.redacted(uri) else ""
     return tracking.Tracker(uri, run.recipe, run.path.name, params, tags, same or None)

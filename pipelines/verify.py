@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from pipelines import storage
 from pipelines.terminal import Bar
 from simclr.data.manifest import read_manifest
 
@@ -28,10 +29,11 @@ class Args:
 def main(args: Args) -> None:
     from simclr.data.verify import verify
 
-    total = sum(s.bytes for shards in read_manifest(args.data, look=False).splits.values() for s in shards)
+    data = storage.shards(args.data)
+    total = sum(shard.bytes for shard in read_manifest(data, look=False).shards)
     lines, damaged = [], 0
     with Bar("verify", total >> 20, "MiB", "MiB/s") as bar:
-        for found in verify(args.data, max(args.threads, 1), lambda done: bar.update(done >> 20)):
+        for found in verify(data, max(args.threads, 1), lambda done: bar.update(done >> 20)):
             more = f"; and {len(found.wrong) - _SHOWN} more" if len(found.wrong) > _SHOWN else ""
             state = f"damaged: {'; '.join(found.wrong[:_SHOWN])}{more}" if found.wrong else "whole"
             lines.append(f"{found.shard.name}  {found.shard.bytes / 2**20:8,.1f} MiB  {found.shard.samples:9,} images  {state}")

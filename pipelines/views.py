@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from pipelines import storage
 from simclr import disk
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
@@ -48,13 +49,14 @@ def main(args: Args) -> None:
     if args.images < 1:
         raise ValueError(f"--images is {args.images}; expected at least 1")
     disk.require_writable(args.out)
-    examples = read_manifest(args.data).examples("train")
+    data = storage.shards(args.data)
+    examples = read_manifest(data).examples("train")
     from pipelines.pictures import gallery
 
     # One batch of the images to show; nothing is trained.
     config = replace(args.config, train=replace(args.config.train, batch_size=min(max(args.images, 2), examples)))
     _made(args.out)
-    rows = gallery(config, args.data, args.images)
+    rows = gallery(config, data, args.images)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sheet(rows).save(_made(args.out))
     print(f"{args.out}: {len(rows)} images, each with its two views at {config.views.size_px} px")

@@ -4,41 +4,46 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 
 def train_worker(job: dict[str, Any]) -> None:
     """Train `job["config"]` on the shards in `job["data"]`, from the newest whole checkpoint in `job["run"]`, if any.
 
-    Rank 0 puts every report into the queue `job["inbox"]` and writes checkpoints. Started again after a failure, it goes on
-    from the last one.
+    Both are directories or s3://…, of which each node has a copy. Rank 0 puts every report into the queue `job["inbox"]` and
+    writes checkpoints. Started again after a failure, it goes on from the last one.
     """
     # Imported here, not above: the driver imports this module too, and need not wait for numba and FFCV.
     import ray
+    import ray.train.collective
     import ray.train.torch
     import torch
 
+    from pipelines import storage
     from simclr import checkpoint
     from simclr.collectives import from_rank_zero
     from simclr.config import Config
     from simclr.pretrain import Start, pretrain
 
     config = Config.from_dict(job["config"])
-    checkpoints = Path(job["run"]) / "checkpoints"
+    home = storage.Home(job["run"])
+    checkpoints = home.path / "checkpoints"
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(job["cpus_per_worker"])
         keep_freed_memory()
-    start = Start(
-        data=Path(job["data"]),
-        device=device,
-        # One rank looks: on a shared disk that is slow to show a rename, two might see different ones.
-        checkpoint=from_rank_zero(checkpoint.latest(checkpoints, lambda text: print(text, file=sys.stderr)) if first else None),
-        threads=job["cpus_per_worker"],
-    )
+    data = storage.shards(job["data"], config.train.shard_groups, config.group_of(context.get_world_rank(), context.get_world_size()))
+    if str(data) != job["data"]:
+        ray.train.collective.barrier()  # one node may fetch for an hour, and NCCL and gloo wait ten minutes
+    newest = None
+    if first:  # One rank looks: on a shared disk that is slow to show a rename, two might see different ones.
+        home.settle()
+        newest = checkpoint.latest(checkpoints, lambda text: print(text, file=sys.stderr))
+    name = from_rank_zero(newest.name if newest else "")
+    start = Start(data, device, home.checkpoint(name) if name else None, job["cpus_per_worker"])
     for report in pretrain(config, start):
         metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps}
         if first:
@@ -47,11 +52,16 @@ def train_worker(job: dict[str, Any]) -> None:
                 # There before the checkpoint is: a run that goes on from it does not repeat this report, nor may the driver
                 # hear earlier that training is over.
                 ray.get(sent)
-                checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
+                home.wait()  # else the one that is being sent might be removed
+                written = checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
+                home.later(partial(home.send_checkpoint, written, config.train.keep_checkpoints))
         # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
         # what a scheduler decides by, and the driver's queue gets everything.
         if report.state is not None or "eval/knn_top1" in metrics:
             ray.train.report(metrics)
+    if first:
+        home.wait()
+        home.settle()
 
 
 def keep_freed_memory() -> None:

@@ -28,6 +28,8 @@ def trouble(error: BaseException) -> str:
 
 def require_writable(path: Path) -> None:
     """Raise ValueError where `path` could not be made: asked before hours of work, not after. Writes nothing."""
+    if path.parts[:1] == ("s3:",):
+        raise ValueError(f"s3://{'/'.join(path.parts[1:])} is no place on a disk; give a local path here")
     there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
     if there.is_file() and there != path.absolute():
         raise ValueError(_REASONS[errno.ENOTDIR].format(name=path))

@@ -1,4 +1,4 @@
-"""What tests share: one pool of gloo processes, one Ray, one small dataset."""
+"""What tests share: one pool of gloo processes, one Ray, one S3, one small dataset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import Ranks
+from tests.s3 import KEY_ID, SECRET, Proxy, serve
 
 _WORST: dict[tuple[str, str], tuple[float, float]] = {}
 Within = Callable[[str, float, float], None]
@@ -57,6 +58,37 @@ def shared_ray() -> Iterator[None]:
     assert cluster.connect(cluster.Resources(workers=2))
     yield
     cluster.disconnect()
+
+
+@pytest.fixture(scope="session")
+def s3_proxy() -> Iterator[Proxy]:
+    with serve() as upstream:
+        proxy = Proxy(upstream)
+        yield proxy
+        proxy.close()
+
+
+@pytest.fixture
+def s3(s3_proxy: Proxy, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    """An S3 with the bucket `photos`, which boto3 finds through its environment, and a cache of the test's own."""
+    import moto.s3.models
+
+    monkeypatch.setattr(moto.s3.models, "S3_UPLOAD_PART_MIN_SIZE", 1)
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_proxy.url)
+    monkeypatch.setenv("SIMCLR_CACHE", str(tmp_path_factory.mktemp("cache")))
+    from simclr.data.store import Store
+
+    s3_proxy.quiet()
+    Store().client.create_bucket(Bucket="photos")
+    s3_proxy.log.clear()
+    return s3_proxy
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from PIL import Image
 from simclr.data.datasets import DATASETS
 from simclr.data.encode import encode
 from simclr.data.patterns import CLASSES, render
+from simclr.data.place import Address
 from simclr.data.sources import Source, open_source, place
+from simclr.data.store import Store
+from tests.s3 import Proxy
 
 NAMES = ("test/cat/b.png", "train/cat/a.png", "train/dog/c.png", "train/dog/._c.png", "train/.DS_Store", "train/dog/notes.txt")
 
@@ -56,6 +60,32 @@ def test_a_folder_and_an_archive_of_it_give_the_same_images(tmp_path: Path) -> N
         assert packed.total is None
         assert packed.ignored == {"hidden": 2, ".txt": 1}
         assert [item.data for item in packed.items()] == [item.data.read_bytes() for item in source.items()]  # type: ignore[union-attr]
+
+
+def test_a_prefix_and_an_archive_in_s3_give_the_images_of_the_folder(s3: Proxy, tmp_path: Path) -> None:
+    names = (*NAMES, *(f"train/dog/{i:03}.png" for i in range(80)), "train/dog-2/a.png")  # more than are read ahead
+    here = open_source(str(folder(tmp_path / "photos", names)))
+    bucket, store = Address("photos"), Store(pause_s=0)
+    for name in names:
+        store.upload(tmp_path / "photos" / name, bucket / "pets" / name)
+    store.upload(tmp_path / "photos" / NAMES[0], bucket / "pets-2/of-another-prefix.png")
+    store.upload(archive(tmp_path / "photos.tar.gz", names), bucket / "pets.tar.gz")
+    s3.quiet()
+    s3.rate, s3.kinds = 0.1, ("503", "reset before", "truncated", "flipped")
+    there, packed = open_source("s3://photos/pets/"), open_source("s3://photos/pets.tar.gz")
+    assert (there.spec, there.total, there.ignored) == ("s3://photos/pets", here.total, here.ignored)
+    assert list(there.items()) == list(here.items())
+    assert s3.faults.total() > 0
+    assert sorted(i.name for i in packed.items()) == sorted(i.name for i in here.items()) and packed.ignored == here.ignored
+    assert not list(Path(os.environ["SIMCLR_CACHE"]).rglob("pets*"))  # what was fetched to be read once is gone
+    s3.quiet()
+    for spec, sentence in (
+        ("s3://photos/nothing", "no images in s3://photos/nothing, only nothing"),
+        ("s3://photos/nothing.tar", "there is no s3://photos/nothing.tar"),
+        ("s3://nowhere/pets", "there is no bucket nowhere"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            open_source(spec)
 
 
 def test_the_folders_above_a_file_say_split_and_class() -> None:

@@ -35,6 +35,8 @@ WITHIN = {
     "simclr.resnet": {"simclr.batchnorm", "simclr.config"},
     "simclr.model": {"simclr.batchnorm", "simclr.config", "simclr.resnet", "simclr"},
     "simclr.checkpoint": set(),
+    "simclr.data.place": set(),
+    "simclr.data.store": {"simclr.data.place"},
 }
 
 

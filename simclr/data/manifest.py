@@ -47,6 +47,16 @@ class Manifest:
     """Images whose file is a copy of an earlier one, so that they are each other's negatives; duplicates.csv lists them."""
     versions: dict[str, str]
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Of every split."""
+        return tuple(shard for shards in self.splits.values() for shard in shards)
+
+    def part(self, groups: int = 1, group: int = 0) -> tuple[Shard, ...]:
+        """Training shards of `group` of `groups` (−1: none), and all others."""
+        others = [shard for split, shards in self.splits.items() if split != "train" for shard in shards]
+        return (*(self.splits.get("train", ())[group::groups] if group >= 0 else ()), *others)
+
     def examples(self, split: str, groups: int = 1) -> int:
         """Images in `split`; with more than one shard group those of the smallest, times their number: all an epoch can use.
 
@@ -75,6 +85,17 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     disk.write_text(directory / "manifest.json", manifest.to_json())
 
 
+def parse(text: str, where: object) -> Manifest:
+    """The manifest that `text` is. Raises ValueError naming `where` for another schema, or what is no manifest."""
+    try:
+        schema = json.loads(text).get("schema")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{where}/manifest.json is damaged (no JSON); prepare the data again") from None
+    if schema != SCHEMA:
+        raise ValueError(f"{where} was prepared with shard schema {schema}, this version reads {SCHEMA}; prepare it again")
+    return Manifest.from_json(text)
+
+
 def read_manifest(directory: Path, look: bool = True, groups: int = 1, group: int = 0) -> Manifest:
     """The manifest of `directory`, after a `look` at the size of each shard, of the training shards those of `group` only.
 
@@ -85,15 +106,8 @@ def read_manifest(directory: Path, look: bool = True, groups: int = 1, group: in
     path = directory / "manifest.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no manifest.json, so it is no (complete) dataset; `simclr prepare --source … --out …` makes one")
-    try:
-        schema = json.loads(path.read_text()).get("schema")
-    except (ValueError, AttributeError):
-        raise ValueError(f"{path} is damaged (no JSON); prepare the data again") from None
-    if schema != SCHEMA:
-        raise ValueError(f"{directory} was prepared with shard schema {schema}, this version reads {SCHEMA}; prepare it again")
-    manifest = Manifest.from_json(path.read_text())
-    mine = [s for split, shards in manifest.splits.items() for s in (shards[group::groups] if split == "train" else shards)]
-    for shard in mine if look else ():
+    manifest = parse(path.read_text(), directory)
+    for shard in manifest.part(groups, group) if look else ():
         file = directory / shard.name
         if not file.is_file():
             raise ValueError(f"shard {shard.name} of {directory} is missing; prepare the data again")

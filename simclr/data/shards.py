@@ -69,15 +69,7 @@ def existing(source: Source, out: Path, options: Options) -> Manifest | None:
     is nothing, or what an interrupted prepare left. Raises ValueError where it holds something else, or cannot be written."""
     disk.require_writable(out)
     if (out / "manifest.json").exists():
-        manifest = read_manifest(out)
-        if (manifest.source, manifest.options) != (source.spec, _stated(options)):
-            differ = [f"source {manifest.source}"] if manifest.source != source.spec else []
-            differ += [f"{k} {v}" for k, v in manifest.options.items() if _stated(options).get(k) != v]
-            raise ValueError(f"{out} already holds shards made with {', '.join(differ)}; use another --out, or remove it")
-        held = sum(manifest.examples(split) for split in manifest.splits) + manifest.skipped
-        if source.total not in (None, held):
-            raise ValueError(f"{out} holds {held:,} images, {source.spec} has {source.total:,} now; use another --out, or remove it")
-        return manifest
+        return agreed(read_manifest(out), source, out, options)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out names a directory for the shards")
     ours = {path.name for path in _unfinished(out)} if out.exists() else set()
@@ -85,6 +77,18 @@ def existing(source: Source, out: Path, options: Options) -> Manifest | None:
     if left:
         raise ValueError(f"{out} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
     return None
+
+
+def agreed(manifest: Manifest, source: Source, out: object, options: Options) -> Manifest:
+    """The manifest of `out`, which was made from the same source with the same options. Raises ValueError where it was not."""
+    if (manifest.source, manifest.options) != (source.spec, _stated(options)):
+        differ = [f"source {manifest.source}"] if manifest.source != source.spec else []
+        differ += [f"{k} {v}" for k, v in manifest.options.items() if _stated(options).get(k) != v]
+        raise ValueError(f"{out} already holds shards made with {', '.join(differ)}; use another --out, or remove it")
+    held = sum(manifest.examples(split) for split in manifest.splits) + manifest.skipped
+    if source.total not in (None, held):
+        raise ValueError(f"{out} holds {held:,} images, {source.spec} has {source.total:,} now; use another --out, or remove it")
+    return manifest
 
 
 def prepare(

@@ -1,12 +1,14 @@
-"""Where images come from: a folder, a tar archive, a torchvision dataset, the built-in patterns. One streaming pass each."""
+"""Where images come from: a folder, a tar archive, either of them in S3, a torchvision dataset, the built-in patterns. One
+streaming pass each."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 import tarfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,11 +18,13 @@ from numpy.typing import NDArray
 
 from simclr.data.datasets import DATASETS
 from simclr.data.patterns import CLASSES, render
+from simclr.data.place import Address, address, copy_of, locked
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 _SPLITS = {"train": "train", "training": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
 _RENDER_BLOCK = 512
+_OBJECTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,9 @@ class Source:
 def open_source(spec: str) -> Source:
     """The source that `spec` names.
 
-    A directory or tar archive of split/class/file, class/file, or files alone (unlabelled); the name of a dataset
-    (`cifar10`, or `torchvision:NAME`), downloaded where there is a network; `patterns`, with options as in
-    `patterns:train=4000,test=1000,size=32,seed=0,coloured`. Raises ValueError where it is missing, empty or unknown.
+    A directory or tar archive of split/class/file, class/file, or files alone (unlabelled), on disk or at s3://bucket/prefix;
+    the name of a dataset (`cifar10`, or `torchvision:NAME`), downloaded where there is a network; `patterns`, with options as
+    in `patterns:train=4000,test=1000,size=32,seed=0,coloured`. Raises ValueError where it is missing, empty or unknown.
     """
     name, _, options = spec.partition(":")
     if name == "patterns":
@@ -64,6 +68,9 @@ def open_source(spec: str) -> Source:
         raise ValueError("which torchvision dataset? torchvision:NAME, as in torchvision:CIFAR10")
     if name == "torchvision" or (spec in DATASETS and DATASETS[spec].torchvision):
         return _torchvision(spec, options or DATASETS[spec].torchvision)
+    remote = address(spec)
+    if remote is not None:
+        return _remote_archive(remote) if remote.name.lower().endswith(_ARCHIVES) else _prefix(remote)
     path = Path(spec).expanduser()
     if path.is_dir():
         return _folder(path)
@@ -101,25 +108,77 @@ def _ending(name: str) -> str:
     return "hidden" if path.name.startswith(".") else path.suffix.lower() or "none"
 
 
-# ── Folders and archives ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Folders and archives, on disk and in S3 ────────────────────────────────────────────────────────────────────────────
 
 
 def _folder(root: Path) -> Source:
     present = [p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()]
-    files = sorted(p for p in present if is_image(p.name))
-    ignored = Counter(_ending(p.name) for p in present if not is_image(p.name))
-    if not files:
+    names = [p.relative_to(root).as_posix() for p in present]
+
+    return _files(str(root), names, lambda chosen: (root / name for name in chosen))  # read where they are encoded
+
+
+def _files(spec: str, names: list[str], read: Callable[[list[str]], Iterator[bytes | Path]]) -> Source:
+    """The source of files with these `names` (split/class/file) that `read` gives the bytes of, in the order it is asked for."""
+    images = sorted((name for name in names if is_image(name)), key=PurePosixPath)
+    ignored = Counter(_ending(name) for name in names if not is_image(name))
+    if not images:
         found = f"{ignored.total()} other files ({', '.join(sorted(ignored)[:5])})" if ignored else "nothing"
-        raise ValueError(f"no images in {root}, only {found}; expected files that end with {' '.join(sorted(IMAGE_SUFFIXES))}")
-    flat = all(len(p.relative_to(root).parts) == 1 for p in files)
+        raise ValueError(f"no images in {spec}, only {found}; expected files that end with {' '.join(sorted(IMAGE_SUFFIXES))}")
+    flat = all("/" not in name for name in images)
 
     def items() -> Iterator[Item]:
-        for path in files:
-            parts = path.relative_to(root).parts
-            split, label = place(parts)
-            yield Item(split, None if flat else label, "/".join(parts), path)
+        for name, data in zip(images, read(images), strict=True):
+            split, label = place(PurePosixPath(name).parts)
+            yield Item(split, None if flat else label, name, data)
 
-    return Source(str(root), len(files), items, ignored)
+    return Source(spec, len(images), items, ignored)
+
+
+def _prefix(at: Address) -> Source:
+    from simclr.data.store import Missing, Store
+
+    store = Store(threads=_OBJECTS_AT_ONCE)
+
+    def one(name: str) -> bytes:
+        try:
+            return store.read(at / name)
+        except Missing:  # since the listing: as a file that cannot be read
+            return b""
+
+    def read(chosen: list[str]) -> Iterator[bytes]:
+        ahead: deque[Future[bytes]] = deque()
+        try:
+            for name in chosen:
+                ahead.append(store.pool.submit(one, name))
+                if len(ahead) == 4 * _OBJECTS_AT_ONCE:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for waiting in ahead:
+                waiting.cancel()
+
+    return _files(str(at), [found.name for found in store.listing(at)], read)
+
+
+def _remote_archive(at: Address) -> Source:
+    from simclr.data.store import Store
+
+    store = Store()
+    store.look(at)
+    ignored: Counter[str] = Counter()
+    path = copy_of(at, "archives")
+
+    def items() -> Iterator[Item]:
+        with locked(path):
+            store.download(at, path)
+            try:
+                yield from _archive(path, ignored, str(at))
+            finally:
+                path.unlink()
+
+    return Source(str(at), None, items, ignored)
 
 
 class _Header(tarfile.TarInfo):
@@ -136,7 +195,7 @@ class _Header(tarfile.TarInfo):
             raise OSError(str(error)) from None
 
 
-def _archive(path: Path, ignored: Counter[str]) -> Iterator[Item]:
+def _archive(path: Path, ignored: Counter[str], spec: str = "") -> Iterator[Item]:
     ignored.clear()
     try:
         with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
@@ -151,7 +210,7 @@ def _archive(path: Path, ignored: Counter[str]) -> Iterator[Item]:
                 file = archive.extractfile(member)
                 yield Item(split, label, member.name, file.read() if file is not None else b"")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{path} ends early or is damaged ({error}); fetch it again") from None
+        raise ValueError(f"{spec or path} ends early or is damaged ({error}); fetch it again") from None
 
 
 # ── Datasets by name ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,7 +31,7 @@ def verify(directory: Path, threads: int = 1, progress: Callable[[int], None] = 
     manifest = read_manifest(directory, look=False)
     done = 0
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        for shard in (s for shards in manifest.splits.values() for s in shards):
+        for shard in manifest.shards:
             yield Verified(shard, tuple(_wrong(directory / shard.name, shard, manifest, pool)))
             progress(done := done + shard.bytes)
 

@@ -1,0 +1,65 @@
+"""s3:// addresses, and where this machine keeps its copies of what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """s3://bucket/key."""
+
+    bucket: str
+    key: str = ""
+    """Of an object, or what comes before its objects' names; no slash at either end."""
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}".rstrip("/")
+
+    def __truediv__(self, name: str) -> Address:
+        return Address(self.bucket, f"{self.key}/{name}" if self.key else name)
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.key.rpartition("/")[2] or self.bucket
+
+
+def address(place: str | Path) -> Address | None:
+    """The address that `place` states, None for a place on disk. A Path, which folds the slashes of s3://, is read too.
+
+    Raises ValueError for an address without a bucket. It does not repeat the text: somebody may have put a key into it.
+    """
+    text = str(place)
+    if not text.startswith("s3:/"):
+        return None
+    bucket, _, key = text.removeprefix("s3:").lstrip("/").partition("/")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}", bucket):
+        raise ValueError("this S3 address names no bucket; expected s3://bucket/prefix, with credentials in the environment or a profile")
+    return Address(bucket, "/".join(part for part in key.split("/") if part not in ("", ".", "..")))
+
+
+def copy_of(place: Address, kind: str) -> Path:
+    """Where this machine keeps its copy of `place`: $SIMCLR_CACHE/KIND/DIGEST/NAME, by default below ~/.cache/simclr.
+
+    The same address at another endpoint (AWS_ENDPOINT_URL_S3) is another place.
+    """
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    digest = hashlib.sha256(f"{place} {endpoint}".encode()).hexdigest()[:16]
+    return Path(os.environ.get("SIMCLR_CACHE") or "~/.cache/simclr").expanduser().absolute() / kind / digest / place.name
+
+
+@contextlib.contextmanager
+def locked(copy: Path) -> Iterator[None]:
+    """One process of this machine at a time works on `copy`; the others wait here. A process that dies lets go."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with copy.with_name(f".{copy.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

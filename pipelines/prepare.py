@@ -63,7 +63,8 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
         manifest = shards.agreed(found[0], source, at, args.options)
         say(f"{at} holds these shards already; nothing to do")
         return manifest
-    left = [o.name for o in store.listing(at) if o.name not in remote.LISTS and not o.name.endswith(".beton")]  # of ours: not sent to the end
+    # Shards without a manifest are ours, not sent to the end.
+    left = [o.name for o in store.listing(at) if o.name not in remote.LISTS and not o.name.endswith(".beton")]
     if left:
         raise ValueError(f"{at} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
     made_from = hashlib.sha256(f"{source.spec} {args.options}".encode()).hexdigest()[:8]

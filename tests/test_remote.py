@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from simclr.data import remote, shards
-from simclr.data.manifest import read_manifest, verify
+from simclr.data.manifest import read_manifest
 from simclr.data.place import Address
 from simclr.data.sources import open_source
 from simclr.data.store import Store
+from simclr.data.verify import damaged
 from tests.s3 import Proxy
 
 PLACE = Address("photos", "some/shards")
@@ -52,7 +53,7 @@ def test_shards_go_up_and_come_down_over_a_bad_network(s3: Proxy, several: Path,
     remote.push(several, PLACE, lambda done, total: sent.append((done, total)), quick())
     got: list[tuple[int, int]] = []
     remote.fetch(PLACE, tmp_path / "copy", lambda done, total: got.append((done, total)), quick())
-    assert same(several, tmp_path / "copy") and verify(tmp_path / "copy") == []
+    assert same(several, tmp_path / "copy") and damaged(tmp_path / "copy") == []
     total = sum(shard.bytes for shard in read_manifest(several).shards)
     assert sent[-1] == got[-1] == (total, total)
     # The manifest is the last object that was written, and it is written when every shard is there.
@@ -150,3 +151,19 @@ def test_what_is_no_dataset_is_said(s3: Proxy, several: Path, tmp_path: Path) ->
 
 def _shard(name: str) -> dict[str, object]:
     return {"name": name, "bytes": 1, "sha256": "0", "samples": 1}
+
+
+def test_a_node_fetches_its_own_groups_shards(s3: Proxy, several: Path, tmp_path: Path) -> None:
+    remote.push(several, PLACE, silent, quick())
+    manifest = read_manifest(several)
+    for group in (-1, 0, 1):
+        s3.log.clear()
+        copy = tmp_path / str(group)
+        remote.fetch(PLACE, copy, silent, quick(), 2, group)
+        expected = {shard.name for shard in manifest.part(2, group)}
+        assert {p.name for p in copy.glob("*.beton")} == expected and expected >= {s.name for s in manifest.splits["test"]}
+        assert set(gets(s3)) - {"manifest.json"} == expected
+        if group >= 0:
+            assert read_manifest(copy, groups=2, group=group) == manifest
+    remote.fetch(PLACE, tmp_path / "0", silent, quick(), 2, 1)  # a node with workers of both groups: what it has stays
+    assert damaged(tmp_path / "0") == []

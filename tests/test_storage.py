@@ -16,9 +16,9 @@ from pipelines import evaluate, prepare, report, storage
 from pipelines.rundir import load_run, open_run
 from simclr import checkpoint
 from simclr.data import shards as shard_writer
-from simclr.data.manifest import verify
 from simclr.data.place import Address, address
 from simclr.data.store import Store
+from simclr.data.verify import damaged
 from simclr.pretrain import Start, pretrain
 from simclr.recipes import recipe
 from tests.s3 import KEY_ID, SECRET, Proxy
@@ -61,7 +61,7 @@ def test_prepare_into_s3(s3: Proxy, machine: Machine, tmp_path: Path, capfd: pyt
     assert not [part for _, _, part in s3.log if part]  # what was made here need not be fetched
     machine("two")
     other = storage.shards(Path(out))
-    assert other != copy and other.name == "patterns" and verify(other) == []
+    assert other != copy and other.name == "patterns" and damaged(other) == []
     assert storage.shards(copy) == copy
     with pytest.raises(ValueError, match=f"{out} already holds shards made with source patterns:train=60"):
         prepare.prepare(prepare.Args(source="patterns:train=70,test=20", out=Path(out)))

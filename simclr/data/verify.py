@@ -65,3 +65,8 @@ def _wrong(path: Path, shard: Shard, manifest: Manifest, pool: ThreadPoolExecuto
     for samples in pool.map(damaged, range(0, len(image), _ROWS)):
         for sample in samples:
             yield f"sample {sample}: its JPEG cannot be decoded"
+
+
+def damaged(directory: Path) -> list[str]:
+    """Names of the shards of `directory` with which something is wrong."""
+    return [found.shard.name for found in verify(directory) if found.wrong]

@@ -32,15 +32,18 @@ _WARM_STEPS = 5  # the first steps allocate and compile
 class Args:
     """Compare two ways of doing the same work, in turn, on this machine."""
 
-    what: Annotated[Literal["loop", "optim"], tyro.conf.Positional]
+    what: Annotated[Literal["loop", "optim", "loader", "views"], tyro.conf.Positional]
     """loop: the step under Ray Train with one worker ÷ the same step of the bare generator.
-    optim: LARS ÷ torch's SGD (foreach, and fused) over ResNet-50's parameters."""
+    optim: LARS ÷ torch's SGD (foreach, and fused) over ResNet-50's parameters.
+    loader: images/s of two crops from one decode, each kind of resize ÷ FFCV's own two pipelines.
+    views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px."""
     data: Path | None = None
-    """loop: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for the figure in the README."""
+    """loop: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for the figure in the README.
+    loader: the same of photographs, of which the first shard is read; none = 300 rendered ones, 500 × 375 px."""
     recipe: str = "cifar10_resnet18"
     """loop: recipe whose step is timed."""
     batch_size: int = 32
-    """loop: N, images per step."""
+    """Images per step; views: images of which each gives two views."""
     steps: int = 30
     """Steps of each trial; the first 5 are not counted."""
     trials: int = 3
@@ -49,7 +52,7 @@ class Args:
     """CPU threads of the one worker. As many as there are cores leaves none for Ray's own processes: what they take then
     counts, and more than once, for a worker's threads wait for one another."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """optim: where the parameters lie."""
+    """optim, views: where the work is done."""
 
 
 def main(args: Args) -> None:
@@ -57,6 +60,18 @@ def main(args: Args) -> None:
         raise ValueError(f"--trials {args.trials} --steps {args.steps}; expected at least 1 trial of more than {_WARM_STEPS} steps")
     if args.what == "optim":
         optim(args)
+        return
+    if args.what == "loader":
+        from pipelines.bench_loader import loader
+
+        loader(args.data, args.batch_size, args.steps, args.trials, args.threads)
+        _print_environment()
+        return
+    if args.what == "views":
+        from pipelines.bench_views import views
+
+        views(args.batch_size, args.steps, args.trials, args.threads, _device(args))
+        _print_environment()
         return
     if args.data is None:
         raise ValueError("which data? `simclr bench loop --data DIR`, a directory of prepared shards")
@@ -91,6 +106,12 @@ def loop(args: Args, data: Path) -> float:
     return cost
 
 
+def _device(args: Args) -> torch.device:
+    import torch
+
+    return torch.device("cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu")
+
+
 def _print_environment() -> None:
     for name, value in environment().items():
         print(f"{name}: {value}")
@@ -104,7 +125,7 @@ def optim(args: Args) -> dict[str, float]:
     from simclr.optim import LARS, parameter_groups
     from simclr.resnet import resnet
 
-    device = torch.device("cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu")
+    device = _device(args)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     sides: dict[str, torch.optim.Optimizer] = {}

@@ -129,7 +129,8 @@ def _features(encoder: Any, data: Path, split: str, config: Config, limit: int |
     from simclr.data.loader import in_order
     from simclr.evaluate import embed
 
-    return embed(encoder, in_order(data, split, config.views.size_px, 256, limit), config.views, device, progress=bar.advance)
+    batches = in_order(data, split, config.views.size_px, 256, limit, resize=config.views.resize)
+    return embed(encoder, batches, config.views, device, progress=bar.advance)
 
 
 def _held_back(train: Features) -> tuple[Features, Features]:

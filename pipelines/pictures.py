@@ -65,7 +65,7 @@ def _images(data: Path, split: str, config: Config, ids: NDArray[np.int64]) -> N
     """Images `ids` of a split as evaluation sees them, (n, H, W, 3)."""
     wanted = {int(i) for i in ids}
     found: dict[int, NDArray[np.uint8]] = {}
-    for batch in in_order(data, split, config.views.size_px, 256):
+    for batch in in_order(data, split, config.views.size_px, 256, resize=config.views.resize):
         for row, sample in enumerate(batch.ids.tolist()):
             if sample in wanted:
                 found[sample] = batch.images[row].numpy().copy()

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_type_hints
 
+Resize = Literal["bicubic", "bilinear", "area"]
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -66,6 +68,9 @@ class Views:
     """Smallest and largest area of a crop, as a share of the image."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest aspect ratio (width / height) of a crop."""
+    resize: Resize = "bicubic"
+    """How a crop is brought to its size, with half-pixel centres: bicubic (a = -1/2) and bilinear take 4 and 2 pixels per
+    side however far they shrink, as the official code does with its bicubic; area takes the mean of what a pixel covers."""
     flip_p: float = 0.5
     """Probability of a left-right flip."""
     colour_strength: float = 1.0

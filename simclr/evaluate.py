@@ -211,6 +211,6 @@ def embed_split(
 ) -> Features:
     """Features of `split` of the shards in `data` (at most `limit` images), shared out over the ranks, of which each reads its
     own shard group's training images."""
-    rows = loader.in_order(data, split, views.size_px, batch_size, limit, threads, rank(), world_size(), groups)
+    rows = loader.in_order(data, split, views.size_px, batch_size, limit, threads, rank(), world_size(), groups, views.resize)
     with Frozen(encoder) as frozen:
         return embed(frozen, rows, views, device, dtype, progress)

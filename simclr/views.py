@@ -9,7 +9,6 @@ operation, a blur that sees zeros beyond the border.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr import keyed
-from simclr.config import Views
+from simclr.config import Resize, Views
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -116,8 +115,14 @@ def two_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
     """The normalised views of a batch, (2n, 3, size, size) float32: [view 0 of n images; view 1 of the same n].
 
     images: uint8, (n, H, W, 3) whole images, which are cropped here, or (n, 2, size, size, 3) crops of both views.
-    ids (n,): sample ids, on the host, because the parameters are drawn there.
+    ids (n,): sample ids, on the host, because the parameters are drawn there. On the CPU crops go through a kernel that does
+    the same some seven times faster, and gives them channels last.
     """
+    if images.ndim == 5 and torch.device(device).type == "cpu":
+        from simclr.kernels.views_cpu import crops_to_views  # numba takes half a second to import, for which no encoder waits
+
+        c = draw_colours(views, seed, epoch, ids.numpy())
+        return crops_to_views(images, c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, views.mean, views.std)
     return normalise(raw_views(images, ids, epoch, views, seed, device), views)
 
 
@@ -140,7 +145,7 @@ def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
         boxes = crop_boxes(views, seed, epoch, keys, sizes)
         both = torch.as_tensor(np.concatenate([boxes[:, 0], boxes[:, 1]])).to(device, non_blocking=True)
         x = x.permute(0, 3, 1, 2).float().div_(255).repeat(2, 1, 1, 1)
-        x = crop_resize(x, both, views.size_px, "bicubic", torch.as_tensor(colours.flip).to(device, non_blocking=True))
+        x = crop_resize(x, both, views.size_px, views.resize, torch.as_tensor(colours.flip).to(device, non_blocking=True))
     else:
         x = x.permute(1, 0, 4, 2, 3).flatten(0, 1).float().div_(255).contiguous()
         rows = _rows(colours.flip, x.device)
@@ -148,11 +153,12 @@ def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
     return distort(x, colours)
 
 
-def crop_resize(x: Tensor, boxes: Tensor, size: int, kernel: Literal["bilinear", "bicubic"], flip: Tensor | None = None) -> Tensor:
+def crop_resize(x: Tensor, boxes: Tensor, size: int, kernel: Resize, flip: Tensor | None = None) -> Tensor:
     """Crop boxes (n, 4) out of images (n, 3, H, W) and resize each to (size, size), in [0, 1]; flipped where `flip` says.
 
-    Half-pixel centres, no antialiasing, like the official code. A separable resize is two batched matrix products, whose
-    matrices hold crop, resize and flip at once; for small images that is cheaper than gathering.
+    Half-pixel centres. Bicubic and bilinear do not antialias, like the official code; area is the mean over what an output
+    pixel covers. A separable resize is two batched matrix products, whose matrices hold crop, resize and flip at once; for
+    small images that is cheaper than gathering. Larger ones come from `data.resize`, in whole numbers, by the same weights.
     """
     top, left, height, width = boxes.to(x.dtype).unbind(1)
     rows = _resize_matrix(top, height, x.shape[2], size, kernel)
@@ -162,9 +168,14 @@ def crop_resize(x: Tensor, boxes: Tensor, size: int, kernel: Literal["bilinear",
     return torch.matmul(torch.matmul(rows[:, None], x), columns[:, None].mT).clamp_(0, 1)
 
 
-def _resize_matrix(start: Tensor, length: Tensor, source: int, size: int, kernel: Literal["bilinear", "bicubic"]) -> Tensor:
+def _resize_matrix(start: Tensor, length: Tensor, source: int, size: int, kernel: Resize) -> Tensor:
     """(n, size, source): each output pixel's weights over the source's pixels, of which [start, start + length) exist."""
     steps = torch.arange(size, device=start.device, dtype=start.dtype) + 0.5
+    if kernel == "area":
+        scale = (length / size)[:, None, None]
+        edge = start[:, None, None] + (steps - 0.5)[:, None] * scale
+        pixel = torch.arange(source, device=start.device, dtype=start.dtype)
+        return (torch.minimum(edge + scale, pixel + 1) - torch.maximum(edge, pixel)).clamp_min(0) / scale
     centre = start[:, None] + steps * (length / size)[:, None] - 0.5
     if kernel == "bilinear":  # beyond the border the last pixel goes on
         centre = centre.clamp(min=start[:, None], max=(start + length - 1)[:, None])

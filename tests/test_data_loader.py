@@ -17,13 +17,15 @@ import torch
 from PIL import Image
 
 from simclr import keyed
-from simclr.config import Config, Train, Views
+from simclr.config import Config, Resize, Train, Views
 from simclr.data import loader, shards
-from simclr.data.decode import decode, resize_box
+from simclr.data.decode import decode
 from simclr.data.loader import Batch
 from simclr.data.manifest import read_manifest
+from simclr.data.resize import KINDS
 from simclr.data.sources import Item, Source, open_source
 from simclr.views import crop_boxes
+from tests.test_resize import reference
 
 # isort: split
 from ffcv.reader import Reader
@@ -74,8 +76,8 @@ def jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(photographs(), tmp_path_factory.mktemp("jpeg") / "out")
 
 
-def config(batch_size: int, seed: int = 3) -> Config:
-    return Config(seed=seed, train=Train(batch_size=batch_size), views=Views(size_px=SIZE))
+def config(batch_size: int, seed: int = 3, resize: Resize = "bicubic") -> Config:
+    return Config(seed=seed, train=Train(batch_size=batch_size), views=Views(size_px=SIZE, resize=resize))
 
 
 def take(data: Path, batch_size: int, first: int, count: int, rank: int = 0, world: int = 1, threads: int = 1) -> list[Batch]:
@@ -83,18 +85,6 @@ def take(data: Path, batch_size: int, first: int, count: int, rank: int = 0, wor
     found = [Batch(b.step, b.epoch, b.images.clone(), b.ids, b.labels) for b in itertools.islice(stream, count)]
     stream.close()
     return found
-
-
-def resized(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
-    """Bilinear with half-pixel centres in float64: the definition."""
-    top, left, height, width = (int(side) for side in box)
-    part = image[top : top + height, left : left + width].astype(float)
-    for axis, length in ((0, height), (1, width)):
-        at = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
-        low = at.astype(int)
-        weight = (at - low).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
-        part = np.take(part, low, axis) * (1 - weight) + np.take(part, np.minimum(low + 1, length - 1), axis) * weight
-    return part
 
 
 # ── What a step sees ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,26 +127,21 @@ def test_starting_late_costs_nothing_more(raw: Path) -> None:
     assert (batch.step, batch.epoch) == (10**9, 10**9 // 90)
 
 
-def test_photographs_give_both_views_crops(jpeg: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_photographs_give_both_views_crops(jpeg: Path, kind: Resize) -> None:
     assert len(read_manifest(jpeg).splits["train"]) > 1
     pictures = [picture(i) for i in range(PHOTOS)]
-    (batch,) = take(jpeg, PHOTOS, 2, 1)
+    stream = loader.batches(config(PHOTOS, resize=kind), jpeg, 2, 0, 1)
+    batch = next(stream)
+    stream.close()
     assert batch.images.shape == (PHOTOS, 2, SIZE, SIZE, 3) and batch.images.dtype == torch.uint8
     assert (batch.labels == -1).all()
     ids = batch.ids.numpy()
     boxes = crop_boxes(config(PHOTOS).views, 3, 2, ids, np.array([pictures[i].shape[:2] for i in ids]))
     for row, sample in enumerate(ids):
         for view in range(2):
-            expected = resized(pictures[sample], boxes[row, view], SIZE)
+            expected = reference(pictures[sample], boxes[row, view], SIZE, kind)
             assert np.abs(batch.images[row, view].numpy() - expected).max() <= 1
-
-
-@pytest.mark.parametrize("box", [(0, 0, 50, 70), (7, 3, 40, 60), (20, 30, 9, 5), (49, 69, 1, 1), (10, 0, 2, 70)])
-def test_the_resize_is_the_float_one_to_a_level(box: tuple[int, ...]) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    out = np.empty((16, 16, 3), np.uint8)
-    resize_box(image, np.array(box, np.int32), out)
-    assert np.abs(out - resized(image, np.array(box), 16)).max() <= 1
 
 
 # ── Evaluation ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -180,7 +165,7 @@ def test_photographs_are_cropped_in_the_middle(jpeg: Path) -> None:
     assert batch.images.shape == (PHOTOS, SIZE, SIZE, 3)
     assert picture(0).shape == (150, 220, 3)  # 0.875 × 150 = 131 px, at (10, 45)
     assert loader.centre_boxes(np.array([[150, 220]])).tolist() == [[10, 45, 131, 131]]
-    assert np.abs(batch.images[0].numpy() - resized(picture(0), np.array([10, 45, 131, 131]), SIZE)).max() <= 1
+    assert np.abs(batch.images[0].numpy() - reference(picture(0), np.array([10, 45, 131, 131]), SIZE)).max() <= 1
 
 
 # ── Damage, failure, end ───────────────────────────────────────────────────────────────────────────────────────────

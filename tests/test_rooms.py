@@ -17,8 +17,9 @@ DOORS = {
     "boto3": {"simclr/data/store.py"},
     "botocore": {"simclr/data/store.py"},
     "mlflow": {"pipelines/tracking.py"},
-    # The writer, the reader and its operation, and the room that makes FFCV's import fast and harmless.
-    "ffcv": {"simclr/data/beton.py", "simclr/data/loader.py", "simclr/data/decode.py", "simclr/data/ffcv_import.py"},
+    # The writer, the reader and its operation, the room that makes FFCV's import fast and harmless, and, for the bench
+    # alone, FFCV's own decoders in FFCV's own loader.
+    "ffcv": {f"simclr/data/{name}.py" for name in ("beton", "loader", "decode", "ffcv_import", "ffcv_crops")},
     "ray": {"pipelines/cluster.py", "pipelines/worker.py"},
     "torchvision": {"simclr/data/sources.py"},
 }

@@ -22,7 +22,7 @@ from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
 from numpy.typing import NDArray
 
-_BITS = 11  # of a bilinear weight; two of them and a byte stay below 2^31
+from simclr.data.resize import resize_box
 
 
 def decode(data: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
@@ -35,9 +35,9 @@ def decode(data: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
 class Crops(Operation):  # type: ignore[misc]
     """Decode once, then cut and resize `count` boxes: → (n, count, size, size, 3) uint8.
 
-    The metadata rows carry `box` (count, 4): top, left, height, width in pixels, inside the image. Resizing is bilinear
-    with half-pixel centres and no antialiasing, as the official code resizes (there bicubically). Three buffers: the crops;
-    each sample's status, 0 or what the decoder said of a damaged image; and, per thread, room for a decoded image.
+    The metadata rows carry `box` (count, 4): top, left, height, width in pixels, inside the image. Three buffers: the crops;
+    each sample's status, 0 or what the decoder said of a damaged image; and, per thread, room for a decoded image. The
+    fourth entry is the kind of resize, its number in `resize.KINDS`, so that one compiled function serves all.
     """
 
     def __init__(self, count: int, size_px: int) -> None:
@@ -56,10 +56,10 @@ class Crops(Operation):  # type: ignore[misc]
 
     def generate_code(self) -> Callable[..., Any]:
         read, each = self.memory_read, Compiler.get_iterator()
-        decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_box)
+        decode_jpeg, resize = Compiler.compile(imdecode), resize_box
 
         def crops(batch_indices: Any, buffers: Any, metadata: Any, storage_state: Any) -> Any:
-            destination, status, scratch = buffers
+            destination, status, scratch, kind = buffers
             for thread in each(len(scratch)):
                 first, last = thread * len(batch_indices) // len(scratch), (thread + 1) * len(batch_indices) // len(scratch)
                 for row in range(first, last):
@@ -74,38 +74,9 @@ class Crops(Operation):  # type: ignore[misc]
                         image = stored.reshape(height, width, 3)
                     if status[row] == 0:
                         for box in range(field["box"].shape[0]):
-                            resize(image, field["box"][box], destination[row, box])
+                            resize(image, field["box"][box], destination[row, box], kind)
             return destination[: len(batch_indices)]
 
         crops.is_parallel = True  # type: ignore[attr-defined]
         return crops
 
-
-def resize_box(image: NDArray[np.uint8], box: NDArray[np.int32], out: NDArray[np.uint8]) -> None:
-    """Box (top, left, height, width) of image (H, W, 3), resized to out (s, s, 3): bilinear, half-pixel centres.
-
-    In whole numbers, so the same on every processor. A source row is widened once and kept while output rows need it.
-    """
-    size, one, half = out.shape[0], 1 << _BITS, 1 << (2 * _BITS - 1)
-    top, left, height, width = np.int64(box[0]), np.int64(box[1]), np.int64(box[2]), np.int64(box[3])
-    near, far, right = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
-    for x in range(size):
-        at = min(max(((2 * x + 1) * width * one + size) // (2 * size) - one // 2, 0), (width - 1) * one)  # in 1 / one pixels
-        near[x], far[x] = 3 * (left + at // one), 3 * (left + min(at // one + 1, width - 1))
-        right[x] = at % one
-    source, target = image.reshape(image.shape[0], -1), out.reshape(size, -1)
-    wide = np.empty((2, 3 * size), np.int32)  # source row r, resized to the new width, is kept in wide[r % 2]
-    held = np.full(2, -1)
-    for y in range(size):
-        at = min(max(((2 * y + 1) * height * one + size) // (2 * size) - one // 2, 0), (height - 1) * one)
-        upper, lower, down = at // one, min(at // one + 1, height - 1), at % one
-        for row in (upper, lower):
-            if held[row % 2] != row:
-                held[row % 2] = row
-                pixels, kept = source[top + row], wide[row % 2]
-                for x in range(size):
-                    for c in range(3):
-                        kept[3 * x + c] = pixels[near[x] + c] * (one - right[x]) + pixels[far[x] + c] * right[x]
-        above, below, line = wide[upper % 2], wide[lower % 2], target[y]
-        for i in range(3 * size):
-            line[i] = (above[i] * (one - down) + below[i] * down + half) >> (2 * _BITS)

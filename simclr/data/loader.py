@@ -35,10 +35,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr import keyed
-from simclr.config import Config
+from simclr.config import Config, Resize
 from simclr.data.beton import METADATA
 from simclr.data.decode import Crops
 from simclr.data.manifest import Manifest, Shard, read_manifest
+from simclr.data.resize import KINDS
 from simclr.views import crop_boxes
 
 _AHEAD = 3
@@ -78,7 +79,7 @@ def batches(config: Config, data: Path, start_step: int, rank: int, world: int, 
     per_epoch, n = config.steps_per_epoch(split.examples), config.images_per_rank(world)
     taken = config.train.batch_size // groups  # from each group, in a step
     size = config.views.size_px
-    read = split.reader(n, crops=2, size_px=size)
+    read = split.reader(n, crops=2, size_px=size, resize=config.views.resize)
     order_of, order = -1, np.empty(0, np.int64)
 
     def batch(step: int) -> Batch:
@@ -104,6 +105,7 @@ def in_order(
     rank: int = 0,
     world: int = 1,
     groups: int = 1,
+    resize: Resize = "bicubic",
 ) -> Generator[Batch, None, None]:
     """Every image of a split once, or `limit` of them, in order; a rank gets its consecutive share. Of training shards in more
     than one group it gets a share of its own group's.
@@ -111,7 +113,8 @@ def in_order(
     Which ones `limit` leaves is drawn once and the same for every caller. (Evenly spaced ones would be of a single class
     where classes take turns in the split.)
 
-    Raw shards give whole images; JPEG shards the centre crop of 0.875 of the shorter side, resized to `size_px`.
+    Raw shards give whole images; JPEG shards the centre crop of 0.875 of the shorter side, resized to `size_px` by
+    `resize`, which is best what it was in training (`config.views.resize`).
     """
     groups = groups if split == "train" else 1
     rows = _Split(data, split, threads, groups, rank * groups // world)
@@ -119,7 +122,7 @@ def in_order(
     ids = np.sort(keyed.permutation(0, 0, len(rows))[:total]) if total < len(rows) else np.arange(total, dtype=np.int64)
     here, own = world // groups, rank % (world // groups)  # ranks of this group, and which of them this is
     ids = ids[total * own // here : total * (own + 1) // here]
-    read = rows.reader(min(batch_size, max(len(ids), 1)), crops=1, size_px=size_px)
+    read = rows.reader(min(batch_size, max(len(ids), 1)), crops=1, size_px=size_px, resize=resize)
 
     def batch(number: int) -> Batch:
         mine = ids[number * batch_size : (number + 1) * batch_size]
@@ -200,7 +203,7 @@ class _Split:
         rows = self.rows[ids]
         return np.stack([rows["height"], rows["width"]], 1).astype(np.int64)
 
-    def reader(self, most: int, crops: int, size_px: int) -> Callable[[Any, Any], Tensor]:
+    def reader(self, most: int, crops: int, size_px: int, resize: Resize) -> Callable[[Any, Any], Tensor]:
         """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time."""
         operation = SimpleRGBImageDecoder() if self.raw else Crops(crops, size_px)
         operation.accept_globals(self.rows, Compiler.compile(_read))
@@ -209,6 +212,7 @@ class _Split:
         code = _compile(operation, self.threads)
         # One slot per batch that is queued, one being filled, one in the caller's hands.
         slots = itertools.cycle([_allocate(queries, most) for _ in range(_AHEAD + 2)])
+        kind = KINDS.index(resize)
         scratch = None if self.raw else np.empty((self.threads, operation.scratch_bytes), np.uint8)
 
         def read(rows: Any, ids: NDArray[np.int64]) -> Tensor:
@@ -216,7 +220,7 @@ class _Split:
             with _compiled_code:
                 if self.threads > 1:
                     numba.set_num_threads(self.threads)
-                images = code(np.arange(len(rows)), slot if self.raw else (*slot, scratch), rows, self.storage)
+                images = code(np.arange(len(rows)), slot if self.raw else (*slot, scratch, kind), rows, self.storage)
             if not self.raw and (bad := np.flatnonzero(slot[1][: len(rows)])).size:
                 raise ValueError(f"{self._where(int(ids[bad[0]]))} is damaged: its JPEG cannot be decoded; prepare the data again")
             return torch.from_numpy(images if self.raw or crops > 1 else images[:, 0])

@@ -1,0 +1,107 @@
+"""`simclr bench loader`: two crops from one decode, against FFCV's two pipelines over the same shard with the same threads."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines.terminal import say
+from simclr.config import Config, Train, Views
+from simclr.data import shards
+from simclr.data.beton import PAGE
+from simclr.data.ffcv_crops import ffcv_two_crops
+from simclr.data.loader import batches
+from simclr.data.manifest import read_manifest, write_manifest
+from simclr.data.patterns import render
+from simclr.data.resize import KINDS
+from simclr.data.sources import open_source
+
+WARM = 5  # batches that are not counted: the queue fills
+_IMAGES, _WIDTH_PX, _HEIGHT_PX = 300, 500, 375
+_FFCV = "FFCV, two pipelines"
+
+
+def loader(data: Path | None, batch_size: int, steps: int, trials: int, threads: int, size_px: int = 224) -> dict[str, float]:
+    """Print and return, for each kind of resize, our images/s ÷ FFCV's: the median over pairs of trials.
+
+    An image counts once its two crops are there. Both sides prepare batches in advance and are asked for the next one at
+    once, so what is timed is the preparing.
+    """
+    torch_threads = torch.get_num_threads()  # FFCV's loader sets it
+    with tempfile.TemporaryDirectory(prefix="simclr-bench-") as folder:
+        shard = _one_shard(data or _rendered(Path(folder)), Path(folder) / "one")
+        samples = read_manifest(shard).examples("train")
+        if samples < batch_size:
+            raise ValueError(f"the first shard has {samples} photographs; use --batch-size {samples} or less")
+        beton = next(shard.glob("*.beton"))
+        sides: dict[str, Callable[[], Iterator[Any]]] = {_FFCV: ffcv_two_crops(beton, size_px, batch_size, steps, threads)}
+        for kind in KINDS:
+            config = Config(train=Train(batch_size=batch_size), views=Views(size_px=size_px, resize=kind))
+            sides[kind] = lambda config=config: batches(config, shard, 0, 0, 1, threads)  # type: ignore[misc]
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        for name in sides:  # compiles; to the end, because FFCV's thread cannot be stopped and numba's threads bear no second user
+            _rate(sides[name](), steps, batch_size)
+        for trial in range(trials):
+            for name in list(sides)[:: 1 if trial % 2 == 0 else -1]:
+                rates[name].append(_rate(sides[name](), steps, batch_size))
+            say(f"trial {trial + 1} of {trials}: " + ", ".join(f"{name} {rate[-1]:,.0f}" for name, rate in rates.items()))
+        kib = (beton.stat().st_size - PAGE) / samples / 1024
+    torch.set_num_threads(torch_threads)
+    print(
+        f"two crops of {size_px} px from each of {samples} JPEGs of about {kib:.0f} KiB, {threads} threads, "
+        f"{steps - WARM} batches of {batch_size}, median of n = {trials}"
+    )
+    ratios = {}
+    for name, found in rates.items():
+        pairs = sorted(ours / theirs for ours, theirs in zip(found, rates[_FFCV], strict=True))
+        ratios[name] = statistics.median(pairs)
+        than = "" if name == _FFCV else f"   {ratios[name]:.2f} × (pairs {pairs[0]:.2f} … {pairs[-1]:.2f})"
+        label = name if name == _FFCV else f"decoded once, {name}" + (" (default)" if name == Views().resize else "")
+        print(f"{label:<32} {statistics.median(found):8,.0f} images/s{than}")
+    return ratios
+
+
+def _rate(stream: Iterator[Any], steps: int, batch_size: int) -> float:
+    """Images per second from batch WARM to batch `steps`."""
+    for _ in range(WARM):
+        next(stream)
+    began = time.perf_counter()
+    for _ in range(steps - WARM):
+        next(stream)
+    seconds = time.perf_counter() - began
+    if isinstance(stream, Generator):
+        stream.close()
+    return (steps - WARM) * batch_size / seconds
+
+
+def _one_shard(data: Path, folder: Path) -> Path:
+    """The first training shard of `data` as a dataset: FFCV's loader reads one file."""
+    manifest = read_manifest(data)
+    if manifest.kind != "jpeg":
+        raise ValueError(f"{data} holds whole images, which nothing decodes; `simclr bench loader` takes photographs")
+    first = manifest.splits["train"][0]
+    folder.mkdir()
+    (folder / first.name).symlink_to((data / first.name).absolute())
+    write_manifest(folder, replace(manifest, splits={"train": (first,)}))
+    return folder
+
+
+def _rendered(folder: Path) -> Path:
+    """Shards of 300 rendered pictures with grain, as JPEGs of quality 90: some 60 KiB each, as small photographs are."""
+    photos, out = folder / "photos", folder / "shards"
+    photos.mkdir()
+    for first in range(0, _IMAGES, 20):
+        images, _ = render(np.arange(first, first + 20), 0, _WIDTH_PX, True)
+        for i, image in enumerate(images):
+            Image.fromarray(image[:_HEIGHT_PX]).save(photos / f"{first + i:03}.jpg", quality=90)
+    shards.prepare(open_source(str(photos)), out, shards.Options(), 2, lambda done: None)
+    return out

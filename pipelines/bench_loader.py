@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines.terminal import say
 from simclr.config import Config, Train, Views
 from simclr.data import shards
-from simclr.data.beton import PAGE
+from simclr.data.encode import PAGE
 from simclr.data.ffcv_crops import ffcv_two_crops
 from simclr.data.loader import batches
 from simclr.data.manifest import read_manifest, write_manifest

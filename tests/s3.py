@@ -20,8 +20,15 @@ _STALL_S = 0.05
 _ANSWERS = {
     "500": (500, b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"),
     "503": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
+    # As AWS words it: with the key's id, and what was signed.
+    "403": (
+        403,
+        f"<Error><Code>SignatureDoesNotMatch</Code><Message>The Signature of {KEY_ID} does not match.</Message>"
+        f"<AWSAccessKeyId>{KEY_ID}</AWSAccessKeyId><StringToSign>AWS4-HMAC-SHA256 {SECRET}</StringToSign></Error>".encode(),
+    ),
 }
 ANY = ("500", "503", "reset before", "answer lost")
+REFUSED = "403"
 WITH_BODY = ("reset in body", "truncated", "flipped")
 
 
@@ -78,7 +85,7 @@ class Proxy:
                 self.rate, self.kinds = 1.0, ("reset before",)
             if self.random.random() >= self.rate:
                 return ""
-            kinds = [k for k in self.kinds if k in ANY or object_body]
+            kinds = [k for k in self.kinds if k in (*ANY, REFUSED) or object_body]
             kind = self.random.choice([*kinds, "stall"] if self.rate < 1 else kinds) if kinds else ""
             if kind == "flipped" and len(kinds) > 1 and self.random.random() < 0.6:  # it costs a whole object
                 kind = "truncated"

@@ -70,6 +70,19 @@ def test_prepare_into_s3(s3: Proxy, machine: Machine, tmp_path: Path, capfd: pyt
     assert not list((tmp_path / "two").rglob("staging/*/*/*"))
 
 
+def test_two_processes_of_a_machine_fetch_once(s3: Proxy, machine: Machine) -> None:
+    at = "s3://photos/once/patterns"
+    prepare.prepare(prepare.Args(source="patterns:train=900,test=60", out=Path(at), options=shard_writer.Options(shard_mib=1)))
+    machine("two")
+    s3.log.clear()
+    command = [sys.executable, "-c", f"from pipelines import storage; print(storage.shards({at!r}))"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[0].strip() for process in both]
+    assert said[0] == said[1] and damaged(Path(said[0])) == []
+    fetched = [(path, part) for _, path, part in s3.log if part]
+    assert len(fetched) == len(set(fetched)) >= 3
+
+
 def test_a_prepare_whose_upload_fails_goes_on(s3: Proxy, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     args = prepare.Args(source="patterns:train=60,test=20", out=Path("s3://photos/broken/patterns"))
     with monkeypatch.context() as patch:

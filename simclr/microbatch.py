@@ -22,7 +22,7 @@ from simclr.batchnorm import BatchNorm
 
 def cached_gradient(
     network: nn.Module,
-    views_of: Callable[[slice], Tensor],
+    embed: Callable[[slice], tuple[Tensor, Tensor, Tensor]],
     images: int,
     piece: int,
     contrast: Callable[[Tensor], Tensor],
@@ -31,44 +31,36 @@ def cached_gradient(
     """Leave in the parameters of `network` the gradient of contrast(z) + the classifier's loss over `images` of this rank, of
     which `piece` are embedded at a time.
 
-    network: views (2m, 3, H, W) → (h, z, logits); views_of(rows): both views of some of the images; contrast: z (2n, d) → loss;
+    embed(rows) → (h, z, logits) of both views of some of the images, through `network`; contrast: z (2n, d) → loss;
     classify(logits, rows) → (loss, hits) as means over those rows. Returns (z (2n, d), loss, classifier's loss, hits).
+    Autocast, where there is any, belongs into `embed`: gradients are taken here.
     """
     pieces = [slice(at, min(at + piece, images)) for at in range(0, images, piece)]
-    with torch.no_grad(), _tracking(network, 0.0):
-        found = [network(views_of(rows))[1].chunk(2) for rows in pieces]
+    statistics = [b for m in network.modules() if isinstance(m, BatchNorm) for b in (m.running_mean, m.running_var)]
+    before = [b.clone() for b in statistics]
+    found = []
+    with torch.no_grad():
+        for rows in pieces:
+            found.append(embed(rows)[1].chunk(2))
+            torch._foreach_copy_(statistics, before)  # the second time counts
     z = torch.cat([part[view] for view in range(2) for part in found]).requires_grad_()
     loss = contrast(z)
     (wanted,) = torch.autograd.grad(loss, z)
     losses, hits = [], []
-    for number, rows in enumerate(pieces):
+    moved = [torch.zeros_like(b) for b in statistics]
+    for rows in pieces:
         share = (rows.stop - rows.start) / images
-        last = rows is pieces[-1]
-        waits = isinstance(network, DistributedDataParallel) and not last  # ranks exchange gradients once, with the last piece
-        # Running statistics move once in a step, by the mean of the pieces': the i-th of P has this weight in them.
-        weight = _MOMENTUM / (len(pieces) - (len(pieces) - 1 - number) * _MOMENTUM)
-        with network.no_sync() if waits else contextlib.nullcontext(), _tracking(network, weight):  # type: ignore[operator]
-            _, again, logits = network(views_of(rows))
+        waits = isinstance(network, DistributedDataParallel) and rows is not pieces[-1]  # ranks exchange gradients once, at the end
+        with network.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            _, again, logits = embed(rows)
             classified, right = classify(logits, rows)
             target = torch.cat([wanted[rows], wanted[images + rows.start : images + rows.stop]])
             ((again * target).sum() + share * classified).backward()
         losses.append(share * classified.detach())
         hits.append(share * right)
+        torch._foreach_add_(moved, statistics)
+        torch._foreach_copy_(statistics, before)
+    # Running statistics move once in a step, by the mean of the pieces'. (A momentum of each piece's own would do it too, and be
+    # compiled anew each time.)
+    torch._foreach_copy_(statistics, torch._foreach_div(moved, float(len(pieces))))
     return z.detach(), loss.detach(), torch.stack(losses).sum(), torch.stack(hits).sum()
-
-
-_MOMENTUM = 0.1  # of BatchNorm
-
-
-@contextlib.contextmanager
-def _tracking(network: nn.Module, momentum: float):  # type: ignore[no-untyped-def]
-    """Inside, running statistics move by `momentum`."""
-    norms = [m for m in network.modules() if isinstance(m, BatchNorm)]
-    before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = momentum
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, before, strict=True):
-            norm.momentum = momentum

@@ -103,23 +103,23 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
             batch = next(batches)
             since.waiting_s += time.perf_counter() - waited
 
-            def views_of(rows: slice, batch: loader.Batch = batch) -> Tensor:
-                made = two_views(batch.images[rows], batch.ids[rows], batch.epoch, config.views, config.seed, device)
-                return made.to(dtype, memory_format=torch.channels_last)
+            def embed(rows: slice, batch: loader.Batch = batch) -> tuple[Tensor, Tensor, Tensor]:
+                views = two_views(batch.images[rows], batch.ids[rows], batch.epoch, config.views, config.seed, device)
+                with autocast:
+                    out: tuple[Tensor, Tensor, Tensor] = network(views.to(dtype, memory_format=torch.channels_last))
+                return out
 
             def classify(logits: Tensor, rows: slice, labels: Tensor = batch.labels) -> tuple[Tensor, Tensor]:
                 return _classify(logits, labels[rows].to(device, non_blocking=True))
 
             optimizer.zero_grad(set_to_none=True)
             if config.train.micro_batch in (None, per_rank):
-                with autocast:
-                    _, z, logits = network(views_of(slice(0, per_rank)))
+                _, z, logits = embed(slice(0, per_rank))
                 loss = contrast(z)
                 classified, hits = classify(logits, slice(0, per_rank))
                 (loss + classified).backward()
             else:
-                with autocast:
-                    z, loss, classified, hits = cached_gradient(network, views_of, per_rank, config.train.micro_batch, contrast, classify)
+                z, loss, classified, hits = cached_gradient(network, embed, per_rank, config.train.micro_batch, contrast, classify)
             lr = warmup_cosine(step, peak, warmup, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr

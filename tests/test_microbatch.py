@@ -39,12 +39,13 @@ def gradients(piece: int, fixed_statistics: bool) -> dict[str, Any]:
     network: torch.nn.Module = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
     n = N // world_size()
 
-    def views_of(rows: slice) -> Tensor:
-        return torch.cat([views[rows], views[n + rows.start : n + rows.stop]])
+    def embed(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = network(torch.cat([views[rows], views[n + rows.start : n + rows.stop]]))
+        return found
 
     if piece:
         z, loss, classified, hits = cached_gradient(
-            network, views_of, n, piece, lambda z: nt_xent(z, 0.3), lambda logits, rows: _classify(logits, labels[rows])
+            network, embed, n, piece, lambda z: nt_xent(z, 0.3), lambda logits, rows: _classify(logits, labels[rows])
         )
     else:
         _, z, logits = network(views)
@@ -120,3 +121,11 @@ def test_a_micro_batch_that_does_not_divide_is_a_sentence() -> None:
         config.images_per_rank(2)
     with pytest.raises(ValueError, match=r"train.micro_batch is 0; expected at least 1"):
         dataclasses.replace(TINY.train, micro_batch=0)
+
+
+def test_in_bfloat16_pieces_train_too(patterns: Path) -> None:
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=3, micro_batch=6, precision="bfloat16"))
+    found = [report.metrics["train/loss"] for report in pretrain(config, Start(patterns))]
+    whole = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=None))
+    first = next(iter(pretrain(whole, Start(patterns)))).metrics["train/loss"]
+    assert len(found) == 3 and np.isfinite(found).all() and np.isfinite(first)

@@ -18,6 +18,7 @@ from typing import Any
 
 from pipelines.terminal import say
 from simclr import disk
+from simclr.data.place import Unreachable
 
 # Before Ray is imported: what it reads from the environment once.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
@@ -191,7 +192,7 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     trainer = _trainer_class(private, controllers)(
         worker,
         train_loop_config={**job, "inbox": inbox, "cpus_per_worker": resources.cpus_per_worker},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=gpus,
@@ -270,7 +271,7 @@ def _mistake(failure: BaseException) -> str:
     disk), or ""."""
     for worker_error in getattr(failure, "worker_failures", {}).values():
         error = getattr(worker_error, "_base_exc", worker_error)
-        if isinstance(error, ValueError | FloatingPointError):
+        if isinstance(error, ValueError | FloatingPointError) and not isinstance(error, Unreachable):
             return str(error)
         if sentence := disk.trouble(error):
             return sentence

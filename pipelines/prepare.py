@@ -58,17 +58,18 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
     from simclr.data.store import Store
 
     store = Store()
+    made_from = hashlib.sha256(f"{source.spec} {args.options}".encode()).hexdigest()[:8]
+    here, copy = copy_of(at, f"staging/{made_from}"), copy_of(at, "shards")
     found = remote.manifest_at(at, store)
     if found is not None:
         manifest = shards.agreed(found[0], source, at, args.options)
+        shutil.rmtree(here, ignore_errors=True)  # of a prepare that was killed when all was sent
         say(f"{at} holds these shards already; nothing to do")
         return manifest
     # Shards without a manifest are ours, not sent to the end.
     left = [o.name for o in store.listing(at) if o.name not in remote.LISTS and not o.name.endswith(".beton")]
     if left:
         raise ValueError(f"{at} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
-    made_from = hashlib.sha256(f"{source.spec} {args.options}".encode()).hexdigest()[:8]
-    here, copy = copy_of(at, f"staging/{made_from}"), copy_of(at, "shards")
     manifest = shards.existing(source, here, args.options) or _write(replace(args, out=here), source)
     with Bar("upload", None, "MiB", "MiB/s") as bar:
         remote.push(here, at, storage.mebibytes(bar), store)

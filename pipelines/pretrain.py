@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,8 @@ def pretrain(args: Args) -> Run:
     if done:
         say(f"going on with {where} after step {done:,} of {total:,}")
     tracked = Tracked(run, uri)
-    job = {"config": config.to_dict(), "data": str(remote or data.absolute()), "run": str(home.at or run.path.absolute())}
+    job: dict[str, Any] = {"config": config.to_dict(), "data": str(remote or data.absolute())}
+    job |= {"run": str(home.at or run.path.absolute()), "created": run.created}
     status = "FAILED"
     running = None
     try:
@@ -128,9 +130,20 @@ def pretrain(args: Args) -> Run:
         if ours:
             cluster.disconnect()
         run = tracked.close(status)
+        if status != "FINISHED":  # what was logged since the last checkpoint; Ctrl-C waits for it no longer than this
+            sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
+            sending.start()
+            sending.join(2.0 if status == "KILLED" else 60.0)
     home.wait()
     home.send()
     return run
+
+
+def _send_anyway(home: storage.Home) -> None:
+    try:
+        home.send()
+    except ValueError as error:
+        say(f"not sent: {error}")
 
 
 def _note(report: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from pipelines.address import redacted
 from simclr import disk
 from simclr.config import Config
 from simclr.data.place import address, copy_of
@@ -165,7 +166,7 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is no run (it has no run.json); use another --run")
     else:
-        command = shlex.join(["simclr", *sys.argv[1:]])
+        command = shlex.join(["simclr", *(redacted(word) for word in sys.argv[1:])])
         run = Run(
             path=path,
             recipe=recipe,

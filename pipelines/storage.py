@@ -109,6 +109,21 @@ class Home:
                 notes[name] = [there[name], *_stamp(self.path / name)]
                 disk.write_text(self.path / _NOTES, json.dumps(notes))
 
+    def belongs_to(self, created: float) -> None:
+        """Drop the checkpoints of this copy where they are of another run than the one that began at `created`: on a worker's
+        node nothing else says so, and an address may be used again."""
+        if self.at is None:
+            return
+        with locked(self.path):
+            mark, run = self.path / ".created", self.path / "run.json"
+            known = mark.read_text() if mark.is_file() else ""
+            if run.is_file():
+                known = str(json.loads(run.read_text())["created"])
+            if known != str(created):
+                shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            disk.write_text(mark, str(created))
+
     def send(self) -> None:
         """Send what changed in the copy, checkpoints apart."""
         if self.at is None:

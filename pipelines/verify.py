@@ -11,6 +11,7 @@ import tyro
 
 from pipelines import storage
 from pipelines.terminal import Bar
+from simclr.data import place
 from simclr.data.manifest import read_manifest
 
 _SHOWN = 3
@@ -39,5 +40,8 @@ def main(args: Args) -> None:
             lines.append(f"{found.shard.name}  {found.shard.bytes / 2**20:8,.1f} MiB  {found.shard.samples:9,} images  {state}")
             damaged += bool(found.wrong)
     print("\n".join(lines))
+    if damaged and place.address(args.data) is not None:
+        (data / "manifest.json").unlink()  # so that the next command hashes this copy and fetches what is damaged
+        raise ValueError(f"{damaged} of {len(lines)} shards of this machine's copy are damaged; they are fetched again by the next command")
     if damaged:
         raise ValueError(f"{damaged} of {len(lines)} shards of {args.data} are damaged; prepare or fetch the data again")

@@ -36,14 +36,17 @@ def train_worker(job: dict[str, Any]) -> None:
         torch.set_num_threads(job["cpus_per_worker"])
         keep_freed_memory()
     data = storage.shards(job["data"], config.train.shard_groups, config.group_of(context.get_world_rank(), context.get_world_size()))
-    if str(data) != job["data"]:
-        ray.train.collective.barrier()  # one node may fetch for an hour, and NCCL and gloo wait ten minutes
+    home.belongs_to(job.get("created", 0.0))
     newest = None
     if first:  # One rank looks: on a shared disk that is slow to show a rename, two might see different ones.
         home.settle()
         newest = checkpoint.latest(checkpoints, lambda text: print(text, file=sys.stderr))
+    # One node may fetch for an hour, and NCCL and gloo wait half of one.
+    meet = ray.train.collective.barrier if home.at is not None or str(data) != job["data"] else list
+    meet()
     name = from_rank_zero(newest.name if newest else "")
     start = Start(data, device, home.checkpoint(name) if name else None, job["cpus_per_worker"])
+    meet()
     for report in pretrain(config, start):
         metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps}
         if first:

@@ -50,7 +50,7 @@ def embed(
     """
     h, y, ids = [], [], []
     for batch in batches:
-        x = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+        x = batch.images.to(device).permute(0, 3, 1, 2).float() / 255  # waits: the loader uses the memory again
         if x.shape[2:] != (views.size_px, views.size_px):
             x = F.interpolate(x, (views.size_px, views.size_px), mode="bicubic", antialias=True).clamp(0, 1)
         x = normalise(x, views).to(dtype, memory_format=torch.channels_last)

@@ -32,7 +32,7 @@ def cached_gradient(
     which `piece` are embedded at a time.
 
     embed(rows) → (h, z, logits) of both views of some of the images, through `network`; contrast: z (2n, d) → loss;
-    classify(logits, rows) → (loss, hits) as means over those rows. Returns (z (2n, d), loss, classifier's loss, hits).
+    classify(logits, rows) → (loss, a mean over those rows; hits, counts of them). Returns (z (2n, d), loss, classifier's loss, hits).
     Autocast, where there is any, belongs into `embed`: gradients are taken here.
     """
     pieces = [slice(at, min(at + piece, images)) for at in range(0, images, piece)]
@@ -57,10 +57,10 @@ def cached_gradient(
             target = torch.cat([wanted[rows], wanted[images + rows.start : images + rows.stop]])
             ((again * target).sum() + share * classified).backward()
         losses.append(share * classified.detach())
-        hits.append(share * right)
+        hits.append(right)
         torch._foreach_add_(moved, statistics)
         torch._foreach_copy_(statistics, before)
     # Running statistics move once in a step, by the mean of the pieces'. (A momentum of each piece's own would do it too, and be
     # compiled anew each time.)
     torch._foreach_copy_(statistics, torch._foreach_div(moved, float(len(pieces))))
-    return z.detach(), loss.detach(), torch.stack(losses).sum(), torch.stack(hits).sum()
+    return z.detach(), loss.detach(), torch.stack(losses).sum(), torch.stack(hits).sum(0)

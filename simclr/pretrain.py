@@ -94,7 +94,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
 
     # ── Steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
     batches = loader.on_device(loader.batches(config, start.data, step, rank(), world_size(), start.threads), device)
-    summed = torch.zeros(3, device=device, dtype=torch.float64)  # since the last report: loss, classifier's loss and hits
+    summed = torch.zeros(4, device=device, dtype=torch.float64)  # since the last report: loss, classifier's loss, hits, labelled
     bad_at = torch.full((), math.inf, device=device, dtype=torch.float64)
     since = _Clock(step)
     try:
@@ -125,7 +125,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
                 group["lr"] = lr
             optimizer.step()
 
-            summed += torch.stack([loss.detach(), classified.detach(), hits])
+            summed += torch.cat([torch.stack([loss.detach(), classified.detach()]), hits])
             step += 1
             bad_at = torch.minimum(bad_at, _first_bad(z, loss, step))
             last = step == total
@@ -180,18 +180,18 @@ def _contrast(z: Tensor, loss: Loss) -> Tensor:
 
 
 def _classify(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the linear evaluation, logits (2n, classes), labels (n,), and its share of hits among labelled views.
+    """Cross entropy of the linear evaluation, logits (2n, classes), labels (n,), and (2,) its hits and the labelled views.
 
-    Both are 0 without classes. An image without a label (−1) adds nothing, and the divisor stays 2n: so the mean over ranks
+    All are 0 without classes. An image without a label (−1) adds nothing, and the divisor stays 2n: so the mean over ranks
     is the global batch's, however labels are spread.
     """
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     if not logits.shape[1]:
-        return logits.new_zeros(()), logits.new_zeros(())
+        return logits.new_zeros(()), logits.new_zeros(2)
     labels = labels.repeat(2)
     loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    hits = (logits.detach().argmax(1) == labels).to(loss.dtype).sum() / (labels >= 0).sum().clamp_min(1)
-    return loss / len(labels), hits
+    hits = torch.stack([(logits.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
+    return loss / len(labels), hits.to(loss.dtype)
 
 
 def _first_bad(z: Tensor, loss: Tensor, step: int) -> Tensor:
@@ -215,7 +215,7 @@ def _measure(sums: Tensor, bad_at: Tensor, z: Tensor, config: Config, classifies
         "health/uniformity": diagnostics.uniformity(z[:4096]),
     }
     if classifies:
-        values |= {"train/linear_loss": sums[1], "train/linear_top1": sums[2]}
+        values |= {"train/linear_loss": sums[1], "train/linear_top1": sums[2], "labelled": sums[3]}
     # Each rank's first bad step travels with the means; where it was never bad, 0 does.
     slot = torch.arange(world_size(), device=bad_at.device).eq(rank())
     bad = torch.where(slot & bad_at.isfinite(), bad_at * world_size(), 0.0)
@@ -227,7 +227,10 @@ def _measure(sums: Tensor, bad_at: Tensor, z: Tensor, config: Config, classifies
             f"the loss is not finite at step {int(first)} on rank {ranks}; the last checkpoint is still good: "
             "train with a lower --optim.base-lr or more --optim.warmup-epochs"
         )
-    return dict(zip(values, means, strict=False))
+    found_means = dict(zip(values, means, strict=False))
+    if labelled := found_means.pop("labelled", 0.0):
+        found_means["train/linear_top1"] /= labelled
+    return found_means
 
 
 class _Clock:

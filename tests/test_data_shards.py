@@ -7,7 +7,7 @@ import errno
 import io
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +332,27 @@ def test_the_manifest_reads_back_and_names_what_is_wrong(tmp_path: Path) -> None
         read_manifest(out)
     with pytest.raises(ValueError, match="no directory"):
         read_manifest(tmp_path / "nowhere")
+
+
+def test_a_source_that_breaks_off_leaves_what_was_full_and_one_that_changed_is_not_mixed_in(tmp_path: Path) -> None:
+    """A network that goes away is no verdict on the data; another archive under the same name is."""
+    options, items = shards.Options(shard_mib=1, max_skipped_pct=5), list(mixed().items())
+
+    def broken() -> Iterator[Item]:
+        yield from items[:70]
+        raise ValueError("s3://… failed 8 times, the last time with no connection")
+
+    with pytest.raises(ValueError, match="no connection"):
+        shards.prepare(Source("mixed", 90, broken, "a"), tmp_path / "out", options, 2, lambda done: None)
+    went_on: list[int] = []
+    again = Source("mixed", 90, lambda: iter(items), "a")
+    assert shards.prepare(again, tmp_path / "out", options, 2, lambda done: None, resumed=went_on.append).skipped == 3
+    assert went_on and went_on[0] > 10
+    with pytest.raises(ValueError, match=r"mixed has changed since .* was made from it; use another --out"):
+        shards.prepare(Source("mixed", 90, lambda: iter(items), "b"), tmp_path / "out", options, 2, lambda done: None)
+    with pytest.raises(ValueError, match="no connection"):
+        shards.prepare(Source("mixed", 90, broken, "a"), tmp_path / "other", options, 2, lambda done: None)
+    went_on.clear()
+    changed = Source("mixed", 90, lambda: iter(items), "b")
+    shards.prepare(changed, tmp_path / "other", options, 2, lambda done: None, resumed=went_on.append)
+    assert not went_on

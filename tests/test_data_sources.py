@@ -171,3 +171,13 @@ def test_the_table_states_splits_that_add_up() -> None:
     assert DATASETS["cifar10"].splits == {"train": 50_000, "test": 10_000}
     for name, dataset in DATASETS.items():
         assert dataset.classes > 1 and min(dataset.std) > 0 and "train" in dataset.splits, name
+
+
+def test_a_source_that_changed_has_another_identity(tmp_path: Path) -> None:
+    here = folder(tmp_path / "photos", NAMES)
+    packed = archive(tmp_path / "photos.tar", NAMES)
+    before = [open_source(str(place)).identity for place in (here, packed)]
+    assert all(before) and before == [open_source(str(place)).identity for place in (here, packed)]
+    next(here.rglob("*.png")).write_bytes(b"another picture")
+    packed = archive(tmp_path / "photos.tar", NAMES[:2])
+    assert all(a != b for a, b in zip(before, [open_source(str(place)).identity for place in (here, packed)], strict=True))

@@ -52,7 +52,7 @@ def gradients(piece: int, fixed_statistics: bool) -> dict[str, Any]:
         loss = nt_xent(z, 0.3)
         classified, hits = _classify(logits, labels)
         (loss + classified).backward()
-    total = all_gather(torch.stack([loss.detach(), classified.detach(), hits.double()])[None]).mean(0)
+    total = all_gather(torch.cat([torch.stack([loss.detach(), classified.detach()]), hits.double() / (2 * n)])[None]).mean(0)
     norms = {name: m.running_mean.clone() for name, m in model.named_modules() if isinstance(m, BatchNorm)}
     grads = {name: p.grad for name, p in model.named_parameters()}
     return {"losses": total, "z": z.detach(), "statistics": norms, "gradients": grads}

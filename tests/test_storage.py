@@ -267,3 +267,23 @@ def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
     assert rows[-1]["name"] == "trained encoder" and {"evaluation.json", "pictures.npz", "report.html"} <= set(names(str(at)))
     with storage.directory(Path(str(at))) as here:
         assert load_run(here).origin == data and data in (here / "report.html").read_text()
+
+
+def test_a_worker_does_not_go_on_from_the_checkpoints_of_an_earlier_run_at_the_address(
+    s3: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which its node still has a copy: the address was emptied and used again, and only the driver knows."""
+    address = "s3://photos/runs/again"
+    home = storage.Home(address)
+    home.belongs_to(1.0)
+    checkpoint.write(home.path / "checkpoints", checkpoint.State(100, {}, {"model.a": torch.ones(2)}), 1)
+    home.settle()
+    assert home._whole() == ["step-000000100"]
+    for found in home.store.listing(home.at):  # type: ignore[arg-type]
+        home.store.delete(home.at / found.name)  # type: ignore[operator]
+    worker = storage.Home(address)
+    worker.belongs_to(1.0)  # the same run started again: its copy stays
+    assert checkpoint.latest(worker.path / "checkpoints", print) is not None
+    worker.belongs_to(2.0)
+    worker.settle()
+    assert checkpoint.latest(worker.path / "checkpoints", print) is None and worker._whole() == []

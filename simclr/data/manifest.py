@@ -39,6 +39,8 @@ class Manifest:
     """Per channel, of pixels in [0, 1]: some 4,000 evenly spaced ones of every training image."""
     std: tuple[float, float, float]
     source: str
+    identity: str = ""
+    """Of the source's content, as far as that is cheaply told: a changed archive or folder has another."""
     options: dict[str, int]
     """What `simclr prepare` was asked for: the same source and options give the same bytes."""
     skipped: int

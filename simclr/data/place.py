@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+class Unreachable(ValueError):
+    """Every try failed, by what may pass: a network, a server."""
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """s3://bucket/key."""

@@ -85,6 +85,8 @@ def agreed(manifest: Manifest, source: Source, out: object, options: Options) ->
         differ = [f"source {manifest.source}"] if manifest.source != source.spec else []
         differ += [f"{k} {v}" for k, v in manifest.options.items() if _stated(options).get(k) != v]
         raise ValueError(f"{out} already holds shards made with {', '.join(differ)}; use another --out, or remove it")
+    if manifest.identity and manifest.identity != source.identity:
+        raise ValueError(f"{source.spec} has changed since {out} was made from it; use another --out, or remove it")
     held = sum(manifest.examples(split) for split in manifest.splits) + manifest.skipped
     if source.total not in (None, held):
         raise ValueError(f"{out} holds {held:,} images, {source.spec} has {source.total:,} now; use another --out, or remove it")
@@ -105,10 +107,10 @@ def prepare(
     Labels are the ranks of the sorted class names. The bytes depend on source and options, not on `threads`. progress gets
     the number of images so far; then, while shards are hashed, sealing gets their bytes so far and in all.
 
-    Interrupted or killed it leaves the shards that were full; called again it goes on behind them (resumed gets the number
-    of images that they hold), and the bytes are those of an uninterrupted one. Raises ValueError, with nothing left behind,
-    for fewer than two images, for more than `options.max_skipped_pct` that cannot be read, for raw images of different
-    sizes, for an `out` that holds something else or that somebody else is writing to, and for a full disk.
+    Interrupted, killed or cut off from its source it leaves the shards that were full; called again it goes on behind them
+    (resumed gets the number of images that they hold), and the bytes are those of an uninterrupted one. Raises ValueError for
+    an `out` that holds something else or that somebody else is writing to; and, with nothing left behind, for fewer than two
+    images, for more than `options.max_skipped_pct` that cannot be read, for raw images of different sizes, for a full disk.
     """
     found = existing(source, out, options)
     if found is not None:
@@ -126,7 +128,7 @@ def prepare(
             written = sum(path.stat().st_size for path in _unfinished(out))
             for writer in job.writers.values():
                 writer.abandon()
-            if isinstance(error, Exception):
+            if isinstance(error, Unusable) or (isinstance(error, OSError) and error.errno in disk.FULL):
                 for path in (*_unfinished(out), *(out / name for name in _LISTS)):
                     path.unlink(missing_ok=True)
             free = shutil.disk_usage(out).free
@@ -141,6 +143,10 @@ def prepare(
         finally:
             for pool in (job.pool, job.flushers):
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Unusable(ValueError):
+    """The source is not fit to train on; going on with it would end the same way."""
 
 
 @contextlib.contextmanager
@@ -176,7 +182,7 @@ class _Job:
 
     def run(self, progress: Callable[[int], None], resumed: Callable[[int], None], sealing: Callable[[int, int], None]) -> Manifest:
         kind, bytes_each, items = _decide(self.source, self.options)
-        about = [self.source.spec, self.source.total, _stated(self.options), kind, _versions()]
+        about = [self.source.spec, self.source.identity, self.source.total, _stated(self.options), kind, _versions()]
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         behind = {}
         for split in ("train", "test"):
@@ -205,7 +211,7 @@ class _Job:
                 continue
             size = size or (encoded.height, encoded.width)
             if kind == "raw" and size != (encoded.height, encoded.width):
-                raise ValueError(
+                raise Unusable(
                     f"{encoded.item.name} has {encoded.width} × {encoded.height} px, the images before it {size[1]} × {size[0]}; "
                     "raw shards hold one size: use --kind jpeg"
                 )
@@ -220,11 +226,11 @@ class _Job:
         if count < 2 or not any(note.which for note in notes["train"]):
             why = f" ({len(skipped)} could not be read, the first: {': '.join(skipped[0])})" if skipped else ""
             usable = f"{count} usable image{'s' * (count != 1)}"
-            raise ValueError(f"{self.source.spec} has {usable} to train on{why}; contrasting needs at least 2")
+            raise Unusable(f"{self.source.spec} has {usable} to train on{why}; contrasting needs at least 2")
         most = self.options.max_skipped_pct
         if len(skipped) > most / 100 * (count + len(skipped)):
             reasons = Counter(reason for _, reason in skipped).most_common(3)
-            raise ValueError(
+            raise Unusable(
                 f"{len(skipped)} of {count + len(skipped)} images of {self.source.spec} cannot be read, more than {most:g} %; "
                 f"the first: {': '.join(skipped[0])}; most often: {', '.join(f'{reason} ({times})' for reason, times in reasons)}; "
                 "mend the source, or allow more with --max-skipped-pct"
@@ -254,6 +260,7 @@ class _Job:
             mean=tuple(round(float(m), 6) for m in mean),  # type: ignore[arg-type]
             std=tuple(round(float(s), 6) for s in np.sqrt(np.maximum(square - mean**2, 0))),  # type: ignore[arg-type]
             source=self.source.spec,
+            identity=self.source.identity,
             options=_stated(self.options),
             skipped=len(skipped),
             duplicates=len(copies),

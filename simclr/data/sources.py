@@ -4,10 +4,11 @@ streaming pass each."""
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import tarfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".t
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 _SPLITS = {"train": "train", "training": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
 _RENDER_BLOCK = 512
+_END_BYTES = 1 << 20
 _OBJECTS_AT_ONCE = 16
 
 
@@ -50,6 +52,8 @@ class Source:
     total: int | None
     """Images, where that is known without reading."""
     items: Callable[[], Iterator[Item]]
+    identity: str = ""
+    """What changes when the source does: of a folder its files' names and sizes, of an archive its size and ends."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Ending → files that are no images by their names; of an archive, those seen so far."""
 
@@ -78,7 +82,7 @@ def open_source(spec: str) -> Source:
         if not path.name.lower().endswith(_ARCHIVES) and not tarfile.is_tarfile(path):
             raise ValueError(f"{path} is no tar archive; expected a folder, one of {', '.join(_ARCHIVES)}, or a dataset's name")
         ignored: Counter[str] = Counter()
-        return Source(str(path), None, lambda: _archive(path, ignored), ignored)
+        return Source(str(path), None, lambda: _archive(path, ignored), _ends(path), ignored)
     known = ["patterns", *(n for n, d in DATASETS.items() if d.torchvision)]
     near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"give a folder, a tar archive or one of {', '.join(known)}"
@@ -113,13 +117,14 @@ def _ending(name: str) -> str:
 
 def _folder(root: Path) -> Source:
     present = [p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()]
-    names = [p.relative_to(root).as_posix() for p in present]
+    states = {p.relative_to(root).as_posix(): p.stat().st_size if p.exists() else -1 for p in present}
+    return _files(str(root), states, lambda chosen: (root / name for name in chosen))  # read where they are encoded
 
-    return _files(str(root), names, lambda chosen: (root / name for name in chosen))  # read where they are encoded
 
-
-def _files(spec: str, names: list[str], read: Callable[[list[str]], Iterator[bytes | Path]]) -> Source:
-    """The source of files with these `names` (split/class/file) that `read` gives the bytes of, in the order it is asked for."""
+def _files(spec: str, states: Mapping[str, object], read: Callable[[list[str]], Iterator[bytes | Path]]) -> Source:
+    """The source of files with these names (split/class/file), each with what tells its content (a size, an ETag), that `read`
+    gives the bytes of, in the order it is asked for."""
+    names = list(states)
     images = sorted((name for name in names if is_image(name)), key=PurePosixPath)
     ignored = Counter(_ending(name) for name in names if not is_image(name))
     if not images:
@@ -132,7 +137,24 @@ def _files(spec: str, names: list[str], read: Callable[[list[str]], Iterator[byt
             split, label = place(PurePosixPath(name).parts)
             yield Item(split, None if flat else label, name, data)
 
-    return Source(spec, len(images), items, ignored)
+    return Source(spec, len(images), items, _digest(*(f"{name} {states[name]}" for name in images)), ignored)
+
+
+def _digest(*parts: str | bytes) -> str:
+    """16 hex digits of `parts`."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update((part if isinstance(part, bytes) else part.encode(errors="surrogateescape")) + b"\0")
+    return hashed.hexdigest()[:16]
+
+
+def _ends(path: Path) -> str:
+    """Tells one archive from another without reading all of it: its size, its first and its last MiB."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(_END_BYTES)
+        file.seek(max(size - _END_BYTES, 0))
+        return _digest(str(size), first, file.read())
 
 
 def _prefix(at: Address) -> Source:
@@ -159,14 +181,14 @@ def _prefix(at: Address) -> Source:
             for waiting in ahead:
                 waiting.cancel()
 
-    return _files(str(at), [found.name for found in store.listing(at)], read)
+    return _files(str(at), {found.name: found.etag for found in store.listing(at)}, read)
 
 
 def _remote_archive(at: Address) -> Source:
     from simclr.data.store import Store
 
     store = Store()
-    store.look(at)
+    identity = store.look(at).etag
     ignored: Counter[str] = Counter()
     path = copy_of(at, "archives")
 
@@ -178,7 +200,7 @@ def _remote_archive(at: Address) -> Source:
             finally:
                 path.unlink()
 
-    return Source(str(at), None, items, ignored)
+    return Source(str(at), None, items, identity, ignored)
 
 
 class _Header(tarfile.TarInfo):

@@ -32,7 +32,7 @@ from botocore import exceptions as boto
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
-from simclr.data.place import Address
+from simclr.data.place import Address, Unreachable
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
@@ -231,6 +231,7 @@ class Store:
                     listed.flush()
 
             self._all([self.pool.submit(fetch, i) for i in range(len(parts)) if i not in done])
+            os.fsync(file.fileno())
 
     def _fetch_part(self, place: Address, etag: str, begin: int, end: int, file: int, progress: Progress) -> None:
         """Bytes begin … end − 1 of the object into `file`; another try goes on after the last byte that came."""
@@ -319,7 +320,6 @@ class Store:
             with contextlib.suppress(ValueError):  # the first trouble is the one to tell
                 self._tried(place, lambda: self.client.abort_multipart_upload(**about))
             raise
-
     # ── Trying again ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _tried(self, place: Address, request: Callable[[], T]) -> T:
@@ -343,7 +343,7 @@ class Store:
                     reason += f" to {urlsplit(self.client.meta.endpoint_url).hostname}"
             except boto.BotoCoreError as error:
                 raise ValueError(f"{place} cannot be asked for ({type(error).__name__}); check the address and the AWS settings") from None
-        raise ValueError(
+        raise Unreachable(
             f"{place} failed {self.attempts} times, the last time with {reason}; check the network and the endpoint, "
             "then run the same command again: it goes on where it stopped"
         )

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 _BLOCK = 1 << 22  # logits at a time on a CPU: 16 MiB in float32, which stay in the cache
 _TILED = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # side of a tile: 64 KiB of shared memory at d = 128
+_WIDEST = 512  # dimensions of z; wider ones go block by block, as on a CPU
 
 
 def streamed(queries: Tensor, keys: Tensor, offset: int, temperature: float, block: int = _BLOCK) -> Tensor:
@@ -31,7 +32,7 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, offset: int, temperature: float, block: int) -> Tensor:
         queries, keys = queries.contiguous(), keys.contiguous()
-        on_gpu = queries.is_cuda and queries.dtype in _TILED
+        on_gpu = queries.is_cuda and queries.dtype in _TILED and queries.shape[1] <= _WIDEST
         if on_gpu:
             lse, positive = triton_forward(queries, keys, offset, temperature)
         else:
@@ -113,6 +114,8 @@ def triton_backward(queries: Tensor, keys: Tensor, lse: Tensor, offset: int, tem
 
 def _tile(queries: Tensor) -> dict[str, Any]:
     """The kernels' compile-time settings. float32 is multiplied as three TF32 products, whose error is float32's own."""
-    d, side = queries.shape[1], _TILED[queries.dtype]
+    d = queries.shape[1]
+    wide = max(16, 1 << (d - 1).bit_length())
+    side = max(16, min(_TILED[queries.dtype], _TILED[queries.dtype] * 128 // wide))  # a tile holds the whole width
     precision = "tf32x3" if queries.dtype == torch.float32 else "ieee"
-    return {"D": d, "WIDE": max(16, 1 << (d - 1).bit_length()), "ROWS": side, "KEYS": side, "PRECISION": precision, "num_stages": 2}
+    return {"D": d, "WIDE": wide, "ROWS": side, "KEYS": side, "PRECISION": precision, "num_stages": 2}

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 _BLOCK = 1 << 22  # logits at a time on a CPU: 16 MiB in float32, which stay in the cache
 _TILED = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # side of a tile: 64 KiB of shared memory at d = 128
-_WIDEST = 512  # dimensions of z; wider ones go block by block, as on a CPU
+_WIDEST = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}  # dimensions of z; wider ones go block by block, as on a CPU
 
 
 def streamed(queries: Tensor, keys: Tensor, offset: int, temperature: float, block: int = _BLOCK) -> Tensor:
@@ -32,7 +32,7 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, offset: int, temperature: float, block: int) -> Tensor:
         queries, keys = queries.contiguous(), keys.contiguous()
-        on_gpu = queries.is_cuda and queries.dtype in _TILED and queries.shape[1] <= _WIDEST
+        on_gpu = queries.is_cuda and queries.shape[1] <= _WIDEST.get(queries.dtype, 0)
         if on_gpu:
             lse, positive = triton_forward(queries, keys, offset, temperature)
         else:

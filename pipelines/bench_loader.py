@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.terminal import say
+from pipelines.bench_result import WARM_STEPS, Row, compared, in_turn
 from simclr.config import Config, Train, Views
 from simclr.data import shards
 from simclr.data.encode import PAGE
@@ -25,12 +25,11 @@ from simclr.data.patterns import render
 from simclr.data.resize import KINDS
 from simclr.data.sources import open_source
 
-WARM = 5  # batches that are not counted: the queue fills
 _IMAGES, _WIDTH_PX, _HEIGHT_PX = 300, 500, 375
 _FFCV = "FFCV, two pipelines"
 
 
-def loader(data: Path | None, batch_size: int, steps: int, trials: int, threads: int, size_px: int = 224) -> dict[str, float]:
+def loader(data: Path | None, batch_size: int, steps: int, trials: int, threads: int, size_px: int = 224) -> list[Row]:
     """Print and return, for each kind of resize, our images/s ÷ FFCV's: the median over pairs of trials.
 
     An image counts once its two crops are there. Both sides prepare batches in advance and are asked for the next one at
@@ -47,40 +46,39 @@ def loader(data: Path | None, batch_size: int, steps: int, trials: int, threads:
         for kind in KINDS:
             config = Config(train=Train(batch_size=batch_size), views=Views(size_px=size_px, resize=kind))
             sides[kind] = lambda config=config: batches(config, shard, 0, 0, 1, threads)  # type: ignore[misc]
-        rates: dict[str, list[float]] = {name: [] for name in sides}
         for name in sides:  # compiles; to the end, because FFCV's thread cannot be stopped and numba's threads bear no second user
             _rate(sides[name](), steps, batch_size)
-        for trial in range(trials):
-            for name in list(sides)[:: 1 if trial % 2 == 0 else -1]:
-                rates[name].append(_rate(sides[name](), steps, batch_size))
-            say(f"trial {trial + 1} of {trials}: " + ", ".join(f"{name} {rate[-1]:,.0f}" for name, rate in rates.items()))
+        rates = in_turn({name: partial(_fresh, side, steps, batch_size) for name, side in sides.items()}, trials, "images/s")
         kib = (beton.stat().st_size - PAGE) / samples / 1024
     torch.set_num_threads(torch_threads)
     print(
         f"two crops of {size_px} px from each of {samples} JPEGs of about {kib:.0f} KiB, {threads} threads, "
-        f"{steps - WARM} batches of {batch_size}, median of n = {trials}"
+        f"{steps - WARM_STEPS} batches of {batch_size}, median of n = {trials}"
     )
-    ratios = {}
-    for name, found in rates.items():
-        pairs = sorted(ours / theirs for ours, theirs in zip(found, rates[_FFCV], strict=True))
-        ratios[name] = statistics.median(pairs)
-        than = "" if name == _FFCV else f"   {ratios[name]:.2f} × (pairs {pairs[0]:.2f} … {pairs[-1]:.2f})"
+    rows = compared(rates, "images/s", _FFCV)
+    for row in rows:
+        name = row["name"]
+        than = "" if name == _FFCV else f"   {row['ratio']:.2f} × (pairs {row['low']:.2f} … {row['high']:.2f})"
         label = name if name == _FFCV else f"decoded once, {name}" + (" (default)" if name == Views().resize else "")
-        print(f"{label:<32} {statistics.median(found):8,.0f} images/s{than}")
-    return ratios
+        print(f"{label:<32} {row['median']:8,.0f} images/s{than}")
+    return rows
+
+
+def _fresh(side: Callable[[], Iterator[Any]], steps: int, batch_size: int) -> float:
+    return _rate(side(), steps, batch_size)
 
 
 def _rate(stream: Iterator[Any], steps: int, batch_size: int) -> float:
-    """Images per second from batch WARM to batch `steps`."""
-    for _ in range(WARM):
+    """Images per second from batch WARM_STEPS, behind which the queue is full, to batch `steps`."""
+    for _ in range(WARM_STEPS):
         next(stream)
     began = time.perf_counter()
-    for _ in range(steps - WARM):
+    for _ in range(steps - WARM_STEPS):
         next(stream)
     seconds = time.perf_counter() - began
     if isinstance(stream, Generator):
         stream.close()
-    return (steps - WARM) * batch_size / seconds
+    return (steps - WARM_STEPS) * batch_size / seconds
 
 
 def _one_shard(data: Path, folder: Path) -> Path:

@@ -8,19 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from pipelines.bench_result import Row
 from simclr.data.manifest import read_manifest
 from simclr.recipes import recipe
 
 
-def memory(data: Path, batch_size: int, epochs: int, threads: int) -> dict[str, list[tuple[int, float, float]]]:
-    """Print and return, per kind of cache, (epoch, MiB of the process's own, MiB of mapped files), each in a fresh process."""
+def memory(data: Path, batch_size: int, epochs: int, threads: int) -> list[Row]:
+    """Print and return, epoch by epoch, MiB of the process's own and of mapped files, for each kind of cache in a fresh process."""
     if epochs < 1:
         raise ValueError(f"--epochs is {epochs}; expected at least 1")
     manifest = read_manifest(data)
     examples = manifest.examples("train")
     if batch_size > examples:
         raise ValueError(f"--batch-size is {batch_size}, {data} has {examples} training images; use that or less")
-    found: dict[str, list[tuple[int, float, float]]] = {}
+    found: list[Row] = []
     print(f"{epochs} epochs of {examples:,} images ({sum(s.bytes for s in manifest.splits['train']) / 2**20:,.0f} MiB of shards)")
     print(f"{'cache':<8} {'epoch':>6} {'own, MiB':>9} {'mapped files, MiB':>18} {'images/s so far':>16}")
     caches: tuple[Literal["page", "process"], ...] = ("page", "process")
@@ -29,7 +30,7 @@ def memory(data: Path, batch_size: int, epochs: int, threads: int) -> dict[str, 
             rows = pool.apply(_run, (str(data), batch_size, epochs, threads, cache))
         for epoch, own, mapped, rate in rows:
             print(f"{cache:<8} {epoch:>6} {own:>9,.0f} {mapped:>18,.0f} {rate:>16,.0f}")
-        found[cache] = [row[:3] for row in rows]
+            found.append({"name": cache, "epoch": epoch, "own_mib": own, "mapped_mib": mapped, "images_per_s": rate})
     return found
 
 

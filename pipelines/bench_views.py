@@ -6,12 +6,13 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipelines.terminal import say
+from pipelines.bench_result import Row, compared, in_turn
 from simclr.config import Views
 from simclr.views import two_views
 
@@ -21,8 +22,8 @@ _SMALL = 8  # times as many images of 32 px: what a step has of them
 _INSTALL = "pip install --no-deps kornia==0.9.0 kornia_rs==0.2.0 packaging"
 
 
-def views(batch_size: int, steps: int, trials: int, threads: int, device: torch.device) -> dict[int, float]:
-    """Print and, where kornia is installed, return by side in px our views/s ÷ kornia's: the median over pairs of trials.
+def views(batch_size: int, steps: int, trials: int, threads: int, device: torch.device) -> list[Row]:
+    """Print and return views/s by side in px and, where kornia is installed, ours ÷ kornia's: the median over pairs of trials.
 
     Kornia draws factors per sample as we do, but one order of the colour operations per batch; its blur takes the same
     taps, and mirrors at the border where ours sees zeros. Both sides get the same uint8 crops on the device.
@@ -31,27 +32,26 @@ def views(batch_size: int, steps: int, trials: int, threads: int, device: torch.
     has_kornia = importlib.util.find_spec("kornia") is not None
     if not has_kornia:
         print(f"kornia is not installed, so ours is timed alone; `{_INSTALL}` installs what it is compared with")
-    ratios = {}
+    rows: list[Row] = []
     for side in _SIDES_PX:
         n = batch_size * (_SMALL if side == min(_SIDES_PX) else 1)
         crops = torch.randint(0, 256, (n, 2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
         sides: dict[str, Callable[[], Tensor]] = {"ours": _ours(crops, Views(size_px=side), device)}
         if has_kornia:
             sides["kornia"] = _kornia(crops, Views(size_px=side))
-        rates: dict[str, list[float]] = {name: [] for name in sides}
-        for trial in range(trials):
-            for name in list(sides)[:: 1 if trial % 2 == 0 else -1]:
-                rates[name].append(2 * n / _call_s(sides[name], steps))
-            say(f"trial {trial + 1} of {trials}: " + ", ".join(f"{name} {rate[-1]:,.0f}" for name, rate in rates.items()))
+        timed = {name: partial(_views_per_s, call, 2 * n, steps) for name, call in sides.items()}
+        found = compared(in_turn(timed, trials, "views/s"), "views/s", "ours", inverted=True)
         counted = f"median of {steps - WARM} calls, n = {trials}"
         print(f"views of {side} px on {device.type}, {threads} threads, {n} images of 2 views, {counted}")
-        for name, found in rates.items():
-            pairs = sorted(ours / theirs for ours, theirs in zip(rates["ours"], found, strict=True))
-            than = "" if name == "ours" else f"   ours is {statistics.median(pairs):.2f} × (pairs {pairs[0]:.2f} … {pairs[-1]:.2f})"
-            print(f"{name:<7} {statistics.median(found):10,.0f} views/s{than}")
-            if name == "kornia":
-                ratios[side] = statistics.median(pairs)
-    return ratios
+        for row in found:
+            than = "" if row["name"] == "ours" else f"   ours is {row['ratio']:.2f} × (pairs {row['low']:.2f} … {row['high']:.2f})"
+            print(f"{row['name']:<7} {row['median']:10,.0f} views/s{than}")
+            rows.append({"size_px": side, **row})
+    return rows
+
+
+def _views_per_s(call: Callable[[], Tensor], views_per_call: int, steps: int) -> float:
+    return views_per_call / _call_s(call, steps)
 
 
 def _ours(crops: Tensor, config: Views, device: torch.device) -> Callable[[], Tensor]:

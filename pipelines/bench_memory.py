@@ -34,9 +34,7 @@ def memory(data: Path, batch_size: int, epochs: int, threads: int) -> list[Row]:
     return found
 
 
-def _run(
-    data: str, batch_size: int, epochs: int, threads: int, cache: Literal["page", "process"]
-) -> list[tuple[int, float, float, float]]:
+def _run(data: str, batch_size: int, epochs: int, threads: int, cache: Literal["page", "process"]) -> list[tuple[int, float, float, float]]:
     from simclr.data.loader import batches
 
     photographs = read_manifest(Path(data)).kind == "jpeg"

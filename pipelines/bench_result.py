@@ -7,7 +7,7 @@ import json
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 """One line of a result: what it is, numbers with their unit in the name."""
 
 
-def in_turn(sides: dict[str, Callable[[], float]], trials: int, unit: str) -> dict[str, list[float]]:
+def in_turn(sides: Mapping[str, Callable[[], float]], trials: int, unit: str) -> dict[str, list[float]]:
     """`trials` values of each side. Every second round runs backwards (ABBA), so that what else the machine does falls on all."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for trial in range(trials):
@@ -69,7 +69,7 @@ def print_cost(row: Row, size_px: int) -> None:
 
 @contextlib.contextmanager
 def power() -> Iterator[list[float]]:
-    """A list that, once this is over, holds the mean watts of the busiest GPU meanwhile, as nvidia-smi reports them; empty
+    """A list that, once this is over, holds the mean watts of the busiest GPU at work, as nvidia-smi reports them; empty
     where it reports none."""
     watts: list[float] = []
     asked = None
@@ -85,14 +85,18 @@ def power() -> Iterator[list[float]]:
 
 
 def busiest(samples: str) -> list[float]:
-    """Lines "index, watts" → [the highest of the GPUs' means], [] where no line has a number. (A GPU that reports none says
-    "[N/A]"; the last line may be cut off.)"""
+    """Lines "index, watts" → [the highest of the GPUs' means while at work], [] where no line has a number.
+
+    At work is above half of a GPU's highest sample: what a worker takes to start is not the step's. A GPU that reports no power
+    says "[N/A]", and the last line may be cut off.
+    """
     by_gpu: dict[str, list[float]] = {}
     for line in samples.splitlines():
         index, _, text = line.partition(", ")
         with contextlib.suppress(ValueError):
-            by_gpu.setdefault(index, []).append(float(text))
-    means = [statistics.fmean(values) for values in by_gpu.values() if values]
+            watts = float(text)
+            by_gpu.setdefault(index, []).append(watts)
+    means = [statistics.fmean([v for v in values if v >= max(values) / 2]) for values in by_gpu.values()]
     return [max(means)] if means else []
 
 

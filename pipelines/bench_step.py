@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from simclr.collectives import world_size
 from simclr.config import Config
 from simclr.loss import nt_xent
 from simclr.microbatch import cached_gradient
-from simclr.model import build_model
+from simclr.model import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 
 Step = Callable[[], Tensor]
@@ -64,7 +65,7 @@ def step(config: Config, steps: int, trials: int, threads: int, device: torch.de
             than = f"   an image costs {row['ratio']:.3f} × the whole batch's (pairs {row['low']:.3f} … {row['high']:.3f})"
         print(f"{row['name']:<24} {row['median']:10,.1f} images/s{than}")
     if train.compile:
-        for name, network in ((OURS, build_model(whole)), (PLAIN, _in_plain_torch(whole))):
+        for name, network in ((OURS, build_model(whole)), (PLAIN, in_plain_torch(whole))):
             breaks = graph_breaks(network.to(device), views, whole)
             print(f"graph breaks of {name}: {breaks}")
             rows.append({"name": f"graph breaks, {name}", "graph_breaks": breaks})
@@ -110,12 +111,12 @@ def our_step(config: Config, views: Tensor) -> Step:
         nonlocal taken
         optimizer.zero_grad(set_to_none=True)
         if config.train.micro_batch in (None, n):
-            with _autocast(config, views.device):
+            with autocast(config, views.device):
                 _, z, _ = network(views)
             loss = contrast(z)
             loss.backward()
         else:
-            with _autocast(config, views.device):
+            with autocast(config, views.device):
                 _, loss, _, _ = cached_gradient(network, views_of, n, config.train.micro_batch, contrast, no_classifier)
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(taken, peak, _WARMUP, _TOTAL)
@@ -128,7 +129,7 @@ def our_step(config: Config, views: Tensor) -> Step:
 
 def plain_step(config: Config, views: Tensor) -> Step:
     """The same network and weights as anybody would write the step: `nn.BatchNorm2d`, NT-Xent written out, fused SGD."""
-    network = _in_plain_torch(config).to(views.device, _dtype(config)).to(memory_format=torch.channels_last).train()
+    network: nn.Module = in_plain_torch(config).to(views.device, _dtype(config)).to(memory_format=torch.channels_last).train()
     optim, temperature, rows = config.optim, config.loss.temperature, len(views)
     trained = [p for p in network.parameters() if p.requires_grad]
     peak = lr_peak(optim.base_lr, config.train.batch_size, optim.scaling)
@@ -139,7 +140,7 @@ def plain_step(config: Config, views: Tensor) -> Step:
 
     def one() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with _autocast(config, views.device):
+        with autocast(config, views.device):
             _, z, _ = network(views)
         z = z.float() if z.dtype == torch.bfloat16 else z
         z = F.normalize(z, dim=1)
@@ -153,7 +154,8 @@ def plain_step(config: Config, views: Tensor) -> Step:
     return one
 
 
-def _in_plain_torch(config: Config) -> nn.Module:
+def in_plain_torch(config: Config) -> SimCLR:
+    """The network and weights of `config` with torch's own BatchNorm."""
     model = build_model(config)
     _with_torch_norms(model.encoder, nn.BatchNorm2d)
     _with_torch_norms(model.head, nn.BatchNorm1d)
@@ -177,7 +179,7 @@ def _dtype(config: Config) -> torch.dtype:
     return torch.float64 if config.train.precision == "float64" else torch.float32
 
 
-def _autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
 
 
@@ -196,6 +198,18 @@ def rate(one: Step, steps: int, images: int, device: torch.device) -> float:
     return (steps - WARM_STEPS) * images / (time.perf_counter() - began)
 
 
+def window_s(one: Step, steps: int, device: torch.device) -> float:
+    """Median seconds of a step over windows of 5 steps, the first left out: as the loop reports and `bench loop` counts."""
+    found = []
+    for _ in range(steps // WARM_STEPS):
+        began = time.perf_counter()
+        for _ in range(WARM_STEPS):
+            one()
+        _wait(device)
+        found.append((time.perf_counter() - began) / WARM_STEPS)
+    return statistics.median(found[1:])
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -206,7 +220,7 @@ def graph_breaks(network: nn.Module, views: Tensor, config: Config) -> int:
     import torch._dynamo
 
     network = network.to(views.dtype).to(memory_format=torch.channels_last).train()
-    with _autocast(config, views.device):
+    with autocast(config, views.device):
         return int(torch._dynamo.explain(network)(views).graph_break_count)
 
 

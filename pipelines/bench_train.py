@@ -1,0 +1,165 @@
+"""`simclr bench train`: shards → loader → views → step under Ray Train, against the step alone; beside it, lightly's SimCLR."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines.bench_loop import timed, under_ray
+from pipelines.bench_result import WARM_STEPS, Row, compared, cost, in_turn, power, print_cost
+from simclr.config import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RESIDENT, TRAIN, LIGHTLY = "step on resident views", "Ray Train, end to end", "lightly, end to end"
+_INSTALL = "pip install --no-deps lightly==1.6.0 lightly_utils==0.0.2 lightning-utilities==0.15.3"
+_PICTURES = (".jpg", ".jpeg", ".png")
+
+
+def train(
+    name: str,
+    config: Config,
+    data: Path,
+    steps: int,
+    trials: int,
+    threads: int,
+    peer: Literal["none", "lightly"] = "none",
+    peer_data: Path | None = None,
+) -> list[Row]:
+    """Print and return images/s end to end ÷ the step's on resident views, each in a process of its own; then the cost.
+
+    A figure is the median over windows of 5 steps, as the loop reports them. No classifier is trained beside: the step on
+    resident views has no labels.
+    """
+    if config.loss.name != "nt_xent":
+        raise ValueError(f"the recipe's loss is {config.loss.name}; `simclr bench train` compares NT-Xent")
+    if steps < 2 * WARM_STEPS:
+        raise ValueError(f"--steps is {steps}; expected at least {2 * WARM_STEPS}, a window of {WARM_STEPS} behind the first")
+    config = timed(replace(config, train=replace(config.train, linear_eval=False)), steps)
+    n = config.images_per_rank(1)
+    sides: dict[str, Callable[[], float]] = {
+        RESIDENT: lambda: n / _alone(_resident, config.to_dict(), steps, threads),
+        TRAIN: lambda: n / under_ray(config, data, threads),
+    }
+    if peer == "lightly" and importlib.util.find_spec("lightly") is None:
+        print(f"lightly is not installed, so ours is timed alone; `{_INSTALL}` installs what it is compared with")
+    elif peer == "lightly":
+        folder = _photographs(peer_data, n)
+        sides[LIGHTLY] = lambda: n / _alone(_lightly, config.to_dict(), steps, threads, folder)
+    with power() as watts:
+        found = in_turn(sides, trials, "images/s")
+    rows = compared(found, "images/s", RESIDENT)
+    print(
+        f"{name}, {config.views.size_px} px, N = {n}, {config.train.precision}, {'compiled' if config.train.compile else 'not compiled'}, "
+        f"one worker of {threads} threads, windows of {WARM_STEPS} of {steps - WARM_STEPS} steps, n = {trials}"
+    )
+    for row in rows:
+        than = "" if row["name"] == RESIDENT else f"   {100 * row['ratio']:.1f} % of it (pairs {row['low']:.3f} … {row['high']:.3f} ×)"
+        print(f"{row['name']:<24} {row['median']:10,.1f} images/s{than}")
+    if LIGHTLY in found:
+        ours = compared({LIGHTLY: found[LIGHTLY], TRAIN: found[TRAIN]}, "images/s", LIGHTLY)[1]
+        print(f"simclr ÷ lightly, end to end: {ours['ratio']:.2f} × (pairs {ours['low']:.2f} … {ours['high']:.2f})")
+        rows.append({**ours, "name": "simclr ÷ lightly"})
+    rows.append(cost(rows[1]["median"], watts[0] if watts else None))
+    print_cost(rows[-1], config.views.size_px)
+    return rows
+
+
+def _alone(function: Callable[..., float], *arguments: Any) -> float:
+    """function(*arguments) in a fresh process, which may start processes of its own."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _resident(values: dict[str, Any], steps: int, threads: int) -> float:
+    """Median seconds of a step on resident views."""
+    import torch
+
+    from pipelines.bench_step import our_step, resident_views, window_s
+    from pipelines.worker import keep_freed_memory
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    config, device = Config.from_dict(values), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return window_s(our_step(config, resident_views(config, device)), steps, device)
+
+
+# ── The peer ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _photographs(folder: Path | None, n: int) -> Path:
+    if folder is None or not folder.is_dir():
+        raise ValueError("lightly reads photographs as they are; `--peer-data DIR`, the folder that the shards were prepared from")
+    found = sum(path.suffix.lower() in _PICTURES for path in folder.rglob("*"))
+    if found < n:
+        raise ValueError(f"{folder} holds {found} photographs ({', '.join(_PICTURES)}); use --batch-size {found} or less")
+    return folder
+
+
+def _lightly(values: dict[str, Any], steps: int, threads: int, folder: Path) -> float:
+    """Median seconds of lightly's SimCLR, data included: its dataset, transform, head and loss as in its own example, our
+    ResNet with torch's norms, and torch's loader with a process per thread of ours."""
+    import torch
+    from lightly.data import LightlyDataset
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+    from torch.utils.data import DataLoader
+
+    from pipelines.bench_step import autocast, in_plain_torch, window_s
+    from pipelines.worker import keep_freed_memory
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    config, device = Config.from_dict(values), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shown, n = config.views, config.images_per_rank(1)
+    transform = SimCLRTransform(
+        input_size=shown.size_px,
+        cj_prob=shown.jitter_p,
+        cj_strength=shown.colour_strength,
+        min_scale=shown.area[0],
+        random_gray_scale=shown.grey_p,
+        gaussian_blur=shown.blur_p,
+        hf_prob=shown.flip_p,
+        normalize={"mean": list(shown.mean), "std": list(shown.std)},
+    )
+    batches: Any = DataLoader(
+        LightlyDataset(str(folder), transform=transform),
+        batch_size=n,
+        shuffle=True,
+        drop_last=True,
+        num_workers=threads,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
+    encoder = in_plain_torch(config).encoder
+    network = torch.nn.Sequential(encoder, SimCLRProjectionHead(encoder.d_h, encoder.d_h, config.head.d_out, config.head.layers))
+    network = network.to(device).to(memory_format=torch.channels_last).train()
+    if config.train.compile:
+        network.compile()
+    criterion = NTXentLoss(config.loss.temperature)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-5, momentum=config.optim.momentum, fused=True)
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from batches
+
+    def one(stream: Iterator[Any]) -> Tensor:
+        x0, x1 = (x.to(device, memory_format=torch.channels_last, non_blocking=True) for x in next(stream)[0])
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(config, device):
+            z0, z1 = network(x0), network(x1)
+        loss: Tensor = criterion(z0.float(), z1.float())
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return window_s(partial(one, endless()), steps, device)

@@ -1,0 +1,168 @@
+"""The benches of speed: their tables and files appear on a tiny setting, and the model of communication by hand-computable cases."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import bench, bench_train
+from pipelines.bench_result import busiest, compared, cost, in_turn
+from pipelines.bench_scale import EXPECTED_RANKS, all_gather_s, model, ring_all_reduce_s, scale, small_all_reduce_s
+from pipelines.bench_step import host_waits, our_step, plain_step, resident_views
+from pipelines.bench_train import train
+from simclr.config import Config, Encoder, Head, Train, Views
+
+CPU = torch.device("cpu")
+
+
+def tiny(batch_size: int = 4) -> Config:
+    return Config(
+        encoder=Encoder(depth=8, cifar_stem=True),
+        head=Head(d_out=16),
+        views=Views(size_px=8),
+        train=Train(batch_size=batch_size, steps=10),
+    )
+
+
+# ── Step ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_both_sides_of_bench_step_compute_the_same_loss() -> None:
+    config = replace(tiny(8), train=Train(batch_size=8, precision="float64"))
+    views = resident_views(config, CPU)
+    ours, plain = our_step(config, views)(), plain_step(config, views)()
+    assert ours.item() == pytest.approx(plain.item(), abs=1e-12)
+
+
+def test_bench_step_prints_a_table_and_writes_profile_and_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    profile, result = tmp_path / "profile.txt", tmp_path / "new" / "step.json"
+    args = bench.Args(
+        what="step", recipe="patterns_tiny", batch_size=2, steps=6, trials=1, micro_batch=1, profile=profile, json=result, device="cpu"
+    )
+    bench.main(args)
+    out = capfd.readouterr().out
+    for part in ("simclr ", "plain torch ", "1 at a time", "an image costs", "s for an epoch of 1,281,167 images", "energy —"):
+        assert part in out
+    assert "waits for the device between two reports: —" in out and "convolution" in profile.read_text()
+    text = json.loads(result.read_text())
+    assert {"what", "machine", "versions", "date", "setting", "n", "rows"} <= set(text)
+    assert text["what"] == "step" and text["n"] == 1 and text["setting"]["batch_size"] == 2
+    assert [row["name"] for row in text["rows"]] == ["simclr", "plain torch", "simclr, 1 at a time", "host synchronisations", "cost"]
+
+
+def test_host_waits_count_inside_the_steps_only() -> None:
+    span = ("steps between two reports", 10.0, 20.0)
+    inside, outside, other = ("cudaStreamSynchronize", 12.0, 13.0), ("cudaDeviceSynchronize", 21.0, 22.0), ("cudaLaunchKernel", 14.0, 15.0)
+    assert host_waits([span, inside, outside, other]) == 1
+    assert host_waits([span, outside, other]) == 0
+
+
+def test_bench_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--steps 5; expected at least 1 trial of more than 5 steps"):
+        bench.main(bench.Args(what="step", steps=5))
+    with pytest.raises(ValueError, match=r"a folder in the path .* is a file"):
+        (tmp_path / "file").touch()
+        bench.main(bench.Args(what="step", json=tmp_path / "file" / "step.json"))
+    with pytest.raises(ValueError, match="micro_batch 3 does not divide"):
+        bench.main(bench.Args(what="step", recipe="patterns_tiny", batch_size=4, micro_batch=3))
+    with pytest.raises(ValueError, match="expected at least 10, a window of 5 behind the first"):
+        train("tiny", tiny(), tmp_path, steps=9, trials=1, threads=1)
+    with pytest.raises(ValueError, match="--latency-us is 0"):
+        scale(tiny(), 6, 1, 1, "cpu", latency_us=0)
+
+
+# ── Train ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_bench_train_prints_its_share_and_says_that_lightly_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Config] = []
+    monkeypatch.setattr(bench_train, "_alone", lambda function, *arguments: 0.04)
+    monkeypatch.setattr(bench_train, "under_ray", lambda config, data, threads: asked.append(config) or 0.05)
+    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)
+    rows = train("tiny", tiny(), Path("shards"), steps=10, trials=2, threads=1, peer="lightly")
+    out = capfd.readouterr().out
+    assert "lightly is not installed, so ours is timed alone; `pip install" in out
+    assert "80.0 images/s   80.0 % of it (pairs 0.800 … 0.800 ×)" in out and "energy —" in out
+    assert [row["name"] for row in rows] == ["step on resident views", "Ray Train, end to end", "cost"]
+    assert len(asked) == 2 and not asked[0].train.linear_eval and asked[0].train.report_every_steps == 5
+
+
+def test_the_peer_needs_its_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ValueError, match="--peer-data DIR"):
+        train("tiny", tiny(), Path("shards"), steps=10, trials=1, threads=1, peer="lightly")
+    (tmp_path / "one.jpg").touch()
+    with pytest.raises(ValueError, match="holds 1 photographs"):
+        train("tiny", tiny(), Path("shards"), steps=10, trials=1, threads=1, peer="lightly", peer_data=tmp_path)
+
+
+# ── Scale ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_collectives_by_hand() -> None:
+    # 4 ranks, 8 GB at 2 GB/s: 6/4 · 4 s, and 6 messages of 1 s. Gathering: 3/4 · 4 s, and 3. A tree of depth 2: 4 messages.
+    assert ring_all_reduce_s(8e9, 4, 2.0, 1e6) == pytest.approx(6.0 + 6.0)
+    assert all_gather_s(8e9, 4, 2.0, 1e6) == pytest.approx(3.0 + 3.0)
+    assert small_all_reduce_s(8e9, 4, 2.0, 1e6) == pytest.approx(6.0 + 4.0)
+    assert small_all_reduce_s(0, 1024, 2.0, 1e6) == pytest.approx(20.0)
+    for collective in (ring_all_reduce_s, all_gather_s, small_all_reduce_s):
+        assert collective(8e9, 1, 2.0, 1e6) == 0
+
+
+def test_the_model_by_hand() -> None:
+    # Two ranks at 1 GB/s, messages of 1 ms. Gradients: 100 MB once, 2 ms. z: 2 · 10 MB, half travels, twice, each 1 ms.
+    # BatchNorm: 2 · 5 all-reduces of 2 ms and 1 MB.
+    expected = model(gradient_bytes=1e8, z_bytes=1e7, norm_bytes=5e6, layers=5, bandwidth_gb_s=1, latency_us=1000, step_s=0.12, ranks=2)
+    assert expected.gradients_s == pytest.approx(0.102)
+    assert expected.gather_s == pytest.approx(0.022)
+    assert expected.norm_s == pytest.approx(0.030)
+    assert expected.step_s == pytest.approx(0.274) and expected.efficiency == pytest.approx(0.12 / 0.274)
+    # 80 ms of the gradients' 102 hide behind the backward pass.
+    assert expected.overlapped_efficiency == pytest.approx(0.12 / 0.194)
+
+
+def test_the_model_of_one_rank_and_of_local_norms() -> None:
+    alone = model(gradient_bytes=1e8, z_bytes=1e7, norm_bytes=5e6, layers=5, bandwidth_gb_s=1, latency_us=1, step_s=0.1, ranks=1)
+    assert alone.efficiency == alone.overlapped_efficiency == 1 and alone.step_s == 0.1
+    local = model(gradient_bytes=1e8, z_bytes=1e7, norm_bytes=0, layers=0, bandwidth_gb_s=1, latency_us=1, step_s=0.1, ranks=8)
+    assert local.norm_s == 0
+
+
+def test_bench_scale_prints_measured_and_expected(capfd: pytest.CaptureFixture[str]) -> None:
+    rows = scale(tiny(), 6, 1, 1, "cpu", bandwidth_gb_s=50, latency_us=5)
+    out = capfd.readouterr().out
+    for part in ("W = 1, measured", "W = 2, measured", "2 × W = 1, at once", "W = 2, by the model", "expected at 50.00 GB/s and 5.0 µs"):
+        assert part in out
+    measured = rows[1]
+    assert measured["name"] == "W = 2" and min(measured[key] for key in ("gradients_s", "gather_s", "norm_s", "bandwidth_gb_s")) > 0
+    assert measured["z_bytes"] == 4 * 8 * 16 and measured["layers"] == 10 + 2
+    assert [row["ranks"] for row in rows if row["name"] == "expected"] == list(EXPECTED_RANKS)
+
+
+# ── What they share ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sides_take_turns_and_ratios_are_of_pairs() -> None:
+    order: list[str] = []
+    found = in_turn({name: (lambda name=name: order.append(name) or float(len(order))) for name in "ab"}, 3, "s")
+    assert "".join(order) == "abbaab" and found == {"a": [1, 4, 5], "b": [2, 3, 6]}
+    row = compared(found, "s", "a")[1]
+    assert (row["median"], row["ratio"], row["low"], row["high"]) == (3, 1.2, 0.75, 2)
+    assert compared(found, "s", "a", inverted=True)[1]["ratio"] == pytest.approx(1 / 1.2)
+
+
+def test_cost_by_hand() -> None:
+    row = cost(1_281_167 / 36, 500.0)
+    assert (row["epoch_s"], row["hours"], row["kwh"]) == pytest.approx((36.0, 1.0, 0.5))
+    assert cost(100.0, None)["kwh"] is None
+
+
+def test_power_is_the_busiest_gpus_while_it_works() -> None:
+    assert busiest("0, 80.0\n1, 70.0\n0, 500.0\n1, 70.0\n0, 600.0\n1, [N/A]\n0, 4") == [550.0]
+    assert busiest("0, [N/A]\n") == [] and busiest("") == []

@@ -152,7 +152,8 @@ class Train:
     """N: images per step over all workers. Each gives two views, so the loss sees 2 N."""
     micro_batch: int | None = None
     """Images that a worker embeds at a time; nothing = all of its N / W. The gradient stays that of the whole batch, memory is that
-    of a piece, a step takes about a third longer. BatchNorm then normalises over one piece of every worker."""
+    of a piece; it costs a second forward pass (`simclr bench step --micro-batch`). BatchNorm then normalises over one piece of
+    every worker."""
     epochs: float = 100.0
     """Passes over the training split."""
     steps: int | None = None

@@ -101,23 +101,23 @@ def our_step(config: Config, views: Tensor) -> Step:
     def contrast(z: Tensor) -> Tensor:
         return nt_xent(z, config.loss.temperature)
 
-    def views_of(rows: slice) -> Tensor:
-        return torch.cat([views[rows], views[n + rows.start : n + rows.stop]])
+    def embed(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        some = views if rows == slice(0, n) else torch.cat([views[rows], views[n + rows.start : n + rows.stop]])
+        with autocast(config, views.device):
+            found: tuple[Tensor, Tensor, Tensor] = network(some)
+        return found
 
     def no_classifier(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return logits.new_zeros(()), logits.new_zeros(())
+        return logits.new_zeros(()), logits.new_zeros(2)
 
     def one() -> Tensor:
         nonlocal taken
         optimizer.zero_grad(set_to_none=True)
         if config.train.micro_batch in (None, n):
-            with autocast(config, views.device):
-                _, z, _ = network(views)
-            loss = contrast(z)
+            loss = contrast(embed(slice(0, n))[1])
             loss.backward()
         else:
-            with autocast(config, views.device):
-                _, loss, _, _ = cached_gradient(network, views_of, n, config.train.micro_batch, contrast, no_classifier)
+            _, loss, _, _ = cached_gradient(network, embed, n, config.train.micro_batch, contrast, no_classifier)
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(taken, peak, _WARMUP, _TOTAL)
         optimizer.step()

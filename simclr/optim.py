@@ -117,4 +117,4 @@ def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     groups = parameter_groups(module, optim.weight_decay)
     if optim.name == "lars":
         return LARS(groups, lr=0.0, momentum=optim.momentum)
-    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, foreach=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, fused=True)

@@ -112,7 +112,7 @@ QUANTITIES = (
         name="kNN top-1",
         unit="%",
         share=True,
-        meaning="weighted kNN on the test split while training goes on. Training itself never sees a label.",
+        meaning="weighted kNN on the test split while training goes on. The encoder never learns from a label.",
     ),
     Quantity(
         key="train/linear_top1",
@@ -160,6 +160,8 @@ def training(history: Sequence[dict[str, float]], references: dict[str, tuple[fl
     A report without the key has no point; one whose value is not finite breaks the line.
     """
     figures, rows, drawn = "", list[list[Row]](), list[Quantity]()
+    # Three to a row; the first is so wide that no row has a hole.
+    span = (1, 3, 2)[sum(any(math.isfinite(row.get(q.key, math.nan)) for row in history) for q in QUANTITIES) % 3]
     for q in QUANTITIES:
         points = [(row["step"], row.get("epoch", math.nan), row[q.key]) for row in history if q.key in row]
         step, epoch, y = np.array(points, np.float64).reshape(-1, 3).T
@@ -168,13 +170,12 @@ def training(history: Sequence[dict[str, float]], references: dict[str, tuple[fl
         first, last = history[0]["step"], history[-1]["step"]
         # From 0, unless the first report came late: a run that was resumed without its history.
         domain = (0.0 if first <= last / 4 else first - 1, max(last, first + 1))
-        figure, read = _curve(q, step, epoch, y, domain, references.get(q.key), len(rows))
+        figure, read = _curve(q, step, epoch, y, domain, references.get(q.key), len(rows), 4 if rows or span == 1 else 8)
         figures += figure
         rows.append(read)
         drawn.append(q)
-    # Three to a row; the first is so wide that no row has a hole.
     if figures:
-        figures = f'<div class="charts" style="--span:{(1, 3, 2)[len(rows) % 3]}">{figures}</div>'
+        figures = f'<div class="charts" style="--span:{span}">{figures}</div>'
     return Training(figures=figures, rows=rows, drawn=drawn)
 
 
@@ -211,8 +212,10 @@ def _curve(
     domain: tuple[float, float],
     reference: tuple[float, str] | None,
     number: int,
+    steps_marked: int,
 ) -> tuple[str, list[Row]]:
-    """A figure with axes over the steps `domain`, and the rows that its crosshair reads. `y` has a finite value."""
+    """A figure with axes over the steps `domain`, some `steps_marked` of them named, and the rows that its crosshair reads. `y` has
+    a finite value."""
     factor = 100.0 if q.share else 1.0
     marks = ticks(*y_range(factor * y, q.from_zero, reference and factor * reference[0]))
     keep = thin(y)
@@ -230,7 +233,7 @@ def _curve(
         at = (top - factor * reference[0]) / (top - bottom)
         drawn += f'<path class="reference" d="M0 {1000 * at:.1f}H1000"/>'
         letters += f'<span class="name {"below" if at < 0.2 else "above"}" style="top:{100 * at:.2f}%">{escape(reference[1])}</span>'
-    for i, t in enumerate(t for t in ticks(left, right, 4 if number else 8) if left <= t <= right and t == round(t)):
+    for i, t in enumerate(t for t in ticks(left, right, steps_marked) if left <= t <= right and t == round(t)):
         at = (t - left) / (right - left)
         drawn += f'<path class="tick" d="M{1000 * at:.1f} 1000v12"/>'
         letters += f'<span class="x{"" if i else " first"}" style="left:{100 * at:.2f}%">{"" if i else "step "}{tick_text(t)}</span>'

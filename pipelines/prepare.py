@@ -14,7 +14,7 @@ import tyro
 from pipelines import storage
 from pipelines.terminal import Bar, say
 from simclr.data import shards
-from simclr.data.manifest import Manifest
+from simclr.data.manifest import LISTS, Manifest
 from simclr.data.place import Address, address, copy_of, locked
 from simclr.data.sources import Source, open_source
 
@@ -67,7 +67,7 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
         say(f"{at} holds these shards already; nothing to do")
         return manifest
     # Shards without a manifest are ours, not sent to the end.
-    left = [o.name for o in store.listing(at) if o.name not in remote.LISTS and not o.name.endswith(".beton")]
+    left = [o.name for o in store.listing(at) if o.name not in LISTS and not o.name.endswith(".beton")]
     if left:
         raise ValueError(f"{at} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
     manifest = shards.existing(source, here, args.options) or _write(replace(args, out=here), source)

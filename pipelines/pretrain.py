@@ -15,6 +15,7 @@ from pipelines import address, cluster, storage
 from pipelines.rundir import Run, open_run
 from pipelines.terminal import Bar, process_age_s, say
 from pipelines.tracked import Tracked
+from simclr import disk
 from simclr.config import Config
 from simclr.data import place
 from simclr.data.manifest import read_manifest
@@ -176,11 +177,7 @@ def _require_space(run: Run, classes: int) -> None:
 
     keep = run.config.train.keep_checkpoints
     needed = sum(p.numel() for p in shapes_only(run.config, classes).parameters()) * 8 * (keep + 1)
-    if free < needed:
-        raise ValueError(
-            f"no space left on the disk of {run.path}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed for "
-            f"{keep} checkpoints and one being written; free some, or use --run on another disk"
-        )
+    disk.require_space(run.path, needed, f"for {keep} checkpoints and one being written", "use --run on another disk")
 
 
 def _publish_newest(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,18 @@ def require_writable(path: Path) -> None:
     if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
         read_only = os.statvfs(there).f_flag & os.ST_RDONLY
         raise ValueError(_REASONS[errno.EROFS if read_only else errno.EACCES].format(name=path))
+
+
+def require_space(path: Path, needed: int, what: str, instead: str) -> None:
+    """Raise ValueError where the disk that holds, or will hold, `path` has fewer than `needed` bytes free. `what` follows the need
+    (for two checkpoints), `instead` is what else to do than free some (use another --out)."""
+    there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(
+            f"no space left on the disk of {path}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed {what}; "
+            f"free some, or {instead}"
+        )
 
 
 @contextlib.contextmanager

@@ -281,7 +281,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatc
         prepare(open_source("patterns:train=20,test=5"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("Usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match="0 MiB free, at least 1 MiB needed"):
+    with pytest.raises(ValueError, match="0 MiB free, 1 MiB needed at least"):
         prepare(open_source("patterns:train=400,test=5"), tmp_path / "out")
 
 

@@ -10,6 +10,8 @@ from typing import Any, Self
 from simclr import disk
 
 SCHEMA = 1
+LISTS = ("skipped.csv", "duplicates.csv")
+"""Files beside the manifest that are for people."""
 
 
 @dataclass(frozen=True, slots=True)

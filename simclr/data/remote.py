@@ -6,19 +6,16 @@ The manifest is sent last and written last, so where there is one, in S3 or on d
 from __future__ import annotations
 
 import hashlib
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from simclr import disk
-from simclr.data.manifest import Manifest, Shard, parse, read_manifest
+from simclr.data.manifest import LISTS, Manifest, Shard, parse, read_manifest
 from simclr.data.place import Address, locked
 from simclr.data.store import Damaged, Missing, Progress, Store
 
-LISTS = ("skipped.csv", "duplicates.csv")
-"""Files of a prepared directory that are for people."""
 _AT_ONCE = 4  # shards; each is in parts of its own
 
 
@@ -65,7 +62,7 @@ def fetch(
         for stray in directory.glob("*.beton"):
             if stray.name not in names:
                 stray.unlink()
-        _require_space(directory, sum(shard.bytes for shard in wanted))
+        disk.require_space(directory, sum(shard.bytes for shard in wanted), "for the shards", "set SIMCLR_CACHE to another disk")
         count = _counter(sum(shard.bytes for shard in mine), progress)
         count(sum(shard.bytes for shard in there))
         _each(wanted, lambda s: store.download(place / s.name, directory / s.name, s.bytes, s.sha256, count), store)
@@ -96,15 +93,6 @@ def _intact(path: Path, shard: Shard, hashed: bool) -> bool:
         return True
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
-
-
-def _require_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise ValueError(
-            f"no space left on the disk of {directory}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed for the shards; "
-            "free some, or set SIMCLR_CACHE to another disk"
-        )
 
 
 def _counter(total: int, progress: Callable[[int, int], None]) -> Progress:

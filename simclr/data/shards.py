@@ -28,13 +28,12 @@ import numpy as np
 from simclr import disk
 from simclr.data.beton import Note, SplitWriter
 from simclr.data.encode import Encoded, encode
-from simclr.data.manifest import Manifest, Shard, read_manifest, write_manifest
+from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest, write_manifest
 from simclr.data.sources import Item, Source
 
 _RAW_SIDE_PX = 64
 _LOOKED_AT, _TRIED = 32, 1000  # images that decide raw or jpeg, and how many are tried to find them
 _LOCK = ".writing-lock"
-_LISTS = ("skipped.csv", "duplicates.csv")
 Kind = Literal["auto", "raw", "jpeg"]
 
 
@@ -129,7 +128,7 @@ def prepare(
             for writer in job.writers.values():
                 writer.abandon()
             if isinstance(error, Unusable) or (isinstance(error, OSError) and error.errno in disk.FULL):
-                for path in (*_unfinished(out), *(out / name for name in _LISTS)):
+                for path in (*_unfinished(out), *(out / name for name in LISTS)):
                     path.unlink(missing_ok=True)
             free = shutil.disk_usage(out).free
             if made and not list(out.glob(".writing-*.beton.json")):
@@ -168,7 +167,7 @@ def _unfinished(out: Path) -> list[Path]:
     """Files of a prepare that has not ended: what it was writing, and shards that have their name but no manifest yet."""
     waiting = [p for p in out.iterdir() if ".writing-" in p.name]
     named = [out / p.name.removeprefix(".writing-").removesuffix(".json") for p in waiting if p.name.endswith(".beton.json")]
-    lists = [out / name for name in _LISTS if named]
+    lists = [out / name for name in LISTS if named]
     return [*waiting, *(p for p in (*named, *lists) if p.exists())]
 
 
@@ -196,7 +195,8 @@ class _Job:
         if count:
             resumed(count)
         if self.source.total is not None:
-            _require_space(self.out, (self.source.total - count) * bytes_each)
+            # A lower bound; what is not known beforehand is found out by the write that fails.
+            disk.require_space(self.out, (self.source.total - count) * bytes_each, "at least", "use another --out")
         self._fill(kind, _skipping(items, behind), progress, count)
         return self._finish(kind, sealing)
 
@@ -338,16 +338,6 @@ def _decide(source: Source, options: Options) -> tuple[Literal["raw", "jpeg"], i
     if options.kind == "raw" or (options.kind == "auto" and small):
         return "raw", 3 * sizes[0][0] * sizes[0][1], everything
     return "jpeg", 1 << 8, everything
-
-
-def _require_space(out: Path, needed: int) -> None:
-    """A lower bound, before anything is written; what is not known beforehand is found out by the write that fails."""
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise ValueError(
-            f"no space left on the disk of {out}: {free / 2**20:,.0f} MiB free, at least {needed / 2**20:,.0f} MiB needed; "
-            "free some, or use another --out"
-        )
 
 
 def _in_order(

@@ -14,6 +14,7 @@ from simclr import keyed
 from simclr.collectives import all_gather, rank, world_size
 from simclr.config import Views
 from simclr.data import loader
+from simclr.scores import accuracy
 from simclr.views import normalise
 
 
@@ -114,12 +115,7 @@ def knn(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k: int
 
     Each of the k nearest training rows by cosine votes for its class with weight exp(cosine / temperature).
     """
-    return _accuracy(nearest(train_h, train_y, test_h, k, temperature).votes, test_y)
-
-
-def _accuracy(scores: Tensor, y: Tensor) -> dict[str, float]:
-    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices.eq(y[:, None])
-    return {"top1": ranked[:, 0].float().mean().item(), "top5": ranked.any(1).float().mean().item()}
+    return accuracy(nearest(train_h, train_y, test_h, k, temperature).votes, test_y)
 
 
 def linear_probe(
@@ -147,7 +143,7 @@ def linear_probe(
     # no better in a row end it: what follows only overfits, and takes longest.
     for candidate in sorted(decays, reverse=True) if len(decays) > 1 else ():
         weights = _fit(train_h[~held], train_y[~held], weights, candidate, iterations)
-        score = _accuracy(_logits(train_h[held], weights), train_y[held])["top1"]
+        score = accuracy(_logits(train_h[held], weights), train_y[held])["top1"]
         if score > best:
             best, decay, start, worse = score, candidate, weights, 0
         else:
@@ -155,7 +151,7 @@ def linear_probe(
         if worse == 2:
             break
     weights = _fit(train_h, train_y, start, decay, iterations)
-    return {**_accuracy(_logits(test_h, weights), test_y), "decay": decay}
+    return {**accuracy(_logits(test_h, weights), test_y), "decay": decay}
 
 
 def _logits(h: Tensor, weights: Tensor) -> Tensor:

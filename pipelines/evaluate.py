@@ -122,7 +122,9 @@ def resolve(encoder: Path, data: Path | None) -> tuple[Path, Config, Path]:
     if data is None:
         raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
     text = json.loads((encoder / "config.json").read_text())
-    return encoder, Config.from_dict({k: v for k, v in text.items() if k not in ("schema", "published")}), storage.shards(data)
+    from simclr.published import config_of
+
+    return encoder, config_of(text), storage.shards(data)
 
 
 def _features(encoder: Any, data: Path, split: str, config: Config, limit: int | None, device: torch.device, bar: Bar) -> Features:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,7 +73,7 @@ def pretrain(args: Args) -> Run:
     classes = len(manifest.classes)
     done = _steps_done(run, classes)
     if done >= total:
-        _publish_newest(run)
+        _publish_newest(run, manifest.classes)
         home.send()
         say(f"{where} is complete: {done:,} of {total:,} steps; nothing to do")
         return run
@@ -119,7 +120,7 @@ def pretrain(args: Args) -> Run:
                 bar.update(report["step"], _note(report), rate)
         run.took("pretrain", time.monotonic() - stepped)
         home.settle()
-        _publish_newest(run)
+        _publish_newest(run, manifest.classes)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -180,14 +181,18 @@ def _require_space(run: Run, classes: int) -> None:
     disk.require_space(run.path, needed, f"for {keep} checkpoints and one being written", "use --run on another disk")
 
 
-def _publish_newest(run: Run) -> None:
-    """Write the newest checkpoint's encoder to run/encoder."""
+def _publish_newest(run: Run, classes: Sequence[str]) -> None:
+    """Write the newest checkpoint's encoder, head and linear classifier to run/encoder."""
     from simclr import checkpoint
-    from simclr.model import write_encoder
+    from simclr.published import write_encoder
 
     newest = checkpoint.latest(run.checkpoints, say)
     if newest is None:
         raise ValueError(f"{run.path} has no checkpoint yet; `simclr pretrain` writes one every train.checkpoint_every_steps steps")
     state = checkpoint.read(newest)
-    tensors = {name.removeprefix("model.encoder."): t for name, t in state.tensors.items() if name.startswith("model.encoder.")}
-    write_encoder(tensors, run.config, run.encoder, {"recipe": run.recipe, "step": state.step, "data": run.data.name})
+    encoder, head, classifier = (
+        {name.removeprefix(part): t for name, t in state.tensors.items() if name.startswith(part)}
+        for part in ("model.encoder.", "model.head.", "model.classifier.")
+    )
+    published = {"recipe": run.recipe, "step": state.step, "data": run.data.name}
+    write_encoder(encoder, run.config, run.encoder, published, head=head, classifier=classifier, classes=list(classes))

@@ -15,7 +15,7 @@ from simclr.collectives import all_gather, rank, world_size
 from simclr.config import Views
 from simclr.data import loader
 from simclr.scores import accuracy
-from simclr.views import normalise
+from simclr.views import crop_resize, normalise
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ def embed(
     for batch in batches:
         x = batch.images.to(device).permute(0, 3, 1, 2).float() / 255  # waits: the loader uses the memory again
         if x.shape[2:] != (views.size_px, views.size_px):
-            x = F.interpolate(x, (views.size_px, views.size_px), mode="bicubic", antialias=True).clamp(0, 1)
+            whole = torch.tensor([[0, 0, x.shape[2], x.shape[3]]], device=x.device)
+            x = crop_resize(x, whole, views.size_px, views.resize)
         x = normalise(x, views).to(dtype, memory_format=torch.channels_last)
         h.append(encoder(x).float())
         y.append(batch.labels)

@@ -21,6 +21,7 @@ from simclr.config import Resize, Views
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+CENTRE_CROP = 0.875
 _ATTEMPTS = 100
 _MIN_COVERED = 0.1  # the official code asks a crop to cover 10 % of the image, which overrules its 8 %
 
@@ -49,6 +50,13 @@ def crop_boxes(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints) -> I
             if not len(waiting):
                 break
     return boxes
+
+
+def centre_boxes(sizes: Ints, share: float = CENTRE_CROP) -> Ints:
+    """(n, 4) boxes (top, left, height, width) in the middle of images of sizes (n, 2): squares of `share` of the shorter side."""
+    side = np.maximum(np.rint(share * sizes.min(1)).astype(np.int64), 1)
+    top, left = (sizes[:, 0] - side + 1) // 2, (sizes[:, 1] - side + 1) // 2
+    return np.stack([top, left, side, side], 1)
 
 
 def _attempt(views: Views, u: Floats, sizes: Ints) -> tuple[NDArray[np.bool_], Ints]:

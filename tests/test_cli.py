@@ -239,7 +239,8 @@ def test_runs_and_encoders_that_are_none(simclr: Run, tmp_path: Path, patterns: 
 
 
 def test_embed_takes_files_folders_and_arrays(simclr: Run, tmp_path: Path) -> None:
-    from simclr.model import build_model, write_encoder
+    from simclr.model import build_model
+    from simclr.published import write_encoder
     from simclr.recipes import recipe
 
     config = recipe("patterns_tiny")

@@ -24,7 +24,7 @@ from simclr.data.loader import Batch
 from simclr.data.manifest import read_manifest
 from simclr.data.resize import KINDS
 from simclr.data.sources import Item, Source, open_source
-from simclr.views import crop_boxes
+from simclr.views import centre_boxes, crop_boxes
 from tests.test_resize import reference
 
 # isort: split
@@ -164,7 +164,7 @@ def test_photographs_are_cropped_in_the_middle(jpeg: Path) -> None:
     (batch,) = loader.in_order(jpeg, "train", SIZE, PHOTOS)
     assert batch.images.shape == (PHOTOS, SIZE, SIZE, 3)
     assert picture(0).shape == (150, 220, 3)  # 0.875 × 150 = 131 px, at (10, 45)
-    assert loader.centre_boxes(np.array([[150, 220]])).tolist() == [[10, 45, 131, 131]]
+    assert centre_boxes(np.array([[150, 220]])).tolist() == [[10, 45, 131, 131]]
     assert np.abs(batch.images[0].numpy() - reference(picture(0), np.array([10, 45, 131, 131]), SIZE)).max() <= 1
 
 

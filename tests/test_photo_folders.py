@@ -19,7 +19,8 @@ from pipelines.report import report
 from simclr.data import shards
 from simclr.data.patterns import render
 from simclr.data.sources import open_source
-from simclr.model import build_model, write_encoder
+from simclr.model import build_model
+from simclr.published import write_encoder
 from simclr.recipes import recipe
 
 

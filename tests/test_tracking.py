@@ -32,7 +32,8 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A published encoder with its initial weights."""
-    from simclr.model import build_model, write_encoder
+    from simclr.model import build_model
+    from simclr.published import write_encoder
     from simclr.recipes import recipe
 
     config = recipe("patterns_tiny")

@@ -40,11 +40,10 @@ from simclr.data.beton import METADATA
 from simclr.data.decode import Crops
 from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.data.resize import KINDS
-from simclr.views import crop_boxes
+from simclr.views import centre_boxes, crop_boxes
 
 _AHEAD = 3
 _PAGE = 1 << 16  # a multiple of every page size in use
-_CENTRE_CROP = 0.875
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
 _kept: dict[tuple[type, bool], Callable[..., Any]] = {}
@@ -160,13 +159,6 @@ def _arrived(batch: Batch, done: torch.cuda.Event, device: torch.device) -> Batc
     computing.wait_event(done)
     batch.images.record_stream(computing)
     return batch
-
-
-def centre_boxes(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(n, 4) boxes of the official evaluation crop: a square of 0.875 of the shorter side, in the middle."""
-    side = np.rint(_CENTRE_CROP * sizes.min(1)).astype(np.int64)
-    top, left = (sizes[:, 0] - side + 1) // 2, (sizes[:, 1] - side + 1) // 2
-    return np.stack([top, left, side, side], 1)
 
 
 class _Split:

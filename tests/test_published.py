@@ -1,0 +1,71 @@
+"""The published directory: what is written is what is read, and pictures are prepared as the official evaluation does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import simclr
+from simclr.config import Config, Encoder, Head, Views
+from simclr.model import Classifier, build_model
+from simclr.published import read_classifier, read_head, write_encoder
+from simclr.views import centre_boxes, crop_resize
+
+CONFIG = Config(encoder=Encoder(depth=8, cifar_stem=True), head=Head(layers=3, d_out=16), views=Views(size_px=40))
+
+def published(directory: Path, layers: int = 3, tap: int = 1) -> tuple[Classifier, Path]:
+    """A directory with the head's first layers and a classifier that reads tap `tap`, and the model that it came from."""
+    model = build_model(CONFIG)
+    classifier = Classifier(model.encoder, model.head, tap, 4).eval()
+    head = {name: t for name, t in model.head.state_dict().items() if int(name.split(".")[1]) < layers}
+    parts = {"head": head, "classifier": dict(classifier.classifier.state_dict())}
+    write_encoder(dict(model.encoder.state_dict()), CONFIG, directory, {"recipe": "none"}, **parts, tap=tap, classes=["a", "b", "c", "d"])
+    return classifier, directory
+
+
+@pytest.mark.parametrize(("layers", "tap"), [(3, 0), (3, 3), (1, 1)])
+def test_encoder_head_and_classifier_come_back(tmp_path: Path, layers: int, tap: int) -> None:
+    model, directory = published(tmp_path / "encoder", layers, tap)
+    found, classes = read_classifier(directory)
+    x = torch.rand(2, 3, 40, 40)
+    assert torch.equal(found(x), model(x)) and classes == ["a", "b", "c", "d"]
+    head = read_head(directory)
+    assert head is not None and len(head.layers) == layers and not head.training
+
+
+def test_a_tap_beyond_the_head_and_an_absent_classifier_are_named(tmp_path: Path) -> None:
+    model = build_model(CONFIG)
+    with pytest.raises(ValueError, match="tap 4 does not exist; the projection head here has 3 layers"):
+        Classifier(model.encoder, model.head, 4, 2)
+    write_encoder(dict(model.encoder.state_dict()), CONFIG, tmp_path / "bare", {})
+    assert read_head(tmp_path / "bare") is None
+    with pytest.raises(ValueError, match="holds no classifier"):
+        read_classifier(tmp_path / "bare")
+
+
+def test_preprocessing_is_stored_and_older_directories_have_it_from_their_views(tmp_path: Path) -> None:
+    _, directory = published(tmp_path / "encoder")
+    stated = json.loads((directory / "config.json").read_text())
+    assert stated["preprocessing"]["centre_crop"] == 0.875 and stated["preprocessing"]["resize"] == "bicubic"
+    now = simclr.load_encoder(directory).preprocessing
+    del stated["preprocessing"]
+    (directory / "config.json").write_text(json.dumps(stated))
+    assert simclr.load_encoder(directory).preprocessing == now
+
+
+def test_a_picture_is_cropped_in_the_middle_and_fine_stripes_of_a_large_one_do_not_alias(tmp_path: Path) -> None:
+    model = build_model(CONFIG)
+    write_encoder(dict(model.encoder.state_dict()), CONFIG, tmp_path / "encoder", {})
+    encoder = simclr.load_encoder(tmp_path / "encoder")
+    image = torch.randint(0, 256, (1, 60, 75, 3), dtype=torch.uint8)
+    box = torch.as_tensor(centre_boxes(np.array([[60, 75]])))
+    assert box.tolist() == [[4, 12, 52, 52]]
+    expected = crop_resize(image.permute(0, 3, 1, 2).float() / 255, box, 40, "bicubic")
+    torch.testing.assert_close(encoder.prepared(image), expected, atol=1e-5, rtol=0)
+    stripes = torch.zeros(1, 630, 630, 3, dtype=torch.uint8)
+    stripes[:, :, ::2] = 255
+    assert (encoder.prepared(stripes) - 0.5).abs().max() < 0.05

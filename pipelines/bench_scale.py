@@ -23,7 +23,6 @@ from simclr.config import Config
 EXPECTED_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _REPEATS = 7  # of each collective alone; the first two are not counted
 _PATIENCE_S = 600
-_BUCKET = 25 << 18  # numbers: DDP sends float32 gradients in buckets of 25 MiB
 _LARGE = 1 << 23  # numbers: 32 MiB, of which the time is bandwidth
 _CHAIN = 50  # all-reduces of one number, of which the time is latency
 _BACKWARD = 2 / 3  # of a step: the backward pass of a convolution is two products, its forward one
@@ -165,7 +164,8 @@ def scale(
         bandwidth_gb_s, latency_us = bandwidth_gb_s or link["bandwidth_gb_s"], latency_us or link["latency_us"]
     assert bandwidth_gb_s is not None and latency_us is not None
     print(
-        f"expected at {bandwidth_gb_s:,.2f} GB/s and {latency_us:,.1f} µs, with {whole['gradient_bytes'] / 2**20:,.1f} MiB of gradients, "
+        f"expected at {bandwidth_gb_s:,.2f} GB/s and {latency_us:,.1f} µs, with {whole['gradient_bytes'] / 2**20:,.1f} MiB of gradients "
+        f"in {one['buckets']:.0f} buckets{' of bfloat16' if config.train.compress_gradients else ''}, "
         f"{whole['z_bytes'] / 2**20:,.2f} MiB of z per rank, {whole['layers']} BatchNorms of {whole['norm_bytes'] / 2**10:,.0f} KiB in all"
     )
     print(f"{'W':>6} {'step':>11} {'efficiency, nothing overlaps':>29} {'gradients behind the backward pass':>35}")
@@ -265,16 +265,19 @@ def _communication(config: Config, n: int, world: int, place: Any) -> Found:
     from simclr.model import shapes_only
 
     network = shapes_only(config)
-    gradients = torch.zeros(sum(p.numel() for p in network.parameters()), device=place)
+    kind = torch.bfloat16 if config.train.compress_gradients else torch.float32
+    gradients = torch.zeros(sum(p.numel() for p in network.parameters()), device=place, dtype=kind)
+    bucket = max(int(config.train.bucket_mib * 2**20) // 4, 1)  # DDP fills its buckets with float32, also where they are compressed
     norms = [torch.zeros(2 * m.weight.numel(), device=place) for m in network.modules() if isinstance(m, BatchNorm) and not m.per_worker]
     z = torch.zeros(2 * n, config.head.d_out, device=place, requires_grad=True)
-    found = {"gradient_bytes": 4.0 * gradients.numel(), "z_bytes": 4.0 * z.numel(), "layers": float(len(norms))}
+    found = {"gradient_bytes": float(gradients.nbytes), "buckets": float(math.ceil(gradients.numel() / bucket))}
+    found |= {"z_bytes": 4.0 * z.numel(), "layers": float(len(norms))}
     found["norm_bytes"] = 4.0 * sum(sums.numel() for sums in norms)
     if world == 1:
         return found | {"gradients_s": 0.0, "gather_s": 0.0, "norm_s": 0.0}
 
     def buckets() -> None:
-        works = [dist.all_reduce(part, async_op=True) for part in gradients.split(_BUCKET)]
+        works = [dist.all_reduce(part, async_op=True) for part in gradients.split(bucket)]
         for work in works:
             work.wait()
 

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.bench_result import WARM_STEPS, Row, compared, cost, in_turn, power, print_cost
 from pipelines.worker import keep_freed_memory
 from simclr.batchnorm import BatchNorm
-from simclr.collectives import world_size
+from simclr.collectives import data_parallel, world_size
 from simclr.config import Config
 from simclr.loss import nt_xent
 from simclr.microbatch import cached_gradient
@@ -91,9 +90,7 @@ def our_step(config: Config, views: Tensor) -> Step:
     n = config.images_per_rank(world_size())
     model = build_model(config).to(views.device, _dtype(config)).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, config.optim)
-    network: nn.Module = model
-    if world_size() > 1:
-        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients)
     if config.train.compile:
         network.compile()
     peak, taken = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling), 0

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+# The option's name since torch 2.13, and before.
+_NO_BUFFERS = next(o for o in ("forward_sync_buffers", "broadcast_buffers") if o in inspect.signature(DistributedDataParallel).parameters)
 
 
 def rank() -> int:
@@ -52,6 +58,22 @@ def from_rank_zero(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def data_parallel(model: nn.Module, bucket_mib: float, compress: bool) -> nn.Module:
+    """`model`, wrapped so that a backward pass leaves the mean over ranks of its gradients; `model` itself without a group.
+
+    Gradients travel in buckets of `bucket_mib` while the backward pass goes on; `compress` sends them as bfloat16. Statistics
+    of BatchNorm are global already, so there are no buffers to send.
+    """
+    if world_size() == 1:
+        return model
+    # Its average of gradients is the second half of the exact gradient; the first is the sum in `all_gather`.
+    buffers: dict[str, Any] = {_NO_BUFFERS: False}
+    network = DistributedDataParallel(model, bucket_cap_mb=bucket_mib, gradient_as_bucket_view=True, **buffers)
+    if compress:
+        network.register_comm_hook(None, bf16_compress_hook)
+    return network
 
 
 class _AllGather(torch.autograd.Function):

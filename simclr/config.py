@@ -162,6 +162,11 @@ class Train:
     """bfloat16 = autocast with float32 weights, statistics and loss; float64 is for tests."""
     compile: bool = False
     """Compile the encoder and head with torch.compile (pays on a GPU, after a minute of compiling)."""
+    bucket_mib: float = 25.0
+    """MiB of gradients that workers exchange at a time, while the backward pass goes on (DDP's buckets). `simclr bench scale` shows
+    how many there are."""
+    compress_gradients: bool = False
+    """Gradients travel between workers as bfloat16: half the bytes for a slow link, and each rounded to 8 bits."""
     linear_eval: bool = True
     """Train a linear classifier on h beside the loss, where the data has labels; no gradient of it reaches the encoder."""
     cache: Literal["page", "process"] = "page"
@@ -182,6 +187,7 @@ class Train:
         _require(self.micro_batch is None or self.micro_batch >= 1, f"train.micro_batch is {self.micro_batch}; expected at least 1")
         _require(self.epochs > 0, f"train.epochs is {self.epochs}; expected more than 0")
         _require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}; expected at least 1")
+        _require(self.bucket_mib > 0, f"train.bucket_mib is {self.bucket_mib}; expected more than 0 MiB, DDP's default is 25")
         for name in ("shard_groups", "report_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; expected at least 1")
 

@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from simclr import checkpoint, diagnostics, evaluate
-from simclr.collectives import mean_over_ranks, rank, world_size
+from simclr.collectives import data_parallel, mean_over_ranks, rank, world_size
 from simclr.config import Config, Loss
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
@@ -84,11 +83,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
         checkpoint.restore(state, model, optimizer)
         step = first = state.step
     model.train()
-    network: torch.nn.Module = model
-    if world_size() > 1:
-        # Statistics are global already, so DDP has no buffers to send. Its average of gradients is the second half of
-        # the exact gradient; the first is the sum in `collectives.all_gather`.
-        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients)
     if config.train.compile:
         network.compile()
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr import checkpoint, evaluate
 from simclr.batchnorm import BatchNorm
-from simclr.collectives import all_gather, from_rank_zero, rank, world_size
+from simclr.collectives import all_gather, data_parallel, from_rank_zero, rank, world_size
 from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
 from simclr.data import loader
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
@@ -354,6 +354,27 @@ def compiled() -> dict[str, float]:
         found.append([h, z, logits, model.encoder.groups[0][0].body[1].running_var, *(p.grad for p in model.parameters())])
     names = ["h", "z", "logits", "running variance", *("gradient",) * len(found[0][4:])]
     return {name: max(float((a - b).abs().max()) for n, a, b in zip(names, *found, strict=True) if n == name) for name in set(names)}
+
+
+def exchanged(bucket_mib: float, compress: bool) -> list[Tensor]:
+    """Gradients of a step of the whole model on this rank's share of eight random views."""
+    x = mine(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(6)), views=2)
+    model = build_model(TINY)
+    network = data_parallel(model, bucket_mib, compress)  # by name: without it nobody exchanges anything
+    _, z, _ = network(x)
+    nt_xent(z, 0.5).backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_buckets_change_nothing_and_compressed_gradients_are_those_to_bfloat16(ranks: Ranks, within: Within) -> None:
+    (whole, _), (cut, _), (small, other) = (ranks(2, exchanged, *how) for how in ((25.0, False), (0.01, False), (25.0, True)))
+    for a, b, c, d in zip(whole, cut, small, other, strict=True):
+        scale = float(a.abs().max()) + 1e-12
+        within("gradient in buckets of 10 KiB", float((a - b).abs().max()) / scale, 1e-6)
+        # Halved and rounded on each rank, added in bfloat16: three roundings of 2^-9 each, of numbers that may cancel.
+        within("gradient sent as bfloat16", float((a - c).abs().max()) / scale, 2e-2)
+        assert torch.equal(c, d)
+    assert any(not torch.equal(a, c) for a, c in zip(whole, small, strict=True))
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 class Args:
     """Compare two ways of doing the same work, in turn, on this machine."""
 
-    what: Annotated[Literal["step", "train", "scale", "loop", "optim", "loader", "views", "memory"], tyro.conf.Positional]
+    what: Annotated[Literal["step", "train", "scale", "loss", "loop", "optim", "loader", "views", "memory"], tyro.conf.Positional]
     """step: images/s of the training step on resident data ÷ the same network's step in plain torch.
     train: images/s end to end under Ray Train with one worker ÷ the step on resident data.
     scale: the step on 1 and 2 ranks, the share of communication, and what a model of it expects of more ranks.
+    loss: NT-Xent with its gradient, without stored logits ÷ written out: time, memory, deviation.
     loop: the step under Ray Train with one worker ÷ the same step of the bare generator.
     optim: LARS ÷ torch's SGD (foreach, and fused) over ResNet-50's parameters.
     loader: images/s of two crops from one decode, each kind of resize ÷ FFCV's own two pipelines.
@@ -64,10 +65,12 @@ class Args:
     """scale: GB/s (10⁹ bytes) that a rank sends in the expected table; nothing = as measured between these two ranks."""
     latency_us: float | None = None
     """scale: microseconds of one message in the expected table; nothing = as measured."""
+    batches: tuple[int, ...] = (1024, 2048, 4096)
+    """loss: the N that are timed, images in the global batch, each with two views."""
     epochs: int = 50
     """memory: passes over the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """step, scale, optim, views: where the work is done."""
+    """step, scale, loss, optim, views: where the work is done."""
     json: Path | None = None
     """File for the result: what, machine, versions, date, setting, n, rows."""
 
@@ -98,6 +101,12 @@ def measure(args: Args) -> list[Row]:
         from pipelines.bench_scale import scale
 
         return scale(_config(args), device=_device(args).type, bandwidth_gb_s=args.bandwidth_gb_s, latency_us=args.latency_us, **plan)
+    if args.what == "loss":
+        from pipelines.bench_loss import loss
+
+        if min(args.batches, default=0) < 1:
+            raise ValueError(f"--batches is {' '.join(map(str, args.batches)) or 'empty'}; expected numbers of images, at least 1")
+        return loss(args.batches, args.trials, args.threads, _device(args))
     if args.what == "optim":
         from pipelines.bench_optim import optim
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from pipelines import bench, bench_train
+from pipelines.bench_loss import loss
 from pipelines.bench_result import busiest, compared, cost, in_turn
 from pipelines.bench_scale import EXPECTED_RANKS, all_gather_s, model, ring_all_reduce_s, scale, small_all_reduce_s
 from pipelines.bench_step import host_waits, our_step, plain_step, resident_views
 from pipelines.bench_train import train
 from simclr.config import Config, Encoder, Head, Train, Views
+from tests.conftest import Within
 
 CPU = torch.device("cpu")
 
@@ -143,6 +145,18 @@ def test_bench_scale_prints_measured_and_expected(capfd: pytest.CaptureFixture[s
     assert measured["name"] == "W = 2" and min(measured[key] for key in ("gradients_s", "gather_s", "norm_s", "bandwidth_gb_s")) > 0
     assert measured["z_bytes"] == 4 * 8 * 16 and measured["layers"] == 10 + 2
     assert [row["ranks"] for row in rows if row["name"] == "expected"] == list(EXPECTED_RANKS)
+
+
+# ── Loss ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_bench_loss_compares_time_memory_and_gradients(capfd: pytest.CaptureFixture[str], within: Within) -> None:
+    """2,048 rows: 16 MiB a table of logits, of which the written-out form holds several and the other one block at a time."""
+    (row,) = loss((1024,), 1, 1, torch.device("cpu"))
+    assert "N =   1,024" in capfd.readouterr().out
+    assert row["streamed_ms"] > 0 and row["written_ms"] > 0 and row["ratio"] == pytest.approx(row["written_ms"] / row["streamed_ms"])
+    assert row["written_mib"] > 2 * 16
+    within("gradient, streamed against written out", row["deviation"], 1e-5)
 
 
 # ── What they share ────────────────────────────────────────────────────────────────────────────────────────────────

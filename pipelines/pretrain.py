@@ -17,6 +17,7 @@ from pipelines.rundir import Run, open_run
 from pipelines.terminal import Bar, process_age_s, say
 from pipelines.tracked import Tracked
 from simclr import disk
+from simclr.collapse import collapse
 from simclr.config import Config
 from simclr.data import place
 from simclr.data.manifest import read_manifest
@@ -101,7 +102,7 @@ def pretrain(args: Args) -> Run:
         running = cluster.launch(train_worker, job, args.resources, run.path / "ray")
         with Bar("pretrain", total, "steps") as bar:
             bar.resume_at(done)
-            first = True
+            first, warned = True, None
             for report in running.reports():
                 if first:
                     first = False
@@ -116,6 +117,8 @@ def pretrain(args: Args) -> Run:
                 tracked.log(report)
                 if report["step"] % config.train.checkpoint_every_steps == 0 and not home.busy():
                     home.later(home.send)
+                if warned is None and report["step"] > 1 and (warned := collapse(report)):
+                    say(f"step {report['step']:,}: {warned}; a lower --optim.base-lr, more warm-up or another temperature may help")
                 rate = report["speed/images_per_s"]
                 bar.update(report["step"], _note(report), rate)
         run.took("pretrain", time.monotonic() - stepped)

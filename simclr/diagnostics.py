@@ -65,3 +65,21 @@ def rankme(h: Tensor) -> Tensor:
     s = torch.linalg.svdvals(h.detach().float())
     p = s / s.sum().clamp_min(1e-30) + 1e-7
     return torch.exp(-(p * p.log()).sum())
+
+
+@torch.no_grad()
+def effective_dimension(x: Tensor) -> Tensor:
+    """(Σ λ)² / Σ λ² of the eigenvalues λ of the covariance of x (n, d): 1 where all rows lie on a line, d where all directions
+    are alike (the participation ratio, Gao et al. 2017, doi:10.1101/214262). 0 for constant rows."""
+    centred = x.detach().float() - x.detach().float().mean(0)
+    gram = centred.T @ centred if x.shape[1] <= len(x) else centred @ centred.T  # the same eigenvalues, and zeros
+    ratio: Tensor = gram.diagonal().sum().square() / gram.square().sum().clamp_min(1e-30)
+    return ratio
+
+
+@torch.no_grad()
+def spread(z: Tensor) -> Tensor:
+    """√d times the mean standard deviation of the unit rows of z (n, d), dimension by dimension: 0 where all point the same way,
+    at most 1, about 1 where they point everywhere (arXiv:2011.10566, Sec. 4.1)."""
+    deviation: Tensor = F.normalize(z.detach().float(), dim=1).std(0, correction=0).mean()
+    return deviation * z.shape[1] ** 0.5

@@ -208,6 +208,8 @@ def _measure(sums: Tensor, bad_at: Tensor, z: Tensor, config: Config, classifies
         "train/contrastive_entropy": diagnostics.contrastive_entropy(z, config.loss.temperature),
         "health/alignment": diagnostics.alignment(z),
         "health/uniformity": diagnostics.uniformity(z[:4096]),
+        "health/spread": diagnostics.spread(z),
+        "health/dimension": diagnostics.effective_dimension(z),
     }
     if classifies:
         values |= {"train/linear_loss": sums[1], "train/linear_top1": sums[2], "labelled": sums[3]}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr import diagnostics
+from simclr.collapse import collapse
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
 from tests.conftest import Within
 
@@ -167,3 +168,29 @@ def test_diagnostics_on_known_matrices() -> None:
     assert abs(float(diagnostics.uniformity(torch.ones(6, 3)))) < 1e-5
     assert abs(float(diagnostics.rankme(eye)) - 8) < 1e-3
     assert abs(float(diagnostics.rankme(torch.ones(8, 8))) - 1) < 1e-3
+
+
+def test_effective_dimension_and_spread_on_known_matrices() -> None:
+    """± the axes of 3 dimensions, of lengths 1, 1 and 2: λ is proportional to 1, 1, 4, so the ratio is 36 / 18."""
+    axes = torch.diag(torch.tensor([1.0, 1.0, 2.0]))
+    assert abs(float(diagnostics.effective_dimension(torch.cat([axes, -axes]))) - 2) < 1e-6
+    line = torch.linspace(-1, 1, 5)[:, None] * torch.tensor([1.0, 2, 3, 4, 5, 6])
+    assert abs(float(diagnostics.effective_dimension(line)) - 1) < 1e-5
+    assert float(diagnostics.effective_dimension(torch.ones(6, 3))) == 0
+    # Unit rows ± the axes: each dimension is 1, −1, 0, 0, 0, 0, of standard deviation √(1/3) = 1 / √d.
+    assert abs(float(diagnostics.spread(torch.cat([axes, -axes]))) - 1) < 1e-6
+    assert float(diagnostics.spread(torch.ones(6, 3))) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("z", "sentence"),
+    [
+        (torch.ones(64, 16), "point nearly the same way"),
+        (torch.randn(64, 1, generator=torch.Generator().manual_seed(0)) * torch.ones(16), "lie nearly on a line"),
+        (torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), None),
+    ],
+)
+def test_a_collapsed_projection_is_named(z: torch.Tensor, sentence: str | None) -> None:
+    metrics = {"health/spread": float(diagnostics.spread(z)), "health/dimension": float(diagnostics.effective_dimension(z))}
+    said = collapse(metrics)
+    assert (said is None) if sentence is None else (said is not None and sentence in said)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,4 +84,4 @@ def spread(z: Tensor) -> Tensor:
     """√d times the mean standard deviation of the unit rows of z (n, d), dimension by dimension: 0 where all point the same way,
     at most 1, about 1 where they point everywhere (arXiv:2011.10566, Sec. 4.1)."""
     deviation: Tensor = F.normalize(z.detach().float(), dim=1).std(0, correction=0).mean()
-    return deviation * z.shape[1] ** 0.5
+    return deviation * math.sqrt(z.shape[1])

@@ -38,24 +38,39 @@ def linear_probe(
     decays: tuple[float, ...] = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5),
     iterations: int = 100,
 ) -> dict[str, float]:
-    """Accuracy of a linear classifier on frozen features: {"top1", "top5", "decay"}.
+    """Accuracy of a linear classifier on frozen features: {"top1", "top5", "decay"}. See `quick_probe`."""
+    classes = int(torch.maximum(train_y.max(), test_y.max())) + 1
+    scores, decay = quick_probe(train_h, train_y, test_h, classes, decays, iterations)
+    return {**accuracy(scores, test_y), "decay": decay}
 
-    Multinomial logistic regression on standardised features, fitted to convergence by full-batch L-BFGS, as the paper's
-    transfer protocol does (App. B.8). The weight decay is chosen on a tenth of the training rows, then all rows are fitted.
+
+def quick_probe(
+    train_h: Tensor,
+    train_y: Tensor,
+    test_h: Tensor,
+    classes: int,
+    decays: tuple[float, ...] = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5),
+    iterations: int = 100,
+) -> tuple[Tensor, float]:
+    """(scores (m, classes) of the test rows, decay) of a linear classifier that is fitted in seconds.
+
+    Multinomial logistic regression on standardised features, fitted by full-batch L-BFGS, as the paper's transfer
+    protocol does (App. B.8). The weight decay is chosen on a tenth of the training rows, then all rows are fitted. It is
+    `swept_probe` made quick: six decays, which here multiply |kernel|²/2 beside the *mean* loss, a hundred iterations at most,
+    and a path that ends early, which on raw pixels (3,072 wide) costs less than all fits at once.
     """
     mean, std = train_h.mean(0), train_h.std(0).clamp_min(1e-6)
     train_h, test_h = (train_h - mean) / std, (test_h - mean) / std
     # A keyed tenth: every tenth row would be of a single class where classes take turns.
     held = torch.zeros(len(train_y), dtype=torch.bool, device=train_y.device)
     held[torch.from_numpy(keyed.permutation(0, 0, len(train_y))[: len(train_y) // 10])] = True
-    classes = int(torch.maximum(train_y.max(), test_y.max())) + 1
     weights = torch.zeros(classes, train_h.shape[1] + 1, device=train_h.device)
     best, decay, start, worse = -1.0, decays[0], weights, 0
     # From the strongest decay down, each fit starting at the one before: close by, so it takes few iterations. Two that are
     # no better in a row end it: what follows only overfits, and takes longest.
     for candidate in sorted(decays, reverse=True) if len(decays) > 1 else ():
         weights = _fit(train_h[~held], train_y[~held], weights, candidate, iterations)
-        score = accuracy(_logits(train_h[held], weights), train_y[held])["top1"]
+        score = accuracy(logistic.logits(train_h[held], weights), train_y[held])["top1"]
         if score > best:
             best, decay, start, worse = score, candidate, weights, 0
         else:
@@ -63,11 +78,7 @@ def linear_probe(
         if worse == 2:
             break
     weights = _fit(train_h, train_y, start, decay, iterations)
-    return {**accuracy(_logits(test_h, weights), test_y), "decay": decay}
-
-
-def _logits(h: Tensor, weights: Tensor) -> Tensor:
-    return F.linear(h, weights[:, :-1], weights[:, -1])
+    return logistic.logits(test_h, weights), decay
 
 
 def _fit(h: Tensor, y: Tensor, start: Tensor, decay: float, iterations: int) -> Tensor:
@@ -82,7 +93,7 @@ def _fit(h: Tensor, y: Tensor, start: Tensor, decay: float, iterations: int) -> 
     @torch.no_grad()
     def closure() -> Tensor:
         # The gradient by hand: autograd multiplies in an order that is six times slower for few classes.
-        log_p = F.log_softmax(_logits(h, weights), dim=1)
+        log_p = F.log_softmax(logistic.logits(h, weights), dim=1)
         residual = (log_p.exp() - labels) / len(h)
         weights.grad = torch.cat([residual.T @ h + decay * weights[:, :-1], residual.sum(0)[:, None]], dim=1)
         return -(log_p * labels).sum() / len(h) + 0.5 * decay * weights[:, :-1].square().sum()

@@ -29,11 +29,11 @@ class Fits:
     loss: Tensor
     """(L,) float64, the objective's value / n."""
     gradient: Tensor
-    """(L,) float64, norm of the gradient in the solver's coordinates, as a share of the norm at zero weights."""
+    """(L,) float64, what `tolerance` is held against: |gradient| / objective, as a share of the same at zero weights."""
     iterations: Tensor
     """(L,) int64."""
     converged: Tensor
-    """(L,) bool: the gradient fell to the tolerance. Where not, the iterations or the precision of the numbers ended."""
+    """(L,) bool: that fell to the tolerance. Where not, the iterations or the precision of the numbers ended."""
 
 
 @torch.no_grad()
@@ -51,10 +51,13 @@ def fit(
     y (n,) int64 gives softmax cross-entropy; y (n, classes) with 1 = has the class, 0 = has not, −1 = does not count gives a
     logistic regression per class. λ multiplies the *sum* of the losses (Kornblith et al., arXiv:1805.08974), so it is scikit-learn's
     1/C, and it stays what it is when rows are added. Every problem starts at zero, so none depends on which others there are.
-    Works in the dtype of h, float32 or float64. `progress` gets the iteration and how many problems still move.
+    Works in the dtype of h, float32 or float64. A fit has converged where the gradient of the *logarithm* of the objective is
+    `tolerance` of what it was at zero weights: separable classes and a weak penalty bring the objective itself to 1e-6 within a
+    step or two, in a direction that is not yet the minimum's. `progress` gets the iteration and how many problems still move.
 
-    The objective is convex. It is solved in centred features (which only shifts the bias, and that is undone), each coordinate
-    scaled by the Hessian's diagonal at zero weights: raw features after a ReLU are all positive, and plain L-BFGS crawls.
+    The objective is convex. It is solved along the principal axes of the centred features, which leaves the penalty as it is and
+    is undone at the end, each axis scaled by the Hessian at zero weights: features after a ReLU are all positive and go together,
+    and plain L-BFGS crawls on them.
     """
     if not len(penalties) or min(penalties) <= 0:
         raise ValueError(f"penalties are {list(penalties)}; expected at least one, each more than 0: at 0 there may be no minimum")
@@ -62,12 +65,15 @@ def fit(
         raise ValueError(f"{len(h)} features and {len(y)} labels; expected as many, and at least one")
     mean = h.mean(0)
     x = h - mean
+    axes = torch.linalg.eigh((x.T @ x).double())[1].to(h.dtype)
+    x = x @ axes
     problem = _Softmax(x, y, classes) if y.ndim == 1 else _OneVsRest(x, y)
     size = classes * (h.shape[1] + 1) * h.element_size() * (2 * _HISTORY + 8)
     at_once = max(1, _STATE_BYTES // size)
     lambdas = torch.tensor(penalties, dtype=h.dtype, device=h.device) / len(h)
     parts = [_minimise(problem, part, tolerance, iterations, progress) for part in lambdas.split(at_once)]
     weights, loss, gradient, taken = (torch.cat([part[i] for part in parts]) for i in range(4))
+    weights[..., :-1] = weights[..., :-1] @ axes.T
     weights[..., -1] -= weights[..., :-1] @ mean
     return Fits(weights, loss, gradient, taken, gradient <= tolerance)
 
@@ -110,12 +116,16 @@ class _Softmax:
     def block(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Summed loss (L,) and d loss / d z of logits z (rows, L, classes), which are overwritten."""
         y = self.y[rows, None, None].expand(-1, z.shape[1], 1)
-        top = z.amax(2, keepdim=True)
-        right = (z.gather(2, y) - top)[..., 0]
-        residual = z.sub_(top).exp_()
-        sums = residual.sum(2, keepdim=True)
-        residual.div_(sums).scatter_add_(2, y, residual.new_full((), -1.0).expand(y.shape))
-        return (sums[..., 0].log() - right).sum(0, dtype=torch.float64), residual
+        z.sub_(z.amax(2, keepdim=True))
+        right = z.gather(2, y)
+        # The others' share is summed for itself: as 1 − p it would be rounding where the classes are told apart well, and so would
+        # be the loss, and weak penalties would stop anywhere.
+        residual = z.exp_().scatter_(2, y, 0.0)
+        others = residual.sum(2, keepdim=True)
+        sums = others + right.exp()
+        loss = torch.where(right == 0, others.log1p(), sums.log() - right)
+        residual.scatter_(2, y, -others).div_(sums)
+        return loss.sum((0, 2), dtype=torch.float64), residual
 
 
 class _OneVsRest(_Softmax):
@@ -151,9 +161,9 @@ def _minimise(
     scale = 1 / (problem.curvature + penalties[:, None] * penalised).clamp_min(torch.finfo(penalties.dtype).tiny ** 0.5)
     state = _State(torch.arange(len(penalties), device=penalties.device), penalties, scale[:, None], found.clone())
     state.loss, state.gradient = problem(state.weights, penalties)
-    first = _norm(state.gradient, state.scale)
+    first = _norm(state.gradient, state.scale) / state.loss
     for iteration in range(iterations + 1):
-        size = _norm(state.gradient, state.scale) / first[state.ids].clamp_min(1e-300)
+        size = _norm(state.gradient, state.scale) / (first[state.ids] * state.loss).clamp_min(1e-300)
         found[state.ids], loss_found[state.ids], gradient_found[state.ids], taken[state.ids] = state.weights, state.loss, size, iteration
         state.keep((size > tolerance) & ~state.stuck)
         progress(iteration, len(state.ids))

@@ -78,6 +78,21 @@ def test_float32_reaches_the_same_minimum(within: Within) -> None:
     within("objective, float32", ((exact.loss - single_precision.loss) / exact.loss).abs().max().item(), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_separable_classes_under_a_weak_penalty_reach_their_minimum(dtype: torch.dtype, within: Within) -> None:
+    """The objective ends at 1e-5 of where it began; in float32 a loss of 1 − p would be rounding by then."""
+    torch.manual_seed(0)
+    h = torch.randn(40, 6, dtype=torch.float64)
+    y = h[:, :3].argmax(1)
+    fits = logistic.fit(h.to(dtype), y, [1e-6, 1e-4], 3, tolerance=1e-4)
+    assert fits.converged.all()
+    for penalty, weights, loss in zip((1e-6, 1e-4), fits.weights.double(), fits.loss, strict=True):
+        theirs, least = single(h, y, penalty, 3)
+        within("objective", abs(loss.item() - least) / least, 1e-4)
+        a, b = theirs[:, :-1].ravel(), weights[:, :-1].numpy().ravel()
+        within("direction", 1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b), 1e-4)
+
+
 def test_lambda_is_one_over_scikit_learns_c(within: Within) -> None:
     from sklearn.linear_model import LogisticRegression
 
@@ -121,6 +136,16 @@ def test_the_sweep_takes_the_penalty_that_validates_best_and_fits_all_rows_again
 def test_penalties_are_the_papers() -> None:
     assert len(probe.PENALTIES) == 45 and probe.PENALTIES[0] == 1e-6 and probe.PENALTIES[-1] == 1e5
     assert np.allclose(np.diff(np.log10(probe.PENALTIES)), 0.25)
+
+
+def test_features_that_go_together_do_not_slow_the_fit() -> None:
+    """Positive features of which some hardly vary, as an encoder gives them: along the axes the deviations are 1 to 10^-3.5."""
+    torch.manual_seed(0)
+    z, turn = torch.randn(300, 8, dtype=torch.float64), torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    h = (z * 10.0 ** -torch.arange(0, 4, 0.5, dtype=torch.float64)) @ turn + 5
+    y = (z @ torch.randn(8, 3, dtype=torch.float64) + 3 * torch.randn(300, 3)).argmax(1)
+    fits = logistic.fit(h, y, probe.PENALTIES, 3)
+    assert fits.converged.all() and fits.iterations.max() < 60
 
 
 def test_a_fit_without_penalty_or_rows_is_refused() -> None:

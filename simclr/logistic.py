@@ -49,8 +49,10 @@ def fit(
     """For each λ of `penalties` the minimum of Σ_i loss_i + λ/2 · |kernel|², the bias free, over features h (n, d).
 
     y (n,) int64 gives softmax cross-entropy; y (n, classes) with 1 = has the class, 0 = has not, −1 = does not count gives a
-    logistic regression per class. λ multiplies the *sum* of the losses (Kornblith et al., arXiv:1805.08974), so it is scikit-learn's
-    1/C, and it stays what it is when rows are added. Every problem starts at zero, so none depends on which others there are.
+    logistic regression per class. A class that no row shows gets the bias −∞. λ multiplies the penalty beside the *sum* of the
+    losses (Kornblith et al., arXiv:1805.08974), so it is scikit-learn's 1/C, and it stays what it is when rows are added. Every
+    problem starts at zero, so none depends on which others there are.
+
     Works in the dtype of h, float32 or float64. A fit has converged where the gradient of the *logarithm* of the objective is
     `tolerance` of what it was at zero weights: separable classes and a weak penalty bring the objective itself to 1e-6 within a
     step or two, in a direction that is not yet the minimum's. `progress` gets the iteration and how many problems still move.
@@ -67,15 +69,31 @@ def fit(
     x = h - mean
     axes = torch.linalg.eigh((x.T @ x).double())[1].to(h.dtype)
     x = x @ axes
-    problem = _Softmax(x, y, classes) if y.ndim == 1 else _OneVsRest(x, y)
-    size = classes * (h.shape[1] + 1) * h.element_size() * (2 * _HISTORY + 8)
-    at_once = max(1, _STATE_BYTES // size)
+    # A class that no row shows has no minimum: its bias, which is free, falls for ever. So does that of one that every row shows rise.
+    certain = _certain(y, classes)
+    fitted = torch.nonzero(certain.isnan())[:, 0]
+    problem = _Softmax(x, torch.searchsorted(fitted, y), len(fitted)) if y.ndim == 1 else _OneVsRest(x, y[:, fitted])
+    size = len(fitted) * (h.shape[1] + 1) * h.element_size() * (2 * _HISTORY + 8)
+    at_once = max(1, _STATE_BYTES // max(size, 1))
     lambdas = torch.tensor(penalties, dtype=h.dtype, device=h.device) / len(h)
     parts = [_minimise(problem, part, tolerance, iterations, progress) for part in lambdas.split(at_once)]
-    weights, loss, gradient, taken = (torch.cat([part[i] for part in parts]) for i in range(4))
-    weights[..., :-1] = weights[..., :-1] @ axes.T
+    found, loss, gradient, taken = (torch.cat([part[i] for part in parts]) for i in range(4))
+    weights = found.new_zeros(len(lambdas), classes, h.shape[1] + 1)
+    weights[..., -1] = certain
+    weights[:, fitted] = torch.cat([found[..., :-1] @ axes.T, found[..., -1:]], 2)
     weights[..., -1] -= weights[..., :-1] @ mean
     return Fits(weights, loss, gradient, taken, gradient <= tolerance)
+
+
+def _certain(y: Tensor, classes: int) -> Tensor:
+    """(classes,) float: −∞ for a class that no row shows, ∞ for one against the rest that every row shows, NaN for all others."""
+    if y.ndim == 1:
+        shown = torch.bincount(y, minlength=classes) > 0
+        missed = torch.ones_like(shown)
+    else:
+        shown, missed = (y == 1).any(0), (y == 0).any(0)
+    undecided = torch.full((classes,), torch.nan, device=y.device)
+    return torch.where(shown, torch.where(missed, undecided, torch.inf), -torch.inf)
 
 
 def logits(h: Tensor, weights: Tensor) -> Tensor:
@@ -161,7 +179,7 @@ def _minimise(
     scale = 1 / (problem.curvature + penalties[:, None] * penalised).clamp_min(torch.finfo(penalties.dtype).tiny ** 0.5)
     state = _State(torch.arange(len(penalties), device=penalties.device), penalties, scale[:, None], found.clone())
     state.loss, state.gradient = problem(state.weights, penalties)
-    first = _norm(state.gradient, state.scale) / state.loss
+    first = _norm(state.gradient, state.scale) / state.loss.clamp_min(1e-300)
     for iteration in range(iterations + 1):
         size = _norm(state.gradient, state.scale) / (first[state.ids] * state.loss).clamp_min(1e-300)
         found[state.ids], loss_found[state.ids], gradient_found[state.ids], taken[state.ids] = state.weights, state.loss, size, iteration

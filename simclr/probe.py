@@ -135,7 +135,7 @@ def swept_probe(
     L-BFGS without augmentation, λ chosen on the validation rows, then fitted again to training and validation rows.
 
     train and validation are (h (n, d), y), where y is as in `logistic.fit`. Features are taken as they are: neither paper scales
-    them. λ multiplies the sum of the losses, as Kornblith et al. have it; the SimCLR paper does not say.
+    them. λ stands beside the sum of the losses, as Kornblith et al. have it; the SimCLR paper does not say.
     """
     fits = logistic.fit(*train, penalties, classes, tolerance, iterations, progress)
     found = {p: measure(logistic.logits(validation[0], w), validation[1]) for p, w in zip(penalties, fits.weights, strict=True)}

@@ -148,6 +148,22 @@ def test_features_that_go_together_do_not_slow_the_fit() -> None:
     assert fits.converged.all() and fits.iterations.max() < 60
 
 
+def test_a_class_that_no_row_shows_is_never_taken(within: Within) -> None:
+    """Its free bias has no minimum: without a word about it every fit would run to the last iteration."""
+    h, y = features()
+    few = logistic.fit(h, y, [1e-3, 1.0], 3)
+    more = logistic.fit(h, 2 * y, [1e-3, 1.0], 6)  # classes 0, 2, 4 of six
+    assert more.converged.all() and (more.weights[:, 1::2, -1] == -torch.inf).all()
+    within("weights", (few.weights - more.weights[:, ::2]).abs().max().item(), 1e-12)
+    marks = torch.nn.functional.one_hot(y, 5)
+    marks[:, 4] = 1
+    fits = logistic.fit(h, marks, [1.0], 5)
+    assert fits.converged.all() and fits.weights[0, 3:, -1].tolist() == [-torch.inf, torch.inf]
+    assert logistic.logits(h, fits.weights[0]).argmax(1).eq(4).all()
+    alone = logistic.fit(h, torch.zeros_like(y), [1.0], 3)
+    assert alone.converged.all() and logistic.logits(h, alone.weights[0]).argmax(1).eq(0).all()
+
+
 def test_a_fit_without_penalty_or_rows_is_refused() -> None:
     h, y = features()
     with pytest.raises(ValueError, match="more than 0"):

@@ -14,7 +14,6 @@ from pipelines import cli
 from pipelines.confusion import confusion_picture
 from pipelines.evaluate import default_out
 from pipelines.protocols import summary
-from simclr import probe
 from simclr.evaluate import embed, knn
 from simclr.model import build_model, write_encoder
 from simclr.recipes import recipe
@@ -29,9 +28,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_protocol_writes_its_scores_classes_and_picture(
-    encoder: Path, patterns: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    encoder: Path, patterns: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(probe, "PENALTIES", probe.PENALTIES[::6])
     words = ["evaluate", str(encoder), "--data", str(patterns), "--resamples", "100", "--epochs", "0.5", "--k", "20", "--batch-size", "60"]
     cli.main([*words, "--protocol", "knn", "probe", "lbfgs", "sgd"])
     said = capsys.readouterr().out

@@ -29,7 +29,8 @@ class Fits:
     loss: Tensor
     """(L,) float64, the objective's value / n."""
     gradient: Tensor
-    """(L,) float64, what `tolerance` is held against: |gradient| / objective, as a share of the same at zero weights."""
+    """(L,) float64, what `tolerance` is held against: |gradient| / objective, as a share of the same at zero weights;
+    0 where it is rounding alone."""
     iterations: Tensor
     """(L,) int64."""
     converged: Tensor
@@ -67,7 +68,7 @@ def fit(
         raise ValueError(f"{len(h)} features and {len(y)} labels; expected as many, and at least one")
     mean = h.mean(0)
     x = h - mean
-    axes = torch.linalg.eigh((x.T @ x).double())[1].to(h.dtype)
+    axes = _axes(x)
     x = x @ axes
     # A class that no row shows has no minimum: its bias, which is free, falls for ever. So does that of one that every row shows rise.
     certain = _certain(y, classes)
@@ -83,6 +84,19 @@ def fit(
     weights[:, fitted] = torch.cat([found[..., :-1] @ axes.T, found[..., -1:]], 2)
     weights[..., -1] -= weights[..., :-1] @ mean
     return Fits(weights, loss, gradient, taken, gradient <= tolerance)
+
+
+def _axes(x: Tensor) -> Tensor:
+    """(d, r) principal axes of centred rows x (n, d), without those along which x is the rounding of its numbers: more features
+    than rows leave many, and a weak penalty would have the fit follow them."""
+    gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for part in x.split(1 << 16):
+        rows = part.double()
+        gram += rows.T @ rows
+    squares, axes = torch.linalg.eigh(gram)
+    rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * x.shape[1]
+    kept: Tensor = axes[:, squares > rounding * squares[-1].clamp_min(1e-300)].to(x.dtype)
+    return kept
 
 
 def _certain(y: Tensor, classes: int) -> Tensor:
@@ -151,13 +165,13 @@ class _OneVsRest(_Softmax):
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         super().__init__(x, y, y.shape[1])
-        self.targets, self.counts = (y == 1).to(x.dtype), (y >= 0).to(x.dtype)
+        self.away, self.counts = 1 - 2 * (y == 1).to(x.dtype), (y >= 0).to(x.dtype)
         self.curvature = self.curvature * (self.classes / 4)
 
     def block(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        target, counts = self.targets[rows, None], self.counts[rows, None]
-        loss = ((F.softplus(z) - target * z) * counts).sum((0, 2), dtype=torch.float64)
-        return loss, z.sigmoid_().sub_(target).mul_(counts)
+        away, counts = self.away[rows, None], self.counts[rows, None]
+        z = z.mul_(away)  # how far on the wrong side: p − 1 would be rounding where p is nearly 1
+        return (F.softplus(z) * counts).sum((0, 2), dtype=torch.float64), z.sigmoid_().mul_(counts).mul_(away)
 
 
 # ── The solver ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,9 +193,15 @@ def _minimise(
     scale = 1 / (problem.curvature + penalties[:, None] * penalised).clamp_min(torch.finfo(penalties.dtype).tiny ** 0.5)
     state = _State(torch.arange(len(penalties), device=penalties.device), penalties, scale[:, None], found.clone())
     state.loss, state.gradient = problem(state.weights, penalties)
-    first = _norm(state.gradient, state.scale) / state.loss.clamp_min(1e-300)
+    least = state.loss.clamp_min(1e-300)
+    first = _norm(state.gradient, state.scale) / least
+    # What rounding leaves of a gradient, of which the bias has most. Under a strong penalty that is more than `tolerance` asks for.
+    rounding = torch.finfo(penalties.dtype).eps * problem.classes * (problem.curvature * scale).sum(1).double().sqrt() / least
     for iteration in range(iterations + 1):
-        size = _norm(state.gradient, state.scale) / (first[state.ids] * state.loss).clamp_min(1e-300)
+        gradient = _norm(state.gradient, state.scale) / state.loss.clamp_min(1e-300)
+        if iteration:
+            gradient = torch.where(gradient > rounding[state.ids], gradient, 0.0)
+        size = gradient / first[state.ids].clamp_min(1e-300)
         found[state.ids], loss_found[state.ids], gradient_found[state.ids], taken[state.ids] = state.weights, state.loss, size, iteration
         state.keep((size > tolerance) & ~state.stuck)
         progress(iteration, len(state.ids))

@@ -56,7 +56,8 @@ def run(
     if "sgd" in protocols and "test" not in manifest.splits:
         raise ValueError(f"{data} has no test split, which --protocol sgd cannot hold back for itself; prepare the data with one")
     out.mkdir(parents=True, exist_ok=True)
-    train, test = features(encoder, data, manifest, config, device, settings)
+    parts = ("test",) if set(protocols) == {"sgd"} else ("train", "test")  # sgd embeds crops of its own
+    train, test = features(encoder, data, manifest, config, device, settings, parts)
     if not len(train.y) or not len(test.y):
         raise ValueError(f"none of the {settings.limit or 'given'} images of a split of {data} has a label; raise --limit")
     rows = []
@@ -66,7 +67,8 @@ def run(
             scores, told = _sgd(encoder, data, config, device, settings, len(manifest.classes), test)
         else:
             scores, told = _FITTED[protocol](train, test, config, settings, len(manifest.classes))
-        told = {"protocol": protocol, "encoder": name, "train": len(train.y), "test": len(test.y), **told}
+        fitted = manifest.examples("train") if protocol == "sgd" else len(train.y)
+        told = {"protocol": protocol, "encoder": name, "train": fitted, "test": len(test.y), **told}
         rows.append(summary(scores, test.y, list(manifest.classes), settings.resamples) | {"settings": told})
         rows[-1]["seconds"] = time.monotonic() - began
         write(rows[-1], list(manifest.classes), out, protocol)
@@ -76,22 +78,23 @@ def run(
 
 
 def features(
-    encoder: Any, data: Path, manifest: Manifest, config: Config, device: torch.device, settings: Settings
+    encoder: Any, data: Path, manifest: Manifest, config: Config, device: torch.device, settings: Settings, parts: tuple[str, ...]
 ) -> tuple[Features, Features]:
-    """The labelled rows of the training and the test split; without a test split, a tenth is held back."""
+    """The labelled rows of the training and the test split, or, where `parts` has one of them, twice that one; without a test
+    split, a tenth is held back."""
     from pipelines.evaluate import held_back
     from simclr.data.loader import in_order
     from simclr.evaluate import embed
     from simclr.frozen import Unchanged
 
     found = {}
-    splits = [s for s in ("train", "test") if s in manifest.splits]
+    splits = [s for s in parts if s in manifest.splits]
     images = sum(min(settings.limit or manifest.examples(s), manifest.examples(s)) for s in splits)
     with Bar("embed", images) as bar, Unchanged(encoder):
         for part in splits:
             batches = in_order(data, part, config.views.size_px, _BATCH, settings.limit, settings.threads, resize=config.views.resize)
             found[part] = embed(encoder, batches, config.views, device, progress=bar.advance)
-    train, test = (found["train"], found["test"]) if "test" in found else held_back(found["train"])
+    train, test = (found.get("train", found["test"]), found["test"]) if "test" in found else held_back(found["train"])
     return train.labelled(), test.labelled()
 
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "verify": "shards → whether every byte and every image is whole",
     "views": "shards + recipe → a picture of what the network sees",
     "pretrain": "shards → a pretrained encoder, on Ray Train workers",
-    "evaluate": "encoder + shards → kNN and linear-probe accuracy",
+    "evaluate": "encoder + data → kNN, linear probes, the papers' protocols, the transfer suite",
     "publish": "run → a version in the model registry, `champion` if it is the best",
     "pull": "registry → an encoder directory",
     "embed": "encoder + images → features.npz",

@@ -1,16 +1,20 @@
-"""`simclr evaluate`: encoder + shards → kNN and linear-probe accuracy, beside what needs no training."""
+"""`simclr evaluate`: encoder + data → the quick table, the papers' protocols (`protocols`), or the transfer suite (`transfer`)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from pipelines import storage
+from pipelines import protocols, storage
 from pipelines.rundir import load_run
 from pipelines.terminal import Bar
 from simclr import disk
@@ -31,10 +35,13 @@ class Args:
 
     Without a test split a tenth of the training images is held back for it. Images without a label count for nothing; where
     there are no labels at all, the effective rank of the features (RankMe) is what can be said.
+
+    --protocol asks for the papers' protocols instead: top-1 with its 95 % bootstrap interval, top-5, every class, and the
+    confusion table as a picture. --suite transfer runs the twelve datasets of the paper's Table 8.
     """
 
     encoder: Annotated[Path, tyro.conf.Positional]
-    """Run directory, or a published encoder's directory; or s3://bucket/prefix of one."""
+    """Run directory, or a published encoder's directory; s3://bucket/prefix of one; or NAME@alias, NAME/version of the registry."""
     data: Path | None = None
     """Directory or s3://bucket/prefix of prepared shards. Default: the data of the run."""
     k: int | None = None
@@ -45,10 +52,115 @@ class Args:
     """Images of each split, at most; which ones is the same in every run. Default: all."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    protocol: tuple[protocols.Protocol, ...] = ()
+    """knn: weighted votes. probe: the quick table's. lbfgs: the transfer protocol's 45 penalties, chosen on a fifth of every class,
+    then fitted again (arXiv:2002.05709, App. B.8). sgd: linear evaluation on random crops and flips (App. B.6). Default: the
+    quick table."""
+    temperature: float | None = None
+    """knn: a neighbour's vote weighs exp(cosine / temperature). Default: the config's watch.temperature."""
+    epochs: float = 90.0
+    """sgd: passes over the training split."""
+    batch_size: int | None = None
+    """sgd: N; the peak learning rate is 0.1 N / 256. Default: the largest power of two, 4096 at most, that leaves 90 steps per
+    epoch, as the official README has it for CIFAR-10 and ImageNet."""
+    resamples: int = 1000
+    """Bootstrap resamples of the test images behind an interval."""
+    suite: Literal["transfer"] | None = None
+    """transfer: the twelve datasets under --root, each split and scored by its own rule."""
+    root: Path | None = None
+    """Suite: the folder that torchvision's datasets lie in, as its classes lay them out; birdsnap/train and birdsnap/test beside."""
+    only: tuple[str, ...] = ()
+    """Suite: which datasets, as in `--only cifar10,dtd`. Default: all that are there."""
+    download: bool = False
+    """Suite: have torchvision fetch what is absent."""
+    threads: int = 1
+    """Threads that read and decode images."""
+    out: Path | None = None
+    """Directory for JSON and pictures of --protocol and --suite. Default: evaluation/ in a run or encoder directory on disk, else
+    runs/evaluation/NAME."""
+    tracking_uri: str | None = None
+    """MLflow address, for an encoder of the registry. Default: $MLFLOW_TRACKING_URI, else the database under runs/."""
 
 
 def main(args: Args) -> None:
-    print(table(evaluate(args)))
+    if args.suite and args.protocol:
+        raise ValueError("--suite transfer has a protocol of its own; leave out --protocol, or evaluate twice")
+    if not args.suite and (args.root or args.only or args.download):
+        raise ValueError("--root, --only and --download belong to --suite transfer; add that, or leave them out")
+    if not args.suite and not args.protocol:
+        print(table(evaluate(args)))
+        return
+    _check(args)
+    out = args.out or default_out(args.encoder)
+    with opened(args.encoder, args.tracking_uri) as encoder:
+        if args.suite:
+            from pipelines import transfer
+
+            transfer.run(replace(args, encoder=encoder), out, storage.shown(args.encoder))
+        else:
+            _protocols(replace(args, encoder=encoder), out, storage.shown(args.encoder))
+
+
+def _protocols(args: Args, out: Path, name: str) -> None:
+    directory, config, data = resolve(args.encoder, args.data)
+    import simclr
+
+    device = device_of(args.device)
+    settings = protocols.Settings(
+        k=args.k,
+        temperature=args.temperature,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        resamples=args.resamples,
+        limit=args.limit,
+        threads=args.threads,
+    )
+    encoder = simclr.load_encoder(directory).encoder.to(device)
+    protocols.run(tuple(dict.fromkeys(args.protocol)), encoder, data, config, device, settings, out, name)
+
+
+def default_out(encoder: Path) -> Path:
+    """Where results go without --out: into a directory on disk; of S3 and the registry there is only a copy, which goes away."""
+    if encoder.is_dir():
+        return encoder / "evaluation"
+    return Path("runs/evaluation") / re.sub(r"[^\w.-]+", "-", storage.shown(encoder).removeprefix("s3://"))
+
+
+@contextlib.contextmanager
+def opened(encoder: Path, tracking_uri: str | None) -> Iterator[Path]:
+    """The directory of the encoder that a command was given: as `storage.directory`, or pulled from the registry until the end."""
+    named = str(encoder)
+    if encoder.exists() or not re.fullmatch(r"[^@/:]+(@[^@/:]+|/\d+)", named):
+        with storage.directory(encoder) as directory:
+            yield directory
+        return
+    from pipelines import address, tracking
+
+    uri = address.tracking_address(tracking_uri)
+    address.check(uri)
+    with tempfile.TemporaryDirectory() as scratch:
+        with Bar("download", None, "MiB", "MiB/s") as bar:
+            tracking.pull(uri, named, Path(scratch) / "encoder", storage.mebibytes(bar))
+        yield Path(scratch) / "encoder"
+
+
+def device_of(name: str) -> torch.device:
+    """auto is the GPU where torch sees one. Raises ValueError where `name` asks for one that is not there."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no GPU here; leave it out to use the CPU")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _check(args: Args) -> None:
+    least = {"k": 1, "limit": 2, "epochs": 0.0, "temperature": 0.0, "batch_size": 2, "resamples": 100, "threads": 1}
+    for field, value in ((name, getattr(args, name)) for name in least):
+        strictly = isinstance(least[field], float)
+        if value is not None and (value < least[field] or (strictly and value == least[field])):
+            raise ValueError(f"--{field.replace('_', '-')} is {value}; expected {'more than' if strictly else 'at least'} {least[field]:g}")
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device is {args.device!r}; expected auto, cpu or cuda")
 
 
 def evaluate(args: Args) -> list[dict[str, Any]]:
@@ -56,27 +168,19 @@ def evaluate(args: Args) -> list[dict[str, Any]]:
 
     In a run directory they are also written, with what the report shows of them.
     """
-    for flag, value, least in (("--k", args.k, 1), ("--limit", args.limit, 2)):
-        if value is not None and value < least:
-            raise ValueError(f"{flag} is {value}; expected at least {least}")
-    if args.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is {args.device!r}; expected auto, cpu or cuda")
-    with storage.directory(args.encoder) as encoder:
+    _check(args)
+    with opened(args.encoder, args.tracking_uri) as encoder:
         return _evaluate(replace(args, encoder=encoder))
 
 
 def _evaluate(args: Args) -> list[dict[str, Any]]:
     directory, config, data = resolve(args.encoder, args.data)
     manifest = read_manifest(data)
-    import torch
-
     import simclr
     from simclr.evaluate import pixels
     from simclr.model import build_model
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no GPU here; leave it out to use the CPU")
-    device = torch.device("cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu")
+    device = device_of(args.device)
     trained = simclr.load_encoder(directory).encoder
     encoders: dict[str, Any] = {}
     if args.baselines:
@@ -94,7 +198,7 @@ def _evaluate(args: Args) -> list[dict[str, Any]]:
             if "test" in manifest.splits:
                 test = _features(encoder, data, "test", config, args.limit, device, bar)
             else:
-                train, test = _held_back(train)
+                train, test = held_back(train)
             rows.append({"name": name, **_scores(train, test, config, args.k)})
             bar.update(bar.done, f"{name}: {_score_text(rows[-1])}")
             kept = (train, test)
@@ -135,7 +239,7 @@ def _features(encoder: Any, data: Path, split: str, config: Config, limit: int |
     return embed(encoder, batches, config.views, device, progress=bar.advance)
 
 
-def _held_back(train: Features) -> tuple[Features, Features]:
+def held_back(train: Features) -> tuple[Features, Features]:
     """(the rest, a tenth): which images is the same for every encoder."""
     import torch
 

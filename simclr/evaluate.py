@@ -1,4 +1,4 @@
-"""What a representation is worth: kNN and a linear probe on frozen features. Each returns a dict of numbers."""
+"""What a representation is worth: features of a split, their neighbours, and the probes of `probe`. Each returns numbers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr import keyed
 from simclr.collectives import all_gather, rank, world_size
 from simclr.config import Views
 from simclr.data import loader
+from simclr.frozen import Frozen
+from simclr.probe import linear_probe
 from simclr.scores import accuracy
 from simclr.views import crop_resize, normalise
 
@@ -95,14 +96,27 @@ class Neighbours:
 
 
 @torch.no_grad()
-def nearest(train_h: Tensor, train_y: Tensor, test_h: Tensor, k: int, temperature: float, block: int = 1024) -> Neighbours:
-    """Exact cosine neighbours of test_h (m, d) among train_h (n, d), `block` queries at a time; k is at most n."""
+def nearest(
+    train_h: Tensor, train_y: Tensor, test_h: Tensor, k: int, temperature: float, block: int = 1024, bank_block: int = 1 << 18
+) -> Neighbours:
+    """Exact cosine neighbours of test_h (m, d) among train_h (n, d); k is at most n.
+
+    `block` queries meet `bank_block` rows at a time, and keep the k nearest so far: 1 GiB of cosines at most, however many rows.
+    """
     bank = F.normalize(train_h.float(), dim=1)
     k = min(k, len(bank))
     classes = int(train_y.max()) + 1 if len(train_y) and int(train_y.max()) >= 0 else 1
     index, similarity, votes = [], [], []
     for queries in test_h.split(block):
-        s, i = (F.normalize(queries.float(), dim=1) @ bank.T).topk(k, dim=1)
+        q = F.normalize(queries.float(), dim=1)
+        s, i = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
+        for first in range(0, len(bank), bank_block):
+            cosines = q @ bank[first : first + bank_block].T
+            best = cosines.topk(min(k, cosines.shape[1]), dim=1)
+            s, i = torch.cat([s, best.values], 1), torch.cat([i, best.indices + first], 1)
+            if s.shape[1] > k:
+                s, kept = s.topk(k, dim=1)
+                i = i.gather(1, kept)
         # The largest cosine is taken off before exp: the ranking of votes is the same and a small temperature cannot overflow.
         weight = ((s - s[:, :1]) / temperature).exp() * (train_y[i] >= 0)
         votes.append(weight.new_zeros(len(queries), classes).scatter_add_(1, train_y[i].clamp_min(0), weight))
@@ -117,80 +131,6 @@ def knn(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k: int
     Each of the k nearest training rows by cosine votes for its class with weight exp(cosine / temperature).
     """
     return accuracy(nearest(train_h, train_y, test_h, k, temperature).votes, test_y)
-
-
-def linear_probe(
-    train_h: Tensor,
-    train_y: Tensor,
-    test_h: Tensor,
-    test_y: Tensor,
-    decays: tuple[float, ...] = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5),
-    iterations: int = 100,
-) -> dict[str, float]:
-    """Accuracy of a linear classifier on frozen features: {"top1", "top5", "decay"}.
-
-    Multinomial logistic regression on standardised features, fitted to convergence by full-batch L-BFGS, as the paper's
-    transfer protocol does (App. B.8). The weight decay is chosen on a tenth of the training rows, then all rows are fitted.
-    """
-    mean, std = train_h.mean(0), train_h.std(0).clamp_min(1e-6)
-    train_h, test_h = (train_h - mean) / std, (test_h - mean) / std
-    # A keyed tenth: every tenth row would be of a single class where classes take turns.
-    held = torch.zeros(len(train_y), dtype=torch.bool, device=train_y.device)
-    held[torch.from_numpy(keyed.permutation(0, 0, len(train_y))[: len(train_y) // 10])] = True
-    classes = int(torch.maximum(train_y.max(), test_y.max())) + 1
-    weights = torch.zeros(classes, train_h.shape[1] + 1, device=train_h.device)
-    best, decay, start, worse = -1.0, decays[0], weights, 0
-    # From the strongest decay down, each fit starting at the one before: close by, so it takes few iterations. Two that are
-    # no better in a row end it: what follows only overfits, and takes longest.
-    for candidate in sorted(decays, reverse=True) if len(decays) > 1 else ():
-        weights = _fit(train_h[~held], train_y[~held], weights, candidate, iterations)
-        score = accuracy(_logits(train_h[held], weights), train_y[held])["top1"]
-        if score > best:
-            best, decay, start, worse = score, candidate, weights, 0
-        else:
-            worse += 1
-        if worse == 2:
-            break
-    weights = _fit(train_h, train_y, start, decay, iterations)
-    return {**accuracy(_logits(test_h, weights), test_y), "decay": decay}
-
-
-def _logits(h: Tensor, weights: Tensor) -> Tensor:
-    return F.linear(h, weights[:, :-1], weights[:, -1])
-
-
-def _fit(h: Tensor, y: Tensor, start: Tensor, decay: float, iterations: int) -> Tensor:
-    """(classes, d + 1): kernel and, as the last column, bias, of the regression on `h`; `start` is where the search begins."""
-    weights = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weights], lr=1.0, max_iter=iterations, history_size=10, line_search_fn="strong_wolfe", tolerance_grad=1e-5, tolerance_change=1e-7
-    )
-
-    labels = F.one_hot(y, len(weights)).to(h.dtype)
-
-    @torch.no_grad()
-    def closure() -> Tensor:
-        # The gradient by hand: autograd multiplies in an order that is six times slower for few classes.
-        log_p = F.log_softmax(_logits(h, weights), dim=1)
-        residual = (log_p.exp() - labels) / len(h)
-        weights.grad = torch.cat([residual.T @ h + decay * weights[:, :-1], residual.sum(0)[:, None]], dim=1)
-        return -(log_p * labels).sum() / len(h) + 0.5 * decay * weights[:, :-1].square().sum()
-
-    optimizer.step(closure)
-    return weights.detach()
-
-
-class Frozen:
-    """`with Frozen(encoder):` evaluation mode inside, the earlier mode after."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.was_training = module, module.training
-
-    def __enter__(self) -> nn.Module:
-        return self.module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.module.train(self.was_training)
 
 
 def embed_split(
@@ -211,3 +151,6 @@ def embed_split(
     rows = loader.in_order(data, split, views.size_px, batch_size, limit, threads, rank(), world_size(), groups, views.resize)
     with Frozen(encoder) as frozen:
         return embed(frozen, rows, views, device, dtype, progress)
+
+
+__all__ = ["Features", "Frozen", "Neighbours", "embed", "embed_split", "knn", "linear_probe", "nearest", "pixels"]

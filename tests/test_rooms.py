@@ -21,7 +21,7 @@ DOORS = {
     # alone, FFCV's own decoders in FFCV's own loader.
     "ffcv": {f"simclr/data/{name}.py" for name in ("beton", "loader", "decode", "ffcv_import", "ffcv_crops")},
     "ray": {"pipelines/cluster.py", "pipelines/worker.py"},
-    "torchvision": {"simclr/data/sources.py"},
+    "torchvision": {"simclr/data/sources.py", "simclr/data/transfer.py"},
 }
 # Module of ours → the modules of ours that it may import.
 WITHIN = {

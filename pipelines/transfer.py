@@ -16,7 +16,7 @@ from simclr import disk
 if TYPE_CHECKING:
     from pipelines.evaluate import Args
     from simclr.data.transfer import Rows, Task
-    from simclr.model import PublishedEncoder
+    from simclr.published import PublishedEncoder
 
 _BATCH = 256
 _METRICS = {"top1": "top-1", "mean_per_class": "mean per class", "map11": "11-point mAP"}

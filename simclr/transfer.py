@@ -11,8 +11,8 @@ from torch import Tensor
 from simclr import keyed
 from simclr.data.transfer import HELD_OUT, PER_CLASS, Metric, Rows, Split, pictures
 from simclr.frozen import Unchanged
-from simclr.model import PublishedEncoder
 from simclr.probe import Measure, Swept, held_out, swept_probe
+from simclr.published import PublishedEncoder
 from simclr.scores import RESAMPLES, accuracy, bootstrap, confusion, mean_average_precision, mean_per_class
 
 

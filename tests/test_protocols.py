@@ -15,7 +15,8 @@ from pipelines.confusion import confusion_picture
 from pipelines.evaluate import default_out
 from pipelines.protocols import summary
 from simclr.evaluate import embed, knn
-from simclr.model import build_model, write_encoder
+from simclr.model import build_model
+from simclr.published import write_encoder
 from simclr.recipes import recipe
 
 

@@ -16,7 +16,8 @@ from pipelines import cli, transfer
 from simclr.config import Config, Encoder, Views
 from simclr.data.patterns import render
 from simclr.data.transfer import TASKS, VOC_CLASSES, label_of, open_task, pictures, square
-from simclr.model import build_model, write_encoder
+from simclr.model import build_model
+from simclr.published import write_encoder
 from simclr.transfer import Part, split
 
 

@@ -52,7 +52,7 @@ def run(args: Args, out: Path, name: str) -> list[dict[str, Any]]:
             found_row = score(encoder, parts, tasks[task], args)
             row = {"dataset": task, "title": tasks[task].title, "metric": tasks[task].metric, "method": method, **found_row}
             rows.append(row | {"published": asdict(tasks[task].published), "seconds": time.monotonic() - began})
-        text = {"encoder": name, "size_px": encoder.size_px, "rows": rows, "absent": absent}
+        text = {"encoder": name, "size_px": encoder.preprocessing.size_px, "rows": rows, "absent": absent}
         disk.write_text(out / "transfer.json", json.dumps(text, indent=1) + "\n")
     print(table(rows))
     for task, place in absent.items():

@@ -60,7 +60,7 @@ def embed_rows(
     device = encoder.get_buffer("mean").device
     h, y = [], []
     with Unchanged(encoder):
-        for images, labels in pictures(rows, order, encoder.size_px, batch_size, threads):
+        for images, labels in pictures(rows, order, encoder.preprocessing.size_px, batch_size, threads):
             h.append(encoder.embed(images))
             y.append(torch.from_numpy(labels).to(device))
             progress(len(labels))

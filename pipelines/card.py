@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ UNKNOWN_LICENCE = "unknown: nobody stated one; ask whoever made the encoder, and
 
 def write_card(directory: Path, name: str, scores: dict[str, float], licence: str) -> str:
     """Write the card of the encoder published in `directory` under the title `name`, beside its weights; returns its text."""
-    from simclr.published import read_text
+    from simclr.published import preprocessing_of, read_text
 
-    text = card(read_text(directory), _parameters(directory), name, scores, licence)
+    config = read_text(directory)
+    config["preprocessing"] = asdict(preprocessing_of(config))  # an older directory does not state it
+    text = card(config, _parameters(config), name, scores, licence)
     disk.write_text(directory / "README.md", text)
     return text
 
@@ -30,14 +33,15 @@ def card(config: dict[str, Any], parameters: int, name: str, scores: dict[str, f
         "Recipe": _recipe(config),
         "Steps": f"{published['step']:,}" if published.get("step") is not None else "unknown",
         "Projection head": f"{head['layers']} layers, z has {head['d_out']} numbers",
-        "Licence": licence,
     }
     if "classifier" in config:
         found = config["classifier"]
-        rows["Classifier"] = f"{len(found['classes']):,} classes, from " + ("h" if found["tap"] == 0 else f"the head's layer {found['tap']}")
+        reads = "h" if found["tap"] == 0 else f"the head's layer {found['tap']}"
+        rows["Classifier"] = f"{len(found['classes']):,} classes, from {reads}"
+    rows["Licence"] = licence
     parts = [
-        f"# {name}\n\nAn image encoder trained by SimCLR, without labels: a picture in, a vector out. Pictures that show the same thing get\n"
-        "vectors that point the same way, so a nearest-neighbour search or a linear classifier on them goes far.",
+        f"# {name}\n\nAn image encoder of the SimCLR family: a picture in, a vector out. Pictures that show the same thing get vectors\n"
+        "that point the same way, so a nearest-neighbour search or a linear classifier on them goes far.",
         f"## Use it\n\n```python\nimport simclr\n\nencoder = simclr.load_encoder(\"{name}\")      # this directory\n"
         "features = encoder.embed(images)           # uint8 (n, H, W, 3), any size → (n, d)\n```\n\n"
         f"`simclr embed {name} photos/` does the same for files. Cropping, resizing and scaling to {size} px are part of `embed`.",
@@ -69,7 +73,9 @@ def network(encoder: dict[str, Any]) -> str:
 
 def preprocessing(stated: dict[str, Any]) -> str:
     """What happens to a picture before the network sees it, from the `preprocessing` of a config."""
-    crop = "the central square" if stated["centre_crop"] == 1 else f"the central square of {100 * stated['centre_crop']:g} % of the shorter side"
+    crop = "the central square"
+    if stated["centre_crop"] != 1:
+        crop += f" of {100 * stated['centre_crop']:g} % of the shorter side"
     scaled = "in [0, 1], neither mean nor deviation taken off"
     if any(stated["mean"]) or any(std != 1 for std in stated["std"]):
         scaled = f"in [0, 1], then minus {tuple(stated['mean'])}, over {tuple(stated['std'])}"
@@ -81,8 +87,9 @@ def _recipe(config: dict[str, Any]) -> str:
     if "converted" in published:
         return f"unknown; converted from the TensorFlow checkpoint {published['converted']}"
     optim, loss, train = config["optim"], config["loss"], config["train"]
-    details = f"N = {train['batch_size']:,}, {optim['name'].upper()}" + (f", τ = {loss['temperature']:g}" if loss["name"] == "nt_xent" else "")
-    return f"`{published.get('recipe', 'unknown')}`: {details}; `config.json` has every setting"
+    temperature = f", τ = {loss['temperature']:g}" if loss["name"] == "nt_xent" else ""
+    setting = f"N = {train['batch_size']:,}, {optim['name'].upper()}{temperature}"
+    return f"`{published.get('recipe', 'unknown')}`: {setting}; `config.json` has every field"
 
 
 def _scores(scores: dict[str, float]) -> str:
@@ -96,7 +103,7 @@ def _limits(views: dict[str, Any]) -> str:
     changed = ["cut and scaled"]
     if views["flip_p"]:
         changed.append("mirrored")
-    if views["jitter_p"] and views["colour_strength"] or views["grey_p"]:
+    if (views["jitter_p"] and views["colour_strength"]) or views["grey_p"]:
         changed.append("changed in colour")
     if views["blur_p"]:
         changed.append("blurred")
@@ -114,8 +121,12 @@ def _table(header: tuple[str, str], rows: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _parameters(directory: Path) -> int:
+def _parameters(config: dict[str, Any]) -> int:
     """Weights of the encoder, BatchNorm's statistics apart."""
-    from simclr.published import read_encoder
+    import torch
 
-    return sum(p.numel() for p in read_encoder(directory).parameters())
+    from simclr.config import Encoder
+    from simclr.resnet import build_encoder
+
+    with torch.device("meta"):  # names and shapes, without memory
+        return sum(p.numel() for p in build_encoder(Encoder(**config["encoder"])).parameters())

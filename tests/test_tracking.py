@@ -386,6 +386,8 @@ def test_mlflow_loads_the_champion_and_predicts(
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     model = importlib.import_module("mlflow.pyfunc").load_model("models:/tiny@champion")
+    example = importlib.import_module("mlflow.models").Model.load("models:/tiny@champion").load_input_example()
+    assert example.dtype == np.uint8 and model.predict(example).shape == (2, 64) and model.metadata.metadata["scores"]["knn_top1"] == 0.75
     monkeypatch.setattr("pipelines.pyfunc._ROWS", 2)
     images = np.arange(5 * 40 * 36 * 3, dtype=np.uint64).astype(np.uint8).reshape(5, 40, 36, 3)
     features = model.predict(images)

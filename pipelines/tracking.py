@@ -223,7 +223,7 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
         client = _client(uri)
         with tempfile.TemporaryDirectory() as scratch:
             # Every version has a folder of its own: a run that trains on and is published again keeps its earlier version's files.
-            folder = f"model-{_describe(Path(scratch), run_id, scores)}"
+            folder = _describe(Path(scratch), run_id, scores)
             client.log_artifacts(run_id, scratch, folder)
         client.log_artifacts(run_id, str(encoder), f"{folder}/encoder")
         _unless(_EXISTS, client.create_registered_model, name)
@@ -234,7 +234,7 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
 
 
 def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
-    """Write what makes a folder with an encoder directory in it an MLflow model: MLmodel, requirements, example. Returns its id.
+    """Write what makes a folder with an encoder directory in it an MLflow model: MLmodel, requirements, example. Returns its name.
 
     By hand: `mlflow.pyfunc.save_model` copies the weights and looks for pip.
     """
@@ -245,6 +245,7 @@ def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
 
     images, features = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3)), TensorSpec(np.dtype(np.float32), (-1, -1))
     spec = Model(run_id=run_id, signature=ModelSignature(Schema([images]), Schema([features])), metadata={"scores": scores})
+    spec.artifact_path = f"model-{spec.model_uuid}"
     example = {"inputs": np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).tolist()}  # two images, as a server takes them
     (model / "input_example.json").write_text(json.dumps(example))
     spec.saved_input_example_info = {"artifact_path": "input_example.json", "type": "ndarray", "format": "tf-serving"}
@@ -254,7 +255,7 @@ def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
     pins = [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in ("torch", "numpy", "safetensors")]
     (model / "requirements.txt").write_text("\n".join(pins) + "\n")
     (model / "python_env.yaml").write_text(f"python: {sys.version.split()[0]}\ndependencies:\n- -r requirements.txt\n")
-    return str(spec.model_uuid)
+    return str(spec.artifact_path)
 
 
 def promote(uri: str, name: str, version: int, metric: str, alias: str = "champion") -> tuple[bool, float | None]:

@@ -90,7 +90,9 @@ def convert(bundle: Bundle) -> Converted:
         found = f"variables that no official SimCLR network has: {_some(unknown)}" if unknown else "no variables of an encoder"
         raise ValueError(f"{bundle.source} holds {found}; expected names as base_model/conv2d/kernel or resnet/…/conv2d/kernel")
     config = infer(parts["encoder"], bundle.source)
-    encoder = build_encoder(config)
+    with torch.device("meta"):  # without drawing initial weights, which takes longer than reading the real ones
+        encoder = build_encoder(config)
+    encoder = encoder.to_empty(device="cpu")
     fill(encoder, bundle, parts["encoder"])
     head = _head(bundle, parts["head"], encoder.d_h)
     head_config = configs.Head(layers=len(head.layers), d_out=head.widths[-1]) if head else configs.Head()
@@ -159,6 +161,7 @@ def fill(module: nn.Module, bundle: Bundle, names: Iterable[str]) -> dict[str, T
             if value.shape != tensor.shape:
                 raise ValueError(f"{bundle.source}: {name} has shape {bundle.shapes[name]}, which does not fit {tuple(tensor.shape)}")
             tensor.copy_(value)
+    assert len(ours) == len(module.state_dict())  # nothing of the module is left as it was
     return ours
 
 
@@ -169,7 +172,9 @@ def _head(bundle: Bundle, shapes: Shapes, d_h: int) -> ProjectionHead | None:
     expected = [(d_h, d_h)] * (len(widths) - 1) + [(d_h, widths[-1][-1])] if widths else []
     if widths != expected or not widths:
         raise ValueError(f"{bundle.source} has a head of kernels {widths}; expected {d_h} numbers in, and out of all but the last")
-    head = ProjectionHead(d_h, len(widths), widths[-1][1])
+    with torch.device("meta"):
+        head = ProjectionHead(d_h, len(widths), widths[-1][1])
+    head = head.to_empty(device="cpu")
     fill(head, bundle, shapes)
     return head
 

@@ -100,12 +100,12 @@ def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | Non
     tensors = {torchvision_name(name): t for name, t in published.encoder.state_dict().items()}
     if classifier:
         tensors |= {f"fc.{name}": t for name, t in classifier.items()}
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):  # drawing initial weights takes longer than all the rest
         network = getattr(torchvision.models, f"resnet{config.depth}")(num_classes=len(classifier["bias"]) if classifier else 1)
     size = published.preprocessing.size_px
     with _scratch(path) as file:
         save_file({name: t.contiguous() for name, t in tensors.items()}, file)
-        missing, unexpected = network.load_state_dict(load_file(file), strict=False)
+        missing, unexpected = network.load_state_dict(load_file(file), strict=False, assign=True)
         assert not unexpected and set(missing) <= {"fc.weight", "fc.bias"}, (missing, unexpected)
         network.eval().fc = nn.Identity()
         plain = _deviation(published.encoder, network, size, path, bound=float("inf"))

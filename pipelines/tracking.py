@@ -246,7 +246,7 @@ def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
     images, features = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3)), TensorSpec(np.dtype(np.float32), (-1, -1))
     spec = Model(run_id=run_id, signature=ModelSignature(Schema([images]), Schema([features])), metadata={"scores": scores})
     spec.artifact_path = f"model-{spec.model_uuid}"
-    example = {"inputs": np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).tolist()}  # two images, as a server takes them
+    example = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).tolist()  # two images
     (model / "input_example.json").write_text(json.dumps(example))
     spec.saved_input_example_info = {"artifact_path": "input_example.json", "type": "ndarray", "format": "tf-serving"}
     pyfunc.add_to_model(spec, loader_module="pipelines.pyfunc", data="encoder", python_env="python_env.yaml")

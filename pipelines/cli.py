@@ -26,6 +26,8 @@ COMMANDS = {
     "publish": "run → a version in the model registry, `champion` if it is the best",
     "pull": "registry → an encoder directory",
     "embed": "encoder + images → features.npz",
+    "export": "encoder → a torch program, ONNX, or torchvision's names",
+    "convert": "official TensorFlow checkpoint → an encoder directory",
     "report": "run → report.html",
     "recipes": "the named configs",
     "bench": "measured comparisons on this machine",

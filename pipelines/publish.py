@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from pipelines import address, storage, tracking
+from pipelines.card import UNKNOWN_LICENCE, write_card
 from pipelines.evaluate import scores_of
 from pipelines.rundir import Run, load_run
 from pipelines.terminal import say
@@ -28,6 +29,8 @@ class Args:
     """The score that decides who is champion, higher is better. Default: knn_top1, or rankme for data without labels."""
     tracking_uri: str | None = None
     """MLflow address. Default: the run's."""
+    licence: str = UNKNOWN_LICENCE
+    """Of the weights, for the model card: README.md in the encoder's directory, and the version's description."""
 
 
 def main(args: Args) -> None:
@@ -60,6 +63,7 @@ def _publish(args: Args) -> dict[str, Any]:
     if not run.tracking_run:
         run = _log(run, uri)
     name = args.name or run.data.resolve().name
+    write_card(run.encoder, name, scores, args.licence)
     version = tracking.register(uri, run.tracking_run, run.encoder, name, scores)
     moved, before = tracking.promote(uri, name, version, metric)
     if moved:

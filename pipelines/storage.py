@@ -20,8 +20,12 @@ from simclr.data.place import address, copy_of, locked
 
 # What a run directory or a published encoder holds, checkpoints apart. run.json first: it says whose the others are.
 _FILES = (
-    *("run.json", "metrics.jsonl", "timings.json", "encoder/encoder.safetensors", "encoder/config.json"),
-    *("evaluation.json", "pictures.npz", "report.html", "encoder.safetensors", "config.json"),
+    *("run.json", "metrics.jsonl", "timings.json", "evaluation.json", "pictures.npz", "report.html"),
+    *(
+        f"{folder}{file}"
+        for folder in ("encoder/", "")
+        for file in ("encoder.safetensors", "head.safetensors", "classifier.safetensors", "README.md", "config.json")
+    ),
 )
 _NOTES = ".s3.json"
 

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import fcntl
 import importlib.metadata
+import json
 import logging
 import os
 import re
@@ -222,19 +223,20 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
         client = _client(uri)
         with tempfile.TemporaryDirectory() as scratch:
             # Every version has a folder of its own: a run that trains on and is published again keeps its earlier version's files.
-            folder = f"model-{_describe(Path(scratch), run_id)}"
+            folder = _describe(Path(scratch), run_id, scores)
             client.log_artifacts(run_id, scratch, folder)
         client.log_artifacts(run_id, str(encoder), f"{folder}/encoder")
         _unless(_EXISTS, client.create_registered_model, name)
         source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
         tags = {_SCORE_TAG + metric: repr(float(value)) for metric, value in scores.items()}
-        return int(client.create_model_version(name, source, run_id=run_id, tags=tags).version)
+        card = (encoder / "README.md").read_text() if (encoder / "README.md").is_file() else None
+        return int(client.create_model_version(name, source, run_id=run_id, tags=tags, description=card).version)
 
 
-def _describe(model: Path, run_id: str) -> str:
-    """Write what makes a folder with an encoder directory in it an MLflow model: MLmodel and the requirements. Returns its id.
+def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
+    """Write what makes a folder with an encoder directory in it an MLflow model: MLmodel, requirements, example. Returns its name.
 
-    By hand: `mlflow.pyfunc.save_model` copies the weights, looks for pip and warns that there is no example.
+    By hand: `mlflow.pyfunc.save_model` copies the weights and looks for pip.
     """
     import numpy as np
     from mlflow import pyfunc
@@ -242,14 +244,18 @@ def _describe(model: Path, run_id: str) -> str:
     from mlflow.types import Schema, TensorSpec
 
     images, features = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3)), TensorSpec(np.dtype(np.float32), (-1, -1))
-    spec = Model(run_id=run_id, signature=ModelSignature(Schema([images]), Schema([features])))
+    spec = Model(run_id=run_id, signature=ModelSignature(Schema([images]), Schema([features])), metadata={"scores": scores})
+    spec.artifact_path = f"model-{spec.model_uuid}"
+    example = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).tolist()  # two images
+    (model / "input_example.json").write_text(json.dumps(example))
+    spec.saved_input_example_info = {"artifact_path": "input_example.json", "type": "ndarray", "format": "tf-serving"}
     pyfunc.add_to_model(spec, loader_module="pipelines.pyfunc", data="encoder", python_env="python_env.yaml")
     spec.save(str(model / "MLmodel"))
     # Not this package: on the public index its name is somebody else's.
     pins = [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in ("torch", "numpy", "safetensors")]
     (model / "requirements.txt").write_text("\n".join(pins) + "\n")
     (model / "python_env.yaml").write_text(f"python: {sys.version.split()[0]}\ndependencies:\n- -r requirements.txt\n")
-    return str(spec.model_uuid)
+    return str(spec.artifact_path)
 
 
 def promote(uri: str, name: str, version: int, metric: str, alias: str = "champion") -> tuple[bool, float | None]:

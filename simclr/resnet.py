@@ -163,11 +163,12 @@ class _SelectiveKernel(nn.Module):
 
 
 class _SqueezeExcite(nn.Module):
-    """Channels weighted by a gate that sees their spatial means (arXiv:1709.01507)."""
+    """Channels weighted by a gate that sees their spatial means (arXiv:1709.01507). As in the official code the ratio is of
+    the block's `width`, which in a bottleneck is a quarter of its `channels`."""
 
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: int, width: int, ratio: float) -> None:
         super().__init__()
-        mid = max(1, int(channels * ratio))
+        mid = max(1, int(width * ratio))
         self.reduce, self.expand = nn.Conv2d(channels, mid, 1), nn.Conv2d(mid, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ class _Basic(nn.Module):
             *(_conv(c_in, width, 3, stride), norm(width), nn.ReLU(inplace=True)),
             *(_conv(width, width, 3), norm(width, zero_init=True)),
         )
-        self.gate = _SqueezeExcite(width, se_ratio) if se_ratio > 0 else nn.Identity()
+        self.gate = _SqueezeExcite(width, width, se_ratio) if se_ratio > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.gate(self.body(x)) + self.shortcut(x), inplace=True)
@@ -206,7 +207,7 @@ class _Bottleneck(nn.Module):
             *middle,
             *(_conv(width, 4 * width, 1), norm(4 * width, zero_init=True)),
         )
-        self.gate = _SqueezeExcite(4 * width, se_ratio) if se_ratio > 0 else nn.Identity()
+        self.gate = _SqueezeExcite(4 * width, width, se_ratio) if se_ratio > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.gate(self.body(x)) + self.shortcut(x), inplace=True)

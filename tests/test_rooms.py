@@ -21,7 +21,9 @@ DOORS = {
     # alone, FFCV's own decoders in FFCV's own loader.
     "ffcv": {f"simclr/data/{name}.py" for name in ("beton", "loader", "decode", "ffcv_import", "ffcv_crops")},
     "ray": {"pipelines/cluster.py", "pipelines/worker.py"},
-    "torchvision": {"simclr/data/sources.py", "simclr/data/transfer.py"},
+    "torchvision": {"simclr/data/sources.py", "simclr/data/transfer.py", "simclr/export.py"},  # the last for its networks alone
+    "tensorflow": {"simclr/bundle.py"},
+    "onnxruntime": {"simclr/export.py"},
 }
 # Module of ours → the modules of ours that it may import.
 WITHIN = {
@@ -36,6 +38,8 @@ WITHIN = {
     "simclr.resnet": {"simclr.batchnorm", "simclr.config"},
     "simclr.model": {"simclr.batchnorm", "simclr.config", "simclr.resnet", "simclr"},
     "simclr.checkpoint": set(),
+    "simclr.bundle": set(),
+    "simclr.convert": {"simclr", "simclr.batchnorm", "simclr.bundle", "simclr.config", "simclr.model", "simclr.resnet"},
     "simclr.data.place": set(),
     "simclr.data.store": {"simclr.data.place"},
 }

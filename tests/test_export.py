@@ -1,0 +1,122 @@
+"""Exported encoders: what another program computes from them is what the encoder does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import simclr
+from pipelines import card
+from pipelines import export as command
+from simclr import export
+from simclr.config import Config, Encoder, Views
+from simclr.model import Classifier, build_model
+from simclr.published import PublishedEncoder, write_encoder
+from simclr.resnet import build_encoder
+from tests.conftest import Within
+
+
+def published(directory: Path, encoder: Encoder, size: int, classes: int = 0, mean: float = 0.0) -> PublishedEncoder:
+    """A directory with weights that are nowhere 0, 1 or alike."""
+    config = Config(encoder=encoder, views=Views(size_px=size, mean=(mean,) * 3, std=(1 - mean,) * 3))
+    model = build_model(config)
+    for t in model.state_dict().values():
+        if t.ndim == 1:
+            t.add_(torch.rand(t.shape, generator=torch.Generator().manual_seed(len(t))) / 2)
+    linear = dict(Classifier(model.encoder, None, 0, classes).classifier.state_dict()) if classes else None
+    write_encoder(dict(model.encoder.state_dict()), config, directory, {"recipe": "none", "step": 7, "data": "none"}, classifier=linear)
+    return simclr.load_encoder(directory)
+
+
+def test_torchvision_computes_the_same_with_our_pool(within: Within, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torchvision
+
+    encoder = published(tmp_path / "encoder", Encoder(depth=50), 64, classes=3)
+    command.main(command.Args(encoder=tmp_path / "encoder", to=tmp_path / "resnet50.safetensors"))
+    told = capsys.readouterr().out
+    assert "torchvision's resnet50, with fc" in told and export.TORCHVISION_POOL in told
+    with torch.device("meta"):
+        model = torchvision.models.resnet50(num_classes=3)
+    model.load_state_dict(load_file(tmp_path / "resnet50.safetensors"), assign=True)  # strict: every name is there
+    exec(export.TORCHVISION_POOL, {"model": model, "torch": torch})
+    x = torch.rand(2, 3, 64, 96)
+    fc, model.fc = model.fc, torch.nn.Identity()
+    with torch.no_grad():
+        h = encoder(x)
+        within("torchvision's features", float((model.eval()(x) - h).abs().max() / h.abs().max()), 1e-6)
+        model.maxpool = torch.nn.MaxPool2d(3, 2, padding=1)  # its own
+        assert float((model(x) - h).abs().max() / h.abs().max()) > 1e-3
+    assert fc.weight.shape == (3, 2048)
+
+
+@pytest.mark.parametrize("encoder", [Encoder(depth=18), Encoder(depth=50, width=2), Encoder(depth=8, cifar_stem=True)])
+def test_other_networks_have_no_torchvision_names(tmp_path: Path, encoder: Encoder) -> None:
+    with torch.device("meta"):
+        network = PublishedEncoder(build_encoder(encoder), Config(encoder=encoder).to_dict())
+    with pytest.raises(ValueError, match=r"torchvision has no such network; .*export a program"):
+        export.torchvision(network, None, tmp_path / "x.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_program_runs_any_number_of_images_and_normalises(within: Within, tmp_path: Path) -> None:
+    encoder = published(tmp_path / "encoder", Encoder(depth=8, cifar_stem=True), 32, mean=0.4)
+    command.main(command.Args(encoder=tmp_path / "encoder", to=tmp_path / "made" / "encoder.pt2"))
+    program = torch.export.load(tmp_path / "made" / "encoder.pt2").module()
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    features = program(torch.as_tensor(images).permute(0, 3, 1, 2) / 255)
+    within("program", float((features.detach() - encoder.embed(images)).abs().max()), 1e-5)
+    assert program(torch.rand(1, 3, 32, 32)).shape == (1, 64) and [p.name for p in (tmp_path / "made").iterdir()] == ["encoder.pt2"]
+
+
+def test_onnx_or_a_sentence(within: Within, tmp_path: Path) -> None:
+    encoder = published(tmp_path / "encoder", Encoder(depth=8, cifar_stem=True), 32)
+    try:
+        import onnxruntime  # type: ignore[import-not-found,unused-ignore]
+        import onnxscript  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except ModuleNotFoundError:
+        with pytest.raises(ValueError, match=r"which ONNX export needs, is not installed; add it with `pip install '.\[onnx\]'`"):
+            export.onnx(encoder, tmp_path / "encoder.onnx")
+        return
+    within("ONNX", export.onnx(encoder, tmp_path / "encoder.onnx"), 1e-5)
+    session = onnxruntime.InferenceSession(str(tmp_path / "encoder.onnx"))
+    assert session.run(["features"], {"images": np.zeros((7, 3, 32, 32), np.float32)})[0].shape == (7, 64)
+
+
+def test_a_graph_that_deviates_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = published(tmp_path / "encoder", Encoder(depth=8, cifar_stem=True), 32)
+    save = torch.export.save
+
+    def wrong(program: torch.export.ExportedProgram, file: Path) -> None:
+        program.state_dict["encoder.stem.0.weight"] = torch.nn.Parameter(program.state_dict["encoder.stem.0.weight"] * 1.1)
+        save(program, file)
+
+    monkeypatch.setattr(torch.export, "save", wrong)
+    with pytest.raises(ValueError, match=r"encoder.pt2 deviates from the encoder by .* of its largest feature, more than 1e-04"):
+        export.program(encoder, tmp_path / "encoder.pt2")
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_the_suffix_says_what_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not say what to write; expected a file ending in .pt2"):
+        command.main(command.Args(encoder=tmp_path, to=tmp_path / "encoder.pth"))
+
+
+def test_the_card_says_what_the_config_says() -> None:
+    config = Config(encoder=Encoder(depth=152, width=3, sk_ratio=0.0625)).to_dict()
+    config |= {"published": {"recipe": "imagenet_resnet152_3x_sk", "step": 250_228, "data": "a|b"}}
+    views = {"size_px": 224, "centre_crop": 0.875, "resize": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    text = card.card(config | {"preprocessing": views}, 795_000_000, "big", {"knn_top1": 0.5, "rankme": 31.24}, "CC-BY-4.0")
+    for row in (
+        "| Network | ResNet-152, 3× width, selective kernels, 795.0 M parameters |",
+        "the central square of 87.5 % of the shorter side, 224 × 224 px (bicubic), in [0, 1], then minus (0.5, 0.5, 0.5), over (0.2, ",
+        "| Steps | 250,228 |",
+        "| Trained on | a/b |",
+        "| Licence | CC-BY-4.0 |",
+        "| `knn_top1` | 50.0 % |",
+        "| `rankme` | 31.24 |",
+    ):
+        assert row in text, row

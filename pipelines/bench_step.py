@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipelines.allocator import keep_freed_memory
 from pipelines.bench_result import WARM_STEPS, Row, compared, cost, in_turn, power, print_cost
-from pipelines.worker import keep_freed_memory
 from simclr.batchnorm import BatchNorm
 from simclr.collectives import world_size
 from simclr.config import Config

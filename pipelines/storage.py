@@ -19,9 +19,11 @@ from simclr import disk
 from simclr.data.place import address, copy_of, locked
 
 # What a run directory or a published encoder holds, checkpoints apart. run.json first: it says whose the others are.
+_PUBLISHED = ("encoder.safetensors", "head.safetensors", "classifier.safetensors", "config.json")
 _FILES = (
-    *("run.json", "metrics.jsonl", "timings.json", "encoder/encoder.safetensors", "encoder/config.json"),
-    *("evaluation.json", "pictures.npz", "report.html", "encoder.safetensors", "config.json"),
+    *("run.json", "metrics.jsonl", "timings.json", "labels.txt"),
+    *(f"{folder}/{name}" for folder in ("encoder", "teacher") for name in _PUBLISHED),
+    *("evaluation.json", "pictures.npz", "report.html", *_PUBLISHED),
 )
 _NOTES = ".s3.json"
 

@@ -50,7 +50,7 @@ def _bare(config: Config, data: Path, threads: int) -> float:
 def _run_bare(config: dict[str, object], data: str, threads: int, answer: Queue[float]) -> None:
     import torch
 
-    from pipelines.worker import keep_freed_memory
+    from pipelines.allocator import keep_freed_memory
     from simclr.pretrain import Start, pretrain
 
     torch.set_num_threads(threads)

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
+from pipelines.allocator import keep_freed_memory
 from pipelines.bench_result import WARM_STEPS, Row, compared, in_turn
-from pipelines.worker import keep_freed_memory
 from simclr.optim import LARS, parameter_groups
 from simclr.resnet import resnet
 

@@ -226,8 +226,8 @@ def _rank(rank: int, world: int, store: str, config: dict[str, Any], steps: int,
     import torch
     import torch.distributed as dist
 
+    from pipelines.allocator import keep_freed_memory
     from pipelines.bench_step import our_step, rate, resident_views
-    from pipelines.worker import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()

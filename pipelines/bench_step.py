@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines.allocator import keep_freed_memory
 from pipelines.bench_result import WARM_STEPS, Row, compared, cost, in_turn, power, print_cost
-from pipelines.worker import keep_freed_memory
 from simclr.batchnorm import BatchNorm
 from simclr.collectives import data_parallel, world_size
 from simclr.config import Config

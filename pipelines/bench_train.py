@@ -83,8 +83,8 @@ def _resident(values: dict[str, Any], steps: int, threads: int) -> float:
     """Median seconds of a step on resident views."""
     import torch
 
+    from pipelines.allocator import keep_freed_memory
     from pipelines.bench_step import our_step, resident_views, window_s
-    from pipelines.worker import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -114,8 +114,8 @@ def _lightly(values: dict[str, Any], steps: int, threads: int, folder: Path) -> 
     from lightly.transforms import SimCLRTransform
     from torch.utils.data import DataLoader
 
+    from pipelines.allocator import keep_freed_memory
     from pipelines.bench_step import autocast, in_plain_torch, window_s
-    from pipelines.worker import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ COMMANDS = {
     "verify": "shards → whether every byte and every image is whole",
     "views": "shards + recipe → a picture of what the network sees",
     "pretrain": "shards → a pretrained encoder, on Ray Train workers",
+    "finetune": "encoder + some labels → a classifier",
+    "distill": "classifier + images → a student classifier",
     "evaluate": "encoder + data → kNN, linear probes, the papers' protocols, the transfer suite",
     "publish": "run → a version in the model registry, `champion` if it is the best",
     "pull": "registry → an encoder directory",
@@ -101,7 +104,7 @@ def parse(name: str, args: type[Any], argv: list[str]) -> Any:
         if named is None and not {"-h", "--help"} & set(argv):
             raise ValueError(f"which recipe? `simclr {name} RECIPE …`; `simclr recipes` lists them")
         argv = argv[1:] if named else argv
-    description = f"{args.__doc__}\n\n--quiet: errors and results only."
+    description = f"{inspect.getdoc(args)}\n\n--quiet: errors and results only."
     return tyro.cli(args, args=argv, default=default, prog=f"simclr {name}", description=description)
 
 

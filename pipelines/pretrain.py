@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pipelines import address, cluster, storage
-from pipelines.rundir import Run, open_run
-from pipelines.terminal import Bar, process_age_s, say
-from pipelines.tracked import Tracked
-from simclr import disk
-from simclr.collapse import collapse
+from pipelines import cluster, storage, training
+from pipelines.rundir import Run
 from simclr.config import Config
-from simclr.data import place
 from simclr.data.manifest import read_manifest
 
-_AMPLE_BYTES = 32 << 30  # three checkpoints of the largest recipe are 19 GiB
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -51,151 +45,48 @@ def pretrain(args: Args) -> Run:
 
     Raises ValueError, before any worker starts, for what the user can mend.
     """
-    began = stepped = time.monotonic()
+    began = time.monotonic()
     config = args.config
     groups = config.train.shard_groups
-    group = 0 if groups == 1 else -1  # in groups: this machine may be too small for all of them
-    data = storage.shards(args.data, groups, group)
+    data = storage.shards(args.data, groups, 0 if groups == 1 else -1)  # in groups: this machine may be too small for all of them
     manifest = read_manifest(data, look=groups == 1)
-    examples = manifest.examples("train", groups)
+    examples, classes = manifest.examples("train", groups), manifest.classes
     config.images_per_rank(args.resources.workers)
     config.group_of(0, args.resources.workers)
     config.steps_per_epoch(examples)
-    uri = address.tracking_address(args.tracking_uri)
-    address.check(uri)
-    home = storage.Home(args.run) if args.run is not None else None
-    if home is not None:
-        home.fetch()
-        home.settle()
-    remote = place.address(args.data)
-    run = open_run(home.path if home else None, args.recipe, config, data, str(remote or ""))
-    home = home or storage.Home(run.path)
-    where, total = storage.shown(args.run or run.path), config.total_steps(examples)
-    classes = len(manifest.classes)
-    done = _steps_done(run, classes)
-    if done >= total:
-        _publish_newest(run, manifest.classes)
-        home.send()
-        say(f"{where} is complete: {done:,} of {total:,} steps; nothing to do")
-        return run
-    _require_space(run, classes)
-    ours = cluster.connect(args.resources)
-    from pipelines.worker import train_worker
+    uri = training.checked_address(args.tracking_uri)
+    run, home = training.home_of(args.run, args.recipe, config, data, args.data)
 
-    connected = time.monotonic()
-    try:
-        cluster.require(args.resources)
-        run.save()
-        home.send()  # before any checkpoint: run.json says whose they are
-    except ValueError:
-        if ours:
-            cluster.disconnect()
-        raise
-    if done:
-        say(f"going on with {where} after step {done:,} of {total:,}")
-    tracked = Tracked(run, uri)
-    job: dict[str, Any] = {"config": config.to_dict(), "data": str(remote or data.absolute())}
-    job |= {"run": str(home.at or run.path.absolute()), "created": run.created}
-    status = "FAILED"
-    running = None
-    try:
-        running = cluster.launch(train_worker, job, args.resources, run.path / "ray")
-        with Bar("pretrain", total, "steps") as bar:
-            bar.resume_at(done)
-            first, warned = True, None
-            for report in running.reports():
-                if first:
-                    first = False
-                    tracked.open()
-                    stepped = time.monotonic()
-                    say(
-                        f"first step {process_age_s():.0f} s after the process began: checks and Ray {connected - began:.0f} s, "
-                        f"workers, their imports and the step {stepped - connected:.0f} s"
-                    )
-                    run.took("start", stepped - began)
-                run.append(report)
-                tracked.log(report)
-                if report["step"] % config.train.checkpoint_every_steps == 0 and not home.busy():
-                    home.later(home.send)
-                if warned is None and report["step"] > 1 and (warned := collapse(report)):
-                    say(f"step {report['step']:,}: {warned}; a lower --optim.base-lr, more warm-up or another temperature may help")
-                rate = report["speed/images_per_s"]
-                bar.update(report["step"], _note(report), rate)
-        run.took("pretrain", time.monotonic() - stepped)
-        home.settle()
-        _publish_newest(run, manifest.classes)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        shutil.rmtree(run.path / "ray", ignore_errors=True)
-        if running is not None:
-            running.stop()
-        if ours:
-            cluster.disconnect()
-        run = tracked.close(status)
-        if status != "FINISHED":  # what was logged since the last checkpoint; Ctrl-C waits for it no longer than this
-            sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
-            sending.start()
-            sending.join(2.0 if status == "KILLED" else 60.0)
-    home.wait()
-    home.send()
-    return run
+    def shapes() -> nn.Module:
+        from simclr.model import shapes_only  # its imports take seconds
 
+        return shapes_only(config, len(classes))
 
-def _send_anyway(home: storage.Home) -> None:
-    try:
-        home.send()
-    except ValueError as error:
-        say(f"not sent: {error}")
-
-
-def _note(report: dict[str, Any]) -> str:
-    knn = f"  kNN {100 * report['eval/knn_top1']:.1f} %" if "eval/knn_top1" in report else ""
-    return f"loss {report['train/loss']:.3f}  epoch {report['epoch']:.1f}{knn}"
-
-
-def _steps_done(run: Run, classes: int) -> int:
-    """Steps in the newest whole checkpoint. Raises ValueError where it does not fit the config's model."""
-    if not run.checkpoints.exists():
-        return 0
-    from simclr import checkpoint
-    from simclr.model import shapes_only
-
-    newest = checkpoint.latest(run.checkpoints, say)
-    if newest is None:
-        return 0
-    state = checkpoint.read(newest)
-    checkpoint.check(state, shapes_only(run.config, classes))
-    return state.step
-
-
-def _require_space(run: Run, classes: int) -> None:
-    """Room for the checkpoints that will be kept and the one being written: weights and momentum, 4 bytes each."""
-    existing = next(p for p in [run.path.absolute(), *run.path.absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free > _AMPLE_BYTES:
-        return
-    from simclr.model import shapes_only  # its imports take seconds
-
-    keep = run.config.train.keep_checkpoints
-    needed = sum(p.numel() for p in shapes_only(run.config, classes).parameters()) * 8 * (keep + 1)
-    disk.require_space(run.path, needed, f"for {keep} checkpoints and one being written", "use --run on another disk")
+    job = training.Job(
+        run=run,
+        home=home,
+        asked=args.run or run.path,
+        total=config.total_steps(examples),
+        uri=uri,
+        resources=args.resources,
+        shapes=shapes,
+        publish=lambda run: _publish_newest(run, classes),
+    )
+    return training.train(job, began)
 
 
 def _publish_newest(run: Run, classes: Sequence[str]) -> None:
     """Write the newest checkpoint's encoder, head and linear classifier to run/encoder."""
-    from simclr import checkpoint
     from simclr.published import write_encoder
 
-    newest = checkpoint.latest(run.checkpoints, say)
-    if newest is None:
-        raise ValueError(f"{run.path} has no checkpoint yet; `simclr pretrain` writes one every train.checkpoint_every_steps steps")
-    state = checkpoint.read(newest)
-    encoder, head, classifier = (
-        {name.removeprefix(part): t for name, t in state.tensors.items() if name.startswith(part)}
-        for part in ("model.encoder.", "model.head.", "model.classifier.")
+    step, parts = training.newest_tensors(run)
+    published = {"recipe": run.recipe, "step": step, "data": run.data.name}
+    write_encoder(
+        parts["encoder"],
+        run.config,
+        run.encoder,
+        published,
+        head=parts["head"],
+        classifier=parts["classifier"],
+        classes=list(classes),
     )
-    published = {"recipe": run.recipe, "step": state.step, "data": run.data.name}
-    write_encoder(encoder, run.config, run.encoder, published, head=head, classifier=classifier, classes=list(classes))

@@ -26,7 +26,8 @@ class Args:
     name: str | None = None
     """Model name in the registry. Default: the name of the run's data directory."""
     metric: str | None = None
-    """The score that decides who is champion, higher is better. Default: knn_top1, or rankme for data without labels."""
+    """The score that decides who is champion, higher is better. Default: knn_top1, of a classifier top1, or rankme for data
+    without labels."""
     tracking_uri: str | None = None
     """MLflow address. Default: the run's."""
     licence: str = UNKNOWN_LICENCE
@@ -48,7 +49,7 @@ def _publish(args: Args) -> dict[str, Any]:
     run, began = load_run(args.run), time.monotonic()
     row = scores_of(args.run)[-1]
     scores = {key: float(value) for key, value in row.items() if key != "name"}
-    metric = args.metric or ("knn_top1" if "knn_top1" in scores else "rankme")
+    metric = args.metric or next((name for name in ("knn_top1", "top1") if name in scores), "rankme")
     if metric not in scores:
         raise ValueError(f"no score {metric!r}; choose one of {', '.join(scores)}")
     uri = address.tracking_address(args.tracking_uri)

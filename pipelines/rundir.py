@@ -26,10 +26,11 @@ from typing import Any, Self
 from pipelines.address import redacted
 from simclr import disk
 from simclr.config import Config
+from simclr.config_finetune import STAGES
 from simclr.data.place import address, copy_of
 
 SCHEMA = 1
-_PHASES = ("render and shard", "start", "pretrain", "evaluate", "publish", "pull and compare")
+_PHASES = ("render and shard", "start", "pretrain", "finetune", "distill", "evaluate", "publish", "pull and compare")
 # These change how often a run speaks, not what it computes: a resumed run may change them.
 _OPERATIONAL = (
     *("train.report_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.compile", "train.cache"),
@@ -59,6 +60,8 @@ class Run:
     tracking_run: str = ""
     registered: str = ""
     """NAME/VERSION in the registry, once published."""
+    stage: str = "pretrain"
+    """Which command makes it: pretrain, finetune or distill."""
 
     @property
     def origin(self) -> str:
@@ -93,7 +96,7 @@ class Run:
         assert phase in _PHASES
         path = self.path / "timings.json"
         timings = self.timings()
-        before = timings.get(phase, 0.0) if phase in ("start", "pretrain") else 0.0
+        before = timings.get(phase, 0.0) if phase in ("start", *STAGES) else 0.0
         disk.write_text(path, json.dumps(timings | {phase: round(before + seconds, 2)}) + "\n")
 
     def timings(self) -> dict[str, float]:
@@ -142,7 +145,7 @@ def manifest_digest(data: Path) -> str:
     return hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest()
 
 
-def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at: str = "") -> Run:
+def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at: str = "", stage: str = "pretrain") -> Run:
     """The run that this config and data (at `data_at`, where `data` is a copy) belong to: a new one, or the one to go on with.
 
     Without `path` the directory is runs/RECIPE-DIGEST, so the same command finds its run again. Raises ValueError where
@@ -155,6 +158,8 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at
         path = Path("runs") / f"{recipe}-{name}"
     if (path / "run.json").exists():
         run = load_run(path)
+        if run.stage != stage:
+            raise ValueError(f"run directory {path} was made by `simclr {run.stage}`, this is `simclr {stage}`; use another --run")
         theirs, ours = run.config.flat(), config.flat()
         different = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k] and not k.startswith(_OPERATIONAL)]
         if run.data_digest != digest:
@@ -177,6 +182,7 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at
             command=command,
             created=time.time(),
             environment=environment(),
+            stage=stage,
         )
     disk.require_writable(path)
     return run
@@ -195,5 +201,5 @@ def load_run(path: Path) -> Run:
     else:
         data = Path(text["data"])
         data = data if data.is_absolute() else Path(os.path.relpath(path / data))
-    text["config"], text["data"] = Config.from_dict(text["config"]), data
+    text["config"], text["data"] = STAGES[text.get("stage", "pretrain")].from_dict(text["config"]), data
     return Run(path=path, **text)

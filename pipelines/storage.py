@@ -19,13 +19,11 @@ from simclr import disk
 from simclr.data.place import address, copy_of, locked
 
 # What a run directory or a published encoder holds, checkpoints apart. run.json first: it says whose the others are.
+_PUBLISHED = ("encoder.safetensors", "head.safetensors", "classifier.safetensors", "README.md", "config.json")
 _FILES = (
-    *("run.json", "metrics.jsonl", "timings.json", "evaluation.json", "pictures.npz", "report.html"),
-    *(
-        f"{folder}{file}"
-        for folder in ("encoder/", "")
-        for file in ("encoder.safetensors", "head.safetensors", "classifier.safetensors", "README.md", "config.json")
-    ),
+    *("run.json", "metrics.jsonl", "timings.json", "labels.txt"),
+    *(f"{folder}/{name}" for folder in ("encoder", "teacher") for name in _PUBLISHED),
+    *("evaluation.json", "pictures.npz", "report.html", *_PUBLISHED),
 )
 _NOTES = ".s3.json"
 

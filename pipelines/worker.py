@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from functools import partial
 from typing import Any
 
 
 def train_worker(job: dict[str, Any]) -> None:
-    """Train `job["config"]` on the shards in `job["data"]`, from the newest whole checkpoint in `job["run"]`, if any.
+    """Train `job["config"]`, of the stage `job["stage"]`, on the shards in `job["data"]`, from the newest whole checkpoint in
+    `job["run"]`, if any. `job["given"]` is what the stage's loop takes besides: ids, the images whose labels it sees.
 
     Both are directories or s3://…, of which each node has a copy. Rank 0 puts every report into the queue `job["inbox"]` and
     writes checkpoints. Started again after a failure, it goes on from the last one.
@@ -21,12 +21,15 @@ def train_worker(job: dict[str, Any]) -> None:
     import torch
 
     from pipelines import storage
+    from pipelines.allocator import keep_freed_memory
     from simclr import checkpoint
     from simclr.collectives import from_rank_zero
-    from simclr.config import Config
+    from simclr.config_finetune import STAGES
+    from simclr.distill import distill
+    from simclr.finetune import finetune
     from simclr.pretrain import Start, pretrain
 
-    config = Config.from_dict(job["config"])
+    config, stage = STAGES[job["stage"]].from_dict(job["config"]), job["stage"]
     home = storage.Home(job["run"])
     checkpoints = home.path / "checkpoints"
     context = ray.train.get_context()
@@ -47,7 +50,11 @@ def train_worker(job: dict[str, Any]) -> None:
     name = from_rank_zero(newest.name if newest else "")
     start = Start(data, device, home.checkpoint(name) if name else None, job["cpus_per_worker"])
     meet()
-    for report in pretrain(config, start):
+    loop: Any = {"pretrain": pretrain, "finetune": finetune, "distill": distill}[stage]
+    if stage == "distill":
+        home.fetch()
+        loop = partial(loop, teacher=home.path / "teacher")
+    for report in loop(config, start, **job["given"]):
         metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps}
         if first:
             sent = job["inbox"].actor.put.remote(metrics)
@@ -60,21 +67,8 @@ def train_worker(job: dict[str, Any]) -> None:
                 home.later(partial(home.send_checkpoint, written, config.train.keep_checkpoints))
         # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
         # what a scheduler decides by, and the driver's queue gets everything.
-        if report.state is not None or "eval/knn_top1" in metrics:
+        if report.state is not None or {"eval/knn_top1", "eval/top1"} & metrics.keys():
             ray.train.report(metrics)
     if first:
         home.wait()
         home.settle()
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks instead of returning them to the kernel.
-
-    A CPU step allocates the same activations over and over; by default each is mapped, page-faulted and unmapped anew,
-    which cost 30 % of a ResNet-8 step at 32 px.
-    """
-    mmap_threshold, trim_threshold = -3, -1
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl and macOS have none
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)

@@ -9,7 +9,9 @@ _LEAST_SPREAD, _LEAST_DIMENSION = 0.1, 1.5
 
 def collapse(metrics: Mapping[str, float]) -> str | None:
     """What a report's `health/spread` and `health/dimension` (`simclr.diagnostics`, of z) say of a collapsed run, as a sentence
-    without its end; None where they are well."""
+    without its end; None where they are well or not told."""
+    if "health/spread" not in metrics:  # a stage without projections
+        return None
     if metrics["health/spread"] < _LEAST_SPREAD:
         return f"all projections point nearly the same way (spread {metrics['health/spread']:.3f} of 1)"
     if metrics["health/dimension"] < _LEAST_DIMENSION:

@@ -113,8 +113,16 @@ class Loss:
     """m of the triplet loss, a difference of cosines."""
     semi_hard: bool = False
     """Of the ablation losses: only the closest negative further away than the positive counts (Sec. 5.1)."""
+    memory: int = 0
+    """Projections of earlier batches that are negatives too, made by a moving average of the network; 0 = none. v2 tries 65,536
+    (arXiv:2006.10029, Sec. 2), for about a point."""
+    memory_decay: float = 0.999
+    """Share of its weights that the average keeps at each step."""
 
     def __post_init__(self) -> None:
+        _require(self.memory >= 0, f"loss.memory is {self.memory}; expected a number of projections, 0 = none")
+        _require(0 <= self.memory_decay < 1, f"loss.memory_decay is {self.memory_decay}; expected [0, 1), v2 uses 0.999")
+        _require(not self.memory or self.name == "nt_xent", "loss.memory is for nt_xent; leave it out, or use that loss")
         _require(self.margin > 0, f"loss.margin is {self.margin}; expected a positive difference of cosines, at most 2")
         _require(not self.semi_hard or self.name != "nt_xent", "loss.semi_hard is for the other losses; NT-Xent weighs its negatives")
         _require(self.temperature > 0, f"loss.temperature is {self.temperature}; expected a positive number, the paper tries 0.05 to 1")
@@ -134,6 +142,8 @@ class Optim:
     """Epochs of linear warm-up; then half a cosine down to 0."""
     momentum: float = 0.9
     """Decay of the momentum buffer."""
+    nesterov: bool = False
+    """Nesterov's momentum, with which v1 fine-tunes (App. B.5)."""
     weight_decay: float = 1e-6
     """Decay of kernels per step, times the learning rate. BatchNorm, biases and classifiers have none."""
 
@@ -141,6 +151,7 @@ class Optim:
         _require(self.base_lr > 0, f"optim.base_lr is {self.base_lr}; expected a positive learning rate")
         _require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs}; expected 0 or more epochs")
         _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; expected [0, 1)")
+        _require(self.momentum > 0 or not self.nesterov, "optim.nesterov asks for momentum; give optim.momentum 0.9, or leave it out")
         _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; expected 0 or more")
 
 
@@ -230,6 +241,9 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
+        rows, memory = 2 * self.train.batch_size, self.loss.memory
+        _require(memory % rows == 0, f"loss.memory {memory} holds no whole batches; use a multiple of {rows}, 2 views of train.batch_size")
+        _require(not memory or self.train.micro_batch is None, "loss.memory needs a whole batch at once; leave out train.micro_batch")
 
     def steps_per_epoch(self, examples: int) -> int:
         """Whole batches in one pass over `examples` images; the rest of a pass is dropped and differs each epoch."""

@@ -52,7 +52,13 @@ def uniform(seed: int, stream: Stream, epoch: int, ids: NDArray[np.int64], view:
     return numbers
 
 
+def shuffled(seed: int, epoch: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`ids`, which are different and ascending, in a random order: sorted by 64 keyed bits each (ties, of chance n^2 / 2^65, by
+    id). A subset's order is the whole's with the others left out."""
+    words = bits(seed, "order", epoch, ids, 0, 2)
+    return ids[np.argsort(words[:, 0] << _32 | words[:, 1], kind="stable")]
+
+
 def permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    """A random order of range(size): the sample ids sorted by 64 keyed bits each (ties, of chance size^2 / 2^65, by id)."""
-    words = bits(seed, "order", epoch, np.arange(size, dtype=np.int64), 0, 2)
-    return np.argsort(words[:, 0] << _32 | words[:, 1], kind="stable")
+    """A random order of range(size)."""
+    return shuffled(seed, epoch, np.arange(size, dtype=np.int64))

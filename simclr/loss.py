@@ -21,19 +21,21 @@ STREAMED_FROM = 1 << 22
 """Logits beyond which they are not stored: NT-Xent then goes block by block (`simclr.kernels.nt_xent`); on a GPU always."""
 
 
-def nt_xent(z: Tensor, temperature: float) -> Tensor:
-    """The normalised temperature-scaled cross entropy of the global batch, seen from this rank's rows (2n, d) (Eq. 1).
+def nt_xent(z: Tensor, temperature: float, memory: Tensor | None = None) -> Tensor:
+    """The normalised temperature-scaled cross entropy of the global batch, seen from this rank's rows (2n, d) (Eq. 1). Unit rows
+    of a `memory` (m, d), the same on every rank, are negatives too, without gradient (`simclr.memory`).
 
     Below stands its definition; large batches and GPUs take `kernels.nt_xent`, which stores no logits and is tested against it.
     The official TensorFlow code adds the two directions, loss_a + loss_b, which is twice this value.
     """
     with torch.autocast(z.device.type, enabled=False):
-        if z.is_cuda or len(z) * len(z) * world_size() > STREAMED_FROM:
-            unit, keys = _unit_rows(z)
+        stored = 0 if memory is None else len(memory)
+        if z.is_cuda or len(z) * (len(z) * world_size() + stored) > STREAMED_FROM:
+            unit, keys = _unit_rows(z, memory)
             if z.is_cuda and z.dtype in (torch.bfloat16, torch.float16):  # what the tensor cores multiply; sums are float32
                 unit, keys = unit.to(z.dtype), keys.to(z.dtype)
             return streamed(unit, keys, rank() * len(z), temperature)
-        cosines, own = _cosines(z)
+        cosines, own = _cosines(z, memory)
         logits = cosines / temperature
         logits = logits.scatter(1, own[:, None], float("-inf"))  # an image is no candidate for itself
         return F.cross_entropy(logits, _partner(own))
@@ -63,17 +65,19 @@ def margin_triplet(z: Tensor, margin: float, semi_hard: bool = False) -> Tensor:
         return (weights * F.relu(cosines - positive + margin)).sum(1).mean()
 
 
-def _unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's rows (2n, d) and those of all ranks (2N, d), in the order of ranks, of length 1, in float32 at least."""
+def _unit_rows(z: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """This rank's rows (2n, d) and those of all ranks (2N, d), in the order of ranks, of length 1, in float32 at least; behind
+    them those of a memory."""
     if z.ndim != 2 or z.shape[0] % 2:
         raise ValueError(f"the loss got z of shape {tuple(z.shape)}; expected (2n, d): view 0 of n images, then view 1")
     z = F.normalize(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z, dim=1)
-    return z, all_gather(z)
+    keys = all_gather(z)
+    return z, keys if memory is None else torch.cat([keys, memory.to(keys.dtype)])
 
 
-def _cosines(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(2n, 2N) cosines of this rank's rows with all ranks', and (2n,) the column of each row itself."""
-    unit, keys = _unit_rows(z)
+def _cosines(z: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(2n, 2N) cosines of this rank's rows with all ranks' (and a memory's), and (2n,) the column of each row itself."""
+    unit, keys = _unit_rows(z, memory)
     return unit @ keys.T, rank() * len(z) + torch.arange(len(z), device=z.device)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from simclr import config as configs
 from simclr.batchnorm import BatchNorm
+from simclr.memory import Memory
 from simclr.resnet import ResNet, build_encoder
 
 
@@ -51,6 +52,8 @@ class SimCLR(nn.Module):
             self.classifier = nn.Linear(self.encoder.d_h, classes)
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
+        loss = config.loss
+        self.memory = Memory(self.encoder, self.head, loss.memory, config.head.d_out, loss.memory_decay) if loss.memory else None
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = self.encoder(views)

@@ -116,5 +116,5 @@ def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The configured optimizer over `module`'s parameters, with lr 0: the loop sets it before each step."""
     groups = parameter_groups(module, optim.weight_decay)
     if optim.name == "lars":
-        return LARS(groups, lr=0.0, momentum=optim.momentum)
-    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, fused=True)
+        return LARS(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
+    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov, fused=True)

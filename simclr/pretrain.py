@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr import checkpoint, diagnostics, evaluate
+from simclr.clock import Clock
 from simclr.collectives import data_parallel, mean_over_ranks, rank, world_size
 from simclr.config import Config, Loss
 from simclr.data import loader
@@ -29,7 +30,7 @@ from simclr.model import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.views import two_views
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
     peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
     per_rank = config.images_per_rank(world_size())
     watched, classes = bool(manifest.classes) and "test" in manifest.splits, len(manifest.classes)
-    device, dtype = start.device, _DTYPES[config.train.precision]
+    device, dtype = start.device, DTYPES[config.train.precision]
     contrast = partial(_contrast, loss=config.loss)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
 
@@ -91,17 +92,18 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
     batches = loader.on_device(loader.batches(config, start.data, step, rank(), world_size(), start.threads), device)
     summed = torch.zeros(4, device=device, dtype=torch.float64)  # since the last report: loss, classifier's loss, hits, labelled
     bad_at = torch.full((), math.inf, device=device, dtype=torch.float64)
-    since = _Clock(step)
+    since = Clock(step)
     try:
         while step < total:
-            waited = time.perf_counter()
-            batch = next(batches)
-            since.waiting_s += time.perf_counter() - waited
+            batch = since.next(batches)
 
-            def embed(rows: slice, batch: loader.Batch = batch) -> tuple[Tensor, Tensor, Tensor]:
+            def see(rows: slice, batch: loader.Batch = batch) -> Tensor:
                 views = two_views(batch.images[rows], batch.ids[rows], batch.epoch, config.views, config.seed, device)
+                return views.to(dtype, memory_format=torch.channels_last)
+
+            def embed(views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 with autocast:
-                    out: tuple[Tensor, Tensor, Tensor] = network(views.to(dtype, memory_format=torch.channels_last))
+                    out: tuple[Tensor, Tensor, Tensor] = network(views)
                 return out
 
             def classify(logits: Tensor, rows: slice, labels: Tensor = batch.labels) -> tuple[Tensor, Tensor]:
@@ -109,16 +111,21 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
 
             optimizer.zero_grad(set_to_none=True)
             if config.train.micro_batch in (None, per_rank):
-                _, z, logits = embed(slice(0, per_rank))
-                loss = contrast(z)
+                views = see(slice(0, per_rank))
+                _, z, logits = embed(views)
+                loss = contrast(z, memory=model.memory.negatives(step, 2 * config.train.batch_size) if model.memory else None)
                 classified, hits = classify(logits, slice(0, per_rank))
                 (loss + classified).backward()
             else:
-                z, loss, classified, hits = cached_gradient(network, embed, per_rank, config.train.micro_batch, contrast, classify)
+                pieces = (per_rank, config.train.micro_batch)
+                z, loss, classified, hits = cached_gradient(network, lambda rows: embed(see(rows)), *pieces, contrast, classify)
             lr = warmup_cosine(step, peak, warmup, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
+            if model.memory is not None:
+                with autocast:
+                    model.memory.remember(views, model.encoder, model.head, step)
 
             summed += torch.cat([torch.stack([loss.detach(), classified.detach()]), hits])
             step += 1
@@ -140,7 +147,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
                 metrics |= watch_knn(model, config, start)
             yield Report(step, total, metrics, checkpoint.capture(step, config.to_dict(), model, optimizer) if save else None)
             summed.zero_()
-            since = _Clock(step)
+            since = Clock(step)
     finally:
         batches.close()  # stops the loader's thread also when the caller stops iterating
 
@@ -165,13 +172,13 @@ def watch_knn(model: SimCLR, config: Config, start: Start) -> dict[str, float]:
     return measured
 
 
-def _contrast(z: Tensor, loss: Loss) -> Tensor:
-    """The configured loss of this rank's projections z (2n, d)."""
+def _contrast(z: Tensor, loss: Loss, memory: Tensor | None = None) -> Tensor:
+    """The configured loss of this rank's projections z (2n, d), with the negatives of a memory (m, d)."""
     if loss.name == "nt_logistic":
         return nt_logistic(z, loss.temperature, loss.semi_hard)
     if loss.name == "margin_triplet":
         return margin_triplet(z, loss.margin, loss.semi_hard)
-    return nt_xent(z, loss.temperature)
+    return nt_xent(z, loss.temperature, memory)
 
 
 def _classify(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,18 +235,3 @@ def _measure(sums: Tensor, bad_at: Tensor, z: Tensor, config: Config, classifies
     if labelled := found_means.pop("labelled", 0.0):
         found_means["train/linear_top1"] /= labelled
     return found_means
-
-
-class _Clock:
-    """Time since the last report, and how much of it went into waiting for data."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.began, self.waiting_s = step, time.perf_counter(), 0.0
-
-    def speed(self, step: int, images_per_step: int) -> dict[str, float]:
-        elapsed = time.perf_counter() - self.began
-        return {
-            "speed/images_per_s": (step - self.step) * images_per_step / elapsed,
-            "speed/data_wait_pct": 100 * self.waiting_s / elapsed,
-            "speed/step_s": elapsed / (step - self.step),
-        }

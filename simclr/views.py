@@ -161,6 +161,25 @@ def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
     return distort(x, colours)
 
 
+def crop_and_flip(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """The training view of a classifier, normalised, (n, 3, size, size) float32: view 0 of `two_views` without colour and blur.
+
+    images: uint8, (n, H, W, 3) whole images, which are cropped here, or (n, 1 or 2, size, size, 3) crops. One view, not two: an
+    epoch then sees each image once, as the papers' fine-tuning and distillation do, at half the cost.
+    """
+    keys = ids.numpy()
+    flip = torch.as_tensor(keyed.uniform(seed, "colour", epoch, keys, 0, 1)[:, 0] < views.flip_p).to(device, non_blocking=True)
+    x = images.to(device, non_blocking=True)
+    if images.ndim == 4:
+        sizes = np.broadcast_to(np.array(images.shape[1:3], np.int64), (len(images), 2))
+        boxes = torch.as_tensor(crop_boxes(views, seed, epoch, keys, sizes)[:, 0]).to(device, non_blocking=True)
+        x = crop_resize(x.permute(0, 3, 1, 2).float().div_(255), boxes, views.size_px, views.resize, flip)
+    else:
+        x = x[:, 0].permute(0, 3, 1, 2).float().div_(255)
+        x = torch.where(flip[:, None, None, None], x.flip(3), x)
+    return normalise(x, views)
+
+
 def crop_resize(x: Tensor, boxes: Tensor, size: int, kernel: Resize, flip: Tensor | None = None) -> Tensor:
     """Crop boxes (n, 4) out of images (n, 3, H, W) and resize each to (size, size), in [0, 1]; flipped where `flip` says.
 

@@ -249,7 +249,8 @@ def test_what_another_source_left_is_not_gone_on_with(tmp_path: Path) -> None:
     manifest = shards.prepare(mixed(False), tmp_path / "out", shards.Options(shard_mib=2), 2, lambda count: None, resumed=went_on.append)
     assert not went_on and manifest.skipped == 0 and not any(found.wrong for found in verify(tmp_path / "out"))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "manifest.json", "duplicates.csv", *(s.name for split in manifest.splits.values() for s in split)
+        *("manifest.json", "duplicates.csv", "names-train.txt", "names-test.txt"),
+        *(s.name for split in manifest.splits.values() for s in split),
     }
 
 

@@ -142,12 +142,34 @@ def test_two_layer_head(within: Within) -> None:
     within("z", deviation(head(encoder(x))[-1], golden["head2_z"]), 1e-4)
 
 
+PUBLISHED_M = {
+    (50, 1, False): 24,
+    (50, 1, True): 35,
+    (50, 2, False): 94,
+    (50, 2, True): 140,
+    (101, 1, False): 43,
+    (101, 1, True): 65,
+    (101, 2, False): 170,
+    (101, 2, True): 257,
+    (152, 1, False): 58,
+    (152, 1, True): 89,
+    (152, 2, False): 233,
+    (152, 2, True): 354,
+    (152, 3, True): 795,
+}
+"""(depth, width, selective kernels) → millions of parameters, arXiv:2006.10029, Table 1 (also in the official README)."""
+
+
 def test_parameter_counts_as_published() -> None:
-    """Millions, without classifier: arXiv:2006.10029, Table 1 (ResNet-50 24 M, 2× 94 M; 35 M with SK)."""
+    """Of all 13 sizes of SimCLR v2, without classifier, to the printed million. The published counts are of all variables, the
+    moving statistics of BatchNorm included: ResNet-152 (2x) has 232.25 M weights, 232.56 M with them, and is printed as 233 M."""
     with torch.device("meta"):  # names and shapes, without memory and without drawing weights
-        count = {tag: sum(p.numel() for p in resnet(**case).parameters()) / 1e6 for tag, case in CASES.items()}  # type: ignore[arg-type]
-    assert round(count["resnet50_imagenet"]) == 24 and round(count["resnet50_2x_imagenet"]) == 94
-    assert round(count["resnet50_sk_imagenet"]) == 35
+        for (depth, width, sk), published in PUBLISHED_M.items():
+            model = resnet(depth, width, 0.0625 if sk else 0.0)
+            weights, statistics = (sum(t.numel() for t in part) / 1e6 for part in (model.parameters(), model.buffers()))
+            name = f"ResNet-{depth} ({width}x{', SK' if sk else ''})"
+            print(f"{name:<20} {weights:8.3f} M weights, {weights + statistics:8.3f} M with statistics, published {published:4d} M")
+            assert round(weights + statistics) == published and abs(weights - published) < 1, name
 
 
 def test_small_networks_and_an_unknown_depth() -> None:

@@ -49,6 +49,8 @@ class Note:
     """Class names, as they came; None = unlabelled."""
     which: list[int] = field(default_factory=list)
     """Per sample, the place of its class in `labels`."""
+    names: list[str] = field(default_factory=list)
+    """Per sample, its file's name in the source; none of a source of pixels."""
     digests: list[int] = field(default_factory=list)
     """Per sample, of its content."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -74,6 +76,8 @@ class Note:
             self.labels.append(label)
         self.items += 1
         self.which.append(places[label])
+        if not isinstance(encoded.item.data, np.ndarray):
+            self.names.append(encoded.item.name)
         self.digests.append(encoded.digest)
         self.sums = (np.array(self.sums) + encoded.moments).tolist()
         self.height_px = [min([*self.height_px, encoded.height]), max([*self.height_px, encoded.height])]

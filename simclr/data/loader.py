@@ -57,39 +57,54 @@ class Batch:
     """Optimizer step (0-based) that it belongs to; in evaluation its number."""
     epoch: int
     images: Tensor
-    """uint8. Raw shards: (n, H, W, 3), whole images. JPEG shards: (n, 2, size, size, 3), both views' crops, and in
-    evaluation (n, size, size, 3), centre crops."""
+    """uint8. Raw shards: (n, H, W, 3), whole images. JPEG shards: (n, 2, size, size, 3), both views' crops (or view 0's alone,
+    n × 1), and in evaluation (n, size, size, 3), centre crops."""
     ids: Tensor
     """(n,) int64: positions in the split."""
     labels: Tensor
     """(n,) int64; −1 = unlabelled."""
 
 
-def batches(config: Config, data: Path, start_step: int, rank: int, world: int, threads: int = 1) -> Generator[Batch, None, None]:
+def batches(
+    config: Config,
+    data: Path,
+    start_step: int,
+    rank: int,
+    world: int,
+    threads: int = 1,
+    ids: NDArray[np.int64] | None = None,
+    crops: int = 2,
+) -> Generator[Batch, None, None]:
     """Endless training batches of `rank` from `start_step` on, prepared in advance; closing the iterator ends their thread.
 
     Step s lies in epoch s // (examples // N). The global batch is N consecutive entries of the epoch's keyed permutation, a
     rank's share n = N / W consecutive ones of those: what step s sees depends on nothing but config, s and the data. With G
     shard groups each has a permutation of its own, and gives N / G consecutive entries: then it depends on G too, and is the
     same for every number of workers that G divides. Raises ValueError for damaged shards, naming shard and sample.
+
+    `ids`, ascending, are the only images that there are, where given: a subset, of ungrouped shards. Of JPEG shards `crops` = 1
+    leaves view 1 out.
     """
     groups, group = config.train.shard_groups, config.group_of(rank, world)
     split = _Split(data, "train", threads, groups, group, config.train.cache == "process")
-    per_epoch, n = config.steps_per_epoch(split.examples), config.images_per_rank(world)
+    assert ids is None or groups == 1, "a subset of grouped shards"
+    rows = np.arange(len(split), dtype=np.int64) if ids is None else ids
+    per_epoch = config.steps_per_epoch(split.examples if ids is None else len(ids))
+    n = config.images_per_rank(world)
     taken = config.train.batch_size // groups  # from each group, in a step
     size = config.views.size_px
-    read = split.reader(n, crops=2, size_px=size, resize=config.views.resize)
+    read = split.reader(n, crops, size, config.views.resize)
     order_of, order = -1, np.empty(0, np.int64)
 
     def batch(step: int) -> Batch:
         nonlocal order_of, order
         epoch = step // per_epoch
         if epoch != order_of:
-            order_of, order = epoch, keyed.permutation(config.seed, epoch, len(split))
+            order_of, order = epoch, keyed.shuffled(config.seed, epoch, rows)
         first = step % per_epoch * taken + rank * n - group * taken
-        ids = order[first : first + n]
-        boxes = None if split.raw else crop_boxes(config.views, config.seed, epoch, split.names[ids], split.sizes(ids))
-        return split.batch(read, step, epoch, ids, boxes)
+        mine = order[first : first + n]
+        boxes = None if split.raw else crop_boxes(config.views, config.seed, epoch, split.names[mine], split.sizes(mine))[:, :crops]
+        return split.batch(read, step, epoch, mine, boxes)
 
     return _prefetched(batch, itertools.count(start_step))
 
@@ -126,9 +141,15 @@ def in_order(
     def batch(number: int) -> Batch:
         mine = ids[number * batch_size : (number + 1) * batch_size]
         boxes = None if rows.raw else centre_boxes(rows.sizes(mine))[:, None]
-        return rows.batch(read, number, 0, mine, boxes)
+        batch = rows.batch(read, number, 0, mine, boxes)
+        return batch if rows.raw else replace(batch, images=batch.images[:, 0])
 
     return _prefetched(batch, range(-(-len(ids) // batch_size)))
+
+
+def labels(data: Path, split: str = "train") -> NDArray[np.int64]:
+    """(n,) label of every image of a split, in the order of sample ids; −1 = unlabelled."""
+    return _Split(data, split, 1).labels
 
 
 def on_device(stream: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
@@ -215,7 +236,7 @@ class _Split:
                 images = code(np.arange(len(rows)), slot if self.raw else (*slot, scratch, kind), rows, self.storage)
             if not self.raw and (bad := np.flatnonzero(slot[1][: len(rows)])).size:
                 raise ValueError(f"{self._where(int(ids[bad[0]]))} is damaged: its JPEG cannot be decoded; prepare the data again")
-            return torch.from_numpy(images if self.raw or crops > 1 else images[:, 0])
+            return torch.from_numpy(images)
 
         return read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,8 +11,8 @@ from typing import Any, Self
 from simclr import disk
 
 SCHEMA = 1
-LISTS = ("skipped.csv", "duplicates.csv")
-"""Files beside the manifest that are for people."""
+LISTS = ("skipped.csv", "duplicates.csv", "names-train.txt", "names-test.txt")
+"""Files beside the manifest that training does not read: for people, and for lists of labels by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,25 @@ class Manifest:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json, atomically and last: a directory with a manifest is whole."""
     disk.write_text(directory / "manifest.json", manifest.to_json())
+
+
+def write_names(directory: Path, split: str, names: Iterable[str]) -> None:
+    """Write names-SPLIT.txt: the name in the source of each image, one a line, in the order of sample ids."""
+    with (directory / f"names-{split}.txt").open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.writelines(name.replace("\n", "\\n") + "\n" for name in names)
+
+
+def read_names(directory: Path, split: str, examples: int) -> list[str] | None:
+    """The names of the `examples` images of a split; None where there are none: of a source of pixels, or of an earlier version.
+
+    Raises ValueError where they are not as many."""
+    path = directory / f"names-{split}.txt"
+    if not path.is_file():
+        return None
+    names = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if len(names) != examples:
+        raise ValueError(f"{path} has {len(names):,} names, the split {examples:,} images; prepare the data again")
+    return names
 
 
 def parse(text: str, where: object) -> Manifest:

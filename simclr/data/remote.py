@@ -70,6 +70,14 @@ def fetch(
             scratch.write_bytes(text)
 
 
+def fetch_names(place: Address, directory: Path, split: str, store: Store) -> None:
+    """Bring the names of a split's images beside its shards, which training does not need; where there are none, nothing."""
+    name = f"names-{split}.txt"
+    with locked(directory):
+        if any(found.name == name for found in store.listing(place)):
+            store.download(place / name, directory / name)
+
+
 def push(directory: Path, place: Address, progress: Callable[[int, int], None], store: Store) -> None:
     """Send the shards in `directory` to `place`, the manifest last; what is there already is not sent again.
 

@@ -28,7 +28,7 @@ import numpy as np
 from simclr import disk
 from simclr.data.beton import Note, SplitWriter
 from simclr.data.encode import Encoded, encode
-from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest, write_manifest
+from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest, write_manifest, write_names
 from simclr.data.sources import Item, Source
 
 _RAW_SIDE_PX = 64
@@ -249,6 +249,9 @@ class _Job:
         copies = _copies(notes)
         _write_list(self.out / "skipped.csv", ("name", "reason"), skipped)
         _write_list(self.out / "duplicates.csv", ("split", "sample", "same_as_split", "same_as_sample"), copies)
+        for split in splits:
+            if all(len(note.names) == len(note.which) for note in notes[split]):
+                write_names(self.out, split, (name for note in notes[split] for name in note.names))
         mean, square = np.sum([note.sums for note in notes["train"]], 0) / sum(len(note.which) for note in notes["train"])
         sides = [[side for note in everything for side in getattr(note, name)] for name in ("height_px", "width_px")]
         manifest = Manifest(

@@ -1,0 +1,202 @@
+"""What pretraining, fine-tuning and distilling share: a run directory, workers under Ray Train, their reports, what is published."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import address, cluster, storage
+from pipelines.rundir import Run, open_run
+from pipelines.terminal import Bar, process_age_s, say
+from pipelines.tracked import Tracked
+from simclr import disk
+from simclr.collapse import collapse
+from simclr.config import Config
+from simclr.data import place
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_AMPLE_BYTES = 32 << 30  # three checkpoints of the largest recipe are 19 GiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training, checked and ready to go."""
+
+    run: Run
+    home: storage.Home
+    asked: Path
+    """The run directory as its user wrote it."""
+    total: int
+    """Optimizer steps."""
+    uri: str
+    """MLflow address."""
+    resources: cluster.Resources
+    shapes: Callable[[], nn.Module]
+    """The model on the meta device."""
+    publish: Callable[[Run], None]
+    """Writes run/encoder from the newest checkpoint."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """What the stage's loop takes besides config and start (see `pipelines.worker`)."""
+
+
+def home_of(asked: Path | None, name: str, config: Config, data: Path, at: Path, stage: str = "pretrain") -> tuple[Run, storage.Home]:
+    """The run directory at `asked` (default runs/NAME-DIGEST), of shards that lie in `data`, a copy of those `at` s3://…"""
+    home = storage.Home(asked) if asked is not None else None
+    if home is not None:
+        home.fetch()
+        home.settle()
+    run = open_run(home.path if home else None, name, config, data, str(place.address(at) or ""), stage)
+    return run, home or storage.Home(run.path)
+
+
+def checked_address(tracking_uri: str | None) -> str:
+    """The MLflow address. Raises ValueError where it cannot be one."""
+    uri = address.tracking_address(tracking_uri)
+    address.check(uri)
+    return uri
+
+
+def train(job: Job, began: float) -> Run:
+    """Train from the newest checkpoint, if any, and leave a run directory with its encoder; `began` is when the command did.
+
+    Raises ValueError, before any worker starts, for what the user can mend.
+    """
+    run, home, where = job.run, job.home, storage.shown(job.asked)
+    done = _steps_done(run, job.shapes)
+    if done >= job.total:
+        job.publish(run)
+        home.send()
+        say(f"{where} is complete: {done:,} of {job.total:,} steps; nothing to do")
+        return run
+    _require_space(run, job.shapes)
+    ours = cluster.connect(job.resources)
+    connected = time.monotonic()
+    try:
+        cluster.require(job.resources)
+        run.save()
+        home.send()  # before any checkpoint: run.json says whose they are
+        if not done:
+            home.settle()  # a first checkpoint, of step 0
+    except ValueError:
+        if ours:
+            cluster.disconnect()
+        raise
+    if done:
+        say(f"going on with {where} after step {done:,} of {job.total:,}")
+    tracked = Tracked(run, job.uri)
+    status, running = "FAILED", None
+    try:
+        running = _launch(job)
+        stepped = _follow(job, running, tracked, done, began, connected)
+        run.took(run.stage, time.monotonic() - stepped)
+        home.settle()
+        job.publish(run)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        shutil.rmtree(run.path / "ray", ignore_errors=True)
+        if running is not None:
+            running.stop()
+        if ours:
+            cluster.disconnect()
+        run = tracked.close(status)
+        if status != "FINISHED":  # what was logged since the last checkpoint; Ctrl-C waits for it no longer than this
+            sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
+            sending.start()
+            sending.join(2.0 if status == "KILLED" else 60.0)
+    home.wait()
+    home.send()
+    return run
+
+
+def _launch(job: Job) -> cluster.Running:
+    from pipelines.worker import train_worker
+
+    run = job.run
+    told: dict[str, Any] = {"stage": run.stage, "config": run.config.to_dict(), "data": run.data_at or str(run.data.absolute())}
+    told |= {"run": str(job.home.at or run.path.absolute()), "created": run.created, "given": job.given}
+    return cluster.launch(train_worker, told, job.resources, run.path / "ray")
+
+
+def _follow(job: Job, running: cluster.Running, tracked: Tracked, done: int, began: float, connected: float) -> float:
+    """Log the reports until there are no more; returns when the first came."""
+    run, home, stepped, warned = job.run, job.home, 0.0, None
+    with Bar(run.stage, job.total, "steps") as bar:
+        bar.resume_at(done)
+        for report in running.reports():
+            if not stepped:
+                tracked.open()
+                stepped = time.monotonic()
+                say(
+                    f"first step {process_age_s():.0f} s after the process began: checks and Ray {connected - began:.0f} s, "
+                    f"workers, their imports and the step {stepped - connected:.0f} s"
+                )
+                run.took("start", stepped - began)
+            run.append(report)
+            tracked.log(report)
+            if report["step"] % run.config.train.checkpoint_every_steps == 0 and not home.busy():
+                home.later(home.send)
+            if warned is None and report["step"] > 1 and (warned := collapse(report)):
+                say(f"step {report['step']:,}: {warned}; a lower --optim.base-lr, more warm-up or another temperature may help")
+            bar.update(report["step"], _note(report), report["speed/images_per_s"])
+    return stepped or time.monotonic()
+
+
+def _send_anyway(home: storage.Home) -> None:
+    try:
+        home.send()
+    except ValueError as error:
+        say(f"not sent: {error}")
+
+
+def _note(report: dict[str, Any]) -> str:
+    shown = [f"{title} {100 * report[name]:.1f} %" for name, title in (("eval/knn_top1", "kNN"), ("eval/top1", "top-1")) if name in report]
+    return "  ".join([f"loss {report['train/loss']:.3f}", f"epoch {report['epoch']:.1f}", *shown])
+
+
+def _steps_done(run: Run, shapes: Callable[[], nn.Module]) -> int:
+    """Steps in the newest whole checkpoint. Raises ValueError where it does not fit the config's model."""
+    if not run.checkpoints.exists():
+        return 0
+    from simclr import checkpoint
+
+    newest = checkpoint.latest(run.checkpoints, say)
+    if newest is None:
+        return 0
+    state = checkpoint.read(newest)
+    checkpoint.check(state, shapes())
+    return state.step
+
+
+def _require_space(run: Run, shapes: Callable[[], nn.Module]) -> None:
+    """Room for the checkpoints that will be kept and the one being written: weights and momentum, 4 bytes each."""
+    existing = next(p for p in [run.path.absolute(), *run.path.absolute().parents] if p.exists())
+    if shutil.disk_usage(existing).free > _AMPLE_BYTES:
+        return
+    keep = run.config.train.keep_checkpoints
+    needed = sum(p.numel() for p in shapes().parameters()) * 8 * (keep + 1)
+    disk.require_space(run.path, needed, f"for {keep} checkpoints and one being written", "use --run on another disk")
+
+
+def newest_tensors(run: Run) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Steps of the newest checkpoint, and its weights: {"encoder": {name: tensor}, "head": …, "classifier": …}."""
+    from simclr import checkpoint
+
+    newest = checkpoint.latest(run.checkpoints, say)
+    if newest is None:
+        raise ValueError(f"{run.path} has no checkpoint yet; `simclr {run.stage}` writes one every train.checkpoint_every_steps steps")
+    state = checkpoint.read(newest)
+    parts = {
+        part: {name.removeprefix(f"model.{part}."): t for name, t in state.tensors.items() if name.startswith(f"model.{part}.")}
+        for part in ("encoder", "head", "classifier")
+    }
+    return state.step, parts

@@ -1,0 +1,79 @@
+"""Settings of what comes after pretraining: fine-tuning on few labels, and distillation (arXiv:2006.10029, Sec. 2).
+
+Each is a `Config` with a few fields more: encoder, head, views, optimizer, schedule and seed mean the same, and so do steps and
+epochs. The loss of pretraining is in them too, and says nothing here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from simclr.config import Config, Optim, Train, Watch, _require
+
+_LAST_ONLY = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FineTune(Config):
+    """Second stage: the whole network trained on labels, from a layer of the projection head on.
+
+    The defaults are v2's for 1 % of the labels and a plain ResNet-50 (Sec. 3 and the official README's command): LARS,
+    lr = 0.005 √N, N = 1024, 60 epochs, no weight decay, no warm-up, from the head's first layer. For 10 % and for all labels it
+    says 30 epochs, for wider networks and selective kernels lr = 0.002 √N, for all labels tap 0. v1 (App. B.5) has SGD with
+    Nesterov's momentum, lr = 0.05 N / 256, N = 4096 and tap 0, else the same.
+    """
+
+    optim: Optim = field(default_factory=lambda: Optim(base_lr=0.005, scaling="sqrt", warmup_epochs=0, weight_decay=0.0))
+    train: Train = field(default_factory=lambda: Train(batch_size=1024, epochs=60))
+    watch: Watch = field(default_factory=lambda: Watch(every_epochs=_LAST_ONLY))
+    tap: int = 1
+    """Layer of the projection head that the classifier reads; the layers up to it are trained too. 0 = h."""
+    linear: bool = False
+    """Only the classifier learns; what is before it is frozen, its statistics too."""
+    begins: str = ""
+    """sha256 of the published encoder that it begins with; empty = from scratch, the supervised baseline."""
+    labelled: str = ""
+    """sha256 of the sample ids whose labels are seen."""
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)  # super() without arguments knows no class with slots
+        _require(0 <= self.tap <= self.head.layers, f"tap is {self.tap}; the projection head has {self.head.layers} layers, 0 is h")
+        _require_plain(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distill(Config):
+    """Third stage: a student learns the teacher's probabilities on images without labels (Eq. 2), and some labels (Eq. 3).
+
+    The defaults are v2's (Sec. 3): optimizer, schedule, weight decay and batch of its pretraining, 400 epochs, no labels.
+    """
+
+    optim: Optim = field(default_factory=lambda: Optim(base_lr=0.1, scaling="sqrt", warmup_epochs=20, weight_decay=1e-4))
+    train: Train = field(default_factory=lambda: Train(batch_size=4096, epochs=400))
+    watch: Watch = field(default_factory=lambda: Watch(every_epochs=_LAST_ONLY))
+    temperature: float = 0.1
+    """tau of teacher and student. v2: 0.1 where both are alike (self-distillation), 1 for a smaller student; it matters little."""
+    alpha: float = 1.0
+    """Weight of the teacher's share; the true labels have 1 - alpha. 1 = Eq. 2, no label is seen."""
+    teacher: str = ""
+    """sha256 of the published teacher."""
+    labelled: str = ""
+    """sha256 of the sample ids whose labels are seen; empty = none."""
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        _require(self.temperature > 0, f"temperature is {self.temperature}; expected a positive number, v2 uses 0.1 to 1")
+        _require(0 < self.alpha <= 1, f"alpha is {self.alpha}; expected above 0 (at 0 nothing would be distilled) and at most 1")
+        warmup, epochs = self.optim.warmup_epochs, self.train.epochs
+        fits = warmup < epochs or self.train.steps is not None
+        _require(fits, f"{warmup:g} epochs of warm-up leave nothing of {epochs:g}; v2 has 5 %: --optim.warmup-epochs {0.05 * epochs:g}")
+        _require_plain(self)
+
+
+def _require_plain(config: Config) -> None:
+    _require(config.train.micro_batch is None, "train.micro_batch is for pretraining, whose loss needs all of a batch; use a smaller batch")
+    _require(config.train.shard_groups == 1, "train.shard_groups is for pretraining; fine-tuning and distilling read all shards")
+
+
+STAGES: dict[str, type[Config]] = {"pretrain": Config, "finetune": FineTune, "distill": Distill}
+"""Name of a stage, which is its command's → its settings."""

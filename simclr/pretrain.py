@@ -24,7 +24,7 @@ from simclr.collectives import mean_over_ranks, rank, world_size
 from simclr.config import Config, Loss
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
-from simclr.loss import margin_triplet, nt_logistic, nt_xent
+from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
 from simclr.microbatch import cached_gradient
 from simclr.model import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
@@ -176,7 +176,7 @@ def _contrast(z: Tensor, loss: Loss) -> Tensor:
         return nt_logistic(z, loss.temperature, loss.semi_hard)
     if loss.name == "margin_triplet":
         return margin_triplet(z, loss.margin, loss.semi_hard)
-    return nt_xent(z, loss.temperature)
+    return (nt_xent_dot if loss.name == "nt_xent_dot" else nt_xent)(z, loss.temperature)
 
 
 def _classify(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

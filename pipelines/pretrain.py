@@ -72,7 +72,7 @@ def pretrain(args: Args) -> Run:
     classes = len(manifest.classes)
     done = _steps_done(run, classes)
     if done >= total:
-        _publish_newest(run)
+        publish_newest(run)
         home.send()
         say(f"{where} is complete: {done:,} of {total:,} steps; nothing to do")
         return run
@@ -119,7 +119,7 @@ def pretrain(args: Args) -> Run:
                 bar.update(report["step"], _note(report), rate)
         run.took("pretrain", time.monotonic() - stepped)
         home.settle()
-        _publish_newest(run)
+        publish_newest(run)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -180,7 +180,7 @@ def _require_space(run: Run, classes: int) -> None:
     disk.require_space(run.path, needed, f"for {keep} checkpoints and one being written", "use --run on another disk")
 
 
-def _publish_newest(run: Run) -> None:
+def publish_newest(run: Run) -> None:
     """Write the newest checkpoint's encoder to run/encoder."""
     from simclr import checkpoint
     from simclr.model import write_encoder

@@ -48,7 +48,7 @@ def train_worker(job: dict[str, Any]) -> None:
     start = Start(data, device, home.checkpoint(name) if name else None, job["cpus_per_worker"])
     meet()
     for report in pretrain(config, start):
-        metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps}
+        metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps, **job.get("mark", {})}
         if first:
             sent = job["inbox"].actor.put.remote(metrics)
             if report.state is not None:

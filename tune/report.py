@@ -1,0 +1,5 @@
+from pathlib import Path
+
+
+def report(path: Path) -> Path:
+    return path / "results.csv"

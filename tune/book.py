@@ -34,6 +34,13 @@ METRICS: dict[str, Literal["max", "min"]] = {
 }
 """What a sweep can go by. The last two need no label: RankMe (arXiv:2210.02885), and alignment + uniformity (arXiv:2005.10242)."""
 
+NAMES = {
+    "eval/knn_top1": "kNN",
+    "eval/probe_top1": "probe",
+    "health/rankme": "RankMe",
+    "health/align_uniform": "alignment + uniformity",
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
@@ -196,5 +203,4 @@ def shown(metric: str, value: float | None) -> str:
     """A score for people: "kNN 91.3 %"."""
     if value is None:
         return "–"
-    name = {"eval/knn_top1": "kNN", "eval/probe_top1": "probe", "health/rankme": "RankMe", "health/align_uniform": "alignment + uniformity"}
-    return f"{name[metric]} {100 * value:.1f} %" if metric.startswith("eval/") else f"{name[metric]} {value:.3g}"
+    return f"{NAMES[metric]} {100 * value:.1f} %" if metric.startswith("eval/") else f"{NAMES[metric]} {value:.3g}"

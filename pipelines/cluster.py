@@ -141,16 +141,10 @@ class Running:
 
     def _take(self) -> dict[str, Any]:
         """The next message; {} where there was none for a while."""
-        from ray.exceptions import RayActorError
-        from ray.util.queue import Empty
-
         ended = not self.thread.is_alive()  # asked before looking, so that nothing put before the end is missed
         try:
-            message: dict[str, Any] = self.inbox.get(timeout=2)
-            return message
-        except (Empty, queue.Empty):
-            return _END if ended else {}
-        except RayActorError:  # somebody killed the queue's process: the training's end is still to be waited for
+            return take(self.inbox, 2.0) or (_END if ended else {})
+        except EOFError:  # somebody killed the queue's process: the training's end is still to be waited for
             time.sleep(_STOP_S)
             return _END if ended else {}
 
@@ -204,6 +198,20 @@ def inbox() -> Any:
     from ray.util.queue import Queue
 
     return Queue(actor_options={"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}})
+
+
+def take(inbox: Any, within_s: float) -> dict[str, Any]:
+    """The next message of an `inbox()`; {} where none comes in time. Raises EOFError where its process is gone."""
+    from ray.exceptions import RayActorError
+    from ray.util.queue import Empty
+
+    try:
+        message: dict[str, Any] = inbox.get(timeout=within_s)
+        return message
+    except (Empty, queue.Empty):
+        return {}
+    except RayActorError:
+        raise EOFError("the queue's process is gone") from None
 
 
 def fit(

@@ -3,12 +3,11 @@ for each trial. In the sweep's driver, so that MLflow is imported once and not b
 
 from __future__ import annotations
 
-import queue
 import threading
 from pathlib import Path
 from typing import Any
 
-from pipelines import address, tracking
+from pipelines import address, cluster, tracking
 from pipelines.rundir import Run, load_run
 from pipelines.terminal import say
 from pipelines.tracked import Tracked
@@ -48,21 +47,17 @@ class Ledger:
         return self.sweep
 
     def _take(self) -> None:
-        from ray.exceptions import RayActorError
-        from ray.util.queue import Empty
-
         while True:
             last = self.over.is_set()  # asked before looking, so that nothing put before the end is missed
             try:
-                message: dict[str, Any] = self.inbox.get(timeout=_LOOK_S)
-            except (Empty, queue.Empty):
-                if last:
-                    return
-                continue
-            except RayActorError:  # Ray was shut down
+                message = cluster.take(self.inbox, _LOOK_S)
+            except EOFError:  # Ray was shut down
+                return
+            if not message and last:
                 return
             try:
-                self._enter(message)
+                if message:
+                    self._enter(message)
             except (ValueError, OSError) as error:  # one trial's book must not close the others'
                 say(f"trial {message.get('mark')}: {error}")
 

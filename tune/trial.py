@@ -236,6 +236,6 @@ def train_and_score(job: dict[str, Any]) -> None:
         publish_newest(run)
         found = score(run, data, ray.train.torch.get_device(), job["shares"])
         scores = {f"health/{k}" if k == "rankme" else f"eval/{k}": v for k, v in found.items()}
-    if rows := run.history():
+    if rows := [row for row in run.history() if row["time"] > times["at/workers"]]:  # not those of before a restart
         times["at/first_step"] = rows[0]["time"]
     ray.train.report({**scores, **times, "step": total, "total_steps": total})

@@ -234,3 +234,23 @@ def test_trial_records_keep_what_they_were_given(tmp_path: Path) -> None:
     trial = Trial(name="x", values={"views.operations": ("crop", "colour")}, seed=1, scores={"eval/knn_top1": 0.5})
     trial.save(tmp_path)
     assert book.trial_in(tmp_path) == trial and book.trial_in(tmp_path / "nothing") is None
+
+
+def test_a_share_of_the_labels_is_of_each_class() -> None:
+    import torch
+
+    from pipelines.evaluate import _share
+    from simclr.evaluate import Features
+
+    y = torch.tensor([0] * 50 + [1] * 20 + [2] * 3)
+    features = Features(torch.arange(73.0)[:, None], y, torch.arange(73))
+    some = _share(features, 0.1)
+    assert some.y.bincount().tolist() == [5, 2, 1]  # a tenth of each, at least one
+    assert torch.equal(some.h, _share(features, 0.1).h) and (some.h[:, 0].long() == some.ids).all()
+    assert torch.equal(_share(features, 1.0).ids, features.ids)
+
+
+def test_the_start_up_is_said_as_it_was_measured() -> None:
+    found = [Trial(name=str(s), values={}, seed=0, start_s={"workers": s / 2, "first_step": s}) for s in (40.0, 10.0, 12.0)]
+    assert book.start_up(found) == "a trial's first step came after 12 s (median of 3, 10 … 40 s), of which its workers took 6 s to begin"
+    assert book.start_up([Trial(name="x", values={}, seed=0)]) == ""

@@ -199,6 +199,16 @@ def progress(sweep: Sweep) -> tuple[int, str]:
     return sum(trial.status != "running" for trial in found), words
 
 
+def start_up(found: list[Trial]) -> str:
+    """How long trials took from their driver's beginning to their first step; "" where none is known."""
+    starts = sorted((t.start_s["first_step"], t.start_s["workers"]) for t in found if {"first_step", "workers"} <= t.start_s.keys())
+    if not starts:
+        return ""
+    first, workers = starts[len(starts) // 2]
+    spread = f"median of {len(starts)}, {starts[0][0]:.0f} … {starts[-1][0]:.0f} s"
+    return f"a trial's first step came after {first:.0f} s ({spread}), of which its workers took {workers:.0f} s to begin"
+
+
 def shown(metric: str, value: float | None) -> str:
     """A score for people: "kNN 91.3 %"."""
     if value is None:

@@ -45,7 +45,11 @@ def restricted(space: Space, recipe: Config, only: dict[str, list[Any]]) -> Spac
             if not isinstance(values, tuple):
                 values = tuple(wanted)
                 continue
-            values = tuple(v for v in values if _among(_plain(space, recipe, path, v[at] if len(axis.paths) > 1 else v), wanted))
+            there = [_plain(space, recipe, path, v[at] if len(axis.paths) > 1 else v) for v in values]
+            known = list(dict.fromkeys(part for v in there for part in (v if isinstance(v, tuple) else (v,))))
+            if absent := [w for w in wanted if not any(_among(v, [w]) for v in known)]:
+                raise ValueError(f"{space.name} has no {path} {', '.join(map(str, absent))}; it has {', '.join(map(str, known))}")
+            values = tuple(v for v, plain in zip(values, there, strict=True) if _among(plain, wanted))
             if not values:
                 raise ValueError(f"--only {path}={json.dumps(wanted)} leaves nothing of {space.name}; `simclr sweep --list` has its values")
         axes.append(dataclasses.replace(axis, values=values))

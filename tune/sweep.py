@@ -210,6 +210,8 @@ def _finish(asked: Sweep, publish: str | None, uri: str) -> Path:
         failed = [trial for trial in book.trials(asked.path) if trial.reason]
         raise ValueError(f"no trial of {asked.path} has a score in {asked.metric}; {failed[0].reason if failed else 'none finished'}")
     best = order[0]
+    if took := book.start_up(book.trials(asked.path)):
+        say(took)
     values = ", ".join(f"{path} {value}" for path, value in best.values.items())
     say(f"best: trial {best.name} with {book.shown(asked.metric, best.score(asked.metric))}: {values}, seed {best.seed}")
     from tune.report import report

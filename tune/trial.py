@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shlex
 import shutil
 import tempfile
@@ -26,6 +27,8 @@ from tune import points
 from tune.book import METRICS, Sweep, Trial, trial_in
 from tune.spaces import Axis, Between, Peak, PeakBetween
 
+# How often Train's controller looks after its workers, in place of 2 s: a report waits for it, and so does the next trial.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 _OTHER_SEED = 1000
 _STALE = "the checkpoint it should go on from is gone"
 
@@ -79,9 +82,7 @@ def drive(asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> Non
                 inbox.actor.put.remote({"mark": name, "failed": reason + first})
                 return
             inbox.actor.put.remote({"mark": name, "again": reason})
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-            (directory / "metrics.jsonl").unlink(missing_ok=True)
-            (directory / "run.json").unlink(missing_ok=True)
+            shutil.rmtree(directory, ignore_errors=True)
             donor = None
             trial, point = _again(trial, point, reason)
 
@@ -120,8 +121,6 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
     data = storage.shards(sweep.data)
     if (directory / "run.json").is_file() and donor is not None:
         dataclasses.replace(load_run(directory), config=config).save()
-    elif directory.is_dir() and not (directory / "run.json").is_file():
-        (directory / "trial.json").unlink(missing_ok=True)
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
     flags = [f"--{key.replace('_', '-')}={_word(points.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]))
@@ -160,7 +159,6 @@ def _inherit(run: Run, source: dict[str, Any]) -> None:
 def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, began: float) -> Trial:
     """Run the trial's workers to their end and return its record. Raises what Ray Train raises."""
     resources = cluster.Resources(**sweep.resources)
-    run.config.images_per_rank(resources.workers)
     shares = sweep.restricted.label_shares
     data = sweep.data if address(sweep.data) else str(run.data.absolute())
     job: dict[str, Any] = {"config": run.config.to_dict(), "data": data, "run": str(run.path.absolute()), "created": run.created}

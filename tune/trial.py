@@ -76,7 +76,7 @@ def drive(asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> Non
         except Exception as error:
             reason, again = why(error)
             if trial.reason or not again:
-                first = f"; before, on seed {point.seed - _OTHER_SEED}: {trial.reason}" if trial.reason else ""
+                first = f" (seed {point.seed}; before, on seed {point.seed - _OTHER_SEED}: {trial.reason})" if trial.reason else ""
                 trial = trial_in(directory) or trial
                 dataclasses.replace(trial, status="failed", reason=reason + first).save(directory)
                 inbox.actor.put.remote({"mark": name, "failed": reason + first})
@@ -111,7 +111,7 @@ def why(failure: BaseException) -> tuple[str, bool]:
     if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
         return f"out of memory on the device: {text}", False
     if isinstance(error, FloatingPointError):
-        return text, True
+        return text.partition(";")[0], True  # behind it stands what to do in a single run
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}", not isinstance(error, ValueError | OSError)
 
 

@@ -13,7 +13,6 @@ import pipelines.cluster  # noqa: F401  sets what Ray reads from the environment
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that failed has no score
-os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "20")  # a stopped trial ends its workers, and its process serves the next
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 import ray

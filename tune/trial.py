@@ -29,6 +29,8 @@ from tune.spaces import Axis, Between, Peak, PeakBetween
 
 # How often Train's controller looks after its workers, in place of 2 s: a report waits for it, and so does the next trial.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+# A trial that a scheduler stops ends its workers within this time; then its driver's process serves the next one.
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "20")
 _OTHER_SEED = 1000
 _STALE = "the checkpoint it should go on from is gone"
 

@@ -80,6 +80,7 @@ def drive(asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> Non
             if trial.reason or not again:
                 first = f" (seed {point.seed}; before, on seed {point.seed - _OTHER_SEED}: {trial.reason})" if trial.reason else ""
                 trial = trial_in(directory) or trial
+                directory.mkdir(parents=True, exist_ok=True)  # it may have failed before there was one
                 dataclasses.replace(trial, status="failed", reason=reason + first).save(directory)
                 inbox.actor.put.remote({"mark": name, "failed": reason + first})
                 return

@@ -159,10 +159,13 @@ def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("shared_ray", "no_tracking")
 def test_asha_stops_the_worse_and_a_failed_trial_is_no_candidate(tmp_path: Path, patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best trial's driver is lost in mid-run, and comes back."""
     from tune import run
 
     def pretend(asked: dict[str, Any], sweep: Any, inbox: Any, private: bool) -> None:
         import dataclasses
+        import os
+        import signal
 
         from ray import tune as ray_tune
 
@@ -176,6 +179,9 @@ def test_asha_stops_the_worse_and_a_failed_trial_is_no_candidate(tmp_path: Path,
             dataclasses.replace(trial, status="failed", reason="the loss is not finite at step 3").save(directory)
             return
         for step in range(20, 81, 20):
+            if quality == 3 and step == 40 and not (directory / "lost").exists():
+                (directory / "lost").touch()
+                os.kill(os.getpid(), signal.SIGKILL)  # as if its node had gone
             trial = dataclasses.replace(trial, step=step, scores={"eval/knn_top1": 0.2 * quality + step / 1000})
             trial.save(directory)
             ray_tune.report({**trial.scores, "step": step})
@@ -191,6 +197,7 @@ def test_asha_stops_the_worse_and_a_failed_trial_is_no_candidate(tmp_path: Path,
         (sweep.path / "trials" / trial.name / "trial.json").unlink()
     run.trials(sweep, codes, 1, manifest, "sqlite:///x.db")
     found = {trial.values["loss.temperature"]: trial for trial in book.trials(sweep.path)}
+    assert (sweep.path / "trials" / found[1.0].name / "lost").exists()
     assert found[1.0].status == "finished" and found[0.1].status == "failed" and "not finite" in found[0.1].reason
     assert {found[0.5].status, found[0.2].status} == {"stopped"} and found[0.2].step < 80
     assert book.ranked(list(found.values()), sweep.metric)[0].values["loss.temperature"] == 1.0

@@ -15,6 +15,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+# Commands of the rooms above this one, which nothing here may import: found by name when they are called.
+_ABOVE = {"sweep": "tune.sweep"}
 _END_S = 2.0  # for Ray, when interrupted
 
 COMMANDS = {
@@ -32,6 +34,7 @@ COMMANDS = {
     "export": "encoder → a torch program, ONNX, or torchvision's names",
     "convert": "official TensorFlow checkpoint → an encoder directory",
     "report": "run → report.html",
+    "sweep": "space + recipe + shards → many runs, and the paper's figures from them",
     "recipes": "the named configs",
     "bench": "measured comparisons on this machine",
 }
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         from pipelines import terminal
 
         terminal.set_quiet(quiet)
-        module = importlib.import_module(f"pipelines.{name}")
+        module = importlib.import_module(_ABOVE.get(name, f"pipelines.{name}"))
         words = [a for a in rest if a != "--quiet"]
         if words and hasattr(module, "recipe_for") and Path(words[0]).is_dir():
             words = [module.recipe_for(Path(words[0])), "--data", *words]

@@ -141,16 +141,10 @@ class Running:
 
     def _take(self) -> dict[str, Any]:
         """The next message; {} where there was none for a while."""
-        from ray.exceptions import RayActorError
-        from ray.util.queue import Empty
-
         ended = not self.thread.is_alive()  # asked before looking, so that nothing put before the end is missed
         try:
-            message: dict[str, Any] = self.inbox.get(timeout=2)
-            return message
-        except (Empty, queue.Empty):
-            return _END if ended else {}
-        except RayActorError:  # somebody killed the queue's process: the training's end is still to be waited for
+            return take(self.inbox, 2.0) or (_END if ended else {})
+        except EOFError:  # somebody killed the queue's process: the training's end is still to be waited for
             time.sleep(_STOP_S)
             return _END if ended else {}
 
@@ -177,21 +171,77 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
 
     The trainer runs in a thread of its own, so that the caller's thread stays free for reports and Ctrl-C.
     """
+    messages = inbox()
+    controllers: list[Any] = []
+    private = not joins_a_cluster(resources.address)
+    trainer = _trainer(worker, {**job, "inbox": messages}, resources, storage, [_forwarder(messages)], private, controllers)
+    outcome: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except BaseException as error:  # handed to the thread that iterates the reports
+            outcome.append(error)
+        with contextlib.suppress(Exception):  # Ray was shut down: then nobody reads it
+            messages.put(_END)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    _jobs[:] = [job for job in _jobs if job.is_alive()] + [thread]
+    return Running(thread, messages, outcome, controllers)
+
+
+def inbox() -> Any:
+    """A queue for reports, where the driver is: on another node it would be lost with that node, and the reports with it."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
     from ray.util.queue import Queue
 
+    return Queue(actor_options={"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}})
+
+
+def take(inbox: Any, within_s: float) -> dict[str, Any]:
+    """The next message of an `inbox()`; {} where none comes in time. Raises EOFError where its process is gone."""
+    from ray.exceptions import RayActorError
+    from ray.util.queue import Empty
+
+    try:
+        message: dict[str, Any] = inbox.get(timeout=within_s)
+        return message
+    except (Empty, queue.Empty):
+        return {}
+    except RayActorError:
+        raise EOFError("the queue's process is gone") from None
+
+
+def fit(
+    worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resources: Resources, storage: Path, callbacks: list[Any], private: bool
+) -> None:
+    """`launch` for a process that Ray Tune started: it returns when `worker(job)` is over on every worker.
+
+    Train's controller runs in this process, which waits anyway, and not in one of its own that would import everything again;
+    so `callbacks` are called here. `job` has the inbox. Raises what Ray raises where workers failed too often.
+    """
+    _trainer(worker, job, resources, storage, callbacks, private, None).fit()
+
+
+def _trainer(
+    worker: Callable[[dict[str, Any]], None],
+    job: dict[str, Any],
+    resources: Resources,
+    storage: Path,
+    callbacks: list[Any],
+    private: bool,
+    controllers: list[Any] | None,
+) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
     gpus = require(resources)
-    # Where the driver is: on another node it would be lost with that node, and the reports with it.
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    inbox = Queue(actor_options={"num_cpus": 0, "label_selector": here})
-    private = not joins_a_cluster(resources.address)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
-    controllers: list[Any] = []
-    trainer = _trainer_class(private, controllers)(
+    return _trainer_class(private, controllers)(
         worker,
-        train_loop_config={**job, "inbox": inbox, "cpus_per_worker": resources.cpus_per_worker},
+        train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
@@ -202,29 +252,16 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
             name=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str(storage.absolute()),
             failure_config=FailureConfig(max_failures=resources.max_failures),
-            callbacks=[_forwarder(inbox)],
+            callbacks=callbacks,
         ),
     )
-    outcome: list[BaseException | None] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-            outcome.append(None)
-        except BaseException as error:  # handed to the thread that iterates the reports
-            outcome.append(error)
-        with contextlib.suppress(Exception):  # Ray was shut down: then nobody reads it
-            inbox.put(_END)
-
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    _jobs[:] = [job for job in _jobs if job.is_alive()] + [thread]
-    return Running(thread, inbox, outcome, controllers)
 
 
-def _trainer_class(private: bool, controllers: list[Any]) -> Any:
+def _trainer_class(private: bool, controllers: list[Any] | None) -> Any:
     """TorchTrainer that gives up at once where trying again cannot help, that starts nothing which a run has no use for, and
-    that puts its controller's handle into `controllers`."""
+    that puts its controller's handle into `controllers`; None = its controller runs in this process."""
+    import asyncio
+
     import ray
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.constants import get_env_vars_to_propagate
@@ -255,6 +292,15 @@ def _trainer_class(private: bool, controllers: list[Any]) -> Any:
             if private:
                 settings["scaling_policy"] = AloneScaling(self.scaling_config)  # type: ignore[arg-type]
             settings["failure_policy"] = GiveUpOnMistakes(self.run_config.failure_config)  # type: ignore[arg-type]
+            if controllers is None:
+                controller = TrainController(**settings)
+                try:
+                    asyncio.run(controller.run())
+                finally:  # Tune ends a trial by SystemExit out of a report
+                    group = controller.get_worker_group()
+                    if group is not None:
+                        group.shutdown()
+                return controller.get_result()
             # As the parent does, which keeps the handle to itself; Ctrl-C needs it.
             here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
             env = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
@@ -266,11 +312,19 @@ def _trainer_class(private: bool, controllers: list[Any]) -> Any:
     return Trainer
 
 
+def causes(failure: BaseException) -> list[BaseException]:
+    """What the workers raised, by rank, where Ray Train gave up for that; else the failure itself."""
+    errors = getattr(failure, "worker_failures", {})
+    return [getattr(errors[rank], "_base_exc", errors[rank]) for rank in sorted(errors)] or [failure]
+
+
 def _mistake(failure: BaseException) -> str:
     """The sentence of a worker's failure that would come again in every new try (a diverging loss, a damaged shard, a full
-    disk), or ""."""
-    for worker_error in getattr(failure, "worker_failures", {}).values():
-        error = getattr(worker_error, "_base_exc", worker_error)
+    disk, too little memory on the device), or ""."""
+    for error in causes(failure) if hasattr(failure, "worker_failures") else []:
+        if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
+            first = str(error).splitlines()[0][:200]
+            return f"a worker's device is out of memory ({first}); use --train.micro-batch, a smaller batch or more workers"
         if isinstance(error, ValueError | FloatingPointError) and not isinstance(error, Unreachable):
             return str(error)
         if sentence := disk.trouble(error):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from pipelines import protocols, storage
-from pipelines.rundir import load_run
+from pipelines.rundir import Run, load_run
 from pipelines.terminal import Bar
 from simclr import disk
 from simclr.config import Config
@@ -262,6 +262,43 @@ def _scores(train: Features, test: Features, config: Config, k: int | None) -> d
     probe = linear_probe(train.h, train.y, test.h, test.y)
     scores = {f"knn_{name}": value for name, value in votes.items()}
     return scores | {f"probe_{name}": value for name, value in probe.items()} | health
+
+
+def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] = ()) -> dict[str, float]:
+    """The scores of a finished run's encoder, over at most watch.bank training and watch.queries test images; also written to the
+    run for `simclr publish`. What a trial of a sweep needs: no baselines, no pictures.
+
+    For each of `shares` there is a probe more, fitted to that share of each class's training images: probe_top1_at_0.01, ….
+    """
+    import simclr
+    from simclr.evaluate import linear_probe
+
+    encoder, watch = simclr.load_encoder(run.encoder).encoder.to(device), run.config.watch
+    with Bar("evaluate", None) as bar:
+        train = _features(encoder, data, "train", run.config, watch.bank, device, bar)
+        if "test" in read_manifest(data).splits:
+            test = _features(encoder, data, "test", run.config, watch.queries, device, bar)
+        else:
+            train, test = held_back(train)
+    row = _scores(train, test, run.config, None)
+    train, test = train.labelled(), test.labelled()
+    for share in shares if len(train.y) and len(test.y) else ():
+        some = _share(train, share)
+        row[f"probe_top1_at_{share:g}"] = linear_probe(some.h, some.y, test.h, test.y)["top1"]
+    text = {"scores": [{"name": "trained encoder", **row}], "data": run.origin, "k": watch.k, "time": time.time()}
+    disk.write_text(run.path / "evaluation.json", json.dumps(text, indent=1) + "\n")
+    return row
+
+
+def _share(train: Features, share: float) -> Features:
+    """A share of each class's images, at least one; which ones is the same in every run."""
+    import torch
+
+    from simclr import keyed
+
+    order = torch.from_numpy(keyed.permutation(0, 2, len(train.y))).to(train.y.device)
+    chosen = [found[: max(round(share * len(found)), 1)] for c in train.y.unique() for found in [order[train.y[order] == c]]]
+    return train[torch.cat(chosen).sort().values]
 
 
 class _Pixels:

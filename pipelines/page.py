@@ -121,8 +121,6 @@ def write(data: ReportData, path: Path) -> Path:
 
 def render(data: ReportData) -> str:
     """The page as HTML: no network, no fonts, no files beside it. All text that comes from `data` is escaped."""
-    assets = resources.files("pipelines")
-    style, script = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     training, points = _training(data), _points(data)
     sections = [
         ("training", "Training", _training_notes(training.drawn), training.figures),
@@ -132,25 +130,38 @@ def render(data: ReportData) -> str:
         ("time", "Where the time went", _TIME, charts.stacked_bar(data.timings) if data.timings else ""),
         ("reproduce", "Reproduce it", _REPRODUCE, _reproduce(data)),
     ]
+    lead, rest = headline(data)
+    payload: dict[str, object] = {"curves": training.rows, "map": _readings(data, points)}
+    return document(data.title, lead, rest, _scores(data), sections, charts.palette(len(data.classes)), payload)
+
+
+def document(
+    title: str, lead: str, rest: str, header: str, sections: list[tuple[str, str, str, str]], style: str, payload: dict[str, object]
+) -> str:
+    """A page as HTML, without network, fonts or files beside it: its result in large letters (`lead`) with a sentence (`rest`), and
+    sections (anchor, heading, note beside it, content), of which those without content are left out.
+
+    title, lead and rest are escaped here; the others are HTML, `style` is CSS after the page's own, `payload` is what the script reads.
+    """
+    assets = resources.files("pipelines")
+    own, script = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     sections = [section for section in sections if section[3]]
     links = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _, _ in sections)
     body = "".join(
         f'<section id="{anchor}"><div class="margin"><h2>{heading}</h2>{note}</div><div class="figure">{drawn}</div></section>\n'
         for anchor, heading, note, drawn in sections
     )
-    lead, rest = headline(data)
-    payload = {"curves": training.rows, "map": _readings(data, points)}
     numbers = json.dumps(payload, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(data.title)} · {escape(lead)}</title><meta name="description" content="{escape(f"{lead}: {rest}")}">
+<title>{escape(title)} · {escape(lead)}</title><meta name="description" content="{escape(f"{lead}: {rest}")}">
 <link rel="icon" href="{_ICON}">
-<style>{style}{charts.palette(len(data.classes))}</style></head>
+<style>{own}{style}</style></head>
 <body><a class="skip" href="#main">Skip to the content</a>
 <nav aria-label="Sections"><div>{links}</div><button id="theme" type="button" hidden>Dark</button></nav>
-<main id="main" tabindex="-1"><header><h1>{escape(data.title)}</h1>
-<p class="result"><strong>{escape(lead)}<span class="sr">: </span></strong>{escape(rest)}</p>{_scores(data)}</header>
+<main id="main" tabindex="-1"><header><h1>{escape(title)}</h1>
+<p class="result"><strong>{escape(lead)}<span class="sr">: </span></strong>{escape(rest)}</p>{header}</header>
 {body}</main>
 <script type="application/json" id="data">{numbers}</script><script>{script}</script></body></html>
 """

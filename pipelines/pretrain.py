@@ -70,12 +70,12 @@ def pretrain(args: Args) -> Run:
         uri=uri,
         resources=args.resources,
         shapes=shapes,
-        publish=lambda run: _publish_newest(run, classes),
+        publish=lambda run: publish_newest(run, classes),
     )
     return training.train(job, began)
 
 
-def _publish_newest(run: Run, classes: Sequence[str]) -> None:
+def publish_newest(run: Run, classes: Sequence[str]) -> None:
     """Write the newest checkpoint's encoder, head and linear classifier to run/encoder."""
     from simclr.published import write_encoder
 

@@ -14,11 +14,12 @@ _AGAIN_S, _PAUSE_MOST_S = 2.0, 60.0  # pauses between tries to open double from 
 _OPEN_S = 60.0  # what a finished job waits for an opening under way
 
 
-def open_tracker(run: Run, uri: str) -> tracking.Tracker:
-    """The MLflow run of `run` at `uri`: the one it has there, or a new one. Takes seconds. Raises ValueError where MLflow refuses."""
+def open_tracker(run: Run, uri: str, tags: dict[str, str] | None = None) -> tracking.Tracker:
+    """The MLflow run of `run` at `uri`, with more `tags`: the one it has there, or a new one. Takes seconds. Raises ValueError where
+    MLflow refuses."""
     params: dict[str, object] = dict(run.config.flat())
     params |= {"recipe": run.recipe, "data": run.origin, "lr": _lr(run)}
-    tags = {"run_directory": str(run.path.absolute()), "command": run.command}
+    tags = {"run_directory": str(run.path.absolute()), "command": run.command, **(tags or {})}
     same = run.tracking_run if run.tracking_uri == address.redacted(uri) else ""
     return tracking.Tracker(uri, run.recipe, run.path.name, params, tags, same or None)
 
@@ -37,8 +38,8 @@ def _lr(run: Run) -> float:
 class Tracked:
     """The MLflow run of a job, opened in a thread that tries until it succeeds: what is logged before it is open waits."""
 
-    def __init__(self, run: Run, uri: str) -> None:
-        self.run, self.uri = run, uri
+    def __init__(self, run: Run, uri: str, tags: dict[str, str] | None = None) -> None:
+        self.run, self.uri, self.tags = run, uri, tags
         self.tracker: tracking.Tracker | None = None
         self.error: BaseException | None = None
         self.waiting: list[dict[str, Any]] = []
@@ -53,7 +54,7 @@ class Tracked:
         pause = _AGAIN_S
         while self.tracker is None:
             try:
-                tracker = open_tracker(self.run, self.uri)
+                tracker = open_tracker(self.run, self.uri, self.tags)
                 # At once, not at the end: a job that is killed goes on in the same MLflow run.
                 self.run = self.run.noted(tracking_uri=address.redacted(self.uri), tracking_run=tracker.run_id)
                 self.tracker, self.error = tracker, None

@@ -55,7 +55,7 @@ def train_worker(job: dict[str, Any]) -> None:
         home.fetch()
         loop = partial(loop, teacher=home.path / "teacher")
     for report in loop(config, start, **job["given"]):
-        metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps}
+        metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps, **job.get("mark", {})}
         if first:
             sent = job["inbox"].actor.put.remote(metrics)
             if report.state is not None:

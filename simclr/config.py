@@ -11,9 +11,10 @@ import difflib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 Resize = Literal["bicubic", "bilinear", "area"]
+Operation = Literal["crop", "cutout", "colour", "sobel", "noise", "blur", "rotate"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -49,12 +50,13 @@ class Head:
     """The projection head g(.) (arXiv:2002.05709, Sec. 4.2; three layers in arXiv:2006.10029)."""
 
     layers: int = 2
-    """Linear layers; all but the last are as wide as h and followed by BatchNorm and ReLU."""
+    """Linear layers; all but the last are as wide as h and followed by BatchNorm and ReLU. 1 and 0 are the paper's ablation
+    (Fig. 8): a linear head, and none, where z is h itself and d_out counts for nothing."""
     d_out: int = 128
     """Dimension of the projection z."""
 
     def __post_init__(self) -> None:
-        _require(self.layers >= 1, f"head.layers is {self.layers}; expected 2 (v1) or 3 (v2), at least 1")
+        _require(self.layers >= 0, f"head.layers is {self.layers}; expected 2 (v1) or 3 (v2), at least 0")
         _require(self.d_out >= 1, f"head.d_out is {self.d_out}; expected at least 1, the papers use 128")
 
 
@@ -83,6 +85,9 @@ class Views:
     """Probability of dropping the colour."""
     blur_p: float = 0.5
     """Probability of a Gaussian blur (sigma in [0.1, 2.0], kernel 10 % of the side). The paper uses none on CIFAR-10."""
+    operations: tuple[Operation, ...] | None = None
+    """The paper's ablation (Fig. 5): one random crop is both views; view 0 stays as it is, view 1 goes through these operations,
+    one after the other (`simclr.ablations`). Nothing = both views are drawn as in App. A."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Subtracted from the pixels, which lie in [0, 1], before the encoder sees them. The official code subtracts nothing."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -98,15 +103,17 @@ class Views:
             value = getattr(self, name)
             _require(0 <= value <= 1, f"views.{name} is {value}; expected a probability in [0, 1]")
         _require(0 <= self.colour_strength <= 1.25, f"views.colour_strength is {self.colour_strength}; expected [0, 1.25]")
+        unknown = set(self.operations or ()) - set(get_args(Operation))
+        _require(not unknown, f"views.operations has {', '.join(sorted(unknown))}; expected some of {', '.join(get_args(Operation))}")
         _require(min(self.std) > 0, f"views.std is {self.std}; every entry must be positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """NT-Xent (arXiv:2002.05709, Eq. 1), or one of the losses that the paper compares it with (Table 2 and 4)."""
+    """NT-Xent (arXiv:2002.05709, Eq. 1), or one of the losses that the paper compares it with (Tables 2, 4 and 5)."""
 
-    name: Literal["nt_xent", "nt_logistic", "margin_triplet"] = "nt_xent"
-    """Which loss. The other two are the paper's ablation: they train, and worse."""
+    name: Literal["nt_xent", "nt_xent_dot", "nt_logistic", "margin_triplet"] = "nt_xent"
+    """Which loss. The others are the paper's ablation: they train, and worse. nt_xent_dot compares by z·z' instead of the cosine."""
     temperature: float = 0.1
     """tau in Eq. 1. The paper uses 0.1 on ImageNet and 0.5 on CIFAR-10. The triplet loss has none."""
     margin: float = 0.8
@@ -124,7 +131,8 @@ class Loss:
         _require(0 <= self.memory_decay < 1, f"loss.memory_decay is {self.memory_decay}; expected [0, 1), v2 uses 0.999")
         _require(not self.memory or self.name == "nt_xent", "loss.memory is for nt_xent; leave it out, or use that loss")
         _require(self.margin > 0, f"loss.margin is {self.margin}; expected a positive difference of cosines, at most 2")
-        _require(not self.semi_hard or self.name != "nt_xent", "loss.semi_hard is for the other losses; NT-Xent weighs its negatives")
+        contrasts_all = self.name.startswith("nt_xent")
+        _require(not (self.semi_hard and contrasts_all), "loss.semi_hard is for the other losses; NT-Xent weighs its negatives")
         _require(self.temperature > 0, f"loss.temperature is {self.temperature}; expected a positive number, the paper tries 0.05 to 1")
 
 

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Stream = Literal["order", "crop", "colour", "weights", "patterns", "subset"]
-_STREAMS: dict[Stream, int] = {"order": 0, "crop": 1, "colour": 2, "weights": 3, "patterns": 4, "subset": 5}
+Stream = Literal["order", "crop", "colour", "weights", "patterns", "subset", "operation"]
+_STREAMS: dict[Stream, int] = {"order": 0, "crop": 1, "colour": 2, "weights": 3, "patterns": 4, "subset": 5, "operation": 6}
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)

@@ -13,7 +13,8 @@ from simclr.resnet import ResNet, build_encoder
 
 class ProjectionHead(nn.Module):
     """The head g: every layer but the last is as wide as h, with BatchNorm and ReLU; the last is linear with a BatchNorm
-    without shift. v1 has 2 layers, v2 has 3. Linear maps have no bias: the BatchNorm behind would take it off again.
+    without shift. v1 has 2 layers, v2 has 3; of the ablation, 1 is linear and 0 is none. Linear maps have no bias: the
+    BatchNorm behind would take it off again.
     """
 
     def __init__(self, d_in: int, layers: int = 2, d_out: int = 128, per_worker_norm: bool = False) -> None:

@@ -24,7 +24,7 @@ from simclr.collectives import data_parallel, mean_over_ranks, rank, world_size
 from simclr.config import Config, Loss
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
-from simclr.loss import margin_triplet, nt_logistic, nt_xent
+from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
 from simclr.microbatch import cached_gradient
 from simclr.model import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
@@ -178,6 +178,8 @@ def _contrast(z: Tensor, loss: Loss, memory: Tensor | None = None) -> Tensor:
         return nt_logistic(z, loss.temperature, loss.semi_hard)
     if loss.name == "margin_triplet":
         return margin_triplet(z, loss.margin, loss.semi_hard)
+    if loss.name == "nt_xent_dot":
+        return nt_xent_dot(z, loss.temperature)
     return nt_xent(z, loss.temperature, memory)
 
 

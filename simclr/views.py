@@ -36,19 +36,23 @@ def crop_boxes(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints) -> I
     area allows, then width = height × aspect. Its mean area is 0.39 of a 3:4 photograph, against 0.54 for
     torchvision's RandomResizedCrop, which draws the area uniformly. Up to 100 attempts, then the whole image.
     """
-    boxes = np.empty((len(ids), 2, 4), np.int64)
-    for view in range(2):
-        boxes[:, view, :2] = 0
-        boxes[:, view, 2:] = sizes
-        waiting = np.arange(len(ids))
-        for block in range(0, _ATTEMPTS, 4):  # drawn four attempts at a time: most images need one
-            draws = keyed.uniform(seed, "crop", epoch, ids[waiting], view, 4 * (block + 4))[:, 4 * block :]
-            for attempt in range(4):
-                found, box = _attempt(views, draws[:, 4 * attempt : 4 * attempt + 4], sizes[waiting])
-                boxes[waiting[found], view] = box[found]
-                waiting, draws = waiting[~found], draws[~found]
-            if not len(waiting):
-                break
+    first = crops_of(views, seed, epoch, ids, sizes, 0)
+    # In the ablation of single operations a crop is one of them, and what both views begin with is the same.
+    return np.stack([first, first if views.operations is not None else crops_of(views, seed, epoch, ids, sizes, 1)], 1)
+
+
+def crops_of(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints, view: int) -> Ints:
+    """`crop_boxes` of one view: (n, 4)."""
+    boxes = np.concatenate([np.zeros_like(sizes), sizes], 1)
+    waiting = np.arange(len(ids))
+    for block in range(0, _ATTEMPTS, 4):  # drawn four attempts at a time: most images need one
+        draws = keyed.uniform(seed, "crop", epoch, ids[waiting], view, 4 * (block + 4))[:, 4 * block :]
+        for attempt in range(4):
+            found, box = _attempt(views, draws[:, 4 * attempt : 4 * attempt + 4], sizes[waiting])
+            boxes[waiting[found]] = box[found]
+            waiting, draws = waiting[~found], draws[~found]
+        if not len(waiting):
+            break
     return boxes
 
 
@@ -126,7 +130,7 @@ def two_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
     ids (n,): sample ids, on the host, because the parameters are drawn there. On the CPU crops go through a kernel that does
     the same some seven times faster, and gives them channels last.
     """
-    if images.ndim == 5 and torch.device(device).type == "cpu":
+    if images.ndim == 5 and torch.device(device).type == "cpu" and views.operations is None:
         from simclr.kernels.views_cpu import crops_to_views  # numba takes half a second to import, for which no encoder waits
 
         c = draw_colours(views, seed, epoch, ids.numpy())
@@ -147,17 +151,22 @@ def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
     n = len(images)
     keys = ids.numpy()
     colours = draw_colours(views, seed, epoch, keys)
+    flip = colours.flip & (views.operations is None)
     x = images.to(device, non_blocking=True)
     if images.ndim == 4:
         sizes = np.broadcast_to(np.array(images.shape[1:3], np.int64), (n, 2))
         boxes = crop_boxes(views, seed, epoch, keys, sizes)
         both = torch.as_tensor(np.concatenate([boxes[:, 0], boxes[:, 1]])).to(device, non_blocking=True)
         x = x.permute(0, 3, 1, 2).float().div_(255).repeat(2, 1, 1, 1)
-        x = crop_resize(x, both, views.size_px, views.resize, torch.as_tensor(colours.flip).to(device, non_blocking=True))
+        x = crop_resize(x, both, views.size_px, views.resize, torch.as_tensor(flip).to(device, non_blocking=True))
     else:
         x = x.permute(1, 0, 4, 2, 3).flatten(0, 1).float().div_(255).contiguous()
-        rows = _rows(colours.flip, x.device)
+        rows = _rows(flip, x.device)
         x.index_copy_(0, rows, x[rows].flip(3))
+    if views.operations is not None:
+        from simclr.ablations import apply  # which builds on this module
+
+        return torch.cat([x[:n], apply(x[n:], views, seed, epoch, keys)])
     return distort(x, colours)
 
 

@@ -20,7 +20,7 @@ DOORS = {
     # The writer, the reader and its operation, the room that makes FFCV's import fast and harmless, and, for the bench
     # alone, FFCV's own decoders in FFCV's own loader.
     "ffcv": {f"simclr/data/{name}.py" for name in ("beton", "loader", "decode", "ffcv_import", "ffcv_crops")},
-    "ray": {"pipelines/cluster.py", "pipelines/worker.py"},
+    "ray": {"pipelines/cluster.py", "pipelines/worker.py", "tune/run.py", "tune/trial.py"},
     "torchvision": {"simclr/data/sources.py", "simclr/data/transfer.py", "simclr/export.py"},  # the last for its networks alone
     "tensorflow": {"simclr/bundle.py"},
     "onnxruntime": {"simclr/export.py"},
@@ -75,6 +75,18 @@ def test_imports_run_one_way() -> None:
         above = {name for name in imports(path) if name.split(".")[0] in ROOMS[room + 1 :]}
         assert not above, f"{path.relative_to(ROOT)} imports {above}"
         assert not any(name.split(".")[0] == "cluster" for name in imports(path))
+
+
+def test_the_command_line_reaches_the_room_above_by_name_alone() -> None:
+    """`simclr sweep` is found when it is called, in one table; nothing else in a room names a module of one above."""
+    from pipelines.cli import _ABOVE, COMMANDS
+
+    assert set(_ABOVE) <= set(COMMANDS) and all(name in MODULES for name in _ABOVE.values())
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] in ("simclr", "pipelines"):
+            named = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            found = {text for text in named if text in MODULES and text.startswith(("tune.", "tests."))}
+            assert found == (set(_ABOVE.values()) if path.name == "cli.py" else set()), path
 
 
 @pytest.mark.parametrize("module", sorted(WITHIN))

@@ -1,0 +1,203 @@
+"""From a space to configs: combinations and samples of its values, resolved by the recipe and checked against the dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import json
+import math
+import random
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from simclr.config import Config
+from tune.spaces import Axis, Peak, PeakBetween, Space, Times
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One combination of values and a seed: what one trial trains."""
+
+    values: dict[str, Any]
+    """Field path → the value that it has in the config."""
+    seed: int
+    config: Config
+
+
+def restricted(space: Space, recipe: Config, only: dict[str, list[Any]]) -> Space:
+    """The space with what cannot serve this recipe left out, and of the axes named in `only` nothing but these values.
+
+    Of an axis of operations those are kept that have no other parts. Raises ValueError for an axis that the space does not have,
+    or where nothing is left of one.
+    """
+    shallow = recipe.encoder.depth in (8, 14, 20)
+    axes = []
+    unused = dict(only)
+    for axis in space.axes:
+        values = axis.values
+        if axis.paths == ("encoder.depth",) and isinstance(values, tuple):  # two families of networks, for small images and large
+            values = tuple(d for d in values if (d in (8, 14, 20)) == shallow)
+        for path in (p for p in axis.paths if p in only):
+            wanted, at = unused.pop(path), axis.paths.index(path)
+            if not isinstance(values, tuple):
+                values = tuple(wanted)
+                continue
+            there = [_plain(space, recipe, path, v[at] if len(axis.paths) > 1 else v) for v in values]
+            known = list(dict.fromkeys(part for v in there for part in (v if isinstance(v, tuple) else (v,))))
+            if absent := [w for w in wanted if not any(_among(v, [w]) for v in known)]:
+                raise ValueError(f"{space.name} has no {path} {', '.join(map(str, absent))}; it has {', '.join(map(str, known))}")
+            values = tuple(v for v, plain in zip(values, there, strict=True) if _among(plain, wanted))
+            if not values:
+                raise ValueError(f"--only {path}={json.dumps(wanted)} leaves nothing of {space.name}; `simclr sweep --list` has its values")
+        axes.append(dataclasses.replace(axis, values=values))
+    if unused:
+        paths = [p for axis in space.axes for p in axis.paths]
+        raise ValueError(f"space {space.name} does not vary {', '.join(unused)}; --only takes {', '.join(paths)}")
+    return dataclasses.replace(space, axes=tuple(axes))
+
+
+def _among(value: Any, wanted: list[Any]) -> bool:
+    if isinstance(value, tuple):
+        return set(value) <= set(wanted)
+    return any(math.isclose(value, w) if isinstance(value, float) and isinstance(w, int | float) else value == w for w in wanted)
+
+
+def _plain(space: Space, recipe: Config, path: str, value: Any) -> Any:
+    """The field's value, as far as the recipe alone decides it."""
+    return value.factor if isinstance(value, Peak) else _resolved({path: value}, recipe, recipe)[path]
+
+
+def combinations(space: Space) -> list[dict[str, Any]]:
+    """All combinations, as axis key → value (not yet resolved). Raises ValueError for an axis with a distribution."""
+    for axis in space.axes:
+        if not isinstance(axis.values, tuple):
+            raise ValueError(f"{axis.key} of space {space.name} has a distribution, which no grid covers; use --search random or optuna")
+    return [dict(zip([a.key for a in space.axes], found, strict=True)) for found in itertools.product(*(_values(a) for a in space.axes))]
+
+
+def _values(axis: Axis) -> tuple[Any, ...]:
+    assert isinstance(axis.values, tuple)
+    return axis.values
+
+
+def samples(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` random combinations, the same for the same seed: without repetition where every axis has values."""
+    draw = random.Random(seed)
+    if all(isinstance(axis.values, tuple) for axis in space.axes):
+        every = combinations(space)
+        draw.shuffle(every)
+        return every[:count]
+    return [{axis.key: _drawn(axis, draw) for axis in space.axes} for _ in range(count)]
+
+
+def _drawn(axis: Axis, draw: random.Random) -> Any:
+    if isinstance(axis.values, tuple):
+        return draw.choice(axis.values)
+    low, high = axis.values.low, axis.values.high
+    if isinstance(axis.values, PeakBetween):
+        return Peak(math.exp(draw.uniform(math.log(low), math.log(high))))
+    return math.exp(draw.uniform(math.log(low), math.log(high))) if axis.values.log else draw.uniform(low, high)
+
+
+def point(space: Space, recipe: Config, chosen: dict[str, Any], seed: int) -> Point:
+    """The config of one combination. Raises ValueError naming the field that does not exist or does not take its value."""
+    values: dict[str, Any] = dict(space.fixed)
+    for axis in space.axes:
+        parts = chosen[axis.key] if len(axis.paths) > 1 else (chosen[axis.key],)
+        values |= dict(zip(axis.paths, parts, strict=True))
+    later = {path: value for path, value in values.items() if isinstance(value, Peak)}
+    config = changed(recipe, _resolved({k: v for k, v in values.items() if k not in later}, recipe, recipe))
+    config = changed(config, _resolved(later, recipe, config) | {"seed": recipe.seed + seed})
+    flat = {path: value_of(config, path) for axis in space.axes for path in axis.paths}
+    return Point(values=flat, seed=recipe.seed + seed, config=config)
+
+
+def _resolved(values: dict[str, Any], recipe: Config, trial: Config) -> dict[str, Any]:
+    """`values` without Times and Peak."""
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        if isinstance(value, Times):
+            base = value_of(recipe, path)
+            found[path] = max(round(base * value.factor), 1) if isinstance(base, int) else base * value.factor
+        elif isinstance(value, Peak):
+            n = recipe.train.batch_size
+            shares = {"linear": n / 256, "sqrt": math.sqrt(n)}
+            lr = recipe.optim.base_lr * shares[recipe.optim.scaling]
+            found[path] = float(f"{value.factor * lr / shares[trial.optim.scaling]:.6g}")
+        else:
+            found[path] = value
+    return found
+
+
+def value_of(config: Config, path: str) -> Any:
+    """The value of field `path`, as "optim.base_lr". Raises ValueError naming the nearest fields."""
+    value: Any = config
+    for name in path.split("."):
+        if not dataclasses.is_dataclass(value) or name not in {f.name for f in dataclasses.fields(value)}:
+            known = list(config.flat())
+            near = difflib.get_close_matches(path, known, n=3, cutoff=0.3) or known
+            raise ValueError(f"the config has no field {path!r}; nearest: {', '.join(near)}")
+        value = getattr(value, name)
+    return value
+
+
+def changed(config: Config, values: dict[str, Any]) -> Config:
+    """`config` with other values at some paths. Raises ValueError for a field that is none or a value of another type."""
+    whole = config.to_dict()
+    for path, value in values.items():
+        value_of(config, path)
+        *groups, name = path.split(".")
+        here: Any = whole
+        owner: Any = config
+        for group in groups:
+            here, owner = here[group], getattr(owner, group)
+        hint = get_type_hints(type(owner))[name]
+        if not fits(value, hint):
+            raise ValueError(f"{path} = {value!r} does not fit; expected {_shown(hint)}")
+        here[name] = value
+    return Config.from_dict(whole)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`, as the config's fields have them: an int also serves as a float, a list as a tuple."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in inner)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, choice) for choice in inner)
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        hints = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        return len(hints) == len(value) and all(map(fits, value, hints))
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _shown(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
+
+
+def assignments(words: tuple[str, ...], flag: str) -> Iterator[tuple[str, str]]:
+    """("optim.base_lr", "2.0") of "optim.base_lr=2.0". Raises ValueError for a word without "="."""
+    for word in words:
+        path, equals, text = word.partition("=")
+        if not equals or not path or not text:
+            raise ValueError(f"{flag} {word!r} is no assignment; expected FIELD=VALUE, as in {flag} train.epochs=6")
+        yield path, text
+
+
+def read(config: Config, path: str, text: str) -> Any:
+    """`text` of a command line as a value of field `path`: JSON where it is, a word, or an operation."""
+    value_of(config, path)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,226 @@
+"""`simclr sweep`: many runs of `simclr pretrain` under Ray Tune, and the paper's figures from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipelines import address, cluster, storage
+from pipelines.terminal import say
+from simclr import disk
+from simclr.data import place
+from simclr.data.manifest import read_manifest
+from simclr.recipes import recipe
+from tune import book, points, spaces
+from tune.book import Sweep
+from tune.check import check
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a recipe many times over a space of its fields, and draw what came out.
+
+    `simclr sweep --list` describes the spaces, `simclr sweep report DIR` draws the figures of a sweep, `simclr sweep --resume DIR`
+    goes on with one; so does the same command again.
+    """
+
+    space: Annotated[str, tyro.conf.Positional] = ""
+    """A space's name, or `report`."""
+    directory: Annotated[Path | None, tyro.conf.Positional] = None
+    """For `report`: the sweep's directory."""
+    recipe: str = ""
+    """The recipe that every trial begins with."""
+    data: Path | None = None
+    """Directory or s3://bucket/prefix of prepared shards."""
+    out: Path | None = None
+    """The sweep's directory, on a disk that all nodes share. Default: runs/sweep-SPACE-DIGEST, the same for the same command."""
+    resume: Path | None = None
+    """A sweep's directory: go on with it as it was begun. Finished trials stay, the others go on from their last checkpoint."""
+    trials: int | None = None
+    """How many combinations. Default: all; of a space with distributions, 16."""
+    seeds: int = 1
+    """Trials of each combination, on seeds one apart."""
+    search: Literal["auto", "grid", "random", "optuna"] = "auto"
+    """grid: all combinations; random: --trials of them; optuna: each chosen by what the ones before it scored (an extra:
+    `pip install optuna`). auto: grid, or random where --trials or a distribution asks for it."""
+    scheduler: Literal["none", "asha", "median", "pbt"] = "none"
+    """asha: of the trials that reach a step, the worse two thirds stop there. median: those below the median of the running means
+    stop. pbt: the worst quarter goes on with the weights of the best and a changed lr, τ or colour strength. Time is counted in
+    steps, or in images where the batch size is varied."""
+    metric: Literal["eval/knn_top1", "eval/probe_top1", "health/rankme", "health/align_uniform"] = "eval/knn_top1"
+    """What is searched for: kNN or linear-probe accuracy; without labels the effective rank of the features, or alignment +
+    uniformity of the projections (lower is better)."""
+    only: tuple[str, ...] = ()
+    """FIELD=VALUE,VALUE … : of what the space varies, these values alone. For views.operations: those made of these parts; for
+    optim.base_lr: multiples of the recipe's."""
+    set: tuple[str, ...] = ()
+    """FIELD=VALUE … : fields that differ from the recipe in every trial, as train.epochs=6."""
+    workers_per_trial: int = 1
+    """Ray Train workers of each trial; with GPUs, one GPU each."""
+    cpus_per_worker: int = 1
+    """CPU cores of each worker."""
+    max_concurrent: int | None = None
+    """Trials at a time. Default: as many as the cluster has room for."""
+    device: str = "auto"
+    """auto (GPUs when the cluster has one for each worker), cpu or cuda."""
+    address: str | None = None
+    """Ray cluster to join: 'auto' on a cluster's node; nothing = a private Ray on this machine."""
+    max_failures: int = 3
+    """How often a trial's lost or failed workers are started again, from its last checkpoint."""
+    keep: int = 3
+    """The best trials that keep their checkpoints and encoders; of the others only the scores stay."""
+    publish: str | None = None
+    """Register the best trial's encoder in the registry under this name; champion if it is the best there."""
+    tracking_uri: str | None = None
+    """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+    list: bool = False
+    """Describe the spaces."""
+
+
+def main(args: Args) -> None:
+    if args.list:
+        print(spaces.listing())
+    elif args.space == "report":
+        from tune.report import report
+
+        if args.directory is None:
+            raise ValueError("which sweep? `simclr sweep report DIR`")
+        print(report(args.directory))
+    else:
+        if args.directory is not None:
+            raise ValueError(f"{args.directory} is one word too many; a directory goes with `simclr sweep report`, --data or --out")
+        print(os.path.relpath(sweep(args)))
+
+
+def sweep(args: Args) -> Path:
+    """Check everything, run the trials, draw the report. Returns the sweep's directory.
+
+    Raises ValueError, before any trial starts, for what the user can mend.
+    """
+    uri = address.tracking_address(args.tracking_uri)
+    address.check(uri)
+    asked = _asked(args)
+    asked = dataclasses.replace(asked, path=asked.path.absolute())  # the trials' processes have other folders
+    manifest = read_manifest(storage.shards(asked.data))
+    asked = dataclasses.replace(asked, labelled=bool(manifest.classes))
+    codes = check(asked, manifest)
+    if (asked.path / "sweep.json").is_file():
+        asked = _same(book.load(asked.path), asked)
+        say(f"going on with {asked.path}: {book.progress(asked)[0]} trials are over")
+    elif asked.path.exists() and (not asked.path.is_dir() or any(asked.path.iterdir())):
+        raise ValueError(f"{asked.path} exists and is no sweep (it has no sweep.json); use another --out")
+    disk.require_writable(asked.path)
+    resources = cluster.Resources(**asked.resources)
+    ours = cluster.connect(resources)
+    try:
+        from tune import run  # Ray Tune's imports take seconds
+
+        concurrent = run.room(asked)
+        asked.save()
+        disk.write_text(asked.path / "space.json", json.dumps(dataclasses.asdict(asked.restricted), indent=1) + "\n")
+        asked = run.trials(asked, codes, concurrent, manifest, uri)
+    finally:
+        if ours:
+            cluster.disconnect()
+    return _finish(asked, args.publish, uri)
+
+
+def _asked(args: Args) -> Sweep:
+    """The sweep that the flags describe, or that --resume names."""
+    if args.resume is not None:
+        if args.space or args.recipe or args.data:
+            raise ValueError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe and --data")
+        return book.load(args.resume)
+    if not args.space:
+        raise ValueError("which space? `simclr sweep SPACE --recipe NAME --data DIR`; `simclr sweep --list` describes them")
+    if not args.recipe or args.data is None:
+        raise ValueError(f"which {'data' if args.recipe else 'recipe'}? `simclr sweep {args.space} --recipe NAME --data DIR`")
+    space, base = spaces.space(args.space), recipe(args.recipe)
+    for flag in ("trials", "seeds", "keep", "max_concurrent"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} is {value}; expected at least 1")
+    changes = {path: points.read(base, path, text) for path, text in points.assignments(args.set, "--set")}
+    only = {path: [points.read(base, path, t) for t in text.split(",")] for path, text in points.assignments(args.only, "--only")}
+    free = any(not isinstance(axis.values, tuple) and not set(axis.paths) & set(only) for axis in space.axes)
+    search = args.search if args.search != "auto" else "random" if args.trials or free else "grid"
+    resources = cluster.Resources(
+        workers=args.workers_per_trial,
+        cpus_per_worker=args.cpus_per_worker,
+        device=args.device,
+        address=args.address,
+        max_failures=args.max_failures,
+    )
+    at = place.address(args.data)
+    found = Sweep(
+        path=args.out or Path(),
+        space=args.space,
+        recipe=args.recipe,
+        data=str(at or args.data.absolute()),
+        only=only,
+        changes=changes,
+        search=search,
+        scheduler=args.scheduler,
+        metric=args.metric,
+        trials=args.trials or (16 if free and search != "grid" else None),
+        seeds=args.seeds,
+        keep=args.keep,
+        resources=dataclasses.asdict(resources),
+        max_concurrent=args.max_concurrent or 0,
+        command=shlex.join(["simclr", *(address.redacted(word) for word in sys.argv[1:])]),
+        created=time.time(),
+    )
+    if args.out is None:
+        digest = hashlib.sha256(json.dumps(_key(found), sort_keys=True).encode()).hexdigest()[:8]
+        found = dataclasses.replace(found, path=Path("runs") / f"sweep-{args.space}-{digest}")
+    elif place.address(args.out):
+        raise ValueError(f"--out {args.out} is in S3; a sweep lives on a disk that all nodes share, its data may lie in S3")
+    return found
+
+
+def _key(found: Sweep) -> dict[str, Any]:
+    """What makes two sweeps the same."""
+    names = ("space", "recipe", "data", "only", "changes", "search", "scheduler", "metric", "trials", "seeds")
+    plain: dict[str, Any] = json.loads(json.dumps({name: getattr(found, name) for name in names}))
+    return plain
+
+
+def _same(there: Sweep, asked: Sweep) -> Sweep:
+    """The sweep that is there, on the resources asked for now. Raises ValueError where it is another one."""
+    theirs, ours = _key(there), _key(asked)
+    different = [f"{name} {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
+    if different:
+        raise ValueError(f"{asked.path} belongs to another sweep: {'; '.join(different[:3])}; use another --out")
+    return dataclasses.replace(there, path=asked.path, resources=asked.resources, max_concurrent=asked.max_concurrent, keep=asked.keep)
+
+
+def _finish(asked: Sweep, publish: str | None, uri: str) -> Path:
+    """Say what came out, draw it, and publish the best trial where asked."""
+    order = book.write_results(asked)
+    if not order:
+        failed = [trial for trial in book.trials(asked.path) if trial.reason]
+        raise ValueError(f"no trial of {asked.path} has a score in {asked.metric}; {failed[0].reason if failed else 'none finished'}")
+    best = order[0]
+    if took := book.start_up(book.trials(asked.path)):
+        say(took)
+    values = ", ".join(f"{path} {value}" for path, value in best.values.items())
+    say(f"best: trial {best.name} with {book.shown(asked.metric, best.score(asked.metric))}: {values}, seed {best.seed}")
+    from tune.report import report
+
+    report(asked.path)
+    if publish:
+        from pipelines.publish import Args as PublishArgs
+        from pipelines.publish import publish as register
+
+        result = register(PublishArgs(asked.path / "trials" / best.name, name=publish, tracking_uri=uri))
+        say(f"published as {result['name']}/{result['version']}{' @champion' if result['champion'] else ''}")
+    return asked.path

@@ -1,0 +1,243 @@
+"""One trial of a sweep: the very job of `simclr pretrain`, begun by a driver that holds no core while its workers train.
+
+The driver runs in a process that Ray Tune keeps for many trials. It records how the trial goes in its run directory and tells
+Tune what a scheduler decides by. A failure ends the trial, never the sweep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pipelines import cluster, storage
+from pipelines.rundir import Run, load_run, open_run
+from pipelines.terminal import say
+from simclr.config import Config
+from simclr.data.manifest import read_manifest
+from simclr.data.place import address
+from tune import points
+from tune.book import METRICS, Sweep, Trial, trial_in
+from tune.spaces import Axis, Between, Peak, PeakBetween
+
+# How often Train's controller looks after its workers, in place of 2 s: a report waits for it, and so does the next trial.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+# A trial that a scheduler stops ends its workers within this time; then its driver's process serves the next one.
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "20")
+_OTHER_SEED = 1000
+_STALE = "the checkpoint it should go on from is gone"
+
+
+def chosen(axis: Axis, code: Any) -> Any:
+    """An axis' value from what Ray Tune has: the number of the value, or the number drawn from the distribution."""
+    if isinstance(axis.values, tuple):
+        return axis.values[int(code)]
+    if isinstance(axis.values, PeakBetween):
+        return Peak(min(max(float(code), axis.values.low), axis.values.high))
+    assert isinstance(axis.values, Between)
+    return min(max(float(code), axis.values.low), axis.values.high)
+
+
+def drive(asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> None:
+    """Train and score the trial that Ray Tune `asked` for: {"axes": {axis key: code}, "seed": n}. Runs in an actor of Tune's.
+
+    What fails for good is recorded in trial.json and not raised: a trial without a score is no candidate.
+    """
+    from ray import tune
+
+    began = time.time()
+    context = tune.get_context()
+    name = str(context.get_trial_name())
+    space = sweep.restricted
+    codes = {axis.key: chosen(axis, asked["axes"][axis.key]) for axis in space.axes}
+    point = points.point(space, sweep.base, codes, asked["seed"])
+    directory = sweep.path / "trials" / name
+    before = trial_in(directory)
+    if before is not None and before.status in ("finished", "failed"):  # its driver was lost after it was over
+        if before.score(sweep.metric) is not None:
+            tune.report({**_told(before.scores), "step": before.step, "images": before.step * point.config.train.batch_size})
+        return
+    donor = tune.get_checkpoint()
+    trial = Trial(name=name, values=point.values, seed=point.seed)
+    if before is not None and before.reason:  # it had begun again on another seed
+        trial, point = _again(trial, point, before.reason)
+    while True:
+        try:
+            run = _open(sweep, directory, point.config, donor)
+            trial.save(directory)
+            trial = _train(sweep, run, trial, inbox, private, began)
+            dataclasses.replace(trial, status="finished").save(directory)
+            return
+        except Exception as error:
+            reason, again = why(error)
+            if trial.reason or not again:
+                first = f" (seed {point.seed}; before, on seed {point.seed - _OTHER_SEED}: {trial.reason})" if trial.reason else ""
+                trial = trial_in(directory) or trial
+                directory.mkdir(parents=True, exist_ok=True)  # it may have failed before there was one
+                dataclasses.replace(trial, status="failed", reason=reason + first).save(directory)
+                inbox.actor.put.remote({"mark": name, "failed": reason + first})
+                return
+            inbox.actor.put.remote({"mark": name, "again": reason})
+            shutil.rmtree(directory, ignore_errors=True)
+            donor = None
+            trial, point = _again(trial, point, reason)
+
+
+def _told(scores: dict[str, float]) -> dict[str, Any]:
+    """Of a trial's scores, what Ray Tune gets."""
+    return {name: scores[name] for name in METRICS if name in scores}
+
+
+def _again(trial: Trial, point: points.Point, reason: str) -> tuple[Trial, points.Point]:
+    """The same trial on another seed."""
+    seed = point.seed + _OTHER_SEED
+    config = dataclasses.replace(point.config, seed=seed)
+    return dataclasses.replace(trial, seed=seed, reason=reason), dataclasses.replace(point, seed=seed, config=config)
+
+
+def why(failure: BaseException) -> tuple[str, bool]:
+    """(reason in a sentence, whether another seed may go better).
+
+    A loss that is not finite is the seed's and the config's doing: the same seed would bring it again, another may not. A mistake
+    in the input and a device that is too small come again with every seed. What was lost with a process or a node Ray Train
+    has tried again from the last checkpoint already, as often as --max-failures says; the last try begins anew.
+    """
+    error = cluster.causes(failure)[0]
+    text = " ".join(str(error).split())[:400] or type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
+        return f"out of memory on the device: {text}", False
+    if isinstance(error, FloatingPointError):
+        return text.partition(";")[0], True  # behind it stands what to do in a single run
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}", not isinstance(error, ValueError | OSError)
+
+
+def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
+    """The trial's run directory; under PBT with the weights of the trial it goes on from, and its own new config."""
+    at = address(sweep.data)
+    data = storage.shards(sweep.data)
+    if (directory / "run.json").is_file() and donor is not None:
+        dataclasses.replace(load_run(directory), config=config).save()
+    run = open_run(directory, sweep.recipe, config, data, str(at or ""))
+    flags = [f"--{key.replace('_', '-')}={_word(points.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
+    run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]))
+    run.save()
+    if donor is not None:
+        with donor.as_directory() as folder:
+            _inherit(run, json.loads((Path(folder) / "from.json").read_text()))
+    return run
+
+
+def _word(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _differs(sweep: Sweep, config: Config, key: str) -> bool:
+    from simclr.recipes import recipe
+
+    return bool(points.value_of(config, key) != points.value_of(recipe(sweep.recipe), key))
+
+
+def _inherit(run: Run, source: dict[str, Any]) -> None:
+    """Make the newest checkpoint of the run `source["run"]` this run's only one."""
+    theirs = Path(source["run"])
+    if theirs == run.path.absolute():
+        return
+    from simclr import checkpoint
+
+    newest = checkpoint.latest(theirs / "checkpoints", say)
+    if newest is None:
+        raise ValueError(f"{_STALE}: {theirs}")
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    run.checkpoints.mkdir(parents=True)
+    shutil.copytree(newest, run.checkpoints / newest.name)
+
+
+def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, began: float) -> Trial:
+    """Run the trial's workers to their end and return its record. Raises what Ray Train raises."""
+    resources = cluster.Resources(**sweep.resources)
+    shares = sweep.restricted.label_shares
+    data = sweep.data if address(sweep.data) else str(run.data.absolute())
+    job: dict[str, Any] = {"stage": run.stage, "config": run.config.to_dict(), "given": {}, "data": data}
+    job |= {"run": str(run.path.absolute()), "created": run.created, "inbox": inbox, "mark": {"mark": trial.name}, "shares": shares}
+    forward = _forward(sweep, run, trial, began)
+    try:
+        cluster.fit(train_and_score, job, resources, run.path / "ray", [forward], private)
+    finally:
+        shutil.rmtree(run.path / "ray", ignore_errors=True)
+    found: Trial = forward.trial
+    return found
+
+
+def _forward(sweep: Sweep, run: Run, trial: Trial, began: float) -> Any:
+    """Ray Train's callback for the reports: into trial.json, and on to Ray Tune.
+
+    `ray.tune.integration.ray_train.TuneReportCallback` does the second through a queue, that is an actor, that is one more process
+    for each trial, because Train's controller runs elsewhere; ours is in Tune's process, and can also say where a checkpoint is.
+    """
+    from ray import tune
+    from ray.train import UserCallback
+
+    class Forward(UserCallback):
+        def __init__(self) -> None:
+            self.trial = trial
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            new = dict(metrics[0])
+            new.pop("mark", None)
+            starts = {key: new.pop(key) - began for key in list(new) if key.startswith("at/")}
+            if "health/alignment" in new:
+                new["health/align_uniform"] = new["health/alignment"] + new["health/uniformity"]
+            scores = self.trial.scores | {k: float(v) for k, v in new.items() if "/" in k and math.isfinite(v)}
+            self.trial = dataclasses.replace(
+                self.trial,
+                step=int(new["step"]),
+                total_steps=int(new["total_steps"]),
+                scores=scores,
+                start_s=self.trial.start_s | {key.removeprefix("at/"): round(value, 2) for key, value in starts.items()},
+            )
+            self.trial.save(run.path)
+            if sweep.metric not in scores:
+                return
+            told = _told(scores) | {"step": self.trial.step, "images": self.trial.step * run.config.train.batch_size}
+            if sweep.scheduler != "pbt":
+                tune.report(told)
+                return
+            with tempfile.TemporaryDirectory() as folder:  # a word about where it is: the checkpoint itself stays in the run
+                (Path(folder) / "from.json").write_text(json.dumps({"run": str(run.path.absolute()), "step": self.trial.step}))
+                tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    return Forward()
+
+
+def train_and_score(job: dict[str, Any]) -> None:
+    """What each worker of a trial runs: `train_worker`, then rank 0 scores the encoder, and all report once more."""
+    times = {"at/workers": time.time()}
+    import ray.train
+    import ray.train.torch
+
+    from pipelines.evaluate import score
+    from pipelines.pretrain import publish_newest
+    from pipelines.worker import train_worker
+
+    train_worker(job)
+    run, context = load_run(Path(job["run"])), ray.train.get_context()
+    groups = run.config.train.shard_groups
+    group = run.config.group_of(context.get_world_rank(), context.get_world_size())
+    data = storage.shards(job["data"], groups, group)
+    manifest = read_manifest(data, groups=groups, group=group)
+    total = run.config.total_steps(manifest.examples("train", groups))
+    scores: dict[str, float] = {}
+    if context.get_world_rank() == 0:
+        publish_newest(run, manifest.classes)
+        found = score(run, data, ray.train.torch.get_device(), job["shares"])
+        scores = {f"health/{k}" if k == "rankme" else f"eval/{k}": v for k, v in found.items()}
+    if rows := [row for row in run.history() if row["time"] > times["at/workers"]]:  # not those of before a restart
+        times["at/first_step"] = rows[0]["time"]
+    ray.train.report({**scores, **times, "step": total, "total_steps": total})

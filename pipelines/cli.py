@@ -27,9 +27,12 @@ COMMANDS = {
     "pull": "registry → an encoder directory",
     "embed": "encoder + images → features.npz",
     "report": "run → report.html",
+    "runs": "directory or s3:// prefix → its runs: state, step, images/s, last checkpoint",
     "recipes": "the named configs",
+    "cluster": "cluster file → what it would start, what it costs, and what is wrong with it",
     "bench": "measured comparisons on this machine",
 }
+_MODULES = {"cluster": "cluster_check"}  # pipelines.cluster is the door to Ray Train
 
 
 def usage() -> str:
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         from pipelines import terminal
 
         terminal.set_quiet(quiet)
-        module = importlib.import_module(f"pipelines.{name}")
+        module = importlib.import_module(f"pipelines.{_MODULES.get(name, name)}")
         words = [a for a in rest if a != "--quiet"]
         if words and hasattr(module, "recipe_for") and Path(words[0]).is_dir():
             words = [module.recipe_for(Path(words[0])), "--data", *words]

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+# Names come from a file: a name server that cannot be reached from there holds up every connection for seconds.
 # In the host's own mount and pid namespace: root's home and Ray's folder are its own, the rest of the disk is shared.
 # The shell stays as process 1, since somebody has to reap what daemons leave; when it is killed, all of the host is.
 _BOOT = """
 mount --bind {folder}/passwd /etc/passwd && mount --bind {folder}/ray /tmp/ray && hostname {name} &&
+mount --bind {folder}/../names /etc/hosts && mount --bind {folder}/../resolv.conf /etc/resolv.conf &&
 mkdir -p /run/sshd && {{ /usr/sbin/sshd -D -e -f {folder}/sshd_config 2>{folder}/sshd.log & wait; }}
 """
 _SSHD = """
@@ -80,6 +82,9 @@ def hosts(count: int, folder: Path) -> Iterator[tuple[list[Host], Path]]:
     key = folder / "key"
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
     Path("/tmp/ray").mkdir(exist_ok=True)
+    named = [f"{network}.{index + 10} {bridge}-{index}\n" for index in range(count)]
+    (folder / "names").write_text("".join(["127.0.0.1 localhost\n", *named]))
+    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
     running: list[subprocess.Popen[bytes]] = []
     spaces: list[str] = []
     _run("ip", "link", "add", bridge, "type", "bridge")
@@ -120,7 +125,9 @@ def hosts(count: int, folder: Path) -> Iterator[tuple[list[Host], Path]]:
         for process in running:  # unshare; its child, the host's process 1, dies with it, and with that all others
             process.send_signal(signal.SIGKILL)
             process.wait()
-        for name in spaces:
+        for index, name in enumerate(spaces):
+            # The kernel keeps a namespace until its last TCP connection has timed out; its cable need not wait for that.
+            subprocess.run(["ip", "link", "delete", f"{bridge}o{index}"], check=False)
             _run("ip", "netns", "delete", name)
         _run("ip", "link", "delete", bridge)
 

@@ -137,7 +137,7 @@ BROKEN = {
     "head_ip is missing": edit("onprem.yaml", "provider", "head_ip", to=None),
     "head_start_ray_commands do not say RAY_AUTH_MODE=token": swap(SAFE, "RAY_AUTH_MODE=token", ""),
     "listens on 0.0.0.0; write --dashboard-host=127.0.0.1": swap("onprem.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0"),
-    "Ray Client would listen on every address": swap("onprem.yaml", "--ray-client-server-port=0", ""),
+    "Ray Client stays up on the head": swap("onprem.yaml", "pkill", "echo"),
     "do not bring ~/.ray/auth_token": edit("gcp-gpu.yaml", "file_mounts", "~/.ray/auth_token", to=None),
     "readable to every user": edit("onprem.yaml", "setup_commands", 0, to="true"),
     "an AWS access key is in the file": edit(SAFE, "setup_commands", 0, to="export AWS_ACCESS_KEY_ID=AKIAABCDEFGHIJKLMNOP"),
@@ -231,7 +231,7 @@ def test_on_kubernetes_the_same_holds() -> None:
     cluster = next(m for m in manifests() if m["kind"] == "RayCluster")["spec"]
     head = cluster["headGroupSpec"]
     assert head["serviceType"] == "ClusterIP"
-    assert head["rayStartParams"]["dashboard-host"] == "127.0.0.1" and head["rayStartParams"]["ray-client-server-port"] == "0"
+    assert head["rayStartParams"]["dashboard-host"] == "127.0.0.1"
     for group in [head, *cluster["workerGroupSpecs"]]:
         spec = group["template"]["spec"]
         assert spec["securityContext"]["runAsNonRoot"] and spec["serviceAccountName"] != "default"

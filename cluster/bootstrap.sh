@@ -96,6 +96,10 @@ if [ -n "$node" ]; then
         say "shards are cached on $fast"
     fi
 fi
+# Ray itself says only `ray stop` over ssh (`ray down`), and a shell there (`ray attach`) wants both commands too.
+if [ -n "$node" ] && ! grep -qs "$PWD/.venv/bin" ~/.bashrc; then
+    echo "export PATH=\"$PWD/.venv/bin:\$PATH\"" >>~/.bashrc
+fi
 if [ "$bucket" = gcs ] && ! mountpoint -q /mnt/simclr; then
     metadata=http://metadata.google.internal/computeMetadata/v1/project/project-id
     project=$(curl -sf -H 'Metadata-Flavor: Google' $metadata)

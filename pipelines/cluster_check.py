@@ -47,8 +47,10 @@ def main(args: Args) -> None:
     print(overview(cluster))
     if batch:
         print(f"\n{args.recipe}: {batch}")
-    if marked := [f"  line {number}: {re.sub(r' {2,}', '  ', line.strip())}" for number, line in enumerate(text.splitlines(), 1) if re.search(r"# EDIT \d of \d", line)]:
-        print("\nto edit before `ray up`, unless you have:\n" + "\n".join(marked))
+    if marked := [(number, line) for number, line in enumerate(text.splitlines(), 1) if re.search(r"# EDIT \d of \d", line)]:
+        print("\nto edit before `ray up`, unless you have:")
+        for number, line in marked:
+            print(f"  line {number}: {re.sub(' +#', '  #', line.strip())}")
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:
@@ -86,7 +88,8 @@ def schema_mistakes(cluster: dict[str, Any]) -> list[str]:
     elif not found and cluster["provider"]["type"] != "local":
         types = cluster.get("available_node_types", {})
         if cluster.get("head_node_type") not in types:
-            found.append(f"head_node_type is {cluster.get('head_node_type')!r}; expected one of the node types, {', '.join(types) or 'of which there are none'}")
+            there = ", ".join(types) or "of which there are none"
+            found.append(f"head_node_type is {cluster.get('head_node_type')!r}; expected one of the node types, {there}")
     elif not found and cluster.get("available_node_types"):
         found.append("provider local takes machines as they are; leave available_node_types out")
     return found
@@ -132,7 +135,8 @@ def overview(cluster: dict[str, Any]) -> str:
     """Nodes, accelerators and dollars an hour, as a table."""
     found = cluster_rules.groups(cluster)
     provider = cluster["provider"]
-    lines = [f"cluster {cluster['cluster_name']} on {provider['type']}{', ' + provider['region'] if 'region' in provider else ''}: would start", ""]
+    where = ", ".join([provider["type"], *([provider["region"]] if "region" in provider else [])])
+    lines = [f"cluster {cluster['cluster_name']} on {where}: would start", ""]
     rows = [("", "machine", "nodes", "accelerators", "USD/h")]
     for g in found:
         if g.most == 0:

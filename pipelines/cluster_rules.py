@@ -129,7 +129,7 @@ def _ports(cluster: Cluster) -> Iterator[str]:
     elif f"--address=$RAY_HEAD_IP:{port[1]}" not in join:
         yield f"the head listens on port {port[1]}, but workers are not started with --address=$RAY_HEAD_IP:{port[1]}; make both the same"
     if "--autoscaling-config" not in start:
-        yield "the head is started without --autoscaling-config, so it starts no workers; add --autoscaling-config=~/ray_bootstrap_config.yaml"
+        yield "the head is started without --autoscaling-config, so no workers; add --autoscaling-config=~/ray_bootstrap_config.yaml"
 
 
 def _addresses(cluster: Cluster) -> Iterator[str]:
@@ -180,7 +180,7 @@ def _regions(cluster: Cluster) -> Iterator[str]:
             yield f"{name} uses a network in region {elsewhere}, the cluster is in {region}; correct one of them"
         image = str(config.get("ImageId", ""))
         if image.startswith("ami-"):
-            yield f"{name} names image {image}, which exists in one region only and grows old; use resolve:ssm:/aws/service/deeplearning/ami/…"
+            yield f"{name} names image {image}, which is of one region and grows old; use resolve:ssm:/aws/service/deeplearning/ami/…"
         if "Placement" in config and len(zones) > 1:
             yield f"{name} is in a placement group, which is in one zone, and availability_zone lists {len(zones)}; keep one"
 
@@ -201,7 +201,7 @@ def _safe_start(cluster: Cluster) -> Iterator[str]:
         yield f"the dashboard, and with it the job API, listens on {host[1]}; write --dashboard-host=127.0.0.1 and use `ray dashboard FILE`"
     if not any("pkill" in command and "ay.util.client.server" in command for command in cluster.get("head_start_ray_commands", [])):
         yield (
-            "Ray Client stays up on the head's own address, port 10001; end it after `ray start`, as cluster/onprem.yaml does, and submit jobs"
+            "Ray Client stays up on the head's own address, port 10001; end it after `ray start`, as onprem.yaml does, and submit jobs"
         )
     if cluster.get("file_mounts", {}).get(_TOKEN) is None:
         yield f"file_mounts do not bring {_TOKEN} to the nodes, so none of them could join; add {_TOKEN}: {_TOKEN}"
@@ -213,7 +213,10 @@ def _secrets(cluster: Cluster) -> Iterator[str]:
     text = json.dumps(cluster)
     for what, pattern in _SECRETS.items():
         if re.search(pattern, text):
-            yield f"{what} is in the file, which is copied to every node and shown in logs; give the nodes a role instead, and revoke what was written"
+            yield (
+                f"{what} is in the file, which is copied to every node and shown in logs; "
+                "give the nodes a role instead, and revoke what was written"
+            )
     for there, here in cluster.get("file_mounts", {}).items():
         if re.search(_KEY_FILES, str(here)) or re.search(_KEY_FILES, there):
             yield f"file_mounts copy {here} to every node's disk; give the nodes a role instead"
@@ -222,7 +225,7 @@ def _secrets(cluster: Cluster) -> Iterator[str]:
 def _aws(cluster: Cluster) -> Iterator[str]:
     for rule in cluster["provider"].get("security_group", {}).get("IpPermissions", []):
         for wide in (r["CidrIp"] for r in rule.get("IpRanges", []) if ipaddress.ip_network(r["CidrIp"], strict=False).num_addresses > 1):
-            yield f"provider.security_group opens port {rule.get('FromPort', 'every')} to {wide}; name one address (…/32), or reach it by ssh"
+            yield f"provider.security_group opens port {rule.get('FromPort', 'every')} to {wide}; name one address (…/32), or use ssh"
     for name, node in cluster["available_node_types"].items():
         config = node["node_config"]
         if not config.get("LaunchTemplate") and not config.get("SecurityGroupIds"):
@@ -236,18 +239,18 @@ def _aws(cluster: Cluster) -> Iterator[str]:
         if not disks or not all(disk.get("Encrypted") for disk in disks):
             yield f"{name} has a disk that is not encrypted; write Encrypted: true for each of its BlockDeviceMappings"
         if config.get("MetadataOptions", {}).get("HttpTokens") != "required":
-            yield f"{name} hands out its role to any process that can make it fetch a page (IMDSv1); write MetadataOptions: {{HttpTokens: required}}"
+            yield f"{name} hands its role to whoever makes it fetch a page (IMDSv1); write MetadataOptions: {{HttpTokens: required}}"
 
 
 def _gcp(cluster: Cluster) -> Iterator[str]:
     for name, node in cluster["available_node_types"].items():
         config = node["node_config"]
         accounts = [account.get("email", "") for account in config.get("serviceAccounts", [])]
-        if not accounts or any("compute@developer" in account or "ray-autoscaler" in account or account == "default" for account in accounts):
+        if not accounts or any(re.search(r"compute@developer|ray-autoscaler|^default$", account) for account in accounts):
             yield f"{name} runs as an account with wide rights; write serviceAccounts with one that cluster/gcp-project.sh makes"
         nets = [config["networkConfig"]] if "networkConfig" in config else config.get("networkInterfaces", [])
         if not nets or any(net.get("subnetwork", "default").endswith("/default") or "subnetwork" not in net for net in nets):
-            yield f"{name} is in the default network, where ssh is open to the whole internet; use the subnetwork simclr of cluster/gcp-project.sh"
+            yield f"{name} is in the default network, where ssh is open to all the world; use gcp-project.sh's subnetwork simclr"
 
 
 # ── What a node is ─────────────────────────────────────────────────────────────────────────────────────────────────

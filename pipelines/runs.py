@@ -144,6 +144,7 @@ def table(lines: list[Line]) -> str:
     """The lines in columns, for people."""
     rows = [("run", "recipe", "state", "step", "images/s", "checkpoint", "loss", "last report")]
     for one in lines:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated)) if one.updated else "–"
         rows.append(
             (
                 one.run,
@@ -153,7 +154,7 @@ def table(lines: list[Line]) -> str:
                 "–" if one.images_per_s is None else f"{one.images_per_s:,.0f}",
                 "–" if one.checkpoint is None else f"{one.checkpoint:,}",
                 "–" if one.loss is None else f"{one.loss:.3f}",
-                (time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated)) if one.updated else "–") + (f"  {one.note}" if one.note else ""),
+                when + (f"  {one.note}" if one.note else ""),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -155,10 +155,10 @@ def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
             x = torch.where(torch.as_tensor(colours.flip).to(x.device).view(-1, 1, 1, 1), x.flip(3), x)
     if _by_index(x.device):
         return distort(x, colours)
-    c = colours
-    return distort_all(
-        x, *(torch.as_tensor(part).to(x.device) for part in (c.jitter, c.order, c.factors.astype(np.float32), c.grey, c.blur_sigma.astype(np.float32)))
-    )
+    parts = (colours.jitter, colours.order, colours.factors, colours.grey, colours.blur_sigma)
+    # float32 before they travel: not every device has float64.
+    tensors = (torch.as_tensor(part.astype(np.float32) if part.dtype == np.float64 else part) for part in parts)
+    return distort_all(x, *(tensor.to(x.device) for tensor in tensors))
 
 
 def crop_resize(x: Tensor, boxes: Tensor, size: int, kernel: Resize, flip: Tensor | None = None) -> Tensor:

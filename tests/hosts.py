@@ -63,15 +63,15 @@ class Host:
     def home(self) -> Path:
         return self.folder / "home"
 
-    def processes(self) -> list[str]:
-        """Command lines of what runs in it, its init and sshd left out."""
-        space = os.readlink(f"/proc/{self.pid}/ns/pid")
+    def processes(self, words: str) -> list[str]:
+        """Command lines, with `words` in them, of what runs in it."""
+        space = Path(f"/proc/{self.pid}/ns/pid").readlink()
         found = []
         for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and int(entry.name) != self.pid and os.readlink(entry / "ns/pid") == space:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if entry.name.isdigit() and int(entry.name) != self.pid and (entry / "ns/pid").readlink() == space:
                     found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
-        return [line for line in found if line and "sshd" not in line]
+        return [line for line in found if words in line]
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ BROKEN = {
     ),
     "availability_zone us-east-1a is not in region us-west-2": edit(SAFE, "provider", "region", to="us-west-2"),
     "uses a network in region us-central1, the cluster is in europe-west4": edit("gcp-gpu.yaml", "provider", "region", to="europe-west4"),
-    "exists in one region only": edit(SAFE, *G6, "node_config", "ImageId", to="ami-0123456789abcdef0"),
+    "is of one region and grows old": edit(SAFE, *G6, "node_config", "ImageId", to="ami-0123456789abcdef0"),
     "is in a placement group": edit(SAFE, "provider", "availability_zone", to="us-east-1a,us-east-1b"),
     "is the head and a worker too": edit("onprem.yaml", "provider", "worker_ips", 0, to="192.168.1.10"),
     "192.168.1.12 is listed 2 times": edit("onprem.yaml", "provider", "worker_ips", 0, to="192.168.1.12"),

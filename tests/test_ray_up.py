@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.hosts import hosts, missing
 
@@ -73,9 +71,8 @@ class Laptop:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [str(BIN / "ray"), "dashboard", str(cluster), "--port", str(port), "--no-config-cache"]
-        tunnel = subprocess.Popen(
-            command, cwd=ROOT, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True
-        )  # fmt: skip
+        null = subprocess.DEVNULL
+        tunnel = subprocess.Popen(command, cwd=ROOT, env=self.env, stdin=null, stdout=null, stderr=null, start_new_session=True)
         try:
             self.until("tunnel", lambda: _answers(port))
             yield f"http://127.0.0.1:{port}"
@@ -132,8 +129,9 @@ def test_from_ray_up_to_the_encoder_and_down(tmp_path: Path, patterns: Path) -> 
             for port in (8265, 10001):
                 with pytest.raises(OSError):
                     socket.create_connection((head, port), timeout=2)
-            train = "simclr pretrain patterns_tiny --workers 2 --cpus-per-worker 2 --address auto --train.batch-size 32 --train.steps 4"
-            train += " --train.checkpoint-every-steps 2 --train.report-every-steps 1 --watch.every-epochs 0 --watch.bank 64 --watch.queries 32"
+            train = "simclr pretrain patterns_tiny --address auto --workers 2 --cpus-per-worker 2"  # both cores of a host: one on each
+            train += " --train.batch-size 32 --train.steps 4 --train.checkpoint-every-steps 2 --train.report-every-steps 1"
+            train += " --watch.every-epochs 0 --watch.bank 64 --watch.queries 32"
             command = [*train.split(), "--data", str(shared / "patterns"), "--run", str(shared / "run")]
             submit = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--"]
             log = laptop.run("job", *submit, *command)
@@ -142,13 +140,14 @@ def test_from_ray_up_to_the_encoder_and_down(tmp_path: Path, patterns: Path) -> 
             assert "is complete: 4 of 4 steps; nothing to do" in again
             status = json.dumps(laptop.get(f"{address}/api/cluster_status", laptop.token))
             laptop.run("ray rsync-down", "ray", "rsync-down", str(cluster), f"{shared}/run/", f"{tmp_path}/fetched/")
-        logs = "".join(path.read_text(errors="replace") for host in machines for path in (host.folder / "ray").rglob("logs/**/*") if path.is_file())
+        files = [path for host in machines for path in (host.folder / "ray").rglob("logs/**/*") if path.is_file()]
+        logs = "".join(path.read_text(errors="replace") for path in files)
         for where, text in {"job log": log + again, "ray status": status, "Ray's logs": logs}.items():
             assert laptop.token not in text, f"the token is in {where}"
         assert laptop.token not in "".join(p.read_text(errors="replace") for p in shared.rglob("*.json*"))
         laptop.run("ray down", "ray", "down", "-y", str(cluster))
         # `ray down` ends Ray on the head; the workers' raylets see that and end by themselves, a minute later.
-        laptop.until("nothing is left on the head", lambda: not [line for line in machines[0].processes() if "/ray/" in line], 20)
+        laptop.until("nothing is left on the head", lambda: not machines[0].processes("/ray/"), 20)
 
     rows = [json.loads(line) for line in (tmp_path / "fetched/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

@@ -93,7 +93,8 @@ def main(images: int) -> None:
         compiled = lowered.compile()
         memory = compiled.memory_analysis()
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        print(f"{what}: compiled for {chips[0].device_kind} in {time.monotonic() - began:.0f} s, {needed / 2**20:.1f} MiB of the chip", flush=True)
+        took = time.monotonic() - began
+        print(f"{what}: compiled for {chips[0].device_kind} in {took:.0f} s, {needed / 2**20:.1f} MiB of the chip", flush=True)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Laptop:
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
         self.token = self.run("token", "ray", "get-auth-token", "--generate").split()[-1]
 
-    def run(self, what: str, *command: str, timeout_s: float = 200) -> str:
+    def run(self, what: str, *command: str, timeout_s: float = 300) -> str:
         """Output of a command that succeeds."""
         began = time.monotonic()
         done = subprocess.run(

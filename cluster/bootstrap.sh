@@ -1,10 +1,19 @@
 #!/bin/sh
 # Installs what SimCLR needs on a Debian or Ubuntu machine: system packages, .venv, the locked Python packages.
 # Run it from anywhere, as often as you like: what is there already costs a second. `make demo` and `make test` begin with it.
+#
+#   bootstrap.sh             a checkout
+#   bootstrap.sh node        a cluster's node: the same, and the cache of shards on the node's fast local disks, where it has any
+#   bootstrap.sh node gcs    the same, and the project's bucket at /mnt/simclr (Google Cloud)
 set -eu
 cd "$(dirname "$0")/.."
 
 say() { echo "setup: $*" >&2; }
+node=${1:-} bucket=${2:-}
+case "$node $bucket" in
+    " " | "node " | "node gcs") ;;
+    *) say "expected no argument, node, or node gcs; got: $*"; exit 2 ;;
+esac
 
 # ── System packages: FFCV is compiled against OpenCV and libjpeg-turbo ────────────────────────────────────────────
 missing=""
@@ -23,6 +32,7 @@ if [ -n "$python" ]; then
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
     "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || missing="$missing python3-dev"
 fi
+[ -z "$node" ] || command -v rsync >/dev/null || missing="$missing rsync"
 if [ -n "$missing" ]; then
     install="apt-get install -y --no-install-recommends$missing"
     if ! command -v apt-get >/dev/null; then
@@ -51,10 +61,65 @@ if [ -n "$missing" ]; then
     [ -n "$python" ] || { say "no Python 3.11 or 3.12 was found; install one and run the same command again"; exit 1; }
 fi
 
+# ── A node's cache of shards, on its local disks ───────────────────────────────────────────────────────────────────
+if [ -n "$node" ]; then
+    as_root=""
+    [ "$(id -u)" = 0 ] || as_root="sudo -n"
+    fast=""
+    if mountpoint -q /opt/dlami/nvme; then
+        fast=/opt/dlami/nvme                      # Amazon's image has made one volume of them all
+    elif mountpoint -q /mnt/fast; then
+        fast=/mnt/fast
+    else
+        # Google's local SSDs. No other disk is ever formatted: an empty-looking one may be somebody's.
+        disks=$(find /dev/disk/by-id -name 'google-local-nvme-ssd-*' ! -name '*-part*' 2>/dev/null | sort)
+        if [ -n "$disks" ]; then
+            device=$disks
+            # shellcheck disable=SC2086
+            set -- $disks
+            if [ $# -gt 1 ]; then
+                device=/dev/md/fast
+                command -v mdadm >/dev/null || DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y --no-install-recommends mdadm >/dev/null
+                [ -e $device ] || $as_root mdadm --create $device --run --level=0 --raid-devices=$# "$@"
+            fi
+            $as_root blkid "$device" >/dev/null || $as_root mkfs.ext4 -q -m 0 "$device"
+            $as_root mkdir -p /mnt/fast
+            $as_root mount "$device" /mnt/fast
+            fast=/mnt/fast
+        fi
+    fi
+    if [ -n "$fast" ] && [ ! -e ~/.cache/simclr ]; then
+        $as_root mkdir -p $fast/simclr
+        $as_root chown "$(id -u)" $fast/simclr
+        mkdir -p ~/.cache
+        ln -sfn $fast/simclr ~/.cache/simclr      # where simclr keeps its copies, unless SIMCLR_CACHE says otherwise
+        say "shards are cached on $fast"
+    fi
+fi
+# Ray itself says only `ray stop` over ssh (`ray down`), and a shell there (`ray attach`) wants both commands too.
+if [ -n "$node" ] && ! grep -qs "$PWD/.venv/bin" ~/.bashrc; then
+    echo "export PATH=\"$PWD/.venv/bin:\$PATH\"" >>~/.bashrc
+fi
+if [ "$bucket" = gcs ] && ! mountpoint -q /mnt/simclr; then
+    metadata=http://metadata.google.internal/computeMetadata/v1/project/project-id
+    project=$(curl -sf -H 'Metadata-Flavor: Google' $metadata)
+    command -v gcsfuse >/dev/null || { say "gcsfuse is not installed; use an image that has it, or Filestore at /mnt/simclr"; exit 1; }
+    $as_root mkdir -p /mnt/simclr
+    $as_root chown "$(id -u)" /mnt/simclr
+    gcsfuse --implicit-dirs "simclr-$project" /mnt/simclr
+fi
+
 # ── Python packages, as requirements.lock says ─────────────────────────────────────────────────────────────────────
 wanted=$(cat requirements.lock pyproject.toml cluster/bootstrap.sh | sha256sum | cut -d ' ' -f 1)
-if [ -x .venv/bin/simclr ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted $PWD" ]; then
+have=$(cat .venv/installed 2>/dev/null || true)
+if [ -x .venv/bin/simclr ] && [ "$have" = "$wanted $PWD" ]; then
     exit 0
+fi
+# On a shared disk, made for another checkout: as good, since a job brings its code.
+if [ -L .venv ]; then
+    [ "${have%% *}" = "$wanted" ] && exit 0
+    say "$(readlink -f .venv) is of another lock than $PWD/requirements.lock; run cluster/bootstrap.sh where it was made"
+    exit 1
 fi
 say "installing the locked Python packages into .venv (about 6 GB, most of it CUDA)"
 # --clear: what an interrupted set-up left has no pip.

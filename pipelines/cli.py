@@ -35,9 +35,12 @@ COMMANDS = {
     "convert": "official TensorFlow checkpoint → an encoder directory",
     "report": "run → report.html",
     "sweep": "space + recipe + shards → many runs, and the paper's figures from them",
+    "runs": "directory or s3:// prefix → its runs: state, step, images/s, last checkpoint",
     "recipes": "the named configs",
+    "cluster": "cluster file → what it would start, what it costs, and what is wrong with it",
     "bench": "measured comparisons on this machine",
 }
+_MODULES = {"cluster": "pipelines.cluster_check", **_ABOVE}  # pipelines.cluster is the door to Ray Train
 
 
 def usage() -> str:
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         from pipelines import terminal
 
         terminal.set_quiet(quiet)
-        module = importlib.import_module(_ABOVE.get(name, f"pipelines.{name}"))
+        module = importlib.import_module(_MODULES.get(name, f"pipelines.{name}"))
         words = [a for a in rest if a != "--quiet"]
         if words and hasattr(module, "recipe_for") and Path(words[0]).is_dir():
             words = [module.recipe_for(Path(words[0])), "--data", *words]

@@ -161,13 +161,21 @@ def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
         x = crop_resize(x, both, views.size_px, views.resize, torch.as_tensor(flip).to(device, non_blocking=True))
     else:
         x = x.permute(1, 0, 4, 2, 3).flatten(0, 1).float().div_(255).contiguous()
-        rows = _rows(flip, x.device)
-        x.index_copy_(0, rows, x[rows].flip(3))
+        if _by_index(x.device):
+            rows = _rows(flip, x.device)
+            x.index_copy_(0, rows, x[rows].flip(3))
+        else:
+            x = torch.where(torch.as_tensor(flip).to(x.device).view(-1, 1, 1, 1), x.flip(3), x)
     if views.operations is not None:
         from simclr.ablations import apply  # which builds on this module
 
         return torch.cat([x[:n], apply(x[n:], views, seed, epoch, keys)])
-    return distort(x, colours)
+    if _by_index(x.device):
+        return distort(x, colours)
+    parts = (colours.jitter, colours.order, colours.factors, colours.grey, colours.blur_sigma)
+    # float32 before they travel: not every device has float64.
+    tensors = (torch.as_tensor(part.astype(np.float32) if part.dtype == np.float64 else part) for part in parts)
+    return distort_all(x, *(tensor.to(x.device) for tensor in tensors))
 
 
 def crop_and_flip(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -250,6 +258,28 @@ def distort(x: Tensor, colours: Colours) -> Tensor:
         sigma = torch.as_tensor(colours.blur_sigma[chosen], dtype=x.dtype).to(x.device, non_blocking=True)
         x.index_copy_(0, rows, gaussian_blur(x[rows], sigma))
     return x
+
+
+def distort_all(x: Tensor, jitter: Tensor, order: Tensor, factors: Tensor, greyed: Tensor, sigma: Tensor) -> Tensor:
+    """`distort` in shapes that no draw changes: every operation on every row, kept where it was drawn. Four times the work.
+
+    For devices whose programs are compiled for one shape, as TPUs' are: lists of rows would be compiled anew at each step. The
+    fields of `Colours` as tensors on x's device.
+    """
+    turns = factors.to(x.dtype).view(-1, 4, 1, 1, 1)
+    for position in range(4):
+        before = x
+        for operation, name in enumerate(OPERATIONS):
+            chosen = (jitter & (order[:, position] == operation)).view(-1, 1, 1, 1)
+            x = torch.where(chosen, _APPLY[name](before, turns[:, operation]), x)
+    x = torch.where(greyed.view(-1, 1, 1, 1), grey(x), x)
+    blurred = (sigma > 0).view(-1, 1, 1, 1)
+    return torch.where(blurred, gaussian_blur(x, torch.where(sigma > 0, sigma, 1.0).to(x.dtype)), x)
+
+
+def _by_index(device: torch.device) -> bool:
+    """Whether a device runs each operation as it comes, of whatever shape."""
+    return device.type in ("cpu", "cuda")
 
 
 def _rows(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:

@@ -1,0 +1,198 @@
+"""What can be known about TPUs without one: no call that only CUDA has, one program for every batch, Ray's scheduling of slices."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from simclr import views
+from simclr.config import Views
+from simclr.loss import nt_xent
+from simclr.model import build_model
+from simclr.optim import build_optimizer
+from simclr.recipes import patterns_tiny
+from tests.conftest import Within
+
+ROOT = Path(__file__).parent.parent
+# torch.cuda on the training path, all of it behind a question for the device, with what asks.
+GUARDED = {
+    "simclr/pretrain.py": 'device.type == "cuda"',
+    "simclr/data/loader.py": 'device.type != "cuda"',
+}
+# The hand-written kernel of GPUs, and measurements.
+NOT_ON_THE_PATH = {"simclr/kernels/nt_xent_triton.py"}
+
+
+def test_only_guarded_places_name_cuda() -> None:
+    found = set()
+    for path in (ROOT / "simclr").rglob("*.py"):
+        name = str(path.relative_to(ROOT))
+        if name in NOT_ON_THE_PATH:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == "cuda":
+                found.add(name)
+    assert found <= set(GUARDED)
+    for name, question in GUARDED.items():
+        assert question in (ROOT / name).read_text()
+
+
+def test_the_step_waits_for_no_number() -> None:
+    """Between two reports nothing of the loop may ask the device for a value: .item(), .tolist(), float(tensor), .cpu()."""
+    text = (ROOT / "simclr/pretrain.py").read_text()
+    step = text[text.index("waited = time.perf_counter()") : text.index("# ── A report")]
+    assert not re.findall(r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|float\(\w+\.|print\(", step)
+
+
+def _colours(n: int, seed: int) -> tuple[Tensor, views.Colours]:
+    drawn = views.draw_colours(Views(), seed, 0, np.arange(n))
+    x = torch.tensor(np.random.default_rng(seed).random((2 * n, 3, 32, 32)), dtype=torch.float32)
+    return x, drawn
+
+
+def _tensors(c: views.Colours) -> list[Tensor]:
+    return [torch.as_tensor(part) for part in (c.jitter, c.order, c.factors.astype(np.float32), c.grey, c.blur_sigma.astype(np.float32))]
+
+
+def test_one_shape_for_every_draw_gives_the_same_pixels(within: Within) -> None:
+    for seed in range(3):
+        x, drawn = _colours(64, seed)
+        whole = views.distort_all(x, *_tensors(drawn))
+        within("pixels of distort_all", float((whole - views.distort(x.clone(), drawn)).abs().max()), 1e-5)
+
+
+def test_the_views_are_one_program() -> None:
+    compiled = torch.compile(views.distort_all, fullgraph=True, dynamic=False, backend="eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
+        for seed in range(3):
+            x, drawn = _colours(8, seed)
+            assert torch.equal(compiled(x, *_tensors(drawn)), views.distort_all(x, *_tensors(drawn)))
+
+
+class Step(torch.nn.Module):
+    """Encoder, head and loss, as `pretrain` puts them together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.temperature = build_model(patterns_tiny()).train(), 0.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nt_xent(self.model(x)[1], self.temperature)
+
+
+def test_encoder_head_and_loss_are_one_graph_forward_and_backward(within: Within) -> None:
+    torch._dynamo.reset()
+    step = Step()
+    x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain = step(x)
+    plain.backward()
+    before = {name: p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
+    step.zero_grad()
+    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
+        whole = torch.compile(step, fullgraph=True, dynamic=False, backend="aot_eager")
+        loss = whole(x)
+        loss.backward()
+        whole(x + 1)
+    within("loss in one graph", abs(float(loss.detach() - plain.detach())), 1e-6)
+    for name, p in step.named_parameters():
+        if p.grad is not None:
+            within("gradient in one graph", float((p.grad - before[name]).abs().max()), 1e-5)
+
+
+def test_the_step_can_be_exported() -> None:
+    exported = torch.export.export(Step(), (torch.randn(16, 3, 32, 32),))
+    shapes = [tuple(node.meta["val"].shape) for node in exported.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    assert shapes and all(isinstance(size, int) for shape in shapes for size in shape)
+    waits = {"nonzero", "item", "_local_scalar_dense", "masked_select", "unique"}
+    assert not waits & {str(node.target).removeprefix("aten.").partition(".")[0] for node in exported.graph.nodes}
+
+
+def test_the_whole_step_takes_its_device_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is neither CPU nor CUDA (meta: shapes without numbers) a step runs to the optimizer's end."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # the one thing that meta does not have
+    config, device = patterns_tiny(), torch.device("meta")
+    model = build_model(config).to(device)
+    optimizer = build_optimizer(model, config.optim)
+    images = torch.zeros((8, 2, 32, 32, 3), dtype=torch.uint8)
+    x = views.two_views(images, torch.arange(8), 0, config.views, 0, device)
+    assert x.device.type == "meta" and x.shape == (16, 3, 32, 32)
+    loss = nt_xent(model(x)[1], config.loss.temperature)
+    loss.backward()
+    optimizer.step()
+    assert loss.device.type == "meta" and all(p.grad is not None for name, p in model.named_parameters() if "classifier" not in name)
+
+
+def test_libtpu_compiles_network_and_loss_for_a_v5e() -> None:
+    """Where jax, libtpu and torchax are installed, which the lock does not have: see tests/tpu_compile.py."""
+    for module in ("jax", "libtpu", "torchax"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed; pip install jax libtpu torchax")
+    done = subprocess.run([sys.executable, "-m", "tests.tpu_compile"], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert "loss: compiled for TPU v5 lite" in done.stdout, done.stderr[-3000:]
+
+
+# ── Ray's scheduling ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _reduce(config: dict[str, Any]) -> None:
+    """Runs on each worker: who it is, and the sum of ranks + 1 through gloo."""
+    import os
+
+    import ray.train
+    import torch.distributed as dist
+
+    total = torch.ones(1) * (dist.get_rank() + 1)
+    dist.all_reduce(total)
+    context = ray.train.get_context()
+    Path(config["out"], str(context.get_world_rank())).write_text(
+        f"{context.get_node_rank()} {dist.get_world_size()} {total.item():.0f} {os.environ.get('TPU_WORKER_ID', '-')}"
+    )
+
+
+@pytest.mark.cluster
+def test_a_slice_of_two_hosts_is_scheduled_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ScalingConfig(use_tpu=True, topology, accelerator_type)` on nodes that say they are a v4-16: one worker on each host."""
+    import ray
+    from ray.cluster_utils import Cluster
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    if ray.is_initialized():
+        pytest.skip("the suite's own Ray is running in this process")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        for host in range(2):
+            name = "slice-a"
+            labels = {"ray.io/tpu-slice-name": name, "ray.io/tpu-worker-id": str(host), "ray.io/tpu-topology": "2x2x2"}
+            cluster.add_node(
+                num_cpus=1,
+                resources={"TPU": 4, "accelerator_type:TPU-V4": 1, name: 1} | ({"TPU-v4-16-head": 1} if host == 0 else {}),
+                labels={**labels, "ray.io/tpu-pod-type": "v4-16", "ray.io/accelerator-type": "TPU-V4"},
+                env_vars={"TPU_NAME": name, "TPU_WORKER_ID": str(host), "TPU_ACCELERATOR_TYPE": "v4-16", "TPU_TOPOLOGY": "2x2x2"},
+            )
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        TorchTrainer(
+            _reduce,
+            train_loop_config={"out": str(tmp_path)},
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(num_workers=2, use_tpu=True, topology="2x2x2", accelerator_type="TPU-V4"),
+            run_config=RunConfig(storage_path=str(tmp_path / "ray")),
+        ).fit()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    said = sorted((tmp_path / str(rank)).read_text().split() for rank in range(2))
+    assert [words[0] for words in said] == ["0", "1"], "one worker on each host"
+    assert all(words[1:3] == ["2", "3"] for words in said)

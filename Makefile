@@ -14,7 +14,7 @@ demo: setup
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 # Names versions and hashes for Python 3.11 and 3.12, and no address of an index.
 lock: setup

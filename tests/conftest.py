@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.ranks import Ranks
 from tests.s3 import KEY_ID, SECRET, Proxy, serve
 
+_WITH_RAY = {"test_cli", "test_demo", "test_distill", "test_page", "test_storage", "test_sweep"}
 _WORST: dict[tuple[str, str], tuple[float, float]] = {}
 Within = Callable[[str, float, float], None]
 """within(what, deviation, bound) fails where the deviation is larger; the largest of each test are listed at the end."""
@@ -24,6 +26,26 @@ def within(request: pytest.FixtureRequest) -> Within:
         assert deviation <= bound, f"{what} deviates by {deviation:.2e}, more than {bound:.0e}"
 
     return check
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two processes that run tests one has all that start Ray, which take both cores' time in turns and not at once; files else
+    stay whole, for their fixtures."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in _WITH_RAY else item.path.stem))
+    items.sort(key=lambda item: item.path.stem not in _WITH_RAY)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (out := getattr(session.config, "workeroutput", None)) is not None:
+        out["worst"] = [[*key, *value] for key, value in _WORST.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for test, what, deviation, bound in getattr(node, "workeroutput", {}).get("worst", []):
+        _WORST[test, what] = (deviation, bound)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

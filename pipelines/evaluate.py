@@ -71,6 +71,15 @@ class Args:
     """Suite: the folder that torchvision's datasets lie in, as its classes lay them out; birdsnap/train and birdsnap/test beside."""
     only: tuple[str, ...] = ()
     """Suite: which datasets, as in `--only cifar10,dtd`. Default: all that are there."""
+    fine_tune: bool = False
+    """Suite: also fine-tune the whole network on each dataset: the paper's 56 pairs of learning rate and weight decay, 20,000 steps
+    of 256 images each, are days of a GPU; --rates, --decays and --tuning-steps make it less."""
+    tuning_steps: int = 20_000
+    """Suite, --fine-tune: optimizer steps of each training."""
+    rates: tuple[float, ...] = ()
+    """Suite, --fine-tune: learning rates to try. Default: 7 from 1e-4 to 0.1, evenly in their logarithm."""
+    decays: tuple[float, ...] = ()
+    """Suite, --fine-tune: weight decays to try, each divided by the learning rate. Default: 0 and 7 from 1e-6 to 1e-3."""
     download: bool = False
     """Suite: have torchvision fetch what is absent."""
     threads: int = 1
@@ -85,8 +94,10 @@ class Args:
 def main(args: Args) -> None:
     if args.suite and args.protocol:
         raise ValueError("--suite transfer has a protocol of its own; leave out --protocol, or evaluate twice")
-    if not args.suite and (args.root or args.only or args.download):
-        raise ValueError("--root, --only and --download belong to --suite transfer; add that, or leave them out")
+    if args.tuning_steps < 1 or min(args.rates, default=1.0) <= 0 or min(args.decays, default=0.0) < 0:
+        raise ValueError("expected --tuning-steps of at least 1, --rates above 0 and --decays of 0 or more")
+    if not args.suite and (args.root or args.only or args.download or args.fine_tune):
+        raise ValueError("--root, --only, --fine-tune and --download belong to --suite transfer; add that, or leave them out")
     if not args.suite and not args.protocol:
         print(table(evaluate(args)))
         return

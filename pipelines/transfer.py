@@ -47,7 +47,7 @@ def run(args: Args, out: Path, name: str) -> list[dict[str, Any]]:
     encoder = _encoder(args)
     rows: list[dict[str, Any]] = []
     for task, parts in present.items():
-        for method, score in METHODS.items():
+        for method, score in METHODS.items() if args.fine_tune else [("linear", linear)]:
             began = time.monotonic()
             found_row = score(encoder, parts, tasks[task], args)
             row = {"dataset": task, "title": tasks[task].title, "metric": tasks[task].metric, "method": method, **found_row}
@@ -108,7 +108,28 @@ def linear(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, args: 
     return {"value": score.value, "low": score.low, "high": score.high, **told, **counts}
 
 
-METHODS: Mapping[str, Method] = {"linear": linear}
+def fine_tuned(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, args: Args) -> dict[str, Any]:
+    """The whole network, once for every pair of --rates and --decays and once more with the best."""
+    from simclr import transfer_tuning
+
+    tuning = transfer_tuning.Tuning(
+        steps=args.tuning_steps,
+        rates=args.rates or transfer_tuning.RATES,
+        decays=args.decays or transfer_tuning.DECAYS,
+        threads=args.threads,
+    )
+    with Bar(f"{task.title}, fine-tuning", None, "steps", "steps/s") as bar:
+
+        def progress(step: int, of: int) -> None:
+            bar.resize(of)
+            bar.update(step)
+
+        score = transfer_tuning.fine_tuned(encoder, parts, task, tuning, args.resamples, args.limit, progress)
+    told = {"lr": score.lr, "weight_decay": score.weight_decay, "validated": score.validation, "steps": tuning.steps}
+    return {"value": score.value, "low": score.low, "high": score.high, **told, **score.counts}
+
+
+METHODS: Mapping[str, Method] = {"linear": linear, "fine_tuned": fine_tuned}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

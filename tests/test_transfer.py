@@ -12,13 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
+import simclr
 from pipelines import cli, transfer
 from simclr.config import Config, Encoder, Views
 from simclr.data.patterns import render
 from simclr.data.transfer import TASKS, VOC_CLASSES, label_of, open_task, pictures, square
+from simclr.frozen import digest
 from simclr.model import build_model
 from simclr.published import write_encoder
 from simclr.transfer import Part, split
+from simclr.transfer_tuning import Tuning, fine_tuned
 
 
 def images(count: int, first: int = 0) -> tuple[list[Image.Image], list[int]]:
@@ -207,6 +210,29 @@ def test_the_suite_prints_table_8_and_names_what_is_absent(
     assert rows["caltech101"]["train"] == 48 and rows["caltech101"]["test"] == 10 and rows["caltech101"]["value"] > 0.5
     assert {row["dataset"]: row["converged"] for row in rows.values()} == dict.fromkeys(rows, 45)
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in rows.values())
+
+
+def test_the_suite_fine_tunes_too(root: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(encoder), "--suite", "transfer", "--root", str(root), "--out", str(tmp_path), "--resamples", "100"]
+    words += ["--fine-tune", "--tuning-steps", "2", "--rates", "0.05", "--decays", "0"]
+    cli.main([*words, "--only", "caltech101,voc2007"])
+    assert "fine_tuned" in capsys.readouterr().out
+    rows = {(row["dataset"], row["method"]): row for row in json.loads((tmp_path / "transfer.json").read_text())["rows"]}
+    assert len(rows) == 4
+    tuned = rows["caltech101", "fine_tuned"]
+    assert (tuned["lr"], tuned["weight_decay"], tuned["train"], tuned["validation"], tuned["test"]) == (0.05, 0, 48, 12, 10)
+    assert 0 <= rows["voc2007", "fine_tuned"]["low"] <= rows["voc2007", "fine_tuned"]["value"] <= 1
+
+
+def test_fine_tuning_takes_the_rate_that_validates_best_and_leaves_the_encoder_as_it_was(root: Path, encoder: Path) -> None:
+    """Two classes that 60 steps tell apart, and a rate that is too small to learn anything."""
+    published = simclr.load_encoder(encoder)
+    before = digest(published)
+    rows = open_task("caltech101", root, False)
+    assert rows is not None
+    score = fine_tuned(published, rows, TASKS["caltech101"], Tuning(steps=60, batch_size=16, rates=(1e-6, 0.3), decays=(0.0,)), 100)
+    assert score.lr == 0.3 and score.validation > 0.8 and 0 <= score.low <= score.value <= score.high <= 1
+    assert digest(published) == before and not published.training
 
 
 def test_mistakes_are_told_in_a_sentence(root: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,11 +99,11 @@ def test_a_tracker_that_opens_at_the_third_try_has_everything(tmp_path: Path, mo
     uri, tries = default_uri(tmp_path / "runs"), []
     real = tracked.open_tracker
 
-    def at_the_third(run: rundir.Run, uri: str) -> tracking.Tracker:
+    def at_the_third(run: rundir.Run, uri: str, tags: dict[str, str] | None) -> tracking.Tracker:
         tries.append(uri)
         if len(tries) < 3:
             raise ValueError("MLflow is away")
-        return real(run, uri)
+        return real(run, uri, tags)
 
     monkeypatch.setattr(tracked, "open_tracker", at_the_third)
     monkeypatch.setattr(tracked, "_AGAIN_S", 0.01)

@@ -284,9 +284,9 @@ def diverging(data: str) -> str:
 
     good, calls = module.nt_xent, []
 
-    def spoilt(z: Tensor, temperature: float) -> Tensor:
+    def spoilt(z: Tensor, temperature: float, memory: Tensor | None) -> Tensor:
         calls.append(1)
-        return good(z, temperature) * (float("nan") if len(calls) == 3 else 1)
+        return good(z, temperature, memory) * (float("nan") if len(calls) == 3 else 1)
 
     if rank() == 1:
         module.nt_xent = spoilt

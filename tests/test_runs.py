@@ -15,14 +15,12 @@ from pipelines.rundir import open_run
 from simclr.recipes import patterns_tiny
 from tests.s3 import Proxy
 
-NOW = time.time()
-
 
 def run(folder: Path, data: Path, name: str, steps: list[int], age_s: float, checkpoints: list[int]) -> None:
     """A run directory as `simclr pretrain` leaves it, its last report `age_s` seconds ago."""
     made = open_run(folder / name, "patterns_tiny", patterns_tiny(), data)
     made.save()
-    rows = [{"time": NOW - age_s, "step": s, "total_steps": 40, "speed/images_per_s": 512.4, "train/loss": 3.25} for s in steps]
+    rows = [{"time": time.time() - age_s, "step": s, "total_steps": 40, "speed/images_per_s": 512.4, "train/loss": 3.25} for s in steps]
     (made.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in checkpoints:
         (made.checkpoints / f"step-{step:09d}").mkdir(parents=True)
@@ -70,9 +68,9 @@ def test_the_same_in_s3(tmp_path: Path, patterns: Path, s3: Proxy, capsys: pytes
     some_runs(tmp_path, patterns)
     for path in tmp_path.rglob("*"):
         if path.is_file():
-            Store().client.put_object(Bucket="photos", Key=f"runs/{path.relative_to(tmp_path)}", Body=path.read_bytes())
-    check(listed("s3://photos/runs", capsys))
-    assert listed("s3://photos/runs/done", capsys)["done"]["checkpoint"] == 40
+            Store().client.put_object(Bucket="photos", Key=f"listed/{path.relative_to(tmp_path)}", Body=path.read_bytes())
+    check(listed("s3://photos/listed", capsys))
+    assert listed("s3://photos/listed/done", capsys)["done"]["checkpoint"] == 40
 
 
 def test_one_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path, patterns: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
 
             near = get_close_matches(name, COMMANDS, n=3, cutoff=0.4) or list(COMMANDS)
             raise ValueError(f"unknown command {name!r}; nearest: {', '.join(near)}")
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice ends it like Ctrl-C
+        # A scheduler's notice ends it like Ctrl-C: as KeyboardInterrupt, not as SIGINT, which a shell's background jobs ignore.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         quiet = "--quiet" in rest
         from pipelines import terminal
 

@@ -31,10 +31,13 @@ def patterns_tiny() -> Config:
 
 
 def cifar10_resnet14() -> Config:
-    """A ResNet-14 on CIFAR-10 that two CPU cores train in under an hour: every stage of v1 and v2 in small.
+    """A small ResNet-14 on CIFAR-10: every stage of v1 and v2 on a CPU.
 
     simclr prepare --source cifar10 --out runs/cifar10
-    simclr pretrain cifar10_resnet14 --data runs/cifar10 --workers 2
+    simclr pretrain cifar10_resnet14 --data runs/cifar10
+
+    CIFAR-10 as JPEG files of quality 75, one worker with one core (AMD EPYC, torch 2.15.0): 225 images/s where nothing else ran,
+    so about 55 min; kNN 58.2, L-BFGS probe 61.1 (n = 1, seed 0). Fine-tuned on 1 % of the labels (seeds 0, 1, 2): 51.6, 53.3, 52.9.
     """
     return Config(
         encoder=Encoder(depth=14, cifar_stem=True),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +340,14 @@ def test_views_are_drawn_for_any_data_and_verify_names_a_damaged_shard(
     code, out, err = simclr("verify", other)
     assert code == 2 and "damaged: its bytes do not have the manifest's sha256; sample 0: its JPEG cannot be decoded" in out
     assert f"1 of 1 shards of {other} are damaged" in err
+
+
+def test_a_notice_to_end_is_heeded_where_ctrl_c_is_ignored(tmp_path: Path) -> None:
+    """A shell starts its background jobs with SIGINT ignored; a scheduler's SIGTERM must end them all the same."""
+    command = [sys.executable, "-m", "pipelines.cli", "prepare", "--source", "patterns:train=900000,test=10"]
+    command += ["--out", str(tmp_path / "out")]
+    ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=ignored) as process:
+        assert process.stderr is not None and "prepare" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 130

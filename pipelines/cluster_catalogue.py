@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 AS_OF = "July 2025"
 SOURCE = (
-    "vendors' list prices, on demand, approximately; us-east-1 on AWS, us-central1 on Google Cloud (TPU v4: us-central2, v6e: us-east5);"
-    " without disks and traffic, and spot costs less"
+    "approximately list prices, on demand, written down from memory and not looked up: see the vendor's page;"
+    " us-east-1 on AWS, us-central1 on Google Cloud (TPU v4: us-central2, v6e: us-east5); without disks and traffic, and spot costs less"
 )
 
 

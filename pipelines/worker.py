@@ -20,9 +20,9 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from pipelines import storage
+    from pipelines import heartbeat, storage
     from pipelines.allocator import keep_freed_memory
-    from simclr import checkpoint
+    from simclr import checkpoint, pulse
     from simclr.collectives import from_rank_zero
     from simclr.config_finetune import STAGES
     from simclr.distill import distill
@@ -54,21 +54,27 @@ def train_worker(job: dict[str, Any]) -> None:
     if stage == "distill":
         home.fetch()
         loop = partial(loop, teacher=home.path / "teacher")
-    for report in loop(config, start, **job["given"]):
-        metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps, **job.get("mark", {})}
-        if first:
-            sent = job["inbox"].actor.put.remote(metrics)
-            if report.state is not None:
-                # There before the checkpoint is: a run that goes on from it does not repeat this report, nor may the driver
-                # hear earlier that training is over.
-                ray.get(sent)
-                home.wait()  # else the one that is being sent might be removed
-                written = checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
-                home.later(partial(home.send_checkpoint, written, config.train.keep_checkpoints))
-        # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
-        # what a scheduler decides by, and the driver's queue gets everything.
-        if report.state is not None or {"eval/knn_top1", "eval/top1"} & metrics.keys():
-            ray.train.report(metrics)
+    with pulse.watched():
+        for report in loop(config, start, **job["given"]):
+            metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps, **job.get("mark", {})}
+            leaving = heartbeat.asked_to_leave() if first else ""
+            if first:
+                sent = job["inbox"].actor.put.remote(metrics)
+                if report.state is not None:
+                    # There before the checkpoint is: a run that goes on from it does not repeat this report, nor may the driver
+                    # hear earlier that training is over.
+                    ray.get(sent)
+                    with pulse.unwatched():
+                        home.wait()  # else the one that is being sent might be removed
+                        written = checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
+                        home.later(partial(home.send_checkpoint, written, config.train.keep_checkpoints))
+                    if leaving:
+                        home.wait()
+                        raise heartbeat.Leave(leaving)
+            # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
+            # what a scheduler decides by, and the driver's queue gets everything.
+            if report.state is not None or {"eval/knn_top1", "eval/top1"} & metrics.keys():
+                ray.train.report(metrics)
     if first:
         home.wait()
         home.settle()

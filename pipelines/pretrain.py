@@ -53,8 +53,7 @@ def pretrain(args: Args) -> Run:
     examples, classes = manifest.examples("train", groups), manifest.classes
     args.resources.counts(config)
     config.steps_per_epoch(examples)
-    uri = training.checked_address(args.tracking_uri)
-    run, home = training.home_of(args.run, args.recipe, config, data, args.data)
+    run, home, uri = training.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri)
 
     def shapes() -> nn.Module:
         from simclr.model import shapes_only  # its imports take seconds

@@ -193,15 +193,18 @@ class Home:
         return path
 
     def send_checkpoint(self, path: Path, keep: int) -> None:
-        """Send a checkpoint, then remove all but the `keep` newest, and what was left of one that was not sent to its end."""
+        """Send a checkpoint, then remove all but the `keep` newest and the best, and what was left of one not sent to its end."""
         if self.at is None:
             return
+        from simclr import checkpoint
+
         there, text = self.at / "checkpoints" / path.name, (path / "checkpoint.json").read_bytes()
         if path.name in self._whole() and self.store.read(there / "checkpoint.json") != text:
             self.store.delete(there / "checkpoint.json")  # of an earlier time at this step
         self.store.upload(path / "state.safetensors", there / "state.safetensors", json.loads(text)["sha256"])
         self.store.upload(path / "checkpoint.json", there / "checkpoint.json")
-        kept = self._whole()[-keep:]
+        abouts = {name: self.store.read(self.at / "checkpoints" / name / "checkpoint.json") for name in self._whole()}
+        kept = checkpoint.worth_keeping({name: json.loads(text).get("score") for name, text in abouts.items()}, keep)
         for found in self.store.listing(self.at / "checkpoints"):  # checkpoint.json sorts first, so it goes first
             if PurePosixPath(found.name).parts[0] not in kept:
                 self.store.delete(self.at / "checkpoints" / found.name)

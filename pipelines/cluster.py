@@ -225,7 +225,7 @@ class _Head:
             import ray
 
             # At the end of the process it would ask the head again, for a minute.
-            atexit.unregister(ray._private.worker.shutdown)  # type: ignore[attr-defined]
+            atexit.unregister(ray._private.worker.shutdown)
             raise ValueError(
                 f"the head of the Ray cluster at {self.address} does not answer any more (for {away:.0f} s); "
                 "run the same command again once it does, to go on from the last checkpoint"
@@ -322,8 +322,9 @@ def _trainer(
     tell: controller.Tell,
     controllers: list[Any] | None,
 ) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import ScalingConfig  # what ray.train gives; a type checker finds its forerunner there
 
     gpus = require(resources)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"

@@ -39,16 +39,17 @@ class Vigil:
         """`names[rank]` is where a worker is, for people: its host, address and pid."""
         self.names, self.timeout_s = names, timeout_s
         self.readings: list[Reading | None] = [None] * len(names)
-        self.answered, self.moved = [now] * len(names), [now] * len(names)
+        self.answered, self.moved, self.stood = [now] * len(names), [now] * len(names), [now] * len(names)
         self.longest = 0.0
 
     def hear(self, rank: int, reading: Reading, now: float) -> None:
         """`rank` has answered."""
         before, self.readings[rank], self.answered[rank] = self.readings[rank], reading, now
         if before is None or reading.beats != before.beats or not reading.watched:
-            if before is not None and before.watched:
-                self.longest = max(self.longest, now - self.moved[rank])
+            if before is not None and before.watched:  # it stood from one answer to another, at least
+                self.longest = max(self.longest, self.stood[rank] - self.moved[rank])
             self.moved[rank] = now
+        self.stood[rank] = now
 
     def hung(self, now: float) -> dict[int, str]:
         """{rank: a sentence} of those that hang; {} while all is well."""

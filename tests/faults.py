@@ -10,10 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 
-def plan(folder: Path, *faults: tuple[int, int, str]) -> None:
-    """Write (step, rank, how) to `folder`; how = kill, stop (its process) or hang (the thread that trains)."""
+from simclr.config import Config
+
+
+def plan(folder: Path, *faults: tuple[int, int, str], step_s: float = 0.0) -> None:
+    """Write (step, rank, how) to `folder`; how = kill, stop (its process) or hang (the thread that trains). A step takes `step_s`
+    more than it would."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "step_s").write_text(str(step_s))
     for step, rank, how in faults:
         (folder / f"{step:04}-{rank}").write_text(how)
 
@@ -30,13 +36,13 @@ def faulty_worker(job: dict[str, Any]) -> None:
     from pipelines.worker import train_worker
     from simclr import pulse
 
-    folder, rank, beat = Path(job["run"]) / "faults", ray.train.get_context().get_world_rank(), pulse.beat
+    folder, rank, beat = Path(f"{job['run']}-faults"), ray.train.get_context().get_world_rank(), pulse.beat
 
     def grievous(step: int | None = None) -> None:
         beat(step)
         if step is None:
             return
-        time.sleep(float(os.environ.get("STEP_S", "0")))
+        time.sleep(float((folder / "step_s").read_text()))
         path = folder / f"{step + 1:04}-{rank}"
         if not path.exists():
             return
@@ -54,3 +60,13 @@ def faulty_worker(job: dict[str, Any]) -> None:
 
     pulse.beat = grievous
     train_worker(job)
+
+
+def undisturbed(config: Config, data: Path) -> tuple[dict[int, float], dict[str, Tensor]]:
+    """Step → loss, and the encoder at the end, of a training that nothing happens to, on the ranks that there are."""
+    from simclr.pretrain import Start, pretrain
+
+    losses, state = {}, {}
+    for report in pretrain(config, Start(data)):
+        losses[report.step], state = report.metrics["train/loss"], report.state.tensors
+    return losses, {name: tensor.clone() for name, tensor in state.items() if name.startswith("model.")}

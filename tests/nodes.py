@@ -67,7 +67,7 @@ class Nodes:
 
     def _parameters(self, cores: int, **more: Any) -> Any:
         found = ray._private.parameter.RayParams(num_cpus=cores, num_gpus=0, object_store_memory=80 << 20, **more)
-        found.update_if_absent(min_worker_port=0, max_worker_port=0, temp_dir=str(self.folder))
+        found.update_if_absent(min_worker_port=0, max_worker_port=0, temp_dir=str(self.folder), include_log_monitor=False)
         return found
 
     def add(self, cores: int = 1, environment: dict[str, str] | None = None) -> Any:
@@ -77,7 +77,7 @@ class Nodes:
         before = {name: os.environ.get(name) for name in environment or {}}
         os.environ.update(environment or {})
         try:
-            more = {"redis_address": None, "gcs_address": self.address, "include_log_monitor": False, "node_manager_port": 0}
+            more = {"redis_address": None, "gcs_address": self.address, "node_manager_port": 0}
             parameters = self._parameters(cores, **more)
             parameters.dashboard_agent_listen_port = None
             node = Node(parameters, head=False, shutdown_at_exit=True, spawn_reaper=True)
@@ -89,8 +89,8 @@ class Nodes:
 
     def kill(self, node: Any) -> None:
         """The node is gone from one moment to the next: SIGKILL for its raylet and all its processes."""
-        pids = [info.process.pid for infos in node.all_processes.values() for info in infos]
-        for pid in [*pids, *(child for pid in pids for child in children(pid))]:
+        own = [info.process.pid for infos in node.all_processes.values() for info in infos]
+        for pid in [*own, *(child for parent in own for child in children(parent))]:
             _signal(pid, signal.SIGKILL)
         self.others.remove(node)
         node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)

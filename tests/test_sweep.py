@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import cli, cluster, controller, terminal
+from pipelines import cli, controller, terminal
 from pipelines.rundir import load_run
 from simclr.data.manifest import read_manifest
 from tests.sweeps import a_sweep, trained

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from simclr.data.manifest import Manifest
 from pipelines import cluster
+from simclr.data.manifest import Manifest
 from tune import points
 from tune.book import Sweep
 from tune.spaces import Axis, PeakBetween

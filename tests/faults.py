@@ -16,7 +16,7 @@ from simclr.config import Config
 
 
 def plan(folder: Path, *faults: tuple[int, int, str], step_s: float = 0.0) -> None:
-    """Write (step, rank, how) to `folder`; how = kill, stop (its process) or hang (the thread that trains). A step takes `step_s`
+    """Write (step, rank, how) to `folder`; how = kill, stop (its process), hang (the thread that trains) or nothing. A step takes `step_s`
     more than it would."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "step_s").write_text(str(step_s))
@@ -25,7 +25,7 @@ def plan(folder: Path, *faults: tuple[int, int, str], step_s: float = 0.0) -> No
 
 
 def happened(folder: Path) -> dict[int, float]:
-    """Step → when its fault came, Unix time."""
+    """Step → when its fault came, Unix time as that rank has it."""
     return {int(path.name[:4]): json.loads(path.read_text()) for path in sorted(folder.glob("*.done"))}
 
 
@@ -55,7 +55,7 @@ def faulty_worker(job: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         elif how == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        else:
+        elif how == "hang":
             threading.Event().wait()
 
     pulse.beat = grievous
@@ -70,3 +70,11 @@ def undisturbed(config: Config, data: Path) -> tuple[dict[int, float], dict[str,
     for report in pretrain(config, Start(data)):
         losses[report.step], state = report.metrics["train/loss"], report.state.tensors
     return losses, {name: tensor.clone() for name, tensor in state.items() if name.startswith("model.")}
+
+
+def command() -> None:
+    """`simclr …` as it is, with workers that come to grief."""
+    from pipelines import cli, worker
+
+    worker.train_worker = faulty_worker
+    cli.main()

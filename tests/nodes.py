@@ -120,6 +120,14 @@ def children(pid: int) -> list[int]:
     return [found for child in own for found in (child, *children(child))]
 
 
+def alive(pid: int) -> bool:
+    """Whether `pid` runs; one that only nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def _signal(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)

@@ -12,6 +12,7 @@ from simclr import disk, pulse
 from simclr.data.place import Unreachable
 
 _ASK_MOST_S = 30.0  # between two questions where a worker is
+_SAY_EVERY_S = 60.0
 Tell = Callable[[dict[str, Any]], None]
 """Sends a message to the driver."""
 
@@ -56,7 +57,7 @@ def trainer_class(private: bool, counts: list[int], hang_timeout_s: float, tell:
             return [_overseer(hang_timeout_s, tell), *(c for c in callbacks if type(c).__name__ not in unused)]
 
         def _initialize_and_run_controller(self, **settings: Any) -> Any:
-            settings["scaling_policy"] = _scaling(self.scaling_config, counts, private)
+            settings["scaling_policy"] = _scaling(self.scaling_config, counts, private, tell)
             settings["failure_policy"] = _failing(self.run_config.failure_config)
             if controllers is None:
                 controller = TrainController(**settings)
@@ -93,7 +94,7 @@ def _failing(config: Any) -> Any:
     return Policy(config)
 
 
-def _scaling(config: Any, counts: list[int], private: bool) -> Any:
+def _scaling(config: Any, counts: list[int], private: bool, tell: Tell) -> Any:
     from ray.train.v2._internal.execution.scaling_policy import (
         ElasticScalingPolicy,
         FixedScalingPolicy,
@@ -112,11 +113,23 @@ def _scaling(config: Any, counts: list[int], private: bool) -> Any:
         """As many workers as there is room for and as the batch divides over. Ray's own ends a group where it stands to make it
         larger; this one asks it to leave with a checkpoint, and the next group, which has the room, is the larger."""
 
-        asked = 0.0
+        asked, say_at = 0.0, 0.0
 
         def _count_possible_workers(self, reserved_resources: Any) -> int:
             room = super()._count_possible_workers(reserved_resources)
             return max((count for count in counts if count <= room), default=0)
+
+        def make_decision_for_non_running_worker_group(self) -> Any:
+            decision = super().make_decision_for_non_running_worker_group()
+            now = time.monotonic()
+            if not isinstance(decision, NoopDecision):
+                self.say_at = 0.0
+            elif self.say_at == 0:  # the first answers come before Ray has counted
+                self.say_at = now + _SAY_EVERY_S / 6
+            elif now > self.say_at:
+                self.say_at = now + _SAY_EVERY_S
+                tell({"say": f"waiting for nodes: there is no room for {counts[0]} workers"})
+            return decision
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
             decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)

@@ -138,7 +138,7 @@ def test_a_worker_that_is_killed_hangs_or_stops(
 ) -> None:
     story = Story(tmp_path / "run", said)
     faults.plan(tmp_path / "run-faults", (7, 1, "kill"), (14, 1, "hang"), (19, 0, "stop"), step_s=0.25)
-    train(story.run, patterns, address=nodes.address, hang_timeout_s=4.0)
+    train(story.run, patterns, address=nodes.address, hang_timeout_s=6.0, max_failures=9)
     came = faults.happened(tmp_path / "run-faults")
     assert set(came) == {7, 14, 19}
     named = {7: "a worker is killed (SIGKILL)", 14: "a worker's training thread hangs", 19: "a worker is stopped (SIGSTOP)"}

@@ -22,7 +22,7 @@ from simclr.config import Config
 from simclr.config_finetune import STAGES
 
 # Before Ray is imported: what it reads from the environment once.
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+_START_S = os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a call that comes after the shutdown starts a second Ray, which nobody ends
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
@@ -284,6 +284,15 @@ def inbox() -> Any:
     return Queue(actor_options={"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}})
 
 
+def taken(inbox: Any) -> None:
+    """Return when the driver has taken every message that this process has put there: of a driver that is dead, never. (The
+    queue's process outlives it for seconds, in which workers would go on and write checkpoints that no report leads to.)"""
+    import ray
+
+    while not ray.get(inbox.actor.empty.remote()):
+        time.sleep(0.005)
+
+
 def take(inbox: Any, within_s: float) -> dict[str, Any]:
     """The next message of an `inbox()`; {} where none comes in time. Raises EOFError where its process is gone."""
     from ray.exceptions import RayActorError
@@ -328,8 +337,8 @@ def _trainer(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(10 * resources.hang_timeout_s)  # who is silent is seen before, and named
     counts = resources.counts(STAGES[job["stage"]].from_dict(job["config"]))
     elastic = resources.min_workers is not None
-    if elastic:  # a group that was planned with a node too many is planned again
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30"
+    # An elastic group that was planned with a node too many is planned again.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30" if elastic else _START_S
     return controller.trainer_class(private, counts, resources.hang_timeout_s, tell, controllers)(
         worker,
         train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},

@@ -81,6 +81,8 @@ def trainer_class(private: bool, counts: list[int], hang_timeout_s: float, tell:
             # As the parent does, which keeps the handle to itself; Ctrl-C needs it.
             here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
             env = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
+            # Else who frees the workers' cores when the controller is killed finds no Ray where there are two on a machine.
+            env["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
             actor: Any = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": env})(TrainController)
             controllers.append(actor.remote(**settings))
             ray.get(controllers[0].run.remote())

@@ -20,7 +20,7 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from pipelines import heartbeat, storage
+    from pipelines import cluster, heartbeat, storage
     from pipelines.allocator import keep_freed_memory
     from pipelines.saving import SCORES, Saver
     from simclr import checkpoint, pulse
@@ -61,13 +61,13 @@ def train_worker(job: dict[str, Any]) -> None:
         for report in loop(config, start, **job["given"]):
             metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps, **mark}
             if saver is not None:
-                sent = put.remote(metrics)
+                put.remote(metrics)
                 leaving = heartbeat.asked_to_leave() if report.step < report.total_steps else ""
                 if saver.due(report) or leaving:
-                    # There before the checkpoint is: a run that goes on from it does not repeat this report, nor may the driver
-                    # hear earlier that training is over.
-                    ray.get(sent)
                     with pulse.unwatched():  # a slow disk is no hang
+                        # With the driver before the checkpoint is: a run that goes on from it does not repeat this report, nor
+                        # may the driver hear earlier that training is over.
+                        cluster.taken(job["inbox"])
                         saver.save(report)
                 if leaving:
                     saver.close()

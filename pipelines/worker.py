@@ -57,7 +57,7 @@ def train_worker(job: dict[str, Any]) -> None:
         loop = partial(loop, teacher=home.path / "teacher")
     mark, put = job.get("mark", {}), job["inbox"].actor.put
     saver = Saver(home, config.train, lambda told: put.remote(told | mark)) if first else None
-    for report in loop(config, start, **job["given"]):
+    for report in storage.repaired(loop(config, start, **job["given"]), job["data"]):
         metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps, **mark}
         if saver is not None:
             sent = put.remote(metrics)

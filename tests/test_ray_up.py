@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +40,16 @@ def filled(head: str, workers: list[str], key: Path) -> str:
         (lines[number],) = (text for start, text in mine.items() if lines[number].strip().startswith(start))
     assert len(marked) == 3
     return "\n".join(lines) + "\n"
+
+
+def environment(folder: Path) -> None:
+    """That of these tests, in `folder`, with bootstrap.sh's mark that it is of this checkout's lock."""
+    folder.mkdir()
+    for path in Path(sys.prefix).iterdir():
+        if path.name != "installed":
+            (folder / path.name).symlink_to(path)
+    lock = b"".join((ROOT / name).read_bytes() for name in ("requirements.lock", "pyproject.toml", "cluster/bootstrap.sh"))
+    (folder / "installed").write_text(f"{hashlib.sha256(lock).hexdigest()} {ROOT}\n")
 
 
 class Laptop:
@@ -110,10 +121,11 @@ def test_from_ray_up_to_the_encoder_and_down(tmp_path: Path, patterns: Path) -> 
     laptop = Laptop(tmp_path)
     shared = tmp_path / "shared"  # what NFS would be: every host sees it at the same place
     shutil.copytree(patterns, shared / "patterns")
+    environment(shared / "environment")
     with hosts(3, tmp_path) as (machines, key):
-        for host in machines:  # an environment on a shared disk; bootstrap.sh sees that it is of this lock
+        for host in machines:  # link to it, as cluster/README.md says
             (host.home / "simclr").mkdir()
-            (host.home / "simclr/.venv").symlink_to(sys.prefix)
+            (host.home / "simclr/.venv").symlink_to(shared / "environment")
         head, *workers = (host.address for host in machines)
         cluster = tmp_path / "onprem.yaml"
         cluster.write_text(filled(head, workers, key))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines import tpu
 from pipelines.terminal import say
 from simclr import disk
 from simclr.data.place import Unreachable
@@ -41,7 +42,11 @@ class Resources:
     cpus_per_worker: int = 1
     """CPU cores of each worker: torch threads on a CPU, loader threads beside a GPU."""
     device: str = "auto"
-    """auto (GPUs when the cluster has one for each worker), cpu or cuda."""
+    """auto (GPUs when the cluster has one for each worker), cpu, cuda, or tpu, which has never run on one."""
+    topology: str | None = None
+    """Chips of the TPU slice in each direction, as 4x4; one worker drives each."""
+    accelerator_type: str | None = None
+    """The TPU's kind, as TPU-V5LITEPOD."""
     address: str | None = None
     """Ray cluster to join: 'auto' on a cluster's node; nothing = a private Ray on this machine."""
     max_failures: int = 3
@@ -52,8 +57,12 @@ class Resources:
             raise ValueError(f"--workers is {self.workers}; expected at least 1")
         if self.cpus_per_worker < 1:
             raise ValueError(f"--cpus-per-worker is {self.cpus_per_worker}; expected at least 1")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device is {self.device!r}; expected auto, cpu or cuda")
+        if self.device not in ("auto", "cpu", "cuda", "tpu"):
+            raise ValueError(f"--device is {self.device!r}; expected auto, cpu, cuda or tpu")
+        if self.device == "tpu":
+            tpu.check(self.workers, self.topology, self.accelerator_type)
+        elif self.topology or self.accelerator_type:
+            raise ValueError("--topology and --accelerator-type are a TPU slice's; say --device tpu, or leave them out")
 
 
 def joins_a_cluster(address: str | None) -> bool:
@@ -154,7 +163,7 @@ def require(resources: Resources) -> bool:
     import ray
 
     total = ray.cluster_resources()
-    gpus = total.get("GPU", 0) >= resources.workers and resources.device != "cpu"
+    gpus = total.get("GPU", 0) >= resources.workers and resources.device in ("auto", "cuda")
     if resources.device == "cuda" and not gpus:
         raise ValueError(f"--device cuda with {resources.workers} workers needs as many GPUs; the cluster has {total.get('GPU', 0):.0f}")
     cores = resources.workers * resources.cpus_per_worker
@@ -163,6 +172,8 @@ def require(resources: Resources) -> bool:
             f"{resources.workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; "
             f"the cluster has {total.get('CPU', 0):.0f}: use fewer --workers or --cpus-per-worker"
         )
+    if resources.topology and resources.accelerator_type:
+        tpu.require(resources.topology, resources.accelerator_type)
     return gpus
 
 
@@ -238,15 +249,21 @@ def _trainer(
     from ray.train.torch import TorchConfig
 
     gpus = require(resources)
+    accelerator = {"GPU": 1} if gpus else {}
+    torch_config, scaling = TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800), {}
+    if resources.topology and resources.accelerator_type:
+        accelerator = {"TPU": 1}
+        torch_config, scaling = tpu.torch_config(resources.topology, 1800), tpu.scaling(resources.topology, resources.accelerator_type)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
     return _trainer_class(private, controllers)(
         worker,
         train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
+        torch_config=torch_config,
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=gpus,
-            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if gpus else {}),
+            resources_per_worker={"CPU": resources.cpus_per_worker} | accelerator,
+            **scaling,
         ),
         run_config=RunConfig(
             name=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import tpu
+from pipelines import capacity, tpu
 from pipelines.terminal import say
 from simclr import disk
 from simclr.data.place import Unreachable
@@ -159,10 +159,8 @@ class Running:
 
 
 def require(resources: Resources) -> bool:
-    """Whether the workers get GPUs. Raises ValueError where the cluster, once connected, has not what they ask for."""
-    import ray
-
-    total = ray.cluster_resources()
+    """Whether the workers get GPUs. Raises ValueError where the cluster, once connected, cannot have what they ask for."""
+    total = capacity.reachable(joins_a_cluster(resources.address))
     gpus = total.get("GPU", 0) >= resources.workers and resources.device in ("auto", "cuda")
     if resources.device == "cuda" and not gpus:
         raise ValueError(f"--device cuda with {resources.workers} workers needs as many GPUs; the cluster has {total.get('GPU', 0):.0f}")
@@ -174,6 +172,7 @@ def require(resources: Resources) -> bool:
         )
     if resources.topology and resources.accelerator_type:
         tpu.require(resources.topology, resources.accelerator_type)
+    capacity.announce({"CPU": cores, "GPU": resources.workers if gpus else 0})
     return gpus
 
 

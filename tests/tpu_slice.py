@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipelines import cluster
+from simclr.recipes import patterns_tiny
 
 SLICE = {"device": "tpu", "topology": "2x2x2", "accelerator_type": "TPU-V4"}
 TOLD = ("TORCH_TPU_SLICEBUILDER_ADDRESSES", "TORCH_TPU_TOPOLOGY", "TORCH_TPU_XPROF_SESSION_ID", "TPU_NAME", "TPU_WORKER_ID", "LOCAL_RANK")
@@ -49,7 +51,8 @@ def main(address: str, folder: str) -> None:
         refused = ""
     except ValueError as error:
         refused = str(error)
-    running = cluster.launch(look, {}, resources, Path(folder))
+    config = replace(patterns_tiny(), train=replace(patterns_tiny().train, batch_size=64))
+    running = cluster.launch(look, {"stage": "pretrain", "config": config.to_dict()}, resources, Path(folder))
     seen = sorted(running.reports(), key=lambda report: report["rank"])
     print(json.dumps({"refused": refused, "seen": seen}))
     cluster.disconnect()

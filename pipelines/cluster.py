@@ -160,6 +160,8 @@ class Running:
 
 def require(resources: Resources) -> bool:
     """Whether the workers get GPUs. Raises ValueError where the cluster, once connected, cannot have what they ask for."""
+    if resources.topology and resources.accelerator_type:
+        tpu.require(resources.topology, resources.accelerator_type)
     total = capacity.reachable(joins_a_cluster(resources.address))
     gpus = total.get("GPU", 0) >= resources.workers and resources.device in ("auto", "cuda")
     if resources.device == "cuda" and not gpus:
@@ -170,8 +172,6 @@ def require(resources: Resources) -> bool:
             f"{resources.workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; "
             f"the cluster has {total.get('CPU', 0):.0f}: use fewer --workers or --cpus-per-worker"
         )
-    if resources.topology and resources.accelerator_type:
-        tpu.require(resources.topology, resources.accelerator_type)
     capacity.announce({"CPU": cores, "GPU": resources.workers if gpus else 0})
     return gpus
 

@@ -129,9 +129,9 @@ def train_classifier(
             step += 1
             last = step == total
             watch = "test" in manifest.splits and (last or (watch_every > 0 and step % watch_every == 0))
-            save = last or step % config.train.checkpoint_every_steps == 0
+            due = config.checkpoint_due(step, total)
             alive = step == first + 1
-            if not (last or watch or save or alive or step % config.train.report_every_steps == 0):
+            if not (due or watch or alive or step % config.train.report_every_steps == 0):
                 continue
 
             # ── A report: the only place where the host waits for the device ───────────────────────────────────────
@@ -140,7 +140,7 @@ def train_classifier(
             if watch:
                 metrics |= test_scores(model, config, start)
                 _train_mode(model, linear)
-            yield Report(step, total, metrics, checkpoint.capture(step, config.to_dict(), model, optimizer) if save else None)
+            yield Report(step, total, metrics, checkpoint.capture(step, config.to_dict(), model, optimizer), due)
             summed.zero_()
             since = Clock(step)
     finally:

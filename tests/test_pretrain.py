@@ -33,7 +33,7 @@ def run(config: Config, patterns: Path, folder: Path, until: int | None = None, 
     found = checkpoint.latest(folder, print) if resume and folder.exists() else None
     reports = {}
     for report in pretrain(config, Start(patterns, checkpoint=found)):
-        if report.state is not None:
+        if report.due:
             checkpoint.write(folder, report.state, config.train.keep_checkpoints)
         reports[report.step] = report
         if report.step == until:
@@ -65,7 +65,7 @@ def train_in_a_process(settings: Config, patterns: Path, folder: Path, told: Any
     found = checkpoint.latest(folder, print) if folder.exists() else None
     for report in pretrain(settings, Start(patterns, checkpoint=found)):
         told.send((report.step, report.metrics["train/loss"]))
-        if report.state is not None:
+        if report.due:
             checkpoint.write(folder, report.state, settings.train.keep_checkpoints)
 
 
@@ -77,7 +77,7 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_uninterrupted_run(patte
     whole = run(settings, patterns, tmp_path / "whole")
     torch.set_num_threads(threads)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_pretrain"])
+    context.set_forkserver_preload(["tests.test_checkpoint", "tests.test_pretrain"])
     losses: dict[int, float] = {}
     for steps, wait_s in ((0, 0.0), (2, 0.0), (3, 0.02), (5, 0.001), (2, 0.005), (None, 0.0)):
         ours, theirs = context.Pipe(duplex=False)
@@ -140,7 +140,7 @@ def test_reports_are_due_when_the_config_says(patterns: Path, tmp_path: Path) ->
     settings = dataclasses.replace(settings, watch=dataclasses.replace(settings.watch, every_epochs=0.6))  # six steps
     reports = run(settings, patterns, tmp_path)
     assert list(reports) == [1, 5, 6, 8, 10, 12]  # the first, every fifth, every watched, every saved, the last
-    assert [s for s, r in reports.items() if r.state is not None] == [8, 12]
+    assert [s for s, r in reports.items() if r.due] == [8, 12]
     assert [s for s, r in reports.items() if "eval/knn_top1" in r.metrics] == [6, 12]
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000000008", "step-000000012"]
     last = reports[12].metrics

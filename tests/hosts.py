@@ -151,7 +151,7 @@ def _furnish(own: Path, address: str, key: Path) -> None:
 
 def _first(unshare: int, address: str) -> int:
     """Wait until its sshd answers, then the pid of the host's process 1."""
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + 300
     while time.monotonic() < ends:
         with contextlib.suppress(OSError), socket.create_connection((address, 22), timeout=1):
             return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0])

@@ -169,7 +169,8 @@ def test_from_ray_up_to_the_encoder_and_down(tmp_path: Path, patterns: Path) -> 
             assert laptop.token not in text, f"the token is in {where}"
         assert laptop.token not in "".join(p.read_text(errors="replace") for p in shared.rglob("*.json*"))
         laptop.run("ray down", "ray", "down", "-y", str(cluster))
-        # `ray down` ends Ray on the head; the workers' raylets see that and end by themselves, a minute later.
+        # `ray down` ends Ray on the head; the workers' raylets see that and end by themselves, a minute later, and onprem.yaml sees to
+        # what they leave.
         laptop.until("nothing is left on the head", lambda: not machines[0].processes("/ray/"), 20)
         laptop.until("nothing is left anywhere", lambda: not any(host.processes("/ray/") for host in machines), 120)
 

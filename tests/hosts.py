@@ -29,6 +29,7 @@ mount --bind {folder}/passwd /etc/passwd && mount --bind {folder}/ray /tmp/ray &
 mount --bind {folder}/../names /etc/hosts && mount --bind {folder}/../resolv.conf /etc/resolv.conf &&
 mkdir -p /run/sshd && {{ /usr/sbin/sshd -D -e -f {folder}/sshd_config 2>{folder}/sshd.log & wait; }}
 """
+# A raylet waits so long for a head that is gone; Ray's own minute would be half of it spent waiting in a test of `ray down`.
 _SSHD = """
 ListenAddress {address}
 HostKey {folder}/host_key
@@ -40,6 +41,7 @@ KbdInteractiveAuthentication no
 UsePAM no
 PermitRootLogin prohibit-password
 Subsystem sftp internal-sftp
+SetEnv RAY_gcs_rpc_server_reconnect_timeout_s=30
 """
 
 

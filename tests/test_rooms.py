@@ -30,7 +30,9 @@ DOORS = {
 # Module of ours → the modules of ours that it may import.
 WITHIN = {
     "simclr.config": set(),
-    "simclr.collectives": set(),
+    "simclr.moments": set(),
+    "simclr.collectives": {"simclr.moments"},
+    "simclr.straggler": set(),
     "simclr.keyed": set(),
     "simclr.loss": {"simclr.collectives", "simclr.kernels.nt_xent"},
     "simclr.kernels.nt_xent": {"simclr.kernels.nt_xent_triton"},

@@ -80,7 +80,7 @@ def distill(args: Args) -> Run:
             raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
         data = storage.shards(at)
         manifest = read_manifest(data)
-        examples, uri = manifest.examples("train"), training.checked_address(args.tracking_uri)
+        examples = manifest.examples("train")
         from simclr import labels
         from simclr.distill import require_teacher
         from simclr.finetune import build_classifier
@@ -93,7 +93,7 @@ def distill(args: Args) -> Run:
         config.images_per_rank(args.resources.workers)
         config.steps_per_epoch(examples)
         name = f"distill-{classifiers.recipe_of(directory).removeprefix('finetune-')}"
-        run, home = training.home_of(args.run, name, config, data, at, "distill")
+        run, home, uri = training.home_of(args.run, name, config, data, at, args.tracking_uri, "distill")
         run.save()
         if seen is not None:
             classifiers.write_labels(run, seen)

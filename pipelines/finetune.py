@@ -84,7 +84,6 @@ def finetune(args: Args) -> Run:
             raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
         data = storage.shards(at)
         classes = classifiers.require_classes(manifest := read_manifest(data), data)
-        uri = training.checked_address(args.tracking_uri)
         from simclr import checkpoint, labels
         from simclr.finetune import build_classifier, first_state
 
@@ -96,7 +95,7 @@ def finetune(args: Args) -> Run:
         config.steps_per_epoch(len(ids))
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"
-        run, home = training.home_of(args.run, name, config, data, at, "finetune")
+        run, home, uri = training.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune")
         run.save()
         classifiers.write_labels(run, seen)
         if state is not None and not checkpoint.list_checkpoints(run.checkpoints):

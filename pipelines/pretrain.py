@@ -54,8 +54,7 @@ def pretrain(args: Args) -> Run:
     config.images_per_rank(args.resources.workers)
     config.group_of(0, args.resources.workers)
     config.steps_per_epoch(examples)
-    uri = training.checked_address(args.tracking_uri)
-    run, home = training.home_of(args.run, args.recipe, config, data, args.data)
+    run, home, uri = training.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri)
 
     def shapes() -> nn.Module:
         from simclr.model import shapes_only  # its imports take seconds

@@ -12,9 +12,9 @@ import tyro
 from pipelines import address, storage, tracking
 from pipelines.card import UNKNOWN_LICENCE, write_card
 from pipelines.evaluate import scores_of
-from pipelines.rundir import Run, load_run
+from pipelines.rundir import load_run
 from pipelines.terminal import say
-from pipelines.tracked import log_report, open_tracker
+from pipelines.tracked import catch_up
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def _publish(args: Args) -> dict[str, Any]:
             )
         uri = run.tracking_uri
     address.check(uri)
-    if not run.tracking_run:
-        run = _log(run, uri)
+    if run.unlogged or not run.tracking_run:
+        run = catch_up(run, uri)
     name = args.name or run.data.resolve().name
     write_card(run.encoder, name, scores, args.licence)
     version = tracking.register(uri, run.tracking_run, run.encoder, name, scores)
@@ -74,16 +74,6 @@ def _publish(args: Args) -> dict[str, Any]:
         say(f"{name}/{version} is registered; the champion stays, with {metric} {score_text(metric, before or 0)}")
     run.noted(registered=f"{name}/{version}").took("publish", time.monotonic() - began)
     return {"name": name, "version": version, "champion": moved, "before": before}
-
-
-def _log(run: Run, uri: str) -> Run:
-    """Log a run that MLflow was away for, from its metrics.jsonl. Raises ValueError where MLflow refuses."""
-    say(f"{run.path} was not logged to any MLflow; logging it at {address.redacted(uri)}")
-    tracker = open_tracker(run, uri)
-    for report in run.history():
-        log_report(tracker, report)
-    tracker.close("FINISHED")
-    return run.noted(tracking_uri=address.redacted(uri), tracking_run=tracker.run_id)
 
 
 def score_text(metric: str, value: float) -> str:

@@ -58,6 +58,8 @@ class Run:
     tracking_uri: str = ""
     """MLflow address, without credentials."""
     tracking_run: str = ""
+    unlogged: str = ""
+    """"yes" where MLflow has not taken all of metrics.jsonl: the same command again logs the rest."""
     registered: str = ""
     """NAME/VERSION in the registry, once published."""
     stage: str = "pretrain"

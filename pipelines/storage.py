@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.terminal import Bar, say
 from simclr import disk
-from simclr.data.place import address, copy_of, locked
+from simclr.data.place import Corrupt, Refetched, address, copy_of, locked
 
+T = TypeVar("T")
 # What a run directory or a published encoder holds, checkpoints apart. run.json first: it says whose the others are.
 _PUBLISHED = ("encoder.safetensors", "head.safetensors", "classifier.safetensors", "README.md", "config.json")
 _FILES = (
@@ -49,6 +51,24 @@ def shards(place: str | Path, groups: int = 1, group: int = 0) -> Path:
     with Bar("download", None, "MiB", "MiB/s") as bar:
         remote.fetch(at, copy, mebibytes(bar), Store(), groups, group)
     return copy
+
+
+def repaired(reports: Iterator[T], place: str | Path) -> Iterator[T]:
+    """`reports` of a training on the shards at `place`. Of s3://… one that turns out to be corrupt in this machine's copy is fetched
+    once more, and Refetched raised in place of Corrupt: it is worth trying again. On disk, and where S3 has no better, Corrupt stands."""
+    began = time.time()
+    try:
+        yield from reports
+    except Corrupt as error:
+        at = address(place)
+        if at is None:
+            raise
+        from simclr.data import remote
+        from simclr.data.store import Store
+
+        if not remote.refetch(at, copy_of(at, "shards"), error.shard, began, Store()):
+            raise
+        raise Refetched(f"{error.shard} was corrupt on this machine and was fetched again from {at}") from None
 
 
 def mebibytes(bar: Bar) -> Callable[[int, int], None]:
@@ -193,15 +213,18 @@ class Home:
         return path
 
     def send_checkpoint(self, path: Path, keep: int) -> None:
-        """Send a checkpoint, then remove all but the `keep` newest, and what was left of one that was not sent to its end."""
+        """Send a checkpoint, then remove all but the `keep` newest and the best, and what was left of one not sent to its end."""
         if self.at is None:
             return
+        from simclr import checkpoint
+
         there, text = self.at / "checkpoints" / path.name, (path / "checkpoint.json").read_bytes()
         if path.name in self._whole() and self.store.read(there / "checkpoint.json") != text:
             self.store.delete(there / "checkpoint.json")  # of an earlier time at this step
         self.store.upload(path / "state.safetensors", there / "state.safetensors", json.loads(text)["sha256"])
         self.store.upload(path / "checkpoint.json", there / "checkpoint.json")
-        kept = self._whole()[-keep:]
+        abouts = {name: self.store.read(self.at / "checkpoints" / name / "checkpoint.json") for name in self._whole()}
+        kept = checkpoint.worth_keeping({name: json.loads(text).get("score") for name, text in abouts.items()}, keep)
         for found in self.store.listing(self.at / "checkpoints"):  # checkpoint.json sorts first, so it goes first
             if PurePosixPath(found.name).parts[0] not in kept:
                 self.store.delete(self.at / "checkpoints" / found.name)

@@ -1,4 +1,7 @@
-"""A run's reports on their way to MLflow, which may be slow, away or full: the training never waits for it."""
+"""A run's reports on their way to MLflow, which may be slow, away or full: the training never waits for it.
+
+What it has not taken when the job ends, or its driver is killed, is in metrics.jsonl, and is logged from there the next time.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,19 @@ def open_tracker(run: Run, uri: str, tags: dict[str, str] | None = None) -> trac
 
 
 def log_report(tracker: tracking.Tracker, report: dict[str, Any]) -> None:
-    """Queue a report's metrics."""
-    tracker.log(int(report["step"]), {k: float(v) for k, v in report.items() if "/" in k or k == "epoch"})
+    """Queue a report's metrics, with the time of its line in metrics.jsonl, if it is one."""
+    metrics = {k: float(v) for k, v in report.items() if "/" in k or k == "epoch"}
+    tracker.log(int(report["step"]), metrics, report.get("time"))
+
+
+def catch_up(run: Run, uri: str) -> Run:
+    """Log what MLflow has not taken of a run that is over. Raises ValueError where MLflow refuses, or is away still."""
+    say(f"not all of {run.path} was logged to MLflow; logging it at {address.redacted(uri)}")
+    tracker = open_tracker(run, uri)
+    for report in run.history():
+        log_report(tracker, report)
+    lost = tracker.close("FINISHED")
+    return run.noted(tracking_uri=address.redacted(uri), tracking_run=tracker.run_id, unlogged="yes" if lost else "")
 
 
 def _lr(run: Run) -> float:
@@ -55,6 +69,8 @@ class Tracked:
         while self.tracker is None:
             try:
                 tracker = open_tracker(self.run, self.uri, self.tags)
+                for row in self.run.history():  # of a driver before this one; what MLflow has is left out
+                    log_report(tracker, row)
                 # At once, not at the end: a job that is killed goes on in the same MLflow run.
                 self.run = self.run.noted(tracking_uri=address.redacted(self.uri), tracking_run=tracker.run_id)
                 self.tracker, self.error = tracker, None
@@ -84,9 +100,9 @@ class Tracked:
         self.over.set()
         if self.tracker is None:
             why = self.error or f"it did not open within {_OPEN_S:.0f} s"
-            say(f"nothing was logged to MLflow: {why}; metrics.jsonl has every report, `simclr publish {self.run.path}` logs them later")
-            return self.run
+            say(f"nothing was logged to MLflow: {why}; metrics.jsonl has every report, the same command again logs them")
+            return self.run.noted(unlogged="yes")
         if self.waiting:
             self.log(self.waiting.pop())
-        self.tracker.close(status)
-        return self.run
+        unlogged = "yes" if self.tracker.close(status) else ""
+        return self.run.noted(unlogged=unlogged) if unlogged != self.run.unlogged else self.run

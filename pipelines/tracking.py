@@ -138,12 +138,15 @@ class Tracker:
         self._closing, self._thread = threading.Event(), threading.Thread(target=self._deliver, name="mlflow", daemon=True)
         self._thread.start()
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Queue `metrics` of `step` (NaN is a value); returns at once."""
+    def log(self, step: int, metrics: dict[str, float], at_s: float | None = None) -> None:
+        """Queue `metrics` of `step` (NaN is a value), at Unix time `at_s` (now); returns at once. A step of a metric that is not
+        after the last one was repeated, with the same value, and is left out."""
         from mlflow.entities import Metric
 
-        now_ms = int(time.time() * 1000)
-        self._metrics.extend(Metric(k, float(v), now_ms, step) for k, v in metrics.items() if step > self._last.get(k, -1))
+        at_ms = int((time.time() if at_s is None else at_s) * 1000)
+        new = {k: float(v) for k, v in metrics.items() if step > self._last.get(k, -1)}
+        self._last |= dict.fromkeys(new, step)
+        self._metrics.extend(Metric(k, v, at_ms, step) for k, v in new.items())
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Queue a copy of file `path`, as it will be when its turn comes, into the run's artifacts; returns at once."""

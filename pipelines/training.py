@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import address, cluster, storage
 from pipelines.rundir import Run, open_run
 from pipelines.terminal import Bar, process_age_s, say
-from pipelines.tracked import Tracked
+from pipelines.tracked import Tracked, catch_up
 from simclr import disk
 from simclr.collapse import collapse
 from simclr.config import Config
@@ -46,21 +46,27 @@ class Job:
     """What the stage's loop takes besides config and start (see `pipelines.worker`)."""
 
 
-def home_of(asked: Path | None, name: str, config: Config, data: Path, at: Path, stage: str = "pretrain") -> tuple[Run, storage.Home]:
-    """The run directory at `asked` (default runs/NAME-DIGEST), of shards that lie in `data`, a copy of those `at` s3://…"""
+def home_of(
+    asked: Path | None, name: str, config: Config, data: Path, at: Path, tracking_uri: str | None, stage: str = "pretrain"
+) -> tuple[Run, storage.Home, str]:
+    """The run directory at `asked` (default runs/NAME-DIGEST), of shards that lie in `data`, a copy of those `at` s3://…, and the
+    MLflow address that the flag and the environment state.
+
+    Raises ValueError where no MLflow answers there. Of a run that was logged there before it may be away: it is waited for.
+    """
+    uri = address.tracking_address(tracking_uri)
     home = storage.Home(asked) if asked is not None else None
     if home is not None:
         home.fetch()
         home.settle()
     run = open_run(home.path if home else None, name, config, data, str(place.address(at) or ""), stage)
-    return run, home or storage.Home(run.path)
-
-
-def checked_address(tracking_uri: str | None) -> str:
-    """The MLflow address. Raises ValueError where it cannot be one."""
-    uri = address.tracking_address(tracking_uri)
-    address.check(uri)
-    return uri
+    try:
+        address.check(uri)
+    except ValueError as error:
+        if run.tracking_uri != address.redacted(uri):
+            raise
+        say(f"{error}; the training goes on without it, and what it misses is logged when it is back")
+    return run, home or storage.Home(run.path), uri
 
 
 def train(job: Job, began: float) -> Run:
@@ -72,6 +78,8 @@ def train(job: Job, began: float) -> Run:
     done = _steps_done(run, job.shapes)
     if done >= job.total:
         job.publish(run)
+        if run.unlogged:
+            run = catch_up(run, job.uri)
         home.send()
         say(f"{where} is complete: {done:,} of {job.total:,} steps; nothing to do")
         return run
@@ -129,10 +137,17 @@ def _launch(job: Job) -> cluster.Running:
 
 def _follow(job: Job, running: cluster.Running, tracked: Tracked, done: int, began: float, connected: float) -> float:
     """Log the reports until there are no more; returns when the first came."""
-    run, home, stepped, warned = job.run, job.home, 0.0, None
+    run, home, stepped, warned, told = job.run, job.home, 0.0, None, False
     with Bar(run.stage, job.total, "steps") as bar:
         bar.resume_at(done)
         for report in running.reports():
+            if "checkpoint" in report:
+                if not told:
+                    say(_cost(report, run.config.train.checkpoint_every_steps))
+                told = True
+                if not home.busy():
+                    home.later(home.send)
+                continue
             if not stepped:
                 tracked.open()
                 stepped = time.monotonic()
@@ -143,12 +158,19 @@ def _follow(job: Job, running: cluster.Running, tracked: Tracked, done: int, beg
                 run.took("start", stepped - began)
             run.append(report)
             tracked.log(report)
-            if report["step"] % run.config.train.checkpoint_every_steps == 0 and not home.busy():
-                home.later(home.send)
             if warned is None and report["step"] > 1 and (warned := collapse(report)):
                 say(f"step {report['step']:,}: {warned}; a lower --optim.base-lr, more warm-up or another temperature may help")
             bar.update(report["step"], _note(report), report["speed/images_per_s"])
     return stepped or time.monotonic()
+
+
+def _cost(told: dict[str, Any], by_steps: int | None) -> str:
+    """What checkpoints cost and save, from the first that was written, in a sentence."""
+    much = f"a checkpoint holds training up for {told['held_s']:.2g} s and is written in {told['written_s']:.2g} s"
+    if by_steps is not None:
+        return f"{much}; one every {by_steps:,} steps"
+    share = 100 * told["held_s"] / told["every_s"]
+    return f"{much}; one every {told['every_s']:.0f} s, {share:.2g} % of the time, is the most that is lost"
 
 
 def _send_anyway(home: storage.Home) -> None:
@@ -193,7 +215,7 @@ def newest_tensors(run: Run) -> tuple[int, dict[str, dict[str, Any]]]:
 
     newest = checkpoint.latest(run.checkpoints, say)
     if newest is None:
-        raise ValueError(f"{run.path} has no checkpoint yet; `simclr {run.stage}` writes one every train.checkpoint_every_steps steps")
+        raise ValueError(f"{run.path} has no checkpoint yet; `simclr {run.stage}` writes one every minute")
     state = checkpoint.read(newest)
     parts = {
         part: {name.removeprefix(f"model.{part}."): t for name, t in state.tensors.items() if name.startswith(f"model.{part}.")}

@@ -22,6 +22,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
     from pipelines import storage
     from pipelines.allocator import keep_freed_memory
+    from pipelines.saving import SCORES, Saver
     from simclr import checkpoint
     from simclr.collectives import from_rank_zero
     from simclr.config_finetune import STAGES
@@ -54,21 +55,20 @@ def train_worker(job: dict[str, Any]) -> None:
     if stage == "distill":
         home.fetch()
         loop = partial(loop, teacher=home.path / "teacher")
-    for report in loop(config, start, **job["given"]):
-        metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps, **job.get("mark", {})}
-        if first:
-            sent = job["inbox"].actor.put.remote(metrics)
-            if report.state is not None:
+    mark, put = job.get("mark", {}), job["inbox"].actor.put
+    saver = Saver(home, config.train, lambda told: put.remote(told | mark)) if first else None
+    for report in storage.repaired(loop(config, start, **job["given"]), job["data"]):
+        metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps, **mark}
+        if saver is not None:
+            sent = put.remote(metrics)
+            if saver.due(report):
                 # There before the checkpoint is: a run that goes on from it does not repeat this report, nor may the driver
                 # hear earlier that training is over.
                 ray.get(sent)
-                home.wait()  # else the one that is being sent might be removed
-                written = checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
-                home.later(partial(home.send_checkpoint, written, config.train.keep_checkpoints))
+                saver.save(report)
         # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
         # what a scheduler decides by, and the driver's queue gets everything.
-        if report.state is not None or {"eval/knn_top1", "eval/top1"} & metrics.keys():
+        if report.due or set(SCORES) & metrics.keys():
             ray.train.report(metrics)
-    if first:
-        home.wait()
-        home.settle()
+    if saver is not None:
+        saver.close()

@@ -82,8 +82,9 @@ def _names(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, nn.Parameter]
     return own, {f"optimizer.{name}.momentum_buffer": p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def write(folder: Path, state: State, keep: int) -> Path:
-    """Write `state` as `folder`/step-…, atomically, then remove all but the `keep` newest. Returns the checkpoint's path.
+def write(folder: Path, state: State, keep: int, score: float | None = None, spare: str = "") -> Path:
+    """Write `state`, of an encoder with `score` (higher is better), as `folder`/step-…, atomically; then remove all but the `keep`
+    newest, the one with the best score, and the one of name `spare`. Returns the checkpoint's path.
 
     Raises OSError (no space, say) with nothing left behind and the earlier checkpoints untouched.
     """
@@ -96,6 +97,7 @@ def write(folder: Path, state: State, keep: int) -> Path:
         tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
         save_file(tensors, scratch / "state.safetensors")
         about = {"schema": SCHEMA, "step": state.step, "sha256": _sha256(scratch / "state.safetensors"), "config": state.config}
+        about["score"] = score
         (scratch / "checkpoint.json").write_text(json.dumps(about, indent=1) + "\n")
         for path in (*scratch.iterdir(), scratch):
             _flush(path)
@@ -107,9 +109,26 @@ def write(folder: Path, state: State, keep: int) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     # `.writing-*` of a process that was killed: only one rank writes, so nobody else is at it.
-    for old in (*list_checkpoints(folder)[:-keep], *folder.glob(".old-*"), *folder.glob(".writing-*")):
+    stay = {*worth_keeping({path.name: score_of(path) for path in list_checkpoints(folder)}, keep), spare}
+    stale = [path for path in list_checkpoints(folder) if path.name not in stay]
+    for old in (*stale, *folder.glob(".old-*"), *folder.glob(".writing-*")):
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def worth_keeping(scores: dict[str, float | None], keep: int) -> set[str]:
+    """Of checkpoints (name → score, None = not scored) the `keep` newest, and of the scored ones the best, the newer of equals."""
+    scored = [(score, name) for name, score in scores.items() if score is not None]
+    return {*sorted(scores)[-keep:], *(name for _, name in sorted(scored)[-1:])}
+
+
+def score_of(path: Path) -> float | None:
+    """The score of checkpoint `path`; None where it has none, or is not whole."""
+    try:
+        score: float | None = json.loads((path / "checkpoint.json").read_text()).get("score")
+    except (OSError, ValueError):
+        return None
+    return score
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -196,10 +196,12 @@ class Train:
     group's training shards only. Every step then draws N / G images from each group."""
     report_every_steps: int = 10
     """Steps between two reports (metrics, progress). The device is not waited for in between."""
-    checkpoint_every_steps: int = 500
-    """Steps between two checkpoints; one is written at the end in any case."""
+    checkpoint_every_steps: int | None = None
+    """Steps between two checkpoints. Nothing = by the clock: every minute, less often where writing would hold training up for more
+    than 2 % of the time, and at least every five minutes. One is written at the end in any case, and where the watch's score
+    is the best so far."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk."""
+    """How many of the newest checkpoints stay; the one with the best score stays too."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2, f"train.batch_size is {self.batch_size}; contrasting needs at least 2 images per step")
@@ -208,7 +210,8 @@ class Train:
         _require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}; expected at least 1")
         _require(self.bucket_mib > 0, f"train.bucket_mib is {self.bucket_mib}; expected more than 0 MiB, DDP's default is 25")
         for name in ("shard_groups", "report_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; expected at least 1")
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"train.{name} is {value}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,6 +279,11 @@ class Config:
     def watch_steps(self, examples: int) -> int:
         """Steps between two kNN evaluations; 0 = only the last step."""
         return round(self.watch.every_epochs * self.steps_per_epoch(examples))
+
+    def checkpoint_due(self, step: int, total: int) -> bool:
+        """Whether a checkpoint is due after `step` of `total` steps, the clock apart."""
+        every = self.train.checkpoint_every_steps
+        return step == total or (every is not None and step % every == 0)
 
     def images_per_rank(self, workers: int) -> int:
         """n = N / W. Raises ValueError naming the nearest batches that divide."""

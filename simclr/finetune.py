@@ -136,9 +136,9 @@ def train_classifier(
             since.step_over()
             last = step == total
             watch = "test" in manifest.splits and (last or (watch_every > 0 and step % watch_every == 0))
-            save = last or step % config.train.checkpoint_every_steps == 0
+            due = config.checkpoint_due(step, total)
             alive = step == first + 1
-            if not (last or watch or save or alive or step % config.train.report_every_steps == 0):
+            if not (due or watch or alive or step % config.train.report_every_steps == 0):
                 continue
 
             # ── A report: the only place where the host waits for the device ───────────────────────────────────────
@@ -149,8 +149,8 @@ def train_classifier(
             if watch:
                 metrics |= test_scores(model, config, start)
                 _train_mode(model, linear)
-            saved = checkpoint.capture(step, config.to_dict(), model, optimizer) if save else None
-            yield Report(step, total, metrics, saved, ranks, tuple(health.stragglers.named()))
+            state = checkpoint.capture(step, config.to_dict(), model, optimizer)
+            yield Report(step, total, metrics, state, due, ranks, tuple(health.stragglers.named()))
             summed.zero_()
             since.restart(step)
     finally:

@@ -53,8 +53,10 @@ class Report:
     step: int
     total_steps: int
     metrics: dict[str, float]
-    state: checkpoint.State | None
-    """Not None when a checkpoint is due. Its tensors are live: write it before asking for the next report."""
+    state: checkpoint.State
+    """Its tensors are live: write or copy them before asking for the next report."""
+    due: bool
+    """Whether the config asks for a checkpoint here: at the end, and every `train.checkpoint_every_steps`."""
     ranks: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Some metrics of each rank, in order of ranks."""
     stragglers: tuple[int, ...] = ()
@@ -141,9 +143,9 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
             since.step_over()
             last = step == total
             watch = watched and (last or (watch_every > 0 and step % watch_every == 0))
-            save = last or step % config.train.checkpoint_every_steps == 0
+            due = config.checkpoint_due(step, total)
             alive = step == first + 1  # the first step reports too: whoever waits sees that it works
-            if not (last or watch or save or alive or step % config.train.report_every_steps == 0):
+            if not (due or watch or alive or step % config.train.report_every_steps == 0):
                 continue
 
             # ── A report: the only place where the host waits for the device ───────────────────────────────────────
@@ -153,8 +155,8 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
             metrics |= since.speed(step, per_rank * world_size())
             if watch:
                 metrics |= watch_knn(model, config, start)
-            saved = checkpoint.capture(step, config.to_dict(), model, optimizer) if save else None
-            yield Report(step, total, metrics, saved, ranks, tuple(health.stragglers.named()))
+            state = checkpoint.capture(step, config.to_dict(), model, optimizer)
+            yield Report(step, total, metrics, state, due, ranks, tuple(health.stragglers.named()))
             summed.zero_()
             since.restart(step)
     finally:

@@ -48,7 +48,7 @@ def cifar10_resnet14() -> Config:
         ),
         loss=Loss(temperature=0.2),
         optim=Optim(base_lr=2.0, warmup_epochs=1, weight_decay=1e-4),
-        train=Train(batch_size=256, epochs=15, checkpoint_every_steps=195),
+        train=Train(batch_size=256, epochs=15),
         watch=Watch(every_epochs=3, bank=10_000, queries=2_000),
     )
 
@@ -70,7 +70,7 @@ def cifar10_resnet18() -> Config:
         views=Views(size_px=32, colour_strength=0.5, blur_p=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
         loss=Loss(temperature=0.5),
         optim=Optim(name="sgd", base_lr=0.03, warmup_epochs=0, weight_decay=5e-4),
-        train=Train(batch_size=512, epochs=1000, checkpoint_every_steps=970),
+        train=Train(batch_size=512, epochs=1000),
         # A fifth of the data watches the run; `simclr evaluate` scores with all of it, as the published figures do.
         watch=Watch(every_epochs=20, bank=10_000, queries=2_000),
     )

@@ -55,7 +55,7 @@ def begun(config: FineTune, published: Path, folder: Path) -> Path:
 def run(config: FineTune, data: Path, folder: Path, until: int | None = None) -> list[Report]:
     reports = []
     for report in finetune(config, Start(data, checkpoint=checkpoint.latest(folder, print)), subset(data)):
-        if report.state is not None:
+        if report.due:
             checkpoint.write(folder, report.state, 2)
         reports.append(report)
         if report.step == until:
@@ -66,7 +66,6 @@ def run(config: FineTune, data: Path, folder: Path, until: int | None = None) ->
 def steps(config: FineTune, data: Path, at: Path) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
     """Losses, and state and metrics at the end."""
     reports = list(finetune(config, Start(data, checkpoint=at), subset(data)))
-    assert reports[-1].state is not None
     return [r.metrics["train/loss"] for r in reports], reports[-1].state.tensors, reports[-1].metrics
 
 

@@ -83,7 +83,7 @@ def steps(config: Config, data: Path) -> tuple[list[float], dict[str, Tensor]]:
     losses, tensors = [], {}
     for report in pretrain(config, Start(data)):
         losses.append(report.metrics["train/loss"])
-        if report.state is not None:
+        if report.due:
             tensors = {name: t.clone() for name, t in report.state.tensors.items()}
     return losses, tensors
 

@@ -33,7 +33,7 @@ def run(config: Config, patterns: Path, folder: Path, until: int | None = None, 
     found = checkpoint.latest(folder, print) if resume and folder.exists() else None
     reports = {}
     for report in pretrain(config, Start(patterns, checkpoint=found)):
-        if report.state is not None:
+        if report.due:
             checkpoint.write(folder, report.state, config.train.keep_checkpoints)
         reports[report.step] = report
         if report.step == until:
@@ -65,7 +65,7 @@ def train_in_a_process(settings: Config, patterns: Path, folder: Path, told: Any
     found = checkpoint.latest(folder, print) if folder.exists() else None
     for report in pretrain(settings, Start(patterns, checkpoint=found)):
         told.send((report.step, report.metrics["train/loss"]))
-        if report.state is not None:
+        if report.due:
             checkpoint.write(folder, report.state, settings.train.keep_checkpoints)
 
 
@@ -140,7 +140,7 @@ def test_reports_are_due_when_the_config_says(patterns: Path, tmp_path: Path) ->
     settings = dataclasses.replace(settings, watch=dataclasses.replace(settings.watch, every_epochs=0.6))  # six steps
     reports = run(settings, patterns, tmp_path)
     assert list(reports) == [1, 5, 6, 8, 10, 12]  # the first, every fifth, every watched, every saved, the last
-    assert [s for s, r in reports.items() if r.state is not None] == [8, 12]
+    assert [s for s, r in reports.items() if r.due] == [8, 12]
     assert [s for s, r in reports.items() if "eval/knn_top1" in r.metrics] == [6, 12]
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000000008", "step-000000012"]
     last = reports[12].metrics

@@ -164,7 +164,7 @@ def trained(config: Config, data: str) -> tuple[list[float], dict[str, Tensor], 
     for report in pretrain(config, Start(Path(data))):
         losses.append(report.metrics["train/loss"])
         knn = report.metrics.get("eval/knn_top1", knn)
-        if report.state is not None:
+        if report.due:
             state = {name: t.clone() for name, t in report.state.tensors.items()}
     return losses, state, knn
 
@@ -190,7 +190,6 @@ def resumed(config: Config, data: str, folder: str, until: int) -> tuple[list[fl
     for report in pretrain(config, Start(Path(data), checkpoint=found)):
         losses.append(report.metrics["train/loss"])
         if report.step == until:
-            assert report.state is not None
             state = {name: t.clone() for name, t in report.state.tensors.items()}
             if rank() == 0:
                 checkpoint.write(Path(folder), report.state, 1)

@@ -42,7 +42,7 @@ def napping(data: str, slow: int, where: str, clock: Any = Clock) -> list[Report
     if rank() == slow:
         module.two_views, module.nt_xent = views, loss
     module.Clock, straggler.STEPS = clock, 6
-    train = dataclasses.replace(TINY.train, batch_size=4, steps=7, report_every_steps=2)
+    train = dataclasses.replace(TINY.train, batch_size=4, steps=7, report_every_steps=2, checkpoint_every_steps=None)
     config = dataclasses.replace(TINY, train=train, watch=dataclasses.replace(TINY.watch, every_epochs=0))
     try:
         return list(pretrain(config, Start(Path(data))))

@@ -63,6 +63,8 @@ class Ledger:
 
     def _enter(self, message: dict[str, Any]) -> None:
         name = str(message.pop("mark"))
+        if "checkpoint" in message:
+            return
         if reason := message.get("failed"):
             say(f"trial {name} failed: {reason}")
         elif reason := message.get("again"):

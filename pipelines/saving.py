@@ -1,0 +1,95 @@
+"""When a run's checkpoints are written, and by whom: a thread of rank 0, from a copy, while the training goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from pipelines import storage
+from simclr import checkpoint
+from simclr.config import Train
+from simclr.pretrain import Report
+
+# By the clock: as often as is cheap, at most so much of the time spent on it, at most so much of the work lost.
+_LEAST_S, _MOST_S, _SHARE = 60.0, 300.0, 0.02
+SCORES = ("eval/knn_top1", "eval/top1")
+
+
+class Saver:
+    """The checkpoints of one training, on rank 0.
+
+    Training stands still only while the tensors are copied to this machine's memory; copying waits for the checkpoint before it,
+    so at most one is being written. A disk that is full ends the training, with the sentence, at the next checkpoint. S3 that
+    is away does not: checkpoints are then kept here, and the newest is sent when it is back.
+    """
+
+    def __init__(self, home: storage.Home, train: Train, tell: Callable[[dict[str, Any]], None]) -> None:
+        """`tell` gets {"checkpoint": step, …} of each that is safely on the disk, from another thread."""
+        self.home, self.train, self.tell = home, train, tell
+        self.folder = home.path / "checkpoints"
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
+        self.sending = ""
+        self.held_s = 0.0
+        self.saved_at = self.reported_at = time.monotonic()
+        found = [checkpoint.score_of(path) for path in checkpoint.list_checkpoints(self.folder)]
+        self.best = max((score for score in found if score is not None), default=None)
+
+    @property
+    def every_s(self) -> float:
+        """Seconds between two checkpoints, where the config states no steps."""
+        return min(max(_LEAST_S, self.held_s / _SHARE), _MOST_S)
+
+    def due(self, report: Report) -> bool:
+        """Whether this report's state is to be saved: the config asks for it, it scored best so far, or it is time."""
+        score, now = _score(report), time.monotonic()
+        between, self.reported_at = now - self.reported_at, now
+        if report.due or (score is not None and (self.best is None or score > self.best)):
+            return True
+        # The next chance is the next report.
+        return self.train.checkpoint_every_steps is None and now + between - self.saved_at >= self.every_s
+
+    def save(self, report: Report) -> None:
+        """Have this report's state written. Raises what writing the one before it raised (OSError, say)."""
+        began = time.monotonic()
+        self.wait()
+        state, score = _copied(report.state), _score(report)
+        if score is not None and (self.best is None or score > self.best):
+            self.best = score
+        self.saved_at = time.monotonic()
+        self.held_s = self.saved_at - began
+        self.writing = self.writer.submit(self._write, state, score, self.held_s)
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is on the disk."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Until the newest checkpoint is where the run is."""
+        self.wait()
+        self.home.wait()
+        self.home.settle()
+
+    def _write(self, state: checkpoint.State, score: float | None, held_s: float) -> None:
+        began, keep = time.monotonic(), self.train.keep_checkpoints
+        written = checkpoint.write(self.folder, state, keep, score, self.sending if self.home.busy() else "")
+        took = {"held_s": held_s, "written_s": time.monotonic() - began}
+        self.tell({"checkpoint": state.step, **took, "every_s": self.every_s})
+        if not self.home.busy():  # else the one that is under way is too slow for all to be sent; the next one is
+            self.sending = written.name
+            self.home.later(lambda: self.home.send_checkpoint(written, keep))
+
+
+def _score(report: Report) -> float | None:
+    return next((report.metrics[name] for name in SCORES if name in report.metrics), None)
+
+
+def _copied(state: checkpoint.State) -> checkpoint.State:
+    """`state` as it is now, in this machine's memory: the training changes its tensors in place."""
+    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}
+    return dataclasses.replace(state, tensors=tensors)

@@ -22,6 +22,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
     from pipelines import storage
     from pipelines.allocator import keep_freed_memory
+    from pipelines.gauges import Gauges, with_last_checkpoint
     from pipelines.saving import SCORES, Saver
     from simclr import checkpoint
     from simclr.collectives import from_rank_zero
@@ -57,8 +58,9 @@ def train_worker(job: dict[str, Any]) -> None:
         loop = partial(loop, teacher=home.path / "teacher")
     mark, put = job.get("mark", {}), job["inbox"].actor.put
     saver = Saver(home, config.train, lambda told: put.remote(told | mark)) if first else None
-    for report in storage.repaired(loop(config, start, **job["given"]), job["data"]):
-        metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps, **mark}
+    gauges = Gauges(job["run"])
+    for report in with_last_checkpoint(storage.repaired(loop(config, start, **job["given"]), job["data"]), saver):
+        metrics = {**report.metrics, **gauges.show(report), "step": report.step, "total_steps": report.total_steps, **mark}
         if saver is not None:
             sent = put.remote(metrics)
             if saver.due(report):

@@ -19,6 +19,8 @@ LIMIT = 1.2
 """Times the median over ranks."""
 STEPS = 50
 """In a row."""
+SLOW = f"keeps the others waiting: over {LIMIT} times the median of a step's own time for {STEPS} steps; look at its disk, cores and GPU"
+"""Behind the names of ranks, a sentence without its end."""
 
 
 class Stragglers:

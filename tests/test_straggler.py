@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +135,29 @@ def test_a_report_has_every_ranks_pace_in_one_collective(ranks: Ranks, patterns:
     }
 
 
-def test_a_clock_tells_of_the_steps_since_it_began() -> None:
-    """Twenty steps: one takes 40 ms, one 20, the others next to nothing. What comes between a report and a restart is in no step."""
-    clock = Clock(0, torch.device("cpu"))
-    stream = iter(range(20))
+def test_a_clock_tells_of_the_steps_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty steps of 1 s, two of them 2 and 4 s longer, each with half a second for data; what comes before a restart is in no step."""
+    hour = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: hour[0])
+
+    def stream() -> Iterator[None]:
+        while True:
+            hour[0] += 0.5
+            yield
+
+    clock, data = Clock(0, torch.device("cpu")), stream()
     for step in range(20):
-        clock.next(stream)
-        time.sleep({4: 0.04, 9: 0.02}.get(step, 0.0))
+        clock.next(data)
+        hour[0] += {4: 4.5, 9: 2.5}.get(step, 0.5)
         clock.step_over()
     pace = clock.pace()
-    assert pace.steps == 20 and pace.p50_s < 0.005 and 0.02 <= pace.p95_s < 0.04 <= pace.max_s < 0.06
-    assert pace.outside_s == pace.p50_s and pace.communication_pct == 0 and pace.data_wait_pct < 20
-    time.sleep(0.03)
-    clock.restart(20)
-    clock.step_over()
-    assert clock.pace().max_s < 0.02
+    assert (pace.steps, pace.p50_s, pace.p95_s, pace.max_s) == (20, 1.0, 3.0, 5.0)
+    assert (pace.outside_s, pace.inside_s, pace.communication_pct) == (1.0, 0.0, 0.0)
+    assert pace.data_wait_pct == 100 * 10 / 26 and clock.speed(20, 13)["speed/images_per_s"] == 10
+    hour[0] += 1000
     assert collectives._waits is None  # nothing is noted after a report
+    clock.restart(20)
+    hour[0] += 7
+    clock.step_over()
+    assert clock.pace().max_s == 7
+    assert clock.speed(21, 14)["speed/images_per_s"] == 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,17 +66,18 @@ class Gauges:
         return {"stragglers": slow} if slow else {}
 
 
-def with_last_checkpoint(reports: Iterator[Report], saver: Saver | None) -> Iterator[Report]:
-    """`reports`; a FloatingPointError among them says, on rank 0, from which checkpoint one could go on."""
+def with_last_checkpoint(reports: Iterator[Report], folder: Path, saver: Saver | None) -> Iterator[Report]:
+    """`reports`; a FloatingPointError among them says which checkpoint in `folder` one could go on from."""
     try:
         yield from reports
     except FloatingPointError as error:
-        if saver is None:
-            raise
         from simclr import checkpoint
 
-        saver.wait()
-        found = checkpoint.list_checkpoints(saver.folder)
+        if saver is not None:
+            saver.wait()
         # The weights were finite at every report, and only there are they saved.
-        last = f"the last checkpoint, {found[-1].name}, is still good" if found else "there is no checkpoint yet"
-        raise FloatingPointError(f"{error}; {last}") from None
+        if found := checkpoint.list_checkpoints(folder):
+            raise FloatingPointError(f"{error}; the last checkpoint, {found[-1].name}, is still good") from None
+        if saver is None:  # on another node's disk there are none
+            raise
+        raise FloatingPointError(f"{error}; there is no checkpoint yet") from None

@@ -59,7 +59,8 @@ def train_worker(job: dict[str, Any]) -> None:
     mark, put = job.get("mark", {}), job["inbox"].actor.put
     saver = Saver(home, config.train, lambda told: put.remote(told | mark)) if first else None
     gauges = Gauges(job["run"])
-    for report in with_last_checkpoint(storage.repaired(loop(config, start, **job["given"]), job["data"]), saver):
+    reports = storage.repaired(loop(config, start, **job["given"]), job["data"])
+    for report in with_last_checkpoint(reports, checkpoints, saver):
         metrics = {**report.metrics, **gauges.show(report), "step": report.step, "total_steps": report.total_steps, **mark}
         if saver is not None:
             sent = put.remote(metrics)

@@ -105,12 +105,12 @@ def test_the_error_says_which_checkpoint_is_good(tmp_path: Path) -> None:
         yield cast(Report, "a report")
         raise FloatingPointError("the loss is not finite at step 9")
 
-    saver: Any = SimpleNamespace(folder=tmp_path, wait=lambda: None)
+    saver: Any = SimpleNamespace(wait=lambda: None)
+    with pytest.raises(FloatingPointError, match=r"^the loss is not finite at step 9$"):
+        list(with_last_checkpoint(broken(), tmp_path, None))  # not this rank's disk, perhaps
     for expected in ("there is no checkpoint yet", "the last checkpoint, step-000000004, is still good"):
-        stream = with_last_checkpoint(broken(), saver)
+        stream = with_last_checkpoint(broken(), tmp_path, saver)
         assert cast(str, next(stream)) == "a report"
         with pytest.raises(FloatingPointError, match=f"^the loss is not finite at step 9; {expected}$"):
             next(stream)
         checkpoint.write(tmp_path, checkpoint.State(4, {}, {"w": torch.zeros(1)}), 1)
-    with pytest.raises(FloatingPointError, match=r"^the loss is not finite at step 9$"):
-        list(with_last_checkpoint(broken(), None))

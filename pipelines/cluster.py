@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import logging
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines import controller, heartbeat
 from pipelines.terminal import say
-from simclr import disk
-from simclr.data.place import Unreachable
+from simclr.config import Config
+from simclr.config_finetune import STAGES
 
 # Before Ray is imported: what it reads from the environment once.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
@@ -26,9 +29,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a call that comes after the shutdown starts a second Ray, which nobody ends
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# What a group of workers has to part in order, when one of them is gone or hangs: the others wait for it in a collective and
+# are killed anyway. Ray's default is half a minute of every recovery.
+os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "2")
 
 _END: dict[str, Any] = {"end": True}
 _STOP_S = 2.0
+_HEAD_S = 30.0  # without a cluster's head, which may come back; Ray ends the process, without a word, after 60
+_RESIZE_S = 60.0  # between two looks whether there is room for more workers
 _jobs: list[threading.Thread] = []  # that may be inside Ray's core worker
 
 
@@ -45,7 +53,13 @@ class Resources:
     address: str | None = None
     """Ray cluster to join: 'auto' on a cluster's node; nothing = a private Ray on this machine."""
     max_failures: int = 3
-    """How often lost or failed workers are started again, from the last checkpoint."""
+    """How often lost or failed workers are started again, from the last checkpoint. Nodes that give notice do not count."""
+    min_workers: int | None = None
+    """Go on with as few workers as this while nodes are missing, and with more when they are back; nothing = always --workers.
+    The batch stays what it is. Only numbers that divide it are used."""
+    hang_timeout_s: float = 300.0
+    """Seconds without progress after which whoever holds the others up is ended, and training goes on from the last checkpoint; five
+    times the longest step, where that is more."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -54,6 +68,33 @@ class Resources:
             raise ValueError(f"--cpus-per-worker is {self.cpus_per_worker}; expected at least 1")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device is {self.device!r}; expected auto, cpu or cuda")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(f"--min-workers is {self.min_workers}; expected 1 to --workers {self.workers}, or nothing")
+        if self.hang_timeout_s <= 0:
+            raise ValueError(f"--hang-timeout-s is {self.hang_timeout_s}; expected a positive number of seconds")
+
+    def counts(self, config: Config) -> list[int]:
+        """Numbers of workers, ascending, that `config` may be trained with. Raises ValueError where --workers or --min-workers is
+        none of them."""
+        config.images_per_rank(self.workers)
+        config.group_of(0, self.workers)
+        least = self.min_workers or self.workers
+        fits = [count for count in range(1, self.workers + 1) if _divides(config, count)]
+        if least not in fits:
+            raise ValueError(
+                f"--min-workers {least} does not divide batch_size {config.train.batch_size} as the config asks; "
+                f"use {', '.join(map(str, fits[:-1]))} or leave it out"
+            )
+        return [count for count in fits if count >= least]
+
+
+def _divides(config: Config, workers: int) -> bool:
+    try:
+        config.images_per_rank(workers)
+        config.group_of(0, workers)
+    except ValueError:
+        return False
+    return True
 
 
 def joins_a_cluster(address: str | None) -> bool:
@@ -83,7 +124,8 @@ def connect(resources: Resources) -> bool:
         # interrupt a step: it cost 7 % of ResNet-18's at N = 32 on two cores (`simclr bench loop`).
         # It would also start a worker process per core in advance, without the environment that Train's workers want.
         tuned = {"worker_niceness": 0, "prestart_worker_first_driver": False}
-        ray.init(num_cpus=cores, include_dashboard=False, _system_config=tuned, **quiet)
+        # "local", else a Ray that somebody started on this machine for something else would be joined.
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, _system_config=tuned, **quiet)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # which ray.init has replaced
     return True
@@ -112,36 +154,44 @@ class Running:
     outcome: list[BaseException | None]
     controllers: list[Any]
     """The handle of Ray's controller actor, once there is one."""
+    head: _Head
 
     def stop(self) -> None:
-        """End the job where it is, workers and all. Takes at most 2 s."""
+        """End the job where it is, workers and all. Takes at most 4 s."""
         import ray
 
         if self.controllers and self.thread.is_alive():
-            ray.kill(self.controllers[0])  # its workers are its own and end with it
-        self.thread.join(_STOP_S)
+            # Its workers are its own and end with it. In a thread: without a head to ask, Ray asks for a minute.
+            ending = threading.Thread(target=ray.kill, args=(self.controllers[0],), daemon=True)
+            ending.start()
+            ending.join(_STOP_S)
+        self.thread.join(_STOP_S if self.head.answers() else 0)
 
     def reports(self) -> Iterator[dict[str, Any]]:
         """Metrics of rank 0, one dict per report, as they arrive.
 
-        Raises ValueError where a worker failed in a way that the user can mend and that trying again cannot, and what Ray
-        raises where workers failed too often.
+        Raises ValueError where a worker failed in a way that the user can mend and that trying again cannot, or the cluster's
+        head is gone, and what Ray raises where workers failed too often.
         """
         for message in iter(self._take, _END):
             if "failed_rank" in message:
                 say(f"rank {message['failed_rank']} failed: {message['error']}")
+            elif "say" in message:
+                say(message["say"])
             elif message:
                 yield message
         self.thread.join()
         error = self.outcome[0]
         if error is not None:
-            if sentence := _mistake(error):
+            if sentence := controller.mistake(error):
                 raise ValueError(sentence) from None
             raise error
 
     def _take(self) -> dict[str, Any]:
         """The next message; {} where there was none for a while."""
         ended = not self.thread.is_alive()  # asked before looking, so that nothing put before the end is missed
+        if not ended:
+            self.head.require()
         try:
             return take(self.inbox, 2.0) or (_END if ended else {})
         except EOFError:  # somebody killed the queue's process: the training's end is still to be waited for
@@ -149,18 +199,52 @@ class Running:
             return _END if ended else {}
 
 
+class _Head:
+    """The head of the Ray cluster, without which nothing is scheduled again, and Ray ends every process after a minute."""
+
+    def __init__(self, address: str, private: bool) -> None:
+        self.address, self.patience_s = address, 0.0 if private else _HEAD_S
+        self.asked = self.answered = time.monotonic()
+
+    def answers(self) -> bool:
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+        except OSError:
+            return False
+        return True
+
+    def require(self) -> None:
+        """Raise ValueError where it has been away for too long. Asks at most once in a second."""
+        if (now := time.monotonic()) - self.asked < 1:
+            return
+        self.asked = now
+        if self.answers():
+            self.answered = time.monotonic()
+        elif (away := time.monotonic() - self.answered) >= self.patience_s:
+            import ray
+
+            # At the end of the process it would ask the head again, for a minute.
+            atexit.unregister(ray._private.worker.shutdown)
+            raise ValueError(
+                f"the head of the Ray cluster at {self.address} does not answer any more (for {away:.0f} s); "
+                "run the same command again once it does, to go on from the last checkpoint"
+            )
+
+
 def require(resources: Resources) -> bool:
     """Whether the workers get GPUs. Raises ValueError where the cluster, once connected, has not what they ask for."""
     import ray
 
     total = ray.cluster_resources()
-    gpus = total.get("GPU", 0) >= resources.workers and resources.device != "cpu"
+    workers = resources.min_workers or resources.workers
+    gpus = total.get("GPU", 0) >= workers and resources.device != "cpu"
     if resources.device == "cuda" and not gpus:
-        raise ValueError(f"--device cuda with {resources.workers} workers needs as many GPUs; the cluster has {total.get('GPU', 0):.0f}")
-    cores = resources.workers * resources.cpus_per_worker
+        raise ValueError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {total.get('GPU', 0):.0f}")
+    cores = workers * resources.cpus_per_worker
     if cores > total.get("CPU", 0):
         raise ValueError(
-            f"{resources.workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; "
+            f"{workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; "
             f"the cluster has {total.get('CPU', 0):.0f}: use fewer --workers or --cpus-per-worker"
         )
     return gpus
@@ -174,7 +258,8 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     messages = inbox()
     controllers: list[Any] = []
     private = not joins_a_cluster(resources.address)
-    trainer = _trainer(worker, {**job, "inbox": messages}, resources, storage, [_forwarder(messages)], private, controllers)
+    forward, tell = [_forwarder(messages)], messages.put
+    trainer = _trainer(worker, {**job, "inbox": messages}, resources, storage, forward, private, tell, controllers)
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
@@ -189,7 +274,9 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
     _jobs[:] = [job for job in _jobs if job.is_alive()] + [thread]
-    return Running(thread, messages, outcome, controllers)
+    import ray
+
+    return Running(thread, messages, outcome, controllers, _Head(ray.get_runtime_context().gcs_address, private))
 
 
 def inbox() -> Any:
@@ -222,7 +309,7 @@ def fit(
     Train's controller runs in this process, which waits anyway, and not in one of its own that would import everything again;
     so `callbacks` are called here. `job` has the inbox. Raises what Ray raises where workers failed too often.
     """
-    _trainer(worker, job, resources, storage, callbacks, private, None).fit()
+    _trainer(worker, job, resources, storage, callbacks, private, lambda message: None, None).fit()
 
 
 def _trainer(
@@ -232,21 +319,27 @@ def _trainer(
     storage: Path,
     callbacks: list[Any],
     private: bool,
+    tell: controller.Tell,
     controllers: list[Any] | None,
 ) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import ScalingConfig  # what ray.train gives; a type checker finds its forerunner there
 
     gpus = require(resources)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
-    return _trainer_class(private, controllers)(
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(10 * resources.hang_timeout_s)  # who is silent is seen before, and named
+    counts = resources.counts(STAGES[job["stage"]].from_dict(job["config"]))
+    elastic = resources.min_workers is not None
+    return controller.trainer_class(private, counts, resources.hang_timeout_s, tell, controllers)(
         worker,
         train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=(counts[0], counts[-1]) if elastic else resources.workers,
             use_gpu=gpus,
             resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if gpus else {}),
+            elastic_resize_monitor_interval_s=_RESIZE_S,
         ),
         run_config=RunConfig(
             name=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
@@ -257,87 +350,16 @@ def _trainer(
     )
 
 
-def _trainer_class(private: bool, controllers: list[Any] | None) -> Any:
-    """TorchTrainer that gives up at once where trying again cannot help, that starts nothing which a run has no use for, and
-    that puts its controller's handle into `controllers`; None = its controller runs in this process."""
-    import asyncio
-
-    import ray
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.constants import get_env_vars_to_propagate
-    from ray.train.v2._internal.execution.controller import TrainController
-    from ray.train.v2._internal.execution.failure_handling import FailureDecision
-    from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-
-    class GiveUpOnMistakes(DefaultFailurePolicy):
-        def make_decision(self, training_failed_error: Any) -> Any:
-            return FailureDecision.RAISE if _mistake(training_failed_error) else super().make_decision(training_failed_error)
-
-    class AloneScaling(FixedScalingPolicy):
-        """Without a request to an autoscaler, which takes an actor, that is a process of 3 s of imports."""
-
-        def after_controller_start(self, train_run_context: Any) -> None: ...
-
-        def _maybe_send_resource_request(self) -> None: ...
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-            # On this machine alone: each is an actor more, for Ray Data and for a controller lost with its node.
-            unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"} if private else set()
-            return [c for c in callbacks if type(c).__name__ not in unused]
-
-        def _initialize_and_run_controller(self, **settings: Any) -> Any:
-            if private:
-                settings["scaling_policy"] = AloneScaling(self.scaling_config)  # type: ignore[arg-type]
-            settings["failure_policy"] = GiveUpOnMistakes(self.run_config.failure_config)  # type: ignore[arg-type]
-            if controllers is None:
-                controller = TrainController(**settings)
-                try:
-                    asyncio.run(controller.run())
-                finally:  # Tune ends a trial by SystemExit out of a report
-                    group = controller.get_worker_group()
-                    if group is not None:
-                        group.shutdown()
-                return controller.get_result()
-            # As the parent does, which keeps the handle to itself; Ctrl-C needs it.
-            here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-            env = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
-            actor: Any = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": env})(TrainController)
-            controllers.append(actor.remote(**settings))
-            ray.get(controllers[0].run.remote())
-            return ray.get(controllers[0].get_result.remote())
-
-    return Trainer
-
-
-def causes(failure: BaseException) -> list[BaseException]:
-    """What the workers raised, by rank, where Ray Train gave up for that; else the failure itself."""
-    errors = getattr(failure, "worker_failures", {})
-    return [getattr(errors[rank], "_base_exc", errors[rank]) for rank in sorted(errors)] or [failure]
-
-
-def _mistake(failure: BaseException) -> str:
-    """The sentence of a worker's failure that would come again in every new try (a diverging loss, a damaged shard, a full
-    disk, too little memory on the device), or ""."""
-    for error in causes(failure) if hasattr(failure, "worker_failures") else []:
-        if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
-            first = str(error).splitlines()[0][:200]
-            return f"a worker's device is out of memory ({first}); use --train.micro-batch, a smaller batch or more workers"
-        if isinstance(error, ValueError | FloatingPointError) and not isinstance(error, Unreachable):
-            return str(error)
-        if sentence := disk.trouble(error):
-            return sentence
-    return ""
-
-
 def _forwarder(inbox: Any) -> Any:
     """A callback for Ray's controller process that tells the driver's queue of failed workers."""
     from ray.train import UserCallback
 
     class Forward(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for rank, error in sorted(worker_exceptions.items()):
+                if isinstance(error, heartbeat.Leave):
+                    inbox.put({"say": f"rank {rank} left with a checkpoint: {error}"})
+                    return
             rank, error = sorted(worker_exceptions.items())[0]
             inbox.put({"failed_rank": rank, "error": str(error).strip().splitlines()[-1][:500]})
 

@@ -90,7 +90,7 @@ def distill(args: Args) -> Run:
         seen = None if args.alpha == 1 else classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
         ids = seen.ids if seen is not None else None
         config = _config(args, directory, examples, labels.digest(ids) if ids is not None else "")
-        config.images_per_rank(args.resources.workers)
+        args.resources.counts(config)
         config.steps_per_epoch(examples)
         name = f"distill-{classifiers.recipe_of(directory).removeprefix('finetune-')}"
         run, home, uri = training.home_of(args.run, name, config, data, at, args.tracking_uri, "distill")

@@ -91,7 +91,7 @@ def finetune(args: Args) -> Run:
         seen = classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
         ids = seen.ids
         config = _config(args, directory, len(ids), len(ids) / manifest.examples("train"), labels.digest(ids))
-        config.images_per_rank(args.resources.workers)
+        args.resources.counts(config)
         config.steps_per_epoch(len(ids))
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"

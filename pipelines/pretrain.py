@@ -51,8 +51,7 @@ def pretrain(args: Args) -> Run:
     data = storage.shards(args.data, groups, 0 if groups == 1 else -1)  # in groups: this machine may be too small for all of them
     manifest = read_manifest(data, look=groups == 1)
     examples, classes = manifest.examples("train", groups), manifest.classes
-    config.images_per_rank(args.resources.workers)
-    config.group_of(0, args.resources.workers)
+    args.resources.counts(config)
     config.steps_per_epoch(examples)
     run, home, uri = training.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri)
 

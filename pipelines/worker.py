@@ -20,11 +20,11 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from pipelines import storage
+    from pipelines import heartbeat, storage
     from pipelines.allocator import keep_freed_memory
     from pipelines.gauges import Gauges, with_last_checkpoint
     from pipelines.saving import SCORES, Saver
-    from simclr import checkpoint
+    from simclr import checkpoint, pulse
     from simclr.collectives import from_rank_zero
     from simclr.config_finetune import STAGES
     from simclr.distill import distill
@@ -34,9 +34,8 @@ def train_worker(job: dict[str, Any]) -> None:
     config, stage = STAGES[job["stage"]].from_dict(job["config"]), job["stage"]
     home = storage.Home(job["run"])
     checkpoints = home.path / "checkpoints"
-    context = ray.train.get_context()
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
     first = context.get_world_rank() == 0
-    device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(job["cpus_per_worker"])
         keep_freed_memory()
@@ -56,22 +55,26 @@ def train_worker(job: dict[str, Any]) -> None:
     if stage == "distill":
         home.fetch()
         loop = partial(loop, teacher=home.path / "teacher")
-    mark, put = job.get("mark", {}), job["inbox"].actor.put
+    mark, put, gauges = job.get("mark", {}), job["inbox"].actor.put, Gauges(job["run"])
     saver = Saver(home, config.train, lambda told: put.remote(told | mark)) if first else None
-    gauges = Gauges(job["run"])
-    reports = storage.repaired(loop(config, start, **job["given"]), job["data"])
-    for report in with_last_checkpoint(reports, checkpoints, saver):
-        metrics = {**report.metrics, **gauges.show(report), "step": report.step, "total_steps": report.total_steps, **mark}
-        if saver is not None:
-            sent = put.remote(metrics)
-            if saver.due(report):
-                # There before the checkpoint is: a run that goes on from it does not repeat this report, nor may the driver
-                # hear earlier that training is over.
-                ray.get(sent)
-                saver.save(report)
-        # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
-        # what a scheduler decides by, and the driver's queue gets everything.
-        if report.due or set(SCORES) & metrics.keys():
-            ray.train.report(metrics)
+    with pulse.watched():
+        for report in with_last_checkpoint(storage.repaired(loop(config, start, **job["given"]), job["data"]), checkpoints, saver):
+            metrics = {**report.metrics, **gauges.show(report), "step": report.step, "total_steps": report.total_steps, **mark}
+            if saver is not None:
+                sent = put.remote(metrics)
+                leaving = heartbeat.asked_to_leave() if report.step < report.total_steps else ""
+                if saver.due(report) or leaving:
+                    # There before the checkpoint is: a run that goes on from it does not repeat this report, nor may the driver
+                    # hear earlier that training is over.
+                    ray.get(sent)
+                    with pulse.unwatched():  # a slow disk is no hang
+                        saver.save(report)
+                if leaving:
+                    saver.close()
+                    raise heartbeat.Leave(leaving)
+            # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
+            # what a scheduler decides by, and the driver's queue gets everything.
+            if report.due or set(SCORES) & metrics.keys():
+                ray.train.report(metrics)
     if saver is not None:
         saver.close()

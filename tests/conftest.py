@@ -28,6 +28,16 @@ def within(request: pytest.FixtureRequest) -> Within:
     return check
 
 
+_FIGURES: list[tuple[str, float, float, int]] = []
+Figures = Callable[[str, float, float, int], None]
+"""figures(fault, seconds until it is noticed, seconds until training goes on, steps repeated): a table of all is at the end."""
+
+
+@pytest.fixture(scope="session")
+def figures() -> Figures:
+    return lambda *row: _FIGURES.append(row)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes that run tests one has all that start Ray, which take both cores' time in turns and not at once; files else
@@ -40,12 +50,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if (out := getattr(session.config, "workeroutput", None)) is not None:
         out["worst"] = [[*key, *value] for key, value in _WORST.items()]
+        out["figures"] = _FIGURES
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     for test, what, deviation, bound in getattr(node, "workeroutput", {}).get("worst", []):
         _WORST[test, what] = (deviation, bound)
+    _FIGURES.extend(getattr(node, "workeroutput", {}).get("figures", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -53,6 +65,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("largest deviations")
         for (test, what), (deviation, bound) in sorted(_WORST.items()):
             terminalreporter.write_line(f"{deviation:8.1e} of {bound:.0e}  {test}  {what}")
+    if _FIGURES:
+        terminalreporter.section("faults: noticed, gone on after, steps repeated")
+        for what, noticed_s, again_s, repeated in _FIGURES:
+            terminalreporter.write_line(f"{noticed_s:7.1f} s {again_s:7.1f} s {repeated:5d}  {what}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -77,7 +77,7 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_uninterrupted_run(patte
     whole = run(settings, patterns, tmp_path / "whole")
     torch.set_num_threads(threads)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_pretrain"])
+    context.set_forkserver_preload(["tests.test_checkpoint", "tests.test_pretrain"])
     losses: dict[int, float] = {}
     for steps, wait_s in ((0, 0.0), (2, 0.0), (3, 0.02), (5, 0.001), (2, 0.005), (None, 0.0)):
         ours, theirs = context.Pipe(duplex=False)

@@ -20,7 +20,7 @@ DOORS = {
     # The writer, the reader and its operation, the room that makes FFCV's import fast and harmless, and, for the bench
     # alone, FFCV's own decoders in FFCV's own loader.
     "ffcv": {f"simclr/data/{name}.py" for name in ("beton", "loader", "decode", "ffcv_import", "ffcv_crops")},
-    "ray": {"pipelines/cluster.py", "pipelines/worker.py", "pipelines/gauges.py", "tune/run.py", "tune/trial.py"},
+    "ray": {f"pipelines/{name}.py" for name in ("cluster", "controller", "gauges", "worker")} | {"tune/run.py", "tune/trial.py"},
     "torchvision": {"simclr/data/sources.py", "simclr/data/transfer.py", "simclr/export.py"},  # the last for its networks alone
     "tensorflow": {"simclr/bundle.py"},
     "onnxruntime": {"simclr/export.py"},
@@ -34,6 +34,7 @@ WITHIN = {
     "simclr.collectives": {"simclr.moments"},
     "simclr.straggler": set(),
     "simclr.keyed": set(),
+    "simclr.pulse": set(),
     "simclr.loss": {"simclr.collectives", "simclr.kernels.nt_xent"},
     "simclr.kernels.nt_xent": {"simclr.kernels.nt_xent_triton"},
     "simclr.diagnostics": {"simclr.collectives"},

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import cli, cluster, terminal
+from pipelines import cli, controller, terminal
 from pipelines.rundir import load_run
 from simclr.data.manifest import read_manifest
 from tests.sweeps import a_sweep, trained
@@ -88,7 +88,7 @@ def test_a_failure_is_tried_again_only_where_another_seed_may_help() -> None:
     assert why(Group(oom("tried to allocate 3 GiB"))) == ("out of memory on the device: tried to allocate 3 GiB", False)
     reason, again = why(Group(RuntimeError("the actor died")))
     assert again and reason == "RuntimeError: the actor died"
-    assert "out of memory" in cluster._mistake(Group(oom("tried to allocate 3 GiB")))  # given up at once, not three times
+    assert "out of memory" in controller.mistake(Group(oom("tried to allocate 3 GiB")))  # given up at once, not three times
 
 
 def test_the_best_keep_their_checkpoints(tmp_path: Path) -> None:

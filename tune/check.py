@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from pipelines import cluster
 from simclr.data.manifest import Manifest
 from tune import points
 from tune.book import Sweep
@@ -41,8 +42,7 @@ def check(asked: Sweep, manifest: Manifest) -> list[dict[str, Any]]:
     every = points.combinations(space) if asked.search == "grid" else points.samples(space, asked.trials or 10**9, base.seed)
     for combination in every:
         config = points.point(space, base, combination, asked.seeds - 1).config
-        config.images_per_rank(asked.resources["workers"])
-        config.group_of(0, asked.resources["workers"])
+        cluster.Resources(**asked.resources).counts(config)
         config.steps_per_epoch(manifest.examples("train", config.train.shard_groups))
     if asked.search == "optuna":
         return []

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines import cluster, storage
+from pipelines import cluster, controller, storage
 from pipelines.rundir import Run, load_run, open_run
 from pipelines.terminal import say
 from simclr.config import Config
@@ -109,7 +109,7 @@ def why(failure: BaseException) -> tuple[str, bool]:
     in the input and a device that is too small come again with every seed. What was lost with a process or a node Ray Train
     has tried again from the last checkpoint already, as often as --max-failures says; the last try begins anew.
     """
-    error = cluster.causes(failure)[0]
+    error = controller.causes(failure)[0]
     text = " ".join(str(error).split())[:400] or type(error).__name__
     if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
         return f"out of memory on the device: {text}", False

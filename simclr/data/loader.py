@@ -34,7 +34,7 @@ from ffcv.reader import Reader
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr import keyed
+from simclr import keyed, pulse
 from simclr.config import Config, Resize
 from simclr.data.beton import METADATA
 from simclr.data.decode import Crops
@@ -107,7 +107,7 @@ def batches(
         boxes = None if split.raw else crop_boxes(config.views, config.seed, epoch, split.names[mine], split.sizes(mine))[:, :crops]
         return split.batch(read, step, epoch, mine, boxes)
 
-    return _prefetched(batch, itertools.count(start_step))
+    return _prefetched(batch, itertools.count(start_step), training=True)
 
 
 def in_order(
@@ -361,7 +361,7 @@ def _allocate(queries: Any, rows: int) -> Any:
     return torch.empty((rows, *queries.shape), dtype=torch.uint8, pin_memory=True).numpy()
 
 
-def _prefetched(make: Callable[[int], Batch], numbers: Iterable[int]) -> Generator[Batch, None, None]:
+def _prefetched(make: Callable[[int], Batch], numbers: Iterable[int], training: bool = False) -> Generator[Batch, None, None]:
     """make(number) for each number, up to _AHEAD of them in advance, by a thread that ends with the iterator."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_AHEAD)
     over = threading.Event()
@@ -393,6 +393,7 @@ def _prefetched(make: Callable[[int], Batch], numbers: Iterable[int]) -> Generat
                 return
             if isinstance(item, BaseException):
                 raise item
+            pulse.beat(item.step if training else None)
             yield item
     finally:
         over.set()

@@ -1,0 +1,80 @@
+"""Workers that fail as a test asks: a plan on disk says at which step, on which rank, and how. Each line of it happens once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from simclr.config import Config
+
+
+def plan(folder: Path, *faults: tuple[int, int, str], step_s: float = 0.0) -> None:
+    """Write (step, rank, how) to `folder`; how = kill, stop (its process), hang (the thread that trains) or nothing. A step takes `step_s`
+    more than it would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "step_s").write_text(str(step_s))
+    for step, rank, how in faults:
+        (folder / f"{step:04}-{rank}").write_text(how)
+
+
+def happened(folder: Path) -> dict[int, float]:
+    """Step → when its fault came, Unix time as that rank has it."""
+    return {int(path.name[:4]): json.loads(path.read_text()) for path in sorted(folder.glob("*.done"))}
+
+
+def faulty_worker(job: dict[str, Any]) -> None:
+    """`train_worker`, which comes to grief when a batch of the plan is handed out."""
+    import ray.train
+
+    from pipelines.worker import train_worker
+    from simclr import pulse
+
+    folder, rank, beat = Path(f"{job['run']}-faults"), ray.train.get_context().get_world_rank(), pulse.beat
+
+    def grievous(step: int | None = None) -> None:
+        beat(step)
+        if step is None:
+            return
+        time.sleep(float((folder / "step_s").read_text()))
+        path = folder / f"{step + 1:04}-{rank}"
+        if not path.exists():
+            return
+        how = path.read_text()
+        with path.with_suffix(".writing").open("w") as file:
+            file.write(json.dumps(time.time()))
+        path.with_suffix(".writing").rename(path.with_suffix(".done"))
+        path.unlink()
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif how == "hang":
+            threading.Event().wait()
+
+    pulse.beat = grievous
+    train_worker(job)
+
+
+def undisturbed(config: Config, data: Path) -> tuple[dict[int, float], dict[str, Tensor]]:
+    """Step → loss, and the encoder at the end, of a training that nothing happens to, on the ranks that there are."""
+    from simclr.pretrain import Start, pretrain
+
+    losses, state = {}, {}
+    for report in pretrain(config, Start(data)):
+        losses[report.step], state = report.metrics["train/loss"], report.state.tensors
+    return losses, {name: tensor.clone() for name, tensor in state.items() if name.startswith("model.")}
+
+
+def command() -> None:
+    """`simclr …` as it is, with workers that come to grief."""
+    from pipelines import cli, worker
+
+    worker.train_worker = faulty_worker
+    cli.main()

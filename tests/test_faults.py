@@ -1,0 +1,285 @@
+"""What goes wrong on a cluster, done to small trainings: each goes on, and ends where the undisturbed one does.
+
+Steps take a quarter of a second more than they need, for a fault to have a time. Each figure is of one run, on this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import cluster, pretrain, worker
+from simclr import checkpoint, disk
+from simclr.config import Config
+from simclr.recipes import recipe
+from tests import faults
+from tests.conftest import Figures, Within
+from tests.nodes import Nodes, alive, children, clock
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).parent.parent
+STEPS, EVERY = 24, 4
+Reference = tuple[dict[int, float], dict[str, Any]]
+
+
+def small() -> Config:
+    config = recipe("patterns_tiny")
+    train = replace(config.train, batch_size=60, steps=STEPS, report_every_steps=1, checkpoint_every_steps=EVERY, precision="float64")
+    return replace(config, train=train, watch=replace(config.watch, every_epochs=0))
+
+
+@pytest.fixture(scope="module")
+def reference(patterns: Path) -> Reference:
+    """The undisturbed training, in this process alone."""
+    return faults.undisturbed(small(), patterns)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A head and two nodes of one core each."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    patch.setenv("PYTHONPATH", str(ROOT))  # for workers
+    patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    patch.setattr(cluster, "_RESIZE_S", 2.0)
+    patch.setattr(worker, "train_worker", faults.faulty_worker)
+    found = Nodes(tmp_path_factory.mktemp("n"))
+    try:
+        found.add()
+        found.add()
+        cluster.connect(cluster.Resources(address=found.address))
+        yield found
+        cluster.disconnect()
+    finally:
+        found.close()
+        patch.undo()
+
+
+@dataclass
+class Story:
+    """A training and what its driver was told meanwhile."""
+
+    run: Path
+    said: list[tuple[float, str]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+
+    def new(self, since: float) -> list[dict[str, Any]]:
+        return [row for row in self.rows() if row["time"] > since] if (self.run / "metrics.jsonl").exists() else []
+
+    def first_said(self, part: str, since: float = 0.0) -> float:
+        """When `part` was said, Unix time."""
+        return next(at for at, text in self.said if part in text and at >= since)
+
+    def went_on(self, since: float) -> float:
+        """When the first report came of those who began again after `since`."""
+        again = self.first_said("starting again", since)
+        return next(float(row["time"]) for row in self.rows() if row["time"] > again)
+
+    def repeated(self, since: float) -> int:
+        """Steps that were done a second time after what happened at `since`."""
+        before = max(row["step"] for row in self.rows() if row["time"] < self.went_on(since))
+        again = next(row["step"] for row in self.rows() if row["time"] >= self.went_on(since))
+        return int(before - again + 1)
+
+    def equals(self, reference: Reference, within: Within, bound: float = 1e-9) -> None:
+        """Every report of a step, also of one that was repeated, and the encoder are the undisturbed training's."""
+        losses, tensors = reference
+        rows = self.rows()
+        assert {row["step"] for row in rows} == set(losses)
+        within("loss of a step", max(abs(row["train/loss"] / losses[row["step"]] - 1) for row in rows), bound)
+        newest = checkpoint.latest(self.run / "checkpoints", print)
+        assert newest is not None
+        state = checkpoint.read(newest)
+        assert state.step == STEPS
+        within("weights", max(float((state.tensors[name] - t).abs().max()) for name, t in tensors.items() if t.is_floating_point()), bound)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
+    heard: list[tuple[float, str]] = []
+
+    def say(text: str) -> None:
+        heard.append((time.time(), text))
+        print(text)
+
+    monkeypatch.setattr(cluster, "say", say)
+    return heard
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes] | None, log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while not what():
+        assert (process is None or process.poll() is None) and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def train(run: Path, patterns: Path, **resources: Any) -> None:
+    config, told = small(), cluster.Resources(**{"workers": 2, **resources})
+    pretrain.pretrain(pretrain.Args(data=patterns, config=config, recipe="patterns_tiny", run=run, resources=told))
+
+
+def test_a_worker_that_is_killed_hangs_or_stops(
+    nodes: Nodes, reference: Reference, patterns: Path, tmp_path: Path, said: list[tuple[float, str]], within: Within, figures: Figures
+) -> None:
+    story = Story(tmp_path / "run", said)
+    faults.plan(tmp_path / "run-faults", (7, 1, "kill"), (14, 1, "hang"), (19, 0, "stop"), step_s=0.25)
+    train(story.run, patterns, address=nodes.address, hang_timeout_s=4.0)
+    came = faults.happened(tmp_path / "run-faults")
+    assert set(came) == {7, 14, 19}
+    named = {7: "a worker is killed (SIGKILL)", 14: "a worker's training thread hangs", 19: "a worker is stopped (SIGSTOP)"}
+    for step, what in named.items():
+        noticed, again = story.first_said("failed: ", came[step]), story.went_on(came[step])
+        figures(what, noticed - came[step], again - came[step], story.repeated(came[step]))
+    texts = [text for _, text in said]
+    assert any("rank 1 failed: no progress for" in text and "at step 14 (" in text and "pid" in text for text in texts), texts
+    assert any("rank 0 failed: no answer for" in text and "at step" in text for text in texts), texts
+    story.equals(reference, within)
+
+
+def test_nodes_go_and_come_back(
+    nodes: Nodes, reference: Reference, patterns: Path, tmp_path: Path, said: list[tuple[float, str]], within: Within, figures: Figures
+) -> None:
+    """2 → 1 → 2 → 1 workers: a node dies, one comes in its place, one is taken back with notice."""
+    story = Story(tmp_path / "run", said)
+    faults.plan(tmp_path / "run-faults", step_s=0.5)
+    came: dict[str, float] = {}
+
+    def at_step(step: int) -> None:
+        deadline = time.monotonic() + 120
+        while not (story.run / "metrics.jsonl").exists() or story.rows()[-1]["step"] < step:
+            assert time.monotonic() < deadline, said
+            time.sleep(0.05)
+
+    def happen() -> None:
+        at_step(6)
+        came["lost"] = time.time()
+        nodes.kill(nodes.others[1])
+        at_step(8)
+        came["back"] = time.time()
+        node = nodes.add()
+        while not any("there is room for 2 workers" in text for _, text in said):
+            time.sleep(0.05)
+        at_step(max(row["step"] for row in story.rows()) + 3)
+        came["notice"] = time.time()
+        nodes.notice(node, 60.0)
+
+    happening = threading.Thread(target=happen, daemon=True)
+    happening.start()
+    train(story.run, patterns, address=nodes.address, min_workers=1)
+    happening.join(1)
+    assert set(came) == {"lost", "back", "notice"}
+    named = {"lost": "a node dies, 2 → 1 workers", "back": "a node comes, 1 → 2 workers", "notice": "a node gives notice, 2 → 1 workers"}
+    for what, part in (("lost", "failed: "), ("back", "there is room for 2"), ("notice", "loses its node in")):
+        noticed, again = story.first_said(part, came[what]), story.went_on(came[what])
+        figures(named[what], noticed - came[what], again - came[what], story.repeated(came[what]))
+    assert [text for _, text in said if text.startswith("starting again")] == [
+        "starting again with 1 workers, 2 before",
+        "starting again with 2 workers, 1 before",
+        "starting again with 1 workers, 2 before",
+    ]
+    # Who leaves with a checkpoint repeats nothing.
+    assert story.repeated(came["back"]) == 0 and story.repeated(came["notice"]) == 0
+    story.equals(reference, within)
+
+
+def test_a_disk_fills_up_and_a_clock_is_ten_minutes_fast(
+    nodes: Nodes, reference: Reference, patterns: Path, tmp_path: Path, said: list[tuple[float, str]], within: Within, figures: Figures
+) -> None:
+    fast = clock(tmp_path, 600)
+    small_disk = tmp_path / "small"
+    small_disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(small_disk)]
+    if fast is None or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs a C compiler, and to mount a file system")
+    story, filler = Story(small_disk / "run", said), small_disk / "filler"
+    while len(nodes.others) > 1:
+        nodes.kill(nodes.others[-1])
+    nodes.add(environment=fast)
+    faults.plan(small_disk / "run-faults", (1, 0, "nothing"), (2, 1, "nothing"), step_s=0.25)
+    filled: list[float] = []
+
+    def fill() -> None:
+        while checkpoint.latest(story.run / "checkpoints", print) is None:
+            time.sleep(0.05)
+        filled.append(time.time())
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 16))
+
+    try:
+        threading.Thread(target=fill, daemon=True).start()
+        with pytest.raises((ValueError, OSError)) as ended:
+            train(story.run, patterns, address=nodes.address)
+        noticed = time.time()
+        sentence = disk.trouble(ended.value) or str(ended.value)
+        assert "no space left on the disk that holds" in sentence and "run the same command again" in sentence
+        newest = checkpoint.latest(story.run / "checkpoints", print)
+        assert newest is not None and 0 < checkpoint.read(newest).step < STEPS
+        assert not list(story.run.glob("checkpoints/.writing-*"))
+        filler.unlink()
+        again = time.time()
+        train(story.run, patterns, address=nodes.address)
+        resumed = next(row for row in story.rows() if row["time"] > again)
+        before = max(row["step"] for row in story.rows() if row["time"] < again)
+        figures("the disk is full; run again", noticed - filled[0], resumed["time"] - again, before - resumed["step"] + 1)
+        times = faults.happened(small_disk / "run-faults")
+        assert 590 < max(times.values()) - min(times.values()) < 660  # the two ranks' own clocks
+        story.equals(reference, within)
+    finally:
+        subprocess.run(["umount", "-l", str(small_disk)], check=True)
+
+
+def test_the_head_the_whole_group_and_the_driver_are_killed(
+    reference: Reference, patterns: Path, tmp_path: Path, within: Within, figures: Figures
+) -> None:
+    """The same command four times, on a Ray of its own: each time it goes on where the one before was ended."""
+    story = Story(tmp_path / "run", [])
+    faults.plan(tmp_path / "run-faults", step_s=0.25)
+    command = [sys.executable, "-c", "from tests import faults; faults.command()", "pretrain", "patterns_tiny", "--data", str(patterns)]
+    command += ["--run", "run", "--train.batch-size", "60", "--train.steps", str(STEPS), "--train.report-every-steps", "1"]
+    command += ["--train.checkpoint-every-steps", str(EVERY), "--train.precision", "float64", "--watch.every-epochs", "0"]
+    log = tmp_path / "log"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    ends = {"the head (GCS) is killed": 2, "SIGTERM to all its processes": 130, "the driver is killed (SIGKILL)": -9, "": 0}
+    last, took, before = "", 0.0, 0
+    for what, code in ends.items():
+        began = time.time()
+        with log.open("w") as out:
+            process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out, start_new_session=True)
+        wait_for(lambda began=began: story.new(began) and story.new(began)[-1]["step"] > story.new(began)[0]["step"] + EVERY, process, log)
+        first = story.new(began)[0]
+        if before:
+            figures(f"{last}; run again", took, first["time"] - began, before - first["step"] + 1)
+        if not what:
+            assert process.wait(120) == 0, log.read_text()
+            break
+        below, at = children(process.pid), time.time()
+        if code == 2:
+            (head,) = [pid for pid in below if "gcs_server" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]]
+            os.kill(head, signal.SIGKILL)
+        elif code == 130:
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.kill()
+        assert process.wait(30) == code, log.read_text()
+        last, took, before = what, time.time() - at, story.rows()[-1]["step"]
+        assert took < 8 and "Traceback" not in log.read_text()
+        if code == 2:
+            assert re.search(r"simclr: the head of the Ray cluster at \S+ does not answer any more", log.read_text())
+        wait_for(lambda below=below: not any(alive(pid) for pid in below), None, log)
+    story.equals(reference, within)

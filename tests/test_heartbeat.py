@@ -1,0 +1,108 @@
+"""Who hangs, by what ranks say and when: no Ray, no time that passes."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from pipelines import cluster
+from pipelines.heartbeat import Vigil
+from simclr import pulse
+from simclr.config import Config, Train
+from simclr.pulse import Reading
+
+AT = Reading(watched=True, beats=10, step=7, place="simclr/data/loader.py:1 _prefetched", waiting=False)
+WAITS = replace(AT, place="simclr/loss.py:1 nt_xent", waiting=True)
+NAMES = ["pid 10 on a (10.0.0.1)", "pid 11 on b (10.0.0.2)", "pid 12 on b (10.0.0.2)"]
+
+
+def vigil(*readings: Reading, timeout_s: float = 300.0) -> Vigil:
+    """After `readings`, of ranks 0, 1, … at 0 s."""
+    found = Vigil(NAMES[: len(readings)], timeout_s, 0.0)
+    for rank, reading in enumerate(readings):
+        found.hear(rank, reading, 0.0)
+    return found
+
+
+def said(to: Vigil, now: float, *readings: Reading) -> dict[int, str]:
+    for rank, reading in enumerate(readings):
+        to.hear(rank, reading, now)
+    return to.hung(now)
+
+
+def test_who_is_waited_for_is_named_and_not_who_waits() -> None:
+    group = vigil(WAITS, AT, WAITS)
+    assert said(group, 299.0, WAITS, AT, WAITS) == {}
+    place = "at step 7 (simclr/data/loader.py:1 _prefetched)"
+    assert said(group, 301.0, WAITS, AT, WAITS) == {1: f"no progress for 301 s in pid 11 on b (10.0.0.2), {place}"}
+    late = replace(AT, step=6, waiting=True)
+    assert set(said(vigil(AT, late, AT), 301.0, AT, late, AT)) == {1}  # who is behind, though it waits: on a GPU steps are only asked for
+    assert set(said(vigil(WAITS, WAITS), 301.0, WAITS, WAITS)) == {0, 1}  # nobody is to blame, but nobody goes on
+
+
+def test_who_does_not_answer_is_named_whatever_the_others_do() -> None:
+    group = vigil(WAITS, AT)
+    group.hear(0, replace(WAITS, beats=11), 301.0)
+    assert group.hung(301.0) == {1: "no answer for 301 s from pid 11 on b (10.0.0.2), at step 7 (simclr/data/loader.py:1 _prefetched)"}
+    assert Vigil(NAMES[:1], 5.0, 0.0).hung(6.0) == {0: "no answer for 6 s from pid 10 on a (10.0.0.1), before its first step"}
+
+
+def test_what_takes_its_time_is_no_hang() -> None:
+    compiling = replace(AT, watched=False)
+    assert said(vigil(compiling, WAITS), 3000.0, compiling, WAITS) == {}  # rank 1 waits for rank 0, which nobody watches
+    assert said(vigil(AT, WAITS), 301.0, replace(AT, beats=11), WAITS) == {}
+    slow = vigil(AT, AT)
+    for now in range(0, 401, 100):  # a step of 400 s, on a machine without a GPU
+        assert now > 300 or said(slow, float(now), AT, AT) == {}
+        said(slow, float(now), AT, AT)
+    after = [replace(AT, beats=11)] * 2
+    assert said(slow, 410.0, *after) == {} and said(slow, 2300.0, *after) == {}
+    assert set(said(slow, 2500.0, *after)) == {0, 1}  # five times 400 s
+
+
+def test_a_process_says_where_its_thread_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, there = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with pulse.watched():
+            for step in range(5):
+                pulse.beat(step)
+            with pulse.unwatched():
+                there.set()
+                go.wait(20)
+                go.clear()
+            there.set()
+            go.wait(20)
+
+    assert not pulse.read().watched
+    thread = threading.Thread(target=work)
+    thread.start()
+    there.wait(20)
+    asleep = pulse.read()
+    there.clear()
+    go.set()
+    there.wait(20)
+    awake = pulse.read()
+    go.set()
+    thread.join()
+    assert (asleep.watched, asleep.step, asleep.beats) == (False, 5, 5)
+    assert (awake.watched, awake.step, awake.beats, awake.waiting) == (True, 5, 6, False)
+    assert not pulse.read().watched
+
+
+def test_numbers_of_workers_that_the_batch_divides_over() -> None:
+    config = Config(train=Train(batch_size=96))
+    assert cluster.Resources(workers=4).counts(config) == [4]
+    assert cluster.Resources(workers=8, min_workers=2).counts(config) == [2, 3, 4, 6, 8]
+    grouped = Config(train=Train(batch_size=96, shard_groups=2))
+    assert cluster.Resources(workers=8, min_workers=2).counts(grouped) == [2, 4, 6, 8]
+    with pytest.raises(ValueError, match=r"--min-workers 5 does not divide batch_size 96 .*use 1, 2, 3, 4, 6 or leave it out"):
+        cluster.Resources(workers=8, min_workers=5).counts(config)
+    with pytest.raises(ValueError, match="batch_size 96 does not divide over 7 workers"):
+        cluster.Resources(workers=7, min_workers=1).counts(config)
+    with pytest.raises(ValueError, match="--min-workers is 9; expected 1 to --workers 8"):
+        cluster.Resources(workers=8, min_workers=9)
+    with pytest.raises(ValueError, match="--hang-timeout-s is 0"):
+        cluster.Resources(hang_timeout_s=0)

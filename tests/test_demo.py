@@ -18,7 +18,6 @@ from pipelines.address import default_uri
 from simclr import checkpoint
 from simclr.recipes import recipe
 
-
 _RESULTS = {"metrics.jsonl", "evaluation.json", "checkpoint.json"}
 
 
@@ -53,7 +52,7 @@ def test_the_demo_from_rendering_to_the_report(shared_ray: None, tmp_path: Path,
     assert found.info.status == "FINISHED" and found.data.params["optim.base_lr"] == "4.0"
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "demo").rglob("*") if path.name in _RESULTS}
-    assert len(written) == len(_RESULTS)
+    assert {path.name for path in written} == _RESULTS
     again = demo.demo(arguments)  # the same command again has nothing left to train, score or register
     assert again.scores == result.scores and again.registered == result.registered
     assert {path: path.stat().st_mtime_ns for path in written} == written

@@ -9,7 +9,6 @@ import logging
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
@@ -218,11 +217,7 @@ class _Head:
 
     def answers(self) -> bool:
         host, _, port = self.address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
-        except OSError:
-            return False
-        return True
+        return controller.listens(host, int(port))
 
     def require(self) -> None:
         """Raise ValueError where it has been away for too long. Asks at most once in a second."""
@@ -346,6 +341,8 @@ def _trainer(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(10 * resources.hang_timeout_s)  # who is silent is seen before, and named
     counts = resources.counts(STAGES[job["stage"]].from_dict(job["config"]))
     elastic = resources.min_workers is not None
+    if elastic:  # a group that was planned with a node too many is planned again
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30"
     return controller.trainer_class(private, counts, resources.hang_timeout_s, tell, controllers)(
         worker,
         train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},

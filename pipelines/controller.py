@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,18 @@ from simclr import disk, pulse
 from simclr.data.place import Unreachable
 
 _ASK_MOST_S = 30.0  # between two questions where a worker is
-_SAY_EVERY_S = 60.0
+_SAY_EVERY_S, _LOOK_EVERY_S = 60.0, 0.5
 Tell = Callable[[dict[str, Any]], None]
 """Sends a message to the driver."""
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether somebody does at this address."""
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def causes(failure: BaseException) -> list[BaseException]:
@@ -116,7 +126,8 @@ def _scaling(config: Any, counts: list[int], private: bool, tell: Tell) -> Any:
         asked, say_at = 0.0, 0.0
 
         def _count_possible_workers(self, reserved_resources: Any) -> int:
-            room = super()._count_possible_workers(reserved_resources)
+            alive = _alive()
+            room = super()._count_possible_workers({node: has for node, has in reserved_resources.items() if node in alive})
             return max((count for count in counts if count <= room), default=0)
 
         def make_decision_for_non_running_worker_group(self) -> Any:
@@ -124,7 +135,9 @@ def _scaling(config: Any, counts: list[int], private: bool, tell: Tell) -> Any:
             now = time.monotonic()
             if not isinstance(decision, NoopDecision):
                 self.say_at = 0.0
-            elif self.say_at == 0:  # the first answers come before Ray has counted
+                return decision
+            time.sleep(_LOOK_EVERY_S)  # Ray asks again at once, and again
+            if self.say_at == 0:  # the first answers come before Ray has counted
                 self.say_at = now + _SAY_EVERY_S / 6
             elif now > self.say_at:
                 self.say_at = now + _SAY_EVERY_S
@@ -133,7 +146,8 @@ def _scaling(config: Any, counts: list[int], private: bool, tell: Tell) -> Any:
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
             decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-            if isinstance(decision, ResizeDecision) and self.asked != worker_group_state.start_time:
+            larger = isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers
+            if larger and self.asked != worker_group_state.start_time:  # a smaller one follows from who fails or leaves
                 self.asked = worker_group_state.start_time
                 reason = f"there is room for {decision.num_workers} workers"
                 worker_group_state.workers[0].execute_async(heartbeat.ask_to_leave, reason)
@@ -142,6 +156,19 @@ def _scaling(config: Any, counts: list[int], private: bool, tell: Tell) -> Any:
     if config.elasticity_enabled:
         return Elastic(config)
     return Alone(config) if private else FixedScalingPolicy(config)
+
+
+def _alive() -> set[str]:
+    """Ids of the nodes that workers may be placed on now.
+
+    What Ray has noted may be seconds old, and a group that is planned with a node that just died, or is about to be taken back,
+    waits for it until its start times out. So the nodes are asked.
+    """
+    import ray
+
+    draining = ray._private.state.state.get_draining_nodes()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    return {node["NodeID"] for node in nodes if listens(node["NodeManagerAddress"], node["NodeManagerPort"])}
 
 
 def _overseer(hang_timeout_s: float, tell: Tell) -> Any:

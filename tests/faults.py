@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
+from simclr import disk
 from simclr.config import Config
 
 
 def plan(folder: Path, *faults: tuple[int, int, str], step_s: float = 0.0) -> None:
     """Write (step, rank, how) to `folder`; how = kill, stop (its process), hang (the thread that trains) or nothing. A step takes `step_s`
-    more than it would."""
+    more than it would; that may be planned anew while the training goes on."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step_s").write_text(str(step_s))
+    disk.write_text(folder / "step_s", str(step_s))
     for step, rank, how in faults:
         (folder / f"{step:04}-{rank}").write_text(how)
 

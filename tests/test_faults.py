@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_a_worker_that_is_killed_hangs_or_stops(
 ) -> None:
     story = Story(tmp_path / "run", said)
     faults.plan(tmp_path / "run-faults", (7, 1, "kill"), (14, 1, "hang"), (19, 0, "stop"), step_s=0.25)
-    train(story.run, patterns, address=nodes.address, hang_timeout_s=4.0)
+    train(story.run, patterns, address=nodes.address, hang_timeout_s=6.0, max_failures=9)
     came = faults.happened(tmp_path / "run-faults")
     assert set(came) == {7, 14, 19}
     named = {7: "a worker is killed (SIGKILL)", 14: "a worker's training thread hangs", 19: "a worker is stopped (SIGSTOP)"}
@@ -155,8 +156,8 @@ def test_nodes_go_and_come_back(
     nodes: Nodes, reference: Reference, patterns: Path, tmp_path: Path, said: list[tuple[float, str]], within: Within, figures: Figures
 ) -> None:
     """2 → 1 → 2 → 1 workers: a node dies, one comes in its place, one is taken back with notice."""
-    story = Story(tmp_path / "run", said)
-    faults.plan(tmp_path / "run-faults", step_s=0.5)
+    story, pace = Story(tmp_path / "run", said), partial(faults.plan, tmp_path / "run-faults")
+    pace(step_s=0.5)
     came: dict[str, float] = {}
 
     def at_step(step: int) -> None:
@@ -170,10 +171,12 @@ def test_nodes_go_and_come_back(
         came["lost"] = time.time()
         nodes.kill(nodes.others[1])
         at_step(8)
-        came["back"] = time.time()
+        pace(step_s=4.0)  # a node takes its time to start
         node = nodes.add()
+        came["back"] = time.time()
         while not any("there is room for 2 workers" in text for _, text in said):
             time.sleep(0.05)
+        pace(step_s=1.0)
         at_step(max(row["step"] for row in story.rows()) + 3)
         came["notice"] = time.time()
         nodes.notice(node, 60.0)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,10 @@ class Story:
     def new(self, since: float) -> list[dict[str, Any]]:
         return [row for row in self.rows() if row["time"] > since] if (self.run / "metrics.jsonl").exists() else []
 
+    def at_step(self, step: int, training: Future[None]) -> None:
+        """Wait until that step is reported."""
+        wait_for(lambda: self.new(0) and self.rows()[-1]["step"] >= step, training)
+
     def first_said(self, part: str, since: float = 0.0) -> float:
         """When `part` was said, Unix time."""
         return next(at for at, text in self.said if part in text and at >= since)
@@ -122,10 +127,14 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
     return heard
 
 
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes] | None, log: Path) -> None:
+def wait_for(what: Callable[[], Any], training: Future[None] | subprocess.Popen[bytes] | None, log: Path | None = None) -> None:
+    """Until `what()`, while `training` goes on."""
     deadline = time.monotonic() + 180
     while not what():
-        assert (process is None or process.poll() is None) and time.monotonic() < deadline, log.read_text()
+        if isinstance(training, Future) and training.done():
+            training.result()
+        over = training.poll() is not None if isinstance(training, subprocess.Popen) else training is not None and training.done()
+        assert not over and time.monotonic() < deadline, log.read_text() if log else "it takes too long"
         time.sleep(0.05)
 
 
@@ -160,32 +169,21 @@ def test_nodes_go_and_come_back(
     pace(step_s=0.5)
     came: dict[str, float] = {}
 
-    def at_step(step: int) -> None:
-        deadline = time.monotonic() + 120
-        while not (story.run / "metrics.jsonl").exists() or story.rows()[-1]["step"] < step:
-            assert time.monotonic() < deadline, said
-            time.sleep(0.05)
-
-    def happen() -> None:
-        at_step(6)
+    with ThreadPoolExecutor(1) as aside:  # Ray starts nodes from a main thread only
+        training = aside.submit(train, story.run, patterns, address=nodes.address, min_workers=1)
+        story.at_step(6, training)
         came["lost"] = time.time()
         nodes.kill(nodes.others[1])
-        at_step(8)
+        story.at_step(8, training)
         pace(step_s=4.0)  # a node takes its time to start
         node = nodes.add()
         came["back"] = time.time()
-        while not any("there is room for 2 workers" in text for _, text in said):
-            time.sleep(0.05)
+        wait_for(lambda: any("there is room for 2 workers" in text for _, text in said), training)
         pace(step_s=1.0)
-        at_step(max(row["step"] for row in story.rows()) + 3)
+        story.at_step(max(row["step"] for row in story.rows()) + 3, training)
         came["notice"] = time.time()
         nodes.notice(node, 60.0)
-
-    happening = threading.Thread(target=happen, daemon=True)
-    happening.start()
-    train(story.run, patterns, address=nodes.address, min_workers=1)
-    happening.join(1)
-    assert set(came) == {"lost", "back", "notice"}
+        training.result()
     named = {"lost": "a node dies, 2 → 1 workers", "back": "a node comes, 1 → 2 workers", "notice": "a node gives notice, 2 → 1 workers"}
     for what, part in (("lost", "failed: "), ("back", "there is room for 2"), ("notice", "loses its node in")):
         noticed, again = story.first_said(part, came[what]), story.went_on(came[what])

@@ -93,7 +93,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(sentence: str) -> None:
-    print(f"simclr: {sentence}", file=sys.stderr)
+    print(f"simclr: {sentence}", file=sys.stderr, flush=True)
+    cluster = sys.modules.get("pipelines.cluster")
+    if cluster is not None and cluster.lost():
+        os._exit(2)
     sys.exit(2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import logging
@@ -37,6 +36,7 @@ _STOP_S = 2.0
 _HEAD_S = 30.0  # without a cluster's head, which may come back; Ray ends the process, without a word, after 60
 _RESIZE_S = 60.0  # between two looks whether there is room for more workers
 _jobs: list[threading.Thread] = []  # that may be inside Ray's core worker
+_lost: list[str] = []  # heads that are gone: Ray asks for them for a minute at the end of the process, or crashes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +140,11 @@ def connect(resources: Resources) -> bool:
     return True
 
 
+def lost() -> bool:
+    """Whether the cluster's head is gone: then this process should end without asking Ray."""
+    return bool(_lost)
+
+
 def disconnect() -> None:
     """Leave the cluster; a private Ray ends, also one that was still starting."""
     if "ray" not in sys.modules:
@@ -227,14 +232,11 @@ class _Head:
         if self.answers():
             self.answered = time.monotonic()
         elif (away := time.monotonic() - self.answered) >= self.patience_s:
-            import ray
-
-            # At the end of the process it would ask the head again, for a minute.
-            atexit.unregister(ray._private.worker.shutdown)
-            raise ValueError(
-                f"the head of the Ray cluster at {self.address} does not answer any more (for {away:.0f} s); "
-                "run the same command again once it does, to go on from the last checkpoint"
-            )
+            _lost.append(self.address)
+            again = "run the same command again, to go on from the last checkpoint"
+            if not self.patience_s:
+                raise ValueError(f"Ray's head process on this machine is gone; {again}")
+            raise ValueError(f"the head of the Ray cluster at {self.address} has not answered for {away:.0f} s; once it does, {again}")
 
 
 def require(resources: Resources) -> bool:

@@ -1,8 +1,9 @@
 # make demo    the whole job on this machine, in about four minutes; installs what is missing
 # make test    lint, types, tests; installs what is missing
+# make test-cluster    the tests that start clusters of their own: ray up, faults, a TPU slice; as root, in about six minutes
 # make lock    renew requirements.lock after a change of pyproject.toml
 
-.PHONY: setup demo test lock
+.PHONY: setup demo test test-cluster lock
 .SILENT:
 
 setup:
@@ -15,6 +16,9 @@ test: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+test-cluster: setup
+	.venv/bin/pytest -m cluster -rs
 
 # Names versions and hashes for Python 3.11 and 3.12, and no address of an index.
 lock: setup

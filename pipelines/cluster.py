@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import controller, heartbeat
+from pipelines import capacity, controller, heartbeat, tpu
 from pipelines.terminal import say
 from simclr.config import Config
 from simclr.config_finetune import STAGES
@@ -48,7 +48,11 @@ class Resources:
     cpus_per_worker: int = 1
     """CPU cores of each worker: torch threads on a CPU, loader threads beside a GPU."""
     device: str = "auto"
-    """auto (GPUs when the cluster has one for each worker), cpu or cuda."""
+    """auto (GPUs when the cluster has one for each worker), cpu, cuda, or tpu, which has never run on one."""
+    topology: str | None = None
+    """Chips of the TPU slice in each direction, as 4x4; one worker drives each."""
+    accelerator_type: str | None = None
+    """The TPU's kind, as TPU-V5LITEPOD."""
     address: str | None = None
     """Ray cluster to join: 'auto' on a cluster's node; nothing = a private Ray on this machine."""
     max_failures: int = 3
@@ -65,8 +69,14 @@ class Resources:
             raise ValueError(f"--workers is {self.workers}; expected at least 1")
         if self.cpus_per_worker < 1:
             raise ValueError(f"--cpus-per-worker is {self.cpus_per_worker}; expected at least 1")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device is {self.device!r}; expected auto, cpu or cuda")
+        if self.device not in ("auto", "cpu", "cuda", "tpu"):
+            raise ValueError(f"--device is {self.device!r}; expected auto, cpu, cuda or tpu")
+        if self.device == "tpu":
+            tpu.check(self.workers, self.topology, self.accelerator_type)
+            if self.min_workers is not None:
+                raise ValueError("--min-workers goes with single nodes that come and go; a TPU slice is used whole: leave it out")
+        elif self.topology or self.accelerator_type:
+            raise ValueError("--topology and --accelerator-type are a TPU slice's; say --device tpu, or leave them out")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ValueError(f"--min-workers is {self.min_workers}; expected 1 to --workers {self.workers}, or nothing")
         if self.hang_timeout_s <= 0:
@@ -230,12 +240,11 @@ class _Head:
 
 
 def require(resources: Resources) -> bool:
-    """Whether the workers get GPUs. Raises ValueError where the cluster, once connected, has not what they ask for."""
-    import ray
-
-    total = ray.cluster_resources()
-    workers = resources.min_workers or resources.workers
-    gpus = total.get("GPU", 0) >= workers and resources.device != "cpu"
+    """Whether the workers get GPUs. Raises ValueError where the cluster, once connected, cannot have what they ask for."""
+    if resources.topology and resources.accelerator_type:
+        tpu.require(resources.topology, resources.accelerator_type)
+    total, workers = capacity.reachable(joins_a_cluster(resources.address)), resources.min_workers or resources.workers
+    gpus = total.get("GPU", 0) >= workers and resources.device in ("auto", "cuda")
     if resources.device == "cuda" and not gpus:
         raise ValueError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {total.get('GPU', 0):.0f}")
     cores = workers * resources.cpus_per_worker
@@ -244,6 +253,7 @@ def require(resources: Resources) -> bool:
             f"{workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; "
             f"the cluster has {total.get('CPU', 0):.0f}: use fewer --workers or --cpus-per-worker"
         )
+    capacity.announce({"CPU": cores, "GPU": workers if gpus else 0})
     return gpus
 
 
@@ -333,6 +343,11 @@ def _trainer(
     from ray.train.v2.api.config import ScalingConfig  # what ray.train gives; a type checker finds its forerunner there
 
     gpus = require(resources)
+    accelerator = {"GPU": 1} if gpus else {}
+    torch_config, scaling = TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800), {}
+    if resources.topology and resources.accelerator_type:
+        accelerator = {"TPU": 1}
+        torch_config, scaling = tpu.torch_config(resources.topology, 1800), tpu.scaling(resources.topology, resources.accelerator_type)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(10 * resources.hang_timeout_s)  # who is silent is seen before, and named
     counts = resources.counts(STAGES[job["stage"]].from_dict(job["config"]))
@@ -342,12 +357,13 @@ def _trainer(
     return controller.trainer_class(private, counts, resources.hang_timeout_s, tell, controllers)(
         worker,
         train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
+        torch_config=torch_config,
         scaling_config=ScalingConfig(
             num_workers=(counts[0], counts[-1]) if elastic else resources.workers,
             use_gpu=gpus,
-            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if gpus else {}),
+            resources_per_worker={"CPU": resources.cpus_per_worker} | accelerator,
             elastic_resize_monitor_interval_s=_RESIZE_S,
+            **scaling,
         ),
         run_config=RunConfig(
             name=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",

@@ -178,6 +178,8 @@ def _regions(cluster: Cluster) -> Iterator[str]:
         config = node["node_config"]
         for elsewhere in set(re.findall(r"regions/([a-z0-9-]+)/", json.dumps(config))) - {region}:
             yield f"{name} uses a network in region {elsewhere}, the cluster is in {region}; correct one of them"
+        for elsewhere in set(re.findall(r"zones/([a-z0-9-]+)/", json.dumps(config))) - set(zones):
+            yield f"{name} wants a disk of zone {elsewhere}, the cluster is in {', '.join(zones)}; correct one of them"
         image = str(config.get("ImageId", ""))
         if image.startswith("ami-"):
             yield f"{name} names image {image}, which is of one region and grows old; use resolve:ssm:/aws/service/deeplearning/ami/…"
@@ -235,6 +237,12 @@ def _aws(cluster: Cluster) -> Iterator[str]:
             )
         if name == cluster["head_node_type"] and not config.get("LaunchTemplate") and not config.get("IamInstanceProfile"):
             yield "the head has no instance profile, and Ray would give it every right on EC2 and S3; use the template simclr-head"
+        template = config.get("LaunchTemplate", {}).get("LaunchTemplateName")
+        if template == "simclr-head" and cluster["cluster_name"] != "simclr":
+            yield (
+                f"the cluster is named {cluster['cluster_name']}, and the role of template simclr-head may end nodes of `simclr` only, "
+                "so idle nodes would stay and cost; keep the name, or change it in cluster/aws-account.yaml too"
+            )
         disks = [disk.get("Ebs", {}) for disk in config.get("BlockDeviceMappings", [])]
         if not disks or not all(disk.get("Encrypted") for disk in disks):
             yield f"{name} has a disk that is not encrypted; write Encrypted: true for each of its BlockDeviceMappings"
@@ -248,6 +256,8 @@ def _gcp(cluster: Cluster) -> Iterator[str]:
         accounts = [account.get("email", "") for account in config.get("serviceAccounts", [])]
         if not accounts or any(re.search(r"compute@developer|ray-autoscaler|^default$", account) for account in accounts):
             yield f"{name} runs as an account with wide rights; write serviceAccounts with one that cluster/gcp-project.sh makes"
+        if any("diskType" not in disk.get("initializeParams", {}) for disk in config.get("disks", [])):
+            yield f"{name} has a disk without diskType, so a magnetic one, which GPUs refuse; write zones/…/diskTypes/pd-balanced"
         nets = [config["networkConfig"]] if "networkConfig" in config else config.get("networkInterfaces", [])
         if not nets or any(net.get("subnetwork", "default").endswith("/default") or "subnetwork" not in net for net in nets):
             yield f"{name} is in the default network, where ssh is open to all the world; use gcp-project.sh's subnetwork simclr"

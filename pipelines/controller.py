@@ -148,8 +148,12 @@ def _scaling(config: Any, counts: list[int], private: bool, tell: Tell) -> Any:
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
             decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-            larger = isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers
-            if larger and self.asked != worker_group_state.start_time:  # a smaller one follows from who fails or leaves
+            # A smaller one follows from who fails or leaves.
+            if (
+                isinstance(decision, ResizeDecision)
+                and decision.num_workers > worker_group_state.num_workers
+                and self.asked != worker_group_state.start_time
+            ):
                 self.asked = worker_group_state.start_time
                 reason = f"there is room for {decision.num_workers} workers"
                 worker_group_state.workers[0].execute_async(heartbeat.ask_to_leave, reason)

@@ -35,8 +35,6 @@ class Saver:
         self.sending = ""
         self.held_s = 0.0
         self.saved_at = self.reported_at = time.monotonic()
-        found = [checkpoint.score_of(path) for path in checkpoint.list_checkpoints(self.folder)]
-        self.best = max((score for score in found if score is not None), default=None)
 
     @property
     def every_s(self) -> float:
@@ -44,10 +42,11 @@ class Saver:
         return min(max(_LEAST_S, self.held_s / _SHARE), _MOST_S)
 
     def due(self, report: Report) -> bool:
-        """Whether this report's state is to be saved: the config asks for it, it scored best so far, or it is time."""
-        score, now = _score(report), time.monotonic()
+        """Whether this report's state is to be saved: the config asks for it, it was scored (which took longer than saving will,
+        and it may be the best), or it is time."""
+        now = time.monotonic()
         between, self.reported_at = now - self.reported_at, now
-        if report.due or (score is not None and (self.best is None or score > self.best)):
+        if report.due or _score(report) is not None:
             return True
         # The next chance is the next report.
         return self.train.checkpoint_every_steps is None and now + between - self.saved_at >= self.every_s
@@ -57,8 +56,6 @@ class Saver:
         began = time.monotonic()
         self.wait()
         state, score = _copied(report.state), _score(report)
-        if score is not None and (self.best is None or score > self.best):
-            self.best = score
         self.saved_at = time.monotonic()
         self.held_s = self.saved_at - began
         self.writing = self.writer.submit(self._write, state, score, self.held_s)

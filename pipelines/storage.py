@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.terminal import Bar, say
 from simclr import disk
-from simclr.data.place import address, copy_of, locked
+from simclr.data.place import Corrupt, Refetched, address, copy_of, locked
 
+T = TypeVar("T")
 # What a run directory or a published encoder holds, checkpoints apart. run.json first: it says whose the others are.
 _PUBLISHED = ("encoder.safetensors", "head.safetensors", "classifier.safetensors", "README.md", "config.json")
 _FILES = (
@@ -49,6 +51,24 @@ def shards(place: str | Path, groups: int = 1, group: int = 0) -> Path:
     with Bar("download", None, "MiB", "MiB/s") as bar:
         remote.fetch(at, copy, mebibytes(bar), Store(), groups, group)
     return copy
+
+
+def repaired(reports: Iterator[T], place: str | Path) -> Iterator[T]:
+    """`reports` of a training on the shards at `place`. Of s3://… one that turns out to be corrupt in this machine's copy is fetched
+    once more, and Refetched raised in place of Corrupt: it is worth trying again. On disk, and where S3 has no better, Corrupt stands."""
+    began = time.time()
+    try:
+        yield from reports
+    except Corrupt as error:
+        at = address(place)
+        if at is None:
+            raise
+        from simclr.data import remote
+        from simclr.data.store import Store
+
+        if not remote.refetch(at, copy_of(at, "shards"), error.shard, began, Store()):
+            raise
+        raise Refetched(f"{error.shard} was corrupt on this machine and was fetched again from {at}") from None
 
 
 def mebibytes(bar: Bar) -> Callable[[int, int], None]:

@@ -18,6 +18,7 @@ from simclr import disk
 from simclr.collapse import collapse
 from simclr.config import Config
 from simclr.data import place
+from simclr.straggler import SLOW
 
 if TYPE_CHECKING:
     from torch import nn
@@ -137,7 +138,7 @@ def _launch(job: Job) -> cluster.Running:
 
 def _follow(job: Job, running: cluster.Running, tracked: Tracked, done: int, began: float, connected: float) -> float:
     """Log the reports until there are no more; returns when the first came."""
-    run, home, stepped, warned, told = job.run, job.home, 0.0, None, False
+    run, home, stepped, warned, told, slow = job.run, job.home, 0.0, None, False, ""
     with Bar(run.stage, job.total, "steps") as bar:
         bar.resume_at(done)
         for report in running.reports():
@@ -160,6 +161,9 @@ def _follow(job: Job, running: cluster.Running, tracked: Tracked, done: int, beg
             tracked.log(report)
             if warned is None and report["step"] > 1 and (warned := collapse(report)):
                 say(f"step {report['step']:,}: {warned}; a lower --optim.base-lr, more warm-up or another temperature may help")
+            if report.get("stragglers", "") not in ("", slow):
+                slow = report["stragglers"]
+                say(f"step {report['step']:,}: {slow} {SLOW}")
             bar.update(report["step"], _note(report), report["speed/images_per_s"])
     return stepped or time.monotonic()
 

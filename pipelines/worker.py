@@ -22,6 +22,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
     from pipelines import cluster, heartbeat, storage
     from pipelines.allocator import keep_freed_memory
+    from pipelines.gauges import Gauges, with_last_checkpoint
     from pipelines.saving import SCORES, Saver
     from simclr import checkpoint, pulse
     from simclr.collectives import from_rank_zero
@@ -33,9 +34,8 @@ def train_worker(job: dict[str, Any]) -> None:
     config, stage = STAGES[job["stage"]].from_dict(job["config"]), job["stage"]
     home = storage.Home(job["run"])
     checkpoints = home.path / "checkpoints"
-    context = ray.train.get_context()
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
     first = context.get_world_rank() == 0
-    device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(job["cpus_per_worker"])
         keep_freed_memory()
@@ -55,11 +55,11 @@ def train_worker(job: dict[str, Any]) -> None:
     if stage == "distill":
         home.fetch()
         loop = partial(loop, teacher=home.path / "teacher")
-    mark, put = job.get("mark", {}), job["inbox"].actor.put
+    mark, put, gauges = job.get("mark", {}), job["inbox"].actor.put, Gauges(job["run"])
     saver = Saver(home, config.train, lambda told: put.remote(told | mark)) if first else None
     with pulse.watched():
-        for report in loop(config, start, **job["given"]):
-            metrics = {**report.metrics, "step": report.step, "total_steps": report.total_steps, **mark}
+        for report in with_last_checkpoint(storage.repaired(loop(config, start, **job["given"]), job["data"]), checkpoints, saver):
+            metrics = {**report.metrics, **gauges.show(report), "step": report.step, "total_steps": report.total_steps, **mark}
             if saver is not None:
                 put.remote(metrics)
                 leaving = heartbeat.asked_to_leave() if report.step < report.total_steps else ""

@@ -12,6 +12,8 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from simclr.moments import Moment, exact, now
+
 # The option's name since torch 2.13, and before.
 _NO_BUFFERS = next(o for o in ("forward_sync_buffers", "broadcast_buffers") if o in inspect.signature(DistributedDataParallel).parameters)
 
@@ -42,8 +44,31 @@ def all_gather(x: Tensor) -> Tensor:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks, of a tensor that needs no gradient. In place where there is a process group; returns it."""
     if world_size() > 1:
+        began = _arrived(x)
         dist.all_reduce(x)
+        _left(x, began)
     return x
+
+
+def means_and_rows(values: Tensor, row: list[float]) -> tuple[list[float], list[list[float]]]:
+    """Means over ranks of `values` (m,), and the `row` of numbers that each rank gives, as (W, len(row)): in one collective.
+
+    The rows are exact: each rank adds zeros to the others'. The host waits for the device here.
+    """
+    table = values.new_zeros(world_size(), len(row), dtype=torch.float64)
+    table[rank()] = torch.tensor(row, dtype=torch.float64)
+    both = all_reduce_sum(torch.cat([values.detach().double(), table.flatten()])).tolist()
+    rows, width = both[len(values) :], len(row)
+    return [v / world_size() for v in both[: len(values)]], [rows[at : at + width] for at in range(0, len(rows), width)]
+
+
+def every_ranks(value: Any) -> list[Any]:
+    """Each rank's `value` (anything that pickles), in order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -73,18 +98,66 @@ def data_parallel(model: nn.Module, bucket_mib: float, compress: bool) -> nn.Mod
     network = DistributedDataParallel(model, bucket_cap_mb=bucket_mib, gradient_as_bucket_view=True, **buffers)
     if compress:
         network.register_comm_hook(None, bf16_compress_hook)
+    # The first layer's gradient is the last to be computed: what the backward pass takes from there on is the others' time.
+    first = next(p for p in model.parameters() if p.requires_grad)
+    first.register_post_accumulate_grad_hook(_gradients_ready)
     return network
+
+
+# ── What ranks wait for each other ─────────────────────────────────────────────────────────────────────────────────────
+# In a synchronous step every rank takes as long as the slowest: who that is shows only in how long each waits in collectives.
+# Those inside a compiled graph are not seen: `simclr.clock` knows of it.
+
+Wait = tuple[Moment, Moment]
+"""When a rank came to a collective, and when it had its result."""
+
+_waits: list[Wait] | None = None  # noted since they were last taken; None = nobody wants to know
+_ready: Moment | None = None
+
+
+def take_waits(go_on: bool = True) -> list[Wait]:
+    """What this rank waited since it was last asked. The first call begins the noting, one without `go_on` ends it."""
+    global _waits
+    found, _waits = _waits or [], [] if go_on else None
+    return found
+
+
+def gradients_met(device: torch.device) -> None:
+    """To be called after a backward pass: notes how long it waited for the other ranks once this rank's gradients were there."""
+    global _ready
+    if _ready is not None and _waits is not None:
+        _waits.append((_ready, now(device)))
+    _ready = None
+
+
+def _gradients_ready(parameter: Tensor) -> None:
+    global _ready
+    if _waits is not None and exact(parameter.device):
+        _ready = now(parameter.device)
+
+
+def _arrived(x: Tensor) -> Moment | None:
+    return now(x.device) if not torch.compiler.is_compiling() and _waits is not None and exact(x.device) else None
+
+
+def _left(x: Tensor, began: Moment | None) -> None:
+    if began is not None and _waits is not None:
+        _waits.append((began, now(x.device)))
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+        began = _arrived(x)
         dist.all_gather_into_tensor(out, x.contiguous())
+        _left(x, began)
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         mine = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+        began = _arrived(grad)
         dist.reduce_scatter_tensor(mine, grad.contiguous())
+        _left(grad, began)
         return mine

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from simclr import checkpoint, evaluate
 from simclr.clock import Clock
-from simclr.collectives import all_reduce_sum, data_parallel, mean_over_ranks, rank, world_size
+from simclr.collectives import data_parallel, rank, world_size
 from simclr.config import Config
 from simclr.config_finetune import FineTune
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
+from simclr.health import Health, over_labelled
 from simclr.model import Classifier, ProjectionHead
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.pretrain import DTYPES, Report, Start
@@ -108,17 +109,21 @@ def train_classifier(
     stream = loader.batches(config, start.data, step, rank(), world_size(), start.threads, ids, crops=1)
     batches = loader.on_device(stream, device)
     summed = torch.zeros(3, device=device, dtype=torch.float64)  # since the last report: loss, hits, labelled
-    since = Clock(step)
+    guessing = math.log(max(len(manifest.classes), 2))
+    health = Health(model, device, per_rank, start.data, guessing, "train with a lower --optim.base-lr")
+    since = Clock(step, device, config.train.compile)
     try:
         while step < total:
             batch = since.next(batches)
             views = crop_and_flip(batch.images, batch.ids, batch.epoch, config.views, config.seed, device)
             views = views.to(dtype, memory_format=torch.channels_last)
+            since.enters()
             with autocast:
                 scores = network(views)
             loss = objective(views, scores.float() if scores.dtype == torch.bfloat16 else scores, batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            since.leaves()
             lr = warmup_cosine(step, peak, warmup, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -127,6 +132,8 @@ def train_classifier(
             labels = batch.labels.to(device, non_blocking=True)
             summed += torch.stack([loss.detach(), (scores.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
             step += 1
+            health.see(step, batch.ids, scores, loss)
+            since.step_over()
             last = step == total
             watch = "test" in manifest.splits and (last or (watch_every > 0 and step % watch_every == 0))
             due = config.checkpoint_due(step, total)
@@ -135,14 +142,17 @@ def train_classifier(
                 continue
 
             # ── A report: the only place where the host waits for the device ───────────────────────────────────────
-            metrics = _measure(summed, step - since.step, step) | {"epoch": step / per_epoch, "train/lr": lr}
+            pace, means = since.pace(), summed / (step - since.step)
+            metrics, ranks = health.report(step, dict(zip(("train/loss", "train/top1", "labelled"), means, strict=True)), pace)
+            metrics = over_labelled(metrics, "train/top1") | {"epoch": step / per_epoch, "train/lr": lr}
             metrics |= since.speed(step, per_rank * world_size())
             if watch:
                 metrics |= test_scores(model, config, start)
                 _train_mode(model, linear)
-            yield Report(step, total, metrics, checkpoint.capture(step, config.to_dict(), model, optimizer), due)
+            state = checkpoint.capture(step, config.to_dict(), model, optimizer)
+            yield Report(step, total, metrics, state, due, ranks, tuple(health.stragglers.named()))
             summed.zero_()
-            since = Clock(step)
+            since.restart(step)
     finally:
         batches.close()
 
@@ -161,15 +171,3 @@ def test_scores(model: Classifier, config: Config, start: Start) -> dict[str, fl
         model, start.data, "test", config.views, None, start.device, next(model.parameters()).dtype, threads=start.threads
     ).labelled()
     return {f"eval/{name}": value for name, value in accuracy(found.h, found.y).items()} if len(found.y) else {}
-
-
-def _measure(summed: Tensor, steps: int, step: int) -> dict[str, float]:
-    """Means over the steps since the last report, over all ranks. Raises FloatingPointError, the same on every rank."""
-    loss = mean_over_ranks(summed[0] / steps).item()
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is not finite in the {steps} steps up to step {step}; the last checkpoint is still good: "
-            "train with a lower --optim.base-lr"
-        )
-    hits, labelled = all_reduce_sum(summed[1:].clone()).tolist()
-    return {"train/loss": loss} | ({"train/top1": hits / labelled} if labelled else {})

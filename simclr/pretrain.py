@@ -20,10 +20,11 @@ from torch import Tensor
 
 from simclr import checkpoint, diagnostics, evaluate
 from simclr.clock import Clock
-from simclr.collectives import data_parallel, mean_over_ranks, rank, world_size
+from simclr.collectives import data_parallel, rank, world_size
 from simclr.config import Config, Loss
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
+from simclr.health import Health, contrastive, over_labelled
 from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
 from simclr.microbatch import cached_gradient
 from simclr.model import SimCLR, build_model
@@ -56,13 +57,17 @@ class Report:
     """Its tensors are live: write or copy them before asking for the next report."""
     due: bool
     """Whether the config asks for a checkpoint here: at the end, and every `train.checkpoint_every_steps`."""
+    ranks: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Some metrics of each rank, in order of ranks."""
+    stragglers: tuple[int, ...] = ()
+    """Ranks that have kept the others waiting for long (`simclr.straggler`)."""
 
 
 def pretrain(config: Config, start: Start) -> Iterator[Report]:
     """Train, yielding a Report every `train.report_every_steps` steps and at the end.
 
     Raises ValueError for a batch that fits neither the data nor the ranks, or a checkpoint of another config, before the
-    first step, and FloatingPointError naming rank and step where the loss is not finite.
+    first step, and FloatingPointError where the loss is not finite, naming step, ranks and images, or runs away.
     """
     # ── The plan ───────────────────────────────────────────────────────────────────────────────────────────────────
     groups = config.train.shard_groups
@@ -93,8 +98,9 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
     # ── Steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
     batches = loader.on_device(loader.batches(config, start.data, step, rank(), world_size(), start.threads), device)
     summed = torch.zeros(4, device=device, dtype=torch.float64)  # since the last report: loss, classifier's loss, hits, labelled
-    bad_at = torch.full((), math.inf, device=device, dtype=torch.float64)
-    since = Clock(step)
+    guessing = math.log(2 * config.train.batch_size - 1 + config.loss.memory) if config.loss.name.startswith("nt_xent") else 0.0
+    health = Health(model, device, per_rank, start.data, guessing, "train with a lower --optim.base-lr or more --optim.warmup-epochs")
+    since = Clock(step, device, config.train.compile)
     try:
         while step < total:
             batch = since.next(batches)
@@ -104,6 +110,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
                 return views.to(dtype, memory_format=torch.channels_last)
 
             def embed(views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                since.enters()
                 with autocast:
                     out: tuple[Tensor, Tensor, Tensor] = network(views)
                 return out
@@ -121,6 +128,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
             else:
                 pieces = (per_rank, config.train.micro_batch)
                 z, loss, classified, hits = cached_gradient(network, lambda rows: embed(see(rows)), *pieces, contrast, classify)
+            since.leaves()
             lr = warmup_cosine(step, peak, warmup, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -131,7 +139,8 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
 
             summed += torch.cat([torch.stack([loss.detach(), classified.detach()]), hits])
             step += 1
-            bad_at = torch.minimum(bad_at, _first_bad(z, loss, step))
+            health.see(step, batch.ids, z, loss)
+            since.step_over()
             last = step == total
             watch = watched and (last or (watch_every > 0 and step % watch_every == 0))
             due = config.checkpoint_due(step, total)
@@ -140,16 +149,16 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
                 continue
 
             # ── A report: the only place where the host waits for the device ───────────────────────────────────────
-            metrics = _measure(summed / (step - since.step), bad_at, z, config, model.classifier is not None)
-            metrics |= {"epoch": step / per_epoch, "train/lr": lr}
+            pace, steps = since.pace(), step - since.step
+            metrics, ranks = health.report(step, contrastive(summed / steps, z, config, model.classifier is not None), pace)
+            metrics = over_labelled(metrics, "train/linear_top1") | {"epoch": step / per_epoch, "train/lr": lr}
             metrics |= since.speed(step, per_rank * world_size())
-            if device.type == "cuda":
-                metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
             if watch:
                 metrics |= watch_knn(model, config, start)
-            yield Report(step, total, metrics, checkpoint.capture(step, config.to_dict(), model, optimizer), due)
+            state = checkpoint.capture(step, config.to_dict(), model, optimizer)
+            yield Report(step, total, metrics, state, due, ranks, tuple(health.stragglers.named()))
             summed.zero_()
-            since = Clock(step)
+            since.restart(step)
     finally:
         batches.close()  # stops the loader's thread also when the caller stops iterating
 
@@ -198,44 +207,3 @@ def _classify(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
     hits = torch.stack([(logits.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
     return loss / len(labels), hits.to(loss.dtype)
-
-
-def _first_bad(z: Tensor, loss: Tensor, step: int) -> Tensor:
-    """`step` where this rank's projections are not finite, half a step later where only its loss is not (whose keys are
-    everybody's, so one rank's NaN is in every loss), else infinity. On the device: nobody waits."""
-    late = torch.where(loss.detach().isfinite(), math.inf, step + 0.5)
-    return torch.where(z.detach().isfinite().all(), late, float(step)).double()
-
-
-def _measure(sums: Tensor, bad_at: Tensor, z: Tensor, config: Config, classifies: bool) -> dict[str, float]:
-    """Metrics of the last step (losses: means since the last report), averaged over ranks in one collective.
-
-    Raises FloatingPointError, the same on every rank, naming the first step that was not finite and whose it was.
-    """
-    z = z.detach()
-    values = {
-        "train/loss": sums[0],
-        "train/contrastive_top1": diagnostics.contrastive_top1(z),
-        "train/contrastive_entropy": diagnostics.contrastive_entropy(z, config.loss.temperature),
-        "health/alignment": diagnostics.alignment(z),
-        "health/uniformity": diagnostics.uniformity(z[:4096]),
-        "health/spread": diagnostics.spread(z),
-        "health/dimension": diagnostics.effective_dimension(z),
-    }
-    if classifies:
-        values |= {"train/linear_loss": sums[1], "train/linear_top1": sums[2], "labelled": sums[3]}
-    # Each rank's first bad step travels with the means; where it was never bad, 0 does.
-    slot = torch.arange(world_size(), device=bad_at.device).eq(rank())
-    bad = torch.where(slot & bad_at.isfinite(), bad_at * world_size(), 0.0)
-    means = mean_over_ranks(torch.cat([torch.stack([v.double() for v in values.values()]), bad])).tolist()
-    if found := {r: at for r, at in enumerate(means[len(values) :]) if at > 0}:
-        first = min(found.values())
-        ranks = ", ".join(str(r) for r, at in found.items() if at == first)
-        raise FloatingPointError(
-            f"the loss is not finite at step {int(first)} on rank {ranks}; the last checkpoint is still good: "
-            "train with a lower --optim.base-lr or more --optim.warmup-epochs"
-        )
-    found_means = dict(zip(values, means, strict=False))
-    if labelled := found_means.pop("labelled", 0.0):
-        found_means["train/linear_top1"] /= labelled
-    return found_means

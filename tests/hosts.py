@@ -1,6 +1,11 @@
 """Hosts for a cluster on this machine: each a network namespace with its own address, processes, home and sshd.
 
-Needs root, sshd, and leave to make namespaces; `missing()` says what is not there.
+Needs root, sshd, and leave to make namespaces; `missing()` says what is not there. An sshd on 127.0.0.1 alone would not do: the
+cluster files begin with `ray stop`, which ends every Ray process that it sees, those of other tests and of the developer too, and
+`ray up` writes into the home of whom it logs in as.
+
+No namespace has a name: each lives as long as its processes, and these end with the process that asked for them, however that ends
+(setpriv --pdeathsig, unshare --kill-child). The bridge is in a namespace of its own, so that goes the same way, and the cables with it.
 """
 
 from __future__ import annotations
@@ -8,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -20,10 +24,12 @@ from pathlib import Path
 # In the host's own mount and pid namespace: root's home and Ray's folder are its own, the rest of the disk is shared.
 # The shell stays as process 1, since somebody has to reap what daemons leave; when it is killed, all of the host is.
 _BOOT = """
+until ip -o address show dev eth0 2>/dev/null | grep -q {address}; do sleep 0.05; done
 mount --bind {folder}/passwd /etc/passwd && mount --bind {folder}/ray /tmp/ray && hostname {name} &&
 mount --bind {folder}/../names /etc/hosts && mount --bind {folder}/../resolv.conf /etc/resolv.conf &&
 mkdir -p /run/sshd && {{ /usr/sbin/sshd -D -e -f {folder}/sshd_config 2>{folder}/sshd.log & wait; }}
 """
+# A raylet waits so long for a head that is gone; Ray's own minute would be half of it spent waiting in a test of `ray down`.
 _SSHD = """
 ListenAddress {address}
 HostKey {folder}/host_key
@@ -35,6 +41,7 @@ KbdInteractiveAuthentication no
 UsePAM no
 PermitRootLogin prohibit-password
 Subsystem sftp internal-sftp
+SetEnv RAY_gcs_rpc_server_reconnect_timeout_s=30
 """
 
 
@@ -42,7 +49,7 @@ def missing() -> str:
     """What keeps this machine from having such hosts, as a sentence; "" where nothing does."""
     if os.getuid() != 0:
         return "hosts in network namespaces need root"
-    for program in ("/usr/sbin/sshd", "ssh", "rsync", "ip", "unshare", "ssh-keygen"):
+    for program in ("/usr/sbin/sshd", "ssh", "rsync", "ip", "unshare", "nsenter", "setpriv", "ssh-keygen"):
         if shutil.which(program) is None:
             return f"{program} is missing: apt-get install openssh-server rsync iproute2"
     if subprocess.run(["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "true"], capture_output=True).returncode:
@@ -76,65 +83,77 @@ class Host:
 
 @contextlib.contextmanager
 def hosts(count: int, folder: Path) -> Iterator[tuple[list[Host], Path]]:
-    """(`count` hosts on a bridge of their own, the private key that opens them). All of it is gone afterwards."""
+    """(`count` hosts on a network of their own, the private key that opens them). All of it is gone afterwards."""
     number = os.getpid() % 200 + 20  # another run of the tests on this machine has another network
-    bridge, network = f"simclr{number}", f"10.199.{number}"
+    cable, network = f"simclr{number}", f"10.199.{number}"
     key = folder / "key"
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
-    Path("/tmp/ray").mkdir(exist_ok=True)
-    named = [f"{network}.{index + 10} {bridge}-{index}\n" for index in range(count)]
+    named = [f"{network}.{index + 10} {cable}-{index}\n" for index in range(count)]
     (folder / "names").write_text("".join(["127.0.0.1 localhost\n", *named]))
     (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
-    running: list[subprocess.Popen[bytes]] = []
-    spaces: list[str] = []
-    _run("ip", "link", "add", bridge, "type", "bridge")
-    try:
-        _run("ip", "address", "add", f"{network}.1/24", "dev", bridge)
-        _run("ip", "link", "set", bridge, "up")
+    with contextlib.ExitStack() as ends:
+        if not Path("/tmp/ray").exists():
+            Path("/tmp/ray").mkdir()
+            ends.callback(Path("/tmp/ray").rmdir)
+        switch = _space(ends, "sleep", "infinity")
+        inside = ("nsenter", "--net", "--target", str(switch), "ip")
+        _run(*inside, "link", "add", "bridge", "type", "bridge")
+        _run(*inside, "link", "set", "bridge", "up")
+        _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "out", "netns", str(switch))
+        # The kernel keeps a namespace until its last TCP connection has timed out; its cable need not wait for that.
+        ends.callback(subprocess.run, ["ip", "link", "delete", cable], check=False, capture_output=True)
+        _run(*inside, "link", "set", "out", "master", "bridge", "up")
+        _run("ip", "address", "add", f"{network}.1/24", "dev", cable)
+        _run("ip", "link", "set", cable, "up")
         made = []
         for index in range(count):
-            name, address = f"{bridge}-{index}", f"{network}.{index + 10}"
-            _run("ip", "netns", "add", name)
-            spaces.append(name)
-            _run("ip", "link", "add", f"{bridge}o{index}", "type", "veth", "peer", "name", "eth0", "netns", name)
-            _run("ip", "link", "set", f"{bridge}o{index}", "master", bridge, "up")
-            inside = ("ip", "-n", name)
-            _run(*inside, "address", "add", f"{address}/24", "dev", "eth0")
-            _run(*inside, "link", "set", "eth0", "up")
-            _run(*inside, "link", "set", "lo", "up")
-            _run(*inside, "route", "add", "default", "via", f"{network}.1")
-            own = folder / name
-            (own / "home").mkdir(parents=True)
-            (own / "ray").mkdir()
-            (own / "home/.bashrc").touch()
-            (own / "passwd").write_text(
-                "".join(
-                    f"root:x:0:0:root:{own}/home:/bin/bash\n" if line.startswith("root:") else line
-                    for line in Path("/etc/passwd").read_text().splitlines(keepends=True)
-                )
-            )
-            (own / "sshd_config").write_text(_SSHD.format(address=address, folder=own))
-            (own / "authorized_keys").write_text(key.with_suffix(".pub").read_text())
-            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(own / "host_key"))
-            shell = ["sh", "-c", _BOOT.format(folder=own, name=name)]
-            enter = ["ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts"]
-            running.append(subprocess.Popen([*enter, *shell], start_new_session=True))
-            made.append((address, own, running[-1].pid))
-        yield [Host(address, own, _first(pid, address)) for address, own, pid in made], key
-    finally:
-        for process in running:  # unshare; its child, the host's process 1, dies with it, and with that all others
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        for index, name in enumerate(spaces):
-            # The kernel keeps a namespace until its last TCP connection has timed out; its cable need not wait for that.
-            subprocess.run(["ip", "link", "delete", f"{bridge}o{index}"], check=False)
-            _run("ip", "netns", "delete", name)
-        _run("ip", "link", "delete", bridge)
+            own, address = folder / f"{cable}-{index}", f"{network}.{index + 10}"
+            _furnish(own, address, key)
+            shell = _BOOT.format(folder=own, name=own.name, address=address)
+            space = _space(ends, "sh", "-c", shell, unshare=("--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts"))
+            _run(*inside, "link", "add", f"host{index}", "type", "veth", "peer", "name", "eth0", "netns", str(space))
+            _run(*inside, "link", "set", f"host{index}", "master", "bridge", "up")
+            within = ("nsenter", "--net", "--target", str(space), "ip")
+            _run(*within, "link", "set", "lo", "up")
+            _run(*within, "link", "set", "eth0", "up")
+            _run(*within, "address", "add", f"{address}/24", "dev", "eth0")
+            _run(*within, "route", "add", "default", "via", f"{network}.1")
+            made.append((address, own, space))
+        yield [Host(address, own, _first(space, address)) for address, own, space in made], key
+
+
+def _space(ends: contextlib.ExitStack, *command: str, unshare: tuple[str, ...] = ()) -> int:
+    """Pid of a process that runs `command` in a network of its own, until `ends` or the end of this thread."""
+    prefix = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", *unshare]
+    process = subprocess.Popen([*prefix, *command], start_new_session=True)
+    ends.callback(process.wait)
+    ends.callback(process.kill)
+    here, patience = Path("/proc/self/ns/net").readlink(), time.monotonic() + 20
+    while Path(f"/proc/{process.pid}/ns/net").readlink() == here:
+        assert time.monotonic() < patience and process.poll() is None, f"no namespace for {command}"
+        time.sleep(0.01)
+    return process.pid
+
+
+def _furnish(own: Path, address: str, key: Path) -> None:
+    """A host's own files: home, Ray's folder, who root is, and its sshd's."""
+    (own / "home").mkdir(parents=True)
+    (own / "ray").mkdir()
+    (own / "home/.bashrc").touch()
+    (own / "passwd").write_text(
+        "".join(
+            f"root:x:0:0:root:{own}/home:/bin/bash\n" if line.startswith("root:") else line
+            for line in Path("/etc/passwd").read_text().splitlines(keepends=True)
+        )
+    )
+    (own / "sshd_config").write_text(_SSHD.format(address=address, folder=own))
+    (own / "authorized_keys").write_text(key.with_suffix(".pub").read_text())
+    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(own / "host_key"))
 
 
 def _first(unshare: int, address: str) -> int:
     """Wait until its sshd answers, then the pid of the host's process 1."""
-    ends = time.monotonic() + 20
+    ends = time.monotonic() + 300
     while time.monotonic() < ends:
         with contextlib.suppress(OSError), socket.create_connection((address, 22), timeout=1):
             return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0])

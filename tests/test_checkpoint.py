@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -113,32 +113,31 @@ def test_names_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         assert torch.equal(model.weight, before) and not optimizer.state
 
 
-_WRITER = """
-import sys, torch
-from pathlib import Path
-from simclr import checkpoint
-step = 0
-while True:
-    step += 1
-    tensors = {"model.a": torch.full((300_000,), float(step)), "model.b": torch.full((3,), float(step))}
-    checkpoint.write(Path(sys.argv[1]), checkpoint.State(step, {}, tensors), keep=2)
-    print(step, flush=True)
-"""
+def write_until_killed(folder: Path, told: Any) -> None:
+    """Checkpoints, one after the other; `told` gets the step of each that is written."""
+    for step in itertools.count(1):
+        tensors = {"model.a": torch.full((300_000,), float(step)), "model.b": torch.full((3,), float(step))}
+        checkpoint.write(folder, State(step, {}, tensors), keep=2)
+        told.send(step)
 
 
 def test_killed_while_writing_the_last_one_told_of_is_there(tmp_path: Path) -> None:
     """SIGKILL at six moments: what was reported before is read back, whole."""
-    processes = {}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_checkpoint", "tests.test_pretrain"])
     for part in range(6):
-        command = [sys.executable, "-c", _WRITER, str(tmp_path / str(part))]
-        processes[part] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for part, process in processes.items():
-        assert process.stdout is not None
-        told = int(process.stdout.readline())
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=write_until_killed, args=(tmp_path / str(part), theirs))
+        process.start()
+        theirs.close()
+        assert ours.poll(60)
+        told = ours.recv()
         time.sleep(0.004 * part)
-        process.send_signal(signal.SIGKILL)
-        told = max([told, *(int(line) for line in process.stdout.read().split())])
-        process.wait()
+        process.kill()
+        with contextlib.suppress(EOFError):
+            while True:
+                told = ours.recv()
+        process.join()
         newest = checkpoint.latest(tmp_path / str(part), print)
         assert newest is not None
         found = checkpoint.read(newest)

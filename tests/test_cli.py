@@ -127,7 +127,7 @@ def test_prepare_into_something_else_is_refused(simclr: Run, tmp_path: Path, pat
         (("--train.epochs", "0"), "train.epochs is 0.0; expected more than 0"),
         (("--views.size-px", "4"), "views.size_px is 4; expected at least 8 pixels"),
         (("--workers", "0"), "--workers is 0; expected at least 1"),
-        (("--device", "gpu"), "--device is 'gpu'; expected auto, cpu or cuda"),
+        (("--device", "gpu"), "--device is 'gpu'; expected auto, cpu, cuda or tpu"),
         (("--tracking-uri", "htp://nowhere"), "htp://nowhere is no MLflow address"),
     ],
 )

@@ -109,7 +109,7 @@ def swap(name: str, old: str, new: str) -> tuple[str, Change]:
 TYPES, G6, SAFE = "available_node_types", ("available_node_types", "g6"), "aws-gpu.yaml"
 BROKEN = {
     "g6 has min_workers 5 and max_workers 4": edit(SAFE, *G6, "min_workers", to=5),
-    "max_workers 9, but the cluster's max_workers is 4": edit(SAFE, *G6, "max_workers", to=9),
+    "max_workers 17, but the cluster's max_workers is 16": edit(SAFE, *G6, "max_workers", to=17),
     "together, the cluster's max_workers is 0; raise max_workers to 1": edit("gcp-tpu-pod.yaml", "max_workers", to=0),
     "started without --port": swap(SAFE, "--port=6379", ""),
     "workers are not started with --address=$RAY_HEAD_IP:6380": swap(SAFE, "--port=6379", "--port=6380"),
@@ -129,6 +129,13 @@ BROKEN = {
     "availability_zone us-east-1a is not in region us-west-2": edit(SAFE, "provider", "region", to="us-west-2"),
     "uses a network in region us-central1, the cluster is in europe-west4": edit("gcp-gpu.yaml", "provider", "region", to="europe-west4"),
     "is of one region and grows old": edit(SAFE, *G6, "node_config", "ImageId", to="ami-0123456789abcdef0"),
+    "wants a disk of zone us-central1-a, the cluster is in us-central1-b": edit(
+        "gcp-gpu.yaml", "provider", "availability_zone", to="us-central1-b"
+    ),
+    "g2 has a disk without diskType, so a magnetic one": edit(
+        "gcp-gpu.yaml", TYPES, "g2", "node_config", "disks", 0, "initializeParams", to={"diskSizeGb": 200}
+    ),
+    "the cluster is named mine, and the role of template simclr-head": edit(SAFE, "cluster_name", to="mine"),
     "is in a placement group": edit(SAFE, "provider", "availability_zone", to="us-east-1a,us-east-1b"),
     "is the head and a worker too": edit("onprem.yaml", "provider", "worker_ips", 0, to="192.168.1.10"),
     "192.168.1.12 is listed 2 times": edit("onprem.yaml", "provider", "worker_ips", 0, to="192.168.1.12"),
@@ -230,6 +237,9 @@ def test_the_roles_have_the_least_rights() -> None:
 def test_on_kubernetes_the_same_holds() -> None:
     cluster = next(m for m in manifests() if m["kind"] == "RayCluster")["spec"]
     head = cluster["headGroupSpec"]
+    # The autoscaler's own container has the token, else it could not ask the head what is wanted.
+    assert {e["name"] for e in cluster["autoscalerOptions"]["env"]} == {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
+    assert "wget" in (HERE / "kuberay/Dockerfile").read_text()  # by which KubeRay asks whether a pod is well
     assert head["serviceType"] == "ClusterIP"
     assert head["rayStartParams"]["dashboard-host"] == "127.0.0.1"
     for group in [head, *cluster["workerGroupSpecs"]]:

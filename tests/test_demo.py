@@ -18,6 +18,8 @@ from pipelines.address import default_uri
 from simclr import checkpoint
 from simclr.recipes import recipe
 
+_RESULTS = {"metrics.jsonl", "evaluation.json", "checkpoint.json"}
+
 
 def test_the_demo_from_rendering_to_the_report(shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -49,10 +51,11 @@ def test_the_demo_from_rendering_to_the_report(shared_ray: None, tmp_path: Path,
     found = client.get_run(result.run.tracking_run)
     assert found.info.status == "FINISHED" and found.data.params["optim.base_lr"] == "4.0"
 
-    began = time.monotonic()
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "demo").rglob("*") if path.name in _RESULTS}
+    assert {path.name for path in written} == _RESULTS
     again = demo.demo(arguments)  # the same command again has nothing left to train, score or register
     assert again.scores == result.scores and again.registered == result.registered
-    assert time.monotonic() - began < 30
+    assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 def _loaded(page: str) -> str:
@@ -104,7 +107,8 @@ def test_a_diverging_run_is_not_tried_again(
     often = replace(config.train, batch_size=60, steps=40, report_every_steps=1)
     config = replace(config, optim=replace(config.optim, name="sgd", base_lr=1e30, warmup_epochs=0), train=often)
     resources = cluster.Resources(workers=2, max_failures=3)
-    with pytest.raises(ValueError, match=r"the loss is not finite at step \d+ on rank 0, 1; the last checkpoint is still good"):
+    said = r"(loss is not finite at step \d+ on rank|weights are not finite after step) .*; there is no checkpoint yet"
+    with pytest.raises(ValueError, match=said):
         pretrain.pretrain(pretrain.Args(data=patterns, config=config, recipe="patterns_tiny", run=Path("run"), resources=resources))
     assert capfd.readouterr().err.count("failed: ") == 1
     assert not (tmp_path / "run" / "encoder").exists()

@@ -1,17 +1,28 @@
-"""MLflow away, slow or full, and the driver started again meanwhile: every report arrives, once and in order."""
+"""MLflow away or full, and the driver started again meanwhile: every report arrives, once and in order. Shards that a disk spoilt."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines import tracked, tracking, training
+from pipelines import storage, tracked, tracking, training
 from pipelines.address import default_uri, redacted
 from pipelines.rundir import Run, load_run, open_run
+from simclr.config import Train, Views
+from simclr.data import remote
+from simclr.data.loader import batches
+from simclr.data.manifest import read_manifest
+from simclr.data.place import Address, Corrupt, Refetched
+from simclr.data.store import Store
 from simclr.recipes import patterns_tiny
+from tests.s3 import Proxy
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +110,39 @@ def test_a_run_that_goes_on_does_not_need_the_server_and_a_new_one_does(
     run, _, uri = training.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
     assert uri == nobody and run.tracking_run == "ab12"
     assert "the training goes on without it" in capsys.readouterr().err
+
+
+def test_a_shard_that_is_corrupt_on_a_machine_is_fetched_once_more_else_refused(
+    s3: Proxy, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header that is overwritten, and an image, which is found out when its turn comes; then S3's own bytes are of no use."""
+    place = Address("photos", "some/photographs")
+    monkeypatch.setattr("simclr.data.store.Store", partial(Store, attempts=2, pause_s=0))
+    remote.push(photographs, place, lambda done, of: None, Store())
+    copy = storage.shards(str(place))
+    shard = copy / read_manifest(copy).shards[0].name
+    whole = shard.read_bytes()
+    config = replace(patterns_tiny(), train=Train(batch_size=24, steps=12), views=Views(size_px=16))
+
+    def steps() -> Iterator[int]:
+        yield from (batch.step for batch in islice(batches(config, copy, 0, 0, 1), 10))
+
+    def train() -> int:
+        return len(list(storage.repaired(steps(), str(place))))
+
+    for at in (8, whole.rindex(b"\xff\xd8\xff")):  # the count of fields; an image's first bytes
+        shard.write_bytes(whole[:at] + b"\x00" * 64 + whole[at + 64 :])
+        with pytest.raises(Refetched, match=rf"{shard.name} was corrupt on this machine and was fetched again from s3://photos/some"):
+            train()
+        assert shard.read_bytes() == whole
+        assert train() == 10
+    at = whole.rindex(b"\xff\xd8\xff")
+    s3.quiet()
+    spoilt = whole[:at] + b"\x00" * 64 + whole[at + 64 :]
+    Store().client.put_object(Bucket="photos", Key=f"some/photographs/{shard.name}", Body=spoilt)
+    shard.write_bytes(spoilt)
+    with pytest.raises(ValueError, match=f"{shard.name} failed"):
+        train()
+    with pytest.raises(Corrupt, match=r"is missing|is damaged"):
+        shard.write_bytes(spoilt)
+        list(storage.repaired(steps(), copy))  # on disk: refused

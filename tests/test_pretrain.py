@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr import checkpoint
-from simclr import pretrain as module
 from simclr.config import Config
+from simclr.health import Health
 from simclr.optim import lr_peak, warmup_cosine
 from simclr.pretrain import Report, Start, pretrain
 from tests.test_ranks import TINY
@@ -77,7 +77,7 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_uninterrupted_run(patte
     whole = run(settings, patterns, tmp_path / "whole")
     torch.set_num_threads(threads)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_pretrain"])
+    context.set_forkserver_preload(["tests.test_checkpoint", "tests.test_pretrain"])
     losses: dict[int, float] = {}
     for steps, wait_s in ((0, 0.0), (2, 0.0), (3, 0.02), (5, 0.001), (2, 0.005), (None, 0.0)):
         ours, theirs = context.Pipe(duplex=False)
@@ -203,10 +203,10 @@ def test_between_two_reports_the_host_asks_the_device_for_nothing(
     train = dataclasses.replace(settings.train, **changes)
     settings = dataclasses.replace(settings, train=train, optim=dataclasses.replace(settings.optim, name=optimizer))
     before_report: list[int] = []
-    measure, as_list = module._measure, torch.Tensor.tolist
+    report, as_list = Health.report, torch.Tensor.tolist
     with Asked() as asked:
         monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (asked.names.append("tolist"), as_list(x))[1])  # reads memory, no operator
-        monkeypatch.setattr(module, "_measure", lambda *a: (before_report.append(len(asked.names)), measure(*a))[1])
+        monkeypatch.setattr(Health, "report", lambda *a: (before_report.append(len(asked.names)), report(*a))[1])
         stream = pretrain(settings, Start(patterns))
         assert next(stream).step == 1
         asked.names.clear()

@@ -20,7 +20,8 @@ DOORS = {
     # The writer, the reader and its operation, the room that makes FFCV's import fast and harmless, and, for the bench
     # alone, FFCV's own decoders in FFCV's own loader.
     "ffcv": {f"simclr/data/{name}.py" for name in ("beton", "loader", "decode", "ffcv_import", "ffcv_crops")},
-    "ray": {"pipelines/cluster.py", "pipelines/controller.py", "pipelines/worker.py", "tune/run.py", "tune/trial.py"},
+    "ray": {f"pipelines/{name}.py" for name in ("capacity", "cluster", "controller", "gauges", "tpu", "worker")}
+    | {"tune/run.py", "tune/trial.py"},
     "torchvision": {"simclr/data/sources.py", "simclr/data/transfer.py", "simclr/export.py"},  # the last for its networks alone
     "tensorflow": {"simclr/bundle.py"},
     "onnxruntime": {"simclr/export.py"},
@@ -30,7 +31,9 @@ DOORS = {
 # Module of ours → the modules of ours that it may import.
 WITHIN = {
     "simclr.config": set(),
-    "simclr.collectives": set(),
+    "simclr.moments": set(),
+    "simclr.collectives": {"simclr.moments"},
+    "simclr.straggler": set(),
     "simclr.keyed": set(),
     "simclr.pulse": set(),
     "simclr.loss": {"simclr.collectives", "simclr.kernels.nt_xent"},

@@ -99,7 +99,8 @@ def test_a_job_carries_less_than_five_megabytes(tmp_path: Path) -> None:
             (checkout / name).parent.mkdir(parents=True, exist_ok=True)
             (checkout / name).write_bytes((root / name).read_bytes())
     big = b"\0" * (6 << 20)
-    for name in ("runs/x/state.safetensors", ".venv/lib/torch.so", ".git/objects/pack", "mlruns/1", "a.beton", "core"):
+    left = ("runs/x/state.safetensors", ".venv/lib/torch.so", ".venv-gpu/lib/x.so", ".git/objects/pack", "mlruns/1", "a.beton", "core")
+    for name in (*left, "mlflow.db", ".cache/simclr/a", "node_modules/a.js", "encoder.onnx", "model.pt"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_bytes(big)
     create_package(str(checkout), tmp_path / "job.zip", include_gitignore=True)

@@ -79,6 +79,7 @@ def temperature_lr(m: Material) -> Drawing:
     base, html = m.base, ""
     rows: list[list[object]] = []
     recipe_lr = lr_peak(base.optim.base_lr, base.train.batch_size, base.optim.scaling)
+    every = m.cells(lambda t: (_of(t, base, "loss.temperature"), _lr(t, base), _of(t, base, "train.batch_size"))).values()
     for n in m.varied("train.batch_size"):
         mine = Material(base=base, trials=[t for t in m.trials if _of(t, base, "train.batch_size") == n], metric=m.metric, unit=m.unit)
         found = mine.cells(lambda t: (_of(t, base, "loss.temperature"), _lr(t, base)))
@@ -95,6 +96,7 @@ def temperature_lr(m: Material) -> Drawing:
                 y_label=m.unit,
                 x_names={lr: f"{lr:.3g}" for lr in lrs},
                 lines=lines,
+                heights=(min(c.low for c in every), max(c.high for c in every)),
             )
         )
         rows += [[f"N {n}, τ {t:g}, lr {lr:g}", *_row(c), ""] for (t, lr), c in found.items()]

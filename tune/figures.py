@@ -61,6 +61,8 @@ class Plot:
     """Named places on the x axis with a vertical line each."""
     levels: dict[str, float] = field(default_factory=dict)
     """Named heights with a horizontal line each."""
+    heights: tuple[float, float] | None = None
+    """The least and the greatest value of several plots that are compared; None = this one's own."""
 
 
 def _span(values: list[float]) -> list[float]:
@@ -114,20 +116,26 @@ def curves(plot: Plot) -> str:
     place = math.log if plot.log_x else float
     left, right = place(min(xs)), place(max(xs))
     pad = 0.06 * (right - left) or 0.5
-    marks = _span([v for s in plot.series for c in s.points.values() for v in (c.low, c.high)] + list(plot.levels.values()))
+    values = [v for s in plot.series for c in s.points.values() for v in (c.low, c.high)]
+    marks = _span([*values, *plot.levels.values(), *(plot.heights or ())])
     bottom, top = marks[0], marks[-1]
     height = top - bottom
 
     def at(x: float) -> float:
         return 1000 * (place(x) - left + pad) / (right - left + 2 * pad)
 
+    # Error bars of several curves at the same place stand side by side.
+    several = [s for s in plot.series if not s.published and any(c.n > 1 for c in s.points.values())]
+    aside = {s.name: 16 * (i - (len(several) - 1) / 2) for i, s in enumerate(several)}
+
     drawn, letters = _frame(plot, marks)
     for x, name in plot.x_names.items():
         drawn += f'<path class="tick" d="M{at(x):.1f} 1000v12"/>'
         letters += f'<span class="x" style="left:{at(x) / 10:.2f}%">{escape(name)}</span>'
+    close = len(plot.lines) > 1 and max(map(at, plot.lines.values())) - min(map(at, plot.lines.values())) < 200
     for i, (name, x) in enumerate(plot.lines.items()):
         drawn += f'<path class="reference" d="M{at(x):.1f} 0V1000"/>'
-        letters += f'<span class="upright" style="left:{at(x) / 10:.2f}%;top:{-4 - 14 * (i % 2)}px">{escape(name)}</span>'
+        letters += f'<span class="upright" style="left:{at(x) / 10:.2f}%;top:{-4 - 14 * (i % 2 if close else 0)}px">{escape(name)}</span>'
     for name, y in plot.levels.items():
         share = (top - y) / height
         drawn += f'<path class="reference" d="M0 {1000 * share:.1f}H1000"/>'
@@ -136,9 +144,10 @@ def curves(plot: Plot) -> str:
     sorts = _sorts(plot.series)
     for number, (s, sort) in enumerate(zip(plot.series, sorts, strict=True)):
         points = sorted(s.points.items())
-        path = "M" + "L".join(f"{at(x):.1f} {1000 * (top - c.mean) / height:.1f}" for x, c in points)
-        dots = "".join(f"M{at(x):.1f} {1000 * (top - c.mean) / height:.1f}h0" for x, c in points)
-        whiskers = "" if s.published else "".join(_whisker(at(x), c, height, bottom, top) for x, c in points)
+        right_by = aside.get(s.name, 0.0)
+        path = "M" + "L".join(f"{at(x) + right_by:.1f} {1000 * (top - c.mean) / height:.1f}" for x, c in points)
+        dots = "".join(f"M{at(x) + right_by:.1f} {1000 * (top - c.mean) / height:.1f}h0" for x, c in points)
+        whiskers = "" if s.published else "".join(_whisker(at(x) + right_by, c, height, bottom, top) for x, c in points)
         dash = "3 4" if s.published else _DASHES[number % len(_DASHES)]
         keys.append((s.name, sort, dash))
         drawn += f'<g class="{sort}"><path class="line" stroke-dasharray="{dash}" d="{path}"/><path class="whisker" d="{whiskers}"/>'

@@ -39,6 +39,7 @@ from simclr.config import Config, Resize
 from simclr.data.beton import METADATA
 from simclr.data.decode import Crops
 from simclr.data.manifest import Manifest, Shard, read_manifest
+from simclr.data.place import Corrupt
 from simclr.data.resize import KINDS
 from simclr.views import centre_boxes, crop_boxes
 
@@ -235,7 +236,8 @@ class _Split:
                     numba.set_num_threads(self.threads)
                 images = code(np.arange(len(rows)), slot if self.raw else (*slot, scratch, kind), rows, self.storage)
             if not self.raw and (bad := np.flatnonzero(slot[1][: len(rows)])).size:
-                raise ValueError(f"{self._where(int(ids[bad[0]]))} is damaged: its JPEG cannot be decoded; prepare the data again")
+                where, shard = self._where(int(ids[bad[0]]))
+                raise Corrupt(f"{where} is damaged: its JPEG cannot be decoded; prepare the data again", shard)
             return torch.from_numpy(images)
 
         return read
@@ -251,9 +253,10 @@ class _Split:
             rows["box"] = boxes
         return Batch(step, epoch, read(rows, ids), torch.from_numpy(self.names[ids]), torch.from_numpy(self.labels[ids]))
 
-    def _where(self, sample: int) -> str:
+    def _where(self, sample: int) -> tuple[str, str]:
         shard = int(np.searchsorted(self.first_id, sample, side="right")) - 1
-        return f"shard {self.shards[shard].name}: sample {sample - self.first_id[shard]}"
+        name = self.shards[shard].name
+        return f"shard {name}: sample {sample - self.first_id[shard]}", name
 
 
 def open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArray[Any], NDArray[np.uint64]]:
@@ -269,9 +272,10 @@ def open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArr
         assert len(image) == shard.samples, f"{len(image)} images"
         assert np.array_equal(table["sample_id"], np.arange(shard.samples)), "another table of samples"
     except Exception as error:  # whatever FFCV and numpy raise at a header that says anything
-        raise ValueError(
+        raise Corrupt(
             f"shard {path} is damaged: its header does not describe {shard.samples} labelled images "
-            f"({str(error) or type(error).__name__}); prepare the data again"
+            f"({str(error) or type(error).__name__}); prepare the data again",
+            shard.name,
         ) from None
     at, size = image["data_ptr"], table["size"].copy()
     height, width = image["height"], image["width"]
@@ -284,9 +288,10 @@ def open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArr
         bad |= image["mode"] != 0
     bad |= (label < -1) | (label >= max(len(manifest.classes), 1))
     if bad.any():
-        raise ValueError(
+        raise Corrupt(
             f"shard {path}: sample {int(np.flatnonzero(bad)[0])} is damaged: its place, size or label contradicts the file; "
-            "prepare the data again"
+            "prepare the data again",
+            shard.name,
         )
     return image, label, size
 

@@ -16,6 +16,22 @@ class Unreachable(ValueError):
     """Every try failed, by what may pass: a network, a server."""
 
 
+class Corrupt(ValueError):
+    """A shard whose bytes contradict themselves or the manifest."""
+
+    def __init__(self, message: str, shard: str) -> None:
+        super().__init__(message, shard)
+        self.shard = shard
+        """Its file's name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Refetched(Exception):
+    """A corrupt shard was fetched again: trying once more may succeed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """s3://bucket/key."""

@@ -70,6 +70,20 @@ def fetch(
             scratch.write_bytes(text)
 
 
+def refetch(place: Address, directory: Path, name: str, since: float, store: Store) -> bool:
+    """Fetch the shard `name` once more where its bytes are not what the manifest says. Returns whether they have changed since
+    Unix time `since`: somebody else may have done it. Raises Damaged where S3 has other bytes too.
+    """
+    with locked(directory):
+        (shard,) = (shard for shard in read_manifest(directory, look=False).shards if shard.name == name)
+        path = directory / name
+        if _intact(path, shard, hashed=True):
+            return path.stat().st_mtime > since
+        path.unlink(missing_ok=True)
+        store.download(place / name, path, shard.bytes, shard.sha256)
+        return True
+
+
 def fetch_names(place: Address, directory: Path, split: str, store: Store) -> None:
     """Bring the names of a split's images beside its shards, which training does not need; where there are none, nothing."""
     name = f"names-{split}.txt"

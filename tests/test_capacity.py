@@ -1,0 +1,50 @@
+"""A job may ask for what the cluster's autoscaler would start, and for no more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import capacity, cluster
+
+HERE = Path(__file__).parent.parent / "cluster"
+
+
+@pytest.fixture
+def only_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of which nothing is up but its head, which lends no cores."""
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e10})
+
+
+def test_a_cluster_that_scales_to_zero_can_have_what_its_file_says(
+    only_the_head: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = yaml.safe_load((HERE / "aws-gpu.yaml").read_text())
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(left))  # as `ray up` writes it
+    monkeypatch.setenv("HOME", str(tmp_path))
+    g6 = left["available_node_types"]["g6"]
+    assert capacity.reachable(True)["GPU"] == 4 * g6["max_workers"] == 16
+    assert capacity.reachable(True)["CPU"] == 48 * 4
+    assert "GPU" not in capacity.reachable(False)
+    sixteen = cluster.Resources(workers=16, cpus_per_worker=12, address="auto")
+    assert cluster.require(sixteen) is True
+    assert "0 of 192 CPUs and 0 of 16 GPUs" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="needs as many GPUs; the cluster has 16"):
+        cluster.require(cluster.Resources(workers=17, device="cuda", address="auto"))
+    with pytest.raises(ValueError, match="need 256 CPUs; the cluster has 192"):
+        cluster.require(cluster.Resources(workers=16, cpus_per_worker=16, address="auto"))
+
+
+def test_on_kubernetes_the_manifest_says_that_nodes_come(only_the_head: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="the cluster has 0"):
+        cluster.require(cluster.Resources(workers=16, address="auto"))
+    spec = next(m for m in yaml.safe_load_all((HERE / "kuberay/raycluster.yaml").read_text()) if m["kind"] == "RayCluster")["spec"]
+    env = {e["name"]: e.get("value") for e in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
+    monkeypatch.setenv(capacity.GROWS, env[capacity.GROWS])
+    assert cluster.require(cluster.Resources(workers=16, address="auto")) is True

@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import replace
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 from pipelines import cluster
 from pipelines.bench_result import WARM_STEPS, Row, compared, in_turn
@@ -67,8 +68,10 @@ def under_ray(config: Config, data: Path, threads: int) -> float:
     resources = cluster.Resources(workers=1, cpus_per_worker=threads)
     cluster.connect(resources)
     try:
-        job = {"config": config.to_dict(), "data": str(data.absolute()), "run": str(folder)}
-        return _steady(list(cluster.launch(train_worker, job, resources, folder / "ray").reports()))
+        job: dict[str, Any] = {"stage": "pretrain", "given": {}}
+        job |= {"config": config.to_dict(), "data": str(data.absolute()), "run": str(folder)}
+        told = cluster.launch(train_worker, job, resources, folder / "ray").reports()
+        return _steady([report for report in told if "checkpoint" not in report])
     finally:
         cluster.disconnect()
         shutil.rmtree(folder, ignore_errors=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipelines.gauges import OF_RANKS, OF_RUN, PREFIX
+from simclr.recipes import recipe
 
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "grafana.json"
 _OURS = {PREFIX + name for name, _ in (OF_RANKS | OF_RUN).values()}
@@ -92,7 +93,7 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
     assert cluster.connect(cluster.Resources(workers=2))
     try:
         (node,) = ray.nodes()
-        job = {"seen": str(tmp_path / "seen")}
+        job = {"stage": "pretrain", "config": recipe("patterns_tiny").to_dict(), "seen": str(tmp_path / "seen")}
         running = cluster.launch(worker, job, cluster.Resources(workers=2, max_failures=0), tmp_path / "ray")
         said = next(running.reports())
         assert re.fullmatch(r"rank 1 on \S+", said["stragglers"])

@@ -171,15 +171,16 @@ class Running:
     head: _Head
 
     def stop(self) -> None:
-        """End the job where it is, workers and all. Takes at most 4 s."""
+        """End the job where it is, workers and all. Takes at most 3 s."""
         import ray
 
-        if self.controllers and self.thread.is_alive():
-            # Its workers are its own and end with it. In a thread: without a head to ask, Ray asks for a minute.
-            ending = threading.Thread(target=ray.kill, args=(self.controllers[0],), daemon=True)
-            ending.start()
-            ending.join(_STOP_S)
-        self.thread.join(_STOP_S if self.head.answers() else 0)
+        if not (self.controllers and self.thread.is_alive() and self.head.answers()):
+            return  # without a head, whom Ray would ask for a minute, its processes end by themselves
+        self.controllers[0].abort.remote()  # frees the workers' cores; the next job of this process wants them
+        self.thread.join(_STOP_S)
+        if self.thread.is_alive():
+            ray.kill(self.controllers[0])  # its workers are its own and end with it
+            self.thread.join(_STOP_S / 2)
 
     def reports(self) -> Iterator[dict[str, Any]]:
         """Metrics of rank 0, one dict per report, as they arrive.

@@ -77,7 +77,8 @@ class Story:
     said: list[tuple[float, str]]
 
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        lines = (self.run / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]  # where the disk was full there is half a line
 
     def new(self, since: float) -> list[dict[str, Any]]:
         return [row for row in self.rows() if row["time"] > since] if (self.run / "metrics.jsonl").exists() else []

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import logging
 import os
-import queue
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import capacity, controller, heartbeat, tpu
+from pipelines import capacity, controller, heartbeat, inbox, tpu
 from pipelines.terminal import say
 from simclr.config import Config
 from simclr.config_finetune import STAGES
@@ -169,6 +168,8 @@ class Running:
     controllers: list[Any]
     """The handle of Ray's controller actor, once there is one."""
     head: _Head
+    asked: Any = None
+    """What the queue will answer; kept, so that who is interrupted while waiting for it loses no message."""
 
     def stop(self) -> None:
         """End the job where it is, workers and all. Takes at most 3 s."""
@@ -208,10 +209,29 @@ class Running:
         if not ended:
             self.head.require()
         try:
-            return take(self.inbox, 2.0) or (_END if ended else {})
+            return self._next(2.0) or (_END if ended else {})
         except EOFError:  # somebody killed the queue's process: the training's end is still to be waited for
             time.sleep(_STOP_S)
             return _END if ended else {}
+
+    def _next(self, within_s: float) -> dict[str, Any]:
+        self.asked = self.asked or inbox.ask(self.inbox, within_s)
+        message = inbox.answer(self.asked)
+        self.asked = None
+        return message
+
+    def rest(self) -> list[dict[str, Any]]:
+        """Reports that had arrived when whoever iterated them was interrupted, and the job was stopped. Takes at most 2 s.
+
+        The workers may have written a checkpoint since: without these, the run that goes on from it would miss a report.
+        """
+        found: list[dict[str, Any]] = []
+        with contextlib.suppress(EOFError):
+            if self.asked is not None and self.head.answers():
+                found.append(self._next(2.0))
+            while self.head.answers() and (message := self._next(0.05)):
+                found.append(message)
+        return [message for message in found if "step" in message]
 
 
 class _Head:
@@ -263,7 +283,7 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
 
     The trainer runs in a thread of its own, so that the caller's thread stays free for reports and Ctrl-C.
     """
-    messages = inbox()
+    messages = inbox.make()
     controllers: list[Any] = []
     private = not joins_a_cluster(resources.address)
     forward, tell = [_forwarder(messages)], messages.put
@@ -285,37 +305,6 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     import ray
 
     return Running(thread, messages, outcome, controllers, _Head(ray.get_runtime_context().gcs_address, private))
-
-
-def inbox() -> Any:
-    """A queue for reports, where the driver is: on another node it would be lost with that node, and the reports with it."""
-    import ray
-    from ray.util.queue import Queue
-
-    return Queue(actor_options={"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}})
-
-
-def taken(inbox: Any) -> None:
-    """Return when the driver has taken every message that this process has put there: of a driver that is dead, never. (The
-    queue's process outlives it for seconds, in which workers would go on and write checkpoints that no report leads to.)"""
-    import ray
-
-    while not ray.get(inbox.actor.empty.remote()):
-        time.sleep(0.005)
-
-
-def take(inbox: Any, within_s: float) -> dict[str, Any]:
-    """The next message of an `inbox()`; {} where none comes in time. Raises EOFError where its process is gone."""
-    from ray.exceptions import RayActorError
-    from ray.util.queue import Empty
-
-    try:
-        message: dict[str, Any] = inbox.get(timeout=within_s)
-        return message
-    except (Empty, queue.Empty):
-        return {}
-    except RayActorError:
-        raise EOFError("the queue's process is gone") from None
 
 
 def fit(

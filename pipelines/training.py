@@ -115,6 +115,9 @@ def train(job: Job, began: float) -> Run:
         shutil.rmtree(run.path / "ray", ignore_errors=True)
         if running is not None:
             running.stop()
+            for report in running.rest() if status == "KILLED" else ():
+                run.append(report)
+                tracked.log(report)
         if ours:
             cluster.disconnect()
         run = tracked.close(status)

@@ -20,7 +20,7 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from pipelines import cluster, heartbeat, storage
+    from pipelines import heartbeat, inbox, storage
     from pipelines.allocator import keep_freed_memory
     from pipelines.gauges import Gauges, with_last_checkpoint
     from pipelines.saving import SCORES, Saver
@@ -67,7 +67,7 @@ def train_worker(job: dict[str, Any]) -> None:
                     with pulse.unwatched():  # a slow disk is no hang
                         # With the driver before the checkpoint is: a run that goes on from it does not repeat this report, nor
                         # may the driver hear earlier that training is over.
-                        cluster.taken(job["inbox"])
+                        inbox.taken(job["inbox"])
                         saver.save(report)
                 if leaving:
                     saver.close()

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pipelines import address, cluster, tracking
+from pipelines import address, inbox, tracking
 from pipelines.rundir import Run, load_run
 from pipelines.terminal import say
 from pipelines.tracked import Tracked
@@ -17,7 +17,7 @@ _LOOK_S = 0.5
 
 
 class Ledger:
-    """Takes what comes through `inbox`, a `cluster.inbox()`, until it is closed."""
+    """Takes what comes through `inbox`, an `inbox.make()`, until it is closed."""
 
     def __init__(self, sweep: Sweep, inbox: Any, uri: str) -> None:
         self.sweep, self.inbox, self.uri = sweep, inbox, uri
@@ -50,7 +50,7 @@ class Ledger:
         while True:
             last = self.over.is_set()  # asked before looking, so that nothing put before the end is missed
             try:
-                message = cluster.take(self.inbox, _LOOK_S)
+                message = inbox.take(self.inbox, _LOOK_S)
             except EOFError:  # Ray was shut down
                 return
             if not message and last:

@@ -19,7 +19,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, PopulationBasedTraining
 
-from pipelines import cluster
+from pipelines import cluster, inbox
 from pipelines.terminal import Bar
 from simclr.data.manifest import Manifest
 from tune import book, points
@@ -54,12 +54,12 @@ def room(asked: Sweep) -> int:
 
 def trials(asked: Sweep, codes: list[dict[str, Any]], concurrent: int, manifest: Manifest, uri: str) -> Sweep:
     """Run what is not over yet under Ray Tune."""
-    inbox = cluster.inbox()
-    ledger = Ledger(asked, inbox, uri)
+    reports = inbox.make()
+    ledger = Ledger(asked, reports, uri)
     private = not cluster.joins_a_cluster(asked.resources["address"])
 
     def trial(config: dict[str, Any]) -> None:
-        drive(config["trial"], asked, inbox, private)
+        drive(config["trial"], asked, reports, private)
 
     # A driver waits, so it holds a little memory and no core: one core for the driver of a trial whose worker needs the last would
     # be a deadlock.

@@ -80,3 +80,8 @@ class Crops(Operation):  # type: ignore[misc]
         crops.is_parallel = True  # type: ignore[attr-defined]
         return crops
 
+
+def read_bytes(address: Any, storage: Any) -> Any:
+    """The bytes at `address`: what FFCV's operations call. `storage` is (mapped bytes, sorted pointers, their lengths)."""
+    size = storage[2][np.searchsorted(storage[1], address)]
+    return storage[0][address : address + size]

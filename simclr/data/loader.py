@@ -37,7 +37,7 @@ from torch import Tensor
 from simclr import keyed, pulse
 from simclr.config import Config, Resize
 from simclr.data.beton import METADATA
-from simclr.data.decode import Crops
+from simclr.data.decode import Crops, read_bytes
 from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.data.place import Corrupt
 from simclr.data.resize import KINDS
@@ -220,9 +220,8 @@ class _Split:
     def reader(self, most: int, crops: int, size_px: int, resize: Resize) -> Callable[[Any, Any], Tensor]:
         """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time."""
         operation = SimpleRGBImageDecoder() if self.raw else Crops(crops, size_px)
-        operation.accept_globals(self.rows, Compiler.compile(_read))
-        start = State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype("u1"))
-        _, queries = operation.declare_state_and_memory(start)
+        operation.accept_globals(self.rows, Compiler.compile(read_bytes))
+        _, queries = operation.declare_state_and_memory(State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype("u1")))
         code = _compile(operation, self.threads)
         # One slot per batch that is queued, one being filled, one in the caller's hands.
         slots = itertools.cycle([_allocate(queries, most) for _ in range(_AHEAD + 2)])
@@ -230,11 +229,18 @@ class _Split:
         scratch = None if self.raw else np.empty((self.threads, operation.scratch_bytes), np.uint8)
 
         def read(rows: Any, ids: NDArray[np.int64]) -> Tensor:
+            nonlocal code
             slot = next(slots)
+            given = (np.arange(len(rows)), slot if self.raw else (*slot, scratch, kind), rows, self.storage)
             with _compiled_code:
                 if self.threads > 1:
                     numba.set_num_threads(self.threads)
-                images = code(np.arange(len(rows)), slot if self.raw else (*slot, scratch, kind), rows, self.storage)
+                try:
+                    images = code(*given)
+                except KeyError:  # numba's, now and then: it does not find a key of a table of its own. A table anew has it.
+                    operation.accept_globals(self.rows, Compiler.compile(read_bytes))
+                    code = _compile(operation, self.threads, anew=True)
+                    images = code(*given)
             if not self.raw and (bad := np.flatnonzero(slot[1][: len(rows)])).size:
                 where, shard = self._where(int(ids[bad[0]]))
                 raise Corrupt(f"{where} is damaged: its JPEG cannot be decoded; prepare the data again", shard)
@@ -296,19 +302,13 @@ def open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArr
     return image, label, size
 
 
-def _compile(operation: Operation, threads: int) -> Callable[..., Any]:
+def _compile(operation: Operation, threads: int, anew: bool = False) -> Callable[..., Any]:
     """FFCV's compiled code of `operation`, kept for the process: each evaluation would wait a second for it again."""
     key = type(operation), threads > 1
-    if key not in _kept:
+    if anew or key not in _kept:
         Compiler.num_threads = threads  # not set_num_threads, which would set torch's as well
         _kept[key] = Compiler.compile(operation.generate_code())
     return _kept[key]
-
-
-def _read(address: Any, storage: Any) -> Any:
-    """The bytes at `address`: what FFCV's operations call. `storage` is (mapped bytes, sorted pointers, their lengths)."""
-    size = storage[2][np.searchsorted(storage[1], address)]
-    return storage[0][address : address + size]
 
 
 def _map(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:

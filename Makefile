@@ -1,6 +1,6 @@
 # make demo    the whole job on this machine, in about four minutes; installs what is missing
 # make test    lint, types, tests; installs what is missing
-# make test-cluster    tests that start clusters of their own: ray up, faults, a TPU slice; as root, about ten minutes
+# make test-cluster    tests that start clusters of their own: ray up, faults, a TPU slice; as root
 # make lock    renew requirements.lock after a change of pyproject.toml
 
 .PHONY: setup demo test test-cluster lock

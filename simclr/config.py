@@ -198,8 +198,8 @@ class Train:
     """Steps between two reports (metrics, progress). The device is not waited for in between."""
     checkpoint_every_steps: int | None = None
     """Steps between two checkpoints. Nothing = by the clock: every minute, less often where writing would hold training up for more
-    than 2 % of the time, and at least every five minutes. One is written at the end in any case, and with
-    every score of the watch."""
+    than 2 % of the time, and at least every five minutes. One is written at the end in any case, and with every score of
+    the watch."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay; the one with the best score stays too."""
 

@@ -256,11 +256,13 @@ def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(raw: Path) -> None:
 def test_two_loaders_on_two_threads_each_do_not_collide(raw: Path, jpeg: Path) -> None:
     """numba's workqueue layer aborts the whole process when two threads enter parallel code at once."""
     streams = [loader.batches(config(40), data, 0, 0, 1, threads=2) for data in (raw, jpeg)]
-    for _ in range(20):
-        for stream in streams:
-            next(stream)
+    seen = [[next(stream).images.clone() for stream in streams] for _ in range(20)]
     for stream in streams:
         stream.close()
+    for number, data in enumerate((raw, jpeg)):
+        alone = loader.batches(config(40), data, 0, 0, 1)
+        assert all(torch.equal(next(alone).images, batches[number]) for batches in seen)
+        alone.close()
 
 
 @pytest.mark.parametrize(

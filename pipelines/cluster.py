@@ -168,8 +168,6 @@ class Running:
     controllers: list[Any]
     """The handle of Ray's controller actor, once there is one."""
     head: _Head
-    asked: Any = None
-    """What the queue will answer; kept, so that who is interrupted while waiting for it loses no message."""
 
     def stop(self) -> None:
         """End the job where it is, workers and all. Takes at most 3 s."""
@@ -209,29 +207,10 @@ class Running:
         if not ended:
             self.head.require()
         try:
-            return self._next(2.0) or (_END if ended else {})
+            return inbox.take(self.inbox, 2.0) or (_END if ended else {})
         except EOFError:  # somebody killed the queue's process: the training's end is still to be waited for
             time.sleep(_STOP_S)
             return _END if ended else {}
-
-    def _next(self, within_s: float) -> dict[str, Any]:
-        self.asked = self.asked or inbox.ask(self.inbox, within_s)
-        message = inbox.answer(self.asked)
-        self.asked = None
-        return message
-
-    def rest(self) -> list[dict[str, Any]]:
-        """Reports that had arrived when whoever iterated them was interrupted, and the job was stopped. Takes at most 2 s.
-
-        The workers may have written a checkpoint since: without these, the run that goes on from it would miss a report.
-        """
-        found: list[dict[str, Any]] = []
-        with contextlib.suppress(EOFError):
-            if self.asked is not None and self.head.answers():
-                found.append(self._next(2.0))
-            while self.head.answers() and (message := self._next(0.05)):
-                found.append(message)
-        return [message for message in found if "step" in message]
 
 
 class _Head:

@@ -6,6 +6,7 @@ is set between two collections is overwritten. A worker's series end with its pr
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,17 +68,20 @@ class Gauges:
 
 
 def with_last_checkpoint(reports: Iterator[Report], folder: Path, saver: Saver | None) -> Iterator[Report]:
-    """`reports`; a FloatingPointError among them says which checkpoint in `folder` one could go on from."""
+    """`reports`; a FloatingPointError among them, which every rank has, says which checkpoint in `folder` one could go on from.
+
+    All ranks say the same, what rank 0 found: whoever is first is heard, and on another node's disk there are none."""
     try:
         yield from reports
     except FloatingPointError as error:
         from simclr import checkpoint
+        from simclr.collectives import from_rank_zero
 
+        with_it = ""
         if saver is not None:
-            saver.wait()
-        # The weights were finite at every report, and only there are they saved.
-        if found := checkpoint.list_checkpoints(folder):
-            raise FloatingPointError(f"{error}; the last checkpoint, {found[-1].name}, is still good") from None
-        if saver is None:  # on another node's disk there are none
-            raise
-        raise FloatingPointError(f"{error}; there is no checkpoint yet") from None
+            with contextlib.suppress(OSError):  # a disk that is full as well
+                saver.wait()
+            # The weights were finite at every report, and only there are they saved.
+            found = checkpoint.list_checkpoints(folder)
+            with_it = f"the last checkpoint, {found[-1].name}, is still good" if found else "there is no checkpoint yet"
+        raise FloatingPointError(f"{error}; {from_rank_zero(with_it)}") from None

@@ -115,6 +115,14 @@ class Run:
                 line = b"\n" + line  # a machine that died left half a line
             file.write(line)
 
+    def fill(self, reports: list[dict[str, Any]]) -> None:
+        """Append those of `reports`, from the checkpoint that training goes on from, which metrics.jsonl lacks: the workers of a
+        driver that died write checkpoints for some seconds more, and of a run in S3 the newest lines may have been lost with it."""
+        known = {row["step"] for row in self.history()}
+        for report in reports:
+            if report["step"] not in known:
+                self.append(report)
+
     def history(self) -> list[dict[str, float]]:
         """All reports in order of steps. A step that was repeated after a failure counts as it came out last."""
         path = self.path / "metrics.jsonl"

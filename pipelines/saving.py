@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from pipelines import storage
@@ -15,6 +17,7 @@ from simclr.pretrain import Report
 
 # By the clock: as often as is cheap, at most so much of the time spent on it, at most so much of the work lost.
 _LEAST_S, _MOST_S, _SHARE = 60.0, 300.0, 0.02
+_REPORTS = 1000  # newest, in every checkpoint: about 1 MB
 SCORES = ("eval/knn_top1", "eval/top1")
 
 
@@ -26,8 +29,9 @@ class Saver:
     is away does not: checkpoints are then kept here, and the newest is sent when it is back.
     """
 
-    def __init__(self, home: storage.Home, train: Train, tell: Callable[[dict[str, Any]], None]) -> None:
-        """`tell` gets {"checkpoint": step, …} of each that is safely on the disk, from another thread."""
+    def __init__(self, home: storage.Home, train: Train, since: Path | None, tell: Callable[[dict[str, Any]], Any]) -> None:
+        """For a training that goes on from the checkpoint `since`. `tell` gets every report, and from another thread
+        {"checkpoint": step, …} of each that is safely on the disk."""
         self.home, self.train, self.tell = home, train, tell
         self.folder = home.path / "checkpoints"
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -35,11 +39,18 @@ class Saver:
         self.sending = ""
         self.held_s = 0.0
         self.saved_at = self.reported_at = time.monotonic()
+        self.reports = deque(checkpoint.reports(since) if since else [], _REPORTS)
 
     @property
     def every_s(self) -> float:
         """Seconds between two checkpoints, where the config states no steps."""
         return min(max(_LEAST_S, self.held_s / _SHARE), _MOST_S)
+
+    def hear(self, metrics: dict[str, Any]) -> Any:
+        """Tell of a report, which the checkpoints to come have too: a driver that dies before it has heard it, and that is begun
+        again, goes on behind it. Returns what telling did."""
+        self.reports.append({"time": round(time.time(), 3), **metrics})
+        return self.tell(metrics)
 
     def due(self, report: Report) -> bool:
         """Whether this report's state is to be saved: the config asks for it, it was scored (which took longer than saving will,
@@ -55,7 +66,7 @@ class Saver:
         """Have this report's state written. Raises what writing the one before it raised (OSError, say)."""
         began = time.monotonic()
         self.wait()
-        state, score = _copied(report.state), _score(report)
+        state, score = dataclasses.replace(_copied(report.state), reports=list(self.reports)), _score(report)
         self.saved_at = time.monotonic()
         self.held_s = self.saved_at - began
         self.writing = self.writer.submit(self._write, state, score, self.held_s)

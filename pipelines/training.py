@@ -115,9 +115,6 @@ def train(job: Job, began: float) -> Run:
         shutil.rmtree(run.path / "ray", ignore_errors=True)
         if running is not None:
             running.stop()
-            for report in running.rest() if status == "KILLED" else ():
-                run.append(report)
-                tracked.log(report)
         if ours:
             cluster.disconnect()
         run = tracked.close(status)
@@ -193,7 +190,8 @@ def _note(report: dict[str, Any]) -> str:
 
 
 def _steps_done(run: Run, shapes: Callable[[], nn.Module]) -> int:
-    """Steps in the newest whole checkpoint. Raises ValueError where it does not fit the config's model."""
+    """Steps in the newest whole checkpoint; its reports are then in metrics.jsonl. Raises ValueError where it does not fit the
+    config's model."""
     if not run.checkpoints.exists():
         return 0
     from simclr import checkpoint
@@ -203,6 +201,7 @@ def _steps_done(run: Run, shapes: Callable[[], nn.Module]) -> int:
         return 0
     state = checkpoint.read(newest)
     checkpoint.check(state, shapes())
+    run.fill(state.reports)
     return state.step
 
 

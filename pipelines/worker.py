@@ -20,7 +20,7 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from pipelines import heartbeat, inbox, storage
+    from pipelines import heartbeat, storage
     from pipelines.allocator import keep_freed_memory
     from pipelines.gauges import Gauges, with_last_checkpoint
     from pipelines.saving import SCORES, Saver
@@ -56,18 +56,16 @@ def train_worker(job: dict[str, Any]) -> None:
         home.fetch()
         loop = partial(loop, teacher=home.path / "teacher")
     mark, put, gauges = job.get("mark", {}), job["inbox"].actor.put, Gauges(job["run"])
-    saver = Saver(home, config.train, lambda told: put.remote(told | mark)) if first else None
+    saver = Saver(home, config.train, start.checkpoint, lambda told: put.remote(told | mark)) if first else None
     with pulse.watched():
         for report in with_last_checkpoint(storage.repaired(loop(config, start, **job["given"]), job["data"]), checkpoints, saver):
             metrics = {**report.metrics, **gauges.show(report), "step": report.step, "total_steps": report.total_steps, **mark}
             if saver is not None:
-                put.remote(metrics)
+                sent = saver.hear(metrics)
                 leaving = heartbeat.asked_to_leave() if report.step < report.total_steps else ""
                 if saver.due(report) or leaving:
                     with pulse.unwatched():  # a slow disk is no hang
-                        # With the driver before the checkpoint is: a run that goes on from it does not repeat this report, nor
-                        # may the driver hear earlier that training is over.
-                        inbox.taken(job["inbox"])
+                        ray.get(sent)  # the driver must not hear of the checkpoint, or that training is over, before it
                         saver.save(report)
                 if leaving:
                     saver.close()

@@ -1,8 +1,8 @@
 """Checkpoints: the whole training state, written atomically, read strictly, never unpickled.
 
-A checkpoint is a directory `step-000000120/` of state.safetensors (every tensor by name) and checkpoint.json (schema,
-step, config, checksum). It is written under a temporary name, flushed to the disk and renamed, so under its own name it
-is whole; should a disk spoil it later, its checksum says so and the one before it is used.
+A checkpoint is a directory `step-000000120/` of state.safetensors (every tensor by name, and in its header the newest
+reports) and checkpoint.json (schema, step, config, checksum). It is written under a temporary name, flushed to the disk and
+renamed, so under its own name it is whole; should a disk spoil it later, its checksum says so and the one before it is used.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,6 +37,8 @@ class State:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     """`model.*` and `optimizer.*`. They are the live tensors: write them before the next step."""
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    """The newest reports, in order of steps: who was to hear them may be gone, and the steps are not done again."""
 
 
 def capture(step: int, config: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
@@ -95,7 +98,7 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
     scratch.mkdir(parents=True)
     try:
         tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
-        save_file(tensors, scratch / "state.safetensors")
+        save_file(tensors, scratch / "state.safetensors", {"reports": json.dumps(state.reports)})
         about = {"schema": SCHEMA, "step": state.step, "sha256": _sha256(scratch / "state.safetensors"), "config": state.config}
         about["score"] = score
         (scratch / "checkpoint.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -167,7 +170,14 @@ def about(path: Path) -> dict[str, Any]:
 def read(path: Path) -> State:
     """Read a checkpoint back onto the CPU. Raises Damaged or ValueError as `about` does."""
     text = about(path)
-    return State(int(text["step"]), text["config"], load_file(path / "state.safetensors"))
+    return State(int(text["step"]), text["config"], load_file(path / "state.safetensors"), reports(path))
+
+
+def reports(path: Path) -> list[dict[str, Any]]:
+    """The reports in checkpoint `path`; none where an earlier version wrote it."""
+    with safe_open(path / "state.safetensors", "pt") as file:
+        found: list[dict[str, Any]] = json.loads((file.metadata() or {}).get("reports", "[]"))
+    return found
 
 
 def _sha256(path: Path) -> str:

@@ -86,7 +86,7 @@ def test_another_schema_is_refused_and_not_skipped(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.write(tmp_path, state(1), keep=2)
 
-    def full(tensors: Any, path: Path) -> None:
+    def full(tensors: Any, path: Path, *rest: Any) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from pipelines import saving, storage
+from pipelines.rundir import open_run
 from pipelines.saving import Saver
 from simclr import checkpoint
 from simclr.config import Train
 from simclr.data.store import Store
 from simclr.pretrain import Report
+from simclr.recipes import recipe
 from tests.s3 import Proxy
 
 
@@ -36,7 +38,7 @@ def report(step: int, score: float | None = None, due: bool = False) -> Report:
 
 def saver(folder: Path, **train: Any) -> tuple[Saver, list[dict[str, Any]]]:
     told: list[dict[str, Any]] = []
-    return Saver(storage.Home(folder), Train(**train), told.append), told
+    return Saver(storage.Home(folder), Train(**train), None, told.append), told
 
 
 def names(folder: Path) -> list[int]:
@@ -106,6 +108,27 @@ def test_what_is_written_is_what_it_was(tmp_path: Path, monkeypatch: pytest.Monk
     assert found.tensors["model.w"].tolist() == [1.0, 1.0, 1.0]
 
 
+def test_a_checkpoint_has_the_reports_that_nobody_may_have_heard(tmp_path: Path, patterns: Path) -> None:
+    """Of a driver that dies the workers live on for seconds, and write checkpoints: who goes on from one does not lack their reports."""
+    run = open_run(tmp_path / "run", "patterns_tiny", recipe("patterns_tiny"), patterns)
+    since = None
+    for steps in (range(1, 4), range(4, 7)):  # the second by workers that were started again
+        kept = Saver(storage.Home(run.path), Train(keep_checkpoints=1), since, lambda told: None)
+        for step in steps:
+            kept.hear({"step": step, "train/loss": step / 3})
+        kept.save(report(6, due=True))
+        kept.close()
+        since = run.checkpoints / "step-000000006"
+    for row in ({"step": 1, "train/loss": 1 / 3}, {"step": 2, "train/loss": 0.5, "heard": True}):  # and no more
+        run.append(row)
+    run.fill(checkpoint.read(since).reports)
+    rows = run.history()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and rows[1]["train/loss"] == 0.5 and rows[5]["train/loss"] == 2.0
+    assert all(row["time"] > 1e9 for row in rows)
+    run.fill(checkpoint.reports(since))
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
 def test_a_full_disk_ends_the_training_at_the_next_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, told = saver(tmp_path)
     kept.save(report(1))
@@ -139,7 +162,7 @@ def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixtur
 
     home.send_checkpoint = slow  # type: ignore[method-assign]
     told: list[dict[str, Any]] = []
-    kept = Saver(home, Train(keep_checkpoints=1), told.append)
+    kept = Saver(home, Train(keep_checkpoints=1), None, told.append)
     for step in (1, 2, 3, 4):  # 1 is on its way, for as long as it takes
         kept.save(report(step))
     kept.wait()

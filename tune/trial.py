@@ -128,10 +128,22 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
     flags = [f"--{key.replace('_', '-')}={_word(points.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]))
     run.save()
+    _fill(run)
     if donor is not None:
         with donor.as_directory() as folder:
             _inherit(run, json.loads((Path(folder) / "from.json").read_text()))
     return run
+
+
+def _fill(run: Run) -> None:
+    """Give the run the reports that a sweep which was killed has not heard; a checkpoint may also have those of another trial."""
+    if not run.checkpoints.exists():
+        return
+    from simclr import checkpoint
+
+    newest = checkpoint.latest(run.checkpoints, say)
+    reports = checkpoint.reports(newest) if newest is not None else []
+    run.fill([report for report in reports if report.pop("mark", "") == run.path.name])
 
 
 def _word(value: Any) -> str:

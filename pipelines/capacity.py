@@ -15,23 +15,42 @@ GROWS = "SIMCLR_GROWS"
 """Environment: resources that an autoscaler adds as they are asked for, as "CPU GPU"; where `ray up` has left no file."""
 
 
-def reachable(joined: bool, file: Path = Path("~/ray_bootstrap_config.yaml")) -> dict[str, float]:
+LEFT = Path("~/ray_bootstrap_config.yaml")
+"""What `ray up` leaves on the head, where the drivers of submitted jobs run, for its autoscaler."""
+
+
+def reachable(joined: bool) -> dict[str, float]:
     """Resource → how much of it Ray can have. A cluster that scales to zero has no GPU when a job comes: who counts the nodes of the
     moment refuses what would have started them.
 
-    `file` is what `ray up` leaves on the head, where the drivers of submitted jobs run, for its autoscaler. Without it, and without
-    $SIMCLR_GROWS, only the nodes that are there count; so too with a private Ray (`joined` is False).
+    Without `LEFT`, and without $SIMCLR_GROWS, only the nodes that are there count; so too with a private Ray (`joined` is False).
     """
     import ray
 
     has = defaultdict(float, ray.cluster_resources())
     if not joined:
         return dict(has)
-    for name, amount in _most(file.expanduser()).items():
+    for name, amount in _most().items():
         has[name] = max(has[name], amount)
     for name in os.environ.get(GROWS, "").split():
         has[name] = math.inf
     return dict(has)
+
+
+def slots(joined: bool, cpus: int, gpu: bool) -> float:
+    """How many workers of `cpus` cores, and a GPU each where `gpu`, there is room for on the nodes that Ray can have, as `reachable`
+    has it. A worker is on one node. Infinite where $SIMCLR_GROWS says that what is asked for comes, in unknown number."""
+    import ray
+
+    def on(node: dict[str, float]) -> int:
+        cores = math.floor(node.get("CPU", 0) / cpus)
+        return min(cores, math.floor(node.get("GPU", 0))) if gpu else cores
+
+    now = sum(on(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    if not joined:
+        return now
+    grows = set(os.environ.get(GROWS, "").split())
+    return math.inf if grows >= {"CPU", *(["GPU"] if gpu else [])} else max(now, sum(count * on(node) for node, count in _types()))
 
 
 def announce(needs: dict[str, float]) -> None:
@@ -43,14 +62,21 @@ def announce(needs: dict[str, float]) -> None:
         say(f"waiting for nodes: the cluster has {' and '.join(missing)}; its autoscaler starts the rest (`ray status` shows them)")
 
 
-def _most(file: Path) -> dict[str, float]:
-    """Resource → of all nodes that the autoscaler may have at once, {} where the file is not there."""
-    if not file.is_file():
-        return {}
-    cluster: dict[str, Any] = json.loads(file.read_text())
-    cap, found = cluster.get("max_workers", 0), defaultdict[str, float](float)
-    for name, node in cluster.get("available_node_types", {}).items():
-        count = 1 if name == cluster.get("head_node_type") else min(node.get("max_workers", cap), cap)
-        for resource, amount in node.get("resources", {}).items():
+def _most() -> dict[str, float]:
+    """Resource → of all nodes that the autoscaler may have at once."""
+    found = defaultdict[str, float](float)
+    for node, count in _types():
+        for resource, amount in node.items():
             found[resource] += count * amount
     return found
+
+
+def _types() -> list[tuple[dict[str, float], int]]:
+    """(resources of a node, how many such nodes there may be at once), of each type in `LEFT`; none where there is no such file."""
+    file = LEFT.expanduser()
+    if not file.is_file():
+        return []
+    cluster: dict[str, Any] = json.loads(file.read_text())
+    cap, head = cluster.get("max_workers", 0), cluster.get("head_node_type")
+    types = cluster.get("available_node_types", {}).items()
+    return [(node.get("resources", {}), 1 if name == head else min(node.get("max_workers", cap), cap)) for name, node in types]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def only_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e10})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 1e10}}])
 
 
 def test_a_cluster_that_scales_to_zero_can_have_what_its_file_says(
@@ -31,6 +33,8 @@ def test_a_cluster_that_scales_to_zero_can_have_what_its_file_says(
     assert capacity.reachable(True)["GPU"] == 4 * g6["max_workers"] == 16
     assert capacity.reachable(True)["CPU"] == 48 * 4
     assert "GPU" not in capacity.reachable(False)
+    assert [capacity.slots(True, *each) for each in ((12, True), (24, True), (13, True), (12, False))] == [16, 8, 12, 16]
+    assert capacity.slots(False, 12, True) == 0
     sixteen = cluster.Resources(workers=16, cpus_per_worker=12, address="auto")
     assert cluster.require(sixteen) is True
     assert "0 of 192 CPUs and 0 of 16 GPUs" in capsys.readouterr().err
@@ -48,3 +52,4 @@ def test_on_kubernetes_the_manifest_says_that_nodes_come(only_the_head: None, tm
     env = {e["name"]: e.get("value") for e in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
     monkeypatch.setenv(capacity.GROWS, env[capacity.GROWS])
     assert cluster.require(cluster.Resources(workers=16, address="auto")) is True
+    assert math.isinf(capacity.slots(True, 12, True))

@@ -17,18 +17,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines import cluster, pretrain, worker
+from pipelines import cli, cluster, pretrain, worker
+from pipelines.rundir import load_run
 from simclr import checkpoint, disk
 from simclr.config import Config
 from simclr.recipes import recipe
 from tests import faults
 from tests.conftest import Figures, Within
 from tests.nodes import Nodes, alive, children, clock
+from tune import book
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parent.parent
@@ -86,6 +89,11 @@ class Story:
     def at_step(self, step: int, training: Future[None]) -> None:
         """Wait until that step is reported."""
         wait_for(lambda: self.new(0) and self.rows()[-1]["step"] >= step, training)
+
+    def is_past_a_checkpoint(self, since: float) -> bool:
+        """Whether those who began after `since` have done so many steps that they have written one."""
+        steps = [row["step"] for row in self.new(since)]
+        return bool(steps) and steps[-1] > steps[0] + EVERY
 
     def first_said(self, part: str, since: float = 0.0) -> float:
         """When `part` was said, Unix time."""
@@ -245,15 +253,92 @@ def test_a_disk_fills_up_and_a_clock_is_ten_minutes_fast(
         subprocess.run(["umount", "-l", str(small_disk)], check=True)
 
 
+def test_a_node_dies_under_a_sweep(nodes: Nodes, patterns: Path, tmp_path: Path, within: Within, figures: Figures) -> None:
+    """Two trials, one on each node: the one that lost its node waits for the other's and goes on there."""
+    while len(nodes.others) < 2:
+        nodes.add()
+    out, died = tmp_path / "s", []
+    words = ["sweep", "smoke", "--recipe", "patterns_tiny", "--data", str(patterns), "--out", str(out), "--workers", "1"]
+    words += ["--only", "loss.temperature=0.2,0.5", "optim.base_lr=1", "--address", nodes.address, "--set", "train.batch_size=240"]
+    words += ["train.steps=40", "train.report_every_steps=1", "train.checkpoint_every_steps=5", "train.precision=float64"]
+
+    def rows(run: Path) -> list[dict[str, Any]]:
+        path = run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while sum(bool(checkpoint.list_checkpoints(run / "checkpoints")) for run in out.glob("trials/*")) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        died.append(time.time())
+        nodes.kill(nodes.others[0])
+
+    with ThreadPoolExecutor(1) as aside:
+        killing = aside.submit(kill)
+        cli.main(words)
+        killing.result()
+    assert [trial.status for trial in book.trials(out)] == ["finished"] * 2
+    pauses = []
+    for trial in book.trials(out):
+        run = load_run(out / "trials" / trial.name)
+        losses, _ = faults.undisturbed(run.config, patterns)
+        assert [row["step"] for row in run.history()] == list(losses)
+        within("loss of a step", max(abs(row["train/loss"] / losses[row["step"]] - 1) for row in rows(run.path)), 1e-9)
+        pauses += [(after["time"] - before["time"], before, after) for before, after in pairwise(rows(run.path)) if after["time"] > died[0]]
+    _, before, after = max(pauses, key=lambda pause: pause[0])
+    figures("a node dies under a sweep", 0.0, after["time"] - died[0], before["step"] - after["step"] + 1)
+    assert 0 <= before["step"] - after["step"] + 1 <= 6 and after["step"] % 5 == 1
+
+
+def arguments(patterns: Path, *more: str) -> list[str]:
+    """`small` as a command, whose workers come to grief."""
+    found = [sys.executable, "-c", "from tests import faults; faults.command()", "pretrain", "patterns_tiny", "--data", str(patterns)]
+    found += ["--run", "run", "--train.batch-size", "60", "--train.steps", str(STEPS), "--train.report-every-steps", "1"]
+    found += ["--train.checkpoint-every-steps", str(EVERY), "--train.precision", "float64", "--watch.every-epochs", "0"]
+    return [*found, *more]
+
+
+def test_the_head_of_a_cluster_is_lost_and_another_begins(
+    reference: Reference, patterns: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, within: Within, figures: Figures
+) -> None:
+    """The driver waits half a minute for it, says so, and ends; the same command goes on where a head is."""
+    story, log = Story(tmp_path / "run", []), tmp_path / "log"
+    faults.plan(tmp_path / "run-faults", step_s=0.25)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    last: list[float] = []
+    for _ in range(2):
+        found = Nodes(tmp_path_factory.mktemp("h"))
+        try:
+            found.add(2)
+            began = time.time()
+            with log.open("w") as out:
+                command = arguments(patterns, "--address", found.address)
+                process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out)
+            wait_for(partial(story.is_past_a_checkpoint, began), process, log)
+            if last:
+                assert process.wait(120) == 0, log.read_text()
+                break
+            at = time.time()
+            os.kill(found.head.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
+            assert process.wait(60) == 2, log.read_text()
+            last += [time.time() - at, story.rows()[-1]["step"]]
+            assert f"simclr: the head of the Ray cluster at {found.address} has not answered for 3" in log.read_text()
+            assert "Traceback" not in log.read_text()
+        finally:
+            found.close()
+    first = story.new(began)[0]
+    figures("the head of a cluster is killed; again on another", last[0], first["time"] - began, max(int(last[1]) - first["step"] + 1, 0))
+    story.equals(reference, within)
+
+
 def test_the_head_the_whole_group_and_the_driver_are_killed(
     reference: Reference, patterns: Path, tmp_path: Path, within: Within, figures: Figures
 ) -> None:
     """The same command four times, on a Ray of its own: each time it goes on where the one before was ended."""
     story = Story(tmp_path / "run", [])
     faults.plan(tmp_path / "run-faults", step_s=0.25)
-    command = [sys.executable, "-c", "from tests import faults; faults.command()", "pretrain", "patterns_tiny", "--data", str(patterns)]
-    command += ["--run", "run", "--train.batch-size", "60", "--train.steps", str(STEPS), "--train.report-every-steps", "1"]
-    command += ["--train.checkpoint-every-steps", str(EVERY), "--train.precision", "float64", "--watch.every-epochs", "0"]
+    command = arguments(patterns)
     log = tmp_path / "log"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     ends = {"the head (GCS) is killed": 2, "SIGTERM to all its processes": 130, "the driver is killed (SIGKILL)": -9, "": 0}
@@ -262,7 +347,7 @@ def test_the_head_the_whole_group_and_the_driver_are_killed(
         began = time.time()
         with log.open("w") as out:
             process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out, start_new_session=True)
-        wait_for(lambda began=began: story.new(began) and story.new(began)[-1]["step"] > story.new(began)[0]["step"] + EVERY, process, log)
+        wait_for(partial(story.is_past_a_checkpoint, began), process, log)
         first = story.new(began)[0]
         if before:
             figures(f"{last}; run again", took, first["time"] - began, max(before - first["step"] + 1, 0))

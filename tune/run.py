@@ -15,11 +15,10 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that failed has no score
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, PopulationBasedTraining
 
-from pipelines import cluster, inbox
+from pipelines import capacity, cluster, inbox
 from pipelines.terminal import Bar
 from simclr.data.manifest import Manifest
 from tune import book, points
@@ -29,24 +28,25 @@ from tune.ledger import Ledger
 from tune.spaces import Axis, Between, PeakBetween
 from tune.trial import drive
 
+_UNBOUNDED = 4  # trials at a time where a cluster grows to an unknown size, and --max-concurrent does not say
+
 
 def room(asked: Sweep) -> int:
     """How many trials the cluster has room for at a time, at most --max-concurrent.
 
-    A trial's driver holds no core, so every core can serve a worker; a worker is on one node. Raises ValueError where not even one
-    trial fits, or fewer than asked for: those would wait for cores that others hold.
+    A trial's driver holds no core, so every core can serve a worker; a worker is on one node, one that is there or that the
+    autoscaler would add. Raises ValueError where not even one trial fits, or fewer than asked for: those would wait for cores that
+    others hold.
     """
     resources = cluster.Resources(**asked.resources)
     gpus = cluster.require(resources)
-    slots = 0
-    for node in ray.nodes():
-        has = node["Resources"] if node["Alive"] else {}
-        cores = math.floor(has.get("CPU", 0) / resources.cpus_per_worker)
-        slots += min(cores, math.floor(has.get("GPU", 0))) if gpus else cores
-    fits = slots // resources.workers
+    slots = capacity.slots(cluster.joins_a_cluster(resources.address), resources.cpus_per_worker, gpus)
+    if math.isinf(slots):
+        return asked.max_concurrent or _UNBOUNDED
+    fits = int(slots) // resources.workers
     each = f"{resources.workers} workers with {resources.cpus_per_worker} CPUs{' and a GPU' if gpus else ''} each"
     if not fits:
-        raise ValueError(f"a trial of {each} can never start: the nodes of this cluster have room for {slots}; use fewer or smaller ones")
+        raise ValueError(f"a trial of {each} can never start: this cluster has room for {slots:.0f}; use fewer or smaller ones")
     if asked.max_concurrent > fits:
         raise ValueError(f"--max-concurrent {asked.max_concurrent} trials of {each} never run together: there is room for {fits}; use that")
     return asked.max_concurrent or fits

@@ -99,6 +99,8 @@ def train(job: Job, began: float) -> Run:
         raise
     if done:
         say(f"going on with {where} after step {done:,} of {job.total:,}")
+    if run.config.train.micro_batch and job.resources.min_workers:
+        say("BatchNorm normalises over --train.micro-batch images of every worker: with fewer workers, over fewer images")
     tracked = Tracked(run, job.uri)
     status, running = "FAILED", None
     try:

@@ -55,7 +55,8 @@ class Resources:
     address: str | None = None
     """Ray cluster to join: 'auto' on a cluster's node; nothing = a private Ray on this machine."""
     max_failures: int = 3
-    """How often lost or failed workers are started again, from the last checkpoint. Nodes that give notice do not count."""
+    """How often in a row lost or failed workers are started again, from the last checkpoint, without having written another. Nodes that
+    give notice do not count."""
     min_workers: int | None = None
     """Go on with as few workers as this while nodes are missing, and with more when they are back; nothing = always --workers.
     The batch stays what it is. Only numbers that divide it are used."""
@@ -197,7 +198,7 @@ class Running:
         self.thread.join()
         error = self.outcome[0]
         if error is not None:
-            if sentence := controller.mistake(error):
+            if sentence := controller.mistake(error) or controller.away(error):
                 raise ValueError(sentence) from None
             raise error
 
@@ -243,15 +244,26 @@ def require(resources: Resources) -> bool:
     """Whether the workers get GPUs. Raises ValueError where the cluster, once connected, cannot have what they ask for."""
     if resources.topology and resources.accelerator_type:
         tpu.require(resources.topology, resources.accelerator_type)
-    total, workers = capacity.reachable(joins_a_cluster(resources.address)), resources.min_workers or resources.workers
-    gpus = total.get("GPU", 0) >= workers and resources.device in ("auto", "cuda")
+    joined = joins_a_cluster(resources.address)
+    total, workers, each = capacity.reachable(joined), resources.min_workers or resources.workers, resources.cpus_per_worker
+    has = total.get("GPU", 0)
+    gpus = has >= workers and resources.device in ("auto", "cuda")
     if resources.device == "cuda" and not gpus:
-        raise ValueError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {total.get('GPU', 0):.0f}")
-    cores = workers * resources.cpus_per_worker
+        raise ValueError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {has:.0f}")
+    if resources.device == "auto" and has and not gpus:
+        if joined:  # a node that has not come yet would turn days on GPUs into months on CPUs
+            raise ValueError(f"{workers} workers need as many GPUs, and the cluster has {has:.0f}; use fewer --workers, or --device cpu")
+        say(f"training on CPUs: {workers} workers need as many GPUs, this machine has {has:.0f}; use --workers {has:.0f} for it")
+    cores = workers * each
     if cores > total.get("CPU", 0):
         raise ValueError(
-            f"{workers} workers with {resources.cpus_per_worker} CPUs each need {cores} CPUs; "
+            f"{workers} workers with {each} CPUs each need {cores} CPUs; "
             f"the cluster has {total.get('CPU', 0):.0f}: use fewer --workers or --cpus-per-worker"
+        )
+    if resources.device != "tpu" and (room := capacity.slots(joined, each, gpus)) < workers:
+        raise ValueError(
+            f"{workers} workers with {each} CPUs{' and a GPU' if gpus else ''} each do not fit: a worker is on one node, "
+            f"and the nodes have room for {room:.0f}; use fewer --workers or --cpus-per-worker"
         )
     capacity.announce({"CPU": cores, "GPU": workers if gpus else 0})
     return gpus

@@ -47,6 +47,11 @@ def mistake(failure: BaseException) -> str:
     return ""
 
 
+def away(failure: BaseException) -> str:
+    """The sentence of what a worker could not reach, where Ray Train gave up for that, or "". Worth another try, and not a traceback."""
+    return next((str(error) for error in causes(failure) if isinstance(error, Unreachable)), "")
+
+
 def trainer_class(private: bool, counts: list[int], hang_timeout_s: float, tell: Tell, controllers: list[Any] | None) -> Any:
     """TorchTrainer that gives up at once where trying again cannot help, that starts nothing which a run has no use for, and
     that puts its controller's handle into `controllers`; None = its controller runs in this process.
@@ -68,7 +73,7 @@ def trainer_class(private: bool, counts: list[int], hang_timeout_s: float, tell:
 
         def _initialize_and_run_controller(self, **settings: Any) -> Any:
             settings["scaling_policy"] = _scaling(self.scaling_config, counts, private, tell)
-            settings["failure_policy"] = _failing(self.run_config.failure_config)
+            settings["failure_policy"] = _failing(self.run_config.failure_config, counts[-1], tell)
             if controllers is None:
                 controller = TrainController(**settings)
                 try:
@@ -91,17 +96,34 @@ def trainer_class(private: bool, counts: list[int], hang_timeout_s: float, tell:
     return Trainer
 
 
-def _failing(config: Any) -> Any:
+def _failing(config: Any, workers: int, tell: Tell) -> Any:
+    import ray
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
     from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+    from ray.train.v2.api.exceptions import ControllerError
 
     class Policy(DefaultFailurePolicy):
-        """Gives up on mistakes, and does not count who left when asked to."""
+        """Gives up on mistakes, does not count who left when asked to, and counts failures in a row: over weeks every node fails once,
+        and only a training that gets no further is worth no other try."""
 
         def make_decision(self, training_failed_error: Any) -> Any:
-            if any(isinstance(error, heartbeat.Leave) for error in causes(training_failed_error)):
+            error = training_failed_error
+            if any(isinstance(cause, heartbeat.Leave) for cause in causes(error)):
                 return FailureDecision.RETRY
-            return FailureDecision.RAISE if mistake(training_failed_error) else super().make_decision(training_failed_error)
+            if mistake(error):
+                return FailureDecision.RAISE
+            if heartbeat.group.saved:
+                heartbeat.group.saved = self._worker_group_failures = 0
+            if isinstance(error, ControllerError) and isinstance(error.controller_failure, ray.exceptions.RayError):
+                # A worker was lost while its group was still meeting: to Ray a mistake of the controller's, and the end.
+                self._worker_group_failures += 1
+                tell({"say": f"workers failed to start: {str(error.controller_failure).strip().splitlines()[-1][:500]}"})
+                again = self.failure_config.max_failures < 0 or self._worker_group_failures <= self.failure_config.max_failures
+                return FailureDecision.RETRY if again else FailureDecision.RAISE
+            if isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+                tell({"say": f"waiting for nodes: the cluster has no room for {workers} workers now (`ray status` shows why)"})
+            return super().make_decision(error)
 
     return Policy(config)
 
@@ -126,17 +148,24 @@ def _scaling(config: Any, counts: list[int], private: bool, tell: Tell) -> Any:
         larger; this one asks it to leave with a checkpoint, and the next group, which has the room, is the larger."""
 
         asked, say_at = 0.0, 0.0
+        running, tried = 0, False
+        """Workers that run now, and whether a group was to start and has not come to run."""
 
         def _count_possible_workers(self, reserved_resources: Any) -> int:
             alive = _alive()
             room = super()._count_possible_workers({node: has for node, has in reserved_resources.items() if node in alive})
+            # Ray counts what nodes have, and not what other jobs hold of it: a group that is to grow into that never starts. Right
+            # after a group's end what it held is not seen to be free yet, so the first try does not ask.
+            if self.running or self.tried:
+                room = min(room, self.running + _free(self.scaling_config._resources_per_worker_not_none, alive))
             return max((count for count in counts if count <= room), default=0)
 
         def make_decision_for_non_running_worker_group(self) -> Any:
+            self.running = 0
             decision = super().make_decision_for_non_running_worker_group()
             now = time.monotonic()
             if not isinstance(decision, NoopDecision):
-                self.say_at = 0.0
+                self.say_at, self.tried = 0.0, True
                 return decision
             time.sleep(_LOOK_EVERY_S)  # Ray asks again at once, and again
             if self.say_at == 0:  # the first answers come before Ray has counted
@@ -147,6 +176,7 @@ def _scaling(config: Any, counts: list[int], private: bool, tell: Tell) -> Any:
             return decision
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+            self.running, self.tried = worker_group_state.num_workers, False
             decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
             # A smaller one follows from who fails or leaves.
             if (
@@ -177,6 +207,15 @@ def _alive() -> set[str]:
     return {node["NodeID"] for node in nodes if listens(node["NodeManagerAddress"], node["NodeManagerPort"])}
 
 
+def _free(each: dict[str, float], nodes: set[str]) -> int:
+    """How many workers that take `each` there is free room for on `nodes`."""
+    import ray
+
+    found = ray._private.state.available_resources_per_node()
+    wanted = {name: amount for name, amount in each.items() if amount > 0}
+    return sum(min(int(has.get(name, 0) / amount) for name, amount in wanted.items()) for node, has in found.items() if node in nodes)
+
+
 def _overseer(hang_timeout_s: float, tell: Tell) -> Any:
     """A callback of the controller, that looks after the workers whenever Ray asks for their health."""
     import ray
@@ -201,6 +240,7 @@ def _overseer(hang_timeout_s: float, tell: Tell) -> Any:
             self.pending: dict[Any, int] = {}
             self.next = 0.0
             self.warned = False
+            heartbeat.group.saved = 0
 
         def before_worker_group_shutdown(self, worker_group: Any) -> None:
             self.vigil = None
@@ -224,9 +264,11 @@ def _overseer(hang_timeout_s: float, tell: Tell) -> Any:
             for answer in done:
                 rank = self.pending.pop(answer)
                 try:
-                    vigil.hear(rank, ray.get(answer), time.monotonic())
+                    reading = ray.get(answer)
                 except ray.exceptions.RayError:  # a worker that is gone: Ray's health check names it
                     continue
+                vigil.hear(rank, reading, time.monotonic())
+                heartbeat.group.saved = max(heartbeat.group.saved, reading.saved)
             if (now := time.monotonic()) >= self.next:
                 self.next = now + min(vigil.timeout_s / 10, _ASK_MOST_S)
                 waited_for = set(self.pending.values())

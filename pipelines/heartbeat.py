@@ -14,6 +14,17 @@ _SLOWEST = 5.0  # steps of a slow machine may take longer than the timeout: as m
 _asked: list[str] = []  # in a worker's process: why it should leave
 
 
+class Group:
+    """What the controller's two halves, who watches workers and who judges failures, know of the workers that run now. It is the
+    module's own, `group`, since Ray hands the two over one by one, each a copy."""
+
+    saved = 0
+    """Step of the newest checkpoint that they have written; 0 = none yet."""
+
+
+group = Group()
+
+
 class Hung(Exception):
     """A worker that does not get on."""
 

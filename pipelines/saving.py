@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import storage
-from simclr import checkpoint
+from simclr import checkpoint, pulse
 from simclr.config import Train
+from simclr.data.place import Unreachable
 from simclr.pretrain import Report
 
 # By the clock: as often as is cheap, at most so much of the time spent on it, at most so much of the work lost.
@@ -78,14 +80,20 @@ class Saver:
             writing.result()
 
     def close(self) -> None:
-        """Until the newest checkpoint is where the run is."""
+        """Until the newest checkpoint is where the run is. Raises Unreachable where S3 is away."""
         self.wait()
         self.home.wait()
         self.home.settle()
 
+    def leave(self) -> None:
+        """As `close`, but S3 may be away: the node is about to go, and waits for nothing."""
+        with contextlib.suppress(Unreachable):
+            self.close()
+
     def _write(self, state: checkpoint.State, score: float | None, held_s: float) -> None:
         began, keep = time.monotonic(), self.train.keep_checkpoints
         written = checkpoint.write(self.folder, state, keep, score, self.sending if self.home.busy() else "")
+        pulse.saved(state.step)
         took = {"held_s": held_s, "written_s": time.monotonic() - began}
         self.tell({"checkpoint": state.step, **took, "every_s": self.every_s})
         if not self.home.busy():  # else the one that is under way is too slow for all to be sent; the next one is

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pipelines.terminal import Bar, say
 from simclr import disk
-from simclr.data.place import Corrupt, Refetched, address, copy_of, locked
+from simclr.data.place import Corrupt, Refetched, Unreachable, address, copy_of, locked
 
 T = TypeVar("T")
 # What a run directory or a published encoder holds, checkpoints apart. run.json first: it says whose the others are.
@@ -28,6 +28,7 @@ _FILES = (
     *("evaluation.json", "pictures.npz", "report.html", *_PUBLISHED),
 )
 _NOTES = ".s3.json"
+_PATIENCE_S, _AGAIN_S = 1800.0, 20.0
 
 
 def shown(place: str | Path) -> str:
@@ -51,6 +52,20 @@ def shards(place: str | Path, groups: int = 1, group: int = 0) -> Path:
     with Bar("download", None, "MiB", "MiB/s") as bar:
         remote.fetch(at, copy, mebibytes(bar), Store(), groups, group)
     return copy
+
+
+def patiently(work: Callable[[], T], tell: Callable[[str], None], within_s: float = _PATIENCE_S) -> T:
+    """`work()`, done again while S3 cannot be reached, and `tell` hears of it. Raises Unreachable after `within_s` seconds: workers that
+    give up at the first sentence use up their restarts on an outage of minutes."""
+    began = time.monotonic()
+    while True:
+        try:
+            return work()
+        except Unreachable as error:
+            if time.monotonic() - began > within_s:
+                raise
+            tell(f"waiting for S3, for {within_s / 60:.0f} minutes at most: {error}")
+            time.sleep(_AGAIN_S)
 
 
 def repaired(reports: Iterator[T], place: str | Path) -> Iterator[T]:
@@ -192,6 +207,14 @@ class Home:
         newest = checkpoint.latest(self.path / "checkpoints", say)
         if newest is not None and newest.name not in there:  # written when S3 could not be reached
             self.send_checkpoint(newest, len(there) + 1)
+
+    def newest(self) -> str:
+        """Name of the newest whole checkpoint, here and in S3; "" where there is none."""
+        from simclr import checkpoint
+
+        self.settle()
+        newest = checkpoint.latest(self.path / "checkpoints", say)
+        return newest.name if newest is not None else ""
 
     def checkpoint(self, name: str) -> Path:
         """The checkpoint's directory, fetched where this machine does not have it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ def train_worker(job: dict[str, Any]) -> None:
     from pipelines.allocator import keep_freed_memory
     from pipelines.gauges import Gauges, with_last_checkpoint
     from pipelines.saving import SCORES, Saver
-    from simclr import checkpoint, pulse
+    from simclr import pulse
     from simclr.collectives import from_rank_zero
     from simclr.config_finetune import STAGES
     from simclr.distill import distill
@@ -35,27 +35,29 @@ def train_worker(job: dict[str, Any]) -> None:
     home = storage.Home(job["run"])
     checkpoints = home.path / "checkpoints"
     context, device = ray.train.get_context(), ray.train.torch.get_device()
-    first = context.get_world_rank() == 0
+    me, world = context.get_world_rank(), context.get_world_size()
+    first, mark, put = me == 0, job.get("mark", {}), job["inbox"].actor.put
     if device.type == "cpu":
         torch.set_num_threads(job["cpus_per_worker"])
         keep_freed_memory()
-    data = storage.shards(job["data"], config.train.shard_groups, config.group_of(context.get_world_rank(), context.get_world_size()))
+    # Every rank asks for its role's credentials at once, and boto3 asks once, for a second.
+    os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "8")
+    patiently = partial(storage.patiently, tell=lambda text: put.remote({"say": f"rank {me}: {text}"} | mark))
+    data = patiently(lambda: storage.shards(job["data"], config.train.shard_groups, config.group_of(me, world)))
     home.belongs_to(job.get("created", 0.0))
-    newest = None
-    if first:  # One rank looks: on a shared disk that is slow to show a rename, two might see different ones.
-        home.settle()
-        newest = checkpoint.latest(checkpoints, lambda text: print(text, file=sys.stderr))
+    # One rank looks: on a shared disk that is slow to show a rename, two might see different ones.
+    name = patiently(home.newest) if first else ""
     # One node may fetch for an hour, and NCCL and gloo wait half of one.
     meet = ray.train.collective.barrier if home.at is not None or str(data) != job["data"] else list
     meet()
-    name = from_rank_zero(newest.name if newest else "")
-    start = Start(data, device, home.checkpoint(name) if name else None, job["cpus_per_worker"])
+    name = from_rank_zero(name)
+    start = Start(data, device, patiently(lambda: home.checkpoint(name)) if name else None, job["cpus_per_worker"])
     meet()
     loop: Any = {"pretrain": pretrain, "finetune": finetune, "distill": distill}[stage]
     if stage == "distill":
-        home.fetch()
+        patiently(home.fetch)
         loop = partial(loop, teacher=home.path / "teacher")
-    mark, put, gauges = job.get("mark", {}), job["inbox"].actor.put, Gauges(job["run"])
+    gauges = Gauges(job["run"])
     saver = Saver(home, config.train, start.checkpoint, lambda told: put.remote(told | mark)) if first else None
     with pulse.watched():
         for report in with_last_checkpoint(storage.repaired(loop(config, start, **job["given"]), job["data"]), checkpoints, saver):
@@ -68,11 +70,11 @@ def train_worker(job: dict[str, Any]) -> None:
                         ray.get(sent)  # the driver must not hear of the checkpoint, or that training is over, before it
                         saver.save(report)
                 if leaving:
-                    saver.close()
+                    saver.leave()
                     raise heartbeat.Leave(leaving)
             # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
             # what a scheduler decides by, and the driver's queue gets everything.
             if report.due or set(SCORES) & metrics.keys():
                 ray.train.report(metrics)
     if saver is not None:
-        saver.close()
+        patiently(saver.close)

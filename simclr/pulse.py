@@ -27,6 +27,7 @@ class _Now:
     step: int = -1
     beats: int = 0
     asleep: int = 1
+    saved: int = 0
 
 
 _now = _Now()
@@ -46,6 +47,8 @@ class Reading:
     """file:line function where it is, of ours."""
     waiting: bool
     """Whether it waits for other ranks there."""
+    saved: int = 0
+    """Step of the newest checkpoint that this process has written, 0 for none."""
 
 
 @contextlib.contextmanager
@@ -76,6 +79,11 @@ def beat(step: int | None = None) -> None:
         _now.step = step
 
 
+def saved(step: int) -> None:
+    """The checkpoint of `step` is safe."""
+    _now.saved = step
+
+
 def read() -> Reading:
     """Where this process is, asked from any thread."""
     frame = sys._current_frames().get(_now.thread)
@@ -88,6 +96,7 @@ def read() -> Reading:
         step=_now.step + 1,
         place=ours[-1] if ours else "",
         waiting=any(word in entry.filename for entry in stack[-3:] for word in _WAITING),
+        saved=_now.saved,
     )
 
 

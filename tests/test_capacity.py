@@ -40,6 +40,10 @@ def test_a_cluster_that_scales_to_zero_can_have_what_its_file_says(
     assert "0 of 192 CPUs and 0 of 16 GPUs" in capsys.readouterr().err
     with pytest.raises(ValueError, match="needs as many GPUs; the cluster has 16"):
         cluster.require(cluster.Resources(workers=17, device="cuda", address="auto"))
+    with pytest.raises(ValueError, match=r"17 workers need as many GPUs, and the cluster has 16; use fewer --workers, or --device cpu"):
+        cluster.require(cluster.Resources(workers=17, address="auto"))  # not by itself on CPUs
+    with pytest.raises(ValueError, match=r"13 workers with 13 CPUs and a GPU each do not fit: .* have room for 12"):
+        cluster.require(cluster.Resources(workers=13, cpus_per_worker=13, address="auto"))
     with pytest.raises(ValueError, match="need 256 CPUs; the cluster has 192"):
         cluster.require(cluster.Resources(workers=16, cpus_per_worker=16, address="auto"))
 

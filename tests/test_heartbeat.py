@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from pipelines import cluster
+from pipelines import cluster, controller, heartbeat
 from pipelines.heartbeat import Vigil
 from simclr import pulse
 from simclr.config import Config, Train
+from simclr.data.place import Unreachable
 from simclr.pulse import Reading
 
 AT = Reading(watched=True, beats=10, step=7, place="simclr/data/loader.py:1 _prefetched", waiting=False)
@@ -106,3 +108,35 @@ def test_numbers_of_workers_that_the_batch_divides_over() -> None:
         cluster.Resources(workers=8, min_workers=9)
     with pytest.raises(ValueError, match="--hang-timeout-s is 0"):
         cluster.Resources(hang_timeout_s=0)
+
+
+# ── Which failures are tried again ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import GetTimeoutError, RayTaskError
+    from ray.train import FailureConfig
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    monkeypatch.setattr(heartbeat.group, "saved", 0)
+    said: list[dict[str, Any]] = []
+    policy = controller._failing(FailureConfig(max_failures=2), 16, said.append)
+
+    def tried(error: Exception, saved: int = 0) -> bool:
+        heartbeat.group.saved = saved
+        return bool(policy.make_decision(error).value == "RETRY")
+
+    lost = WorkerGroupError("a worker was lost", {3: RuntimeError("connection closed by peer")})
+    meeting = ControllerError(RayTaskError("init", "Connection reset by peer", RuntimeError()))  # rank 0 died, the others say so
+    assert [tried(lost), tried(lost, saved=40), tried(lost), tried(lost)] == [True, True, True, False]
+    assert [tried(meeting, saved=80), tried(meeting), tried(ControllerError(GetTimeoutError("no answer")))] == [True, True, False]
+    assert [message["say"].partition(":")[0] for message in said] == ["workers failed to start"] * 3
+    assert not tried(ControllerError(KeyError("a mistake of Ray's")), saved=80)
+    for _ in range(9):  # nodes that have not come
+        assert tried(ControllerError(WorkerGroupStartupTimeoutError(16)))
+    assert said[-1]["say"].startswith("waiting for nodes: the cluster has no room for 16 workers")
+    assert tried(WorkerGroupError("left", {0: heartbeat.Leave("there is room for 2 workers")}))
+    away = WorkerGroupError("failed", {1: Unreachable("s3://b/run failed 8 times")})
+    assert tried(away, saved=100) and controller.away(away) == "s3://b/run failed 8 times" and controller.mistake(away) == ""
+    assert not tried(WorkerGroupError("failed", {0: ValueError("a mistake of the user's")}), saved=120)

@@ -17,6 +17,7 @@ from pipelines.rundir import open_run
 from pipelines.saving import Saver
 from simclr import checkpoint
 from simclr.config import Train
+from simclr.data.place import Unreachable
 from simclr.data.store import Store
 from simclr.pretrain import Report
 from simclr.recipes import recipe
@@ -149,7 +150,7 @@ def test_a_full_disk_ends_the_training_at_the_next_checkpoint(tmp_path: Path, mo
     assert names(tmp_path) == [1, 3]
 
 
-def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixture[str]) -> None:
+def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are kept here meanwhile, the one that is being sent is not removed, and the newest goes when S3 is back."""
     home = storage.Home("s3://photos/runs/away")
     home.store = Store(attempts=1, pause_s=0)
@@ -171,7 +172,17 @@ def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixtur
     hold.set()
     home.wait()
     assert "not sent" in capfd.readouterr().err and sent == ["step-000000001"]
-    s3.quiet()
-    kept.close()
+    kept.leave()  # a node that is about to go waits for nothing
+    with pytest.raises(Unreachable):
+        kept.close()
+    told_of: list[str] = []
+
+    def tell(text: str) -> None:
+        told_of.append(text)
+        s3.quiet()
+
+    monkeypatch.setattr(storage, "_AGAIN_S", 0.0)
+    storage.patiently(kept.close, tell)
+    assert len(told_of) == 1 and told_of[0].startswith("waiting for S3, for 30 minutes at most: s3://photos/runs/away")
     assert sent == ["step-000000001", "step-000000004"]
     assert {found.name.split("/")[0] for found in home.store.listing(home.at / "checkpoints")} == {"step-000000004"}  # type: ignore[operator]

@@ -55,12 +55,10 @@ _WORDS: dict[type[Exception], str] = {
     boto.HTTPClientError: "a connection that failed",
     boto.ConnectionError: "a connection that failed",
     ConnectionError: "a connection that was reset",
+    boto.CredentialRetrievalError: "credentials that did not come",  # many ranks ask a node's role for them at once
 }
 _TRANSPORT = tuple(_WORDS)
-_CREDENTIALS = (
-    *(boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError),
-    *(boto.ProfileNotFound, boto.TokenRetrievalError, boto.SSOError),
-)
+_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.TokenRetrievalError, boto.SSOError)
 _HOW_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or run where a role gives them"
 
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -19,6 +20,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +32,7 @@ from simclr.config_finetune import STAGES
 from simclr.data.place import address, copy_of
 
 SCHEMA = 1
+_LOCK = ".training"
 _PHASES = ("render and shard", "start", "pretrain", "finetune", "distill", "evaluate", "publish", "pull and compare")
 # These change how often a run speaks, not what it computes: a resumed run may change them.
 _OPERATIONAL = (
@@ -92,6 +95,20 @@ class Run:
         run = replace(self, **fields)  # type: ignore[arg-type]
         run.save()
         return run
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """In here, no other process trains this run: two would remove each other's checkpoints. Holds on one machine, and where its
+        disk is shared with locks; a process that dies lets go. Raises ValueError where another one does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is training {self.path}; wait for it, end it, or use another --run") from None
+            except OSError:  # a shared disk without locks
+                pass
+            yield
 
     def took(self, phase: str, seconds: float) -> None:
         """Note the seconds that `phase` took. A resumed training adds to its earlier part; what is done again counts once."""
@@ -178,7 +195,7 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise ValueError(f"run directory {path} belongs to another config: {'; '.join(different[:3])}{more}; use another --run")
         run = replace(run, config=config, data=data, data_at=data_at)
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+    elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {_LOCK}):
         raise ValueError(f"{path} exists and is no run (it has no run.json); use another --run")
     else:
         command = shlex.join(["simclr", *(redacted(word) for word in sys.argv[1:])])

@@ -75,6 +75,11 @@ def train(job: Job, began: float) -> Run:
 
     Raises ValueError, before any worker starts, for what the user can mend.
     """
+    with job.run.alone():
+        return _train(job, began)
+
+
+def _train(job: Job, began: float) -> Run:
     run, home, where = job.run, job.home, storage.shown(job.asked)
     done = _steps_done(run, job.shapes)
     if done >= job.total:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,3 +112,22 @@ def test_a_job_carries_less_than_five_megabytes(tmp_path: Path) -> None:
     assert sum(entry.file_size for entry in packed.infolist()) < 5e6
     assert {"simclr/pretrain.py", "pipelines/cli.py", "pyproject.toml"} <= names
     assert not any(name.startswith((".venv", ".git/", "runs", "mlruns", "tests")) or name == "core" for name in names)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, patterns: Path) -> None:
+    """Two would remove each other's checkpoints. One that was killed holds nobody up."""
+    mine = open_run(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns)
+    holds = "import sys, time; from pathlib import Path; from pipelines.rundir import load_run\n"
+    holds += "with load_run(Path(sys.argv[1])).alone(): print('held', flush=True); time.sleep(60)"
+    mine.save()
+    process = subprocess.Popen([sys.executable, "-c", holds, str(mine.path)], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match=r"another process is training .*run; wait for it, end it, or use another --run"), mine.alone():
+        pass
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with mine.alone():
+        pass
+    (mine.path / "run.json").unlink()  # one that was refused before it began
+    assert open_run(mine.path, "patterns_tiny", patterns_tiny(), patterns).path == mine.path

@@ -19,6 +19,7 @@ import os
 import platform
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +40,7 @@ _OPERATIONAL = (
     *("train.report_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.compile", "train.cache"),
     "watch.",
 )
+_NOTING = threading.Lock()  # one thread at a time reads run.json, changes a field and writes it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +64,8 @@ class Run:
     """MLflow address, without credentials."""
     tracking_run: str = ""
     unlogged: str = ""
-    """"yes" where MLflow has not taken all of metrics.jsonl: the same command again logs the rest."""
+    """"yes" until MLflow has taken all of metrics.jsonl, also while a job is at it, which may be killed: the same command again logs
+    the rest."""
     registered: str = ""
     """NAME/VERSION in the registry, once published."""
     stage: str = "pretrain"
@@ -91,10 +94,16 @@ class Run:
         disk.write_text(self.path / "run.json", json.dumps(text, indent=1) + "\n")
 
     def noted(self, **fields: str) -> Self:
-        """The same run with `fields` of run.json changed, saved."""
-        run = replace(self, **fields)  # type: ignore[arg-type]
-        run.save()
-        return run
+        """The same run with `fields` changed; of run.json they alone are: others may have noted something there since it was read.
+
+        Where another run has taken the directory meanwhile, as a trial does that begins again, its run.json stays.
+        """
+        path = self.path / "run.json"
+        with _NOTING:
+            there = json.loads(path.read_text()) if path.is_file() else {}
+            if there.get("created") == self.created:
+                disk.write_text(path, json.dumps(there | fields, indent=1) + "\n")
+        return replace(self, **fields)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

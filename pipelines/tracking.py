@@ -113,9 +113,19 @@ class Tracker:
     """
 
     def __init__(
-        self, uri: str, experiment: str, run_name: str, params: dict[str, object], tags: dict[str, str], run_id: str | None = None
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        params: dict[str, object],
+        tags: dict[str, str],
+        run_id: str | None = None,
+        known: Callable[[str], object] = lambda run_id: None,
     ) -> None:
-        """Open a run, or go on with `run_id`, where it still exists. Raises ValueError where MLflow refuses."""
+        """Open a run, or go on with `run_id`, where it still exists. Raises ValueError where MLflow refuses.
+
+        `known` gets the run's id as soon as there is a run: the requests after that may fail, and who tries again goes on with it.
+        """
         with _one_sentence(uri):
             from mlflow.entities import Param, RunTag
 
@@ -126,6 +136,7 @@ class Tracker:
             else:
                 self._mlflow.update_run(run_id, status="RUNNING")
             self.run_id = str(run.info.run_id)
+            known(self.run_id)
             self._mlflow.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
             new = [Param(k, str(v)) for k, v in params.items() if k not in run.data.params]  # a logged parameter cannot change
             for begin in range(0, len(new), _BATCH_PARAMS):

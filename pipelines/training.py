@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import address, cluster, storage
 from pipelines.rundir import Run, open_run
 from pipelines.terminal import Bar, process_age_s, say
-from pipelines.tracked import Tracked, catch_up
+from pipelines.tracked import Tracked, catch_up, require
 from simclr import disk
 from simclr.collapse import collapse
 from simclr.config import Config
@@ -53,7 +53,8 @@ def home_of(
     """The run directory at `asked` (default runs/NAME-DIGEST), of shards that lie in `data`, a copy of those `at` s3://…, and the
     MLflow address that the flag and the environment state.
 
-    Raises ValueError where no MLflow answers there. Of a run that was logged there before it may be away: it is waited for.
+    Raises ValueError where no MLflow answers there. Of a run that has a checkpoint, or was logged there before, it may be away: it is
+    waited for.
     """
     uri = address.tracking_address(tracking_uri)
     home = storage.Home(asked) if asked is not None else None
@@ -61,12 +62,7 @@ def home_of(
         home.fetch()
         home.settle()
     run = open_run(home.path if home else None, name, config, data, str(place.address(at) or ""), stage)
-    try:
-        address.check(uri)
-    except ValueError as error:
-        if run.tracking_uri != address.redacted(uri):
-            raise
-        say(f"{error}; the training goes on without it, and what it misses is logged when it is back")
+    require(uri, begun=run.tracking_uri == address.redacted(uri) or any(run.checkpoints.glob("step-*")))
     return run, home or storage.Home(run.path), uri
 
 
@@ -85,7 +81,10 @@ def _train(job: Job, began: float) -> Run:
     if done >= job.total:
         job.publish(run)
         if run.unlogged:
-            run = catch_up(run, job.uri)
+            try:
+                run = catch_up(run, job.uri)
+            except ValueError as error:
+                say(f"{error}; the same command again logs the rest")
         home.send()
         say(f"{where} is complete: {done:,} of {job.total:,} steps; nothing to do")
         return run
@@ -95,6 +94,7 @@ def _train(job: Job, began: float) -> Run:
     try:
         cluster.require(job.resources)
         run.save()
+        tracked = Tracked(run, job.uri)
         home.send()  # before any checkpoint: run.json says whose they are
         if not done:
             home.settle()  # a first checkpoint, of step 0
@@ -106,7 +106,6 @@ def _train(job: Job, began: float) -> Run:
         say(f"going on with {where} after step {done:,} of {job.total:,}")
     if run.config.train.micro_batch and job.resources.min_workers:
         say("BatchNorm normalises over --train.micro-batch images of every worker: with fewer workers, over fewer images")
-    tracked = Tracked(run, job.uri)
     status, running = "FAILED", None
     try:
         running = _launch(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -106,7 +107,14 @@ def test_a_run_that_goes_on_does_not_need_the_server_and_a_new_one_does(
     nobody = "http://127.0.0.1:9"  # the discard port: nothing listens
     with pytest.raises(ValueError, match="no MLflow server at"):
         training.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
-    begin(tmp_path / "run", patterns).noted(tracking_uri=redacted(nobody), tracking_run="ab12")
+    run = begin(tmp_path / "run", patterns)
+    with pytest.raises(ValueError, match="no MLflow server at"):  # it has not begun
+        training.home_of(run.path, "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
+    (run.checkpoints / "step-000000003").mkdir(parents=True)  # its driver was killed before MLflow opened
+    training.home_of(run.path, "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
+    shutil.rmtree(run.checkpoints)
+    run.noted(tracking_uri=redacted(nobody), tracking_run="ab12")
+    capsys.readouterr()
     run, _, uri = training.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
     assert uri == nobody and run.tracking_run == "ab12"
     assert "the training goes on without it" in capsys.readouterr().err

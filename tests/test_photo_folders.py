@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,11 +100,11 @@ def test_a_tracker_that_opens_at_the_third_try_has_everything(tmp_path: Path, mo
     uri, tries = default_uri(tmp_path / "runs"), []
     real = tracked.open_tracker
 
-    def at_the_third(run: rundir.Run, uri: str, tags: dict[str, str] | None) -> tracking.Tracker:
+    def at_the_third(run: rundir.Run, uri: str, *more: Any) -> tracking.Tracker:
         tries.append(uri)
         if len(tries) < 3:
             raise ValueError("MLflow is away")
-        return real(run, uri, tags)
+        return real(run, uri, *more)
 
     monkeypatch.setattr(tracked, "open_tracker", at_the_third)
     monkeypatch.setattr(tracked, "_AGAIN_S", 0.01)

@@ -115,8 +115,9 @@ def test_one_parent_run_and_one_below_it_for_each_trial(tmp_path: Path, monkeypa
     ended: dict[str, str] = {}
 
     class Tracker:
-        def __init__(self, uri: str, experiment: str, name: str, params: Any, tags: dict[str, str], run_id: str | None = None) -> None:
+        def __init__(self, uri: str, experiment: str, name: str, params: Any, tags: dict[str, str], run_id: Any, known: Any) -> None:
             self.run_id = f"id of {name}"
+            known(self.run_id)
             opened.append((name, tags))
 
         def log(self, step: int, metrics: dict[str, float], at_s: float | None = None) -> None:
@@ -153,7 +154,7 @@ def test_one_parent_run_and_one_below_it_for_each_trial(tmp_path: Path, monkeypa
 
 @pytest.fixture
 def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger.Ledger, "_open_parent", lambda self: None)
+    monkeypatch.setattr(ledger.Ledger, "_catch_up", lambda self: None)
     monkeypatch.setattr("pipelines.tracked.Tracked.open", lambda self: None)
     monkeypatch.setattr("pipelines.tracked.Tracked.log", lambda self, row: None)
 

@@ -1,19 +1,28 @@
 """The reports of all trials on their way to where they are kept: each trial's metrics.jsonl, and MLflow, a parent run and one below it
-for each trial. In the sweep's driver, so that MLflow is imported once and not by every trial."""
+for each trial. In the sweep's driver, so that MLflow is imported once and not by every trial.
+
+Who writes the lines never waits for MLflow, which is opened, and closed, in threads of its own: with a server that was away, trials
+that ended held up the lines of those that ran, and those still queued at the sweep's end were lost.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines import address, inbox, tracking
 from pipelines.rundir import Run, load_run
 from pipelines.terminal import say
-from pipelines.tracked import Tracked
+from pipelines.tracked import Tracked, catch_up
+from tune import book
 from tune.book import Sweep
 
 _LOOK_S = 0.5
+_DRAIN_S = 30.0  # for what is queued when the sweep ends: a line takes a millisecond
+_MLFLOW_S, _KILLED_S = 100.0, 4.0  # for MLflow then: more than a trial's `Tracked.close` takes; for an interrupted sweep's
 
 
 class Ledger:
@@ -22,6 +31,8 @@ class Ledger:
     def __init__(self, sweep: Sweep, inbox: Any, uri: str) -> None:
         self.sweep, self.inbox, self.uri = sweep, inbox, uri
         self.parent: tracking.Tracker | None = None
+        self.opening = threading.Lock()  # the parent, by the first trial whose own MLflow run opens
+        self.closing: list[threading.Thread] = []
         self.runs: dict[str, Run] = {}
         self.tracked: dict[str, Tracked] = {}
         self.over = threading.Event()
@@ -33,11 +44,17 @@ class Ledger:
         self.inbox.put({"mark": name, "end": status})
 
     def close(self, status: str, artifacts: list[Path], metrics: dict[str, float]) -> Sweep:
-        """Take what waits, and end the parent run with `artifacts` and `metrics`. Returns the sweep with the parent's id."""
+        """Write down what waits; then end the trials' MLflow runs, log what MLflow lacks of trials that are over, and end the parent run
+        with `artifacts` and `metrics`. Returns the sweep with the parent's id."""
         self.over.set()
-        self.thread.join(30.0)
-        for tracked in self.tracked.values():
-            tracked.close(status)
+        self.thread.join(_DRAIN_S)
+        for name in list(self.tracked):
+            self._close(name, status)
+        until = time.monotonic() + (_KILLED_S if status == "KILLED" else _MLFLOW_S)
+        for thread in self.closing:
+            thread.join(max(until - time.monotonic(), 0.0))
+        if status != "KILLED":
+            self._catch_up()
         if self.parent is not None:
             self.parent.log(1, metrics)
             for path in artifacts:
@@ -73,12 +90,12 @@ class Ledger:
         elif status := message.get("end"):
             self._close(name, status)
         else:
-            run = self.runs.setdefault(name, load_run(self.sweep.path / "trials" / name))
+            if name not in self.runs:
+                self.runs[name] = load_run(self.sweep.path / "trials" / name)
+            run = self.runs[name]
             run.append(message)
             if name not in self.tracked:
-                self._open_parent()
-                below = {"mlflow.parentRunId": self.parent.run_id} if self.parent else {}
-                self.tracked[name] = Tracked(run, self.uri, below | {"sweep": self.sweep.path.name, "trial": name})
+                self.tracked[name] = Tracked(run, self.uri, partial(self._tags, name))
                 self.tracked[name].open()
             self.tracked[name].log(message)
 
@@ -86,19 +103,37 @@ class Ledger:
         self.runs.pop(name, None)
         tracked = self.tracked.pop(name, None)
         if tracked is not None:
-            tracked.close(status)
+            self.closing.append(threading.Thread(target=tracked.close, args=(status,), name=f"end of {name}", daemon=True))
+            self.closing[-1].start()
 
-    def _open_parent(self) -> None:
-        if self.parent is not None or self.tracked:
-            return
+    def _catch_up(self) -> None:
+        """Log what MLflow has not taken of trials that are over, now or under a driver that was killed."""
+        over = [(t, self.sweep.path / "trials" / t.name) for t in book.trials(self.sweep.path) if t.status != "running"]
+        begun = [(t, load_run(folder)) for t, folder in over if (folder / "run.json").is_file()]  # one may fail before it has a run
+        lacking = [(t, run) for t, run in begun if run.unlogged]
+        try:
+            if lacking:
+                address.check(self.uri)  # within seconds; to open runs at a server that is silent takes minutes
+            for trial, run in lacking:
+                catch_up(run, self.uri, self._tags(trial.name), "FAILED" if trial.status == "failed" else "FINISHED")
+        except Exception as error:
+            say(f"{error}; the same command again logs what MLflow has not taken")
+
+    def _tags(self, name: str) -> dict[str, str]:
+        """Of a trial's MLflow run, below the parent, which is opened if need be. Raises ValueError where MLflow refuses."""
+        with self.opening:
+            self.parent = self.parent or self._open_parent()
+        return {"mlflow.parentRunId": self.parent.run_id, "sweep": self.sweep.path.name, "trial": name}
+
+    def _open_parent(self) -> tracking.Tracker:
         sweep = self.sweep
         params: dict[str, object] = {k: getattr(sweep, k) for k in ("space", "recipe", "data", "search", "scheduler", "metric", "seeds")}
         same = sweep.tracking_run if sweep.tracking_uri == address.redacted(self.uri) else ""
         tags = {"sweep_directory": str(sweep.path.absolute()), "command": sweep.command}
-        try:
-            self.parent = tracking.Tracker(self.uri, sweep.recipe, sweep.path.name, params, tags, same or None)
-        except ValueError as error:  # the trials' own runs are still tried, as those of `simclr pretrain`
-            say(f"no MLflow run for the sweep: {error}")
-            return
-        self.parent.artifact(sweep.path / "space.json")
-        self.sweep = sweep.noted(tracking_uri=address.redacted(self.uri), tracking_run=self.parent.run_id)
+
+        def known(run_id: str) -> None:
+            self.sweep = sweep.noted(tracking_uri=address.redacted(self.uri), tracking_run=run_id)
+
+        parent = tracking.Tracker(self.uri, sweep.recipe, sweep.path.name, params, tags, same or None, known)
+        parent.artifact(sweep.path / "space.json")
+        return parent

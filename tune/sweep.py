@@ -17,6 +17,7 @@ import tyro
 
 from pipelines import address, cluster, storage
 from pipelines.terminal import say
+from pipelines.tracked import require
 from simclr import disk
 from simclr.data import place
 from simclr.data.manifest import read_manifest
@@ -108,9 +109,9 @@ def sweep(args: Args) -> Path:
     Raises ValueError, before any trial starts, for what the user can mend.
     """
     uri = address.tracking_address(args.tracking_uri)
-    address.check(uri)
     asked = _asked(args)
     asked = dataclasses.replace(asked, path=asked.path.absolute())  # the trials' processes have other folders
+    require(uri, begun=bool(book.trials(asked.path)))
     manifest = read_manifest(storage.shards(asked.data))
     asked = dataclasses.replace(asked, labelled=bool(manifest.classes))
     codes = check(asked, manifest)

@@ -259,7 +259,7 @@ def test_a_node_dies_under_a_sweep(nodes: Nodes, patterns: Path, tmp_path: Path,
         nodes.add()
     out, died = tmp_path / "s", []
     words = ["sweep", "smoke", "--recipe", "patterns_tiny", "--data", str(patterns), "--out", str(out)]
-    words += ["--only", "loss.temperature=0.2,0.5", "optim.base_lr=1", "--address", nodes.address, "--set", "train.batch_size=240"]
+    words += ["--only", "loss.temperature=0.2,0.5", "optim.base_lr=1", "--address", nodes.address, "--set", "train.batch_size=60"]
     words += ["train.steps=40", "train.report_every_steps=1", "train.checkpoint_every_steps=5", "train.precision=float64"]
 
     def rows(run: Path) -> list[dict[str, Any]]:

@@ -82,7 +82,9 @@ class Ledger:
         name = str(message.pop("mark"))
         if "checkpoint" in message:
             return
-        if reason := message.get("failed"):
+        if text := message.get("say"):
+            say(f"trial {name}: {text}")
+        elif reason := message.get("failed"):
             say(f"trial {name} failed: {reason}")
         elif reason := message.get("again"):
             say(f"trial {name} failed: {reason}; it begins again on another seed")

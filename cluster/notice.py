@@ -13,6 +13,7 @@ and ~/.ray/auth_token. What it prints is for a log: a line when something change
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -187,7 +188,8 @@ def watch(service: Service, node: Raylet, *, alive: Callable[[], bool], sleep: C
 
 
 def _say(sentence: str) -> None:
-    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} notice: {sentence}", flush=True)
+    with contextlib.suppress(OSError):  # a full disk is no reason to stay with a machine that goes
+        print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} notice: {sentence}", flush=True)
 
 
 def main(words: list[str] | None = None) -> int:

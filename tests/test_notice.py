@@ -194,6 +194,17 @@ def test_a_silent_service_is_said_once_and_nothing_stays_when_ray_ends(head: Hea
     assert not head.told
 
 
+@pytest.mark.parametrize("metadata", ["aws"], indirect=True)
+def test_a_full_disk_does_not_end_it(metadata: Metadata, head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(notice, "print", full, raising=False)
+    metadata.pages[ACTION] = 500
+    assert watch(notice.Aws(metadata.base), lambda: metadata.pages.update({ACTION: spot("stop", "2023-11-14T22:14:00Z")}))
+    assert len(head.told) == 1
+
+
 # ── Google Cloud ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

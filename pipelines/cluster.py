@@ -118,7 +118,8 @@ def connect(resources: Resources) -> bool:
     if ray.is_initialized():
         return False
     # Its imports take as long as Ray takes to start its processes.
-    threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
+    importing = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
+    importing.start()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}
     if joins_a_cluster(resources.address):
@@ -137,6 +138,7 @@ def connect(resources: Resources) -> bool:
         ray.init(address="local", num_cpus=cores, include_dashboard=False, _system_config=tuned, **quiet)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # which ray.init has replaced
+    importing.join()  # two threads in Ray's circular imports see half a module now and then
     return True
 
 

@@ -72,7 +72,7 @@ def test_interrupted_it_ends_within_five_seconds_and_the_same_command_goes_on(
     command = [sys.executable, "-m", "pipelines.cli", "pretrain", "patterns_tiny", "--data", str(patterns), "--run", "run"]
     command += ["--train.batch-size", "60", "--train.steps", "36", "--train.checkpoint-every-steps", "9"]
     command += ["--train.report-every-steps", "1"]
-    command += ["--address", ray.get_runtime_context().gcs_address]
+    command += ["--workers", "1", "--address", ray.get_runtime_context().gcs_address]
     run = tmp_path / "run"
     with (tmp_path / "log").open("w") as log:
         heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where a shell's background job runs the tests, it would not be

@@ -163,7 +163,7 @@ def test_the_commands_from_an_encoder_to_a_student(
     few = ["--data", str(patterns), "--tracking-uri", tracking, "--epochs", "1"]
     first = ["finetune", str(published), *few, "--labels", "0.1", "--run", str(tuned)]
     second = ["distill", str(tuned), *few[2:], "--run", str(student), "--encoder.width", "2", "--batch-size", "120", "--alpha", "0.5"]
-    second += ["--optim.warmup-epochs", "0", "--label-file", str(tuned / "labels.txt")]
+    second += ["--workers", "1", "--optim.warmup-epochs", "0", "--label-file", str(tuned / "labels.txt")]
     for argv in (first, second):
         cli.main(argv)
     run = load_run(student)

@@ -200,7 +200,7 @@ class Running:
         self.thread.join()
         error = self.outcome[0]
         if error is not None:
-            if sentence := controller.mistake(error) or controller.away(error):
+            if sentence := controller.mistake(error) or controller.given_up(error):
                 raise ValueError(sentence) from None
             raise error
 

@@ -47,9 +47,21 @@ def mistake(failure: BaseException) -> str:
     return ""
 
 
-def away(failure: BaseException) -> str:
-    """The sentence of what a worker could not reach, where Ray Train gave up for that, or "". Worth another try, and not a traceback."""
-    return next((str(error) for error in causes(failure) if isinstance(error, Unreachable)), "")
+def given_up(failure: BaseException) -> str:
+    """The sentence of a failure that came too often, where it is nobody's bug: what could not be reached, a process that was lost or
+    hung. "" for others, whose traceback says more."""
+    import ray
+
+    for error in causes(failure) if hasattr(failure, "worker_failures") else []:
+        if isinstance(error, Unreachable):
+            return str(error)
+        if isinstance(error, heartbeat.Hung | ray.exceptions.RayActorError):
+            last = str(error).strip().splitlines()[0]
+            return (
+                f"workers failed more often in a row than --max-failures allows, the last time so: {last}; "
+                "run the same command again, to go on from the last checkpoint"
+            )
+    return ""
 
 
 def trainer_class(private: bool, counts: list[int], hang_timeout_s: float, tell: Tell, controllers: list[Any] | None) -> Any:

@@ -138,5 +138,8 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
     assert said[-1]["say"].startswith("waiting for nodes: the cluster has no room for 16 workers")
     assert tried(WorkerGroupError("left", {0: heartbeat.Leave("there is room for 2 workers")}))
     away = WorkerGroupError("failed", {1: Unreachable("s3://b/run failed 8 times")})
-    assert tried(away, saved=100) and controller.away(away) == "s3://b/run failed 8 times" and controller.mistake(away) == ""
+    assert tried(away, saved=100) and controller.given_up(away) == "s3://b/run failed 8 times" and controller.mistake(away) == ""
+    hung = WorkerGroupError("failed", {1: heartbeat.Hung("no progress for 301 s in pid 7 on a (10.0.0.1)")})
+    assert "than --max-failures allows, the last time so: no progress for 301 s in pid 7 on a" in controller.given_up(hung)
+    assert controller.given_up(lost) == ""  # its traceback says more
     assert not tried(WorkerGroupError("failed", {0: ValueError("a mistake of the user's")}), saved=120)

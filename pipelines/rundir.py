@@ -117,7 +117,12 @@ class Run:
                 raise ValueError(f"another process is training {self.path}; wait for it, end it, or use another --run") from None
             except OSError:  # a shared disk without locks
                 pass
-            yield
+            try:
+                yield
+            finally:
+                if {p.name for p in self.path.iterdir()} == {_LOCK}:  # it was refused: nothing stays
+                    (self.path / _LOCK).unlink()
+                    self.path.rmdir()
 
     def took(self, phase: str, seconds: float) -> None:
         """Note the seconds that `phase` took. A resumed training adds to its earlier part; what is done again counts once."""

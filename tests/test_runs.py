@@ -129,5 +129,8 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, patterns: Pat
     process.stdout.close()
     with mine.alone():
         pass
-    (mine.path / "run.json").unlink()  # one that was refused before it began
+    (mine.path / "run.json").unlink()  # one that died before it began
     assert open_run(mine.path, "patterns_tiny", patterns_tiny(), patterns).path == mine.path
+    with mine.alone():  # one that was refused leaves nothing
+        pass
+    assert not mine.path.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _FIGURES:
         terminalreporter.section("faults: noticed, gone on after, steps repeated")
         for what, noticed_s, again_s, repeated in _FIGURES:
-            terminalreporter.write_line(f"{noticed_s:7.1f} s {again_s:7.1f} s {repeated:5d}  {what}")
+            noticed = "        –" if math.isnan(noticed_s) else f"{noticed_s:7.1f} s"
+            terminalreporter.write_line(f"{noticed} {again_s:7.1f} s {repeated:5d}  {what}")
 
 
 @pytest.fixture(scope="session", autouse=True)

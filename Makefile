@@ -15,7 +15,6 @@ demo: setup
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/mypy cluster/notice.py
 	.venv/bin/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 test-cluster: setup

@@ -42,15 +42,17 @@ def slots(joined: bool, cpus: int, gpu: bool) -> float:
     has it. A worker is on one node. Infinite where $SIMCLR_GROWS says that what is asked for comes, in unknown number."""
     import ray
 
-    def on(node: dict[str, float]) -> int:
-        cores = math.floor(node.get("CPU", 0) / cpus)
-        return min(cores, math.floor(node.get("GPU", 0))) if gpu else cores
-
-    now = sum(on(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    each = {"CPU": float(cpus)} | ({"GPU": 1.0} if gpu else {})
+    now = sum(fit(each, node["Resources"]) for node in ray.nodes() if node["Alive"])
     if not joined:
         return now
     grows = set(os.environ.get(GROWS, "").split())
-    return math.inf if grows >= {"CPU", *(["GPU"] if gpu else [])} else max(now, sum(count * on(node) for node, count in _types()))
+    return math.inf if grows >= each.keys() else max(now, sum(count * fit(each, node) for node, count in _types()))
+
+
+def fit(each: dict[str, float], node: dict[str, float]) -> int:
+    """How many workers that take `each` fit on a node that has `node`."""
+    return min(math.floor(node.get(name, 0) / amount) for name, amount in each.items() if amount > 0)
 
 
 def announce(needs: dict[str, float]) -> None:

@@ -247,8 +247,8 @@ def require(resources: Resources) -> bool:
     if resources.topology and resources.accelerator_type:
         tpu.require(resources.topology, resources.accelerator_type)
     joined = joins_a_cluster(resources.address)
-    total, workers, each = capacity.reachable(joined), resources.min_workers or resources.workers, resources.cpus_per_worker
-    has = total.get("GPU", 0)
+    workers, each = resources.min_workers or resources.workers, resources.cpus_per_worker
+    has = capacity.reachable(joined).get("GPU", 0)
     gpus = has >= workers and resources.device in ("auto", "cuda")
     if resources.device == "cuda" and not gpus:
         raise ValueError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {has:.0f}")
@@ -256,18 +256,12 @@ def require(resources: Resources) -> bool:
         if joined:  # a node that has not come yet would turn days on GPUs into months on CPUs
             raise ValueError(f"{workers} workers need as many GPUs, and the cluster has {has:.0f}; use fewer --workers, or --device cpu")
         say(f"training on CPUs: {workers} workers need as many GPUs, this machine has {has:.0f}; use --workers {has:.0f} for it")
-    cores = workers * each
-    if cores > total.get("CPU", 0):
-        raise ValueError(
-            f"{workers} workers with {each} CPUs each need {cores} CPUs; "
-            f"the cluster has {total.get('CPU', 0):.0f}: use fewer --workers or --cpus-per-worker"
-        )
-    if resources.device != "tpu" and (room := capacity.slots(joined, each, gpus)) < workers:
+    if (room := capacity.slots(joined, each, gpus)) < workers:
         raise ValueError(
             f"{workers} workers with {each} CPUs{' and a GPU' if gpus else ''} each do not fit: a worker is on one node, "
-            f"and the nodes have room for {room:.0f}; use fewer --workers or --cpus-per-worker"
+            f"and the cluster's have room for {room:.0f}; use fewer --workers or --cpus-per-worker"
         )
-    capacity.announce({"CPU": cores, "GPU": workers if gpus else 0})
+    capacity.announce({"CPU": workers * each, "GPU": workers if gpus else 0})
     return gpus
 
 

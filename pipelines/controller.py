@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipelines import heartbeat
+from pipelines import capacity, heartbeat
 from simclr import disk, pulse
 from simclr.data.place import Unreachable
 
@@ -224,8 +224,7 @@ def _free(each: dict[str, float], nodes: set[str]) -> int:
     import ray
 
     found = ray._private.state.available_resources_per_node()
-    wanted = {name: amount for name, amount in each.items() if amount > 0}
-    return sum(min(int(has.get(name, 0) / amount) for name, amount in wanted.items()) for node, has in found.items() if node in nodes)
+    return sum(capacity.fit(each, has) for node, has in found.items() if node in nodes)
 
 
 def _overseer(hang_timeout_s: float, tell: Tell) -> Any:

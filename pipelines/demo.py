@@ -25,7 +25,7 @@ _CLOSE = 1e-4  # largest difference of features between two processes, relative 
 
 @dataclass(frozen=True)
 class Args:
-    """Render patterns, write shards, pretrain on two workers, evaluate, register, pull, report: two and a half minutes on two cores."""
+    """Render patterns, write shards, pretrain on two workers, evaluate, register, pull, report: three minutes on two cores."""
 
     seed: int = 0
     """Of the images and of the training."""

@@ -44,13 +44,13 @@ def test_a_cluster_that_scales_to_zero_can_have_what_its_file_says(
         cluster.require(cluster.Resources(workers=17, address="auto"))  # not by itself on CPUs
     with pytest.raises(ValueError, match=r"13 workers with 13 CPUs and a GPU each do not fit: .* have room for 12"):
         cluster.require(cluster.Resources(workers=13, cpus_per_worker=13, address="auto"))
-    with pytest.raises(ValueError, match="need 256 CPUs; the cluster has 192"):
+    with pytest.raises(ValueError, match=r"16 workers with 16 CPUs and a GPU each do not fit: .* have room for 12"):
         cluster.require(cluster.Resources(workers=16, cpus_per_worker=16, address="auto"))
 
 
 def test_on_kubernetes_the_manifest_says_that_nodes_come(only_the_head: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ValueError, match="the cluster has 0"):
+    with pytest.raises(ValueError, match="have room for 0"):
         cluster.require(cluster.Resources(workers=16, address="auto"))
     spec = next(m for m in yaml.safe_load_all((HERE / "kuberay/raycluster.yaml").read_text()) if m["kind"] == "RayCluster")["spec"]
     env = {e["name"]: e.get("value") for e in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}

@@ -1,13 +1,11 @@
-"""cluster/notice.py: metadata services as EC2 and Google Cloud have them, played here, and a head that writes down what it is told."""
+"""`pipelines.notice`: metadata services as EC2 and Google Cloud have them, played here, and a head that writes down what it is told."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import select
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,13 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-HERE = Path(__file__).parent.parent / "cluster"
-_spec = importlib.util.spec_from_file_location("notice", HERE / "notice.py")
-assert _spec is not None and _spec.loader is not None
-notice = importlib.util.module_from_spec(_spec)
-sys.modules["notice"] = notice
-_spec.loader.exec_module(notice)
+from pipelines import notice
 
+HERE = Path(__file__).parent.parent / "cluster"
 NOW_S = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
 NODE = notice.Raylet(7, "ab" * 28, "10.0.0.5:6379")
 ACTION = "/latest/meta-data/spot/instance-action"
@@ -254,8 +248,7 @@ def test_a_node_is_found_by_its_raylet(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("name", "cloud"), [("aws-gpu", "aws"), ("gcp-gpu", "gcp"), ("gcp-tpu-pod", "gcp")])
 def test_workers_start_it_after_ray_and_hold_no_shell(name: str, cloud: str, tmp_path: Path) -> None:
     cluster = yaml.safe_load((HERE / f"{name}.yaml").read_text())
-    assert cluster["file_mounts"]["~/simclr/cluster/notice.py"] == "cluster/notice.py"
-    assert not any("notice.py" in command for command in cluster["head_start_ray_commands"])
+    assert not any("notice" in command for command in cluster["head_start_ray_commands"])
     stops, starts, asks = cluster["worker_start_ray_commands"]
     assert "ray stop" in stops and "ray start" in starts
     # A Python that says who it is and then stays, as the real one does, until this test lets it go.
@@ -272,7 +265,7 @@ def test_workers_start_it_after_ray_and_hold_no_shell(name: str, cloud: str, tmp
         done = subprocess.run(["bash", "-c", asks], env=home, capture_output=True, stdin=subprocess.DEVNULL, timeout=20)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
         assert select.select([saying], [], [], 20)[0]
-        script, which, mode, pid, session = (tmp_path / "simclr/notice.log").read_text().split()
+        *script, which, mode, pid, session = (tmp_path / "simclr/notice.log").read_text().split()
         letting.write(b"\n")
-    assert (script, which, mode) == (f"{tmp_path}/simclr/cluster/notice.py", cloud, "token")
+    assert (script, which, mode) == (["-m", "pipelines.notice"], cloud, "token")
     assert pid == session  # of its own: no terminal takes it along

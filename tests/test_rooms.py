@@ -20,7 +20,7 @@ DOORS = {
     # The writer, the reader and its operation, the room that makes FFCV's import fast and harmless, and, for the bench
     # alone, FFCV's own decoders in FFCV's own loader.
     "ffcv": {f"simclr/data/{name}.py" for name in ("beton", "loader", "decode", "ffcv_import", "ffcv_crops")},
-    "ray": {f"pipelines/{name}.py" for name in ("capacity", "cluster", "controller", "gauges", "inbox", "tpu", "worker")}
+    "ray": {f"pipelines/{name}.py" for name in ("capacity", "cluster", "controller", "gauges", "inbox", "notice", "tpu", "worker")}
     | {"tune/run.py", "tune/trial.py"},
     "torchvision": {"simclr/data/sources.py", "simclr/data/transfer.py", "simclr/export.py"},  # the last for its networks alone
     "tensorflow": {"simclr/bundle.py"},

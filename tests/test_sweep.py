@@ -219,7 +219,7 @@ def test_a_sweep_that_could_never_be_scheduled_is_refused(tmp_path: Path) -> Non
     assert run.room(a_sweep(tmp_path, "smoke", max_concurrent=1)) == 1
     with pytest.raises(ValueError, match=r"--max-concurrent 3 trials .* there is room for 2"):
         run.room(a_sweep(tmp_path, "smoke", max_concurrent=3))
-    with pytest.raises(ValueError, match="3 workers with 1 CPUs each need 3 CPUs; the cluster has 2"):
+    with pytest.raises(ValueError, match=r"3 workers with 1 CPUs each do not fit: .* have room for 2"):
         run.room(a_sweep(tmp_path, "smoke", resources=one | {"workers": 3}))
 
 

@@ -44,10 +44,8 @@ def room(asked: Sweep) -> int:
     if math.isinf(slots):
         return asked.max_concurrent or _UNBOUNDED
     fits = int(slots) // resources.workers
-    each = f"{resources.workers} workers with {resources.cpus_per_worker} CPUs{' and a GPU' if gpus else ''} each"
-    if not fits:
-        raise ValueError(f"a trial of {each} can never start: this cluster has room for {slots:.0f}; use fewer or smaller ones")
     if asked.max_concurrent > fits:
+        each = f"{resources.workers} workers with {resources.cpus_per_worker} CPUs{' and a GPU' if gpus else ''} each"
         raise ValueError(f"--max-concurrent {asked.max_concurrent} trials of {each} never run together: there is room for {fits}; use that")
     return asked.max_concurrent or fits
 

@@ -3,7 +3,7 @@
 A cloud says so to the machine alone, by its metadata service, two minutes (EC2) or 30 s (Google Cloud) ahead. Ray 2.60 does not ask
 there: to it such a node is one that dies. So this asks every two seconds, and drains the node that it runs on when there is a notice.
 
-    python notice.py aws            or gcp; beside a worker's raylet, as the user who started that
+    python -m pipelines.notice aws            or gcp; beside a worker's raylet, as the user who started that
 
 It belongs to one raylet and ends with it, or when Ray has accepted the drain; a raylet that is started anew wants a new one. Where the
 head is and how the node is called stands in the raylet's own command line. The token is found as by any Ray process: RAY_AUTH_MODE=token

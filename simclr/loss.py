@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr.collectives import all_gather, rank, world_size
-from simclr.kernels.nt_xent import streamed
+from simclr.kernels.nt_xent import in_tiles, streamed
 
 STREAMED_FROM = 1 << 22
 """Logits beyond which they are not stored: NT-Xent then goes block by block (`simclr.kernels.nt_xent`); on a GPU always."""
@@ -33,7 +33,7 @@ def nt_xent(z: Tensor, temperature: float, memory: Tensor | None = None) -> Tens
         stored = 0 if memory is None else len(memory)
         if z.is_cuda or len(z) * (len(z) * world_size() + stored) > STREAMED_FROM:
             unit, keys = _unit_rows(z, memory)
-            if z.is_cuda and z.dtype in (torch.bfloat16, torch.float16):  # what the tensor cores multiply; sums are float32
+            if z.dtype in (torch.bfloat16, torch.float16) and in_tiles(z):  # what the tensor cores multiply; sums are float32
                 unit, keys = unit.to(z.dtype), keys.to(z.dtype)
             return streamed(unit, keys, rank() * len(z), temperature)
         cosines, own = _cosines(z, memory)

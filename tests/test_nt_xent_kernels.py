@@ -60,6 +60,18 @@ def test_blocks_of_rows_equal_the_definition(
         compared(within, str(dtype), ours, theirs, bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wide_rows_of_few_bits_are_summed_in_float32(within: Within, dtype: torch.dtype) -> None:
+    """768 dimensions fit no tile. Against float64 of the very same rows: what is left is the rounding of the gradient itself."""
+    keys = unit(400, 768).to(dtype)
+    queries = keys[200:300].contiguous()
+    theirs = graded(definition, queries.double(), keys.double(), 200, 0.1)
+    ours = graded(kernels.streamed, queries, keys, 200, 0.1)
+    assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
+    for part, a, b, bound in zip(("value", "queries' gradient", "keys' gradient"), ours, theirs, (1e-6, 4e-3, 4e-3), strict=True):
+        within(f"{dtype}, {part}", float((a.double() - b.double()).abs().max() / b.abs().max()), bound)
+
+
 def test_a_large_batch_takes_the_blocks_and_its_gradient_is_the_definitions(within: Within, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through `nt_xent`, rows of any length: both ways around the threshold."""
     z = 3 * torch.randn(96, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -115,8 +127,9 @@ def test_tiles_equal_the_definition(within: Within) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_tiles_on_the_device_equal_the_definition(within: Within, dtype: torch.dtype, bound: float) -> None:
+    """float32 is multiplied as three TF32 products: 21 bits of each factor, so a cosine may be 2^-21 off, and a logit 1 / τ times that."""
     for rows, columns, offset, d, temperature in [*CASES, (2048, 4096, 2048, 128, 0.1)]:
         keys = unit(columns, d).to(dtype)
         queries = keys[offset : offset + rows].contiguous()

@@ -15,14 +15,20 @@ from torch.autograd.function import once_differentiable
 
 _BLOCK = 1 << 22  # logits at a time on a CPU: 16 MiB in float32, which stay in the cache
 _TILED = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # side of a tile: 64 KiB of shared memory at d = 128
-_WIDEST = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}  # dimensions of z; wider ones go block by block, as on a CPU
+_WIDEST = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}  # dimensions of z; wider rows go block by block
+
+
+def in_tiles(x: Tensor) -> bool:
+    """Whether rows like x (n, d) are multiplied as they are, in tiles: on a GPU, where a tile holds a row's whole width."""
+    return x.is_cuda and x.shape[1] <= _WIDEST.get(x.dtype, 0)
 
 
 def streamed(queries: Tensor, keys: Tensor, offset: int, temperature: float, block: int = _BLOCK) -> Tensor:
     """Mean over this rank's rows of their loss, a scalar.
 
     queries (2n, d): this rank's unit rows, [view 0 of n images; view 1]. keys (2N, d): every rank's, of which this rank's begin
-    at row `offset`. `block` is how many logits are in memory at a time where there is no GPU.
+    at row `offset`. `block` is how many logits are in memory at a time where no tiles are taken. Of bfloat16 and float16 rows the
+    products' sums, the log-sum-exp and the loss are float32, either way.
     """
     loss: Tensor = _Streamed.apply(queries, keys, offset, temperature, block)
     return loss
@@ -32,20 +38,20 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, offset: int, temperature: float, block: int) -> Tensor:
         queries, keys = queries.contiguous(), keys.contiguous()
-        on_gpu = queries.is_cuda and queries.shape[1] <= _WIDEST.get(queries.dtype, 0)
-        if on_gpu:
+        tiled = in_tiles(queries)
+        if tiled:
             lse, positive = triton_forward(queries, keys, offset, temperature)
         else:
             lse, positive = _forward(queries, keys, offset, temperature, block)
         ctx.save_for_backward(queries, keys, lse)
-        ctx.offset, ctx.temperature, ctx.block, ctx.on_gpu = offset, temperature, block, on_gpu
+        ctx.offset, ctx.temperature, ctx.block, ctx.tiled = offset, temperature, block, tiled
         return (lse - positive).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         queries, keys, lse = ctx.saved_tensors
-        if ctx.on_gpu:
+        if ctx.tiled:
             d_queries, d_keys = triton_backward(queries, keys, lse, ctx.offset, ctx.temperature)
         else:
             d_queries, d_keys = _backward(queries, keys, lse, ctx.offset, ctx.temperature, ctx.block)
@@ -53,7 +59,12 @@ class _Streamed(torch.autograd.Function):
         return (d_queries * scale).to(queries.dtype), (d_keys * scale).to(keys.dtype), None, None, None
 
 
-# ── Blocks of rows, in plain torch: the CPU's, XLA's ───────────────────────────────────────────────────────────────
+# ── Blocks of rows, in plain torch: the CPU's, XLA's, wide rows' ───────────────────────────────────────────────────
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least. A log-sum-exp of bfloat16 logits has two digits: the gradient was off by a tenth of its largest entry."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _logits(queries: Tensor, keys: Tensor, first: int, last: int, offset: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -64,6 +75,7 @@ def _logits(queries: Tensor, keys: Tensor, first: int, last: int, offset: int, t
 
 
 def _forward(queries: Tensor, keys: Tensor, offset: int, temperature: float, block: int) -> tuple[Tensor, Tensor]:
+    queries, keys = _wide(queries), _wide(keys)
     rows = max(block // len(keys), 1)
     lse, positive = queries.new_empty(len(queries)), queries.new_empty(len(queries))
     for first in range(0, len(queries), rows):
@@ -76,6 +88,7 @@ def _forward(queries: Tensor, keys: Tensor, offset: int, temperature: float, blo
 
 def _backward(queries: Tensor, keys: Tensor, lse: Tensor, offset: int, temperature: float, block: int) -> tuple[Tensor, Tensor]:
     """Gradients of temperature × the sum of losses: Σ (p − [positive]) k, and the same towards the keys."""
+    queries, keys = _wide(queries), _wide(keys)
     rows = max(block // len(keys), 1)
     d_queries, d_keys = torch.empty_like(queries), torch.zeros_like(keys)
     for first in range(0, len(queries), rows):

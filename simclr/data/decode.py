@@ -11,6 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 import simclr.data.ffcv_import  # noqa: F401  (first: it makes the next import fast)
 
@@ -23,6 +26,19 @@ from ffcv.pipeline.state import State
 from numpy.typing import NDArray
 
 from simclr.data.resize import resize_box
+
+
+def _generate_take(context: Any, counter: Any) -> Any:
+    """counter (1,) int64 → the number in it, which is one more for whoever asks next, in whatever thread."""
+
+    def generate(target: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = target.make_array(signature.args[0])(target, builder, values[0]).data
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), generate
+
+
+_take: Any = intrinsic(_generate_take)
 
 
 def decode(data: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
@@ -56,13 +72,15 @@ class Crops(Operation):  # type: ignore[misc]
 
     def generate_code(self) -> Callable[..., Any]:
         read, each = self.memory_read, Compiler.get_iterator()
-        decode_jpeg, resize = Compiler.compile(imdecode), resize_box
+        decode_jpeg, resize, take = Compiler.compile(imdecode), resize_box, _take
 
         def crops(batch_indices: Any, buffers: Any, metadata: Any, storage_state: Any) -> Any:
             destination, status, scratch, kind = buffers
+            taken = np.zeros(1, np.int64)
             for thread in each(len(scratch)):
-                first, last = thread * len(batch_indices) // len(scratch), (thread + 1) * len(batch_indices) // len(scratch)
-                for row in range(first, last):
+                # A thread takes the next photograph when it is done with one. Equal shares would wait for the thread with the largest.
+                row = take(taken)
+                while row < len(batch_indices):
                     field = metadata[batch_indices[row]]
                     stored = read(field["data_ptr"], storage_state)
                     height, width = np.int64(field["height"]), np.int64(field["width"])
@@ -75,6 +93,7 @@ class Crops(Operation):  # type: ignore[misc]
                     if status[row] == 0:
                         for box in range(field["box"].shape[0]):
                             resize(image, field["box"][box], destination[row, box], kind)
+                    row = take(taken)
             return destination[: len(batch_indices)]
 
         crops.is_parallel = True  # type: ignore[attr-defined]

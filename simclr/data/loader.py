@@ -8,12 +8,9 @@ epoch iterator is not used: it hangs when its thread fails, drains at the end of
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
-import os
 import queue
 import threading
-import weakref
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,12 +36,11 @@ from simclr.config import Config, Resize
 from simclr.data.beton import METADATA
 from simclr.data.decode import Crops, read_bytes
 from simclr.data.manifest import Manifest, Shard, read_manifest
+from simclr.data.memory import PAGE, copied, mapped, slots_for
 from simclr.data.place import Corrupt
 from simclr.data.resize import KINDS
 from simclr.views import centre_boxes, crop_boxes
 
-_AHEAD = 3
-_PAGE = 1 << 16  # a multiple of every page size in use
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
 _kept: dict[tuple[type, bool], Callable[..., Any]] = {}
@@ -94,7 +90,7 @@ def batches(
     n = config.images_per_rank(world)
     taken = config.train.batch_size // groups  # from each group, in a step
     size = config.views.size_px
-    read = split.reader(n, crops, size, config.views.resize)
+    read, ahead = split.reader(n, crops, size, config.views.resize)
     order_of, order = -1, np.empty(0, np.int64)
 
     def batch(step: int) -> Batch:
@@ -107,7 +103,7 @@ def batches(
         boxes = None if split.raw else crop_boxes(config.views, config.seed, epoch, split.names[mine], split.sizes(mine))[:, :crops]
         return split.batch(read, step, epoch, mine, boxes)
 
-    return _prefetched(batch, itertools.count(start_step), training=True)
+    return _prefetched(batch, itertools.count(start_step), ahead, training=True)
 
 
 def in_order(
@@ -137,7 +133,7 @@ def in_order(
     ids = np.sort(keyed.permutation(0, 0, len(rows))[:total]) if total < len(rows) else np.arange(total, dtype=np.int64)
     here, own = world // groups, rank % (world // groups)  # ranks of this group, and which of them this is
     ids = ids[total * own // here : total * (own + 1) // here]
-    read = rows.reader(min(batch_size, max(len(ids), 1)), crops=1, size_px=size_px, resize=resize)
+    read, ahead = rows.reader(min(batch_size, max(len(ids), 1)), crops=1, size_px=size_px, resize=resize)
 
     def batch(number: int) -> Batch:
         mine = ids[number * batch_size : (number + 1) * batch_size]
@@ -145,7 +141,7 @@ def in_order(
         batch = rows.batch(read, number, 0, mine, boxes)
         return batch if rows.raw else replace(batch, images=batch.images[:, 0])
 
-    return _prefetched(batch, range(-(-len(ids) // batch_size)))
+    return _prefetched(batch, range(-(-len(ids) // batch_size)), ahead)
 
 
 def labels(data: Path, split: str = "train") -> NDArray[np.int64]:
@@ -162,17 +158,20 @@ def on_device(stream: Generator[Batch, None, None], device: torch.device) -> Gen
             return
         copying = torch.cuda.Stream(device)
         waiting: tuple[Batch, torch.cuda.Event] | None = None
-        for batch in stream:
-            with torch.cuda.stream(copying):
-                moved = replace(batch, images=batch.images.to(device, non_blocking=True))
-                done = torch.cuda.Event()
-                done.record()
+        try:
+            for batch in stream:
+                with torch.cuda.stream(copying):
+                    moved = replace(batch, images=batch.images.to(device, non_blocking=True))
+                    done = torch.cuda.Event()
+                    done.record()
+                if waiting is not None:
+                    yield _arrived(*waiting, device)
+                waiting = moved, done
+                done.synchronize()  # the loader is asked for more now, and may use the batch's memory again
             if waiting is not None:
                 yield _arrived(*waiting, device)
-            waiting = moved, done
-            done.synchronize()  # the loader is asked for more now, and may use the batch's memory again
-        if waiting is not None:
-            yield _arrived(*waiting, device)
+        finally:
+            copying.synchronize()  # a copy under way reads memory that goes with the loader
 
 
 def _arrived(batch: Batch, done: torch.cuda.Event, device: torch.device) -> Batch:
@@ -202,10 +201,10 @@ class _Split:
             rows.append(image)
             labels.append(label)
             sizes.append(size)
-            bases.append(bases[-1] + -(-shard.bytes // _PAGE) * _PAGE)
+            bases.append(bases[-1] + -(-shard.bytes // PAGE) * PAGE)
         self.rows, self.labels = np.concatenate(rows), np.concatenate(labels).astype(np.int64)
         by_pointer = np.argsort(self.rows["data_ptr"])
-        region = (_copy if own_memory else _map)([data / s.name for s in self.shards], bases)
+        region = (copied if own_memory else mapped)([data / s.name for s in self.shards], bases)
         self.storage = (region, self.rows["data_ptr"][by_pointer], np.concatenate(sizes)[by_pointer])
         self.first_id = np.cumsum([0, *(s.samples for s in self.shards)])
 
@@ -217,14 +216,15 @@ class _Split:
         rows = self.rows[ids]
         return np.stack([rows["height"], rows["width"]], 1).astype(np.int64)
 
-    def reader(self, most: int, crops: int, size_px: int, resize: Resize) -> Callable[[Any, Any], Tensor]:
-        """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time."""
+    def reader(self, most: int, crops: int, size_px: int, resize: Resize) -> tuple[Callable[[Any, Any], Tensor], int]:
+        """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time; and how many batches of it may
+        wait for the caller, before the memory of the one in its hands is used again."""
         operation = SimpleRGBImageDecoder() if self.raw else Crops(crops, size_px)
         operation.accept_globals(self.rows, Compiler.compile(read_bytes))
         _, queries = operation.declare_state_and_memory(State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype("u1")))
         code = _compile(operation, self.threads)
-        # One slot per batch that is queued, one being filled, one in the caller's hands.
-        slots = itertools.cycle([_allocate(queries, most) for _ in range(_AHEAD + 2)])
+        memory = slots_for(queries, most)
+        slots = itertools.cycle(memory)
         kind = KINDS.index(resize)
         scratch = None if self.raw else np.empty((self.threads, operation.scratch_bytes), np.uint8)
 
@@ -246,7 +246,7 @@ class _Split:
                 raise Corrupt(f"{where} is damaged: its JPEG cannot be decoded; prepare the data again", shard)
             return torch.from_numpy(images)
 
-        return read
+        return read, len(memory) - 2
 
     def batch(
         self, read: Callable[[Any, Any], Tensor], step: int, epoch: int, ids: NDArray[np.int64], boxes: NDArray[np.int64] | None
@@ -311,59 +311,9 @@ def _compile(operation: Operation, threads: int, anew: bool = False) -> Callable
     return _kept[key]
 
 
-def _map(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
-    """Map `files` read-only at offsets `bases` of one reserved range of addresses, as one array of bases[-1] bytes."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    none, readable, shared, private, fixed, anonymous, no_reserve = 0, 1, 1, 2, 0x10, 0x20, 0x4000
-    failed = ctypes.c_void_p(-1).value
-
-    def mapped(address: int | None, length: int, protection: int, flags: int, descriptor: int) -> int:
-        result = libc.mmap(address, length, protection, flags, descriptor, 0)
-        if result == failed or result is None:
-            raise OSError(ctypes.get_errno(), f"cannot map {length} bytes: {os.strerror(ctypes.get_errno())}")
-        return int(result)
-
-    start = mapped(None, bases[-1], none, private | anonymous | no_reserve, -1)
-    for path, base in zip(files, bases, strict=False):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            mapped(start + base, path.stat().st_size, readable, shared | fixed, descriptor)
-        finally:
-            os.close(descriptor)
-    memory = (ctypes.c_uint8 * bases[-1]).from_address(start)
-    weakref.finalize(memory, libc.munmap, start, bases[-1]).atexit = False  # a loader thread may still read then
-    return np.ctypeslib.as_array(memory)
-
-
-def _copy(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
-    """`files` at offsets `bases` of memory of this process, which no other one's reading pushes out."""
-    memory = np.empty(bases[-1], np.uint8)
-    for path, base in zip(files, bases, strict=False):
-        with path.open("rb", buffering=0) as file:
-            view, at = memory[base : base + path.stat().st_size].data, 0
-            while at < len(view):
-                got = file.readinto(view[at:])
-                if not got:
-                    raise ValueError(f"shard {path} ends early; prepare or fetch the data again")
-                at += got
-    return memory
-
-
-def _allocate(queries: Any, rows: int) -> Any:
-    if isinstance(queries, tuple):
-        return tuple(_allocate(q, rows) for q in queries)
-    if queries.dtype != np.uint8 or not torch.cuda.is_available():
-        return np.empty((rows, *queries.shape), queries.dtype)
-    # Page-locked: a GPU copies from it by itself.
-    return torch.empty((rows, *queries.shape), dtype=torch.uint8, pin_memory=True).numpy()
-
-
-def _prefetched(make: Callable[[int], Batch], numbers: Iterable[int], training: bool = False) -> Generator[Batch, None, None]:
-    """make(number) for each number, up to _AHEAD of them in advance, by a thread that ends with the iterator."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_AHEAD)
+def _prefetched(make: Callable[[int], Batch], numbers: Iterable[int], ahead: int, training: bool = False) -> Generator[Batch, None, None]:
+    """make(number) for each number, up to `ahead` of them in advance, by a thread that ends with the iterator."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
     over = threading.Event()
 
     def put(item: Batch | BaseException | None) -> bool:

@@ -1,0 +1,73 @@
+"""The loader's memory: shards as one range of addresses, and room for the batches that are made of them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+PAGE = 1 << 16
+"""A multiple of every page size in use."""
+_LEAST, _MOST = 3, 5  # batches in memory: one being filled, one in the caller's hands, the others ready
+
+
+def mapped(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
+    """Map `files` read-only at offsets `bases` of one reserved range of addresses, as one array of bases[-1] bytes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    none, readable, shared, private, fixed, anonymous, no_reserve = 0, 1, 1, 2, 0x10, 0x20, 0x4000
+    failed = ctypes.c_void_p(-1).value
+
+    def mapped_at(address: int | None, length: int, protection: int, flags: int, descriptor: int) -> int:
+        result = libc.mmap(address, length, protection, flags, descriptor, 0)
+        if result == failed or result is None:
+            raise OSError(ctypes.get_errno(), f"cannot map {length} bytes: {os.strerror(ctypes.get_errno())}")
+        return int(result)
+
+    start = mapped_at(None, bases[-1], none, private | anonymous | no_reserve, -1)
+    for path, base in zip(files, bases, strict=False):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            mapped_at(start + base, path.stat().st_size, readable, shared | fixed, descriptor)
+        finally:
+            os.close(descriptor)
+    memory = (ctypes.c_uint8 * bases[-1]).from_address(start)
+    weakref.finalize(memory, libc.munmap, start, bases[-1]).atexit = False  # a loader thread may still read then
+    return np.ctypeslib.as_array(memory)
+
+
+def copied(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
+    """`files` at offsets `bases` of memory of this process, which no other one's reading pushes out."""
+    memory = np.empty(bases[-1], np.uint8)
+    for path, base in zip(files, bases, strict=False):
+        with path.open("rb", buffering=0) as file:
+            view, at = memory[base : base + path.stat().st_size].data, 0
+            while at < len(view):
+                got = file.readinto(view[at:])
+                if not got:
+                    raise ValueError(f"shard {path} ends early; prepare or fetch the data again")
+                at += got
+    return memory
+
+
+def slots_for(queries: Any, rows: int) -> list[Any]:
+    """Memory for three to five batches of `rows`, of one array or, where `queries` are several, of a tuple of them."""
+    if isinstance(queries, tuple):
+        return list(zip(*(slots_for(query, rows) for query in queries), strict=False))
+    shape = (rows, *queries.shape)
+    if queries.dtype != np.uint8 or not torch.cuda.is_available():
+        return [np.empty(shape, queries.dtype) for _ in range(_MOST)]
+    # Page-locked: a GPU copies from it by itself. torch gives such memory in powers of two. So all slots share one block, and there
+    # are as many as fit behind the third: 512 MiB for 512 photographs of two crops of 224 px, where five blocks took 1,280.
+    size = math.prod(shape)
+    count = min((1 << (_LEAST * size - 1).bit_length()) // size, _MOST)
+    return list(torch.empty((count, *shape), dtype=torch.uint8, pin_memory=True).numpy())

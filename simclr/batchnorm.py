@@ -88,5 +88,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         invstd = (var + eps).rsqrt()
         slope = -weight * invstd.square() * mean_grad_xhat
         level = -weight * invstd * mean_grad - slope * mean
-        grad_x.addcmul_(x, slope.to(x.dtype).view(shape)).add_(level.to(x.dtype).view(shape))
+        # Both terms stay in the statistics' float32 where x is bfloat16: slope x and level nearly cancel, and rounded to 8 bits each
+        # they would not.
+        grad_x.add_(torch.addcmul(level.view(shape), x, slope.view(shape)))
         return grad_x, grad_weight, grad_bias if ctx.beta else None, None, None  # type: ignore[attr-defined]

@@ -129,7 +129,7 @@ def batch_for(asked: int | None, usual: int, images: int, workers: int) -> int:
     return size
 
 
-def stage_train(batch_size: int, epochs: float, precision: Literal["float32", "bfloat16"], compile: bool) -> Train:
+def stage_train(batch_size: int, epochs: float, precision: Literal["float32", "tf32", "bfloat16"], compile: bool) -> Train:
     return Train(batch_size=batch_size, epochs=epochs, precision=precision, compile=compile)
 
 

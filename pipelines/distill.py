@@ -52,10 +52,10 @@ class Args:
     """Of the student's weights, and of order and crops."""
     test_every_epochs: float = 0.0
     """Epochs between two scorings on the test split; 0 = only at the end."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 = autocast with float32 weights and loss."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """tf32 = float32 whose products take factors of 10 bits on a GPU; bfloat16 = autocast with float32 weights and loss."""
     compile: bool = False
-    """Compile the student (pays on a GPU, after a minute)."""
+    """Compile the student with torch.compile, which takes about a minute before the first step."""
     run: Path | None = None
     """Run directory or s3://bucket/prefix: what is there goes on. Default: runs/distill-RECIPE-DIGEST."""
     resources: Annotated[cluster.Resources, tyro.conf.arg(name="")] = field(default_factory=cluster.Resources)

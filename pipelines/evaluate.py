@@ -156,12 +156,17 @@ def opened(encoder: Path, tracking_uri: str | None) -> Iterator[Path]:
 
 
 def device_of(name: str) -> torch.device:
-    """auto is the GPU where torch sees one. Raises ValueError where `name` asks for one that is not there."""
+    """auto is the GPU where torch sees one, which then computes in float32 as such. Raises ValueError where `name` asks for one that is
+    not there."""
     import torch
+
+    from simclr.precision import set_backends
 
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no GPU here; leave it out to use the CPU")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    device = torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    set_backends("float32", device)
+    return device
 
 
 def _check(args: Args) -> None:

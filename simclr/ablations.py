@@ -17,6 +17,7 @@ from torch import Tensor
 
 from simclr import keyed
 from simclr.config import Operation, Views
+from simclr.to_device import to_device
 from simclr.views import Colours, crop_resize, crops_of, distort, draw_colours, grey
 
 _NOISE = 0.1
@@ -40,8 +41,8 @@ def _apply(x: Tensor, operation: Operation, views: Views, seed: int, epoch: int,
     u = keyed.uniform(seed, "operation", epoch, ids, place, 4)
     if operation == "crop":  # with its flip (Fig. 4)
         boxes = crops_of(views, seed, epoch, ids, np.full((n, 2), size, np.int64), _OTHER_CROPS + place)
-        flip = torch.as_tensor(u[:, 0] < views.flip_p).to(x.device)
-        return crop_resize(x, torch.as_tensor(boxes).to(x.device), size, views.resize, flip)
+        flip = to_device(u[:, 0] < views.flip_p, x.device)
+        return crop_resize(x, to_device(boxes, x.device), size, views.resize, flip)
     if operation == "cutout":
         return cutout(x, u)
     if operation == "sobel":
@@ -63,7 +64,7 @@ def cutout(x: Tensor, u: NDArray[np.float64]) -> Tensor:
     """A square of half the side, anywhere inside, becomes grey (0.5). u (n, 2 or more) in [0, 1): its place."""
     size = x.shape[3]
     half = size // 2
-    corner = torch.as_tensor((u[:, :2] * (size - half + 1)).astype(np.int64)).to(x.device)
+    corner = to_device((u[:, :2] * (size - half + 1)).astype(np.int64), x.device)
     pixel = torch.arange(size, device=x.device)
     rows, columns = ((pixel >= corner[:, i, None]) & (pixel < corner[:, i, None] + half) for i in (0, 1))
     return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.5)
@@ -71,7 +72,7 @@ def cutout(x: Tensor, u: NDArray[np.float64]) -> Tensor:
 
 def sobel(x: Tensor) -> Tensor:
     """The magnitude of the gradient of the luma, by Sobel's 3 × 3 filters ÷ 4, in all three channels; the border repeats."""
-    across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x.device, dtype=x.dtype) / 4
+    across = to_device(torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4, x.device, x.dtype)
     both = torch.stack([across, across.T])[:, None]
     gradient = F.conv2d(F.pad(grey(x), (1, 1, 1, 1), mode="replicate"), both)
     return gradient.square().sum(1, keepdim=True).sqrt().clamp(0, 1).expand(-1, 3, -1, -1).contiguous()
@@ -84,13 +85,13 @@ def noise(x: Tensor, u: NDArray[np.float64]) -> Tensor:
     first, second = np.split(u[:, 1 : 1 + count + count % 2], 2, axis=1)
     radius, angle = np.sqrt(-2 * np.log1p(-first)), 2 * np.pi * second
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], 1)[:, :count]
-    return (x + torch.as_tensor(_NOISE * u[:, :1] * normal).to(x.device, x.dtype).view_as(x)).clamp_(0, 1)
+    return (x + to_device(_NOISE * u[:, :1] * normal, x.device, x.dtype).view_as(x)).clamp_(0, 1)
 
 
 def rotate(x: Tensor, quarters: NDArray[np.int64]) -> Tensor:
     """Each image by its own number (n,) of quarter turns, 1 to 3 (Fig. 4), counter-clockwise."""
     x = x.clone()
     for turns in (1, 2, 3):
-        rows = torch.as_tensor(np.flatnonzero(quarters == turns)).to(x.device)
+        rows = to_device(np.flatnonzero(quarters == turns), x.device)
         x[rows] = torch.rot90(x[rows], turns, (2, 3))
     return x

@@ -177,10 +177,13 @@ class Train:
     """Passes over the training split."""
     steps: int | None = None
     """Optimizer steps, in place of `epochs` when given; the schedule then has this length."""
-    precision: Literal["float32", "bfloat16", "float64"] = "float32"
-    """bfloat16 = autocast with float32 weights, statistics and loss; float64 is for tests."""
+    precision: Literal["float32", "tf32", "bfloat16", "float64"] = "float32"
+    """float32 is that everywhere, also where cuDNN would round the factors of convolutions to TF32; tf32 = float32 numbers whose
+    convolutions and matrix products take such factors (10 bits) on GPUs that have them; bfloat16 = autocast with float32 weights,
+    statistics and loss; float64 is for tests."""
     compile: bool = False
-    """Compile the encoder and head with torch.compile (pays on a GPU, after a minute of compiling)."""
+    """Compile the encoder and head with torch.compile. Expected of it on a GPU: fewer passes over memory for BatchNorm and ReLU, for
+    about a minute before the first step. What it is worth on yours, `simclr bench step --compile` says."""
     bucket_mib: float = 25.0
     """MiB of gradients that workers exchange at a time, while the backward pass goes on (DDP's buckets). `simclr bench scale` shows
     how many there are."""

@@ -17,8 +17,10 @@ from simclr.config_finetune import Distill
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.finetune import build_classifier, train_classifier
-from simclr.pretrain import DTYPES, Report, Start
+from simclr.precision import autocast, weights_dtype
+from simclr.pretrain import Report, Start
 from simclr.published import read_classifier, read_text
+from simclr.to_device import to_device
 
 
 def distillation_loss(scores: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float = 1.0) -> Tensor:
@@ -44,17 +46,16 @@ def distill(config: Distill, start: Start, teacher: Path, ids: NDArray[np.int64]
     """
     manifest = read_manifest(start.data)
     classes = require_teacher(teacher, manifest.classes)
-    model = read_classifier(teacher)[0].to(start.device, DTYPES[config.train.precision])
+    model = read_classifier(teacher)[0].to(start.device, weights_dtype(config.train.precision))
     model = model.to(memory_format=torch.channels_last).requires_grad_(False)
-    autocast = torch.autocast(start.device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
     known = torch.zeros(manifest.examples("train"), dtype=torch.bool)
     if ids is not None:
         known[torch.from_numpy(ids)] = True
 
     def objective(views: Tensor, scores: Tensor, batch: loader.Batch) -> Tensor:
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(config.train.precision, start.device):
             taught = model(views)
-        labels = torch.where(known[batch.ids], batch.labels, -1).to(scores.device, non_blocking=True)
+        labels = to_device(torch.where(known[batch.ids], batch.labels, -1), scores.device)
         return distillation_loss(scores, taught.to(scores.dtype), labels, config.temperature, config.alpha)
 
     yield from train_classifier(config, start, build_classifier(config, len(classes), 0), objective)

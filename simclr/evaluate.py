@@ -16,6 +16,7 @@ from simclr.data import loader
 from simclr.frozen import Frozen
 from simclr.probe import linear_probe
 from simclr.scores import accuracy
+from simclr.to_device import to_device
 from simclr.views import crop_resize, normalise
 
 
@@ -52,9 +53,9 @@ def embed(
     """
     h, y, ids = [], [], []
     for batch in batches:
-        x = batch.images.to(device).permute(0, 3, 1, 2).float() / 255  # waits: the loader uses the memory again
+        x = batch.images.to(device).permute(0, 3, 1, 2).float() / 255  # waits, unless they are there: the loader uses the memory again
         if x.shape[2:] != (views.size_px, views.size_px):
-            whole = torch.tensor([[0, 0, x.shape[2], x.shape[3]]], device=x.device)
+            whole = to_device(torch.tensor([[0, 0, x.shape[2], x.shape[3]]]), x.device)
             x = crop_resize(x, whole, views.size_px, views.resize)
         x = normalise(x, views).to(dtype, memory_format=torch.channels_last)
         h.append(encoder(x).float())
@@ -150,7 +151,7 @@ def embed_split(
     own shard group's training images."""
     rows = loader.in_order(data, split, views.size_px, batch_size, limit, threads, rank(), world_size(), groups, views.resize)
     with Frozen(encoder) as frozen:
-        return embed(frozen, rows, views, device, dtype, progress)
+        return embed(frozen, loader.on_device(rows, torch.device(device)), views, device, dtype, progress)
 
 
 __all__ = ["Features", "Frozen", "Neighbours", "embed", "embed_split", "knn", "linear_probe", "nearest", "pixels"]

@@ -28,10 +28,12 @@ from simclr.data.manifest import read_manifest
 from simclr.health import Health, over_labelled
 from simclr.model import Classifier, ProjectionHead
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
-from simclr.pretrain import DTYPES, Report, Start
+from simclr.precision import autocast, set_backends, weights_dtype
+from simclr.pretrain import Report, Start
 from simclr.published import read_encoder, read_head
 from simclr.resnet import build_encoder
 from simclr.scores import accuracy
+from simclr.to_device import to_device
 from simclr.views import crop_and_flip
 
 Objective = Callable[[Tensor, Tensor, loader.Batch], Tensor]
@@ -48,7 +50,7 @@ def finetune(config: FineTune, start: Start, ids: NDArray[np.int64]) -> Iterator
     classes = len(read_manifest(start.data).classes)
 
     def objective(views: Tensor, scores: Tensor, batch: loader.Batch) -> Tensor:
-        return F.cross_entropy(scores, batch.labels.to(scores.device, non_blocking=True))
+        return F.cross_entropy(scores, to_device(batch.labels, scores.device))
 
     yield from train_classifier(config, start, build_classifier(config, classes, config.tap, config.linear), objective, ids, config.linear)
 
@@ -89,8 +91,9 @@ def train_classifier(
     warmup, watch_every = config.warmup_steps(examples), config.watch_steps(examples)
     peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
     per_rank = config.images_per_rank(world_size())
-    device, dtype = start.device, DTYPES[config.train.precision]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
+    device, precision = start.device, config.train.precision
+    dtype = weights_dtype(precision)
+    set_backends(precision, device)
 
     # ── Model and optimizer, fresh or from a checkpoint ────────────────────────────────────────────────────────────
     model = model.to(device, dtype).to(memory_format=torch.channels_last)
@@ -106,7 +109,7 @@ def train_classifier(
         network.compile()
 
     # ── Steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    stream = loader.batches(config, start.data, step, rank(), world_size(), start.threads, ids, crops=1)
+    stream = loader.batches(config, start.data, step, rank(), world_size(), start.loader_threads, ids, crops=1)
     batches = loader.on_device(stream, device)
     summed = torch.zeros(3, device=device, dtype=torch.float64)  # since the last report: loss, hits, labelled
     guessing = math.log(max(len(manifest.classes), 2))
@@ -118,7 +121,7 @@ def train_classifier(
             views = crop_and_flip(batch.images, batch.ids, batch.epoch, config.views, config.seed, device)
             views = views.to(dtype, memory_format=torch.channels_last)
             since.enters()
-            with autocast:
+            with autocast(precision, device):
                 scores = network(views)
             loss = objective(views, scores.float() if scores.dtype == torch.bfloat16 else scores, batch)
             optimizer.zero_grad(set_to_none=True)
@@ -129,7 +132,7 @@ def train_classifier(
                 group["lr"] = lr
             optimizer.step()
 
-            labels = batch.labels.to(device, non_blocking=True)
+            labels = to_device(batch.labels, device)
             summed += torch.stack([loss.detach(), (scores.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
             step += 1
             health.see(step, batch.ids, scores, loss)
@@ -167,7 +170,8 @@ def _train_mode(model: Classifier, linear: bool) -> None:
 
 def test_scores(model: Classifier, config: Config, start: Start) -> dict[str, float]:
     """{"eval/top1", "eval/top5"} of the test split's labelled images; {} where there are none."""
-    found = evaluate.embed_split(
-        model, start.data, "test", config.views, None, start.device, next(model.parameters()).dtype, threads=start.threads
-    ).labelled()
+    with autocast(config.train.precision, start.device):
+        found = evaluate.embed_split(
+            model, start.data, "test", config.views, None, start.device, next(model.parameters()).dtype, threads=start.loader_threads
+        ).labelled()
     return {f"eval/{name}": value for name, value in accuracy(found.h, found.y).items()} if len(found.y) else {}

@@ -29,9 +29,9 @@ from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
 from simclr.microbatch import cached_gradient
 from simclr.model import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
+from simclr.precision import autocast, set_backends, weights_dtype
+from simclr.to_device import to_device
 from simclr.views import two_views
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,12 @@ class Start:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     checkpoint: Path | None = None
     threads: int = 1
-    """Loader threads of this rank."""
+    """Threads of this rank: the loader's, and on a GPU the one that launches kernels."""
+
+    @property
+    def loader_threads(self) -> int:
+        """On a GPU one fewer: where every core decodes, the kernels' launches wait for one."""
+        return self.threads if self.device.type == "cpu" else max(self.threads - 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +83,9 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
     peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
     per_rank = config.images_per_rank(world_size())
     watched, classes = bool(manifest.classes) and "test" in manifest.splits, len(manifest.classes)
-    device, dtype = start.device, DTYPES[config.train.precision]
-    contrast = partial(_contrast, loss=config.loss)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
+    device, precision = start.device, config.train.precision
+    dtype, contrast = weights_dtype(precision), partial(_contrast, loss=config.loss)
+    set_backends(precision, device)
 
     # ── Model and optimizer, fresh or from a checkpoint ────────────────────────────────────────────────────────────
     model = build_model(config, classes).to(device, dtype).to(memory_format=torch.channels_last)
@@ -96,7 +101,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
         network.compile()
 
     # ── Steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    batches = loader.on_device(loader.batches(config, start.data, step, rank(), world_size(), start.threads), device)
+    batches = loader.on_device(loader.batches(config, start.data, step, rank(), world_size(), start.loader_threads), device)
     summed = torch.zeros(4, device=device, dtype=torch.float64)  # since the last report: loss, classifier's loss, hits, labelled
     guessing = math.log(2 * config.train.batch_size - 1 + config.loss.memory) if config.loss.name.startswith("nt_xent") else 0.0
     health = Health(model, device, per_rank, start.data, guessing, "train with a lower --optim.base-lr or more --optim.warmup-epochs")
@@ -111,12 +116,12 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
 
             def embed(views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 since.enters()
-                with autocast:
+                with autocast(precision, device):
                     out: tuple[Tensor, Tensor, Tensor] = network(views)
                 return out
 
             def classify(logits: Tensor, rows: slice, labels: Tensor = batch.labels) -> tuple[Tensor, Tensor]:
-                return _classify(logits, labels[rows].to(device, non_blocking=True))
+                return _classify(logits, to_device(labels[rows], device))
 
             optimizer.zero_grad(set_to_none=True)
             if config.train.micro_batch in (None, per_rank):
@@ -134,7 +139,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
                 group["lr"] = lr
             optimizer.step()
             if model.memory is not None:
-                with autocast:
+                with autocast(precision, device):
                     model.memory.remember(views, model.encoder, model.head, step)
 
             summed += torch.cat([torch.stack([loss.detach(), classified.detach()]), hits])
@@ -168,14 +173,15 @@ def watch_knn(model: SimCLR, config: Config, start: Start) -> dict[str, float]:
     watch = config.watch
     dtype = next(model.parameters()).dtype
     began = time.perf_counter()
-    bank, queries = (
-        evaluate.embed_split(
-            *(model.encoder, start.data, split, config.views, limit, start.device, dtype),
-            threads=start.threads,
-            groups=config.train.shard_groups,
+    with autocast(config.train.precision, start.device):  # the encoder as it trains; the neighbours' cosines below are float32
+        bank, queries = (
+            evaluate.embed_split(
+                *(model.encoder, start.data, split, config.views, limit, start.device, dtype),
+                threads=start.loader_threads,
+                groups=config.train.shard_groups,
+            )
+            for split, limit in (("train", watch.bank), ("test", watch.queries))
         )
-        for split, limit in (("train", watch.bank), ("test", watch.queries))
-    )
     measured = {"health/rankme": float(diagnostics.rankme(queries.h[:2048])), "eval/seconds": time.perf_counter() - began}
     bank, queries = bank.labelled(), queries.labelled()
     if len(bank.y) and len(queries.y):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from simclr import keyed
 from simclr.config import Resize, Views
+from simclr.to_device import to_device
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -142,8 +143,12 @@ def normalise(x: Tensor, views: Views) -> Tensor:
     """(n, 3, H, W) in [0, 1] → (x − mean) / std, channel by channel."""
     if views.mean == (0.0, 0.0, 0.0) and views.std == (1.0, 1.0, 1.0):
         return x
-    mean = x.new_tensor(views.mean).view(1, 3, 1, 1)
-    return (x - mean) / x.new_tensor(views.std).view(1, 3, 1, 1)
+    return (x - _per_channel(views.mean, x)) / _per_channel(views.std, x)
+
+
+def _per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
+    """(1, 3, 1, 1) constants beside x, filled in there: a list that becomes a tensor on a GPU is a copy that the host waits for."""
+    return torch.cat([x.new_full((1, 1, 1, 1), value) for value in values], 1)
 
 
 def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -156,16 +161,16 @@ def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
     if images.ndim == 4:
         sizes = np.broadcast_to(np.array(images.shape[1:3], np.int64), (n, 2))
         boxes = crop_boxes(views, seed, epoch, keys, sizes)
-        both = torch.as_tensor(np.concatenate([boxes[:, 0], boxes[:, 1]])).to(device, non_blocking=True)
+        both = to_device(np.concatenate([boxes[:, 0], boxes[:, 1]]), device)
         x = x.permute(0, 3, 1, 2).float().div_(255).repeat(2, 1, 1, 1)
-        x = crop_resize(x, both, views.size_px, views.resize, torch.as_tensor(flip).to(device, non_blocking=True))
+        x = crop_resize(x, both, views.size_px, views.resize, to_device(flip, device))
     else:
         x = x.permute(1, 0, 4, 2, 3).flatten(0, 1).float().div_(255).contiguous()
         if _by_index(x.device):
             rows = _rows(flip, x.device)
             x.index_copy_(0, rows, x[rows].flip(3))
         else:
-            x = torch.where(torch.as_tensor(flip).to(x.device).view(-1, 1, 1, 1), x.flip(3), x)
+            x = torch.where(to_device(flip, x.device).view(-1, 1, 1, 1), x.flip(3), x)
     if views.operations is not None:
         from simclr.ablations import apply  # which builds on this module
 
@@ -174,8 +179,7 @@ def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
         return distort(x, colours)
     parts = (colours.jitter, colours.order, colours.factors, colours.grey, colours.blur_sigma)
     # float32 before they travel: not every device has float64.
-    tensors = (torch.as_tensor(part.astype(np.float32) if part.dtype == np.float64 else part) for part in parts)
-    return distort_all(x, *(tensor.to(x.device) for tensor in tensors))
+    return distort_all(x, *(to_device(part.astype(np.float32) if part.dtype == np.float64 else part, x.device) for part in parts))
 
 
 def crop_and_flip(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -185,11 +189,11 @@ def crop_and_flip(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: i
     epoch then sees each image once, as the papers' fine-tuning and distillation do, at half the cost.
     """
     keys = ids.numpy()
-    flip = torch.as_tensor(keyed.uniform(seed, "colour", epoch, keys, 0, 1)[:, 0] < views.flip_p).to(device, non_blocking=True)
+    flip = to_device(keyed.uniform(seed, "colour", epoch, keys, 0, 1)[:, 0] < views.flip_p, device)
     x = images.to(device, non_blocking=True)
     if images.ndim == 4:
         sizes = np.broadcast_to(np.array(images.shape[1:3], np.int64), (len(images), 2))
-        boxes = torch.as_tensor(crop_boxes(views, seed, epoch, keys, sizes)[:, 0]).to(device, non_blocking=True)
+        boxes = to_device(crop_boxes(views, seed, epoch, keys, sizes)[:, 0], device)
         x = crop_resize(x.permute(0, 3, 1, 2).float().div_(255), boxes, views.size_px, views.resize, flip)
     else:
         x = x[:, 0].permute(0, 3, 1, 2).float().div_(255)
@@ -247,7 +251,7 @@ def distort(x: Tensor, colours: Colours) -> Tensor:
             if not chosen.any():
                 continue
             rows = _rows(chosen, x.device)
-            factor = torch.as_tensor(colours.factors[chosen, operation], dtype=x.dtype).to(x.device, non_blocking=True)
+            factor = to_device(colours.factors[chosen, operation], x.device, x.dtype)
             x.index_copy_(0, rows, _APPLY[name](x[rows], factor.view(-1, 1, 1, 1)))
     if colours.grey.any():
         rows = _rows(colours.grey, x.device)
@@ -255,7 +259,7 @@ def distort(x: Tensor, colours: Colours) -> Tensor:
     chosen = colours.blur_sigma > 0
     if chosen.any():
         rows = _rows(chosen, x.device)
-        sigma = torch.as_tensor(colours.blur_sigma[chosen], dtype=x.dtype).to(x.device, non_blocking=True)
+        sigma = to_device(colours.blur_sigma[chosen], x.device, x.dtype)
         x.index_copy_(0, rows, gaussian_blur(x[rows], sigma))
     return x
 
@@ -283,7 +287,7 @@ def _by_index(device: torch.device) -> bool:
 
 
 def _rows(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:
-    return torch.as_tensor(np.flatnonzero(chosen)).to(device, non_blocking=True)
+    return to_device(np.flatnonzero(chosen), device)
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -311,7 +315,7 @@ def hue(x: Tensor, turn: Tensor) -> Tensor:
     r, g, b = x.split(1, 1)
     c = chroma.clamp_min(1e-12)
     sector = torch.where(v == r, (g - b) / c, torch.where(v == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype).view(1, 3, 1, 1)
+    offsets = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype).view(1, 3, 1, 1)  # 5, 3, 1; counted there, not copied
     k = torch.remainder(sector + 6 * turn + offsets, 6.0)
     return torch.addcmul(v, chroma, torch.minimum(k, 4 - k).clamp_(0, 1), value=-1).clamp_(0, 1)
 

@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr import checkpoint
 from simclr.config import Config
-from simclr.health import Health
 from simclr.optim import lr_peak, warmup_cosine
 from simclr.pretrain import Report, Start, pretrain
 from tests.test_ranks import TINY
@@ -177,41 +175,3 @@ def test_what_does_not_fit_is_refused_before_the_first_step(patterns: Path, tmp_
     wider = dataclasses.replace(config(), head=dataclasses.replace(TINY.head, d_out=8))
     with pytest.raises(ValueError, match=r"step 1 does not fit this config: .*head.* has shape \(16, 64\), expected \(8, 64\)"):
         next(pretrain(wider, Start(patterns, checkpoint=checkpoint.latest(tmp_path, print))))
-
-
-class Asked(TorchDispatchMode):
-    """Notes every operator whose result the host must wait for: on a GPU each of them would stop the queue of kernels."""
-
-    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal", "aten.masked_select", "aten._unique2")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func).startswith(self.WAITING):
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("changes", "optimizer"), [({"precision": "bfloat16"}, "lars"), ({"micro_batch": 8}, "sgd")])
-def test_between_two_reports_the_host_asks_the_device_for_nothing(
-    patterns: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], optimizer: Any
-) -> None:
-    """Views, forward and backward pass, loss and optimizer of steps 2 to 4; only the report behind them asks."""
-    settings = config(report_every_steps=4, checkpoint_every_steps=100)
-    train = dataclasses.replace(settings.train, **changes)
-    settings = dataclasses.replace(settings, train=train, optim=dataclasses.replace(settings.optim, name=optimizer))
-    before_report: list[int] = []
-    report, as_list = Health.report, torch.Tensor.tolist
-    with Asked() as asked:
-        monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (asked.names.append("tolist"), as_list(x))[1])  # reads memory, no operator
-        monkeypatch.setattr(Health, "report", lambda *a: (before_report.append(len(asked.names)), report(*a))[1])
-        stream = pretrain(settings, Start(patterns))
-        assert next(stream).step == 1
-        asked.names.clear()
-        assert next(stream).step == 4
-        after = list(asked.names)
-        stream.close()
-    assert before_report[-1] == 0, after[: before_report[-1]]
-    assert after, "the report reads values, and the mode sees that"

@@ -1,0 +1,228 @@
+"""A CUDA device that is not there: tensors without values that say they are on one, and stand-ins for its streams and events.
+
+torch's FakeTensorMode computes shapes, dtypes and devices of every operator, and refuses what mixes devices. So the branches that
+only CUDA takes run, up to the kernels, while what stays on the host has its values. Values on the device, kernels and the order of
+streams are a GPU's alone to show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # not public; how torch.compile sees a program
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA = torch.device("cuda", 0)
+_READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal")  # operators whose result is a number on the host
+_SHAPES = ("aten.nonzero", "aten.masked_select", "aten._unique2")  # operators whose result's shape is known when the device is there
+
+
+class Event:
+    """Records nothing, is always past."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.recorded = False
+
+    def record(self, stream: Any = None) -> None:
+        self.recorded = True
+
+    def query(self) -> bool:
+        return self.recorded
+
+    def synchronize(self) -> None:
+        assert self.recorded, "waits for an event that nobody recorded"
+
+    def elapsed_time(self, later: Event) -> float:
+        assert self.recorded and later.recorded
+        return 1.0
+
+
+class Stream:
+    def __init__(self, device: Any = None) -> None:
+        self.waited: list[Event] = []
+        self.synchronized = False
+
+    def wait_event(self, event: Event) -> None:
+        assert event.recorded, "waits for an event that nobody recorded"
+        self.waited.append(event)
+
+    def synchronize(self) -> None:
+        self.synchronized = True
+
+
+def _without_values(x: Any) -> Any:
+    """A fake tensor like x. (FakeTensorMode would make one, and keep a reference to x that forbids to move a module's parameters.)"""
+    if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
+        return x
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+
+
+class Watched(TorchDispatchMode):
+    """Notes what the host would wait for, in `waits`: reads, shapes that values decide, copies that block.
+
+    A read gives 0 (or True). A copy to the device blocks unless it is asked not to and its source is page-locked.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.copies = 0
+        self.beside = False
+        self.locked: set[int] = set()
+
+    def pin(self, x: Tensor) -> Tensor:
+        assert x.device.type == "cpu", "only the host's memory is page-locked"
+        pinned = x.clone() if type(x) is Tensor else x
+        self.locked.add(id(pinned))
+        self._kept = [*getattr(self, "_kept", []), pinned]  # an id is another tensor's once its own is gone
+        return pinned
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, str(func)
+        device = torch.device(kwargs.get("device") or "cpu")
+        if device.type == "cpu" and not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        if name.startswith(_READS):
+            if args[0].device.type == "cuda":
+                self.waits.append(name)
+            return True if args[0].dtype == torch.bool else 0.0 if args[0].dtype.is_floating_point else 0
+        if name.startswith(_SHAPES):
+            self.waits.append(name)
+        if name.startswith("aten._fused_sgd_"):  # in place, one kernel; FakeTensorMode knows no such operator
+            return None
+        if name.startswith("aten._to_copy"):
+            self._copied(args[0], torch.device(kwargs.get("device") or args[0].device), bool(kwargs.get("non_blocking")))
+        elif name.startswith("aten.copy_"):
+            self._copied(args[1], args[0].device, bool(args[2] if len(args) > 2 else kwargs.get("non_blocking")))
+        args, kwargs = tree_map(_without_values, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _copied(self, source: Tensor, to: torch.device, non_blocking: bool) -> None:
+        if source.device.type == to.type:
+            return
+        self.copies += 1
+        if to.type != "cuda":
+            self.waits.append("a copy to the host")
+        elif not non_blocking:
+            self.waits.append("a blocking copy to the device")
+        elif not self.beside and id(source) not in self.locked:
+            self.waits.append("a copy from memory that is not page-locked")
+
+
+# ── What torch does in C++ and refuses without a driver ────────────────────────────────────────────────────────────
+
+
+def _moved(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` without its ways to keep a parameter's identity, of which none takes a fake tensor for a real one."""
+    for child in module.children():
+        _moved(child, fn)
+    with torch.no_grad():
+        for name, p in module._parameters.items():
+            module._parameters[name] = None if p is None else nn.Parameter(fn(p), p.requires_grad)
+        for name, b in module._buffers.items():
+            module._buffers[name] = None if b is None else fn(b)
+    return module
+
+
+def _gradients(root: Tensor) -> dict[Any, Tensor]:
+    """{leaf's node: gradient} of a scalar: every node of the graph called once, behind those that lead to it."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack: list[tuple[Any, bool]] = [(root.grad_fn, False)]
+    while stack:
+        node, left = stack.pop()
+        if left:
+            order.append(node)
+        elif node is not None and node not in seen:
+            seen.add(node)
+            stack += [(node, True), *((following, False) for following, _ in node.next_functions)]
+    arrived: dict[Any, dict[int, Tensor]] = {root.grad_fn: {root.output_nr: torch.ones_like(root)}}
+    found = {}
+    with torch.no_grad():
+        for node in reversed(order):
+            given = arrived.pop(node, {})
+            if type(node).__name__ == "AccumulateGrad":
+                found[node] = given[0]
+                continue
+            call = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
+            results = call(*(given.get(i) for i in range(len(node._input_metadata))))
+            for (following, place), g in zip(node.next_functions, results if isinstance(results, tuple) else (results,), strict=False):
+                if following is not None and g is not None:
+                    slot, asked = arrived.setdefault(following, {}), following._input_metadata[place]
+                    g = g.sum_to_size(tuple(asked.shape)).to(asked.dtype)  # what was broadcast gives its gradient so
+                    slot[place] = slot[place] + g if place in slot else g
+    return found
+
+
+def _backward(root: Tensor) -> None:
+    for node, gradient in _gradients(root).items():
+        node.variable.grad = gradient if node.variable.grad is None else node.variable.grad + gradient
+
+
+def _grad(root: Tensor, inputs: Tensor) -> tuple[Tensor]:
+    (found,) = [g for node, g in _gradients(root).items() if node.variable is inputs]
+    return (found,)
+
+
+@contextlib.contextmanager
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    """Inside, `CUDA` is a device whose tensors have no values."""
+    watched = Watched()
+    current = Stream()
+
+    @contextlib.contextmanager
+    def stream(other: Stream) -> Iterator[None]:
+        watched.beside = True  # copies on a stream of their own wait for no kernel; their memory is the loader's, page-locked there
+        try:
+            yield
+        finally:
+            watched.beside = False
+
+    for name, stand_in in {
+        "Event": Event,
+        "Stream": Stream,
+        "stream": stream,
+        "current_stream": lambda device=None: current,
+        "max_memory_allocated": lambda device=None: 3 << 30,
+        "synchronize": lambda device=None: watched.waits.append("synchronize"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: watched.pin(x))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: None)
+    monkeypatch.setattr(torch.Tensor, "backward", _backward)
+    monkeypatch.setattr(torch.autograd, "grad", _grad)
+    monkeypatch.setattr(nn.Module, "_apply", _moved)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "CUDA is not available|User provided device_type of 'cuda'")  # autocast, which is off then
+        with FakeTensorMode(allow_non_fake_inputs=True), watched:
+            yield watched
+
+
+def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """Put recorders in the place of NT-Xent's Triton kernels; returns the list of their launches: name, grid, arguments, settings."""
+    import sys
+
+    launched: list[SimpleNamespace] = []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **settings: launched.append(
+                SimpleNamespace(name=self.name, grid=grid, arguments=arguments, settings=settings)
+            )
+
+    names = ("forward_kernel", "queries_kernel", "keys_kernel")
+    module: Any = SimpleNamespace(**{name: Kernel(name) for name in names})
+    monkeypatch.setitem(sys.modules, "simclr.kernels.nt_xent_triton", module)
+    return launched

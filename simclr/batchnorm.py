@@ -52,7 +52,7 @@ class BatchNorm(nn.Module):
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """One all-reduce of 2c numbers forward and one backward; the elementwise work is torch's native kernels."""
+    """One all-reduce of 2c numbers forward and one backward; the sums are torch's native kernels'."""
 
     @staticmethod
     def forward(
@@ -60,7 +60,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # E[x²] − E[x]² cancels where |mean| ≫ deviation. So ranks combine local *variances*, and means as distances from
         # `shift`, the running mean, which is the same on every rank and close to all of them.
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        few_bits = x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda
+        mean, var = torch.batch_norm_update_stats(x.float() if few_bits else x, None, None, 0.0)  # a CPU answers in the dtype of x
         offset = mean - shift
         offset, second = (all_reduce_sum(torch.cat([offset, var + offset.square()])) / world_size()).chunk(2)
         mean, var = shift + offset, (second - offset.square()).clamp_min(0)
@@ -77,9 +78,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         x, weight, mean, var = ctx.saved_tensors  # type: ignore[attr-defined]
         eps: float = ctx.eps  # type: ignore[attr-defined]
-        # As if the statistics were constants: native kernels in one pass. That they are not is the two terms below.
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, eps, [True, True, True]
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, eps, [False, True, True]
         )
         # The input's gradient needs the global sums; the parameters' gradients stay local, DDP averages them.
         sums = all_reduce_sum(torch.cat([grad_bias, grad_weight])) / (world_size() * x.numel() // x.shape[1])
@@ -88,7 +88,6 @@ class _GlobalBatchNorm(torch.autograd.Function):
         invstd = (var + eps).rsqrt()
         slope = -weight * invstd.square() * mean_grad_xhat
         level = -weight * invstd * mean_grad - slope * mean
-        # Both terms stay in the statistics' float32 where x is bfloat16: slope x and level nearly cancel, and rounded to 8 bits each
-        # they would not.
-        grad_x.add_(torch.addcmul(level.view(shape), x, slope.view(shape)))
+        # In the statistics' float32 also where x is bfloat16, and rounded once: slope x and level nearly cancel.
+        grad_x = torch.addcmul(level.view(shape), x, slope.view(shape)).addcmul_(grad, (weight * invstd).view(shape)).to(x.dtype)
         return grad_x, grad_weight, grad_bias if ctx.beta else None, None, None  # type: ignore[attr-defined]

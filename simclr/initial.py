@@ -130,10 +130,10 @@ def draw(module: nn.Module, seed: int, prefix: str) -> None:
     `prefix` stands before the names in `module`, as in "encoder.stem.0.weight". Elements are counted row by row of the logical
     shape. Convolutions get TensorFlow's VarianceScaling() as in the official code: a normal cut at two deviations, with variance
     1 / fan-in after the cut; linear maps N(0, 0.01²). Neither threads (torch's number) nor chunks change a bit.
-    Raises ValueError for a seed that is no 64-bit number.
+    Raises ValueError for a seed that no config could hold.
     """
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"the seed of the initial weights is {seed}; expected 0 to 2^64 − 1")
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"the seed of the initial weights is {seed}; expected a whole number from 0 to 2^63 - 1")
     jobs: list[Callable[[], None]] = []
     filled: list[tuple[Tensor, NDArray[np.float32]]] = []
     for path, layer in module.named_modules():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from simclr import config as configs
 from simclr.batchnorm import BatchNorm
 from simclr.bundle import Bundle, open_bundle
+from simclr.initial import unfilled
 from simclr.model import Classifier, ProjectionHead
 from simclr.resnet import ResNet, build_encoder
 
@@ -59,7 +60,9 @@ class Converted:
         if tap not in self.taps:
             d, fits = self.linear["weight"].shape[1], " or ".join(map(str, self.taps))
             raise ValueError(f"the classifier takes {d} numbers, which tap {tap} of the head does not give; give --tap {fits}")
-        model = Classifier(self.encoder, self.head, tap, len(self.linear["bias"]))
+        with torch.device("meta"):
+            model = Classifier(self.encoder, self.head, tap, len(self.linear["bias"]))
+        model.classifier.to_empty(device="cpu")
         model.classifier.load_state_dict(self.linear)
         return model.eval()
 
@@ -90,9 +93,7 @@ def convert(bundle: Bundle) -> Converted:
         found = f"variables that no official SimCLR network has: {_some(unknown)}" if unknown else "no variables of an encoder"
         raise ValueError(f"{bundle.source} holds {found}; expected names as base_model/conv2d/kernel or resnet/…/conv2d/kernel")
     config = infer(parts["encoder"], bundle.source)
-    with torch.device("meta"):  # without drawing initial weights, which takes longer than reading the real ones
-        encoder = build_encoder(config)
-    encoder = encoder.to_empty(device="cpu")
+    encoder = unfilled(lambda: build_encoder(config))
     fill(encoder, bundle, parts["encoder"])
     head = _head(bundle, parts["head"], encoder.d_h)
     head_config = configs.Head(layers=len(head.layers), d_out=head.widths[-1]) if head else configs.Head()
@@ -172,9 +173,7 @@ def _head(bundle: Bundle, shapes: Shapes, d_h: int) -> ProjectionHead | None:
     expected = [(d_h, d_h)] * (len(widths) - 1) + [(d_h, widths[-1][-1])] if widths else []
     if widths != expected or not widths:
         raise ValueError(f"{bundle.source} has a head of kernels {widths}; expected {d_h} numbers in, and out of all but the last")
-    with torch.device("meta"):
-        head = ProjectionHead(d_h, len(widths), widths[-1][1])
-    head = head.to_empty(device="cpu")
+    head = unfilled(lambda: ProjectionHead(d_h, len(widths), widths[-1][1]))
     fill(head, bundle, shapes)
     return head
 
@@ -187,7 +186,7 @@ def _linear(bundle: Bundle, shapes: Shapes, widths: list[int]) -> tuple[dict[str
     kernel = shapes.get(kinds.get("kernel", ""), ())
     if len(shapes) != 2 or len(kernel) != 2 or shapes.get(kinds.get("bias", "")) != kernel[1:] or kernel[0] not in widths:
         raise ValueError(f"{bundle.source} has a classifier of {shapes}; expected a kernel (d, classes) with d one of {widths}, and a bias")
-    linear = nn.Linear(*kernel)
+    linear = unfilled(lambda: nn.Linear(*kernel))
     fill(linear, bundle, shapes)
     return dict(linear.state_dict()), tuple(tap for tap, width in enumerate(widths) if width == kernel[0])
 

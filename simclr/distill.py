@@ -58,7 +58,7 @@ def distill(config: Distill, start: Start, teacher: Path, ids: NDArray[np.int64]
         labels = to_device(torch.where(known[batch.ids], batch.labels, -1), scores.device)
         return distillation_loss(scores, taught.to(scores.dtype), labels, config.temperature, config.alpha)
 
-    yield from train_classifier(config, start, build_classifier(config, len(classes), 0), objective)
+    yield from train_classifier(config, start, build_classifier(config, len(classes), 0, drawn=start.checkpoint is None), objective)
 
 
 def require_teacher(directory: Path, classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -26,7 +26,8 @@ from simclr.config_finetune import FineTune
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.health import Health, over_labelled
-from simclr.model import Classifier, ProjectionHead
+from simclr.initial import unfilled
+from simclr.model import Classifier, build_head
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.precision import autocast, set_backends, weights_dtype
 from simclr.pretrain import Report, Start
@@ -52,17 +53,18 @@ def finetune(config: FineTune, start: Start, ids: NDArray[np.int64]) -> Iterator
     def objective(views: Tensor, scores: Tensor, batch: loader.Batch) -> Tensor:
         return F.cross_entropy(scores, to_device(batch.labels, scores.device))
 
-    yield from train_classifier(config, start, build_classifier(config, classes, config.tap, config.linear), objective, ids, config.linear)
+    model = build_classifier(config, classes, config.tap, config.linear, drawn=start.checkpoint is None)
+    yield from train_classifier(config, start, model, objective, ids, config.linear)
 
 
-def build_classifier(config: Config, classes: int, tap: int, linear: bool = False) -> Classifier:
-    """Encoder, the head's first `tap` layers and a classifier that begins at zero, as `config.seed` draws them; on the CPU, the
-    same on every rank. With `linear` only the classifier asks for gradients."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        encoder = build_encoder(config.encoder)
-        head = ProjectionHead(encoder.d_h, config.head.layers, config.head.d_out, config.encoder.batchnorm == "per_worker") if tap else None
-        model = Classifier(encoder, head, tap, classes)
+def build_classifier(config: Config, classes: int, tap: int, linear: bool = False, drawn: bool = True) -> Classifier:
+    """Encoder and the head's first `tap` layers as pretraining with `config.seed` would begin, and a classifier that begins at zero;
+    on the CPU, the same on every rank and machine. With `linear` only the classifier asks for gradients. Where it is not to be
+    `drawn`, its memory holds nothing yet, for who restores a checkpoint."""
+    if not drawn:
+        return unfilled(lambda: build_classifier(config, classes, tap, linear))
+    encoder = build_encoder(config.encoder, config.seed)
+    model = Classifier(encoder, build_head(config, encoder.d_h) if tap else None, tap, classes, config.seed)
     nn.init.zeros_(model.classifier.weight)
     if linear:
         model.encoder.requires_grad_(False)

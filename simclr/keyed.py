@@ -3,6 +3,8 @@
 A sequential generator makes what an image sees depend on who drew before it: on the number of workers, threads and
 prefetched batches, and on where a run was resumed. Philox (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", SC 2011) is a keyed bijection of a counter instead, so every draw has an address and none has a history.
+
+Initial weights have neither epoch nor sample: `simclr.initial` puts a parameter's name and a block of its elements in their place.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ def philox(counter: tuple[NDArray[np.uint64], ...], key: tuple[int, int]) -> tup
     k0, k1 = key
     for _ in range(10):
         p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ np.uint64(k0), p1 & _LOW, (p0 >> _32) ^ c3 ^ np.uint64(k1), p0 & _LOW
+        c0, c2 = p1 >> _32, p0 >> _32  # new arrays, so what follows may write into them
+        for half, other, k in ((c0, c1, k0), (c2, c3, k1)):
+            half ^= other
+            half ^= np.uint64(k)
+        p0 &= _LOW
+        p1 &= _LOW
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
     return c0, c1, c2, c3
 

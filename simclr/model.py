@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from simclr import config as configs
 from simclr.batchnorm import BatchNorm
+from simclr.initial import Linear, draw, unfilled
 from simclr.memory import Memory
 from simclr.resnet import ResNet, build_encoder
 
@@ -14,19 +15,19 @@ from simclr.resnet import ResNet, build_encoder
 class ProjectionHead(nn.Module):
     """The head g: every layer but the last is as wide as h, with BatchNorm and ReLU; the last is linear with a BatchNorm
     without shift. v1 has 2 layers, v2 has 3; of the ablation, 1 is linear and 0 is none. Linear maps have no bias: the
-    BatchNorm behind would take it off again.
+    BatchNorm behind would take it off again. Initial weights are N(0, 0.01²), those that `seed` names (`simclr.initial`).
     """
 
-    def __init__(self, d_in: int, layers: int = 2, d_out: int = 128, per_worker_norm: bool = False) -> None:
+    def __init__(self, d_in: int, layers: int = 2, d_out: int = 128, per_worker_norm: bool = False, seed: int = 0) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
         self.widths = [d_in] * layers + [d_out]  # of the outputs
         for index in range(layers):
             last = index == layers - 1
-            linear = nn.Linear(d_in, d_out if last else d_in, bias=False)
-            nn.init.normal_(linear.weight, std=0.01)
+            linear = Linear(d_in, d_out if last else d_in, bias=False)
             norm = BatchNorm(linear.out_features, beta=not last, per_worker=per_worker_norm)
             self.layers.append(nn.Sequential(linear, norm) if last else nn.Sequential(linear, norm, nn.ReLU(inplace=True)))
+        draw(self, seed, "head")
 
     def forward(self, h: Tensor) -> list[Tensor]:
         """h (n, d_in) → [h, output of layer 1, …, z (n, d_out)]: `[tap]` is what v2 fine-tunes from (its Sec. 2)."""
@@ -46,13 +47,9 @@ class SimCLR(nn.Module):
 
     def __init__(self, config: configs.Config, classes: int = 0) -> None:
         super().__init__()
-        self.encoder: ResNet = build_encoder(config.encoder)
-        self.head = ProjectionHead(self.encoder.d_h, config.head.layers, config.head.d_out, config.encoder.batchnorm == "per_worker")
-        self.classifier: nn.Linear | None = None
-        if classes and config.train.linear_eval:  # made last: the other weights are the same with and without it
-            self.classifier = nn.Linear(self.encoder.d_h, classes)
-            nn.init.normal_(self.classifier.weight, std=0.01)
-            nn.init.zeros_(self.classifier.bias)
+        self.encoder: ResNet = build_encoder(config.encoder, config.seed)
+        self.head = build_head(config, self.encoder.d_h)
+        self.classifier = linear_classifier(self.encoder.d_h, classes, config.seed) if classes and config.train.linear_eval else None
         loss = config.loss
         self.memory = Memory(self.encoder, self.head, loss.memory, config.head.d_out, loss.memory_decay) if loss.memory else None
 
@@ -63,12 +60,22 @@ class SimCLR(nn.Module):
         return h, z, seen[:, :0] if self.classifier is None else self.classifier(seen)
 
 
-def build_model(config: configs.Config, classes: int = 0) -> SimCLR:
-    """The model with the initial weights that `config.seed` names, on the CPU, the same on every rank. `classes` of the data,
-    0 = unlabelled."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return SimCLR(config, classes)
+def build_head(config: configs.Config, d_h: int) -> ProjectionHead:
+    """The projection head that `config` describes for an encoder of width `d_h`, with the initial weights that its seed names."""
+    return ProjectionHead(d_h, config.head.layers, config.head.d_out, config.encoder.batchnorm == "per_worker", config.seed)
+
+
+def linear_classifier(d_in: int, classes: int, seed: int) -> nn.Linear:
+    """Features (n, d_in) → class scores (n, classes). Initial weights are N(0, 0.01²), those that `seed` names, biases 0."""
+    linear = Linear(d_in, classes)
+    draw(linear, seed, "classifier")
+    return linear
+
+
+def build_model(config: configs.Config, classes: int = 0, drawn: bool = True) -> SimCLR:
+    """The model with the initial weights that `config.seed` names, on the CPU, the same on every rank and machine. `classes` of the
+    data, 0 = unlabelled. Where it is not to be `drawn`, its memory holds nothing yet, for who restores a checkpoint."""
+    return SimCLR(config, classes) if drawn else unfilled(lambda: SimCLR(config, classes))
 
 
 def shapes_only(config: configs.Config, classes: int = 0) -> SimCLR:
@@ -81,10 +88,10 @@ class Classifier(nn.Module):
     """Images (n, 3, H, W) → class scores (n, classes): encoder, the head's first `tap` layers, one linear layer.
 
     Tap 0 is h itself, which v1 classifies; v2 fine-tunes from the head's first layer on (arXiv:2006.10029, Sec. 2). The rest of
-    the head is thrown away.
+    the head is thrown away. The linear layer begins as `linear_classifier` has it.
     """
 
-    def __init__(self, encoder: ResNet, head: ProjectionHead | None, tap: int, classes: int) -> None:
+    def __init__(self, encoder: ResNet, head: ProjectionHead | None, tap: int, classes: int, seed: int = 0) -> None:
         super().__init__()
         layers = len(head.layers) if head is not None else 0
         if not 0 <= tap <= layers:
@@ -92,9 +99,7 @@ class Classifier(nn.Module):
         self.encoder, self.tap = encoder, tap
         self.head = nn.Sequential(*head.layers[:tap]) if head is not None else nn.Sequential()
         width = head.widths[tap] if head is not None else encoder.d_h
-        self.classifier = nn.Linear(width, classes)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = linear_classifier(width, classes, seed)
 
     def forward(self, x: Tensor) -> Tensor:
         scores: Tensor = self.classifier(self.head(self.encoder(x)))

@@ -88,7 +88,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
     set_backends(precision, device)
 
     # ── Model and optimizer, fresh or from a checkpoint ────────────────────────────────────────────────────────────
-    model = build_model(config, classes).to(device, dtype).to(memory_format=torch.channels_last)
+    model = build_model(config, classes, drawn=start.checkpoint is None).to(device, dtype).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config.optim)
     step = first = 0
     if start.checkpoint is not None:

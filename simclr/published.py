@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simclr import config as configs
-from simclr.model import Classifier, ProjectionHead
+from simclr.initial import unfilled
+from simclr.model import Classifier, ProjectionHead, build_head
 from simclr.resnet import ResNet, build_encoder
 from simclr.views import centre_boxes, crop_resize
 
@@ -157,7 +158,7 @@ def write_encoder(
 def read_encoder(directory: Path) -> PublishedEncoder:
     """See `simclr.load_encoder`."""
     text = read_text(directory)
-    encoder = build_encoder(configs.Encoder(**text["encoder"]))
+    encoder = unfilled(lambda: build_encoder(configs.Encoder(**text["encoder"])))
     _load(encoder, directory, "encoder")
     return PublishedEncoder(encoder, text).eval()
 
@@ -166,11 +167,10 @@ def read_head(directory: Path) -> ProjectionHead | None:
     """The projection head published in `directory`, or as many of its first layers as are there; None without one."""
     if not (directory / "head.safetensors").is_file():
         return None
-    text = read_text(directory)
-    config, norm = config_of(text), text["encoder"]["batchnorm"] == "per_worker"
+    config = config_of(read_text(directory))
     with torch.device("meta"):
         d_h = build_encoder(config.encoder).d_h
-    head = ProjectionHead(d_h, config.head.layers, config.head.d_out, norm)
+    head = unfilled(lambda: build_head(config, d_h))
     there = 1 + max(int(name.split(".")[1]) for name in _tensors(directory, "head"))
     del head.layers[there:]
     _load(head, directory, "head")
@@ -183,7 +183,10 @@ def read_classifier(directory: Path) -> tuple[Classifier, list[str]]:
     if "classifier" not in text:
         raise ValueError(f"{directory} holds no classifier; `simclr finetune` makes one")
     stated = text["classifier"]
-    model = Classifier(read_encoder(directory).encoder, read_head(directory), stated["tap"], len(stated["classes"]))
+    encoder, head = read_encoder(directory).encoder, read_head(directory)
+    with torch.device("meta"):
+        model = Classifier(encoder, head, stated["tap"], len(stated["classes"]))
+    model.classifier.to_empty(device="cpu")
     _load(model.classifier, directory, "classifier")
     return model.eval(), stated["classes"]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from simclr.batchnorm import BatchNorm
 from simclr.config import Encoder
+from simclr.initial import Conv2d, draw
 
 # depth → (blocks per stage, bottleneck). 8, 14, 20: three stages of 16, 32, 64 channels (arXiv:1512.03385, Sec. 4.2).
 _STAGES: dict[int, tuple[tuple[int, ...], bool]] = {
@@ -33,27 +34,34 @@ Norm = Callable[..., BatchNorm]
 
 
 def resnet(
-    depth: int, width: int = 1, sk_ratio: float = 0.0, se_ratio: float = 0.0, cifar_stem: bool = False, per_worker_norm: bool = False
+    depth: int,
+    width: int = 1,
+    sk_ratio: float = 0.0,
+    se_ratio: float = 0.0,
+    cifar_stem: bool = False,
+    per_worker_norm: bool = False,
+    seed: int = 0,
 ) -> ResNet:
     """The encoder f: images (n, 3, H, W) → representations h (n, d_h), with d_h in `.d_h`.
 
     `depth` 18 to 200 are the official networks; 8, 14 and 20 the small three-stage ones. Raises ValueError for other depths.
+    Its initial weights are those that `seed` names (`simclr.initial`), the same on every machine.
     """
     if depth not in _STAGES:
         raise ValueError(f"no ResNet of depth {depth}; choose one of {', '.join(map(str, sorted(_STAGES)))}")
-    return ResNet(depth, width, sk_ratio, se_ratio, cifar_stem, partial(BatchNorm, per_worker=per_worker_norm))
+    return ResNet(depth, width, sk_ratio, se_ratio, cifar_stem, partial(BatchNorm, per_worker=per_worker_norm), seed)
 
 
-def build_encoder(config: Encoder) -> ResNet:
-    """The encoder that `config` describes."""
+def build_encoder(config: Encoder, seed: int = 0) -> ResNet:
+    """The encoder that `config` describes, with the initial weights that `seed` names."""
     c = config
-    return resnet(c.depth, c.width, c.sk_ratio, c.se_ratio, c.cifar_stem, c.batchnorm == "per_worker")
+    return resnet(c.depth, c.width, c.sk_ratio, c.se_ratio, c.cifar_stem, c.batchnorm == "per_worker", seed)
 
 
 class ResNet(nn.Module):
     """Stem, block groups, global average. `stages(x)` gives what every part gives, for tests and taps."""
 
-    def __init__(self, depth: int, width: int, sk_ratio: float, se_ratio: float, cifar_stem: bool, norm: Norm) -> None:
+    def __init__(self, depth: int, width: int, sk_ratio: float, se_ratio: float, cifar_stem: bool, norm: Norm, seed: int) -> None:
         super().__init__()
         blocks, bottleneck = _STAGES[depth]
         base = (16 if len(blocks) == 3 else 64) * width
@@ -84,11 +92,7 @@ class ResNet(nn.Module):
                 c_in = width_here * (4 if bottleneck else 1)
             self.groups.append(nn.Sequential(*group))
         self.d_h = c_in
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                _init_fan_in(m.weight)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        draw(self, seed, "encoder")
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """(n, 3, H, W) → feature maps (n, c, h, w) after the stem and after each block group."""
@@ -102,13 +106,7 @@ class ResNet(nn.Module):
 
 
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, bias=False)
-
-
-def _init_fan_in(weight: Tensor) -> None:
-    """TensorFlow's VarianceScaling(): a normal cut at two deviations, with variance 1 / fan-in after the cut."""
-    std = (weight[0].numel()) ** -0.5 / 0.87962566103423978
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+    return Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, bias=False)
 
 
 class _SameMaxPool(nn.Module):
@@ -169,7 +167,7 @@ class _SqueezeExcite(nn.Module):
     def __init__(self, channels: int, width: int, ratio: float) -> None:
         super().__init__()
         mid = max(1, int(width * ratio))
-        self.reduce, self.expand = nn.Conv2d(channels, mid, 1), nn.Conv2d(mid, channels, 1)
+        self.reduce, self.expand = Conv2d(channels, mid, 1), Conv2d(mid, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True)))))

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from simclr import checkpoint
+from simclr import checkpoint, initial
 from simclr.config import Config
+from simclr.model import build_model
 from simclr.optim import lr_peak, warmup_cosine
 from simclr.pretrain import Report, Start, pretrain
 from tests.test_ranks import TINY
@@ -54,6 +55,26 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, tm
     a, b = (checkpoint.read(tmp_path / part / "step-000000012").tensors for part in ("whole", "parts"))
     assert a.keys() == b.keys() and any(key.startswith("optimizer.") for key in a)
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_from_its_stored_beginning_a_run_is_bitwise_the_fresh_one(
+    patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And draws no initial weights: all of the model is the checkpoint's, where memory that nobody filled holds NaN."""
+    settings = config(checkpoint_every_steps=12)
+    run(settings, patterns, tmp_path / "fresh")
+    tensors = {f"model.{name}": t for name, t in build_model(settings, 10).state_dict().items()}
+    checkpoint.write(tmp_path / "stored", checkpoint.State(0, settings.to_dict(), tensors), 1)
+    monkeypatch.setattr(initial, "deviates", None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not all(t.isfinite().all() for t in build_model(settings, 10, drawn=False).state_dict().values())
+        stored = run(settings, patterns, tmp_path / "stored")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert sorted(stored) == list(range(1, 13))
+    a, b = (checkpoint.read(tmp_path / part / "step-000000012").tensors for part in ("fresh", "stored"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def train_in_a_process(settings: Config, patterns: Path, folder: Path, told: Any) -> None:
@@ -100,7 +121,6 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_uninterrupted_run(patte
 
 
 def test_the_linear_evaluation_learns_and_no_gradient_of_it_reaches_the_encoder(patterns: Path, tmp_path: Path) -> None:
-    from simclr.model import build_model
     from simclr.pretrain import _classify
 
     settings = config(checkpoint_every_steps=12)

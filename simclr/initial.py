@@ -1,0 +1,172 @@
+"""Initial weights as pure functions of (seed, name of the parameter, element), the same bits on every machine.
+
+A generator's stream is not enough for that: `nn.init.trunc_normal_` draws other values in torch 2.11 than in 2.15 from the same
+seed, and what is drawn first moves all that comes after. Here every weight has an address in `simclr.keyed`, so an encoder's do
+not depend on the head, loss or classifier beside it. Only +, −, ×, ÷, √ and exact operations on bits make a normal deviate of
+the uniform one: IEEE 754 fixes their results, while log and exp differ between processors and versions of numpy.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from simclr import keyed
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# Rational approximations of the normal quantile, lowest power first: M. J. Wichura, "Algorithm AS 241: the percentage points of
+# the normal distribution", Applied Statistics 37 (1988), routine PPND16. Of its three regions the last begins at a probability
+# of e^-25, which 32 random bits never reach.
+# fmt: off
+_MIDDLE = (
+    (3.3871328727963666080, 133.14166789178437745, 1971.5909503065514427, 13731.693765509461125,
+     45921.953931549871457, 67265.770927008700853, 33430.575583588128105, 2509.0809287301226727),
+    (1.0, 42.313330701600911252, 687.18700749205790830, 5394.1960214247511077,
+     21213.794301586595867, 39307.895800092710610, 28729.085735721942674, 5226.4952788528545610),
+)
+_TAIL = (
+    (1.42343711074968357734, 4.63033784615654529590, 5.76949722146069140550, 3.64784832476320460504,
+     1.27045825245236838258, 0.241780725177450611770, 0.0227238449892691845833, 7.74545014278341407640e-4),
+    (1.0, 2.05319162663775882187, 1.67638483018380384940, 0.689767334985100004550,
+     0.148103976427480074590, 0.0151986665636164571966, 5.47593808499534494600e-4, 1.05075007164441684324e-9),
+)
+# fmt: on
+_LN2, _SQRT_HALF = 0.69314718055994530942, 0.70710678118654752440
+_ATANH = tuple(1 / (2 * k + 1) for k in range(11))  # of atanh(s) / s in s²; where s² < 0.03 the next term is below 1e-17
+
+_INSIDE_TWO = 0.95449973610364158560
+"""Φ(2) − Φ(−2), the share of a normal distribution within two deviations."""
+_DEVIATION_INSIDE_TWO = 0.87962566103423978
+"""Standard deviation of a standard normal that is cut at two."""
+_CHUNK = 1 << 15
+"""Weights that are drawn at a time: some arrays of 8 bytes a weight fit in a core's cache together. A multiple of 4."""
+
+
+def normal_quantile(q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """z with Φ(z) = 1/2 + q, to a few units of the 16th digit, for |q| ≤ 1/2 − e^-25. q is (n,), and counts from the middle
+    because both tails are as fine as each other there."""
+    tails = np.flatnonzero(np.abs(q) > 0.425)
+    z = _ratio(0.180625 - q * q, _MIDDLE)
+    z *= q
+    beyond = q[tails]
+    p = 0.5 - np.abs(beyond)
+    assert not len(p) or p.min() > 1.4e-11
+    z[tails] = np.copysign(_ratio(np.sqrt(-_log(p)) - 1.6, _TAIL), beyond)
+    return z
+
+
+def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """ln x: of x = m 2^e with m from √½ to √2, e ln 2 + 2 atanh((m − 1) / (m + 1))."""
+    m, e = np.frexp(x)
+    small = m < _SQRT_HALF
+    m = np.where(small, m + m, m)
+    s = (m - 1) / (m + 1)
+    log: NDArray[np.float64] = (e - small) * _LN2 + 2 * s * _polynomial(s * s, _ATANH)
+    return log
+
+
+def _ratio(x: NDArray[np.float64], of: tuple[tuple[float, ...], tuple[float, ...]]) -> NDArray[np.float64]:
+    y = _polynomial(x, of[0])
+    y /= _polynomial(x, of[1])
+    return y
+
+
+def _polynomial(x: NDArray[np.float64], coefficients: tuple[float, ...]) -> NDArray[np.float64]:
+    """By Horner's rule, one rounding for each operation: a fused multiply-add would round once for two."""
+    y = x * coefficients[-1]
+    for coefficient in coefficients[-2:0:-1]:
+        y += coefficient
+        y *= x
+    y += coefficients[0]
+    return y
+
+
+def deviates(seed: int, name: str, start: int, stop: int, cut: bool) -> NDArray[np.float64]:
+    """Elements `start` to `stop` of the parameter `name` as standard normal deviates, with `cut` within two deviations.
+
+    Element i is the quantile at (word + 1/2) / 2^32, of word i % 4 at `keyed`'s address (seed, "weights", CRC-32 of the name,
+    i // 4). So the uncut ones reach 6.3 deviations.
+    """
+    first = start // 4
+    ids = np.arange(first, -(-stop // 4), dtype=np.int64)
+    words = keyed.bits(seed, "weights", zlib.crc32(name.encode()), ids, 0, 4).reshape(-1)[start - 4 * first : stop - 4 * first]
+    q = words.astype(np.float64)
+    q -= 2.0**31 - 0.5  # exact, as the next line is
+    q *= 2.0**-32
+    if cut:
+        q *= _INSIDE_TWO
+    return normal_quantile(q)
+
+
+class Conv2d(nn.Conv2d):
+    """Torch's, whose memory holds nothing yet: torch's constructor would draw weights of its own from its global generator.
+    Whoever makes one calls `draw` or loads the weights."""
+
+    def reset_parameters(self) -> None:
+        """Draws nothing."""
+
+
+class Linear(nn.Linear):
+    """As `Conv2d`."""
+
+    def reset_parameters(self) -> None:
+        """Draws nothing."""
+
+
+def draw(module: nn.Module, seed: int, prefix: str) -> None:
+    """Fill every convolution and linear map in `module` with initial weights in float32; biases get 0. Tensors on the meta device
+    stay as they are, and so does torch's generator.
+
+    `prefix` stands before the names in `module`, as in "encoder.stem.0.weight". Elements are counted row by row of the logical
+    shape. Convolutions get TensorFlow's VarianceScaling() as in the official code: a normal cut at two deviations, with variance
+    1 / fan-in after the cut; linear maps N(0, 0.01²). Neither threads (torch's number) nor chunks change a bit.
+    Raises ValueError for a seed that no config could hold.
+    """
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"the seed of the initial weights is {seed}; expected a whole number from 0 to 2^63 - 1")
+    jobs: list[Callable[[], None]] = []
+    filled: list[tuple[Tensor, NDArray[np.float32]]] = []
+    for path, layer in module.named_modules():
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if layer.weight.is_meta:
+            continue
+        weight, cut = layer.weight.detach(), isinstance(layer, nn.Conv2d)
+        std = 1 / (math.sqrt(weight[0].numel()) * _DEVIATION_INSIDE_TWO) if cut else 0.01
+        own = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+        values = weight.numpy() if own else np.empty(weight.shape, dtype=np.float32)
+        if not own:
+            filled.append((weight, values))
+        name, flat = ".".join(part for part in (prefix, path, "weight") if part), values.reshape(-1)
+        jobs += [partial(_fill, flat, seed, name, at, std, cut) for at in range(0, flat.size, _CHUNK)]
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
+    for weight, values in filled:
+        weight.copy_(torch.from_numpy(values))
+
+
+def _fill(flat: NDArray[np.float32], seed: int, name: str, start: int, std: float, cut: bool) -> None:
+    stop = min(start + _CHUNK, flat.size)
+    z = deviates(seed, name, start, stop, cut)
+    z *= std
+    flat[start:stop] = z
+
+
+def unfilled(build: Callable[[], Module]) -> Module:
+    """What `build` makes, on the CPU, with memory that holds nothing yet: for who loads every tensor of its state."""
+    with torch.device("meta"):
+        module = build()
+    return module.to_empty(device="cpu")

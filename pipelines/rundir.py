@@ -4,6 +4,7 @@
     metrics.jsonl   one line per report
     checkpoints/    step-…/ (see simclr.checkpoint)
     encoder/        the published form of the newest checkpoint's encoder
+    compiled/       what torch.compile made (see pipelines.compile_cache)
     timings.json    seconds of each command so far
     evaluation.json scores; pictures.npz: what the report shows; report.html
 """

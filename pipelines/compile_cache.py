@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import importlib.metadata
 import json
 import os
 import secrets
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipelines.rundir import installed
 from simclr import disk
 from simclr.config import Config
 
@@ -60,7 +60,7 @@ def facts(config: Config, workers: int, device: torch.device) -> dict[str, Any]:
     import torch
 
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
-    found: dict[str, Any] = {"torch": torch.__version__, "triton": _version("triton"), "device": chip, "workers": workers}
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": installed("triton"), "device": chip, "workers": workers}
     return found | {name: value for name, value in config.flat().items() if name.startswith(_SHAPING)}
 
 
@@ -167,10 +167,3 @@ def _require_own(path: Path, found: os.stat_result) -> None:
             f"{path} is not this user's alone (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}); expected owner "
             f"{os.geteuid()}, and that nobody else can write; remove it"
         )
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"

@@ -4,7 +4,11 @@ never taken from somebody else."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,3 +300,34 @@ def test_a_second_process_compiles_nothing(ranks: Ranks, tmp_path: Path) -> None
     assert same == loss
     assert first["fxgraph_cache_miss"] == 2 and first["autograd_cache_miss"] == 1 and "autograd_cache_hit" not in first  # both ways
     assert second["autograd_cache_hit"] == 1 and second["fxgraph_cache_hit"] == 2 and not any("miss" in name for name in second), second
+
+
+@pytest.mark.compile
+def test_the_commands_keep_what_they_compiled(patterns: Path, tmp_path: Path) -> None:
+    """Two workers train, lose their last step, and go on from the checkpoint before it with an empty disk of torch's, as on other nodes:
+    nothing that they need is missing in the run, so nothing is written there. Fine-tuning keeps its own."""
+    pytest.importorskip("ray")
+    run, tuned, compiled = tmp_path / "run", tmp_path / "tuned", Path("compiled", "cpu.bin")
+    words = ["pretrain", "patterns_tiny", "--data", patterns, "--run", run, "--workers", 2, "--train.compile", "--train.batch-size", 24]
+    words += ["--train.steps", 2, "--train.checkpoint-every-steps", 1]
+    command(tmp_path, "one", *words)
+    before = (run / compiled).stat()
+    assert before.st_mode & 0o777 == 0o600
+    shutil.rmtree(max((run / "checkpoints").glob("step-*")))
+    said = command(tmp_path, "two", *words)
+    after = (run / compiled).stat()
+    assert "after step 1 of 2" in said and "anew" not in said and "not kept" not in said, said
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert json.loads(max((run / "checkpoints").glob("step-*")).joinpath("checkpoint.json").read_text())["step"] == 2
+    command(tmp_path, "one", "finetune", run, "--run", tuned, "--workers", 2, "--compile", "--epochs", 1, "--batch-size", 60)
+    facts = json.loads((tuned / compiled).read_bytes().splitlines()[1])
+    assert facts["workers"] == 2 and facts["train.batch_size"] == 60 and "tap" in facts
+
+
+def command(folder: Path, disk: str, *words: object) -> str:
+    """What `simclr` says, of a user whose home is in `folder`, on a machine where torch has its `disk`."""
+    environment = os.environ | {"HOME": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / disk)}
+    arguments = [sys.executable, "-m", "pipelines.cli", *map(str, words)]
+    done = subprocess.run(arguments, env=environment, cwd=folder, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr

@@ -1,9 +1,11 @@
 # make demo    the whole job on this machine, in about four minutes; installs what is missing
 # make test    lint, types, tests; installs what is missing
 # make test-cluster    tests that start clusters of their own: ray up, faults, a TPU slice; as root
+# make test-compile    tests that compile networks with Inductor, in minutes
+# make test-torch211   the tests of what touches torch, under the oldest torch that we take, in an environment of its own
 # make lock    renew requirements.lock after a change of pyproject.toml
 
-.PHONY: setup demo test test-cluster lock
+.PHONY: setup demo test test-cluster test-compile test-torch211 lock
 .SILENT:
 
 setup:
@@ -19,6 +21,12 @@ test: setup
 
 test-cluster: setup
 	.venv/bin/pytest -m cluster -rs
+
+test-compile: setup
+	.venv/bin/pytest -m compile
+
+test-torch211: setup
+	./tests/torch211.sh
 
 # Names versions and hashes for Python 3.11 and 3.12, and no address of an index.
 lock: setup

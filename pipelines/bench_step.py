@@ -90,9 +90,7 @@ def our_step(config: Config, views: Tensor) -> Step:
     n = config.images_per_rank(world_size())
     model = build_model(config).to(views.device, _dtype(config)).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, config.optim)
-    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients)
-    if config.train.compile:
-        network.compile()
+    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients, config.train.compile)
     peak, taken = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling), 0
 
     def contrast(z: Tensor) -> Tensor:

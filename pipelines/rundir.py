@@ -4,6 +4,7 @@
     metrics.jsonl   one line per report
     checkpoints/    step-…/ (see simclr.checkpoint)
     encoder/        the published form of the newest checkpoint's encoder
+    compiled/       what torch.compile made (see pipelines.compile_cache)
     timings.json    seconds of each command so far
     evaluation.json scores; pictures.npz: what the report shows; report.html
 """
@@ -169,7 +170,7 @@ class Run:
 
 def environment() -> dict[str, str]:
     """This machine and the versions that matter, for people."""
-    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "ray", "mlflow", "ffcv")}
+    versions = {name: version.partition("+")[0] for name in ("torch", "ray", "mlflow", "ffcv") if (version := installed(name))}
     models = [line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
     cpu = models[0] if models else platform.processor()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -177,6 +178,14 @@ def environment() -> dict[str, str]:
         "machine": f"{os.cpu_count()} cores, {cpu or platform.machine()}, {memory:.0f} GiB",
         "versions": ", ".join([f"Python {platform.python_version()}", *(f"{name} {v}" for name, v in versions.items())]),
     }
+
+
+def installed(package: str) -> str:
+    """Its version; "" where it is not there, as Ray and MLflow are not where only benchmarks run."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _lines(path: Path) -> list[str]:

@@ -134,11 +134,14 @@ def _train(job: Job, began: float) -> Run:
 
 
 def _launch(job: Job) -> cluster.Running:
+    from pipelines import compile_cache
     from pipelines.worker import train_worker
 
     run = job.run
     told: dict[str, Any] = {"stage": run.stage, "config": run.config.to_dict(), "data": run.data_at or str(run.data.absolute())}
     told |= {"run": str(job.home.at or run.path.absolute()), "created": run.created, "given": job.given}
+    if run.config.train.compile and job.home.at is None:
+        told["compile_key"] = compile_cache.secret(say)
     return cluster.launch(train_worker, told, job.resources, run.path / "ray")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 def train_worker(job: dict[str, Any]) -> None:
     """Train `job["config"]`, of the stage `job["stage"]`, on the shards in `job["data"]`, from the newest whole checkpoint in
     `job["run"]`, if any. `job["given"]` is what the stage's loop takes besides: ids, the images whose labels it sees.
+    `job["compile_key"]` signs compiled code (see `compile_cache`).
 
     Both are directories or s3://…, of which each node has a copy. Rank 0 puts every report into the queue `job["inbox"]` and
     writes checkpoints. Started again after a failure, it goes on from the last one.
@@ -20,7 +21,7 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from pipelines import heartbeat, storage
+    from pipelines import compile_cache, heartbeat, storage
     from pipelines.allocator import keep_freed_memory
     from pipelines.gauges import Gauges, with_last_checkpoint
     from pipelines.saving import SCORES, Saver
@@ -42,7 +43,11 @@ def train_worker(job: dict[str, Any]) -> None:
         keep_freed_memory()
     # Every rank asks for its role's credentials at once, and boto3 asks once, for a second.
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "8")
-    patiently = partial(storage.patiently, tell=lambda text: put.remote({"say": f"rank {me}: {text}"} | mark))
+
+    def tell(text: str) -> None:
+        put.remote({"say": f"rank {me}: {text}"} | mark)
+
+    patiently = partial(storage.patiently, tell=tell)
     data = patiently(lambda: storage.shards(job["data"], config.train.shard_groups, config.group_of(me, world)))
     home.belongs_to(job.get("created", 0.0))
     # One rank looks: on a shared disk that is slow to show a rename, two might see different ones.
@@ -57,10 +62,11 @@ def train_worker(job: dict[str, Any]) -> None:
     if stage == "distill":
         patiently(home.fetch)
         loop = partial(loop, teacher=home.path / "teacher")
+    reports = compile_cache.remembered(loop(config, start, **job["given"]), home, config, device, job.get("compile_key", ""), tell)
     gauges = Gauges(job["run"])
     saver = Saver(home, config.train, start.checkpoint, lambda told: put.remote(told | mark)) if first else None
     with pulse.watched():
-        for report in with_last_checkpoint(storage.repaired(loop(config, start, **job["given"]), job["data"]), checkpoints, saver):
+        for report in with_last_checkpoint(storage.repaired(reports, job["data"]), checkpoints, saver):
             metrics = {**report.metrics, **gauges.show(report), "step": report.step, "total_steps": report.total_steps, **mark}
             if saver is not None:
                 sent = saver.hear(metrics)

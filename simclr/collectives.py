@@ -85,17 +85,20 @@ def from_rank_zero(value: Any) -> Any:
     return box[0]
 
 
-def data_parallel(model: nn.Module, bucket_mib: float, compress: bool) -> nn.Module:
-    """`model`, wrapped so that a backward pass leaves the mean over ranks of its gradients; `model` itself without a group.
+def data_parallel(model: nn.Module, bucket_mib: float, compress: bool, compile: bool = False) -> nn.Module:
+    """`model`, wrapped so that a backward pass leaves the mean over ranks of its gradients; without a group it needs no wrapper.
 
     Gradients travel in buckets of `bucket_mib` while the backward pass goes on; `compress` sends them as bfloat16. Statistics
-    of BatchNorm are global already, so there are no buffers to send.
+    of BatchNorm are global already, so there are no buffers to send. With `compile` the wrapper's forward pass is compiled;
+    `model` itself stays as it is, for what evaluates it.
     """
+    # Inside of DDP: torch cuts its graph where a bucket is full all the same, and DDP's own Python would be cut into ten pieces.
+    inner: Any = torch.compile(model) if compile else model
     if world_size() == 1:
-        return model
+        return inner  # type: ignore[no-any-return]
     # Its average of gradients is the second half of the exact gradient; the first is the sum in `all_gather`.
     buffers: dict[str, Any] = {_NO_BUFFERS: False}
-    network = DistributedDataParallel(model, bucket_cap_mb=bucket_mib, gradient_as_bucket_view=True, **buffers)
+    network = DistributedDataParallel(inner, bucket_cap_mb=bucket_mib, gradient_as_bucket_view=True, **buffers)
     if compress:
         network.register_comm_hook(None, bf16_compress_hook)
     # The first layer's gradient is the last to be computed: what the backward pass takes from there on is the others' time.

@@ -212,6 +212,9 @@ class Train:
         _require(self.epochs > 0, f"train.epochs is {self.epochs}; expected more than 0")
         _require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}; expected at least 1")
         _require(self.bucket_mib > 0, f"train.bucket_mib is {self.bucket_mib}; expected more than 0 MiB, DDP's default is 25")
+        # DDP's first bucket is never larger than 1 MiB, and torch cuts a compiled network only where no other is smaller.
+        small = self.compile and self.bucket_mib < 1
+        _require(not small, f"train.bucket_mib is {self.bucket_mib}; with train.compile expected at least 1")
         for name in ("shard_groups", "report_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name} is {value}; expected at least 1")

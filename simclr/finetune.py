@@ -106,9 +106,7 @@ def train_classifier(
         checkpoint.restore(state, model, optimizer)
         step = first = state.step
     _train_mode(model, linear)
-    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients)
-    if config.train.compile:
-        network.compile()
+    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients, config.train.compile)
 
     # ── Steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
     stream = loader.batches(config, start.data, step, rank(), world_size(), start.loader_threads, ids, crops=1)

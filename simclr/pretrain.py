@@ -96,9 +96,7 @@ def pretrain(config: Config, start: Start) -> Iterator[Report]:
         checkpoint.restore(state, model, optimizer)
         step = first = state.step
     model.train()
-    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients)
-    if config.train.compile:
-        network.compile()
+    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients, config.train.compile)
 
     # ── Steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
     batches = loader.on_device(loader.batches(config, start.data, step, rank(), world_size(), start.loader_threads), device)

@@ -22,16 +22,18 @@ _PATIENCE_S = 120
 class Ranks:
     """`ranks(W, function, *arguments)` runs `function(*arguments)` on W ranks and returns their results in order of ranks.
 
-    The function must be importable (a module's, not a local one). A failure on any rank raises here, with its traceback.
+    The function must be importable (a module's, not a local one). A failure on any rank raises here, with its traceback. Ranks wait
+    for each other half as long as the caller does for them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: int = _PATIENCE_S) -> None:
+        self.patience_s = patience_s
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
         for _ in range(_MOST):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, patience_s // 2), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -43,7 +45,7 @@ class Ranks:
                 pipe.send((f"{folder}/store", rank, world, function, arguments))
             answers = []
             for rank, pipe in enumerate(self.pipes[:world]):
-                assert pipe.poll(_PATIENCE_S), f"rank {rank} did not answer within {_PATIENCE_S} s"
+                assert pipe.poll(self.patience_s), f"rank {rank} did not answer within {self.patience_s} s"
                 answers.append(pipe.recv())
         failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
         assert not failed, "\n".join(failed)
@@ -55,14 +57,15 @@ class Ranks:
             process.join()
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, timeout_s: int) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if "lo" in (name for _, name in socket.if_nameindex()) else "")
     while True:
         store, rank, world, function, arguments = pipe.recv()
         try:
             if world > 1:
-                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+                timeout = timedelta(seconds=timeout_s)
+                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
             pipe.send((True, function(*arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,9 @@ def interpreted() -> list[tuple[str, float, float]]:
 
 def test_tiles_equal_the_definition(within: Within) -> None:
     """In a process of its own: Triton decides at its import whether it is interpreted."""
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6 interprets kernels by int() of arrays of one element, which numpy refuses since 2.4")
     program = "import json; from tests.test_nt_xent_kernels import interpreted; print(json.dumps(interpreted()))"
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False

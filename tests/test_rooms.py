@@ -121,7 +121,7 @@ def test_the_method_knows_no_framework_around_it() -> None:
 
 
 def test_files_stay_short() -> None:
-    budget = {ROOT / "simclr/pretrain.py": 250, ROOT / "pipelines/worker.py": 80}
+    budget = {ROOT / "simclr/pretrain.py": 250, ROOT / "pipelines/worker.py": 90}
     for path in FILES:
         lines = len(path.read_text().splitlines())
         assert lines <= budget.get(path, 400), f"{path.relative_to(ROOT)} has {lines} lines"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +110,9 @@ def main(args: Args) -> None:
     if args.what == "all":
         from pipelines.bench_all import bench_all
 
-        bench_all(args.budget_min, args.out, args.device, args.dry, args.data)
+        if unfinished := bench_all(args.budget_min, args.out, args.device, args.dry, args.data):
+            print(f"ended otherwise than well: {', '.join(unfinished)}")
+            sys.exit(1)
         return
     for path in (args.json, args.profile):
         if path is not None:
@@ -117,15 +120,16 @@ def main(args: Args) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
     machine()  # whatever cannot be said of it should fail now, not behind the measuring
     setting = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items() if k not in ("what", "json")}
+    n = 1 if args.what in ("agreement", "cifar", "memory", "prepare") else args.trials
     rows: list[Row] = []
     for row in measure(args):
         rows.append(row)
         if args.json is not None:
-            write_json(args.json, args.what, setting, args.trials, rows, complete=False)
+            write_json(args.json, args.what, setting, n, rows, complete=False)
     for name, value in machine().items():
         print(f"{name}: {value}")
     if args.json is not None:
-        write_json(args.json, args.what, setting, args.trials, rows)
+        write_json(args.json, args.what, setting, n, rows)
 
 
 def measure(args: Args) -> Iterable[Row]:

@@ -82,7 +82,7 @@ def _graded(z: Tensor) -> tuple[float, Tensor]:
     z = z.clone().requires_grad_()
     loss = nt_xent(z, _TEMPERATURE)
     (gradient,) = torch.autograd.grad(loss, z)
-    return float(loss), gradient.double().cpu()
+    return float(loss.detach()), gradient.double().cpu()
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

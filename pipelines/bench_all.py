@@ -51,13 +51,17 @@ class Outcome:
     figure: str
     """What it found, in a line, or why it was skipped."""
     command: str
-    result: dict[str, Any] | None = None
-    """The bench's own file: setting, n, rows; as far as it came."""
+    n: int = 0
+    """Trials of each side."""
+    complete: bool = False
+    rows: tuple[Row, ...] = ()
+    """The bench's own; as far as it came, where it is not complete."""
 
 
-def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data: Path | None) -> list[Outcome]:
+def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data: Path | None) -> list[str]:
     """Run the plan of this machine, print the table, and leave in `out`: results.jsonl, a line as soon as a phase is over; bench.log, all
-    that was said; DATE-DEVICE.json, the whole, as tests/benchmarks/results/ keeps it; profiles.
+    that was said; DATE-DEVICE.json, the whole, as tests/benchmarks/results/ keeps it; profiles. Returns the names of the phases that
+    failed or were ended; of a dry run also of those for which no time was left.
 
     Raises ValueError, before anything is measured, for a device that is not there, `data` that is no folder, or an `out` that holds the
     results of another machine, version or plan.
@@ -84,7 +88,8 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
         print(f"not installed here: {', '.join(day['absent'])}")
     print(f"data: {'; '.join(f'{name}: {of}' for name, of in day['data'].items())}")
     print(f"{whole}; log and profiles beside it")
-    return outcomes
+    lacking = {phase.name for phase in phases if phase.lacks}
+    return [o.phase for o in outcomes if o.code != 0 and (o.code != "skipped" or (dry and o.phase not in lacking))]
 
 
 def run(phases: tuple[Phase, ...], out: Path, work: Path, budget_s: float, day: dict[str, Any]) -> tuple[list[Outcome], Path]:
@@ -305,21 +310,20 @@ def _outcome(phase: Phase, running: _Running, out: Path) -> Outcome:
     code, seconds = running.ended()
     if phase.makes and (written := _result_file(out, phase)).is_file():  # it ran beside others: when it ended nobody saw
         seconds = min(seconds, written.stat().st_mtime - running.at)
-    result = _result(_result_file(out, phase))
-    rows: list[Row] = result["rows"] if result else []
-    figure = phase.figure(rows) if code == 0 and rows else f"{len(rows)} rows before it ended" if rows else "nothing; see the log"
-    return Outcome(phase.name, code, round(seconds, 1), figure, shlex.join(phase.command), result)
+    n, complete, rows = _result(_result_file(out, phase))
+    figure = phase.figure(rows) if complete else f"{len(rows)} rows before it ended" if rows else "nothing; see the log"
+    return Outcome(phase.name, code, round(seconds, 1), figure, shlex.join(phase.command), n, complete, tuple(rows))
 
 
-def _result(path: Path) -> dict[str, Any] | None:
-    """What the phase wrote: setting, n, rows and whether they are all; None where it came to nothing."""
+def _result(path: Path) -> tuple[int, bool, list[Row]]:
+    """What the phase wrote: n, whether it came to its end, rows."""
     if not path.is_file():
-        return None
+        return 0, False, []
     if path.suffix == ".xml":
         suite = next(ElementTree.parse(path).iter("testsuite"))
         count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
         failed = count["failures"] + count["errors"]
         row = {"name": "tests", "passed": count["tests"] - failed - count["skipped"], "failed": failed, "skipped": count["skipped"]}
-        return {"setting": {}, "n": 1, "complete": True, "rows": [row]}
+        return 1, True, [row]
     text: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {key: text[key] for key in ("setting", "n", "complete", "rows")}
+    return text["n"], text["complete"], text["rows"]

@@ -95,7 +95,9 @@ def _sides(
     whole = replace(config, train=replace(config.train, micro_batch=None))
     made: dict[str, Call] = {}
     if data is not None:  # before anything compiles: it says what is wrong with the shards
-        stream = stack.enter_context(contextlib.closing(on_device(batches(whole, data, 0, 0, 1, threads), device)))
+        # Where every core decodes, the launches of a GPU's kernels wait for one.
+        loaders = threads if device.type == "cpu" else max(threads - 1, 1)
+        stream = stack.enter_context(contextlib.closing(on_device(batches(whole, data, 0, 0, 1, loaders), device)))
         held = next(stream)
     if {"resident", "fed"} & set(wanted):
         ours = our_step(whole, device)

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from pipelines import bench, bench_train
+from pipelines.bench_agreement import agreement
+from pipelines.bench_cifar import cifar
 from pipelines.bench_loop import around, timed
 from pipelines.bench_loss import loss
+from pipelines.bench_prepare import prepare
 from pipelines.bench_result import busiest, compared, cost, in_turn
 from pipelines.bench_scale import EXPECTED_RANKS, all_gather_s, model, ring_all_reduce_s, scale, small_all_reduce_s
 from pipelines.bench_step import our_step, plain_step, resident, resident_views, step
@@ -102,6 +105,27 @@ def test_bench_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
         bench.main(bench.Args(what="cifar"))
     with pytest.raises(ValueError, match="--latency-us is 0"):
         scale(tiny(), 6, 1, 1, "cpu", latency_us=0)
+
+
+# ── Agreement ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_cpu_agrees_with_itself_but_for_the_precision(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prepare("small", None, tmp_path / "shards", 16, 1)
+    rows = {row["name"]: row for row in agreement(tiny(), tmp_path / "shards", 1, CPU)}
+    same = [row for name, row in rows.items() if "bfloat16" not in name]
+    assert len(same) == 2 + 7 + 1 and all(row.get("deviation", row.get("gradient")) == 0 for row in same)
+    half = rows["first steps, bfloat16"]
+    assert 0 < half["deviation"] < 1 and len(half["losses"]) == len(half["cpu_losses"]) == 1 + 3 and "blocking" not in half
+    out = capfd.readouterr().out
+    assert "views, 224 px              4 images, largest difference 0.0e+00" in out and "NT-Xent, bfloat16, d = 2048 loss 0.0e+00" in out
+
+
+def test_cifar_wants_labels_and_an_epoch(photographs: Path, patterns: Path) -> None:
+    with pytest.raises(ValueError, match="has 0 classes and train; expected labelled images, also to test"):
+        cifar("tiny", tiny(), photographs, 1, 1, CPU)
+    with pytest.raises(ValueError, match="--epochs is 0"):
+        cifar("tiny", tiny(), patterns, 0, 1, CPU)
 
 
 # ── Train ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -93,8 +93,8 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
 
 
 def run(phases: tuple[Phase, ...], out: Path, work: Path, budget_s: float, day: dict[str, Any]) -> tuple[list[Outcome], Path]:
-    """Run in folder `work` those of `phases` that `out` has no result of, one after the other, as long as `budget_s` lasts; `makes`
-    runs beside the others. Returns all outcomes, and the file that holds the whole."""
+    """Run in folder `work` those of `phases` that `out` has no result of, one after the other, as long as `budget_s` lasts, but for
+    those that run `beside` the others. Returns all outcomes, and the file that holds the whole."""
     began, day, done = time.monotonic(), _same_day(out, day), _done(out, phases)
     open_ = [p for p in phases if p.name not in done or (p.makes and any(q.needs == p.makes and q.name not in done for q in phases))]
     device = "dry" if day["size"] == "dry" else re.sub(r"\W+", "-", str(day.get("gpus", "cpu")).rpartition("× ")[2].lower()).strip("-")
@@ -109,7 +109,9 @@ def run(phases: tuple[Phase, ...], out: Path, work: Path, budget_s: float, day: 
         _append(out / "results.jsonl", asdict(outcome))
         in_order = [outcomes[p.name] for p in phases if p.name in outcomes]
         disk.write_text(whole, json.dumps(day | {"phases": [asdict(o) for o in in_order]}, indent=1, ensure_ascii=False) + "\n")
-        say(f"{time.monotonic() - began:5.0f} s  {outcome.phase}: {outcome.code}, {outcome.seconds:.0f} s, {outcome.figure}")
+        said = f"{outcome.phase}: {outcome.code}, {outcome.seconds:.0f} s, {outcome.figure}"
+        say(f"{time.monotonic() - began:5.0f} s  {said}")
+        print(f"===== {said}", file=log, flush=True)
 
     with (out / "bench.log").open("a", encoding="utf-8") as log, contextlib.ExitStack() as stack:
         for phase in open_:
@@ -120,10 +122,9 @@ def run(phases: tuple[Phase, ...], out: Path, work: Path, budget_s: float, day: 
             if why := _why_not(phase, left_s, work):
                 over(Outcome(phase.name, "skipped", 0.0, why, shlex.join(phase.command)))
                 continue
-            log.write(f"\n===== {phase.name} at {time.monotonic() - began:.0f} s: {shlex.join(phase.command)}\n")
-            log.flush()
+            print(f"\n===== {phase.name} at {time.monotonic() - began:.0f} s: {shlex.join(phase.command)}", file=log, flush=True)
             started = _started(phase, out, work, log, min(phase.limit_s, left_s), day["size"])
-            if phase.makes:
+            if phase.beside:
                 beside[phase.makes] = phase, stack.enter_context(started)
                 continue
             with started as running:
@@ -308,7 +309,7 @@ def _result_file(out: Path, phase: Phase) -> Path:
 
 def _outcome(phase: Phase, running: _Running, out: Path) -> Outcome:
     code, seconds = running.ended()
-    if phase.makes and (written := _result_file(out, phase)).is_file():  # it ran beside others: when it ended nobody saw
+    if phase.beside and (written := _result_file(out, phase)).is_file():  # it ran beside others: when it ended nobody saw
         seconds = min(seconds, written.stat().st_mtime - running.at)
     n, complete, rows = _result(_result_file(out, phase))
     figure = phase.figure(rows) if complete else f"{len(rows)} rows before it ended" if rows else "nothing; see the log"

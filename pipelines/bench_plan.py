@@ -27,7 +27,9 @@ class Phase:
     figure: Figure
     """Its rows → what is worth knowing, in a line."""
     makes: str = ""
-    """It runs beside what follows, and leaves these shards."""
+    """It leaves these shards."""
+    beside: bool = False
+    """It runs beside what follows, until somebody needs its shards."""
     needs: str = ""
     """The shards that it waits for."""
     lacks: str = ""
@@ -139,7 +141,7 @@ _PLAN = (
         makes="cifar10",
         figure=_prepared,
         gpu=Run("--images 50000", 12, 90),
-        cpu=Run("--images 4000", 12, 90),
+        cpu=Run("--images 4000", 15, 180),
         dry=Run("--images 200", 8, 180),
     ),
     Line(
@@ -173,7 +175,7 @@ _PLAN = (
         what="loss --precision bfloat16",
         figure=_loss,
         gpu=Run("--batches 512 4096 8192 32768 131072", 15, 60),
-        cpu=Run("--batches 512 1024 2048", 15, 60),
+        cpu=Run("--batches 512 1024", 12, 90),
         dry=Run("--batches 64 --trials 1", 10, 180),
     ),
     Line(
@@ -233,7 +235,7 @@ _PLAN = (
         what="loss",
         figure=_loss,
         gpu=Run("--batches 4096 32768", 30, 60),
-        cpu=Run("--batches 1024 2048", 15, 60),
+        cpu=Run("--batches 1024 2048", 20, 90),
         dry=Run("--batches 64 --trials 1", 10, 180),
     ),
     Line(
@@ -282,7 +284,7 @@ def _phase(line: Line, size: Size, threads: int, archives: dict[str, Path | None
     lacks = run if isinstance(run, str) else ""
     if line.what.startswith("train") and not ray:
         lacks = "ray is not installed"
-    run = line.dry if isinstance(run, str) else run
+    run = line.gpu if isinstance(run, str) else run
     under_ray = line.what.startswith("train") and threads > 1  # a core for Ray's own processes
     words = [*shlex.split(line.what), *shlex.split(run.words), "--threads", str(threads - under_ray)]
     if line.makes and (archive := archives[line.makes]) is not None:
@@ -296,6 +298,7 @@ def _phase(line: Line, size: Size, threads: int, archives: dict[str, Path | None
         limit_s=run.limit_s,
         figure=line.figure,
         makes=line.makes,
+        beside=bool(line.makes) and size != "cpu",  # two cores would share with it what they are measured by
         needs=line.needs,
         lacks=lacks,
     )

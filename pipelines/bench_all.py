@@ -33,7 +33,7 @@ from simclr import disk
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = 1
-_ARCHIVES = {"cifar10": "cifar10*.tar*", "photographs": "*photo*.tar*"}  # shards → the file in --data that they are made of
+_ARCHIVES = {"small": "cifar10*.tar*", "photographs": "*photo*.tar*"}  # shards → the file in --data that they are made of
 _PROGRAMS = {"simclr": ("-m", "pipelines.cli"), "pytest": ("-m", "pytest"), "python": ()}
 _PEERS = ("ray", "mlflow", "kornia", "lightly")  # a bench leaves out what it would compare with, or is left out itself
 _WORTH = 0.8  # of what a phase is expected to take: with less time left it is not begun
@@ -86,7 +86,7 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
     print(f"\n{day['gpus'] if 'gpus' in day else day['machine']}; {day['versions']}")
     if day["absent"]:
         print(f"not installed here: {', '.join(day['absent'])}")
-    print(f"data: {'; '.join(f'{name}: {of}' for name, of in day['data'].items())}")
+    print(f"data: {' and '.join(day['data'].values())}")
     print(f"{whole}; log and profiles beside it")
     lacking = {phase.name for phase in phases if phase.lacks}
     return [o.phase for o in outcomes if o.code != 0 and (o.code != "skipped" or (dry and o.phase not in lacking))]
@@ -173,7 +173,8 @@ def _gpu_tests() -> tuple[str, ...]:
 
 def _day(size: Size, archives: dict[str, Path | None]) -> dict[str, Any]:
     """What all results have in common."""
-    given = {shards: "rendered" if archive is None else archive.name for shards, archive in archives.items()}
+    rendered = {"small": "rendered patterns", "photographs": "rendered photographs"}
+    given = {shards: rendered[shards] if archive is None else archive.name for shards, archive in archives.items()}
     absent = [name for name in _PEERS if importlib.util.find_spec(name) is None]
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {"schema": SCHEMA, "what": "all", "size": size, **machine(), "absent": absent, "data": given, "date": date}

@@ -121,13 +121,13 @@ def test_shards_are_made_beside_the_first_phases_and_waited_for(tmp_path: Path) 
 
 @pytest.mark.parametrize("size", get_args(Size))
 def test_every_command_of_the_plan_is_one(size: Size) -> None:
-    phases = plan(size, 2, {"cifar10": Path("cifar10.tar.xz"), "photographs": None}, ("tests/test_ranks.py",), ray=False)
+    phases = plan(size, 2, {"small": Path("cifar10.tar.xz"), "photographs": None}, ("tests/test_ranks.py",), ray=False)
     assert len({p.name for p in phases}) == len(phases) == 15 and all(0 < p.expected_s < p.limit_s for p in phases)
-    assert {p.needs for p in phases} - {""} == {p.makes for p in phases} - {""} == {"cifar10", "photographs"}
+    assert {p.needs for p in phases} - {""} == {p.makes for p in phases} - {""} == {"small", "photographs"}
     for phase in phases:
         if phase.command[0] == "simclr":
             args = parse("bench", bench.Args, list(phase.command[2:]))
-            assert args.threads in (1, 2) and (args.data == Path("cifar10.tar.xz")) == (phase.makes == "cifar10")
+            assert args.threads in (1, 2) and (args.data == Path("cifar10.tar.xz")) == (phase.makes == "small")
     assert phases[-1].lacks == "ray is not installed"
     # What the other phases take, on a GPU, fits into the nine minutes that it is asked for, with the last ones' share to spare.
     assert size != "gpu" or sum(p.expected_s for p in phases[2:-3]) < 540
@@ -202,12 +202,12 @@ def test_no_bench_but_those_of_ray_train_needs_ray_mlflow_or_a_peer(tmp_path: Pa
 
 
 def test_two_real_phases_leave_their_rows(tmp_path: Path) -> None:
-    phases = plan("dry", 1, {"cifar10": None, "photographs": None}, (), ray=False)
-    chosen = tuple(p for p in phases if p.name in ("shards of CIFAR-10", "device", "GPU tests"))
+    phases = plan("dry", 1, {"small": None, "photographs": None}, (), ray=False)
+    chosen = tuple(p for p in phases if p.name in ("shards, small images", "device", "GPU tests"))
     out = tmp_path / "out"
     out.mkdir()
     outcomes, whole = run(chosen, out, tmp_path, 300.0, DAY)
-    assert [(o.phase, o.code) for o in outcomes] == [("shards of CIFAR-10", 0), ("device", 0), ("GPU tests", "skipped")]
+    assert [(o.phase, o.code) for o in outcomes] == [("shards, small images", 0), ("device", 0), ("GPU tests", "skipped")]
     assert outcomes[0].figure.startswith("240 images, ") and outcomes[2].figure == "neither tests nor pytest here"
     assert re.fullmatch(r"copy \d+ GB/s, bfloat16 \d+\.\d\d TFLOP/s", outcomes[1].figure)
     text = whole.read_text()

@@ -2,66 +2,91 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import importlib.util
 import shutil
 import statistics
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing.queues import Queue
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines import cluster
+from pipelines.bench_held import held, steps_of
 from pipelines.bench_result import WARM_STEPS, Row, compared, in_turn
 from simclr.config import Config
 
+_ENDLESS = 1_000_000  # windows: the schedule ends never
 
-def loop(name: str, config: Config, data: Path, steps: int, trials: int, threads: int) -> list[Row]:
-    """Print and return Ray's share: the median over pairs of trials of step under Ray ÷ step of the bare generator."""
-    config = timed(config, steps)
+
+def loop(name: str, config: Config, data: Path, steps: int, trials: int, threads: int, window_s: float = 2.0) -> list[Row]:
+    """Print and return Ray's share: the median over pairs of step under Ray ÷ step of the bare generator, each in one process that
+    compiles once. A step is the mean over a window of `steps` − 5 steps, or of as many as last `window_s` seconds: see `around`."""
+    require_ray("loop")
     bare, ray = "bare generator", "Ray Train, 1 worker"
-    sides = {bare: lambda: 1e3 * _bare(config, data, threads), ray: lambda: 1e3 * under_ray(config, data, threads)}
-    rows = compared(in_turn(sides, trials, "ms"), "ms", bare)
-    print(f"step of {name}, N = {config.train.batch_size}, {threads} threads, median of {steps - WARM_STEPS} steps, n = {trials}")
+    with held(partial(_bare, config.to_dict(), str(data), threads)) as side:
+        taken = steps_of(side, steps, window_s)
+        asked = {bare: lambda: 1e3 * side.step_s(taken)}
+        before = in_turn(asked, trials, "ms")
+        told = [1e3 * step_s for step_s in under_ray(timed(config, taken, trials), data, threads)]
+        rows = compared(around(before, in_turn(asked, trials, "ms")) | {ray: told}, "ms", bare)
+    print(f"step of {name}, N = {config.train.batch_size}, {threads} threads, windows of {taken} steps, n = {trials}")
     for row in rows:
         more = f"   {100 * (row['ratio'] - 1):+.1f} % (pairs {row['low']:.3f} … {row['high']:.3f} ×)" if row["name"] == ray else ""
         print(f"{row['name']:<19} {row['median']:8,.1f} ms{more}")
     return rows
 
 
-def timed(config: Config, steps: int) -> Config:
-    """`config` for `steps` steps that report every 5, with one checkpoint and one small evaluation, after the last."""
-    train = replace(config.train, steps=steps, report_every_steps=WARM_STEPS, checkpoint_every_steps=steps)
+def around(before: dict[str, list[float]], behind: dict[str, list[float]]) -> dict[str, list[float]]:
+    """What to compare trial i of a job in the middle with: the mean of two trials as far from its middle, one before and one behind.
+    So what grows or falls steadily while all are timed falls on both."""
+    return {side: [statistics.fmean(pair) for pair in zip(before[side], behind[side][::-1], strict=True)] for side in before}
+
+
+def require_ray(what: str) -> None:
+    """Raise ValueError, before anything is measured, where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError(f"ray is not installed, and `simclr bench {what}` trains under it; install it, or take `bench step --data DIR`")
+
+
+def timed(config: Config, window: int, windows: int) -> Config:
+    """`config` for a window that is not counted and `windows` that are, each a report, with one checkpoint and one small evaluation,
+    after the last."""
+    steps = (windows + 1) * max(window, WARM_STEPS)
+    train = replace(config.train, steps=steps, report_every_steps=max(window, WARM_STEPS), checkpoint_every_steps=steps)
     # The last step is always evaluated; what that costs is not asked here.
     return replace(config, train=train, watch=replace(config.watch, bank=64, queries=64, k=1, every_epochs=0))
 
 
-def _bare(config: Config, data: Path, threads: int) -> float:
-    """Median seconds of a step of the generator alone, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    answer: Queue[float] = context.Queue()
-    process = context.Process(target=_run_bare, args=(config.to_dict(), str(data), threads, answer))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"the bare loop ended with code {process.exitcode}")
-    return answer.get()
-
-
-def _run_bare(config: dict[str, object], data: str, threads: int, answer: Queue[float]) -> None:
+def _bare(values: dict[str, Any], data: str, threads: int) -> Callable[[int], float]:
+    """Number of steps → seconds of one, of the generator alone, which reports behind each window. Between two windows it waits where it
+    is, and the loader prepares three batches in advance."""
     import torch
 
     from pipelines.allocator import keep_freed_memory
-    from simclr.pretrain import Start, pretrain
+    from simclr.pretrain import Report, Start, pretrain
 
     torch.set_num_threads(threads)
     keep_freed_memory()
-    steps = [r.metrics | {"step": r.step} for r in pretrain(Config.from_dict(config), Start(Path(data), threads=threads))]
-    answer.put(_steady(steps))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reports: dict[int, Iterator[Report]] = {}
+
+    def ask(steps: int) -> float:
+        steps = max(steps, WARM_STEPS)
+        if steps not in reports:
+            reports.clear()  # ends the one before
+            reports[steps] = pretrain(timed(Config.from_dict(values), steps, _ENDLESS), Start(Path(data), device, threads=threads))
+            for report in reports[steps]:  # of the first step, and of a window that is not counted
+                if report.step > 1:
+                    break
+        return next(reports[steps]).metrics["speed/step_s"]
+
+    return ask
 
 
-def under_ray(config: Config, data: Path, threads: int) -> float:
-    """Median seconds of a step of one Ray Train worker, in a Ray of its own, which ends with it."""
+def under_ray(config: Config, data: Path, threads: int) -> list[float]:
+    """Seconds of a step of one Ray Train worker in each window of a config that is `timed`, in a Ray of its own, which ends with it."""
+    from pipelines import cluster
     from pipelines.worker import train_worker
 
     folder = Path(tempfile.mkdtemp(prefix="simclr-bench-"))
@@ -71,11 +96,8 @@ def under_ray(config: Config, data: Path, threads: int) -> float:
         job: dict[str, Any] = {"stage": "pretrain", "given": {}}
         job |= {"config": config.to_dict(), "data": str(data.absolute()), "run": str(folder)}
         told = cluster.launch(train_worker, job, resources, folder / "ray").reports()
-        return _steady([report for report in told if "checkpoint" not in report])
+        window = config.train.report_every_steps
+        return [report["speed/step_s"] for report in told if "checkpoint" not in report and report["step"] > window]
     finally:
         cluster.disconnect()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _steady(reports: list[dict[str, float]]) -> float:
-    return statistics.median(r["speed/step_s"] for r in reports if r["step"] > WARM_STEPS)

@@ -1,13 +1,16 @@
-"""`simclr bench loss`: NT-Xent with its gradient, without stored logits ÷ written out in float32. Time, memory, deviation."""
+"""`simclr bench loss`: NT-Xent with its gradient, without stored logits ÷ written out in float32. Time, memory, deviation.
+
+In bfloat16 it is what a step calls: `simclr.loss.nt_xent` of projections z in bfloat16."""
 
 from __future__ import annotations
 
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,54 +18,55 @@ from torch import Tensor
 
 from pipelines.bench_result import Row, in_turn
 from simclr.kernels.nt_xent import streamed
+from simclr.loss import nt_xent
 
-WRITTEN, STREAMED = "written out", "streamed"
+WRITTEN, STREAMED, CALLED = "written out", "streamed", "of bfloat16"
 _D = 128  # dimensions of z, the papers'
 _TEMPERATURE = 0.1
 _CALLS = 5  # in a trial, of which the median counts
 _COPIES = 4  # tables of logits that the written-out form holds at its worst, and a little more
 
 
-def loss(batches: tuple[int, ...], trials: int, threads: int, device: torch.device) -> list[Row]:
-    """Print and return, for each N, milliseconds and MiB of both forms and how far their values and gradients are apart.
+def loss(
+    batches: tuple[int, ...], trials: int, threads: int, device: torch.device, precision: Literal["float32", "bfloat16"] = "float32"
+) -> Iterator[Row]:
+    """Print and give, for each N, milliseconds and MiB of both forms and how far their values and gradients are apart.
 
-    MiB are what a call adds at its peak: on a GPU the allocator's, on a CPU that of a fresh process. The written-out form is
-    left out where it would not fit.
+    MiB are what a call adds at its peak: on a GPU the allocator's, on a CPU that of a fresh process. The written-out form, always
+    float32, is left out where it would not fit.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    rows: list[Row] = []
-    print(f"NT-Xent and its gradient, float32, d = {_D}, τ = {_TEMPERATURE}, {device.type}, {threads} threads, n = {trials}")
+    ours, dtype = (STREAMED, torch.float32) if precision == "float32" else (CALLED, torch.bfloat16)
+    print(f"NT-Xent and its gradient, {precision}, d = {_D}, τ = {_TEMPERATURE}, {device.type}, {threads} threads, n = {trials}")
     for n in batches:
-        forms: dict[str, Callable[[Tensor], Tensor]] = {STREAMED: by_blocks}
+        given = {ours: projections(n, device, dtype)}
         if fits := (2 * n) ** 2 * 4 * _COPIES < _free_bytes(device):
-            forms[WRITTEN] = written_out
-        z = projections(n, device)
-        sides = {name: partial(_ms, form, z, device) for name, form in forms.items()}
-        found = in_turn(sides, trials, "ms")
-        mib = {name: _peak_mib(name, n, device) for name in forms}
-        row: Row = {"name": f"N = {n}", "n": n, "streamed_ms": statistics.median(found[STREAMED]), "streamed_mib": mib[STREAMED]}
-        print(f"N = {n:>7,}  {STREAMED} {row['streamed_ms']:>10,.1f} ms {row['streamed_mib']:>9,.0f} MiB", end="")
+            given[WRITTEN] = projections(n, device)
+        found = in_turn({name: partial(_ms, FORMS[name], z, device) for name, z in given.items()}, trials, "ms")
+        mib = {name: _peak_mib(name, n, device, z.dtype) for name, z in given.items()}
+        row: Row = {"name": f"N = {n}", "n": n, "precision": precision}
+        row |= {"streamed_ms": statistics.median(found[ours]), "streamed_mib": mib[ours]}
+        print(f"N = {n:>7,}  {ours} {row['streamed_ms']:>10,.1f} ms {row['streamed_mib']:>9,.0f} MiB", end="")
         if fits:
-            pairs = sorted(w / s for w, s in zip(found[WRITTEN], found[STREAMED], strict=True))
+            pairs = sorted(w / s for w, s in zip(found[WRITTEN], found[ours], strict=True))
             row |= {"written_ms": statistics.median(found[WRITTEN]), "written_mib": mib[WRITTEN]}
             row |= {"ratio": statistics.median(pairs), "low": pairs[0], "high": pairs[-1]}
-            row |= {"deviation": deviation(z)}
+            row |= {"deviation": deviation(given[WRITTEN], ours, given[ours])}
             print(
                 f"   {WRITTEN} {row['written_ms']:>10,.1f} ms {row['written_mib']:>9,.0f} MiB   {row['ratio']:.2f} × as fast "
                 f"(pairs {row['low']:.2f} … {row['high']:.2f}), apart {row['deviation']:.0e} of the largest gradient",
                 end="",
             )
-        print("" if fits else f"   {WRITTEN}: does not fit")
-        rows.append(row)
+        print("" if fits else f"   {WRITTEN}: does not fit", flush=True)
+        yield row
     torch.set_num_threads(before)
-    return rows
 
 
-def projections(n: int, device: torch.device) -> Tensor:
+def projections(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """(2n, d) normal rows, the second view near the first: cosines as in training."""
     first, noise = torch.randn(2, n, _D, generator=torch.Generator().manual_seed(n))
-    return torch.cat([first, first + 0.5 * noise]).to(device).requires_grad_()
+    return torch.cat([first, first + 0.5 * noise]).to(device, dtype).requires_grad_()
 
 
 def written_out(z: Tensor) -> Tensor:
@@ -79,10 +83,19 @@ def by_blocks(z: Tensor) -> Tensor:
     return streamed(unit, unit, 0, _TEMPERATURE)
 
 
-def deviation(z: Tensor) -> float:
-    """Largest difference of the two gradients, as a share of the largest entry."""
-    (a,), (b,) = (torch.autograd.grad(form(z), z) for form in (written_out, by_blocks))
-    return float((a - b).abs().max() / a.abs().max())
+def as_called(z: Tensor) -> Tensor:
+    """As a step calls it: stored or not, in which precision, is for the loss to say."""
+    return nt_xent(z, _TEMPERATURE)
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {WRITTEN: written_out, STREAMED: by_blocks, CALLED: as_called}
+
+
+def deviation(z: Tensor, name: str, same: Tensor) -> float:
+    """Largest difference of the gradients of the written-out form at z and of another at the `same` rows, as a share of the largest
+    entry."""
+    (a,), (b,) = torch.autograd.grad(written_out(z), z), torch.autograd.grad(FORMS[name](same), same)
+    return float((a - b.float()).abs().max() / a.abs().max())
 
 
 def _ms(form: Callable[[Tensor], Tensor], z: Tensor, device: torch.device) -> float:
@@ -97,22 +110,22 @@ def _ms(form: Callable[[Tensor], Tensor], z: Tensor, device: torch.device) -> fl
     return 1e3 * statistics.median(times[1:])
 
 
-def _peak_mib(name: str, n: int, device: torch.device) -> float:
+def _peak_mib(name: str, n: int, device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda":
-        z, form = projections(n, device), written_out if name == WRITTEN else by_blocks
+        z = projections(n, device, dtype)
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
-        torch.autograd.grad(form(z), z)
+        torch.autograd.grad(FORMS[name](z), z)
         return (torch.cuda.max_memory_allocated(device) - held) / 2**20
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process's own peak never falls again
-        return float(pool.apply(_added_mib, (name, n)))
+        return float(pool.apply(_added_mib, (name, n, dtype)))
 
 
-def _added_mib(name: str, n: int) -> float:
+def _added_mib(name: str, n: int, dtype: torch.dtype) -> float:
     torch.set_num_threads(1)
-    form = written_out if name == WRITTEN else by_blocks
-    torch.autograd.grad(form(small := projections(8, torch.device("cpu"))), small)  # what the libraries take
-    z = projections(n, torch.device("cpu"))
+    form, cpu = FORMS[name], torch.device("cpu")
+    torch.autograd.grad(form(small := projections(8, cpu, dtype)), small)  # what the libraries take
+    z = projections(n, cpu, dtype)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew; a spawned process begins with its parent's
     before = _kib("/proc/self/status", "VmRSS")
     torch.autograd.grad(form(z), z)

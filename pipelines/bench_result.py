@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import statistics
@@ -103,6 +104,7 @@ def busiest(samples: str) -> list[float]:
 # ── The result ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@functools.cache
 def machine() -> dict[str, str]:
     """`rundir.environment()`, with the GPUs where nvidia-smi names some."""
     found = environment()
@@ -113,7 +115,9 @@ def machine() -> dict[str, str]:
     return found
 
 
-def write_json(path: Path, what: str, setting: dict[str, Any], trials: int, rows: list[Row]) -> None:
-    """The result as a file: what, machine, versions, date (UTC), setting (the command's options), n, rows."""
+def write_json(path: Path, what: str, setting: dict[str, Any], trials: int, rows: list[Row], complete: bool = True) -> None:
+    """The result as a file: what, machine, versions, date (UTC), setting (the command's options), n, rows. It is written with each
+    row: `complete` is false in that of a bench that was ended before its last."""
     text = {"schema": SCHEMA, "what": what, **machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    disk.write_text(path, json.dumps(text | {"setting": setting, "n": trials, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    text |= {"setting": setting, "n": trials, "complete": complete, "rows": rows}
+    disk.write_text(path, json.dumps(text, indent=1, ensure_ascii=False) + "\n")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,8 @@ def _rank(rank: int, world: int, store: str, config: dict[str, Any], steps: int,
     import torch.distributed as dist
 
     from pipelines.allocator import keep_freed_memory
-    from pipelines.bench_step import our_step, rate, resident_views
+    from pipelines.bench_step import our_step, resident, resident_views
+    from pipelines.bench_timing import rate
 
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -238,15 +240,19 @@ def _rank(rank: int, world: int, store: str, config: dict[str, Any], steps: int,
     group["timeout"] = timedelta(seconds=_PATIENCE_S)
     plan = Config.from_dict(config)
     n = plan.images_per_rank(world)
+
+    def step_s(config: Config) -> float:
+        return n / rate(partial(our_step(config, place), resident(resident_views(config, place))), steps, n, place)
+
     found: Found = {}
     if world > 1:
         dist.init_process_group(init_method=f"{store}-begin", **group)
         dist.barrier()  # they begin at once, and then know nothing of each other
         dist.destroy_process_group()
         alone = replace(plan, train=replace(plan.train, batch_size=n))
-        found["beside_s"] = n / rate(our_step(alone, resident_views(alone, place)), steps, n, place)
+        found["beside_s"] = step_s(alone)
         dist.init_process_group(init_method=store, **group)
-    found["step_s"] = n / rate(our_step(plan, resident_views(plan, place)), steps, n, place)
+    found["step_s"] = step_s(plan)
     answers.put(found | _communication(plan, n, world, place))
     answers.close()
     answers.join_thread()

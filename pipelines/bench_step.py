@@ -1,15 +1,14 @@
-"""`simclr bench step`: the training step on resident data, against the same network's step in plain torch."""
+"""`simclr bench step`: the training step on resident data, against the same network's step in plain torch, and fed from shards."""
 
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,78 +16,201 @@ from torch import Tensor, nn
 
 from pipelines.allocator import keep_freed_memory
 from pipelines.bench_result import WARM_STEPS, Row, compared, cost, in_turn, power, print_cost
+from pipelines.bench_timing import Call, graph_breaks, peak_gib, rate, wait, write_profile
 from simclr.batchnorm import BatchNorm
 from simclr.collectives import data_parallel, world_size
 from simclr.config import Config
+from simclr.data.loader import Batch, batches, on_device
 from simclr.loss import nt_xent
 from simclr.microbatch import cached_gradient
 from simclr.model import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
+from simclr.precision import autocast, set_backends, weights_dtype
+from simclr.pretrain import Start
+from simclr.views import two_views
 
 Step = Callable[[], Tensor]
 """Takes one optimizer step and returns its loss, on the device: nobody waits for it."""
+See = Callable[[slice], Tensor]
+"""Some of a rank's images → their views (2 rows, 3, size, size), channels last."""
+Side = Literal["resident", "plain", "cached", "fed", "views", "loader"]
 
-OURS, PLAIN = "simclr", "plain torch"
+OURS, PLAIN, FED = "simclr", "plain torch", "simclr, fed from shards"
+_VIEWS, _LOADER = "views alone", "loader alone"
 _WARMUP, _TOTAL = 10_000, 100_000  # of the schedule: a batch that comes again and again is not learnt by heart at such rates
-_PROFILED = 5  # steps
-_SYNCHRONISE = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize", "cuCtxSynchronize")
-_SPAN = "steps between two reports"
 
 
-def step(config: Config, steps: int, trials: int, threads: int, device: torch.device, profile: Path | None) -> list[Row]:
-    """Print and return images/s of our step, plain torch's and, with `train.micro_batch`, gradient caching's; then the cost."""
+def step(
+    config: Config,
+    steps: int,
+    trials: int,
+    threads: int,
+    device: torch.device,
+    profile: Path | None,
+    data: Path | None = None,
+    asked: tuple[Side, ...] = (),
+    window_s: float = 0.0,
+) -> Iterator[Row]:
+    """Print and give, row by row, images/s of the sides that were `asked` for, or of all that there are: our step and plain torch's on
+    resident views; with `train.micro_batch` gradient caching's; with shards in `data` our step fed by loader and views, and these
+    two alone. With one network for all sides it compiles once. Then profile and cost."""
     if config.loss.name != "nt_xent":
         raise ValueError(f"the recipe's loss is {config.loss.name}; `simclr bench step` compares NT-Xent")
     n = config.images_per_rank(1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    set_backends(config.train.precision, device)  # both sides multiply alike
     keep_freed_memory()
+    with contextlib.ExitStack() as stack:
+        made = _sides(config, device, threads, data, asked, stack)
+        yield from _first_steps(made, config, device)
+        peaks: dict[str, float] = {}
+        sides = {name: partial(_rate, name, one, peaks, steps, n, device, window_s) for name, one in made.items()}
+        with power() as watts:
+            found = in_turn(sides, trials, "images/s")
+        base = next(iter(made))
+        rows = [{**row, "peak_gib": peaks.get(row["name"])} for row in compared(found, "images/s", base, inverted=True)]
+        _print_table(rows, config, f"{device.type}, {threads} threads, {_counted(steps, window_s)}, n = {trials}")
+        yield from rows
+        if profile is not None:
+            name = FED if FED in made else base
+            waits = write_profile(made[name], profile, device)
+            said = "—" if waits is None else f"{waits.total()} times ({', '.join(f'{count} {call}' for call, count in waits.items())})"
+            print(f"profile of 5 steps of {name} in {profile}; the host waits for the device between two reports: {said}")
+            yield {"name": "host synchronisations", "side": name, "steps": 5, "count": None if waits is None else waits.total()}
+    torch.set_num_threads(before)
+    dearest = cost(next((row["median"] for row in rows if row["name"] == FED), rows[0]["median"]), watts[0] if watts else None)
+    yield dearest
+    print_cost(dearest, config.views.size_px)
+
+
+def _sides(
+    config: Config, device: torch.device, threads: int, data: Path | None, asked: tuple[Side, ...], stack: contextlib.ExitStack
+) -> dict[str, Call]:
+    """Name → one step of each side that was asked for. `stack` ends the loader's thread."""
+    n, micro = config.images_per_rank(1), config.train.micro_batch
+    there: tuple[Side, ...] = ("resident", "plain", *(("cached",) if micro not in (None, n) else ()))
+    there += ("fed", "views", "loader") if data is not None else ()
+    if missing := [side for side in asked if side not in there]:
+        needs = "--micro-batch" if missing[0] == "cached" else "--data"
+        raise ValueError(f"--sides {missing[0]} needs {needs}; give it, or leave that side out")
+    wanted = asked or there
     whole = replace(config, train=replace(config.train, micro_batch=None))
-    views = resident_views(whole, device)
-    made: dict[str, Step] = {OURS: our_step(whole, views), PLAIN: plain_step(whole, views)}
-    if config.train.micro_batch not in (None, n):
-        made[cached := f"simclr, {config.train.micro_batch} at a time"] = our_step(config, views)
-    sides = {name: partial(rate, one, steps, n, device) for name, one in made.items()}
-    with power() as watts:
-        found = in_turn(sides, trials, "images/s")
-    rows = compared(found, "images/s", OURS, inverted=True)
-    train = config.train
+    made: dict[str, Call] = {}
+    if data is not None:  # before anything compiles: it says what is wrong with the shards
+        loaders = Start(data, device, threads=threads).loader_threads
+        stream = stack.enter_context(contextlib.closing(on_device(batches(whole, data, 0, 0, 1, loaders), device)))
+        held = next(stream)
+    if {"resident", "fed"} & set(wanted):
+        ours = our_step(whole, device)
+    if {"resident", "plain"} & set(wanted):
+        views = resident_views(whole, device)
+    if "resident" in wanted:
+        made[OURS] = partial(ours, resident(views))
+    if "fed" in wanted:
+        made[FED] = lambda: ours(of_batch(next(stream), whole, device))
+    if "plain" in wanted:
+        made[PLAIN] = plain_step(whole, views)
+    if "cached" in wanted:
+        made[_cached(config)] = partial(our_step(config, device), of_noise(config, device))
+    if "views" in wanted:
+        made[_VIEWS] = lambda: of_batch(held, whole, device)(slice(0, n))
+    if "loader" in wanted:
+        made[_LOADER] = lambda: next(stream)
+    return made
+
+
+def _first_steps(made: dict[str, Call], config: Config, device: torch.device) -> Iterator[Row]:
+    """The first step of each network: what compiling takes, and where it falls back to Python. What is fed takes the same network."""
+    for name, one in made.items():
+        if not config.train.compile or name in (_VIEWS, _LOADER) or (name == FED and OURS in made):
+            continue
+        began, breaks = time.perf_counter(), graph_breaks()
+        one()
+        wait(device)
+        row = {"name": f"first step, {name}", "seconds": time.perf_counter() - began, "graph_breaks": graph_breaks() - breaks}
+        print(f"{row['name']}: {row['seconds']:.1f} s, graph breaks: {row['graph_breaks']}")
+        yield row
+
+
+def _rate(name: str, one: Call, peaks: dict[str, float], steps: int, n: int, device: torch.device, window_s: float) -> float:
+    peak_gib(device)
+    found = rate(one, steps, n, device, window_s)
+    if (peak := peak_gib(device)) is not None:
+        peaks[name] = max(peak, peaks.get(name, 0.0))
+    return found
+
+
+def _cached(config: Config) -> str:
+    return f"simclr, {config.train.micro_batch} at a time"
+
+
+def _print_table(rows: list[Row], config: Config, how: str) -> None:
+    train, base = config.train, rows[0]["name"]
     print(
-        f"step on resident views of {config.views.size_px} px, ResNet-{config.encoder.depth}, N = {n}, {train.precision}, "
-        f"{'compiled' if train.compile else 'not compiled'}, {device.type}, {threads} threads, {steps - WARM_STEPS} steps, n = {trials}"
+        f"step on views of {config.views.size_px} px, ResNet-{config.encoder.depth}, N = {train.batch_size}, {train.precision}, "
+        f"{'compiled' if train.compile else 'not compiled'}, {how}"
     )
     print(f"ours ends with {config.optim.name.upper()}, plain torch with fused SGD")
     for row in rows:
-        than = "" if row["name"] == OURS else f"   simclr is {row['ratio']:.3f} × (pairs {row['low']:.3f} … {row['high']:.3f})"
-        if len(made) > 2 and row["name"] == cached:
-            than = f"   an image costs {row['ratio']:.3f} × the whole batch's (pairs {row['low']:.3f} … {row['high']:.3f})"
-        print(f"{row['name']:<24} {row['median']:10,.1f} images/s{than}")
-    if train.compile:
-        for name, network in ((OURS, build_model(whole)), (PLAIN, in_plain_torch(whole))):
-            breaks = graph_breaks(network.to(device), views, whole)
-            print(f"graph breaks of {name}: {breaks}")
-            rows.append({"name": f"graph breaks, {name}", "graph_breaks": breaks})
-    if profile is not None:
-        waits = write_profile(made[OURS], profile, device)
-        print(f"profile of {_PROFILED} steps in {profile}; the host waits for the device between two reports: {_times(waits)}")
-        rows.append({"name": "host synchronisations", "steps": _PROFILED, "count": waits})
-    torch.set_num_threads(before)
-    rows.append(cost(rows[0]["median"], watts[0] if watts else None))
-    print_cost(rows[-1], config.views.size_px)
-    return rows
+        pairs, than = f"(pairs {row['low']:.3f} … {row['high']:.3f})", ""
+        if row["name"] == FED and base == OURS:
+            share = 1 / row["ratio"]
+            than = f"   {100 * share:.1f} % of the step on resident views (pairs {1 / row['high']:.3f} … {1 / row['low']:.3f} ×)"
+        elif row["name"] == PLAIN and base == OURS:
+            than = f"   simclr is {row['ratio']:.3f} × {pairs}"
+        elif row["name"] == _cached(config) and base == OURS:
+            than = f"   an image costs {row['ratio']:.3f} × the whole batch's {pairs}, its views made twice"
+        memory = "" if row["peak_gib"] is None else f" {row['peak_gib']:6.1f} GiB"
+        print(f"{row['name']:<24} {row['median']:10,.1f} images/s{memory}{than}")
+
+
+def _counted(steps: int, window_s: float) -> str:
+    return f"{steps - WARM_STEPS} steps" + (f" or {window_s:g} s" if window_s else "")
+
+
+# ── What a step sees ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def resident_views(config: Config, device: torch.device) -> Tensor:
     """(2n, 3, size, size) noise on the device, channels last, as the loop's views are: what they show changes no time."""
     size, n = config.views.size_px, config.images_per_rank(world_size())
-    views = torch.randn(2 * n, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return views.to(device, _dtype(config)).to(memory_format=torch.channels_last)
+    views = torch.randn(2 * n, 3, size, size, generator=torch.Generator(device).manual_seed(0), device=device)
+    return views.to(weights_dtype(config.train.precision)).to(memory_format=torch.channels_last)
 
 
-def our_step(config: Config, views: Tensor) -> Step:
-    """A step of `simclr.pretrain` without labels, by the functions that it calls, in the process group if there is one."""
+def resident(views: Tensor) -> See:
+    """Views that are there: (2n, 3, size, size), [view 0 of n images; view 1]."""
+    n = len(views) // 2
+    return lambda rows: views if rows == slice(0, n) else torch.cat([views[rows], views[n + rows.start : n + rows.stop]])
+
+
+def of_batch(batch: Batch, config: Config, device: torch.device) -> See:
+    """Views made of what the loader gives, as in `simclr.pretrain`."""
+
+    def see(rows: slice) -> Tensor:
+        views = two_views(batch.images[rows], batch.ids[rows], batch.epoch, config.views, config.seed, device)
+        return views.to(weights_dtype(config.train.precision), memory_format=torch.channels_last)
+
+    return see
+
+
+def of_noise(config: Config, device: torch.device) -> See:
+    """Views made of crops that are there, uint8: a quarter of the views' memory, and of pieces the only one that is whole."""
+    size, n = config.views.size_px, config.images_per_rank(world_size())
+    generator = torch.Generator(device).manual_seed(0)
+    crops = torch.randint(0, 256, (n, 2, size, size, 3), dtype=torch.uint8, generator=generator, device=device)
+    return of_batch(Batch(0, 0, crops, torch.arange(n), torch.full((n,), -1)), config, device)
+
+
+# ── The steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def our_step(config: Config, device: torch.device) -> Callable[[See], Tensor]:
+    """A step of `simclr.pretrain` without labels, by the functions that it calls, in the process group if there is one. It takes what
+    it sees and returns its loss, on the device: nobody waits for it."""
     n = config.images_per_rank(world_size())
-    model = build_model(config).to(views.device, _dtype(config)).to(memory_format=torch.channels_last).train()
+    model = build_model(config).to(device, weights_dtype(config.train.precision)).to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, config.optim)
     network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients, config.train.compile)
     peak, taken = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling), 0
@@ -96,23 +218,23 @@ def our_step(config: Config, views: Tensor) -> Step:
     def contrast(z: Tensor) -> Tensor:
         return nt_xent(z, config.loss.temperature)
 
-    def embed(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        some = views if rows == slice(0, n) else torch.cat([views[rows], views[n + rows.start : n + rows.stop]])
-        with autocast(config, views.device):
-            found: tuple[Tensor, Tensor, Tensor] = network(some)
+    def embed(views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with autocast(config.train.precision, device):
+            found: tuple[Tensor, Tensor, Tensor] = network(views)
         return found
 
     def no_classifier(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return logits.new_zeros(()), logits.new_zeros(2)
 
-    def one() -> Tensor:
+    def one(see: See) -> Tensor:
         nonlocal taken
         optimizer.zero_grad(set_to_none=True)
         if config.train.micro_batch in (None, n):
-            loss = contrast(embed(slice(0, n))[1])
+            loss = contrast(embed(see(slice(0, n)))[1])
             loss.backward()
         else:
-            _, loss, _, _ = cached_gradient(network, embed, n, config.train.micro_batch, contrast, no_classifier)
+            pieces = (n, config.train.micro_batch)
+            _, loss, _, _ = cached_gradient(network, lambda rows: embed(see(rows)), *pieces, contrast, no_classifier)
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(taken, peak, _WARMUP, _TOTAL)
         optimizer.step()
@@ -124,7 +246,7 @@ def our_step(config: Config, views: Tensor) -> Step:
 
 def plain_step(config: Config, views: Tensor) -> Step:
     """The same network and weights as anybody would write the step: `nn.BatchNorm2d`, NT-Xent written out, fused SGD."""
-    network: nn.Module = in_plain_torch(config).to(views.device, _dtype(config)).to(memory_format=torch.channels_last).train()
+    network: nn.Module = in_plain_torch(config).to(views.device, views.dtype).to(memory_format=torch.channels_last).train()
     optim, temperature, rows = config.optim, config.loss.temperature, len(views)
     trained = [p for p in network.parameters() if p.requires_grad]
     peak = lr_peak(optim.base_lr, config.train.batch_size, optim.scaling)
@@ -135,7 +257,7 @@ def plain_step(config: Config, views: Tensor) -> Step:
 
     def one() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with autocast(config, views.device):
+        with autocast(config.train.precision, views.device):
             _, z, _ = network(views)
         z = z.float() if z.dtype == torch.bfloat16 else z
         z = F.normalize(z, dim=1)
@@ -168,82 +290,3 @@ def _with_torch_norms(module: nn.Module, kind: type[nn.BatchNorm1d | nn.BatchNor
         if child.bias is None:  # torch's cannot be without: it stays 0
             norm.bias.requires_grad_(False)
         module.add_module(name, norm)
-
-
-def _dtype(config: Config) -> torch.dtype:
-    return torch.float64 if config.train.precision == "float64" else torch.float32
-
-
-def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16")
-
-
-# ── Looking at steps ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def rate(one: Step, steps: int, images: int, device: torch.device) -> float:
-    """Images per second of the steps behind the first 5. As in the loop, the host waits at the end only."""
-    for _ in range(WARM_STEPS):
-        one()
-    _wait(device)
-    began = time.perf_counter()
-    for _ in range(steps - WARM_STEPS):
-        one()
-    _wait(device)
-    return (steps - WARM_STEPS) * images / (time.perf_counter() - began)
-
-
-def window_s(one: Step, steps: int, device: torch.device) -> float:
-    """Median seconds of a step over windows of 5 steps, the first left out: as the loop reports and `bench loop` counts."""
-    found = []
-    for _ in range(steps // WARM_STEPS):
-        began = time.perf_counter()
-        for _ in range(WARM_STEPS):
-            one()
-        _wait(device)
-        found.append((time.perf_counter() - began) / WARM_STEPS)
-    return statistics.median(found[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def graph_breaks(network: nn.Module, views: Tensor, config: Config) -> int:
-    """Where torch.compile falls back to Python in a forward pass: 0 = the network is one graph."""
-    import torch._dynamo
-
-    network = network.to(views.dtype).to(memory_format=torch.channels_last).train()
-    with autocast(config, views.device):
-        return int(torch._dynamo.explain(network)(views).graph_break_count)
-
-
-def write_profile(one: Step, path: Path, device: torch.device) -> int | None:
-    """Write the operators that take longest, over a few steps, to `path`; return `host_waits`, None without a GPU."""
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    gpu = device.type == "cuda"
-    one()
-    _wait(device)
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as seen:
-        with record_function(_SPAN):
-            for _ in range(_PROFILED):
-                one()
-        _wait(device)
-    table = seen.key_averages().table(sort_by=f"self_{'cuda' if gpu else 'cpu'}_time_total", row_limit=25, max_name_column_width=70)
-    path.write_text(table + "\n")
-    if not gpu:
-        return None
-    return host_waits([(e.name, e.time_range.start, e.time_range.end) for e in seen.events() or ()])
-
-
-def host_waits(events: list[tuple[str, float, float]]) -> int:
-    """How often the host waited for the device inside the span of steps, of (name, start, end). The profiler itself, and
-    whoever times the steps, waits once more at their end: outside."""
-    spans = [(start, end) for name, start, end in events if name == _SPAN]
-    return sum(name in _SYNCHRONISE and any(a <= start and end <= b for a, b in spans) for name, start, end in events)
-
-
-def _times(count: int | None) -> str:
-    return "—" if count is None else f"{count} times"

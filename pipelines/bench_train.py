@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.bench_loop import timed, under_ray
-from pipelines.bench_result import WARM_STEPS, Row, compared, cost, in_turn, power, print_cost
+from pipelines.bench_held import Ask, Held, asks, held, steps_of
+from pipelines.bench_loop import around, require_ray, timed, under_ray
+from pipelines.bench_result import Row, compared, cost, in_turn, power, print_cost
 from simclr.config import Config
 
 if TYPE_CHECKING:
@@ -31,33 +32,37 @@ def train(
     threads: int,
     peer: Literal["none", "lightly"] = "none",
     peer_data: Path | None = None,
+    window_s: float = 2.0,
 ) -> list[Row]:
     """Print and return images/s end to end ÷ the step's on resident views, each in a process of its own; then the cost.
 
-    A figure is the median over windows of 5 steps, as the loop reports them. No classifier is trained beside: the step on
-    resident views has no labels.
+    Each process compiles once and is timed `trials` times, over windows of as many steps as last `window_s` seconds, at least
+    `steps` − 5. Ray Train's cannot stop between two windows, so it takes them in a row, as reports of the loop; what it is compared with
+    takes as many before and as many behind: `around`. No classifier is trained beside: the step on resident views has no labels.
     """
+    require_ray("train")
     if config.loss.name != "nt_xent":
         raise ValueError(f"the recipe's loss is {config.loss.name}; `simclr bench train` compares NT-Xent")
-    if steps < 2 * WARM_STEPS:
-        raise ValueError(f"--steps is {steps}; expected at least {2 * WARM_STEPS}, a window of {WARM_STEPS} behind the first")
-    config = timed(replace(config, train=replace(config.train, linear_eval=False)), steps)
+    config = replace(config, train=replace(config.train, linear_eval=False))
     n = config.images_per_rank(1)
-    sides: dict[str, Callable[[], float]] = {
-        RESIDENT: lambda: n / _alone(_resident, config.to_dict(), steps, threads),
-        TRAIN: lambda: n / under_ray(config, data, threads),
-    }
+    asked: dict[str, Callable[..., Any]] = {RESIDENT: partial(_resident, config.to_dict(), threads)}
     if peer == "lightly" and importlib.util.find_spec("lightly") is None:
         print(f"lightly is not installed, so ours is timed alone; `{_INSTALL}` installs what it is compared with")
     elif peer == "lightly":
-        folder = _photographs(peer_data, n)
-        sides[LIGHTLY] = lambda: n / _alone(_lightly, config.to_dict(), steps, threads, folder)
-    with power() as watts:
-        found = in_turn(sides, trials, "images/s")
+        asked[LIGHTLY] = partial(_lightly, config.to_dict(), threads, _photographs(peer_data, n))
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Held] = {side: stack.enter_context(held(make)) for side, make in asked.items()}
+        taken = steps_of(sides[RESIDENT], steps, window_s)
+        others = {side: (lambda one=one: n / one.step_s(taken)) for side, one in sides.items()}
+        with power() as watts:
+            before = in_turn(others, trials, "images/s")
+            rates = [n / step_s for step_s in under_ray(timed(config, taken, trials), data, threads)]
+            found = {TRAIN: rates} | around(before, in_turn(others, trials, "images/s"))
+        found = {side: found[side] for side in (RESIDENT, TRAIN, *asked)}
     rows = compared(found, "images/s", RESIDENT)
     print(
         f"{name}, {config.views.size_px} px, N = {n}, {config.train.precision}, {'compiled' if config.train.compile else 'not compiled'}, "
-        f"one worker of {threads} threads, windows of {WARM_STEPS} of {steps - WARM_STEPS} steps, n = {trials}"
+        f"one worker of {threads} threads, windows of {taken} steps, n = {trials}"
     )
     for row in rows:
         than = "" if row["name"] == RESIDENT else f"   {100 * row['ratio']:.1f} % of it (pairs {row['low']:.3f} … {row['high']:.3f} ×)"
@@ -71,25 +76,19 @@ def train(
     return rows
 
 
-def _alone(function: Callable[..., float], *arguments: Any) -> float:
-    """function(*arguments) in a fresh process, which may start processes of its own."""
-    from concurrent.futures import ProcessPoolExecutor
-
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _resident(values: dict[str, Any], steps: int, threads: int) -> float:
-    """Median seconds of a step on resident views."""
+def _resident(values: dict[str, Any], threads: int) -> Ask:
+    """The step on resident views."""
     import torch
 
     from pipelines.allocator import keep_freed_memory
-    from pipelines.bench_step import our_step, resident_views, window_s
+    from pipelines.bench_step import our_step, resident, resident_views
+    from simclr.precision import set_backends
 
     torch.set_num_threads(threads)
     keep_freed_memory()
     config, device = Config.from_dict(values), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return window_s(our_step(config, resident_views(config, device)), steps, device)
+    set_backends(config.train.precision, device)
+    return asks(partial(our_step(config, device), resident(resident_views(config, device))), device)
 
 
 # ── The peer ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -104,8 +103,8 @@ def _photographs(folder: Path | None, n: int) -> Path:
     return folder
 
 
-def _lightly(values: dict[str, Any], steps: int, threads: int, folder: Path) -> float:
-    """Median seconds of lightly's SimCLR, data included: its dataset, transform, head and loss as in its own example, our
+def _lightly(values: dict[str, Any], threads: int, folder: Path) -> Ask:
+    """The step of lightly's SimCLR, data included: its dataset, transform, head and loss as in its own example, our
     ResNet with torch's norms, and torch's loader with a process per thread of ours."""
     import torch
     from lightly.data import LightlyDataset
@@ -115,11 +114,13 @@ def _lightly(values: dict[str, Any], steps: int, threads: int, folder: Path) -> 
     from torch.utils.data import DataLoader
 
     from pipelines.allocator import keep_freed_memory
-    from pipelines.bench_step import autocast, in_plain_torch, window_s
+    from pipelines.bench_step import in_plain_torch
+    from simclr.precision import autocast, set_backends
 
     torch.set_num_threads(threads)
     keep_freed_memory()
     config, device = Config.from_dict(values), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    set_backends(config.train.precision, device)
     shown, n = config.views, config.images_per_rank(1)
     transform = SimCLRTransform(
         input_size=shown.size_px,
@@ -155,11 +156,11 @@ def _lightly(values: dict[str, Any], steps: int, threads: int, folder: Path) -> 
     def one(stream: Iterator[Any]) -> Tensor:
         x0, x1 = (x.to(device, memory_format=torch.channels_last, non_blocking=True) for x in next(stream)[0])
         optimizer.zero_grad(set_to_none=True)
-        with autocast(config, device):
+        with autocast(config.train.precision, device):
             z0, z1 = network(x0), network(x1)
         loss: Tensor = criterion(z0.float(), z1.float())
         loss.backward()
         optimizer.step()
         return loss.detach()
 
-    return window_s(partial(one, endless()), steps, device)
+    return asks(partial(one, endless()), device)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.rundir import installed
+from pipelines.rundir import version
 from simclr import disk
 from simclr.config import Config
 
@@ -61,7 +61,7 @@ def facts(config: Config, workers: int, device: torch.device) -> dict[str, Any]:
     import torch
 
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
-    found: dict[str, Any] = {"torch": torch.__version__, "triton": installed("triton"), "device": chip, "workers": workers}
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": version("triton"), "device": chip, "workers": workers}
     return found | {name: value for name, value in config.flat().items() if name.startswith(_SHAPING)}
 
 

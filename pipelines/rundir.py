@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import threading
@@ -169,23 +170,35 @@ class Run:
 
 
 def environment() -> dict[str, str]:
-    """This machine and the versions that matter, for people."""
-    versions = {name: version.partition("+")[0] for name in ("torch", "ray", "mlflow", "ffcv") if (version := installed(name))}
+    """This machine and the versions that matter, for people. A package that is not installed is named as absent: no measurement of
+    hours may end in an exception for want of a version."""
     models = [line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
     cpu = models[0] if models else platform.processor()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = [f"{name} {version(name) or 'absent'}" for name in ("torch", "ray", "mlflow", "ffcv")]
+    versions += [f"{name} {found}" for name in ("torchvision", "triton") if (found := version(name))]
     return {
         "machine": f"{os.cpu_count()} cores, {cpu or platform.machine()}, {memory:.0f} GiB",
-        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{name} {v}" for name, v in versions.items())]),
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions, *_gpu_versions()]),
     }
 
 
-def installed(package: str) -> str:
-    """Its version; "" where it is not there, as Ray and MLflow are not where only benchmarks run."""
+def version(package: str) -> str:
+    """The installed version of `package`, without its build; "" where it is not installed."""
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version(package).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _gpu_versions() -> list[str]:
+    """CUDA's and the driver's, where a driver of NVIDIA's is loaded."""
+    driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", "\n".join(_lines(Path("/proc/driver/nvidia/version"))))
+    if driver is None:
+        return []
+    import torch  # takes seconds: asked on a machine with a GPU alone
+
+    return [f"CUDA {torch.version.cuda or 'absent'}", f"driver {driver[1]}"]
 
 
 def _lines(path: Path) -> list[str]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pipelines import bench, bench_train
+from pipelines.bench_agreement import agreement
+from pipelines.bench_cifar import cifar
+from pipelines.bench_loop import around, timed
 from pipelines.bench_loss import loss
+from pipelines.bench_prepare import prepare
 from pipelines.bench_result import busiest, compared, cost, in_turn
 from pipelines.bench_scale import EXPECTED_RANKS, all_gather_s, model, ring_all_reduce_s, scale, small_all_reduce_s
-from pipelines.bench_step import host_waits, our_step, plain_step, resident_views
+from pipelines.bench_step import our_step, plain_step, resident, resident_views, step
+from pipelines.bench_timing import host_waits, rate
 from pipelines.bench_train import train
 from simclr.config import Config, Encoder, Head, Train, Views
 from tests.conftest import Within
@@ -36,31 +44,51 @@ def tiny(batch_size: int = 4) -> Config:
 def test_both_sides_of_bench_step_compute_the_same_loss() -> None:
     config = replace(tiny(8), train=Train(batch_size=8, precision="float64"))
     views = resident_views(config, CPU)
-    ours, plain = our_step(config, views)(), plain_step(config, views)()
+    ours, plain = our_step(config, CPU)(resident(views)), plain_step(config, views)()
     assert ours.item() == pytest.approx(plain.item(), abs=1e-12)
 
 
 def test_bench_step_prints_a_table_and_writes_profile_and_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     profile, result = tmp_path / "profile.txt", tmp_path / "new" / "step.json"
-    args = bench.Args(
-        what="step", recipe="patterns_tiny", batch_size=2, steps=6, trials=1, micro_batch=1, profile=profile, json=result, device="cpu"
-    )
-    bench.main(args)
+    toy: dict[str, Any] = {"recipe": "patterns_tiny", "batch_size": 2, "steps": 6, "trials": 1, "micro_batch": 1, "window_s": 0.0}
+    bench.main(bench.Args(what="step", **toy, profile=profile, json=result, device="cpu"))
     out = capfd.readouterr().out
     for part in ("simclr ", "plain torch ", "1 at a time", "an image costs", "s for an epoch of 1,281,167 images", "energy —"):
         assert part in out
     assert "waits for the device between two reports: —" in out and "convolution" in profile.read_text()
     text = json.loads(result.read_text())
     assert {"what", "machine", "versions", "date", "setting", "n", "rows"} <= set(text)
-    assert text["what"] == "step" and text["n"] == 1 and text["setting"]["batch_size"] == 2
+    assert text["what"] == "step" and text["n"] == 1 and text["complete"] and text["setting"]["batch_size"] == 2
     assert [row["name"] for row in text["rows"]] == ["simclr", "plain torch", "simclr, 1 at a time", "host synchronisations", "cost"]
 
 
 def test_host_waits_count_inside_the_steps_only() -> None:
     span = ("steps between two reports", 10.0, 20.0)
     inside, outside, other = ("cudaStreamSynchronize", 12.0, 13.0), ("cudaDeviceSynchronize", 21.0, 22.0), ("cudaLaunchKernel", 14.0, 15.0)
-    assert host_waits([span, inside, outside, other]) == 1
-    assert host_waits([span, outside, other]) == 0
+    assert host_waits([span, inside, outside, other]) == {"cudaStreamSynchronize": 1}
+    assert host_waits([span, outside, other]).total() == 0
+
+
+def test_the_fed_step_and_its_parts_are_sides_of_bench_step(patterns: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sides = list(step(tiny(), 6, 1, 1, CPU, None, patterns))
+    assert [row["name"] for row in sides] == [
+        *("simclr", "simclr, fed from shards", "plain torch", "views alone", "loader alone", "cost"),
+    ]
+    assert min(row["median"] for row in sides[:-1]) > 0 and sides[-1]["images_per_s"] == sides[1]["median"]
+    assert "% of the step on resident views" in capfd.readouterr().out
+    cached = replace(tiny(), train=replace(tiny().train, micro_batch=2))
+    assert [row["name"] for row in step(cached, 6, 1, 1, CPU, None, None, ("cached",))] == ["simclr, 2 at a time", "cost"]
+    with pytest.raises(ValueError, match="--sides fed needs --data"):
+        list(step(tiny(), 6, 1, 1, CPU, None, None, ("fed",)))
+
+
+def test_a_window_lasts_as_long_as_is_asked() -> None:
+    calls = []
+    found = rate(lambda: (calls.append(0), time.sleep(0.002)), 6, 10, CPU, 0.1)
+    assert 5 + 20 < len(calls) <= 5 + 50 and found == pytest.approx(10 / 0.002, rel=0.6)
+    calls.clear()
+    rate(lambda: calls.append(0), 7, 10, CPU)
+    assert len(calls) == 5 + 2
 
 
 def test_bench_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
@@ -71,10 +99,33 @@ def test_bench_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
         bench.main(bench.Args(what="step", json=tmp_path / "file" / "step.json"))
     with pytest.raises(ValueError, match="micro_batch 3 does not divide"):
         bench.main(bench.Args(what="step", recipe="patterns_tiny", batch_size=4, micro_batch=3))
-    with pytest.raises(ValueError, match="expected at least 10, a window of 5 behind the first"):
-        train("tiny", tiny(), tmp_path, steps=9, trials=1, threads=1)
+    with pytest.raises(ValueError, match="--window-s is -1"):
+        bench.main(bench.Args(what="step", window_s=-1))
+    with pytest.raises(ValueError, match="which data"):
+        bench.main(bench.Args(what="cifar"))
     with pytest.raises(ValueError, match="--latency-us is 0"):
         scale(tiny(), 6, 1, 1, "cpu", latency_us=0)
+
+
+# ── Agreement ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_cpu_agrees_with_itself_but_for_the_precision(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prepare("small", None, tmp_path / "shards", 16, 1)
+    rows = {row["name"]: row for row in agreement(tiny(), tmp_path / "shards", 1, CPU)}
+    same = [row for name, row in rows.items() if "bfloat16" not in name]
+    assert len(same) == 2 + 7 + 1 and all(row.get("deviation", row.get("gradient")) == 0 for row in same)
+    half = rows["first steps, bfloat16"]
+    assert 0 < half["deviation"] < 1 and len(half["losses"]) == len(half["cpu_losses"]) == 1 + 3 and "blocking" not in half
+    out = capfd.readouterr().out
+    assert "views, 224 px              4 images, largest difference 0.0e+00" in out and "NT-Xent, bfloat16, d = 2048 loss 0.0e+00" in out
+
+
+def test_cifar_wants_labels_and_an_epoch(photographs: Path, patterns: Path) -> None:
+    with pytest.raises(ValueError, match="has 0 classes and train; expected labelled images, also to test"):
+        cifar("tiny", tiny(), photographs, 1, 1, CPU)
+    with pytest.raises(ValueError, match="--epochs is 0"):
+        cifar("tiny", tiny(), patterns, 0, 1, CPU)
 
 
 # ── Train ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -84,15 +135,37 @@ def test_bench_train_prints_its_share_and_says_that_lightly_is_missing(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(bench_train, "_alone", lambda function, *arguments: 0.04)
-    monkeypatch.setattr(bench_train, "under_ray", lambda config, data, threads: asked.append(config) or 0.05)
-    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench_train, "held", lambda make: contextlib.nullcontext(Fake()))
+    monkeypatch.setattr(bench_train, "under_ray", lambda config, data, threads: asked.append(config) or [0.05, 0.05])
+    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: object() if name == "ray" else None)
     rows = train("tiny", tiny(), Path("shards"), steps=10, trials=2, threads=1, peer="lightly")
     out = capfd.readouterr().out
     assert "lightly is not installed, so ours is timed alone; `pip install" in out
     assert "80.0 images/s   80.0 % of it (pairs 0.800 … 0.800 ×)" in out and "energy —" in out
     assert [row["name"] for row in rows] == ["step on resident views", "Ray Train, end to end", "cost"]
-    assert len(asked) == 2 and not asked[0].train.linear_eval and asked[0].train.report_every_steps == 5
+    # A step of 0.04 s: 50 of them last 2 s. Three windows, of which the first does not count, in one job.
+    assert [(c.train.steps, c.train.report_every_steps, c.train.linear_eval) for c in asked] == [(150, 50, False)]
+
+
+class Fake:
+    """A side whose step takes 0.04 s."""
+
+    def step_s(self, steps: int) -> float:
+        return 0.04
+
+
+def test_a_job_is_compared_with_what_lies_evenly_around_it() -> None:
+    """A machine that slows down steadily, 1, 2, 3 before and 7, 8, 9 behind: in the middle it does 5."""
+    assert around({"a": [1.0, 2.0, 3.0]}, {"a": [7.0, 8.0, 9.0]}) == {"a": [5.0, 5.0, 5.0]}
+    config = timed(tiny(), 7, 3)
+    assert (config.train.steps, config.train.report_every_steps, config.train.checkpoint_every_steps) == (28, 7, 28)
+
+
+def test_without_ray_train_and_loop_say_so_before_they_measure(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
+    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)
+    for what in ("train", "loop"):
+        with pytest.raises(ValueError, match=f"ray is not installed, and `simclr bench {what}` trains under it"):
+            bench.main(bench.Args(what=what, data=patterns))  # type: ignore[arg-type]
 
 
 def test_the_peer_needs_its_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +225,13 @@ def test_bench_scale_prints_measured_and_expected(capfd: pytest.CaptureFixture[s
 
 def test_bench_loss_compares_time_memory_and_gradients(capfd: pytest.CaptureFixture[str], within: Within) -> None:
     """2,048 rows: 16 MiB a table of logits, of which the written-out form holds several and the other one block at a time."""
-    (row,) = loss((1024,), 1, 1, torch.device("cpu"))
+    row, *_ = loss((1024,), 1, 1, torch.device("cpu"))
     assert "N =   1,024" in capfd.readouterr().out
     assert row["streamed_ms"] > 0 and row["written_ms"] > 0 and row["ratio"] == pytest.approx(row["written_ms"] / row["streamed_ms"])
     assert row["written_mib"] > 2 * 16
     within("gradient, streamed against written out", row["deviation"], 1e-5)
+    (half,) = loss((8,), 1, 1, CPU, "bfloat16")
+    within("gradient, z in bfloat16 against float32", half["deviation"], 2e-2)
 
 
 # ── What they share ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -225,13 +225,14 @@ def test_the_suite_fine_tunes_too(root: Path, encoder: Path, tmp_path: Path, cap
 
 
 def test_fine_tuning_takes_the_rate_that_validates_best_and_leaves_the_encoder_as_it_was(root: Path, encoder: Path) -> None:
-    """Two classes that 60 steps tell apart, and a rate that is too small to learn anything."""
+    """Two classes that 120 steps tell apart (10 to 12 of 12 validation images, over four seeds of the weights), and a rate that is too
+    small to learn anything."""
     published = simclr.load_encoder(encoder)
     before = digest(published)
     rows = open_task("caltech101", root, False)
     assert rows is not None
-    score = fine_tuned(published, rows, TASKS["caltech101"], Tuning(steps=60, batch_size=16, rates=(1e-6, 0.3), decays=(0.0,)), 100)
-    assert score.lr == 0.3 and score.validation > 0.8 and 0 <= score.low <= score.value <= score.high <= 1
+    score = fine_tuned(published, rows, TASKS["caltech101"], Tuning(steps=120, batch_size=16, rates=(1e-6, 0.1), decays=(0.0,)), 100)
+    assert score.lr == 0.1 and score.validation > 0.7 and 0 <= score.low <= score.value <= score.high <= 1
     assert digest(published) == before and not published.training
 
 

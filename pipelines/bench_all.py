@@ -73,7 +73,9 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
     out = out or Path("runs") / f"bench-{datetime.now(UTC):%Y-%m-%d}"
     disk.require_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    threads = 1 if dry else min(os.cpu_count() or 1, _MOST_THREADS)
+    cores = os.cpu_count() or 1
+    # As many threads as cores leave none for whatever else runs, and a CPU's threads wait for one another.
+    threads = 1 if dry else min(cores if size == "gpu" else max(cores - 1, 1), _MOST_THREADS)
     given = {shards: archive and Path(archive.name) for shards, archive in archives.items()}
     phases = plan(size, threads, given, _gpu_tests(), ray=importlib.util.find_spec("ray") is not None)
     day = _day(size, archives)

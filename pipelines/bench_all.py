@@ -73,7 +73,9 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
     out = out or Path("runs") / f"bench-{datetime.now(UTC):%Y-%m-%d}"
     disk.require_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    threads = 1 if dry else min(os.cpu_count() or 1, _MOST_THREADS)
+    cores = os.cpu_count() or 1
+    # As many threads as cores leave none for whatever else runs, and a CPU's threads wait for one another.
+    threads = 1 if dry else min(cores if size == "gpu" else max(cores - 1, 1), _MOST_THREADS)
     given = {shards: archive and Path(archive.name) for shards, archive in archives.items()}
     phases = plan(size, threads, given, _gpu_tests(), ray=importlib.util.find_spec("ray") is not None)
     day = _day(size, archives)
@@ -86,7 +88,7 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
     print(f"\n{day['gpus'] if 'gpus' in day else day['machine']}; {day['versions']}")
     if day["absent"]:
         print(f"not installed here: {', '.join(day['absent'])}")
-    print(f"data: {' and '.join(day['data'].values())}")
+    print(f"data: {' and '.join(day['data'].values())}; load average before: {day['load_average']}")
     print(f"{whole}; log and profiles beside it")
     lacking = {phase.name for phase in phases if phase.lacks}
     return [o.phase for o in outcomes if o.code != 0 and (o.code != "skipped" or (dry and o.phase not in lacking))]
@@ -177,7 +179,8 @@ def _day(size: Size, archives: dict[str, Path | None]) -> dict[str, Any]:
     given = {shards: rendered[shards] if archive is None else archive.name for shards, archive in archives.items()}
     absent = [name for name in _PEERS if importlib.util.find_spec(name) is None]
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"schema": SCHEMA, "what": "all", "size": size, **machine(), "absent": absent, "data": given, "date": date}
+    day = {"schema": SCHEMA, "what": "all", "size": size, **machine(), "absent": absent, "data": given, "date": date}
+    return day | {"load_average": round(os.getloadavg()[0], 1)}  # of the last minute: what else the machine was doing
 
 
 # ── What is there already ──────────────────────────────────────────────────────────────────────────────────────────

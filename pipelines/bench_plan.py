@@ -184,7 +184,7 @@ _PLAN = (
         needs="photographs",
         figure=_step,
         gpu=Run(f"{_R50} --compile --batch-size 512 --steps 20", 130, 210),
-        cpu=Run(f"{_TINY} --batch-size 64 --steps 10", 50, 120),  # the same path at 32 px: at 224 a step takes minutes
+        cpu=Run(f"{_TINY} --batch-size 64 --steps 10", 60, 150),  # the same path at 32 px: at 224 a step takes minutes
         dry=Run(_TOY, 12, 180),
     ),
     Line(
@@ -210,7 +210,7 @@ _PLAN = (
         needs="small",
         figure=_step,
         gpu=Run("--batch-size 512 --precision bfloat16 --compile --steps 100", 50, 100),
-        cpu=Run("--batch-size 8 --steps 8 --trials 1 --window-s 0", 30, 90),
+        cpu=Run("--recipe cifar10_resnet14 --batch-size 32 --steps 8", 50, 120),
         dry=Run(_TOY, 12, 180),
     ),
     Line(
@@ -243,7 +243,7 @@ _PLAN = (
         what="optim",
         figure=_optim,
         gpu=Run("--steps 30 --trials 5", 15, 40),
-        cpu=Run("--steps 15", 12, 60),
+        cpu=Run("--steps 15", 15, 90),
         dry=Run("--steps 6 --trials 1", 6, 180),
     ),
     Line(

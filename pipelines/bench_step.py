@@ -37,6 +37,7 @@ Side = Literal["resident", "plain", "cached", "fed", "views", "loader"]
 
 OURS, PLAIN, FED = "simclr", "plain torch", "simclr, fed from shards"
 _VIEWS, _LOADER = "views alone", "loader alone"
+_PREPARED = 12  # batches that the loader may have ready when it is asked, and some more
 _WARMUP, _TOTAL = 10_000, 100_000  # of the schedule: a batch that comes again and again is not learnt by heart at such rates
 
 
@@ -135,7 +136,7 @@ def _first_steps(made: dict[str, Call], config: Config, device: torch.device) ->
 
 def _rate(name: str, one: Call, peaks: dict[str, float], steps: int, n: int, device: torch.device, window_s: float) -> float:
     peak_gib(device)
-    found = rate(one, steps, n, device, window_s)
+    found = rate(one, steps, n, device, window_s, _PREPARED if name == _LOADER else WARM_STEPS)
     if (peak := peak_gib(device)) is not None:
         peaks[name] = max(peak, peaks.get(name, 0.0))
     return found

@@ -16,6 +16,7 @@ Call = Callable[[], object]
 """Takes one step, or a part of one. Nobody waits for the device in it."""
 
 _PROFILED = 5  # steps
+_ENOUGH = 0.05  # of the seconds that are asked for, to guess the number of steps from
 _SYNCHRONISE = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize", "cuCtxSynchronize")
 _SPAN = "steps between two reports"
 
@@ -26,33 +27,36 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def call_s(one: Call, steps: int, device: torch.device, least_s: float = 0.0) -> float:
-    """Seconds of a step: the mean of the `steps` − 5 behind the first 5, or of as many as last `least_s` seconds.
+def call_s(one: Call, steps: int, device: torch.device, least_s: float = 0.0, warm: int = WARM_STEPS) -> float:
+    """Seconds of a step: the mean of the `steps` − 5 behind the first `warm`, or of as many as last `least_s` seconds.
 
     As in the loop, the host waits at the end, not in between. A window of few short steps would measure that wait: after 5 steps of
     12 ms it costs a tenth.
     """
-    one()  # it compiles and allocates
-    wait(device)
-    began = time.perf_counter()
-    for _ in range(WARM_STEPS - 1):
-        one()
-    wait(device)
-    pace_s = (time.perf_counter() - began) / (WARM_STEPS - 1)
-    taken, elapsed_s, more = 0, 0.0, max(steps - WARM_STEPS, math.ceil(least_s / pace_s))
-    began = time.perf_counter()
+    _taken_s(one, 1, device)  # it compiles and allocates
+    tried, spent_s = warm - 1, _taken_s(one, warm - 1, device)
+    while spent_s < _ENOUGH * least_s:  # to guess from: what is prepared in advance takes no time at first
+        tried *= 2
+        spent_s = _taken_s(one, tried, device)
+    taken, elapsed_s, more = 0, 0.0, max(steps - WARM_STEPS, math.ceil(least_s / spent_s * tried))
     while more > 0:
-        for _ in range(more):
-            one()
-        wait(device)
-        taken, elapsed_s = taken + more, time.perf_counter() - began
+        elapsed_s += _taken_s(one, more, device)
+        taken += more
         more = math.ceil((least_s - elapsed_s) / elapsed_s * taken)
     return elapsed_s / taken
 
 
-def rate(one: Call, steps: int, images: int, device: torch.device, least_s: float = 0.0) -> float:
+def _taken_s(one: Call, times: int, device: torch.device) -> float:
+    began = time.perf_counter()
+    for _ in range(times):
+        one()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def rate(one: Call, steps: int, images: int, device: torch.device, least_s: float = 0.0, warm: int = WARM_STEPS) -> float:
     """Images per second of steps of so many `images`: see `call_s`."""
-    return images / call_s(one, steps, device, least_s)
+    return images / call_s(one, steps, device, least_s, warm)
 
 
 def peak_gib(device: torch.device) -> float | None:

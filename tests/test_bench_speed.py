@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipelines import bench, bench_train
+from pipelines import bench, bench_timing, bench_train
 from pipelines.bench_agreement import agreement
 from pipelines.bench_cifar import cifar
 from pipelines.bench_loop import around, timed
@@ -82,13 +82,22 @@ def test_the_fed_step_and_its_parts_are_sides_of_bench_step(patterns: Path, capf
         list(step(tiny(), 6, 1, 1, CPU, None, None, ("fed",)))
 
 
-def test_a_window_lasts_as_long_as_is_asked() -> None:
-    calls = []
-    found = rate(lambda: (calls.append(0), time.sleep(0.002)), 6, 10, CPU, 0.1)
-    assert 5 + 20 < len(calls) <= 5 + 50 and found == pytest.approx(10 / 0.002, rel=0.6)
-    calls.clear()
-    rate(lambda: calls.append(0), 7, 10, CPU)
-    assert len(calls) == 5 + 2
+def test_a_window_lasts_as_long_as_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of the test's own: a step takes 1/64 s."""
+    clock, asked = [0.0], []
+    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: clock[0])
+
+    def one(ready: int = 0) -> None:
+        asked.append(0)
+        clock[0] += 1 / 64 if len(asked) > ready else 0.0
+
+    assert rate(one, 7, 16, CPU) == 16 * 64 and len(asked) == 5 + 2
+    asked.clear()
+    # 5 steps, of which 4 last 1/16 s, 8 more to guess from, then those that last 2 s.
+    assert rate(one, 6, 16, CPU, 2.0) == 16 * 64 and len(asked) == 5 + 8 + 128
+    asked.clear()
+    # Nine are ready at once: of the next 8 four take no time, and 16 more are taken to guess from.
+    assert rate(partial(one, 9), 6, 16, CPU, 2.0) == 16 * 64 and len(asked) == 5 + 8 + 16 + 128
 
 
 def test_bench_refuses_what_it_cannot_measure(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ test-cluster: setup
 	.venv/bin/pytest -m cluster -rs
 
 test-compile: setup
-	.venv/bin/pytest -m compile
+	.venv/bin/pytest -m compile tests/test_compile.py
 
 test-torch211: setup
 	./tests/torch211.sh

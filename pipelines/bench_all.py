@@ -98,7 +98,8 @@ def run(phases: tuple[Phase, ...], out: Path, work: Path, budget_s: float, day: 
     """Run in folder `work` those of `phases` that `out` has no result of, one after the other, as long as `budget_s` lasts, but for
     those that run `beside` the others. Returns all outcomes, and the file that holds the whole."""
     began, day, done = time.monotonic(), _same_day(out, day), _done(out, phases)
-    open_ = [p for p in phases if p.name not in done or (p.makes and any(q.needs == p.makes and q.name not in done for q in phases))]
+    wanted = {p.needs for p in phases if p.name not in done and not p.lacks}  # shards, which are gone with the folder of an earlier time
+    open_ = [p for p in phases if p.name not in done or (p.makes and p.makes in wanted)]
     device = "dry" if day["size"] == "dry" else re.sub(r"\W+", "-", str(day.get("gpus", "cpu")).rpartition("× ")[2].lower()).strip("-")
     whole = out / f"{day['date'][:16].replace(':', '')}-{device}.json"
     outcomes = dict(done)

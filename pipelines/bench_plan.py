@@ -184,7 +184,7 @@ _PLAN = (
         needs="photographs",
         figure=_step,
         gpu=Run(f"{_R50} --compile --batch-size 512 --steps 20", 130, 210),
-        cpu=Run(f"{_TINY} --batch-size 64 --steps 10", 60, 150),  # the same path at 32 px: at 224 a step takes minutes
+        cpu=Run(f"{_TINY} --batch-size 64 --steps 10", 70, 150),  # the same path at 32 px: at 224 a step takes minutes
         dry=Run(_TOY, 12, 180),
     ),
     Line(
@@ -219,7 +219,7 @@ _PLAN = (
         needs="photographs",
         figure=_loader,
         gpu=Run("--batch-size 512 --steps 12", 45, 75),
-        cpu=Run("--batch-size 50 --steps 10", 30, 75),
+        cpu=Run("--batch-size 50 --steps 10", 40, 100),
         dry=Run("--batch-size 8 --steps 6 --trials 1", 15, 180),
     ),
     Line(
@@ -227,7 +227,7 @@ _PLAN = (
         what="step --sides cached",
         figure=_step,
         gpu=Run(f"{_R50} --batch-size 4096 --micro-batch 128 --steps 6 --window-s 0", 40, 75),
-        cpu=Run(f"{_TINY} --batch-size 128 --micro-batch 32 --steps 7 --window-s 0", 25, 90),
+        cpu=Run(f"{_TINY} --batch-size 128 --micro-batch 32 --steps 7 --window-s 0", 35, 90),
         dry=Run(f"{_TOY} --micro-batch 4", 6, 180),
     ),
     Line(
@@ -235,7 +235,7 @@ _PLAN = (
         what="loss",
         figure=_loss,
         gpu=Run("--batches 4096 32768", 30, 60),
-        cpu=Run("--batches 1024 2048", 20, 90),
+        cpu=Run("--batches 1024 2048", 40, 100),
         dry=Run("--batches 64 --trials 1", 10, 180),
     ),
     Line(
@@ -252,7 +252,7 @@ _PLAN = (
         needs="photographs",
         figure=_train,
         gpu=Run(f"{_R50} --compile --batch-size 512 --steps 20", 120, 240),
-        cpu=Run(f"{_TINY} --batch-size 64 --steps 10", 60, 150),
+        cpu=Run(f"{_TINY} --batch-size 64 --steps 10", 90, 200),
         dry=Run(_TOY, 45, 180),
     ),
 )

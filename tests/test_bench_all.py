@@ -113,10 +113,21 @@ def test_shards_are_made_beside_the_first_phases_and_waited_for(tmp_path: Path) 
     )
     early = "import pathlib\nassert not pathlib.Path('photographs').exists()\n" + GOOD
     late = "import pathlib\nassert pathlib.Path('photographs').exists()\n" + GOOD
-    phases = (fake("shards", make, makes="photographs", beside=True), fake("early", early), fake("late", late, needs="photographs"))
+    phases = (
+        fake("shards", make, makes="photographs", beside=True),
+        fake("early", early),
+        fake("late", late, needs="photographs"),
+        fake("on a GPU", late, needs="photographs", lacks="no GPU"),
+    )
     outcomes, _ = run(phases, tmp_path, tmp_path, 100.0, DAY)
-    assert [o.code for o in outcomes] == [0, 0, 0] and outcomes[0].seconds >= 1.5
-    assert [line["phase"] for line in lines(tmp_path)[1:]] == ["early", "shards", "late"]
+    assert [o.code for o in outcomes] == [0, 0, 0, "skipped"] and outcomes[0].seconds >= 1.5
+    assert [line["phase"] for line in lines(tmp_path)[1:]] == ["early", "shards", "late", "on a GPU"]
+    # Going on in another folder, the shards are made again for whoever needs them still.
+    (tmp_path / "again").mkdir()
+    run(phases, tmp_path, tmp_path / "again", 100.0, DAY)
+    assert not (tmp_path / "again" / "photographs").exists()
+    run((*phases, fake("later", late, needs="photographs")), tmp_path, tmp_path / "again", 100.0, DAY)
+    assert (tmp_path / "again" / "photographs").is_dir() and lines(tmp_path)[-1]["phase"] == "later" and lines(tmp_path)[-1]["code"] == 0
 
 
 @pytest.mark.parametrize("size", get_args(Size))

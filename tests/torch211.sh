@@ -27,4 +27,4 @@ for name in bench bench_speed checkpoint compile config convert data_loader data
 done
 # The code of this checkout, which is not installed there. Test files stay whole, each with its fixtures.
 # shellcheck disable=SC2086
-PYTHONPATH="$PWD" exec $there/bin/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder -rs "$@" $files
+PYTHONPATH="$PWD" exec $there/bin/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder -rsfE "$@" $files

@@ -265,12 +265,20 @@ class _Running:
             self._signal(signal.SIGTERM)  # Ray's processes are of other groups, and end with who started them
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_LEAVE_S)
-        self._signal(signal.SIGKILL)
+        left = self._signal(signal.SIGKILL)
         self.process.wait()
+        until = time.monotonic() + _LEAVE_S
+        while left and time.monotonic() < until:  # a killed process holds its GPU until the kernel has taken it down
+            left = self._signal(0)
+            time.sleep(0.05)
 
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
+    def _signal(self, number: int) -> bool:
+        """Whether there was anybody to hear it."""
+        try:
             os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
 
 
 @contextlib.contextmanager

@@ -30,8 +30,7 @@ def wait(device: torch.device) -> None:
 def call_s(one: Call, steps: int, device: torch.device, least_s: float = 0.0, warm: int = WARM_STEPS) -> float:
     """Seconds of a step: the mean of the `steps` − 5 behind the first `warm`, or of as many as last `least_s` seconds.
 
-    As in the loop, the host waits at the end, not in between. A window of few short steps would measure that wait: after 5 steps of
-    12 ms it costs a tenth.
+    As in the loop, the host waits at the end, not in between: a window of few short steps would measure that wait.
     """
     _taken_s(one, 1, device)  # it compiles and allocates
     tried, spent_s = warm - 1, _taken_s(one, warm - 1, device)

@@ -39,6 +39,12 @@ def fake(name: str, code: str, **fields: Any) -> Phase:
     return Phase(name=name, command=("python", "-c", code), figure=lambda rows: f"value {rows[0]['value']}", **given)
 
 
+def gone(pid: int) -> bool:
+    """Whether there is no such process, or only its number, which somebody else has to take notice of."""
+    path = Path(f"/proc/{pid}/stat")
+    return not path.exists() or path.read_text().rpartition(") ")[2].startswith("Z")
+
+
 def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
@@ -73,16 +79,14 @@ def test_a_phase_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path) 
     (first, second), _ = run((fake("hangs", code, limit_s=2.0), fake("next", GOOD)), tmp_path, tmp_path, 100.0, DAY)
     assert first.code == "timeout" and 2 <= first.seconds < 5 and second.code == 0 and time.monotonic() - began < 20
     assert first.figure == "1 rows before it ended" and not first.complete
-    child = Path(f"/proc/{first.rows[0]['value']}/stat")
-    assert not child.exists() or child.read_text().rpartition(") ")[2].startswith("Z")
+    assert gone(first.rows[0]["value"])
 
 
 def test_a_child_of_a_phase_that_is_over_does_not_stay(tmp_path: Path) -> None:
     code = ANSWER + "import subprocess\nwrite([{'value': subprocess.Popen(['sleep', '60']).pid}], True)"
     ((outcome,), _) = run((fake("leaves one", code),), tmp_path, tmp_path, 100.0, DAY)
     assert outcome.code == 0 and outcome.seconds < 20
-    child = Path(f"/proc/{outcome.rows[0]['value']}/stat")
-    assert not child.exists() or child.read_text().rpartition(") ")[2].startswith("Z")
+    assert gone(outcome.rows[0]["value"])
 
 
 def test_the_same_command_goes_on_and_appends(tmp_path: Path) -> None:

@@ -66,9 +66,11 @@ def _serve(pipe: Connection, timeout_s: int) -> None:
             if world > 1:
                 timeout = timedelta(seconds=timeout_s)
                 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
-            pipe.send((True, function(*arguments)))
+            answer = True, function(*arguments)
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+        # Not before: whoever has all answers removes the store, and a thread of torch's that still asks it ends the process.
+        pipe.send(answer)

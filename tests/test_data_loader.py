@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -20,7 +19,7 @@ from PIL import Image
 from simclr import keyed
 from simclr.config import Config, Resize, Train, Views
 from simclr.data import loader, shards
-from simclr.data.decode import _take, decode
+from simclr.data.decode import decode
 from simclr.data.loader import Batch
 from simclr.data.manifest import read_manifest
 from simclr.data.resize import KINDS
@@ -89,23 +88,6 @@ def take(data: Path, batch_size: int, first: int, count: int, rank: int = 0, wor
 
 
 # ── What a step sees ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_threads_take_one_photograph_after_another_and_each_once() -> None:
-    """Together, in any number: the counter is one for all of them, and no number is given twice."""
-
-    @numba.njit(parallel=True)
-    def times_taken(rows: int, threads: int) -> np.ndarray:
-        counter, times = np.zeros(1, np.int64), np.zeros((threads, rows), np.int64)
-        for thread in numba.prange(threads):
-            row = _take(counter)
-            while row < rows:
-                times[thread, row] += 1
-                row = _take(counter)
-        return times
-
-    numba.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
-    assert (times_taken(200_000, 4).sum(0) == 1).all()
 
 
 def test_an_epoch_is_the_keyed_permutation_and_its_images_are_those_of_the_source(raw: Path) -> None:

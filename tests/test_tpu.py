@@ -28,6 +28,8 @@ GUARDED = {
     "simclr/health.py": 'device.type == "cuda"',
     "simclr/moments.py": 'device.type != "cuda"',
     "simclr/data/loader.py": 'device.type != "cuda"',
+    "simclr/data/memory.py": "not torch.cuda.is_available()",
+    "simclr/precision.py": 'device.type != "cuda"',
 }
 # The hand-written kernel of GPUs, and measurements.
 NOT_ON_THE_PATH = {"simclr/kernels/nt_xent_triton.py"}

@@ -21,7 +21,8 @@ if [ "$(cat $there/installed 2>/dev/null || true)" != "$wanted" ]; then
 fi
 $there/bin/python -c 'import torch, torchvision, triton; print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Triton {triton.__version__}")'
 files=""
-for name in bench bench_speed checkpoint compile config convert data_loader data_sources distill export fake_cuda finetune health initial kernels labels loss memory \
+for name in batchnorm bench bench_speed checkpoint compile config convert data_loader data_sources decode distill export fake_cuda \
+    finetune health initial kernels labels loss memory \
     microbatch nt_xent_kernels optim pretrain probe protocols published ranks resnet saving scores straggler tpu transfer views; do
     files="$files tests/test_$name.py"
 done

@@ -1,0 +1,29 @@
+"""What BatchNorm over several ranks rounds; that it is the whole batch's is `test_ranks`'s."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simclr.batchnorm import _GlobalBatchNorm
+from tests.conftest import Within
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_batchnorm_of_bfloat16_rounds_its_results_alone(within: Within, offset: float) -> None:
+    """The form of several ranks, here of one: statistics and both terms of the gradient are float32, and what is bfloat16 is half a
+    unit in the last of its 8 bits from the same in float64."""
+    random = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(64, 8, 7, 7, generator=random) + offset).bfloat16(), torch.randn(64, 8, 7, 7, generator=random).bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        others = torch.float32 if dtype == torch.bfloat16 else dtype
+        own, weight, bias = x.to(dtype).clone().requires_grad_(), torch.linspace(0.5, 2, 8, dtype=others), torch.zeros(8, dtype=others)
+        y, mean, var = _GlobalBatchNorm.apply(own, weight.requires_grad_(), bias.requires_grad_(), torch.zeros(8, dtype=others), 1e-5)
+        y.backward(upstream.to(dtype))
+        found.append((y, mean, var, own.grad, weight.grad, bias.grad))
+    names = ("y", "mean", "variance", "gradient", "weight's gradient", "bias's gradient")
+    for name, ours, exact in zip(names, *found, strict=True):
+        ours, exact, bound = ours.detach(), exact.detach(), 2**-8 if ours.dtype == torch.bfloat16 else 1e-4
+        off = (ours.double() - exact).abs() / exact.abs().clamp_min(exact.abs().max() / 8)
+        within(f"{name}, mean {offset:.0f}", float(off.max()), bound)

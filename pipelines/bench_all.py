@@ -7,7 +7,6 @@ all that it started, what it found is appended at once, and the same command aga
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 from xml.etree import ElementTree
 
+from pipelines.bench_held import end_with_parent
 from pipelines.bench_plan import Phase, Size, plan
 from pipelines.bench_result import Row, machine
 from pipelines.terminal import say
@@ -299,20 +299,13 @@ def _started(phase: Phase, out: Path, work: Path, log: IO[str], limit_s: float, 
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
     )
     running = _Running(process, time.monotonic(), time.time(), limit_s)
     try:
         yield running
     finally:
         running.end()
-
-
-def _end_with_parent() -> None:
-    """A phase does not outlive the command, however that is ended. (Linux; elsewhere there is no such call.)"""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def _result_file(out: Path, phase: Phase) -> Path:

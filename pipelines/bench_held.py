@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -79,7 +82,18 @@ def asks(one: Callable[[], object], device: torch.device) -> Ask:
     return ask
 
 
+def end_with_parent() -> None:
+    """Called in a process, it does not outlive the one that started it, however that is ended. (Linux; elsewhere there is no such call.)"""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+
+
 def _answer(make: Make, pipe: Connection) -> None:
+    # Linux shares a busy machine among sessions first (autogroup), and Ray's workers have one of their own: so has what they are
+    # compared with.
+    os.setsid()
+    end_with_parent()
     ask = make()
     while True:
         try:

@@ -41,7 +41,8 @@ class BatchNorm(nn.Module):
             y, mean, invstd = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, self.momentum, self.eps)
             mean, var = mean.detach(), invstd.detach().pow(-2) - self.eps
         else:
-            y, mean, var = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.running_mean.clone(), self.eps)
+            shift = _before(self.running_mean) if _MUTATED_SAVED and torch.compiler.is_compiling() else self.running_mean.clone()
+            y, mean, var = _GlobalBatchNorm.apply(x, self.weight, self.bias, shift, self.eps)
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
@@ -49,6 +50,23 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, beta={self.bias is not None}, per_worker={self.per_worker}"
+
+
+# torch 2.11 drops the copy of an input that the forward graph changes at its end, and the backward graph computes the mean anew from
+# what the input has become: wrong gradients, without a word (seen with Inductor on two ranks; 2.15 marks such inputs, between them
+# nobody looked). An operation that it knows nothing of is computed once, and its result kept for the backward pass.
+_MUTATED_SAVED = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 15)
+
+
+@torch.library.custom_op("simclr::before", mutates_args=())
+def _before(x: Tensor) -> Tensor:
+    """A copy of x as it is now."""
+    return x.clone()
+
+
+@_before.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 class _GlobalBatchNorm(torch.autograd.Function):

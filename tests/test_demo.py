@@ -28,7 +28,8 @@ def test_the_demo_from_rendering_to_the_report(shared_ray: None, tmp_path: Path,
     result = demo.demo(arguments)
     raw, untrained, trained = result.scores
     assert [raw["name"], untrained["name"], trained["name"]] == ["raw pixels", "untrained encoder", "trained encoder"]
-    # Measured before initial weights were keyed: kNN 27, 25 and 63 %, probe 15, 37 and 70 %. By kNN raw pixels and an untrained encoder are about alike.
+    # Measured before initial weights were keyed: kNN 27, 25 and 63 %, probe 15, 37 and 70 %. By kNN raw pixels and an untrained encoder
+    # are about alike.
     assert trained["probe_top1"] > untrained["probe_top1"] + 0.15 and untrained["probe_top1"] > raw["probe_top1"]
     assert trained["knn_top1"] > max(untrained["knn_top1"], raw["knn_top1"]) + 0.15
 

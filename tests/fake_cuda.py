@@ -77,12 +77,13 @@ class Watched(TorchDispatchMode):
         self.copies = 0
         self.beside = False
         self.locked: set[int] = set()
+        self.kept: list[Tensor] = []
 
     def pin(self, x: Tensor) -> Tensor:
         assert x.device.type == "cpu", "only the host's memory is page-locked"
         pinned = x.clone() if type(x) is Tensor else x
         self.locked.add(id(pinned))
-        self._kept = [*getattr(self, "_kept", []), pinned]  # an id is another tensor's once its own is gone
+        self.kept.append(pinned)  # an id is another tensor's once its own is gone
         return pinned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -100,7 +100,7 @@ def test_a_graph_is_cut_where_a_bucket_of_gradients_is_full(patient: Ranks, with
 @pytest.mark.compile
 def test_float32_is_as_far_from_float64_compiled_as_it_is_uncompiled(patient: Ranks, within: Within, patterns: Path) -> None:
     """Ten steps amplify the first one's rounding: by how much, the uncompiled run says. Other orders of sums round otherwise, so the two
-    agree in magnitude alone: factors of 2.6 (loss) and 11.5 (weights) were seen. A product in TF32 would make it a thousand."""
+    agree in magnitude alone: factors of 2.6 (loss) and 11.5 (weights) were seen."""
     exact, plain, compiled = (
         patient(2, ten_steps, in_precision(precision), compile, str(patterns))[0]
         for precision, compile in (("float64", False), ("float32", False), ("float32", True))

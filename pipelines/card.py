@@ -42,7 +42,7 @@ def card(config: dict[str, Any], parameters: int, name: str, scores: dict[str, f
     parts = [
         f"# {name}\n\nAn image encoder of the SimCLR family: a picture in, a vector out. Pictures that show the same thing get vectors\n"
         "that point the same way, so a nearest-neighbour search or a linear classifier on them goes far.",
-        f"## Use it\n\n```python\nimport simclr\n\nencoder = simclr.load_encoder(\"{name}\")      # this directory\n"
+        f'## Use it\n\n```python\nimport simclr\n\nencoder = simclr.load_encoder("{name}")      # this directory\n'
         "features = encoder.embed(images)           # uint8 (n, H, W, 3), any size → (n, d)\n```\n\n"
         f"`simclr embed {name} photos/` does the same for files. Cropping, resizing and scaling to {size} px are part of `embed`.",
         "## What it is\n\n" + _table(("", ""), rows),

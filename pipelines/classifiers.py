@@ -143,9 +143,7 @@ def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, objec
     # A published head is a ProjectionHead, or its first layers; a classifier holds the layers alone.
     head = {f"layers.{name}": t for name, t in parts["head"].items()}
     plain = Config(**{f.name: getattr(run.config, f.name) for f in dataclasses.fields(Config)})
-    write_encoder(
-        parts["encoder"], plain, run.encoder, about, head=head, classifier=parts["classifier"], tap=tap, classes=list(classes)
-    )
+    write_encoder(parts["encoder"], plain, run.encoder, about, head=head, classifier=parts["classifier"], tap=tap, classes=list(classes))
     if scores:
         text = {"scores": [{"name": run.stage, **scores}], "data": run.origin}
         disk.write_text(run.path / "evaluation.json", json.dumps(text, indent=1) + "\n")

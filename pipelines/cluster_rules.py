@@ -202,9 +202,7 @@ def _safe_start(cluster: Cluster) -> Iterator[str]:
     if host and host[1] not in ("127.0.0.1", "localhost"):
         yield f"the dashboard, and with it the job API, listens on {host[1]}; write --dashboard-host=127.0.0.1 and use `ray dashboard FILE`"
     if not any("pkill" in command and "ay.util.client.server" in command for command in cluster.get("head_start_ray_commands", [])):
-        yield (
-            "Ray Client stays up on the head's own address, port 10001; end it after `ray start`, as onprem.yaml does, and submit jobs"
-        )
+        yield ("Ray Client stays up on the head's own address, port 10001; end it after `ray start`, as onprem.yaml does, and submit jobs")
     if cluster.get("file_mounts", {}).get(_TOKEN) is None:
         yield f"file_mounts do not bring {_TOKEN} to the nodes, so none of them could join; add {_TOKEN}: {_TOKEN}"
     elif not any("chmod 600 ~/.ray/auth_token" in command for command in cluster.get("setup_commands", [])):

@@ -1,12 +1,12 @@
 """A run's directory: what it holds, whose it is, and how it is found again.
 
-    run.json        recipe, config, data, command, environment, tracking address and run id, registered version
-    metrics.jsonl   one line per report
-    checkpoints/    step-…/ (see simclr.checkpoint)
-    encoder/        the published form of the newest checkpoint's encoder
-    compiled/       what torch.compile made (see pipelines.compile_cache)
-    timings.json    seconds of each command so far
-    evaluation.json scores; pictures.npz: what the report shows; report.html
+run.json        recipe, config, data, command, environment, tracking address and run id, registered version
+metrics.jsonl   one line per report
+checkpoints/    step-…/ (see simclr.checkpoint)
+encoder/        the published form of the newest checkpoint's encoder
+compiled/       what torch.compile made (see pipelines.compile_cache)
+timings.json    seconds of each command so far
+evaluation.json scores; pictures.npz: what the report shows; report.html
 """
 
 from __future__ import annotations

@@ -91,9 +91,7 @@ def linear(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, args: 
 
     limit = args.limit or max(len(rows) for rows in parts.values())
     with Bar(task.title, sum(min(limit, len(rows)) for rows in parts.values())) as bar:
-        embedded = {
-            part: transfer.embed_rows(encoder, rows, _BATCH, args.threads, bar.advance, args.limit) for part, rows in parts.items()
-        }
+        embedded = {part: transfer.embed_rows(encoder, rows, _BATCH, args.threads, bar.advance, args.limit) for part, rows in parts.items()}
     split = transfer.split(embedded, task.split)
     with Bar(f"{task.title}, L-BFGS", None, "iterations", "iterations/s") as bar:
         score = transfer.linear(

@@ -91,9 +91,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         x, weight, mean, var = ctx.saved_tensors  # type: ignore[attr-defined]
         eps: float = ctx.eps  # type: ignore[attr-defined]
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(

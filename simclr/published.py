@@ -1,9 +1,9 @@
 """An encoder as it is published: a directory of safetensors and config.json, with the preprocessing it was trained under.
 
-    encoder.safetensors      names as in `ResNet.state_dict()`
-    head.safetensors         the projection head, or its first layers; v2 fine-tunes and distils from them
-    classifier.safetensors   a linear classifier, where there is one; config.json names its classes and the tap it reads
-    config.json              schema, the run's config, `preprocessing`, `published` (recipe, step, data), `classifier`
+encoder.safetensors      names as in `ResNet.state_dict()`
+head.safetensors         the projection head, or its first layers; v2 fine-tunes and distils from them
+classifier.safetensors   a linear classifier, where there is one; config.json names its classes and the tap it reads
+config.json              schema, the run's config, `preprocessing`, `published` (recipe, step, data), `classifier`
 """
 
 from __future__ import annotations

@@ -61,5 +61,3 @@ def trained(sweep: Sweep, score: Callable[[points.Point], float]) -> list[Trial]
             trial.save(directory)
             found.append(trial)
     return found
-
-

@@ -195,9 +195,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(simclr: Run, tmp_path: Path, 
     refused(simclr(*PRETRAIN, patterns, "--run", "run"), "step 3 does not fit this config: model.encoder.stem.0.weight is missing")
 
 
-def test_too_little_space_is_said_before_training(
-    simclr: Run, tmp_path: Path, patterns: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_said_before_training(simclr: Run, tmp_path: Path, patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]

@@ -163,9 +163,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
         ([encoded(noise(900, 900))] * 3, {"kind": "raw", "max_side_px": 900}, "exceed a page"),
     ],
 )
-def test_bad_sources_are_a_sentence_and_leave_nothing(
-    tmp_path: Path, files: list[bytes], options: dict[str, Any], sentence: str
-) -> None:
+def test_bad_sources_are_a_sentence_and_leave_nothing(tmp_path: Path, files: list[bytes], options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         prepare(source(files), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
@@ -204,9 +202,7 @@ def mixed(skips: bool = True) -> Source:
 
 
 @pytest.mark.parametrize("stop", [40, 75, "sealing", "naming"])
-def test_an_interrupted_prepare_goes_on_behind_its_full_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | str
-) -> None:
+def test_an_interrupted_prepare_goes_on_behind_its_full_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | str) -> None:
     """Whatever it was doing: the bytes are those of one that was left alone, and what was done is not done again."""
     options = shards.Options(shard_mib=1, max_skipped_pct=5)
     whole = shards.prepare(mixed(), tmp_path / "whole", options, 2, lambda count: None)

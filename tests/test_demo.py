@@ -65,9 +65,7 @@ def _loaded(page: str) -> str:
     return " ".join(value for value in re.findall(r'(?:src|href)="([^"]*)"', page) if not value.startswith("data:"))
 
 
-def test_interrupted_it_ends_within_five_seconds_and_the_same_command_goes_on(
-    shared_ray: None, tmp_path: Path, patterns: Path
-) -> None:
+def test_interrupted_it_ends_within_five_seconds_and_the_same_command_goes_on(shared_ray: None, tmp_path: Path, patterns: Path) -> None:
     import ray
 
     command = [sys.executable, "-m", "pipelines.cli", "pretrain", "patterns_tiny", "--data", str(patterns), "--run", "run"]

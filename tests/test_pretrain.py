@@ -57,9 +57,7 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, tm
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_from_its_stored_beginning_a_run_is_bitwise_the_fresh_one(
-    patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_its_stored_beginning_a_run_is_bitwise_the_fresh_one(patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And draws no initial weights: all of the model is the checkpoint's, where memory that nobody filled holds NaN."""
     settings = config(checkpoint_every_steps=12)
     run(settings, patterns, tmp_path / "fresh")

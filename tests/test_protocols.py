@@ -28,9 +28,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_protocol_writes_its_scores_classes_and_picture(
-    encoder: Path, patterns: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_protocol_writes_its_scores_classes_and_picture(encoder: Path, patterns: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", str(encoder), "--data", str(patterns), "--resamples", "100", "--epochs", "0.5", "--k", "20", "--batch-size", "60"]
     cli.main([*words, "--protocol", "knn", "probe", "lbfgs", "sgd"])
     said = capsys.readouterr().out

@@ -17,6 +17,7 @@ from simclr.views import centre_boxes, crop_resize
 
 CONFIG = Config(encoder=Encoder(depth=8, cifar_stem=True), head=Head(layers=3, d_out=16), views=Views(size_px=40))
 
+
 def published(directory: Path, layers: int = 3, tap: int = 1) -> tuple[Classifier, Path]:
     """A directory with the head's first layers and a classifier that reads tap `tap`, and the model that it came from."""
     model = build_model(CONFIG)

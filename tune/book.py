@@ -1,10 +1,10 @@
 """What a sweep's directory holds, and how it is read again.
 
-    sweep.json      what was asked: space, recipe, data, flags; the MLflow parent run
-    space.json      the space as it was searched, resolved
-    trials/NAME/    a run directory each, as `simclr pretrain` makes one, with trial.json: what it varies and how it went
-    tune/           Ray Tune's own state, which `--resume` restores
-    results.csv, best_config.json, report.html
+sweep.json      what was asked: space, recipe, data, flags; the MLflow parent run
+space.json      the space as it was searched, resolved
+trials/NAME/    a run directory each, as `simclr pretrain` makes one, with trial.json: what it varies and how it went
+tune/           Ray Tune's own state, which `--resume` restores
+results.csv, best_config.json, report.html
 """
 
 from __future__ import annotations

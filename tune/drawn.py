@@ -149,9 +149,7 @@ def augmentation_pairs(m: Material) -> Drawing:
     return Drawing(html=html, note=note, rows=rows, spread=_CELLS)
 
 
-def _bars(
-    m: Material, names: dict[Any, str], key: Callable[[Trial], object], theirs: dict[Any, float], label: str, note: str
-) -> Drawing:
+def _bars(m: Material, names: dict[Any, str], key: Callable[[Trial], object], theirs: dict[Any, float], label: str, note: str) -> Drawing:
     """One bar for each of `names`, with the paper's number of the same key."""
     found = m.cells(key)
     shown = [k for k in names if k in found]
@@ -249,8 +247,7 @@ def labels_fraction(m: Material) -> Drawing:
     by_share = {share: m.cells(network, f"eval/probe_top1_at_{share:g}") for share in shares}
     networks = list(dict.fromkeys(key for found in by_share.values() for key in found))
     series = [
-        Series(name=f"ResNet-{key[0]} ({key[1]}×)", points={s: by_share[s][key] for s in shares if key in by_share[s]})
-        for key in networks
+        Series(name=f"ResNet-{key[0]} ({key[1]}×)", points={s: by_share[s][key] for s in shares if key in by_share[s]}) for key in networks
     ]
     series += [
         Series(name=f"{_PAPER}, fine-tuned {name}", points={s: figures.cell([v]) for s, v in found.items()}, published=True)

@@ -33,9 +33,7 @@ def manifest_at(place: Address, store: Store) -> tuple[Manifest, bytes] | None:
     return manifest, text
 
 
-def fetch(
-    place: Address, directory: Path, progress: Callable[[int, int], None], store: Store, groups: int = 1, group: int = 0
-) -> None:
+def fetch(place: Address, directory: Path, progress: Callable[[int, int], None], store: Store, groups: int = 1, group: int = 0) -> None:
     """Make `directory` the shards at `place`: what is there already stays, what is missing or damaged is fetched in parallel.
 
     Of training shards in more than one group only those of `group` are fetched (−1: none), and others stay where they are.

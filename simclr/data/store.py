@@ -318,6 +318,7 @@ class Store:
             with contextlib.suppress(ValueError):  # the first trouble is the one to tell
                 self._tried(place, lambda: self.client.abort_multipart_upload(**about))
             raise
+
     # ── Trying again ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _tried(self, place: Address, request: Callable[[], T]) -> T:

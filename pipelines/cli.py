@@ -40,7 +40,6 @@ COMMANDS = {
     "cluster": "cluster file → what it would start, what it costs, and what is wrong with it",
     "bench": "measured comparisons on this machine",
 }
-_MODULES = {"cluster": "pipelines.cluster_check", **_ABOVE}  # pipelines.cluster is the door to Ray Train
 
 
 def usage() -> str:
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         from pipelines import terminal
 
         terminal.set_quiet(quiet)
-        module = importlib.import_module(_MODULES.get(name, f"pipelines.{name}"))
+        module = importlib.import_module(_ABOVE.get(name, f"pipelines.commands.{name}"))
         words = [a for a in rest if a != "--quiet"]
         if words and hasattr(module, "recipe_for") and Path(words[0]).is_dir():
             words = [module.recipe_for(Path(words[0])), "--data", *words]
@@ -75,18 +74,18 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         _fail(str(error))
     except OSError as error:
-        from simclr import disk
+        from simclr import files
 
-        if not (sentence := disk.trouble(error)):
+        if not (sentence := files.trouble(error)):
             raise
         _fail(sentence)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if "ray" in sys.modules:
-            from pipelines import cluster
+            from pipelines.train import ray_train
 
-            ending = threading.Thread(target=cluster.disconnect, daemon=True)
+            ending = threading.Thread(target=ray_train.disconnect, daemon=True)
             ending.start()
             ending.join(_END_S)
         os._exit(130)  # other threads may be in the middle of something: they are not waited for
@@ -94,8 +93,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _fail(sentence: str) -> None:
     print(f"simclr: {sentence}", file=sys.stderr, flush=True)
-    cluster = sys.modules.get("pipelines.cluster")
-    if cluster is not None and cluster.lost():
+    ray_train = sys.modules.get("pipelines.train.ray_train")
+    if ray_train is not None and ray_train.lost():
         os._exit(2)
     sys.exit(2)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from simclr.published import PublishedEncoder
+    from simclr.encoder.directory import PublishedEncoder
 
 __version__ = "0.1.0"
 
@@ -17,7 +17,7 @@ def load_encoder(path: str | Path) -> PublishedEncoder:
     `load_encoder(path).embed(images)` takes uint8 images (n, H, W, 3) of any size and returns features (n, d_h).
     Raises ValueError where the directory is no published encoder or its weights do not fit its config.
     """
-    from simclr.published import read_encoder  # torch costs seconds; `simclr --help` must not wait for it
+    from simclr.encoder.directory import read_encoder  # torch costs seconds; `simclr --help` must not wait for it
 
     return read_encoder(Path(path))
 

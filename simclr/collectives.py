@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.moments import Moment, exact, now
+from simclr.telemetry.device_time import Moment, exact, now
 
 # The option's name since torch 2.13, and before.
 _NO_BUFFERS = next(o for o in ("forward_sync_buffers", "broadcast_buffers") if o in inspect.signature(DistributedDataParallel).parameters)

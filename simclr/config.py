@@ -87,7 +87,7 @@ class Views:
     """Probability of a Gaussian blur (sigma in [0.1, 2.0], kernel 10 % of the side). The paper uses none on CIFAR-10."""
     operations: tuple[Operation, ...] | None = None
     """The paper's ablation (Fig. 5): one random crop is both views; view 0 stays as it is, view 1 goes through these operations,
-    one after the other (`simclr.ablations`). Nothing = both views are drawn as in App. A."""
+    one after the other (`simclr.views.ablations`). Nothing = both views are drawn as in App. A."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Subtracted from the pixels, which lie in [0, 1], before the encoder sees them. The official code subtracts nothing."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)

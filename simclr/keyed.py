@@ -4,7 +4,7 @@ A sequential generator makes what an image sees depend on who drew before it: on
 prefetched batches, and on where a run was resumed. Philox (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", SC 2011) is a keyed bijection of a counter instead, so every draw has an address and none has a history.
 
-Initial weights have neither epoch nor sample: `simclr.initial` puts a parameter's name and a block of its elements in their place.
+Initial weights have neither epoch nor sample: `simclr.networks.initial` puts a parameter's name and a block of its elements in their place.
 """
 
 from __future__ import annotations

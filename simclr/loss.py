@@ -24,7 +24,7 @@ STREAMED_FROM = 1 << 22
 
 def nt_xent(z: Tensor, temperature: float, memory: Tensor | None = None) -> Tensor:
     """The normalised temperature-scaled cross entropy of the global batch, seen from this rank's rows (2n, d) (Eq. 1). Unit rows
-    of a `memory` (m, d), the same on every rank, are negatives too, without gradient (`simclr.memory`).
+    of a `memory` (m, d), the same on every rank, are negatives too, without gradient (`simclr.methods.queue`).
 
     Below stands its definition; large batches and GPUs take `kernels.nt_xent`, which stores no logits and is tested against it.
     The official TensorFlow code adds the two directions, loss_a + loss_b, which is twice this value.

@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-from pipelines import compile_cache
+from pipelines.train import compile_cache
 from simclr.config import Config, Encoder, Views
 from simclr.loss import nt_xent
-from simclr.model import build_model
+from simclr.networks.heads import build_model
 
 
 def two_steps() -> Iterator[float]:

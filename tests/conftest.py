@@ -94,11 +94,11 @@ def ranks() -> Iterator[Ranks]:
 def shared_ray() -> Iterator[None]:
     """The one Ray of the suite, with two cores. The environment of `make test-torch211` has none, like hosts that only benchmark."""
     pytest.importorskip("ray")
-    from pipelines import cluster
+    from pipelines.train import ray_train
 
-    assert cluster.connect(cluster.Resources(workers=2))
+    assert ray_train.connect(ray_train.Resources(workers=2))
     yield
-    cluster.disconnect()
+    ray_train.disconnect()
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +124,7 @@ def s3(s3_proxy: Proxy, tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_proxy.url)
     monkeypatch.setenv("SIMCLR_CACHE", str(tmp_path_factory.mktemp("cache")))
-    from simclr.data.store import Store
+    from simclr.data.s3.store import Store
 
     s3_proxy.quiet()
     Store().client.create_bucket(Bucket="photos")
@@ -138,8 +138,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import Image
 
     from simclr.data import shards
-    from simclr.data.patterns import render
-    from simclr.data.sources import open_source
+    from simclr.data.sources.open import open_source
+    from simclr.data.sources.patterns import render
 
     folder = tmp_path_factory.mktemp("photographs")
     images, _ = render(np.arange(240), 0, 96, True)
@@ -153,7 +153,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 240 + 60 pattern images of 32 px."""
     from simclr.data import shards
-    from simclr.data.sources import open_source
+    from simclr.data.sources.open import open_source
 
     out = tmp_path_factory.mktemp("patterns") / "shards"
     shards.prepare(open_source("patterns:train=240,test=60"), out, shards.Options(), 2, lambda done: None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from simclr import disk
+from simclr import files
 from simclr.config import Config
 
 
@@ -20,7 +20,7 @@ def plan(folder: Path, *faults: tuple[int, int, str], step_s: float = 0.0) -> No
     """Write (step, rank, how) to `folder`; how = kill, stop (its process), hang (the thread that trains) or nothing. A step takes `step_s`
     more than it would; that may be planned anew while the training goes on."""
     folder.mkdir(parents=True, exist_ok=True)
-    disk.write_text(folder / "step_s", str(step_s))
+    files.write_text(folder / "step_s", str(step_s))
     for step, rank, how in faults:
         (folder / f"{step:04}-{rank}").write_text(how)
 
@@ -34,10 +34,10 @@ def faulty_worker(job: dict[str, Any]) -> None:
     """`train_worker`, which comes to grief when a batch of the plan is handed out."""
     import ray.train
 
-    from pipelines.worker import train_worker
-    from simclr import pulse
+    from pipelines.train.worker import train_worker
+    from simclr.telemetry import progress
 
-    folder, rank, beat = Path(f"{job['run']}-faults"), ray.train.get_context().get_world_rank(), pulse.beat
+    folder, rank, beat = Path(f"{job['run']}-faults"), ray.train.get_context().get_world_rank(), progress.beat
 
     def grievous(step: int | None = None) -> None:
         beat(step)
@@ -59,13 +59,13 @@ def faulty_worker(job: dict[str, Any]) -> None:
         elif how == "hang":
             threading.Event().wait()
 
-    pulse.beat = grievous
+    progress.beat = grievous
     train_worker(job)
 
 
 def undisturbed(config: Config, data: Path) -> tuple[dict[int, float], dict[str, Tensor]]:
     """Step → loss, and the encoder at the end, of a training that nothing happens to, on the ranks that there are."""
-    from simclr.pretrain import Start, pretrain
+    from simclr.train import Start, pretrain
 
     losses, state = {}, {}
     for report in pretrain(config, Start(data)):
@@ -75,7 +75,8 @@ def undisturbed(config: Config, data: Path) -> tuple[dict[int, float], dict[str,
 
 def command() -> None:
     """`simclr …` as it is, with workers that come to grief."""
-    from pipelines import cli, worker
+    from pipelines import cli
+    from pipelines.train import worker
 
     worker.train_worker = faulty_worker
     cli.main()

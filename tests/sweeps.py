@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.rundir import Run
-from tune import points
-from tune.book import Sweep, Trial
+from pipelines.runs.directory import Run
+from tune import resolve
+from tune.sweep_dir import Sweep, Trial
 
 
 def a_sweep(path: Path, space: str, **fields: Any) -> Sweep:
@@ -35,14 +35,14 @@ def a_sweep(path: Path, space: str, **fields: Any) -> Sweep:
     return Sweep(**(given | fields))
 
 
-def trained(sweep: Sweep, score: Callable[[points.Point], float]) -> list[Trial]:
+def trained(sweep: Sweep, score: Callable[[resolve.Point], float]) -> list[Trial]:
     """Write the sweep's directory as if each trial had finished with the probe accuracy `score`. Returns the trials."""
     sweep.save()
     space, found = sweep.restricted, []
-    every = points.samples(space, 12, 0) if sweep.search == "random" else points.combinations(space)
+    every = resolve.samples(space, 12, 0) if sweep.search == "random" else resolve.combinations(space)
     for seed in range(sweep.seeds):
         for i, chosen in enumerate(every):
-            point = points.point(space, sweep.base, chosen, seed)
+            point = resolve.point(space, sweep.base, chosen, seed)
             name, value = f"{i:03}-s{seed}", score(point)
             directory = sweep.path / "trials" / name
             shares = {f"eval/probe_top1_at_{s:g}": value * (0.6 + 0.2 * k) for k, s in enumerate(space.label_shares)}

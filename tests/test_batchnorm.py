@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simclr.batchnorm import _GlobalBatchNorm
+from simclr.networks.batchnorm import _GlobalBatchNorm
 from tests.conftest import Within
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 import pytest
 import torch
 
-from pipelines.bench_loader import loader
-from pipelines.bench_memory import _run, memory
-from pipelines.bench_views import views
+from pipelines.bench.loader import loader
+from pipelines.bench.memory import _run, memory
+from pipelines.bench.views import views
 
 
 def test_bench_loader_prints_a_row_for_each_kind_of_resize(photographs: Path, capfd: pytest.CaptureFixture[str]) -> None:

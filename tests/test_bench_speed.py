@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import bench, bench_timing, bench_train
-from pipelines.bench_agreement import agreement
-from pipelines.bench_cifar import cifar
-from pipelines.bench_loop import around, timed
-from pipelines.bench_loss import loss
-from pipelines.bench_prepare import prepare
-from pipelines.bench_result import busiest, compared, cost, in_turn
-from pipelines.bench_scale import EXPECTED_RANKS, all_gather_s, model, ring_all_reduce_s, scale, small_all_reduce_s
-from pipelines.bench_step import our_step, plain_step, resident, resident_views, step
-from pipelines.bench_timing import host_waits, rate
-from pipelines.bench_train import train
+from pipelines.bench import timing
+from pipelines.bench.agreement import agreement
+from pipelines.bench.cifar import cifar
+from pipelines.bench.loop import around, timed
+from pipelines.bench.loss import loss
+from pipelines.bench.prepare import prepare
+from pipelines.bench.result import busiest, compared, cost, in_turn
+from pipelines.bench.scale import EXPECTED_RANKS, all_gather_s, model, ring_all_reduce_s, scale, small_all_reduce_s
+from pipelines.bench.step import our_step, plain_step, resident, resident_views, step
+from pipelines.bench.timing import host_waits, rate
+from pipelines.bench.train import train
+from pipelines.commands import bench
 from simclr.config import Config, Encoder, Head, Train, Views
 from tests.conftest import Within
 
@@ -85,7 +86,7 @@ def test_the_fed_step_and_its_parts_are_sides_of_bench_step(patterns: Path, capf
 def test_a_window_lasts_as_long_as_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of the test's own: a step takes 1/64 s."""
     clock, asked = [0.0], []
-    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
     def one(ready: int = 0) -> None:
         asked.append(0)
@@ -144,9 +145,9 @@ def test_bench_train_prints_its_share_and_says_that_lightly_is_missing(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Config] = []
-    monkeypatch.setattr(bench_train, "held", lambda make: contextlib.nullcontext(Fake()))
-    monkeypatch.setattr(bench_train, "under_ray", lambda config, data, threads: asked.append(config) or [0.05, 0.05])
-    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: object() if name == "ray" else None)
+    monkeypatch.setattr(train_bench, "held", lambda make: contextlib.nullcontext(Fake()))
+    monkeypatch.setattr(train_bench, "under_ray", lambda config, data, threads: asked.append(config) or [0.05, 0.05])
+    monkeypatch.setattr(train_bench.importlib.util, "find_spec", lambda name: object() if name == "ray" else None)
     rows = train("tiny", tiny(), Path("shards"), steps=10, trials=2, threads=1, peer="lightly")
     out = capfd.readouterr().out
     assert "lightly is not installed, so ours is timed alone; `pip install" in out
@@ -171,14 +172,14 @@ def test_a_job_is_compared_with_what_lies_evenly_around_it() -> None:
 
 
 def test_without_ray_train_and_loop_say_so_before_they_measure(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
-    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train_bench.importlib.util, "find_spec", lambda name: None)
     for what in ("train", "loop"):
         with pytest.raises(ValueError, match=f"ray is not installed, and `simclr bench {what}` trains under it"):
             bench.main(bench.Args(what=what, data=patterns))  # type: ignore[arg-type]
 
 
 def test_the_peer_needs_its_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(train_bench.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="--peer-data DIR"):
         train("tiny", tiny(), Path("shards"), steps=10, trials=1, threads=1, peer="lightly")
     (tmp_path / "one.jpg").touch()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines import capacity, cluster
+from pipelines.train import capacity, ray_train
 
 HERE = Path(__file__).parent.parent / "cluster"
 
@@ -35,25 +35,25 @@ def test_a_cluster_that_scales_to_zero_can_have_what_its_file_says(
     assert "GPU" not in capacity.reachable(False)
     assert [capacity.slots(True, *each) for each in ((12, True), (24, True), (13, True), (12, False))] == [16, 8, 12, 16]
     assert capacity.slots(False, 12, True) == 0
-    sixteen = cluster.Resources(workers=16, cpus_per_worker=12, address="auto")
-    assert cluster.require(sixteen) is True
+    sixteen = ray_train.Resources(workers=16, cpus_per_worker=12, address="auto")
+    assert ray_train.require(sixteen) is True
     assert "0 of 192 CPUs and 0 of 16 GPUs" in capsys.readouterr().err
     with pytest.raises(ValueError, match="needs as many GPUs; the cluster has 16"):
-        cluster.require(cluster.Resources(workers=17, device="cuda", address="auto"))
+        ray_train.require(ray_train.Resources(workers=17, device="cuda", address="auto"))
     with pytest.raises(ValueError, match=r"17 workers need as many GPUs, and the cluster has 16; use fewer --workers, or --device cpu"):
-        cluster.require(cluster.Resources(workers=17, address="auto"))  # not by itself on CPUs
+        ray_train.require(ray_train.Resources(workers=17, address="auto"))  # not by itself on CPUs
     with pytest.raises(ValueError, match=r"13 workers with 13 CPUs and a GPU each do not fit: .* have room for 12"):
-        cluster.require(cluster.Resources(workers=13, cpus_per_worker=13, address="auto"))
+        ray_train.require(ray_train.Resources(workers=13, cpus_per_worker=13, address="auto"))
     with pytest.raises(ValueError, match=r"16 workers with 16 CPUs and a GPU each do not fit: .* have room for 12"):
-        cluster.require(cluster.Resources(workers=16, cpus_per_worker=16, address="auto"))
+        ray_train.require(ray_train.Resources(workers=16, cpus_per_worker=16, address="auto"))
 
 
 def test_on_kubernetes_the_manifest_says_that_nodes_come(only_the_head: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match="have room for 0"):
-        cluster.require(cluster.Resources(workers=16, address="auto"))
+        ray_train.require(ray_train.Resources(workers=16, address="auto"))
     spec = next(m for m in yaml.safe_load_all((HERE / "kuberay/raycluster.yaml").read_text()) if m["kind"] == "RayCluster")["spec"]
     env = {e["name"]: e.get("value") for e in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
     monkeypatch.setenv(capacity.GROWS, env[capacity.GROWS])
-    assert cluster.require(cluster.Resources(workers=16, address="auto")) is True
+    assert ray_train.require(ray_train.Resources(workers=16, address="auto")) is True
     assert math.isinf(capacity.slots(True, 12, True))

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import cli, cluster, terminal
+from pipelines import cli, terminal
+from pipelines.train import ray_train
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -33,7 +34,7 @@ def simclr(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
     def no_ray(resources: Any) -> bool:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(cluster, "connect", no_ray)
+    monkeypatch.setattr(ray_train, "connect", no_ray)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         try:
@@ -165,7 +166,7 @@ def a_run(folder: Path, patterns: Path, **changes: object) -> Path:
     """A run directory as `simclr pretrain` leaves it when it is interrupted before the first checkpoint."""
     from dataclasses import replace
 
-    from pipelines.rundir import open_run
+    from pipelines.runs.directory import open_run
     from simclr.recipes import recipe
 
     config = recipe("patterns_tiny")
@@ -239,8 +240,8 @@ def test_runs_and_encoders_that_are_none(simclr: Run, tmp_path: Path, patterns: 
 
 
 def test_embed_takes_files_folders_and_arrays(simclr: Run, tmp_path: Path) -> None:
-    from simclr.model import build_model
-    from simclr.published import write_encoder
+    from simclr.encoder.directory import write_encoder
+    from simclr.networks.heads import build_model
     from simclr.recipes import recipe
 
     config = recipe("patterns_tiny")
@@ -296,7 +297,7 @@ def test_the_time_left_counts_from_the_first_step_not_from_the_start(
 
 
 def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
-    from pipelines.rundir import load_run, open_run
+    from pipelines.runs.directory import load_run, open_run
     from simclr.recipes import recipe
 
     (tmp_path / "project" / "elsewhere").mkdir(parents=True)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import cluster_check, cluster_rules
+from pipelines.clusterfile import rules
+from pipelines.commands import cluster
 
 HERE = Path(__file__).parent.parent / "cluster"
 FILES = sorted(path.name for path in HERE.glob("*.yaml") if path.name != "aws-account.yaml")
@@ -23,7 +24,7 @@ Change = Callable[[dict[str, Any]], object]
 
 @functools.cache
 def _content(name: str) -> dict[str, Any]:
-    return cluster_check.read(HERE / name)[1]
+    return cluster.read(HERE / name)[1]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -40,8 +41,8 @@ def manifests() -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_each_file_is_sound(name: str) -> None:
-    assert cluster_check.schema_mistakes(load(name)) == []
-    assert list(cluster_rules.mistakes(load(name))) == []
+    assert cluster.schema_mistakes(load(name)) == []
+    assert list(rules.mistakes(load(name))) == []
 
 
 @pytest.mark.parametrize("path", [HERE / name for name in FILES] + [HERE / "kuberay/raycluster.yaml"], ids=lambda p: p.name)
@@ -65,20 +66,20 @@ def test_ray_itself_accepts_the_files() -> None:
 
 
 def test_what_would_be_started() -> None:
-    table = cluster_check.overview(load("aws-gpu.yaml"))
+    table = cluster.overview(load("aws-gpu.yaml"))
     assert re.search(r"g6 +g6\.12xlarge, spot +0 … 4 +4 × L4 24 GB, 16 in all +0\.00 … 18\.41", table)  # 4 × 4.6016
     assert "0.40 … 18.81 USD an hour" in table and "approximately list prices, on demand, written down from memory" in table
-    slices = cluster_check.overview(load("gcp-tpu-pod.yaml"))
+    slices = cluster.overview(load("gcp-tpu-pod.yaml"))
     assert re.search(r"v5e +v5litepod-16, spot, 4 hosts +1 +16 × TPU v5e 16 GB +19\.20", slices)  # 16 × 1.20
 
 
 def test_a_batch_that_does_not_divide_is_told_before_a_node_is_paid_for() -> None:
-    config = cluster_check.changed("imagenet_resnet50", ("train.batch_size=4096",))
-    assert cluster_check.batch_over(load("aws-gpu.yaml"), config) == "N = 4096 over 16 workers, 256 images each"
+    config = cluster.changed("imagenet_resnet50", ("train.batch_size=4096",))
+    assert cluster.batch_over(load("aws-gpu.yaml"), config) == "N = 4096 over 16 workers, 256 images each"
     with pytest.raises(ValueError, match="batch_size 1000 does not divide over 16 workers"):
-        cluster_check.batch_over(load("aws-gpu.yaml"), cluster_check.changed("imagenet_resnet50", ("train.batch_size=1000",)))
+        cluster.batch_over(load("aws-gpu.yaml"), cluster.changed("imagenet_resnet50", ("train.batch_size=1000",)))
     with pytest.raises(ValueError, match="expected FIELD=VALUE"):
-        cluster_check.changed("imagenet_resnet50", ("train.batchsize=1",))
+        cluster.changed("imagenet_resnet50", ("train.batchsize=1",))
 
 
 # ── Broken, one rule at a time ─────────────────────────────────────────────────────────────────────────────────────
@@ -182,7 +183,7 @@ def test_each_mistake_has_its_sentence(sentence: str) -> None:
     name, change = BROKEN[sentence]
     cluster = load(name)
     change(cluster)
-    found = cluster_check.schema_mistakes(cluster) or list(cluster_rules.mistakes(cluster))
+    found = cluster.schema_mistakes(cluster) or list(rules.mistakes(cluster))
     assert any(sentence in line for line in found), found
 
 
@@ -200,7 +201,7 @@ def test_what_is_no_cluster_file_is_said_so(text: str | None, sentence: str, tmp
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=sentence):
-        cluster_check.read(path)
+        cluster.read(path)
 
 
 # ── What the rules cannot see: the account's template, Kubernetes ──────────────────────────────────────────────────
@@ -259,6 +260,6 @@ def test_on_kubernetes_the_same_holds() -> None:
 
 def test_no_file_of_the_folder_has_a_secret() -> None:
     for path in [p for p in HERE.rglob("*") if p.is_file()]:
-        for what, pattern in cluster_rules._SECRETS.items():
+        for what, pattern in rules._SECRETS.items():
             if what != "a password":
                 assert not re.search(pattern, path.read_text()), (path, what)

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from pipelines import compile_cache
+from pipelines.train import compile_cache
 from simclr.collectives import rank
 from simclr.config import Config, Encoder, Head, Loss, Train
-from simclr.config_finetune import FineTune
-from simclr.finetune import finetune
-from simclr.pretrain import Start, pretrain
+from simclr.methods.classifier import finetune
+from simclr.stages import FineTune
+from simclr.train import Start, pretrain
 from tests.conftest import Within
 from tests.ranks import Ranks
 from tests.test_ranks import TINY

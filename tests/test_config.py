@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from simclr.config import Config, Encoder, Loss, Optim, Train, Views, Watch
-from simclr.model import shapes_only
+from simclr.networks.heads import shapes_only
 from simclr.recipes import RECIPES, recipe
 
 

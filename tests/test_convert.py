@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import card
-from simclr.bundle import Bundle, find, named
+from pipelines.tracking import card
 from simclr.config import Encoder
-from simclr.convert import Converted, Shapes, convert, created, infer, load_tensorflow
-from simclr.resnet import resnet
+from simclr.encoder.convert import Converted, Shapes, convert, created, infer, load_tensorflow
+from simclr.encoder.tf_checkpoint import Bundle, find, named
+from simclr.networks.resnet import resnet
 from tests.conftest import Within
 from tests.test_resnet import CASES, GOLDEN, deviation
 
@@ -70,7 +70,7 @@ def test_checkpoint_files(within: Within, tmp_path: Path, tag: str, tap: int) ->
         pytest.skip(f"{archive.name} is not here")
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
-    from simclr.bundle import open_bundle
+    from simclr.encoder.tf_checkpoint import open_bundle
 
     found = convert(open_bundle(tmp_path / tag))
     check(found, dict(np.load(tmp_path / tag / "expected.npz")), tap, within)
@@ -197,14 +197,14 @@ def test_convert_writes_a_directory_with_head_classifier_and_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import simclr
-    from pipelines import convert as command
-    from simclr.published import read_classifier
+    from pipelines.commands import convert as command
+    from simclr.encoder.directory import read_classifier
 
-    monkeypatch.setattr("simclr.bundle.open_bundle", lambda path: bundle("tf1_resnet18_cifar", global_step=()))
+    monkeypatch.setattr("simclr.encoder.tf_checkpoint.open_bundle", lambda path: bundle("tf1_resnet18_cifar", global_step=()))
     command.main(command.Args(path=tmp_path, to=tmp_path / "bare"))
     told = capsys.readouterr()
     assert "the classifier is left out: it fits taps 0, 1, 2" in told.err and not (tmp_path / "bare" / "classifier.safetensors").exists()
-    monkeypatch.setattr("simclr.bundle.open_bundle", lambda path: bundle("tf1_resnet18_cifar"))
+    monkeypatch.setattr("simclr.encoder.tf_checkpoint.open_bundle", lambda path: bundle("tf1_resnet18_cifar"))
     command.main(command.Args(path=tmp_path, to=tmp_path / "whole", tap=0, licence="Apache-2.0"))
     assert "ResNet-18, CIFAR stem, 512 features, a head of 3 layers, a classifier of 10 classes at tap 0" in capsys.readouterr().out
     golden = np.load(NAMES / "tf1_resnet18_cifar.npz")

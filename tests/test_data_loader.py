@@ -19,12 +19,12 @@ from PIL import Image
 from simclr import keyed
 from simclr.config import Config, Resize, Train, Views
 from simclr.data import loader, shards
-from simclr.data.decode import decode
+from simclr.data.ffcv.decode import decode
+from simclr.data.ffcv.resize import KINDS
 from simclr.data.loader import Batch
 from simclr.data.manifest import read_manifest
-from simclr.data.resize import KINDS
-from simclr.data.sources import Item, Source, open_source
-from simclr.views import centre_boxes, crop_boxes
+from simclr.data.sources.open import Item, Source, open_source
+from simclr.views.two_views import centre_boxes, crop_boxes
 from tests.test_resize import reference
 
 # isort: split

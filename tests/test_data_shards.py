@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr.data import beton, shards
-from simclr.data.decode import decode
+from simclr.data import shards
+from simclr.data.ffcv import writer
+from simclr.data.ffcv.decode import decode
 from simclr.data.manifest import Manifest, read_manifest
-from simclr.data.sources import Item, Source, open_source
+from simclr.data.sources.open import Item, Source, open_source
 from simclr.data.verify import verify
 
 # isort: split
@@ -89,8 +90,8 @@ def test_the_bytes_are_the_same_whatever_the_threads(tmp_path: Path) -> None:
 def test_no_image_lies_across_two_pages(tmp_path: Path) -> None:
     prepare(source([encoded(noise(400, 500, i), quality=100) for i in range(12)]), tmp_path / "out")
     table = Reader(str(tmp_path / "out/train-00000.beton")).alloc_table
-    assert (table["ptr"] // beton.PAGE == (table["ptr"] + table["size"] - 1) // beton.PAGE).all()
-    assert table["ptr"].max() > 2 * beton.PAGE
+    assert (table["ptr"] // writer.PAGE == (table["ptr"] + table["size"] - 1) // writer.PAGE).all()
+    assert table["ptr"].max() > 2 * writer.PAGE
 
 
 def test_a_jpeg_that_needs_no_change_is_stored_as_it_is(tmp_path: Path) -> None:
@@ -273,7 +274,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatc
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(beton.os, "fsync", full)
+    monkeypatch.setattr(writer.os, "fsync", full)
     with pytest.raises(ValueError, match="no space left on the disk of"):
         prepare(open_source("patterns:train=20,test=5"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

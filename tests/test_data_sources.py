@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr.data.datasets import DATASETS
 from simclr.data.encode import encode
-from simclr.data.patterns import CLASSES, render
-from simclr.data.place import Address
-from simclr.data.sources import Source, open_source, place
-from simclr.data.store import Store
+from simclr.data.s3.store import Store
+from simclr.data.s3.uri import Address
+from simclr.data.sources.datasets import DATASETS
+from simclr.data.sources.open import Source, open_source, place
+from simclr.data.sources.patterns import CLASSES, render
 from tests.s3 import Proxy
 
 NAMES = ("test/cat/b.png", "train/cat/a.png", "train/dog/c.png", "train/dog/._c.png", "train/.DS_Store", "train/dog/notes.txt")

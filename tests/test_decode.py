@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from simclr.data.decode import _take
+from simclr.data.ffcv.decode import _take
 
 
 def test_threads_take_one_photograph_after_another_and_each_once() -> None:

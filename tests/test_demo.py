@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cluster, demo, pretrain
-from pipelines.address import default_uri
+from pipelines.commands import demo, pretrain
+from pipelines.tracking.uri import default_uri
+from pipelines.train import ray_train
 from simclr import checkpoint
 from simclr.recipes import recipe
 
@@ -45,12 +46,12 @@ def test_the_demo_from_rendering_to_the_report(shared_ray: None, tmp_path: Path,
     assert history[-1]["train/loss"] < history[0]["train/loss"]
 
     # What MLflow has is what the reports said.
-    from pipelines import tracking
+    from pipelines.tracking import client
 
-    client = tracking._client(default_uri(tmp_path / "runs"))
-    logged = client.get_metric_history(result.run.tracking_run, "train/loss")
+    server = client._client(default_uri(tmp_path / "runs"))
+    logged = server.get_metric_history(result.run.tracking_run, "train/loss")
     assert [(m.step, m.value) for m in logged] == [(row["step"], row["train/loss"]) for row in history]
-    found = client.get_run(result.run.tracking_run)
+    found = server.get_run(result.run.tracking_run)
     assert found.info.status == "FINISHED" and found.data.params["optim.base_lr"] == "4.0"
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "demo").rglob("*") if path.name in _RESULTS}
@@ -107,7 +108,7 @@ def test_a_diverging_run_is_not_tried_again(
     config = recipe("patterns_tiny")
     often = replace(config.train, batch_size=60, steps=40, report_every_steps=1)
     config = replace(config, optim=replace(config.optim, name="sgd", base_lr=1e30, warmup_epochs=0), train=often)
-    resources = cluster.Resources(workers=2, max_failures=3)
+    resources = ray_train.Resources(workers=2, max_failures=3)
     said = r"(loss is not finite at step \d+ on rank|weights are not finite after step) .*; there is no checkpoint yet"
     with pytest.raises(ValueError, match=said):
         pretrain.pretrain(pretrain.Args(data=patterns, config=config, recipe="patterns_tiny", run=Path("run"), resources=resources))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simclr import disk
+from simclr import files
 
 
 @pytest.mark.parametrize(
@@ -21,27 +21,27 @@ from simclr import disk
     ],
 )
 def test_a_refusal_is_a_sentence(code: int, sentence: str) -> None:
-    found = disk.trouble(OSError(code, "…", "runs/x"))
+    found = files.trouble(OSError(code, "…", "runs/x"))
     assert found.startswith(sentence) and bool(found) == bool(sentence)
-    assert disk.trouble(ValueError("x")) == ""
+    assert files.trouble(ValueError("x")) == ""
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    disk.write_text(tmp_path / "a", "old")
-    with pytest.raises(OSError, match="full"), disk.whole(tmp_path / "a") as scratch:
+    files.write_text(tmp_path / "a", "old")
+    with pytest.raises(OSError, match="full"), files.whole(tmp_path / "a") as scratch:
         scratch.write_text("ne")
         raise OSError("full")
     assert (tmp_path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
-    disk.write_text(tmp_path / "a", "new")
+    files.write_text(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "new"
 
 
 def test_a_path_that_cannot_be_made_is_said_beforehand(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    disk.require_writable(tmp_path / "new" / "deep")
-    disk.require_writable(tmp_path / "file")
+    files.require_writable(tmp_path / "new" / "deep")
+    files.require_writable(tmp_path / "file")
     with pytest.raises(ValueError, match="is a file; give another path"):
-        disk.require_writable(tmp_path / "file" / "x")
+        files.require_writable(tmp_path / "file" / "x")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(ValueError, match=r"no permission|read-only"):
-        disk.require_writable(Path("/proc/1/nothing"))
+        files.require_writable(Path("/proc/1/nothing"))

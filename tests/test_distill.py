@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr.collectives import all_gather, world_size
 from simclr.config import Encoder, Optim, Train, Watch
-from simclr.config_finetune import Distill
-from simclr.distill import distill, distillation_loss
-from simclr.finetune import build_classifier
-from simclr.pretrain import Start
-from simclr.published import write_encoder
+from simclr.encoder.directory import write_encoder
+from simclr.methods.classifier import build_classifier
+from simclr.methods.distill import distill, distillation_loss
+from simclr.stages import Distill
+from simclr.train import Start
 from tests.conftest import Within
 from tests.ranks import Ranks
 from tests.test_finetune import published as published
@@ -103,7 +103,7 @@ def test_two_ranks_take_the_gradient_of_one(ranks: Ranks, within: Within) -> Non
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier of patterns that knows nothing, but says it with conviction."""
-    from simclr.data.patterns import CLASSES
+    from simclr.data.sources.patterns import CLASSES
 
     model = build_classifier(dataclasses.replace(TINY, seed=3), 10, 0)
     nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(0))
@@ -137,7 +137,7 @@ def test_a_student_of_another_size_learns_the_teacher(patterns: Path, teacher: P
 
 
 def test_a_teacher_of_other_classes_is_refused(photographs: Path, patterns: Path, teacher: Path, tmp_path: Path) -> None:
-    from simclr.distill import require_teacher
+    from simclr.methods.distill import require_teacher
 
     with pytest.raises(ValueError, match=r"the teacher tells 10 classes .* apart, the data has 2 classes \(cat, dog\)"):
         require_teacher(teacher, ("cat", "dog"))
@@ -155,8 +155,9 @@ def test_the_commands_from_an_encoder_to_a_student(
     shared_ray: None, patterns: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fine-tune on a tenth of the labels, distil into a wider student; the same command again has nothing left to do."""
-    from pipelines import classifiers, cli
-    from pipelines.rundir import load_run
+    from pipelines import cli
+    from pipelines.runs.directory import load_run
+    from pipelines.train import classifiers
 
     tracking = f"sqlite:///{tmp_path}/mlflow.db"
     tuned, student = tmp_path / "tuned", tmp_path / "student"

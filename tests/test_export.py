@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 import simclr
-from pipelines import card
-from pipelines import export as command
-from simclr import export
+from pipelines.commands import export as command
+from pipelines.tracking import card
 from simclr.config import Config, Encoder, Views
-from simclr.model import Classifier, build_model
-from simclr.published import PublishedEncoder, write_encoder
-from simclr.resnet import build_encoder
+from simclr.encoder import export
+from simclr.encoder.directory import PublishedEncoder, write_encoder
+from simclr.networks.heads import Classifier, build_model
+from simclr.networks.resnet import build_encoder
 from tests.conftest import Within
 
 

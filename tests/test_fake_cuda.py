@@ -18,17 +18,18 @@ import pytest
 import torch
 from torch import nn
 
-from simclr import evaluate, precision
-from simclr.clock import Clock
+from simclr import precision
 from simclr.config import Config, Views
 from simclr.data import loader, memory
 from simclr.data.manifest import read_manifest
-from simclr.finetune import build_classifier, finetune
-from simclr.health import Health
+from simclr.evaluation import features
 from simclr.kernels import nt_xent as kernels
 from simclr.loss import nt_xent
-from simclr.pretrain import Start, pretrain
-from simclr.views import crop_and_flip, two_views
+from simclr.methods.classifier import build_classifier, finetune
+from simclr.telemetry.guards import Health
+from simclr.telemetry.timing import Clock
+from simclr.train import Start, pretrain
+from simclr.views.two_views import crop_and_flip, two_views
 from tests.fake_cuda import CUDA, fake_cuda, stand_in_kernels
 from tests.test_finetune import TUNED
 from tests.test_ranks import TINY
@@ -171,8 +172,8 @@ def test_moments_are_events_and_the_report_alone_reads(monkeypatch: pytest.Monke
 def test_features_are_embedded_on_the_device(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
     with fake_cuda(monkeypatch) as watched:
         encoder = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(5 * 30 * 30, 7)).to(CUDA)
-        features = evaluate.embed_split(encoder, patterns, "test", TINY.views, None, CUDA, batch_size=32)
-    assert features.h.shape == (60, 7) and features.h.device == features.y.device == CUDA and features.h.dtype == torch.float32
+        found = features.embed_split(encoder, patterns, "test", TINY.views, None, CUDA, batch_size=32)
+    assert found.h.shape == (60, 7) and found.h.device == found.y.device == CUDA and found.h.dtype == torch.float32
     # Labels and ids go once, at the end.
     assert set(watched.waits) <= {"a blocking copy to the device"}
 

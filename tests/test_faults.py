@@ -24,15 +24,17 @@ from typing import Any
 
 import pytest
 
-from pipelines import cli, cluster, pretrain, worker
-from pipelines.rundir import load_run
-from simclr import checkpoint, disk
+from pipelines import cli
+from pipelines.commands import pretrain
+from pipelines.runs.directory import load_run
+from pipelines.train import ray_train, worker
+from simclr import checkpoint, files
 from simclr.config import Config
 from simclr.recipes import recipe
 from tests import faults
 from tests.conftest import Figures, Within
 from tests.nodes import Nodes, alive, children, clock
-from tune import book
+from tune import sweep_dir
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parent.parent
@@ -59,15 +61,15 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     patch.setenv("PYTHONPATH", str(ROOT))  # for workers
     patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
-    patch.setattr(cluster, "_RESIZE_S", 2.0)
+    patch.setattr(ray_train, "_RESIZE_S", 2.0)
     patch.setattr(worker, "train_worker", faults.faulty_worker)
     found = Nodes(tmp_path_factory.mktemp("n"))
     try:
         found.add()
         found.add()
-        cluster.connect(cluster.Resources(address=found.address))
+        ray_train.connect(ray_train.Resources(address=found.address))
         yield found
-        cluster.disconnect()
+        ray_train.disconnect()
     finally:
         found.close()
         patch.undo()
@@ -132,7 +134,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
         heard.append((time.time(), text))
         print(text)
 
-    monkeypatch.setattr(cluster, "say", say)
+    monkeypatch.setattr(ray_train, "say", say)
     return heard
 
 
@@ -148,7 +150,7 @@ def wait_for(what: Callable[[], Any], training: Future[None] | subprocess.Popen[
 
 
 def train(run: Path, patterns: Path, **resources: Any) -> None:
-    config, told = small(), cluster.Resources(**{"workers": 2, **resources})
+    config, told = small(), ray_train.Resources(**{"workers": 2, **resources})
     pretrain.pretrain(pretrain.Args(data=patterns, config=config, recipe="patterns_tiny", run=run, resources=told))
 
 
@@ -236,7 +238,7 @@ def test_a_disk_fills_up_and_a_clock_is_ten_minutes_fast(
         with pytest.raises((ValueError, OSError)) as ended:
             train(story.run, patterns, address=nodes.address)
         noticed = time.time()
-        sentence = disk.trouble(ended.value) or str(ended.value)
+        sentence = files.trouble(ended.value) or str(ended.value)
         assert "no space left on the disk that holds" in sentence and "run the same command again" in sentence
         newest = checkpoint.latest(story.run / "checkpoints", print)
         assert newest is not None and 0 < checkpoint.read(newest).step < STEPS
@@ -277,7 +279,7 @@ def test_a_node_dies_under_a_sweep(nodes: Nodes, patterns: Path, tmp_path: Path,
         killing = aside.submit(kill)
         cli.main(words)
         killing.result()
-    (trial,) = book.trials(out)
+    (trial,) = sweep_dir.trials(out)
     assert trial.status == "finished" and "eval/knn_top1" in trial.scores
     run = load_run(out / "trials" / trial.name)
     losses, _ = faults.undisturbed(run.config, patterns)

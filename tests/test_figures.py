@@ -13,9 +13,9 @@ import pytest
 from simclr.optim import lr_peak
 from tests.conftest import Within
 from tests.sweeps import a_sweep, trained
-from tune import figures, published, spaces
-from tune.points import Point
+from tune import drawing, paper_numbers, spaces
 from tune.report import agreement, report
+from tune.resolve import Point
 
 FEWER: dict[str, dict[str, list[Any]]] = {
     "temperature-lr": {"train.batch_size": [128]},
@@ -37,17 +37,19 @@ def table(path: Path) -> dict[tuple[str, str], list[str]]:
 
 
 def test_published_numbers_have_the_means_that_the_paper_prints(within: Within) -> None:
-    for row, mean in zip(published.FIG_5, published.FIG_5_MEANS, strict=True):
+    for row, mean in zip(paper_numbers.FIG_5, paper_numbers.FIG_5_MEANS, strict=True):
         within("row of Fig. 5, rounded", abs(sum(row) / 7 - mean), 0.1)
-    assert len(published.FIG_5) == len(published.FIG_5_OPERATIONS) == 7 and set(published.FIG_5_OPERATIONS) == set(spaces.OPERATIONS)
-    assert max(published.TABLE_5, key=lambda k: published.TABLE_5[k]) == ("nt_xent", 0.1)
+    assert len(paper_numbers.FIG_5) == len(paper_numbers.FIG_5_OPERATIONS) == 7 and set(paper_numbers.FIG_5_OPERATIONS) == set(
+        spaces.OPERATIONS
+    )
+    assert max(paper_numbers.TABLE_5, key=lambda k: paper_numbers.TABLE_5[k]) == ("nt_xent", 0.1)
 
 
 def test_spearman_by_hand() -> None:
-    assert figures.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)  # 1 − 6 · 2 / (4 · 15)
-    assert figures.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert figures.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)  # ranks 0.5, 0.5, 2 against 0, 1, 2
-    assert math.isnan(figures.spearman([1, 1], [1, 2])) and math.isnan(figures.spearman([1], [1]))
+    assert drawing.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)  # 1 − 6 · 2 / (4 · 15)
+    assert drawing.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert drawing.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)  # ranks 0.5, 0.5, 2 against 0, 1, 2
+    assert math.isnan(drawing.spearman([1, 1], [1, 2])) and math.isnan(drawing.spearman([1], [1]))
 
 
 def test_temperature_and_learning_rate(tmp_path: Path) -> None:
@@ -70,11 +72,11 @@ def test_temperature_and_learning_rate(tmp_path: Path) -> None:
 def test_pairs_of_operations(tmp_path: Path) -> None:
     only = {"views.operations": ["crop", "colour", "blur", "noise"]}
     sweep = a_sweep(tmp_path / "s", "augmentation-pairs", only=only)
-    at = {op: i for i, op in enumerate(published.FIG_5_OPERATIONS)}
+    at = {op: i for i, op in enumerate(paper_numbers.FIG_5_OPERATIONS)}
 
     def theirs(point: Point) -> float:
         ops = point.config.views.operations or ()
-        return published.FIG_5[at[ops[0]]][at[ops[-1]]] / 100
+        return paper_numbers.FIG_5[at[ops[0]]][at[ops[-1]]] / 100
 
     trained(sweep, theirs)
     page = report(sweep.path).read_text()

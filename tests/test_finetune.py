@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from simclr import checkpoint, labels
+from simclr import checkpoint
 from simclr.config import Optim, Train, Watch
-from simclr.config_finetune import FineTune
-from simclr.data import loader
-from simclr.finetune import build_classifier, finetune, first_state
-from simclr.model import build_model
-from simclr.pretrain import Report, Start
-from simclr.published import read_classifier, write_encoder
-from simclr.views import crop_and_flip, two_views
+from simclr.data import labels, loader
+from simclr.encoder.directory import read_classifier, write_encoder
+from simclr.methods.classifier import build_classifier, finetune, first_state
+from simclr.networks.heads import build_model
+from simclr.stages import FineTune
+from simclr.train import Report, Start
+from simclr.views.two_views import crop_and_flip, two_views
 from tests.conftest import Within
 from tests.ranks import Ranks
 from tests.test_ranks import TINY
@@ -131,9 +131,9 @@ def test_linear_leaves_the_network_bitwise_as_it_was(patterns: Path, published: 
 
 
 def test_what_is_published_gives_the_scores_again(patterns: Path, published: Path, tmp_path: Path) -> None:
-    from pipelines import classifiers
-    from pipelines.rundir import load_run, open_run
-    from simclr.finetune import test_scores
+    from pipelines.runs.directory import load_run, open_run
+    from pipelines.train import classifiers
+    from simclr.methods.classifier import test_scores
 
     config = dataclasses.replace(TUNED, train=dataclasses.replace(TUNED.train, precision="float32"))
     job = open_run(tmp_path / "run", "finetune-test", config, patterns, stage="finetune")

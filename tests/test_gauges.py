@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.gauges import OF_RANKS, OF_RUN, PREFIX
+from pipelines.train.prometheus import OF_RANKS, OF_RUN, PREFIX
 from simclr.recipes import recipe
 
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "grafana.json"
@@ -68,7 +68,7 @@ def test_the_dashboard_can_be_imported() -> None:
 @pytest.mark.cluster
 def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
     """Two workers under Ray Train set them, one report each; a private Ray serves them as a cluster does."""
-    from pipelines import cluster
+    from pipelines.train import ray_train
 
     def worker(job: dict[str, Any]) -> None:
         import time
@@ -76,9 +76,9 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
 
         import torch.distributed as dist
 
-        from pipelines.gauges import Gauges
+        from pipelines.train.prometheus import Gauges
         from simclr.checkpoint import State
-        from simclr.pretrain import Report
+        from simclr.train import Report
 
         gauges, ranks = Gauges("s3://bucket/runs/r50/"), {"speed/step_p50_s": (0.25, 0.5), "speed/own_s": (0.125, 0.375)}
         metrics = {"train/loss": 3.5, "speed/images_per_s": 512.0, "speed/slowest_rank": 1.0}
@@ -90,11 +90,11 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
 
     import ray
 
-    assert cluster.connect(cluster.Resources(workers=2))
+    assert ray_train.connect(ray_train.Resources(workers=2))
     try:
         (node,) = ray.nodes()
         job = {"stage": "pretrain", "config": recipe("patterns_tiny").to_dict(), "seen": str(tmp_path / "seen")}
-        running = cluster.launch(worker, job, cluster.Resources(workers=2, max_failures=0), tmp_path / "ray")
+        running = ray_train.launch(worker, job, ray_train.Resources(workers=2, max_failures=0), tmp_path / "ray")
         said = next(running.reports())
         assert re.fullmatch(r"rank 1 on \S+", said["stragglers"])
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -109,7 +109,7 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
         Path(job["seen"]).touch()
         running.thread.join(60)
     finally:
-        cluster.disconnect()
+        ray_train.disconnect()
     of_ranks = {(f"ray_simclr_step_{part}_seconds", "r50", str(r)): v for part, each in _SHOWN.items() for r, v in enumerate(each)}
     of_run = {"step": 70.0, "total_steps": 90.0, "loss": 3.5, "images_per_second": 512.0, "slowest_rank": 1.0}
     assert found == of_ranks | {(f"ray_simclr_{name}", "r50", "0"): value for name, value in of_run.items()}

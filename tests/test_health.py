@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.gauges import with_last_checkpoint
+from pipelines.train.prometheus import with_last_checkpoint
 from simclr import checkpoint
-from simclr.clock import Pace
 from simclr.collectives import rank
-from simclr.health import Health, places
-from simclr.pretrain import Report
+from simclr.telemetry.guards import Health, places
+from simclr.telemetry.timing import Pace
+from simclr.train import Report
 from tests.ranks import Ranks
 
 _PACE = Pace(1, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from pipelines import cluster, controller, heartbeat
-from pipelines.heartbeat import Vigil
-from simclr import pulse
+from pipelines.train import controller, hang, ray_train
+from pipelines.train.hang import Vigil
 from simclr.config import Config, Train
-from simclr.data.place import Unreachable
-from simclr.pulse import Reading
+from simclr.data.s3.uri import Unreachable
+from simclr.telemetry import progress
+from simclr.telemetry.progress import Reading
 
 AT = Reading(watched=True, beats=10, step=7, place="simclr/data/loader.py:1 _prefetched", waiting=False)
 WAITS = replace(AT, place="simclr/loss.py:1 nt_xent", waiting=True)
@@ -68,46 +68,46 @@ def test_a_process_says_where_its_thread_is(monkeypatch: pytest.MonkeyPatch) -> 
     go, there = threading.Event(), threading.Event()
 
     def work() -> None:
-        with pulse.watched():
+        with progress.watched():
             for step in range(5):
-                pulse.beat(step)
-            with pulse.unwatched():
+                progress.beat(step)
+            with progress.unwatched():
                 there.set()
                 go.wait(20)
                 go.clear()
             there.set()
             go.wait(20)
 
-    assert not pulse.read().watched
+    assert not progress.read().watched
     thread = threading.Thread(target=work)
     thread.start()
     there.wait(20)
-    asleep = pulse.read()
+    asleep = progress.read()
     there.clear()
     go.set()
     there.wait(20)
-    awake = pulse.read()
+    awake = progress.read()
     go.set()
     thread.join()
     assert (asleep.watched, asleep.step, asleep.beats) == (False, 5, 5)
     assert (awake.watched, awake.step, awake.beats, awake.waiting) == (True, 5, 6, False)
-    assert not pulse.read().watched
+    assert not progress.read().watched
 
 
 def test_numbers_of_workers_that_the_batch_divides_over() -> None:
     config = Config(train=Train(batch_size=96))
-    assert cluster.Resources(workers=4).counts(config) == [4]
-    assert cluster.Resources(workers=8, min_workers=2).counts(config) == [2, 3, 4, 6, 8]
+    assert ray_train.Resources(workers=4).counts(config) == [4]
+    assert ray_train.Resources(workers=8, min_workers=2).counts(config) == [2, 3, 4, 6, 8]
     grouped = Config(train=Train(batch_size=96, shard_groups=2))
-    assert cluster.Resources(workers=8, min_workers=2).counts(grouped) == [2, 4, 6, 8]
+    assert ray_train.Resources(workers=8, min_workers=2).counts(grouped) == [2, 4, 6, 8]
     with pytest.raises(ValueError, match=r"--min-workers 5 does not divide batch_size 96 .*use 1, 2, 3, 4, 6 or leave it out"):
-        cluster.Resources(workers=8, min_workers=5).counts(config)
+        ray_train.Resources(workers=8, min_workers=5).counts(config)
     with pytest.raises(ValueError, match="batch_size 96 does not divide over 7 workers"):
-        cluster.Resources(workers=7, min_workers=1).counts(config)
+        ray_train.Resources(workers=7, min_workers=1).counts(config)
     with pytest.raises(ValueError, match="--min-workers is 9; expected 1 to --workers 8"):
-        cluster.Resources(workers=8, min_workers=9)
+        ray_train.Resources(workers=8, min_workers=9)
     with pytest.raises(ValueError, match="--hang-timeout-s is 0"):
-        cluster.Resources(hang_timeout_s=0)
+        ray_train.Resources(hang_timeout_s=0)
 
 
 # ── Which failures are tried again ─────────────────────────────────────────────────────────────────────────────────
@@ -119,12 +119,12 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-    monkeypatch.setattr(heartbeat.group, "saved", 0)
+    monkeypatch.setattr(hang.group, "saved", 0)
     said: list[dict[str, Any]] = []
     policy = controller._failing(FailureConfig(max_failures=2), 16, said.append)
 
     def tried(error: Exception, saved: int = 0) -> bool:
-        heartbeat.group.saved = saved
+        hang.group.saved = saved
         return bool(policy.make_decision(error).value == "RETRY")
 
     lost = WorkerGroupError("a worker was lost", {3: RuntimeError("connection closed by peer")})
@@ -136,10 +136,10 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
     for _ in range(9):  # nodes that have not come
         assert tried(ControllerError(WorkerGroupStartupTimeoutError(16)))
     assert said[-1]["say"].startswith("waiting for nodes: the cluster has no room for 16 workers")
-    assert tried(WorkerGroupError("left", {0: heartbeat.Leave("there is room for 2 workers")}))
+    assert tried(WorkerGroupError("left", {0: hang.Leave("there is room for 2 workers")}))
     away = WorkerGroupError("failed", {1: Unreachable("s3://b/run failed 8 times")})
     assert tried(away, saved=100) and controller.given_up(away) == "s3://b/run failed 8 times" and controller.mistake(away) == ""
-    hung = WorkerGroupError("failed", {1: heartbeat.Hung("no progress for 301 s in pid 7 on a (10.0.0.1)")})
+    hung = WorkerGroupError("failed", {1: hang.Hung("no progress for 301 s in pid 7 on a (10.0.0.1)")})
     assert "than --max-failures allows, the last time so: no progress for 301 s in pid 7 on a" in controller.given_up(hung)
     assert controller.given_up(lost) == ""  # its traceback says more
     assert not tried(WorkerGroupError("failed", {0: ValueError("a mistake of the user's")}), saved=120)

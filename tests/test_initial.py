@@ -16,13 +16,13 @@ import torch
 from scipy.special import ndtr, ndtri
 from torch import nn
 
-from simclr import initial
 from simclr.config import Config, Encoder, Head, Loss
-from simclr.finetune import build_classifier
-from simclr.model import Classifier, ProjectionHead, build_model, shapes_only
-from simclr.published import read_classifier, write_encoder
+from simclr.encoder.directory import read_classifier, write_encoder
+from simclr.methods.classifier import build_classifier
+from simclr.networks import initial
+from simclr.networks.heads import Classifier, ProjectionHead, build_model, shapes_only
+from simclr.networks.resnet import resnet
 from simclr.recipes import RECIPES
-from simclr.resnet import resnet
 from tests.conftest import Within
 from tests.test_ranks import TINY
 

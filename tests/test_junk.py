@@ -16,7 +16,7 @@ from PIL import Image
 
 from simclr.data import loader, shards
 from simclr.data.manifest import Manifest
-from simclr.data.sources import open_source
+from simclr.data.sources.open import open_source
 from simclr.data.verify import verify
 from simclr.recipes import recipe
 

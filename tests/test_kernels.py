@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from simclr import views
 from simclr.config import Views
 from simclr.kernels.views_cpu import crops_to_views
+from simclr.views import two_views
 from tests.conftest import Within
 
 OFF = {"flip_p": 0.0, "jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0}
@@ -16,10 +16,10 @@ OFF = {"flip_p": 0.0, "jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0}
 
 def plain(crops: torch.Tensor, ids: torch.Tensor, config: Views, seed: int) -> torch.Tensor:
     """Views in float64, by the definition."""
-    colours = views.draw_colours(config, seed, 3, ids.numpy())
+    colours = two_views.draw_colours(config, seed, 3, ids.numpy())
     x = crops.permute(1, 0, 4, 2, 3).flatten(0, 1).double() / 255
     x = torch.where(torch.tensor(colours.flip).view(-1, 1, 1, 1), x.flip(3), x)
-    return views.normalise(views.distort(x, colours), config)
+    return two_views.normalise(two_views.distort(x, colours), config)
 
 
 def crops_of(n: int, size: int) -> torch.Tensor:
@@ -40,7 +40,7 @@ def test_views_on_the_cpu_are_the_plain_ones(within: Within, settings: dict[str,
     n = 6 if size == 224 else 24
     crops, ids = crops_of(n, size), torch.arange(50, 50 + n)
     config = Views(size_px=size, mean=(0.4, 0.5, 0.3), std=(0.5, 0.6, 0.7), **settings)  # type: ignore[arg-type]
-    ours = views.two_views(crops, ids, 3, config, seed=7)
+    ours = two_views.two_views(crops, ids, 3, config, seed=7)
     assert ours.dtype == torch.float32 and ours.shape == (2 * n, 3, size, size)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     within("of [0, 1] / 0.5", float((ours - plain(crops, ids, config, 7)).abs().max()), 1e-5)
@@ -48,21 +48,21 @@ def test_views_on_the_cpu_are_the_plain_ones(within: Within, settings: dict[str,
 
 def test_views_do_not_depend_on_threads_or_neighbours() -> None:
     crops, ids, config = crops_of(9, 32), torch.arange(9), Views(size_px=32)
-    whole = views.two_views(crops, ids, 0, config, seed=1)
-    part = views.two_views(crops[4:6], ids[4:6], 0, config, seed=1)
+    whole = two_views.two_views(crops, ids, 0, config, seed=1)
+    part = two_views.two_views(crops[4:6], ids[4:6], 0, config, seed=1)
     assert torch.equal(part, torch.cat([whole[4:6], whole[13:15]]))
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            assert torch.equal(views.two_views(crops, ids, 0, config, seed=1), whole)
+            assert torch.equal(two_views.two_views(crops, ids, 0, config, seed=1), whole)
     finally:
         torch.set_num_threads(before)
 
 
 def test_crops_may_be_a_view_of_something_larger() -> None:
     crops, config = crops_of(4, 16), Views(size_px=16)
-    c = views.draw_colours(config, 0, 0, np.arange(4))
+    c = two_views.draw_colours(config, 0, 0, np.arange(4))
     given = (c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, config.mean, config.std)
     wide = torch.cat([crops, crops], 3)[:, :, :, :16]
     assert torch.equal(crops_to_views(wide, *given), crops_to_views(crops, *given))

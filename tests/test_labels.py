@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simclr import keyed, labels
-from simclr.data import loader
+from simclr import keyed
+from simclr.data import labels, loader
 from simclr.data.manifest import read_names
 
 Y = np.array([0] * 100 + [1] * 250 + [2] * 3 + [-1] * 40 + [3] * 50, np.int64)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr import diagnostics
-from simclr.collapse import collapse
+from simclr.evaluation import representation
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
+from simclr.telemetry.collapse import collapse
 from tests.conftest import Within
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,8 +65,8 @@ def test_equals_the_official_loss_and_gradient(within: Within, dtype: torch.dtyp
         (grad,) = torch.autograd.grad(loss, z)
         within(f"loss, {dtype}", worst(loss, data[f"{case}_loss"]), bound)
         within(f"gradient, {dtype}", worst(grad, data[f"{case}_grad"]), bound)
-        within("contrastive top-1", abs(float(diagnostics.contrastive_top1(z)) - data[f"{case}_contrastive_top1"]), 1e-6)
-        within("entropy", abs(float(diagnostics.contrastive_entropy(z, temperature)) - data[f"{case}_contrastive_entropy"]), 1e-4)
+        within("contrastive top-1", abs(float(representation.contrastive_top1(z)) - data[f"{case}_contrastive_top1"]), 1e-6)
+        within("entropy", abs(float(representation.contrastive_entropy(z, temperature)) - data[f"{case}_contrastive_entropy"]), 1e-4)
         checked += 1
     assert checked >= 4
 
@@ -162,24 +162,24 @@ def test_odd_rows_are_refused() -> None:
 
 def test_diagnostics_on_known_matrices() -> None:
     eye = torch.eye(8)
-    assert float(diagnostics.alignment(torch.cat([eye, eye]))) == 0
-    assert abs(float(diagnostics.alignment(torch.cat([eye, -eye]))) - 4) < 1e-6
-    assert abs(float(diagnostics.uniformity(eye)) + 4) < 1e-5  # ‖x − y‖² = 2 for every pair: ln e^(−4)
-    assert abs(float(diagnostics.uniformity(torch.ones(6, 3)))) < 1e-5
-    assert abs(float(diagnostics.rankme(eye)) - 8) < 1e-3
-    assert abs(float(diagnostics.rankme(torch.ones(8, 8))) - 1) < 1e-3
+    assert float(representation.alignment(torch.cat([eye, eye]))) == 0
+    assert abs(float(representation.alignment(torch.cat([eye, -eye]))) - 4) < 1e-6
+    assert abs(float(representation.uniformity(eye)) + 4) < 1e-5  # ‖x − y‖² = 2 for every pair: ln e^(−4)
+    assert abs(float(representation.uniformity(torch.ones(6, 3)))) < 1e-5
+    assert abs(float(representation.rankme(eye)) - 8) < 1e-3
+    assert abs(float(representation.rankme(torch.ones(8, 8))) - 1) < 1e-3
 
 
 def test_effective_dimension_and_spread_on_known_matrices() -> None:
     """± the axes of 3 dimensions, of lengths 1, 1 and 2: λ is proportional to 1, 1, 4, so the ratio is 36 / 18."""
     axes = torch.diag(torch.tensor([1.0, 1.0, 2.0]))
-    assert abs(float(diagnostics.effective_dimension(torch.cat([axes, -axes]))) - 2) < 1e-6
+    assert abs(float(representation.effective_dimension(torch.cat([axes, -axes]))) - 2) < 1e-6
     line = torch.linspace(-1, 1, 5)[:, None] * torch.tensor([1.0, 2, 3, 4, 5, 6])
-    assert abs(float(diagnostics.effective_dimension(line)) - 1) < 1e-5
-    assert float(diagnostics.effective_dimension(torch.ones(6, 3))) == 0
+    assert abs(float(representation.effective_dimension(line)) - 1) < 1e-5
+    assert float(representation.effective_dimension(torch.ones(6, 3))) == 0
     # Unit rows ± the axes: each dimension is 1, −1, 0, 0, 0, 0, of standard deviation √(1/3) = 1 / √d.
-    assert abs(float(diagnostics.spread(torch.cat([axes, -axes]))) - 1) < 1e-6
-    assert float(diagnostics.spread(torch.ones(6, 3))) < 1e-6
+    assert abs(float(representation.spread(torch.cat([axes, -axes]))) - 1) < 1e-6
+    assert float(representation.spread(torch.ones(6, 3))) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,6 @@ def test_effective_dimension_and_spread_on_known_matrices() -> None:
     ],
 )
 def test_a_collapsed_projection_is_named(z: torch.Tensor, sentence: str | None) -> None:
-    metrics = {"health/spread": float(diagnostics.spread(z)), "health/dimension": float(diagnostics.effective_dimension(z))}
+    metrics = {"health/spread": float(representation.spread(z)), "health/dimension": float(representation.effective_dimension(z))}
     said = collapse(metrics)
     assert (said is None) if sentence is None else (said is not None and sentence in said)

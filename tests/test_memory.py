@@ -13,8 +13,8 @@ from torch import Tensor
 from simclr import checkpoint
 from simclr.config import Config, Loss
 from simclr.loss import nt_xent
-from simclr.memory import Memory
-from simclr.pretrain import Start, pretrain
+from simclr.methods.queue import Memory
+from simclr.train import Start, pretrain
 from tests.conftest import Within
 from tests.ranks import Ranks
 from tests.test_pretrain import run

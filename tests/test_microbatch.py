@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.batchnorm import BatchNorm
 from simclr.collectives import all_gather, world_size
+from simclr.gradient_cache import cached_gradient
 from simclr.loss import nt_xent
-from simclr.microbatch import cached_gradient
-from simclr.model import build_model
-from simclr.pretrain import Start, _classify, pretrain
+from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.heads import build_model
+from simclr.train import Start, _classify, pretrain
 from tests.conftest import Within
 from tests.ranks import Ranks
 from tests.test_ranks import TINY, mine

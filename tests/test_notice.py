@@ -1,4 +1,4 @@
-"""`pipelines.notice`: metadata services as EC2 and Google Cloud have them, played here, and a head that writes down what it is told."""
+"""`preemption`: metadata services as EC2 and Google Cloud have them, played here, and a head that writes down what it is told."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import notice
+from pipelines.clusterfile import preemption
 
 HERE = Path(__file__).parent.parent / "cluster"
 NOW_S = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
-NODE = notice.Raylet(7, "ab" * 28, "10.0.0.5:6379")
+NODE = preemption.Raylet(7, "ab" * 28, "10.0.0.5:6379")
 ACTION = "/latest/meta-data/spot/instance-action"
 
 
@@ -96,8 +96,8 @@ class Head:
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Head:
     made = Head()
-    monkeypatch.setattr(notice, "GcsClient", made)
-    monkeypatch.setattr(notice.time, "time", lambda: NOW_S)
+    monkeypatch.setattr(preemption, "GcsClient", made)
+    monkeypatch.setattr(preemption.time, "time", lambda: NOW_S)
     return made
 
 
@@ -114,7 +114,7 @@ def watch(service: Any, *meanwhile: Any, polls: int = 20) -> bool:
         if happen:
             happen.pop(0)()
 
-    return bool(notice.watch(service, NODE, alive=alive, sleep=sleep))
+    return bool(preemption.watch(service, NODE, alive=alive, sleep=sleep))
 
 
 def spot(action: str, time: str) -> str:
@@ -140,7 +140,7 @@ def test_ec2_takes_a_node_back(metadata: Metadata, head: Head, capsys: pytest.Ca
     def silent() -> None:
         metadata.pages[ACTION] = 503  # what was said once is not forgotten
 
-    assert watch(notice.Aws(metadata.base), expires, lambda: metadata.pages.update(recommended), comes, silent)
+    assert watch(preemption.Aws(metadata.base), expires, lambda: metadata.pages.update(recommended), comes, silent)
     # 2 = DRAIN_NODE_REASON_PREEMPTION; the deadline in milliseconds.
     assert head.told == [("10.0.0.5:6379", "ab" * 28, 2, "EC2 says terminate", 1_700_000_110_000)] * 3
     token, get = "PUT /latest/api/token", f"GET {ACTION}"
@@ -163,7 +163,7 @@ def test_ec2_takes_a_node_back(metadata: Metadata, head: Head, capsys: pytest.Ca
 )
 def test_the_deadline_is_within_ec2s_two_minutes(metadata: Metadata, answer: str, in_s: int) -> None:
     metadata.pages[ACTION] = answer
-    assert notice.Aws(metadata.base).ask(NOW_S).deadline_s == NOW_S + in_s
+    assert preemption.Aws(metadata.base).ask(NOW_S).deadline_s == NOW_S + in_s
 
 
 @pytest.mark.parametrize("metadata", ["aws"], indirect=True)
@@ -173,7 +173,7 @@ def test_no_odd_answer_ends_it(metadata: Metadata, head: Head, capsys: pytest.Ca
     def says(answer: str | int) -> Any:
         return lambda: metadata.pages.update({ACTION: answer})
 
-    service = notice.Aws(metadata.base)
+    service = preemption.Aws(metadata.base)
     assert watch(service, *map(says, [*odd, 404, spot("terminate", "2023-11-14T22:15:20Z")]))
     assert [told[-1] for told in head.told] == [1_700_000_120_000]
     said = capsys.readouterr().out.splitlines()
@@ -182,7 +182,7 @@ def test_no_odd_answer_ends_it(metadata: Metadata, head: Head, capsys: pytest.Ca
 
 
 def test_a_silent_service_is_said_once_and_nothing_stays_when_ray_ends(head: Head, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not watch(notice.Aws("http://127.0.0.1:9"))  # nothing listens there
+    assert not watch(preemption.Aws("http://127.0.0.1:9"))  # nothing listens there
     first, last = capsys.readouterr().out.splitlines()
     assert "the metadata service gives no answer" in first and "the raylet has ended" in last
     assert not head.told
@@ -193,9 +193,9 @@ def test_a_full_disk_does_not_end_it(metadata: Metadata, head: Head, monkeypatch
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(notice, "print", full, raising=False)
+    monkeypatch.setattr(preemption, "print", full, raising=False)
     metadata.pages[ACTION] = 500
-    assert watch(notice.Aws(metadata.base), lambda: metadata.pages.update({ACTION: spot("stop", "2023-11-14T22:14:00Z")}))
+    assert watch(preemption.Aws(metadata.base), lambda: metadata.pages.update({ACTION: spot("stop", "2023-11-14T22:14:00Z")}))
     assert len(head.told) == 1
 
 
@@ -216,7 +216,7 @@ def test_google_takes_a_node_back(metadata: Metadata, head: Head, name: str, ans
     def unknown() -> None:
         del metadata.pages[f"{where}maintenance-event"]
 
-    assert watch(notice.Gcp(metadata.base), moves, unknown, lambda: metadata.pages.update({where + name: answer}))
+    assert watch(preemption.Gcp(metadata.base), moves, unknown, lambda: metadata.pages.update({where + name: answer}))
     ((address, node, reason, why, deadline_ms),) = head.told
     assert (address, node, reason, deadline_ms) == ("10.0.0.5:6379", "ab" * 28, 2, (1_700_000_000 + in_s) * 1000)
     assert why.startswith("Google Cloud ")
@@ -232,17 +232,17 @@ def process(proc: Path, pid: int, name: str, *words: str) -> None:
 
 
 def test_a_node_is_found_by_its_raylet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert notice.find_raylet(tmp_path) is None
+    assert preemption.find_raylet(tmp_path) is None
     flags = ["--node_id=0a", "--agent=python agent.py --node_id=9 --gcs-address=9:9", "--gcs-address=10.0.0.5:6379"]
     process(tmp_path, 20, "raylet", *flags)
     process(tmp_path, 9, "raylet", "--node_id=08", "--gcs-address=10.0.0.4:6379")
     process(tmp_path, 30, "python", *flags)
     process(tmp_path, 40, "raylet")  # ended, and nobody has waited for it
     (tmp_path / "self").mkdir()
-    assert notice.find_raylet(tmp_path) == notice.raylet(20, tmp_path) == notice.Raylet(20, "0a", "10.0.0.5:6379")
-    assert [notice.raylet(pid, tmp_path) for pid in (30, 40, 50)] == [None] * 3
-    monkeypatch.setattr(notice.os, "getuid", lambda: os.geteuid() + 1)
-    assert notice.find_raylet(tmp_path) is None  # another user's
+    assert preemption.find_raylet(tmp_path) == preemption.raylet(20, tmp_path) == preemption.Raylet(20, "0a", "10.0.0.5:6379")
+    assert [preemption.raylet(pid, tmp_path) for pid in (30, 40, 50)] == [None] * 3
+    monkeypatch.setattr(preemption.os, "getuid", lambda: os.geteuid() + 1)
+    assert preemption.find_raylet(tmp_path) is None  # another user's
 
 
 @pytest.mark.parametrize(("name", "cloud"), [("aws-gpu", "aws"), ("gcp-gpu", "gcp"), ("gcp-tpu-pod", "gcp")])
@@ -267,5 +267,5 @@ def test_workers_start_it_after_ray_and_hold_no_shell(name: str, cloud: str, tmp
         assert select.select([saying], [], [], 20)[0]
         *script, which, mode, pid, session = (tmp_path / "simclr/notice.log").read_text().split()
         letting.write(b"\n")
-    assert (script, which, mode) == (["-m", "pipelines.notice"], cloud, "token")
+    assert (script, which, mode) == (["-m", "pipelines.clusterfile.preemption"], cloud, "token")
     assert pid == session  # of its own: no terminal takes it along

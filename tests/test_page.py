@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines import charts
-from pipelines.page import FeatureMap, Neighbours, ReportData, Score, headline, render, write
+from pipelines.html import charts
+from pipelines.html.page import FeatureMap, Neighbours, ReportData, Score, headline, render, write
 
 CLASSES = tuple(f"kind {i}" for i in range(10))
 NBSP = "\N{NO-BREAK SPACE}"

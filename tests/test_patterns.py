@@ -7,8 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from simclr.data.patterns import CLASSES, render
-from simclr.evaluate import knn
+from simclr.data.sources.patterns import CLASSES, render
+from simclr.evaluation.features import knn
 
 IDS = np.arange(200, dtype=np.int64)
 

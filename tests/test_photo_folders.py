@@ -13,19 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import evaluate, publish, pull, rundir, tracked, tracking
-from pipelines.address import default_uri
-from pipelines.report import Args as ReportArgs
-from pipelines.report import report
+from pipelines.commands import evaluate, publish, pull
+from pipelines.commands.report import Args as ReportArgs
+from pipelines.commands.report import report
+from pipelines.runs import directory
+from pipelines.tracking import client, outbox
+from pipelines.tracking.uri import default_uri
 from simclr.data import shards
-from simclr.data.patterns import render
-from simclr.data.sources import open_source
-from simclr.model import build_model
-from simclr.published import write_encoder
+from simclr.data.sources.open import open_source
+from simclr.data.sources.patterns import render
+from simclr.encoder.directory import write_encoder
+from simclr.networks.heads import build_model
 from simclr.recipes import recipe
 
 
-def a_run(folder: Path, places: Sequence[str]) -> rundir.Run:
+def a_run(folder: Path, places: Sequence[str]) -> directory.Run:
     """A run, its encoder untrained, over shards of pattern images; image i lies in the subfolder places[i]."""
     images, _ = render(np.arange(len(places)), 0, 32, False)
     for i, (place, image) in enumerate(zip(places, images, strict=True)):
@@ -34,7 +36,7 @@ def a_run(folder: Path, places: Sequence[str]) -> rundir.Run:
     shards.prepare(open_source(str(folder / "photos")), folder / "mine", shards.Options(), 1, lambda done: None)
     config = recipe("patterns_tiny")
     small = replace(config, train=replace(config.train, batch_size=8))
-    run = rundir.open_run(folder / "runs" / "one", "patterns_tiny", small, folder / "mine")
+    run = directory.open_run(folder / "runs" / "one", "patterns_tiny", small, folder / "mine")
     run.save()
     write_encoder(dict(build_model(config).encoder.state_dict()), config, run.encoder, {"recipe": "none"})
     for step in (1, 2, 3):
@@ -53,8 +55,8 @@ def test_without_labels_the_effective_rank_is_the_score_and_the_encoder_is_publi
     # It was never logged, as if MLflow had been away all the time: publishing logs it.
     done = publish.publish(publish.Args(run=run.path))
     assert done["champion"] and done["name"] == "mine"
-    run = rundir.load_run(run.path)
-    logged = tracking._client(default_uri(tmp_path / "runs")).get_metric_history(run.tracking_run, "train/loss")
+    run = directory.load_run(run.path)
+    logged = client._client(default_uri(tmp_path / "runs")).get_metric_history(run.tracking_run, "train/loss")
     assert [(m.step, m.value) for m in logged] == [(1, 3.0), (2, 2.0), (3, 1.0)]
     page = report(ReportArgs(run=run.path)).read_text()
     assert "RankMe" in page and "unlabelled" in page.lower()
@@ -80,7 +82,7 @@ def test_images_without_a_label_count_for_nothing(tmp_path: Path) -> None:
 
 
 def test_neighbours_without_a_label_have_no_vote() -> None:
-    from simclr.evaluate import nearest
+    from simclr.evaluation.features import nearest
 
     bank, query = torch.eye(3), torch.tensor([[1.0, 0.1, 0.0]])
     votes = nearest(bank, torch.tensor([-1, 1, 0]), query, 3, 0.1).votes
@@ -98,17 +100,17 @@ def test_half_a_line_of_metrics_is_left_out(tmp_path: Path) -> None:
 def test_a_tracker_that_opens_at_the_third_try_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_run(tmp_path, [""] * 4)
     uri, tries = default_uri(tmp_path / "runs"), []
-    real = tracked.open_tracker
+    real = outbox.open_tracker
 
-    def at_the_third(run: rundir.Run, uri: str, *more: Any) -> tracking.Tracker:
+    def at_the_third(run: directory.Run, uri: str, *more: Any) -> client.Tracker:
         tries.append(uri)
         if len(tries) < 3:
             raise ValueError("MLflow is away")
         return real(run, uri, *more)
 
-    monkeypatch.setattr(tracked, "open_tracker", at_the_third)
-    monkeypatch.setattr(tracked, "_AGAIN_S", 0.01)
-    job = tracked.Tracked(run, uri)
+    monkeypatch.setattr(outbox, "open_tracker", at_the_third)
+    monkeypatch.setattr(outbox, "_AGAIN_S", 0.01)
+    job = outbox.Tracked(run, uri)
     job.open()
     for row in run.history():
         job.log(row)
@@ -117,4 +119,4 @@ def test_a_tracker_that_opens_at_the_third_try_has_everything(tmp_path: Path, mo
     known = json.loads((run.path / "run.json").read_text())["tracking_run"]
     assert len(tries) == 3 and known
     assert job.close("FINISHED").tracking_run == known
-    assert len(tracking._client(uri).get_metric_history(known, "train/loss")) == 3
+    assert len(client._client(uri).get_metric_history(known, "train/loss")) == 3

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from simclr import checkpoint, initial
+from simclr import checkpoint
 from simclr.config import Config
-from simclr.model import build_model
+from simclr.networks import initial
+from simclr.networks.heads import build_model
 from simclr.optim import lr_peak, warmup_cosine
-from simclr.pretrain import Report, Start, pretrain
+from simclr.train import Report, Start, pretrain
 from tests.test_ranks import TINY
 
 
@@ -119,7 +120,7 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_uninterrupted_run(patte
 
 
 def test_the_linear_evaluation_learns_and_no_gradient_of_it_reaches_the_encoder(patterns: Path, tmp_path: Path) -> None:
-    from simclr.pretrain import _classify
+    from simclr.train import _classify
 
     settings = config(checkpoint_every_steps=12)
     model = build_model(settings, classes=10)
@@ -139,7 +140,7 @@ def test_the_linear_evaluation_learns_and_no_gradient_of_it_reaches_the_encoder(
 
 
 def test_an_image_without_a_label_adds_nothing_to_the_linear_evaluation() -> None:
-    from simclr.pretrain import _classify
+    from simclr.train import _classify
 
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [5.0, 0.0]], requires_grad=True)  # view 0 of two images, view 1
     loss, hits = _classify(logits, torch.tensor([0, -1]))

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import simclr.evaluate
-from simclr import logistic, probe
-from simclr.frozen import Unchanged, digest
-from simclr.model import build_model
+import simclr.evaluation.features
+from simclr.evaluation import lbfgs, linear
+from simclr.evaluation.frozen import Unchanged, digest
+from simclr.evaluation.metrics import accuracy
+from simclr.networks.heads import build_model
 from simclr.recipes import recipe
-from simclr.scores import accuracy
 from tests.conftest import Within
 
 
@@ -52,10 +52,10 @@ def common_bias_off(weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def test_every_solution_of_the_batch_is_the_single_fits(within: Within) -> None:
     h, y = features()
-    fits = logistic.fit(h, y, probe.PENALTIES, 3, tolerance=1e-9)
+    fits = lbfgs.fit(h, y, linear.PENALTIES, 3, tolerance=1e-9)
     assert fits.converged.all() and fits.iterations.max() < 100 and fits.iterations[-1] < fits.iterations[0]
     for i in range(0, 45, 4):
-        weights, loss = single(h, y, probe.PENALTIES[i], 3)
+        weights, loss = single(h, y, linear.PENALTIES[i], 3)
         mine = common_bias_off(fits.weights[i].numpy())
         within("weights", np.abs(mine - weights).max() / max(1, np.abs(weights).max()), 1e-6)
         within("objective", abs(fits.loss[i].item() - loss) / loss, 1e-12)
@@ -63,17 +63,17 @@ def test_every_solution_of_the_batch_is_the_single_fits(within: Within) -> None:
 
 def test_a_problem_does_not_depend_on_the_others_nor_on_blocks(within: Within, monkeypatch: pytest.MonkeyPatch) -> None:
     h, y = features()
-    fits = logistic.fit(h, y, [1e-3, 1.0, 1e3], 3, tolerance=1e-9)
-    monkeypatch.setattr(logistic, "_LOGITS", 64)
-    monkeypatch.setattr(logistic, "_STATE_BYTES", 1)
-    alone = logistic.fit(h, y, [1e-3, 1.0, 1e3], 3, tolerance=1e-9)
+    fits = lbfgs.fit(h, y, [1e-3, 1.0, 1e3], 3, tolerance=1e-9)
+    monkeypatch.setattr(lbfgs, "_LOGITS", 64)
+    monkeypatch.setattr(lbfgs, "_STATE_BYTES", 1)
+    alone = lbfgs.fit(h, y, [1e-3, 1.0, 1e3], 3, tolerance=1e-9)
     within("weights", (fits.weights - alone.weights).abs().max().item(), 1e-7)
     assert (fits.iterations - alone.iterations).abs().max() <= 1
 
 
 def test_float32_reaches_the_same_minimum(within: Within) -> None:
     h, y = features()
-    exact, single_precision = (logistic.fit(x, y, probe.PENALTIES, 3) for x in (h, h.float()))
+    exact, single_precision = (lbfgs.fit(x, y, linear.PENALTIES, 3) for x in (h, h.float()))
     assert single_precision.converged.all()
     within("objective, float32", ((exact.loss - single_precision.loss) / exact.loss).abs().max().item(), 1e-6)
 
@@ -84,7 +84,7 @@ def test_separable_classes_under_a_weak_penalty_reach_their_minimum(dtype: torch
     torch.manual_seed(0)
     h = torch.randn(40, 6, dtype=torch.float64)
     y = h[:, :3].argmax(1)
-    fits = logistic.fit(h.to(dtype), y, [1e-6, 1e-4], 3, tolerance=1e-4)
+    fits = lbfgs.fit(h.to(dtype), y, [1e-6, 1e-4], 3, tolerance=1e-4)
     assert fits.converged.all()
     for penalty, weights, loss in zip((1e-6, 1e-4), fits.weights.double(), fits.loss, strict=True):
         theirs, least = single(h, y, penalty, 3)
@@ -97,7 +97,7 @@ def test_lambda_is_one_over_scikit_learns_c(within: Within) -> None:
     from sklearn.linear_model import LogisticRegression
 
     h, y = features()
-    fits = logistic.fit(h, y, [0.5, 20.0], 3, tolerance=1e-9)
+    fits = lbfgs.fit(h, y, [0.5, 20.0], 3, tolerance=1e-9)
     for penalty, weights in zip((0.5, 20.0), fits.weights, strict=True):
         theirs = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=10_000).fit(h.numpy(), y.numpy())
         within("kernel", np.abs(weights[:, :-1].numpy() - theirs.coef_).max(), 1e-4)  # theirs stops first
@@ -110,7 +110,7 @@ def test_one_against_the_rest_leaves_out_what_does_not_count(within: Within) -> 
     h, y = features()
     targets = torch.nn.functional.one_hot(y, 3)
     targets[::7, 1] = -1
-    fits = logistic.fit(h, targets, [2.0, 30.0], 3, tolerance=1e-9)
+    fits = lbfgs.fit(h, targets, [2.0, 30.0], 3, tolerance=1e-9)
     for penalty, weights in zip((2.0, 30.0), fits.weights, strict=True):
         for c in range(3):
             rows = targets[:, c] >= 0
@@ -125,17 +125,17 @@ def test_the_sweep_takes_the_penalty_that_validates_best_and_fits_all_rows_again
     def top1(scores: Tensor, labels: Tensor) -> float:
         return accuracy(scores, labels)["top1"]
 
-    swept = probe.swept_probe((h[train], y[train]), (h[validation], y[validation]), h[test], 3, top1, tolerance=1e-8)
+    swept = linear.swept_probe((h[train], y[train]), (h[validation], y[validation]), h[test], 3, top1, tolerance=1e-8)
     best = max(swept.validation.values())
     assert swept.penalty == max(p for p, found in swept.validation.items() if found == best)
     assert len(swept.validation) == 45 and swept.converged == 45 and swept.refit_converged
-    again = logistic.fit(h[:300], y[:300], [swept.penalty], 3, tolerance=1e-8)
-    assert torch.allclose(swept.scores, logistic.logits(h[test], again.weights[0]))
+    again = lbfgs.fit(h[:300], y[:300], [swept.penalty], 3, tolerance=1e-8)
+    assert torch.allclose(swept.scores, lbfgs.logits(h[test], again.weights[0]))
 
 
 def test_penalties_are_the_papers() -> None:
-    assert len(probe.PENALTIES) == 45 and probe.PENALTIES[0] == 1e-6 and probe.PENALTIES[-1] == 1e5
-    assert np.allclose(np.diff(np.log10(probe.PENALTIES)), 0.25)
+    assert len(linear.PENALTIES) == 45 and linear.PENALTIES[0] == 1e-6 and linear.PENALTIES[-1] == 1e5
+    assert np.allclose(np.diff(np.log10(linear.PENALTIES)), 0.25)
 
 
 def test_features_that_go_together_do_not_slow_the_fit() -> None:
@@ -144,57 +144,57 @@ def test_features_that_go_together_do_not_slow_the_fit() -> None:
     z, turn = torch.randn(300, 8, dtype=torch.float64), torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     h = (z * 10.0 ** -torch.arange(0, 4, 0.5, dtype=torch.float64)) @ turn + 5
     y = (z @ torch.randn(8, 3, dtype=torch.float64) + 3 * torch.randn(300, 3)).argmax(1)
-    fits = logistic.fit(h, y, probe.PENALTIES, 3)
+    fits = lbfgs.fit(h, y, linear.PENALTIES, 3)
     assert fits.converged.all() and fits.iterations.max() < 60
 
 
 def test_a_class_that_no_row_shows_is_never_taken(within: Within) -> None:
     """Its free bias has no minimum: without a word about it every fit would run to the last iteration."""
     h, y = features()
-    few = logistic.fit(h, y, [1e-3, 1.0], 3)
-    more = logistic.fit(h, 2 * y, [1e-3, 1.0], 6)  # classes 0, 2, 4 of six
+    few = lbfgs.fit(h, y, [1e-3, 1.0], 3)
+    more = lbfgs.fit(h, 2 * y, [1e-3, 1.0], 6)  # classes 0, 2, 4 of six
     assert more.converged.all() and (more.weights[:, 1::2, -1] == -torch.inf).all()
     within("weights", (few.weights - more.weights[:, ::2]).abs().max().item(), 1e-12)
     marks = torch.nn.functional.one_hot(y, 5)
     marks[:, 4] = 1
-    fits = logistic.fit(h, marks, [1.0], 5)
+    fits = lbfgs.fit(h, marks, [1.0], 5)
     assert fits.converged.all() and fits.weights[0, 3:, -1].tolist() == [-torch.inf, torch.inf]
-    assert logistic.logits(h, fits.weights[0]).argmax(1).eq(4).all()
-    alone = logistic.fit(h, torch.zeros_like(y), [1.0], 3)
-    assert alone.converged.all() and logistic.logits(h, alone.weights[0]).argmax(1).eq(0).all()
+    assert lbfgs.logits(h, fits.weights[0]).argmax(1).eq(4).all()
+    alone = lbfgs.fit(h, torch.zeros_like(y), [1.0], 3)
+    assert alone.converged.all() and lbfgs.logits(h, alone.weights[0]).argmax(1).eq(0).all()
 
 
 def test_a_fit_without_penalty_or_rows_is_refused() -> None:
     h, y = features()
     with pytest.raises(ValueError, match="more than 0"):
-        logistic.fit(h, y, [0.0], 3)
+        lbfgs.fit(h, y, [0.0], 3)
     with pytest.raises(ValueError, match="200 features and 10 labels"):
-        logistic.fit(h, y[:10], [1.0], 3)
+        lbfgs.fit(h, y[:10], [1.0], 3)
 
 
 def test_held_out_takes_a_share_of_every_class() -> None:
     y = torch.tensor([0] * 50 + [1] * 10 + [2] * 2 + [3])
-    chosen = probe.held_out(y, 0.2)
+    chosen = linear.held_out(y, 0.2)
     assert torch.bincount(y[chosen], minlength=4).tolist() == [10, 2, 1, 0]
-    assert torch.equal(chosen, probe.held_out(y, 0.2)) and not torch.equal(chosen, probe.held_out(y, 0.2, seed=1))
+    assert torch.equal(chosen, linear.held_out(y, 0.2)) and not torch.equal(chosen, linear.held_out(y, 0.2, seed=1))
 
 
 # ── Linear evaluation by SGD ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_batch_sizes_are_the_official_readmes() -> None:
-    assert probe.batch_size_for(1_281_167) == 4096 and probe.batch_size_for(50_000) == 512 and probe.batch_size_for(10) == 2
+    assert linear.batch_size_for(1_281_167) == 4096 and linear.batch_size_for(50_000) == 512 and linear.batch_size_for(10) == 2
 
 
 def test_sgd_is_nesterov_under_half_a_cosine_and_the_encoder_is_untouched(patterns: Path, within: Within) -> None:
     """The classifier after an epoch against the recursion written out: v ← 0.9 v + g, w ← w − lr (g + 0.9 v)."""
     from simclr.data import loader
-    from simclr.views import two_views
+    from simclr.views.two_views import two_views
 
     config = recipe("patterns_tiny")
     encoder = build_model(config).encoder.train()
     before = digest(encoder)
-    classifier = probe.sgd_probe(encoder, patterns, config, 10, batch_size=60, epochs=1)
+    classifier = linear.sgd_probe(encoder, patterns, config, 10, batch_size=60, epochs=1)
     assert digest(encoder) == before and encoder.training
 
     encoder.eval()
@@ -224,7 +224,7 @@ def test_an_encoder_that_is_changed_or_set_to_training_is_noticed() -> None:
 
 
 def test_the_public_name_stays_where_it_was() -> None:
-    assert simclr.evaluate.linear_probe is probe.linear_probe
+    assert simclr.evaluate.linear_probe is linear.linear_probe
 
 
 def test_neighbours_do_not_depend_on_the_blocks() -> None:

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from pipelines import cli
-from pipelines.confusion import confusion_picture
-from pipelines.evaluate import default_out
-from pipelines.protocols import summary
-from simclr.evaluate import embed, knn
-from simclr.model import build_model
-from simclr.published import write_encoder
+from pipelines.commands.evaluate import default_out
+from pipelines.evaluation.confusion import confusion_picture
+from pipelines.evaluation.protocols import summary
+from simclr.encoder.directory import write_encoder
+from simclr.evaluation.features import embed, knn
+from simclr.networks.heads import build_model
 from simclr.recipes import recipe
 
 
@@ -77,15 +77,16 @@ def test_an_encoder_of_the_registry_is_pulled_and_left_nowhere(
 ) -> None:
     import shutil
 
-    from pipelines import address, tracking
+    from pipelines.tracking import client
+    from pipelines.tracking import uri as mlflow_uri
 
     def pull(uri: str, spec: str, to: Path, progress: object) -> None:
         assert spec == "patterns@champion" and uri.startswith("sqlite:")
         shutil.copytree(encoder, to)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(address, "check", lambda uri: None)
-    monkeypatch.setattr(tracking, "pull", pull)
+    monkeypatch.setattr(mlflow_uri, "check", lambda uri: None)
+    monkeypatch.setattr(client, "pull", pull)
     cli.main(["evaluate", "patterns@champion", "--data", str(patterns), "--protocol", "knn", "--resamples", "100"])
     assert (tmp_path / "runs/evaluation/patterns-champion/knn.json").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]

@@ -11,9 +11,9 @@ import torch
 
 import simclr
 from simclr.config import Config, Encoder, Head, Views
-from simclr.model import Classifier, build_model
-from simclr.published import read_classifier, read_head, write_encoder
-from simclr.views import centre_boxes, crop_resize
+from simclr.encoder.directory import read_classifier, read_head, write_encoder
+from simclr.networks.heads import Classifier, build_model
+from simclr.views.two_views import centre_boxes, crop_resize
 
 CONFIG = Config(encoder=Encoder(depth=8, cifar_stem=True), head=Head(layers=3, d_out=16), views=Views(size_px=40))
 

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr import checkpoint, evaluate
-from simclr.batchnorm import BatchNorm
+from simclr import checkpoint
 from simclr.collectives import all_gather, data_parallel, from_rank_zero, rank, world_size
 from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
 from simclr.data import loader
+from simclr.evaluation import features
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
-from simclr.model import build_model
-from simclr.pretrain import Start, pretrain
-from simclr.views import crop_boxes, draw_colours, two_views
+from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.heads import build_model
+from simclr.train import Start, pretrain
+from simclr.views.two_views import crop_boxes, draw_colours, two_views
 from tests.conftest import Within
 from tests.ranks import Ranks
 
@@ -256,8 +257,8 @@ def test_256_samples_are_seen_alike_by_any_number_of_workers_and_threads(
 def embedded(data: str, limit: int | None) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     kernel = torch.randn(3 * 32 * 32, 4, generator=generator)
-    features = evaluate.embed_split(_Flat(kernel), Path(data), "test", TINY.views, limit, batch_size=7)
-    return [features.h, features.y, features.ids]
+    found = features.embed_split(_Flat(kernel), Path(data), "test", TINY.views, limit, batch_size=7)
+    return [found.h, found.y, found.ids]
 
 
 class _Flat(nn.Module):
@@ -280,7 +281,7 @@ def test_features_arrive_whole_and_in_order_on_every_rank(ranks: Ranks, patterns
 
 def diverging(data: str) -> str:
     """What is raised where rank 1 alone has a loss that is not finite."""
-    from simclr import pretrain as module
+    from simclr import train as module
 
     good, calls = module.nt_xent, []
 
@@ -312,7 +313,7 @@ def test_a_loss_that_is_not_finite_names_rank_and_step_on_every_rank(ranks: Rank
 
 def blackened(data: str) -> str:
     """What is raised where one image of rank 0's second batch is not finite, and BatchNorm sees only each rank's own rows."""
-    from simclr import pretrain as module
+    from simclr import train as module
 
     good, calls = module.two_views, []
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from simclr.data import remote, shards
+from simclr.data import shards
 from simclr.data.manifest import read_manifest
-from simclr.data.place import Address
-from simclr.data.sources import open_source
-from simclr.data.store import Store
+from simclr.data.s3 import remote
+from simclr.data.s3.store import Store
+from simclr.data.s3.uri import Address
+from simclr.data.sources.open import open_source
 from simclr.data.verify import damaged
 from tests.s3 import Proxy
 

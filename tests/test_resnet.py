@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr.batchnorm import BatchNorm
-from simclr.model import ProjectionHead
-from simclr.resnet import ResNet, resnet
+from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.heads import ProjectionHead
+from simclr.networks.resnet import ResNet, resnet
 from tests.conftest import Within
 
 GOLDEN = Path(__file__).parent / "golden" / "resnet"

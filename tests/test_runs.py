@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
-from pipelines.rundir import open_run
+from pipelines.runs.directory import open_run
 from simclr.recipes import patterns_tiny
 from tests.s3 import Proxy
 
@@ -64,7 +64,7 @@ def test_states_of_runs_on_disk(tmp_path: Path, patterns: Path, capsys: pytest.C
 
 
 def test_the_same_in_s3(tmp_path: Path, patterns: Path, s3: Proxy, capsys: pytest.CaptureFixture[str]) -> None:
-    from simclr.data.store import Store
+    from simclr.data.s3.store import Store
 
     some_runs(tmp_path, patterns)
     for path in tmp_path.rglob("*"):
@@ -110,14 +110,14 @@ def test_a_job_carries_less_than_five_megabytes(tmp_path: Path) -> None:
     packed = zipfile.ZipFile(tmp_path / "job.zip")
     names = set(packed.namelist())
     assert sum(entry.file_size for entry in packed.infolist()) < 5e6
-    assert {"simclr/pretrain.py", "pipelines/cli.py", "pyproject.toml"} <= names
+    assert {"simclr/train.py", "pipelines/cli.py", "pyproject.toml"} <= names
     assert not any(name.startswith((".venv", ".git/", "runs", "mlruns", "tests")) or name == "core" for name in names)
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, patterns: Path) -> None:
     """Two would remove each other's checkpoints. One that was killed holds nobody up."""
     mine = open_run(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns)
-    holds = "import sys, time; from pathlib import Path; from pipelines.rundir import load_run\n"
+    holds = "import sys, time; from pathlib import Path; from pipelines.runs.directory import load_run\n"
     holds += "with load_run(Path(sys.argv[1])).alone(): print('held', flush=True); time.sleep(60)"
     mine.save()
     process = subprocess.Popen([sys.executable, "-c", holds, str(mine.path)], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)

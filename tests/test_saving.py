@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import saving, storage
-from pipelines.rundir import open_run
-from pipelines.saving import Saver
+from pipelines.runs import sync
+from pipelines.runs.directory import open_run
+from pipelines.train import checkpoints
+from pipelines.train.checkpoints import Saver
 from simclr import checkpoint
 from simclr.config import Train
-from simclr.data.place import Unreachable
-from simclr.data.store import Store
-from simclr.pretrain import Report
+from simclr.data.s3.store import Store
+from simclr.data.s3.uri import Unreachable
 from simclr.recipes import recipe
+from simclr.train import Report
 from tests.s3 import Proxy
 
 
@@ -29,7 +30,7 @@ class Time:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(saving.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(checkpoints.time, "monotonic", lambda: self.now)
 
 
 def report(step: int, score: float | None = None, due: bool = False) -> Report:
@@ -39,7 +40,7 @@ def report(step: int, score: float | None = None, due: bool = False) -> Report:
 
 def saver(folder: Path, **train: Any) -> tuple[Saver, list[dict[str, Any]]]:
     told: list[dict[str, Any]] = []
-    return Saver(storage.Home(folder), Train(**train), None, told.append), told
+    return Saver(sync.Home(folder), Train(**train), None, told.append), told
 
 
 def names(folder: Path) -> list[int]:
@@ -114,7 +115,7 @@ def test_a_checkpoint_has_the_reports_that_nobody_may_have_heard(tmp_path: Path,
     run = open_run(tmp_path / "run", "patterns_tiny", recipe("patterns_tiny"), patterns)
     since = None
     for steps in (range(1, 4), range(4, 7)):  # the second by workers that were started again
-        kept = Saver(storage.Home(run.path), Train(keep_checkpoints=1), since, lambda told: None)
+        kept = Saver(sync.Home(run.path), Train(keep_checkpoints=1), since, lambda told: None)
         for step in steps:
             kept.hear({"step": step, "train/loss": step / 3})
         kept.save(report(6, due=True))
@@ -152,7 +153,7 @@ def test_a_full_disk_ends_the_training_at_the_next_checkpoint(tmp_path: Path, mo
 
 def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are kept here meanwhile, the one that is being sent is not removed, and the newest goes when S3 is back."""
-    home = storage.Home("s3://photos/runs/away")
+    home = sync.Home("s3://photos/runs/away")
     home.store = Store(attempts=1, pause_s=0)
     hold, send, sent = threading.Event(), home.send_checkpoint, []
 
@@ -181,8 +182,8 @@ def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixtur
         told_of.append(text)
         s3.quiet()
 
-    monkeypatch.setattr(storage, "_AGAIN_S", 0.0)
-    storage.patiently(kept.close, tell)
+    monkeypatch.setattr(sync, "_AGAIN_S", 0.0)
+    sync.patiently(kept.close, tell)
     assert len(told_of) == 1 and told_of[0].startswith("waiting for S3, for 30 minutes at most: s3://photos/runs/away")
     assert sent == ["step-000000001", "step-000000004"]
     assert {found.name.split("/")[0] for found in home.store.listing(home.at / "checkpoints")} == {"step-000000004"}  # type: ignore[operator]

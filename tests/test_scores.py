@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from simclr.scores import accuracy, average_precision, bootstrap, confusion, mean_average_precision, mean_per_class, per_class
+from simclr.evaluation.metrics import accuracy, average_precision, bootstrap, confusion, mean_average_precision, mean_per_class, per_class
 from tests.conftest import Within
 
 

@@ -11,14 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simclr import ablations, keyed, loss, views
+from simclr import keyed, loss
 from simclr.config import Config, Head, Loss, Views
-from simclr.model import ProjectionHead, build_model
+from simclr.networks.heads import ProjectionHead, build_model
 from simclr.optim import lr_peak
 from simclr.recipes import RECIPES, recipe
+from simclr.views import ablations, two_views
 from tests.conftest import Within
 from tests.ranks import Ranks
-from tune import points, spaces
+from tune import resolve, spaces
 from tune.spaces import Axis, Between, Peak, Space, Times
 
 IDS = np.arange(6)
@@ -28,21 +29,21 @@ IDS = np.arange(6)
 def test_every_space_fits_every_recipe(name: str) -> None:
     for given in RECIPES:
         config = recipe(given)
-        space = points.restricted(spaces.space(name), config, {})
-        chosen = points.samples(space, 4, 0) if name == "search" else points.combinations(space)
+        space = resolve.restricted(spaces.space(name), config, {})
+        chosen = resolve.samples(space, 4, 0) if name == "search" else resolve.combinations(space)
         assert chosen
         for combination in chosen:
-            found = points.point(space, config, combination, 3)
+            found = resolve.point(space, config, combination, 3)
             assert found.seed == found.config.seed == config.seed + 3
-            assert all(points.value_of(found.config, path) == value for path, value in found.values.items())
+            assert all(resolve.value_of(found.config, path) == value for path, value in found.values.items())
 
 
 def test_spaces_have_the_papers_values() -> None:
-    sizes = {name: len(points.combinations(space)) for name, space in spaces.SPACES.items() if name != "search"}
+    sizes = {name: len(resolve.combinations(space)) for name, space in spaces.SPACES.items() if name != "search"}
     assert sizes["augmentation-pairs"] == 7 + 7 * 6 and sizes["losses"] == 5 and sizes["normalisation-temperature"] == 6
     assert sizes["temperature-lr"] == 4 * 2 * 3 * 3 and sizes["projection-head"] == 1 + 2 * 7 and sizes["smoke"] == 8
     only = {"views.operations": ["crop", "colour", "blur", "noise"]}
-    assert len(points.combinations(points.restricted(spaces.space("augmentation-pairs"), Config(), only))) == 4 + 4 * 3
+    assert len(resolve.combinations(resolve.restricted(spaces.space("augmentation-pairs"), Config(), only))) == 4 + 4 * 3
 
 
 def test_both_scaling_rules_agree_at_the_recipes_batch() -> None:
@@ -52,7 +53,7 @@ def test_both_scaling_rules_agree_at_the_recipes_batch() -> None:
     found = {}
     for rule, n in itertools.product(("linear", "sqrt"), (Times(1), Times(2))):
         chosen = {"loss.temperature": 0.1, "optim.scaling": rule, "optim.base_lr": Peak(1), "train.batch_size": n}
-        c = points.point(space, config, chosen, 0).config
+        c = resolve.point(space, config, chosen, 0).config
         found[rule, c.train.batch_size] = (c.optim.base_lr, lr_peak(c.optim.base_lr, c.train.batch_size, c.optim.scaling))
     assert found["linear", 4096] == (0.3, pytest.approx(4.8)) and found["sqrt", 4096] == (0.075, pytest.approx(4.8))
     assert found["linear", 8192][1] == pytest.approx(9.6) and found["sqrt", 8192][1] == pytest.approx(0.075 * math.sqrt(8192))
@@ -60,10 +61,10 @@ def test_both_scaling_rules_agree_at_the_recipes_batch() -> None:
 
 def test_samples_are_the_same_for_a_seed_and_inside_their_bounds() -> None:
     space = spaces.space("search")
-    first, again, other = (points.samples(space, 20, seed) for seed in (0, 0, 1))
+    first, again, other = (resolve.samples(space, 20, seed) for seed in (0, 0, 1))
     assert first == again != other
     assert all(0.05 <= c["loss.temperature"] <= 1 and 0.25 <= c["optim.base_lr"].factor <= 4 for c in first)
-    grid = points.samples(spaces.space("smoke"), 5, 0)
+    grid = resolve.samples(spaces.space("smoke"), 5, 0)
     assert len({str(c) for c in grid}) == 5
 
 
@@ -83,18 +84,18 @@ def test_samples_are_the_same_for_a_seed_and_inside_their_bounds() -> None:
 def test_a_value_that_the_config_does_not_take_is_named(path: str, value: object, sentence: str) -> None:
     space = Space(name="mine", repeats="", why="", axes=(Axis(paths=(path,), values=(value,), label=""),))
     with pytest.raises(ValueError, match=sentence):
-        points.point(space, Config(), {path: value}, 0)
+        resolve.point(space, Config(), {path: value}, 0)
 
 
 def test_what_a_space_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown space 'temperatur-lr'; nearest: temperature-lr"):
         spaces.space("temperatur-lr")
     with pytest.raises(ValueError, match=r"does not vary head.layers; --only takes loss.temperature"):
-        points.restricted(spaces.space("smoke"), Config(), {"head.layers": [1]})
+        resolve.restricted(spaces.space("smoke"), Config(), {"head.layers": [1]})
     with pytest.raises(ValueError, match=r"smoke has no loss.temperature 7.0; it has 0.1, 0.2, 0.5, 1.0"):
-        points.restricted(spaces.space("smoke"), Config(), {"loss.temperature": [7.0]})
+        resolve.restricted(spaces.space("smoke"), Config(), {"loss.temperature": [7.0]})
     with pytest.raises(ValueError, match="no grid covers"):
-        points.combinations(Space(name="m", repeats="", why="", axes=(Axis(paths=("seed",), values=Between(0, 1), label=""),)))
+        resolve.combinations(Space(name="m", repeats="", why="", axes=(Axis(paths=("seed",), values=Between(0, 1), label=""),)))
 
 
 # ── What the spaces vary ───────────────────────────────────────────────────────────────────────────────────────────
@@ -127,27 +128,27 @@ def test_one_branch_stays_the_crop_and_the_other_goes_through_the_operations() -
     images = torch.as_tensor(keyed.bits(0, "patterns", 0, IDS, 0, 20 * 24 * 3).reshape(6, 20, 24, 3) % 256).to(torch.uint8)
     ids = torch.as_tensor(IDS)
     plain = Views(size_px=20, operations=())  # below 20 px the blur of App. A has one tap
-    same = views.raw_views(images, ids, 1, plain, 0)
+    same = two_views.raw_views(images, ids, 1, plain, 0)
     assert torch.equal(same[:6], same[6:])
     for operation in ("crop", "cutout", "colour", "sobel", "noise", "blur", "rotate"):
         chain = dataclasses.replace(plain, operations=(operation,))
-        x = views.raw_views(images, ids, 1, chain, 0)
+        x = two_views.raw_views(images, ids, 1, chain, 0)
         assert x.shape == same.shape and torch.equal(x[:6], same[:6]) and not torch.equal(x[6:], same[6:]), operation
         assert float(x.min()) >= 0 and float(x.max()) <= 1
-        assert torch.equal(x, views.raw_views(images, ids, 1, chain, 0)) and (
-            operation == "sobel" or not torch.equal(x, views.raw_views(images, ids, 2, chain, 0))
+        assert torch.equal(x, two_views.raw_views(images, ids, 1, chain, 0)) and (
+            operation == "sobel" or not torch.equal(x, two_views.raw_views(images, ids, 2, chain, 0))
         )
-        some = views.raw_views(images[2:4], ids[2:4], 1, chain, 0)  # keyed by the sample, whoever is in the batch
+        some = two_views.raw_views(images[2:4], ids[2:4], 1, chain, 0)  # keyed by the sample, whoever is in the batch
         assert torch.allclose(some[2:], x[8:10], atol=1e-6), operation
 
 
 def test_crops_from_the_decoder_are_shared_and_the_fast_path_steps_aside() -> None:
     plain = Views(size_px=8, operations=("rotate",))
-    boxes = views.crop_boxes(plain, 0, 0, IDS, np.full((6, 2), 40))
+    boxes = two_views.crop_boxes(plain, 0, 0, IDS, np.full((6, 2), 40))
     assert (boxes[:, 0] == boxes[:, 1]).all()
-    assert (boxes[:, 0] == views.crop_boxes(Views(size_px=8), 0, 0, IDS, np.full((6, 2), 40))[:, 0]).all()
+    assert (boxes[:, 0] == two_views.crop_boxes(Views(size_px=8), 0, 0, IDS, np.full((6, 2), 40))[:, 0]).all()
     crops = torch.randint(0, 256, (6, 1, 8, 8, 3), dtype=torch.uint8).expand(-1, 2, -1, -1, -1)
-    x = views.two_views(crops, torch.as_tensor(IDS), 0, plain, 0)
+    x = two_views.two_views(crops, torch.as_tensor(IDS), 0, plain, 0)
     turned = [[torch.equal(torch.rot90(x[i], k, (1, 2)), x[6 + i]) for k in (1, 2, 3)] for i in range(6)]
     assert all(sum(t) == 1 for t in turned)
 

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import evaluate, prepare, report, storage
-from pipelines.rundir import load_run, open_run
+from pipelines.commands import evaluate, prepare, report
+from pipelines.runs import sync
+from pipelines.runs.directory import load_run, open_run
 from simclr import checkpoint
 from simclr.data import shards as shard_writer
-from simclr.data.place import Address, address
-from simclr.data.store import Store
+from simclr.data.s3.store import Store
+from simclr.data.s3.uri import Address, address
 from simclr.data.verify import damaged
-from simclr.pretrain import Start, pretrain
 from simclr.recipes import recipe
+from simclr.train import Start, pretrain
 from tests.s3 import KEY_ID, SECRET, Proxy
 
 Machine = Callable[[str], None]
@@ -57,12 +58,12 @@ def test_prepare_into_s3(s3: Proxy, machine: Machine, tmp_path: Path, capfd: pyt
     s3.log.clear()
     assert prepare.prepare(args).examples("train") == 60
     assert written(s3) == [] and "holds these shards already" in capfd.readouterr().err
-    copy = storage.shards(out)
+    copy = sync.shards(out)
     assert not [part for _, _, part in s3.log if part]  # what was made here need not be fetched
     machine("two")
-    other = storage.shards(Path(out))
+    other = sync.shards(Path(out))
     assert other != copy and other.name == "patterns" and damaged(other) == []
-    assert storage.shards(copy) == copy
+    assert sync.shards(copy) == copy
     with pytest.raises(ValueError, match=f"{out} already holds shards made with source patterns:train=60"):
         prepare.prepare(prepare.Args(source="patterns:train=70,test=20", out=Path(out)))
     with pytest.raises(ValueError, match=r"s3://photos/prepared is not empty and no dataset \(it holds patterns/manifest.json\)"):
@@ -96,16 +97,16 @@ def test_a_prepare_whose_upload_fails_goes_on(s3: Proxy, machine: Machine, monke
 
 
 def test_a_command_that_needs_a_disk_says_so(s3: Proxy, machine: Machine) -> None:
-    from simclr import disk
+    from simclr import files
 
     with pytest.raises(ValueError, match="s3://photos/encoder is no place on a disk; give a local path here"):
-        disk.require_writable(Path("s3://photos/encoder"))
+        files.require_writable(Path("s3://photos/encoder"))
     with pytest.raises(ValueError, match="there is neither a run nor a published encoder at s3://photos/nothing"):
         evaluate.evaluate(evaluate.Args(encoder=Path("s3://photos/nothing")))
 
 
 def test_files_of_a_run_go_both_ways(s3: Proxy, machine: Machine) -> None:
-    home = storage.Home(RUN)
+    home = sync.Home(RUN)
     home.fetch()
     home.path.mkdir(parents=True)
     (home.path / "run.json").write_text('{"created": 1}')
@@ -117,7 +118,7 @@ def test_files_of_a_run_go_both_ways(s3: Proxy, machine: Machine) -> None:
     assert s3.log == []  # nothing changed
 
     machine("two")
-    there = storage.Home(Path(RUN))
+    there = sync.Home(Path(RUN))
     there.fetch()
     assert there.path != home.path and sorted(p.name for p in there.path.iterdir()) == [".s3.json", "metrics.jsonl", "run.json"]
     with (there.path / "metrics.jsonl").open("a") as file:
@@ -149,7 +150,7 @@ def test_files_of_a_run_go_both_ways(s3: Proxy, machine: Machine) -> None:
 def test_a_checkpoint_is_there_when_all_of_it_is(s3: Proxy, machine: Machine, capfd: pytest.CaptureFixture[str]) -> None:
     at = address("s3://photos/runs/checkpoints-of-one")
     assert at is not None
-    home = storage.Home(str(at))
+    home = sync.Home(str(at))
 
     def write(step: int) -> Path:
         tensors = {"model.w": torch.full((100,), float(step))}
@@ -172,7 +173,7 @@ def test_a_checkpoint_is_there_when_all_of_it_is(s3: Proxy, machine: Machine, ca
     damaged.write_bytes(b"of another size")
     store.upload(damaged, at / "checkpoints/step-000000003/state.safetensors")
     machine("two")
-    there = storage.Home(str(at))
+    there = sync.Home(str(at))
     there.store = store
     there.settle()
     newest = checkpoint.latest(there.path / "checkpoints", print)
@@ -190,7 +191,7 @@ def test_a_checkpoint_is_there_when_all_of_it_is(s3: Proxy, machine: Machine, ca
 
 
 def test_a_sending_that_fails_does_not_end_the_training(s3: Proxy, machine: Machine, capfd: pytest.CaptureFixture[str]) -> None:
-    home = storage.Home("s3://photos/runs/failing")
+    home = sync.Home("s3://photos/runs/failing")
     home.store = Store(attempts=2, pause_s=0)
     path = checkpoint.write(home.path / "checkpoints", checkpoint.State(1, {}, {"model.w": torch.ones(3)}), keep=1)
     s3.rate, s3.kinds = 1.0, ("503",)
@@ -205,7 +206,7 @@ def test_a_sending_that_fails_does_not_end_the_training(s3: Proxy, machine: Mach
 
 
 def test_on_disk_nothing_of_this_happens(tmp_path: Path) -> None:
-    home = storage.Home(tmp_path / "run")
+    home = sync.Home(tmp_path / "run")
     home.fetch()
     home.settle()
     home.later(lambda: None)
@@ -224,12 +225,12 @@ def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
     config = recipe("patterns_tiny")
     train = replace(config.train, batch_size=60, steps=12, checkpoint_every_steps=6, report_every_steps=1, keep_checkpoints=2)
     config = replace(config, train=train)
-    home = storage.Home(str(at))
-    run = open_run(home.path, "patterns_tiny", config, storage.shards(data), data)
+    home = sync.Home(str(at))
+    run = open_run(home.path, "patterns_tiny", config, sync.shards(data), data)
     run.save()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the worker will have: then the sums are the same
-    for said in pretrain(config, Start(storage.shards(data))):
+    for said in pretrain(config, Start(sync.shards(data))):
         run.append({**said.metrics, "step": said.step})
         if said.step == 6:
             home.send()
@@ -256,14 +257,14 @@ def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
 
     # A third one, which has nothing either, finds both checkpoints whole, scores the encoder and writes the page.
     machine("three")
-    home = storage.Home(str(at))
+    home = sync.Home(str(at))
     tensors = checkpoint.read(home.checkpoint("step-000000012")).tensors
     assert checkpoint.read(home.checkpoint("step-000000006")).step == 6
     assert all(torch.equal(tensors[name], tensor) for name, tensor in uninterrupted.items())
     rows = evaluate.evaluate(evaluate.Args(encoder=Path(str(at)), limit=60, baselines=False, device="cpu"))
     report.report(report.Args(run=Path(str(at))))
     assert rows[-1]["name"] == "trained encoder" and {"evaluation.json", "pictures.npz", "report.html"} <= set(names(str(at)))
-    with storage.directory(Path(str(at))) as here:
+    with sync.directory(Path(str(at))) as here:
         assert load_run(here).origin == data and data in (here / "report.html").read_text()
 
 
@@ -272,14 +273,14 @@ def test_a_worker_does_not_go_on_from_the_checkpoints_of_an_earlier_run_at_the_a
 ) -> None:
     """Of which its node still has a copy: the address was emptied and used again, and only the driver knows."""
     address = "s3://photos/runs/again"
-    home = storage.Home(address)
+    home = sync.Home(address)
     home.belongs_to(1.0)
     checkpoint.write(home.path / "checkpoints", checkpoint.State(100, {}, {"model.a": torch.ones(2)}), 1)
     home.settle()
     assert home._whole() == ["step-000000100"]
     for found in home.store.listing(home.at):  # type: ignore[arg-type]
         home.store.delete(home.at / found.name)  # type: ignore[operator]
-    worker = storage.Home(address)
+    worker = sync.Home(address)
     worker.belongs_to(1.0)  # the same run started again: its copy stays
     assert checkpoint.latest(worker.path / "checkpoints", print) is not None
     worker.belongs_to(2.0)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simclr.data import store
-from simclr.data.place import Address, address, copy_of
-from simclr.data.store import Damaged, Missing, Store
+from simclr.data.s3 import store
+from simclr.data.s3.store import Damaged, Missing, Store
+from simclr.data.s3.uri import Address, address, copy_of
 from tests.s3 import KEY_ID, REFUSED, SECRET, Proxy
 
 PART = 16 << 10

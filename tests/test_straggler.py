@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from simclr import collectives, straggler
-from simclr import pretrain as module
-from simclr.clock import Clock, Pace
+from simclr import collectives
+from simclr import train as module
 from simclr.collectives import rank
-from simclr.health import Health
-from simclr.pretrain import Report, Start, pretrain
-from simclr.straggler import Stragglers
+from simclr.telemetry import straggler
+from simclr.telemetry.guards import Health
+from simclr.telemetry.straggler import Stragglers
+from simclr.telemetry.timing import Clock, Pace
+from simclr.train import Report, Start, pretrain
 from tests.ranks import Ranks
 from tests.test_ranks import TINY
 

@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from simclr import views
 from simclr.config import Views
 from simclr.loss import nt_xent
-from simclr.model import build_model
+from simclr.networks.heads import build_model
 from simclr.optim import build_optimizer
 from simclr.recipes import patterns_tiny
+from simclr.views import two_views
 from tests.conftest import Within
 
 ROOT = Path(__file__).parent.parent
 # torch.cuda on the training path, all of it behind a question for the device, with what asks.
 GUARDED = {
-    "simclr/health.py": 'device.type == "cuda"',
-    "simclr/moments.py": 'device.type != "cuda"',
+    "simclr/telemetry/guards.py": 'device.type == "cuda"',
+    "simclr/telemetry/device_time.py": 'device.type != "cuda"',
     "simclr/data/loader.py": 'device.type != "cuda"',
     "simclr/data/memory.py": "not torch.cuda.is_available()",
     "simclr/precision.py": 'device.type != "cuda"',
@@ -49,30 +49,30 @@ def test_only_guarded_places_name_cuda() -> None:
         assert question in (ROOT / name).read_text()
 
 
-def _colours(n: int, seed: int) -> tuple[Tensor, views.Colours]:
-    drawn = views.draw_colours(Views(), seed, 0, np.arange(n))
+def _colours(n: int, seed: int) -> tuple[Tensor, two_views.Colours]:
+    drawn = two_views.draw_colours(Views(), seed, 0, np.arange(n))
     x = torch.tensor(np.random.default_rng(seed).random((2 * n, 3, 32, 32)), dtype=torch.float32)
     return x, drawn
 
 
-def _tensors(c: views.Colours) -> list[Tensor]:
+def _tensors(c: two_views.Colours) -> list[Tensor]:
     return [torch.as_tensor(part) for part in (c.jitter, c.order, c.factors.astype(np.float32), c.grey, c.blur_sigma.astype(np.float32))]
 
 
 def test_one_shape_for_every_draw_gives_the_same_pixels(within: Within) -> None:
     for seed in range(3):
         x, drawn = _colours(64, seed)
-        whole = views.distort_all(x, *_tensors(drawn))
-        within("pixels of distort_all", float((whole - views.distort(x.clone(), drawn)).abs().max()), 1e-5)
+        whole = two_views.distort_all(x, *_tensors(drawn))
+        within("pixels of distort_all", float((whole - two_views.distort(x.clone(), drawn)).abs().max()), 1e-5)
 
 
 def test_the_views_are_one_program() -> None:
-    compiled = torch.compile(views.distort_all, fullgraph=True, dynamic=False, backend="eager")
+    compiled = torch.compile(two_views.distort_all, fullgraph=True, dynamic=False, backend="eager")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
         for seed in range(3):
             x, drawn = _colours(8, seed)
-            assert torch.equal(compiled(x, *_tensors(drawn)), views.distort_all(x, *_tensors(drawn)))
+            assert torch.equal(compiled(x, *_tensors(drawn)), two_views.distort_all(x, *_tensors(drawn)))
 
 
 class Step(torch.nn.Module):
@@ -120,7 +120,7 @@ def test_the_whole_step_takes_its_device_as_it_comes(monkeypatch: pytest.MonkeyP
     model = build_model(config).to(device)
     optimizer = build_optimizer(model, config.optim)
     images = torch.zeros((8, 2, 32, 32, 3), dtype=torch.uint8)
-    x = views.two_views(images, torch.arange(8), 0, config.views, 0, device)
+    x = two_views.two_views(images, torch.arange(8), 0, config.views, 0, device)
     assert x.device.type == "meta" and x.shape == (16, 3, 32, 32)
     loss = nt_xent(model(x)[1], config.loss.temperature)
     loss.backward()

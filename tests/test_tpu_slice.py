@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cluster import Resources
+from pipelines.train.ray_train import Resources
 
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.prefix) / "bin/ray"

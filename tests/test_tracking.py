@@ -20,20 +20,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import address, tracking
-from pipelines.tracking import Tracker
+from pipelines.tracking import client
+from pipelines.tracking import uri as mlflow_uri
+from pipelines.tracking.client import Tracker
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return address.default_uri(tmp_path_factory.mktemp("runs of 50 %"))
+    return mlflow_uri.default_uri(tmp_path_factory.mktemp("runs of 50 %"))
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A published encoder with its initial weights."""
-    from simclr.model import build_model
-    from simclr.published import write_encoder
+    from simclr.encoder.directory import write_encoder
+    from simclr.networks.heads import build_model
     from simclr.recipes import recipe
 
     config = recipe("patterns_tiny")
@@ -50,7 +51,7 @@ def history(tracker: Tracker, name: str) -> list[tuple[int, float]]:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, pipelines.tracking; print(sorted({'mlflow', 'requests', 'pandas', 'torch'} & set(sys.modules)))"
+    code = "import sys, pipelines.tracking.client; print(sorted({'mlflow', 'requests', 'pandas', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -114,7 +115,7 @@ def test_what_mlflow_refuses_is_counted_and_the_rest_arrives(uri: str, tmp_path:
 
 
 def test_jobs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
-    uri = address.default_uri(tmp_path / "runs")
+    uri = mlflow_uri.default_uri(tmp_path / "runs")
 
     def job(number: int) -> list[tuple[int, float]]:
         tracker = Tracker(uri, "sweep", f"trial {number}", {}, {})
@@ -130,7 +131,7 @@ def test_jobs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
 def test_another_process_at_the_database_is_waited_for(uri: str) -> None:
     opened: list[Tracker] = []
     job = threading.Thread(target=lambda: opened.append(Tracker(uri, "sweep", "second", {}, {})))
-    with tracking._locked(uri):
+    with client._locked(uri):
         job.start()
         job.join(0.3)
         assert not opened
@@ -186,8 +187,8 @@ class Answer(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "_EVERY_S", 0.02)
-    monkeypatch.setattr(tracking, "_AWAY_S", 0.1)
+    monkeypatch.setattr(client, "_EVERY_S", 0.02)
+    monkeypatch.setattr(client, "_AWAY_S", 0.1)
     server = Server()
     yield server
     server.stop()
@@ -213,8 +214,8 @@ def test_metrics_survive_an_outage_complete_and_in_order(server: Server) -> None
 def test_close_gives_up_in_time_and_says_what_is_missing(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tracking._KILLED_S <= 3 and tracking._FLUSH_S <= 30
-    monkeypatch.setattr(tracking, "_KILLED_S", 0.2)
+    assert client._KILLED_S <= 3 and client._FLUSH_S <= 30
+    monkeypatch.setattr(client, "_KILLED_S", 0.2)
     tracker = Tracker(server.uri, "e", "r", {}, {})
     server.stop()
     for step in range(7):
@@ -227,15 +228,15 @@ def test_close_gives_up_in_time_and_says_what_is_missing(
 
 
 def test_check_accepts_a_server_and_a_database(server: Server, uri: str, published: list[int]) -> None:
-    address.check(server.uri)
-    address.check(uri)
+    mlflow_uri.check(server.uri)
+    mlflow_uri.check(uri)
 
 
 def test_check_refuses_a_closed_port_and_a_silent_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert address._ANSWER_S + 0.5 < 10
+    assert mlflow_uri._ANSWER_S + 0.5 < 10
     with pytest.raises(ValueError, match=r"no MLflow server at http://h:99999 \(InvalidURL\)"):
-        address.check("http://h:99999")
-    monkeypatch.setattr(address, "_ANSWER_S", 0.5)
+        mlflow_uri.check("http://h:99999")
+    monkeypatch.setattr(mlflow_uri, "_ANSWER_S", 0.5)
     with socket.socket() as silent, socket.socket() as closed:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -243,7 +244,7 @@ def test_check_refuses_a_closed_port_and_a_silent_one(monkeypatch: pytest.Monkey
         for port, reason in ((silent.getsockname()[1], "Timeout"), (closed.getsockname()[1], "ConnectionError")):
             began = time.monotonic()
             with pytest.raises(ValueError, match=rf"no MLflow server at http://…@127.0.0.1:{port} \(.*{reason}\); start it") as error:
-                address.check(f"http://user:secret@127.0.0.1:{port}")
+                mlflow_uri.check(f"http://user:secret@127.0.0.1:{port}")
             assert "secret" not in str(error.value)
             assert time.monotonic() - began < 2
 
@@ -252,18 +253,18 @@ def test_check_refuses_what_answers_but_is_no_mlflow(server: Server, monkeypatch
     for status, reason in ((404, "something else answers, with status 404"), (401, "refuses the credentials with status 401")):
         monkeypatch.setattr(Answer, "do_GET", lambda self, status=status: self.send_error(status))
         with pytest.raises(ValueError, match=reason):
-            address.check(server.uri)
+            mlflow_uri.check(server.uri)
 
 
 @pytest.mark.parametrize("uri", ["localhost:5000", "postgresql://user:secret@host/mlflow", "http://", "ftp://h", "sqlite://x", ""])
 def test_check_refuses_what_is_no_address(uri: str) -> None:
     with pytest.raises(ValueError, match="is no MLflow address; expected") as error:
-        address.check(uri)
+        mlflow_uri.check(uri)
     assert "secret" not in str(error.value)
 
 
 def test_check_of_a_database_writes_nothing(tmp_path: Path) -> None:
-    address.check(address.default_uri(tmp_path / "new" / "runs"))
+    mlflow_uri.check(mlflow_uri.default_uri(tmp_path / "new" / "runs"))
     assert not any(tmp_path.iterdir())
     (tmp_path / "notes.txt").write_text("no database, but long enough to have a header")
     for path, reason in (
@@ -272,11 +273,11 @@ def test_check_of_a_database_writes_nothing(tmp_path: Path) -> None:
         ("notes.txt/mlflow.db", "cannot be written"),
     ):
         with pytest.raises(ValueError, match=reason):
-            address.check(f"sqlite:///{tmp_path / path}")
+            mlflow_uri.check(f"sqlite:///{tmp_path / path}")
     (tmp_path / "torn.db").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 16)
     for uri, reason in ((f"sqlite:///{tmp_path}/torn.db", "not a database"), ("sqlite:///", "names no file")):
         with pytest.raises(ValueError, match=reason):
-            address.check(uri)
+            mlflow_uri.check(uri)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "torn.db"]
 
 
@@ -288,12 +289,12 @@ def published(uri: str, encoder: Path) -> list[int]:
     """Three versions of model `tiny`, with kNN 0.5, 0.75 and 0.75."""
     tracker = Tracker(uri, "patterns", "published", {}, {})
     tracker.close()
-    return [tracking.register(uri, tracker.run_id, encoder, "tiny", {"knn_top1": s, "probe_top1": 1 - s}) for s in (0.5, 0.75, 0.75)]
+    return [client.register(uri, tracker.run_id, encoder, "tiny", {"knn_top1": s, "probe_top1": 1 - s}) for s in (0.5, 0.75, 0.75)]
 
 
 @pytest.fixture(scope="module")
 def promoted(uri: str, published: list[int]) -> list[tuple[bool, float | None]]:
-    return [tracking.promote(uri, "tiny", version, "knn_top1") for version in published]
+    return [client.promote(uri, "tiny", version, "knn_top1") for version in published]
 
 
 def test_champion_moves_only_to_a_better_version(published: list[int], promoted: list[tuple[bool, float | None]]) -> None:
@@ -304,27 +305,27 @@ def test_champion_moves_only_to_a_better_version(published: list[int], promoted:
 def test_a_version_without_a_score_is_never_champion(uri: str, encoder: Path) -> None:
     tracker = Tracker(uri, "patterns", "broken", {}, {})
     tracker.close("FAILED")
-    version = tracking.register(uri, tracker.run_id, encoder, "broken", {"knn_top1": math.nan, "probe_top1": 0.1})
+    version = client.register(uri, tracker.run_id, encoder, "broken", {"knn_top1": math.nan, "probe_top1": 0.1})
     with pytest.raises(ValueError, match="broken/1 has no score 'knn_top1'; its scores: probe_top1"):
-        tracking.promote(uri, "broken", version, "knn_top1")
-    assert tracking.promote(uri, "broken", version, "probe_top1") == (True, None)
+        client.promote(uri, "broken", version, "knn_top1")
+    assert client.promote(uri, "broken", version, "probe_top1") == (True, None)
 
 
 def test_a_name_that_the_registry_cannot_hold_is_refused(uri: str, encoder: Path) -> None:
     for name in ("a/b", "a:b", "a@b", "", " ", "..", "it's"):
         with pytest.raises(ValueError, match="cannot be registered"):
-            tracking.register(uri, "0" * 32, encoder, name, {})
+            client.register(uri, "0" * 32, encoder, name, {})
     with pytest.raises(ValueError, match=r"refused: Run with id=0+ not found"):
-        tracking.register(uri, "0" * 32, encoder, "never made", {})
+        client.register(uri, "0" * 32, encoder, "never made", {})
     with pytest.raises(ValueError, match="is no published encoder; expected"):
-        tracking.register(uri, "0" * 32, encoder.parent, "tiny", {})
+        client.register(uri, "0" * 32, encoder.parent, "tiny", {})
 
 
 @pytest.mark.parametrize(("spec", "version"), [("tiny@champion", 2), ("tiny/1", 1)])
 def test_pull_gives_the_files_byte_for_byte(uri: str, encoder: Path, promoted: list[Any], tmp_path: Path, spec: str, version: int) -> None:
     if version == 1:
         (tmp_path / "new").mkdir()
-    got = tracking.pull(uri, spec, tmp_path / "new")
+    got = client.pull(uri, spec, tmp_path / "new")
     assert (got["name"], got["version"], got["scores"]["knn_top1"]) == ("tiny", version, {1: 0.5, 2: 0.75}[version])
     assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == {p.name: p.read_bytes() for p in encoder.iterdir()}
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
@@ -337,9 +338,9 @@ def test_a_run_published_again_keeps_the_files_of_its_first_version(uri: str, en
     for step in (1, 2):
         (tmp_path / "encoder" / "config.json").write_text(f'{{"step": {step}}}')
         (tmp_path / "encoder" / "encoder.safetensors").write_bytes(bytes([step]) * 1000)
-        assert tracking.register(uri, tracker.run_id, tmp_path / "encoder", "again", {"knn_top1": step / 4}) == step
+        assert client.register(uri, tracker.run_id, tmp_path / "encoder", "again", {"knn_top1": step / 4}) == step
     for step in (1, 2):
-        tracking.pull(uri, f"again/{step}", tmp_path / str(step))
+        client.pull(uri, f"again/{step}", tmp_path / str(step))
         assert (tmp_path / str(step) / "encoder.safetensors").read_bytes() == bytes([step]) * 1000
 
 
@@ -355,7 +356,7 @@ def test_a_run_published_again_keeps_the_files_of_its_first_version(uri: str, en
 )
 def test_pull_of_what_does_not_exist_names_what_does(uri: str, promoted: list[Any], tmp_path: Path, spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tracking.pull(uri, spec, tmp_path / "new")
+        client.pull(uri, spec, tmp_path / "new")
     assert not any(tmp_path.iterdir())
 
 
@@ -363,19 +364,19 @@ def test_pull_touches_no_directory_with_something_in_it(uri: str, promoted: list
     (tmp_path / "mine.txt").write_text("mine")
     for to in (tmp_path, tmp_path / "mine.txt"):
         with pytest.raises(ValueError, match="exists and is not empty"):
-            tracking.pull(uri, "tiny@champion", to)
+            client.pull(uri, "tiny@champion", to)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"] and (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_pull_of_a_version_whose_files_are_gone(uri: str, encoder: Path, tmp_path: Path) -> None:
     tracker = Tracker(uri, "patterns", "cleaned", {}, {})
     tracker.close()
-    tracking.register(uri, tracker.run_id, encoder, "cleaned", {})
+    client.register(uri, tracker.run_id, encoder, "cleaned", {})
     root = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / tracker.run_id
     for file in root.rglob("encoder.safetensors"):
         file.unlink()
     with pytest.raises(ValueError, match=r"cleaned/1 has lost its files at .*; publish the run again"):
-        tracking.pull(uri, "cleaned/1", tmp_path / "new")
+        client.pull(uri, "cleaned/1", tmp_path / "new")
     assert not any(tmp_path.iterdir())
 
 
@@ -388,7 +389,7 @@ def test_mlflow_loads_the_champion_and_predicts(
     model = importlib.import_module("mlflow.pyfunc").load_model("models:/tiny@champion")
     example = model.metadata.load_input_example("models:/tiny@champion")
     assert example.dtype == np.uint8 and model.predict(example).shape == (2, 64) and model.metadata.metadata["scores"]["knn_top1"] == 0.75
-    monkeypatch.setattr("pipelines.pyfunc._ROWS", 2)
+    monkeypatch.setattr("pipelines.tracking.pyfunc._ROWS", 2)
     images = np.arange(5 * 40 * 36 * 3, dtype=np.uint64).astype(np.uint8).reshape(5, 40, 36, 3)
     features = model.predict(images)
     assert features.dtype == np.float32 and model.predict(images[:0]).shape == (0, features.shape[1])

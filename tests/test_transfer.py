@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 
 import simclr
-from pipelines import cli, transfer
+from pipelines import cli
+from pipelines.evaluation import suite
 from simclr.config import Config, Encoder, Views
-from simclr.data.patterns import render
-from simclr.data.transfer import TASKS, VOC_CLASSES, label_of, open_task, pictures, square
-from simclr.frozen import digest
-from simclr.model import build_model
-from simclr.published import write_encoder
-from simclr.transfer import Part, split
-from simclr.transfer_tuning import Tuning, fine_tuned
+from simclr.data.sources.patterns import render
+from simclr.data.tasks import TASKS, VOC_CLASSES, label_of, open_task, pictures, square
+from simclr.encoder.directory import write_encoder
+from simclr.evaluation.frozen import digest
+from simclr.evaluation.transfer_finetune import Tuning, fine_tuned
+from simclr.evaluation.transfer_linear import Part, split
+from simclr.networks.heads import build_model
 
 
 def images(count: int, first: int = 0) -> tuple[list[Image.Image], list[int]]:
@@ -253,5 +254,5 @@ def test_mistakes_are_told_in_a_sentence(root: Path, encoder: Path, tmp_path: Pa
 
 
 def test_names_are_found_in_the_tables_order() -> None:
-    assert transfer.chosen(("dtd,cifar10",), list(TASKS)) == ["cifar10", "dtd"]
-    assert transfer.chosen((), list(TASKS)) == list(TASKS)
+    assert suite.chosen(("dtd,cifar10",), list(TASKS)) == ["cifar10", "dtd"]
+    assert suite.chosen((), list(TASKS)) == list(TASKS)

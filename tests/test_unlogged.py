@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 from torch import nn
 
-from pipelines import address, cluster, storage, tracked, training
-from pipelines.rundir import Run, load_run
+from pipelines.runs import sync
+from pipelines.runs.directory import Run, load_run
+from pipelines.tracking import outbox
+from pipelines.tracking import uri as mlflow_uri
+from pipelines.train import driver, ray_train
 from tests.sweeps import a_sweep, trained
 from tests.test_tracking import Answer, Server
-from tune import ledger, sweep
-from tune.book import Sweep
+from tune import sweep, trial_log
+from tune.sweep_dir import Sweep
 
 
 class MLflow:
@@ -49,8 +52,8 @@ class MLflow:
                 server.ended[self.run_id] = status
                 return 0
 
-        patch.setattr("pipelines.tracking.Tracker", Tracker)
-        patch.setattr(tracked, "_AGAIN_S", 0.01)
+        patch.setattr("pipelines.tracking.client.Tracker", Tracker)
+        patch.setattr(outbox, "_AGAIN_S", 0.01)
 
 
 @pytest.fixture
@@ -84,8 +87,8 @@ def lines(found: Sweep, name: str) -> list[float]:
 def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_command(
     mlflow: MLflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, uri = a_run(tmp_path), address.default_uri(tmp_path)
-    job = tracked.Tracked(run, uri)
+    run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
+    job = outbox.Tracked(run, uri)
     for step in (1, 2):
         run.append({"step": step, "train/loss": 1.0})
         job.log({"step": step, "train/loss": 1.0})
@@ -96,19 +99,19 @@ def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_c
     run.append({"step": 3, "train/loss": 1.0})
 
     def again() -> Run:
-        now = training.Job(
+        now = driver.Job(
             run=load_run(run.path),
-            home=storage.Home(run.path),
+            home=sync.Home(run.path),
             asked=run.path,
             total=3,
             uri=uri,
-            resources=cluster.Resources(workers=1),
+            resources=ray_train.Resources(workers=1),
             shapes=nn.Identity,
             publish=lambda run: None,
         )
-        return training.train(now, time.monotonic())
+        return driver.train(now, time.monotonic())
 
-    monkeypatch.setattr(training, "_steps_done", lambda run, shapes: 3)
+    monkeypatch.setattr(driver, "_steps_done", lambda run, shapes: 3)
     mlflow.refuse = away
     assert again().unlogged == "yes"  # a run that is complete needs no server
     assert "MLflow is away; the same command again logs the rest" in capsys.readouterr().err
@@ -120,7 +123,7 @@ def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_c
 def test_a_job_interrupted_while_mlflow_opens_is_unlogged(mlflow: MLflow, tmp_path: Path) -> None:
     run, back = a_run(tmp_path), threading.Event()
     mlflow.refuse = lambda name: back.wait(10)
-    job = tracked.Tracked(run, "sqlite:///x.db")
+    job = outbox.Tracked(run, "sqlite:///x.db")
     job.open()
     assert job.close("KILLED").unlogged == load_run(run.path).unlogged == "yes"
     back.set()
@@ -130,7 +133,7 @@ def test_a_job_interrupted_while_mlflow_opens_is_unlogged(mlflow: MLflow, tmp_pa
 
 def test_an_opening_that_fails_half_way_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracked, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(outbox, "_AGAIN_S", 0.01)
     post, failing = Answer.do_POST, [True, True, True]
     info = {"run_id": "ab12", "run_uuid": "ab12", "experiment_id": "1", "status": "RUNNING", "lifecycle_stage": "active"}
     experiment = {"experiment_id": "1", "name": "e", "lifecycle_stage": "active"}
@@ -147,7 +150,7 @@ def test_an_opening_that_fails_half_way_goes_on_in_the_same_run(tmp_path: Path, 
     server = Server()
     try:
         run = a_run(tmp_path)
-        job = tracked.Tracked(run, server.uri)
+        job = outbox.Tracked(run, server.uri)
         job.open()
         job.thread.join(20)
         run = job.close("FINISHED")
@@ -170,10 +173,10 @@ def test_two_who_note_something_in_a_run_keep_each_others(tmp_path: Path) -> Non
 # ── A sweep ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def begin(path: Path) -> tuple[Sweep, list[str], ledger.Ledger]:
+def begin(path: Path) -> tuple[Sweep, list[str], trial_log.Ledger]:
     found = a_sweep(path / "s", "smoke")
     names = [trial.name for trial in trained(found, lambda point: 0.5)[:3]]
-    return found, names, ledger.Ledger(found, queue.Queue(), address.default_uri(path))
+    return found, names, trial_log.Ledger(found, queue.Queue(), mlflow_uri.default_uri(path))
 
 
 def test_lines_are_written_while_mlflow_hangs_and_trials_end(mlflow: MLflow, tmp_path: Path) -> None:
@@ -204,7 +207,7 @@ def test_what_a_sweep_could_not_log_the_same_command_logs(mlflow: MLflow, tmp_pa
     assert not mlflow.steps and [lines(found, name) for name in names] == [[1]] * 3
     assert "the same command again logs what MLflow has not taken" in capsys.readouterr().err
     mlflow.refuse = lambda name: None
-    kept = ledger.Ledger(found, queue.Queue(), kept.uri)  # all are over: nothing comes
+    kept = trial_log.Ledger(found, queue.Queue(), kept.uri)  # all are over: nothing comes
     found = kept.close("FINISHED", [], {})
     assert [tags.get("trial") for tags in mlflow.tags.values()] == [None, *names]
     assert all(mlflow.tags[run_id]["mlflow.parentRunId"] == found.tracking_run for run_id in list(mlflow.tags)[1:])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from simclr import keyed, views
+from simclr import keyed
 from simclr.config import Views
 from simclr.recipes import recipe
+from simclr.views import two_views
 from tests.conftest import Within
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,18 +32,18 @@ def test_colour_and_blur_equal_the_official_pixels(within: Within) -> None:
         image, operation = parts[:2]
         if image.startswith("blur224"):  # 224 px, kernel 22; every 16th pixel is kept
             x = planar(np.random.RandomState(int(data["blur224_input_seed"])).rand(224, 224, 3))
-            blurred = views.gaussian_blur(x, torch.tensor([float(operation)], dtype=torch.float64))[:, :, ::16, ::16]
+            blurred = two_views.gaussian_blur(x, torch.tensor([float(operation)], dtype=torch.float64))[:, :, ::16, ::16]
             within("blur at 224 px", float((blurred - planar(data[key])).abs().max()), 2e-3)
             seen.add("blur224")
             continue
         x = planar(data[f"{image}|input"])
         if operation == "grey":
-            ours = views.grey(x).expand(-1, 3, -1, -1)
+            ours = two_views.grey(x).expand(-1, 3, -1, -1)
         elif operation == "blur":
-            ours = views.gaussian_blur(x, torch.tensor([float(parts[2])], dtype=torch.float64))
+            ours = two_views.gaussian_blur(x, torch.tensor([float(parts[2])], dtype=torch.float64))
         else:
             factor = torch.tensor(float(parts[2]), dtype=torch.float64).view(1, 1, 1, 1)
-            ours = views._APPLY[operation](x, factor)
+            ours = two_views._APPLY[operation](x, factor)
         within(operation, float((ours - planar(data[key])).abs().max()), 2e-3)
         seen.add(operation)
     assert seen == {"brightness", "contrast", "saturation", "hue", "grey", "blur", "blur224"}
@@ -54,7 +55,7 @@ def test_resize_equals_the_official_one(within: Within, kernel: str, size: int) 
     data = np.load(GOLDEN / "resize.npz")
     x = planar(data["input"])
     box = torch.tensor([[0, 0, x.shape[2], x.shape[3]]])
-    ours = views.crop_resize(x, box, size, kernel)  # type: ignore[arg-type]
+    ours = two_views.crop_resize(x, box, size, kernel)  # type: ignore[arg-type]
     expected = planar(data[f"{size}x{size}|{kernel}"]).clamp(0, 1)
     within(kernel, float((ours - expected).abs().max()), 2e-3)
 
@@ -62,7 +63,7 @@ def test_resize_equals_the_official_one(within: Within, kernel: str, size: int) 
 def test_crop_boxes_have_the_official_distribution(within: Within) -> None:
     golden = json.loads((GOLDEN / "crops.json").read_text())["random_crop"]
     ids = np.arange(20_000)
-    boxes = views.crop_boxes(Views(), 3, 1, ids, np.tile([375, 500], (len(ids), 1))).reshape(-1, 4)
+    boxes = two_views.crop_boxes(Views(), 3, 1, ids, np.tile([375, 500], (len(ids), 1))).reshape(-1, 4)
     top, left, height, width = boxes.T
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= 375).all() and (left + width <= 500).all()
     levels = golden["quantile_levels"]
@@ -78,7 +79,7 @@ def test_crop_boxes_have_the_official_distribution(within: Within) -> None:
 
 
 def test_each_operation_happens_with_its_probability() -> None:
-    drawn = views.draw_colours(Views(), 0, 0, np.arange(5000))  # two views each: 10,000 draws
+    drawn = two_views.draw_colours(Views(), 0, 0, np.arange(5000))  # two views each: 10,000 draws
     for happened, p in ((drawn.flip, 0.5), (drawn.jitter, 0.8), (drawn.grey, 0.2), (drawn.blur_sigma > 0, 0.5)):
         assert abs(happened.mean() - p) < 4 * np.sqrt(p * (1 - p) / len(happened))
     assert np.all(np.sort(drawn.order, 1) == np.arange(4))
@@ -109,7 +110,7 @@ def test_each_operation_is_applied_with_its_probability(within: Within, settings
     changed = 0
     for begin in range(0, 5000, 500):
         ids = torch.arange(begin, begin + 500)
-        out = views.raw_views(image.expand(500, -1, -1, -1), ids, 0, config, seed=1)
+        out = two_views.raw_views(image.expand(500, -1, -1, -1), ids, 0, config, seed=1)
         changed += int((out - image.permute(2, 0, 1) / 255).abs().amax((1, 2, 3)).gt(1e-6).sum())
     if p == 0:
         assert changed == 0
@@ -122,7 +123,7 @@ def test_strength_scales_as_in_the_paper() -> None:
     assert recipe("imagenet_resnet50").views.colour_strength == Views().colour_strength == 1.0
     assert recipe("cifar10_resnet18").views.colour_strength == 0.5
     for s in (0.25, 0.5, 1.0):
-        factors = views.draw_colours(Views(colour_strength=s), 0, 0, np.arange(20_000)).factors
+        factors = two_views.draw_colours(Views(colour_strength=s), 0, 0, np.arange(20_000)).factors
         np.testing.assert_allclose(factors[:, :3].min(0), 1 - 0.8 * s, atol=2e-3)
         np.testing.assert_allclose(factors[:, :3].max(0), 1 + 0.8 * s, atol=2e-3)
         np.testing.assert_allclose([factors[:, 3].min(), factors[:, 3].max()], [-0.2 * s, 0.2 * s], atol=1e-3)
@@ -133,11 +134,11 @@ def test_a_view_depends_on_its_sample_alone() -> None:
     images = torch.tensor(np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3)), dtype=torch.uint8)
     ids = torch.arange(100, 112)
     config = Views(size_px=32)
-    whole = views.two_views(images, ids, 5, config, seed=9)
-    part = views.two_views(images[3:7], ids[3:7], 5, config, seed=9)
+    whole = two_views.two_views(images, ids, 5, config, seed=9)
+    part = two_views.two_views(images[3:7], ids[3:7], 5, config, seed=9)
     assert torch.equal(part, torch.cat([whole[3:7], whole[15:19]]))
     assert not torch.equal(whole[:12], whole[12:])
-    assert not torch.equal(whole, views.two_views(images, ids, 6, config, seed=9))
+    assert not torch.equal(whole, two_views.two_views(images, ids, 6, config, seed=9))
 
 
 def test_crops_of_both_views_and_whole_images_go_the_same_way() -> None:
@@ -145,7 +146,9 @@ def test_crops_of_both_views_and_whole_images_go_the_same_way() -> None:
     images = torch.tensor(np.random.default_rng(1).integers(0, 256, (6, 16, 16, 3)), dtype=torch.uint8)
     crops = images[:, None].repeat(1, 2, 1, 1, 1)  # whole-image crops, as the JPEG decoder would hand them over
     ids = torch.arange(6)
-    torch.testing.assert_close(views.two_views(images, ids, 0, config, 0), views.two_views(crops, ids, 0, config, 0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        two_views.two_views(images, ids, 0, config, 0), two_views.two_views(crops, ids, 0, config, 0), rtol=0, atol=1e-6
+    )
 
 
 def test_philox_known_answers() -> None:

@@ -1,7 +1,7 @@
 """A driver on a cluster with a pretended TPU slice:  python -m tests.tpu_slice ADDRESS FOLDER
 
-Starts one worker for each chip of a v4 slice of 2x2x2 through pipelines.cluster, as `simclr pretrain --device tpu` does, and prints what
-each saw, a JSON list by rank.
+Starts one worker for each chip of a v4 slice of 2x2x2 through pipelines.train.ray_train, as `simclr pretrain --device tpu`
+does, and prints what each saw, a JSON list by rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import cluster
+from pipelines.train import ray_train
 from simclr.recipes import patterns_tiny
 
 SLICE = {"device": "tpu", "topology": "2x2x2", "accelerator_type": "TPU-V4"}
@@ -43,19 +43,19 @@ def look(job: dict[str, Any]) -> None:
 
 
 def main(address: str, folder: str) -> None:
-    resources = cluster.Resources(workers=8, address=address, max_failures=0, **SLICE)  # type: ignore[arg-type]
-    cluster.connect(resources)
-    other = cluster.Resources(workers=16, address=address, device="tpu", topology="2x2x4", accelerator_type="TPU-V4")
+    resources = ray_train.Resources(workers=8, address=address, max_failures=0, **SLICE)  # type: ignore[arg-type]
+    ray_train.connect(resources)
+    other = ray_train.Resources(workers=16, address=address, device="tpu", topology="2x2x4", accelerator_type="TPU-V4")
     try:
-        cluster.require(other)
+        ray_train.require(other)
         refused = ""
     except ValueError as error:
         refused = str(error)
     config = replace(patterns_tiny(), train=replace(patterns_tiny().train, batch_size=64))
-    running = cluster.launch(look, {"stage": "pretrain", "config": config.to_dict()}, resources, Path(folder))
+    running = ray_train.launch(look, {"stage": "pretrain", "config": config.to_dict()}, resources, Path(folder))
     seen = sorted(running.reports(), key=lambda report: report["rank"])
     print(json.dumps({"refused": refused, "seen": seen}))
-    cluster.disconnect()
+    ray_train.disconnect()
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ import math
 from importlib import resources
 from pathlib import Path
 
-from pipelines import charts, page
-from pipelines.charts import escape
-from simclr import disk
-from tune import book, figures
-from tune.book import METRICS, NAMES, Sweep, Trial, shown
-from tune.drawn import FIGURES, Drawing, Material, each_axis
+from pipelines.html import charts, page
+from pipelines.html.charts import escape
+from simclr import files
+from tune import drawing, sweep_dir
+from tune.paper_figures import FIGURES, Drawing, Material, each_axis
+from tune.sweep_dir import METRICS, NAMES, Sweep, Trial, shown
 
 UNITS = {
     "eval/knn_top1": "weighted kNN, top-1, %",
@@ -28,19 +28,19 @@ def report(path: Path) -> Path:
 
     Raises ValueError where there is no sweep, or none of its trials has finished.
     """
-    sweep = book.load(path)
-    book.write_results(sweep)
-    found = book.trials(path)
+    sweep = sweep_dir.load(path)
+    sweep_dir.write_results(sweep)
+    found = sweep_dir.trials(path)
     if not any(trial.status == "finished" for trial in found):
         raise ValueError(f"no trial of {path} has finished yet; `simclr sweep --resume {path}` goes on with it")
     drawings = _drawings(sweep, found)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["metric", "what", "mean", "lowest_seed", "highest_seed", "n", "published"])
-    for metric, drawing in drawings.items():
-        writer.writerows([metric, *row] for row in drawing.rows)
-    disk.write_text(path / "figures.csv", table.getvalue())
-    disk.write_text(path / "report.html", render(sweep, found, drawings))
+    for metric, drawn in drawings.items():
+        writer.writerows([metric, *row] for row in drawn.rows)
+    files.write_text(path / "figures.csv", table.getvalue())
+    files.write_text(path / "report.html", render(sweep, found, drawings))
     return path / "report.html"
 
 
@@ -62,15 +62,15 @@ def _drawings(sweep: Sweep, found: list[Trial]) -> dict[str, Drawing]:
 
 def render(sweep: Sweep, found: list[Trial], drawings: dict[str, Drawing]) -> str:
     """The page: the best trial, the figures, how label-free scores agree with the probe, all trials, the command."""
-    order = book.ranked(found, sweep.metric)
+    order = sweep_dir.ranked(found, sweep.metric)
     space = sweep.restricted
     best = ", ".join(f"{path} {_value(value)}" for path, value in order[0].values.items()) if order else ""
     counts = [(name, sum(trial.status == name for trial in found)) for name in ("finished", "stopped", "failed", "running")]
     how = ", ".join(f"{count} {name}" for name, count in counts if count)
     rest = f"{best}. {len(found)} trials: {how}." if order else f"{len(found)} trials: {how}."
     sections = [
-        (f"figure-{i}", f"By {UNITS[metric].split(',')[0]}", _note(sweep, drawing), drawing.html)
-        for i, (metric, drawing) in enumerate(drawings.items())
+        (f"figure-{i}", f"By {UNITS[metric].split(',')[0]}", _note(sweep, drawn), drawn.html)
+        for i, (metric, drawn) in enumerate(drawings.items())
     ]
     command = f'<div class="command"><pre id="command" tabindex="0"><code>{escape(sweep.command)}</code></pre>'
     command += '<button id="copy" type="button" hidden>Copy</button></div>'
@@ -85,13 +85,13 @@ def render(sweep: Sweep, found: list[Trial], drawings: dict[str, Drawing]) -> st
     return page.document(title, lead, rest, "", sections, style, {"curves": [], "map": {}})
 
 
-def _note(sweep: Sweep, drawing: Drawing) -> str:
+def _note(sweep: Sweep, drawn: Drawing) -> str:
     space = sweep.restricted
     repeats = f"<p>Repeats {escape(space.repeats)}.</p>" if space.repeats else ""
-    seeds = f"<p>{drawing.spread} {sweep.seeds} seeds.</p>" if sweep.seeds > 1 else "<p>One seed: no error bars.</p>"
-    marked = any(row[-1] for row in drawing.rows)
+    seeds = f"<p>{drawn.spread} {sweep.seeds} seeds.</p>" if sweep.seeds > 1 else "<p>One seed: no error bars.</p>"
+    marked = any(row[-1] for row in drawn.rows)
     shapes = "<p>The paper’s numbers are ResNet-50’s on ImageNet: compare shapes, not heights.</p>" if marked else ""
-    return drawing.note + repeats + seeds + shapes
+    return drawn.note + repeats + seeds + shapes
 
 
 _ALL = "<p>Best first. A stopped trial counts with what it had reached. results.csv has every number.</p>"
@@ -108,7 +108,7 @@ def agreement(found: list[Trial]) -> dict[str, tuple[float, int]]:
         both = _both(found, metric)
         sign = 1 if METRICS[metric] == "max" else -1
         if len(both) > 2:
-            result[metric] = (figures.spearman([sign * a for a, _ in both], [b for _, b in both]), len(both))
+            result[metric] = (drawing.spearman([sign * a for a, _ in both], [b for _, b in both]), len(both))
     return result
 
 
@@ -122,12 +122,12 @@ def _agreement(found: list[Trial]) -> str:
     for metric, (rho, n) in agreement(found).items():
         both = [(100 * a if metric.startswith("eval/") else a, 100 * b) for a, b in _both(found, metric)]
         words = f"ρ = {rho:.2f}, n = {n}" if math.isfinite(rho) else f"n = {n}"
-        drawn += figures.cloud(f"{UNITS[metric].split(',')[0]}: {words}", both, UNITS[metric], "linear probe, top-1, %")
+        drawn += drawing.cloud(f"{UNITS[metric].split(',')[0]}: {words}", both, UNITS[metric], "linear probe, top-1, %")
     return f'<div class="panels">{drawn}</div>' if drawn else ""
 
 
 def _table(sweep: Sweep, found: list[Trial]) -> str:
-    order = book.ranked(found, sweep.metric)
+    order = sweep_dir.ranked(found, sweep.metric)
     order += [trial for trial in found if trial not in order]
     paths = [path for axis in sweep.restricted.axes for path in axis.paths]
     metrics = [name for name in METRICS if any(name in trial.scores for trial in found)]

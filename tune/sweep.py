@@ -15,16 +15,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipelines import address, cluster, storage
+from pipelines.runs import sync
 from pipelines.terminal import say
-from pipelines.tracked import require
-from simclr import disk
-from simclr.data import place
+from pipelines.tracking import uri as mlflow_uri
+from pipelines.tracking.outbox import require
+from pipelines.train import ray_train
+from simclr import files
 from simclr.data.manifest import read_manifest
+from simclr.data.s3 import uri as s3_uri
 from simclr.recipes import recipe
-from tune import book, points, spaces
-from tune.book import Sweep
-from tune.check import check
+from tune import resolve, spaces, sweep_dir
+from tune.sweep_dir import Sweep
+from tune.validate import check
 
 
 @dataclass(frozen=True)
@@ -108,31 +110,31 @@ def sweep(args: Args) -> Path:
 
     Raises ValueError, before any trial starts, for what the user can mend.
     """
-    uri = address.tracking_address(args.tracking_uri)
+    uri = mlflow_uri.tracking_address(args.tracking_uri)
     asked = _asked(args)
     asked = dataclasses.replace(asked, path=asked.path.absolute())  # the trials' processes have other folders
-    require(uri, begun=bool(book.trials(asked.path)))
-    manifest = read_manifest(storage.shards(asked.data))
+    require(uri, begun=bool(sweep_dir.trials(asked.path)))
+    manifest = read_manifest(sync.shards(asked.data))
     asked = dataclasses.replace(asked, labelled=bool(manifest.classes))
     codes = check(asked, manifest)
     if (asked.path / "sweep.json").is_file():
-        asked = _same(book.load(asked.path), asked)
-        say(f"going on with {asked.path}: {book.progress(asked)[0]} trials are over")
+        asked = _same(sweep_dir.load(asked.path), asked)
+        say(f"going on with {asked.path}: {sweep_dir.progress(asked)[0]} trials are over")
     elif asked.path.exists() and (not asked.path.is_dir() or any(asked.path.iterdir())):
         raise ValueError(f"{asked.path} exists and is no sweep (it has no sweep.json); use another --out")
-    disk.require_writable(asked.path)
-    resources = cluster.Resources(**asked.resources)
-    ours = cluster.connect(resources)
+    files.require_writable(asked.path)
+    resources = ray_train.Resources(**asked.resources)
+    ours = ray_train.connect(resources)
     try:
-        from tune import run  # Ray Tune's imports take seconds
+        from tune import ray_tune  # Ray Tune's imports take seconds
 
-        concurrent = run.room(asked)
+        concurrent = ray_tune.room(asked)
         asked.save()
-        disk.write_text(asked.path / "space.json", json.dumps(dataclasses.asdict(asked.restricted), indent=1) + "\n")
-        asked = run.trials(asked, codes, concurrent, manifest, uri)
+        files.write_text(asked.path / "space.json", json.dumps(dataclasses.asdict(asked.restricted), indent=1) + "\n")
+        asked = ray_tune.trials(asked, codes, concurrent, manifest, uri)
     finally:
         if ours:
-            cluster.disconnect()
+            ray_train.disconnect()
     return _finish(asked, args.publish, uri)
 
 
@@ -141,7 +143,7 @@ def _asked(args: Args) -> Sweep:
     if args.resume is not None:
         if args.space or args.recipe or args.data:
             raise ValueError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe and --data")
-        return book.load(args.resume)
+        return sweep_dir.load(args.resume)
     if not args.space:
         raise ValueError("which space? `simclr sweep SPACE --recipe NAME --data DIR`; `simclr sweep --list` describes them")
     if not args.recipe or args.data is None:
@@ -150,18 +152,18 @@ def _asked(args: Args) -> Sweep:
     for flag in ("trials", "seeds", "keep", "max_concurrent"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} is {value}; expected at least 1")
-    changes = {path: points.read(base, path, text) for path, text in points.assignments(args.set, "--set")}
-    only = {path: [points.read(base, path, t) for t in text.split(",")] for path, text in points.assignments(args.only, "--only")}
+    changes = {path: resolve.read(base, path, text) for path, text in resolve.assignments(args.set, "--set")}
+    only = {path: [resolve.read(base, path, t) for t in text.split(",")] for path, text in resolve.assignments(args.only, "--only")}
     free = any(not isinstance(axis.values, tuple) and not set(axis.paths) & set(only) for axis in space.axes)
     search = args.search if args.search != "auto" else "random" if args.trials or free else "grid"
-    resources = cluster.Resources(
+    resources = ray_train.Resources(
         workers=args.workers_per_trial,
         cpus_per_worker=args.cpus_per_worker,
         device=args.device,
         address=args.address,
         max_failures=args.max_failures,
     )
-    at = place.address(args.data)
+    at = s3_uri.address(args.data)
     found = Sweep(
         path=args.out or Path(),
         space=args.space,
@@ -177,13 +179,13 @@ def _asked(args: Args) -> Sweep:
         keep=args.keep,
         resources=dataclasses.asdict(resources),
         max_concurrent=args.max_concurrent or 0,
-        command=shlex.join(["simclr", *(address.redacted(word) for word in sys.argv[1:])]),
+        command=shlex.join(["simclr", *(mlflow_uri.redacted(word) for word in sys.argv[1:])]),
         created=time.time(),
     )
     if args.out is None:
         digest = hashlib.sha256(json.dumps(_key(found), sort_keys=True).encode()).hexdigest()[:8]
         found = dataclasses.replace(found, path=Path("runs") / f"sweep-{args.space}-{digest}")
-    elif place.address(args.out):
+    elif s3_uri.address(args.out):
         raise ValueError(f"--out {args.out} is in S3; a sweep lives on a disk that all nodes share, its data may lie in S3")
     return found
 
@@ -206,21 +208,21 @@ def _same(there: Sweep, asked: Sweep) -> Sweep:
 
 def _finish(asked: Sweep, publish: str | None, uri: str) -> Path:
     """Say what came out, draw it, and publish the best trial where asked."""
-    order = book.write_results(asked)
+    order = sweep_dir.write_results(asked)
     if not order:
-        failed = [trial for trial in book.trials(asked.path) if trial.reason]
+        failed = [trial for trial in sweep_dir.trials(asked.path) if trial.reason]
         raise ValueError(f"no trial of {asked.path} has a score in {asked.metric}; {failed[0].reason if failed else 'none finished'}")
     best = order[0]
-    if took := book.start_up(book.trials(asked.path)):
+    if took := sweep_dir.start_up(sweep_dir.trials(asked.path)):
         say(took)
     values = ", ".join(f"{path} {value}" for path, value in best.values.items())
-    say(f"best: trial {best.name} with {book.shown(asked.metric, best.score(asked.metric))}: {values}, seed {best.seed}")
+    say(f"best: trial {best.name} with {sweep_dir.shown(asked.metric, best.score(asked.metric))}: {values}, seed {best.seed}")
     from tune.report import report
 
     report(asked.path)
     if publish:
-        from pipelines.publish import Args as PublishArgs
-        from pipelines.publish import publish as register
+        from pipelines.commands.publish import Args as PublishArgs
+        from pipelines.commands.publish import publish as register
 
         result = register(PublishArgs(asked.path / "trials" / best.name, name=publish, tracking_uri=uri))
         say(f"published as {result['name']}/{result['version']}{' @champion' if result['champion'] else ''}")

@@ -17,15 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines import cluster, controller, storage
-from pipelines.rundir import Run, load_run, open_run
+from pipelines.runs import sync
+from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.terminal import say
+from pipelines.train import controller, ray_train
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
-from simclr.data.place import address
-from tune import points
-from tune.book import METRICS, Sweep, Trial, trial_in
+from simclr.data.s3.uri import address
+from tune import resolve
 from tune.spaces import Axis, Between, Peak, PeakBetween
+from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
 
 # How often Train's controller looks after its workers, in place of 2 s: a report waits for it, and so does the next trial.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -57,7 +58,7 @@ def drive(asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> Non
     name = str(context.get_trial_name())
     space = sweep.restricted
     codes = {axis.key: chosen(axis, asked["axes"][axis.key]) for axis in space.axes}
-    point = points.point(space, sweep.base, codes, asked["seed"])
+    point = resolve.point(space, sweep.base, codes, asked["seed"])
     directory = sweep.path / "trials" / name
     before = trial_in(directory)
     if before is not None and before.status in ("finished", "failed"):  # its driver was lost after it was over
@@ -95,7 +96,7 @@ def _told(scores: dict[str, float]) -> dict[str, Any]:
     return {name: scores[name] for name in METRICS if name in scores}
 
 
-def _again(trial: Trial, point: points.Point, reason: str) -> tuple[Trial, points.Point]:
+def _again(trial: Trial, point: resolve.Point, reason: str) -> tuple[Trial, resolve.Point]:
     """The same trial on another seed."""
     seed = point.seed + _OTHER_SEED
     config = dataclasses.replace(point.config, seed=seed)
@@ -121,11 +122,11 @@ def why(failure: BaseException) -> tuple[str, bool]:
 def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
     """The trial's run directory; under PBT with the weights of the trial it goes on from, and its own new config."""
     at = address(sweep.data)
-    data = storage.patiently(lambda: storage.shards(sweep.data), say)
+    data = sync.patiently(lambda: sync.shards(sweep.data), say)
     if (directory / "run.json").is_file() and donor is not None:
         dataclasses.replace(load_run(directory), config=config).save()
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
-    flags = [f"--{key.replace('_', '-')}={_word(points.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
+    flags = [f"--{key.replace('_', '-')}={_word(resolve.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]))
     run.save()
     _fill(run)
@@ -153,7 +154,7 @@ def _word(value: Any) -> str:
 def _differs(sweep: Sweep, config: Config, key: str) -> bool:
     from simclr.recipes import recipe
 
-    return bool(points.value_of(config, key) != points.value_of(recipe(sweep.recipe), key))
+    return bool(resolve.value_of(config, key) != resolve.value_of(recipe(sweep.recipe), key))
 
 
 def _inherit(run: Run, source: dict[str, Any]) -> None:
@@ -173,14 +174,14 @@ def _inherit(run: Run, source: dict[str, Any]) -> None:
 
 def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, began: float) -> Trial:
     """Run the trial's workers to their end and return its record. Raises what Ray Train raises."""
-    resources = cluster.Resources(**sweep.resources)
+    resources = ray_train.Resources(**sweep.resources)
     shares = sweep.restricted.label_shares
     data = sweep.data if address(sweep.data) else str(run.data.absolute())
     job: dict[str, Any] = {"stage": run.stage, "config": run.config.to_dict(), "given": {}, "data": data}
     job |= {"run": str(run.path.absolute()), "created": run.created, "inbox": inbox, "mark": {"mark": trial.name}, "shares": shares}
     forward = _forward(sweep, run, trial, began)
     try:
-        cluster.fit(train_and_score, job, resources, run.path / "ray", [forward], private)
+        ray_train.fit(train_and_score, job, resources, run.path / "ray", [forward], private)
     finally:
         shutil.rmtree(run.path / "ray", ignore_errors=True)
     found: Trial = forward.trial
@@ -234,15 +235,15 @@ def train_and_score(job: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    from pipelines.evaluate import score
-    from pipelines.pretrain import publish_newest
-    from pipelines.worker import train_worker
+    from pipelines.commands.evaluate import score
+    from pipelines.commands.pretrain import publish_newest
+    from pipelines.train.worker import train_worker
 
     train_worker(job)
     run, context = load_run(Path(job["run"])), ray.train.get_context()
     groups = run.config.train.shard_groups
     group = run.config.group_of(context.get_world_rank(), context.get_world_size())
-    data = storage.shards(job["data"], groups, group)
+    data = sync.shards(job["data"], groups, group)
     manifest = read_manifest(data, groups=groups, group=group)
     total = run.config.total_steps(manifest.examples("train", groups))
     scores: dict[str, float] = {}

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from simclr.data.decode import decode
+from simclr.data.ffcv.decode import decode
 from simclr.data.pixels import upright_rgb
-from simclr.data.sources import Item
+from simclr.data.sources.open import Item
 
 PAGE = 1 << 21
 """Bytes: FFCV's smallest page. An image lies within one."""

@@ -20,7 +20,7 @@ import numba
 import numpy as np
 import torch
 
-import simclr.data.ffcv_import  # noqa: F401  (first: it makes the next import fast)
+import simclr.data.ffcv.imports  # noqa: F401  (first: it makes the next import fast)
 
 # isort: split
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -31,15 +31,16 @@ from ffcv.reader import Reader
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr import keyed, pulse
+from simclr import keyed
 from simclr.config import Config, Resize
-from simclr.data.beton import METADATA
-from simclr.data.decode import Crops, read_bytes
+from simclr.data.ffcv.decode import Crops, read_bytes
+from simclr.data.ffcv.resize import KINDS
+from simclr.data.ffcv.writer import METADATA
 from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.data.memory import PAGE, copied, mapped, slots_for
-from simclr.data.place import Corrupt
-from simclr.data.resize import KINDS
-from simclr.views import centre_boxes, crop_boxes
+from simclr.data.s3.uri import Corrupt
+from simclr.telemetry import progress
+from simclr.views.two_views import centre_boxes, crop_boxes
 
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
@@ -343,7 +344,7 @@ def _prefetched(make: Callable[[int], Batch], numbers: Iterable[int], ahead: int
                 return
             if isinstance(item, BaseException):
                 raise item
-            pulse.beat(item.step if training else None)
+            progress.beat(item.step if training else None)
             yield item
     finally:
         over.set()

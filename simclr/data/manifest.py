@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from simclr import disk
+from simclr import files
 
 SCHEMA = 1
 LISTS = ("skipped.csv", "duplicates.csv", "names-train.txt", "names-test.txt")
@@ -87,7 +87,7 @@ class Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json, atomically and last: a directory with a manifest is whole."""
-    disk.write_text(directory / "manifest.json", manifest.to_json())
+    files.write_text(directory / "manifest.json", manifest.to_json())
 
 
 def write_names(directory: Path, split: str, names: Iterable[str]) -> None:

@@ -25,11 +25,11 @@ from typing import Literal
 
 import numpy as np
 
-from simclr import disk
-from simclr.data.beton import Note, SplitWriter
+from simclr import files
 from simclr.data.encode import Encoded, encode
+from simclr.data.ffcv.writer import Note, SplitWriter
 from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest, write_manifest, write_names
-from simclr.data.sources import Item, Source
+from simclr.data.sources.open import Item, Source
 
 _RAW_SIDE_PX = 64
 _LOOKED_AT, _TRIED = 32, 1000  # images that decide raw or jpeg, and how many are tried to find them
@@ -66,7 +66,7 @@ class Options:
 def existing(source: Source, out: Path, options: Options) -> Manifest | None:
     """What `out` holds already: the manifest where it was made from the same source with the same options, None where there
     is nothing, or what an interrupted prepare left. Raises ValueError where it holds something else, or cannot be written."""
-    disk.require_writable(out)
+    files.require_writable(out)
     if (out / "manifest.json").exists():
         return agreed(read_manifest(out), source, out, options)
     if out.exists() and not out.is_dir():
@@ -127,13 +127,13 @@ def prepare(
             written = sum(path.stat().st_size for path in _unfinished(out))
             for writer in job.writers.values():
                 writer.abandon()
-            if isinstance(error, Unusable) or (isinstance(error, OSError) and error.errno in disk.FULL):
+            if isinstance(error, Unusable) or (isinstance(error, OSError) and error.errno in files.FULL):
                 for path in (*_unfinished(out), *(out / name for name in LISTS)):
                     path.unlink(missing_ok=True)
             free = shutil.disk_usage(out).free
             if made and not list(out.glob(".writing-*.beton.json")):
                 shutil.rmtree(out)
-            if isinstance(error, OSError) and error.errno in disk.FULL:
+            if isinstance(error, OSError) and error.errno in files.FULL:
                 raise ValueError(
                     f"no space left on the disk of {out}: its {free / 2**20:,.0f} MiB were full after {written / 2**20:,.0f} MiB of "
                     "shards; free some, or use another --out"
@@ -196,7 +196,7 @@ class _Job:
             resumed(count)
         if self.source.total is not None:
             # A lower bound; what is not known beforehand is found out by the write that fails.
-            disk.require_space(self.out, (self.source.total - count) * bytes_each, "at least", "use another --out")
+            files.require_space(self.out, (self.source.total - count) * bytes_each, "at least", "use another --out")
         self._fill(kind, _skipping(items, behind), progress, count)
         return self._finish(kind, sealing)
 

@@ -1,0 +1,105 @@
+"""`simclr bench loader`: two crops from one decode, against FFCV's two pipelines over the same shard with the same threads."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines.bench.result import WARM_STEPS, Row, compared, in_turn
+from simclr.config import Config, Train, Views
+from simclr.data import shards
+from simclr.data.encode import PAGE
+from simclr.data.ffcv.baseline import ffcv_two_crops
+from simclr.data.ffcv.resize import KINDS
+from simclr.data.loader import batches
+from simclr.data.manifest import read_manifest, write_manifest
+from simclr.data.sources.open import open_source
+from simclr.data.sources.patterns import render
+
+_IMAGES, _WIDTH_PX, _HEIGHT_PX = 300, 500, 375
+_FFCV = "FFCV, two pipelines"
+
+
+def loader(data: Path | None, batch_size: int, steps: int, trials: int, threads: int, size_px: int = 224) -> list[Row]:
+    """Print and return, for each kind of resize, our images/s ÷ FFCV's: the median over pairs of trials.
+
+    An image counts once its two crops are there. Both sides prepare batches in advance and are asked for the next one at
+    once, so what is timed is the preparing.
+    """
+    torch_threads = torch.get_num_threads()  # FFCV's loader sets it
+    with tempfile.TemporaryDirectory(prefix="simclr-bench-") as folder:
+        shard = _one_shard(data or _rendered(Path(folder)), Path(folder) / "one")
+        samples = read_manifest(shard).examples("train")
+        if samples < batch_size:
+            raise ValueError(f"the first shard has {samples} photographs; use --batch-size {samples} or less")
+        beton = next(shard.glob("*.beton"))
+        sides: dict[str, Callable[[], Iterator[Any]]] = {_FFCV: ffcv_two_crops(beton, size_px, batch_size, steps, threads)}
+        for kind in KINDS:
+            config = Config(train=Train(batch_size=batch_size), views=Views(size_px=size_px, resize=kind))
+            sides[kind] = lambda config=config: batches(config, shard, 0, 0, 1, threads)  # type: ignore[misc]
+        for name in sides:  # compiles; to the end, because FFCV's thread cannot be stopped and numba's threads bear no second user
+            _rate(sides[name](), steps, batch_size)
+        rates = in_turn({name: partial(_fresh, side, steps, batch_size) for name, side in sides.items()}, trials, "images/s")
+        kib = (beton.stat().st_size - PAGE) / samples / 1024
+    torch.set_num_threads(torch_threads)
+    print(
+        f"two crops of {size_px} px from each of {samples} JPEGs of about {kib:.0f} KiB, {threads} threads, "
+        f"{steps - WARM_STEPS} batches of {batch_size}, median of n = {trials}"
+    )
+    rows = compared(rates, "images/s", _FFCV)
+    for row in rows:
+        name = row["name"]
+        than = "" if name == _FFCV else f"   {row['ratio']:.2f} × (pairs {row['low']:.2f} … {row['high']:.2f})"
+        label = name if name == _FFCV else f"decoded once, {name}" + (" (default)" if name == Views().resize else "")
+        print(f"{label:<32} {row['median']:8,.0f} images/s{than}")
+    return rows
+
+
+def _fresh(side: Callable[[], Iterator[Any]], steps: int, batch_size: int) -> float:
+    return _rate(side(), steps, batch_size)
+
+
+def _rate(stream: Iterator[Any], steps: int, batch_size: int) -> float:
+    """Images per second from batch WARM_STEPS, behind which the queue is full, to batch `steps`."""
+    for _ in range(WARM_STEPS):
+        next(stream)
+    began = time.perf_counter()
+    for _ in range(steps - WARM_STEPS):
+        next(stream)
+    seconds = time.perf_counter() - began
+    if isinstance(stream, Generator):
+        stream.close()
+    return (steps - WARM_STEPS) * batch_size / seconds
+
+
+def _one_shard(data: Path, folder: Path) -> Path:
+    """The first training shard of `data` as a dataset: FFCV's loader reads one file."""
+    manifest = read_manifest(data)
+    if manifest.kind != "jpeg":
+        raise ValueError(f"{data} holds whole images, which nothing decodes; `simclr bench loader` takes photographs")
+    first = manifest.splits["train"][0]
+    folder.mkdir()
+    (folder / first.name).symlink_to((data / first.name).absolute())
+    write_manifest(folder, replace(manifest, splits={"train": (first,)}))
+    return folder
+
+
+def _rendered(folder: Path) -> Path:
+    """Shards of 300 rendered pictures with grain, as JPEGs of quality 90: some 60 KiB each, as small photographs are."""
+    photos, out = folder / "photos", folder / "shards"
+    photos.mkdir()
+    for first in range(0, _IMAGES, 20):
+        images, _ = render(np.arange(first, first + 20), 0, _WIDTH_PX, True)
+        for i, image in enumerate(images):
+            Image.fromarray(image[:_HEIGHT_PX]).save(photos / f"{first + i:03}.jpg", quality=90)
+    shards.prepare(open_source(str(photos)), out, shards.Options(), 2, lambda done: None)
+    return out

@@ -1,0 +1,85 @@
+"""`simclr bench prepare`: images → shards, kept for the other benches: of small labelled images, or of photographs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from pipelines.bench.result import Row
+from pipelines.commands import prepare as shards
+from simclr import files
+from simclr.data.sources.patterns import render
+
+PICTURES = (".jpg", ".jpeg", ".png")
+Kind = Literal["small", "photographs"]
+_DIFFERENT = 64  # photographs that are rendered; others repeat them
+_WIDTH_PX, _HEIGHT_PX = 500, 375
+
+
+def prepare(kind: Kind, data: Path | None, out: Path, images: int, threads: int) -> list[Row]:
+    """Print and return images/s of writing the shards in `out`; n = 1.
+
+    small: all of the archive or folder `data`, in splits and classes; without one, patterns of 32 px, `images` and a fifth as many to
+    test. photographs: the pictures of `data`, repeated until there are `images`; without any, rendered ones.
+    """
+    if images < 1:
+        raise ValueError(f"--images is {images}; expected at least 1")
+    if data is not None and not data.exists():
+        raise ValueError(f"{data} does not exist; --data names an archive or a folder of images, nothing = rendered ones")
+    if out.exists():
+        raise ValueError(f"{out} exists already, and writing shards is what is timed; use another --out")
+    files.require_writable(out)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="simclr-bench-", dir=out.absolute().parent) as folder:
+        if kind == "photographs":
+            different = _photographs(data, Path(folder), images)
+            source = str(Path(folder) / "many")
+            of = f"{images:,} photographs, {'rendered, ' if data is None else ''}{different} different ones"
+        elif data is None:
+            source, of = f"patterns:train={images},test={max(images // 5, 1)}", "rendered patterns, 32 px"
+        else:
+            source, of = str(data), data.name
+        began = time.perf_counter()
+        manifest = shards.prepare(shards.Args(source=source, out=out, threads=threads))
+        seconds = time.perf_counter() - began
+    count, size = sum(s.samples for s in manifest.shards), sum(s.bytes for s in manifest.shards)
+    print(f"{of}: {count:,} images, {size / 2**20:,.1f} MiB in {seconds:.1f} s, {count / seconds:,.0f} images/s, {threads} threads")
+    name = of if data is None or kind == "small" else f"{data.name}, {of}"
+    row: Row = {"name": name, "kind": manifest.kind, "images": count, "mib": size / 2**20}
+    return [row | {"seconds": seconds, "images_per_s": count / seconds}]
+
+
+def _photographs(data: Path | None, folder: Path, images: int) -> int:
+    """Leave `images` files in folder/many; returns how many of them differ."""
+    found = folder / "found"
+    if data is None:
+        found.mkdir()
+        for first in range(0, min(_DIFFERENT, images), 16):  # 12 MiB at a time
+            pictures, _ = render(np.arange(first, min(first + 16, images)), 0, _WIDTH_PX, True)
+            for i, picture in enumerate(pictures):
+                Image.fromarray(picture[:_HEIGHT_PX]).save(found / f"{first + i:03}.jpg", quality=90)
+    elif data.is_dir():
+        found = data
+    else:
+        with tarfile.open(data) as archive:
+            archive.extractall(found, filter="data")
+    photos = sorted(path for path in found.rglob("*") if path.suffix.lower() in PICTURES)[:images]
+    if not photos:
+        raise ValueError(f"{data} holds no photographs ({', '.join(PICTURES)})")
+    (folder / "many").mkdir()
+    for i in range(images):
+        path = photos[i % len(photos)]
+        copy = folder / "many" / f"{i // len(photos)}-{i % len(photos):05}{path.suffix}"
+        try:
+            os.link(path, copy)
+        except OSError:  # another disk, or one without links
+            shutil.copy(path, copy)
+    return len(photos)

@@ -1,0 +1,324 @@
+"""`simclr bench scale`: the step on one and on two ranks, what communication takes of it, and what to expect of more ranks."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import multiprocessing.queues
+import os
+import queue
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipelines.bench.result import WARM_STEPS, Row, in_turn
+from pipelines.terminal import say
+from simclr.config import Config
+
+EXPECTED_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
+_REPEATS = 7  # of each collective alone; the first two are not counted
+_PATIENCE_S = 600
+_LARGE = 1 << 23  # numbers: 32 MiB, of which the time is bandwidth
+_CHAIN = 50  # all-reduces of one number, of which the time is latency
+_BACKWARD = 2 / 3  # of a step: the backward pass of a convolution is two products, its forward one
+
+Found = dict[str, float]
+"""Seconds (…_s) and bytes (…_bytes) of one trial, the slowest rank's."""
+
+
+# ── The model: pure ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Seconds of one step of W ranks, and what is left of W times one rank's rate."""
+
+    gradients_s: float
+    gather_s: float
+    norm_s: float
+    step_s: float
+    """Where nothing overlaps: one rank's step and all communication."""
+    efficiency: float
+    overlapped_efficiency: float
+    """Where the gradients travel behind the backward pass, as DDP sends them: they cost only what takes longer than that."""
+
+
+def ring_all_reduce_s(size_bytes: float, ranks: int, bandwidth_gb_s: float, latency_us: float) -> float:
+    """2 (W − 1) / W · b / B + 2 (W − 1) λ: W − 1 rounds of reduce-scatter and as many of all-gather, each of b / W bytes
+    (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002)."""
+    rounds = 2 * (ranks - 1)
+    return rounds / ranks * size_bytes / (bandwidth_gb_s * 1e9) + rounds * latency_us * 1e-6
+
+
+def all_gather_s(size_bytes: float, ranks: int, bandwidth_gb_s: float, latency_us: float) -> float:
+    """(W − 1) / W · b / B + (W − 1) λ, of b bytes once they are gathered. A reduce-scatter of b bytes takes the same."""
+    return (ranks - 1) / ranks * size_bytes / (bandwidth_gb_s * 1e9) + (ranks - 1) * latency_us * 1e-6
+
+
+def small_all_reduce_s(size_bytes: float, ranks: int, bandwidth_gb_s: float, latency_us: float) -> float:
+    """2 ⌈log₂ W⌉ λ + 2 (W − 1) / W · b / B: a few KiB are latency, and go up and down a tree, as NCCL sends them; round a
+    ring of 1,024 they would wait 2,046 times. Of two ranks, ring and tree are the same."""
+    depth = math.ceil(math.log2(ranks))
+    return 2 * depth * latency_us * 1e-6 + 2 * (ranks - 1) / ranks * size_bytes / (bandwidth_gb_s * 1e9)
+
+
+def model(
+    *,
+    gradient_bytes: float,
+    z_bytes: float,
+    norm_bytes: float,
+    layers: int,
+    bandwidth_gb_s: float,
+    latency_us: float,
+    step_s: float,
+    ranks: int,
+) -> Expected:
+    """What a step of W `ranks` takes, each with as many images as the one rank whose step takes `step_s`.
+
+    gradients   one ring all-reduce of `gradient_bytes`
+    gather      all-gather of W · `z_bytes` (a rank's unit rows), and the reduce-scatter of their gradient: 2 all_gather_s
+    norm        in each of `layers` BatchNorms one small all-reduce forward and one backward, of `norm_bytes` / `layers` each
+    efficiency  step_s / (step_s + gradients + gather + norm), and with max(0, gradients − 2/3 step_s) in the gradients' place
+
+    `bandwidth_gb_s` (10⁹ bytes/s) is what one rank sends, `latency_us` one message's. Left out: that ranks wait for the
+    slowest, and that a rank's loss compares with W times as many keys.
+    """
+    link = (ranks, bandwidth_gb_s, latency_us)
+    gradients = ring_all_reduce_s(gradient_bytes, *link)
+    gather = 2 * all_gather_s(ranks * z_bytes, *link)
+    norm = 2 * layers * small_all_reduce_s(norm_bytes / layers, *link) if layers else 0.0
+    whole = step_s + gradients + gather + norm
+    hidden = step_s + max(0.0, gradients - _BACKWARD * step_s) + gather + norm
+    return Expected(gradients, gather, norm, whole, step_s / whole, step_s / hidden)
+
+
+# ── The measurement ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def scale(
+    config: Config,
+    steps: int,
+    trials: int,
+    threads: int,
+    device: str,
+    bandwidth_gb_s: float | None = None,
+    latency_us: float | None = None,
+) -> list[Row]:
+    """Print and return the step on 1 and 2 ranks, its communication, and the expectation for 8 to 1,024 ranks.
+
+    `train.batch_size` of `config` is each rank's. Collectives are timed alone, with the sizes of the step and on the same
+    ranks: in the step some overlap with computing, and some wait for a slower rank.
+    """
+    for name, value in (("--bandwidth-gb-s", bandwidth_gb_s), ("--latency-us", latency_us)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; expected more than 0")
+    n, worlds = config.train.batch_size, [1, 2]
+    if device == "cuda":
+        import torch
+
+        worlds = worlds[: torch.cuda.device_count()]
+    if len(worlds) == 1 and (bandwidth_gb_s is None or latency_us is None):
+        raise ValueError("one GPU has no link to measure; give --bandwidth-gb-s and --latency-us, or --device cpu")
+    trial: dict[int, list[Found]] = {world: [] for world in worlds}
+
+    def run(world: int) -> float:
+        trial[world].append(_trial(config, world, steps, threads, device))
+        return 1e3 * trial[world][-1]["step_s"]
+
+    in_turn({f"W = {world}": (lambda world=world: run(world)) for world in worlds}, trials, "ms a step")  # type: ignore[misc]
+    found = {world: {key: statistics.median(one[key] for one in all_) for key in all_[0]} for world, all_ in trial.items()}
+    backend = "gloo" if device == "cpu" else "nccl"
+    print(
+        f"step of ResNet-{config.encoder.depth}, {config.views.size_px} px, {n} images per rank, {config.train.precision}, {backend}, "
+        f"{threads} threads per rank, {steps - WARM_STEPS} steps, n = {trials}; collectives timed alone, of the same sizes"
+    )
+    rows = [{"name": f"W = {world}", **values} for world, values in found.items()]
+    one = found[1]
+    print(f"{'':<22} {'step':>10} {'images/s':>9} {'gradients':>18} {'gather of z':>18} {'BatchNorm sums':>18} {'efficiency':>11}")
+    for world, values in found.items():
+        efficiency = statistics.median(a["step_s"] / b["step_s"] for a, b in zip(trial[1], trial[world], strict=True))
+        _print_row(f"W = {world}, measured", values, world * n, efficiency)
+        rows[world - 1]["efficiency"] = efficiency
+    sizes = {"gradient_bytes": one["gradient_bytes"], "z_bytes": one["z_bytes"], "norm_bytes": one["norm_bytes"]}
+    whole: dict[str, Any] = {**sizes, "layers": int(one["layers"]), "step_s": one["step_s"]}
+    if 2 in found:
+        link: dict[str, Any] = {"bandwidth_gb_s": found[2]["bandwidth_gb_s"], "latency_us": found[2]["latency_us"]}
+        # Two ranks on one machine share its memory and its power: what a step takes beside another, nothing exchanged, is no
+        # communication.
+        beside: dict[str, Any] = {**whole, "step_s": found[2]["beside_s"]}
+        none = dict.fromkeys(("gradients_s", "gather_s", "norm_s"), 0.0)
+        _print_row("2 × W = 1, at once", {"step_s": beside["step_s"], **none}, 2 * n, one["step_s"] / beside["step_s"])
+        expected = model(ranks=2, **beside, **link)
+        values = {name: getattr(expected, name) for name in ("step_s", "gradients_s", "gather_s", "norm_s")}
+        _print_row("W = 2, by the model", values, 2 * n, one["step_s"] / expected.step_s)
+        print(
+            f"the model takes {link['bandwidth_gb_s']:.2f} GB/s between the two (all-reduce of 32 MiB) and {link['latency_us']:,.0f} µs a "
+            f"message (mean of {_CHAIN} all-reduces of 4 bytes)"
+        )
+        rows.append({"name": "W = 2, by the model", **values, **link, "efficiency": one["step_s"] / expected.step_s})
+        bandwidth_gb_s, latency_us = bandwidth_gb_s or link["bandwidth_gb_s"], latency_us or link["latency_us"]
+    assert bandwidth_gb_s is not None and latency_us is not None
+    print(
+        f"expected at {bandwidth_gb_s:,.2f} GB/s and {latency_us:,.1f} µs, with {whole['gradient_bytes'] / 2**20:,.1f} MiB of gradients "
+        f"in {one['buckets']:.0f} buckets{' of bfloat16' if config.train.compress_gradients else ''}, "
+        f"{whole['z_bytes'] / 2**20:,.2f} MiB of z per rank, {whole['layers']} BatchNorms of {whole['norm_bytes'] / 2**10:,.0f} KiB in all"
+    )
+    print(f"{'W':>6} {'step':>11} {'efficiency, nothing overlaps':>29} {'gradients behind the backward pass':>35}")
+    for ranks in EXPECTED_RANKS:
+        expected = model(ranks=ranks, bandwidth_gb_s=bandwidth_gb_s, latency_us=latency_us, **whole)
+        print(
+            f"{ranks:>6,} {1e3 * expected.step_s:>8,.1f} ms {100 * expected.efficiency:>27.1f} % "
+            f"{100 * expected.overlapped_efficiency:>33.1f} %"
+        )
+        shares = {"efficiency": expected.efficiency, "overlapped_efficiency": expected.overlapped_efficiency}
+        rows.append({"name": "expected", "ranks": ranks, "step_s": expected.step_s, **shares})
+    return rows
+
+
+def _print_row(label: str, values: Found, images: int, efficiency: float) -> None:
+    step = values["step_s"]
+    parts = [f"{1e3 * values[name]:,.1f} ms {100 * values[name] / step:5.1f} %" for name in ("gradients_s", "gather_s", "norm_s")]
+    columns = " ".join(f"{part:>18}" for part in parts)
+    print(f"{label:<22} {1e3 * step:>7,.1f} ms {images / step:>9,.1f} {columns} {100 * efficiency:>9.1f} %")
+
+
+def _trial(config: Config, world: int, steps: int, threads: int, device: str) -> Found:
+    """One trial in `world` fresh processes: of each figure the slowest rank's."""
+    config = replace(config, train=replace(config.train, batch_size=config.train.batch_size * world))
+    context = multiprocessing.get_context("spawn")
+    answers: multiprocessing.queues.Queue[Found] = context.Queue()
+    with tempfile.TemporaryDirectory(prefix="simclr-bench-") as folder:
+        arguments = (f"file://{Path(folder).absolute()}/store", config.to_dict(), steps, threads, device, answers)
+        processes = [context.Process(target=_rank, args=(rank, world, *arguments), daemon=True) for rank in range(world)]
+        for process in processes:
+            process.start()
+        try:
+            found = [_answer(answers, processes) for _ in processes]
+        finally:
+            for process in processes:
+                process.join(10)
+                process.kill()
+    slowest = {key: max(one[key] for one in found) for key in found[0]}
+    if world > 1:
+        slowest["bandwidth_gb_s"] = min(one["bandwidth_gb_s"] for one in found)
+    say(f"W = {world}: {1e3 * slowest['step_s']:,.1f} ms a step")
+    return slowest
+
+
+def _answer(answers: Any, processes: list[Any]) -> Found:
+    """The next rank's answer. Raises RuntimeError where a rank ended without one."""
+    for _ in range(_PATIENCE_S):
+        try:
+            found: Found = answers.get(timeout=1)
+            return found
+        except queue.Empty:
+            if codes := [p.exitcode for p in processes if p.exitcode]:
+                raise RuntimeError(f"a rank ended with code {codes[0]}; its traceback is above") from None
+    raise RuntimeError(f"no rank answered within {_PATIENCE_S} s")
+
+
+def _rank(rank: int, world: int, store: str, config: dict[str, Any], steps: int, threads: int, device: str, answers: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from pipelines.allocator import keep_freed_memory
+    from pipelines.bench.step import our_step, resident, resident_views
+    from pipelines.bench.timing import rate
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    place = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    group: dict[str, Any] = {"backend": "gloo" if device == "cpu" else "nccl", "rank": rank, "world_size": world}
+    group["timeout"] = timedelta(seconds=_PATIENCE_S)
+    plan = Config.from_dict(config)
+    n = plan.images_per_rank(world)
+
+    def step_s(config: Config) -> float:
+        return n / rate(partial(our_step(config, place), resident(resident_views(config, place))), steps, n, place)
+
+    found: Found = {}
+    if world > 1:
+        dist.init_process_group(init_method=f"{store}-begin", **group)
+        dist.barrier()  # they begin at once, and then know nothing of each other
+        dist.destroy_process_group()
+        alone = replace(plan, train=replace(plan.train, batch_size=n))
+        found["beside_s"] = step_s(alone)
+        dist.init_process_group(init_method=store, **group)
+    found["step_s"] = step_s(plan)
+    answers.put(found | _communication(plan, n, world, place))
+    answers.close()
+    answers.join_thread()
+    if world > 1:
+        dist.barrier()
+    os._exit(0)  # gloo's threads now and then abort a process that ends in the usual way
+
+
+def _communication(config: Config, n: int, world: int, place: Any) -> Found:
+    """Bytes of a step's collectives and, with more than one rank, seconds of the same collectives alone."""
+    import torch
+    import torch.distributed as dist
+
+    from simclr.collectives import all_gather, all_reduce_sum
+    from simclr.networks.batchnorm import BatchNorm
+    from simclr.networks.heads import shapes_only
+
+    network = shapes_only(config)
+    kind = torch.bfloat16 if config.train.compress_gradients else torch.float32
+    gradients = torch.zeros(sum(p.numel() for p in network.parameters()), device=place, dtype=kind)
+    bucket = max(int(config.train.bucket_mib * 2**20) // 4, 1)  # DDP fills its buckets with float32, also where they are compressed
+    norms = [torch.zeros(2 * m.weight.numel(), device=place) for m in network.modules() if isinstance(m, BatchNorm) and not m.per_worker]
+    z = torch.zeros(2 * n, config.head.d_out, device=place, requires_grad=True)
+    found = {"gradient_bytes": float(gradients.nbytes), "buckets": float(math.ceil(gradients.numel() / bucket))}
+    found |= {"z_bytes": 4.0 * z.numel(), "layers": float(len(norms))}
+    found["norm_bytes"] = 4.0 * sum(sums.numel() for sums in norms)
+    if world == 1:
+        return found | {"gradients_s": 0.0, "gather_s": 0.0, "norm_s": 0.0}
+
+    def buckets() -> None:
+        works = [dist.all_reduce(part, async_op=True) for part in gradients.split(bucket)]
+        for work in works:
+            work.wait()
+
+    def gather() -> None:
+        torch.autograd.grad(all_gather(z).sum(), z)
+
+    def sums() -> None:
+        for _ in range(2):  # forward and backward
+            for one in norms:
+                all_reduce_sum(one)
+
+    def chain() -> None:
+        for _ in range(_CHAIN):
+            all_reduce_sum(number)
+
+    number, large = torch.zeros(1, device=place), torch.zeros(_LARGE, device=place)
+    found |= {"gradients_s": _alone_s(buckets, place), "gather_s": _alone_s(gather, place), "norm_s": _alone_s(sums, place)}
+    # A chain, as BatchNorm's are: of some hundred messages a few take ten times as long, and in a chain they count.
+    found["latency_us"] = 1e6 * _alone_s(chain, place) / (_CHAIN * 2 * (world - 1))
+    # 2 (W − 1) messages after one another, and 2 (W − 1) / W of the bytes through each rank's link: the model's own terms.
+    found["bandwidth_gb_s"] = 2 * (world - 1) / world * 4 * _LARGE / _alone_s(lambda: all_reduce_sum(large), place) / 1e9
+    return found
+
+
+def _alone_s(call: Callable[[], object], place: Any) -> float:
+    """Median seconds of `call`, which every rank begins at once."""
+    import torch
+    import torch.distributed as dist
+
+    times = []
+    for _ in range(_REPEATS):
+        dist.barrier()
+        began = time.perf_counter()
+        call()
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])

@@ -1,0 +1,293 @@
+"""`simclr bench step`: the training step on resident data, against the same network's step in plain torch, and fed from shards."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.allocator import keep_freed_memory
+from pipelines.bench.result import WARM_STEPS, Row, compared, cost, in_turn, power, print_cost
+from pipelines.bench.timing import Call, graph_breaks, peak_gib, rate, wait, write_profile
+from simclr.collectives import data_parallel, world_size
+from simclr.config import Config
+from simclr.data.loader import Batch, batches, on_device
+from simclr.gradient_cache import cached_gradient
+from simclr.loss import nt_xent
+from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.heads import SimCLR, build_model
+from simclr.optim import build_optimizer, lr_peak, warmup_cosine
+from simclr.precision import autocast, set_backends, weights_dtype
+from simclr.train import Start
+from simclr.views.two_views import two_views
+
+Step = Callable[[], Tensor]
+"""Takes one optimizer step and returns its loss, on the device: nobody waits for it."""
+See = Callable[[slice], Tensor]
+"""Some of a rank's images → their views (2 rows, 3, size, size), channels last."""
+Side = Literal["resident", "plain", "cached", "fed", "views", "loader"]
+
+OURS, PLAIN, FED = "simclr", "plain torch", "simclr, fed from shards"
+_VIEWS, _LOADER = "views alone", "loader alone"
+_PREPARED = 12  # batches that the loader may have ready when it is asked, and some more
+_WARMUP, _TOTAL = 10_000, 100_000  # of the schedule: a batch that comes again and again is not learnt by heart at such rates
+
+
+def step(
+    config: Config,
+    steps: int,
+    trials: int,
+    threads: int,
+    device: torch.device,
+    profile: Path | None,
+    data: Path | None = None,
+    asked: tuple[Side, ...] = (),
+    window_s: float = 0.0,
+) -> Iterator[Row]:
+    """Print and give, row by row, images/s of the sides that were `asked` for, or of all that there are: our step and plain torch's on
+    resident views; with `train.micro_batch` gradient caching's; with shards in `data` our step fed by loader and views, and these
+    two alone. With one network for all sides it compiles once. Then profile and cost."""
+    if config.loss.name != "nt_xent":
+        raise ValueError(f"the recipe's loss is {config.loss.name}; `simclr bench step` compares NT-Xent")
+    n = config.images_per_rank(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    set_backends(config.train.precision, device)  # both sides multiply alike
+    keep_freed_memory()
+    with contextlib.ExitStack() as stack:
+        made = _sides(config, device, threads, data, asked, stack)
+        yield from _first_steps(made, config, device)
+        peaks: dict[str, float] = {}
+        sides = {name: partial(_rate, name, one, peaks, steps, n, device, window_s) for name, one in made.items()}
+        with power() as watts:
+            found = in_turn(sides, trials, "images/s")
+        base = next(iter(made))
+        rows = [{**row, "peak_gib": peaks.get(row["name"])} for row in compared(found, "images/s", base, inverted=True)]
+        _print_table(rows, config, f"{device.type}, {threads} threads, {_counted(steps, window_s)}, n = {trials}")
+        yield from rows
+        if profile is not None:
+            name = FED if FED in made else base
+            waits = write_profile(made[name], profile, device)
+            said = "—" if waits is None else f"{waits.total()} times ({', '.join(f'{count} {call}' for call, count in waits.items())})"
+            print(f"profile of 5 steps of {name} in {profile}; the host waits for the device between two reports: {said}")
+            yield {"name": "host synchronisations", "side": name, "steps": 5, "count": None if waits is None else waits.total()}
+    torch.set_num_threads(before)
+    dearest = cost(next((row["median"] for row in rows if row["name"] == FED), rows[0]["median"]), watts[0] if watts else None)
+    yield dearest
+    print_cost(dearest, config.views.size_px)
+
+
+def _sides(
+    config: Config, device: torch.device, threads: int, data: Path | None, asked: tuple[Side, ...], stack: contextlib.ExitStack
+) -> dict[str, Call]:
+    """Name → one step of each side that was asked for. `stack` ends the loader's thread."""
+    n, micro = config.images_per_rank(1), config.train.micro_batch
+    there: tuple[Side, ...] = ("resident", "plain", *(("cached",) if micro not in (None, n) else ()))
+    there += ("fed", "views", "loader") if data is not None else ()
+    if missing := [side for side in asked if side not in there]:
+        needs = "--micro-batch" if missing[0] == "cached" else "--data"
+        raise ValueError(f"--sides {missing[0]} needs {needs}; give it, or leave that side out")
+    wanted = asked or there
+    whole = replace(config, train=replace(config.train, micro_batch=None))
+    made: dict[str, Call] = {}
+    if data is not None:  # before anything compiles: it says what is wrong with the shards
+        loaders = Start(data, device, threads=threads).loader_threads
+        stream = stack.enter_context(contextlib.closing(on_device(batches(whole, data, 0, 0, 1, loaders), device)))
+        held = next(stream)
+    if {"resident", "fed"} & set(wanted):
+        ours = our_step(whole, device)
+    if {"resident", "plain"} & set(wanted):
+        views = resident_views(whole, device)
+    if "resident" in wanted:
+        made[OURS] = partial(ours, resident(views))
+    if "fed" in wanted:
+        made[FED] = lambda: ours(of_batch(next(stream), whole, device))
+    if "plain" in wanted:
+        made[PLAIN] = plain_step(whole, views)
+    if "cached" in wanted:
+        made[_cached(config)] = partial(our_step(config, device), of_noise(config, device))
+    if "views" in wanted:
+        made[_VIEWS] = lambda: of_batch(held, whole, device)(slice(0, n))
+    if "loader" in wanted:
+        made[_LOADER] = lambda: next(stream)
+    return made
+
+
+def _first_steps(made: dict[str, Call], config: Config, device: torch.device) -> Iterator[Row]:
+    """The first step of each network: what compiling takes, and where it falls back to Python. What is fed takes the same network."""
+    for name, one in made.items():
+        if not config.train.compile or name in (_VIEWS, _LOADER) or (name == FED and OURS in made):
+            continue
+        began, breaks = time.perf_counter(), graph_breaks()
+        one()
+        wait(device)
+        row = {"name": f"first step, {name}", "seconds": time.perf_counter() - began, "graph_breaks": graph_breaks() - breaks}
+        print(f"{row['name']}: {row['seconds']:.1f} s, graph breaks: {row['graph_breaks']}")
+        yield row
+
+
+def _rate(name: str, one: Call, peaks: dict[str, float], steps: int, n: int, device: torch.device, window_s: float) -> float:
+    peak_gib(device)
+    found = rate(one, steps, n, device, window_s, _PREPARED if name == _LOADER else WARM_STEPS)
+    if (peak := peak_gib(device)) is not None:
+        peaks[name] = max(peak, peaks.get(name, 0.0))
+    return found
+
+
+def _cached(config: Config) -> str:
+    return f"simclr, {config.train.micro_batch} at a time"
+
+
+def _print_table(rows: list[Row], config: Config, how: str) -> None:
+    train, base = config.train, rows[0]["name"]
+    print(
+        f"step on views of {config.views.size_px} px, ResNet-{config.encoder.depth}, N = {train.batch_size}, {train.precision}, "
+        f"{'compiled' if train.compile else 'not compiled'}, {how}"
+    )
+    print(f"ours ends with {config.optim.name.upper()}, plain torch with fused SGD")
+    for row in rows:
+        pairs, than = f"(pairs {row['low']:.3f} … {row['high']:.3f})", ""
+        if row["name"] == FED and base == OURS:
+            share = 1 / row["ratio"]
+            than = f"   {100 * share:.1f} % of the step on resident views (pairs {1 / row['high']:.3f} … {1 / row['low']:.3f} ×)"
+        elif row["name"] == PLAIN and base == OURS:
+            than = f"   simclr is {row['ratio']:.3f} × {pairs}"
+        elif row["name"] == _cached(config) and base == OURS:
+            than = f"   an image costs {row['ratio']:.3f} × the whole batch's {pairs}, its views made twice"
+        memory = "" if row["peak_gib"] is None else f" {row['peak_gib']:6.1f} GiB"
+        print(f"{row['name']:<24} {row['median']:10,.1f} images/s{memory}{than}")
+
+
+def _counted(steps: int, window_s: float) -> str:
+    return f"{steps - WARM_STEPS} steps" + (f" or {window_s:g} s" if window_s else "")
+
+
+# ── What a step sees ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def resident_views(config: Config, device: torch.device) -> Tensor:
+    """(2n, 3, size, size) noise on the device, channels last, as the loop's views are: what they show changes no time."""
+    size, n = config.views.size_px, config.images_per_rank(world_size())
+    views = torch.randn(2 * n, 3, size, size, generator=torch.Generator(device).manual_seed(0), device=device)
+    return views.to(weights_dtype(config.train.precision)).to(memory_format=torch.channels_last)
+
+
+def resident(views: Tensor) -> See:
+    """Views that are there: (2n, 3, size, size), [view 0 of n images; view 1]."""
+    n = len(views) // 2
+    return lambda rows: views if rows == slice(0, n) else torch.cat([views[rows], views[n + rows.start : n + rows.stop]])
+
+
+def of_batch(batch: Batch, config: Config, device: torch.device) -> See:
+    """Views made of what the loader gives, as in `simclr.train`."""
+
+    def see(rows: slice) -> Tensor:
+        views = two_views(batch.images[rows], batch.ids[rows], batch.epoch, config.views, config.seed, device)
+        return views.to(weights_dtype(config.train.precision), memory_format=torch.channels_last)
+
+    return see
+
+
+def of_noise(config: Config, device: torch.device) -> See:
+    """Views made of crops that are there, uint8: a quarter of the views' memory, and of pieces the only one that is whole."""
+    size, n = config.views.size_px, config.images_per_rank(world_size())
+    generator = torch.Generator(device).manual_seed(0)
+    crops = torch.randint(0, 256, (n, 2, size, size, 3), dtype=torch.uint8, generator=generator, device=device)
+    return of_batch(Batch(0, 0, crops, torch.arange(n), torch.full((n,), -1)), config, device)
+
+
+# ── The steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def our_step(config: Config, device: torch.device) -> Callable[[See], Tensor]:
+    """A step of `simclr.train` without labels, by the functions that it calls, in the process group if there is one. It takes what
+    it sees and returns its loss, on the device: nobody waits for it."""
+    n = config.images_per_rank(world_size())
+    model = build_model(config).to(device, weights_dtype(config.train.precision)).to(memory_format=torch.channels_last).train()
+    optimizer = build_optimizer(model, config.optim)
+    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients, config.train.compile)
+    peak, taken = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling), 0
+
+    def contrast(z: Tensor) -> Tensor:
+        return nt_xent(z, config.loss.temperature)
+
+    def embed(views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with autocast(config.train.precision, device):
+            found: tuple[Tensor, Tensor, Tensor] = network(views)
+        return found
+
+    def no_classifier(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return logits.new_zeros(()), logits.new_zeros(2)
+
+    def one(see: See) -> Tensor:
+        nonlocal taken
+        optimizer.zero_grad(set_to_none=True)
+        if config.train.micro_batch in (None, n):
+            loss = contrast(embed(see(slice(0, n)))[1])
+            loss.backward()
+        else:
+            pieces = (n, config.train.micro_batch)
+            _, loss, _, _ = cached_gradient(network, lambda rows: embed(see(rows)), *pieces, contrast, no_classifier)
+        for group in optimizer.param_groups:
+            group["lr"] = warmup_cosine(taken, peak, _WARMUP, _TOTAL)
+        optimizer.step()
+        taken += 1
+        return loss.detach()
+
+    return one
+
+
+def plain_step(config: Config, views: Tensor) -> Step:
+    """The same network and weights as anybody would write the step: `nn.BatchNorm2d`, NT-Xent written out, fused SGD."""
+    network: nn.Module = in_plain_torch(config).to(views.device, views.dtype).to(memory_format=torch.channels_last).train()
+    optim, temperature, rows = config.optim, config.loss.temperature, len(views)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    peak = lr_peak(optim.base_lr, config.train.batch_size, optim.scaling)
+    optimizer = torch.optim.SGD(trained, lr=peak / _WARMUP, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
+    partner = torch.arange(rows, device=views.device).roll(rows // 2)
+    if config.train.compile:
+        network.compile()
+
+    def one() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(config.train.precision, views.device):
+            _, z, _ = network(views)
+        z = z.float() if z.dtype == torch.bfloat16 else z
+        z = F.normalize(z, dim=1)
+        logits = z @ z.T / temperature
+        logits = logits.masked_fill(torch.eye(rows, dtype=torch.bool, device=z.device), float("-inf"))
+        loss = F.cross_entropy(logits, partner)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return one
+
+
+def in_plain_torch(config: Config) -> SimCLR:
+    """The network and weights of `config` with torch's own BatchNorm."""
+    model = build_model(config)
+    _with_torch_norms(model.encoder, nn.BatchNorm2d)
+    _with_torch_norms(model.head, nn.BatchNorm1d)
+    return model
+
+
+def _with_torch_norms(module: nn.Module, kind: type[nn.BatchNorm1d | nn.BatchNorm2d]) -> None:
+    """Put torch's BatchNorm in the place of ours, with the same weights."""
+    for name, child in list(module.named_children()):
+        if not isinstance(child, BatchNorm):
+            _with_torch_norms(child, kind)
+            continue
+        norm = kind(child.weight.numel(), child.eps, child.momentum)
+        norm.load_state_dict(child.state_dict(), strict=False)
+        if child.bias is None:  # torch's cannot be without: it stays 0
+            norm.bias.requires_grad_(False)
+        module.add_module(name, norm)

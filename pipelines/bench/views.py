@@ -1,0 +1,91 @@
+"""`simclr bench views`: uint8 crops → normalised views, against kornia's augmentations of the same probabilities and strengths."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.bench.result import Row, compared, in_turn
+from simclr.config import Views
+from simclr.views.two_views import two_views
+
+WARM = 2  # calls that are not counted: they allocate and compile
+_SIDES_PX = (32, 224)
+_SMALL = 8  # times as many images of 32 px: what a step has of them
+_INSTALL = "pip install --no-deps kornia==0.9.0 kornia_rs==0.2.0 packaging"
+
+
+def views(batch_size: int, steps: int, trials: int, threads: int, device: torch.device) -> list[Row]:
+    """Print and return views/s by side in px and, where kornia is installed, ours ÷ kornia's: the median over pairs of trials.
+
+    Kornia draws factors per sample as we do, but one order of the colour operations per batch; its blur takes the same
+    taps, and mirrors at the border where ours sees zeros. Both sides get the same uint8 crops on the device.
+    """
+    torch.set_num_threads(threads)
+    has_kornia = importlib.util.find_spec("kornia") is not None
+    if not has_kornia:
+        print(f"kornia is not installed, so ours is timed alone; `{_INSTALL}` installs what it is compared with")
+    rows: list[Row] = []
+    for side in _SIDES_PX:
+        n = batch_size * (_SMALL if side == min(_SIDES_PX) else 1)
+        crops = torch.randint(0, 256, (n, 2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+        sides: dict[str, Callable[[], Tensor]] = {"ours": _ours(crops, Views(size_px=side), device)}
+        if has_kornia:
+            sides["kornia"] = _kornia(crops, Views(size_px=side))
+        timed = {name: partial(_views_per_s, call, 2 * n, steps) for name, call in sides.items()}
+        found = compared(in_turn(timed, trials, "views/s"), "views/s", "ours", inverted=True)
+        counted = f"median of {steps - WARM} calls, n = {trials}"
+        print(f"views of {side} px on {device.type}, {threads} threads, {n} images of 2 views, {counted}")
+        for row in found:
+            than = "" if row["name"] == "ours" else f"   ours is {row['ratio']:.2f} × (pairs {row['low']:.2f} … {row['high']:.2f})"
+            print(f"{row['name']:<7} {row['median']:10,.0f} views/s{than}")
+            rows.append({"size_px": side, **row})
+    return rows
+
+
+def _views_per_s(call: Callable[[], Tensor], views_per_call: int, steps: int) -> float:
+    return views_per_call / _call_s(call, steps)
+
+
+def _ours(crops: Tensor, config: Views, device: torch.device) -> Callable[[], Tensor]:
+    ids = torch.arange(len(crops))
+    return lambda: two_views(crops, ids, 0, config, 0, device)
+
+
+def _kornia(crops: Tensor, config: Views) -> Callable[[], Tensor]:
+    import kornia.augmentation as kornia
+
+    s, taps = config.colour_strength, 2 * (config.size_px // 10 // 2) + 1
+    steps: list[Any] = [
+        kornia.RandomHorizontalFlip(p=config.flip_p),
+        kornia.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=config.jitter_p),
+        kornia.RandomGrayscale(p=config.grey_p),
+        kornia.RandomGaussianBlur((taps, taps), (0.1, 2.0), p=config.blur_p),
+    ]
+    augment = nn.Sequential(*steps)
+
+    def call() -> Tensor:
+        out: Tensor = augment(crops.permute(1, 0, 4, 2, 3).flatten(0, 1).float().div_(255))
+        return out
+
+    return call
+
+
+@torch.no_grad()
+def _call_s(call: Callable[[], Tensor], steps: int) -> float:
+    """Median seconds of a call; on a GPU the queue is emptied before and after each."""
+    found = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        out = call()
+        if out.is_cuda:
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[WARM:])

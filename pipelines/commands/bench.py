@@ -1,0 +1,230 @@
+"""`simclr bench`: measured comparisons. A figure is a ratio between two things run in turn on this machine, n times each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from pipelines.bench.result import WARM_STEPS, Row, machine, write_json
+from pipelines.runs import sync
+from simclr import files
+from simclr.config import Config
+from simclr.data.manifest import read_manifest
+from simclr.recipes import recipe
+
+if TYPE_CHECKING:
+    import torch
+
+Alone = Literal["device", "scale", "loss", "optim", "views", "prepare"]
+Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare two ways of doing the same work, in turn, on this machine."""
+
+    what: Annotated[Literal["all"] | Alone | Shards, tyro.conf.Positional]
+    """all: the other ones, most valuable first, each in a process of its own, within --budget-min; needs no Ray.
+    device: what it can do at most: GB/s of a copy, TFLOP/s of a product.
+    agreement: views, loss and first steps on the device − on the CPU; lines that block the host.
+    step: images/s of the training step on resident data ÷ the same network's step in plain torch; with --data also fed from shards.
+    train: images/s end to end under Ray Train with one worker ÷ the step on resident data.
+    scale: the step on 1 and 2 ranks, the share of communication, and what a model of it expects of more ranks.
+    loss: NT-Xent with its gradient, without stored logits ÷ written out: time, memory, deviation.
+    loop: the step under Ray Train with one worker ÷ the same step of the bare generator.
+    optim: LARS ÷ torch's SGD (foreach, and fused) over ResNet-50's parameters.
+    loader: images/s of two crops from one decode, each kind of resize ÷ FFCV's own two pipelines.
+    views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
+    cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
+    memory: what the loader's process holds, epoch by epoch, for each kind of cache.
+    prepare: images/s of writing shards, for the others."""
+    data: Path | None = None
+    """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for the figure in the README.
+    loader: the same of photographs, of which the first shard is read; none = 300 rendered ones, 500 × 375 px.
+    memory: any shards. prepare: archive or folder of images. all: folder with cifar10-jpeg.tar.xz and imagenet-photos-256.tar, or some
+    archives of such names; what is not there is rendered."""
+    recipe: str = "cifar10_resnet18"
+    """step, train, scale, loop, agreement, cifar: recipe whose step is timed."""
+    batch_size: int = 32
+    """Images per step; scale: of each rank; views: images of which each gives two views."""
+    steps: int = 30
+    """Steps of each trial; the first 5 are not counted."""
+    trials: int = 3
+    """n: trials of each side."""
+    window_s: float = 2.0
+    """step, train, loop: seconds that a trial lasts at least; where --steps are over sooner it takes more of them."""
+    threads: int = 1
+    """CPU threads of the one worker. As many as there are cores leaves none for Ray's own processes: what they take then
+    counts, and more than once, for a worker's threads wait for one another."""
+    precision: Literal["recipe", "float32", "tf32", "bfloat16"] = "recipe"
+    """step, train, scale, loop, cifar: as in the config's `train.precision`; recipe = the recipe's. loss: bfloat16 = z as a step has it."""
+    compile: bool = False
+    """step, train, scale, loop, cifar: torch.compile on both sides; step then counts graph breaks."""
+    micro_batch: int | None = None
+    """step: a third side embeds so many images at a time (gradient caching). train, scale: every side does."""
+    sides: tuple[Literal["resident", "plain", "cached", "fed", "views", "loader"], ...] = ()
+    """step: these sides alone, as `cached` of a batch that does not fit at once; nothing = all that --micro-batch and --data give."""
+    profile: Path | None = None
+    """step: file for the table of the operators that take longest; says how often the host waits for a GPU."""
+    peer: Literal["none", "lightly"] = "none"
+    """train: also time lightly's SimCLR, its loader and transforms, over the folder --peer-data."""
+    peer_data: Path | None = None
+    """train: folder of the photographs that the shards were prepared from, which lightly reads as they are."""
+    bandwidth_gb_s: float | None = None
+    """scale: GB/s (10⁹ bytes) that a rank sends in the expected table; nothing = as measured between these two ranks."""
+    latency_us: float | None = None
+    """scale: microseconds of one message in the expected table; nothing = as measured."""
+    batches: tuple[int, ...] = (1024, 2048, 4096)
+    """loss: the N that are timed, images in the global batch, each with two views."""
+    epochs: int = 50
+    """memory, cifar: passes over the data."""
+    kind: Literal["small", "photographs"] = "photographs"
+    """prepare: small = labelled images in splits and classes, as CIFAR-10's."""
+    images: int = 2048
+    """prepare: photographs, repeated until there are so many; of small ones those that are rendered."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """all, device, agreement, step, scale, loss, optim, views, cifar: where the work is done."""
+    budget_min: float = 9.0
+    """all: minutes; what would not end within them is skipped, and said."""
+    out: Path | None = None
+    """all: folder for results, log and profiles, which the same command again goes on with. Default: runs/bench-DATE.
+    prepare: folder for the shards."""
+    dry: bool = False
+    """all: everything at toy size on the CPU, to see that it works; no figure of it means anything."""
+    json: Path | None = None
+    """File for the result: what, machine, versions, date, setting, n, rows."""
+
+
+def main(args: Args) -> None:
+    if args.trials < 1 or args.steps <= WARM_STEPS:
+        raise ValueError(f"--trials {args.trials} --steps {args.steps}; expected at least 1 trial of more than {WARM_STEPS} steps")
+    if args.window_s < 0:
+        raise ValueError(f"--window-s is {args.window_s}; expected seconds, 0 = as --steps say")
+    if args.what == "all":
+        from pipelines.bench.all import bench_all
+
+        if unfinished := bench_all(args.budget_min, args.out, args.device, args.dry, args.data):
+            print(f"ended otherwise than well: {', '.join(unfinished)}")
+            sys.exit(1)
+        return
+    for path in (args.json, args.profile):
+        if path is not None:
+            files.require_writable(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+    machine()  # whatever cannot be said of it should fail now, not behind the measuring
+    setting = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items() if k not in ("what", "json")}
+    n = 1 if args.what in ("agreement", "cifar", "memory", "prepare") else args.trials
+    rows: list[Row] = []
+    for row in measure(args):
+        rows.append(row)
+        if args.json is not None:
+            write_json(args.json, args.what, setting, n, rows, complete=False)
+    for name, value in machine().items():
+        print(f"{name}: {value}")
+    if args.json is not None:
+        write_json(args.json, args.what, setting, n, rows)
+
+
+def measure(args: Args) -> Iterable[Row]:
+    """Print the table of `args.what` and give its rows, one by one where that takes long. What a bench needs is imported for it alone:
+    but for train and loop none needs Ray."""
+    plan: dict[str, Any] = {"steps": args.steps, "trials": args.trials, "threads": args.threads}
+    match args.what:
+        case "device":
+            from pipelines.bench.device import device
+
+            return device(at=_device(args), **plan)
+        case "scale":
+            from pipelines.bench.scale import scale
+
+            return scale(_config(args), device=_device(args).type, bandwidth_gb_s=args.bandwidth_gb_s, latency_us=args.latency_us, **plan)
+        case "loss":
+            from pipelines.bench.loss import loss
+
+            if min(args.batches, default=0) < 1:
+                raise ValueError(f"--batches is {' '.join(map(str, args.batches)) or 'empty'}; expected numbers of images, at least 1")
+            if args.precision == "tf32":
+                raise ValueError("--precision tf32 is for convolutions; `simclr bench loss` takes float32 or bfloat16")
+            precision: Literal["float32", "bfloat16"] = "bfloat16" if args.precision == "bfloat16" else "float32"
+            return loss(args.batches, args.trials, args.threads, _device(args), precision)
+        case "optim":
+            from pipelines.bench.optim import optim
+
+            return optim(device=_device(args), **plan)
+        case "views":
+            from pipelines.bench.views import views
+
+            return views(args.batch_size, device=_device(args), **plan)
+        case "prepare":
+            from pipelines.bench.prepare import prepare
+
+            if args.out is None:
+                raise ValueError("where to? `simclr bench prepare --out DIR`, a folder for the shards")
+            return prepare(args.kind, args.data, args.out, args.images, args.threads)
+        case _:
+            return _of_shards(args, plan)
+
+
+def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
+    """The benches that read shards, or may."""
+    data = None if args.data is None else sync.shards(args.data)
+    if data is None and args.what in ("train", "loop", "cifar", "memory"):
+        raise ValueError(f"which data? `simclr bench {args.what} --data DIR`, a directory of prepared shards")
+    if args.what == "loader":
+        from pipelines.bench.loader import loader
+
+        return loader(data, args.batch_size, **plan)
+    if data is not None:
+        read_manifest(data)
+    if args.what == "agreement":
+        from pipelines.bench.agreement import agreement
+
+        return agreement(_config(args), data, args.threads, _device(args))
+    if args.what == "step":
+        from pipelines.bench.step import step
+
+        return step(_config(args), device=_device(args), profile=args.profile, data=data, asked=args.sides, window_s=args.window_s, **plan)
+    assert data is not None
+    if args.what == "cifar":
+        from pipelines.bench.cifar import cifar
+
+        return cifar(args.recipe, _config(args), data, args.epochs, args.threads, _device(args))
+    if args.what == "memory":
+        from pipelines.bench.memory import memory
+
+        return memory(data, args.batch_size, args.epochs, args.threads)
+    if os.environ.get("RAY_ADDRESS"):
+        raise ValueError("RAY_ADDRESS is set; this compares on one machine: unset it")
+    if args.what == "train":
+        from pipelines.bench.train import train
+
+        given: dict[str, Any] = {"peer": args.peer, "peer_data": args.peer_data, "window_s": args.window_s}
+        return train(args.recipe, _config(args), data, **given, **plan)
+    from pipelines.bench.loop import loop
+
+    return loop(args.recipe, _config(args), data, window_s=args.window_s, **plan)
+
+
+def _config(args: Args) -> Config:
+    """The recipe with what the command line says of its batches, precision and compiling."""
+    config = recipe(args.recipe)
+    precision = config.train.precision if args.precision == "recipe" else args.precision
+    train = replace(
+        config.train, batch_size=args.batch_size, micro_batch=args.micro_batch, precision=precision, compile=args.compile, steps=args.steps
+    )
+    return replace(config, train=train)
+
+
+def _device(args: Args) -> torch.device:
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, and torch sees no GPU here; leave it out")
+    return torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")

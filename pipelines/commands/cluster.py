@@ -1,0 +1,166 @@
+"""`simclr cluster check`: what a cluster file would start, what it costs, and what is wrong with it. Needs no cloud account."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipelines.clusterfile import catalogue, rules
+from simclr.config import Config
+
+
+@dataclass(frozen=True)
+class Args:
+    """Check a cluster file of Ray's against its schema, the classic mistakes and the rules of safety; show what it would start."""
+
+    what: Annotated[Literal["check"], tyro.conf.Positional]
+    """check: read the file, start nothing."""
+    file: Annotated[Path, tyro.conf.Positional]
+    """The file, as cluster/aws-gpu.yaml."""
+    recipe: str | None = None
+    """Also check that this recipe's batch divides over all accelerators."""
+    set: tuple[str, ...] = ()
+    """Fields of the recipe, as train.batch_size=1024."""
+
+
+def main(args: Args) -> None:
+    text, cluster = read(args.file)
+    found = [*schema_mistakes(cluster)] or [*rules.mistakes(cluster)]
+    config = changed(args.recipe, args.set) if args.recipe else None
+    if args.set and config is None:
+        raise ValueError("--set changes fields of a recipe; name it with --recipe")
+    batch = ""
+    if config is not None and not found:
+        try:
+            batch = batch_over(cluster, config)
+        except ValueError as error:
+            found.append(str(error))
+    if found:
+        rows = "\n".join(f"  {number}. {sentence}" for number, sentence in enumerate(found, 1))
+        raise ValueError(f"{args.file} has {len(found)} mistake{'s' if len(found) > 1 else ''}:\n{rows}")
+    print(overview(cluster))
+    if batch:
+        print(f"\n{args.recipe}: {batch}")
+    if marked := [(number, line) for number, line in enumerate(text.splitlines(), 1) if re.search(r"# EDIT \d of \d", line)]:
+        print("\nto edit before `ray up`, unless you have:")
+        for number, line in marked:
+            print(f"  line {number}: {re.sub(' +#', '  #', line.strip())}")
+
+
+def read(path: Path) -> tuple[str, dict[str, Any]]:
+    """(text, content) of the file. Raises ValueError where it is missing, no YAML, or no cluster file of Ray's."""
+    import yaml  # type: ignore[import-untyped]
+
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; cluster/ has the ones to start from")
+    text = path.read_text()
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path} is no YAML{where}: {getattr(error, 'problem', error)}") from None
+    if isinstance(content, dict) and "apiVersion" in content:
+        raise ValueError(f"{path} is a Kubernetes manifest; check it with `kubectl apply --dry-run=server -f {path}`")
+    if not isinstance(content, dict) or "provider" not in content:
+        raise ValueError(f"{path} is no cluster file of Ray's (it has no `provider`); cluster/ has the ones to start from")
+    return text, content
+
+
+def schema_mistakes(cluster: dict[str, Any]) -> list[str]:
+    """Where the content departs from the schema that Ray ships, one sentence each; then the rules cannot be asked."""
+    import jsonschema  # type: ignore[import-untyped]
+
+    # Ray itself takes seconds to import, and its schema is a file.
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None and spec.submodule_search_locations
+    schema = json.loads((Path(spec.submodule_search_locations[0]) / "autoscaler" / "ray-schema.json").read_text())
+    errors = sorted(jsonschema.Draft7Validator(schema).iter_errors(cluster), key=lambda error: [str(part) for part in error.path])
+    found = [f"{'.'.join(map(str, error.path)) or 'the file'}: {error.message}" for error in errors]
+    if not found and cluster["provider"]["type"] not in ("aws", "gcp", "local"):
+        found.append(f"provider.type is {cluster['provider']['type']!r}; the rules know aws, gcp and local")
+    elif not found and cluster["provider"]["type"] != "local":
+        types = cluster.get("available_node_types", {})
+        if cluster.get("head_node_type") not in types:
+            there = ", ".join(types) or "of which there are none"
+            found.append(f"head_node_type is {cluster.get('head_node_type')!r}; expected one of the node types, {there}")
+    elif not found and cluster.get("available_node_types"):
+        found.append("provider local takes machines as they are; leave available_node_types out")
+    return found
+
+
+def changed(name: str, assignments: tuple[str, ...]) -> Config:
+    """The recipe with fields set, each as path=value."""
+    import yaml
+
+    from simclr.recipes import recipe
+
+    values = recipe(name).to_dict()
+    for assignment in assignments:
+        path, equals, value = assignment.partition("=")
+        *parents, field = path.replace("-", "_").split(".")
+        inner = values
+        for parent in parents:
+            inner = inner.get(parent, {}) if isinstance(inner, dict) else {}
+        if not equals or field not in inner:
+            raise ValueError(f"--set {assignment}: expected FIELD=VALUE with a field that `simclr recipes {name}` lists")
+        inner[field] = yaml.safe_load(value)
+    return Config.from_dict(values)
+
+
+def batch_over(cluster: dict[str, Any], config: Config) -> str:
+    """How the recipe's batch divides over every accelerator, at most and at least. Raises ValueError where it does not."""
+    found = rules.groups(cluster)
+    counts = sorted({sum(g.accelerators * n for g, n in zip(found, counts, strict=True)) for counts in _sizes(found)} - {0})
+    if not counts:
+        return f"N = {config.train.batch_size}; no accelerators are listed in the file to divide it over"
+    said = []
+    for workers in counts:
+        said.append(f"N = {config.train.batch_size} over {workers} workers, {config.images_per_rank(workers)} images each")
+        config.group_of(0, workers)
+    return "; ".join(said)
+
+
+def _sizes(found: list[rules.Group]) -> list[list[int]]:
+    return [[g.least for g in found], [g.most for g in found]]
+
+
+def overview(cluster: dict[str, Any]) -> str:
+    """Nodes, accelerators and dollars an hour, as a table."""
+    found = rules.groups(cluster)
+    provider = cluster["provider"]
+    where = ", ".join([provider["type"], *([provider["region"]] if "region" in provider else [])])
+    lines = [f"cluster {cluster['cluster_name']} on {where}: would start", ""]
+    rows = [("", "machine", "nodes", "accelerators", "USD/h")]
+    for g in found:
+        if g.most == 0:
+            continue
+        machine = (g.machine or "your own") + (", spot" if g.spot else "") + (f", {g.hosts} hosts" if g.hosts > 1 else "")
+        has = f"{g.accelerators} × {g.what or 'unknown'}" if g.accelerators else "as found" if not g.machine else "–"
+        if g.accelerators and g.most > 1:
+            has += f", {g.accelerators * g.most} in all"
+        price = "–" if not g.machine else "unknown" if g.usd_per_h is None else _between(g.least * g.usd_per_h, g.most * g.usd_per_h)
+        rows.append((g.name, machine, _between(g.least, g.most), has, price))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for name, machine, nodes, has, price in rows:
+        lines.append(
+            f"{name:<{widths[0]}}  {machine:<{widths[1]}}  {nodes:>{widths[2]}}  {has:<{widths[3]}}  {price:>{widths[4]}}".rstrip()
+        )
+    if any(g.machine for g in found):
+        low, high = (sum((g.usd_per_h or 0.0) * n for g, n in zip(found, counts, strict=True)) for counts in _sizes(found))
+        lines += ["", f"{_between(low, high)} USD an hour", f"{catalogue.SOURCE}; as of {catalogue.AS_OF}"]
+    idle = cluster.get("idle_timeout_minutes")
+    if idle and any(g.least < g.most for g in found):
+        lines.append(f"workers come when a job asks and go after {idle} idle minutes; the head stays until `ray down`")
+    return "\n".join(lines)
+
+
+def _between(low: float, high: float) -> str:
+    one, other = (f"{value:,.2f}" if isinstance(value, float) else str(value) for value in (low, high))
+    return one if one == other else f"{one} … {other}"

@@ -1,0 +1,146 @@
+"""`simclr distill`: a fine-tuned classifier + images without labels → a student, on Ray Train workers."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from pipelines.runs import sync
+from pipelines.runs.directory import Run
+from pipelines.train import classifiers, driver, ray_train
+from simclr.config import Optim, Watch
+from simclr.data.manifest import read_manifest
+from simclr.stages import Distill
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a student on a teacher's probabilities over the whole training split (SimCLR v2's third stage), and score it.
+
+    Without --encoder.… the student is the teacher's twin (self-distillation). The defaults are v2's for ImageNet.
+    """
+
+    teacher: Annotated[Path, tyro.conf.Positional]
+    """A run of `simclr finetune` (or of this command), or a published directory with a classifier, on disk or at s3://bucket/prefix,
+    or NAME@alias in the registry."""
+    data: Path | None = None
+    """Directory or s3://bucket/prefix of prepared shards. Default: the data of the run."""
+    encoder: classifiers.Shape = field(default_factory=classifiers.Shape)
+    temperature: float | None = None
+    """tau of both networks' probabilities. Default, as v2: 0.1 for a student like the teacher, 1 for another."""
+    alpha: float = 1.0
+    """Weight of the teacher's probabilities against the true labels (Eq. 3); 1 = no label is seen (Eq. 2)."""
+    labels: float = 1.0
+    """With --alpha below 1, the share of each class whose labels are seen."""
+    label_file: Path | None = None
+    """Images whose labels are seen, in place of --labels: labels.txt of the teacher's run."""
+    label_seed: int | None = None
+    """Of the choice of labels. Default: --seed."""
+    epochs: float = 400.0
+    """Passes over the training images."""
+    batch_size: int | None = None
+    """Images per step over all workers. Default: 4096, or as many as there are."""
+    optim: Optim = field(default_factory=lambda: Distill().optim)
+    seed: int = 0
+    """Of the student's weights, and of order and crops."""
+    test_every_epochs: float = 0.0
+    """Epochs between two scorings on the test split; 0 = only at the end."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """tf32 = float32 whose products take factors of 10 bits on a GPU; bfloat16 = autocast with float32 weights and loss."""
+    compile: bool = False
+    """Compile the student with torch.compile, which takes about a minute before the first step."""
+    run: Path | None = None
+    """Run directory or s3://bucket/prefix: what is there goes on. Default: runs/distill-RECIPE-DIGEST."""
+    resources: Annotated[ray_train.Resources, tyro.conf.arg(name="")] = field(default_factory=ray_train.Resources)
+    tracking_uri: str | None = None
+    """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+
+
+def main(args: Args) -> None:
+    run = distill(args)
+    print(classifiers.told(run, sync.shown(args.run or run.path)))
+
+
+def distill(args: Args) -> Run:
+    """Check everything, train, and leave a run directory with the student. Returns the run.
+
+    Raises ValueError, before any worker starts, for what the user can mend.
+    """
+    began = time.monotonic()
+    with classifiers.published(args.teacher, args.tracking_uri) as (directory, known):
+        at = args.data or known
+        if at is None:
+            raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
+        data = sync.shards(at)
+        manifest = read_manifest(data)
+        examples = manifest.examples("train")
+        from simclr.data import labels
+        from simclr.methods.classifier import build_classifier
+        from simclr.methods.distill import require_teacher
+
+        classes = require_teacher(directory, manifest.classes)
+        seed = args.seed if args.label_seed is None else args.label_seed
+        seen = None if args.alpha == 1 else classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
+        ids = seen.ids if seen is not None else None
+        config = _config(args, directory, examples, labels.digest(ids) if ids is not None else "")
+        args.resources.counts(config)
+        config.steps_per_epoch(examples)
+        name = f"distill-{classifiers.recipe_of(directory).removeprefix('finetune-')}"
+        run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "distill")
+        run.save()
+        if seen is not None:
+            classifiers.write_labels(run, seen)
+        if not (run.path / "teacher" / "config.json").is_file():  # here, so that every worker finds it where the run is
+            shutil.rmtree(run.path / "teacher", ignore_errors=True)
+            shutil.copytree(directory, run.path / ".teacher", dirs_exist_ok=True)
+            (run.path / ".teacher").rename(run.path / "teacher")
+
+    def shapes() -> nn.Module:
+        import torch
+
+        with torch.device("meta"):
+            return build_classifier(config, len(classes), 0)
+
+    notes: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
+    job = driver.Job(
+        run=run,
+        home=home,
+        asked=args.run or run.path,
+        total=config.total_steps(examples),
+        uri=uri,
+        resources=args.resources,
+        shapes=shapes,
+        publish=lambda run: classifiers.publish(run, classes, 0, notes),
+        given={"ids": ids},
+    )
+    return driver.train(job, began)
+
+
+def _config(args: Args, directory: Path, images: int, labelled: str) -> Distill:
+    from simclr.encoder.directory import config_of, read_text
+
+    base = config_of(read_text(directory))
+    student = args.encoder.of(base.encoder)
+    return Distill(
+        seed=args.seed,
+        encoder=student,
+        head=base.head,
+        views=base.views,
+        optim=args.optim,
+        train=classifiers.stage_train(
+            classifiers.batch_for(args.batch_size, 4096, images, args.resources.workers), args.epochs, args.precision, args.compile
+        ),
+        watch=Watch(every_epochs=args.test_every_epochs),
+        temperature=args.temperature if args.temperature is not None else 0.1 if student == base.encoder else 1.0,
+        alpha=args.alpha,
+        teacher=classifiers.digest(directory),
+        labelled=labelled,
+    )

@@ -1,0 +1,123 @@
+"""`simclr embed`: encoder + images → features.npz."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from pipelines.runs import sync
+from pipelines.terminal import Bar, say
+from simclr import files
+from simclr.data.sources.open import is_image
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Args:
+    """Features of image files, with the preprocessing that the encoder was trained under."""
+
+    encoder: Annotated[Path, tyro.conf.Positional]
+    """A published encoder's directory (`simclr pull`, or RUN/encoder), or s3://bucket/prefix of one."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files, folders of them, or an .npy file of uint8 images (n, H, W, 3)."""
+    out: Path = Path("features.npz")
+    """Written: features (n, d) float32 and names (n,)."""
+
+
+@dataclass(frozen=True)
+class _Images:
+    names: list[str]
+    read: Callable[[int], NDArray[np.uint8]]
+    """Index → (H, W, 3). Raises ValueError where it is no image."""
+    given: frozenset[str] = frozenset()
+    """Names that the user wrote down: those have to be images. What merely lies in a folder may be junk."""
+
+
+def main(args: Args) -> None:
+    if not args.images:
+        raise ValueError("which images? give files, folders or an .npy file")
+    files.require_writable(args.out)
+    images = _open(args.images)
+    import torch
+
+    import simclr
+
+    with sync.directory(args.encoder) as directory:
+        encoder = simclr.load_encoder(directory)
+    features: list[NDArray[np.float32]] = []
+    names: list[str] = []
+    junk: list[str] = []
+    with Bar("embed", len(images.names)) as bar, torch.inference_mode():
+        for begin in range(0, len(images.names), _BATCH):
+            ready = []
+            for i in range(begin, min(begin + _BATCH, len(images.names))):
+                try:
+                    pixels = images.read(i)
+                except ValueError as error:
+                    if images.names[i] in images.given:
+                        raise
+                    junk.append(str(error))
+                    continue
+                ready.append(encoder.prepared(pixels[None]))  # one by one: 64 photographs at full size are gigabytes
+                names.append(images.names[i])
+            if ready:
+                features.append(encoder(torch.cat(ready)).float().numpy())
+            bar.update(len(names) + len(junk))
+    if not features:
+        raise ValueError(f"none of the {len(junk)} files can be read as an image; the first: {junk[0]}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = np.concatenate(features)
+    with files.whole(args.out) as scratch, scratch.open("wb") as file:
+        np.savez(file, features=rows, names=np.array(names))
+    if junk:
+        say(f"{len(junk):,} files are no images that can be read and were left out; the first: {junk[0]}")
+    print(f"{args.out}: {len(rows)} × {rows.shape[1]} features")
+
+
+def _open(paths: tuple[Path, ...]) -> _Images:
+    if len(paths) == 1 and paths[0].suffix == ".npy":
+        return _array(paths[0])
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if is_image(p.name))
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"no file or folder {path}; expected images")
+    if not found:
+        raise ValueError(f"no images in {', '.join(map(str, paths))}")
+    return _Images([str(f) for f in found], lambda i: _read(found[i]), frozenset(map(str, paths)))
+
+
+def _array(path: Path) -> _Images:
+    if not path.is_file():
+        raise ValueError(f"no file {path}; expected images")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy file that can be read ({error}); expected uint8 (n, H, W, 3)") from None
+    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not len(array):
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (n, H, W, 3)")
+    return _Images([str(i) for i in range(len(array))], lambda i: np.asarray(array[i]))
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    from simclr.data.pixels import upright_rgb
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return np.asarray(upright_rgb(image))
+    except Exception as error:  # Pillow raises nearly anything at a damaged file: struct.error, IndexError, zlib.error …
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(f"{path} is no image that can be read ({reason}); leave it out") from None

@@ -1,0 +1,148 @@
+"""`simclr finetune`: a pretrained encoder + some labels → a classifier, on Ray Train workers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from pipelines.runs import sync
+from pipelines.runs.directory import Run
+from pipelines.train import classifiers, driver, ray_train
+from simclr.config import Optim, Watch
+from simclr.data.manifest import read_manifest
+from simclr.stages import FineTune
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_FEW = 0.05
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a pretrained network and a classifier on labels (SimCLR v2's second stage), and score it on the test split.
+
+    The defaults are v2's for 1 % of the labels of ImageNet (see `simclr.stages`). v1's: --tap 0 --batch-size 4096
+    --optim.name sgd --optim.nesterov --optim.scaling linear --optim.base-lr 0.05.
+    """
+
+    start: Annotated[Path, tyro.conf.Positional]
+    """Run directory or published encoder, on disk or at s3://bucket/prefix, or NAME@alias in the registry."""
+    data: Path | None = None
+    """Directory or s3://bucket/prefix of prepared shards. Default: the data of the run."""
+    labels: float = 1.0
+    """Share of each class whose labels are seen, at least one image of each: 0.01, 0.1, 1. labels.txt in the run lists them."""
+    label_file: Path | None = None
+    """Images whose labels are seen, in place of --labels: a text of file names or sample ids, one a line."""
+    tap: int | None = None
+    """Layer of the projection head that is classified. Default, as v2: 1 of a head of three layers, but 0 (the encoder's h) where
+    all labels are seen, and of v1's head."""
+    linear: bool = False
+    """Only the classifier learns, the network stays as it is."""
+    from_scratch: bool = False
+    """The same network, from random weights: the supervised baseline."""
+    encoder: classifiers.Shape = field(default_factory=classifiers.Shape)
+    epochs: float | None = None
+    """Passes over the labelled images. Default: 60 where less than 5 % of the labels are seen, else 30."""
+    batch_size: int | None = None
+    """Images per step over all workers. Default: 1024, or as many as there are."""
+    optim: Optim = field(default_factory=lambda: FineTune().optim)
+    seed: int = 0
+    """Of the choice of labels, of order and crops, and of the weights that are new."""
+    label_seed: int | None = None
+    """Of the choice of labels alone. Default: --seed."""
+    test_every_epochs: float = 0.0
+    """Epochs between two scorings on the test split; 0 = only at the end."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """tf32 = float32 whose products take factors of 10 bits on a GPU; bfloat16 = autocast with float32 weights and loss."""
+    compile: bool = False
+    """Compile the network with torch.compile, which takes about a minute before the first step."""
+    run: Path | None = None
+    """Run directory or s3://bucket/prefix: what is there goes on. Default: runs/finetune-RECIPE-DIGEST."""
+    resources: Annotated[ray_train.Resources, tyro.conf.arg(name="")] = field(default_factory=ray_train.Resources)
+    tracking_uri: str | None = None
+    """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+
+
+def main(args: Args) -> None:
+    run = finetune(args)
+    print(classifiers.told(run, sync.shown(args.run or run.path)))
+
+
+def finetune(args: Args) -> Run:
+    """Check everything, train, and leave a run directory with its classifier. Returns the run.
+
+    Raises ValueError, before any worker starts, for what the user can mend.
+    """
+    began = time.monotonic()
+    with classifiers.published(args.start, args.tracking_uri) as (directory, known):
+        at = args.data or known
+        if at is None:
+            raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
+        data = sync.shards(at)
+        classes = classifiers.require_classes(manifest := read_manifest(data), data)
+        from simclr import checkpoint
+        from simclr.data import labels
+        from simclr.methods.classifier import build_classifier, first_state
+
+        seed = args.seed if args.label_seed is None else args.label_seed
+        seen = classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
+        ids = seen.ids
+        config = _config(args, directory, len(ids), len(ids) / manifest.examples("train"), labels.digest(ids))
+        args.resources.counts(config)
+        config.steps_per_epoch(len(ids))
+        state = None if args.from_scratch else first_state(config, directory, len(classes))
+        name = f"finetune-{classifiers.recipe_of(directory)}"
+        run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune")
+        run.save()
+        classifiers.write_labels(run, seen)
+        if state is not None and not checkpoint.list_checkpoints(run.checkpoints):
+            checkpoint.write(run.checkpoints, state, config.train.keep_checkpoints)
+
+    def shapes() -> nn.Module:
+        import torch
+
+        with torch.device("meta"):
+            return build_classifier(config, len(classes), config.tap, config.linear)
+
+    notes: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
+    job = driver.Job(
+        run=run,
+        home=home,
+        asked=args.run or run.path,
+        total=config.total_steps(len(ids)),
+        uri=uri,
+        resources=args.resources,
+        shapes=shapes,
+        publish=lambda run: classifiers.publish(run, classes, config.tap, notes),
+        given={"ids": ids},
+    )
+    return driver.train(job, began)
+
+
+def _config(args: Args, directory: Path, images: int, share: float, labelled: str) -> FineTune:
+    from simclr.encoder.directory import config_of, read_text
+
+    base = config_of(read_text(directory))
+    if args.encoder != classifiers.Shape() and not args.from_scratch:
+        raise ValueError("--encoder.… asks for another network than the given one, which has weights; add --from-scratch, or leave it out")
+    epochs = args.epochs if args.epochs is not None else 60.0 if share < _FEW else 30.0
+    batch_size = classifiers.batch_for(args.batch_size, 1024, images, args.resources.workers)
+    tap = args.tap if args.tap is not None else int(base.head.layers >= 3 and share < 1)
+    return FineTune(
+        seed=args.seed,
+        encoder=args.encoder.of(base.encoder),
+        head=base.head,
+        views=base.views,
+        optim=args.optim,
+        train=classifiers.stage_train(batch_size, epochs, args.precision, args.compile),
+        watch=Watch(every_epochs=args.test_every_epochs),
+        tap=tap,
+        linear=args.linear,
+        begins="" if args.from_scratch else classifiers.digest(directory),
+        labelled=labelled,
+    )

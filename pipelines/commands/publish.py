@@ -1,0 +1,83 @@
+"""`simclr publish`: a run's encoder → a version in the registry; `champion` moves to it when it is the best."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pipelines.commands.evaluate import scores_of
+from pipelines.runs import sync
+from pipelines.runs.directory import load_run
+from pipelines.terminal import say
+from pipelines.tracking import client
+from pipelines.tracking import uri as mlflow_uri
+from pipelines.tracking.card import UNKNOWN_LICENCE, write_card
+from pipelines.tracking.outbox import catch_up
+
+
+@dataclass(frozen=True)
+class Args:
+    """Register the encoder of an evaluated run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory, or s3://bucket/prefix of one, after `simclr evaluate`."""
+    name: str | None = None
+    """Model name in the registry. Default: the name of the run's data directory."""
+    metric: str | None = None
+    """The score that decides who is champion, higher is better. Default: knn_top1, of a classifier top1, or rankme for data
+    without labels."""
+    tracking_uri: str | None = None
+    """MLflow address. Default: the run's."""
+    licence: str = UNKNOWN_LICENCE
+    """Of the weights, for the model card: README.md in the encoder's directory, and the version's description."""
+
+
+def main(args: Args) -> None:
+    result = publish(args)
+    print(f"{result['name']}/{result['version']}{' @champion' if result['champion'] else ''}")
+
+
+def publish(args: Args) -> dict[str, Any]:
+    """Register and, if it beats the present champion, move the alias. Returns name, version, champion, before."""
+    with sync.directory(args.run) as run:
+        return _publish(replace(args, run=run))
+
+
+def _publish(args: Args) -> dict[str, Any]:
+    run, began = load_run(args.run), time.monotonic()
+    row = scores_of(args.run)[-1]
+    scores = {key: float(value) for key, value in row.items() if key != "name"}
+    metric = args.metric or next((name for name in ("knn_top1", "top1") if name in scores), "rankme")
+    if metric not in scores:
+        raise ValueError(f"no score {metric!r}; choose one of {', '.join(scores)}")
+    uri = mlflow_uri.tracking_address(args.tracking_uri)
+    if run.tracking_run and mlflow_uri.redacted(uri) != run.tracking_uri:
+        if args.tracking_uri or "…" in run.tracking_uri:  # whose credentials are not in run.json
+            raise ValueError(
+                f"{args.run} is not known at {mlflow_uri.redacted(uri)}: it was logged at {run.tracking_uri}; "
+                "give that address with --tracking-uri"
+            )
+        uri = run.tracking_uri
+    mlflow_uri.check(uri)
+    if run.unlogged or not run.tracking_run:
+        run = catch_up(run, uri)
+    name = args.name or run.data.resolve().name
+    write_card(run.encoder, name, scores, args.licence)
+    version = client.register(uri, run.tracking_run, run.encoder, name, scores)
+    moved, before = client.promote(uri, name, version, metric)
+    if moved:
+        than = f" (before: {score_text(metric, before)})" if before is not None else ""
+        say(f"{name}/{version} is champion with {metric} {score_text(metric, scores[metric])}{than}")
+    else:
+        say(f"{name}/{version} is registered; the champion stays, with {metric} {score_text(metric, before or 0)}")
+    run.noted(registered=f"{name}/{version}").took("publish", time.monotonic() - began)
+    return {"name": name, "version": version, "champion": moved, "before": before}
+
+
+def score_text(metric: str, value: float) -> str:
+    """Shares in per cent, anything else as a number."""
+    return f"{100 * value:.1f} %" if metric.endswith(("top1", "top5")) else f"{value:.3g}"

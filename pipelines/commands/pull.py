@@ -1,0 +1,43 @@
+"""`simclr pull`: registry → an encoder directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pipelines.commands.publish import score_text
+from pipelines.terminal import Bar
+from pipelines.tracking import client
+from pipelines.tracking import uri as mlflow_uri
+from simclr import files
+
+
+@dataclass(frozen=True)
+class Args:
+    """Download a registered encoder; `simclr.load_encoder(DIR)` loads it."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """NAME@alias (patterns@champion) or NAME/version (patterns/3)."""
+    to: Path
+    """Directory to make."""
+    tracking_uri: str | None = None
+    """MLflow address. Default: $MLFLOW_TRACKING_URI, else the database under runs/."""
+
+
+def main(args: Args) -> None:
+    files.require_writable(args.to)
+    uri = mlflow_uri.tracking_address(args.tracking_uri)
+    mlflow_uri.check(uri)
+    with Bar("download", None, "MiB", "MiB/s") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.resize(total >> 20)
+            bar.update(done >> 20)
+
+        got = client.pull(uri, args.model, args.to, progress)
+    told = [name for name in got["scores"] if name.endswith("top1")] or list(got["scores"])
+    scores = ", ".join(f"{name} {score_text(name, got['scores'][name])}" for name in told)
+    print(f"{args.to}: {got['name']} version {got['version']} ({scores})")

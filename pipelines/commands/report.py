@@ -1,0 +1,122 @@
+"""`simclr report`: a run → report.html, one page with its scores, curves and pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from pipelines.html import page
+from pipelines.html.page import FeatureMap, Neighbours, ReportData, Score
+from pipelines.runs import sync
+from pipelines.runs.directory import Run, load_run
+from simclr.data.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write a run's report: one HTML file that needs no network and nothing beside it."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory, or s3://bucket/prefix of one; after `simclr evaluate` the page also has scores, neighbours and a map of the
+    features."""
+    out: Path | None = None
+    """File to write. Default: RUN/report.html."""
+
+
+def main(args: Args) -> None:
+    print(report(args))
+
+
+def report(args: Args) -> Path:
+    """Gather what the run directory holds and write the page. Returns its path."""
+    with sync.directory(args.run) as run:
+        return page.write(gather(load_run(run)), args.out or run / "report.html")
+
+
+def gather(run: Run) -> ReportData:
+    """All that the page shows. What the run does not have (yet), the page leaves out."""
+    scores, facts = _scores(run)
+    history = run.history()
+    classes = read_manifest(run.data).classes if (run.data / "manifest.json").is_file() else ()
+    facts = {
+        "run": str(run.path),
+        "began": time.strftime("%d %B %Y, %H:%M", time.localtime(run.created)),
+        **_length(run, history),
+        **facts,
+        **({"registered as": run.registered} if run.registered else {}),
+        **({"MLflow": f"run {run.tracking_run} at {run.tracking_uri}"} if run.tracking_run else {}),
+        "data": f"{run.origin} (manifest sha256 {run.data_digest[:12]}…)",
+        **run.environment,
+    }
+    gallery, neighbours, points = _pictures(run.path / "pictures.npz")
+    return ReportData(
+        title=f"SimCLR · {run.recipe}",
+        command=run.command,
+        config=run.config.flat(),
+        facts=facts,
+        scores=scores,
+        history=history,
+        classes=classes,
+        gallery=gallery,
+        neighbours=neighbours,
+        map=points,
+        timings=list(run.timings().items()),
+    )
+
+
+def _scores(run: Run) -> tuple[list[Score], dict[str, str]]:
+    path = run.path / "evaluation.json"
+    if not path.is_file():
+        return [], {}
+    text = json.loads(path.read_text())
+    if "knn_top1" not in text["scores"][-1]:
+        ranks = ", ".join(f"{row['name']} {row['rankme']:.1f}" for row in text["scores"])
+        return [], {"effective rank of the features (RankMe)": ranks}
+    scores = [Score(name=row["name"], knn_top1=row["knn_top1"], probe_top1=row.get("probe_top1")) for row in text["scores"]]
+    return scores, {"kNN": f"k = {text['k']}, τ = {run.config.watch.temperature:g}, cosine"}
+
+
+def _length(run: Run, history: list[dict[str, float]]) -> dict[str, str]:
+    if not history:
+        return {}
+    last = history[-1]
+    speeds = [row["speed/images_per_s"] for row in history[1:] if "speed/images_per_s" in row]
+    rate = f", {np.median(speeds):,.0f} images/s (median)" if speeds else ""
+    return {"length": f"{last['step']:,.0f} steps of {run.config.train.batch_size:,} images, {last['epoch']:.1f} epochs{rate}"}
+
+
+def _pictures(path: Path) -> tuple[np.ndarray, Neighbours, FeatureMap]:
+    """Gallery, neighbours and map of pictures.npz; empty ones where there is none."""
+    side = 1
+    empty = {
+        "gallery": np.zeros((0, 3, side, side, 3), np.uint8),
+        "queries": np.zeros((0, side, side, 3), np.uint8),
+        "query_labels": np.zeros(0, np.int64),
+        "neighbours": np.zeros((0, 0, side, side, 3), np.uint8),
+        "neighbour_labels": np.zeros((0, 0), np.int64),
+        "similarity": np.zeros((0, 0), np.float32),
+        "map": np.zeros((0, 2), np.float32),
+        "map_labels": np.zeros(0, np.int64),
+        "map_predicted": np.zeros(0, np.int64),
+        "thumbs": np.zeros((0, side, side, 3), np.uint8),
+    }
+    if path.is_file():
+        with np.load(path) as file:
+            found = {name: file[name] for name in empty}
+    else:
+        found = empty
+    neighbours = Neighbours(
+        queries=found["queries"],
+        query_labels=found["query_labels"],
+        images=found["neighbours"],
+        labels=found["neighbour_labels"],
+        similarity=found["similarity"],
+    )
+    points = FeatureMap(xy=found["map"], labels=found["map_labels"], predicted=found["map_predicted"], thumbs=found["thumbs"])
+    return found["gallery"], neighbours, points

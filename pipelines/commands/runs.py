@@ -1,0 +1,165 @@
+"""`simclr runs`: the runs in a directory or at an s3:// prefix, what state they are in and how far they came."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import tyro
+
+from pipelines.runs.directory import SCHEMA
+from simclr.config import Config
+from simclr.data.s3.uri import Address, address
+
+_SILENT_S = 600.0  # a run that reports nothing for longer has stopped; reports come every few seconds
+
+
+@dataclass(frozen=True)
+class Args:
+    """List runs, the newest first."""
+
+    at: Annotated[Path, tyro.conf.Positional] = Path("runs")
+    """Directory, or s3://bucket/prefix, that holds run directories (also one of them)."""
+    json: bool = False
+    """One JSON object per line instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One run, as it is told."""
+
+    run: str
+    """Its name below the directory asked for."""
+    recipe: str
+    state: str
+    """new (no step yet), running (reported in the last ten minutes), stopped (not to its end, and silent), complete."""
+    step: int
+    total_steps: int | None
+    images_per_s: float | None
+    """As last reported."""
+    checkpoint: int | None
+    """Step of the last whole checkpoint."""
+    loss: float | None
+    updated: float
+    """Unix time of the last report, or of its beginning."""
+    note: str = ""
+    """What is wrong with it, if anything."""
+
+
+def main(args: Args) -> None:
+    lines = sorted(_lines(args.at), key=lambda line: -line.updated)
+    if args.json:
+        for line in lines:
+            print(json.dumps(asdict(line)))
+    elif lines:
+        print(table(lines))
+
+
+def _lines(at: Path) -> list[Line]:
+    """Every run at or below `at`. Raises ValueError where nothing is there, or S3 does not answer."""
+    place = address(at)
+    if place is not None:
+        return _remote(place)
+    if not at.is_dir():
+        raise ValueError(f"{at} is no directory; expected one that holds runs, or s3://bucket/prefix")
+    found = []
+    for path in [at / "run.json", *sorted(at.glob("*/run.json"))]:
+        if path.is_file():
+            whole = (p.parent.name for p in path.parent.glob("checkpoints/step-*/checkpoint.json"))
+            metrics = path.parent / "metrics.jsonl"
+            text = _tail(metrics) if metrics.is_file() else ""
+            found.append(line(path.parent.name, path.read_text(), text, list(whole)))
+    return found
+
+
+def _remote(place: Address) -> list[Line]:
+    from simclr.data.s3.store import Store
+
+    store = Store()
+    names = {found.name for found in store.listing(place)}
+    found = []
+    for name in sorted(name for name in names if PurePosixPath(name).name == "run.json" and len(PurePosixPath(name).parts) <= 2):
+        home = PurePosixPath(name).parent
+        parts = [PurePosixPath(n).parts for n in names]
+        whole = [p[-2] for p in parts if p[:-3] == home.parts and p[-3:-2] == ("checkpoints",) and p[-1] == "checkpoint.json"]
+        metrics = str(home / "metrics.jsonl")
+        text = store.read(place / metrics).decode(errors="replace") if metrics in names else ""
+        found.append(line(place.name if str(home) == "." else str(home), store.read(place / name).decode(), text, whole))
+    return found
+
+
+def _tail(path: Path, size: int = 1 << 16) -> str:
+    """The last `size` bytes: runs of a million steps have long files, and the last report is enough."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        return file.read().decode(errors="replace")
+
+
+def line(name: str, run_json: str, metrics: str, checkpoints: list[str]) -> Line:
+    """A run's line, from the text of run.json, the (end of the) text of metrics.jsonl, and names of its whole checkpoints."""
+    last: dict[str, Any] = {}
+    for row in reversed(metrics.splitlines()):
+        try:
+            last = json.loads(row)
+            break
+        except ValueError:
+            continue  # half a line, of a machine that died
+    steps = [int(name.removeprefix("step-")) for name in checkpoints if name.removeprefix("step-").isdigit()]
+    note, recipe, total, began = "", "?", None, 0.0
+    try:
+        about = json.loads(run_json)
+        recipe, began = about["recipe"], about["created"]
+        if about["schema"] != SCHEMA:
+            note = f"of another schema than {SCHEMA}"
+        else:
+            total = Config.from_dict(about["config"]).train.steps
+    except (ValueError, KeyError, TypeError) as error:
+        note = f"run.json cannot be read: {error}"
+    step, total = last.get("step", max(steps, default=0)), last.get("total_steps", total)
+    updated = last.get("time", began)
+    if total is not None and step >= total:
+        state = "complete"
+    elif time.time() - updated < _SILENT_S:
+        state = "running" if step else "new"
+    else:
+        state = "stopped" if step else "new"
+    return Line(
+        run=name,
+        recipe=recipe,
+        state=state,
+        step=step,
+        total_steps=total,
+        images_per_s=last.get("speed/images_per_s"),
+        checkpoint=max(steps, default=None),
+        loss=last.get("train/loss"),
+        updated=updated,
+        note=note,
+    )
+
+
+def table(lines: list[Line]) -> str:
+    """The lines in columns, for people."""
+    rows = [("run", "recipe", "state", "step", "images/s", "checkpoint", "loss", "last report")]
+    for one in lines:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated)) if one.updated else "–"
+        rows.append(
+            (
+                one.run,
+                one.recipe,
+                one.state,
+                f"{one.step:,}" + (f" / {one.total_steps:,}" if one.total_steps else ""),
+                "–" if one.images_per_s is None else f"{one.images_per_s:,.0f}",
+                "–" if one.checkpoint is None else f"{one.checkpoint:,}",
+                "–" if one.loss is None else f"{one.loss:.3f}",
+                when + (f"  {one.note}" if one.note else ""),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right = {3, 4, 5, 6}
+    return "\n".join(
+        "  ".join(f"{cell:>{w}}" if i in right else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,201 @@
+"""`simclr evaluate --protocol`: the papers' protocols one by one, each with its interval, classes and confusion picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines.evaluation.confusion import confusion_picture
+from pipelines.terminal import Bar, say
+from simclr import files
+from simclr.config import Config
+from simclr.data.manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+    from simclr.evaluation.features import Features
+
+Protocol = Literal["knn", "probe", "lbfgs", "sgd"]
+_BATCH = 256
+_LISTED = 12  # classes that the terminal shows; the file has all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the protocols are told. `None` = what the config or the data says."""
+
+    k: int | None
+    temperature: float | None
+    epochs: float
+    batch_size: int | None
+    resamples: int
+    limit: int | None
+    threads: int
+
+
+def run(
+    protocols: tuple[Protocol, ...],
+    encoder: Any,
+    data: Path,
+    config: Config,
+    device: torch.device,
+    settings: Settings,
+    out: Path,
+    name: str,
+) -> list[dict[str, Any]]:
+    """Runs each protocol on the encoder at hand; writes `out`/PROTOCOL.json and `out`/PROTOCOL.png; returns what they say."""
+    manifest = read_manifest(data)
+    if not manifest.classes:
+        raise ValueError(f"{data} has no labels, and every protocol needs them; leave out --protocol for the effective rank (RankMe)")
+    if "sgd" in protocols and settings.limit is not None:
+        raise ValueError("--limit and --protocol sgd: it draws crops of the whole training split; leave one of them out")
+    if "sgd" in protocols and "test" not in manifest.splits:
+        raise ValueError(f"{data} has no test split, which --protocol sgd cannot hold back for itself; prepare the data with one")
+    out.mkdir(parents=True, exist_ok=True)
+    parts = ("test",) if set(protocols) == {"sgd"} else ("train", "test")  # sgd embeds crops of its own
+    train, test = features(encoder, data, manifest, config, device, settings, parts)
+    if not len(train.y) or not len(test.y):
+        raise ValueError(f"none of the {settings.limit or 'given'} images of a split of {data} has a label; raise --limit")
+    rows = []
+    for protocol in protocols:
+        began = time.monotonic()
+        if protocol == "sgd":
+            scores, told = _sgd(encoder, data, config, device, settings, len(manifest.classes), test)
+        else:
+            scores, told = _FITTED[protocol](train, test, config, settings, len(manifest.classes))
+        fitted = manifest.examples("train") if protocol == "sgd" else len(train.y)
+        told = {"protocol": protocol, "encoder": name, "train": fitted, "test": len(test.y), **told}
+        rows.append(summary(scores, test.y, list(manifest.classes), settings.resamples) | {"settings": told})
+        rows[-1]["seconds"] = time.monotonic() - began
+        write(rows[-1], list(manifest.classes), out, protocol)
+        print(text(rows[-1], list(manifest.classes)))
+        say(f"{out / protocol}.json, {out / protocol}.png")
+    return rows
+
+
+def features(
+    encoder: Any, data: Path, manifest: Manifest, config: Config, device: torch.device, settings: Settings, parts: tuple[str, ...]
+) -> tuple[Features, Features]:
+    """The labelled rows of the training and the test split, or, where `parts` has one of them, twice that one; without a test
+    split, a tenth is held back."""
+    from pipelines.commands.evaluate import held_back
+    from simclr.data.loader import in_order
+    from simclr.evaluation.features import embed
+    from simclr.evaluation.frozen import Unchanged
+
+    found = {}
+    splits = [s for s in parts if s in manifest.splits]
+    images = sum(min(settings.limit or manifest.examples(s), manifest.examples(s)) for s in splits)
+    with Bar("embed", images) as bar, Unchanged(encoder):
+        for part in splits:
+            batches = in_order(data, part, config.views.size_px, _BATCH, settings.limit, settings.threads, resize=config.views.resize)
+            found[part] = embed(encoder, batches, config.views, device, progress=bar.advance)
+    train, test = (found.get("train", found["test"]), found["test"]) if "test" in found else held_back(found["train"])
+    return train.labelled(), test.labelled()
+
+
+# ── The protocols: (features, what is told) → (scores of the test rows, the settings that were used) ─────────────────
+
+
+def _knn(train: Features, test: Features, config: Config, settings: Settings, classes: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    import torch.nn.functional as F
+
+    from simclr.evaluation.features import nearest
+
+    k, temperature = settings.k or config.watch.k, settings.temperature or config.watch.temperature
+    votes = nearest(train.h, train.y, test.h, k, temperature).votes
+    return F.pad(votes, (0, classes - votes.shape[1])), {"k": min(k, len(train.y)), "temperature": temperature}
+
+
+def _probe(train: Features, test: Features, config: Config, settings: Settings, classes: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    from simclr.evaluation.linear import quick_probe
+
+    scores, decay = quick_probe(train.h, train.y, test.h, classes)
+    return scores, {"decay": decay}
+
+
+def _lbfgs(train: Features, test: Features, config: Config, settings: Settings, classes: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    from simclr.evaluation.linear import held_out, swept_probe
+    from simclr.evaluation.metrics import accuracy
+
+    held = held_out(train.y, 0.2)
+    fit, choose = train[~held], train[held]
+    with Bar("L-BFGS", None, "iterations", "iterations/s") as bar:
+        swept = swept_probe(
+            *((fit.h, fit.y), (choose.h, choose.y), test.h, classes, lambda s, y: accuracy(s, y)["top1"]),
+            progress=lambda iteration, moving: bar.update(iteration, f"{moving} of the fits still move"),
+        )
+    told = {"lambda": swept.penalty, "penalties": len(swept.validation), "converged": swept.converged}
+    return swept.scores, told | {"refit_converged": swept.refit_converged, "validation_top1": list(swept.validation.items())}
+
+
+_FITTED = {"knn": _knn, "probe": _probe, "lbfgs": _lbfgs}
+
+
+def _sgd(
+    encoder: Any, data: Path, config: Config, device: torch.device, settings: Settings, classes: int, test: Features
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    from simclr.evaluation.linear import batch_size_for, sgd_probe
+
+    examples = read_manifest(data).examples("train")
+    batch_size = settings.batch_size or batch_size_for(examples)
+    with Bar("sgd", None) as bar:
+
+        def progress(step: int, of: int, loss: float) -> None:
+            bar.resize(of * batch_size)
+            bar.update(step * batch_size, f"loss {loss:.3f}")
+
+        classifier = sgd_probe(encoder, data, config, classes, batch_size, settings.epochs, device, settings.threads, progress)
+    return classifier(test.h), {"epochs": settings.epochs, "batch_size": batch_size, "peak_lr": 0.1 * batch_size / 256, "weight_decay": 0.0}
+
+
+# ── What they say ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def summary(scores: torch.Tensor, y: torch.Tensor, classes: list[str], resamples: int) -> dict[str, Any]:
+    """top1 with its interval, top5, mean per class, every class, and the confusion table, as plain values."""
+    from simclr.evaluation.metrics import accuracy, bootstrap, confusion, mean_per_class, per_class
+
+    scores, y = scores.cpu(), y.cpu()
+    table = confusion(scores.argmax(1), y, len(classes))
+    right = (scores.argmax(1) == y).double()
+    interval = bootstrap(lambda rows: right[rows].mean().item(), len(y), resamples)
+    shares = [None if share != share else share for share in per_class(table).tolist()]  # JSON knows no NaN
+    return {
+        **accuracy(scores, y),
+        "top1_interval": {"low": interval[0], "high": interval[1], "confidence": 0.95, "resamples": resamples, "seed": 0},
+        "mean_per_class": mean_per_class(table),
+        "per_class": dict(zip(classes, shares, strict=True)),
+        "confusion": table.tolist(),
+    }
+
+
+def write(result: dict[str, Any], classes: list[str], out: Path, protocol: str) -> None:
+    """The result as JSON, and its confusion table as a picture."""
+    import numpy as np
+
+    files.write_text(out / f"{protocol}.json", json.dumps(result, indent=1) + "\n")
+    title = f"{result['settings']['encoder']} · {protocol} · top-1 {100 * result['top1']:.1f} %"
+    confusion_picture(np.array(result["confusion"]), classes, title).save(out / f"{protocol}.png")
+
+
+def text(result: dict[str, Any], classes: list[str]) -> str:
+    """A line of what was done, one of the scores, and the classes, the worst first."""
+    told = dict(result["settings"])
+    told.pop("validation_top1", None)
+    name, _, train, test = (told.pop(key) for key in ("protocol", "encoder", "train", "test"))
+    settings = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in told.items())
+    at = result["top1_interval"]
+    interval = f"95 % interval {100 * at['low']:.1f} … {100 * at['high']:.1f}, {at['resamples']} resamples"
+    scores = f"top-1 {100 * result['top1']:.1f} % ({interval})"
+    lines = [f"{name}: {settings}; {train:,} training and {test:,} test images", f"  {scores}"]
+    lines[-1] += f", top-5 {100 * result['top5']:.1f} %, mean per class {100 * result['mean_per_class']:.1f} %"
+    ranked = sorted((share, c) for c, share in result["per_class"].items() if share is not None)
+    if len(ranked) > _LISTED:
+        lines.append(f"  the {_LISTED} worst of {len(ranked)} classes:")
+    lines += [f"  {100 * share:6.1f} %  {c}" for share, c in ranked[:_LISTED]]
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""`simclr evaluate --suite transfer`: the twelve datasets of the paper's Table 8, beside its figures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.terminal import Bar, say
+from simclr import files
+
+if TYPE_CHECKING:
+    from pipelines.commands.evaluate import Args
+    from simclr.data.tasks import Rows, Task
+    from simclr.encoder.directory import PublishedEncoder
+
+_BATCH = 256
+_METRICS = {"top1": "top-1", "mean_per_class": "mean per class", "map11": "11-point mAP"}
+
+Method = Callable[["PublishedEncoder", "dict[str, Rows]", "Task", "Args"], dict[str, Any]]
+"""(encoder, the dataset's parts, its row of the table, flags) → value, low, high in [0, 1], and what was chosen on the way."""
+
+
+def run(args: Args, out: Path, name: str) -> list[dict[str, Any]]:
+    """Scores the encoder on every dataset under --root; prints the table, writes `out`/transfer.json after each; returns the rows."""
+    from simclr.data.tasks import TASKS, open_task
+
+    if args.root is None:
+        raise ValueError("where are the datasets? give --root DIR, the folder that torchvision's datasets lie in")
+    if args.data is not None:
+        raise ValueError("--data is for shards; --suite transfer reads torchvision's folders under --root, so leave it out")
+    if not args.root.is_dir() and not args.download:
+        raise ValueError(f"--root {args.root} is no directory; expected one that holds {', '.join(t.folder for t in TASKS.values())}")
+    tasks = {task: TASKS[task] for task in chosen(args.only, list(TASKS))}
+    # All are opened before the first is embedded, so that a folder that cannot be read is known now and not in hours.
+    found = {task: open_task(task, args.root, args.download) for task in tasks}
+    present = {task: parts for task, parts in found.items() if parts is not None}
+    absent = {task: str(args.root / tasks[task].folder) for task in tasks if found[task] is None}
+    if not present:
+        raise ValueError(f"none of {', '.join(tasks)} is under {args.root}; lay them out as torchvision does, or add --download")
+    for task, place in absent.items():
+        say(f"{tasks[task].title} is absent: {place}")
+    encoder = _encoder(args)
+    rows: list[dict[str, Any]] = []
+    for task, parts in present.items():
+        for method, score in METHODS.items() if args.fine_tune else [("linear", linear)]:
+            began = time.monotonic()
+            found_row = score(encoder, parts, tasks[task], args)
+            row = {"dataset": task, "title": tasks[task].title, "metric": tasks[task].metric, "method": method, **found_row}
+            rows.append(row | {"published": asdict(tasks[task].published), "seconds": time.monotonic() - began})
+        text = {"encoder": name, "size_px": encoder.preprocessing.size_px, "rows": rows, "absent": absent}
+        files.write_text(out / "transfer.json", json.dumps(text, indent=1) + "\n")
+    print(table(rows))
+    for task, place in absent.items():
+        print(f"absent: {tasks[task].title} ({place})")
+    say(str(out / "transfer.json"))
+    return rows
+
+
+def chosen(only: tuple[str, ...], known: list[str]) -> list[str]:
+    """The datasets that `--only` names, in the table's order; all where it names none."""
+    names = [name for words in only for name in words.split(",") if name]
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.4) or known
+            raise ValueError(f"--only {name}: no dataset of the suite; nearest: {', '.join(near)}")
+    return [name for name in known if name in names] if names else known
+
+
+def _encoder(args: Args) -> PublishedEncoder:
+    import simclr
+    from pipelines.commands.evaluate import device_of
+    from pipelines.runs.directory import load_run
+
+    directory = args.encoder
+    if (directory / "run.json").is_file():
+        run = load_run(directory)
+        if not run.encoder.is_dir():
+            raise ValueError(f"{directory} has no encoder yet; finish it with the command that began it: {run.command}")
+        directory = run.encoder
+    return simclr.load_encoder(directory).to(device_of(args.device))
+
+
+def linear(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, args: Args) -> dict[str, Any]:
+    """A linear classifier on frozen features."""
+    from simclr.evaluation import transfer_linear
+
+    limit = args.limit or max(len(rows) for rows in parts.values())
+    with Bar(task.title, sum(min(limit, len(rows)) for rows in parts.values())) as bar:
+        embedded = {
+            part: transfer_linear.embed_rows(encoder, rows, _BATCH, args.threads, bar.advance, args.limit) for part, rows in parts.items()
+        }
+    split = transfer_linear.split(embedded, task.split)
+    with Bar(f"{task.title}, L-BFGS", None, "iterations", "iterations/s") as bar:
+        score = transfer_linear.linear(
+            split,
+            task.classes,
+            task.metric,
+            args.resamples,
+            lambda iteration, moving: bar.update(iteration, f"{moving} of the fits still move"),
+        )
+    told = {"lambda": score.swept.penalty, "converged": score.swept.converged, "refit_converged": score.swept.refit_converged}
+    counts = {part: len(getattr(split, part).y) for part in ("train", "validation", "test")}
+    return {"value": score.value, "low": score.low, "high": score.high, **told, **counts}
+
+
+def fine_tuned(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, args: Args) -> dict[str, Any]:
+    """The whole network, once for every pair of --rates and --decays and once more with the best."""
+    from simclr.evaluation import transfer_finetune
+
+    tuning = transfer_finetune.Tuning(
+        steps=args.tuning_steps,
+        rates=args.rates or transfer_finetune.RATES,
+        decays=args.decays or transfer_finetune.DECAYS,
+        threads=args.threads,
+    )
+    with Bar(f"{task.title}, fine-tuning", None, "steps", "steps/s") as bar:
+
+        def progress(step: int, of: int) -> None:
+            bar.resize(of)
+            bar.update(step)
+
+        score = transfer_finetune.fine_tuned(encoder, parts, task, tuning, args.resamples, args.limit, progress)
+    told = {"lr": score.lr, "weight_decay": score.weight_decay, "validated": score.validation, "steps": tuning.steps}
+    return {"value": score.value, "low": score.low, "high": score.high, **told, **score.counts}
+
+
+METHODS: Mapping[str, Method] = {"linear": linear, "fine_tuned": fine_tuned}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The paper's Table 8 with a column of ours, in per cent, for each method that was run."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        lines.append(f"{method:<15} {'metric':<15} {'ours':>6} {'95 %':>13} {'SimCLR 4×':>10} {'supervised 4×':>14}")
+        for row in mine:
+            at = f"{100 * row['low']:.1f} … {100 * row['high']:.1f}"
+            published = row["published"]
+            theirs = f"{published[method]:>10.1f} {published[method + '_supervised']:>14.1f}"
+            lines.append(f"{row['title']:<15} {_METRICS[row['metric']]:<15} {100 * row['value']:>6.1f} {at:>13} {theirs}")
+    lines.append("SimCLR 4×, supervised 4×: arXiv:2002.05709, Table 8, ResNet-50 (4×) pretrained on ImageNet")
+    return "\n".join(lines)

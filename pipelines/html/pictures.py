@@ -1,0 +1,110 @@
+"""What a run's report shows of its features, gathered once, when they are at hand: pictures.npz in the run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from simclr import files, keyed
+from simclr.config import Config
+from simclr.data.loader import Batch, batches, in_order
+from simclr.evaluation.features import Features, nearest
+from simclr.views.two_views import raw_views
+
+_SHOWN = 8
+_NEIGHBOURS = 7
+_POINTS = 1000
+_THUMB_PX = 32
+
+
+def write_pictures(path: Path, config: Config, data: Path, train: Features, test: Features, query_split: str) -> None:
+    """Gallery (8, 3, H, W, 3): original and two views; neighbours of 8 test images; a 2-D map of up to 1,000 test features.
+
+    `query_split` is the split that the test features are of: train, where some of it was held back.
+    """
+    # Queries spread over the classes: the first test image of each, as far as they go.
+    order = np.argsort(_first_of_class(test.y.cpu().numpy()), kind="stable")
+    queries = np.sort(order[:_SHOWN])
+    found = nearest(train.h, train.y, test.h, config.watch.k, config.watch.temperature)
+    predicted = found.votes.argmax(1).cpu().numpy()
+    index = found.index[queries][:, :_NEIGHBOURS].cpu().numpy()
+    points = np.sort(keyed.permutation(0, 0, len(test.h))[:_POINTS])
+    train_ids, test_ids = train.ids.cpu().numpy(), test.ids.cpu().numpy()
+    wanted = _images(data, "train", config, train_ids[index.ravel()])
+    arrays: dict[str, NDArray[Any]] = {
+        "gallery": gallery(config, data, _SHOWN),
+        "queries": _images(data, query_split, config, test_ids[queries]),
+        "query_labels": test.y[queries].cpu().numpy(),
+        "neighbours": wanted.reshape(*index.shape, *wanted.shape[1:]),
+        "neighbour_labels": train.y[torch.as_tensor(index)].cpu().numpy(),
+        "similarity": found.similarity[queries][:, :_NEIGHBOURS].cpu().numpy(),
+        "map": _plane(test.h[points].cpu().numpy()),
+        "map_labels": test.y[points].cpu().numpy(),
+        "map_predicted": predicted[points],
+        "thumbs": _thumbs(_images(data, query_split, config, test_ids[points])),
+    }
+    with files.whole(path) as scratch, scratch.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def _first_of_class(y: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many earlier rows share each row's class."""
+    seen: dict[int, int] = {}
+    rank = np.zeros(len(y), np.int64)
+    for i, label in enumerate(y.tolist()):
+        rank[i] = seen.get(label, 0)
+        seen[label] = rank[i] + 1
+    return rank
+
+
+def _images(data: Path, split: str, config: Config, ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Images `ids` of a split as evaluation sees them, (n, H, W, 3)."""
+    wanted = {int(i) for i in ids}
+    found: dict[int, NDArray[np.uint8]] = {}
+    for batch in in_order(data, split, config.views.size_px, 256, resize=config.views.resize):
+        for row, sample in enumerate(batch.ids.tolist()):
+            if sample in wanted:
+                found[sample] = batch.images[row].numpy().copy()
+        if len(found) == len(wanted):
+            break
+    return np.stack([found[int(i)] for i in ids])
+
+
+def gallery(config: Config, data: Path, most: int) -> NDArray[np.uint8]:
+    """The first images of the first epoch, (n, 3, H, W, 3): original, view 0, view 1, before normalisation."""
+    stream = batches(config, data, 0, 0, 1)
+    batch: Batch = next(stream)
+    n = min(most, len(batch.ids))
+    ids = batch.ids[:n].clone()
+    views = (raw_views(batch.images[:n], ids, batch.epoch, config.views, config.seed) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    stream.close()
+    originals = _images(data, "train", config, ids.numpy())
+    if originals.shape[1:] != views.shape[1:]:
+        originals = np.stack([_resized(image, views.shape[1]) for image in originals])
+    return np.stack([originals, views[:n], views[n:]], 1)
+
+
+def _resized(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def _thumbs(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return images if max(images.shape[1:3]) <= _THUMB_PX else np.stack([_resized(image, _THUMB_PX) for image in images])
+
+
+def _plane(h: NDArray[np.float32]) -> NDArray[np.float32]:
+    """t-SNE of the normalised features, (n, 2); started from PCA, so that the same features give the same map."""
+    from sklearn.manifold import TSNE
+
+    if len(h) < 4:  # too few to be like or unlike one another
+        return np.zeros((len(h), 2), np.float32)
+    unit = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
+    perplexity = min(30.0, max((len(h) - 1) / 3, 1.0))
+    xy: NDArray[np.float32] = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine", max_iter=500).fit_transform(unit)
+    return xy.astype(np.float32)

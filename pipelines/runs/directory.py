@@ -1,0 +1,270 @@
+"""A run's directory: what it holds, whose it is, and how it is found again.
+
+run.json        recipe, config, data, command, environment, tracking address and run id, registered version
+metrics.jsonl   one line per report
+checkpoints/    step-…/ (see simclr.checkpoint)
+encoder/        the published form of the newest checkpoint's encoder
+compiled/       what torch.compile made (see pipelines.train.compile_cache)
+timings.json    seconds of each command so far
+evaluation.json scores; pictures.npz: what the report shows; report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from pipelines.tracking.uri import redacted
+from simclr import files
+from simclr.config import Config
+from simclr.data.s3.uri import address, copy_of
+from simclr.stages import STAGES
+
+SCHEMA = 1
+_LOCK = ".training"
+_PHASES = ("render and shard", "start", "pretrain", "finetune", "distill", "evaluate", "publish", "pull and compare")
+# These change how often a run speaks, not what it computes: a resumed run may change them.
+_OPERATIONAL = (
+    *("train.report_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.compile", "train.cache"),
+    "watch.",
+)
+_NOTING = threading.Lock()  # one thread at a time reads run.json, changes a field and writes it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One run: its directory and the content of run.json."""
+
+    path: Path
+    recipe: str
+    config: Config
+    data: Path
+    data_digest: str
+    """sha256 of the data's manifest: the same name over other shards is another run."""
+    command: str
+    created: float
+    """Unix time."""
+    data_at: str = ""
+    """s3://bucket/prefix, where `data` is this machine's copy of it."""
+    environment: dict[str, str]
+    """Machine and versions of the driver that began it."""
+    tracking_uri: str = ""
+    """MLflow address, without credentials."""
+    tracking_run: str = ""
+    unlogged: str = ""
+    """"yes" until MLflow has taken all of metrics.jsonl, also while a job is at it, which may be killed: the same command again logs
+    the rest."""
+    registered: str = ""
+    """NAME/VERSION in the registry, once published."""
+    stage: str = "pretrain"
+    """Which command makes it: pretrain, finetune or distill."""
+
+    @property
+    def origin(self) -> str:
+        """Where the data is, for people and for a command on another machine."""
+        return self.data_at or str(self.data)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def encoder(self) -> Path:
+        return self.path / "encoder"
+
+    def save(self) -> None:
+        """Write run.json, atomically."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        # As seen from the run, where it was not given absolutely: any folder may be the current one next time.
+        data = self.data if self.data.is_absolute() else os.path.relpath(self.data, self.path)
+        text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": self.data_at or str(data)}
+        del text["path"], text["data_at"]
+        files.write_text(self.path / "run.json", json.dumps(text, indent=1) + "\n")
+
+    def noted(self, **fields: str) -> Self:
+        """The same run with `fields` changed; of run.json they alone are: others may have noted something there since it was read.
+
+        Where another run has taken the directory meanwhile, as a trial does that begins again, its run.json stays.
+        """
+        path = self.path / "run.json"
+        with _NOTING:
+            there = json.loads(path.read_text()) if path.is_file() else {}
+            if there.get("created") == self.created:
+                files.write_text(path, json.dumps(there | fields, indent=1) + "\n")
+        return replace(self, **fields)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """In here, no other process trains this run: two would remove each other's checkpoints. Holds on one machine, and where its
+        disk is shared with locks; a process that dies lets go. Raises ValueError where another one does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is training {self.path}; wait for it, end it, or use another --run") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a shared disk without locks
+                    raise
+            try:
+                yield
+            finally:
+                if {p.name for p in self.path.iterdir()} == {_LOCK}:  # it was refused: nothing stays
+                    (self.path / _LOCK).unlink()
+                    self.path.rmdir()
+
+    def took(self, phase: str, seconds: float) -> None:
+        """Note the seconds that `phase` took. A resumed training adds to its earlier part; what is done again counts once."""
+        assert phase in _PHASES
+        path = self.path / "timings.json"
+        timings = self.timings()
+        before = timings.get(phase, 0.0) if phase in ("start", *STAGES) else 0.0
+        files.write_text(path, json.dumps(timings | {phase: round(before + seconds, 2)}) + "\n")
+
+    def timings(self) -> dict[str, float]:
+        """Phase → seconds, in the order of the job."""
+        path = self.path / "timings.json"
+        seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        return {phase: seconds[phase] for phase in _PHASES if phase in seconds}
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        """One report, as a line of metrics.jsonl."""
+        line = json.dumps({"time": round(time.time(), 3), **metrics}).encode() + b"\n"
+        with (self.path / "metrics.jsonl").open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = b"\n" + line  # a machine that died left half a line
+            file.write(line)
+
+    def fill(self, reports: list[dict[str, Any]]) -> None:
+        """Append those of `reports`, from the checkpoint that training goes on from, which metrics.jsonl lacks: the workers of a
+        driver that died write checkpoints for some seconds more, and of a run in S3 the newest lines may have been lost with it."""
+        known = {row["step"] for row in self.history()}
+        for report in reports:
+            if report["step"] not in known:
+                self.append(report)
+
+    def history(self) -> list[dict[str, float]]:
+        """All reports in order of steps. A step that was repeated after a failure counts as it came out last."""
+        path = self.path / "metrics.jsonl"
+        rows: dict[int, dict[str, float]] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):  # half a line, of a machine that died
+                row = json.loads(line)
+                rows[row["step"]] = row
+        return [rows[step] for step in sorted(rows)]
+
+
+def environment() -> dict[str, str]:
+    """This machine and the versions that matter, for people. A package that is not installed is named as absent: no measurement of
+    hours may end in an exception for want of a version."""
+    models = [line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    cpu = models[0] if models else platform.processor()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = [f"{name} {version(name) or 'absent'}" for name in ("torch", "ray", "mlflow", "ffcv")]
+    versions += [f"{name} {found}" for name in ("torchvision", "triton") if (found := version(name))]
+    return {
+        "machine": f"{os.cpu_count()} cores, {cpu or platform.machine()}, {memory:.0f} GiB",
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions, *_gpu_versions()]),
+    }
+
+
+def version(package: str) -> str:
+    """The installed version of `package`, without its build; "" where it is not installed."""
+    try:
+        return importlib.metadata.version(package).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _gpu_versions() -> list[str]:
+    """CUDA's and the driver's, where a driver of NVIDIA's is loaded."""
+    driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", "\n".join(_lines(Path("/proc/driver/nvidia/version"))))
+    if driver is None:
+        return []
+    import torch  # takes seconds: asked on a machine with a GPU alone
+
+    return [f"CUDA {torch.version.cuda or 'absent'}", f"driver {driver[1]}"]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def manifest_digest(data: Path) -> str:
+    """sha256 of `data`/manifest.json."""
+    return hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest()
+
+
+def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at: str = "", stage: str = "pretrain") -> Run:
+    """The run that this config and data (at `data_at`, where `data` is a copy) belong to: a new one, or the one to go on with.
+
+    Without `path` the directory is runs/RECIPE-DIGEST, so the same command finds its run again. Raises ValueError where
+    `path` holds a run of another config or data, naming the first differences, or something that is no run.
+    """
+    digest = manifest_digest(data)
+    if path is None:
+        key = {k: v for k, v in config.flat().items() if not k.startswith(_OPERATIONAL)}
+        name = hashlib.sha256(json.dumps([key, digest], sort_keys=True).encode()).hexdigest()[:8]
+        path = Path("runs") / f"{recipe}-{name}"
+    if (path / "run.json").exists():
+        run = load_run(path)
+        if run.stage != stage:
+            raise ValueError(f"run directory {path} was made by `simclr {run.stage}`, this is `simclr {stage}`; use another --run")
+        theirs, ours = run.config.flat(), config.flat()
+        different = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k] and not k.startswith(_OPERATIONAL)]
+        if run.data_digest != digest:
+            different.append(f"data {run.origin} there, {data_at or data} here")
+        if different:
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise ValueError(f"run directory {path} belongs to another config: {'; '.join(different[:3])}{more}; use another --run")
+        run = replace(run, config=config, data=data, data_at=data_at)
+    elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {_LOCK}):
+        raise ValueError(f"{path} exists and is no run (it has no run.json); use another --run")
+    else:
+        command = shlex.join(["simclr", *(redacted(word) for word in sys.argv[1:])])
+        run = Run(
+            path=path,
+            recipe=recipe,
+            config=config,
+            data=data,
+            data_at=data_at,
+            data_digest=digest,
+            command=command,
+            created=time.time(),
+            environment=environment(),
+            stage=stage,
+        )
+    files.require_writable(path)
+    return run
+
+
+def load_run(path: Path) -> Run:
+    """The run in directory `path`. Raises ValueError where there is none, or one of another schema."""
+    if not (path / "run.json").is_file():
+        raise ValueError(f"{path} is no run directory (it has no run.json); `simclr pretrain RECIPE --data DIR` makes one")
+    text: dict[str, Any] = json.loads((path / "run.json").read_text())
+    if text.pop("schema") != SCHEMA:
+        raise ValueError(f"{path}/run.json has another schema than {SCHEMA}; go on with the version that wrote it")
+    at = address(text["data"])
+    if at is not None:
+        text["data_at"], data = str(at), copy_of(at, "shards")
+    else:
+        data = Path(text["data"])
+        data = data if data.is_absolute() else Path(os.path.relpath(path / data))
+    text["config"], text["data"] = STAGES[text.get("stage", "pretrain")].from_dict(text["config"]), data
+    return Run(path=path, **text)

@@ -1,0 +1,284 @@
+"""Directories that a command is given, on disk or at s3://bucket/prefix: work is done on disk, in this machine's copy.
+
+Every flag that takes a directory of shards or a run takes an address. A flag of type Path folds the slashes of s3:// into one;
+`place.address` reads it all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from pipelines.terminal import Bar, say
+from simclr import files
+from simclr.data.s3.uri import Corrupt, Refetched, Unreachable, address, copy_of, locked
+
+T = TypeVar("T")
+# What a run directory or a published encoder holds, checkpoints apart. run.json first: it says whose the others are.
+_PUBLISHED = ("encoder.safetensors", "head.safetensors", "classifier.safetensors", "README.md", "config.json")
+_FILES = (
+    *("run.json", "metrics.jsonl", "timings.json", "labels.txt"),
+    *(f"{folder}/{name}" for folder in ("encoder", "teacher") for name in _PUBLISHED),
+    *("evaluation.json", "pictures.npz", "report.html", *_PUBLISHED),
+)
+_NOTES = ".s3.json"
+_PATIENCE_S, _AGAIN_S = 1800.0, 20.0
+
+
+def shown(place: str | Path) -> str:
+    """`place` as its user wrote it."""
+    return str(address(place) or place)
+
+
+def shards(place: str | Path, groups: int = 1, group: int = 0) -> Path:
+    """The directory of shards at `place`; of s3://… this machine's copy, fetched where it is not whole yet, of training shards in
+    more than one group those of `group` (−1: none).
+
+    Raises ValueError where there are none, or S3 does not give them.
+    """
+    at = address(place)
+    if at is None:
+        return Path(place)
+    from simclr.data.s3 import remote
+    from simclr.data.s3.store import Store
+
+    copy = copy_of(at, "shards")
+    with Bar("download", None, "MiB", "MiB/s") as bar:
+        remote.fetch(at, copy, mebibytes(bar), Store(), groups, group)
+    return copy
+
+
+def patiently(work: Callable[[], T], tell: Callable[[str], None], within_s: float = _PATIENCE_S) -> T:
+    """`work()`, done again while S3 cannot be reached, and `tell` hears of it. Raises Unreachable after `within_s` seconds: workers that
+    give up at the first sentence use up their restarts on an outage of minutes."""
+    began = time.monotonic()
+    while True:
+        try:
+            return work()
+        except Unreachable as error:
+            if time.monotonic() - began > within_s:
+                raise
+            tell(f"waiting for S3, for {within_s / 60:.0f} minutes at most: {error}")
+            time.sleep(_AGAIN_S)
+
+
+def repaired(reports: Iterator[T], place: str | Path) -> Iterator[T]:
+    """`reports` of a training on the shards at `place`. Of s3://… one that turns out to be corrupt in this machine's copy is fetched
+    once more, and Refetched raised in place of Corrupt: it is worth trying again. On disk, and where S3 has no better, Corrupt stands."""
+    began = time.time()
+    try:
+        yield from reports
+    except Corrupt as error:
+        at = address(place)
+        if at is None:
+            raise
+        from simclr.data.s3 import remote
+        from simclr.data.s3.store import Store
+
+        if not remote.refetch(at, copy_of(at, "shards"), error.shard, began, Store()):
+            raise
+        raise Refetched(f"{error.shard} was corrupt on this machine and was fetched again from {at}") from None
+
+
+def mebibytes(bar: Bar) -> Callable[[int, int], None]:
+    """progress(done, total) in bytes, for a bar of MiB."""
+
+    def progress(done: int, total: int) -> None:
+        bar.resize(total >> 20)
+        bar.update(done >> 20)
+
+    return progress
+
+
+@contextlib.contextmanager
+def directory(place: Path) -> Iterator[Path]:
+    """The run or encoder directory at `place`, to read and write in; of s3://… the copy, and what changed in it is sent at the end."""
+    home = Home(place)
+    home.fetch()
+    if home.at is not None and not home.path.is_dir():
+        raise ValueError(f"there is neither a run nor a published encoder at {home.at}; correct the address")
+    yield home.path
+    home.send()
+
+
+class Home:
+    """A run's directory. At s3://… it is this machine's copy, and the methods here keep both alike; on disk they do nothing.
+
+    S3 is the truth, the copy is what can be done without it. Files other than checkpoints are noted in `.s3.json`, as they were
+    when both were alike: one that changed in S3 since is fetched, one that changed here is sent. A checkpoint never changes, and
+    its checkpoint.json is sent last, so a checkpoint that has one is whole.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        self.at = address(place)
+        self.path = Path(place)
+        self.sender: ThreadPoolExecutor | None = None
+        self.sending: Future[None] | None = None
+        if self.at is not None:
+            from simclr.data.s3.store import Store
+
+            self.path, self.store = copy_of(self.at, "runs"), Store()
+            self.sender = ThreadPoolExecutor(1, thread_name_prefix="to S3")
+
+    # ── Files ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def fetch(self) -> None:
+        """Bring the copy up to date, checkpoints apart."""
+        if self.at is None:
+            return
+        with locked(self.path):
+            there = {found.name: found.etag for found in self.store.listing(self.at) if found.name in _FILES}
+            notes = self._notes()
+            if self._is_of_another_run(there.get("run.json"), notes) or not there:
+                shutil.rmtree(self.path, ignore_errors=True)
+                notes = {}
+            for name in (name for name in _FILES if name in there):
+                if (self.path / name).is_file() and notes.get(name, [""])[0] == there[name]:
+                    continue
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                self.store.download(self.at / name, self.path / name)
+                notes[name] = [there[name], *_stamp(self.path / name)]
+                files.write_text(self.path / _NOTES, json.dumps(notes))
+
+    def belongs_to(self, created: float) -> None:
+        """Drop the checkpoints of this copy where they are of another run than the one that began at `created`: on a worker's
+        node nothing else says so, and an address may be used again."""
+        if self.at is None:
+            return
+        with locked(self.path):
+            mark, run = self.path / ".created", self.path / "run.json"
+            known = mark.read_text() if mark.is_file() else ""
+            if run.is_file():
+                known = str(json.loads(run.read_text())["created"])
+            if known != str(created):
+                shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            files.write_text(mark, str(created))
+
+    def send(self) -> None:
+        """Send what changed in the copy, checkpoints apart."""
+        if self.at is None:
+            return
+        with locked(self.path):
+            notes = self._notes()
+            for name in (name for name in _FILES if (self.path / name).is_file()):
+                stamp = _stamp(self.path / name)  # before it is sent: what is appended meanwhile goes with the next
+                if notes.get(name, [])[1:] == stamp:
+                    continue
+                notes[name] = [self.store.upload(self.path / name, self.at / name).etag, *stamp]
+                files.write_text(self.path / _NOTES, json.dumps(notes))
+
+    def _notes(self) -> dict[str, list[Any]]:
+        path = self.path / _NOTES
+        notes: dict[str, list[Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        return notes
+
+    def _is_of_another_run(self, etag: str | None, notes: dict[str, list[Any]]) -> bool:
+        """Whether the run that S3 has at this address now is not the one that the copy was made of."""
+        mine = self.path / "run.json"
+        if self.at is None or etag is None or not mine.is_file() or notes.get("run.json", [""])[0] == etag:
+            return False
+        return bool(json.loads(self.store.read(self.at / "run.json"))["created"] != json.loads(mine.read_text())["created"])
+
+    # ── Checkpoints ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def settle(self) -> None:
+        """Have the newest whole checkpoint both here and in S3. One that is damaged in S3 is named, and the one before it taken."""
+        if self.at is None:
+            return
+        there = self._whole()
+        if not there and not (self.path / "checkpoints").is_dir():
+            return
+        from simclr import checkpoint
+        from simclr.data.s3.store import Damaged
+
+        for name in reversed(there):
+            try:
+                self.checkpoint(name)
+                break
+            except Damaged as error:
+                say(f"{error}; trying the checkpoint before it")
+        newest = checkpoint.latest(self.path / "checkpoints", say)
+        if newest is not None and newest.name not in there:  # written when S3 could not be reached
+            self.send_checkpoint(newest, len(there) + 1)
+
+    def newest(self) -> str:
+        """Name of the newest whole checkpoint, here and in S3; "" where there is none."""
+        from simclr import checkpoint
+
+        self.settle()
+        newest = checkpoint.latest(self.path / "checkpoints", say)
+        return newest.name if newest is not None else ""
+
+    def checkpoint(self, name: str) -> Path:
+        """The checkpoint's directory, fetched where this machine does not have it."""
+        path = self.path / "checkpoints" / name
+        if self.at is None:
+            return path
+        with locked(self.path):
+            there = self.at / "checkpoints" / name
+            about = self.store.read(there / "checkpoint.json")
+            if (path / "checkpoint.json").is_file() and (path / "checkpoint.json").read_bytes() == about:
+                return path
+            say(f"fetching checkpoint {name} from {self.at}")
+            scratch = path.with_name(f".fetching-{name}")  # by the same name again, so that a part that came is not lost
+            scratch.mkdir(parents=True, exist_ok=True)
+            self.store.download(there / "state.safetensors", scratch / "state.safetensors", sha256=json.loads(about)["sha256"])
+            (scratch / "checkpoint.json").write_bytes(about)
+            shutil.rmtree(path, ignore_errors=True)
+            scratch.rename(path)
+        return path
+
+    def send_checkpoint(self, path: Path, keep: int) -> None:
+        """Send a checkpoint, then remove all but the `keep` newest and the best, and what was left of one not sent to its end."""
+        if self.at is None:
+            return
+        from simclr import checkpoint
+
+        there, text = self.at / "checkpoints" / path.name, (path / "checkpoint.json").read_bytes()
+        if path.name in self._whole() and self.store.read(there / "checkpoint.json") != text:
+            self.store.delete(there / "checkpoint.json")  # of an earlier time at this step
+        self.store.upload(path / "state.safetensors", there / "state.safetensors", json.loads(text)["sha256"])
+        self.store.upload(path / "checkpoint.json", there / "checkpoint.json")
+        abouts = {name: self.store.read(self.at / "checkpoints" / name / "checkpoint.json") for name in self._whole()}
+        kept = checkpoint.worth_keeping({name: json.loads(text).get("score") for name, text in abouts.items()}, keep)
+        for found in self.store.listing(self.at / "checkpoints"):  # checkpoint.json sorts first, so it goes first
+            if PurePosixPath(found.name).parts[0] not in kept:
+                self.store.delete(self.at / "checkpoints" / found.name)
+
+    def _whole(self) -> list[str]:
+        """Names of the checkpoints in S3 that have their checkpoint.json, oldest first."""
+        assert self.at is not None
+        parts = [PurePosixPath(found.name).parts for found in self.store.listing(self.at / "checkpoints")]
+        return sorted(p[0] for p in parts if len(p) == 2 and p[0].startswith("step-") and p[1] == "checkpoint.json")
+
+    # ── Meanwhile ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Do `work`, a sending, while the caller goes on. One at a time: it waits for the one before."""
+        if self.sender is not None:
+            self.wait()
+            self.sending = self.sender.submit(work)
+
+    def busy(self) -> bool:
+        """Whether a sending is under way."""
+        return self.sending is not None and not self.sending.done()
+
+    def wait(self) -> None:
+        """Until what is under way is sent. Where it fails, training goes on and the next sending brings what this one did not."""
+        if self.sending is not None:
+            error, self.sending = self.sending.exception(), None
+            if error is not None:
+                say(f"not sent: {error}")
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes when the file does."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]

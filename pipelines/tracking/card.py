@@ -1,0 +1,132 @@
+"""The model card: what a person wants to know of a published encoder before using it, as README.md in its directory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from simclr import files
+
+UNKNOWN_LICENCE = "unknown: nobody stated one; ask whoever made the encoder, and mind the licence of its training images"
+
+
+def write_card(directory: Path, name: str, scores: dict[str, float], licence: str) -> str:
+    """Write the card of the encoder published in `directory` under the title `name`, beside its weights; returns its text."""
+    from simclr.encoder.directory import preprocessing_of, read_text
+
+    config = read_text(directory)
+    config["preprocessing"] = asdict(preprocessing_of(config))  # an older directory does not state it
+    text = card(config, _parameters(config), name, scores, licence)
+    files.write_text(directory / "README.md", text)
+    return text
+
+
+def card(config: dict[str, Any], parameters: int, name: str, scores: dict[str, float], licence: str) -> str:
+    """Markdown, from an encoder's config.json, its number of `parameters` and its `scores`."""
+    published, converted = config["published"], "converted" in config["published"]
+    size, seen, head = config["preprocessing"]["size_px"], config["views"], config["head"]
+    rows = {
+        "Network": network(config["encoder"]) + f", {parameters / 1e6:,.1f} M parameters",
+        "Takes": preprocessing(config["preprocessing"]),
+        "Trained on": str(published.get("data", "unknown")),
+        "Recipe": _recipe(config),
+        "Steps": f"{published['step']:,}" if published.get("step") is not None else "unknown",
+        "Projection head": f"{head['layers']} layers, z has {head['d_out']} numbers",
+    }
+    if "classifier" in config:
+        found = config["classifier"]
+        reads = "h" if found["tap"] == 0 else f"the head's layer {found['tap']}"
+        rows["Classifier"] = f"{len(found['classes']):,} classes, from {reads}"
+    rows["Licence"] = licence
+    parts = [
+        f"# {name}\n\nAn image encoder of the SimCLR family: a picture in, a vector out. Pictures that show the same thing get vectors\n"
+        "that point the same way, so a nearest-neighbour search or a linear classifier on them goes far.",
+        f'## Use it\n\n```python\nimport simclr\n\nencoder = simclr.load_encoder("{name}")      # this directory\n'
+        "features = encoder.embed(images)           # uint8 (n, H, W, 3), any size → (n, d)\n```\n\n"
+        f"`simclr embed {name} photos/` does the same for files. Cropping, resizing and scaling to {size} px are part of `embed`.",
+        "## What it is\n\n" + _table(("", ""), rows),
+        "## Scores\n\n" + _scores(scores),
+    ]
+    if not converted:
+        parts.append("## Know before use\n\n" + _limits(seen))
+    parts.append(
+        "## Files\n\n`encoder.safetensors` and `config.json` are the encoder; `head.safetensors` and `classifier.safetensors`, where\n"
+        "present, are the projection head, which SimCLR v2 fine-tunes from, and a linear classifier. Nothing is pickled.\n\n"
+        "Method: Chen, Kornblith, Norouzi, Hinton, *A Simple Framework for Contrastive Learning of Visual Representations*,\n"
+        "[arXiv:2002.05709](https://arxiv.org/abs/2002.05709), and Chen, Kornblith, Swersky, Norouzi, Hinton, *Big Self-Supervised\n"
+        "Models are Strong Semi-Supervised Learners*, [arXiv:2006.10029](https://arxiv.org/abs/2006.10029)."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def network(encoder: dict[str, Any]) -> str:
+    """The architecture in the papers' words, from the `encoder` of a config."""
+    extras = [
+        f"{encoder['width']}× width" if encoder["width"] != 1 else "",
+        "selective kernels" if encoder["sk_ratio"] else "",
+        "squeeze-and-excitation" if encoder["se_ratio"] else "",
+        "CIFAR stem" if encoder["cifar_stem"] else "",
+    ]
+    return ", ".join([f"ResNet-{encoder['depth']}", *filter(None, extras)])
+
+
+def preprocessing(stated: dict[str, Any]) -> str:
+    """What happens to a picture before the network sees it, from the `preprocessing` of a config."""
+    crop = "the central square"
+    if stated["centre_crop"] != 1:
+        crop += f" of {100 * stated['centre_crop']:g} % of the shorter side"
+    scaled = "in [0, 1], neither mean nor deviation taken off"
+    if any(stated["mean"]) or any(std != 1 for std in stated["std"]):
+        scaled = f"in [0, 1], then minus {tuple(stated['mean'])}, over {tuple(stated['std'])}"
+    return f"RGB, {crop}, {stated['size_px']} × {stated['size_px']} px ({stated['resize']}), {scaled}"
+
+
+def _recipe(config: dict[str, Any]) -> str:
+    published = config["published"]
+    if "converted" in published:
+        return f"unknown; converted from the TensorFlow checkpoint {published['converted']}"
+    optim, loss, train = config["optim"], config["loss"], config["train"]
+    temperature = f", τ = {loss['temperature']:g}" if loss["name"] == "nt_xent" else ""
+    setting = f"N = {train['batch_size']:,}, {optim['name'].upper()}{temperature}"
+    return f"`{published.get('recipe', 'unknown')}`: {setting}; `config.json` has every field"
+
+
+def _scores(scores: dict[str, float]) -> str:
+    if not scores:
+        return "None yet; `simclr evaluate ENCODER --data DIR` measures some."
+    rows = {f"`{name}`": f"{100 * value:.1f} %" if name.endswith(("top1", "top5")) else f"{value:.4g}" for name, value in scores.items()}
+    return _table(("score", "on the test split of its data"), rows)
+
+
+def _limits(views: dict[str, Any]) -> str:
+    changed = ["cut and scaled"]
+    if views["flip_p"]:
+        changed.append("mirrored")
+    if (views["jitter_p"] and views["colour_strength"]) or views["grey_p"]:
+        changed.append("changed in colour")
+    if views["blur_p"]:
+        changed.append("blurred")
+    return (
+        f"It was taught that a picture stays the same when it is {', '.join(changed[:-1])} and {changed[-1]}. Expect little of it where\n"
+        "just that matters (left or right, exact colours, fine position), and less on pictures unlike those it was trained on.\n"
+        "What those pictures leave out or show one-sidedly, it does too."
+        if len(changed) > 1
+        else "It knows what its training pictures show; expect less of it on pictures unlike those."
+    )
+
+
+def _table(header: tuple[str, str], rows: dict[str, str]) -> str:
+    lines = [f"| {header[0]} | {header[1]} |", "|---|---|", *(f"| {key} | {value.replace('|', '/')} |" for key, value in rows.items())]
+    return "\n".join(lines)
+
+
+def _parameters(config: dict[str, Any]) -> int:
+    """Weights of the encoder, BatchNorm's statistics apart."""
+    import torch
+
+    from simclr.config import Encoder
+    from simclr.networks.resnet import build_encoder
+
+    with torch.device("meta"):  # names and shapes, without memory
+        return sum(p.numel() for p in build_encoder(Encoder(**config["encoder"])).parameters())

@@ -1,0 +1,170 @@
+"""What fine-tuning and distilling share: where they begin, whose labels they see, and the classifier that they publish."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines.runs import sync
+from pipelines.runs.directory import Run, load_run
+from pipelines.terminal import say
+from pipelines.tracking import client
+from pipelines.tracking import uri as mlflow_uri
+from pipelines.train import driver
+from simclr import files
+from simclr.config import Config, Encoder, Train
+from simclr.data.manifest import Manifest, read_names
+from simclr.data.s3 import uri as s3_uri
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Another network than the given one's. Each default is the given one's."""
+
+    depth: Literal[8, 14, 20, 18, 34, 50, 101, 152, 200] | None = None
+    """Layers."""
+    width: int | None = None
+    """Width multiplier."""
+    sk_ratio: float | None = None
+    """Selective kernels' reduction ratio; 0 = none."""
+
+    def of(self, encoder: Encoder) -> Encoder:
+        """`encoder` with what was asked for."""
+        return replace(encoder, **{k: v for k, v in dataclasses.asdict(self).items() if v is not None})
+
+
+@contextlib.contextmanager
+def published(start: Path, tracking_uri: str | None) -> Iterator[tuple[Path, Path | None]]:
+    """(directory of the published encoder, the data it was trained on where that is known) of a run, of a published directory, on
+    disk or at s3://…, or of NAME@alias in the registry."""
+    if not start.exists() and "@" in str(start) and s3_uri.address(start) is None:
+        with tempfile.TemporaryDirectory() as folder:
+            uri = mlflow_uri.tracking_address(tracking_uri)
+            mlflow_uri.check(uri)
+            client.pull(uri, str(start), Path(folder) / "encoder", lambda done, total: None)
+            yield Path(folder) / "encoder", None
+        return
+    with sync.directory(start) as directory:
+        if not (directory / "run.json").is_file():
+            yield directory, None
+            return
+        run = load_run(directory)
+        if not run.encoder.is_dir():
+            raise ValueError(f"{start} has no encoder yet; finish it with the command that began it: {run.command}")
+        yield run.encoder, Path(run.origin)
+
+
+def digest(directory: Path) -> str:
+    """sha256 of the weights published in `directory`."""
+    found = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        found.update(path.name.encode())
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def recipe_of(directory: Path) -> str:
+    """Name of the recipe that made the encoder in `directory`."""
+    made: dict[str, Any] = json.loads((directory / "config.json").read_text()).get("published", {})
+    return str(made.get("recipe") or "encoder")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The training images whose labels are seen."""
+
+    ids: NDArray[np.int64]
+    """Sample ids, ascending."""
+    names: list[str] | None
+    """Of all training images, where the shards know them."""
+    chosen: dict[str, object]
+    """How they were."""
+
+
+def choose_labels(data: Path, at: Path, share: float, file: Path | None, seed: int) -> Labels:
+    """Those that `file` lists, else `share` of each class; of shards that lie in `data`, a copy of those `at` s3://…"""
+    from simclr.data import labels, loader
+
+    remote = s3_uri.address(at)
+    if remote is not None:
+        from simclr.data.s3.remote import fetch_names
+        from simclr.data.s3.store import Store
+
+        fetch_names(remote, data, "train", Store())
+    every = loader.labels(data)
+    names = read_names(data, "train", len(every))
+    if file is not None:
+        return Labels(labels.read(file, every, names), names, {"label file": file})
+    return Labels(labels.subset(every, share, seed), names, {"share of each class": share, "seed": seed})
+
+
+def write_labels(run: Run, seen: Labels) -> None:
+    """labels.txt of a run, for people and for other runs (`--label-file`)."""
+    from simclr.data import labels
+
+    notes = {"data": run.origin, "sha256 of the data's manifest": run.data_digest, **seen.chosen, "images": len(seen.ids)}
+    labels.write(run.path / "labels.txt", seen.ids, seen.names, notes)
+
+
+def batch_for(asked: int | None, usual: int, images: int, workers: int) -> int:
+    """The batch size asked for, else the usual one, or less where there are fewer images: the largest whole number of them that
+    `workers` share evenly."""
+    if asked is not None:
+        return asked
+    size = min(usual, images) // workers * workers
+    if size < 2:
+        raise ValueError(f"{images} labelled images are too few for {workers} workers; use fewer --workers or more --labels")
+    if size < usual:
+        say(f"batch size {size} instead of {usual:,}: there are {images:,} images")
+    return size
+
+
+def stage_train(batch_size: int, epochs: float, precision: Literal["float32", "tf32", "bfloat16"], compile: bool) -> Train:
+    return Train(batch_size=batch_size, epochs=epochs, precision=precision, compile=compile)
+
+
+def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, object]) -> None:
+    """Write the newest checkpoint's network with its classifier to run/encoder, and its test scores to run/evaluation.json."""
+    from simclr.encoder.directory import write_encoder
+
+    step, parts = driver.newest_tensors(run)
+    scores = scores_of(run)
+    about: dict[str, Any] = {"recipe": run.recipe, "step": step, "data": run.data.name, **notes, "scores": scores}
+    # A published head is a ProjectionHead, or its first layers; a classifier holds the layers alone.
+    head = {f"layers.{name}": t for name, t in parts["head"].items()}
+    plain = Config(**{f.name: getattr(run.config, f.name) for f in dataclasses.fields(Config)})
+    write_encoder(parts["encoder"], plain, run.encoder, about, head=head, classifier=parts["classifier"], tap=tap, classes=list(classes))
+    if scores:
+        text = {"scores": [{"name": run.stage, **scores}], "data": run.origin}
+        files.write_text(run.path / "evaluation.json", json.dumps(text, indent=1) + "\n")
+
+
+def scores_of(run: Run) -> dict[str, float]:
+    """{"top1", "top5"} of the test split at the last evaluation; {} where there was none."""
+    tested = [row for row in run.history() if "eval/top1" in row]
+    return {name: tested[-1][f"eval/{name}"] for name in ("top1", "top5")} if tested else {}
+
+
+def told(run: Run, shown: str) -> str:
+    """The result as one line."""
+    scores = scores_of(run)
+    return f"{shown}: " + (", ".join(f"{n} {100 * v:.1f} %" for n, v in scores.items()) or "no labelled test split to score it on")
+
+
+def require_classes(manifest: Manifest, data: Path) -> tuple[str, ...]:
+    """The data's classes. Raises ValueError where it has none."""
+    if not manifest.classes:
+        raise ValueError(f"{data} has no labels to learn; prepare it from a folder of class/file")
+    return manifest.classes

@@ -1,0 +1,170 @@
+"""What torch.compile has made, kept in the run directory, so that a worker that starts again need not make it a second time.
+
+    compiled/DEVICE.bin     a signature, a line of JSON that says what it fits, then what torch.compiler.save_cache_artifacts gave
+
+Dynamo traces the network anew in every process. What is kept is the work of Inductor, Triton's binaries with it, and of AOTAutograd in a
+run of one worker: torch does not keep the latter's where BatchNorm sums over ranks. C++ for a CPU is kept as text, and its compiler runs
+again: there little is saved (`python -m tests.compile_start`). On the machine that made it torch finds all of it on its own disk, below
+/tmp: this file is for another node, and for after a reboot. A run in S3 has none.
+
+The bytes hold pickles: who can change them runs code here. A run directory may be somebody else's, or come out of an archive, whose
+files are then the user's own. So beside owner and mode a signature is checked, with a secret of the user who starts the training. It
+lies in their home directory, and their job brings it to the nodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipelines.runs.directory import version
+from simclr import files
+from simclr.config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.runs import sync
+
+T = TypeVar("T")
+Tell = Callable[[str], None]
+FOLDER = "compiled"
+_KEY = Path("~/.cache/simclr/keys/compile.key")
+# Of a config, what shapes the network and what goes through it; tap and linear are fine-tuning's.
+_SHAPING = (
+    *("encoder.", "head.", "views.size_px", "tap", "linear"),
+    *("train.batch_size", "train.micro_batch", "train.precision", "train.bucket_mib", "train.linear_eval"),
+)
+
+
+def secret(tell: Tell) -> str:
+    """What this user's compiled code is signed with (hex), made the first time; "" where it cannot be kept, and `tell` hears why."""
+    try:
+        path = _KEY.expanduser()
+        if not path.exists():
+            _write_own(path, secrets.token_hex(32).encode())
+        return _read_own(path).decode()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        tell(f"compiled code is not kept for a restart: {error}")
+        return ""
+
+
+def facts(config: Config, workers: int, device: torch.device) -> dict[str, Any]:
+    """What the compiled code of this training fits: versions, kind of device, workers (a constant in it), the config's shaping fields."""
+    import torch
+
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": version("triton"), "device": chip, "workers": workers}
+    return found | {name: value for name, value in config.flat().items() if name.startswith(_SHAPING)}
+
+
+def remembered(reports: Iterator[T], home: sync.Home, config: Config, device: torch.device, key: str, tell: Tell) -> Iterator[T]:
+    """`reports` of a training on `device` in the run at `home`, whose compiled code is kept there, signed with `key`, where the config
+    asks for compiling; as they are without a key, and of a run in S3. To be called on every rank."""
+    from simclr.collectives import every_ranks, rank, world_size
+
+    if not config.train.compile or home.at is not None or not key:
+        return reports
+    # Code names its device: each rank reads that of the rank with the same one on the first node, which writes it and speaks of it.
+    name = str(device)
+    writes = every_ranks(name).index(name) == rank()
+    path = home.path / FOLDER / f"{name.replace(':', '-')}.bin"
+    return kept(reports, path, facts(config, world_size(), device), key, writes, tell if writes else lambda text: None)
+
+
+def kept(reports: Iterator[T], path: Path, fits: dict[str, Any], key: str, writes: bool, tell: Tell) -> Iterator[T]:
+    """`reports` of a training that compiles its network when the first one is asked for: torch gets what `path` holds before, and what
+    it lacks goes into `path` behind the first report, of ranks with `writes`.
+
+    Nothing about the file ends the training: what does not fit, or is not to be trusted, is not read, and `tell` hears it in a line.
+    """
+    known = _load(path, fits, key, tell)
+    for report in reports:
+        if writes:
+            _save(path, fits, key, known, tell)
+        yield report
+        break
+    yield from reports
+
+
+def _load(path: Path, fits: dict[str, Any], key: str, tell: Tell) -> set[str]:
+    """Hand torch what `path` holds; returns the names of what it got."""
+    import torch
+
+    try:
+        info = torch.compiler.load_cache_artifacts(_checked(path, fits, key))
+    except FileNotFoundError:
+        return set()
+    except Exception as error:  # told, and compiling anew is what happens without the file
+        tell(f"the network is compiled anew: {error}")
+        return set()
+    return set() if info is None else {*info.inductor_artifacts, *info.aot_autograd_artifacts}
+
+
+def _save(path: Path, fits: dict[str, Any], key: str, known: set[str], tell: Tell) -> None:
+    """Write what torch has compiled and read since the process began, unless it is all `known`."""
+    import torch
+
+    made = torch.compiler.save_cache_artifacts()
+    if made is None or {*made[1].inductor_artifacts, *made[1].aot_autograd_artifacts} <= known:
+        return
+    text = json.dumps(fits).encode() + b"\n" + made[0]
+    try:
+        _write_own(path, _signature(key, text) + b"\n" + text)
+    except (OSError, ValueError) as error:
+        tell(f"compiled code is not kept for a restart: {error}")
+
+
+def _checked(path: Path, fits: dict[str, Any], key: str) -> bytes:
+    """Torch's bytes in `path`. Raises ValueError, a sentence, where they are not this user's, not whole, or of other facts."""
+    signature, _, text = _read_own(path).partition(b"\n")
+    if not hmac.compare_digest(signature, _signature(key, text)):
+        raise ValueError(f"{path} is damaged, or was not written by a job of this user")
+    head, _, content = text.partition(b"\n")
+    there = json.loads(head)
+    for name in fits.keys() | there.keys():
+        if fits.get(name) != there.get(name):
+            raise ValueError(f"{path} is of {name} {there.get(name)}, here it is {fits.get(name)}")
+    return content
+
+
+def _signature(key: str, text: bytes) -> bytes:
+    return hmac.new(bytes.fromhex(key), text, hashlib.sha256).hexdigest().encode()
+
+
+def _read_own(path: Path) -> bytes:
+    """The content of a file that nobody but this user can have put there. Raises FileNotFoundError, and ValueError where others can."""
+    opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # what is looked at is what is read
+    try:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            raise ValueError(f"{path} is no file; remove it")
+        _require_own(path.parent, path.parent.stat())
+        _require_own(path, os.fstat(opened))
+        with os.fdopen(opened, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(opened)
+
+
+def _write_own(path: Path, content: bytes) -> None:
+    """Write a file that others can neither read nor change: the old content or the new, never a part."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _require_own(path.parent, path.parent.stat())
+    with files.whole(path) as scratch:
+        scratch.touch(mode=0o600, exist_ok=False)
+        scratch.write_bytes(content)
+
+
+def _require_own(path: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"{path} is not this user's alone (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}); expected owner "
+            f"{os.geteuid()}, and that nobody else can write; remove it"
+        )

@@ -1,0 +1,241 @@
+"""What pretraining, fine-tuning and distilling share: a run directory, workers under Ray Train, their reports, what is published."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.runs import sync
+from pipelines.runs.directory import Run, open_run
+from pipelines.terminal import Bar, process_age_s, say
+from pipelines.tracking import uri as mlflow_uri
+from pipelines.tracking.outbox import Tracked, catch_up, require
+from pipelines.train import ray_train
+from simclr import files
+from simclr.config import Config
+from simclr.data.s3 import uri as s3_uri
+from simclr.telemetry.collapse import collapse
+from simclr.telemetry.straggler import SLOW
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_AMPLE_BYTES = 32 << 30  # three checkpoints of the largest recipe are 19 GiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training, checked and ready to go."""
+
+    run: Run
+    home: sync.Home
+    asked: Path
+    """The run directory as its user wrote it."""
+    total: int
+    """Optimizer steps."""
+    uri: str
+    """MLflow address."""
+    resources: ray_train.Resources
+    shapes: Callable[[], nn.Module]
+    """The model on the meta device."""
+    publish: Callable[[Run], None]
+    """Writes run/encoder from the newest checkpoint."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """What the stage's loop takes besides config and start (see `pipelines.train.worker`)."""
+
+
+def home_of(
+    asked: Path | None, name: str, config: Config, data: Path, at: Path, tracking_uri: str | None, stage: str = "pretrain"
+) -> tuple[Run, sync.Home, str]:
+    """The run directory at `asked` (default runs/NAME-DIGEST), of shards that lie in `data`, a copy of those `at` s3://…, and the
+    MLflow address that the flag and the environment state.
+
+    Raises ValueError where no MLflow answers there. Of a run that has a checkpoint, or was logged there before, it may be away: it is
+    waited for.
+    """
+    uri = mlflow_uri.tracking_address(tracking_uri)
+    home = sync.Home(asked) if asked is not None else None
+    if home is not None:
+        home.fetch()
+        home.settle()
+    run = open_run(home.path if home else None, name, config, data, str(s3_uri.address(at) or ""), stage)
+    require(uri, begun=run.tracking_uri == mlflow_uri.redacted(uri) or any(run.checkpoints.glob("step-*")))
+    return run, home or sync.Home(run.path), uri
+
+
+def train(job: Job, began: float) -> Run:
+    """Train from the newest checkpoint, if any, and leave a run directory with its encoder; `began` is when the command did.
+
+    Raises ValueError, before any worker starts, for what the user can mend.
+    """
+    with job.run.alone():
+        return _train(job, began)
+
+
+def _train(job: Job, began: float) -> Run:
+    run, home, where = job.run, job.home, sync.shown(job.asked)
+    done = _steps_done(run, job.shapes)
+    if done >= job.total:
+        job.publish(run)
+        if run.unlogged:
+            try:
+                run = catch_up(run, job.uri)
+            except ValueError as error:
+                say(f"{error}; the same command again logs the rest")
+        home.send()
+        say(f"{where} is complete: {done:,} of {job.total:,} steps; nothing to do")
+        return run
+    _require_space(run, job.shapes)
+    ours = ray_train.connect(job.resources)
+    connected = time.monotonic()
+    try:
+        ray_train.require(job.resources)
+        run.save()
+        tracked = Tracked(run, job.uri)
+        home.send()  # before any checkpoint: run.json says whose they are
+        if not done:
+            home.settle()  # a first checkpoint, of step 0
+    except ValueError:
+        if ours:
+            ray_train.disconnect()
+        raise
+    if done:
+        say(f"going on with {where} after step {done:,} of {job.total:,}")
+    if run.config.train.micro_batch and job.resources.min_workers:
+        say("BatchNorm normalises over --train.micro-batch images of every worker: with fewer workers, over fewer images")
+    status, running = "FAILED", None
+    try:
+        running = _launch(job)
+        stepped = _follow(job, running, tracked, done, began, connected)
+        run.took(run.stage, time.monotonic() - stepped)
+        home.settle()
+        job.publish(run)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        shutil.rmtree(run.path / "ray", ignore_errors=True)
+        if running is not None:
+            running.stop()
+        if ours:
+            ray_train.disconnect()
+        run = tracked.close(status)
+        if status != "FINISHED":  # what was logged since the last checkpoint; Ctrl-C waits for it no longer than this
+            sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
+            sending.start()
+            sending.join(2.0 if status == "KILLED" else 60.0)
+    home.wait()
+    home.send()
+    return run
+
+
+def _launch(job: Job) -> ray_train.Running:
+    from pipelines.train import compile_cache
+    from pipelines.train.worker import train_worker
+
+    run = job.run
+    told: dict[str, Any] = {"stage": run.stage, "config": run.config.to_dict(), "data": run.data_at or str(run.data.absolute())}
+    told |= {"run": str(job.home.at or run.path.absolute()), "created": run.created, "given": job.given}
+    if run.config.train.compile and job.home.at is None:
+        told["compile_key"] = compile_cache.secret(say)
+    return ray_train.launch(train_worker, told, job.resources, run.path / "ray")
+
+
+def _follow(job: Job, running: ray_train.Running, tracked: Tracked, done: int, began: float, connected: float) -> float:
+    """Log the reports until there are no more; returns when the first came."""
+    run, home, stepped, warned, told, slow = job.run, job.home, 0.0, None, False, ""
+    with Bar(run.stage, job.total, "steps") as bar:
+        bar.resume_at(done)
+        for report in running.reports():
+            if "checkpoint" in report:
+                if not told:
+                    say(_cost(report, run.config.train.checkpoint_every_steps))
+                told = True
+                if not home.busy():
+                    home.later(home.send)
+                continue
+            if not stepped:
+                tracked.open()
+                stepped = time.monotonic()
+                say(
+                    f"first step {process_age_s():.0f} s after the process began: checks and Ray {connected - began:.0f} s, "
+                    f"workers, their imports and the step {stepped - connected:.0f} s"
+                )
+                run.took("start", stepped - began)
+            run.append(report)
+            tracked.log(report)
+            if warned is None and report["step"] > 1 and (warned := collapse(report)):
+                say(f"step {report['step']:,}: {warned}; a lower --optim.base-lr, more warm-up or another temperature may help")
+            if report.get("stragglers", "") not in ("", slow):
+                slow = report["stragglers"]
+                say(f"step {report['step']:,}: {slow} {SLOW}")
+            bar.update(report["step"], _note(report), report["speed/images_per_s"])
+    return stepped or time.monotonic()
+
+
+def _cost(told: dict[str, Any], by_steps: int | None) -> str:
+    """What checkpoints cost and save, from the first that was written, in a sentence."""
+    much = f"a checkpoint holds training up for {told['held_s']:.2g} s and is written in {told['written_s']:.2g} s"
+    if by_steps is not None:
+        return f"{much}; one every {by_steps:,} steps"
+    share = 100 * told["held_s"] / told["every_s"]
+    return f"{much}; one every {told['every_s']:.0f} s, {share:.2g} % of the time, is the most that is lost"
+
+
+def _send_anyway(home: sync.Home) -> None:
+    try:
+        home.send()
+    except ValueError as error:
+        say(f"not sent: {error}")
+
+
+def _note(report: dict[str, Any]) -> str:
+    shown = [f"{title} {100 * report[name]:.1f} %" for name, title in (("eval/knn_top1", "kNN"), ("eval/top1", "top-1")) if name in report]
+    return "  ".join([f"loss {report['train/loss']:.3f}", f"epoch {report['epoch']:.1f}", *shown])
+
+
+def _steps_done(run: Run, shapes: Callable[[], nn.Module]) -> int:
+    """Steps in the newest whole checkpoint; its reports are then in metrics.jsonl. Raises ValueError where it does not fit the
+    config's model."""
+    if not run.checkpoints.exists():
+        return 0
+    from simclr import checkpoint
+
+    newest = checkpoint.latest(run.checkpoints, say)
+    if newest is None:
+        return 0
+    state = checkpoint.read(newest)
+    checkpoint.check(state, shapes())
+    run.fill(state.reports)
+    return state.step
+
+
+def _require_space(run: Run, shapes: Callable[[], nn.Module]) -> None:
+    """Room for the checkpoints that will be kept and the one being written: weights and momentum, 4 bytes each."""
+    existing = next(p for p in [run.path.absolute(), *run.path.absolute().parents] if p.exists())
+    if shutil.disk_usage(existing).free > _AMPLE_BYTES:
+        return
+    keep = run.config.train.keep_checkpoints
+    needed = sum(p.numel() for p in shapes().parameters()) * 8 * (keep + 1)
+    files.require_space(run.path, needed, f"for {keep} checkpoints and one being written", "use --run on another disk")
+
+
+def newest_tensors(run: Run) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Steps of the newest checkpoint, and its weights: {"encoder": {name: tensor}, "head": …, "classifier": …}."""
+    from simclr import checkpoint
+
+    newest = checkpoint.latest(run.checkpoints, say)
+    if newest is None:
+        raise ValueError(f"{run.path} has no checkpoint yet; `simclr {run.stage}` writes one every minute")
+    state = checkpoint.read(newest)
+    parts = {
+        part: {name.removeprefix(f"model.{part}."): t for name, t in state.tensors.items() if name.startswith(f"model.{part}.")}
+        for part in ("encoder", "head", "classifier")
+    }
+    return state.step, parts

@@ -1,0 +1,367 @@
+"""The door to Ray Train: connecting, resources, the trainer, and the reports' way back to the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.terminal import say
+from pipelines.train import capacity, controller, hang, messages, tpu
+from simclr.config import Config
+from simclr.stages import STAGES
+
+# Before Ray is imported: what it reads from the environment once.
+_START_S = os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a call that comes after the shutdown starts a second Ray, which nobody ends
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# What a group of workers has to part in order, when one of them is gone or hangs: the others wait for it in a collective and
+# are killed anyway. Ray's default is half a minute of every recovery.
+os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "2")
+
+_END: dict[str, Any] = {"end": True}
+_STOP_S = 2.0
+_HEAD_S = 30.0  # without a cluster's head, which may come back; Ray ends the process, without a word, after 60
+_RESIZE_S = 60.0  # between two looks whether there is room for more workers
+_jobs: list[threading.Thread] = []  # that may be inside Ray's core worker
+_lost: list[str] = []  # heads that are gone: Ray asks for them for a minute at the end of the process, or crashes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """Where the workers run."""
+
+    workers: int = 2
+    """Ray Train workers, one process each; with GPUs, one GPU each."""
+    cpus_per_worker: int = 1
+    """CPU cores of each worker: torch threads on a CPU, loader threads beside a GPU."""
+    device: str = "auto"
+    """auto (GPUs when the cluster has one for each worker), cpu, cuda, or tpu, which has never run on one."""
+    topology: str | None = None
+    """Chips of the TPU slice in each direction, as 4x4; one worker drives each."""
+    accelerator_type: str | None = None
+    """The TPU's kind, as TPU-V5LITEPOD."""
+    address: str | None = None
+    """Ray cluster to join: 'auto' on a cluster's node; nothing = a private Ray on this machine."""
+    max_failures: int = 3
+    """How often in a row lost or failed workers are started again, from the last checkpoint, without having written another. Nodes that
+    give notice do not count."""
+    min_workers: int | None = None
+    """Go on with as few workers as this while nodes are missing, and with more when they are back; nothing = always --workers.
+    The batch stays what it is. Only numbers that divide it are used."""
+    hang_timeout_s: float = 300.0
+    """Seconds without progress after which whoever holds the others up is ended, and training goes on from the last checkpoint; five
+    times the longest step, where that is more."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"--workers is {self.workers}; expected at least 1")
+        if self.cpus_per_worker < 1:
+            raise ValueError(f"--cpus-per-worker is {self.cpus_per_worker}; expected at least 1")
+        if self.device not in ("auto", "cpu", "cuda", "tpu"):
+            raise ValueError(f"--device is {self.device!r}; expected auto, cpu, cuda or tpu")
+        if self.device == "tpu":
+            tpu.check(self.workers, self.topology, self.accelerator_type)
+            if self.min_workers is not None:
+                raise ValueError("--min-workers goes with single nodes that come and go; a TPU slice is used whole: leave it out")
+        elif self.topology or self.accelerator_type:
+            raise ValueError("--topology and --accelerator-type are a TPU slice's; say --device tpu, or leave them out")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(f"--min-workers is {self.min_workers}; expected 1 to --workers {self.workers}, or nothing")
+        if self.hang_timeout_s <= 0:
+            raise ValueError(f"--hang-timeout-s is {self.hang_timeout_s}; expected a positive number of seconds")
+
+    def counts(self, config: Config) -> list[int]:
+        """Numbers of workers, ascending, that `config` may be trained with. Raises ValueError where --workers or --min-workers is
+        none of them."""
+        config.images_per_rank(self.workers)
+        config.group_of(0, self.workers)
+        least = self.min_workers or self.workers
+        fits = [count for count in range(1, self.workers + 1) if _divides(config, count)]
+        if least not in fits:
+            raise ValueError(
+                f"--min-workers {least} does not divide batch_size {config.train.batch_size} as the config asks; "
+                f"use {', '.join(map(str, fits[:-1]))} or leave it out"
+            )
+        return [count for count in fits if count >= least]
+
+
+def _divides(config: Config, workers: int) -> bool:
+    try:
+        config.images_per_rank(workers)
+        config.group_of(0, workers)
+    except ValueError:
+        return False
+    return True
+
+
+def joins_a_cluster(address: str | None) -> bool:
+    """Whether Ray is joined, at `address` or at $RAY_ADDRESS, and not started on this machine for this command alone."""
+    return bool(address or os.environ.get("RAY_ADDRESS"))
+
+
+def connect(resources: Resources) -> bool:
+    """Join the cluster, or start a private Ray that has as many cores as the workers ask for. False where that was done before."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    # Its imports take as long as Ray takes to start its processes.
+    importing = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
+    importing.start()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}
+    if joins_a_cluster(resources.address):
+        try:
+            ray.init(address=resources.address or os.environ["RAY_ADDRESS"], **quiet)
+        except ConnectionError as error:
+            where = resources.address or os.environ["RAY_ADDRESS"]
+            raise ValueError(f"no Ray cluster answers at {where!r} ({error}); start one with `ray up`, or leave out --address") from None
+    else:
+        cores = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
+        # Ray lowers the priority of its workers by 15. With nobody else on the cores that only lets every background process
+        # interrupt a step: it cost 7 % of ResNet-18's at N = 32 on two cores (`simclr bench loop`).
+        # It would also start a worker process per core in advance, without the environment that Train's workers want.
+        tuned = {"worker_niceness": 0, "prestart_worker_first_driver": False}
+        # "local", else a Ray that somebody started on this machine for something else would be joined.
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, _system_config=tuned, **quiet)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # which ray.init has replaced
+    importing.join()  # two threads in Ray's circular imports see half a module now and then
+    return True
+
+
+def lost() -> bool:
+    """Whether the cluster's head is gone: then this process should end without asking Ray."""
+    return bool(_lost)
+
+
+def disconnect() -> None:
+    """Leave the cluster; a private Ray ends, also one that was still starting."""
+    if "ray" not in sys.modules:
+        return
+    if any(job.is_alive() for job in _jobs):
+        # A shutdown under a thread that waits in Ray is a segmentation fault now and then. A cluster ends what a driver that
+        # went away had started; a private Ray's processes are ended from outside.
+        node = sys.modules["ray"]._private.worker._global_node
+        if node is not None and node.is_head():
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+    else:
+        sys.modules["ray"].shutdown()
+
+
+@dataclass
+class Running:
+    """A training job under way: iterate `reports()`, then it is over."""
+
+    thread: threading.Thread
+    inbox: Any
+    outcome: list[BaseException | None]
+    controllers: list[Any]
+    """The handle of Ray's controller actor, once there is one."""
+    head: _Head
+
+    def stop(self) -> None:
+        """End the job where it is, workers and all. Takes at most 3 s."""
+        import ray
+
+        if not (self.controllers and self.thread.is_alive() and self.head.answers()):
+            return  # without a head, whom Ray would ask for a minute, its processes end by themselves
+        self.controllers[0].abort.remote()  # frees the workers' cores; the next job of this process wants them
+        self.thread.join(_STOP_S)
+        if self.thread.is_alive():
+            ray.kill(self.controllers[0])  # its workers are its own and end with it
+            self.thread.join(_STOP_S / 2)
+
+    def reports(self) -> Iterator[dict[str, Any]]:
+        """Metrics of rank 0, one dict per report, as they arrive.
+
+        Raises ValueError where a worker failed in a way that the user can mend and that trying again cannot, or the cluster's
+        head is gone, and what Ray raises where workers failed too often.
+        """
+        for message in iter(self._take, _END):
+            if "failed_rank" in message:
+                say(f"rank {message['failed_rank']} failed: {message['error']}")
+            elif "say" in message:
+                say(message["say"])
+            elif message:
+                yield message
+        self.thread.join()
+        error = self.outcome[0]
+        if error is not None:
+            if sentence := controller.mistake(error) or controller.given_up(error):
+                raise ValueError(sentence) from None
+            raise error
+
+    def _take(self) -> dict[str, Any]:
+        """The next message; {} where there was none for a while."""
+        ended = not self.thread.is_alive()  # asked before looking, so that nothing put before the end is missed
+        if not ended:
+            self.head.require()
+        try:
+            return messages.take(self.inbox, 2.0) or (_END if ended else {})
+        except EOFError:  # somebody killed the queue's process: the training's end is still to be waited for
+            time.sleep(_STOP_S)
+            return _END if ended else {}
+
+
+class _Head:
+    """The head of the Ray cluster, without which nothing is scheduled again, and Ray ends every process after a minute."""
+
+    def __init__(self, address: str, private: bool) -> None:
+        self.address, self.patience_s = address, 0.0 if private else _HEAD_S
+        self.asked = self.answered = time.monotonic()
+
+    def answers(self) -> bool:
+        host, _, port = self.address.rpartition(":")
+        return controller.listens(host, int(port))
+
+    def require(self) -> None:
+        """Raise ValueError where it has been away for too long. Asks at most once in a second."""
+        if (now := time.monotonic()) - self.asked < 1:
+            return
+        self.asked = now
+        if self.answers():
+            self.answered = time.monotonic()
+        elif (away := time.monotonic() - self.answered) >= self.patience_s:
+            _lost.append(self.address)
+            again = "run the same command again, to go on from the last checkpoint"
+            if not self.patience_s:
+                raise ValueError(f"Ray's head process on this machine is gone; {again}")
+            raise ValueError(f"the head of the Ray cluster at {self.address} has not answered for {away:.0f} s; once it does, {again}")
+
+
+def require(resources: Resources) -> bool:
+    """Whether the workers get GPUs. Raises ValueError where the cluster, once connected, cannot have what they ask for."""
+    if resources.topology and resources.accelerator_type:
+        tpu.require(resources.topology, resources.accelerator_type)
+    joined = joins_a_cluster(resources.address)
+    workers, each = resources.min_workers or resources.workers, resources.cpus_per_worker
+    has = capacity.reachable(joined).get("GPU", 0)
+    gpus = has >= workers and resources.device in ("auto", "cuda")
+    if resources.device == "cuda" and not gpus:
+        raise ValueError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {has:.0f}")
+    if resources.device == "auto" and has and not gpus:
+        if joined:  # a node that has not come yet would turn days on GPUs into months on CPUs
+            raise ValueError(f"{workers} workers need as many GPUs, and the cluster has {has:.0f}; use fewer --workers, or --device cpu")
+        say(f"training on CPUs: {workers} workers need as many GPUs, this machine has {has:.0f}; use --workers {has:.0f} for it")
+    if (room := capacity.slots(joined, each, gpus)) < workers:
+        raise ValueError(
+            f"{workers} workers with {each} CPUs{' and a GPU' if gpus else ''} each do not fit: a worker is on one node, "
+            f"and the cluster's have room for {room:.0f}; use fewer --workers or --cpus-per-worker"
+        )
+    capacity.announce({"CPU": workers * each, "GPU": workers if gpus else 0})
+    return gpus
+
+
+def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resources: Resources, storage: Path) -> Running:
+    """Start `worker(job)` on every worker under Ray Train and return at once.
+
+    The trainer runs in a thread of its own, so that the caller's thread stays free for reports and Ctrl-C.
+    """
+    inbox = messages.make()
+    controllers: list[Any] = []
+    private = not joins_a_cluster(resources.address)
+    forward, tell = [_forwarder(inbox)], inbox.put
+    trainer = _trainer(worker, {**job, "inbox": inbox}, resources, storage, forward, private, tell, controllers)
+    outcome: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except BaseException as error:  # handed to the thread that iterates the reports
+            outcome.append(error)
+        with contextlib.suppress(Exception):  # Ray was shut down: then nobody reads it
+            inbox.put(_END)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    _jobs[:] = [job for job in _jobs if job.is_alive()] + [thread]
+    import ray
+
+    return Running(thread, inbox, outcome, controllers, _Head(ray.get_runtime_context().gcs_address, private))
+
+
+def fit(
+    worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resources: Resources, storage: Path, callbacks: list[Any], private: bool
+) -> None:
+    """`launch` for a process that Ray Tune started: it returns when `worker(job)` is over on every worker.
+
+    Train's controller runs in this process, which waits anyway, and not in one of its own that would import everything again;
+    so `callbacks` are called here. `job` has the inbox. Raises what Ray raises where workers failed too often.
+    """
+    _trainer(worker, job, resources, storage, callbacks, private, lambda message: None, None).fit()
+
+
+def _trainer(
+    worker: Callable[[dict[str, Any]], None],
+    job: dict[str, Any],
+    resources: Resources,
+    storage: Path,
+    callbacks: list[Any],
+    private: bool,
+    tell: controller.Tell,
+    controllers: list[Any] | None,
+) -> Any:
+    from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import ScalingConfig  # what ray.train gives; a type checker finds its forerunner there
+
+    gpus = require(resources)
+    accelerator = {"GPU": 1} if gpus else {}
+    torch_config, scaling = TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800), {}
+    if resources.topology and resources.accelerator_type:
+        accelerator = {"TPU": 1}
+        torch_config, scaling = tpu.torch_config(resources.topology, 1800), tpu.scaling(resources.topology, resources.accelerator_type)
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(10 * resources.hang_timeout_s)  # who is silent is seen before, and named
+    counts = resources.counts(STAGES[job["stage"]].from_dict(job["config"]))
+    elastic = resources.min_workers is not None
+    # An elastic group that was planned with a node too many is planned again.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30" if elastic else _START_S
+    return controller.trainer_class(private, counts, resources.hang_timeout_s, tell, controllers)(
+        worker,
+        train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
+        torch_config=torch_config,
+        scaling_config=ScalingConfig(
+            num_workers=(counts[0], counts[-1]) if elastic else resources.workers,
+            use_gpu=gpus,
+            resources_per_worker={"CPU": resources.cpus_per_worker} | accelerator,
+            elastic_resize_monitor_interval_s=_RESIZE_S,
+            **scaling,
+        ),
+        run_config=RunConfig(
+            name=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=str(storage.absolute()),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            callbacks=callbacks,
+        ),
+    )
+
+
+def _forwarder(inbox: Any) -> Any:
+    """A callback for Ray's controller process that tells the driver's queue of failed workers."""
+    from ray.train import UserCallback
+
+    class Forward(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for rank, error in sorted(worker_exceptions.items()):
+                if isinstance(error, hang.Leave):
+                    inbox.put({"say": f"rank {rank} left with a checkpoint: {error}"})
+                    return
+            rank, error = sorted(worker_exceptions.items())[0]
+            inbox.put({"failed_rank": rank, "error": str(error).strip().splitlines()[-1][:500]})
+
+    return Forward()

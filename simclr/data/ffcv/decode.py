@@ -1,0 +1,106 @@
+"""An FFCV operation that decodes a JPEG once and writes both views' crops.
+
+Two FFCV pipelines over one image field decode it twice, and draw their crops from numba's per-thread generator, which
+no seed reaches. Here the boxes come with each batch's metadata, so they are whatever the caller drew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+import simclr.data.ffcv.imports  # noqa: F401  (first: it makes the next import fast)
+
+# isort: split
+from ffcv.libffcv import imdecode
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.operation import Operation
+from ffcv.pipeline.state import State
+from numpy.typing import NDArray
+
+from simclr.data.ffcv.resize import resize_box
+
+
+def _generate_take(context: Any, counter: Any) -> Any:
+    """counter (1,) int64 → the number in it, which is one more for whoever asks next, in whatever thread."""
+
+    def generate(target: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = target.make_array(signature.args[0])(target, builder, values[0]).data
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), generate
+
+
+_take: Any = intrinsic(_generate_take)
+
+
+def decode(data: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
+    """Pixels (height, width, 3) of a JPEG of that size, as `Crops` decodes it; None where it is damaged."""
+    pixels = np.empty((height, width, 3), np.uint8)
+    status = imdecode(np.frombuffer(data, np.uint8), pixels, height, width, height, width)
+    return pixels if status == 0 else None
+
+
+class Crops(Operation):  # type: ignore[misc]
+    """Decode once, then cut and resize `count` boxes: → (n, count, size, size, 3) uint8.
+
+    The metadata rows carry `box` (count, 4): top, left, height, width in pixels, inside the image. Three buffers: the crops;
+    each sample's status, 0 or what the decoder said of a damaged image; and, per thread, room for a decoded image. The
+    fourth entry is the kind of resize, its number in `resize.KINDS`, so that one compiled function serves all.
+    """
+
+    def __init__(self, count: int, size_px: int) -> None:
+        super().__init__()
+        self.count, self.size_px = count, size_px
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What one decoded image takes, at most."""
+        return int((self.metadata["height"].astype(np.int64) * self.metadata["width"]).max()) * 3
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
+        shape, byte = (self.count, self.size_px, self.size_px, 3), np.dtype("u1")
+        state = replace(previous_state, jit_mode=True, shape=shape, dtype=byte)
+        return state, (AllocationQuery(shape, byte), AllocationQuery((), np.dtype("i4")))
+
+    def generate_code(self) -> Callable[..., Any]:
+        read, each = self.memory_read, Compiler.get_iterator()
+        decode_jpeg, resize, take = Compiler.compile(imdecode), resize_box, _take
+
+        def crops(batch_indices: Any, buffers: Any, metadata: Any, storage_state: Any) -> Any:
+            destination, status, scratch, kind = buffers
+            taken = np.zeros(1, np.int64)
+            for thread in each(len(scratch)):
+                # A thread takes the next photograph when it is done with one. Equal shares would wait for the thread with the largest.
+                row = take(taken)
+                while row < len(batch_indices):
+                    field = metadata[batch_indices[row]]
+                    stored = read(field["data_ptr"], storage_state)
+                    height, width = np.int64(field["height"]), np.int64(field["width"])
+                    status[row] = 0
+                    if field["mode"] == 0:
+                        image = scratch[thread][: 3 * height * width].reshape(height, width, 3)
+                        status[row] = decode_jpeg(stored, image, height, width, height, width, 0, 0, 1, 1, False, False)
+                    else:
+                        image = stored.reshape(height, width, 3)
+                    if status[row] == 0:
+                        for box in range(field["box"].shape[0]):
+                            resize(image, field["box"][box], destination[row, box], kind)
+                    row = take(taken)
+            return destination[: len(batch_indices)]
+
+        crops.is_parallel = True  # type: ignore[attr-defined]
+        return crops
+
+
+def read_bytes(address: Any, storage: Any) -> Any:
+    """The bytes at `address`: what FFCV's operations call. `storage` is (mapped bytes, sorted pointers, their lengths)."""
+    size = storage[2][np.searchsorted(storage[1], address)]
+    return storage[0][address : address + size]

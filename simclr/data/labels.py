@@ -1,0 +1,103 @@
+"""Which labels a fine-tuning may see: class-balanced, keyed subsets of a split, and the files that say so.
+
+A label file is text: lines that begin with # are notes, every other line is one image, as its sample id or, where the shards
+know their files' names, as a file name (the published 1 % and 10 % lists of ImageNet are of that kind).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr import files, keyed
+
+Ids = NDArray[np.int64]
+
+
+def subset(labels: Ids, share: float, seed: int) -> Ids:
+    """Sample ids, ascending, of `share` of each class in labels (n,), of which −1 is unlabelled and never chosen.
+
+    Of a class with m images the nearest whole number to share · m are chosen (half a one counts as one), but at least 1: those
+    whose 64 keyed bits under `seed` are smallest. So a larger share holds the smaller ones, and who is chosen in one class does
+    not depend on the others. Raises ValueError for a share outside (0, 1], and where nothing is labelled.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of labels is {share}; expected above 0 and at most 1, as 0.01 for 1 %")
+    labelled = np.flatnonzero(labels >= 0)
+    if not len(labelled):
+        raise ValueError("no image of the training split has a label; prepare it from a folder of class/file")
+    words = keyed.bits(seed, "subset", 0, labelled, 0, 2)
+    drawn = labelled[np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")]
+    chosen = []
+    for label in np.unique(labels[labelled]):
+        members = drawn[labels[drawn] == label]
+        chosen.append(members[: max(int(share * len(members) + 0.5), 1)])
+    return np.sort(np.concatenate(chosen))
+
+
+def digest(ids: Ids) -> str:
+    """sha256 of a set of sample ids."""
+    return hashlib.sha256(np.sort(ids).astype("<i8").tobytes()).hexdigest()
+
+
+def write(path: Path, ids: Ids, names: Sequence[str] | None, notes: dict[str, object]) -> None:
+    """Write a label file: `notes` as its head, then one image a line, by name where there are names (of all images, by id)."""
+    head = [f"# {key}: {value}" for key, value in notes.items()]
+    files.write_text(path, "\n".join([*head, *(names[i] if names else str(i) for i in ids.tolist())]) + "\n")
+
+
+def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
+    """Sample ids, ascending, of the images that a label file lists.
+
+    A name may be a whole path in the source (train/cat/12.jpg), or its end (12.jpg), as long as only one image's path ends so.
+    Raises ValueError naming the first line that fits no image, more than one, or one without a label.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no label file {path}; expected text, one file name or sample id a line")
+    lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), 1)]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"{path} lists no image; expected one file name or sample id a line")
+    ends = _ends(names, {len(PurePosixPath(line).parts) for _, line in lines if not line.isdigit()}) if names else {}
+    found: dict[int, int] = {}
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        if line.isdigit() and line not in ends:
+            sample = int(line)
+            if sample >= len(labels):
+                raise ValueError(f"{where}: there is no sample {sample}; the training split has {len(labels):,} images")
+        elif names is None:
+            raise ValueError(
+                f"{where} is a name, {line!r}, and these shards do not know their images' names; give sample ids, "
+                "or prepare the shards again, from files"
+            )
+        else:
+            sample = ends.get(line, -1)
+            if sample < 0:
+                many = "more than one image has" if sample == _MANY else "no image of the training split has"
+                raise ValueError(f"{where}: {many} the name {line!r}; expected a file name as in the source, {names[0]!r} for one")
+        if labels[sample] < 0:
+            raise ValueError(f"{where}: image {line!r} has no label; leave it out")
+        if sample in found:
+            raise ValueError(f"{where}: {line!r} is listed already, in line {found[sample]}")
+        found[sample] = number
+    return np.sort(np.fromiter(found, np.int64))
+
+
+_MANY = -2
+
+
+def _ends(names: Sequence[str], lengths: set[int]) -> dict[str, int]:
+    """The last parts of each name, as many as `lengths` says → its sample id; _MANY where several end so."""
+    ends: dict[str, int] = {}
+    for sample, name in enumerate(names):
+        parts = PurePosixPath(name).parts
+        for length in lengths:
+            end = "/".join(parts[-length:])
+            if length <= len(parts):
+                ends[end] = _MANY if end in ends else sample
+    return ends

@@ -1,0 +1,141 @@
+"""Directories of shards in S3: sent after `prepare`, fetched once by each machine that reads them.
+
+The manifest is sent last and written last, so where there is one, in S3 or on disk, the shards beside it are whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from simclr import files
+from simclr.data.manifest import LISTS, Manifest, Shard, parse, read_manifest
+from simclr.data.s3.store import Damaged, Missing, Progress, Store
+from simclr.data.s3.uri import Address, locked
+
+_AT_ONCE = 4  # shards; each is in parts of its own
+
+
+def manifest_at(place: Address, store: Store) -> tuple[Manifest, bytes] | None:
+    """The manifest at `place` and its bytes, None where there is none. Raises ValueError where it cannot be asked for."""
+    try:
+        text = store.read(place / "manifest.json")
+    except Missing:
+        store.listing(place)  # a bucket that is missing is no empty place
+        return None
+    manifest = parse(text.decode(errors="replace"), place)
+    for shard in manifest.shards:
+        if shard.name in ("", ".", "..") or "/" in shard.name:
+            raise Damaged(f"the manifest at {place} names a shard {shard.name!r}, which is no file name; prepare the data again")
+    return manifest, text
+
+
+def fetch(place: Address, directory: Path, progress: Callable[[int, int], None], store: Store, groups: int = 1, group: int = 0) -> None:
+    """Make `directory` the shards at `place`: what is there already stays, what is missing or damaged is fetched in parallel.
+
+    Of training shards in more than one group only those of `group` are fetched (−1: none), and others stay where they are.
+    Several processes of a machine may call this at once: one fetches, the others wait. progress gets bytes so far and in all.
+    Raises ValueError where there are no shards, where they do not match their manifest, and for a disk that is too small.
+    """
+    with locked(directory):
+        found = manifest_at(place, store)
+        if found is None:
+            raise ValueError(
+                f"there are no shards at {place} (no manifest.json); `simclr prepare --source … --out {place}` puts them there"
+            )
+        manifest, text = found
+        local = directory / "manifest.json"
+        whole = local.is_file() and local.read_bytes() == text
+        if not whole:
+            directory.mkdir(parents=True, exist_ok=True)
+            local.unlink(missing_ok=True)
+        # Without the manifest, the files are of a fetch that was ended, or of other data: then their bytes are looked at.
+        mine = manifest.part(groups, group)
+        there = {shard for shard in mine if _intact(directory / shard.name, shard, hashed=not whole)}
+        wanted = [shard for shard in mine if shard not in there]
+        names = {shard.name for shard in manifest.shards}
+        for stray in directory.glob("*.beton"):
+            if stray.name not in names:
+                stray.unlink()
+        files.require_space(directory, sum(shard.bytes for shard in wanted), "for the shards", "set SIMCLR_CACHE to another disk")
+        count = _counter(sum(shard.bytes for shard in mine), progress)
+        count(sum(shard.bytes for shard in there))
+        _each(wanted, lambda s: store.download(place / s.name, directory / s.name, s.bytes, s.sha256, count), store)
+        with files.whole(local) as scratch:
+            scratch.write_bytes(text)
+
+
+def refetch(place: Address, directory: Path, name: str, since: float, store: Store) -> bool:
+    """Fetch the shard `name` once more where its bytes are not what the manifest says. Returns whether they have changed since
+    Unix time `since`: somebody else may have done it. Raises Damaged where S3 has other bytes too.
+    """
+    with locked(directory):
+        (shard,) = (shard for shard in read_manifest(directory, look=False).shards if shard.name == name)
+        path = directory / name
+        if _intact(path, shard, hashed=True):
+            return path.stat().st_mtime > since
+        path.unlink(missing_ok=True)
+        store.download(place / name, path, shard.bytes, shard.sha256)
+        return True
+
+
+def fetch_names(place: Address, directory: Path, split: str, store: Store) -> None:
+    """Bring the names of a split's images beside its shards, which training does not need; where there are none, nothing."""
+    name = f"names-{split}.txt"
+    with locked(directory):
+        if any(found.name == name for found in store.listing(place)):
+            store.download(place / name, directory / name)
+
+
+def push(directory: Path, place: Address, progress: Callable[[int, int], None], store: Store) -> None:
+    """Send the shards in `directory` to `place`, the manifest last; what is there already is not sent again.
+
+    Raises ValueError where a shard on disk does not match its manifest, or S3 refuses.
+    """
+    manifest = read_manifest(directory)
+    found = manifest_at(place, store)
+    if found is not None and found[1] != (directory / "manifest.json").read_bytes():
+        store.delete(place / "manifest.json")
+    count = _counter(sum(shard.bytes for shard in manifest.shards), progress)
+    _each(list(manifest.shards), lambda s: store.upload(directory / s.name, place / s.name, s.sha256, count), store)
+    for name in (*LISTS, "manifest.json"):
+        if (directory / name).is_file():
+            store.upload(directory / name, place / name)
+
+
+def _intact(path: Path, shard: Shard, hashed: bool) -> bool:
+    if not path.is_file() or path.stat().st_size != shard.bytes:
+        return False
+    if not hashed:
+        return True
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+
+
+def _counter(total: int, progress: Callable[[int, int], None]) -> Progress:
+    """Adds up what several threads have done."""
+    lock, done = threading.Lock(), 0
+
+    def count(amount: int) -> None:
+        nonlocal done
+        with lock:
+            done += amount
+            progress(done, total)
+
+    return count
+
+
+def _each(shards: list[Shard], work: Callable[[Shard], object], store: Store) -> None:
+    """`work` on every shard, several at once. The first that fails ends the others."""
+    pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="shards")
+    try:
+        for future in as_completed([pool.submit(work, shard) for shard in shards]):
+            future.result()
+    except BaseException as error:
+        store.over.set()
+        pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)  # Ctrl-C waits for no answer
+        raise
+    pool.shutdown()

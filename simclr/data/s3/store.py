@@ -1,0 +1,399 @@
+"""s3:// ⇄ disk: parallel, resumable, checksummed, atomic. The door to boto3.
+
+One object at a time; directories of shards are in `remote`. A server says 503, a connection is reset, a body ends early, a
+byte is another: boto3 tries requests again but not bodies, and says neither what it tried nor why. So its own retries are off
+and every request, with its body, is tried here. What arrives is checked before it gets its name, and a transfer goes on where
+it stopped, in this process or the next.
+
+Credentials, region and endpoint come from boto3's own chain: environment, profile, role; AWS_ENDPOINT_URL_S3 for MinIO and
+others. No text of boto3's gets into a message of ours, for it may hold a signature; only its codes and types do.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import boto3
+from botocore import exceptions as boto
+from botocore.config import Config
+from botocore.parsers import ResponseParserError
+
+from simclr.data.s3.uri import Address, Unreachable
+
+T = TypeVar("T")
+Progress = Callable[[int], None]
+"""Gets bytes done since the last call; fewer than none where they have to be fetched again. Called from several threads."""
+_PAUSE_MOST_S = 20.0
+_MOST_PARTS = 10_000  # of one upload, by S3's rules
+_CHUNK = 1 << 18
+# A status of 500 and more is tried again in any case.
+_PASSING = (
+    *("SlowDown", "Throttling", "ThrottlingException", "RequestThrottled", "TooManyRequests", "RequestTimeout", "OperationAborted"),
+    *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
+)
+_WORDS: dict[type[Exception], str] = {
+    boto.ReadTimeoutError: "no answer in time",
+    boto.EndpointConnectionError: "no connection",
+    boto.IncompleteReadError: "a body that ended early",
+    boto.ResponseStreamingError: "a body that broke off",
+    boto.ConnectionClosedError: "a connection that was reset",
+    ResponseParserError: "an answer that cannot be read",
+    boto.HTTPClientError: "a connection that failed",
+    boto.ConnectionError: "a connection that failed",
+    ConnectionError: "a connection that was reset",
+    boto.CredentialRetrievalError: "credentials that did not come",  # many ranks ask a node's role for them at once
+}
+_TRANSPORT = tuple(_WORDS)
+_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.TokenRetrievalError, boto.SSOError)
+_HOW_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or run where a role gives them"
+
+
+class Missing(ValueError):
+    """There is no such object."""
+
+
+class Damaged(ValueError):
+    """An object's bytes are not those that its checksum or the manifest promises."""
+
+
+class _Again(Exception):
+    """Something that another try may mend."""
+
+
+class _Changed(_Again):
+    """The object is another one than when its download began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """What a listing or a look says of an object; `name` is below the address that was asked for."""
+
+    name: str
+    bytes: int
+    etag: str
+    sha256: str = ""
+    """Where we uploaded it, and it was looked at by itself."""
+
+
+class Store:
+    """boto3's S3 client, with our own patience. May be used by several threads at once.
+
+    Every method raises ValueError: Missing; at once where it is refused; after `attempts` tries, naming the object and why the
+    last one failed.
+    """
+
+    def __init__(
+        self, *, attempts: int = 8, pause_s: float = 0.25, answer_s: float = 20.0, part_bytes: int = 16 << 20, threads: int = 8
+    ) -> None:
+        """`pause_s`: the first pause, doubled with each; `part_bytes`: of a request; `threads`: parts under way at a time."""
+        self.attempts, self.pause_s, self.part_bytes = attempts, pause_s, part_bytes
+        self.over = threading.Event()  # set it to end what is under way in other threads
+        # At DEBUG botocore writes signatures and headers, whoever it was that turned the root logger up.
+        logging.getLogger("botocore").setLevel(logging.WARNING)
+        settings = Config(
+            retries={"total_max_attempts": 1},
+            connect_timeout=min(answer_s, 5.0),
+            read_timeout=answer_s,
+            max_pool_connections=4 * threads,
+            # An MD5 goes with every upload, which all stores check, those too that do not know the newer checksums.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        try:
+            self.client: Any = boto3.session.Session().client("s3", config=settings)
+        except ValueError:
+            raise ValueError("the S3 endpoint in the environment is no address; expected AWS_ENDPOINT_URL_S3=http(s)://HOST:PORT") from None
+        except boto.BotoCoreError as error:
+            raise ValueError(f"boto3 finds no usable AWS settings ({type(error).__name__}); {_HOW_CREDENTIALS}") from None
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
+
+    # ── Asking ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def listing(self, place: Address) -> list[Object]:
+        """Every object below `place`/, sorted by name. Markers of folders, whose names end with a slash, are left out."""
+        prefix = f"{place.key}/" if place.key else ""
+        found: list[Object] = []
+        token: dict[str, str] = {}
+        while True:
+            ask = {"Bucket": place.bucket, "Prefix": prefix, **token}
+            page = self._tried(place, lambda ask=ask: self.client.list_objects_v2(**ask))  # type: ignore[misc]
+            objects = (o for o in page.get("Contents", ()) if not o["Key"].endswith("/"))
+            found += [Object(o["Key"].removeprefix(prefix), o["Size"], o["ETag"]) for o in objects]
+            if not page.get("IsTruncated"):
+                return sorted(found, key=lambda o: o.name)
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def look(self, place: Address) -> Object:
+        """What the object at `place` is, without its bytes."""
+        answer = self._tried(place, lambda: self.client.head_object(Bucket=place.bucket, Key=place.key))
+        return Object(place.name, answer["ContentLength"], answer["ETag"], answer.get("Metadata", {}).get("sha256", ""))
+
+    def held(self, place: Address, size: int, sha256: str) -> Object | None:
+        """The object at `place`, if there is one with these bytes that was uploaded by us."""
+        try:
+            found = self.look(place)
+        except Missing:
+            return None
+        return found if (found.bytes, found.sha256) == (size, sha256) else None
+
+    def delete(self, place: Address) -> None:
+        """Remove the object at `place`, if there is one."""
+        with contextlib.suppress(Missing):
+            self._tried(place, lambda: self.client.delete_object(Bucket=place.bucket, Key=place.key))
+
+    # ── Fetching ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def read(self, place: Address) -> bytes:
+        """A small object's bytes, checked against the sha256 that we uploaded with it, or the MD5 that S3 keeps of most."""
+
+        def once() -> bytes:
+            answer = self.client.get_object(Bucket=place.bucket, Key=place.key)
+            with contextlib.closing(answer["Body"]) as body:
+                data: bytes = body.read()
+            sha256, md5 = answer.get("Metadata", {}).get("sha256", ""), _md5(answer)
+            if len(data) != answer["ContentLength"]:
+                raise _Again("a body that ended early")
+            if (sha256 and hashlib.sha256(data).hexdigest() != sha256) or (md5 and _md5_of(data).hex() != md5):
+                raise _Again("bytes that do not match their checksum")
+            return data
+
+        return self._tried(place, once)
+
+    def download(self, place: Address, path: Path, size: int | None = None, sha256: str = "", progress: Progress = lambda n: None) -> None:
+        """Fetch the object to `path`, in parts, several at a time; under that name it is whole and checked.
+
+        `sha256` defaults to the one it was uploaded with. Parts wait in a file beside `path`, and a later call goes on with
+        them if the object is still the same. Raises Damaged where the object has another size, or other bytes in every try.
+        """
+        partial, log = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.parts")
+        reason, counted = "", [0]
+
+        def count(amount: int) -> None:
+            counted.append(amount)
+            progress(amount)
+
+        for attempt in range(self.attempts):
+            self._pause(attempt)
+            progress(-sum(counted))
+            counted.clear()
+            found = self.look(place)
+            if size is not None and found.bytes != size:
+                raise Damaged(f"{place} has {found.bytes:,} bytes, expected {size:,}; upload it again")
+            try:
+                self._fetch_parts(place, found, partial, log, count)
+            except _Changed as error:
+                reason = str(error)
+                continue
+            expected = sha256 or found.sha256
+            with partial.open("rb") as file:
+                right = not expected or hashlib.file_digest(file, "sha256").hexdigest() == expected
+            log.unlink(missing_ok=True)
+            if right:
+                partial.replace(path)
+                return
+            partial.unlink()
+            reason = "bytes that do not match their sha256"
+        raise Damaged(f"{place} failed {self.attempts} times, the last time with {reason}; upload it again")
+
+    def _fetch_parts(self, place: Address, found: Object, partial: Path, log: Path, progress: Progress) -> None:
+        """Fill `partial` with the parts that `log` does not list. Raises _Changed."""
+        head = json.dumps([found.etag, found.bytes, self.part_bytes])
+        lines = log.read_text().split("\n")[:-1] if log.is_file() and partial.is_file() else []  # the last may be half a line
+        done = {int(line) for line in lines[1:] if line.isdigit()} if lines[:1] == [head] else set()
+        if not done:
+            log.write_text(f"{head}\n")
+        parts = [(begin, min(begin + self.part_bytes, found.bytes)) for begin in range(0, found.bytes, self.part_bytes)]
+        progress(sum(end - begin for i, (begin, end) in enumerate(parts) if i in done))
+        lock = threading.Lock()
+        with partial.open("r+b" if done else "w+b") as file, log.open("a") as listed:
+            file.truncate(found.bytes)
+
+            def fetch(index: int) -> None:
+                self._fetch_part(place, found.etag, *parts[index], file.fileno(), progress)
+                with lock:
+                    listed.write(f"{index}\n")
+                    listed.flush()
+
+            self._all([self.pool.submit(fetch, i) for i in range(len(parts)) if i not in done])
+            os.fsync(file.fileno())
+
+    def _fetch_part(self, place: Address, etag: str, begin: int, end: int, file: int, progress: Progress) -> None:
+        """Bytes begin … end − 1 of the object into `file`; another try goes on after the last byte that came."""
+
+        def once() -> None:
+            nonlocal begin
+            answer = self.client.get_object(Bucket=place.bucket, Key=place.key, Range=f"bytes={begin}-{end - 1}", IfMatch=etag)
+            with contextlib.closing(answer["Body"]) as body:
+                if not answer.get("ContentRange", "").startswith(f"bytes {begin}-{end - 1}/"):
+                    raise _Again("another range of bytes than asked for")
+                while begin < end and (chunk := body.read(min(_CHUNK, end - begin))):
+                    self._check_over()
+                    os.pwrite(file, chunk, begin)
+                    begin += len(chunk)
+                    progress(len(chunk))
+            if begin < end:
+                raise _Again("a body that ended early")
+
+        self._tried(place, once)
+
+    # ── Sending ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def upload(self, path: Path, place: Address, sha256: str = "", progress: Progress = lambda n: None) -> Object:
+        """Send the file as it is now, in parts where it is large, unless the very same is there; its sha256 goes with it.
+
+        Raises Damaged where `sha256` is given and the file has another. S3 shows an object only when all of it is there; the
+        parts of an upload that fails are removed, those of a process that is killed wait for the bucket's lifecycle rule.
+        """
+        with path.open("rb") as file:
+            size, hashed = os.fstat(file.fileno()).st_size, hashlib.sha256()
+            for at in range(0, size, _CHUNK):  # not to its end: somebody may be appending
+                hashed.update(os.pread(file.fileno(), min(_CHUNK, size - at), at))
+            digest = hashed.hexdigest()
+            if sha256 and digest != sha256:
+                raise Damaged(f"{path} does not match its sha256; make it again")
+            if found := self.held(place, size, digest):
+                progress(size)
+                return found
+            about = {"Bucket": place.bucket, "Key": place.key}
+            if size <= self.part_bytes:
+                data = os.pread(file.fileno(), size, 0)
+                self._send(place, data, lambda **body: self.client.put_object(**about, **body, Metadata={"sha256": digest}))
+                progress(size)
+            else:
+                self._send_parts(place, about, file.fileno(), size, digest, progress)
+        if sent := self.held(place, size, digest):
+            return sent
+        raise Damaged(f"{place} is not what was uploaded; something else writes there: use another prefix")
+
+    def _send(self, place: Address, data: bytes, request: Callable[..., Any]) -> str:
+        """One body, with its MD5, which the server checks and we check again. Returns the ETag."""
+        md5 = _md5_of(data)
+
+        def once() -> str:
+            self._check_over()
+            answer = request(Body=data, ContentMD5=base64.b64encode(md5).decode())
+            if _md5(answer) not in ("", md5.hex()):
+                raise _Again("a checksum of other bytes than were sent")
+            return str(answer["ETag"])
+
+        return self._tried(place, once)
+
+    def _send_parts(self, place: Address, about: dict[str, str], file: int, size: int, digest: str, progress: Progress) -> None:
+        started = self._tried(place, lambda: self.client.create_multipart_upload(**about, Metadata={"sha256": digest}))
+        about = about | {"UploadId": started["UploadId"]}
+        each = max(self.part_bytes, -(-size // _MOST_PARTS))
+
+        def send(number: int) -> dict[str, Any]:
+            data = os.pread(file, min(each, size - (number - 1) * each), (number - 1) * each)
+            etag = self._send(place, data, lambda **body: self.client.upload_part(**about, **body, PartNumber=number))
+            progress(len(data))
+            return {"PartNumber": number, "ETag": etag}
+
+        def complete() -> None:
+            try:
+                self.client.complete_multipart_upload(**about, MultipartUpload={"Parts": parts})
+            except boto.ClientError as error:
+                # The try before this one succeeded, and its answer was lost.
+                if error.response.get("Error", {}).get("Code") != "NoSuchUpload" or not self.held(place, size, digest):
+                    raise
+
+        try:
+            parts = self._all([self.pool.submit(send, number) for number in range(1, -(-size // each) + 1)])
+            self._tried(place, complete)
+        except BaseException:
+            with contextlib.suppress(ValueError):  # the first trouble is the one to tell
+                self._tried(place, lambda: self.client.abort_multipart_upload(**about))
+            raise
+
+    # ── Trying again ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _tried(self, place: Address, request: Callable[[], T]) -> T:
+        """What `request` returns, tried up to `attempts` times. Raises _Changed where an If-Match does not hold."""
+        reason = ""
+        for attempt in range(self.attempts):
+            self._pause(attempt)
+            try:
+                return request()
+            except _Changed:
+                raise
+            except _Again as error:
+                reason = str(error)
+            except boto.ClientError as error:
+                reason = _status(error, place)
+            except _CREDENTIALS:
+                raise ValueError(f"no AWS credentials for {place}; {_HOW_CREDENTIALS}") from None
+            except _TRANSPORT as error:
+                reason = next(words for kind, words in _WORDS.items() if isinstance(error, kind))
+                if isinstance(error, boto.EndpointConnectionError):
+                    reason += f" to {urlsplit(self.client.meta.endpoint_url).hostname}"
+            except boto.BotoCoreError as error:
+                raise ValueError(f"{place} cannot be asked for ({type(error).__name__}); check the address and the AWS settings") from None
+        raise Unreachable(
+            f"{place} failed {self.attempts} times, the last time with {reason}; check the network and the endpoint, "
+            "then run the same command again: it goes on where it stopped"
+        )
+
+    def _all(self, futures: list[Future[T]]) -> list[T]:
+        """Their results; where one fails, those that have not begun are left and those under way waited for."""
+        try:
+            return [future.result() for future in futures]
+        except BaseException as error:
+            left = [future for future in futures if not future.cancel()]
+            if isinstance(error, Exception):
+                wait(left)
+            else:  # Ctrl-C waits for no answer
+                self.over.set()
+            raise
+
+    def _pause(self, attempt: int) -> None:
+        """Before every try but the first: twice as long each time, and never all clients at once."""
+        if attempt:
+            self.over.wait(min(self.pause_s * 2 ** (attempt - 1), _PAUSE_MOST_S) * random.uniform(0.5, 1))
+        self._check_over()
+
+    def _check_over(self) -> None:
+        if self.over.is_set():
+            raise ValueError("the transfer was ended")
+
+
+def _status(error: boto.ClientError, place: Address) -> str:
+    """Status and code of an answer that another try may mend. Raises what it says where none can."""
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code = re.sub(r"\W", "", str(error.response.get("Error", {}).get("Code", "")))[:64]
+    if code in ("PreconditionFailed", "InvalidRange") or status in (412, 416):
+        raise _Changed("an object that changed while it was fetched") from None
+    if status >= 500 or status == 429 or code in _PASSING or status < 300:  # 200 with an error in its body
+        return f"{status} {code}".removesuffix(f" {status}")
+    if code == "NoSuchBucket":
+        raise Missing(f"there is no bucket {place.bucket} for {place}; make it, or correct the address") from None
+    if status == 404:
+        raise Missing(f"there is no {place}; correct the address") from None
+    if status in (401, 403) or "Token" in code:
+        what = f"{status} {code}".removesuffix(f" {status}")
+        raise ValueError(f"S3 refuses {place} to these credentials ({what}); get permission for it, or {_HOW_CREDENTIALS}") from None
+    raise ValueError(f"S3 refuses the request for {place} ({status} {code}); check the address, the region and the endpoint") from None
+
+
+def _md5(answer: dict[str, Any]) -> str:
+    """The MD5 of an object or a part, in hex, where its ETag is one: not of several parts, nor under a key of its own."""
+    etag = str(answer.get("ETag", "")).strip('"')
+    plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
+    return etag if plain and re.fullmatch(r"[0-9a-f]{32}", etag) else ""
+
+
+def _md5_of(data: bytes) -> bytes:
+    return hashlib.md5(data, usedforsecurity=False).digest()

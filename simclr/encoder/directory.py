@@ -1,0 +1,219 @@
+"""An encoder as it is published: a directory of safetensors and config.json, with the preprocessing it was trained under.
+
+encoder.safetensors      names as in `ResNet.state_dict()`
+head.safetensors         the projection head, or its first layers; v2 fine-tunes and distils from them
+classifier.safetensors   a linear classifier, where there is one; config.json names its classes and the tap it reads
+config.json              schema, the run's config, `preprocessing`, `published` (recipe, step, data), `classifier`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from simclr import config as configs
+from simclr.networks.heads import Classifier, ProjectionHead, build_head
+from simclr.networks.initial import unfilled
+from simclr.networks.resnet import ResNet, build_encoder
+from simclr.views.two_views import centre_boxes, crop_resize
+
+ENCODER_SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """From a picture to what the encoder takes; getting it wrong costs tenths of a point to points."""
+
+    size_px: int
+    """Side of the encoder's input."""
+    centre_crop: float
+    """Side of the square taken from the middle, as a share of the shorter side; the official code takes 0.875, and all of a
+    CIFAR image."""
+    resize: configs.Resize
+    """Kernel that brings the crop to `size_px`, without antialiasing, as the training crops are made."""
+    mean: tuple[float, float, float]
+    """Subtracted from pixels in [0, 1]. The official encoders: nothing."""
+    std: tuple[float, float, float]
+    """Divides them after that. The official encoders: nothing."""
+
+    @classmethod
+    def of(cls, views: configs.Views) -> Preprocessing:
+        """What fits an encoder that was trained on such views."""
+        whole = views.size_px <= 32
+        return cls(size_px=views.size_px, centre_crop=1.0 if whole else 0.875, resize=views.resize, mean=views.mean, std=views.std)
+
+
+class PublishedEncoder(nn.Module):
+    """An encoder with its preprocessing: what a user pulls from the registry.
+
+    `forward` takes normalised images (n, 3, H, W); `embed` takes pictures as they come.
+    """
+
+    def __init__(self, encoder: ResNet, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.encoder, self.config, self.d_h = encoder, config, encoder.d_h
+        self.preprocessing = preprocessing_of(config)
+        self.register_buffer("mean", torch.tensor(self.preprocessing.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.preprocessing.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.encoder(x)
+        return features
+
+    @torch.no_grad()
+    def embed(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
+        """uint8 images (n, H, W, 3) of any size → features (n, d_h), float32. See `prepared`."""
+        features: Tensor = self(self.prepared(images)).float()
+        return features
+
+    @torch.no_grad()
+    def prepared(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
+        """uint8 images (n, H, W, 3) of any size → what `forward` takes, (n, 3, size, size).
+
+        Images of another size than the encoder's are cropped and resized as `Preprocessing` says; a crop of more than twice
+        the size is brought to twice the size first, with antialiasing, as the shards of training images are.
+        """
+        if isinstance(images, np.ndarray):
+            images = np.require(images, requirements="W")  # torch warns at an array that it could not write to
+        x = torch.as_tensor(images)
+        if x.ndim != 4 or x.shape[3] != 3 or x.dtype != torch.uint8:
+            raise ValueError(f"embed got {x.dtype} images of shape {tuple(x.shape)}; expected uint8 (n, H, W, 3)")
+        mean, size = self.get_buffer("mean"), self.preprocessing.size_px
+        x = x.to(mean.device).permute(0, 3, 1, 2)
+        if x.shape[2:] == (size, size):
+            x = x.float() / 255
+        else:
+            top, left, side, _ = centre_boxes(np.array([x.shape[2:]]), self.preprocessing.centre_crop)[0].tolist()
+            x = x[:, :, top : top + side, left : left + side].float() / 255
+            if side > 2 * size:
+                x = F.interpolate(x, (2 * size, 2 * size), mode="bicubic", antialias=True).clamp(0, 1)
+            whole = torch.tensor([[0, 0, x.shape[2], x.shape[3]]], device=x.device)
+            x = crop_resize(x, whole, size, self.preprocessing.resize)
+        return (x - mean) / self.get_buffer("std")
+
+
+def preprocessing_of(text: dict[str, Any]) -> Preprocessing:
+    """The preprocessing that a config.json states, or, of an older one, what follows from its views."""
+    stated = text.get("preprocessing")
+    if stated is None:
+        return Preprocessing.of(config_of(text).views)
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
+    return Preprocessing(**values)
+
+
+def config_of(text: dict[str, Any]) -> configs.Config:
+    """The run's config in a config.json."""
+    known = {field.name for field in dataclasses.fields(configs.Config)}
+    return configs.Config.from_dict({name: value for name, value in text.items() if name in known})
+
+
+def write_encoder(
+    tensors: dict[str, Tensor],
+    config: configs.Config,
+    directory: Path,
+    published: dict[str, Any],
+    *,
+    head: dict[str, Tensor] | None = None,
+    classifier: dict[str, Tensor] | None = None,
+    tap: int = 0,
+    classes: list[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> None:
+    """Publish an encoder's `tensors` (names as in `ResNet.state_dict()`) as `directory`; an older version in it is replaced at once.
+
+    `published` says where it comes from (recipe, step, data). `head` (as `ProjectionHead.state_dict()`, all layers or the first
+    ones), `classifier` (weight, bias), which reads the head's layer `tap`, and the `classes` that it tells apart, are optional.
+    """
+    scratch = directory.with_name(f".{directory.name}-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        for name, part in (("encoder", tensors), ("head", head), ("classifier", classifier)):
+            if part:
+                save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, scratch / f"{name}.safetensors")
+        stated = dataclasses.asdict(preprocessing or Preprocessing.of(config.views))
+        text = {"schema": ENCODER_SCHEMA, **config.to_dict(), "preprocessing": stated, "published": published}
+        if classifier:
+            text["classifier"] = {"tap": tap, "classes": classes or [str(i) for i in range(len(classifier["bias"]))]}
+        (scratch / "config.json").write_text(json.dumps(text, indent=1) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)
+        scratch.rename(directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_encoder(directory: Path) -> PublishedEncoder:
+    """See `simclr.load_encoder`."""
+    text = read_text(directory)
+    encoder = unfilled(lambda: build_encoder(configs.Encoder(**text["encoder"])))
+    _load(encoder, directory, "encoder")
+    return PublishedEncoder(encoder, text).eval()
+
+
+def read_head(directory: Path) -> ProjectionHead | None:
+    """The projection head published in `directory`, or as many of its first layers as are there; None without one."""
+    if not (directory / "head.safetensors").is_file():
+        return None
+    config = config_of(read_text(directory))
+    with torch.device("meta"):
+        d_h = build_encoder(config.encoder).d_h
+    head = unfilled(lambda: build_head(config, d_h))
+    there = 1 + max(int(name.split(".")[1]) for name in _tensors(directory, "head"))
+    del head.layers[there:]
+    _load(head, directory, "head")
+    return head.eval()
+
+
+def read_classifier(directory: Path) -> tuple[Classifier, list[str]]:
+    """(encoder + head up to the tap + linear classifier, its classes). Raises ValueError where none was published."""
+    text = read_text(directory)
+    if "classifier" not in text:
+        raise ValueError(f"{directory} holds no classifier; `simclr finetune` makes one")
+    stated = text["classifier"]
+    encoder, head = read_encoder(directory).encoder, read_head(directory)
+    with torch.device("meta"):
+        model = Classifier(encoder, head, stated["tap"], len(stated["classes"]))
+    model.classifier.to_empty(device="cpu")
+    _load(model.classifier, directory, "classifier")
+    return model.eval(), stated["classes"]
+
+
+def read_text(directory: Path) -> dict[str, Any]:
+    """config.json of a published encoder. Raises ValueError where `directory` is none, or of another schema."""
+    if not (directory / "config.json").is_file() or not (directory / "encoder.safetensors").is_file():
+        raise ValueError(
+            f"{directory} is no published encoder: expected encoder.safetensors and config.json in it; "
+            "make one with `simclr publish RUN` or `simclr pull NAME@champion --to DIR`"
+        )
+    text: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    if text.get("schema") != ENCODER_SCHEMA:
+        raise ValueError(f"{directory} has encoder schema {text.get('schema')}, this version reads {ENCODER_SCHEMA}; publish it again")
+    return text
+
+
+def _tensors(directory: Path, name: str) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(directory / f"{name}.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {directory} do not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
+    return tensors
+
+
+def _load(module: nn.Module, directory: Path, name: str) -> None:
+    try:
+        module.load_state_dict(_tensors(directory, name))
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {directory} do not fit its config.json: {str(error).splitlines()[-1].strip()}") from None

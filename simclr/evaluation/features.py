@@ -1,0 +1,157 @@
+"""What a representation is worth: features of a split, their neighbours, and the probes of `probe`. Each returns numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simclr.collectives import all_gather, rank, world_size
+from simclr.config import Views
+from simclr.data import loader
+from simclr.evaluation.frozen import Frozen
+from simclr.evaluation.linear import linear_probe
+from simclr.evaluation.metrics import accuracy
+from simclr.to_device import to_device
+from simclr.views.two_views import crop_resize, normalise
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Features of a split in sample order: h (n, d) float32, labels y (n,) int64 (−1 = unlabelled), sample ids (n,)."""
+
+    h: Tensor
+    y: Tensor
+    ids: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Features:
+        """The features of some rows, by index (k,) or mask (n,)."""
+        return Features(self.h[rows], self.y[rows], self.ids[rows])
+
+    def labelled(self) -> Features:
+        """Without the rows that have no label."""
+        return self[self.y >= 0]
+
+
+@torch.no_grad()
+def embed(
+    encoder: Callable[[Tensor], Tensor],
+    batches: Iterator[loader.Batch],
+    views: Views,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """Features of every image in `batches` (whole images or centre crops, as `loader.in_order` gives them).
+
+    With a process group each rank embeds its own batches and every rank gets all rows, in the order of ranks. The encoder
+    is used in the mode it is in: put it in evaluation mode first.
+    """
+    h, y, ids = [], [], []
+    for batch in batches:
+        x = batch.images.to(device).permute(0, 3, 1, 2).float() / 255  # waits, unless they are there: the loader uses the memory again
+        if x.shape[2:] != (views.size_px, views.size_px):
+            whole = to_device(torch.tensor([[0, 0, x.shape[2], x.shape[3]]]), x.device)
+            x = crop_resize(x, whole, views.size_px, views.resize)
+        x = normalise(x, views).to(dtype, memory_format=torch.channels_last)
+        h.append(encoder(x).float())
+        y.append(batch.labels)
+        ids.append(batch.ids)
+        if progress is not None:
+            progress(len(batch.ids))
+    empty = torch.zeros(0, dtype=torch.int64)
+    rows = torch.cat(h) if h else torch.zeros(0, 1, device=device)
+    return Features(_gather_rows(rows), _gather_rows(torch.cat([empty, *y]).to(device)), _gather_rows(torch.cat([empty, *ids]).to(device)))
+
+
+def _gather_rows(x: Tensor) -> Tensor:
+    """Rows of all ranks, which may hold different numbers of them."""
+    if world_size() == 1:
+        return x
+    # A rank without rows does not know how wide the others' are.
+    counts, width = (v.tolist() for v in all_gather(torch.tensor([[len(x), x[:1].numel()]], device=x.device)).unbind(1))
+    padded = x.new_zeros((max(counts), *([max(width)] if x.ndim == 2 else [])))
+    padded[: len(x), ...] = x if len(x) else 0
+    return torch.cat([part[:c] for part, c in zip(all_gather(padded).chunk(world_size()), counts, strict=True)])
+
+
+def pixels(x: Tensor) -> Tensor:
+    """The representation that needs no learning: images (n, 3, H, W) as rows (n, 3 H W)."""
+    return x.flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The k nearest training rows of each query, nearest first, and what they vote for."""
+
+    index: Tensor
+    """(m, k) rows of the training features."""
+    similarity: Tensor
+    """(m, k) cosines."""
+    votes: Tensor
+    """(m, classes) sum of exp(cosine / temperature) over the neighbours of each class; without a label they have no vote."""
+
+
+@torch.no_grad()
+def nearest(
+    train_h: Tensor, train_y: Tensor, test_h: Tensor, k: int, temperature: float, block: int = 1024, bank_block: int = 1 << 18
+) -> Neighbours:
+    """Exact cosine neighbours of test_h (m, d) among train_h (n, d); k is at most n.
+
+    `block` queries meet `bank_block` rows at a time, and keep the k nearest so far: 1 GiB of cosines at most, however many rows.
+    """
+    bank = F.normalize(train_h.float(), dim=1)
+    k = min(k, len(bank))
+    classes = int(train_y.max()) + 1 if len(train_y) and int(train_y.max()) >= 0 else 1
+    index, similarity, votes = [], [], []
+    for queries in test_h.split(block):
+        q = F.normalize(queries.float(), dim=1)
+        s, i = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
+        for first in range(0, len(bank), bank_block):
+            cosines = q @ bank[first : first + bank_block].T
+            best = cosines.topk(min(k, cosines.shape[1]), dim=1)
+            s, i = torch.cat([s, best.values], 1), torch.cat([i, best.indices + first], 1)
+            if s.shape[1] > k:
+                s, kept = s.topk(k, dim=1)
+                i = i.gather(1, kept)
+        # The largest cosine is taken off before exp: the ranking of votes is the same and a small temperature cannot overflow.
+        weight = ((s - s[:, :1]) / temperature).exp() * (train_y[i] >= 0)
+        votes.append(weight.new_zeros(len(queries), classes).scatter_add_(1, train_y[i].clamp_min(0), weight))
+        index.append(i)
+        similarity.append(s)
+    return Neighbours(torch.cat(index), torch.cat(similarity), torch.cat(votes))
+
+
+def knn(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k: int, temperature: float) -> dict[str, float]:
+    """Weighted kNN accuracy (arXiv:1805.01978, Sec. 3.4): {"top1", "top5"}, shares in [0, 1].
+
+    Each of the k nearest training rows by cosine votes for its class with weight exp(cosine / temperature).
+    """
+    return accuracy(nearest(train_h, train_y, test_h, k, temperature).votes, test_y)
+
+
+def embed_split(
+    encoder: nn.Module,
+    data: Path,
+    split: str,
+    views: Views,
+    limit: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 256,
+    threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+    groups: int = 1,
+) -> Features:
+    """Features of `split` of the shards in `data` (at most `limit` images), shared out over the ranks, of which each reads its
+    own shard group's training images."""
+    rows = loader.in_order(data, split, views.size_px, batch_size, limit, threads, rank(), world_size(), groups, views.resize)
+    with Frozen(encoder) as frozen:
+        return embed(frozen, loader.on_device(rows, torch.device(device)), views, device, dtype, progress)
+
+
+__all__ = ["Features", "Frozen", "Neighbours", "embed", "embed_split", "knn", "linear_probe", "nearest", "pixels"]

@@ -1,0 +1,106 @@
+"""SimCLR = encoder f + projection head g (arXiv:2002.05709, Sec. 2.1), and what fine-tuning makes of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from simclr import config as configs
+from simclr.methods.queue import Memory
+from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.initial import Linear, draw, unfilled
+from simclr.networks.resnet import ResNet, build_encoder
+
+
+class ProjectionHead(nn.Module):
+    """The head g: every layer but the last is as wide as h, with BatchNorm and ReLU; the last is linear with a BatchNorm
+    without shift. v1 has 2 layers, v2 has 3; of the ablation, 1 is linear and 0 is none. Linear maps have no bias: the
+    BatchNorm behind would take it off again. Initial weights are N(0, 0.01²), those that `seed` names (`simclr.networks.initial`).
+    """
+
+    def __init__(self, d_in: int, layers: int = 2, d_out: int = 128, per_worker_norm: bool = False, seed: int = 0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.widths = [d_in] * layers + [d_out]  # of the outputs
+        for index in range(layers):
+            last = index == layers - 1
+            linear = Linear(d_in, d_out if last else d_in, bias=False)
+            norm = BatchNorm(linear.out_features, beta=not last, per_worker=per_worker_norm)
+            self.layers.append(nn.Sequential(linear, norm) if last else nn.Sequential(linear, norm, nn.ReLU(inplace=True)))
+        draw(self, seed, "head")
+
+    def forward(self, h: Tensor) -> list[Tensor]:
+        """h (n, d_in) → [h, output of layer 1, …, z (n, d_out)]: `[tap]` is what v2 fine-tunes from (its Sec. 2)."""
+        outputs = [h]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1]))
+        return outputs
+
+
+class SimCLR(nn.Module):
+    """Views (2n, 3, H, W) → (h, z, logits): representation (2n, d_h), projection (2n, d_z), class scores (2n, classes).
+    Both views go through one pass, so BatchNorm sees them together, as in the official code.
+
+    The classifier is the linear evaluation that goes on beside pretraining: it sees h behind a stop-gradient, so that
+    nothing of a label reaches the encoder. Without classes there is none, and logits are (2n, 0).
+    """
+
+    def __init__(self, config: configs.Config, classes: int = 0) -> None:
+        super().__init__()
+        self.encoder: ResNet = build_encoder(config.encoder, config.seed)
+        self.head = build_head(config, self.encoder.d_h)
+        self.classifier = linear_classifier(self.encoder.d_h, classes, config.seed) if classes and config.train.linear_eval else None
+        loss = config.loss
+        self.memory = Memory(self.encoder, self.head, loss.memory, config.head.d_out, loss.memory_decay) if loss.memory else None
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.encoder(views)
+        z = self.head(h)[-1]
+        seen = h.detach()
+        return h, z, seen[:, :0] if self.classifier is None else self.classifier(seen)
+
+
+def build_head(config: configs.Config, d_h: int) -> ProjectionHead:
+    """The projection head that `config` describes for an encoder of width `d_h`, with the initial weights that its seed names."""
+    return ProjectionHead(d_h, config.head.layers, config.head.d_out, config.encoder.batchnorm == "per_worker", config.seed)
+
+
+def linear_classifier(d_in: int, classes: int, seed: int) -> nn.Linear:
+    """Features (n, d_in) → class scores (n, classes). Initial weights are N(0, 0.01²), those that `seed` names, biases 0."""
+    linear = Linear(d_in, classes)
+    draw(linear, seed, "classifier")
+    return linear
+
+
+def build_model(config: configs.Config, classes: int = 0, drawn: bool = True) -> SimCLR:
+    """The model with the initial weights that `config.seed` names, on the CPU, the same on every rank and machine. `classes` of the
+    data, 0 = unlabelled. Where it is not to be `drawn`, its memory holds nothing yet, for who restores a checkpoint."""
+    return SimCLR(config, classes) if drawn else unfilled(lambda: SimCLR(config, classes))
+
+
+def shapes_only(config: configs.Config, classes: int = 0) -> SimCLR:
+    """The model on the meta device: names and shapes without memory."""
+    with torch.device("meta"):
+        return SimCLR(config, classes)
+
+
+class Classifier(nn.Module):
+    """Images (n, 3, H, W) → class scores (n, classes): encoder, the head's first `tap` layers, one linear layer.
+
+    Tap 0 is h itself, which v1 classifies; v2 fine-tunes from the head's first layer on (arXiv:2006.10029, Sec. 2). The rest of
+    the head is thrown away. The linear layer begins as `linear_classifier` has it.
+    """
+
+    def __init__(self, encoder: ResNet, head: ProjectionHead | None, tap: int, classes: int, seed: int = 0) -> None:
+        super().__init__()
+        layers = len(head.layers) if head is not None else 0
+        if not 0 <= tap <= layers:
+            raise ValueError(f"tap {tap} does not exist; the projection head here has {layers} layers, and tap 0 is the encoder's h")
+        self.encoder, self.tap = encoder, tap
+        self.head = nn.Sequential(*head.layers[:tap]) if head is not None else nn.Sequential()
+        width = head.widths[tap] if head is not None else encoder.d_h
+        self.classifier = linear_classifier(width, classes, seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.classifier(self.head(self.encoder(x)))
+        return scores

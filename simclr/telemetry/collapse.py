@@ -1,0 +1,20 @@
+"""Whether a run has collapsed, from the numbers of its reports. Without torch: the driver asks, which need not import it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_LEAST_SPREAD, _LEAST_DIMENSION = 0.1, 1.5
+
+
+def collapse(metrics: Mapping[str, float]) -> str | None:
+    """What a report's `health/spread` and `health/dimension` (`simclr.evaluation.representation`, of z)
+    say of a collapsed run, as a sentence
+    without its end; None where they are well or not told."""
+    if "health/spread" not in metrics:  # a stage without projections
+        return None
+    if metrics["health/spread"] < _LEAST_SPREAD:
+        return f"all projections point nearly the same way (spread {metrics['health/spread']:.3f} of 1)"
+    if metrics["health/dimension"] < _LEAST_DIMENSION:
+        return f"the projections lie nearly on a line (effective dimension {metrics['health/dimension']:.1f})"
+    return None

@@ -1,0 +1,216 @@
+"""What a sweep's directory holds, and how it is read again.
+
+sweep.json      what was asked: space, recipe, data, flags; the MLflow parent run
+space.json      the space as it was searched, resolved
+trials/NAME/    a run directory each, as `simclr pretrain` makes one, with trial.json: what it varies and how it went
+tune/           Ray Tune's own state, which `--resume` restores
+results.csv, best_config.json, report.html
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pipelines.runs.directory import load_run
+from simclr import files
+from simclr.config import Config
+from simclr.recipes import recipe
+from tune import resolve
+from tune.spaces import Space, space
+
+SCHEMA = 1
+METRICS: dict[str, Literal["max", "min"]] = {
+    "eval/knn_top1": "max",
+    "eval/probe_top1": "max",
+    "health/rankme": "max",
+    "health/align_uniform": "min",
+}
+"""What a sweep can go by. The last two need no label: RankMe (arXiv:2210.02885), and alignment + uniformity (arXiv:2005.10242)."""
+
+NAMES = {
+    "eval/knn_top1": "kNN",
+    "eval/probe_top1": "probe",
+    "health/rankme": "RankMe",
+    "health/align_uniform": "alignment + uniformity",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """What was asked for: sweep.json."""
+
+    path: Path
+    space: str
+    recipe: str
+    data: str
+    """Directory, absolute, or s3://bucket/prefix."""
+    only: dict[str, list[Any]]
+    changes: dict[str, Any]
+    """Fields that differ from the recipe in every trial (--set)."""
+    search: str
+    scheduler: str
+    metric: str
+    trials: int | None
+    seeds: int
+    keep: int
+    resources: dict[str, Any]
+    """Of each trial: the fields of `cluster.Resources`."""
+    max_concurrent: int
+    command: str
+    created: float
+    labelled: bool = True
+    tracking_uri: str = ""
+    tracking_run: str = ""
+
+    @property
+    def base(self) -> Config:
+        """The recipe with --set applied."""
+        return resolve.changed(recipe(self.recipe), self.changes)
+
+    @property
+    def restricted(self) -> Space:
+        """The space with --only applied."""
+        return resolve.restricted(space(self.space), self.base, self.only)
+
+    @property
+    def best_is(self) -> Literal["max", "min"]:
+        return METRICS[self.metric]
+
+    def save(self) -> None:
+        text = asdict(self) | {"schema": SCHEMA}
+        del text["path"]
+        self.path.mkdir(parents=True, exist_ok=True)
+        files.write_text(self.path / "sweep.json", json.dumps(text, indent=1) + "\n")
+
+    def noted(self, **fields: str) -> Self:
+        sweep = replace(self, **fields)  # type: ignore[arg-type]
+        sweep.save()
+        return sweep
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """How one trial went: trial.json in its run directory."""
+
+    name: str
+    values: dict[str, Any]
+    """Field path → value, of what the space varies."""
+    seed: int
+    status: Literal["running", "finished", "stopped", "failed"] = "running"
+    """stopped: by the scheduler, before its end."""
+    reason: str = ""
+    """Of a failure; of a finished trial, what failed before it was tried again on another seed."""
+    step: int = 0
+    total_steps: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+    """The newest value of each metric."""
+    start_s: dict[str, float] = field(default_factory=dict)
+    """Seconds from the trial's beginning to: its workers' beginning, their imports, their first step."""
+
+    def save(self, directory: Path) -> None:
+        files.write_text(directory / "trial.json", json.dumps(asdict(self)) + "\n")
+
+    def score(self, metric: str) -> float | None:
+        value = self.scores.get(metric)
+        return value if value is not None and math.isfinite(value) and self.status != "failed" else None
+
+
+def load(path: Path) -> Sweep:
+    """The sweep in directory `path`. Raises ValueError where there is none."""
+    if not (path / "sweep.json").is_file():
+        raise ValueError(f"{path} is no sweep (it has no sweep.json); `simclr sweep SPACE --recipe NAME --data DIR` makes one")
+    text = json.loads((path / "sweep.json").read_text())
+    if text.pop("schema") != SCHEMA:
+        raise ValueError(f"{path}/sweep.json has another schema than {SCHEMA}; go on with the version that wrote it")
+    return Sweep(path=path, **text)
+
+
+def trial_in(directory: Path) -> Trial | None:
+    """The record in a trial's directory, if there is one."""
+    path = directory / "trial.json"
+    if not path.is_file():
+        return None
+    text = json.loads(path.read_text())
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in text.pop("values").items()}
+    return Trial(values=values, **text)
+
+
+def trials(path: Path) -> list[Trial]:
+    """The records of all trials that have begun, by name."""
+    found = (trial_in(directory) for directory in sorted((path / "trials").glob("*")))
+    return [trial for trial in found if trial is not None]
+
+
+def ranked(found: list[Trial], metric: str) -> list[Trial]:
+    """The trials that have a score in `metric`, best first. A stopped one counts with what it had reached."""
+    sign = -1 if METRICS[metric] == "max" else 1
+    scored = [(trial.score(metric), trial) for trial in found]
+    return [trial for value, trial in sorted(((v, t) for v, t in scored if v is not None), key=lambda pair: (sign * pair[0], pair[1].name))]
+
+
+def prune(path: Path, metric: str, keep: int) -> list[str]:
+    """Remove the checkpoints and encoders of the trials that are over and not among the best `keep`; returns their names."""
+    over = [trial for trial in trials(path) if trial.status != "running"]
+    best = {trial.name for trial in ranked(over, metric)[:keep]}
+    losers = [trial.name for trial in over if trial.name not in best]
+    for name in losers:
+        for folder in ("checkpoints", "encoder"):
+            shutil.rmtree(path / "trials" / name / folder, ignore_errors=True)
+    return losers
+
+
+def write_results(sweep: Sweep) -> list[Trial]:
+    """Write results.csv, a row per trial, and best_config.json; returns the ranked trials."""
+    found = trials(sweep.path)
+    varied = list(dict.fromkeys(path for trial in found for path in trial.values))
+    metrics = sorted({name for trial in found for name in trial.scores if name.startswith(("eval/", "health/", "train/"))})
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["trial", *varied, "seed", "status", "step", "total_steps", *metrics, "reason"])
+    for trial in found:
+        values = [_cell(trial.values.get(path, "")) for path in varied]
+        scores = [_cell(trial.scores.get(name, "")) for name in metrics]
+        table.writerow([trial.name, *values, trial.seed, trial.status, trial.step, trial.total_steps, *scores, trial.reason])
+    files.write_text(sweep.path / "results.csv", text.getvalue())
+    order = ranked(found, sweep.metric)
+    if order:
+        run = load_run(sweep.path / "trials" / order[0].name)
+        best = {"trial": order[0].name, sweep.metric: order[0].score(sweep.metric), "command": run.command, "config": run.config.to_dict()}
+        files.write_text(sweep.path / "best_config.json", json.dumps(best, indent=1) + "\n")
+    return order
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+
+
+def progress(sweep: Sweep) -> tuple[int, str]:
+    """(trials that are over, the best so far in words)."""
+    found = trials(sweep.path)
+    best = ranked(found, sweep.metric)
+    words = f"best {shown(sweep.metric, best[0].score(sweep.metric))}, trial {best[0].name}" if best else ""
+    return sum(trial.status != "running" for trial in found), words
+
+
+def start_up(found: list[Trial]) -> str:
+    """How long trials took from their driver's beginning to their first step; "" where none is known."""
+    starts = sorted((t.start_s["first_step"], t.start_s["workers"]) for t in found if {"first_step", "workers"} <= t.start_s.keys())
+    if not starts:
+        return ""
+    first, workers = starts[len(starts) // 2]
+    spread = f"median of {len(starts)}, {starts[0][0]:.0f} … {starts[-1][0]:.0f} s"
+    return f"a trial's first step came after {first:.0f} s ({spread}), of which its workers took {workers:.0f} s to begin"
+
+
+def shown(metric: str, value: float | None) -> str:
+    """A score for people: "kNN 91.3 %"."""
+    if value is None:
+        return "–"
+    return f"{NAMES[metric]} {100 * value:.1f} %" if metric.startswith("eval/") else f"{NAMES[metric]} {value:.3g}"

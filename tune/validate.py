@@ -1,0 +1,60 @@
+"""Whether a sweep can work at all: every config, the data, the metric, the scheduler and the search, before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from pipelines.train import ray_train
+from simclr.data.manifest import Manifest
+from tune import resolve
+from tune.spaces import Axis, PeakBetween
+from tune.sweep_dir import Sweep
+
+MID_RUN = ("optim.base_lr", "optim.weight_decay", "loss.temperature", "views.colour_strength")
+"""What may change while a run goes on."""
+_ONE_EACH = {"train.batch_size", "encoder.depth", "encoder.width", "head.layers", "head.d_out"}
+_DURING = {"eval/knn_top1", "health/rankme", "health/align_uniform"}
+
+
+def check(asked: Sweep, manifest: Manifest) -> list[dict[str, Any]]:
+    """What Ray Tune is given for each trial ({} where it draws them itself), once every config fits data and workers.
+
+    Raises ValueError for a space, metric, scheduler or search that cannot work.
+    """
+    space, base = asked.restricted, asked.base
+    if asked.metric.startswith("eval/") and not manifest.classes:
+        raise ValueError(f"--metric {asked.metric} needs labels, and {asked.data} has none; use health/rankme or health/align_uniform")
+    watched = bool(manifest.classes) and "test" in manifest.splits
+    if asked.scheduler != "none" and (asked.metric not in _DURING or (asked.metric != "health/align_uniform" and not watched)):
+        other = "eval/knn_top1" if watched else "health/align_uniform"
+        raise ValueError(f"--scheduler {asked.scheduler} decides while trials run, and {asked.metric} is known at their end; use {other}")
+    varied = [axis for axis in space.axes if set(axis.paths) <= set(MID_RUN)]
+    if asked.scheduler == "pbt" and not varied:
+        raise ValueError(f"--scheduler pbt changes a run that goes on: {', '.join(MID_RUN)}; {space.name} varies none of them")
+    if asked.scheduler == "pbt" and _ONE_EACH & {path for axis in space.axes for path in axis.paths}:
+        raise ValueError(f"--scheduler pbt copies weights between trials, which have several shapes or batches in {space.name}; use asha")
+    if asked.search == "optuna":
+        if importlib.util.find_spec("optuna") is None:
+            raise ValueError("--search optuna needs the package optuna, which is not installed: `pip install optuna`")
+        if asked.seeds > 1 or asked.scheduler == "pbt":
+            raise ValueError("--search optuna chooses each trial by those before it: it goes with one seed and without pbt")
+    every = resolve.combinations(space) if asked.search == "grid" else resolve.samples(space, asked.trials or 10**9, base.seed)
+    for combination in every:
+        config = resolve.point(space, base, combination, asked.seeds - 1).config
+        ray_train.Resources(**asked.resources).counts(config)
+        config.steps_per_epoch(manifest.examples("train", config.train.shard_groups))
+    if asked.search == "optuna":
+        return []
+    coded = [{axis.key: code(axis, combination[axis.key]) for axis in space.axes} for combination in every]
+    many = len(str(len(coded) - 1))
+    return [
+        {"axes": axes, "seed": seed, "name": f"{i:0{max(many, 3)}d}-s{seed}"} for seed in range(asked.seeds) for i, axes in enumerate(coded)
+    ]
+
+
+def code(axis: Axis, value: Any) -> int | float:
+    """The inverse of `trial.chosen`."""
+    if isinstance(axis.values, tuple):
+        return axis.values.index(value)
+    return float(value.factor if isinstance(axis.values, PeakBetween) else value)

@@ -23,10 +23,10 @@ test-cluster: setup
 	.venv/bin/pytest -m cluster -rs
 
 test-compile: setup
-	.venv/bin/pytest -m compile tests/test_compile.py
+	.venv/bin/pytest -m compile tests/simclr/test_compile.py
 
 test-torch211: setup
-	./tests/torch211.sh
+	./tests/support/torch211.sh
 
 # Names versions and hashes for Python 3.11 and 3.12, and no address of an index.
 lock: setup

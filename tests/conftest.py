@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ranks import Ranks
-from tests.s3 import KEY_ID, SECRET, Proxy, serve
+from tests.support.command import Run
+from tests.support.ranks import Ranks
+from tests.support.s3 import KEY_ID, SECRET, Proxy, serve
 
 _WITH_RAY = {"test_cli", "test_demo", "test_distill", "test_page", "test_storage", "test_sweep"}
 _WORST: dict[tuple[str, str], tuple[float, float]] = {}
@@ -158,3 +160,41 @@ def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("patterns") / "shards"
     shards.prepare(open_source("patterns:train=240,test=60"), out, shards.Options(), 2, lambda done: None)
     return out
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder with a head of three layers, as pretraining publishes it."""
+    from simclr.encoder.directory import write_encoder
+    from simclr.networks.heads import build_model
+    from tests.support.small import TINY, TUNED
+
+    model = build_model(dataclasses.replace(TINY, head=TUNED.head, seed=5))
+    out = tmp_path_factory.mktemp("published") / "encoder"
+    write_encoder(model.encoder.state_dict(), dataclasses.replace(TINY, head=TUNED.head), out, {}, head=model.head.state_dict())
+    return out
+
+
+@pytest.fixture
+def simclr(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """simclr(*arguments) in an empty folder → (exit code, standard output, standard error). Starting Ray fails the test."""
+    from pipelines import cli, terminal
+    from pipelines.train import ray_train
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(terminal, "_QUIET", False)
+
+    def no_ray(resources: Any) -> bool:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray_train, "connect", no_ray)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            cli.main([str(a) for a in arguments])
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capfd.readouterr()
+
+    return run

@@ -4,8 +4,8 @@
 
 Dynamo traces the network anew in every process. What is kept is the work of Inductor, Triton's binaries with it, and of AOTAutograd in a
 run of one worker: torch does not keep the latter's where BatchNorm sums over ranks. C++ for a CPU is kept as text, and its compiler runs
-again: there little is saved (`python -m tests.compile_start`). On the machine that made it torch finds all of it on its own disk, below
-/tmp: this file is for another node, and for after a reboot. A run in S3 has none.
+again: there little is saved (`python -m tests.support.compile_start`). On the machine that made it torch finds all of it on its own
+disk, below /tmp: this file is for another node, and for after a reboot. A run in S3 has none.
 
 The bytes hold pickles: who can change them runs code here. A run directory may be somebody else's, or come out of an archive, whose
 files are then the user's own. So beside owner and mode a signature is checked, with a secret of the user who starts the training. It

@@ -1,0 +1,137 @@
+"""`simclr runs`: states, steps, rates and checkpoints of runs on disk and in S3; and what a job carries to the cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines import cli
+from pipelines.runs.directory import open_run
+from simclr.recipes import patterns_tiny
+from tests.support.paths import ROOT
+from tests.support.s3 import Proxy
+
+
+def run(folder: Path, data: Path, name: str, steps: list[int], age_s: float, checkpoints: list[int]) -> None:
+    """A run directory as `simclr pretrain` leaves it, its last report `age_s` seconds ago."""
+    made = open_run(folder / name, "patterns_tiny", patterns_tiny(), data)
+    made.save()
+    rows = [{"time": time.time() - age_s, "step": s, "total_steps": 40, "speed/images_per_s": 512.4, "train/loss": 3.25} for s in steps]
+    (made.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in checkpoints:
+        (made.checkpoints / f"step-{step:09d}").mkdir(parents=True)
+        (made.checkpoints / f"step-{step:09d}/checkpoint.json").write_text("{}")
+
+
+def some_runs(folder: Path, data: Path) -> None:
+    run(folder, data, "done", [20, 40], 5000, [20, 40])
+    run(folder, data, "going", [5, 10], 3, [5])
+    run(folder, data, "silent", [30], 3000, [])
+    run(folder, data, "fresh", [], 0, [])
+    with (folder / "going/metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "spe')  # being written now
+    (folder / "silent/checkpoints/step-000000030").mkdir(parents=True)  # not whole: it has no checkpoint.json
+
+
+def listed(at: str, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
+    cli.main(["runs", at, "--json"])
+    return {row["run"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+
+
+def check(found: dict[str, dict[str, object]]) -> None:
+    assert {name: (row["state"], row["step"], row["checkpoint"]) for name, row in found.items()} == {
+        "done": ("complete", 40, 40),
+        "going": ("running", 10, 5),
+        "silent": ("stopped", 30, None),
+        "fresh": ("new", 0, None),
+    }
+    assert found["going"]["images_per_s"] == 512.4 and found["going"]["total_steps"] == 40 and found["fresh"]["loss"] is None
+
+
+def test_states_of_runs_on_disk(tmp_path: Path, patterns: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some_runs(tmp_path, patterns)
+    (tmp_path / "no run").mkdir()
+    check(listed(str(tmp_path), capsys))
+    cli.main(["runs", str(tmp_path)])
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert re.split(r"  +", header) == ["run", "recipe", "state", "step", "images/s", "checkpoint", "loss", "last report"]
+    assert len(rows) == 4 and any(re.match(r"going +patterns_tiny +running +10 / 40 +512 +5 +3\.250", row) for row in rows)
+
+
+def test_the_same_in_s3(tmp_path: Path, patterns: Path, s3: Proxy, capsys: pytest.CaptureFixture[str]) -> None:
+    from simclr.data.s3.store import Store
+
+    some_runs(tmp_path, patterns)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            Store().client.put_object(Bucket="photos", Key=f"listed/{path.relative_to(tmp_path)}", Body=path.read_bytes())
+    check(listed("s3://photos/listed", capsys))
+    assert listed("s3://photos/listed/done", capsys)["done"]["checkpoint"] == 40
+
+
+def test_one_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path, patterns: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, patterns, "good", [40], 10, [])
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/run.json").write_text("{")
+    found = listed(str(tmp_path), capsys)
+    assert found["good"]["note"] == "" and str(found["bad"]["note"]).startswith("run.json cannot be read")
+
+
+def test_a_place_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["runs", str(tmp_path / "nowhere")])
+    assert ended.value.code == 2 and "is no directory; expected one that holds runs" in capsys.readouterr().err
+
+
+def test_a_job_carries_less_than_five_megabytes(tmp_path: Path) -> None:
+    """What `ray job submit --working-dir .` would pack, of a checkout in which somebody has worked."""
+    from ray._private.runtime_env.packaging import create_package
+
+    root = ROOT
+    checkout = tmp_path / "checkout"
+    ask = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(ask, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (root / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / name).write_bytes((root / name).read_bytes())
+    big = b"\0" * (6 << 20)
+    left = ("runs/x/state.safetensors", ".venv/lib/torch.so", ".venv-gpu/lib/x.so", ".git/objects/pack", "mlruns/1", "a.beton", "core")
+    for name in (*left, "mlflow.db", ".cache/simclr/a", "node_modules/a.js", "encoder.onnx", "model.pt"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_bytes(big)
+    create_package(str(checkout), tmp_path / "job.zip", include_gitignore=True)
+    import zipfile
+
+    packed = zipfile.ZipFile(tmp_path / "job.zip")
+    names = set(packed.namelist())
+    assert sum(entry.file_size for entry in packed.infolist()) < 5e6
+    assert {"simclr/train.py", "pipelines/cli.py", "pyproject.toml"} <= names
+    assert not any(name.startswith((".venv", ".git/", "runs", "mlruns", "tests")) or name == "core" for name in names)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, patterns: Path) -> None:
+    """Two would remove each other's checkpoints. One that was killed holds nobody up."""
+    mine = open_run(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns)
+    holds = "import sys, time; from pathlib import Path; from pipelines.runs.directory import load_run\n"
+    holds += "with load_run(Path(sys.argv[1])).alone(): print('held', flush=True); time.sleep(60)"
+    mine.save()
+    process = subprocess.Popen([sys.executable, "-c", holds, str(mine.path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match=r"another process is training .*run; wait for it, end it, or use another --run"), mine.alone():
+        pass
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with mine.alone():
+        pass
+    (mine.path / "run.json").unlink()  # one that died before it began
+    assert open_run(mine.path, "patterns_tiny", patterns_tiny(), patterns).path == mine.path
+    with mine.alone():  # one that was refused leaves nothing
+        pass
+    assert not mine.path.exists()

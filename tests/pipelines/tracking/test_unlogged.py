@@ -1,0 +1,242 @@
+"""What MLflow has not taken: run.json says so from the start, lines are written whatever it does, and the same command logs the rest."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from pipelines.runs import sync
+from pipelines.runs.directory import Run, load_run
+from pipelines.tracking import outbox
+from pipelines.tracking import uri as mlflow_uri
+from pipelines.train import driver, ray_train
+from tests.support.mlflow_server import Answer, Server
+from tests.support.sweeps import a_sweep, trained
+from tune import sweep, trial_log
+from tune.sweep_dir import Sweep
+
+
+class MLflow:
+    """A server in memory: runs by id, `refuse(name)` is called before a run of that name is opened."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.steps: dict[str, list[int]] = {}
+        self.tags: dict[str, dict[str, str]] = {}
+        self.ended: dict[str, str] = {}
+        self.refuse: Callable[[str], object] = lambda name: None
+        server = self
+
+        class Tracker:
+            def __init__(self, uri: str, experiment: str, name: str, params: Any, tags: Any, run_id: Any, known: Any) -> None:
+                server.refuse(name)
+                self.run_id = run_id or f"{len(server.steps)}: {name}"
+                known(self.run_id)
+                self.steps = server.steps.setdefault(self.run_id, [])
+                server.tags[self.run_id] = tags
+
+            def log(self, step: int, metrics: dict[str, float], at_s: float | None = None) -> None:
+                if not self.steps or step > self.steps[-1]:  # as the real one
+                    self.steps.append(step)
+
+            def artifact(self, path: Path, folder: str = "") -> None: ...
+
+            def close(self, status: str = "FINISHED") -> int:
+                server.ended[self.run_id] = status
+                return 0
+
+        patch.setattr("pipelines.tracking.client.Tracker", Tracker)
+        patch.setattr(outbox, "_AGAIN_S", 0.01)
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> MLflow:
+    return MLflow(monkeypatch)
+
+
+def away(name: str) -> None:
+    raise ValueError("MLflow is away")
+
+
+def until(true: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() < began + 10
+        time.sleep(0.005)
+
+
+def a_run(path: Path) -> Run:
+    trial = trained(a_sweep(path, "smoke"), lambda point: 0.5)[0]
+    return load_run(path / "trials" / trial.name)
+
+
+def lines(found: Sweep, name: str) -> list[float]:
+    return [row["step"] for row in load_run(found.path / "trials" / name).history()]
+
+
+# ── One run ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_command(
+    mlflow: MLflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
+    job = outbox.Tracked(run, uri)
+    for step in (1, 2):
+        run.append({"step": step, "train/loss": 1.0})
+        job.log({"step": step, "train/loss": 1.0})
+    job.open()
+    job.thread.join(10)  # and here it is killed: 1 and 2 arrive, 3, which the last checkpoint has, does not
+    (logged,) = mlflow.steps.values()
+    assert logged == [1, 2]
+    run.append({"step": 3, "train/loss": 1.0})
+
+    def again() -> Run:
+        now = driver.Job(
+            run=load_run(run.path),
+            home=sync.Home(run.path),
+            asked=run.path,
+            total=3,
+            uri=uri,
+            resources=ray_train.Resources(workers=1),
+            shapes=nn.Identity,
+            publish=lambda run: None,
+        )
+        return driver.train(now, time.monotonic())
+
+    monkeypatch.setattr(driver, "_steps_done", lambda run, shapes: 3)
+    mlflow.refuse = away
+    assert again().unlogged == "yes"  # a run that is complete needs no server
+    assert "MLflow is away; the same command again logs the rest" in capsys.readouterr().err
+    mlflow.refuse = lambda name: None
+    assert again().unlogged == load_run(run.path).unlogged == ""
+    assert logged == [1, 2, 3] and len(mlflow.steps) == 1 and list(mlflow.ended.values()) == ["FINISHED"]
+
+
+def test_a_job_interrupted_while_mlflow_opens_is_unlogged(mlflow: MLflow, tmp_path: Path) -> None:
+    run, back = a_run(tmp_path), threading.Event()
+    mlflow.refuse = lambda name: back.wait(10)
+    job = outbox.Tracked(run, "sqlite:///x.db")
+    job.open()
+    assert job.close("KILLED").unlogged == load_run(run.path).unlogged == "yes"
+    back.set()
+    job.thread.join(10)
+    assert not job.thread.is_alive() and job.tracker is None and list(mlflow.steps.values()) == [[]]
+
+
+def test_an_opening_that_fails_half_way_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(outbox, "_AGAIN_S", 0.01)
+    post, failing = Answer.do_POST, [True, True, True]
+    info = {"run_id": "ab12", "run_uuid": "ab12", "experiment_id": "1", "status": "RUNNING", "lifecycle_stage": "active"}
+    experiment = {"experiment_id": "1", "name": "e", "lifecycle_stage": "active"}
+    monkeypatch.setattr(Answer, "do_GET", lambda self: self.reply({"experiment": experiment, "run": {"info": info, "data": {}}}))
+
+    def flaky(self: Answer) -> None:
+        if self.path.endswith("log-batch") and failing:
+            failing.pop()
+            self.send_error(500)
+        else:
+            post(self)
+
+    monkeypatch.setattr(Answer, "do_POST", flaky)
+    server = Server()
+    try:
+        run = a_run(tmp_path)
+        job = outbox.Tracked(run, server.uri)
+        job.open()
+        job.thread.join(20)
+        run = job.close("FINISHED")
+    finally:
+        server.stop()
+    assert not failing and server.calls.count("runs/create") == 1
+    assert run.tracking_run == load_run(run.path).tracking_run == "ab12" and not run.unlogged
+
+
+def test_two_who_note_something_in_a_run_keep_each_others(tmp_path: Path) -> None:
+    run, other = a_run(tmp_path), a_run(tmp_path)
+    run.noted(tracking_run="ab12")
+    assert other.noted(unlogged="yes").tracking_run == ""  # of what it read; on disk both are
+    found = load_run(run.path)
+    assert (found.tracking_run, found.unlogged) == ("ab12", "yes")
+    replace(run, created=run.created + 1).save()  # a trial that begins again, in the same directory
+    assert run.noted(tracking_run="cd34").tracking_run == "cd34" and load_run(run.path).tracking_run == ""
+
+
+# ── A sweep ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def begin(path: Path) -> tuple[Sweep, list[str], trial_log.Ledger]:
+    found = a_sweep(path / "s", "smoke")
+    names = [trial.name for trial in trained(found, lambda point: 0.5)[:3]]
+    return found, names, trial_log.Ledger(found, queue.Queue(), mlflow_uri.default_uri(path))
+
+
+def test_lines_are_written_while_mlflow_hangs_and_trials_end(mlflow: MLflow, tmp_path: Path) -> None:
+    found, names, kept = begin(tmp_path)
+    back = threading.Event()
+    mlflow.refuse = lambda name: back.wait(10)
+    for name in names:
+        for step in (1, 2):
+            kept.inbox.put({"mark": name, "step": step, "train/loss": 1.0})
+        kept.ended(name, "FINISHED")
+    kept.inbox.put({"mark": names[0], "failed": "said behind all the others"})
+    until(lambda: all(lines(found, name) == [1, 2] for name in names) and not kept.tracked)
+    assert not mlflow.steps
+    back.set()
+    found = kept.close("FINISHED", [], {"eval/knn_top1": 0.5})
+    below = {tags["trial"]: run_id for run_id, tags in mlflow.tags.items() if tags.get("mlflow.parentRunId") == found.tracking_run}
+    assert sorted(below) == names and all(mlflow.steps[run_id] == [1, 2] for run_id in below.values())
+    assert len(mlflow.steps) == 4 and set(mlflow.ended.values()) == {"FINISHED"}
+
+
+def test_what_a_sweep_could_not_log_the_same_command_logs(mlflow: MLflow, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, names, kept = begin(tmp_path)
+    mlflow.refuse = away
+    for name in names:
+        kept.inbox.put({"mark": name, "step": 1, "train/loss": 1.0})
+    kept.ended(names[0], "FINISHED")
+    found = kept.close("FINISHED", [], {})
+    assert not mlflow.steps and [lines(found, name) for name in names] == [[1]] * 3
+    assert "the same command again logs what MLflow has not taken" in capsys.readouterr().err
+    mlflow.refuse = lambda name: None
+    kept = trial_log.Ledger(found, queue.Queue(), kept.uri)  # all are over: nothing comes
+    found = kept.close("FINISHED", [], {})
+    assert [tags.get("trial") for tags in mlflow.tags.values()] == [None, *names]
+    assert all(mlflow.tags[run_id]["mlflow.parentRunId"] == found.tracking_run for run_id in list(mlflow.tags)[1:])
+    assert [mlflow.steps[run_id] for run_id in list(mlflow.tags)[1:]] == [[1]] * 3
+    assert not any(load_run(found.path / "trials" / name).unlogged for name in names)
+
+
+def test_a_parent_that_did_not_open_is_tried_again(mlflow: MLflow, tmp_path: Path) -> None:
+    found, names, kept = begin(tmp_path)
+    refusals = [1, 2]
+
+    def flaky(name: str) -> None:
+        if name == "s" and refusals:
+            refusals.pop()
+            raise ValueError("no answer")
+
+    mlflow.refuse = flaky
+    kept.inbox.put({"mark": names[0], "step": 1, "train/loss": 1.0})
+    until(lambda: len(mlflow.steps) == 2)
+    found = kept.close("FINISHED", [], {})
+    assert not refusals and list(mlflow.steps) == [found.tracking_run, f"1: {names[0]}"]
+
+
+def test_a_sweep_that_goes_on_does_not_need_the_server_and_a_new_one_does(tmp_path: Path) -> None:
+    nobody = "http://127.0.0.1:9"  # the discard port: nothing listens
+    found = a_sweep(tmp_path / "s", "smoke")
+    found.save()
+    with pytest.raises(ValueError, match="no MLflow server at"):
+        sweep.sweep(sweep.Args(resume=found.path, tracking_uri=nobody))
+    trained(found, lambda point: 0.5)
+    with pytest.raises(ValueError, match="/data/patterns"):  # one step further: these have no data
+        sweep.sweep(sweep.Args(resume=found.path, tracking_uri=nobody))

@@ -1,0 +1,183 @@
+"""What a folder, an archive and a name give: split, class, order, and the sentence for what is not there."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simclr.data.encode import encode
+from simclr.data.s3.store import Store
+from simclr.data.s3.uri import Address
+from simclr.data.sources.datasets import DATASETS
+from simclr.data.sources.open import Source, open_source, place
+from simclr.data.sources.patterns import CLASSES, render
+from tests.support.s3 import Proxy
+
+NAMES = ("test/cat/b.png", "train/cat/a.png", "train/dog/c.png", "train/dog/._c.png", "train/.DS_Store", "train/dog/notes.txt")
+
+
+def png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 7), (shade, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder(root: Path, names: tuple[str, ...]) -> Path:
+    for shade, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(shade))
+    return root
+
+
+def archive(path: Path, names: tuple[str, ...]) -> Path:
+    with tarfile.open(path, "w:" + ("xz" if path.suffix == ".xz" else "gz" if path.suffix == ".gz" else "")) as file:
+        for shade, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = len(png(shade))
+            file.addfile(member, io.BytesIO(png(shade)))
+    return path
+
+
+def listed(source: Source) -> list[tuple[str, str | None, str]]:
+    return [(item.split, item.label, item.name) for item in source.items()]
+
+
+def test_a_folder_and_an_archive_of_it_give_the_same_images(tmp_path: Path) -> None:
+    expected = [("test", "cat", NAMES[0]), ("train", "cat", NAMES[1]), ("train", "dog", NAMES[2])]
+    source = open_source(str(folder(tmp_path / "photos", NAMES)))
+    assert listed(source) == listed(source) == expected
+    assert source.total == 3
+    assert source.ignored == {"hidden": 2, ".txt": 1}
+    for suffix in (".tar", ".tar.gz", ".tar.xz"):
+        packed = open_source(str(archive(tmp_path / f"photos{suffix}", NAMES)))
+        assert listed(packed) == listed(packed) == expected
+        assert packed.total is None
+        assert packed.ignored == {"hidden": 2, ".txt": 1}
+        assert [item.data for item in packed.items()] == [item.data.read_bytes() for item in source.items()]  # type: ignore[union-attr]
+
+
+def test_a_prefix_and_an_archive_in_s3_give_the_images_of_the_folder(s3: Proxy, tmp_path: Path) -> None:
+    names = (*NAMES, *(f"train/dog/{i:03}.png" for i in range(80)), "train/dog-2/a.png")  # more than are read ahead
+    here = open_source(str(folder(tmp_path / "photos", names)))
+    bucket, store = Address("photos"), Store(pause_s=0)
+    for name in names:
+        store.upload(tmp_path / "photos" / name, bucket / "pets" / name)
+    store.upload(tmp_path / "photos" / NAMES[0], bucket / "pets-2/of-another-prefix.png")
+    store.upload(archive(tmp_path / "photos.tar.gz", names), bucket / "pets.tar.gz")
+    s3.quiet()
+    s3.rate, s3.kinds = 0.1, ("503", "reset before", "truncated", "flipped")
+    there, packed = open_source("s3://photos/pets/"), open_source("s3://photos/pets.tar.gz")
+    assert (there.spec, there.total, there.ignored) == ("s3://photos/pets", here.total, here.ignored)
+    expected = [replace(item, data=item.data.read_bytes()) for item in here.items()]  # type: ignore[union-attr]
+    assert list(there.items()) == expected
+    assert s3.faults.total() > 0
+    assert sorted(i.name for i in packed.items()) == sorted(i.name for i in here.items()) and packed.ignored == here.ignored
+    assert not list(Path(os.environ["SIMCLR_CACHE"]).rglob("pets*"))  # what was fetched to be read once is gone
+    s3.quiet()
+    for spec, sentence in (
+        ("s3://photos/nothing", "no images in s3://photos/nothing, only nothing"),
+        ("s3://photos/nothing.tar", "there is no s3://photos/nothing.tar"),
+        ("s3://nowhere/pets", "there is no bucket nowhere"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            open_source(spec)
+
+
+def test_the_folders_above_a_file_say_split_and_class() -> None:
+    assert place(("train", "cat", "1.jpg")) == ("train", "cat")
+    assert place(("val", "cat", "1.jpg")) == ("test", "cat")
+    assert place(("imagenet", "train", "n01440764", "1.jpg")) == ("train", "n01440764")
+    assert place(("cat", "1.jpg")) == ("train", "cat")
+    assert place(("train", "1.jpg")) == ("train", None)
+    assert place(("1.jpg",)) == ("train", None)
+
+
+def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
+    assert listed(open_source(str(folder(tmp_path, ("b.png", "a.png"))))) == [("train", None, "a.png"), ("train", None, "b.png")]
+
+
+def test_a_broken_link_is_an_image_to_be_skipped(tmp_path: Path) -> None:
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (item,) = open_source(str(tmp_path)).items()
+    assert encode(item, "jpeg", 500, 90).skipped == "the file cannot be read: No such file or directory"
+
+
+def test_patterns_are_what_render_gives() -> None:
+    source = open_source("patterns:train=30,test=7,size=16,seed=5")
+    items = list(source.items())
+    images, labels = render(np.arange(37), 5, 16)
+    assert [item.split for item in items] == ["train"] * 30 + ["test"] * 7
+    assert [item.label for item in items] == [CLASSES[label] for label in labels]
+    assert all(np.array_equal(item.data, image) for item, image in zip(items, images, strict=True))
+    assert source.total == 37
+    assert open_source("patterns").spec == "patterns:train=4000,test=1000,size=32,seed=0,coloured=0"
+    assert open_source("patterns:coloured").spec.endswith("coloured=1")
+
+
+def test_a_torchvision_dataset_is_read_by_its_name() -> None:
+    source = open_source("torchvision:FakeData")  # random images made by torchvision itself: no download
+    first = next(source.items())
+    assert (source.total, first.split, np.asarray(first.data).shape) == (1000, "train", (224, 224, 3))
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("cifar1", "did you mean cifar10 or cifar100"),
+        ("no/such/folder", "there is no such file or folder"),
+        ("torchvision:CIFAR11", "nearest: CIFAR10, CIFAR100"),
+        ("patterns:size=4", "at least 8"),
+        ("patterns:train=1", "at least 2"),
+        ("patterns:shade=3", "expected train=NUMBER, test=NUMBER"),
+    ],
+)
+def test_what_is_not_there_is_a_sentence(spec: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        open_source(spec)
+
+
+def test_folders_and_files_without_images_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="only nothing; expected files that end with"):
+        open_source(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("no image, no archive")
+    with pytest.raises(ValueError, match=r"only 1 other files \(\.txt\)"):
+        open_source(str(tmp_path))
+    with pytest.raises(ValueError, match="is no tar archive"):
+        open_source(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
+def test_a_cut_or_damaged_archive_is_a_sentence(tmp_path: Path, suffix: str) -> None:
+    path = archive(tmp_path / f"photos{suffix}", NAMES)
+    whole = path.read_bytes()
+    for keep in (len(whole) // 3, len(whole) // 2) if suffix != ".tar" else (512, 1000, 1024, 1300, 2048):
+        path.write_bytes(whole[:keep])  # in a header, in an image, and between two
+        with pytest.raises(ValueError, match="ends early or is damaged"):
+            list(open_source(str(path)).items())
+    if suffix == ".tar":
+        path.write_bytes(whole[:1024] + b"?" * 512 + whole[1536:])
+        with pytest.raises(ValueError, match="ends early or is damaged"):
+            list(open_source(str(path)).items())
+
+
+def test_the_table_states_splits_that_add_up() -> None:
+    assert DATASETS["cifar10"].splits == {"train": 50_000, "test": 10_000}
+    for name, dataset in DATASETS.items():
+        assert dataset.classes > 1 and min(dataset.std) > 0 and "train" in dataset.splits, name
+
+
+def test_a_source_that_changed_has_another_identity(tmp_path: Path) -> None:
+    here = folder(tmp_path / "photos", NAMES)
+    packed = archive(tmp_path / "photos.tar", NAMES)
+    before = [open_source(str(place)).identity for place in (here, packed)]
+    assert all(before) and before == [open_source(str(place)).identity for place in (here, packed)]
+    next(here.rglob("*.png")).write_bytes(b"another picture")
+    packed = archive(tmp_path / "photos.tar", NAMES[:2])
+    assert all(a != b for a, b in zip(before, [open_source(str(place)).identity for place in (here, packed)], strict=True))

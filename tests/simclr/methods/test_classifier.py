@@ -1,0 +1,133 @@
+"""The classifier's loop: what it begins with, what it leaves alone, ranks, resuming, views."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from simclr import checkpoint
+from simclr.config import Watch
+from simclr.data import labels, loader
+from simclr.encoder.directory import read_classifier
+from simclr.methods.classifier import build_classifier, finetune, first_state
+from simclr.networks.heads import build_model
+from simclr.stages import FineTune
+from simclr.train import Report, Start
+from simclr.views.two_views import crop_and_flip, two_views
+from tests.conftest import Within
+from tests.support.ranks import Ranks
+from tests.support.small import TINY, TUNED
+
+
+def subset(data: Path) -> np.ndarray:
+    return labels.subset(loader.labels(data), 0.1, 0)
+
+
+def begun(config: FineTune, published: Path, folder: Path) -> Path:
+    """The checkpoint that a fine-tuning begins with."""
+    return checkpoint.write(folder, first_state(config, published, 10), 2)
+
+
+def run(config: FineTune, data: Path, folder: Path, until: int | None = None) -> list[Report]:
+    reports = []
+    for report in finetune(config, Start(data, checkpoint=checkpoint.latest(folder, print)), subset(data)):
+        if report.due:
+            checkpoint.write(folder, report.state, 2)
+        reports.append(report)
+        if report.step == until:
+            break
+    return reports
+
+
+def steps(config: FineTune, data: Path, at: Path) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
+    """Losses, and state and metrics at the end."""
+    reports = list(finetune(config, Start(data, checkpoint=at), subset(data)))
+    return [r.metrics["train/loss"] for r in reports], reports[-1].state.tensors, reports[-1].metrics
+
+
+def test_one_view_is_the_first_of_two_without_colour(patterns: Path, photographs: Path, within: Within) -> None:
+    views = dataclasses.replace(TINY.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0)
+    for data in (patterns, photographs):
+        config = dataclasses.replace(TINY, views=views)
+        stream = loader.batches(config, data, 3, 0, 1)
+        batch = next(stream)
+        both = two_views(batch.images, batch.ids, batch.epoch, views, config.seed)
+        one = crop_and_flip(batch.images, batch.ids, batch.epoch, TINY.views, config.seed)
+        within("pixels", float((one - both[: len(one)]).abs().max()), 1e-6)
+        stream.close()
+        single = loader.batches(config, data, 3, 0, 1, crops=1)
+        alone = next(single)
+        assert torch.equal(crop_and_flip(alone.images, alone.ids, alone.epoch, views, config.seed), one)
+        single.close()
+
+
+def test_it_begins_with_the_published_network_and_the_loss_of_chance(patterns: Path, published: Path, tmp_path: Path) -> None:
+    at = begun(TUNED, published, tmp_path)
+    state = checkpoint.read(at)
+    model = build_classifier(TUNED, 10, TUNED.tap)
+    checkpoint.restore(state, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    source = build_model(dataclasses.replace(TINY, head=TUNED.head, seed=5))
+    x = torch.rand(3, 3, 32, 32)
+    assert torch.equal(model.eval().head(model.encoder(x)), source.eval().head(source.encoder(x))[1])  # the head's first layer
+    losses, _, metrics = steps(dataclasses.replace(TUNED, train=dataclasses.replace(TUNED.train, steps=12)), patterns, at)
+    assert losses[0] == pytest.approx(np.log(10), abs=1e-12)  # a classifier of zeros
+    assert losses[-1] < 2 and metrics["eval/top1"] > 0.1 and metrics["eval/top5"] >= metrics["eval/top1"]
+    with pytest.raises(ValueError, match="tap is 4; the projection head has 3 layers"):
+        dataclasses.replace(TUNED, tap=4)
+
+
+def test_two_ranks_compute_what_one_does(patterns: Path, published: Path, tmp_path: Path, ranks: Ranks, within: Within) -> None:
+    at = begun(TUNED, published, tmp_path)
+    losses, tensors, metrics = steps(TUNED, patterns, at)
+    for found, theirs, scores in ranks(2, steps, TUNED, patterns, at):
+        within("loss", max(abs(a - b) for a, b in zip(losses, found, strict=True)), 1e-9)
+        within("weights", max(float((theirs[name] - tensors[name]).abs().max()) for name in tensors), 1e-9)
+        assert scores["eval/top1"] == metrics["eval/top1"] and scores["train/top1"] == metrics["train/top1"]
+
+
+def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, published: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(TUNED, train=dataclasses.replace(TUNED.train, precision="float32", checkpoint_every_steps=1))
+    for part in ("whole", "parts"):
+        begun(config, published, tmp_path / part)
+    run(config, patterns, tmp_path / "whole")
+    run(config, patterns, tmp_path / "parts", until=1)
+    assert [r.step for r in run(config, patterns, tmp_path / "parts")] == [2, 3, 4]
+    a, b = (checkpoint.read(tmp_path / part / "step-000000004").tensors for part in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_linear_leaves_the_network_bitwise_as_it_was(patterns: Path, published: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(TUNED, linear=True, watch=Watch(every_epochs=1))  # also after a scoring, which ends evaluation mode
+    at = begun(config, published, tmp_path)
+    _, tensors, _ = steps(config, patterns, at)
+    before = checkpoint.read(at).tensors
+    changed = {name for name in before if not torch.equal(before[name].double(), tensors[name].double())}
+    assert changed == {"model.classifier.weight", "model.classifier.bias"}
+    assert {name.split(".")[1] for name in tensors if name.startswith("optimizer.")} == {"classifier"}
+
+
+def test_what_is_published_gives_the_scores_again(patterns: Path, published: Path, tmp_path: Path) -> None:
+    from pipelines.runs.directory import load_run, open_run
+    from pipelines.train import classifiers
+    from simclr.methods.classifier import test_scores
+
+    config = dataclasses.replace(TUNED, train=dataclasses.replace(TUNED.train, precision="float32"))
+    job = open_run(tmp_path / "run", "finetune-test", config, patterns, stage="finetune")
+    job.save()
+    begun(config, published, job.checkpoints)
+    for report in run(config, patterns, job.checkpoints):
+        job.append({"step": report.step, **report.metrics})
+    job = load_run(job.path)
+    assert job.config == config and job.stage == "finetune"
+    classifiers.publish(job, tuple("0123456789"), config.tap, {"labels": 20})
+    model, names = read_classifier(job.encoder)
+    assert names == list("0123456789") and model.tap == 1
+    again = test_scores(model, config, Start(patterns))
+    assert again["eval/top1"] == report.metrics["eval/top1"] == classifiers.scores_of(job)["top1"]
+    with pytest.raises(ValueError, match="was made by `simclr finetune`, this is `simclr pretrain`"):
+        open_run(job.path, "x", TINY, patterns)

@@ -1,0 +1,264 @@
+"""The branches that only CUDA takes, on a device that is not there (`tests.support.fake_cuda`): shapes, dtypes, devices, and who waits.
+
+The same promise on a GPU, where one is: `test_between_two_reports_nothing_blocks_the_device`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from simclr import precision
+from simclr.config import Config, Views
+from simclr.data import loader, memory
+from simclr.data.manifest import read_manifest
+from simclr.evaluation import features
+from simclr.kernels import nt_xent as kernels
+from simclr.loss import nt_xent
+from simclr.methods.classifier import build_classifier, finetune
+from simclr.telemetry.guards import Health
+from simclr.telemetry.timing import Clock
+from simclr.train import Start, pretrain
+from simclr.views.two_views import crop_and_flip, two_views
+from tests.support.fake_cuda import CUDA, fake_cuda, stand_in_kernels
+from tests.support.small import TINY, TUNED
+
+# ── Views ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("operations", [None, ("crop", "cutout", "colour", "sobel", "noise", "blur", "rotate")])
+@pytest.mark.parametrize("whole", [True, False])
+def test_views_are_drawn_on_the_host_and_made_on_the_device(monkeypatch: pytest.MonkeyPatch, operations: Any, whole: bool) -> None:
+    views = Views(size_px=16, operations=operations, mean=(0.4, 0.5, 0.3), std=(0.5, 0.6, 0.7))
+    ids = torch.arange(6)
+    with fake_cuda(monkeypatch) as watched:
+        images = torch.empty((6, 20, 18, 3) if whole else (6, 2, 16, 16, 3), dtype=torch.uint8, device=CUDA)
+        seen = two_views(images, ids, 3, views, 7, CUDA)
+        one = crop_and_flip(images, ids, 3, views, 7, CUDA)
+    assert seen.device == one.device == CUDA and seen.dtype == one.dtype == torch.float32
+    assert seen.shape == (12, 3, 16, 16) and one.shape == (6, 3, 16, 16)
+    assert watched.copies > 3 and watched.waits == []
+
+
+def test_the_stand_in_sees_what_it_must_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What three docstrings promised and a list of numbers broke: each of these would stop a GPU's queue."""
+    with fake_cuda(monkeypatch) as watched:
+        x = torch.ones(3, device=CUDA)
+        x.new_tensor([1.0, 2.0])
+        torch.tensor([1.0], device=CUDA)
+        torch.zeros(2).to(CUDA, non_blocking=True)
+        x.sum().item()
+        x.cpu()
+        assert watched.waits == [
+            *["a blocking copy to the device"] * 2,
+            "a copy from memory that is not page-locked",
+            "aten._local_scalar_dense.default",
+            "a copy to the host",
+        ]
+        torch.zeros(2).pin_memory().to(CUDA, non_blocking=True)
+        assert len(watched.waits) == 5
+
+
+# ── Loss ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "tiled"),
+    [(torch.float32, 128, True), (torch.float32, 300, False), (torch.bfloat16, 512, True), (torch.bfloat16, 768, False)],
+)
+def test_on_cuda_the_loss_takes_tiles_or_blocks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, d: int, tiled: bool) -> None:
+    launched = stand_in_kernels(monkeypatch)
+    with fake_cuda(monkeypatch) as watched:
+        z = torch.empty(96, d, dtype=dtype, device=CUDA).requires_grad_()
+        loss = nt_xent(z, 0.1)
+        (gradient,) = torch.autograd.grad(loss, z)
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype and gradient.shape == z.shape and gradient.device == CUDA
+    assert watched.waits == []
+    assert [one.name for one in launched] == (["forward_kernel", "queries_kernel", "keys_kernel"] if tiled else [])
+    for one in launched:
+        side = one.settings["ROWS"]
+        assert one.grid == (-(-96 // side),) and one.settings["WIDE"] >= d == one.settings["D"] and side >= 16
+        assert all(x.is_contiguous() and x.device == CUDA for x in one.arguments if isinstance(x, torch.Tensor))
+        assert [x.dtype for x in one.arguments[:2]] == [dtype] * 2 and one.arguments[-1] == 10.0
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+def test_the_tiles_compile_for_an_h100(dtype: torch.dtype, name: str) -> None:
+    """To machine code, without a GPU, at the papers' d = 128; a tile fits the 48 KiB that every block may have, or Hopper's 227."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile  # not public; torch's own compiler calls it like this
+
+    from simclr.kernels import nt_xent_triton
+
+    settings = kernels._tile(torch.empty(1, 128, dtype=dtype))
+    stages = settings.pop("num_stages")
+    for kernel in (nt_xent_triton.forward_kernel, nt_xent_triton.queries_kernel, nt_xent_triton.keys_kernel):
+        kinds = {"queries": f"*{name}", "key_rows": f"*{name}", "lse": "*fp32", "positive": "*fp32", "out": "*fp32", "scale": "fp32"}
+        signature = {n: "constexpr" if n in settings else kinds.get(n, "i32") for n in kernel.arg_names}
+        constants = {(kernel.arg_names.index(n),): value for n, value in settings.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Triton announces its next defaults
+            made = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_stages": stages})
+        assert made.asm["cubin"] and made.metadata.shared <= 227 * 1024
+
+
+# ── Loader ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_batches_travel_one_ahead_and_the_last_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
+    with fake_cuda(monkeypatch) as watched:
+        streams: list[Any] = []
+        made = torch.cuda.Stream
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams.append(made(device)) or streams[-1])
+        stream = loader.on_device(loader.batches(TINY, patterns, 0, 0, 1), CUDA)
+        found = list(itertools.islice(stream, 3))
+        assert not streams[0].synchronized and watched.copies == 4  # one more is on its way
+        stream.close()
+    assert [batch.step for batch in found] == [0, 1, 2] and streams[0].synchronized and watched.waits == []
+    assert all(batch.images.device == CUDA and batch.ids.device.type == batch.labels.device.type == "cpu" for batch in found)
+    assert len(torch.cuda.current_stream().waited) == 3
+
+
+@pytest.mark.parametrize(
+    ("images", "size_px", "count", "mib"), [(512, 224, 3, 512), (4096, 224, 3, 4096), (256, 224, 3, 256), (512, 32, 5, 16)]
+)
+def test_slots_share_one_page_locked_block(monkeypatch: pytest.MonkeyPatch, images: int, size_px: int, count: int, mib: int) -> None:
+    asked: list[tuple[int, ...]] = []
+    empty = torch.empty
+
+    def pinned(shape: tuple[int, ...], dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        asked.append(shape)
+        return empty(shape, dtype=dtype)  # untouched, so it takes no memory
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", pinned)
+    queries = (SimpleNamespace(shape=(2, size_px, size_px, 3), dtype=np.dtype("u1")), SimpleNamespace(shape=(), dtype=np.dtype("i4")))
+    slots = memory.slots_for(queries, images)
+    assert asked == [(count, images, 2, size_px, size_px, 3)] and len(slots) == count
+    assert 2 ** math.ceil(math.log2(math.prod(asked[0]))) == mib * 2**20  # what torch's allocator makes of it
+    assert all(pixels.base is slots[0][0].base and status.dtype == np.int32 for pixels, status in slots)
+
+
+# ── Clock, health, evaluation ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_moments_are_events_and_the_report_alone_reads(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
+    with fake_cuda(monkeypatch) as watched:
+        model = nn.Linear(4, 4).to(CUDA)
+        health, clock = Health(model, CUDA, 4, patterns, 5.0, "advice"), Clock(0, CUDA)
+        watched.waits.clear()  # the weights' copy
+        for step in (1, 2, 3):
+            clock.leaves()
+            health.see(step, torch.arange(4), torch.randn(8, 4, device=CUDA), torch.ones((), device=CUDA))
+            clock.step_over()
+        assert watched.waits == []
+        pace = clock.pace()
+        assert pace.steps == 3 and pace.p50_s == 1e-3 and pace.outside_s == 1e-3
+
+
+def test_features_are_embedded_on_the_device(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
+    with fake_cuda(monkeypatch) as watched:
+        encoder = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(5 * 30 * 30, 7)).to(CUDA)
+        found = features.embed_split(encoder, patterns, "test", TINY.views, None, CUDA, batch_size=32)
+    assert found.h.shape == (60, 7) and found.h.device == found.y.device == CUDA and found.h.dtype == torch.float32
+    # Labels and ids go once, at the end.
+    assert set(watched.waits) <= {"a blocking copy to the device"}
+
+
+# ── The loops ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def loops(changes: dict[str, Any], optimizer: Any, memory_rows: int) -> Config:
+    settings = dataclasses.replace(TINY, loss=dataclasses.replace(TINY.loss, memory=memory_rows))
+    train = dataclasses.replace(settings.train, report_every_steps=4, checkpoint_every_steps=100, steps=12, **changes)
+    return dataclasses.replace(settings, train=train, optim=dataclasses.replace(settings.optim, name=optimizer))
+
+
+CASES = [
+    ({"precision": "bfloat16"}, "lars", 0),
+    ({"precision": "float32", "micro_batch": 8}, "sgd", 0),
+    ({"precision": "tf32"}, "lars", 96),
+]
+
+
+@pytest.mark.parametrize(("changes", "optimizer", "memory_rows"), CASES)
+def test_between_two_reports_the_host_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, patterns: Path, changes: dict[str, Any], optimizer: Any, memory_rows: int
+) -> None:
+    """The whole loop on a fake device: views, network, loss, backward pass, optimizer, clock and health of steps 2 to 4."""
+    stand_in_kernels(monkeypatch)
+    before: list[int] = []
+    report = Health.report
+    with fake_cuda(monkeypatch) as watched:
+        monkeypatch.setattr(Health, "report", lambda *a: (before.append(len(watched.waits)), report(*a))[1])
+        stream = pretrain(loops(changes, optimizer, memory_rows), Start(patterns, CUDA))
+        assert next(stream).step == 1
+        watched.waits.clear()
+        copies = watched.copies
+        told = next(stream)
+        stream.close()
+    assert told.step == 4 and {"memory/peak_gib", "train/loss"} <= set(told.metrics) and len(told.ranks["memory/peak_gib"]) == 1
+    assert watched.copies - copies > 10, "views and labels travel"
+    assert watched.waits[: before[-1]] == [] and watched.waits[before[-1] :], "the report reads values, and the stand-in sees that"
+
+
+def test_fine_tuning_waits_for_nothing_between_two_reports(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
+    config = dataclasses.replace(TUNED, train=dataclasses.replace(TUNED.train, report_every_steps=4, steps=12))
+    ids = np.arange(len(loader.labels(patterns)))
+    assert build_classifier(config, len(read_manifest(patterns).classes), 0).classifier.out_features == 10
+    before: list[int] = []
+    report = Health.report
+    with fake_cuda(monkeypatch) as watched:
+        monkeypatch.setattr(Health, "report", lambda *a: (before.append(len(watched.waits)), report(*a))[1])
+        stream = finetune(config, Start(patterns, CUDA), ids)
+        assert next(stream).step == 1
+        watched.waits.clear()
+        assert next(stream).step == 4
+        stream.close()
+    assert watched.waits[: before[-1]] == [] and watched.waits[before[-1] :]
+
+
+def test_precision_decides_what_cuda_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, matmul = SimpleNamespace(allow_tf32=True, benchmark=False), SimpleNamespace(allow_tf32=False)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    precision.set_backends("tf32", torch.device("cpu"))
+    assert not cudnn.benchmark and not matmul.allow_tf32, "a CPU's run leaves them alone"
+    for name, rounded in (("tf32", True), ("float32", False), ("bfloat16", False)):
+        precision.set_backends(name, CUDA)
+        assert cudnn.allow_tf32 is matmul.allow_tf32 is rounded and cudnn.benchmark
+
+
+def test_a_gpu_keeps_a_core_for_its_launches() -> None:
+    assert Start(Path(), CUDA, threads=16).loader_threads == 15 and Start(Path(), CUDA).loader_threads == 1
+    assert Start(Path(), threads=16).loader_threads == 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("changes", "optimizer", "memory_rows"), CASES)
+def test_between_two_reports_nothing_blocks_the_device(patterns: Path, changes: dict[str, Any], optimizer: Any, memory_rows: int) -> None:
+    """torch itself raises at the first call that synchronises, in steps 5 to 7 of a run on the device."""
+    stream = pretrain(loops(changes, optimizer, memory_rows), Start(patterns, torch.device("cuda")))
+    assert [next(stream).step, next(stream).step] == [1, 4]
+    report = Health.report
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Health, "report", lambda *a: (torch.cuda.set_sync_debug_mode("default"), report(*a))[1])
+            assert next(stream).step == 8
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        stream.close()

@@ -1,0 +1,131 @@
+"""Pieces of a batch give the whole batch's gradient; ranks exchange it once; running statistics move once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from simclr.collectives import all_gather, world_size
+from simclr.gradient_cache import cached_gradient
+from simclr.loss import nt_xent
+from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.heads import build_model
+from simclr.train import Start, _classify, pretrain
+from tests.conftest import Within
+from tests.support.ranks import Ranks
+from tests.support.small import TINY, mine
+
+N = 12
+
+
+def gradients(piece: int, fixed_statistics: bool) -> dict[str, Any]:
+    """Loss, gradients and running statistics on this rank's share of 12 images, whole (piece 0) or in pieces."""
+    generator = torch.Generator().manual_seed(7)
+    views = mine(torch.rand(2 * N, 3, 16, 16, dtype=torch.float64, generator=generator), views=2)
+    labels = mine(torch.arange(N) % 4)
+    model = build_model(TINY, 4).double()
+    for norm in (m for m in model.modules() if isinstance(m, BatchNorm)):
+        with torch.no_grad():
+            norm.running_mean.uniform_(-0.1, 0.1, generator=generator)
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+        norm.train(not fixed_statistics)
+    network: torch.nn.Module = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    n = N // world_size()
+
+    def embed(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = network(torch.cat([views[rows], views[n + rows.start : n + rows.stop]]))
+        return found
+
+    if piece:
+        z, loss, classified, hits = cached_gradient(
+            network, embed, n, piece, lambda z: nt_xent(z, 0.3), lambda logits, rows: _classify(logits, labels[rows])
+        )
+    else:
+        _, z, logits = network(views)
+        loss = nt_xent(z, 0.3)
+        classified, hits = _classify(logits, labels)
+        (loss + classified).backward()
+    total = all_gather(torch.cat([torch.stack([loss.detach(), classified.detach()]), hits.double() / (2 * n)])[None]).mean(0)
+    norms = {name: m.running_mean.clone() for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return {"losses": total, "z": z.detach(), "statistics": norms, "gradients": grads}
+
+
+def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[name] - t).abs().max()) for name, t in b.items())
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 6])
+def test_with_fixed_statistics_the_gradient_is_the_whole_batchs(ranks: Ranks, within: Within, piece: int) -> None:
+    whole = gradients(0, True)
+    assert max(float(g.abs().max()) for g in whole["gradients"].values()) > 1e-3
+    for world in (1, 2):
+        if N // world % piece:
+            continue
+        for found in ranks(world, gradients, piece, True) if world > 1 else [gradients(piece, True)]:
+            within(f"gradient, W = {world}", worst(found["gradients"], whole["gradients"]), 1e-9)
+            within(f"losses, W = {world}", float((found["losses"] - whole["losses"]).abs().max()), 1e-9)
+
+
+def test_statistics_are_those_of_a_piece_and_move_once(within: Within) -> None:
+    """Against the definition: pieces through BatchNorm by themselves, in one graph; the running mean by their average."""
+    found = gradients(4, False)
+    generator = torch.Generator().manual_seed(7)
+    views = torch.rand(2 * N, 3, 16, 16, dtype=torch.float64, generator=generator)
+    model = build_model(TINY, 4).double()
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+    for norm in norms.values():
+        with torch.no_grad():
+            norm.running_mean.uniform_(-0.1, 0.1, generator=generator)
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+    before = {name: m.running_mean.clone() for name, m in norms.items()}
+    moved: dict[str, list[Tensor]] = {name: [] for name in norms}
+    parts = []
+    for at in range(0, N, 4):
+        _, z, logits = model(torch.cat([views[at : at + 4], views[N + at : N + at + 4]]))
+        parts.append((*z.chunk(2), logits))
+        for name, norm in norms.items():
+            moved[name].append((norm.running_mean - 0.9 * before[name]) / 0.1)
+            norm.running_mean.copy_(before[name])
+    z = torch.cat([part[view] for view in range(2) for part in parts])
+    classified = sum(_classify(part[2], (torch.arange(N) % 4)[at : at + 4])[0] for at, part in zip(range(0, N, 4), parts, strict=True)) / 3
+    (nt_xent(z, 0.3) + classified).backward()
+    within("gradient", worst(found["gradients"], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}), 1e-9)
+    expected = {name: 0.9 * before[name] + 0.1 * torch.stack(means).mean(0) for name, means in moved.items()}
+    within("running mean", worst(found["statistics"], expected), 1e-12)
+
+
+def losses(data: str, micro_batch: int | None) -> list[float]:
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=3, micro_batch=micro_batch))
+    return [report.metrics["train/loss"] for report in pretrain(config, Start(Path(data)))]
+
+
+def test_the_loop_trains_in_pieces(ranks: Ranks, patterns: Path) -> None:
+    whole, pieces = losses(str(patterns), None), losses(str(patterns), 6)
+    assert np.isfinite(pieces).all() and pieces != whole  # BatchNorm over 6 images is another network than over 24
+    assert losses(str(patterns), 24) == whole
+    one, other = ranks(2, losses, str(patterns), 3)
+    assert one == other and np.isfinite(one).all()
+
+
+def test_a_micro_batch_that_does_not_divide_is_a_sentence() -> None:
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, micro_batch=5))
+    with pytest.raises(ValueError, match="micro_batch 5 does not divide the 12 images of a worker; use 4 or 6"):
+        config.images_per_rank(2)
+    with pytest.raises(ValueError, match=r"train.micro_batch is 0; expected at least 1"):
+        dataclasses.replace(TINY.train, micro_batch=0)
+
+
+def test_in_bfloat16_pieces_train_too(patterns: Path) -> None:
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=3, micro_batch=6, precision="bfloat16"))
+    found = [report.metrics["train/loss"] for report in pretrain(config, Start(patterns))]
+    whole = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=None))
+    first = next(iter(pretrain(whole, Start(patterns)))).metrics["train/loss"]
+    assert len(found) == 3 and np.isfinite(found).all() and np.isfinite(first)

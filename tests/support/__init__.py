@@ -1,0 +1,1 @@
+"""What tests share: ranks, hosts, servers that are played, small configs."""

@@ -23,10 +23,10 @@ from simclr.collectives import data_parallel, rank, world_size
 from simclr.config import Config, Loss
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
-from simclr.evaluation import features, representation
+from simclr.evaluation import features, knn, representation
 from simclr.gradient_cache import cached_gradient
 from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
-from simclr.networks.heads import SimCLR, build_model
+from simclr.methods.simclr import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.precision import autocast, set_backends, weights_dtype
 from simclr.telemetry.guards import Health, contrastive, over_labelled
@@ -184,7 +184,7 @@ def watch_knn(model: SimCLR, config: Config, start: Start) -> dict[str, float]:
     measured = {"health/rankme": float(representation.rankme(queries.h[:2048])), "eval/seconds": time.perf_counter() - began}
     bank, queries = bank.labelled(), queries.labelled()
     if len(bank.y) and len(queries.y):
-        measured["eval/knn_top1"] = features.knn(bank.h, bank.y, queries.h, queries.y, watch.k, watch.temperature)["top1"]
+        measured["eval/knn_top1"] = knn.knn(bank.h, bank.y, queries.h, queries.y, watch.k, watch.temperature)["top1"]
     return measured
 
 

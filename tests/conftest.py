@@ -166,7 +166,7 @@ def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder with a head of three layers, as pretraining publishes it."""
     from simclr.encoder.directory import write_encoder
-    from simclr.networks.heads import build_model
+    from simclr.methods.simclr import build_model
     from tests.support.small import TINY, TUNED
 
     model = build_model(dataclasses.replace(TINY, head=TUNED.head, seed=5))

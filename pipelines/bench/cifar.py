@@ -13,8 +13,8 @@ from pipelines.allocator import keep_freed_memory
 from pipelines.bench.result import Row
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
-from simclr.evaluation import features
-from simclr.networks.heads import build_model
+from simclr.evaluation import features, knn, linear
+from simclr.methods.simclr import build_model
 from simclr.train import Start, pretrain
 
 _EVERY = 97  # steps between two reports: an epoch of CIFAR-10 at N = 512
@@ -50,16 +50,16 @@ def cifar(name: str, config: Config, data: Path, epochs: int, threads: int, devi
     model.load_state_dict({key.removeprefix("model."): tensor for key, tensor in last.state.tensors.items() if key.startswith("model.")})
     found = [features.embed_split(model.encoder, data, split, config.views, None, device, threads=threads) for split in ("train", "test")]
     bank, queries = (split.labelled() for split in found)
-    knn = features.knn(bank.h, bank.y, queries.h, queries.y, _K, _TEMPERATURE)["top1"]
-    probe = features.linear_probe(bank.h, bank.y, queries.h, queries.y)["top1"]
+    voted = knn.knn(bank.h, bank.y, queries.h, queries.y, _K, _TEMPERATURE)["top1"]
+    probe = linear.linear_probe(bank.h, bank.y, queries.h, queries.y)["top1"]
     row: Row = {"name": name, "epochs": epochs, "train_images": len(bank.y), "test_images": len(queries.y), "train_s": trained_s}
     row |= {"all_s": time.perf_counter() - began, "images_per_s": statistics.median(speeds[1:] or speeds)}
     row |= {"data_wait_pct": last.metrics["speed/data_wait_pct"], "base_lr": config.optim.base_lr}
-    row |= {"loss": last.metrics["train/loss"], "knn_top1": knn, "probe_top1": probe}
+    row |= {"loss": last.metrics["train/loss"], "knn_top1": voted, "probe_top1": probe}
     print(
         f"{name}, N = {config.train.batch_size}, {config.train.precision}, {'compiled' if config.train.compile else 'not compiled'}, "
         f"{device.type}, {threads} threads: {epochs} epochs of {len(bank.y):,} images in {trained_s:.1f} s, "
         f"median {row['images_per_s']:,.0f} images/s, {row['data_wait_pct']:.1f} % of the end waiting for data, loss {row['loss']:.4f}"
     )
-    print(f"kNN {100 * knn:.1f} %, linear probe {100 * probe:.1f} % of {len(queries.y):,} test images; {row['all_s']:.1f} s in all")
+    print(f"kNN {100 * voted:.1f} %, linear probe {100 * probe:.1f} % of {len(queries.y):,} test images; {row['all_s']:.1f} s in all")
     return [row]

@@ -267,8 +267,8 @@ def _communication(config: Config, n: int, world: int, place: Any) -> Found:
     import torch.distributed as dist
 
     from simclr.collectives import all_gather, all_reduce_sum
+    from simclr.methods.simclr import shapes_only
     from simclr.networks.batchnorm import BatchNorm
-    from simclr.networks.heads import shapes_only
 
     network = shapes_only(config)
     kind = torch.bfloat16 if config.train.compress_gradients else torch.float32

@@ -22,8 +22,8 @@ from simclr.config import Config
 from simclr.data.loader import Batch, batches, on_device
 from simclr.gradient_cache import cached_gradient
 from simclr.loss import nt_xent
+from simclr.methods.simclr import SimCLR, build_model
 from simclr.networks.batchnorm import BatchNorm
-from simclr.networks.heads import SimCLR, build_model
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.precision import autocast, set_backends, weights_dtype
 from simclr.train import Start

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say
 from simclr import files
-from simclr.data.sources.open import is_image
+from simclr.data.sources.source import is_image
 
 _BATCH = 64
 

@@ -196,7 +196,7 @@ def _evaluate(args: Args) -> list[dict[str, Any]]:
     manifest = read_manifest(data)
     import simclr
     from simclr.evaluation.features import pixels
-    from simclr.networks.heads import build_model
+    from simclr.methods.simclr import build_model
 
     device = device_of(args.device)
     trained = simclr.load_encoder(directory).encoder
@@ -269,7 +269,8 @@ def held_back(train: Features) -> tuple[Features, Features]:
 
 
 def _scores(train: Features, test: Features, config: Config, k: int | None) -> dict[str, float]:
-    from simclr.evaluation.features import knn, linear_probe
+    from simclr.evaluation.knn import knn
+    from simclr.evaluation.linear import linear_probe
     from simclr.evaluation.representation import rankme
 
     health = {"rankme": float(rankme(test.h[:_RANKED]))}
@@ -289,7 +290,7 @@ def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] 
     For each of `shares` there is a probe more, fitted to that share of each class's training images: probe_top1_at_0.01, ….
     """
     import simclr
-    from simclr.evaluation.features import linear_probe
+    from simclr.evaluation.linear import linear_probe
 
     encoder, watch = simclr.load_encoder(run.encoder).encoder.to(device), run.config.watch
     with Bar("evaluate", None) as bar:

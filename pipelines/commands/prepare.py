@@ -16,7 +16,8 @@ from pipelines.terminal import Bar, say
 from simclr.data import shards
 from simclr.data.manifest import LISTS, Manifest
 from simclr.data.s3.uri import Address, address, copy_of, locked
-from simclr.data.sources.open import Source, open_source
+from simclr.data.sources.open import open_source
+from simclr.data.sources.source import Source
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def pretrain(args: Args) -> Run:
     run, home, uri = driver.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri)
 
     def shapes() -> nn.Module:
-        from simclr.networks.heads import shapes_only  # its imports take seconds
+        from simclr.methods.simclr import shapes_only  # its imports take seconds
 
         return shapes_only(config, len(classes))
 

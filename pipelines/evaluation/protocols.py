@@ -104,7 +104,7 @@ def features(
 def _knn(train: Features, test: Features, config: Config, settings: Settings, classes: int) -> tuple[torch.Tensor, dict[str, Any]]:
     import torch.nn.functional as F
 
-    from simclr.evaluation.features import nearest
+    from simclr.evaluation.knn import nearest
 
     k, temperature = settings.k or config.watch.k, settings.temperature or config.watch.temperature
     votes = nearest(train.h, train.y, test.h, k, temperature).votes

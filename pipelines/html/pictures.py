@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from simclr import files, keyed
 from simclr.config import Config
 from simclr.data.loader import Batch, batches, in_order
-from simclr.evaluation.features import Features, nearest
+from simclr.evaluation.features import Features
+from simclr.evaluation.knn import nearest
 from simclr.views.two_views import raw_views
 
 _SHOWN = 8

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 
 from simclr.data.ffcv.decode import decode
 from simclr.data.pixels import upright_rgb
-from simclr.data.sources.open import Item
+from simclr.data.sources.source import Item
 
 PAGE = 1 << 21
 """Bytes: FFCV's smallest page. An image lies within one."""

@@ -40,7 +40,7 @@ from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.data.memory import PAGE, copied, mapped, slots_for
 from simclr.data.s3.uri import Corrupt
 from simclr.telemetry import progress
-from simclr.views.two_views import centre_boxes, crop_boxes
+from simclr.views.draw import centre_boxes, crop_boxes
 
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()

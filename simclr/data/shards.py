@@ -29,7 +29,7 @@ from simclr import files
 from simclr.data.encode import Encoded, encode
 from simclr.data.ffcv.writer import Note, SplitWriter
 from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest, write_manifest, write_names
-from simclr.data.sources.open import Item, Source
+from simclr.data.sources.source import Item, Source
 
 _RAW_SIDE_PX = 64
 _LOOKED_AT, _TRIED = 32, 1000  # images that decide raw or jpeg, and how many are tried to find them

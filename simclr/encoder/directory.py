@@ -28,7 +28,8 @@ from simclr import config as configs
 from simclr.networks.heads import Classifier, ProjectionHead, build_head
 from simclr.networks.initial import unfilled
 from simclr.networks.resnet import ResNet, build_encoder
-from simclr.views.two_views import centre_boxes, crop_resize
+from simclr.views.draw import centre_boxes
+from simclr.views.ops import crop_resize
 
 ENCODER_SCHEMA = 1
 

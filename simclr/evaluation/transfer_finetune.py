@@ -19,7 +19,9 @@ from simclr.evaluation.transfer_linear import Part, Parts, measure, split
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.heads import Classifier
 from simclr.optim import warmup_cosine
-from simclr.views.two_views import CENTRE_CROP, crop_and_flip, normalise
+from simclr.views.draw import CENTRE_CROP
+from simclr.views.ops import normalise
+from simclr.views.two_views import crop_and_flip
 
 RATES = tuple(float(rate) for rate in np.logspace(-4, -1, 7))
 """Learning rates that are tried (App. B.8)."""

@@ -1,4 +1,4 @@
-"""Crops to normalised views on the CPU, one view at a time in the cache. Twin of `simclr.views.two_views.distort`, which defines it.
+"""Crops to normalised views on the CPU, one view at a time in the cache. Twin of `simclr.views.ops.distort`, which defines it.
 
 The plain form walks over all views once per operation and copies the rows that it concerns, and most of its time goes
 into moving memory. Here a view is read once, as bytes, and written once, channels last, as the encoder reads it.
@@ -36,7 +36,7 @@ def crops_to_views(
 ) -> Tensor:
     """Views (2n, 3, size, size) float32, channels last, of crops (n, 2, size, size, 3) uint8 on the CPU: [view 0; view 1].
 
-    The parameters (2n, …) are the fields of `simclr.views.two_views.Colours`; mean and std are those of the normalisation. Works on
+    The parameters (2n, …) are the fields of `simclr.views.draw.Colours`; mean and std are those of the normalisation. Works on
     as many threads as torch does.
     """
     n, size = len(crops), crops.shape[2]

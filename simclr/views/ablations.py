@@ -18,7 +18,8 @@ from torch import Tensor
 from simclr import keyed
 from simclr.config import Operation, Views
 from simclr.to_device import to_device
-from simclr.views.two_views import Colours, crop_resize, crops_of, distort, draw_colours, grey
+from simclr.views.draw import Colours, crops_of, draw_colours
+from simclr.views.ops import crop_resize, distort, grey
 
 _NOISE = 0.1
 _OTHER_CROPS = 2  # the crops of view 0 and 1 are App. A's

@@ -205,7 +205,7 @@ def test_runs_and_encoders_that_are_none(simclr: Run, tmp_path: Path, patterns: 
 
 def test_embed_takes_files_folders_and_arrays(simclr: Run, tmp_path: Path) -> None:
     from simclr.encoder.directory import write_encoder
-    from simclr.networks.heads import build_model
+    from simclr.methods.simclr import build_model
     from simclr.recipes import recipe
 
     config = recipe("patterns_tiny")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from simclr.config import Config, Encoder, Loss, Optim, Train, Views, Watch
-from simclr.networks.heads import shapes_only
+from simclr.methods.simclr import shapes_only
 from simclr.recipes import RECIPES, recipe
 
 

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from simclr.collectives import all_gather, world_size
 from simclr.gradient_cache import cached_gradient
 from simclr.loss import nt_xent
+from simclr.methods.simclr import build_model
 from simclr.networks.batchnorm import BatchNorm
-from simclr.networks.heads import build_model
 from simclr.train import Start, _classify, pretrain
 from tests.conftest import Within
 from tests.support.ranks import Ranks

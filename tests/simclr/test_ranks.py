@@ -21,10 +21,11 @@ from simclr.config import Config
 from simclr.data import loader
 from simclr.evaluation import features
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
+from simclr.methods.simclr import build_model
 from simclr.networks.batchnorm import BatchNorm
-from simclr.networks.heads import build_model
 from simclr.train import Start, pretrain
-from simclr.views.two_views import crop_boxes, draw_colours, two_views
+from simclr.views.draw import crop_boxes, draw_colours
+from simclr.views.two_views import two_views
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
 from tests.support.ranks import Ranks

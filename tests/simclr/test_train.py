@@ -16,8 +16,8 @@ import torch
 
 from simclr import checkpoint
 from simclr.config import Config
+from simclr.methods.simclr import build_model
 from simclr.networks import initial
-from simclr.networks.heads import build_model
 from simclr.optim import lr_peak, warmup_cosine
 from simclr.train import Start, pretrain
 from tests.support.small import TINY, run

@@ -29,7 +29,7 @@ from torch._dynamo.utils import counters
 from pipelines.train import compile_cache
 from simclr.config import Config, Encoder, Views
 from simclr.loss import nt_xent
-from simclr.networks.heads import build_model
+from simclr.methods.simclr import build_model
 
 
 def two_steps() -> Iterator[float]:

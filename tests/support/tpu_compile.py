@@ -15,7 +15,7 @@ import torch._ops
 import torch.distributed.tensor
 
 from simclr.loss import nt_xent
-from simclr.networks.heads import build_model
+from simclr.methods.simclr import build_model
 from simclr.recipes import patterns_tiny
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 
 from simclr import keyed, loss
 from simclr.config import Config, Head, Loss, Views
-from simclr.networks.heads import ProjectionHead, build_model
+from simclr.methods.simclr import build_model
+from simclr.networks.heads import ProjectionHead
 from simclr.optim import lr_peak
 from simclr.recipes import RECIPES, recipe
-from simclr.views import ablations, two_views
+from simclr.views import ablations, draw, two_views
 from tests.conftest import Within
 from tests.support.ranks import Ranks
 from tune import resolve, spaces
@@ -144,9 +145,9 @@ def test_one_branch_stays_the_crop_and_the_other_goes_through_the_operations() -
 
 def test_crops_from_the_decoder_are_shared_and_the_fast_path_steps_aside() -> None:
     plain = Views(size_px=8, operations=("rotate",))
-    boxes = two_views.crop_boxes(plain, 0, 0, IDS, np.full((6, 2), 40))
+    boxes = draw.crop_boxes(plain, 0, 0, IDS, np.full((6, 2), 40))
     assert (boxes[:, 0] == boxes[:, 1]).all()
-    assert (boxes[:, 0] == two_views.crop_boxes(Views(size_px=8), 0, 0, IDS, np.full((6, 2), 40))[:, 0]).all()
+    assert (boxes[:, 0] == draw.crop_boxes(Views(size_px=8), 0, 0, IDS, np.full((6, 2), 40))[:, 0]).all()
     crops = torch.randint(0, 256, (6, 1, 8, 8, 3), dtype=torch.uint8).expand(-1, 2, -1, -1, -1)
     x = two_views.two_views(crops, torch.as_tensor(IDS), 0, plain, 0)
     turned = [[torch.equal(torch.rot90(x[i], k, (1, 2)), x[6 + i]) for k in (1, 2, 3)] for i in range(6)]

@@ -3,7 +3,7 @@
 Of decode-once the resize, not the decode, was the dear part. So: rows are combined first, which runs along contiguous
 bytes and is vectorised by the compiler; then pixels along each row, three channels and one lane to spare at a time, which
 it does not vectorise and we spell out. Each kind is a table of taps; what a tap weighs is defined by
-`simclr.views.two_views.crop_resize`, in floats. A box of 270 px becomes 224 px in 0.08 ms bicubically or by area and 0.06 ms
+`simclr.views.ops.crop_resize`, in floats. A box of 270 px becomes 224 px in 0.08 ms bicubically or by area and 0.06 ms
 bilinearly, on one core of an AMD EPYC; decoding its 500 px JPEG takes 0.8 to 1.1 ms.
 """
 

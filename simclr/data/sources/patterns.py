@@ -7,12 +7,13 @@ colour-histogram shortcut of arXiv:2002.05709, Fig. 6. Near-grey patterns with a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simclr import keyed
+from simclr.data.sources.source import Item, Source
 
 CLASSES = ("bricks", "checks", "crosses", "diamonds", "dots", "grid", "rings", "stripes", "waves", "zigzag")
 Field = NDArray[np.floating]
@@ -152,3 +153,33 @@ _SHAPES: dict[str, Callable[[Field, Field], Field]] = {
     "waves": _waves,
     "zigzag": _zigzag,
 }
+
+
+_RENDER_BLOCK = 512
+
+
+def patterns_source(spec: str, options: str) -> Source:
+    values: dict[str, int] = {"train": 4_000, "test": 1_000, "size": 32, "seed": 0, "coloured": 0}
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        if key not in values or not (value.isdigit() or (key == "coloured" and not value)):
+            raise ValueError(f"patterns has no option {option!r}; expected {', '.join(f'{k}=NUMBER' for k in values)}")
+        values[key] = int(value or 1)
+    if values["size"] < 8:
+        raise ValueError(f"patterns of {values['size']} px show nothing; use size=32, at least 8")
+    counts = {"train": values["train"], "test": values["test"]}
+    if values["train"] < 2:
+        raise ValueError(f"patterns:train={values['train']} leaves nothing to contrast; use at least 2")
+
+    def items() -> Iterator[Item]:
+        first = 0
+        for split, count in counts.items():
+            for begin in range(first, first + count, _RENDER_BLOCK):
+                ids = np.arange(begin, min(begin + _RENDER_BLOCK, first + count))
+                images, labels = render(ids, values["seed"], values["size"], bool(values["coloured"]))
+                for sample, image, label in zip(ids, images, labels, strict=True):
+                    yield Item(split, CLASSES[label], f"{split}/{sample}", image)
+            first += count  # the test images are other samples than the training images
+
+    stated = ",".join(f"{k}={v}" for k, v in values.items())
+    return Source(f"patterns:{stated}", sum(counts.values()), items)

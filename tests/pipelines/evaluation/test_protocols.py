@@ -15,8 +15,9 @@ from pipelines.commands.evaluate import default_out
 from pipelines.evaluation.confusion import confusion_picture
 from pipelines.evaluation.protocols import summary
 from simclr.encoder.directory import write_encoder
-from simclr.evaluation.features import embed, knn
-from simclr.networks.heads import build_model
+from simclr.evaluation.features import embed
+from simclr.evaluation.knn import knn
+from simclr.methods.simclr import build_model
 from simclr.recipes import recipe
 
 

@@ -33,7 +33,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A published encoder with its initial weights."""
     from simclr.encoder.directory import write_encoder
-    from simclr.networks.heads import build_model
+    from simclr.methods.simclr import build_model
     from simclr.recipes import recipe
 
     config = recipe("patterns_tiny")

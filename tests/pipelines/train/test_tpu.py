@@ -15,10 +15,10 @@ from torch import Tensor
 
 from simclr.config import Views
 from simclr.loss import nt_xent
-from simclr.networks.heads import build_model
+from simclr.methods.simclr import build_model
 from simclr.optim import build_optimizer
 from simclr.recipes import patterns_tiny
-from simclr.views import two_views
+from simclr.views import draw, ops, two_views
 from tests.conftest import Within
 from tests.support.paths import ROOT
 
@@ -48,30 +48,30 @@ def test_only_guarded_places_name_cuda() -> None:
         assert question in (ROOT / name).read_text()
 
 
-def _colours(n: int, seed: int) -> tuple[Tensor, two_views.Colours]:
-    drawn = two_views.draw_colours(Views(), seed, 0, np.arange(n))
+def _colours(n: int, seed: int) -> tuple[Tensor, draw.Colours]:
+    drawn = draw.draw_colours(Views(), seed, 0, np.arange(n))
     x = torch.tensor(np.random.default_rng(seed).random((2 * n, 3, 32, 32)), dtype=torch.float32)
     return x, drawn
 
 
-def _tensors(c: two_views.Colours) -> list[Tensor]:
+def _tensors(c: draw.Colours) -> list[Tensor]:
     return [torch.as_tensor(part) for part in (c.jitter, c.order, c.factors.astype(np.float32), c.grey, c.blur_sigma.astype(np.float32))]
 
 
 def test_one_shape_for_every_draw_gives_the_same_pixels(within: Within) -> None:
     for seed in range(3):
         x, drawn = _colours(64, seed)
-        whole = two_views.distort_all(x, *_tensors(drawn))
-        within("pixels of distort_all", float((whole - two_views.distort(x.clone(), drawn)).abs().max()), 1e-5)
+        whole = ops.distort_all(x, *_tensors(drawn))
+        within("pixels of distort_all", float((whole - ops.distort(x.clone(), drawn)).abs().max()), 1e-5)
 
 
 def test_the_views_are_one_program() -> None:
-    compiled = torch.compile(two_views.distort_all, fullgraph=True, dynamic=False, backend="eager")
+    compiled = torch.compile(ops.distort_all, fullgraph=True, dynamic=False, backend="eager")
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
         for seed in range(3):
             x, drawn = _colours(8, seed)
-            assert torch.equal(compiled(x, *_tensors(drawn)), two_views.distort_all(x, *_tensors(drawn)))
+            assert torch.equal(compiled(x, *_tensors(drawn)), ops.distort_all(x, *_tensors(drawn)))
 
 
 class Step(torch.nn.Module):

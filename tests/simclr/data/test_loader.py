@@ -23,8 +23,9 @@ from simclr.data.ffcv.decode import decode
 from simclr.data.ffcv.resize import KINDS
 from simclr.data.loader import Batch
 from simclr.data.manifest import read_manifest
-from simclr.data.sources.open import Item, Source, open_source
-from simclr.views.two_views import centre_boxes, crop_boxes
+from simclr.data.sources.open import open_source
+from simclr.data.sources.source import Item, Source
+from simclr.views.draw import centre_boxes, crop_boxes
 from tests.support.resize import reference
 
 # isort: split

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr.data.sources.patterns import CLASSES, render
-from simclr.evaluation.features import knn
+from simclr.evaluation.knn import knn
 
 IDS = np.arange(200, dtype=np.int64)
 

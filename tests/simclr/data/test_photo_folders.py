@@ -23,7 +23,7 @@ from simclr.data import shards
 from simclr.data.sources.open import open_source
 from simclr.data.sources.patterns import render
 from simclr.encoder.directory import write_encoder
-from simclr.networks.heads import build_model
+from simclr.methods.simclr import build_model
 from simclr.recipes import recipe
 
 
@@ -82,7 +82,7 @@ def test_images_without_a_label_count_for_nothing(tmp_path: Path) -> None:
 
 
 def test_neighbours_without_a_label_have_no_vote() -> None:
-    from simclr.evaluation.features import nearest
+    from simclr.evaluation.knn import nearest
 
     bank, query = torch.eye(3), torch.tensor([[1.0, 0.1, 0.0]])
     votes = nearest(bank, torch.tensor([-1, 1, 0]), query, 3, 0.1).votes

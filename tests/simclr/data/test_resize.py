@@ -8,7 +8,7 @@ import torch
 
 from simclr.config import Resize
 from simclr.data.ffcv.resize import KINDS, resize_box
-from simclr.views import two_views
+from simclr.views import ops
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
 from tests.support.resize import reference
@@ -55,7 +55,7 @@ def test_the_devices_resize_is_the_float_reference(within: Within, kind: Resize,
     image = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3))
     x = torch.tensor(image).permute(2, 0, 1)[None].double() / 255
     for box in BOXES.values():
-        ours = two_views.crop_resize(x, torch.tensor([box]), size, kind)[0].permute(1, 2, 0).numpy()
+        ours = ops.crop_resize(x, torch.tensor([box]), size, kind)[0].permute(1, 2, 0).numpy()
         within(f"{kind}, of [0, 1]", float(np.abs(ours - reference(image, box, size, kind) / 255).max()), 1e-12)
 
 

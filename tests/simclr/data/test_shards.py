@@ -19,7 +19,8 @@ from simclr.data import shards
 from simclr.data.ffcv import writer
 from simclr.data.ffcv.decode import decode
 from simclr.data.manifest import Manifest, read_manifest
-from simclr.data.sources.open import Item, Source, open_source
+from simclr.data.sources.open import open_source
+from simclr.data.sources.source import Item, Source
 from simclr.data.verify import verify
 
 # isort: split

@@ -15,9 +15,10 @@ from PIL import Image
 from simclr.data.encode import encode
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address
-from simclr.data.sources.datasets import DATASETS
-from simclr.data.sources.open import Source, open_source, place
+from simclr.data.sources.open import open_source
 from simclr.data.sources.patterns import CLASSES, render
+from simclr.data.sources.source import Source, place
+from simclr.data.sources.torchvision import DATASETS
 from tests.support.s3 import Proxy
 
 NAMES = ("test/cat/b.png", "train/cat/a.png", "train/dog/c.png", "train/dog/._c.png", "train/.DS_Store", "train/dog/notes.txt")

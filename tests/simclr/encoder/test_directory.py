@@ -12,8 +12,10 @@ import torch
 import simclr
 from simclr.config import Config, Encoder, Head, Views
 from simclr.encoder.directory import read_classifier, read_head, write_encoder
-from simclr.networks.heads import Classifier, build_model
-from simclr.views.two_views import centre_boxes, crop_resize
+from simclr.methods.simclr import build_model
+from simclr.networks.heads import Classifier
+from simclr.views.draw import centre_boxes
+from simclr.views.ops import crop_resize
 
 CONFIG = Config(encoder=Encoder(depth=8, cifar_stem=True), head=Head(layers=3, d_out=16), views=Views(size_px=40))
 

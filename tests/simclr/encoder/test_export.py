@@ -15,7 +15,8 @@ from pipelines.tracking import card
 from simclr.config import Config, Encoder, Views
 from simclr.encoder import export
 from simclr.encoder.directory import PublishedEncoder, write_encoder
-from simclr.networks.heads import Classifier, build_model
+from simclr.methods.simclr import build_model
+from simclr.networks.heads import Classifier
 from simclr.networks.resnet import build_encoder
 from tests.conftest import Within
 

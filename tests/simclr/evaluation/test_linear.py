@@ -15,7 +15,7 @@ import simclr.evaluation.features
 from simclr.evaluation import lbfgs, linear
 from simclr.evaluation.frozen import Unchanged, digest
 from simclr.evaluation.metrics import accuracy
-from simclr.networks.heads import build_model
+from simclr.methods.simclr import build_model
 from simclr.recipes import recipe
 from tests.conftest import Within
 

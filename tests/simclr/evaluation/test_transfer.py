@@ -22,7 +22,7 @@ from simclr.encoder.directory import write_encoder
 from simclr.evaluation.frozen import digest
 from simclr.evaluation.transfer_finetune import Tuning, fine_tuned
 from simclr.evaluation.transfer_linear import Part, split
-from simclr.networks.heads import build_model
+from simclr.methods.simclr import build_model
 
 
 def images(count: int, first: int = 0) -> tuple[list[Image.Image], list[int]]:

@@ -8,7 +8,7 @@ import torch
 
 from simclr.config import Views
 from simclr.kernels.views_cpu import crops_to_views
-from simclr.views import two_views
+from simclr.views import draw, ops, two_views
 from tests.conftest import Within
 
 OFF = {"flip_p": 0.0, "jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0}
@@ -16,10 +16,10 @@ OFF = {"flip_p": 0.0, "jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0}
 
 def plain(crops: torch.Tensor, ids: torch.Tensor, config: Views, seed: int) -> torch.Tensor:
     """Views in float64, by the definition."""
-    colours = two_views.draw_colours(config, seed, 3, ids.numpy())
+    colours = draw.draw_colours(config, seed, 3, ids.numpy())
     x = crops.permute(1, 0, 4, 2, 3).flatten(0, 1).double() / 255
     x = torch.where(torch.tensor(colours.flip).view(-1, 1, 1, 1), x.flip(3), x)
-    return two_views.normalise(two_views.distort(x, colours), config)
+    return ops.normalise(ops.distort(x, colours), config)
 
 
 def crops_of(n: int, size: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ def test_views_do_not_depend_on_threads_or_neighbours() -> None:
 
 def test_crops_may_be_a_view_of_something_larger() -> None:
     crops, config = crops_of(4, 16), Views(size_px=16)
-    c = two_views.draw_colours(config, 0, 0, np.arange(4))
+    c = draw.draw_colours(config, 0, 0, np.arange(4))
     given = (c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, config.mean, config.std)
     wide = torch.cat([crops, crops], 3)[:, :, :, :16]
     assert torch.equal(crops_to_views(wide, *given), crops_to_views(crops, *given))

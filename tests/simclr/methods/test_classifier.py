@@ -15,7 +15,7 @@ from simclr.config import Watch
 from simclr.data import labels, loader
 from simclr.encoder.directory import read_classifier
 from simclr.methods.classifier import build_classifier, finetune, first_state
-from simclr.networks.heads import build_model
+from simclr.methods.simclr import build_model
 from simclr.stages import FineTune
 from simclr.train import Report, Start
 from simclr.views.two_views import crop_and_flip, two_views

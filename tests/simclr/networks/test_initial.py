@@ -19,8 +19,9 @@ from torch import nn
 from simclr.config import Config, Encoder, Head, Loss
 from simclr.encoder.directory import read_classifier, write_encoder
 from simclr.methods.classifier import build_classifier
+from simclr.methods.simclr import build_model, shapes_only
 from simclr.networks import initial
-from simclr.networks.heads import Classifier, ProjectionHead, build_model, shapes_only
+from simclr.networks.heads import Classifier, ProjectionHead
 from simclr.networks.resnet import resnet
 from simclr.recipes import RECIPES
 from tests.conftest import Within

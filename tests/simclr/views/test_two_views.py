@@ -11,7 +11,7 @@ import torch
 from simclr import keyed
 from simclr.config import Views
 from simclr.recipes import recipe
-from simclr.views import two_views
+from simclr.views import draw, ops, two_views
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
 
@@ -30,18 +30,18 @@ def test_colour_and_blur_equal_the_official_pixels(within: Within) -> None:
         image, operation = parts[:2]
         if image.startswith("blur224"):  # 224 px, kernel 22; every 16th pixel is kept
             x = planar(np.random.RandomState(int(data["blur224_input_seed"])).rand(224, 224, 3))
-            blurred = two_views.gaussian_blur(x, torch.tensor([float(operation)], dtype=torch.float64))[:, :, ::16, ::16]
+            blurred = ops.gaussian_blur(x, torch.tensor([float(operation)], dtype=torch.float64))[:, :, ::16, ::16]
             within("blur at 224 px", float((blurred - planar(data[key])).abs().max()), 2e-3)
             seen.add("blur224")
             continue
         x = planar(data[f"{image}|input"])
         if operation == "grey":
-            ours = two_views.grey(x).expand(-1, 3, -1, -1)
+            ours = ops.grey(x).expand(-1, 3, -1, -1)
         elif operation == "blur":
-            ours = two_views.gaussian_blur(x, torch.tensor([float(parts[2])], dtype=torch.float64))
+            ours = ops.gaussian_blur(x, torch.tensor([float(parts[2])], dtype=torch.float64))
         else:
             factor = torch.tensor(float(parts[2]), dtype=torch.float64).view(1, 1, 1, 1)
-            ours = two_views._APPLY[operation](x, factor)
+            ours = ops._APPLY[operation](x, factor)
         within(operation, float((ours - planar(data[key])).abs().max()), 2e-3)
         seen.add(operation)
     assert seen == {"brightness", "contrast", "saturation", "hue", "grey", "blur", "blur224"}
@@ -53,7 +53,7 @@ def test_resize_equals_the_official_one(within: Within, kernel: str, size: int) 
     data = np.load(GOLDEN / "resize.npz")
     x = planar(data["input"])
     box = torch.tensor([[0, 0, x.shape[2], x.shape[3]]])
-    ours = two_views.crop_resize(x, box, size, kernel)  # type: ignore[arg-type]
+    ours = ops.crop_resize(x, box, size, kernel)  # type: ignore[arg-type]
     expected = planar(data[f"{size}x{size}|{kernel}"]).clamp(0, 1)
     within(kernel, float((ours - expected).abs().max()), 2e-3)
 
@@ -61,7 +61,7 @@ def test_resize_equals_the_official_one(within: Within, kernel: str, size: int) 
 def test_crop_boxes_have_the_official_distribution(within: Within) -> None:
     golden = json.loads((GOLDEN / "crops.json").read_text())["random_crop"]
     ids = np.arange(20_000)
-    boxes = two_views.crop_boxes(Views(), 3, 1, ids, np.tile([375, 500], (len(ids), 1))).reshape(-1, 4)
+    boxes = draw.crop_boxes(Views(), 3, 1, ids, np.tile([375, 500], (len(ids), 1))).reshape(-1, 4)
     top, left, height, width = boxes.T
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= 375).all() and (left + width <= 500).all()
     levels = golden["quantile_levels"]
@@ -77,7 +77,7 @@ def test_crop_boxes_have_the_official_distribution(within: Within) -> None:
 
 
 def test_each_operation_happens_with_its_probability() -> None:
-    drawn = two_views.draw_colours(Views(), 0, 0, np.arange(5000))  # two views each: 10,000 draws
+    drawn = draw.draw_colours(Views(), 0, 0, np.arange(5000))  # two views each: 10,000 draws
     for happened, p in ((drawn.flip, 0.5), (drawn.jitter, 0.8), (drawn.grey, 0.2), (drawn.blur_sigma > 0, 0.5)):
         assert abs(happened.mean() - p) < 4 * np.sqrt(p * (1 - p) / len(happened))
     assert np.all(np.sort(drawn.order, 1) == np.arange(4))
@@ -121,7 +121,7 @@ def test_strength_scales_as_in_the_paper() -> None:
     assert recipe("imagenet_resnet50").views.colour_strength == Views().colour_strength == 1.0
     assert recipe("cifar10_resnet18").views.colour_strength == 0.5
     for s in (0.25, 0.5, 1.0):
-        factors = two_views.draw_colours(Views(colour_strength=s), 0, 0, np.arange(20_000)).factors
+        factors = draw.draw_colours(Views(colour_strength=s), 0, 0, np.arange(20_000)).factors
         np.testing.assert_allclose(factors[:, :3].min(0), 1 - 0.8 * s, atol=2e-3)
         np.testing.assert_allclose(factors[:, :3].max(0), 1 + 0.8 * s, atol=2e-3)
         np.testing.assert_allclose([factors[:, 3].min(), factors[:, 3].max()], [-0.2 * s, 0.2 * s], atol=1e-3)

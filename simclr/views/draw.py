@@ -1,0 +1,119 @@
+"""Keyed parameters of views: crops and colours as pure functions of (seed, epoch, sample id, view). numpy, on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr import keyed
+from simclr.config import Views
+
+Ints = NDArray[np.int64]
+
+
+Floats = NDArray[np.float64]
+
+
+OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+
+
+CENTRE_CROP = 0.875
+
+
+_ATTEMPTS = 100
+
+
+_MIN_COVERED = 0.1  # the official code asks a crop to cover 10 % of the image, which overrules its 8 %
+
+
+def crop_boxes(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints) -> Ints:
+    """Crops of both views: (n, 2, 4) as (top, left, height, width) in pixels of images with `sizes` (n, 2) (height, width).
+
+    The distribution of the official `sample_distorted_bounding_box`: aspect uniform, then height uniform over what the
+    area allows, then width = height × aspect. Its mean area is 0.39 of a 3:4 photograph, against 0.54 for
+    torchvision's RandomResizedCrop, which draws the area uniformly. Up to 100 attempts, then the whole image.
+    """
+    first = crops_of(views, seed, epoch, ids, sizes, 0)
+    # In the ablation of single operations a crop is one of them, and what both views begin with is the same.
+    return np.stack([first, first if views.operations is not None else crops_of(views, seed, epoch, ids, sizes, 1)], 1)
+
+
+def crops_of(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints, view: int) -> Ints:
+    """`crop_boxes` of one view: (n, 4)."""
+    boxes = np.concatenate([np.zeros_like(sizes), sizes], 1)
+    waiting = np.arange(len(ids))
+    for block in range(0, _ATTEMPTS, 4):  # drawn four attempts at a time: most images need one
+        draws = keyed.uniform(seed, "crop", epoch, ids[waiting], view, 4 * (block + 4))[:, 4 * block :]
+        for attempt in range(4):
+            found, box = _attempt(views, draws[:, 4 * attempt : 4 * attempt + 4], sizes[waiting])
+            boxes[waiting[found]] = box[found]
+            waiting, draws = waiting[~found], draws[~found]
+        if not len(waiting):
+            break
+    return boxes
+
+
+def centre_boxes(sizes: Ints, share: float = CENTRE_CROP) -> Ints:
+    """(n, 4) boxes (top, left, height, width) in the middle of images of sizes (n, 2): squares of `share` of the shorter side."""
+    side = np.maximum(np.rint(share * sizes.min(1)).astype(np.int64), 1)
+    top, left = (sizes[:, 0] - side + 1) // 2, (sizes[:, 1] - side + 1) // 2
+    return np.stack([top, left, side, side], 1)
+
+
+def _attempt(views: Views, u: Floats, sizes: Ints) -> tuple[NDArray[np.bool_], Ints]:
+    """One attempt per image with uniforms u (n, 4): whether it fits, and the box."""
+    h, w = sizes[:, 0], sizes[:, 1]
+    low, high = views.area
+    aspect = views.aspect[0] + u[:, 0] * (views.aspect[1] - views.aspect[0])
+    smallest = np.rint(np.sqrt(low * h * w / aspect)).astype(np.int64)
+    largest = np.rint(np.sqrt(high * h * w / aspect)).astype(np.int64)
+    largest = np.where(np.rint(largest * aspect) > w, ((w + 0.5 - 1e-7) / aspect).astype(np.int64), largest)
+    largest = np.minimum(largest, h)
+    smallest = np.minimum(smallest, largest)
+    height = smallest + (u[:, 1] * (largest - smallest + 1)).astype(np.int64)
+    width = np.rint(height * aspect).astype(np.int64)
+    # Rounding may leave the area just outside its bounds: one row more or less mends it.
+    nudge = (width * height < low * h * w).astype(np.int64) - (width * height > high * h * w)
+    height = height + nudge
+    width = np.where(nudge != 0, np.rint(height * aspect).astype(np.int64), width)
+    area = width * height
+    fits = (area >= max(low, min(_MIN_COVERED, high)) * h * w) & (area <= high * h * w) & (width <= w) & (height <= h) & (area > 0)
+    top = (u[:, 2] * np.maximum(h - height, 1)).astype(np.int64)
+    left = (u[:, 3] * np.maximum(w - width, 1)).astype(np.int64)
+    return fits, np.stack([top, left, height, width], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Colours:
+    """What happens to each of m views besides its crop. Rows are views in the order [view 0 of n images; view 1]."""
+
+    flip: NDArray[np.bool_]
+    """(m,) flipped left to right."""
+    jitter: NDArray[np.bool_]
+    """(m,) whether the colour jitter applies."""
+    order: Ints
+    """(m, 4) which of OPERATIONS comes first, second, …"""
+    factors: Floats
+    """(m, 4) per operation: factors of brightness, contrast and saturation; the turn of the hue, in turns."""
+    grey: NDArray[np.bool_]
+    """(m,) whether the colour is dropped."""
+    blur_sigma: Floats
+    """(m,) deviation of the blur, in pixels; 0 = none."""
+
+
+def draw_colours(views: Views, seed: int, epoch: int, ids: Ints) -> Colours:
+    """Colour, flip and blur parameters of both views of `ids` (n,), as 2n rows (App. A)."""
+    u = np.concatenate([keyed.uniform(seed, "colour", epoch, ids, view, 16) for view in range(2)])
+    s = views.colour_strength
+    low = np.array([max(1 - 0.8 * s, 0.0)] * 3 + [-0.2 * s])
+    high = np.array([1 + 0.8 * s] * 3 + [0.2 * s])
+    return Colours(
+        flip=u[:, 0] < views.flip_p,
+        jitter=u[:, 1] < views.jitter_p,
+        order=np.argsort(u[:, 2:6], axis=1, kind="stable"),
+        factors=low + u[:, 6:10] * (high - low),
+        grey=u[:, 10] < views.grey_p,
+        blur_sigma=np.where(u[:, 11] < views.blur_p, 0.1 + 1.9 * u[:, 12], 0.0),
+    )

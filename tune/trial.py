@@ -20,7 +20,7 @@ from typing import Any
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.terminal import say
-from pipelines.train import controller, ray_train
+from pipelines.train import ray_train, retry
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.data.s3.uri import address
@@ -110,7 +110,7 @@ def why(failure: BaseException) -> tuple[str, bool]:
     in the input and a device that is too small come again with every seed. What was lost with a process or a node Ray Train
     has tried again from the last checkpoint already, as often as --max-failures says; the last try begins anew.
     """
-    error = controller.causes(failure)[0]
+    error = retry.causes(failure)[0]
     text = " ".join(str(error).split())[:400] or type(error).__name__
     if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
         return f"out of memory on the device: {text}", False
@@ -235,8 +235,8 @@ def train_and_score(job: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    from pipelines.commands.evaluate import score
     from pipelines.commands.pretrain import publish_newest
+    from pipelines.evaluation.quick import score
     from pipelines.train.worker import train_worker
 
     train_worker(job)

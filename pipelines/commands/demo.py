@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.commands import evaluate, prepare, pretrain, publish, report
+from pipelines.evaluation import quick
 from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import process_age_s, say
 from pipelines.train import ray_train
@@ -47,7 +48,7 @@ class Args:
 def main(args: Args) -> None:
     result = demo(args)
     spent = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in result.timings.items())
-    print(evaluate.table(result.scores))
+    print(quick.table(result.scores))
     print(f"\n{result.registered}; {result.pulled}")
     print(f"report: {result.report}")
     print(f"total: {process_age_s():.0f} s on {os.cpu_count()} cores ({spent})")
@@ -101,7 +102,7 @@ def demo(args: Args) -> Result:
     registered, pulled = _pull_and_compare(run)
     run.took("pull and compare", time.monotonic() - began)
     page = report.report(report.Args(run=out))
-    return Result(run, evaluate.scores_of(out), registered, pulled, page, run.timings())
+    return Result(run, quick.scores_of(out), registered, pulled, page, run.timings())
 
 
 def _pull_and_compare(run: Run) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from pipelines.commands.evaluate import scores_of
+from pipelines.evaluation.quick import scores_of
 from pipelines.runs import sync
 from pipelines.runs.directory import load_run
 from pipelines.terminal import say

@@ -82,7 +82,7 @@ def features(
 ) -> tuple[Features, Features]:
     """The labelled rows of the training and the test split, or, where `parts` has one of them, twice that one; without a test
     split, a tenth is held back."""
-    from pipelines.commands.evaluate import held_back
+    from pipelines.evaluation.inputs import held_back
     from simclr.data.loader import in_order
     from simclr.evaluation.features import embed
     from simclr.evaluation.frozen import Unchanged

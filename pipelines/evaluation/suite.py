@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,42 +14,66 @@ from pipelines.terminal import Bar, say
 from simclr import files
 
 if TYPE_CHECKING:
-    from pipelines.commands.evaluate import Args
     from simclr.data.tasks import Rows, Task
     from simclr.encoder.directory import PublishedEncoder
 
 _BATCH = 256
 _METRICS = {"top1": "top-1", "mean_per_class": "mean per class", "map11": "11-point mAP"}
 
-Method = Callable[["PublishedEncoder", "dict[str, Rows]", "Task", "Args"], dict[str, Any]]
-"""(encoder, the dataset's parts, its row of the table, flags) → value, low, high in [0, 1], and what was chosen on the way."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Which datasets, and how each is scored."""
+
+    root: Path
+    """The folder that torchvision's datasets lie in, as its classes lay them out."""
+    only: tuple[str, ...] = ()
+    """Datasets; none = all that are there."""
+    fine_tune: bool = False
+    """Also fine-tune the whole network on each dataset."""
+    tuning_steps: int = 20_000
+    """Optimizer steps of each of these trainings."""
+    rates: tuple[float, ...] = ()
+    """Learning rates to try; none = the paper's."""
+    decays: tuple[float, ...] = ()
+    """Weight decays to try; none = the paper's."""
+    download: bool = False
+    """Have torchvision fetch what is absent."""
+    threads: int = 1
+    """Threads that read and decode images."""
+    resamples: int = 1000
+    """Bootstrap resamples behind an interval."""
+    limit: int | None = None
+    """Images of each part, at most; None = all."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
 
 
-def run(args: Args, out: Path, name: str) -> list[dict[str, Any]]:
-    """Scores the encoder on every dataset under --root; prints the table, writes `out`/transfer.json after each; returns the rows."""
+Method = Callable[["PublishedEncoder", "dict[str, Rows]", "Task", "Settings"], dict[str, Any]]
+"""(encoder, the dataset's parts, its row of the table, settings) → value, low, high in [0, 1], and what was chosen on the way."""
+
+
+def run(directory: Path, settings: Settings, out: Path, name: str) -> list[dict[str, Any]]:
+    """Scores the encoder (or run) in `directory` on every dataset under --root; prints the table, writes `out`/transfer.json after each; returns the rows."""
     from simclr.data.tasks import TASKS, open_task
 
-    if args.root is None:
-        raise ValueError("where are the datasets? give --root DIR, the folder that torchvision's datasets lie in")
-    if args.data is not None:
-        raise ValueError("--data is for shards; --suite transfer reads torchvision's folders under --root, so leave it out")
-    if not args.root.is_dir() and not args.download:
-        raise ValueError(f"--root {args.root} is no directory; expected one that holds {', '.join(t.folder for t in TASKS.values())}")
-    tasks = {task: TASKS[task] for task in chosen(args.only, list(TASKS))}
+    if not settings.root.is_dir() and not settings.download:
+        raise ValueError(f"--root {settings.root} is no directory; expected one that holds {', '.join(t.folder for t in TASKS.values())}")
+    tasks = {task: TASKS[task] for task in chosen(settings.only, list(TASKS))}
     # All are opened before the first is embedded, so that a folder that cannot be read is known now and not in hours.
-    found = {task: open_task(task, args.root, args.download) for task in tasks}
+    found = {task: open_task(task, settings.root, settings.download) for task in tasks}
     present = {task: parts for task, parts in found.items() if parts is not None}
-    absent = {task: str(args.root / tasks[task].folder) for task in tasks if found[task] is None}
+    absent = {task: str(settings.root / tasks[task].folder) for task in tasks if found[task] is None}
     if not present:
-        raise ValueError(f"none of {', '.join(tasks)} is under {args.root}; lay them out as torchvision does, or add --download")
+        raise ValueError(f"none of {', '.join(tasks)} is under {settings.root}; lay them out as torchvision does, or add --download")
     for task, place in absent.items():
         say(f"{tasks[task].title} is absent: {place}")
-    encoder = _encoder(args)
+    encoder = _encoder(directory, settings.device)
     rows: list[dict[str, Any]] = []
     for task, parts in present.items():
-        for method, score in METHODS.items() if args.fine_tune else [("linear", linear)]:
+        for method, score in METHODS.items() if settings.fine_tune else [("linear", linear)]:
             began = time.monotonic()
-            found_row = score(encoder, parts, tasks[task], args)
+            found_row = score(encoder, parts, tasks[task], settings)
             row = {"dataset": task, "title": tasks[task].title, "metric": tasks[task].metric, "method": method, **found_row}
             rows.append(row | {"published": asdict(tasks[task].published), "seconds": time.monotonic() - began})
         text = {"encoder": name, "size_px": encoder.preprocessing.size_px, "rows": rows, "absent": absent}
@@ -71,28 +95,28 @@ def chosen(only: tuple[str, ...], known: list[str]) -> list[str]:
     return [name for name in known if name in names] if names else known
 
 
-def _encoder(args: Args) -> PublishedEncoder:
+def _encoder(directory: Path, device: str) -> PublishedEncoder:
     import simclr
-    from pipelines.commands.evaluate import device_of
+    from pipelines.evaluation.inputs import device_of
     from pipelines.runs.directory import load_run
 
-    directory = args.encoder
     if (directory / "run.json").is_file():
         run = load_run(directory)
         if not run.encoder.is_dir():
             raise ValueError(f"{directory} has no encoder yet; finish it with the command that began it: {run.command}")
         directory = run.encoder
-    return simclr.load_encoder(directory).to(device_of(args.device))
+    return simclr.load_encoder(directory).to(device_of(device))
 
 
-def linear(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, args: Args) -> dict[str, Any]:
+def linear(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, settings: Settings) -> dict[str, Any]:
     """A linear classifier on frozen features."""
     from simclr.evaluation import transfer_linear
 
-    limit = args.limit or max(len(rows) for rows in parts.values())
+    limit = settings.limit or max(len(rows) for rows in parts.values())
     with Bar(task.title, sum(min(limit, len(rows)) for rows in parts.values())) as bar:
         embedded = {
-            part: transfer_linear.embed_rows(encoder, rows, _BATCH, args.threads, bar.advance, args.limit) for part, rows in parts.items()
+            part: transfer_linear.embed_rows(encoder, rows, _BATCH, settings.threads, bar.advance, settings.limit)
+            for part, rows in parts.items()
         }
     split = transfer_linear.split(embedded, task.split)
     with Bar(f"{task.title}, L-BFGS", None, "iterations", "iterations/s") as bar:
@@ -100,7 +124,7 @@ def linear(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, args: 
             split,
             task.classes,
             task.metric,
-            args.resamples,
+            settings.resamples,
             lambda iteration, moving: bar.update(iteration, f"{moving} of the fits still move"),
         )
     told = {"lambda": score.swept.penalty, "converged": score.swept.converged, "refit_converged": score.swept.refit_converged}
@@ -108,15 +132,15 @@ def linear(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, args: 
     return {"value": score.value, "low": score.low, "high": score.high, **told, **counts}
 
 
-def fine_tuned(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, args: Args) -> dict[str, Any]:
+def fine_tuned(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, settings: Settings) -> dict[str, Any]:
     """The whole network, once for every pair of --rates and --decays and once more with the best."""
     from simclr.evaluation import transfer_finetune
 
     tuning = transfer_finetune.Tuning(
-        steps=args.tuning_steps,
-        rates=args.rates or transfer_finetune.RATES,
-        decays=args.decays or transfer_finetune.DECAYS,
-        threads=args.threads,
+        steps=settings.tuning_steps,
+        rates=settings.rates or transfer_finetune.RATES,
+        decays=settings.decays or transfer_finetune.DECAYS,
+        threads=settings.threads,
     )
     with Bar(f"{task.title}, fine-tuning", None, "steps", "steps/s") as bar:
 
@@ -124,7 +148,7 @@ def fine_tuned(encoder: PublishedEncoder, parts: dict[str, Rows], task: Task, ar
             bar.resize(of)
             bar.update(step)
 
-        score = transfer_finetune.fine_tuned(encoder, parts, task, tuning, args.resamples, args.limit, progress)
+        score = transfer_finetune.fine_tuned(encoder, parts, task, tuning, settings.resamples, settings.limit, progress)
     told = {"lr": score.lr, "weight_decay": score.weight_decay, "validated": score.validation, "steps": tuning.steps}
     return {"value": score.value, "low": score.low, "high": score.high, **told, **score.counts}
 

@@ -43,7 +43,7 @@ def asked_to_leave() -> str:
     return _asked[0] if _asked else ""
 
 
-class Vigil:
+class HangDetector:
     """Which of the ranks hang, by what they say and by when they said it; `now` is the controller's clock, in seconds."""
 
     def __init__(self, names: list[str], timeout_s: float, now: float) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+Tell = Callable[[dict[str, Any]], None]
+"""Sends a message to the driver."""
 
 
 def make() -> Any:

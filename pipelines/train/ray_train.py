@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
-from pipelines.train import capacity, controller, hang, messages, tpu
+from pipelines.train import capacity, elastic, hang, messages, retry, tpu, trainer
 from simclr.config import Config
 from simclr.stages import STAGES
 
@@ -200,7 +200,7 @@ class Running:
         self.thread.join()
         error = self.outcome[0]
         if error is not None:
-            if sentence := controller.mistake(error) or controller.given_up(error):
+            if sentence := retry.non_retryable(error) or retry.given_up(error):
                 raise ValueError(sentence) from None
             raise error
 
@@ -225,7 +225,7 @@ class _Head:
 
     def answers(self) -> bool:
         host, _, port = self.address.rpartition(":")
-        return controller.listens(host, int(port))
+        return elastic.listens(host, int(port))
 
     def require(self) -> None:
         """Raise ValueError where it has been away for too long. Asks at most once in a second."""
@@ -312,7 +312,7 @@ def _trainer(
     storage: Path,
     callbacks: list[Any],
     private: bool,
-    tell: controller.Tell,
+    tell: messages.Tell,
     controllers: list[Any] | None,
 ) -> Any:
     from ray.train import FailureConfig, RunConfig
@@ -331,7 +331,7 @@ def _trainer(
     elastic = resources.min_workers is not None
     # An elastic group that was planned with a node too many is planned again.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30" if elastic else _START_S
-    return controller.trainer_class(private, counts, resources.hang_timeout_s, tell, controllers)(
+    return trainer.trainer_class(private, counts, resources.hang_timeout_s, tell, controllers)(
         worker,
         train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
         torch_config=torch_config,

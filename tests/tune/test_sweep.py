@@ -12,7 +12,7 @@ import pytest
 
 from pipelines import cli, terminal
 from pipelines.runs.directory import load_run
-from pipelines.train import controller
+from pipelines.train import retry
 from simclr.data.manifest import read_manifest
 from tests.support.command import Run, refused
 from tests.support.sweeps import a_sweep, trained
@@ -89,7 +89,7 @@ def test_a_failure_is_tried_again_only_where_another_seed_may_help() -> None:
     assert why(Group(oom("tried to allocate 3 GiB"))) == ("out of memory on the device: tried to allocate 3 GiB", False)
     reason, again = why(Group(RuntimeError("the actor died")))
     assert again and reason == "RuntimeError: the actor died"
-    assert "out of memory" in controller.mistake(Group(oom("tried to allocate 3 GiB")))  # given up at once, not three times
+    assert "out of memory" in retry.non_retryable(Group(oom("tried to allocate 3 GiB")))  # given up at once, not three times
 
 
 def test_the_best_keep_their_checkpoints(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_trial_records_keep_what_they_were_given(tmp_path: Path) -> None:
 def test_a_share_of_the_labels_is_of_each_class() -> None:
     import torch
 
-    from pipelines.commands.evaluate import _share
+    from pipelines.evaluation.quick import _share
     from simclr.evaluation.features import Features
 
     y = torch.tensor([0] * 50 + [1] * 20 + [2] * 3)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from pipelines import cli
-from pipelines.commands.evaluate import default_out
 from pipelines.evaluation.confusion import confusion_picture
+from pipelines.evaluation.inputs import default_out
 from pipelines.evaluation.protocols import summary
 from simclr.encoder.directory import write_encoder
 from simclr.evaluation.features import embed

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.train import controller, hang, ray_train
-from pipelines.train.hang import Vigil
+from pipelines.train import hang, ray_train, retry
+from pipelines.train.hang import HangDetector
 from simclr.config import Config, Train
 from simclr.data.s3.uri import Unreachable
 from simclr.telemetry import progress
@@ -20,15 +20,15 @@ WAITS = replace(AT, place="simclr/loss.py:1 nt_xent", waiting=True)
 NAMES = ["pid 10 on a (10.0.0.1)", "pid 11 on b (10.0.0.2)", "pid 12 on b (10.0.0.2)"]
 
 
-def vigil(*readings: Reading, timeout_s: float = 300.0) -> Vigil:
+def vigil(*readings: Reading, timeout_s: float = 300.0) -> HangDetector:
     """After `readings`, of ranks 0, 1, … at 0 s."""
-    found = Vigil(NAMES[: len(readings)], timeout_s, 0.0)
+    found = HangDetector(NAMES[: len(readings)], timeout_s, 0.0)
     for rank, reading in enumerate(readings):
         found.hear(rank, reading, 0.0)
     return found
 
 
-def said(to: Vigil, now: float, *readings: Reading) -> dict[int, str]:
+def said(to: HangDetector, now: float, *readings: Reading) -> dict[int, str]:
     for rank, reading in enumerate(readings):
         to.hear(rank, reading, now)
     return to.hung(now)
@@ -48,7 +48,7 @@ def test_who_does_not_answer_is_named_whatever_the_others_do() -> None:
     group = vigil(WAITS, AT)
     group.hear(0, replace(WAITS, beats=11), 301.0)
     assert group.hung(301.0) == {1: "no answer for 301 s from pid 11 on b (10.0.0.2), at step 7 (simclr/data/loader.py:1 _prefetched)"}
-    assert Vigil(NAMES[:1], 5.0, 0.0).hung(6.0) == {0: "no answer for 6 s from pid 10 on a (10.0.0.1), before its first step"}
+    assert HangDetector(NAMES[:1], 5.0, 0.0).hung(6.0) == {0: "no answer for 6 s from pid 10 on a (10.0.0.1), before its first step"}
 
 
 def test_what_takes_its_time_is_no_hang() -> None:
@@ -121,7 +121,7 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
 
     monkeypatch.setattr(hang.group, "saved", 0)
     said: list[dict[str, Any]] = []
-    policy = controller._failing(FailureConfig(max_failures=2), 16, said.append)
+    policy = retry.failure_policy(FailureConfig(max_failures=2), 16, said.append)
 
     def tried(error: Exception, saved: int = 0) -> bool:
         hang.group.saved = saved
@@ -138,8 +138,8 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
     assert said[-1]["say"].startswith("waiting for nodes: the cluster has no room for 16 workers")
     assert tried(WorkerGroupError("left", {0: hang.Leave("there is room for 2 workers")}))
     away = WorkerGroupError("failed", {1: Unreachable("s3://b/run failed 8 times")})
-    assert tried(away, saved=100) and controller.given_up(away) == "s3://b/run failed 8 times" and controller.mistake(away) == ""
+    assert tried(away, saved=100) and retry.given_up(away) == "s3://b/run failed 8 times" and retry.non_retryable(away) == ""
     hung = WorkerGroupError("failed", {1: hang.Hung("no progress for 301 s in pid 7 on a (10.0.0.1)")})
-    assert "than --max-failures allows, the last time so: no progress for 301 s in pid 7 on a" in controller.given_up(hung)
-    assert controller.given_up(lost) == ""  # its traceback says more
+    assert "than --max-failures allows, the last time so: no progress for 301 s in pid 7 on a" in retry.given_up(hung)
+    assert retry.given_up(lost) == ""  # its traceback says more
     assert not tried(WorkerGroupError("failed", {0: ValueError("a mistake of the user's")}), saved=120)

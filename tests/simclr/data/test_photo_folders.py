@@ -16,6 +16,7 @@ from PIL import Image
 from pipelines.commands import evaluate, publish, pull
 from pipelines.commands.report import Args as ReportArgs
 from pipelines.commands.report import report
+from pipelines.evaluation import quick
 from pipelines.runs import directory
 from pipelines.tracking import client, outbox
 from pipelines.tracking.uri import default_uri
@@ -51,7 +52,7 @@ def test_without_labels_the_effective_rank_is_the_score_and_the_encoder_is_publi
     run = a_run(tmp_path, [""] * 40)
     rows = evaluate.evaluate(evaluate.Args(encoder=run.path))
     assert [set(row) for row in rows] == [{"name", "rankme"}] * 2 and 1 < rows[1]["rankme"] <= 4  # of the tenth held back
-    assert "RankMe" in evaluate.table(rows)
+    assert "RankMe" in quick.table(rows)
     # It was never logged, as if MLflow had been away all the time: publishing logs it.
     done = publish.publish(publish.Args(run=run.path))
     assert done["champion"] and done["name"] == "mine"

@@ -1,0 +1,89 @@
+"""What an evaluation is given: the encoder by run, directory or registry name; its data; the device; what is held back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.runs import sync
+from pipelines.runs.directory import load_run
+from pipelines.terminal import Bar
+from simclr.config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from simclr.evaluation.features import Features
+
+
+def default_out(encoder: Path) -> Path:
+    """Where results go without --out: into a directory on disk; of S3 and the registry there is only a copy, which goes away."""
+    if encoder.is_dir():
+        return encoder / "evaluation"
+    return Path("runs/evaluation") / re.sub(r"[^\w.-]+", "-", sync.shown(encoder).removeprefix("s3://"))
+
+
+@contextlib.contextmanager
+def opened(encoder: Path, tracking_uri: str | None) -> Iterator[Path]:
+    """The directory of the encoder that a command was given: as `storage.directory`, or pulled from the registry until the end."""
+    named = str(encoder)
+    if encoder.exists() or not re.fullmatch(r"[^@/:]+(@[^@/:]+|/\d+)", named):
+        with sync.directory(encoder) as directory:
+            yield directory
+        return
+    from pipelines.tracking import client
+    from pipelines.tracking import uri as mlflow_uri
+
+    uri = mlflow_uri.tracking_address(tracking_uri)
+    mlflow_uri.check(uri)
+    with tempfile.TemporaryDirectory() as scratch:
+        with Bar("download", None, "MiB", "MiB/s") as bar:
+            client.pull(uri, named, Path(scratch) / "encoder", sync.mebibytes(bar))
+        yield Path(scratch) / "encoder"
+
+
+def device_of(name: str) -> torch.device:
+    """auto is the GPU where torch sees one, which then computes in float32 as such. Raises ValueError where `name` asks for one that is
+    not there."""
+    import torch
+
+    from simclr.precision import set_backends
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no GPU here; leave it out to use the CPU")
+    device = torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    set_backends("float32", device)
+    return device
+
+
+def resolve(encoder: Path, data: Path | None) -> tuple[Path, Config, Path]:
+    """(published encoder directory, its config, data directory) of a run or an encoder directory."""
+    if (encoder / "run.json").is_file():
+        run = load_run(encoder)
+        if not run.encoder.is_dir():
+            raise ValueError(f"{encoder} has no encoder yet; finish it with the command that began it: {run.command}")
+        return run.encoder, run.config, sync.shards(data or run.origin)
+    if not (encoder / "config.json").is_file():
+        raise ValueError(f"{encoder} is neither a run nor a published encoder; give a run directory, or `simclr pull` one")
+    if data is None:
+        raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
+    text = json.loads((encoder / "config.json").read_text())
+    from simclr.encoder.directory import config_of
+
+    return encoder, config_of(text), sync.shards(data)
+
+
+def held_back(train: Features) -> tuple[Features, Features]:
+    """(the rest, a tenth): which images is the same for every encoder."""
+    import torch
+
+    from simclr import keyed
+
+    order = torch.from_numpy(keyed.permutation(0, 1, len(train.ids))).to(train.h.device)
+    tenth = max(len(order) // 10, 1)
+    return train[order[tenth:].sort().values], train[order[:tenth].sort().values]

@@ -15,6 +15,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from simclr.errors import UserError
+
 # Commands of the rooms above this one, which nothing here may import: found by name when they are called.
 _ABOVE = {"sweep": "tune.sweep"}
 _END_S = 2.0  # for Ray, when interrupted
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             from difflib import get_close_matches
 
             near = get_close_matches(name, COMMANDS, n=3, cutoff=0.4) or list(COMMANDS)
-            raise ValueError(f"unknown command {name!r}; nearest: {', '.join(near)}")
+            raise UserError(f"unknown command {name!r}; nearest: {', '.join(near)}")
         # A scheduler's notice ends it like Ctrl-C: as KeyboardInterrupt, not as SIGINT, which a shell's background jobs ignore.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         quiet = "--quiet" in rest
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         if words and hasattr(module, "recipe_for") and Path(words[0]).is_dir():
             words = [module.recipe_for(Path(words[0])), "--data", *words]
         module.main(parse(name, module.Args, words))
-    except ValueError as error:
+    except UserError as error:
         _fail(str(error))
     except OSError as error:
         from simclr import files
@@ -111,7 +113,7 @@ def parse(name: str, args: type[Any], argv: list[str]) -> Any:
         named = argv[0] if argv and not argv[0].startswith("-") else None
         default = args(recipe=named or "patterns_tiny", data=tyro.MISSING, config=recipe(named or "patterns_tiny"))
         if named is None and not {"-h", "--help"} & set(argv):
-            raise ValueError(f"which recipe? `simclr {name} RECIPE …`; `simclr recipes` lists them")
+            raise UserError(f"which recipe? `simclr {name} RECIPE …`; `simclr recipes` lists them")
         argv = argv[1:] if named else argv
     description = f"{inspect.getdoc(args)}\n\n--quiet: errors and results only."
     return tyro.cli(args, args=argv, default=default, prog=f"simclr {name}", description=description)

@@ -15,7 +15,7 @@ def load_encoder(path: str | Path) -> PublishedEncoder:
     """The encoder published in directory `path` (encoder.safetensors + config.json), in evaluation mode, on the CPU.
 
     `load_encoder(path).embed(images)` takes uint8 images (n, H, W, 3) of any size and returns features (n, d_h).
-    Raises ValueError where the directory is no published encoder or its weights do not fit its config.
+    Raises UserError where the directory is no published encoder or its weights do not fit its config.
     """
     from simclr.encoder.directory import read_encoder  # torch costs seconds; `simclr --help` must not wait for it
 

@@ -21,10 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from simclr.errors import UserError
+
 SCHEMA = 1
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """A checkpoint that is incomplete or does not match its checksum."""
 
 
@@ -52,7 +54,7 @@ def capture(step: int, config: dict[str, Any], model: nn.Module, optimizer: torc
 
 
 def check(state: State, model: nn.Module) -> None:
-    """Raise ValueError naming each tensor that is missing, extra or misshapen. The model may be on the meta device."""
+    """Raise UserError naming each tensor that is missing, extra or misshapen. The model may be on the meta device."""
     own, momentum = _names(model)
     wanted = own | (momentum if any(name.startswith("optimizer.") for name in state.tensors) else {})
     wrong = [f"{name} is missing" for name in wanted if name not in state.tensors]
@@ -64,11 +66,11 @@ def check(state: State, model: nn.Module) -> None:
     ]
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise ValueError(f"the checkpoint of step {state.step} does not fit this config: {shown}")
+        raise UserError(f"the checkpoint of step {state.step} does not fit this config: {shown}")
 
 
 def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put `state` into `model` and `optimizer`. Raises ValueError as `check` does, with nothing changed."""
+    """Put `state` into `model` and `optimizer`. Raises UserError as `check` does, with nothing changed."""
     check(state, model)
     own, momentum = _names(model)
     with torch.no_grad():
@@ -152,14 +154,14 @@ def latest(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """checkpoint.json of `path`, after its checksum was verified. Raises Damaged, or ValueError for another schema."""
+    """checkpoint.json of `path`, after its checksum was verified. Raises Damaged, or UserError for another schema."""
     try:
         text: dict[str, Any] = json.loads((path / "checkpoint.json").read_text())
         digest = _sha256(path / "state.safetensors")
     except (OSError, ValueError) as error:
         raise Damaged(f"checkpoint {path} is not whole ({error})") from None
     if text.get("schema") != SCHEMA:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} has schema {text.get('schema')}, this version reads {SCHEMA}; go on with the version that wrote it"
         )
     if digest != text["sha256"]:
@@ -168,7 +170,7 @@ def about(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> State:
-    """Read a checkpoint back onto the CPU. Raises Damaged or ValueError as `about` does."""
+    """Read a checkpoint back onto the CPU. Raises Damaged or UserError as `about` does."""
     text = about(path)
     return State(int(text["step"]), text["config"], load_file(path / "state.safetensors"), reports(path))
 

@@ -13,13 +13,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args, get_type_hints
 
+from simclr.errors import UserError
+
 Resize = Literal["bicubic", "bilinear", "area"]
 Operation = Literal["crop", "cutout", "colour", "sobel", "noise", "blur", "rotate"]
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,7 +267,7 @@ class Config:
     def steps_per_epoch(self, examples: int) -> int:
         """Whole batches in one pass over `examples` images; the rest of a pass is dropped and differs each epoch."""
         if self.train.batch_size > examples:
-            raise ValueError(
+            raise UserError(
                 f"batch_size {self.train.batch_size} is larger than the training split ({examples} images); "
                 f"use --train.batch-size {examples} or less"
             )
@@ -292,12 +294,12 @@ class Config:
         return step == total or (every is not None and step % every == 0)
 
     def images_per_rank(self, workers: int) -> int:
-        """n = N / W. Raises ValueError naming the nearest batches that divide."""
+        """n = N / W. Raises UserError naming the nearest batches that divide."""
         n = self.train.batch_size
         if n % workers:
             low = max(n // workers * workers, workers)
             fits = next(w for w in range(workers, 0, -1) if n % w == 0)
-            raise ValueError(
+            raise UserError(
                 f"batch_size {n} does not divide over {workers} workers; "
                 f"use {low} or {n // workers * workers + workers}, or --workers {fits}"
             )
@@ -305,16 +307,16 @@ class Config:
         if micro is not None and n // workers % micro:
             nearest = [m for m in range(1, n // workers + 1) if n // workers % m == 0]
             near = sorted(nearest, key=lambda m: abs(m - micro))[:2]
-            raise ValueError(
+            raise UserError(
                 f"micro_batch {micro} does not divide the {n // workers} images of a worker; use {' or '.join(map(str, sorted(near)))}"
             )
         return n // workers
 
     def group_of(self, rank: int, workers: int) -> int:
-        """The shard group that worker `rank` reads. Raises ValueError where the groups do not divide workers and batch."""
+        """The shard group that worker `rank` reads. Raises UserError where the groups do not divide workers and batch."""
         groups = self.train.shard_groups
         if workers % groups or self.train.batch_size % groups:
-            raise ValueError(
+            raise UserError(
                 f"train.shard_groups {groups} does not divide {workers} workers and batch_size {self.train.batch_size}; "
                 "use a divisor of both, or more workers"
             )
@@ -327,7 +329,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Rebuild a config. Raises ValueError naming an unknown field and the nearest known ones."""
+        """Rebuild a config. Raises UserError naming an unknown field and the nearest known ones."""
         config: Self = _build(cls, values, "")
         return config
 
@@ -342,7 +344,7 @@ def _build(cls: type[Any], values: dict[str, Any], path: str) -> Any:
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3) or sorted(known)
-            raise ValueError(f"unknown field {path}{name}; nearest: {', '.join(path + n for n in near)}")
+            raise UserError(f"unknown field {path}{name}; nearest: {', '.join(path + n for n in near)}")
     arguments = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):

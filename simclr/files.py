@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from simclr.errors import UserError
+
 _REASONS = {
     errno.ENOSPC: "no space left on the disk that holds {name}; free some and run the same command again",
     errno.EDQUOT: "the disk quota is used up where {name} lies; free some and run the same command again",
@@ -28,24 +30,24 @@ def trouble(error: BaseException) -> str:
 
 
 def require_writable(path: Path) -> None:
-    """Raise ValueError where `path` could not be made: asked before hours of work, not after. Writes nothing."""
+    """Raise UserError where `path` could not be made: asked before hours of work, not after. Writes nothing."""
     if path.parts[:1] == ("s3:",):
-        raise ValueError(f"s3://{'/'.join(path.parts[1:])} is no place on a disk; give a local path here")
+        raise UserError(f"s3://{'/'.join(path.parts[1:])} is no place on a disk; give a local path here")
     there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
     if there.is_file() and there != path.absolute():
-        raise ValueError(_REASONS[errno.ENOTDIR].format(name=path))
+        raise UserError(_REASONS[errno.ENOTDIR].format(name=path))
     if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
         read_only = os.statvfs(there).f_flag & os.ST_RDONLY
-        raise ValueError(_REASONS[errno.EROFS if read_only else errno.EACCES].format(name=path))
+        raise UserError(_REASONS[errno.EROFS if read_only else errno.EACCES].format(name=path))
 
 
 def require_space(path: Path, needed: int, what: str, instead: str) -> None:
-    """Raise ValueError where the disk that holds, or will hold, `path` has fewer than `needed` bytes free. `what` follows the need
+    """Raise UserError where the disk that holds, or will hold, `path` has fewer than `needed` bytes free. `what` follows the need
     (for two checkpoints), `instead` is what else to do than free some (use another --out)."""
     there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"no space left on the disk of {path}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB needed {what}; "
             f"free some, or {instead}"
         )

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Callable
 
 from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
+from simclr.errors import UserError
 
 
 def patterns_tiny() -> Config:
@@ -129,8 +130,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def recipe(name: str) -> Config:
-    """The config called `name`. Raises ValueError with the nearest names."""
+    """The config called `name`. Raises UserError with the nearest names."""
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.3) or list(RECIPES)
-        raise ValueError(f"unknown recipe {name!r}; nearest: {', '.join(near)} (`simclr recipes` lists all)")
+        raise UserError(f"unknown recipe {name!r}; nearest: {', '.join(near)} (`simclr recipes` lists all)")
     return RECIPES[name]()

@@ -72,8 +72,8 @@ class Report:
 def pretrain(config: Config, start: Start) -> Iterator[Report]:
     """Train, yielding a Report every `train.report_every_steps` steps and at the end.
 
-    Raises ValueError for a batch that fits neither the data nor the ranks, or a checkpoint of another config, before the
-    first step, and FloatingPointError where the loss is not finite, naming step, ranks and images, or runs away.
+    Raises UserError for a batch that fits neither the data nor the ranks, or a checkpoint of another config, before the
+    first step, and Diverged where the loss is not finite, naming step, ranks and images, or runs away.
     """
     # ── The plan ───────────────────────────────────────────────────────────────────────────────────────────────────
     groups = config.train.shard_groups

@@ -8,6 +8,7 @@ import os
 from typing import Any, ClassVar, Literal
 
 import pipelines.train.ray_train  # noqa: F401  sets what Ray reads from the environment once
+from simclr.errors import UserError
 
 # Read when Ray Tune is imported. Its result files and bars, of which trial.json and our bar take the place.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -35,7 +36,7 @@ def room(asked: Sweep) -> int:
     """How many trials the cluster has room for at a time, at most --max-concurrent.
 
     A trial's driver holds no core, so every core can serve a worker; a worker is on one node, one that is there or that the
-    autoscaler would add. Raises ValueError where not even one trial fits, or fewer than asked for: those would wait for cores that
+    autoscaler would add. Raises UserError where not even one trial fits, or fewer than asked for: those would wait for cores that
     others hold.
     """
     resources = ray_train.Resources(**asked.resources)
@@ -46,7 +47,7 @@ def room(asked: Sweep) -> int:
     fits = int(slots) // resources.workers
     if asked.max_concurrent > fits:
         each = f"{resources.workers} workers with {resources.cpus_per_worker} CPUs{' and a GPU' if gpus else ''} each"
-        raise ValueError(f"--max-concurrent {asked.max_concurrent} trials of {each} never run together: there is room for {fits}; use that")
+        raise UserError(f"--max-concurrent {asked.max_concurrent} trials of {each} never run together: there is room for {fits}; use that")
     return asked.max_concurrent or fits
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipelines.html import charts, page
 from pipelines.html.charts import escape
 from simclr import files
+from simclr.errors import UserError
 from tune import drawing, sweep_dir
 from tune.paper_figures import FIGURES, Drawing, Material, each_axis
 from tune.sweep_dir import METRICS, NAMES, Sweep, Trial, shown
@@ -26,13 +27,13 @@ UNITS = {
 def report(path: Path) -> Path:
     """Write results.csv, figures.csv and report.html into the sweep's directory; returns the page's path.
 
-    Raises ValueError where there is no sweep, or none of its trials has finished.
+    Raises UserError where there is no sweep, or none of its trials has finished.
     """
     sweep = sweep_dir.load(path)
     sweep_dir.write_results(sweep)
     found = sweep_dir.trials(path)
     if not any(trial.status == "finished" for trial in found):
-        raise ValueError(f"no trial of {path} has finished yet; `simclr sweep --resume {path}` goes on with it")
+        raise UserError(f"no trial of {path} has finished yet; `simclr sweep --resume {path}` goes on with it")
     drawings = _drawings(sweep, found)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

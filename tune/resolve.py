@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from simclr.config import Config
+from simclr.errors import UserError
 from tune.spaces import Axis, Peak, PeakBetween, Space, Times
 
 
@@ -30,7 +31,7 @@ class Point:
 def restricted(space: Space, recipe: Config, only: dict[str, list[Any]]) -> Space:
     """The space with what cannot serve this recipe left out, and of the axes named in `only` nothing but these values.
 
-    Of an axis of operations those are kept that have no other parts. Raises ValueError for an axis that the space does not have,
+    Of an axis of operations those are kept that have no other parts. Raises UserError for an axis that the space does not have,
     or where nothing is left of one.
     """
     shallow = recipe.encoder.depth in (8, 14, 20)
@@ -48,14 +49,14 @@ def restricted(space: Space, recipe: Config, only: dict[str, list[Any]]) -> Spac
             there = [_plain(space, recipe, path, v[at] if len(axis.paths) > 1 else v) for v in values]
             known = list(dict.fromkeys(part for v in there for part in (v if isinstance(v, tuple) else (v,))))
             if absent := [w for w in wanted if not any(_among(v, [w]) for v in known)]:
-                raise ValueError(f"{space.name} has no {path} {', '.join(map(str, absent))}; it has {', '.join(map(str, known))}")
+                raise UserError(f"{space.name} has no {path} {', '.join(map(str, absent))}; it has {', '.join(map(str, known))}")
             values = tuple(v for v, plain in zip(values, there, strict=True) if _among(plain, wanted))
             if not values:
-                raise ValueError(f"--only {path}={json.dumps(wanted)} leaves nothing of {space.name}; `simclr sweep --list` has its values")
+                raise UserError(f"--only {path}={json.dumps(wanted)} leaves nothing of {space.name}; `simclr sweep --list` has its values")
         axes.append(dataclasses.replace(axis, values=values))
     if unused:
         paths = [p for axis in space.axes for p in axis.paths]
-        raise ValueError(f"space {space.name} does not vary {', '.join(unused)}; --only takes {', '.join(paths)}")
+        raise UserError(f"space {space.name} does not vary {', '.join(unused)}; --only takes {', '.join(paths)}")
     return dataclasses.replace(space, axes=tuple(axes))
 
 
@@ -71,10 +72,10 @@ def _plain(space: Space, recipe: Config, path: str, value: Any) -> Any:
 
 
 def combinations(space: Space) -> list[dict[str, Any]]:
-    """All combinations, as axis key → value (not yet resolved). Raises ValueError for an axis with a distribution."""
+    """All combinations, as axis key → value (not yet resolved). Raises UserError for an axis with a distribution."""
     for axis in space.axes:
         if not isinstance(axis.values, tuple):
-            raise ValueError(f"{axis.key} of space {space.name} has a distribution, which no grid covers; use --search random or optuna")
+            raise UserError(f"{axis.key} of space {space.name} has a distribution, which no grid covers; use --search random or optuna")
     return [dict(zip([a.key for a in space.axes], found, strict=True)) for found in itertools.product(*(_values(a) for a in space.axes))]
 
 
@@ -103,7 +104,7 @@ def _drawn(axis: Axis, draw: random.Random) -> Any:
 
 
 def point(space: Space, recipe: Config, chosen: dict[str, Any], seed: int) -> Point:
-    """The config of one combination. Raises ValueError naming the field that does not exist or does not take its value."""
+    """The config of one combination. Raises UserError naming the field that does not exist or does not take its value."""
     values: dict[str, Any] = dict(space.fixed)
     for axis in space.axes:
         parts = chosen[axis.key] if len(axis.paths) > 1 else (chosen[axis.key],)
@@ -133,19 +134,19 @@ def _resolved(values: dict[str, Any], recipe: Config, trial: Config) -> dict[str
 
 
 def value_of(config: Config, path: str) -> Any:
-    """The value of field `path`, as "optim.base_lr". Raises ValueError naming the nearest fields."""
+    """The value of field `path`, as "optim.base_lr". Raises UserError naming the nearest fields."""
     value: Any = config
     for name in path.split("."):
         if not dataclasses.is_dataclass(value) or name not in {f.name for f in dataclasses.fields(value)}:
             known = list(config.flat())
             near = difflib.get_close_matches(path, known, n=3, cutoff=0.3) or known
-            raise ValueError(f"the config has no field {path!r}; nearest: {', '.join(near)}")
+            raise UserError(f"the config has no field {path!r}; nearest: {', '.join(near)}")
         value = getattr(value, name)
     return value
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
-    """`config` with other values at some paths. Raises ValueError for a field that is none or a value of another type."""
+    """`config` with other values at some paths. Raises UserError for a field that is none or a value of another type."""
     whole = config.to_dict()
     for path, value in values.items():
         value_of(config, path)
@@ -156,7 +157,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
             here, owner = here[group], getattr(owner, group)
         hint = get_type_hints(type(owner))[name]
         if not fits(value, hint):
-            raise ValueError(f"{path} = {value!r} does not fit; expected {_shown(hint)}")
+            raise UserError(f"{path} = {value!r} does not fit; expected {_shown(hint)}")
         here[name] = value
     return Config.from_dict(whole)
 
@@ -185,11 +186,11 @@ def _shown(hint: Any) -> str:
 
 
 def assignments(words: tuple[str, ...], flag: str) -> Iterator[tuple[str, str]]:
-    """("optim.base_lr", "2.0") of "optim.base_lr=2.0". Raises ValueError for a word without "="."""
+    """("optim.base_lr", "2.0") of "optim.base_lr=2.0". Raises UserError for a word without "="."""
     for word in words:
         path, equals, text = word.partition("=")
         if not equals or not path or not text:
-            raise ValueError(f"{flag} {word!r} is no assignment; expected FIELD=VALUE, as in {flag} train.epochs=6")
+            raise UserError(f"{flag} {word!r} is no assignment; expected FIELD=VALUE, as in {flag} train.epochs=6")
         yield path, text
 
 

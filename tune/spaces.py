@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from simclr.config import Operation
+from simclr.errors import UserError
 
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
@@ -200,10 +201,10 @@ SPACES: dict[str, Space] = {
 
 
 def space(name: str) -> Space:
-    """The space called `name`. Raises ValueError with the nearest names."""
+    """The space called `name`. Raises UserError with the nearest names."""
     if name not in SPACES:
         near = difflib.get_close_matches(name, SPACES, n=3, cutoff=0.3) or list(SPACES)
-        raise ValueError(f"unknown space {name!r}; nearest: {', '.join(near)} (`simclr sweep --list` describes all)")
+        raise UserError(f"unknown space {name!r}; nearest: {', '.join(near)} (`simclr sweep --list` describes all)")
     return SPACES[name]
 
 

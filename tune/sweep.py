@@ -23,6 +23,7 @@ from pipelines.train import ray_train
 from simclr import files
 from simclr.data.manifest import read_manifest
 from simclr.data.s3 import uri as s3_uri
+from simclr.errors import UserError
 from simclr.recipes import recipe
 from tune import resolve, spaces, sweep_dir
 from tune.sweep_dir import Sweep
@@ -97,18 +98,18 @@ def main(args: Args) -> None:
         from tune.report import report
 
         if args.directory is None:
-            raise ValueError("which sweep? `simclr sweep report DIR`")
+            raise UserError("which sweep? `simclr sweep report DIR`")
         print(report(args.directory))
     else:
         if args.directory is not None:
-            raise ValueError(f"{args.directory} is one word too many; a directory goes with `simclr sweep report`, --data or --out")
+            raise UserError(f"{args.directory} is one word too many; a directory goes with `simclr sweep report`, --data or --out")
         print(os.path.relpath(sweep(args)))
 
 
 def sweep(args: Args) -> Path:
     """Check everything, run the trials, draw the report. Returns the sweep's directory.
 
-    Raises ValueError, before any trial starts, for what the user can mend.
+    Raises UserError, before any trial starts, for what the user can mend.
     """
     uri = mlflow_uri.tracking_address(args.tracking_uri)
     asked = _asked(args)
@@ -121,7 +122,7 @@ def sweep(args: Args) -> Path:
         asked = _same(sweep_dir.load(asked.path), asked)
         say(f"going on with {asked.path}: {sweep_dir.progress(asked)[0]} trials are over")
     elif asked.path.exists() and (not asked.path.is_dir() or any(asked.path.iterdir())):
-        raise ValueError(f"{asked.path} exists and is no sweep (it has no sweep.json); use another --out")
+        raise UserError(f"{asked.path} exists and is no sweep (it has no sweep.json); use another --out")
     files.require_writable(asked.path)
     resources = ray_train.Resources(**asked.resources)
     ours = ray_train.connect(resources)
@@ -142,16 +143,16 @@ def _asked(args: Args) -> Sweep:
     """The sweep that the flags describe, or that --resume names."""
     if args.resume is not None:
         if args.space or args.recipe or args.data:
-            raise ValueError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe and --data")
+            raise UserError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe and --data")
         return sweep_dir.load(args.resume)
     if not args.space:
-        raise ValueError("which space? `simclr sweep SPACE --recipe NAME --data DIR`; `simclr sweep --list` describes them")
+        raise UserError("which space? `simclr sweep SPACE --recipe NAME --data DIR`; `simclr sweep --list` describes them")
     if not args.recipe or args.data is None:
-        raise ValueError(f"which {'data' if args.recipe else 'recipe'}? `simclr sweep {args.space} --recipe NAME --data DIR`")
+        raise UserError(f"which {'data' if args.recipe else 'recipe'}? `simclr sweep {args.space} --recipe NAME --data DIR`")
     space, base = spaces.space(args.space), recipe(args.recipe)
     for flag in ("trials", "seeds", "keep", "max_concurrent"):
         if (value := getattr(args, flag)) is not None and value < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} is {value}; expected at least 1")
+            raise UserError(f"--{flag.replace('_', '-')} is {value}; expected at least 1")
     changes = {path: resolve.read(base, path, text) for path, text in resolve.assignments(args.set, "--set")}
     only = {path: [resolve.read(base, path, t) for t in text.split(",")] for path, text in resolve.assignments(args.only, "--only")}
     free = any(not isinstance(axis.values, tuple) and not set(axis.paths) & set(only) for axis in space.axes)
@@ -186,7 +187,7 @@ def _asked(args: Args) -> Sweep:
         digest = hashlib.sha256(json.dumps(_key(found), sort_keys=True).encode()).hexdigest()[:8]
         found = dataclasses.replace(found, path=Path("runs") / f"sweep-{args.space}-{digest}")
     elif s3_uri.address(args.out):
-        raise ValueError(f"--out {args.out} is in S3; a sweep lives on a disk that all nodes share, its data may lie in S3")
+        raise UserError(f"--out {args.out} is in S3; a sweep lives on a disk that all nodes share, its data may lie in S3")
     return found
 
 
@@ -198,11 +199,11 @@ def _key(found: Sweep) -> dict[str, Any]:
 
 
 def _same(there: Sweep, asked: Sweep) -> Sweep:
-    """The sweep that is there, on the resources asked for now. Raises ValueError where it is another one."""
+    """The sweep that is there, on the resources asked for now. Raises UserError where it is another one."""
     theirs, ours = _key(there), _key(asked)
     different = [f"{name} {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
     if different:
-        raise ValueError(f"{asked.path} belongs to another sweep: {'; '.join(different[:3])}; use another --out")
+        raise UserError(f"{asked.path} belongs to another sweep: {'; '.join(different[:3])}; use another --out")
     return dataclasses.replace(there, path=asked.path, resources=asked.resources, max_concurrent=asked.max_concurrent, keep=asked.keep)
 
 
@@ -211,7 +212,7 @@ def _finish(asked: Sweep, publish: str | None, uri: str) -> Path:
     order = sweep_dir.write_results(asked)
     if not order:
         failed = [trial for trial in sweep_dir.trials(asked.path) if trial.reason]
-        raise ValueError(f"no trial of {asked.path} has a score in {asked.metric}; {failed[0].reason if failed else 'none finished'}")
+        raise UserError(f"no trial of {asked.path} has a score in {asked.metric}; {failed[0].reason if failed else 'none finished'}")
     best = order[0]
     if took := sweep_dir.start_up(sweep_dir.trials(asked.path)):
         say(took)

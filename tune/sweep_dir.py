@@ -21,6 +21,7 @@ from typing import Any, Literal, Self
 from pipelines.runs.directory import load_run
 from simclr import files
 from simclr.config import Config
+from simclr.errors import UserError
 from simclr.recipes import recipe
 from tune import resolve
 from tune.spaces import Space, space
@@ -123,12 +124,12 @@ class Trial:
 
 
 def load(path: Path) -> Sweep:
-    """The sweep in directory `path`. Raises ValueError where there is none."""
+    """The sweep in directory `path`. Raises UserError where there is none."""
     if not (path / "sweep.json").is_file():
-        raise ValueError(f"{path} is no sweep (it has no sweep.json); `simclr sweep SPACE --recipe NAME --data DIR` makes one")
+        raise UserError(f"{path} is no sweep (it has no sweep.json); `simclr sweep SPACE --recipe NAME --data DIR` makes one")
     text = json.loads((path / "sweep.json").read_text())
     if text.pop("schema") != SCHEMA:
-        raise ValueError(f"{path}/sweep.json has another schema than {SCHEMA}; go on with the version that wrote it")
+        raise UserError(f"{path}/sweep.json has another schema than {SCHEMA}; go on with the version that wrote it")
     return Sweep(path=path, **text)
 
 

@@ -24,6 +24,7 @@ from pipelines.train import ray_train, retry
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.data.s3.uri import address
+from simclr.errors import Diverged, UserError
 from tune import resolve
 from tune.spaces import Axis, Between, Peak, PeakBetween
 from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
@@ -114,9 +115,9 @@ def why(failure: BaseException) -> tuple[str, bool]:
     text = " ".join(str(error).split())[:400] or type(error).__name__
     if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
         return f"out of memory on the device: {text}", False
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, Diverged):
         return text.partition(";")[0], True  # behind it stands what to do in a single run
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}", not isinstance(error, ValueError | OSError)
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}", not isinstance(error, UserError | OSError)
 
 
 def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
@@ -166,7 +167,7 @@ def _inherit(run: Run, source: dict[str, Any]) -> None:
 
     newest = checkpoint.latest(theirs / "checkpoints", say)
     if newest is None:
-        raise ValueError(f"{_STALE}: {theirs}")
+        raise UserError(f"{_STALE}: {theirs}")
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     run.checkpoints.mkdir(parents=True)
     shutil.copytree(newest, run.checkpoints / newest.name)

@@ -19,6 +19,7 @@ from pipelines.tracking import client
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import Tracked, catch_up
 from pipelines.train import messages
+from simclr.errors import UserError
 from tune import sweep_dir
 from tune.sweep_dir import Sweep
 
@@ -77,7 +78,7 @@ class Ledger:
             try:
                 if message:
                     self._enter(message)
-            except (ValueError, OSError) as error:  # one trial's book must not close the others'
+            except (UserError, OSError) as error:  # one trial's book must not close the others'
                 say(f"trial {message.get('mark')}: {error}")
 
     def _enter(self, message: dict[str, Any]) -> None:
@@ -124,7 +125,7 @@ class Ledger:
             say(f"{error}; the same command again logs what MLflow has not taken")
 
     def _tags(self, name: str) -> dict[str, str]:
-        """Of a trial's MLflow run, below the parent, which is opened if need be. Raises ValueError where MLflow refuses."""
+        """Of a trial's MLflow run, below the parent, which is opened if need be. Raises UserError where MLflow refuses."""
         with self.opening:
             self.parent = self.parent or self._open_parent()
         return {"mlflow.parentRunId": self.parent.run_id, "sweep": self.sweep.path.name, "trial": name}

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.train import ray_train
 from simclr.data.manifest import Manifest
+from simclr.errors import UserError
 from tune import resolve
 from tune.spaces import Axis, PeakBetween
 from tune.sweep_dir import Sweep
@@ -20,25 +21,25 @@ _DURING = {"eval/knn_top1", "health/rankme", "health/align_uniform"}
 def check(asked: Sweep, manifest: Manifest) -> list[dict[str, Any]]:
     """What Ray Tune is given for each trial ({} where it draws them itself), once every config fits data and workers.
 
-    Raises ValueError for a space, metric, scheduler or search that cannot work.
+    Raises UserError for a space, metric, scheduler or search that cannot work.
     """
     space, base = asked.restricted, asked.base
     if asked.metric.startswith("eval/") and not manifest.classes:
-        raise ValueError(f"--metric {asked.metric} needs labels, and {asked.data} has none; use health/rankme or health/align_uniform")
+        raise UserError(f"--metric {asked.metric} needs labels, and {asked.data} has none; use health/rankme or health/align_uniform")
     watched = bool(manifest.classes) and "test" in manifest.splits
     if asked.scheduler != "none" and (asked.metric not in _DURING or (asked.metric != "health/align_uniform" and not watched)):
         other = "eval/knn_top1" if watched else "health/align_uniform"
-        raise ValueError(f"--scheduler {asked.scheduler} decides while trials run, and {asked.metric} is known at their end; use {other}")
+        raise UserError(f"--scheduler {asked.scheduler} decides while trials run, and {asked.metric} is known at their end; use {other}")
     varied = [axis for axis in space.axes if set(axis.paths) <= set(MID_RUN)]
     if asked.scheduler == "pbt" and not varied:
-        raise ValueError(f"--scheduler pbt changes a run that goes on: {', '.join(MID_RUN)}; {space.name} varies none of them")
+        raise UserError(f"--scheduler pbt changes a run that goes on: {', '.join(MID_RUN)}; {space.name} varies none of them")
     if asked.scheduler == "pbt" and _ONE_EACH & {path for axis in space.axes for path in axis.paths}:
-        raise ValueError(f"--scheduler pbt copies weights between trials, which have several shapes or batches in {space.name}; use asha")
+        raise UserError(f"--scheduler pbt copies weights between trials, which have several shapes or batches in {space.name}; use asha")
     if asked.search == "optuna":
         if importlib.util.find_spec("optuna") is None:
-            raise ValueError("--search optuna needs the package optuna, which is not installed: `pip install optuna`")
+            raise UserError("--search optuna needs the package optuna, which is not installed: `pip install optuna`")
         if asked.seeds > 1 or asked.scheduler == "pbt":
-            raise ValueError("--search optuna chooses each trial by those before it: it goes with one seed and without pbt")
+            raise UserError("--search optuna chooses each trial by those before it: it goes with one seed and without pbt")
     every = resolve.combinations(space) if asked.search == "grid" else resolve.samples(space, asked.trials or 10**9, base.seed)
     for combination in every:
         config = resolve.point(space, base, combination, asked.seeds - 1).config

@@ -30,6 +30,7 @@ from pipelines.bench.plan import Phase, Size, plan
 from pipelines.bench.result import Row, machine
 from pipelines.terminal import say
 from simclr import files
+from simclr.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 SCHEMA = 1
@@ -63,11 +64,11 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
     that was said; DATE-DEVICE.json, the whole, as tests/benchmarks/results/ keeps it; profiles. Returns the names of the phases that
     failed or were ended; of a dry run also of those for which no time was left.
 
-    Raises ValueError, before anything is measured, for a device that is not there, `data` that is no folder, or an `out` that holds the
+    Raises UserError, before anything is measured, for a device that is not there, `data` that is no folder, or an `out` that holds the
     results of another machine, version or plan.
     """
     if not budget_min > 0:
-        raise ValueError(f"--budget-min is {budget_min}; expected minutes, more than 0")
+        raise UserError(f"--budget-min is {budget_min}; expected minutes, more than 0")
     size = _size(device, dry)
     archives = _archives(data)
     out = out or Path("runs") / f"bench-{datetime.now(UTC):%Y-%m-%d}"
@@ -154,7 +155,7 @@ def _size(device: str, dry: bool) -> Size:
     if dry:
         return "dry"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, and torch sees no GPU here; leave it out")
+        raise UserError("--device cuda, and torch sees no GPU here; leave it out")
     return "cpu" if device == "cpu" or not torch.cuda.is_available() else "gpu"
 
 
@@ -162,7 +163,7 @@ def _archives(data: Path | None) -> dict[str, Path | None]:
     if data is None:
         return dict.fromkeys(_ARCHIVES)
     if not data.is_dir():
-        raise ValueError(f"--data {data} is no folder; expected one with {' and '.join(_ARCHIVES.values())}, or leave it out")
+        raise UserError(f"--data {data} is no folder; expected one with {' and '.join(_ARCHIVES.values())}, or leave it out")
     return {shards: next(iter(sorted(data.glob(pattern))), None) for shards, pattern in _ARCHIVES.items()}
 
 
@@ -204,7 +205,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _same_day(out: Path, day: dict[str, Any]) -> dict[str, Any]:
-    """The day whose results `out` holds, noted there if there is none. Raises ValueError where it is of another machine or plan."""
+    """The day whose results `out` holds, noted there if there is none. Raises UserError where it is of another machine or plan."""
     path = out / "results.jsonl"
     if path.is_file() and not path.read_text(encoding="utf-8").endswith("\n"):
         with path.open("a", encoding="utf-8") as file:
@@ -215,7 +216,7 @@ def _same_day(out: Path, day: dict[str, Any]) -> dict[str, Any]:
         return day
     for key in ("size", "machine", "gpus", "versions", "absent", "data"):
         if before[0].get(key) != day.get(key):
-            raise ValueError(f"{out} holds results of {key} {before[0].get(key)}, this is {day.get(key)}; use another --out")
+            raise UserError(f"{out} holds results of {key} {before[0].get(key)}, this is {day.get(key)}; use another --out")
     found: dict[str, Any] = before[0]
     return found
 

@@ -13,6 +13,7 @@ from pipelines.allocator import keep_freed_memory
 from pipelines.bench.result import Row
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
 from simclr.evaluation import features, knn, linear
 from simclr.methods.simclr import build_model
 from simclr.train import Start, pretrain
@@ -26,14 +27,14 @@ def cifar(name: str, config: Config, data: Path, epochs: int, threads: int, devi
     """Print and return images/s, loss and seconds of `epochs` epochs of `config`, and accuracies of kNN and of a linear probe on all images
     of the shards in `data`. It needs no Ray: the loop's generator is what is timed. n = 1.
 
-    Raises ValueError, before anything is trained, for shards without classes or without a test split.
+    Raises UserError, before anything is trained, for shards without classes or without a test split.
     """
     if epochs < 1:
-        raise ValueError(f"--epochs is {epochs}; expected at least 1")
+        raise UserError(f"--epochs is {epochs}; expected at least 1")
     manifest = read_manifest(data)
     if not manifest.classes or "test" not in manifest.splits:
         splits = " and ".join(manifest.splits)
-        raise ValueError(f"{data} has {len(manifest.classes)} classes and {splits}; expected labelled images, also to test: use others")
+        raise UserError(f"{data} has {len(manifest.classes)} classes and {splits}; expected labelled images, also to test: use others")
     torch.set_num_threads(threads)
     keep_freed_memory()
     train = replace(config.train, epochs=float(epochs), steps=None, report_every_steps=_EVERY, checkpoint_every_steps=None)

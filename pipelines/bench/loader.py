@@ -24,6 +24,7 @@ from simclr.data.loader import batches
 from simclr.data.manifest import read_manifest, write_manifest
 from simclr.data.sources.open import open_source
 from simclr.data.sources.patterns import render
+from simclr.errors import UserError
 
 _IMAGES, _WIDTH_PX, _HEIGHT_PX = 300, 500, 375
 _FFCV = "FFCV, two pipelines"
@@ -40,7 +41,7 @@ def loader(data: Path | None, batch_size: int, steps: int, trials: int, threads:
         shard = _one_shard(data or _rendered(Path(folder)), Path(folder) / "one")
         samples = read_manifest(shard).examples("train")
         if samples < batch_size:
-            raise ValueError(f"the first shard has {samples} photographs; use --batch-size {samples} or less")
+            raise UserError(f"the first shard has {samples} photographs; use --batch-size {samples} or less")
         beton = next(shard.glob("*.beton"))
         sides: dict[str, Callable[[], Iterator[Any]]] = {_FFCV: ffcv_two_crops(beton, size_px, batch_size, steps, threads)}
         for kind in KINDS:
@@ -85,7 +86,7 @@ def _one_shard(data: Path, folder: Path) -> Path:
     """The first training shard of `data` as a dataset: FFCV's loader reads one file."""
     manifest = read_manifest(data)
     if manifest.kind != "jpeg":
-        raise ValueError(f"{data} holds whole images, which nothing decodes; `simclr bench loader` takes photographs")
+        raise UserError(f"{data} holds whole images, which nothing decodes; `simclr bench loader` takes photographs")
     first = manifest.splits["train"][0]
     folder.mkdir()
     (folder / first.name).symlink_to((data / first.name).absolute())

@@ -15,6 +15,7 @@ from typing import Any
 from pipelines.bench.held import held, steps_of
 from pipelines.bench.result import WARM_STEPS, Row, compared, in_turn
 from simclr.config import Config
+from simclr.errors import UserError
 
 _ENDLESS = 1_000_000  # windows: the schedule ends never
 
@@ -44,9 +45,9 @@ def around(before: dict[str, list[float]], behind: dict[str, list[float]]) -> di
 
 
 def require_ray(what: str) -> None:
-    """Raise ValueError, before anything is measured, where Ray is not installed."""
+    """Raise UserError, before anything is measured, where Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
-        raise ValueError(f"ray is not installed, and `simclr bench {what}` trains under it; install it, or take `bench step --data DIR`")
+        raise UserError(f"ray is not installed, and `simclr bench {what}` trains under it; install it, or take `bench step --data DIR`")
 
 
 def timed(config: Config, window: int, windows: int) -> Config:

@@ -10,17 +10,18 @@ from typing import Literal
 
 from pipelines.bench.result import Row
 from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
 from simclr.recipes import recipe
 
 
 def memory(data: Path, batch_size: int, epochs: int, threads: int) -> list[Row]:
     """Print and return, epoch by epoch, MiB of the process's own and of mapped files, for each kind of cache in a fresh process."""
     if epochs < 1:
-        raise ValueError(f"--epochs is {epochs}; expected at least 1")
+        raise UserError(f"--epochs is {epochs}; expected at least 1")
     manifest = read_manifest(data)
     examples = manifest.examples("train")
     if batch_size > examples:
-        raise ValueError(f"--batch-size is {batch_size}, {data} has {examples} training images; use that or less")
+        raise UserError(f"--batch-size is {batch_size}, {data} has {examples} training images; use that or less")
     found: list[Row] = []
     print(f"{epochs} epochs of {examples:,} images ({sum(s.bytes for s in manifest.splits['train']) / 2**20:,.0f} MiB of shards)")
     print(f"{'cache':<8} {'epoch':>6} {'own, MiB':>9} {'mapped files, MiB':>18} {'images/s so far':>16}")

@@ -17,6 +17,7 @@ from pipelines.bench.result import Row
 from pipelines.commands import prepare as shards
 from simclr import files
 from simclr.data.sources.patterns import render
+from simclr.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png")
 Kind = Literal["small", "photographs"]
@@ -31,11 +32,11 @@ def prepare(kind: Kind, data: Path | None, out: Path, images: int, threads: int)
     test. photographs: the pictures of `data`, repeated until there are `images`; without any, rendered ones.
     """
     if images < 1:
-        raise ValueError(f"--images is {images}; expected at least 1")
+        raise UserError(f"--images is {images}; expected at least 1")
     if data is not None and not data.exists():
-        raise ValueError(f"{data} does not exist; --data names an archive or a folder of images, nothing = rendered ones")
+        raise UserError(f"{data} does not exist; --data names an archive or a folder of images, nothing = rendered ones")
     if out.exists():
-        raise ValueError(f"{out} exists already, and writing shards is what is timed; use another --out")
+        raise UserError(f"{out} exists already, and writing shards is what is timed; use another --out")
     files.require_writable(out)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="simclr-bench-", dir=out.absolute().parent) as folder:
@@ -73,7 +74,7 @@ def _photographs(data: Path | None, folder: Path, images: int) -> int:
             archive.extractall(found, filter="data")
     photos = sorted(path for path in found.rglob("*") if path.suffix.lower() in PICTURES)[:images]
     if not photos:
-        raise ValueError(f"{data} holds no photographs ({', '.join(PICTURES)})")
+        raise UserError(f"{data} holds no photographs ({', '.join(PICTURES)})")
     (folder / "many").mkdir()
     for i in range(images):
         path = photos[i % len(photos)]

@@ -20,6 +20,7 @@ from typing import Any
 from pipelines.bench.result import WARM_STEPS, Row, in_turn
 from pipelines.terminal import say
 from simclr.config import Config
+from simclr.errors import UserError
 
 EXPECTED_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _REPEATS = 7  # of each collective alone; the first two are not counted
@@ -117,14 +118,14 @@ def scale(
     """
     for name, value in (("--bandwidth-gb-s", bandwidth_gb_s), ("--latency-us", latency_us)):
         if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value}; expected more than 0")
+            raise UserError(f"{name} is {value}; expected more than 0")
     n, worlds = config.train.batch_size, [1, 2]
     if device == "cuda":
         import torch
 
         worlds = worlds[: torch.cuda.device_count()]
     if len(worlds) == 1 and (bandwidth_gb_s is None or latency_us is None):
-        raise ValueError("one GPU has no link to measure; give --bandwidth-gb-s and --latency-us, or --device cpu")
+        raise UserError("one GPU has no link to measure; give --bandwidth-gb-s and --latency-us, or --device cpu")
     trial: dict[int, list[Found]] = {world: [] for world in worlds}
 
     def run(world: int) -> float:

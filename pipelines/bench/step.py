@@ -20,6 +20,7 @@ from pipelines.bench.timing import Call, graph_breaks, peak_gib, rate, wait, wri
 from simclr.collectives import data_parallel, world_size
 from simclr.config import Config
 from simclr.data.loader import Batch, batches, on_device
+from simclr.errors import UserError
 from simclr.gradient_cache import cached_gradient
 from simclr.loss import nt_xent
 from simclr.methods.simclr import SimCLR, build_model
@@ -56,7 +57,7 @@ def step(
     resident views; with `train.micro_batch` gradient caching's; with shards in `data` our step fed by loader and views, and these
     two alone. With one network for all sides it compiles once. Then profile and cost."""
     if config.loss.name != "nt_xent":
-        raise ValueError(f"the recipe's loss is {config.loss.name}; `simclr bench step` compares NT-Xent")
+        raise UserError(f"the recipe's loss is {config.loss.name}; `simclr bench step` compares NT-Xent")
     n = config.images_per_rank(1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -94,7 +95,7 @@ def _sides(
     there += ("fed", "views", "loader") if data is not None else ()
     if missing := [side for side in asked if side not in there]:
         needs = "--micro-batch" if missing[0] == "cached" else "--data"
-        raise ValueError(f"--sides {missing[0]} needs {needs}; give it, or leave that side out")
+        raise UserError(f"--sides {missing[0]} needs {needs}; give it, or leave that side out")
     wanted = asked or there
     whole = replace(config, train=replace(config.train, micro_batch=None))
     made: dict[str, Call] = {}

@@ -14,6 +14,7 @@ from pipelines.bench.held import Ask, Held, asks, held, steps_of
 from pipelines.bench.loop import around, require_ray, timed, under_ray
 from pipelines.bench.result import Row, compared, cost, in_turn, power, print_cost
 from simclr.config import Config
+from simclr.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,7 @@ def train(
     """
     require_ray("train")
     if config.loss.name != "nt_xent":
-        raise ValueError(f"the recipe's loss is {config.loss.name}; `simclr bench train` compares NT-Xent")
+        raise UserError(f"the recipe's loss is {config.loss.name}; `simclr bench train` compares NT-Xent")
     config = replace(config, train=replace(config.train, linear_eval=False))
     n = config.images_per_rank(1)
     asked: dict[str, Callable[..., Any]] = {RESIDENT: partial(_resident, config.to_dict(), threads)}
@@ -96,10 +97,10 @@ def _resident(values: dict[str, Any], threads: int) -> Ask:
 
 def _photographs(folder: Path | None, n: int) -> Path:
     if folder is None or not folder.is_dir():
-        raise ValueError("lightly reads photographs as they are; `--peer-data DIR`, the folder that the shards were prepared from")
+        raise UserError("lightly reads photographs as they are; `--peer-data DIR`, the folder that the shards were prepared from")
     found = sum(path.suffix.lower() in _PICTURES for path in folder.rglob("*"))
     if found < n:
-        raise ValueError(f"{folder} holds {found} photographs ({', '.join(_PICTURES)}); use --batch-size {found} or less")
+        raise UserError(f"{folder} holds {found} photographs ({', '.join(_PICTURES)}); use --batch-size {found} or less")
     return folder
 
 

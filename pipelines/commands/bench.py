@@ -17,6 +17,7 @@ from pipelines.runs import sync
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
 from simclr.recipes import recipe
 
 if TYPE_CHECKING:
@@ -104,9 +105,9 @@ class Args:
 
 def main(args: Args) -> None:
     if args.trials < 1 or args.steps <= WARM_STEPS:
-        raise ValueError(f"--trials {args.trials} --steps {args.steps}; expected at least 1 trial of more than {WARM_STEPS} steps")
+        raise UserError(f"--trials {args.trials} --steps {args.steps}; expected at least 1 trial of more than {WARM_STEPS} steps")
     if args.window_s < 0:
-        raise ValueError(f"--window-s is {args.window_s}; expected seconds, 0 = as --steps say")
+        raise UserError(f"--window-s is {args.window_s}; expected seconds, 0 = as --steps say")
     if args.what == "all":
         from pipelines.bench.all import bench_all
 
@@ -149,9 +150,9 @@ def measure(args: Args) -> Iterable[Row]:
             from pipelines.bench.loss import loss
 
             if min(args.batches, default=0) < 1:
-                raise ValueError(f"--batches is {' '.join(map(str, args.batches)) or 'empty'}; expected numbers of images, at least 1")
+                raise UserError(f"--batches is {' '.join(map(str, args.batches)) or 'empty'}; expected numbers of images, at least 1")
             if args.precision == "tf32":
-                raise ValueError("--precision tf32 is for convolutions; `simclr bench loss` takes float32 or bfloat16")
+                raise UserError("--precision tf32 is for convolutions; `simclr bench loss` takes float32 or bfloat16")
             precision: Literal["float32", "bfloat16"] = "bfloat16" if args.precision == "bfloat16" else "float32"
             return loss(args.batches, args.trials, args.threads, _device(args), precision)
         case "optim":
@@ -166,7 +167,7 @@ def measure(args: Args) -> Iterable[Row]:
             from pipelines.bench.prepare import prepare
 
             if args.out is None:
-                raise ValueError("where to? `simclr bench prepare --out DIR`, a folder for the shards")
+                raise UserError("where to? `simclr bench prepare --out DIR`, a folder for the shards")
             return prepare(args.kind, args.data, args.out, args.images, args.threads)
         case _:
             return _of_shards(args, plan)
@@ -176,7 +177,7 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
     """The benches that read shards, or may."""
     data = None if args.data is None else sync.shards(args.data)
     if data is None and args.what in ("train", "loop", "cifar", "memory"):
-        raise ValueError(f"which data? `simclr bench {args.what} --data DIR`, a directory of prepared shards")
+        raise UserError(f"which data? `simclr bench {args.what} --data DIR`, a directory of prepared shards")
     if args.what == "loader":
         from pipelines.bench.loader import loader
 
@@ -201,7 +202,7 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
 
         return memory(data, args.batch_size, args.epochs, args.threads)
     if os.environ.get("RAY_ADDRESS"):
-        raise ValueError("RAY_ADDRESS is set; this compares on one machine: unset it")
+        raise UserError("RAY_ADDRESS is set; this compares on one machine: unset it")
     if args.what == "train":
         from pipelines.bench.train import train
 
@@ -226,5 +227,5 @@ def _device(args: Args) -> torch.device:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, and torch sees no GPU here; leave it out")
+        raise UserError("--device cuda, and torch sees no GPU here; leave it out")
     return torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")

@@ -13,6 +13,7 @@ import tyro
 
 from pipelines.clusterfile import catalogue, rules
 from simclr.config import Config
+from simclr.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,16 @@ def main(args: Args) -> None:
     found = [*schema_mistakes(cluster)] or [*rules.mistakes(cluster)]
     config = changed(args.recipe, args.set) if args.recipe else None
     if args.set and config is None:
-        raise ValueError("--set changes fields of a recipe; name it with --recipe")
+        raise UserError("--set changes fields of a recipe; name it with --recipe")
     batch = ""
     if config is not None and not found:
         try:
             batch = batch_over(cluster, config)
-        except ValueError as error:
+        except UserError as error:
             found.append(str(error))
     if found:
         rows = "\n".join(f"  {number}. {sentence}" for number, sentence in enumerate(found, 1))
-        raise ValueError(f"{args.file} has {len(found)} mistake{'s' if len(found) > 1 else ''}:\n{rows}")
+        raise UserError(f"{args.file} has {len(found)} mistake{'s' if len(found) > 1 else ''}:\n{rows}")
     print(overview(cluster))
     if batch:
         print(f"\n{args.recipe}: {batch}")
@@ -54,22 +55,22 @@ def main(args: Args) -> None:
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:
-    """(text, content) of the file. Raises ValueError where it is missing, no YAML, or no cluster file of Ray's."""
+    """(text, content) of the file. Raises UserError where it is missing, no YAML, or no cluster file of Ray's."""
     import yaml  # type: ignore[import-untyped]
 
     if not path.is_file():
-        raise ValueError(f"{path} is no file; cluster/ has the ones to start from")
+        raise UserError(f"{path} is no file; cluster/ has the ones to start from")
     text = path.read_text()
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path} is no YAML{where}: {getattr(error, 'problem', error)}") from None
+        raise UserError(f"{path} is no YAML{where}: {getattr(error, 'problem', error)}") from None
     if isinstance(content, dict) and "apiVersion" in content:
-        raise ValueError(f"{path} is a Kubernetes manifest; check it with `kubectl apply --dry-run=server -f {path}`")
+        raise UserError(f"{path} is a Kubernetes manifest; check it with `kubectl apply --dry-run=server -f {path}`")
     if not isinstance(content, dict) or "provider" not in content:
-        raise ValueError(f"{path} is no cluster file of Ray's (it has no `provider`); cluster/ has the ones to start from")
+        raise UserError(f"{path} is no cluster file of Ray's (it has no `provider`); cluster/ has the ones to start from")
     return text, content
 
 
@@ -109,13 +110,13 @@ def changed(name: str, assignments: tuple[str, ...]) -> Config:
         for parent in parents:
             inner = inner.get(parent, {}) if isinstance(inner, dict) else {}
         if not equals or field not in inner:
-            raise ValueError(f"--set {assignment}: expected FIELD=VALUE with a field that `simclr recipes {name}` lists")
+            raise UserError(f"--set {assignment}: expected FIELD=VALUE with a field that `simclr recipes {name}` lists")
         inner[field] = yaml.safe_load(value)
     return Config.from_dict(values)
 
 
 def batch_over(cluster: dict[str, Any], config: Config) -> str:
-    """How the recipe's batch divides over every accelerator, at most and at least. Raises ValueError where it does not."""
+    """How the recipe's batch divides over every accelerator, at most and at least. Raises UserError where it does not."""
     found = rules.groups(cluster)
     counts = sorted({sum(g.accelerators * n for g, n in zip(found, counts, strict=True)) for counts in _sizes(found)} - {0})
     if not counts:

@@ -11,6 +11,7 @@ import tyro
 from pipelines.terminal import say
 from pipelines.tracking.card import UNKNOWN_LICENCE, network, write_card
 from simclr import files
+from simclr.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Args:
 def main(args: Args) -> None:
     files.require_writable(args.to)
     if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
-        raise ValueError(f"{args.to} exists and is not empty; convert to a new directory")
+        raise UserError(f"{args.to} exists and is not empty; convert to a new directory")
     from simclr.encoder.convert import convert
     from simclr.encoder.directory import write_encoder
     from simclr.encoder.tf_checkpoint import open_bundle

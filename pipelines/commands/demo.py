@@ -19,6 +19,7 @@ from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import process_age_s, say
 from pipelines.train import ray_train
 from simclr import files
+from simclr.errors import UserError
 from simclr.recipes import recipe
 
 _CHECKED = 64  # images that the pulled encoder is tried on
@@ -72,7 +73,7 @@ class Result:
 def demo(args: Args) -> Result:
     """Run every step as its own command would. What an interrupted demo finished already is not done again."""
     if args.test < 1:
-        raise ValueError(f"--test is {args.test}; expected at least 1")
+        raise UserError(f"--test is {args.test}; expected at least 1")
     out = args.out or Path("runs") / ("demo" + (f"-{args.seed}" if args.seed else "") + ("-coloured" if args.coloured else ""))
     files.require_writable(out)
     config = replace(recipe("patterns_tiny"), seed=args.seed)

@@ -15,6 +15,7 @@ from pipelines.runs.directory import Run
 from pipelines.train import classifiers, driver, ray_train
 from simclr.config import Optim, Watch
 from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
 from simclr.stages import Distill
 
 if TYPE_CHECKING:
@@ -72,13 +73,13 @@ def main(args: Args) -> None:
 def distill(args: Args) -> Run:
     """Check everything, train, and leave a run directory with the student. Returns the run.
 
-    Raises ValueError, before any worker starts, for what the user can mend.
+    Raises UserError, before any worker starts, for what the user can mend.
     """
     began = time.monotonic()
     with classifiers.published(args.teacher, args.tracking_uri) as (directory, known):
         at = args.data or known
         if at is None:
-            raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
+            raise UserError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
         data = sync.shards(at)
         manifest = read_manifest(data)
         examples = manifest.examples("train")

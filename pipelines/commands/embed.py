@@ -15,6 +15,7 @@ from pipelines.runs import sync
 from pipelines.terminal import Bar, say
 from simclr import files
 from simclr.data.sources.source import is_image
+from simclr.errors import UserError
 
 _BATCH = 64
 
@@ -35,14 +36,14 @@ class Args:
 class _Images:
     names: list[str]
     read: Callable[[int], NDArray[np.uint8]]
-    """Index → (H, W, 3). Raises ValueError where it is no image."""
+    """Index → (H, W, 3). Raises UserError where it is no image."""
     given: frozenset[str] = frozenset()
     """Names that the user wrote down: those have to be images. What merely lies in a folder may be junk."""
 
 
 def main(args: Args) -> None:
     if not args.images:
-        raise ValueError("which images? give files, folders or an .npy file")
+        raise UserError("which images? give files, folders or an .npy file")
     files.require_writable(args.out)
     images = _open(args.images)
     import torch
@@ -60,7 +61,7 @@ def main(args: Args) -> None:
             for i in range(begin, min(begin + _BATCH, len(images.names))):
                 try:
                     pixels = images.read(i)
-                except ValueError as error:
+                except UserError as error:
                     if images.names[i] in images.given:
                         raise
                     junk.append(str(error))
@@ -71,7 +72,7 @@ def main(args: Args) -> None:
                 features.append(encoder(torch.cat(ready)).float().numpy())
             bar.update(len(names) + len(junk))
     if not features:
-        raise ValueError(f"none of the {len(junk)} files can be read as an image; the first: {junk[0]}")
+        raise UserError(f"none of the {len(junk)} files can be read as an image; the first: {junk[0]}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = np.concatenate(features)
     with files.whole(args.out) as scratch, scratch.open("wb") as file:
@@ -91,21 +92,21 @@ def _open(paths: tuple[Path, ...]) -> _Images:
         elif path.is_file():
             found.append(path)
         else:
-            raise ValueError(f"no file or folder {path}; expected images")
+            raise UserError(f"no file or folder {path}; expected images")
     if not found:
-        raise ValueError(f"no images in {', '.join(map(str, paths))}")
+        raise UserError(f"no images in {', '.join(map(str, paths))}")
     return _Images([str(f) for f in found], lambda i: _read(found[i]), frozenset(map(str, paths)))
 
 
 def _array(path: Path) -> _Images:
     if not path.is_file():
-        raise ValueError(f"no file {path}; expected images")
+        raise UserError(f"no file {path}; expected images")
     try:
         array = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is no .npy file that can be read ({error}); expected uint8 (n, H, W, 3)") from None
+        raise UserError(f"{path} is no .npy file that can be read ({error}); expected uint8 (n, H, W, 3)") from None
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not len(array):
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (n, H, W, 3)")
+        raise UserError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (n, H, W, 3)")
     return _Images([str(i) for i in range(len(array))], lambda i: np.asarray(array[i]))
 
 
@@ -120,4 +121,4 @@ def _read(path: Path) -> NDArray[np.uint8]:
             return np.asarray(upright_rgb(image))
     except Exception as error:  # Pillow raises nearly anything at a damaged file: struct.error, IndexError, zlib.error …
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"{path} is no image that can be read ({reason}); leave it out") from None
+        raise UserError(f"{path} is no image that can be read ({reason}); leave it out") from None

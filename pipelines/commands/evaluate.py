@@ -11,6 +11,7 @@ import tyro
 from pipelines.evaluation import protocols, quick
 from pipelines.evaluation.inputs import default_out, device_of, opened, resolve
 from pipelines.runs import sync
+from simclr.errors import UserError
 
 if TYPE_CHECKING:
     pass
@@ -80,11 +81,11 @@ class Args:
 
 def main(args: Args) -> None:
     if args.suite and args.protocol:
-        raise ValueError("--suite transfer has a protocol of its own; leave out --protocol, or evaluate twice")
+        raise UserError("--suite transfer has a protocol of its own; leave out --protocol, or evaluate twice")
     if args.tuning_steps < 1 or min(args.rates, default=1.0) <= 0 or min(args.decays, default=0.0) < 0:
-        raise ValueError("expected --tuning-steps of at least 1, --rates above 0 and --decays of 0 or more")
+        raise UserError("expected --tuning-steps of at least 1, --rates above 0 and --decays of 0 or more")
     if not args.suite and (args.root or args.only or args.download or args.fine_tune):
-        raise ValueError("--root, --only, --fine-tune and --download belong to --suite transfer; add that, or leave them out")
+        raise UserError("--root, --only, --fine-tune and --download belong to --suite transfer; add that, or leave them out")
     if not args.suite and not args.protocol:
         print(quick.table(evaluate(args)))
         return
@@ -101,9 +102,9 @@ def _suite(args: Args, directory: Path, out: Path, name: str) -> None:
     from pipelines.evaluation import suite
 
     if args.root is None:
-        raise ValueError("where are the datasets? give --root DIR, the folder that torchvision's datasets lie in")
+        raise UserError("where are the datasets? give --root DIR, the folder that torchvision's datasets lie in")
     if args.data is not None:
-        raise ValueError("--data is for shards; --suite transfer reads torchvision's folders under --root, so leave it out")
+        raise UserError("--data is for shards; --suite transfer reads torchvision's folders under --root, so leave it out")
     settings = suite.Settings(
         root=args.root,
         only=args.only,
@@ -151,6 +152,6 @@ def _check(args: Args) -> None:
     for field, value in ((name, getattr(args, name)) for name in least):
         strictly = isinstance(least[field], float)
         if value is not None and (value < least[field] or (strictly and value == least[field])):
-            raise ValueError(f"--{field.replace('_', '-')} is {value}; expected {'more than' if strictly else 'at least'} {least[field]:g}")
+            raise UserError(f"--{field.replace('_', '-')} is {value}; expected {'more than' if strictly else 'at least'} {least[field]:g}")
     if args.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is {args.device!r}; expected auto, cpu or cuda")
+        raise UserError(f"--device is {args.device!r}; expected auto, cpu or cuda")

@@ -11,6 +11,7 @@ import tyro
 from pipelines.runs import sync
 from pipelines.tracking.card import preprocessing
 from simclr import files
+from simclr.errors import UserError
 
 _SUFFIXES = ".pt2 (a torch.export program), .onnx, or .safetensors (torchvision's names, ResNet-50, -101 and -152)"
 
@@ -27,7 +28,7 @@ class Args:
 
 def main(args: Args) -> None:
     if args.to.suffix not in (".pt2", ".onnx", ".safetensors"):
-        raise ValueError(f"--to {args.to} does not say what to write; expected a file ending in {_SUFFIXES}")
+        raise UserError(f"--to {args.to} does not say what to write; expected a file ending in {_SUFFIXES}")
     files.require_writable(args.to)
     import simclr
     from simclr.encoder import export

@@ -14,6 +14,7 @@ from pipelines.runs.directory import Run
 from pipelines.train import classifiers, driver, ray_train
 from simclr.config import Optim, Watch
 from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
 from simclr.stages import FineTune
 
 if TYPE_CHECKING:
@@ -76,13 +77,13 @@ def main(args: Args) -> None:
 def finetune(args: Args) -> Run:
     """Check everything, train, and leave a run directory with its classifier. Returns the run.
 
-    Raises ValueError, before any worker starts, for what the user can mend.
+    Raises UserError, before any worker starts, for what the user can mend.
     """
     began = time.monotonic()
     with classifiers.published(args.start, args.tracking_uri) as (directory, known):
         at = args.data or known
         if at is None:
-            raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
+            raise UserError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
         data = sync.shards(at)
         classes = classifiers.require_classes(manifest := read_manifest(data), data)
         from simclr import checkpoint
@@ -129,7 +130,7 @@ def _config(args: Args, directory: Path, images: int, share: float, labelled: st
 
     base = config_of(read_text(directory))
     if args.encoder != classifiers.Shape() and not args.from_scratch:
-        raise ValueError("--encoder.… asks for another network than the given one, which has weights; add --from-scratch, or leave it out")
+        raise UserError("--encoder.… asks for another network than the given one, which has weights; add --from-scratch, or leave it out")
     epochs = args.epochs if args.epochs is not None else 60.0 if share < _FEW else 30.0
     batch_size = classifiers.batch_for(args.batch_size, 1024, images, args.resources.workers)
     tap = args.tap if args.tap is not None else int(base.head.layers >= 3 and share < 1)

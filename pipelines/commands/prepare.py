@@ -18,6 +18,7 @@ from simclr.data.manifest import LISTS, Manifest
 from simclr.data.s3.uri import Address, address, copy_of, locked
 from simclr.data.sources.open import open_source
 from simclr.data.sources.source import Source
+from simclr.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
     # Shards without a manifest are ours, not sent to the end.
     left = [o.name for o in store.listing(at) if o.name not in LISTS and not o.name.endswith(".beton")]
     if left:
-        raise ValueError(f"{at} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
+        raise UserError(f"{at} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
     manifest = shards.existing(source, here, args.options) or _write(replace(args, out=here), source)
     with Bar("upload", None, "MiB", "MiB/s") as bar:
         remote.push(here, at, sync.mebibytes(bar), store)

@@ -44,7 +44,7 @@ def main(args: Args) -> None:
 def pretrain(args: Args) -> Run:
     """Check everything, train, and leave a run directory with its encoder. Returns the run.
 
-    Raises ValueError, before any worker starts, for what the user can mend.
+    Raises UserError, before any worker starts, for what the user can mend.
     """
     began = time.monotonic()
     config = args.config

@@ -17,6 +17,7 @@ from pipelines.tracking import client
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.card import UNKNOWN_LICENCE, write_card
 from pipelines.tracking.outbox import catch_up
+from simclr.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ def _publish(args: Args) -> dict[str, Any]:
     scores = {key: float(value) for key, value in row.items() if key != "name"}
     metric = args.metric or next((name for name in ("knn_top1", "top1") if name in scores), "rankme")
     if metric not in scores:
-        raise ValueError(f"no score {metric!r}; choose one of {', '.join(scores)}")
+        raise UserError(f"no score {metric!r}; choose one of {', '.join(scores)}")
     uri = mlflow_uri.tracking_address(args.tracking_uri)
     if run.tracking_run and mlflow_uri.redacted(uri) != run.tracking_uri:
         if args.tracking_uri or "…" in run.tracking_uri:  # whose credentials are not in run.json
-            raise ValueError(
+            raise UserError(
                 f"{args.run} is not known at {mlflow_uri.redacted(uri)}: it was logged at {run.tracking_uri}; "
                 "give that address with --tracking-uri"
             )

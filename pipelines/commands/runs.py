@@ -13,6 +13,7 @@ import tyro
 from pipelines.runs.directory import SCHEMA
 from simclr.config import Config
 from simclr.data.s3.uri import Address, address
+from simclr.errors import UserError
 
 _SILENT_S = 600.0  # a run that reports nothing for longer has stopped; reports come every few seconds
 
@@ -59,12 +60,12 @@ def main(args: Args) -> None:
 
 
 def _lines(at: Path) -> list[Line]:
-    """Every run at or below `at`. Raises ValueError where nothing is there, or S3 does not answer."""
+    """Every run at or below `at`. Raises UserError where nothing is there, or S3 does not answer."""
     place = address(at)
     if place is not None:
         return _remote(place)
     if not at.is_dir():
-        raise ValueError(f"{at} is no directory; expected one that holds runs, or s3://bucket/prefix")
+        raise UserError(f"{at} is no directory; expected one that holds runs, or s3://bucket/prefix")
     found = []
     for path in [at / "run.json", *sorted(at.glob("*/run.json"))]:
         if path.is_file():
@@ -116,7 +117,7 @@ def line(name: str, run_json: str, metrics: str, checkpoints: list[str]) -> Line
             note = f"of another schema than {SCHEMA}"
         else:
             total = Config.from_dict(about["config"]).train.steps
-    except (ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, KeyError, TypeError) as error:
         note = f"run.json cannot be read: {error}"
     step, total = last.get("step", max(steps, default=0)), last.get("total_steps", total)
     updated = last.get("time", began)

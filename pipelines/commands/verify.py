@@ -13,6 +13,7 @@ from pipelines.runs import sync
 from pipelines.terminal import Bar
 from simclr.data.manifest import read_manifest
 from simclr.data.s3 import uri as s3_uri
+from simclr.errors import UserError
 
 _SHOWN = 3
 
@@ -42,6 +43,6 @@ def main(args: Args) -> None:
     print("\n".join(lines))
     if damaged and s3_uri.address(args.data) is not None:
         (data / "manifest.json").unlink()  # so that the next command hashes this copy and fetches what is damaged
-        raise ValueError(f"{damaged} of {len(lines)} shards of this machine's copy are damaged; they are fetched again by the next command")
+        raise UserError(f"{damaged} of {len(lines)} shards of this machine's copy are damaged; they are fetched again by the next command")
     if damaged:
-        raise ValueError(f"{damaged} of {len(lines)} shards of {args.data} are damaged; prepare or fetch the data again")
+        raise UserError(f"{damaged} of {len(lines)} shards of {args.data} are damaged; prepare or fetch the data again")

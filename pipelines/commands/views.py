@@ -14,6 +14,7 @@ from pipelines.runs import sync
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +48,7 @@ def recipe_for(data: Path) -> str:
 
 def main(args: Args) -> None:
     if args.images < 1:
-        raise ValueError(f"--images is {args.images}; expected at least 1")
+        raise UserError(f"--images is {args.images}; expected at least 1")
     files.require_writable(args.out)
     data = sync.shards(args.data)
     examples = read_manifest(data).examples("train")
@@ -67,7 +68,7 @@ def _made(path: Path) -> Path:
 
     Image.init()
     if path.suffix.lower() not in Image.EXTENSION:
-        raise ValueError(f"{path} has no ending of a picture; use {path.name}.png")
+        raise UserError(f"{path} has no ending of a picture; use {path.name}.png")
     return path
 
 

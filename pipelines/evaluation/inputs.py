@@ -14,6 +14,7 @@ from pipelines.runs import sync
 from pipelines.runs.directory import load_run
 from pipelines.terminal import Bar
 from simclr.config import Config
+from simclr.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -48,14 +49,14 @@ def opened(encoder: Path, tracking_uri: str | None) -> Iterator[Path]:
 
 
 def device_of(name: str) -> torch.device:
-    """auto is the GPU where torch sees one, which then computes in float32 as such. Raises ValueError where `name` asks for one that is
+    """auto is the GPU where torch sees one, which then computes in float32 as such. Raises UserError where `name` asks for one that is
     not there."""
     import torch
 
     from simclr.precision import set_backends
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no GPU here; leave it out to use the CPU")
+        raise UserError("--device cuda, but torch sees no GPU here; leave it out to use the CPU")
     device = torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
     set_backends("float32", device)
     return device
@@ -66,12 +67,12 @@ def resolve(encoder: Path, data: Path | None) -> tuple[Path, Config, Path]:
     if (encoder / "run.json").is_file():
         run = load_run(encoder)
         if not run.encoder.is_dir():
-            raise ValueError(f"{encoder} has no encoder yet; finish it with the command that began it: {run.command}")
+            raise UserError(f"{encoder} has no encoder yet; finish it with the command that began it: {run.command}")
         return run.encoder, run.config, sync.shards(data or run.origin)
     if not (encoder / "config.json").is_file():
-        raise ValueError(f"{encoder} is neither a run nor a published encoder; give a run directory, or `simclr pull` one")
+        raise UserError(f"{encoder} is neither a run nor a published encoder; give a run directory, or `simclr pull` one")
     if data is None:
-        raise ValueError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
+        raise UserError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
     text = json.loads((encoder / "config.json").read_text())
     from simclr.encoder.directory import config_of
 

@@ -13,6 +13,7 @@ from pipelines.terminal import Bar, say
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import Manifest, read_manifest
+from simclr.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -50,16 +51,16 @@ def run(
     """Runs each protocol on the encoder at hand; writes `out`/PROTOCOL.json and `out`/PROTOCOL.png; returns what they say."""
     manifest = read_manifest(data)
     if not manifest.classes:
-        raise ValueError(f"{data} has no labels, and every protocol needs them; leave out --protocol for the effective rank (RankMe)")
+        raise UserError(f"{data} has no labels, and every protocol needs them; leave out --protocol for the effective rank (RankMe)")
     if "sgd" in protocols and settings.limit is not None:
-        raise ValueError("--limit and --protocol sgd: it draws crops of the whole training split; leave one of them out")
+        raise UserError("--limit and --protocol sgd: it draws crops of the whole training split; leave one of them out")
     if "sgd" in protocols and "test" not in manifest.splits:
-        raise ValueError(f"{data} has no test split, which --protocol sgd cannot hold back for itself; prepare the data with one")
+        raise UserError(f"{data} has no test split, which --protocol sgd cannot hold back for itself; prepare the data with one")
     out.mkdir(parents=True, exist_ok=True)
     parts = ("test",) if set(protocols) == {"sgd"} else ("train", "test")  # sgd embeds crops of its own
     train, test = features(encoder, data, manifest, config, device, settings, parts)
     if not len(train.y) or not len(test.y):
-        raise ValueError(f"none of the {settings.limit or 'given'} images of a split of {data} has a label; raise --limit")
+        raise UserError(f"none of the {settings.limit or 'given'} images of a split of {data} has a label; raise --limit")
     rows = []
     for protocol in protocols:
         began = time.monotonic()

@@ -15,6 +15,7 @@ from pipelines.terminal import Bar
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -152,10 +153,10 @@ class _Pixels:
 
 
 def scores_of(run: Path) -> list[dict[str, Any]]:
-    """The rows that `evaluate` found for a run. Raises ValueError where it was not evaluated yet."""
+    """The rows that `evaluate` found for a run. Raises UserError where it was not evaluated yet."""
     path = run / "evaluation.json"
     if not path.is_file():
-        raise ValueError(f"{run} was not evaluated yet; `simclr evaluate {run}` does it")
+        raise UserError(f"{run} was not evaluated yet; `simclr evaluate {run}` does it")
     rows: list[dict[str, Any]] = json.loads(path.read_text())["scores"]
     return rows
 

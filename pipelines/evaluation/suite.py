@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.terminal import Bar, say
 from simclr import files
+from simclr.errors import UserError
 
 if TYPE_CHECKING:
     from simclr.data.tasks import Rows, Task
@@ -54,18 +55,19 @@ Method = Callable[["PublishedEncoder", "dict[str, Rows]", "Task", "Settings"], d
 
 
 def run(directory: Path, settings: Settings, out: Path, name: str) -> list[dict[str, Any]]:
-    """Scores the encoder (or run) in `directory` on every dataset under --root; prints the table, writes `out`/transfer.json after each; returns the rows."""
+    """Scores the encoder (or run) in `directory` on every dataset under --root; prints the table, writes
+    `out`/transfer.json after each; returns the rows."""
     from simclr.data.tasks import TASKS, open_task
 
     if not settings.root.is_dir() and not settings.download:
-        raise ValueError(f"--root {settings.root} is no directory; expected one that holds {', '.join(t.folder for t in TASKS.values())}")
+        raise UserError(f"--root {settings.root} is no directory; expected one that holds {', '.join(t.folder for t in TASKS.values())}")
     tasks = {task: TASKS[task] for task in chosen(settings.only, list(TASKS))}
     # All are opened before the first is embedded, so that a folder that cannot be read is known now and not in hours.
     found = {task: open_task(task, settings.root, settings.download) for task in tasks}
     present = {task: parts for task, parts in found.items() if parts is not None}
     absent = {task: str(settings.root / tasks[task].folder) for task in tasks if found[task] is None}
     if not present:
-        raise ValueError(f"none of {', '.join(tasks)} is under {settings.root}; lay them out as torchvision does, or add --download")
+        raise UserError(f"none of {', '.join(tasks)} is under {settings.root}; lay them out as torchvision does, or add --download")
     for task, place in absent.items():
         say(f"{tasks[task].title} is absent: {place}")
     encoder = _encoder(directory, settings.device)
@@ -91,7 +93,7 @@ def chosen(only: tuple[str, ...], known: list[str]) -> list[str]:
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=3, cutoff=0.4) or known
-            raise ValueError(f"--only {name}: no dataset of the suite; nearest: {', '.join(near)}")
+            raise UserError(f"--only {name}: no dataset of the suite; nearest: {', '.join(near)}")
     return [name for name in known if name in names] if names else known
 
 
@@ -103,7 +105,7 @@ def _encoder(directory: Path, device: str) -> PublishedEncoder:
     if (directory / "run.json").is_file():
         run = load_run(directory)
         if not run.encoder.is_dir():
-            raise ValueError(f"{directory} has no encoder yet; finish it with the command that began it: {run.command}")
+            raise UserError(f"{directory} has no encoder yet; finish it with the command that began it: {run.command}")
         directory = run.encoder
     return simclr.load_encoder(directory).to(device_of(device))
 

@@ -33,6 +33,7 @@ from pipelines.tracking.uri import redacted
 from simclr import files
 from simclr.config import Config
 from simclr.data.s3.uri import address, copy_of
+from simclr.errors import UserError
 from simclr.stages import STAGES
 
 SCHEMA = 1
@@ -111,13 +112,13 @@ class Run:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """In here, no other process trains this run: two would remove each other's checkpoints. Holds on one machine, and where its
-        disk is shared with locks; a process that dies lets go. Raises ValueError where another one does."""
+        disk is shared with locks; a process that dies lets go. Raises UserError where another one does."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another process is training {self.path}; wait for it, end it, or use another --run") from None
+                raise UserError(f"another process is training {self.path}; wait for it, end it, or use another --run") from None
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a shared disk without locks
                     raise
@@ -213,7 +214,7 @@ def manifest_digest(data: Path) -> str:
 def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at: str = "", stage: str = "pretrain") -> Run:
     """The run that this config and data (at `data_at`, where `data` is a copy) belong to: a new one, or the one to go on with.
 
-    Without `path` the directory is runs/RECIPE-DIGEST, so the same command finds its run again. Raises ValueError where
+    Without `path` the directory is runs/RECIPE-DIGEST, so the same command finds its run again. Raises UserError where
     `path` holds a run of another config or data, naming the first differences, or something that is no run.
     """
     digest = manifest_digest(data)
@@ -224,17 +225,17 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at
     if (path / "run.json").exists():
         run = load_run(path)
         if run.stage != stage:
-            raise ValueError(f"run directory {path} was made by `simclr {run.stage}`, this is `simclr {stage}`; use another --run")
+            raise UserError(f"run directory {path} was made by `simclr {run.stage}`, this is `simclr {stage}`; use another --run")
         theirs, ours = run.config.flat(), config.flat()
         different = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k] and not k.startswith(_OPERATIONAL)]
         if run.data_digest != digest:
             different.append(f"data {run.origin} there, {data_at or data} here")
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            raise ValueError(f"run directory {path} belongs to another config: {'; '.join(different[:3])}{more}; use another --run")
+            raise UserError(f"run directory {path} belongs to another config: {'; '.join(different[:3])}{more}; use another --run")
         run = replace(run, config=config, data=data, data_at=data_at)
     elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {_LOCK}):
-        raise ValueError(f"{path} exists and is no run (it has no run.json); use another --run")
+        raise UserError(f"{path} exists and is no run (it has no run.json); use another --run")
     else:
         command = shlex.join(["simclr", *(redacted(word) for word in sys.argv[1:])])
         run = Run(
@@ -254,12 +255,12 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at
 
 
 def load_run(path: Path) -> Run:
-    """The run in directory `path`. Raises ValueError where there is none, or one of another schema."""
+    """The run in directory `path`. Raises UserError where there is none, or one of another schema."""
     if not (path / "run.json").is_file():
-        raise ValueError(f"{path} is no run directory (it has no run.json); `simclr pretrain RECIPE --data DIR` makes one")
+        raise UserError(f"{path} is no run directory (it has no run.json); `simclr pretrain RECIPE --data DIR` makes one")
     text: dict[str, Any] = json.loads((path / "run.json").read_text())
     if text.pop("schema") != SCHEMA:
-        raise ValueError(f"{path}/run.json has another schema than {SCHEMA}; go on with the version that wrote it")
+        raise UserError(f"{path}/run.json has another schema than {SCHEMA}; go on with the version that wrote it")
     at = address(text["data"])
     if at is not None:
         text["data_at"], data = str(at), copy_of(at, "shards")

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pipelines.terminal import Bar, say
 from simclr import files
 from simclr.data.s3.uri import Corrupt, Refetched, Unreachable, address, copy_of, locked
+from simclr.errors import UserError
 
 T = TypeVar("T")
 # What a run directory or a published encoder holds, checkpoints apart. run.json first: it says whose the others are.
@@ -40,7 +41,7 @@ def shards(place: str | Path, groups: int = 1, group: int = 0) -> Path:
     """The directory of shards at `place`; of s3://… this machine's copy, fetched where it is not whole yet, of training shards in
     more than one group those of `group` (−1: none).
 
-    Raises ValueError where there are none, or S3 does not give them.
+    Raises UserError where there are none, or S3 does not give them.
     """
     at = address(place)
     if at is None:
@@ -102,7 +103,7 @@ def directory(place: Path) -> Iterator[Path]:
     home = Home(place)
     home.fetch()
     if home.at is not None and not home.path.is_dir():
-        raise ValueError(f"there is neither a run nor a published encoder at {home.at}; correct the address")
+        raise UserError(f"there is neither a run nor a published encoder at {home.at}; correct the address")
     yield home.path
     home.send()
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from pipelines.terminal import say
 from pipelines.tracking.uri import database_file, redacted
+from simclr.errors import UserError
 
 # Read at each use. With MLflow's defaults a call to a server that is down blocks for four minutes; 30 s is for large encoders.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -56,14 +57,14 @@ def _locked(uri: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_sentence(uri: str) -> Iterator[None]:
-    """What MLflow or its storage refuses becomes a ValueError of one line, without credentials."""
+    """What MLflow or its storage refuses becomes a UserError of one line, without credentials."""
     import requests
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except (MlflowException, requests.RequestException) as error:
-        raise ValueError(f"MLflow at {redacted(uri)} refused: {_line(error)}") from None
+        raise UserError(f"MLflow at {redacted(uri)} refused: {_line(error)}") from None
 
 
 def _unless(code: str, call: Callable[..., Any], *args: Any) -> Any:
@@ -122,7 +123,7 @@ class Tracker:
         run_id: str | None = None,
         known: Callable[[str], object] = lambda run_id: None,
     ) -> None:
-        """Open a run, or go on with `run_id`, where it still exists. Raises ValueError where MLflow refuses.
+        """Open a run, or go on with `run_id`, where it still exists. Raises UserError where MLflow refuses.
 
         `known` gets the run's id as soon as there is a run: the requests after that may fail, and who tries again goes on with it.
         """
@@ -227,12 +228,12 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
     """Register the encoder directory as a new version of model `name`, under run `run_id`, with its scores. Returns the version.
 
     The version is an MLflow model without pickled code: `mlflow.pyfunc.load_model("models:/NAME@champion")` reads it wherever this
-    package is installed. Raises ValueError for a name that the registry cannot hold or a directory that is no encoder.
+    package is installed. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
     """
     if not re.fullmatch(r"[^/:@'\"\\]+", name) or not name.strip(". "):
-        raise ValueError(f"model name {name!r} cannot be registered; expected a name without / : @ \\ and quotes, give one with --name")
+        raise UserError(f"model name {name!r} cannot be registered; expected a name without / : @ \\ and quotes, give one with --name")
     if not _is_encoder(encoder):
-        raise ValueError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
+        raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
     with _one_sentence(uri):
         client = _client(uri)
         with tempfile.TemporaryDirectory() as scratch:
@@ -275,13 +276,13 @@ def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
 def promote(uri: str, name: str, version: int, metric: str, alias: str = "champion") -> tuple[bool, float | None]:
     """Move `alias` to `version` if its score in `metric` is higher than the present holder's, or nobody with a score holds it.
 
-    Returns (moved, the holder's score before). Raises ValueError where the version has no such score.
+    Returns (moved, the holder's score before). Raises UserError where the version has no such score.
     """
     with _one_sentence(uri):
         client = _client(uri)
         scores = _scores(_find(client, uri, name, None, version))
         if metric not in scores:
-            raise ValueError(f"{name}/{version} has no score {metric!r}; its scores: {', '.join(scores) or 'none'}")
+            raise UserError(f"{name}/{version} has no score {metric!r}; its scores: {', '.join(scores) or 'none'}")
         with _locked(uri):  # between comparing and moving, another job's better version must not get in
             held = client.get_registered_model(name).aliases.get(alias)
             before = _scores(client.get_model_version(name, str(held))).get(metric) if held is not None else None
@@ -295,13 +296,13 @@ def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = l
     """Download the encoder that `spec` names (NAME@alias or NAME/version) to the directory `to`, which must be new or empty.
 
     `progress` gets the bytes that are there and all bytes, now and then. Returns name, version, run_id and scores. Raises
-    ValueError naming what exists where `spec` names nothing; `to` then is as it was, and it appears whole or not at all.
+    UserError naming what exists where `spec` names nothing; `to` then is as it was, and it appears whole or not at all.
     """
     match = re.fullmatch(r"([^@/:]+)(?:@([^@/]+)|/(\d+))", spec)
     if not match:
-        raise ValueError(f"{spec!r} names no model version; expected NAME@alias (patterns@champion) or NAME/version (patterns/3)")
+        raise UserError(f"{spec!r} names no model version; expected NAME@alias (patterns@champion) or NAME/version (patterns/3)")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ValueError(f"{to} exists and is not empty; pull to a new directory")
+        raise UserError(f"{to} exists and is not empty; pull to a new directory")
     name, alias, number = match.groups()
     with _one_sentence(uri):
         from mlflow.artifacts import download_artifacts
@@ -315,7 +316,7 @@ def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = l
             with contextlib.suppress(FileNotFoundError), _watched(Path(scratch), _bytes(client, version, source), progress):
                 download_artifacts(artifact_uri=f"{source}/encoder", dst_path=scratch, tracking_uri=uri)
             if not _is_encoder(found):
-                raise ValueError(f"{name}/{version.version} has lost its files at {redacted(source)}; publish the run again")
+                raise UserError(f"{name}/{version.version} has lost its files at {redacted(source)}; publish the run again")
             if to.exists():  # replaced, it would be lost to a shell that stands in it
                 for file in sorted(found.iterdir(), reverse=True):  # the weights first: without config.json it is no encoder
                     file.rename(to / file.name)
@@ -325,7 +326,7 @@ def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = l
 
 
 def version_of(uri: str, name: str, alias: str) -> int:
-    """The version of model `name` that `alias` points to. Raises ValueError naming what exists where there is none."""
+    """The version of model `name` that `alias` points to. Raises UserError naming what exists where there is none."""
     with _one_sentence(uri):
         return int(_find(_client(uri), uri, name, alias, 0).version)
 
@@ -368,7 +369,7 @@ def _scores(version: Any) -> dict[str, float]:
 
 
 def _find(client: Any, uri: str, name: str, alias: str | None, number: int) -> Any:
-    """The version that `alias` points to, or version `number`. Raises ValueError naming the nearest that exist."""
+    """The version that `alias` points to, or version `number`. Raises UserError naming the nearest that exist."""
     model = _unless(_ABSENT, client.get_registered_model, name)
     if model is None:
         raise _missing(f"no model {name!r} at {redacted(uri)}", "models", name, [m.name for m in client.search_registered_models()])
@@ -381,6 +382,6 @@ def _find(client: Any, uri: str, name: str, alias: str | None, number: int) -> A
     return version
 
 
-def _missing(what: str, kind: str, asked: str, there: list[str]) -> ValueError:
+def _missing(what: str, kind: str, asked: str, there: list[str]) -> UserError:
     near = difflib.get_close_matches(asked, there, n=5, cutoff=0.3) or sorted(there)[:5]
-    return ValueError(f"{what}; " + (f"{kind} there: {', '.join(near)}" if near else f"no {kind} yet: `simclr publish RUN` makes one"))
+    return UserError(f"{what}; " + (f"{kind} there: {', '.join(near)}" if near else f"no {kind} yet: `simclr publish RUN` makes one"))

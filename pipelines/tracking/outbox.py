@@ -14,16 +14,17 @@ from pipelines.runs.directory import Run
 from pipelines.terminal import say
 from pipelines.tracking import client
 from pipelines.tracking import uri as mlflow_uri
+from simclr.errors import UserError
 
 _AGAIN_S, _PAUSE_MOST_S = 2.0, 60.0  # pauses between tries to open double from the first to the second
 _OPEN_S = 60.0  # what a finished job waits for an opening under way
 
 
 def require(uri: str, begun: bool) -> None:
-    """Raise ValueError where no MLflow answers at `uri`. Of what has `begun` it may be away: that is said, and it is waited for."""
+    """Raise UserError where no MLflow answers at `uri`. Of what has `begun` it may be away: that is said, and it is waited for."""
     try:
         mlflow_uri.check(uri)
-    except ValueError as error:
+    except UserError as error:
         if not begun:
             raise
         say(f"{error}; the training goes on without it, and what it misses is logged when it is back")
@@ -32,7 +33,7 @@ def require(uri: str, begun: bool) -> None:
 def open_tracker(
     run: Run, uri: str, tags: dict[str, str] | None = None, known: Callable[[Run], object] = lambda run: None
 ) -> client.Tracker:
-    """The MLflow run of `run` at `uri`, with more `tags`: the one it has there, or a new one. Takes seconds. Raises ValueError where
+    """The MLflow run of `run` at `uri`, with more `tags`: the one it has there, or a new one. Takes seconds. Raises UserError where
     MLflow refuses.
 
     As soon as there is one its id is in run.json, and `known` gets the run with it: a job that is killed, or an opening that fails
@@ -57,7 +58,7 @@ def log_report(tracker: client.Tracker, report: dict[str, Any]) -> None:
 
 
 def catch_up(run: Run, uri: str, tags: dict[str, str] | None = None, status: str = "FINISHED") -> Run:
-    """Log what MLflow has not taken of a run that is over. Raises ValueError where MLflow refuses, or is away still."""
+    """Log what MLflow has not taken of a run that is over. Raises UserError where MLflow refuses, or is away still."""
     say(f"not all of {run.path} was logged to MLflow; logging it at {mlflow_uri.redacted(uri)}")
     tracker = open_tracker(run, uri, tags)
     for report in run.history():

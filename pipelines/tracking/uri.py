@@ -9,6 +9,8 @@ import sqlite3
 import threading
 from pathlib import Path
 
+from simclr.errors import UserError
+
 _ANSWER_S = 8.0  # a server's time to answer `check`
 _HINT = "leave out --tracking-uri and MLFLOW_TRACKING_URI for the embedded database"
 
@@ -29,19 +31,19 @@ def redacted(text: str) -> str:
 
 
 def check(uri: str) -> None:
-    """Raise ValueError within 10 s where no MLflow server answers at `uri`, or its database cannot be used. Writes nothing."""
+    """Raise UserError within 10 s where no MLflow server answers at `uri`, or its database cannot be used. Writes nothing."""
     if file := database_file(uri):
         _check_database(file, uri)
         return
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", uri):
-        raise ValueError(f"{redacted(uri)} is no MLflow address; expected http(s)://HOST:PORT or sqlite:///FILE")
+        raise UserError(f"{redacted(uri)} is no MLflow address; expected http(s)://HOST:PORT or sqlite:///FILE")
     # In a thread: time limits of a request begin anew with every address, redirect and byte, and name look-up has none.
     trouble = [f"no answer within {_ANSWER_S:.0f} s"]
     asking = threading.Thread(target=lambda: trouble.append(_trouble_at(uri)), name="mlflow check", daemon=True)
     asking.start()
     asking.join(_ANSWER_S + 0.5)
     if trouble[-1]:
-        raise ValueError(f"no MLflow server at {redacted(uri)} ({trouble[-1]}); start it, correct the address, or {_HINT}")
+        raise UserError(f"no MLflow server at {redacted(uri)} ({trouble[-1]}); start it, correct the address, or {_HINT}")
 
 
 def database_file(uri: str) -> Path | None:
@@ -51,16 +53,16 @@ def database_file(uri: str) -> Path | None:
 
 def _check_database(file: Path, uri: str) -> None:
     if file.name in ("", ":memory:") or "?" in uri or file.is_dir():
-        raise ValueError(f"the tracking address {uri} names no file; expected sqlite:///FILE (without '?'), or {_HINT}")
+        raise UserError(f"the tracking address {uri} names no file; expected sqlite:///FILE (without '?'), or {_HINT}")
     folder = next(p for p in file.absolute().parents if p.exists())  # SQLite writes its journal beside the file
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK) or (file.exists() and not os.access(file, os.R_OK | os.W_OK)):
-        raise ValueError(f"the tracking database {file} cannot be written; give another --tracking-uri, or {_HINT}")
+        raise UserError(f"the tracking database {file} cannot be written; give another --tracking-uri, or {_HINT}")
     if file.exists():
         try:
             with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
                 database.execute("SELECT count(*) FROM sqlite_master")
         except sqlite3.Error as error:
-            raise ValueError(f"{file} is no usable tracking database ({error}); move it away, or give another --tracking-uri") from None
+            raise UserError(f"{file} is no usable tracking database ({error}); move it away, or give another --tracking-uri") from None
 
 
 def _trouble_at(uri: str) -> str:

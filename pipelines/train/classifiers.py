@@ -22,6 +22,7 @@ from simclr import files
 from simclr.config import Config, Encoder, Train
 from simclr.data.manifest import Manifest, read_names
 from simclr.data.s3 import uri as s3_uri
+from simclr.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +62,7 @@ def published(start: Path, tracking_uri: str | None) -> Iterator[tuple[Path, Pat
             return
         run = load_run(directory)
         if not run.encoder.is_dir():
-            raise ValueError(f"{start} has no encoder yet; finish it with the command that began it: {run.command}")
+            raise UserError(f"{start} has no encoder yet; finish it with the command that began it: {run.command}")
         yield run.encoder, Path(run.origin)
 
 
@@ -125,7 +126,7 @@ def batch_for(asked: int | None, usual: int, images: int, workers: int) -> int:
         return asked
     size = min(usual, images) // workers * workers
     if size < 2:
-        raise ValueError(f"{images} labelled images are too few for {workers} workers; use fewer --workers or more --labels")
+        raise UserError(f"{images} labelled images are too few for {workers} workers; use fewer --workers or more --labels")
     if size < usual:
         say(f"batch size {size} instead of {usual:,}: there are {images:,} images")
     return size
@@ -164,7 +165,7 @@ def told(run: Run, shown: str) -> str:
 
 
 def require_classes(manifest: Manifest, data: Path) -> tuple[str, ...]:
-    """The data's classes. Raises ValueError where it has none."""
+    """The data's classes. Raises UserError where it has none."""
     if not manifest.classes:
-        raise ValueError(f"{data} has no labels to learn; prepare it from a folder of class/file")
+        raise UserError(f"{data} has no labels to learn; prepare it from a folder of class/file")
     return manifest.classes

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pipelines.runs.directory import version
 from simclr import files
 from simclr.config import Config
+from simclr.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def secret(tell: Tell) -> str:
         if not path.exists():
             _write_own(path, secrets.token_hex(32).encode())
         return _read_own(path).decode()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: there is no home directory
+    except (OSError, UserError, ValueError, RuntimeError) as error:  # RuntimeError: there is no home directory
         tell(f"compiled code is not kept for a restart: {error}")
         return ""
 
@@ -118,20 +119,20 @@ def _save(path: Path, fits: dict[str, Any], key: str, known: set[str], tell: Tel
     text = json.dumps(fits).encode() + b"\n" + made[0]
     try:
         _write_own(path, _signature(key, text) + b"\n" + text)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         tell(f"compiled code is not kept for a restart: {error}")
 
 
 def _checked(path: Path, fits: dict[str, Any], key: str) -> bytes:
-    """Torch's bytes in `path`. Raises ValueError, a sentence, where they are not this user's, not whole, or of other facts."""
+    """Torch's bytes in `path`. Raises UserError, a sentence, where they are not this user's, not whole, or of other facts."""
     signature, _, text = _read_own(path).partition(b"\n")
     if not hmac.compare_digest(signature, _signature(key, text)):
-        raise ValueError(f"{path} is damaged, or was not written by a job of this user")
+        raise UserError(f"{path} is damaged, or was not written by a job of this user")
     head, _, content = text.partition(b"\n")
     there = json.loads(head)
     for name in fits.keys() | there.keys():
         if fits.get(name) != there.get(name):
-            raise ValueError(f"{path} is of {name} {there.get(name)}, here it is {fits.get(name)}")
+            raise UserError(f"{path} is of {name} {there.get(name)}, here it is {fits.get(name)}")
     return content
 
 
@@ -140,11 +141,11 @@ def _signature(key: str, text: bytes) -> bytes:
 
 
 def _read_own(path: Path) -> bytes:
-    """The content of a file that nobody but this user can have put there. Raises FileNotFoundError, and ValueError where others can."""
+    """The content of a file that nobody but this user can have put there. Raises FileNotFoundError, and UserError where others can."""
     opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # what is looked at is what is read
     try:
         if not stat.S_ISREG(os.fstat(opened).st_mode):
-            raise ValueError(f"{path} is no file; remove it")
+            raise UserError(f"{path} is no file; remove it")
         _require_own(path.parent, path.parent.stat())
         _require_own(path, os.fstat(opened))
         with os.fdopen(opened, "rb", closefd=False) as file:
@@ -164,7 +165,7 @@ def _write_own(path: Path, content: bytes) -> None:
 
 def _require_own(path: Path, found: os.stat_result) -> None:
     if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(
+        raise UserError(
             f"{path} is not this user's alone (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}); expected owner "
             f"{os.geteuid()}, and that nobody else can write; remove it"
         )

@@ -19,6 +19,7 @@ from pipelines.train import ray_train
 from simclr import files
 from simclr.config import Config
 from simclr.data.s3 import uri as s3_uri
+from simclr.errors import UserError
 from simclr.telemetry.collapse import collapse
 from simclr.telemetry.straggler import SLOW
 
@@ -55,7 +56,7 @@ def home_of(
     """The run directory at `asked` (default runs/NAME-DIGEST), of shards that lie in `data`, a copy of those `at` s3://…, and the
     MLflow address that the flag and the environment state.
 
-    Raises ValueError where no MLflow answers there. Of a run that has a checkpoint, or was logged there before, it may be away: it is
+    Raises UserError where no MLflow answers there. Of a run that has a checkpoint, or was logged there before, it may be away: it is
     waited for.
     """
     uri = mlflow_uri.tracking_address(tracking_uri)
@@ -71,7 +72,7 @@ def home_of(
 def train(job: Job, began: float) -> Run:
     """Train from the newest checkpoint, if any, and leave a run directory with its encoder; `began` is when the command did.
 
-    Raises ValueError, before any worker starts, for what the user can mend.
+    Raises UserError, before any worker starts, for what the user can mend.
     """
     with job.run.alone():
         return _train(job, began)
@@ -85,7 +86,7 @@ def _train(job: Job, began: float) -> Run:
         if run.unlogged:
             try:
                 run = catch_up(run, job.uri)
-            except ValueError as error:
+            except UserError as error:
                 say(f"{error}; the same command again logs the rest")
         home.send()
         say(f"{where} is complete: {done:,} of {job.total:,} steps; nothing to do")
@@ -100,7 +101,7 @@ def _train(job: Job, began: float) -> Run:
         home.send()  # before any checkpoint: run.json says whose they are
         if not done:
             home.settle()  # a first checkpoint, of step 0
-    except ValueError:
+    except UserError:
         if ours:
             ray_train.disconnect()
         raise
@@ -191,7 +192,7 @@ def _cost(told: dict[str, Any], by_steps: int | None) -> str:
 def _send_anyway(home: sync.Home) -> None:
     try:
         home.send()
-    except ValueError as error:
+    except UserError as error:
         say(f"not sent: {error}")
 
 
@@ -201,7 +202,7 @@ def _note(report: dict[str, Any]) -> str:
 
 
 def _steps_done(run: Run, shapes: Callable[[], nn.Module]) -> int:
-    """Steps in the newest whole checkpoint; its reports are then in metrics.jsonl. Raises ValueError where it does not fit the
+    """Steps in the newest whole checkpoint; its reports are then in metrics.jsonl. Raises UserError where it does not fit the
     config's model."""
     if not run.checkpoints.exists():
         return 0
@@ -232,7 +233,7 @@ def newest_tensors(run: Run) -> tuple[int, dict[str, dict[str, Any]]]:
 
     newest = checkpoint.latest(run.checkpoints, say)
     if newest is None:
-        raise ValueError(f"{run.path} has no checkpoint yet; `simclr {run.stage}` writes one every minute")
+        raise UserError(f"{run.path} has no checkpoint yet; `simclr {run.stage}` writes one every minute")
     state = checkpoint.read(newest)
     parts = {
         part: {name.removeprefix(f"model.{part}."): t for name, t in state.tensors.items() if name.startswith(f"model.{part}.")}

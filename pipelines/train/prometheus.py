@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simclr.errors import Diverged
+
 if TYPE_CHECKING:
     from pipelines.train.checkpoints import Saver
     from simclr.train import Report
@@ -68,12 +70,12 @@ class Gauges:
 
 
 def with_last_checkpoint(reports: Iterator[Report], folder: Path, saver: Saver | None) -> Iterator[Report]:
-    """`reports`; a FloatingPointError among them, which every rank has, says which checkpoint in `folder` one could go on from.
+    """`reports`; a Diverged among them, which every rank has, says which checkpoint in `folder` one could go on from.
 
     All ranks say the same, what rank 0 found: whoever is first is heard, and on another node's disk there are none."""
     try:
         yield from reports
-    except FloatingPointError as error:
+    except Diverged as error:
         from simclr import checkpoint
         from simclr.collectives import from_rank_zero
 
@@ -84,4 +86,4 @@ def with_last_checkpoint(reports: Iterator[Report], folder: Path, saver: Saver |
             # The weights were finite at every report, and only there are they saved.
             found = checkpoint.list_checkpoints(folder)
             with_it = f"the last checkpoint, {found[-1].name}, is still good" if found else "there is no checkpoint yet"
-        raise FloatingPointError(f"{error}; {from_rank_zero(with_it)}") from None
+        raise Diverged(f"{error}; {from_rank_zero(with_it)}") from None

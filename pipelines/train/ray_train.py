@@ -18,6 +18,7 @@ from typing import Any
 from pipelines.terminal import say
 from pipelines.train import capacity, elastic, hang, messages, retry, tpu, trainer
 from simclr.config import Config
+from simclr.errors import UserError
 from simclr.stages import STAGES
 
 # Before Ray is imported: what it reads from the environment once.
@@ -66,31 +67,31 @@ class Resources:
 
     def __post_init__(self) -> None:
         if self.workers < 1:
-            raise ValueError(f"--workers is {self.workers}; expected at least 1")
+            raise UserError(f"--workers is {self.workers}; expected at least 1")
         if self.cpus_per_worker < 1:
-            raise ValueError(f"--cpus-per-worker is {self.cpus_per_worker}; expected at least 1")
+            raise UserError(f"--cpus-per-worker is {self.cpus_per_worker}; expected at least 1")
         if self.device not in ("auto", "cpu", "cuda", "tpu"):
-            raise ValueError(f"--device is {self.device!r}; expected auto, cpu, cuda or tpu")
+            raise UserError(f"--device is {self.device!r}; expected auto, cpu, cuda or tpu")
         if self.device == "tpu":
             tpu.check(self.workers, self.topology, self.accelerator_type)
             if self.min_workers is not None:
-                raise ValueError("--min-workers goes with single nodes that come and go; a TPU slice is used whole: leave it out")
+                raise UserError("--min-workers goes with single nodes that come and go; a TPU slice is used whole: leave it out")
         elif self.topology or self.accelerator_type:
-            raise ValueError("--topology and --accelerator-type are a TPU slice's; say --device tpu, or leave them out")
+            raise UserError("--topology and --accelerator-type are a TPU slice's; say --device tpu, or leave them out")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
-            raise ValueError(f"--min-workers is {self.min_workers}; expected 1 to --workers {self.workers}, or nothing")
+            raise UserError(f"--min-workers is {self.min_workers}; expected 1 to --workers {self.workers}, or nothing")
         if self.hang_timeout_s <= 0:
-            raise ValueError(f"--hang-timeout-s is {self.hang_timeout_s}; expected a positive number of seconds")
+            raise UserError(f"--hang-timeout-s is {self.hang_timeout_s}; expected a positive number of seconds")
 
     def counts(self, config: Config) -> list[int]:
-        """Numbers of workers, ascending, that `config` may be trained with. Raises ValueError where --workers or --min-workers is
+        """Numbers of workers, ascending, that `config` may be trained with. Raises UserError where --workers or --min-workers is
         none of them."""
         config.images_per_rank(self.workers)
         config.group_of(0, self.workers)
         least = self.min_workers or self.workers
         fits = [count for count in range(1, self.workers + 1) if _divides(config, count)]
         if least not in fits:
-            raise ValueError(
+            raise UserError(
                 f"--min-workers {least} does not divide batch_size {config.train.batch_size} as the config asks; "
                 f"use {', '.join(map(str, fits[:-1]))} or leave it out"
             )
@@ -101,7 +102,7 @@ def _divides(config: Config, workers: int) -> bool:
     try:
         config.images_per_rank(workers)
         config.group_of(0, workers)
-    except ValueError:
+    except UserError:
         return False
     return True
 
@@ -127,7 +128,7 @@ def connect(resources: Resources) -> bool:
             ray.init(address=resources.address or os.environ["RAY_ADDRESS"], **quiet)
         except ConnectionError as error:
             where = resources.address or os.environ["RAY_ADDRESS"]
-            raise ValueError(f"no Ray cluster answers at {where!r} ({error}); start one with `ray up`, or leave out --address") from None
+            raise UserError(f"no Ray cluster answers at {where!r} ({error}); start one with `ray up`, or leave out --address") from None
     else:
         cores = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
         # Ray lowers the priority of its workers by 15. With nobody else on the cores that only lets every background process
@@ -187,7 +188,7 @@ class Running:
     def reports(self) -> Iterator[dict[str, Any]]:
         """Metrics of rank 0, one dict per report, as they arrive.
 
-        Raises ValueError where a worker failed in a way that the user can mend and that trying again cannot, or the cluster's
+        Raises UserError where a worker failed in a way that the user can mend and that trying again cannot, or the cluster's
         head is gone, and what Ray raises where workers failed too often.
         """
         for message in iter(self._take, _END):
@@ -201,7 +202,7 @@ class Running:
         error = self.outcome[0]
         if error is not None:
             if sentence := retry.non_retryable(error) or retry.given_up(error):
-                raise ValueError(sentence) from None
+                raise UserError(sentence) from None
             raise error
 
     def _take(self) -> dict[str, Any]:
@@ -228,7 +229,7 @@ class _Head:
         return elastic.listens(host, int(port))
 
     def require(self) -> None:
-        """Raise ValueError where it has been away for too long. Asks at most once in a second."""
+        """Raise UserError where it has been away for too long. Asks at most once in a second."""
         if (now := time.monotonic()) - self.asked < 1:
             return
         self.asked = now
@@ -238,12 +239,12 @@ class _Head:
             _lost.append(self.address)
             again = "run the same command again, to go on from the last checkpoint"
             if not self.patience_s:
-                raise ValueError(f"Ray's head process on this machine is gone; {again}")
-            raise ValueError(f"the head of the Ray cluster at {self.address} has not answered for {away:.0f} s; once it does, {again}")
+                raise UserError(f"Ray's head process on this machine is gone; {again}")
+            raise UserError(f"the head of the Ray cluster at {self.address} has not answered for {away:.0f} s; once it does, {again}")
 
 
 def require(resources: Resources) -> bool:
-    """Whether the workers get GPUs. Raises ValueError where the cluster, once connected, cannot have what they ask for."""
+    """Whether the workers get GPUs. Raises UserError where the cluster, once connected, cannot have what they ask for."""
     if resources.topology and resources.accelerator_type:
         tpu.require(resources.topology, resources.accelerator_type)
     joined = joins_a_cluster(resources.address)
@@ -251,13 +252,13 @@ def require(resources: Resources) -> bool:
     has = capacity.reachable(joined).get("GPU", 0)
     gpus = has >= workers and resources.device in ("auto", "cuda")
     if resources.device == "cuda" and not gpus:
-        raise ValueError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {has:.0f}")
+        raise UserError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {has:.0f}")
     if resources.device == "auto" and has and not gpus:
         if joined:  # a node that has not come yet would turn days on GPUs into months on CPUs
-            raise ValueError(f"{workers} workers need as many GPUs, and the cluster has {has:.0f}; use fewer --workers, or --device cpu")
+            raise UserError(f"{workers} workers need as many GPUs, and the cluster has {has:.0f}; use fewer --workers, or --device cpu")
         say(f"training on CPUs: {workers} workers need as many GPUs, this machine has {has:.0f}; use --workers {has:.0f} for it")
     if (room := capacity.slots(joined, each, gpus)) < workers:
-        raise ValueError(
+        raise UserError(
             f"{workers} workers with {each} CPUs{' and a GPU' if gpus else ''} each do not fit: a worker is on one node, "
             f"and the cluster's have room for {room:.0f}; use fewer --workers or --cpus-per-worker"
         )

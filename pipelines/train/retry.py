@@ -8,6 +8,7 @@ from pipelines.train import hang
 from pipelines.train.messages import Tell
 from simclr import files
 from simclr.data.s3.uri import Unreachable
+from simclr.errors import UserError
 
 
 def causes(failure: BaseException) -> list[BaseException]:
@@ -23,7 +24,7 @@ def non_retryable(failure: BaseException) -> str:
         if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
             first = str(error).splitlines()[0][:200]
             return f"a worker's device is out of memory ({first}); use --train.micro-batch, a smaller batch or more workers"
-        if isinstance(error, ValueError | FloatingPointError) and not isinstance(error, Unreachable):
+        if isinstance(error, UserError) and not isinstance(error, Unreachable):
             return str(error)
         if sentence := files.trouble(error):
             return sentence

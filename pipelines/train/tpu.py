@@ -11,6 +11,8 @@ import re
 import time
 from typing import Any
 
+from simclr.errors import UserError
+
 # Ray's names → the ones people use.
 KINDS = {"TPU-V4": "v4", "TPU-V5P": "v5p", "TPU-V5LITEPOD": "v5e", "TPU-V6E": "v6e"}
 _FIRST_PORT = 8070  # torch_tpu's own default (TORCH_TPU_BASE_PORT); one port for each worker of a host
@@ -22,23 +24,23 @@ def chips(topology: str) -> int:
 
 
 def check(workers: int, topology: str | None, kind: str | None) -> None:
-    """Raises ValueError where `workers` are not one slice's. torch_tpu binds a process to one chip."""
+    """Raises UserError where `workers` are not one slice's. torch_tpu binds a process to one chip."""
     if not topology or not kind:
-        raise ValueError("--device tpu wants --topology (as 4x4) and --accelerator-type (as TPU-V5LITEPOD) of the slice")
+        raise UserError("--device tpu wants --topology (as 4x4) and --accelerator-type (as TPU-V5LITEPOD) of the slice")
     if kind not in KINDS:
         known = ", ".join(f"{name} ({people})" for name, people in KINDS.items())
-        raise ValueError(f"--accelerator-type is {kind!r}; expected one of {known}")
+        raise UserError(f"--accelerator-type is {kind!r}; expected one of {known}")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):
-        raise ValueError(f"--topology is {topology!r}; expected a slice's chips in each direction, as 4x4 or 2x2x2")
+        raise UserError(f"--topology is {topology!r}; expected a slice's chips in each direction, as 4x4 or 2x2x2")
     if workers != chips(topology):
-        raise ValueError(
+        raise UserError(
             f"--workers is {workers}, and a slice of {topology} has {chips(topology)} chips; "
             f"a worker drives one chip and a slice is used whole: use --workers {chips(topology)}"
         )
 
 
 def require(topology: str, kind: str) -> None:
-    """Raises ValueError where the cluster has no such slice with all of its hosts."""
+    """Raises UserError where the cluster has no such slice with all of its hosts."""
     import ray
     from ray.util.tpu import get_num_tpu_slices
 
@@ -53,7 +55,7 @@ def require(topology: str, kind: str) -> None:
         f"{sum(host['Resources']['TPU'] for host in of):.0f} chips"
         for name, of in sorted(slices.items())
     )
-    raise ValueError(
+    raise UserError(
         f"the cluster has no whole slice of {kind} with topology {topology} ({chips(topology)} chips); "
         f"it has {has or 'no TPU'}: name the topology that it has, or wait until all hosts of the slice have joined"
     )

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr import files, keyed
+from simclr.errors import UserError
 
 Ids = NDArray[np.int64]
 
@@ -23,13 +24,13 @@ def subset(labels: Ids, share: float, seed: int) -> Ids:
 
     Of a class with m images the nearest whole number to share · m are chosen (half a one counts as one), but at least 1: those
     whose 64 keyed bits under `seed` are smallest. So a larger share holds the smaller ones, and who is chosen in one class does
-    not depend on the others. Raises ValueError for a share outside (0, 1], and where nothing is labelled.
+    not depend on the others. Raises UserError for a share outside (0, 1], and where nothing is labelled.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"the share of labels is {share}; expected above 0 and at most 1, as 0.01 for 1 %")
+        raise UserError(f"the share of labels is {share}; expected above 0 and at most 1, as 0.01 for 1 %")
     labelled = np.flatnonzero(labels >= 0)
     if not len(labelled):
-        raise ValueError("no image of the training split has a label; prepare it from a folder of class/file")
+        raise UserError("no image of the training split has a label; prepare it from a folder of class/file")
     words = keyed.bits(seed, "subset", 0, labelled, 0, 2)
     drawn = labelled[np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")]
     chosen = []
@@ -54,14 +55,14 @@ def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
     """Sample ids, ascending, of the images that a label file lists.
 
     A name may be a whole path in the source (train/cat/12.jpg), or its end (12.jpg), as long as only one image's path ends so.
-    Raises ValueError naming the first line that fits no image, more than one, or one without a label.
+    Raises UserError naming the first line that fits no image, more than one, or one without a label.
     """
     if not path.is_file():
-        raise ValueError(f"there is no label file {path}; expected text, one file name or sample id a line")
+        raise UserError(f"there is no label file {path}; expected text, one file name or sample id a line")
     lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not lines:
-        raise ValueError(f"{path} lists no image; expected one file name or sample id a line")
+        raise UserError(f"{path} lists no image; expected one file name or sample id a line")
     ends = _ends(names, {len(PurePosixPath(line).parts) for _, line in lines if not line.isdigit()}) if names else {}
     found: dict[int, int] = {}
     for number, line in lines:
@@ -69,9 +70,9 @@ def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
         if line.isdigit() and line not in ends:
             sample = int(line)
             if sample >= len(labels):
-                raise ValueError(f"{where}: there is no sample {sample}; the training split has {len(labels):,} images")
+                raise UserError(f"{where}: there is no sample {sample}; the training split has {len(labels):,} images")
         elif names is None:
-            raise ValueError(
+            raise UserError(
                 f"{where} is a name, {line!r}, and these shards do not know their images' names; give sample ids, "
                 "or prepare the shards again, from files"
             )
@@ -79,11 +80,11 @@ def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
             sample = ends.get(line, -1)
             if sample < 0:
                 many = "more than one image has" if sample == _MANY else "no image of the training split has"
-                raise ValueError(f"{where}: {many} the name {line!r}; expected a file name as in the source, {names[0]!r} for one")
+                raise UserError(f"{where}: {many} the name {line!r}; expected a file name as in the source, {names[0]!r} for one")
         if labels[sample] < 0:
-            raise ValueError(f"{where}: image {line!r} has no label; leave it out")
+            raise UserError(f"{where}: image {line!r} has no label; leave it out")
         if sample in found:
-            raise ValueError(f"{where}: {line!r} is listed already, in line {found[sample]}")
+            raise UserError(f"{where}: {line!r} is listed already, in line {found[sample]}")
         found[sample] = number
     return np.sort(np.fromiter(found, np.int64))
 

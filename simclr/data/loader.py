@@ -78,7 +78,7 @@ def batches(
     Step s lies in epoch s // (examples // N). The global batch is N consecutive entries of the epoch's keyed permutation, a
     rank's share n = N / W consecutive ones of those: what step s sees depends on nothing but config, s and the data. With G
     shard groups each has a permutation of its own, and gives N / G consecutive entries: then it depends on G too, and is the
-    same for every number of workers that G divides. Raises ValueError for damaged shards, naming shard and sample.
+    same for every number of workers that G divides. Raises UserError for damaged shards, naming shard and sample.
 
     `ids`, ascending, are the only images that there are, where given: a subset, of ungrouped shards. Of JPEG shards `crops` = 1
     leaves view 1 out.

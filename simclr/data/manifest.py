@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from simclr import files
+from simclr.errors import UserError
 
 SCHEMA = 1
 LISTS = ("skipped.csv", "duplicates.csv", "names-train.txt", "names-test.txt")
@@ -65,12 +66,12 @@ class Manifest:
     def examples(self, split: str, groups: int = 1) -> int:
         """Images in `split`; with more than one shard group those of the smallest, times their number: all an epoch can use.
 
-        Raises ValueError naming the splits there are, or where there are fewer shards than groups.
+        Raises UserError naming the splits there are, or where there are fewer shards than groups.
         """
         if split not in self.splits:
-            raise ValueError(f"the shards have no split {split!r}, only {', '.join(self.splits)}")
+            raise UserError(f"the shards have no split {split!r}, only {', '.join(self.splits)}")
         if groups > len(self.splits[split]):
-            raise ValueError(f"{len(self.splits[split])} shards of {split} make no {groups} groups; prepare with a smaller --shard-mib")
+            raise UserError(f"{len(self.splits[split])} shards of {split} make no {groups} groups; prepare with a smaller --shard-mib")
         return groups * min(sum(shard.samples for shard in self.splits[split][group::groups]) for group in range(groups))
 
     def to_json(self) -> str:
@@ -99,43 +100,43 @@ def write_names(directory: Path, split: str, names: Iterable[str]) -> None:
 def read_names(directory: Path, split: str, examples: int) -> list[str] | None:
     """The names of the `examples` images of a split; None where there are none: of a source of pixels, or of an earlier version.
 
-    Raises ValueError where they are not as many."""
+    Raises UserError where they are not as many."""
     path = directory / f"names-{split}.txt"
     if not path.is_file():
         return None
     names = path.read_text(encoding="utf-8").split("\n")[:-1]
     if len(names) != examples:
-        raise ValueError(f"{path} has {len(names):,} names, the split {examples:,} images; prepare the data again")
+        raise UserError(f"{path} has {len(names):,} names, the split {examples:,} images; prepare the data again")
     return names
 
 
 def parse(text: str, where: object) -> Manifest:
-    """The manifest that `text` is. Raises ValueError naming `where` for another schema, or what is no manifest."""
+    """The manifest that `text` is. Raises UserError naming `where` for another schema, or what is no manifest."""
     try:
         schema = json.loads(text).get("schema")
     except (ValueError, AttributeError):
-        raise ValueError(f"{where}/manifest.json is damaged (no JSON); prepare the data again") from None
+        raise UserError(f"{where}/manifest.json is damaged (no JSON); prepare the data again") from None
     if schema != SCHEMA:
-        raise ValueError(f"{where} was prepared with shard schema {schema}, this version reads {SCHEMA}; prepare it again")
+        raise UserError(f"{where} was prepared with shard schema {schema}, this version reads {SCHEMA}; prepare it again")
     return Manifest.from_json(text)
 
 
 def read_manifest(directory: Path, look: bool = True, groups: int = 1, group: int = 0) -> Manifest:
     """The manifest of `directory`, after a `look` at the size of each shard, of the training shards those of `group` only.
 
-    Raises ValueError for a missing directory or manifest, another schema, a shard that is missing or has another size.
+    Raises UserError for a missing directory or manifest, another schema, a shard that is missing or has another size.
     """
     if not directory.is_dir():
-        raise ValueError(f"no directory {directory}; `simclr prepare --source … --out {directory}` makes it")
+        raise UserError(f"no directory {directory}; `simclr prepare --source … --out {directory}` makes it")
     path = directory / "manifest.json"
     if not path.is_file():
-        raise ValueError(f"{directory} has no manifest.json, so it is no (complete) dataset; `simclr prepare --source … --out …` makes one")
+        raise UserError(f"{directory} has no manifest.json, so it is no (complete) dataset; `simclr prepare --source … --out …` makes one")
     manifest = parse(path.read_text(), directory)
     for shard in manifest.part(groups, group) if look else ():
         file = directory / shard.name
         if not file.is_file():
-            raise ValueError(f"shard {shard.name} of {directory} is missing; prepare the data again")
+            raise UserError(f"shard {shard.name} of {directory} is missing; prepare the data again")
         size = file.stat().st_size
         if size != shard.bytes:
-            raise ValueError(f"shard {shard.name} of {directory} has {size:,} bytes, the manifest says {shard.bytes:,}; prepare it again")
+            raise UserError(f"shard {shard.name} of {directory} has {size:,} bytes, the manifest says {shard.bytes:,}; prepare it again")
     return manifest

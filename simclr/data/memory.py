@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from simclr.errors import UserError
+
 PAGE = 1 << 16
 """A multiple of every page size in use."""
 _LEAST, _MOST = 3, 5  # batches in memory: one being filled, one in the caller's hands, the others ready
@@ -54,7 +56,7 @@ def copied(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
             while at < len(view):
                 got = file.readinto(view[at:])
                 if not got:
-                    raise ValueError(f"shard {path} ends early; prepare or fetch the data again")
+                    raise UserError(f"shard {path} ends early; prepare or fetch the data again")
                 at += got
     return memory
 

@@ -30,6 +30,7 @@ from simclr.data.encode import Encoded, encode
 from simclr.data.ffcv.writer import Note, SplitWriter
 from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest, write_manifest, write_names
 from simclr.data.sources.source import Item, Source
+from simclr.errors import UserError
 
 _RAW_SIDE_PX = 64
 _LOOKED_AT, _TRIED = 32, 1000  # images that decide raw or jpeg, and how many are tried to find them
@@ -54,41 +55,41 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.max_side_px < 8:
-            raise ValueError(f"--max-side-px is {self.max_side_px}; expected at least 8 pixels")
+            raise UserError(f"--max-side-px is {self.max_side_px}; expected at least 8 pixels")
         if not 1 <= self.jpeg_quality <= 100:
-            raise ValueError(f"--jpeg-quality is {self.jpeg_quality}; expected 1 to 100")
+            raise UserError(f"--jpeg-quality is {self.jpeg_quality}; expected 1 to 100")
         if self.shard_mib < 1:
-            raise ValueError(f"--shard-mib is {self.shard_mib}; expected at least 1")
+            raise UserError(f"--shard-mib is {self.shard_mib}; expected at least 1")
         if not 0 <= self.max_skipped_pct <= 100:
-            raise ValueError(f"--max-skipped-pct is {self.max_skipped_pct}; expected 0 to 100")
+            raise UserError(f"--max-skipped-pct is {self.max_skipped_pct}; expected 0 to 100")
 
 
 def existing(source: Source, out: Path, options: Options) -> Manifest | None:
     """What `out` holds already: the manifest where it was made from the same source with the same options, None where there
-    is nothing, or what an interrupted prepare left. Raises ValueError where it holds something else, or cannot be written."""
+    is nothing, or what an interrupted prepare left. Raises UserError where it holds something else, or cannot be written."""
     files.require_writable(out)
     if (out / "manifest.json").exists():
         return agreed(read_manifest(out), source, out, options)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; --out names a directory for the shards")
+        raise UserError(f"{out} is a file; --out names a directory for the shards")
     ours = {path.name for path in _unfinished(out)} if out.exists() else set()
     left = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.exists() else []
     if left:
-        raise ValueError(f"{out} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
+        raise UserError(f"{out} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
     return None
 
 
 def agreed(manifest: Manifest, source: Source, out: object, options: Options) -> Manifest:
-    """The manifest of `out`, which was made from the same source with the same options. Raises ValueError where it was not."""
+    """The manifest of `out`, which was made from the same source with the same options. Raises UserError where it was not."""
     if (manifest.source, manifest.options) != (source.spec, _stated(options)):
         differ = [f"source {manifest.source}"] if manifest.source != source.spec else []
         differ += [f"{k} {v}" for k, v in manifest.options.items() if _stated(options).get(k) != v]
-        raise ValueError(f"{out} already holds shards made with {', '.join(differ)}; use another --out, or remove it")
+        raise UserError(f"{out} already holds shards made with {', '.join(differ)}; use another --out, or remove it")
     if manifest.identity and manifest.identity != source.identity:
-        raise ValueError(f"{source.spec} has changed since {out} was made from it; use another --out, or remove it")
+        raise UserError(f"{source.spec} has changed since {out} was made from it; use another --out, or remove it")
     held = sum(manifest.examples(split) for split in manifest.splits) + manifest.skipped
     if source.total not in (None, held):
-        raise ValueError(f"{out} holds {held:,} images, {source.spec} has {source.total:,} now; use another --out, or remove it")
+        raise UserError(f"{out} holds {held:,} images, {source.spec} has {source.total:,} now; use another --out, or remove it")
     return manifest
 
 
@@ -107,7 +108,7 @@ def prepare(
     the number of images so far; then, while shards are hashed, sealing gets their bytes so far and in all.
 
     Interrupted, killed or cut off from its source it leaves the shards that were full; called again it goes on behind them
-    (resumed gets the number of images that they hold), and the bytes are those of an uninterrupted one. Raises ValueError for
+    (resumed gets the number of images that they hold), and the bytes are those of an uninterrupted one. Raises UserError for
     an `out` that holds something else or that somebody else is writing to; and, with nothing left behind, for fewer than two
     images, for more than `options.max_skipped_pct` that cannot be read, for raw images of different sizes, for a full disk.
     """
@@ -134,7 +135,7 @@ def prepare(
             if made and not list(out.glob(".writing-*.beton.json")):
                 shutil.rmtree(out)
             if isinstance(error, OSError) and error.errno in files.FULL:
-                raise ValueError(
+                raise UserError(
                     f"no space left on the disk of {out}: its {free / 2**20:,.0f} MiB were full after {written / 2**20:,.0f} MiB of "
                     "shards; free some, or use another --out"
                 ) from None
@@ -144,7 +145,7 @@ def prepare(
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Unusable(ValueError):
+class Unusable(UserError):
     """The source is not fit to train on; going on with it would end the same way."""
 
 
@@ -156,7 +157,7 @@ def _alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another prepare is writing to {out}; wait for it, or use another --out") from None
+            raise UserError(f"another prepare is writing to {out}; wait for it, or use another --out") from None
         try:
             yield
         finally:
@@ -335,7 +336,7 @@ def _decide(source: Source, options: Options) -> tuple[Literal["raw", "jpeg"], i
             break
     if not sizes:
         reason = f"; the first: {seen[0].name}: {encode(seen[0], trial, options.max_side_px, options.jpeg_quality).skipped}" if seen else ""
-        raise ValueError(f"{source.spec} has no image that can be read ({len(seen)} tried{reason}); expected JPEG, PNG or other pictures")
+        raise UserError(f"{source.spec} has no image that can be read ({len(seen)} tried{reason}); expected JPEG, PNG or other pictures")
     small = len(set(sizes)) == 1 and max(sizes[0]) <= _RAW_SIDE_PX
     everything = itertools.chain(seen, items)
     if options.kind == "raw" or (options.kind == "auto" and small):

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simclr.errors import UserError
+
 Metric = Literal["top1", "mean_per_class", "map11"]
 Split = Literal["official", "held_out", "thirty_per_class"]
 VOC_CLASSES = (
@@ -181,7 +183,7 @@ Rows = Sequence[tuple[Any, Any]]
 def open_task(name: str, root: Path, download: bool) -> dict[str, Rows] | None:
     """The parts of a dataset under `root`: train, test and, where its authors made one, validation; or `all` where nobody split it.
 
-    None where its folder is absent and `download` does not ask for it. Raises ValueError where the folder is not whole, or
+    None where its folder is absent and `download` does not ask for it. Raises UserError where the folder is not whole, or
     torchvision cannot download it.
     """
     import torchvision.datasets as library
@@ -203,7 +205,7 @@ def open_task(name: str, root: Path, download: bool) -> dict[str, Rows] | None:
         return {part: kind(str(root), **_arguments(kind, part, task, download)) for part in _parts(task)}
     except (RuntimeError, OSError, ValueError) as error:
         sentence = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{task.title} under {root} cannot be read: {sentence}; mend {here}, or leave it out with --only") from None
+        raise UserError(f"{task.title} under {root} cannot be read: {sentence}; mend {here}, or leave it out with --only") from None
 
 
 def _parts(task: Task) -> tuple[str, ...]:
@@ -244,7 +246,7 @@ def _sun397(here: Path) -> dict[str, Rows]:
     lists = {"train": here / "Training_01.txt", "test": here / "Testing_01.txt"}
     for path in (here / "ClassName.txt", *lists.values()):
         if not path.is_file():
-            raise ValueError(f"{path.name} is missing; the authors' Partitions.zip and SUN397.tar.gz have it")
+            raise UserError(f"{path.name} is missing; the authors' Partitions.zip and SUN397.tar.gz have it")
     classes = {line.strip(): i for i, line in enumerate((here / "ClassName.txt").read_text().split())}
     parts: dict[str, Rows] = {}
     for part, path in lists.items():

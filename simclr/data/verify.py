@@ -13,6 +13,7 @@ import numpy as np
 from simclr.data.ffcv.decode import decode
 from simclr.data.loader import open_shard
 from simclr.data.manifest import Manifest, Shard, read_manifest
+from simclr.errors import UserError
 
 _ROWS = 256  # images that a thread takes at a time
 
@@ -27,7 +28,7 @@ class Verified:
 
 
 def verify(directory: Path, threads: int = 1, progress: Callable[[int], None] = lambda done: None) -> Iterator[Verified]:
-    """Each shard of `directory` in turn; progress gets the bytes that were read. Raises ValueError where there is no manifest."""
+    """Each shard of `directory` in turn; progress gets the bytes that were read. Raises UserError where there is no manifest."""
     manifest = read_manifest(directory, look=False)
     done = 0
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
@@ -49,7 +50,7 @@ def _wrong(path: Path, shard: Shard, manifest: Manifest, pool: ThreadPoolExecuto
             yield "its bytes do not have the manifest's sha256"
     try:
         image, _, sizes = open_shard(path, shard, manifest)
-    except ValueError as error:
+    except UserError as error:
         yield str(error)
         return
     if manifest.kind == "raw":  # any bytes are pixels

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from simclr import config as configs
 from simclr.encoder.tf_checkpoint import Bundle, open_bundle
+from simclr.errors import UserError
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.heads import Classifier, ProjectionHead
 from simclr.networks.initial import unfilled
@@ -54,12 +55,12 @@ class Converted:
     """Variables that are no weights."""
 
     def classifier(self, tap: int) -> Classifier:
-        """Images → class scores, with the classifier at `tap`. Raises ValueError where there is none or the tap is too wide."""
+        """Images → class scores, with the classifier at `tap`. Raises UserError where there is none or the tap is too wide."""
         if self.linear is None:
-            raise ValueError(f"{self.source} holds no classifier (no variables of {_PARTS['classifier'][0]}); leave --tap out")
+            raise UserError(f"{self.source} holds no classifier (no variables of {_PARTS['classifier'][0]}); leave --tap out")
         if tap not in self.taps:
             d, fits = self.linear["weight"].shape[1], " or ".join(map(str, self.taps))
-            raise ValueError(f"the classifier takes {d} numbers, which tap {tap} of the head does not give; give --tap {fits}")
+            raise UserError(f"the classifier takes {d} numbers, which tap {tap} of the head does not give; give --tap {fits}")
         with torch.device("meta"):
             model = Classifier(self.encoder, self.head, tap, len(self.linear["bias"]))
         model.classifier.to_empty(device="cpu")
@@ -71,14 +72,14 @@ def load_tensorflow(path: str | Path) -> tuple[ResNet, ProjectionHead | None]:
     """The encoder and projection head (None where there is none) of an official checkpoint, in evaluation mode.
 
     `path` is a checkpoint's prefix, one of its files, a folder with a checkpoint, or a SavedModel. Inputs are (n, 3, H, W) in
-    [0, 1], without mean and deviation. Raises ValueError where it is no checkpoint of a known network.
+    [0, 1], without mean and deviation. Raises UserError where it is no checkpoint of a known network.
     """
     found = convert(open_bundle(Path(path)))
     return found.encoder, found.head
 
 
 def convert(bundle: Bundle) -> Converted:
-    """Every variable of `bundle` is used exactly once, or listed as no weight; ValueError names what fits nowhere."""
+    """Every variable of `bundle` is used exactly once, or listed as no weight; UserError names what fits nowhere."""
     parts: dict[str, Shapes] = {part: {} for part in _PARTS}
     ignored, unknown = list(bundle.ignored), []
     for name, shape in bundle.shapes.items():
@@ -91,7 +92,7 @@ def convert(bundle: Bundle) -> Converted:
             parts[part][name] = shape
     if unknown or not parts["encoder"]:
         found = f"variables that no official SimCLR network has: {_some(unknown)}" if unknown else "no variables of an encoder"
-        raise ValueError(f"{bundle.source} holds {found}; expected names as base_model/conv2d/kernel or resnet/…/conv2d/kernel")
+        raise UserError(f"{bundle.source} holds {found}; expected names as base_model/conv2d/kernel or resnet/…/conv2d/kernel")
     config = infer(parts["encoder"], bundle.source)
     encoder = unfilled(lambda: build_encoder(config))
     fill(encoder, bundle, parts["encoder"])
@@ -103,11 +104,11 @@ def convert(bundle: Bundle) -> Converted:
 
 
 def infer(shapes: Shapes, source: str = "the checkpoint") -> configs.Encoder:
-    """The network whose variables have these names and shapes. Raises ValueError where none of the official ones does."""
+    """The network whose variables have these names and shapes. Raises UserError where none of the official ones does."""
     kernels = [shapes[f"{layer}/kernel"] for layer in created(shapes) if f"{layer}/kernel" in shapes]
     biased = [shape[0] for layer in created(shapes) if len(shape := shapes.get(f"{layer}/bias", ())) == 1]
     if not kernels or any(len(shape) != 4 for shape in kernels):
-        raise ValueError(f"{source} holds no convolutional encoder: expected kernels (height, width, in, out)")
+        raise UserError(f"{source} holds no convolutional encoder: expected kernels (height, width, in, out)")
     deep_stem = [k[0] for k in kernels[:3]] == [3, 3, 3]  # ResNet-D's, which goes with selective kernels
     base = kernels[2 if deep_stem else 0][3]
     width, widest = base // 64, base * 8  # of a block of the last group
@@ -126,7 +127,7 @@ def infer(shapes: Shapes, source: str = "the checkpoint") -> configs.Encoder:
                     ours = [{k: tuple(t.shape) for k, t in layer.items()} for layer in _layers(build_encoder(config))]
                 if ours == theirs:
                     return config
-    raise ValueError(
+    raise UserError(
         f"{source} is no official network: {len(kernels)} kernels, the first {kernels[0]}, the last {kernels[-1]}, fit no ResNet "
         f"of depth {', '.join(map(str, _DEPTHS))} with width {max(width, 1)}"
     )
@@ -148,19 +149,19 @@ def created(names: Iterable[str]) -> list[str]:
 
 
 def fill(module: nn.Module, bundle: Bundle, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copy the variables `names` into `module`, each exactly once; returns variable name → our tensor. Raises ValueError where
+    """Copy the variables `names` into `module`, each exactly once; returns variable name → our tensor. Raises UserError where
     a layer has another shape, or one side has more layers."""
     layers, theirs = _layers(module), created(names)
     if len(layers) != len(theirs):
-        raise ValueError(f"{bundle.source} has {len(theirs)} layers where {len(layers)} were expected: {_some(theirs)}")
+        raise UserError(f"{bundle.source} has {len(theirs)} layers where {len(layers)} were expected: {_some(theirs)}")
     ours = {f"{layer}/{kind}": t for layer, tensors in zip(theirs, layers, strict=True) for kind, t in tensors.items()}
     if different := sorted(set(ours) ^ set(names)):
-        raise ValueError(f"{bundle.source} and the network found for it differ in {_some(different)}")
+        raise UserError(f"{bundle.source} and the network found for it differ in {_some(different)}")
     with torch.no_grad():
         for name, tensor in ours.items():
             value = _turned(torch.as_tensor(bundle.read(name)))
             if value.shape != tensor.shape:
-                raise ValueError(f"{bundle.source}: {name} has shape {bundle.shapes[name]}, which does not fit {tuple(tensor.shape)}")
+                raise UserError(f"{bundle.source}: {name} has shape {bundle.shapes[name]}, which does not fit {tuple(tensor.shape)}")
             tensor.copy_(value)
     assert len(ours) == len(module.state_dict())  # nothing of the module is left as it was
     return ours
@@ -172,7 +173,7 @@ def _head(bundle: Bundle, shapes: Shapes, d_h: int) -> ProjectionHead | None:
     widths = [shapes[f"{layer}/kernel"] for layer in created(shapes) if f"{layer}/kernel" in shapes]
     expected = [(d_h, d_h)] * (len(widths) - 1) + [(d_h, widths[-1][-1])] if widths else []
     if widths != expected or not widths:
-        raise ValueError(f"{bundle.source} has a head of kernels {widths}; expected {d_h} numbers in, and out of all but the last")
+        raise UserError(f"{bundle.source} has a head of kernels {widths}; expected {d_h} numbers in, and out of all but the last")
     head = unfilled(lambda: ProjectionHead(d_h, len(widths), widths[-1][1]))
     fill(head, bundle, shapes)
     return head
@@ -185,7 +186,7 @@ def _linear(bundle: Bundle, shapes: Shapes, widths: list[int]) -> tuple[dict[str
     kinds = {name.rpartition("/")[2]: name for name in shapes}
     kernel = shapes.get(kinds.get("kernel", ""), ())
     if len(shapes) != 2 or len(kernel) != 2 or shapes.get(kinds.get("bias", "")) != kernel[1:] or kernel[0] not in widths:
-        raise ValueError(f"{bundle.source} has a classifier of {shapes}; expected a kernel (d, classes) with d one of {widths}, and a bias")
+        raise UserError(f"{bundle.source} has a classifier of {shapes}; expected a kernel (d, classes) with d one of {widths}, and a bias")
     linear = unfilled(lambda: nn.Linear(*kernel))
     fill(linear, bundle, shapes)
     return dict(linear.state_dict()), tuple(tap for tap, width in enumerate(widths) if width == kernel[0])

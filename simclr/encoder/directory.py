@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simclr import config as configs
+from simclr.errors import UserError
 from simclr.networks.heads import Classifier, ProjectionHead, build_head
 from simclr.networks.initial import unfilled
 from simclr.networks.resnet import ResNet, build_encoder
@@ -179,10 +180,10 @@ def read_head(directory: Path) -> ProjectionHead | None:
 
 
 def read_classifier(directory: Path) -> tuple[Classifier, list[str]]:
-    """(encoder + head up to the tap + linear classifier, its classes). Raises ValueError where none was published."""
+    """(encoder + head up to the tap + linear classifier, its classes). Raises UserError where none was published."""
     text = read_text(directory)
     if "classifier" not in text:
-        raise ValueError(f"{directory} holds no classifier; `simclr finetune` makes one")
+        raise UserError(f"{directory} holds no classifier; `simclr finetune` makes one")
     stated = text["classifier"]
     encoder, head = read_encoder(directory).encoder, read_head(directory)
     with torch.device("meta"):
@@ -193,15 +194,15 @@ def read_classifier(directory: Path) -> tuple[Classifier, list[str]]:
 
 
 def read_text(directory: Path) -> dict[str, Any]:
-    """config.json of a published encoder. Raises ValueError where `directory` is none, or of another schema."""
+    """config.json of a published encoder. Raises UserError where `directory` is none, or of another schema."""
     if not (directory / "config.json").is_file() or not (directory / "encoder.safetensors").is_file():
-        raise ValueError(
+        raise UserError(
             f"{directory} is no published encoder: expected encoder.safetensors and config.json in it; "
             "make one with `simclr publish RUN` or `simclr pull NAME@champion --to DIR`"
         )
     text: dict[str, Any] = json.loads((directory / "config.json").read_text())
     if text.get("schema") != ENCODER_SCHEMA:
-        raise ValueError(f"{directory} has encoder schema {text.get('schema')}, this version reads {ENCODER_SCHEMA}; publish it again")
+        raise UserError(f"{directory} has encoder schema {text.get('schema')}, this version reads {ENCODER_SCHEMA}; publish it again")
     return text
 
 
@@ -209,7 +210,7 @@ def _tensors(directory: Path, name: str) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(directory / f"{name}.safetensors")
     except SafetensorError as error:
-        raise ValueError(f"the weights in {directory} do not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"the weights in {directory} do not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
     return tensors
 
 
@@ -217,4 +218,4 @@ def _load(module: nn.Module, directory: Path, name: str) -> None:
     try:
         module.load_state_dict(_tensors(directory, name))
     except RuntimeError as error:
-        raise ValueError(f"the weights in {directory} do not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"the weights in {directory} do not fit its config.json: {str(error).splitlines()[-1].strip()}") from None

@@ -5,7 +5,7 @@ The two graphs take images (n, 3, size, size) in [0, 1] and hold the rest, mean 
 an even side, so with torchvision's own pool the same weights see the image shifted by two pixels. One line makes it ours,
 `TORCHVISION_POOL`: with `ceil_mode` and no padding the pool covers exactly the windows of 'SAME'.
 
-Each function compares what it wrote with the encoder on random images, in float32, and raises ValueError beyond `BOUND`.
+Each function compares what it wrote with the encoder on random images, in float32, and raises UserError beyond `BOUND`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from simclr.config import Encoder
 from simclr.encoder.directory import PublishedEncoder
+from simclr.errors import UserError
 
 BOUND = 1e-4
 """Largest |theirs − ours|, relative to the largest |ours|."""
@@ -60,12 +61,12 @@ def program(published: PublishedEncoder, path: Path) -> float:
 
 def onnx(published: PublishedEncoder, path: Path) -> float:
     """Write an ONNX graph, input `images`, output `features`, n free; returns its deviation from the encoder, as ONNX Runtime
-    computes it on the CPU. Weights of more than 1 GiB go to a second file, PATH.data. Raises ValueError without ONNX."""
+    computes it on the CPU. Weights of more than 1 GiB go to a second file, PATH.data. Raises UserError without ONNX."""
     try:
         import onnxruntime
         import onnxscript  # type: ignore[import-not-found,unused-ignore] # noqa: F401  torch's exporter needs it
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name}, which ONNX export needs, is not installed; add it with `pip install '.[onnx]'`") from None
+        raise UserError(f"{error.name}, which ONNX export needs, is not installed; add it with `pip install '.[onnx]'`") from None
     module, size = _FromPixels(published).eval(), published.preprocessing.size_px
     large = sum(p.numel() * p.element_size() for p in module.parameters()) > _ONE_FILE
     with _scratch(path) as file, _quiet():
@@ -87,13 +88,13 @@ def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | Non
     """Write the weights under torchvision's names as safetensors, with `classifier` (weight, bias; reading h) as `fc`, if given.
 
     Returns the deviations of torchvision's network with `TORCHVISION_POOL`, and as it is. The input is the encoder's: this
-    network does not take off mean and deviation. Raises ValueError where torchvision has no such network.
+    network does not take off mean and deviation. Raises UserError where torchvision has no such network.
     """
     import torchvision
 
     config = Encoder(**published.config["encoder"])
     if config.depth not in (50, 101, 152) or config.width != 1 or config.sk_ratio or config.se_ratio or config.cifar_stem:
-        raise ValueError(
+        raise UserError(
             "torchvision has no such network; its names fit ResNet-50, -101 and -152 of width 1 with the ImageNet stem and neither "
             "selective kernels nor squeeze-and-excitation: export a program (.pt2) or ONNX (.onnx), which hold any encoder"
         )
@@ -135,7 +136,7 @@ def _deviation(ours: nn.Module, theirs: Callable[[Tensor], Tensor], size: int, p
     expected = ours(x)
     deviation = float((theirs(x) - expected).abs().max() / expected.abs().max())
     if not deviation <= bound:
-        raise ValueError(f"{path.name} deviates from the encoder by {deviation:.1e} of its largest feature, more than {bound:.0e}")
+        raise UserError(f"{path.name} deviates from the encoder by {deviation:.1e} of its largest feature, more than {bound:.0e}")
     return deviation
 
 

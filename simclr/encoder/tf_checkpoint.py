@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr.errors import UserError
+
 _GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 
@@ -40,7 +42,7 @@ class Bundle:
 def open_bundle(path: Path) -> Bundle:
     """The checkpoint at `path`: its prefix (`…/model.ckpt-1000`), one of its files, or a folder with one in it.
 
-    Raises ValueError where there is none or several, where TensorFlow is not installed, or where it cannot read the files.
+    Raises UserError where there is none or several, where TensorFlow is not installed, or where it cannot read the files.
     """
     prefix = find(path)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read at import: its start-up notices are about other things
@@ -50,17 +52,17 @@ def open_bundle(path: Path) -> Bundle:
     except ModuleNotFoundError as error:
         if error.name != "tensorflow":
             raise
-        raise ValueError("TensorFlow, which reads these files, is not installed; add it with `pip install '.[tensorflow]'`") from None
+        raise UserError("TensorFlow, which reads these files, is not installed; add it with `pip install '.[tensorflow]'`") from None
     try:
         reader = tf.train.load_checkpoint(str(prefix))
     except (tf.errors.OpError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{prefix} cannot be read as a TensorFlow checkpoint: {str(error).strip().splitlines()[0][:200]}") from None
+        raise UserError(f"{prefix} cannot be read as a TensorFlow checkpoint: {str(error).strip().splitlines()[0][:200]}") from None
 
     def read(key: str) -> NDArray[Any]:
         try:
             return np.asarray(reader.get_tensor(key))
         except (tf.errors.OpError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{prefix}: variable {key} cannot be read: {str(error).strip().splitlines()[0][:200]}") from None
+            raise UserError(f"{prefix}: variable {key} cannot be read: {str(error).strip().splitlines()[0][:200]}") from None
 
     shapes = {key: tuple(shape) for key, shape in reader.get_variable_to_shape_map().items()}
     names, ignored = {key: key for key in shapes}, tuple[str, ...]()
@@ -78,7 +80,7 @@ def open_bundle(path: Path) -> Bundle:
 
 def named(full: dict[str, str], keys: list[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """(variable name → key, keys that are no variables of the model) of an object-based checkpoint with these `keys`, whose
-    object graph gives each key its name as `full`. Raises ValueError where two variables have one name."""
+    object graph gives each key its name as `full`. Raises UserError where two variables have one name."""
     names: dict[str, str] = {}
     ignored = []
     for key in keys:
@@ -87,22 +89,22 @@ def named(full: dict[str, str], keys: list[str]) -> tuple[dict[str, str], tuple[
             continue
         name = full.get(key) or key.removesuffix(_SUFFIX)
         if name in names:
-            raise ValueError(f"two variables of the checkpoint are named {name}: {names[name]} and {key}; it cannot be told which is which")
+            raise UserError(f"two variables of the checkpoint are named {name}: {names[name]} and {key}; it cannot be told which is which")
         names[name] = key
     return names, tuple(ignored)
 
 
 def find(path: Path) -> Path:
-    """The prefix (without `.index`) of the checkpoint that `path` means. Raises ValueError where it means none, or several."""
+    """The prefix (without `.index`) of the checkpoint that `path` means. Raises UserError where it means none, or several."""
     if path.is_dir():
         return _in_folder(path)
     prefix = path.with_name(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path.name))
     if _index(prefix).is_file():
         return prefix
     if not path.parent.is_dir():
-        raise ValueError(f"there is no {path}; give a checkpoint's prefix, or the folder that holds it")
+        raise UserError(f"there is no {path}; give a checkpoint's prefix, or the folder that holds it")
     there = _prefixes(path.parent)
-    raise ValueError(f"there is no checkpoint {prefix}: {prefix.name}.index is absent; " + _choose(path.parent, there))
+    raise UserError(f"there is no checkpoint {prefix}: {prefix.name}.index is absent; " + _choose(path.parent, there))
 
 
 def _in_folder(folder: Path) -> Path:
@@ -117,7 +119,7 @@ def _in_folder(folder: Path) -> Path:
             return newest
     if len(there) == 1:
         return there[0]
-    raise ValueError(f"{folder} holds {'no TensorFlow checkpoint' if not there else 'several checkpoints'}; " + _choose(folder, there))
+    raise UserError(f"{folder} holds {'no TensorFlow checkpoint' if not there else 'several checkpoints'}; " + _choose(folder, there))
 
 
 def _choose(folder: Path, there: list[Path]) -> str:

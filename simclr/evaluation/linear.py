@@ -183,7 +183,7 @@ def sgd_probe(
 
     As the official code has it: weights start at zero, lr falls along half a cosine without warm-up. No weight decay, as the
     paper says and the official README does on CIFAR-10; its ImageNet command has 1e-6. Crops, their order and `views` are those of
-    `config`, keyed by its seed; images without a label count for nothing. Returns the classifier; raises ValueError where the
+    `config`, keyed by its seed; images without a label count for nothing. Returns the classifier; raises UserError where the
     batch is larger than the split. `progress` gets the step, of how many, and the loss.
     """
     views = replace(config.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0)

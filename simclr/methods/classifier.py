@@ -76,7 +76,7 @@ def build_classifier(config: Config, classes: int, tap: int, linear: bool = Fals
 def first_state(config: FineTune, published: Path, classes: int) -> checkpoint.State:
     """The state after no step, of the encoder and head in the directory `published`: where fine-tuning begins.
 
-    Raises ValueError where its head has fewer layers than the tap asks for.
+    Raises UserError where its head has fewer layers than the tap asks for.
     """
     model = Classifier(read_encoder(published).encoder, read_head(published), config.tap, classes)
     nn.init.zeros_(model.classifier.weight)

@@ -16,6 +16,7 @@ from torch import Tensor
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.encoder.directory import read_classifier, read_text
+from simclr.errors import UserError
 from simclr.methods.classifier import build_classifier, train_classifier
 from simclr.precision import autocast, weights_dtype
 from simclr.stages import Distill
@@ -62,14 +63,14 @@ def distill(config: Distill, start: Start, teacher: Path, ids: NDArray[np.int64]
 
 
 def require_teacher(directory: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes that the teacher published in `directory` tells apart. Raises ValueError where there is no classifier, or the
+    """The classes that the teacher published in `directory` tells apart. Raises UserError where there is no classifier, or the
     data, labelled, has other `classes`."""
     stated = read_text(directory).get("classifier")
     if stated is None:
-        raise ValueError(f"{directory} holds no classifier to learn from; `simclr finetune` makes one")
+        raise UserError(f"{directory} holds no classifier to learn from; `simclr finetune` makes one")
     names = tuple(stated["classes"])
     if classes and names != classes:
-        raise ValueError(f"the teacher tells {_few(names)} apart, the data has {_few(classes)}; give the data that it was fine-tuned on")
+        raise UserError(f"the teacher tells {_few(names)} apart, the data has {_few(classes)}; give the data that it was fine-tuned on")
     return names
 
 

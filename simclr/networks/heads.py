@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from simclr import config as configs
+from simclr.errors import UserError
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.initial import Linear, draw
 from simclr.networks.resnet import ResNet
@@ -58,7 +59,7 @@ class Classifier(nn.Module):
         super().__init__()
         layers = len(head.layers) if head is not None else 0
         if not 0 <= tap <= layers:
-            raise ValueError(f"tap {tap} does not exist; the projection head here has {layers} layers, and tap 0 is the encoder's h")
+            raise UserError(f"tap {tap} does not exist; the projection head here has {layers} layers, and tap 0 is the encoder's h")
         self.encoder, self.tap = encoder, tap
         self.head = nn.Sequential(*head.layers[:tap]) if head is not None else nn.Sequential()
         width = head.widths[tap] if head is not None else encoder.d_h

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from simclr.collectives import means_and_rows, world_size
 from simclr.config import Config
 from simclr.data.manifest import read_manifest, read_names
+from simclr.errors import Diverged
 from simclr.evaluation import representation
 from simclr.telemetry.straggler import Stragglers
 from simclr.telemetry.timing import Pace
@@ -57,7 +58,7 @@ class Health:
     def report(self, step: int, values: dict[str, Tensor], pace: Pace) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
         """Means over ranks of `values`, and the metrics of every rank's `pace`; of some also each rank's, in order of ranks.
 
-        Raises FloatingPointError, the same on every rank, where a step since the last report or the weights are not finite,
+        Raises Diverged, the same on every rank, where a step since the last report or the weights are not finite,
         or where values["train/loss"] says that the run diverges.
         """
         mine = [pace.p50_s, pace.p95_s, pace.max_s, pace.outside_s, pace.data_wait_pct, pace.communication_pct]
@@ -98,16 +99,16 @@ class Health:
         first = min(row[0] for row in bad.values())
         whose = [r for r, row in bad.items() if row[0] == first]
         if first == int(first) + _WEIGHTS:
-            raise FloatingPointError(f"the weights are not finite after step {int(first)}, whose loss was finite; {self.advice}")
+            raise Diverged(f"the weights are not finite after step {int(first)}, whose loss was finite; {self.advice}")
         where = f"the loss is not finite at step {int(first)} on rank {', '.join(map(str, whose))}"
         count = int(sum(bad[r][1] for r in whose))
         if not count:
-            raise FloatingPointError(f"{where}, though the projection of every image is; {self.advice}")
+            raise Diverged(f"{where}, though the projection of every image is; {self.advice}")
         ids = sorted(int(i) - 1 for r in whose for i in bad[r][2:] if i)[:NAMED]
         named = ", ".join(places(self.data, ids)) + (f" and {count - len(ids):,} more" if count > len(ids) else "")
         every = count == len(self.bad) * world_size()
         why = " (every image of the step: BatchNorm, or the weights, pass on what one image has)" if every and count > 1 else ""
-        raise FloatingPointError(f"{where}, of image{'s' if count > 1 else ''} {named}{why}; {self.advice}")
+        raise Diverged(f"{where}, of image{'s' if count > 1 else ''} {named}{why}; {self.advice}")
 
     def _require_bounded(self, step: int, loss: float) -> None:
         """A finite loss that is `DIVERGED` times what it should never exceed, in two reports on end. One may be a spike that passes."""
@@ -115,7 +116,7 @@ class Health:
         self.above = self.above + 1 if loss > DIVERGED * self.reference > 0 else 0
         if self.above > 1:
             what = f"{'guessing gives' if self.reference == self.guessing else 'it began at'} {self.reference:.4g}"
-            raise FloatingPointError(f"the loss diverges: it is {loss:.4g} at step {step}, where {what}; {self.advice}")
+            raise Diverged(f"the loss diverges: it is {loss:.4g} at step {step}, where {what}; {self.advice}")
 
 
 def places(data: Path, ids: Iterable[int]) -> list[str]:

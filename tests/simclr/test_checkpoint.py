@@ -18,6 +18,7 @@ from torch import nn
 
 from simclr import checkpoint
 from simclr.checkpoint import State
+from simclr.errors import UserError
 
 
 def state(step: int, value: float = 1.0) -> State:
@@ -79,7 +80,7 @@ def test_another_schema_is_refused_and_not_skipped(tmp_path: Path) -> None:
     path = checkpoint.write(tmp_path, state(1), keep=1)
     text = json.loads((path / "checkpoint.json").read_text())
     (path / "checkpoint.json").write_text(json.dumps(text | {"schema": 99}))
-    with pytest.raises(ValueError, match=r"schema 99, this version reads 1; go on with the version that wrote it"):
+    with pytest.raises(UserError, match=r"schema 99, this version reads 1; go on with the version that wrote it"):
         checkpoint.latest(tmp_path, print)
 
 
@@ -108,7 +109,7 @@ def test_names_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         ({"optimizer.bias.momentum_buffer": None}, "optimizer.bias.momentum_buffer is missing"),
     ):
         tensors = {name: t for name, t in (good.tensors | change).items() if t is not None}
-        with pytest.raises(ValueError, match=f"step 1 does not fit this config: {sentence}"):
+        with pytest.raises(UserError, match=f"step 1 does not fit this config: {sentence}"):
             checkpoint.restore(State(1, {}, tensors), model, optimizer)
         assert torch.equal(model.weight, before) and not optimizer.state
 

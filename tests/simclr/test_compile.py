@@ -25,6 +25,7 @@ from torch._dynamo.utils import counters
 from pipelines.train import compile_cache
 from simclr.collectives import rank
 from simclr.config import Config, Encoder, Head, Loss, Train
+from simclr.errors import UserError
 from simclr.methods.classifier import finetune
 from simclr.stages import FineTune
 from simclr.train import Start, pretrain
@@ -262,7 +263,7 @@ def test_facts_are_what_shapes_the_network_and_nothing_else() -> None:
 
 
 def test_a_bucket_that_torch_cannot_cut_at_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"train\.bucket_mib is 0\.5; with train\.compile expected at least 1"):
+    with pytest.raises(UserError, match=r"train\.bucket_mib is 0\.5; with train\.compile expected at least 1"):
         Train(bucket_mib=0.5, compile=True)
     assert Train(bucket_mib=0.5).bucket_mib == 0.5
 

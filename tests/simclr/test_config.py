@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from simclr.config import Config, Encoder, Loss, Optim, Train, Views, Watch
+from simclr.errors import UserError
 from simclr.methods.simclr import shapes_only
 from simclr.recipes import RECIPES, recipe
 
@@ -58,7 +59,7 @@ def test_steps_are_those_of_the_official_code() -> None:
     ],
 )
 def test_a_bad_value_is_refused_at_birth(build: Any, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         build()
 
 
@@ -69,12 +70,12 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_batches_that_do_not_divide_name_those_that_do() -> None:
     config = Config(train=Train(batch_size=500))
-    with pytest.raises(ValueError, match="batch_size 500 does not divide over 8 workers; use 496 or 504, or --workers 5"):
+    with pytest.raises(UserError, match="batch_size 500 does not divide over 8 workers; use 496 or 504, or --workers 5"):
         config.images_per_rank(8)
 
 
 def test_unknown_names_get_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown field optim.base_lrr; nearest: optim.base_lr"):
+    with pytest.raises(UserError, match=r"unknown field optim.base_lrr; nearest: optim.base_lr"):
         Config.from_dict({"optim": {"base_lrr": 1.0}})
-    with pytest.raises(ValueError, match=r"unknown recipe 'cifar_resnet18'; nearest: cifar10_resnet18"):
+    with pytest.raises(UserError, match=r"unknown recipe 'cifar_resnet18'; nearest: cifar10_resnet18"):
         recipe("cifar_resnet18")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from simclr import files
+from simclr.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,8 @@ def test_a_path_that_cannot_be_made_is_said_beforehand(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     files.require_writable(tmp_path / "new" / "deep")
     files.require_writable(tmp_path / "file")
-    with pytest.raises(ValueError, match="is a file; give another path"):
+    with pytest.raises(UserError, match="is a file; give another path"):
         files.require_writable(tmp_path / "file" / "x")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    with pytest.raises(ValueError, match=r"no permission|read-only"):
+    with pytest.raises(UserError, match=r"no permission|read-only"):
         files.require_writable(Path("/proc/1/nothing"))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr.collectives import all_gather, world_size
+from simclr.errors import UserError
 from simclr.gradient_cache import cached_gradient
 from simclr.loss import nt_xent
 from simclr.methods.simclr import build_model
@@ -117,9 +118,9 @@ def test_the_loop_trains_in_pieces(ranks: Ranks, patterns: Path) -> None:
 
 def test_a_micro_batch_that_does_not_divide_is_a_sentence() -> None:
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, micro_batch=5))
-    with pytest.raises(ValueError, match="micro_batch 5 does not divide the 12 images of a worker; use 4 or 6"):
+    with pytest.raises(UserError, match="micro_batch 5 does not divide the 12 images of a worker; use 4 or 6"):
         config.images_per_rank(2)
-    with pytest.raises(ValueError, match=r"train.micro_batch is 0; expected at least 1"):
+    with pytest.raises(UserError, match=r"train.micro_batch is 0; expected at least 1"):
         dataclasses.replace(TINY.train, micro_batch=0)
 
 

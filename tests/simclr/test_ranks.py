@@ -19,6 +19,7 @@ from simclr import checkpoint
 from simclr.collectives import all_gather, data_parallel, from_rank_zero, rank, world_size
 from simclr.config import Config
 from simclr.data import loader
+from simclr.errors import Diverged
 from simclr.evaluation import features
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
 from simclr.methods.simclr import build_model
@@ -287,7 +288,7 @@ def diverging(data: str) -> str:
 
 def lost(config: Config, data: str) -> str:
     """What a run that is not finite says."""
-    with pytest.raises(FloatingPointError) as raised:
+    with pytest.raises(Diverged) as raised:
         list(pretrain(config, Start(Path(data))))
     return str(raised.value)
 

@@ -16,6 +16,7 @@ import torch
 
 from simclr import checkpoint
 from simclr.config import Config
+from simclr.errors import UserError
 from simclr.methods.simclr import build_model
 from simclr.networks import initial
 from simclr.optim import lr_peak, warmup_cosine
@@ -175,9 +176,9 @@ def test_the_seed_is_in_everything(patterns: Path, tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step(patterns: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"batch_size 241 is larger than the training split \(240 images\)"):
+    with pytest.raises(UserError, match=r"batch_size 241 is larger than the training split \(240 images\)"):
         next(pretrain(config(batch_size=241), Start(patterns)))
     run(config(checkpoint_every_steps=1), patterns, tmp_path, until=1)
     wider = dataclasses.replace(config(), head=dataclasses.replace(TINY.head, d_out=8))
-    with pytest.raises(ValueError, match=r"step 1 does not fit this config: .*head.* has shape \(16, 64\), expected \(8, 64\)"):
+    with pytest.raises(UserError, match=r"step 1 does not fit this config: .*head.* has shape \(16, 64\), expected \(8, 64\)"):
         next(pretrain(wider, Start(patterns, checkpoint=checkpoint.latest(tmp_path, print))))

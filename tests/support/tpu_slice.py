@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.train import ray_train
+from simclr.errors import UserError
 from simclr.recipes import patterns_tiny
 
 SLICE = {"device": "tpu", "topology": "2x2x2", "accelerator_type": "TPU-V4"}
@@ -49,7 +50,7 @@ def main(address: str, folder: str) -> None:
     try:
         ray_train.require(other)
         refused = ""
-    except ValueError as error:
+    except UserError as error:
         refused = str(error)
     config = replace(patterns_tiny(), train=replace(patterns_tiny().train, batch_size=64))
     running = ray_train.launch(look, {"stage": "pretrain", "config": config.to_dict()}, resources, Path(folder))

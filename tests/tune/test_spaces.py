@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from simclr import keyed, loss
 from simclr.config import Config, Head, Loss, Views
+from simclr.errors import UserError
 from simclr.methods.simclr import build_model
 from simclr.networks.heads import ProjectionHead
 from simclr.optim import lr_peak
@@ -84,18 +85,18 @@ def test_samples_are_the_same_for_a_seed_and_inside_their_bounds() -> None:
 )
 def test_a_value_that_the_config_does_not_take_is_named(path: str, value: object, sentence: str) -> None:
     space = Space(name="mine", repeats="", why="", axes=(Axis(paths=(path,), values=(value,), label=""),))
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         resolve.point(space, Config(), {path: value}, 0)
 
 
 def test_what_a_space_does_not_have_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown space 'temperatur-lr'; nearest: temperature-lr"):
+    with pytest.raises(UserError, match="unknown space 'temperatur-lr'; nearest: temperature-lr"):
         spaces.space("temperatur-lr")
-    with pytest.raises(ValueError, match=r"does not vary head.layers; --only takes loss.temperature"):
+    with pytest.raises(UserError, match=r"does not vary head.layers; --only takes loss.temperature"):
         resolve.restricted(spaces.space("smoke"), Config(), {"head.layers": [1]})
-    with pytest.raises(ValueError, match=r"smoke has no loss.temperature 7.0; it has 0.1, 0.2, 0.5, 1.0"):
+    with pytest.raises(UserError, match=r"smoke has no loss.temperature 7.0; it has 0.1, 0.2, 0.5, 1.0"):
         resolve.restricted(spaces.space("smoke"), Config(), {"loss.temperature": [7.0]})
-    with pytest.raises(ValueError, match="no grid covers"):
+    with pytest.raises(UserError, match="no grid covers"):
         resolve.combinations(Space(name="m", repeats="", why="", axes=(Axis(paths=("seed",), values=Between(0, 1), label=""),)))
 
 
@@ -112,7 +113,7 @@ def test_products_without_normalisation_equal_algorithm_1(within: Within, ranks:
     within("loss", abs(float(loss.nt_xent_dot(z, 10.0)) - total / 8), 1e-12)
     unit = F.normalize(z, dim=1)
     within("of unit rows: nt_xent", abs(float(loss.nt_xent_dot(unit, 0.5) - loss.nt_xent(z, 0.5))), 1e-12)
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(UserError, match="expected"):
         loss.nt_xent_dot(z[:3], 10.0)
 
 
@@ -170,9 +171,9 @@ def test_operations_are_what_they_are_called() -> None:
 
 
 def test_the_new_fields_are_checked() -> None:
-    with pytest.raises(ValueError, match="semi_hard is for the other losses"):
+    with pytest.raises(UserError, match="semi_hard is for the other losses"):
         Loss(name="nt_xent_dot", semi_hard=True)
-    with pytest.raises(ValueError, match=r"views.operations has zoom; expected some of crop"):
+    with pytest.raises(UserError, match=r"views.operations has zoom; expected some of crop"):
         Views(operations=("zoom",))  # type: ignore[arg-type]
     config = dataclasses.replace(Config(), views=Views(operations=("crop", "colour")))
     assert Config.from_dict(config.to_dict()) == config and config.flat()["views.operations"] == "crop colour"

@@ -14,6 +14,7 @@ from pipelines import cli, terminal
 from pipelines.runs.directory import load_run
 from pipelines.train import retry
 from simclr.data.manifest import read_manifest
+from simclr.errors import Diverged, UserError
 from tests.support.command import Run, refused
 from tests.support.sweeps import a_sweep, trained
 from tune import resolve, spaces, sweep_dir, trial_log, validate
@@ -59,9 +60,9 @@ def test_spaces_are_listed(simclr: Run) -> None:
 def test_unlabelled_data_has_its_own_metrics(tmp_path: Path, photographs: Path) -> None:
     manifest = read_manifest(photographs)
     changes = {"train.batch_size": 60}
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(UserError, match="needs labels"):
         validate.check(a_sweep(tmp_path, "smoke", changes=changes), manifest)
-    with pytest.raises(ValueError, match=r"health/rankme is known at their end; use health/align_uniform"):
+    with pytest.raises(UserError, match=r"health/rankme is known at their end; use health/align_uniform"):
         validate.check(a_sweep(tmp_path, "smoke", changes=changes, metric="health/rankme", scheduler="asha"), manifest)
     assert len(validate.check(a_sweep(tmp_path, "smoke", changes=changes, metric="health/rankme", seeds=2), manifest)) == 16
 
@@ -84,8 +85,8 @@ def test_a_failure_is_tried_again_only_where_another_seed_may_help() -> None:
             self.worker_failures = {0: error}
 
     oom = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})
-    assert why(Group(FloatingPointError("not finite at step 3 on rank 0"))) == ("not finite at step 3 on rank 0", True)
-    assert why(Group(ValueError("a shard is damaged"))) == ("a shard is damaged", False)
+    assert why(Group(Diverged("not finite at step 3 on rank 0"))) == ("not finite at step 3 on rank 0", True)
+    assert why(Group(UserError("a shard is damaged"))) == ("a shard is damaged", False)
     assert why(Group(oom("tried to allocate 3 GiB"))) == ("out of memory on the device: tried to allocate 3 GiB", False)
     reason, again = why(Group(RuntimeError("the actor died")))
     assert again and reason == "RuntimeError: the actor died"
@@ -218,9 +219,9 @@ def test_a_sweep_that_could_never_be_scheduled_is_refused(tmp_path: Path) -> Non
     assert ray_tune.room(a_sweep(tmp_path, "smoke")) == 2
     assert ray_tune.room(a_sweep(tmp_path, "smoke", resources=one | {"workers": 2})) == 1
     assert ray_tune.room(a_sweep(tmp_path, "smoke", max_concurrent=1)) == 1
-    with pytest.raises(ValueError, match=r"--max-concurrent 3 trials .* there is room for 2"):
+    with pytest.raises(UserError, match=r"--max-concurrent 3 trials .* there is room for 2"):
         ray_tune.room(a_sweep(tmp_path, "smoke", max_concurrent=3))
-    with pytest.raises(ValueError, match=r"3 workers with 1 CPUs each do not fit: .* have room for 2"):
+    with pytest.raises(UserError, match=r"3 workers with 1 CPUs each do not fit: .* have room for 2"):
         ray_tune.room(a_sweep(tmp_path, "smoke", resources=one | {"workers": 3}))
 
 

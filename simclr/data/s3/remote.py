@@ -15,12 +15,13 @@ from simclr import files
 from simclr.data.manifest import LISTS, Manifest, Shard, parse, read_manifest
 from simclr.data.s3.store import Damaged, Missing, Progress, Store
 from simclr.data.s3.uri import Address, locked
+from simclr.errors import UserError
 
 _AT_ONCE = 4  # shards; each is in parts of its own
 
 
 def manifest_at(place: Address, store: Store) -> tuple[Manifest, bytes] | None:
-    """The manifest at `place` and its bytes, None where there is none. Raises ValueError where it cannot be asked for."""
+    """The manifest at `place` and its bytes, None where there is none. Raises UserError where it cannot be asked for."""
     try:
         text = store.read(place / "manifest.json")
     except Missing:
@@ -38,14 +39,12 @@ def fetch(place: Address, directory: Path, progress: Callable[[int, int], None],
 
     Of training shards in more than one group only those of `group` are fetched (−1: none), and others stay where they are.
     Several processes of a machine may call this at once: one fetches, the others wait. progress gets bytes so far and in all.
-    Raises ValueError where there are no shards, where they do not match their manifest, and for a disk that is too small.
+    Raises UserError where there are no shards, where they do not match their manifest, and for a disk that is too small.
     """
     with locked(directory):
         found = manifest_at(place, store)
         if found is None:
-            raise ValueError(
-                f"there are no shards at {place} (no manifest.json); `simclr prepare --source … --out {place}` puts them there"
-            )
+            raise UserError(f"there are no shards at {place} (no manifest.json); `simclr prepare --source … --out {place}` puts them there")
         manifest, text = found
         local = directory / "manifest.json"
         whole = local.is_file() and local.read_bytes() == text
@@ -93,7 +92,7 @@ def fetch_names(place: Address, directory: Path, split: str, store: Store) -> No
 def push(directory: Path, place: Address, progress: Callable[[int, int], None], store: Store) -> None:
     """Send the shards in `directory` to `place`, the manifest last; what is there already is not sent again.
 
-    Raises ValueError where a shard on disk does not match its manifest, or S3 refuses.
+    Raises UserError where a shard on disk does not match its manifest, or S3 refuses.
     """
     manifest = read_manifest(directory)
     found = manifest_at(place, store)

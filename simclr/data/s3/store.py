@@ -33,6 +33,7 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
 from simclr.data.s3.uri import Address, Unreachable
+from simclr.errors import UserError
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
@@ -62,11 +63,11 @@ _CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.Prof
 _HOW_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or run where a role gives them"
 
 
-class Missing(ValueError):
+class Missing(UserError):
     """There is no such object."""
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """An object's bytes are not those that its checksum or the manifest promises."""
 
 
@@ -92,7 +93,7 @@ class Object:
 class Store:
     """boto3's S3 client, with our own patience. May be used by several threads at once.
 
-    Every method raises ValueError: Missing; at once where it is refused; after `attempts` tries, naming the object and why the
+    Every method raises UserError: Missing; at once where it is refused; after `attempts` tries, naming the object and why the
     last one failed.
     """
 
@@ -116,9 +117,9 @@ class Store:
         try:
             self.client: Any = boto3.session.Session().client("s3", config=settings)
         except ValueError:
-            raise ValueError("the S3 endpoint in the environment is no address; expected AWS_ENDPOINT_URL_S3=http(s)://HOST:PORT") from None
+            raise UserError("the S3 endpoint in the environment is no address; expected AWS_ENDPOINT_URL_S3=http(s)://HOST:PORT") from None
         except boto.BotoCoreError as error:
-            raise ValueError(f"boto3 finds no usable AWS settings ({type(error).__name__}); {_HOW_CREDENTIALS}") from None
+            raise UserError(f"boto3 finds no usable AWS settings ({type(error).__name__}); {_HOW_CREDENTIALS}") from None
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
 
     # ── Asking ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -315,7 +316,7 @@ class Store:
             parts = self._all([self.pool.submit(send, number) for number in range(1, -(-size // each) + 1)])
             self._tried(place, complete)
         except BaseException:
-            with contextlib.suppress(ValueError):  # the first trouble is the one to tell
+            with contextlib.suppress(UserError):  # the first trouble is the one to tell
                 self._tried(place, lambda: self.client.abort_multipart_upload(**about))
             raise
 
@@ -335,13 +336,13 @@ class Store:
             except boto.ClientError as error:
                 reason = _status(error, place)
             except _CREDENTIALS:
-                raise ValueError(f"no AWS credentials for {place}; {_HOW_CREDENTIALS}") from None
+                raise UserError(f"no AWS credentials for {place}; {_HOW_CREDENTIALS}") from None
             except _TRANSPORT as error:
                 reason = next(words for kind, words in _WORDS.items() if isinstance(error, kind))
                 if isinstance(error, boto.EndpointConnectionError):
                     reason += f" to {urlsplit(self.client.meta.endpoint_url).hostname}"
             except boto.BotoCoreError as error:
-                raise ValueError(f"{place} cannot be asked for ({type(error).__name__}); check the address and the AWS settings") from None
+                raise UserError(f"{place} cannot be asked for ({type(error).__name__}); check the address and the AWS settings") from None
         raise Unreachable(
             f"{place} failed {self.attempts} times, the last time with {reason}; check the network and the endpoint, "
             "then run the same command again: it goes on where it stopped"
@@ -367,7 +368,7 @@ class Store:
 
     def _check_over(self) -> None:
         if self.over.is_set():
-            raise ValueError("the transfer was ended")
+            raise UserError("the transfer was ended")
 
 
 def _status(error: boto.ClientError, place: Address) -> str:
@@ -384,8 +385,8 @@ def _status(error: boto.ClientError, place: Address) -> str:
         raise Missing(f"there is no {place}; correct the address") from None
     if status in (401, 403) or "Token" in code:
         what = f"{status} {code}".removesuffix(f" {status}")
-        raise ValueError(f"S3 refuses {place} to these credentials ({what}); get permission for it, or {_HOW_CREDENTIALS}") from None
-    raise ValueError(f"S3 refuses the request for {place} ({status} {code}); check the address, the region and the endpoint") from None
+        raise UserError(f"S3 refuses {place} to these credentials ({what}); get permission for it, or {_HOW_CREDENTIALS}") from None
+    raise UserError(f"S3 refuses the request for {place} ({status} {code}); check the address, the region and the endpoint") from None
 
 
 def _md5(answer: dict[str, Any]) -> str:

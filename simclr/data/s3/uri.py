@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from simclr.errors import UserError
 
-class Unreachable(ValueError):
+
+class Unreachable(UserError):
     """Every try failed, by what may pass: a network, a server."""
 
 
-class Corrupt(ValueError):
+class Corrupt(UserError):
     """A shard whose bytes contradict themselves or the manifest."""
 
     def __init__(self, message: str, shard: str) -> None:
@@ -55,14 +57,14 @@ class Address:
 def address(place: str | Path) -> Address | None:
     """The address that `place` states, None for a place on disk. A Path, which folds the slashes of s3://, is read too.
 
-    Raises ValueError for an address without a bucket. It does not repeat the text: somebody may have put a key into it.
+    Raises UserError for an address without a bucket. It does not repeat the text: somebody may have put a key into it.
     """
     text = str(place)
     if not text.startswith("s3:/"):
         return None
     bucket, _, key = text.removeprefix("s3:").lstrip("/").partition("/")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}", bucket):
-        raise ValueError("this S3 address names no bucket; expected s3://bucket/prefix, with credentials in the environment or a profile")
+        raise UserError("this S3 address names no bucket; expected s3://bucket/prefix, with credentials in the environment or a profile")
     return Address(bucket, "/".join(part for part in key.split("/") if part not in ("", ".", "..")))
 
 

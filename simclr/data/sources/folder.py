@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from simclr.data.sources.source import IMAGE_SUFFIXES, Item, Source, digest, ending, is_image, place
+from simclr.errors import UserError
 
 
 def folder_source(root: Path) -> Source:
@@ -23,7 +24,7 @@ def file_source(spec: str, states: Mapping[str, object], read: Callable[[list[st
     ignored = Counter(ending(name) for name in names if not is_image(name))
     if not images:
         found = f"{ignored.total()} other files ({', '.join(sorted(ignored)[:5])})" if ignored else "nothing"
-        raise ValueError(f"no images in {spec}, only {found}; expected files that end with {' '.join(sorted(IMAGE_SUFFIXES))}")
+        raise UserError(f"no images in {spec}, only {found}; expected files that end with {' '.join(sorted(IMAGE_SUFFIXES))}")
     flat = all("/" not in name for name in images)
 
     def items() -> Iterator[Item]:

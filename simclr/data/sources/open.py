@@ -15,6 +15,7 @@ from simclr.data.sources.s3 import s3_archive, s3_prefix
 from simclr.data.sources.source import Source
 from simclr.data.sources.tar import ARCHIVES, ends_of, read_tar
 from simclr.data.sources.torchvision import DATASETS, torchvision_source
+from simclr.errors import UserError
 
 
 def open_source(spec: str) -> Source:
@@ -22,13 +23,13 @@ def open_source(spec: str) -> Source:
 
     A directory or tar archive of split/class/file, class/file, or files alone (unlabelled), on disk or at s3://bucket/prefix;
     the name of a dataset (`cifar10`, or `torchvision:NAME`), downloaded where there is a network; `patterns`, with options as
-    in `patterns:train=4000,test=1000,size=32,seed=0,coloured`. Raises ValueError where it is missing, empty or unknown.
+    in `patterns:train=4000,test=1000,size=32,seed=0,coloured`. Raises UserError where it is missing, empty or unknown.
     """
     name, _, options = spec.partition(":")
     if name == "patterns":
         return patterns_source(spec, options)
     if spec in ("torchvision", "torchvision:"):
-        raise ValueError("which torchvision dataset? torchvision:NAME, as in torchvision:CIFAR10")
+        raise UserError("which torchvision dataset? torchvision:NAME, as in torchvision:CIFAR10")
     if name == "torchvision" or (spec in DATASETS and DATASETS[spec].torchvision):
         return torchvision_source(spec, options or DATASETS[spec].torchvision)
     remote = address(spec)
@@ -39,13 +40,13 @@ def open_source(spec: str) -> Source:
         return folder_source(path)
     if path.is_file():
         if not path.name.lower().endswith(ARCHIVES) and not tarfile.is_tarfile(path):
-            raise ValueError(f"{path} is no tar archive; expected a folder, one of {', '.join(ARCHIVES)}, or a dataset's name")
+            raise UserError(f"{path} is no tar archive; expected a folder, one of {', '.join(ARCHIVES)}, or a dataset's name")
         ignored: Counter[str] = Counter()
         return Source(str(path), None, lambda: read_tar(path, ignored), ends_of(path), ignored)
     known = ["patterns", *(n for n, d in DATASETS.items() if d.torchvision)]
     near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"give a folder, a tar archive or one of {', '.join(known)}"
-    raise ValueError(f"no source at {spec}: there is no such file or folder and no dataset of that name; {hint}")
+    raise UserError(f"no source at {spec}: there is no such file or folder and no dataset of that name; {hint}")
 
 
 # ── Folders and archives, on disk and in S3 ────────────────────────────────────────────────────────────────────────────

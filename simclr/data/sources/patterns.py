@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from simclr import keyed
 from simclr.data.sources.source import Item, Source
+from simclr.errors import UserError
 
 CLASSES = ("bricks", "checks", "crosses", "diamonds", "dots", "grid", "rings", "stripes", "waves", "zigzag")
 Field = NDArray[np.floating]
@@ -26,10 +27,10 @@ def render(ids: NDArray[np.int64], seed: int, size_px: int = 32, coloured: bool 
     """Images (n, size, size, 3) and labels (n,) of sample `ids`: class id % 10, everything else keyed by (seed, id).
 
     Position, phase, scale, angle, polarity, brightness, contrast, tint and noise vary. A period is a fifth to nearly half
-    of the side, whatever the side is. Raises ValueError for a size outside 1 … 511 px.
+    of the side, whatever the side is. Raises UserError for a size outside 1 … 511 px.
     """
     if not 1 <= size_px <= _LARGEST_PX:
-        raise ValueError(f"patterns of {size_px} px were asked for; expected 1 to {_LARGEST_PX} px, the built-in recipe uses 32")
+        raise UserError(f"patterns of {size_px} px were asked for; expected 1 to {_LARGEST_PX} px, the built-in recipe uses 32")
     ids = np.asarray(ids, np.int64)
     labels = ids % len(CLASSES)
     images = np.empty((len(ids), size_px, size_px, 3), np.uint8)
@@ -163,13 +164,13 @@ def patterns_source(spec: str, options: str) -> Source:
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
         if key not in values or not (value.isdigit() or (key == "coloured" and not value)):
-            raise ValueError(f"patterns has no option {option!r}; expected {', '.join(f'{k}=NUMBER' for k in values)}")
+            raise UserError(f"patterns has no option {option!r}; expected {', '.join(f'{k}=NUMBER' for k in values)}")
         values[key] = int(value or 1)
     if values["size"] < 8:
-        raise ValueError(f"patterns of {values['size']} px show nothing; use size=32, at least 8")
+        raise UserError(f"patterns of {values['size']} px show nothing; use size=32, at least 8")
     counts = {"train": values["train"], "test": values["test"]}
     if values["train"] < 2:
-        raise ValueError(f"patterns:train={values['train']} leaves nothing to contrast; use at least 2")
+        raise UserError(f"patterns:train={values['train']} leaves nothing to contrast; use at least 2")
 
     def items() -> Iterator[Item]:
         first = 0

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from simclr.data.sources.source import Item, digest, ending, is_image, place
+from simclr.errors import UserError
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 
@@ -53,4 +54,4 @@ def read_tar(path: Path, ignored: Counter[str], spec: str = "") -> Iterator[Item
                 file = archive.extractfile(member)
                 yield Item(split, label, member.name, file.read() if file is not None else b"")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{spec or path} ends early or is damaged ({error}); fetch it again") from None
+        raise UserError(f"{spec or path} ends early or is damaged ({error}); fetch it again") from None

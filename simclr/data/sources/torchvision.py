@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from simclr.data.sources.source import Item, Source
+from simclr.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +97,7 @@ def torchvision_source(spec: str, name: str) -> Source:
     classes = {n: c for n, c in vars(library).items() if isinstance(c, type)}
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=3, cutoff=0.3)
-        raise ValueError(f"torchvision has no dataset {name!r}; nearest: {', '.join(near)}")
+        raise UserError(f"torchvision has no dataset {name!r}; nearest: {', '.join(near)}")
     signature = inspect.signature(classes[name]).parameters
 
     def open_split(split: str) -> Any:
@@ -114,7 +115,7 @@ def torchvision_source(spec: str, name: str) -> Source:
         try:
             return classes[name](**arguments)
         except Exception as error:
-            raise ValueError(
+            raise UserError(
                 f"torchvision could not give {name} ({split}): {(str(error).splitlines() or [type(error).__name__])[0]}; "
                 "without a network, download it elsewhere and give the folder or archive as --source"
             ) from None
@@ -128,7 +129,7 @@ def torchvision_source(spec: str, name: str) -> Source:
             for index in range(len(dataset)):
                 image, label = dataset[index]
                 if not isinstance(label, int | np.integer) or not hasattr(image, "convert"):
-                    raise ValueError(f"torchvision's {name} is no dataset of images with a class each; use another")
+                    raise UserError(f"torchvision's {name} is no dataset of images with a class each; use another")
                 title = names[label] if names and label >= 0 else str(label)
                 title = "/".join(title) if isinstance(title, tuple) else str(title)
                 yield Item(split, title if label >= 0 else None, f"{split}/{index}", np.asarray(image.convert("RGB")))

@@ -25,6 +25,7 @@ from pipelines.bench.result import Row
 from pipelines.cli import parse
 from pipelines.commands import bench
 from pipelines.runs import directory
+from simclr.errors import UserError
 
 DAY = {"what": "all", "size": "dry", "machine": "one", "versions": "1", "absent": [], "data": {}, "date": "2026-11-26T12:00:00+00:00"}
 ANSWER = """
@@ -107,7 +108,7 @@ def test_the_same_command_goes_on_and_appends(tmp_path: Path) -> None:
     # Another command is another measurement.
     run((fake("well", count + GOOD + "\n#"),), out, work, 100.0, DAY)
     assert (tmp_path / "count").read_text() == "xxxxx"
-    with pytest.raises(ValueError, match="holds results of machine one, this is two; use another --out"):
+    with pytest.raises(UserError, match="holds results of machine one, this is two; use another --out"):
         run((well,), out, work, 100.0, DAY | {"machine": "two"})
 
 
@@ -150,9 +151,9 @@ def test_every_command_of_the_plan_is_one(size: Size) -> None:
 
 
 def test_the_plan_refuses_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--budget-min is 0"):
+    with pytest.raises(UserError, match="--budget-min is 0"):
         bench_all(0.0, tmp_path, "cpu", False, None)
-    with pytest.raises(ValueError, match="is no folder; expected one with"):
+    with pytest.raises(UserError, match="is no folder; expected one with"):
         bench_all(1.0, tmp_path, "cpu", False, tmp_path / "nowhere")
 
 

@@ -12,6 +12,7 @@ import torch
 from pipelines.bench.loader import loader
 from pipelines.bench.memory import _run, memory
 from pipelines.bench.views import views
+from simclr.errors import UserError
 
 
 def test_bench_loader_prints_a_row_for_each_kind_of_resize(photographs: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -24,9 +25,9 @@ def test_bench_loader_prints_a_row_for_each_kind_of_resize(photographs: Path, ca
 
 
 def test_bench_loader_refuses_what_it_cannot_compare(photographs: Path, patterns: Path) -> None:
-    with pytest.raises(ValueError, match="holds whole images, which nothing decodes"):
+    with pytest.raises(UserError, match="holds whole images, which nothing decodes"):
         loader(patterns, 8, 8, 1, 1)
-    with pytest.raises(ValueError, match=r"has 240 photographs; use --batch-size 240 or less"):
+    with pytest.raises(UserError, match=r"has 240 photographs; use --batch-size 240 or less"):
         loader(photographs, 241, 8, 1, 1)
 
 
@@ -46,7 +47,7 @@ def test_bench_memory_looks_at_the_ends_of_epochs(patterns: Path, cache: Literal
     rows = _run(str(patterns), 24, 3, 1, cache)
     assert [row[0] for row in rows] == [1, 2, 3] and all(min(row[1:]) > 0 for row in rows)
     assert max(row[1] for row in rows) - min(row[1] for row in rows) < 20  # MiB
-    with pytest.raises(ValueError, match="--epochs is 0"):
+    with pytest.raises(UserError, match="--epochs is 0"):
         memory(patterns, 24, 0, 1)
-    with pytest.raises(ValueError, match="has 240 training images; use that or less"):
+    with pytest.raises(UserError, match="has 240 training images; use that or less"):
         memory(patterns, 241, 1, 1)

@@ -26,6 +26,7 @@ from pipelines.bench.timing import host_waits, rate
 from pipelines.bench.train import train
 from pipelines.commands import bench
 from simclr.config import Config, Encoder, Head, Train, Views
+from simclr.errors import UserError
 from tests.conftest import Within
 
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def test_the_fed_step_and_its_parts_are_sides_of_bench_step(patterns: Path, capf
     assert "% of the step on resident views" in capfd.readouterr().out
     cached = replace(tiny(), train=replace(tiny().train, micro_batch=2))
     assert [row["name"] for row in step(cached, 6, 1, 1, CPU, None, None, ("cached",))] == ["simclr, 2 at a time", "cost"]
-    with pytest.raises(ValueError, match="--sides fed needs --data"):
+    with pytest.raises(UserError, match="--sides fed needs --data"):
         list(step(tiny(), 6, 1, 1, CPU, None, None, ("fed",)))
 
 
@@ -103,18 +104,18 @@ def test_a_window_lasts_as_long_as_is_asked(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_bench_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--steps 5; expected at least 1 trial of more than 5 steps"):
+    with pytest.raises(UserError, match="--steps 5; expected at least 1 trial of more than 5 steps"):
         bench.main(bench.Args(what="step", steps=5))
-    with pytest.raises(ValueError, match=r"a folder in the path .* is a file"):
+    with pytest.raises(UserError, match=r"a folder in the path .* is a file"):
         (tmp_path / "file").touch()
         bench.main(bench.Args(what="step", json=tmp_path / "file" / "step.json"))
-    with pytest.raises(ValueError, match="micro_batch 3 does not divide"):
+    with pytest.raises(UserError, match="micro_batch 3 does not divide"):
         bench.main(bench.Args(what="step", recipe="patterns_tiny", batch_size=4, micro_batch=3))
-    with pytest.raises(ValueError, match="--window-s is -1"):
+    with pytest.raises(UserError, match="--window-s is -1"):
         bench.main(bench.Args(what="step", window_s=-1))
-    with pytest.raises(ValueError, match="which data"):
+    with pytest.raises(UserError, match="which data"):
         bench.main(bench.Args(what="cifar"))
-    with pytest.raises(ValueError, match="--latency-us is 0"):
+    with pytest.raises(UserError, match="--latency-us is 0"):
         scale(tiny(), 6, 1, 1, "cpu", latency_us=0)
 
 
@@ -133,9 +134,9 @@ def test_a_cpu_agrees_with_itself_but_for_the_precision(tmp_path: Path, capfd: p
 
 
 def test_cifar_wants_labels_and_an_epoch(photographs: Path, patterns: Path) -> None:
-    with pytest.raises(ValueError, match="has 0 classes and train; expected labelled images, also to test"):
+    with pytest.raises(UserError, match="has 0 classes and train; expected labelled images, also to test"):
         cifar("tiny", tiny(), photographs, 1, 1, CPU)
-    with pytest.raises(ValueError, match="--epochs is 0"):
+    with pytest.raises(UserError, match="--epochs is 0"):
         cifar("tiny", tiny(), patterns, 0, 1, CPU)
 
 
@@ -175,16 +176,16 @@ def test_a_job_is_compared_with_what_lies_evenly_around_it() -> None:
 def test_without_ray_train_and_loop_say_so_before_they_measure(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
     monkeypatch.setattr(train_bench.importlib.util, "find_spec", lambda name: None)
     for what in ("train", "loop"):
-        with pytest.raises(ValueError, match=f"ray is not installed, and `simclr bench {what}` trains under it"):
+        with pytest.raises(UserError, match=f"ray is not installed, and `simclr bench {what}` trains under it"):
             bench.main(bench.Args(what=what, data=patterns))  # type: ignore[arg-type]
 
 
 def test_the_peer_needs_its_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_bench.importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(ValueError, match="--peer-data DIR"):
+    with pytest.raises(UserError, match="--peer-data DIR"):
         train("tiny", tiny(), Path("shards"), steps=10, trials=1, threads=1, peer="lightly")
     (tmp_path / "one.jpg").touch()
-    with pytest.raises(ValueError, match="holds 1 photographs"):
+    with pytest.raises(UserError, match="holds 1 photographs"):
         train("tiny", tiny(), Path("shards"), steps=10, trials=1, threads=1, peer="lightly", peer_data=tmp_path)
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from pipelines.clusterfile import rules
 from pipelines.commands import cluster
+from simclr.errors import UserError
 from tests.support.paths import ROOT
 
 HERE = ROOT / "cluster"
@@ -77,9 +78,9 @@ def test_what_would_be_started() -> None:
 def test_a_batch_that_does_not_divide_is_told_before_a_node_is_paid_for() -> None:
     config = cluster.changed("imagenet_resnet50", ("train.batch_size=4096",))
     assert cluster.batch_over(load("aws-gpu.yaml"), config) == "N = 4096 over 16 workers, 256 images each"
-    with pytest.raises(ValueError, match="batch_size 1000 does not divide over 16 workers"):
+    with pytest.raises(UserError, match="batch_size 1000 does not divide over 16 workers"):
         cluster.batch_over(load("aws-gpu.yaml"), cluster.changed("imagenet_resnet50", ("train.batch_size=1000",)))
-    with pytest.raises(ValueError, match="expected FIELD=VALUE"):
+    with pytest.raises(UserError, match="expected FIELD=VALUE"):
         cluster.changed("imagenet_resnet50", ("train.batchsize=1",))
 
 
@@ -201,7 +202,7 @@ def test_what_is_no_cluster_file_is_said_so(text: str | None, sentence: str, tmp
     path = tmp_path / "x.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         cluster.read(path)
 
 

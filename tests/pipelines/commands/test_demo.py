@@ -18,6 +18,7 @@ from pipelines.commands import demo, pretrain
 from pipelines.tracking.uri import default_uri
 from pipelines.train import ray_train
 from simclr import checkpoint
+from simclr.errors import UserError
 from simclr.recipes import recipe
 
 _RESULTS = {"metrics.jsonl", "evaluation.json", "checkpoint.json"}
@@ -110,7 +111,7 @@ def test_a_diverging_run_is_not_tried_again(
     config = replace(config, optim=replace(config.optim, name="sgd", base_lr=1e30, warmup_epochs=0), train=often)
     resources = ray_train.Resources(workers=2, max_failures=3)
     said = r"(loss is not finite at step \d+ on rank|weights are not finite after step) .*; there is no checkpoint yet"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         pretrain.pretrain(pretrain.Args(data=patterns, config=config, recipe="patterns_tiny", run=Path("run"), resources=resources))
     assert capfd.readouterr().err.count("failed: ") == 1
     assert not (tmp_path / "run" / "encoder").exists()

@@ -13,6 +13,7 @@ import pytest
 
 from pipelines import cli
 from pipelines.runs.directory import open_run
+from simclr.errors import UserError
 from simclr.recipes import patterns_tiny
 from tests.support.paths import ROOT
 from tests.support.s3 import Proxy
@@ -123,7 +124,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, patterns: Pat
     mine.save()
     process = subprocess.Popen([sys.executable, "-c", holds, str(mine.path)], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match=r"another process is training .*run; wait for it, end it, or use another --run"), mine.alone():
+    with pytest.raises(UserError, match=r"another process is training .*run; wait for it, end it, or use another --run"), mine.alone():
         pass
     process.kill()
     process.wait()

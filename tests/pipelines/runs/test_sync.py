@@ -20,6 +20,7 @@ from simclr.data import shards as shard_writer
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address, address
 from simclr.data.verify import damaged
+from simclr.errors import UserError
 from simclr.recipes import recipe
 from simclr.train import Start, pretrain
 from tests.support.s3 import KEY_ID, SECRET, Proxy
@@ -64,9 +65,9 @@ def test_prepare_into_s3(s3: Proxy, machine: Machine, tmp_path: Path, capfd: pyt
     other = sync.shards(Path(out))
     assert other != copy and other.name == "patterns" and damaged(other) == []
     assert sync.shards(copy) == copy
-    with pytest.raises(ValueError, match=f"{out} already holds shards made with source patterns:train=60"):
+    with pytest.raises(UserError, match=f"{out} already holds shards made with source patterns:train=60"):
         prepare.prepare(prepare.Args(source="patterns:train=70,test=20", out=Path(out)))
-    with pytest.raises(ValueError, match=r"s3://photos/prepared is not empty and no dataset \(it holds patterns/manifest.json\)"):
+    with pytest.raises(UserError, match=r"s3://photos/prepared is not empty and no dataset \(it holds patterns/manifest.json\)"):
         prepare.prepare(prepare.Args(source="patterns:train=70,test=20", out=Path("s3://photos/prepared")))
     assert not list((tmp_path / "two").rglob("staging/*/*/*"))
 
@@ -87,8 +88,8 @@ def test_two_processes_of_a_machine_fetch_once(s3: Proxy, machine: Machine) -> N
 def test_a_prepare_whose_upload_fails_goes_on(s3: Proxy, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     args = prepare.Args(source="patterns:train=60,test=20", out=Path("s3://photos/broken/patterns"))
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "upload", lambda *a, **k: (_ for _ in ()).throw(ValueError("no network")))
-        with pytest.raises(ValueError, match="no network"):
+        patch.setattr(Store, "upload", lambda *a, **k: (_ for _ in ()).throw(UserError("no network")))
+        with pytest.raises(UserError, match="no network"):
             prepare.prepare(args)
         patch.setattr(shard_writer, "prepare", None)  # it is not written again
         patch.undo()
@@ -99,9 +100,9 @@ def test_a_prepare_whose_upload_fails_goes_on(s3: Proxy, machine: Machine, monke
 def test_a_command_that_needs_a_disk_says_so(s3: Proxy, machine: Machine) -> None:
     from simclr import files
 
-    with pytest.raises(ValueError, match="s3://photos/encoder is no place on a disk; give a local path here"):
+    with pytest.raises(UserError, match="s3://photos/encoder is no place on a disk; give a local path here"):
         files.require_writable(Path("s3://photos/encoder"))
-    with pytest.raises(ValueError, match="there is neither a run nor a published encoder at s3://photos/nothing"):
+    with pytest.raises(UserError, match="there is neither a run nor a published encoder at s3://photos/nothing"):
         evaluate.evaluate(evaluate.Args(encoder=Path("s3://photos/nothing")))
 
 
@@ -198,7 +199,7 @@ def test_a_sending_that_fails_does_not_end_the_training(s3: Proxy, machine: Mach
     home.later(lambda: home.send_checkpoint(path, 1))
     home.wait()
     assert "not sent: s3://photos/runs/failing/checkpoints failed 2 times, the last time with 503 SlowDown" in capfd.readouterr().err
-    with pytest.raises(ValueError, match="failed 2 times"):  # at the end it has to be there
+    with pytest.raises(UserError, match="failed 2 times"):  # at the end it has to be there
         home.settle()
     s3.quiet()
     home.settle()

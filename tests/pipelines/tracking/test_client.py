@@ -21,6 +21,7 @@ import pytest
 from pipelines.tracking import client
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.client import Tracker
+from simclr.errors import UserError
 from tests.support.mlflow_server import Answer, Server
 
 
@@ -191,7 +192,7 @@ def test_check_accepts_a_server_and_a_database(server: Server, uri: str, publish
 
 def test_check_refuses_a_closed_port_and_a_silent_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mlflow_uri._ANSWER_S + 0.5 < 10
-    with pytest.raises(ValueError, match=r"no MLflow server at http://h:99999 \(InvalidURL\)"):
+    with pytest.raises(UserError, match=r"no MLflow server at http://h:99999 \(InvalidURL\)"):
         mlflow_uri.check("http://h:99999")
     monkeypatch.setattr(mlflow_uri, "_ANSWER_S", 0.5)
     with socket.socket() as silent, socket.socket() as closed:
@@ -200,7 +201,7 @@ def test_check_refuses_a_closed_port_and_a_silent_one(monkeypatch: pytest.Monkey
         closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets the port
         for port, reason in ((silent.getsockname()[1], "Timeout"), (closed.getsockname()[1], "ConnectionError")):
             began = time.monotonic()
-            with pytest.raises(ValueError, match=rf"no MLflow server at http://…@127.0.0.1:{port} \(.*{reason}\); start it") as error:
+            with pytest.raises(UserError, match=rf"no MLflow server at http://…@127.0.0.1:{port} \(.*{reason}\); start it") as error:
                 mlflow_uri.check(f"http://user:secret@127.0.0.1:{port}")
             assert "secret" not in str(error.value)
             assert time.monotonic() - began < 2
@@ -209,13 +210,13 @@ def test_check_refuses_a_closed_port_and_a_silent_one(monkeypatch: pytest.Monkey
 def test_check_refuses_what_answers_but_is_no_mlflow(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for status, reason in ((404, "something else answers, with status 404"), (401, "refuses the credentials with status 401")):
         monkeypatch.setattr(Answer, "do_GET", lambda self, status=status: self.send_error(status))
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(UserError, match=reason):
             mlflow_uri.check(server.uri)
 
 
 @pytest.mark.parametrize("uri", ["localhost:5000", "postgresql://user:secret@host/mlflow", "http://", "ftp://h", "sqlite://x", ""])
 def test_check_refuses_what_is_no_address(uri: str) -> None:
-    with pytest.raises(ValueError, match="is no MLflow address; expected") as error:
+    with pytest.raises(UserError, match="is no MLflow address; expected") as error:
         mlflow_uri.check(uri)
     assert "secret" not in str(error.value)
 
@@ -229,11 +230,11 @@ def test_check_of_a_database_writes_nothing(tmp_path: Path) -> None:
         (".", "names no file"),
         ("notes.txt/mlflow.db", "cannot be written"),
     ):
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(UserError, match=reason):
             mlflow_uri.check(f"sqlite:///{tmp_path / path}")
     (tmp_path / "torn.db").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 16)
     for uri, reason in ((f"sqlite:///{tmp_path}/torn.db", "not a database"), ("sqlite:///", "names no file")):
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(UserError, match=reason):
             mlflow_uri.check(uri)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "torn.db"]
 
@@ -263,18 +264,18 @@ def test_a_version_without_a_score_is_never_champion(uri: str, encoder: Path) ->
     tracker = Tracker(uri, "patterns", "broken", {}, {})
     tracker.close("FAILED")
     version = client.register(uri, tracker.run_id, encoder, "broken", {"knn_top1": math.nan, "probe_top1": 0.1})
-    with pytest.raises(ValueError, match="broken/1 has no score 'knn_top1'; its scores: probe_top1"):
+    with pytest.raises(UserError, match="broken/1 has no score 'knn_top1'; its scores: probe_top1"):
         client.promote(uri, "broken", version, "knn_top1")
     assert client.promote(uri, "broken", version, "probe_top1") == (True, None)
 
 
 def test_a_name_that_the_registry_cannot_hold_is_refused(uri: str, encoder: Path) -> None:
     for name in ("a/b", "a:b", "a@b", "", " ", "..", "it's"):
-        with pytest.raises(ValueError, match="cannot be registered"):
+        with pytest.raises(UserError, match="cannot be registered"):
             client.register(uri, "0" * 32, encoder, name, {})
-    with pytest.raises(ValueError, match=r"refused: Run with id=0+ not found"):
+    with pytest.raises(UserError, match=r"refused: Run with id=0+ not found"):
         client.register(uri, "0" * 32, encoder, "never made", {})
-    with pytest.raises(ValueError, match="is no published encoder; expected"):
+    with pytest.raises(UserError, match="is no published encoder; expected"):
         client.register(uri, "0" * 32, encoder.parent, "tiny", {})
 
 
@@ -312,7 +313,7 @@ def test_a_run_published_again_keeps_the_files_of_its_first_version(uri: str, en
     ],
 )
 def test_pull_of_what_does_not_exist_names_what_does(uri: str, promoted: list[Any], tmp_path: Path, spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         client.pull(uri, spec, tmp_path / "new")
     assert not any(tmp_path.iterdir())
 
@@ -320,7 +321,7 @@ def test_pull_of_what_does_not_exist_names_what_does(uri: str, promoted: list[An
 def test_pull_touches_no_directory_with_something_in_it(uri: str, promoted: list[Any], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     for to in (tmp_path, tmp_path / "mine.txt"):
-        with pytest.raises(ValueError, match="exists and is not empty"):
+        with pytest.raises(UserError, match="exists and is not empty"):
             client.pull(uri, "tiny@champion", to)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"] and (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -332,7 +333,7 @@ def test_pull_of_a_version_whose_files_are_gone(uri: str, encoder: Path, tmp_pat
     root = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / tracker.run_id
     for file in root.rglob("encoder.safetensors"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"cleaned/1 has lost its files at .*; publish the run again"):
+    with pytest.raises(UserError, match=r"cleaned/1 has lost its files at .*; publish the run again"):
         client.pull(uri, "cleaned/1", tmp_path / "new")
     assert not any(tmp_path.iterdir())
 

@@ -24,6 +24,7 @@ from simclr.data.manifest import read_manifest
 from simclr.data.s3 import remote
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address, Corrupt, Refetched
+from simclr.errors import UserError
 from simclr.recipes import patterns_tiny
 from tests.support.s3 import Proxy
 
@@ -66,7 +67,7 @@ def test_what_a_killed_driver_could_not_log_its_successor_logs(
     run = load_run(run.path)
 
     def away(*_: Any) -> Any:
-        raise ValueError("MLflow is away")
+        raise UserError("MLflow is away")
 
     with monkeypatch.context() as patch:
         patch.setattr(outbox, "open_tracker", away)
@@ -107,10 +108,10 @@ def test_a_run_that_goes_on_does_not_need_the_server_and_a_new_one_does(
     patterns: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nobody = "http://127.0.0.1:9"  # the discard port: nothing listens
-    with pytest.raises(ValueError, match="no MLflow server at"):
+    with pytest.raises(UserError, match="no MLflow server at"):
         driver.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
     run = begin(tmp_path / "run", patterns)
-    with pytest.raises(ValueError, match="no MLflow server at"):  # it has not begun
+    with pytest.raises(UserError, match="no MLflow server at"):  # it has not begun
         driver.home_of(run.path, "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
     (run.checkpoints / "step-000000003").mkdir(parents=True)  # its driver was killed before MLflow opened
     driver.home_of(run.path, "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
@@ -151,7 +152,7 @@ def test_a_shard_that_is_corrupt_on_a_machine_is_fetched_once_more_else_refused(
     spoilt = whole[:at] + b"\x00" * 64 + whole[at + 64 :]
     Store().client.put_object(Bucket="photos", Key=f"some/photographs/{shard.name}", Body=spoilt)
     shard.write_bytes(spoilt)
-    with pytest.raises(ValueError, match=f"{shard.name} failed"):
+    with pytest.raises(UserError, match=f"{shard.name} failed"):
         train()
     with pytest.raises(Corrupt, match=r"is missing|is damaged"):
         shard.write_bytes(spoilt)

@@ -18,6 +18,7 @@ from pipelines.runs.directory import Run, load_run
 from pipelines.tracking import outbox
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.train import driver, ray_train
+from simclr.errors import UserError
 from tests.support.mlflow_server import Answer, Server
 from tests.support.sweeps import a_sweep, trained
 from tune import sweep, trial_log
@@ -62,7 +63,7 @@ def mlflow(monkeypatch: pytest.MonkeyPatch) -> MLflow:
 
 
 def away(name: str) -> None:
-    raise ValueError("MLflow is away")
+    raise UserError("MLflow is away")
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -222,7 +223,7 @@ def test_a_parent_that_did_not_open_is_tried_again(mlflow: MLflow, tmp_path: Pat
     def flaky(name: str) -> None:
         if name == "s" and refusals:
             refusals.pop()
-            raise ValueError("no answer")
+            raise UserError("no answer")
 
     mlflow.refuse = flaky
     kept.inbox.put({"mark": names[0], "step": 1, "train/loss": 1.0})
@@ -235,8 +236,8 @@ def test_a_sweep_that_goes_on_does_not_need_the_server_and_a_new_one_does(tmp_pa
     nobody = "http://127.0.0.1:9"  # the discard port: nothing listens
     found = a_sweep(tmp_path / "s", "smoke")
     found.save()
-    with pytest.raises(ValueError, match="no MLflow server at"):
+    with pytest.raises(UserError, match="no MLflow server at"):
         sweep.sweep(sweep.Args(resume=found.path, tracking_uri=nobody))
     trained(found, lambda point: 0.5)
-    with pytest.raises(ValueError, match="/data/patterns"):  # one step further: these have no data
+    with pytest.raises(UserError, match="/data/patterns"):  # one step further: these have no data
         sweep.sweep(sweep.Args(resume=found.path, tracking_uri=nobody))

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pipelines.train import capacity, ray_train
+from simclr.errors import UserError
 from tests.support.paths import ROOT
 
 HERE = ROOT / "cluster"
@@ -39,19 +40,19 @@ def test_a_cluster_that_scales_to_zero_can_have_what_its_file_says(
     sixteen = ray_train.Resources(workers=16, cpus_per_worker=12, address="auto")
     assert ray_train.require(sixteen) is True
     assert "0 of 192 CPUs and 0 of 16 GPUs" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="needs as many GPUs; the cluster has 16"):
+    with pytest.raises(UserError, match="needs as many GPUs; the cluster has 16"):
         ray_train.require(ray_train.Resources(workers=17, device="cuda", address="auto"))
-    with pytest.raises(ValueError, match=r"17 workers need as many GPUs, and the cluster has 16; use fewer --workers, or --device cpu"):
+    with pytest.raises(UserError, match=r"17 workers need as many GPUs, and the cluster has 16; use fewer --workers, or --device cpu"):
         ray_train.require(ray_train.Resources(workers=17, address="auto"))  # not by itself on CPUs
-    with pytest.raises(ValueError, match=r"13 workers with 13 CPUs and a GPU each do not fit: .* have room for 12"):
+    with pytest.raises(UserError, match=r"13 workers with 13 CPUs and a GPU each do not fit: .* have room for 12"):
         ray_train.require(ray_train.Resources(workers=13, cpus_per_worker=13, address="auto"))
-    with pytest.raises(ValueError, match=r"16 workers with 16 CPUs and a GPU each do not fit: .* have room for 12"):
+    with pytest.raises(UserError, match=r"16 workers with 16 CPUs and a GPU each do not fit: .* have room for 12"):
         ray_train.require(ray_train.Resources(workers=16, cpus_per_worker=16, address="auto"))
 
 
 def test_on_kubernetes_the_manifest_says_that_nodes_come(only_the_head: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ValueError, match="have room for 0"):
+    with pytest.raises(UserError, match="have room for 0"):
         ray_train.require(ray_train.Resources(workers=16, address="auto"))
     spec = next(m for m in yaml.safe_load_all((HERE / "kuberay/raycluster.yaml").read_text()) if m["kind"] == "RayCluster")["spec"]
     env = {e["name"]: e.get("value") for e in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}

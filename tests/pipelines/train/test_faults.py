@@ -30,6 +30,7 @@ from pipelines.runs.directory import load_run
 from pipelines.train import ray_train, worker
 from simclr import checkpoint, files
 from simclr.config import Config
+from simclr.errors import UserError
 from simclr.recipes import recipe
 from tests.conftest import Figures, Within
 from tests.support import faults
@@ -235,7 +236,7 @@ def test_a_disk_fills_up_and_a_clock_is_ten_minutes_fast(
 
     try:
         threading.Thread(target=fill, daemon=True).start()
-        with pytest.raises((ValueError, OSError)) as ended:
+        with pytest.raises((UserError, OSError)) as ended:
             train(story.run, patterns, address=nodes.address)
         noticed = time.time()
         sentence = files.trouble(ended.value) or str(ended.value)

@@ -12,6 +12,7 @@ from pipelines.train import hang, ray_train, retry
 from pipelines.train.hang import HangDetector
 from simclr.config import Config, Train
 from simclr.data.s3.uri import Unreachable
+from simclr.errors import UserError
 from simclr.telemetry import progress
 from simclr.telemetry.progress import Reading
 
@@ -100,13 +101,13 @@ def test_numbers_of_workers_that_the_batch_divides_over() -> None:
     assert ray_train.Resources(workers=8, min_workers=2).counts(config) == [2, 3, 4, 6, 8]
     grouped = Config(train=Train(batch_size=96, shard_groups=2))
     assert ray_train.Resources(workers=8, min_workers=2).counts(grouped) == [2, 4, 6, 8]
-    with pytest.raises(ValueError, match=r"--min-workers 5 does not divide batch_size 96 .*use 1, 2, 3, 4, 6 or leave it out"):
+    with pytest.raises(UserError, match=r"--min-workers 5 does not divide batch_size 96 .*use 1, 2, 3, 4, 6 or leave it out"):
         ray_train.Resources(workers=8, min_workers=5).counts(config)
-    with pytest.raises(ValueError, match="batch_size 96 does not divide over 7 workers"):
+    with pytest.raises(UserError, match="batch_size 96 does not divide over 7 workers"):
         ray_train.Resources(workers=7, min_workers=1).counts(config)
-    with pytest.raises(ValueError, match="--min-workers is 9; expected 1 to --workers 8"):
+    with pytest.raises(UserError, match="--min-workers is 9; expected 1 to --workers 8"):
         ray_train.Resources(workers=8, min_workers=9)
-    with pytest.raises(ValueError, match="--hang-timeout-s is 0"):
+    with pytest.raises(UserError, match="--hang-timeout-s is 0"):
         ray_train.Resources(hang_timeout_s=0)
 
 
@@ -142,4 +143,4 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
     hung = WorkerGroupError("failed", {1: hang.Hung("no progress for 301 s in pid 7 on a (10.0.0.1)")})
     assert "than --max-failures allows, the last time so: no progress for 301 s in pid 7 on a" in retry.given_up(hung)
     assert retry.given_up(lost) == ""  # its traceback says more
-    assert not tried(WorkerGroupError("failed", {0: ValueError("a mistake of the user's")}), saved=120)
+    assert not tried(WorkerGroupError("failed", {0: UserError("a mistake of the user's")}), saved=120)

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.train.ray_train import Resources
+from simclr.errors import UserError
 from tests.support.paths import ROOT
 
 RAY = Path(sys.prefix) / "bin/ray"
@@ -114,10 +115,10 @@ def test_a_slice_is_reserved_whole_with_a_worker_for_each_chip(tmp_path_factory:
     ],
 )
 def test_a_slice_that_is_none_is_refused(asked: dict[str, int | str], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         Resources(device="tpu", **asked)  # type: ignore[arg-type]
 
 
 def test_a_slice_is_asked_for_with_its_device() -> None:
-    with pytest.raises(ValueError, match="say --device tpu"):
+    with pytest.raises(UserError, match="say --device tpu"):
         Resources(topology="4x4", accelerator_type="TPU-V6E", workers=16)

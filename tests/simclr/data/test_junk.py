@@ -18,6 +18,7 @@ from simclr.data import loader, shards
 from simclr.data.manifest import Manifest
 from simclr.data.sources.open import open_source
 from simclr.data.verify import verify
+from simclr.errors import UserError
 from simclr.recipes import recipe
 
 
@@ -173,7 +174,7 @@ def test_too_much_junk_stops_and_says_so(tmp_path: Path) -> None:
     make: Callable[..., Manifest] = lambda **o: shards.prepare(  # noqa: E731
         open_source(str(tmp_path)), tmp_path / "out", shards.Options(**o), 1, lambda done: None
     )
-    with pytest.raises(ValueError, match=r"1 of 50 images .* more than 1 %; the first: x.jpg: the file is empty.*--max-skipped-pct"):
+    with pytest.raises(UserError, match=r"1 of 50 images .* more than 1 %; the first: x.jpg: the file is empty.*--max-skipped-pct"):
         make()
     assert not (tmp_path / "out").exists()
     assert make(max_skipped_pct=2.0).skipped == 1

@@ -10,6 +10,7 @@ import pytest
 from simclr import keyed
 from simclr.data import labels, loader
 from simclr.data.manifest import read_names
+from simclr.errors import UserError
 
 Y = np.array([0] * 100 + [1] * 250 + [2] * 3 + [-1] * 40 + [3] * 50, np.int64)
 
@@ -35,9 +36,9 @@ def test_a_subset_is_keyed_nested_and_another_for_another_seed() -> None:
 
 def test_a_share_or_data_that_gives_nothing_is_refused() -> None:
     for share in (0.0, -0.1, 1.1):
-        with pytest.raises(ValueError, match=r"the share of labels is .*; expected above 0 and at most 1"):
+        with pytest.raises(UserError, match=r"the share of labels is .*; expected above 0 and at most 1"):
             labels.subset(Y, share, 0)
-    with pytest.raises(ValueError, match="no image of the training split has a label"):
+    with pytest.raises(UserError, match="no image of the training split has a label"):
         labels.subset(np.full(5, -1), 0.1, 0)
 
 
@@ -71,7 +72,7 @@ def test_a_label_file_is_read_back_by_id_and_by_name(tmp_path: Path) -> None:
 )
 def test_what_a_label_file_may_not_say(tmp_path: Path, text: str, names: list[str] | None, error: str) -> None:
     (tmp_path / "labels.txt").write_text(text)
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(UserError, match=error):
         labels.read(tmp_path / "labels.txt", np.array([0, 0, 1, -1, 2]), names)
 
 
@@ -99,6 +100,6 @@ def test_the_loader_gives_the_subset_and_nothing_else(patterns: Path) -> None:
 def test_shards_know_the_names_of_files(photographs: Path, tmp_path: Path) -> None:
     names = read_names(photographs, "train", 240)
     assert names is not None and names[:2] == ["000.jpg", "001.jpg"] and len(names) == 240
-    with pytest.raises(ValueError, match="has 240 names, the split 239 images"):
+    with pytest.raises(UserError, match="has 240 names, the split 239 images"):
         read_names(photographs, "train", 239)
     assert read_names(photographs, "test", 60) is None

@@ -25,6 +25,7 @@ from simclr.data.loader import Batch
 from simclr.data.manifest import read_manifest
 from simclr.data.sources.open import open_source
 from simclr.data.sources.source import Item, Source
+from simclr.errors import UserError
 from simclr.views.draw import centre_boxes, crop_boxes
 from tests.support.resize import reference
 
@@ -157,7 +158,7 @@ def test_in_order_gives_each_image_once(raw: Path) -> None:
     ranks = [torch.cat([b.ids for b in loader.in_order(raw, "test", 32, 16, rank=rank, world=3)]).tolist() for rank in range(3)]
     assert [len(rank) for rank in ranks] == [16, 17, 17] and list(itertools.chain(*ranks)) == list(range(50))
     assert list(loader.in_order(raw, "test", 32, 16, limit=1, rank=0, world=2)) == []
-    with pytest.raises(ValueError, match="no split 'val', only train, test"):
+    with pytest.raises(UserError, match="no split 'val', only train, test"):
         loader.in_order(raw, "val", 32, 16)
 
 
@@ -202,7 +203,7 @@ def test_a_pointer_or_size_that_leaves_the_file_is_a_sentence(tmp_path: Path, na
     data = prepare(photographs(), tmp_path / "out")
     path = data / "train-00001.beton"
     change(path, metadata_at(path, 3, name), value.to_bytes({"data_ptr": 8, "mode": 1}.get(name, 2), "little"))
-    with pytest.raises(ValueError, match=r"train-00001\.beton: sample 3 is damaged"):
+    with pytest.raises(UserError, match=r"train-00001\.beton: sample 3 is damaged"):
         loader.batches(config(8), data, 0, 0, 1)
 
 
@@ -212,7 +213,7 @@ def test_a_damaged_header_is_a_sentence(tmp_path: Path, name: str, value: bytes)
     out = prepare(photographs(), tmp_path / "out")
     kind, at = HeaderType.fields[name]
     change(out / "train-00000.beton", at, value * kind.itemsize)
-    with pytest.raises(ValueError, match=r"train-00000\.beton is damaged"):
+    with pytest.raises(UserError, match=r"train-00000\.beton is damaged"):
         loader.batches(config(8), out, 0, 0, 1)
 
 
@@ -222,7 +223,7 @@ def test_a_damaged_jpeg_is_named_in_the_callers_thread(tmp_path: Path, damage: b
     first = read_manifest(data).splits["train"][0].samples
     path = data / "train-00001.beton"
     change(path, int(Reader(str(path)).metadata["f0"]["data_ptr"][2]), damage)
-    with pytest.raises(ValueError, match=r"train-00001\.beton: sample 2 is damaged: its JPEG cannot be decoded"):
+    with pytest.raises(UserError, match=r"train-00001\.beton: sample 2 is damaged: its JPEG cannot be decoded"):
         for _ in loader.in_order(data, "train", SIZE, 8):
             pass
     assert not loading()
@@ -275,7 +276,7 @@ def test_two_loaders_on_two_threads_each_do_not_collide(raw: Path, jpeg: Path) -
     ],
 )
 def test_what_does_not_fit_is_a_sentence_at_once(raw: Path, call: Callable[[Path], object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         call(raw)
 
 
@@ -339,9 +340,9 @@ def test_a_worker_reads_its_own_groups_shards_and_the_batch_is_the_same_for_any_
 
 
 def test_groups_that_fit_nothing_are_a_sentence(five_shards: Path) -> None:
-    with pytest.raises(ValueError, match="shard_groups 2 does not divide 1 workers and batch_size 8"):
+    with pytest.raises(UserError, match="shard_groups 2 does not divide 1 workers and batch_size 8"):
         next(loader.batches(grouped(2), five_shards, 0, 0, 1))
-    with pytest.raises(ValueError, match="make no 40 groups; prepare with a smaller --shard-mib"):
+    with pytest.raises(UserError, match="make no 40 groups; prepare with a smaller --shard-mib"):
         read_manifest(five_shards).examples("train", 40)
 
 

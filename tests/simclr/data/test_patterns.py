@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr.data.sources.patterns import CLASSES, render
+from simclr.errors import UserError
 from simclr.evaluation.knn import knn
 
 IDS = np.arange(200, dtype=np.int64)
@@ -48,7 +49,7 @@ def test_shape_and_type_at_any_size(size_px: int) -> None:
 
 @pytest.mark.parametrize("size_px", [-1, 0, 512])
 def test_a_size_that_cannot_be_rendered_is_named(size_px: int) -> None:
-    with pytest.raises(ValueError, match=rf"patterns of {size_px} px.*expected 1 to 511 px"):
+    with pytest.raises(UserError, match=rf"patterns of {size_px} px.*expected 1 to 511 px"):
         render(IDS[:1], seed=0, size_px=size_px)
 
 

@@ -24,6 +24,7 @@ from simclr.data import shards
 from simclr.data.sources.open import open_source
 from simclr.data.sources.patterns import render
 from simclr.encoder.directory import write_encoder
+from simclr.errors import UserError
 from simclr.methods.simclr import build_model
 from simclr.recipes import recipe
 
@@ -106,7 +107,7 @@ def test_a_tracker_that_opens_at_the_third_try_has_everything(tmp_path: Path, mo
     def at_the_third(run: directory.Run, uri: str, *more: Any) -> client.Tracker:
         tries.append(uri)
         if len(tries) < 3:
-            raise ValueError("MLflow is away")
+            raise UserError("MLflow is away")
         return real(run, uri, *more)
 
     monkeypatch.setattr(outbox, "open_tracker", at_the_third)

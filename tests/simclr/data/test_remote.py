@@ -15,6 +15,7 @@ from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address
 from simclr.data.sources.open import open_source
 from simclr.data.verify import damaged
+from simclr.errors import UserError
 from tests.support.s3 import Proxy
 
 PLACE = Address("photos", "some/shards")
@@ -94,9 +95,9 @@ def test_a_fetch_that_fails_leaves_no_manifest_and_goes_on(s3: Proxy, several: P
     s3.quiet()
     s3.cut_after = 9
     copy = tmp_path / "copy"
-    with pytest.raises(ValueError, match=r"s3://photos/some/shards/\S+ failed 2 times"):
+    with pytest.raises(UserError, match=r"s3://photos/some/shards/\S+ failed 2 times"):
         remote.fetch(PLACE, copy, silent, Store(attempts=2, pause_s=0, part_bytes=256 << 10, threads=2))
-    with pytest.raises(ValueError, match="no manifest"):
+    with pytest.raises(UserError, match="no manifest"):
         read_manifest(copy)
     s3.quiet()
     remote.fetch(PLACE, copy, silent, quick())
@@ -127,9 +128,9 @@ def test_other_shards_replace_the_copy(s3: Proxy, several: Path, patterns: Path,
 
 
 def test_what_is_no_dataset_is_said(s3: Proxy, several: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there are no shards at s3://photos/none \(no manifest.json\); `simclr prepare --source"):
+    with pytest.raises(UserError, match=r"there are no shards at s3://photos/none \(no manifest.json\); `simclr prepare --source"):
         remote.fetch(Address("photos", "none"), tmp_path / "copy", silent, quick())
-    with pytest.raises(ValueError, match="there is no bucket nowhere"):
+    with pytest.raises(UserError, match="there is no bucket nowhere"):
         remote.fetch(Address("nowhere"), tmp_path / "copy", silent, quick())
     assert not (tmp_path / "copy").exists()
     text = json.loads((several / "manifest.json").read_text())
@@ -137,7 +138,7 @@ def test_what_is_no_dataset_is_said(s3: Proxy, several: Path, tmp_path: Path) ->
         odd = tmp_path / "manifest.json"
         odd.write_text(json.dumps(text | change))
         quick().upload(odd, Address("photos", "odd/manifest.json"))
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             remote.fetch(Address("photos", "odd"), tmp_path / "copy", silent, quick())
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -145,7 +146,7 @@ def test_what_is_no_dataset_is_said(s3: Proxy, several: Path, tmp_path: Path) ->
         (broken / file.name).write_bytes(file.read_bytes())
     name = read_manifest(broken).shards[0].name
     (broken / name).write_bytes(bytes((broken / name).stat().st_size))
-    with pytest.raises(ValueError, match="does not match its sha256"):
+    with pytest.raises(UserError, match="does not match its sha256"):
         remote.push(broken, Address("photos", "broken"), silent, quick())
     assert not [o for o in quick().listing(Address("photos", "broken")) if o.name == "manifest.json"]
 

@@ -22,6 +22,7 @@ from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.sources.open import open_source
 from simclr.data.sources.source import Item, Source
 from simclr.data.verify import verify
+from simclr.errors import UserError
 
 # isort: split
 from ffcv.fields.basics import IntDecoder
@@ -166,7 +167,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
     ],
 )
 def test_bad_sources_are_a_sentence_and_leave_nothing(tmp_path: Path, files: list[bytes], options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         prepare(source(files), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
@@ -256,7 +257,7 @@ def test_two_prepares_do_not_write_to_one_directory(tmp_path: Path) -> None:
     def second(count: int) -> None:
         if count > 1:
             return
-        with pytest.raises(ValueError, match="another prepare is writing to"):
+        with pytest.raises(UserError, match="another prepare is writing to"):
             prepare(mixed(), tmp_path / "out")
 
     shards.prepare(mixed(False), tmp_path / "out", shards.Options(), 2, second)
@@ -276,11 +277,11 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(writer.os, "fsync", full)
-    with pytest.raises(ValueError, match="no space left on the disk of"):
+    with pytest.raises(UserError, match="no space left on the disk of"):
         prepare(open_source("patterns:train=20,test=5"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("Usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match="0 MiB free, 1 MiB needed at least"):
+    with pytest.raises(UserError, match="0 MiB free, 1 MiB needed at least"):
         prepare(open_source("patterns:train=400,test=5"), tmp_path / "out")
 
 
@@ -289,16 +290,16 @@ def test_what_is_there_already_is_kept(tmp_path: Path) -> None:
     manifest = prepare(what, tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert prepare(what, tmp_path / "out") == manifest
-    with pytest.raises(ValueError, match="already holds shards made with jpeg_quality 90"):
+    with pytest.raises(UserError, match="already holds shards made with jpeg_quality 90"):
         prepare(what, tmp_path / "out", jpeg_quality=80)
-    with pytest.raises(ValueError, match="already holds shards made with source patterns:train=20"):
+    with pytest.raises(UserError, match="already holds shards made with source patterns:train=20"):
         prepare(open_source("patterns:train=21,test=5"), tmp_path / "out")
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("…")
-    with pytest.raises(ValueError, match=r"is not empty and no dataset \(it holds thesis.tex\)"):
+    with pytest.raises(UserError, match=r"is not empty and no dataset \(it holds thesis.tex\)"):
         prepare(what, tmp_path / "mine")
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         prepare(what, tmp_path / "mine/thesis.tex")
 
 
@@ -310,7 +311,7 @@ def test_the_manifest_reads_back_and_names_what_is_wrong(tmp_path: Path) -> None
     out = tmp_path / "out"
     manifest = prepare(open_source("patterns:train=20,test=5"), out)
     assert read_manifest(out) == manifest == Manifest.from_json(manifest.to_json())
-    with pytest.raises(ValueError, match="no split 'val', only train, test"):
+    with pytest.raises(UserError, match="no split 'val', only train, test"):
         manifest.examples("val")
     corrupt(out / "test-00000.beton", lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
     assert {f.shard.name: f.wrong for f in verify(out)} == {
@@ -318,18 +319,18 @@ def test_the_manifest_reads_back_and_names_what_is_wrong(tmp_path: Path) -> None
         "test-00000.beton": ("its bytes do not have the manifest's sha256",),
     }
     corrupt(out / "test-00000.beton", lambda data: data[:-1])
-    with pytest.raises(ValueError, match=r"test-00000.beton of .* bytes, the manifest says"):
+    with pytest.raises(UserError, match=r"test-00000.beton of .* bytes, the manifest says"):
         read_manifest(out)
     (out / "test-00000.beton").unlink()
-    with pytest.raises(ValueError, match=r"test-00000.beton .* is missing"):
+    with pytest.raises(UserError, match=r"test-00000.beton .* is missing"):
         read_manifest(out)
     corrupt(out / "manifest.json", lambda data: data.replace(b'"schema": 1', b'"schema": 7'))
-    with pytest.raises(ValueError, match="schema 7, this version reads 1"):
+    with pytest.raises(UserError, match="schema 7, this version reads 1"):
         read_manifest(out)
     (out / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"has no manifest.json"):
+    with pytest.raises(UserError, match=r"has no manifest.json"):
         read_manifest(out)
-    with pytest.raises(ValueError, match="no directory"):
+    with pytest.raises(UserError, match="no directory"):
         read_manifest(tmp_path / "nowhere")
 
 
@@ -339,17 +340,17 @@ def test_a_source_that_breaks_off_leaves_what_was_full_and_one_that_changed_is_n
 
     def broken() -> Iterator[Item]:
         yield from items[:70]
-        raise ValueError("s3://… failed 8 times, the last time with no connection")
+        raise UserError("s3://… failed 8 times, the last time with no connection")
 
-    with pytest.raises(ValueError, match="no connection"):
+    with pytest.raises(UserError, match="no connection"):
         shards.prepare(Source("mixed", 90, broken, "a"), tmp_path / "out", options, 2, lambda done: None)
     went_on: list[int] = []
     again = Source("mixed", 90, lambda: iter(items), "a")
     assert shards.prepare(again, tmp_path / "out", options, 2, lambda done: None, resumed=went_on.append).skipped == 3
     assert went_on and went_on[0] > 10
-    with pytest.raises(ValueError, match=r"mixed has changed since .* was made from it; use another --out"):
+    with pytest.raises(UserError, match=r"mixed has changed since .* was made from it; use another --out"):
         shards.prepare(Source("mixed", 90, lambda: iter(items), "b"), tmp_path / "out", options, 2, lambda done: None)
-    with pytest.raises(ValueError, match="no connection"):
+    with pytest.raises(UserError, match="no connection"):
         shards.prepare(Source("mixed", 90, broken, "a"), tmp_path / "other", options, 2, lambda done: None)
     went_on.clear()
     changed = Source("mixed", 90, lambda: iter(items), "b")

@@ -19,6 +19,7 @@ from simclr.data.sources.open import open_source
 from simclr.data.sources.patterns import CLASSES, render
 from simclr.data.sources.source import Source, place
 from simclr.data.sources.torchvision import DATASETS
+from simclr.errors import UserError
 from tests.support.s3 import Proxy
 
 NAMES = ("test/cat/b.png", "train/cat/a.png", "train/dog/c.png", "train/dog/._c.png", "train/.DS_Store", "train/dog/notes.txt")
@@ -87,7 +88,7 @@ def test_a_prefix_and_an_archive_in_s3_give_the_images_of_the_folder(s3: Proxy, 
         ("s3://photos/nothing.tar", "there is no s3://photos/nothing.tar"),
         ("s3://nowhere/pets", "there is no bucket nowhere"),
     ):
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             open_source(spec)
 
 
@@ -140,17 +141,17 @@ def test_a_torchvision_dataset_is_read_by_its_name() -> None:
     ],
 )
 def test_what_is_not_there_is_a_sentence(spec: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         open_source(spec)
 
 
 def test_folders_and_files_without_images_are_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="only nothing; expected files that end with"):
+    with pytest.raises(UserError, match="only nothing; expected files that end with"):
         open_source(str(tmp_path))
     (tmp_path / "notes.txt").write_text("no image, no archive")
-    with pytest.raises(ValueError, match=r"only 1 other files \(\.txt\)"):
+    with pytest.raises(UserError, match=r"only 1 other files \(\.txt\)"):
         open_source(str(tmp_path))
-    with pytest.raises(ValueError, match="is no tar archive"):
+    with pytest.raises(UserError, match="is no tar archive"):
         open_source(str(tmp_path / "notes.txt"))
 
 
@@ -160,11 +161,11 @@ def test_a_cut_or_damaged_archive_is_a_sentence(tmp_path: Path, suffix: str) -> 
     whole = path.read_bytes()
     for keep in (len(whole) // 3, len(whole) // 2) if suffix != ".tar" else (512, 1000, 1024, 1300, 2048):
         path.write_bytes(whole[:keep])  # in a header, in an image, and between two
-        with pytest.raises(ValueError, match="ends early or is damaged"):
+        with pytest.raises(UserError, match="ends early or is damaged"):
             list(open_source(str(path)).items())
     if suffix == ".tar":
         path.write_bytes(whole[:1024] + b"?" * 512 + whole[1536:])
-        with pytest.raises(ValueError, match="ends early or is damaged"):
+        with pytest.raises(UserError, match="ends early or is damaged"):
             list(open_source(str(path)).items())
 
 

@@ -14,6 +14,7 @@ import pytest
 from simclr.data.s3 import store
 from simclr.data.s3.store import Damaged, Missing, Store
 from simclr.data.s3.uri import Address, address, copy_of
+from simclr.errors import UserError
 from tests.support.s3 import KEY_ID, REFUSED, SECRET, Proxy
 
 PART = 16 << 10
@@ -52,7 +53,7 @@ def test_addresses(text: str | Path, expected: Address | None) -> None:
 
 def test_an_address_that_is_none_is_not_repeated_in_the_error() -> None:
     for text in (f"s3://{KEY_ID}:{SECRET}@photos/a", "s3:///a"):
-        with pytest.raises(ValueError, match="names no bucket; expected s3://bucket/prefix") as caught:
+        with pytest.raises(UserError, match="names no bucket; expected s3://bucket/prefix") as caught:
             address(text)
         assert KEY_ID not in str(caught.value)
 
@@ -100,7 +101,7 @@ def test_a_killed_download_goes_on_by_byte_range(s3: Proxy, quick: Store, tmp_pa
     one = Store(attempts=1, pause_s=0, part_bytes=PART, threads=1)
     s3.quiet()
     s3.cut_after = 6  # a look, four parts, then silence
-    with pytest.raises(ValueError, match=r"s3://photos/resume failed 1 times"):
+    with pytest.raises(UserError, match=r"s3://photos/resume failed 1 times"):
         one.download(BUCKET / "resume", target)
     assert names(target.parent) == [".file.partial", ".file.parts"]
     s3.quiet()
@@ -117,7 +118,7 @@ def test_a_download_of_an_object_that_changed_begins_again(s3: Proxy, quick: Sto
     quick.upload(source, BUCKET / "changing")
     s3.quiet()
     s3.cut_after = 4
-    with pytest.raises(ValueError, match="failed 1 times"):
+    with pytest.raises(UserError, match="failed 1 times"):
         Store(attempts=1, pause_s=0, part_bytes=PART, threads=1).download(BUCKET / "changing", target)
     s3.quiet()
     source.write_bytes(content(6 * PART, 2))
@@ -154,7 +155,7 @@ def test_wrong_bytes_never_get_the_name(s3: Proxy, quick: Store, tmp_path: Path)
     s3.rate, s3.kinds = 1.0, ("flipped",)
     with pytest.raises(Damaged, match="sha256"):
         quick.download(BUCKET / "wrong", tmp_path / "a")
-    with pytest.raises(ValueError, match="failed 16 times, the last time with bytes that do not match their checksum"):
+    with pytest.raises(UserError, match="failed 16 times, the last time with bytes that do not match their checksum"):
         quick.read(BUCKET / "wrong")
     assert names(tmp_path) == ["source"]
     with pytest.raises(Damaged, match="source does not match its sha256"):
@@ -166,7 +167,7 @@ def test_an_upload_that_fails_shows_nothing_and_leaves_no_parts(s3: Proxy, quick
     path.write_bytes(content(5 * PART))
     s3.cut_after = 4
     one = Store(attempts=2, pause_s=0, part_bytes=PART, threads=1)
-    with pytest.raises(ValueError, match=r"s3://photos/half failed 2 times, the last time with a connection that was reset"):
+    with pytest.raises(UserError, match=r"s3://photos/half failed 2 times, the last time with a connection that was reset"):
         one.upload(path, BUCKET / "half")
     s3.quiet()
     with pytest.raises(Missing, match=r"there is no s3://photos/half; correct the address"):
@@ -177,7 +178,7 @@ def test_an_upload_that_fails_shows_nothing_and_leaves_no_parts(s3: Proxy, quick
     real = s3.fault
     s3.fault = lambda method, path, body: real(method, path, body) if method == "PUT" else ""  # type: ignore[method-assign]
     try:
-        with pytest.raises(ValueError, match="failed 2 times"):
+        with pytest.raises(UserError, match="failed 2 times"):
             one.upload(path, BUCKET / "aborted")
     finally:
         s3.fault = real  # type: ignore[method-assign]
@@ -195,7 +196,7 @@ def test_the_last_error_names_the_object_and_the_attempts_and_no_secret(
     for kind, words in (("503", "503 SlowDown"), ("500", "500 InternalError"), ("reset before", "a connection that was reset")):
         s3.quiet()
         s3.rate, s3.kinds = 1.0, (kind,)
-        with pytest.raises(ValueError, match=f"s3://photos/a/b failed 3 times, the last time with {words}") as caught:
+        with pytest.raises(UserError, match=f"s3://photos/a/b failed 3 times, the last time with {words}") as caught:
             patient.read(BUCKET / "a/b")
         assert len(s3.log) == 3 and caught.value.__context__ is None
         said.append(str(caught.value))
@@ -205,7 +206,7 @@ def test_the_last_error_names_the_object_and_the_attempts_and_no_secret(
     with pytest.raises(Missing, match=r"there is no bucket nowhere for s3://nowhere; make it, or correct the address"):
         patient.listing(Address("nowhere"))
     s3.rate, s3.kinds = 1.0, (REFUSED,)
-    with pytest.raises(ValueError, match=r"S3 refuses s3://photos/a/b to these credentials \(403 SignatureDoesNotMatch\)") as caught:
+    with pytest.raises(UserError, match=r"S3 refuses s3://photos/a/b to these credentials \(403 SignatureDoesNotMatch\)") as caught:
         patient.read(BUCKET / "a/b")
     said.append("".join(traceback.format_exception(caught.value)).partition("Error: ")[2])
     assert len(s3.log) == 3  # none was tried again
@@ -215,15 +216,15 @@ def test_the_last_error_names_the_object_and_the_attempts_and_no_secret(
 
 def test_no_endpoint_and_no_credentials(s3: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"s3://photos failed 2 times, the last time with no connection to 127\.0\.0\.1;"):
+    with pytest.raises(UserError, match=r"s3://photos failed 2 times, the last time with no connection to 127\.0\.0\.1;"):
         Store(attempts=2, pause_s=0).listing(BUCKET)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "nonsense")
-    with pytest.raises(ValueError, match="no address; expected AWS_ENDPOINT_URL_S3="):
+    with pytest.raises(UserError, match="no address; expected AWS_ENDPOINT_URL_S3="):
         Store()
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.url)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(ValueError, match="no AWS credentials for s3://photos; set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(UserError, match="no AWS credentials for s3://photos; set AWS_ACCESS_KEY_ID"):
         Store().listing(BUCKET)
     assert s3.log == []
 
@@ -232,5 +233,5 @@ def test_a_transfer_can_be_ended_from_another_thread(s3: Proxy, tmp_path: Path) 
     s3.rate, s3.kinds = 1.0, ("503",)
     patient = Store(attempts=50, pause_s=5)
     threading.Timer(0.3, patient.over.set).start()
-    with pytest.raises(ValueError, match="ended"):
+    with pytest.raises(UserError, match="ended"):
         patient.read(BUCKET / "a")

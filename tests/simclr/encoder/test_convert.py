@@ -16,6 +16,7 @@ from pipelines.tracking import card
 from simclr.config import Encoder
 from simclr.encoder.convert import Converted, Shapes, convert, created, infer, load_tensorflow
 from simclr.encoder.tf_checkpoint import Bundle, find, named
+from simclr.errors import UserError
 from simclr.networks.resnet import resnet
 from tests.conftest import Within
 from tests.support.paths import GOLDEN, SHARED
@@ -129,7 +130,7 @@ def test_what_is_no_weight_is_listed_and_what_is_unknown_is_named() -> None:
     slots = {"base_model__conv2d__kernel__Momentum": (3, 3, 3, 64), "global_step": (), "beta1_power": ()}
     found = convert(bundle("tf1_resnet18_cifar", **slots))
     assert found.ignored == ["base_model/conv2d/kernel/Momentum", "beta1_power", "global_step"]
-    with pytest.raises(ValueError, match=r"variables that no official SimCLR network has: base_model/conv2d/scale, other/kernel"):
+    with pytest.raises(UserError, match=r"variables that no official SimCLR network has: base_model/conv2d/scale, other/kernel"):
         convert(bundle("tf1_resnet18_cifar", base_model__conv2d__scale=(64,), other__kernel=(3, 3)))
 
 
@@ -144,14 +145,14 @@ def test_what_is_no_weight_is_listed_and_what_is_unknown_is_named() -> None:
     ],
 )
 def test_another_network_is_refused(changed: Shapes, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         convert(bundle("tf1_resnet18_cifar", **changed))
 
 
 def test_the_tap_is_inferred_where_only_one_fits_and_another_is_refused() -> None:
     found = convert(bundle("tf1_resnet18_cifar", head_supervised__linear_layer__dense__kernel=(128, 10)))
     assert found.taps == (3,) and found.classifier(3).tap == 3
-    with pytest.raises(ValueError, match=r"takes 128 numbers, which tap 1 of the head does not give; give --tap 3"):
+    with pytest.raises(UserError, match=r"takes 128 numbers, which tap 1 of the head does not give; give --tap 3"):
         found.classifier(1)
 
 
@@ -160,7 +161,7 @@ def test_object_based_keys_are_told_apart_by_their_graph() -> None:
     full = {f"trainable_variables_list/0{end}": "resnet/conv2d/kernel", f"model/a/.OPTIMIZER_SLOT/optimizer/momentum{end}": "x"}
     names, ignored = named(full, [*full, f"optimizer/iter{end}", "_CHECKPOINTABLE_OBJECT_GRAPH", f"save_counter{end}"])
     assert names == {"resnet/conv2d/kernel": f"trainable_variables_list/0{end}"} and len(ignored) == 4
-    with pytest.raises(ValueError, match=r"two variables of the checkpoint are named a"):
+    with pytest.raises(UserError, match=r"two variables of the checkpoint are named a"):
         named({"k": "a", "l": "a"}, ["k", "l"])
 
 
@@ -180,16 +181,16 @@ def test_a_checkpoint_is_found_as_its_user_names_it(tmp_path: Path) -> None:
     for step in (5, 77):
         (several / f"model.ckpt-{step}.index").touch()
     assert find(several / "model.ckpt-5") == find(several / "model.ckpt-5.data-00000-of-00001") == several / "model.ckpt-5"
-    with pytest.raises(ValueError, match=r"several holds several checkpoints; give one of .*model.ckpt-5, .*model.ckpt-77"):
+    with pytest.raises(UserError, match=r"several holds several checkpoints; give one of .*model.ckpt-5, .*model.ckpt-77"):
         find(several)
     (several / "checkpoint").write_text('model_checkpoint_path: "/elsewhere/model.ckpt-77"\nall_model_checkpoint_paths: "model.ckpt-5"\n')
     assert find(several) == several / "model.ckpt-77"
     assert find(saved / "1000") == saved / "1000" / "variables" / "variables"
-    with pytest.raises(ValueError, match=r"saved holds no TensorFlow checkpoint; give the folder inside it, .*1000"):
+    with pytest.raises(UserError, match=r"saved holds no TensorFlow checkpoint; give the folder inside it, .*1000"):
         find(saved)
-    with pytest.raises(ValueError, match=r"model.ckpt-6.index is absent; give one of"):
+    with pytest.raises(UserError, match=r"model.ckpt-6.index is absent; give one of"):
         find(several / "model.ckpt-6")
-    with pytest.raises(ValueError, match=r"expected NAME.index beside NAME.data"):
+    with pytest.raises(UserError, match=r"expected NAME.index beside NAME.data"):
         find(empty)
 
 
@@ -216,5 +217,5 @@ def test_convert_writes_a_directory_with_head_classifier_and_card(
     text = (tmp_path / "whole" / "README.md").read_text()
     assert "| Licence | Apache-2.0 |" in text and "| Network | ResNet-18, CIFAR stem, 11.2 M parameters |" in text
     assert card.UNKNOWN_LICENCE in (tmp_path / "bare" / "README.md").read_text()
-    with pytest.raises(ValueError, match="exists and is not empty"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         command.main(command.Args(path=tmp_path, to=tmp_path / "whole"))

@@ -12,6 +12,7 @@ import torch
 import simclr
 from simclr.config import Config, Encoder, Head, Views
 from simclr.encoder.directory import read_classifier, read_head, write_encoder
+from simclr.errors import UserError
 from simclr.methods.simclr import build_model
 from simclr.networks.heads import Classifier
 from simclr.views.draw import centre_boxes
@@ -42,11 +43,11 @@ def test_encoder_head_and_classifier_come_back(tmp_path: Path, layers: int, tap:
 
 def test_a_tap_beyond_the_head_and_an_absent_classifier_are_named(tmp_path: Path) -> None:
     model = build_model(CONFIG)
-    with pytest.raises(ValueError, match="tap 4 does not exist; the projection head here has 3 layers"):
+    with pytest.raises(UserError, match="tap 4 does not exist; the projection head here has 3 layers"):
         Classifier(model.encoder, model.head, 4, 2)
     write_encoder(dict(model.encoder.state_dict()), CONFIG, tmp_path / "bare", {})
     assert read_head(tmp_path / "bare") is None
-    with pytest.raises(ValueError, match="holds no classifier"):
+    with pytest.raises(UserError, match="holds no classifier"):
         read_classifier(tmp_path / "bare")
 
 

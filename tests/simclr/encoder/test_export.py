@@ -15,6 +15,7 @@ from pipelines.tracking import card
 from simclr.config import Config, Encoder, Views
 from simclr.encoder import export
 from simclr.encoder.directory import PublishedEncoder, write_encoder
+from simclr.errors import UserError
 from simclr.methods.simclr import build_model
 from simclr.networks.heads import Classifier
 from simclr.networks.resnet import build_encoder
@@ -58,7 +59,7 @@ def test_torchvision_computes_the_same_with_our_pool(within: Within, tmp_path: P
 def test_other_networks_have_no_torchvision_names(tmp_path: Path, encoder: Encoder) -> None:
     with torch.device("meta"):
         network = PublishedEncoder(build_encoder(encoder), Config(encoder=encoder).to_dict())
-    with pytest.raises(ValueError, match=r"torchvision has no such network; .*export a program"):
+    with pytest.raises(UserError, match=r"torchvision has no such network; .*export a program"):
         export.torchvision(network, None, tmp_path / "x.safetensors")
     assert not any(tmp_path.iterdir())
 
@@ -79,7 +80,7 @@ def test_onnx_or_a_sentence(within: Within, tmp_path: Path) -> None:
         import onnxruntime  # type: ignore[import-not-found,unused-ignore]
         import onnxscript  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
     except ModuleNotFoundError:
-        with pytest.raises(ValueError, match=r"which ONNX export needs, is not installed; add it with `pip install '.\[onnx\]'`"):
+        with pytest.raises(UserError, match=r"which ONNX export needs, is not installed; add it with `pip install '.\[onnx\]'`"):
             export.onnx(encoder, tmp_path / "encoder.onnx")
         return
     within("ONNX", export.onnx(encoder, tmp_path / "encoder.onnx"), 1e-5)
@@ -96,13 +97,13 @@ def test_a_graph_that_deviates_is_refused_and_leaves_nothing(tmp_path: Path, mon
         save(program, file)
 
     monkeypatch.setattr(torch.export, "save", wrong)
-    with pytest.raises(ValueError, match=r"encoder.pt2 deviates from the encoder by .* of its largest feature, more than 1e-04"):
+    with pytest.raises(UserError, match=r"encoder.pt2 deviates from the encoder by .* of its largest feature, more than 1e-04"):
         export.program(encoder, tmp_path / "encoder.pt2")
     assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
 
 
 def test_the_suffix_says_what_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not say what to write; expected a file ending in .pt2"):
+    with pytest.raises(UserError, match=r"does not say what to write; expected a file ending in .pt2"):
         command.main(command.Args(encoder=tmp_path, to=tmp_path / "encoder.pth"))
 
 

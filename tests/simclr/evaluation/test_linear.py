@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import simclr.evaluation.features
+from simclr.errors import UserError
 from simclr.evaluation import lbfgs, linear
 from simclr.evaluation.frozen import Unchanged, digest
 from simclr.evaluation.metrics import accuracy
@@ -166,9 +167,9 @@ def test_a_class_that_no_row_shows_is_never_taken(within: Within) -> None:
 
 def test_a_fit_without_penalty_or_rows_is_refused() -> None:
     h, y = features()
-    with pytest.raises(ValueError, match="more than 0"):
+    with pytest.raises(UserError, match="more than 0"):
         lbfgs.fit(h, y, [0.0], 3)
-    with pytest.raises(ValueError, match="200 features and 10 labels"):
+    with pytest.raises(UserError, match="200 features and 10 labels"):
         lbfgs.fit(h, y[:10], [1.0], 3)
 
 

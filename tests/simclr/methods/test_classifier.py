@@ -14,6 +14,7 @@ from simclr import checkpoint
 from simclr.config import Watch
 from simclr.data import labels, loader
 from simclr.encoder.directory import read_classifier
+from simclr.errors import UserError
 from simclr.methods.classifier import build_classifier, finetune, first_state
 from simclr.methods.simclr import build_model
 from simclr.stages import FineTune
@@ -77,7 +78,7 @@ def test_it_begins_with_the_published_network_and_the_loss_of_chance(patterns: P
     losses, _, metrics = steps(dataclasses.replace(TUNED, train=dataclasses.replace(TUNED.train, steps=12)), patterns, at)
     assert losses[0] == pytest.approx(np.log(10), abs=1e-12)  # a classifier of zeros
     assert losses[-1] < 2 and metrics["eval/top1"] > 0.1 and metrics["eval/top5"] >= metrics["eval/top1"]
-    with pytest.raises(ValueError, match="tap is 4; the projection head has 3 layers"):
+    with pytest.raises(UserError, match="tap is 4; the projection head has 3 layers"):
         dataclasses.replace(TUNED, tap=4)
 
 
@@ -129,5 +130,5 @@ def test_what_is_published_gives_the_scores_again(patterns: Path, published: Pat
     assert names == list("0123456789") and model.tap == 1
     again = test_scores(model, config, Start(patterns))
     assert again["eval/top1"] == report.metrics["eval/top1"] == classifiers.scores_of(job)["top1"]
-    with pytest.raises(ValueError, match="was made by `simclr finetune`, this is `simclr pretrain`"):
+    with pytest.raises(UserError, match="was made by `simclr finetune`, this is `simclr pretrain`"):
         open_run(job.path, "x", TINY, patterns)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from simclr.collectives import all_gather, world_size
 from simclr.config import Encoder, Optim, Train, Watch
 from simclr.encoder.directory import write_encoder
+from simclr.errors import UserError
 from simclr.methods.classifier import build_classifier
 from simclr.methods.distill import distill, distillation_loss
 from simclr.stages import Distill
@@ -138,15 +139,15 @@ def test_a_student_of_another_size_learns_the_teacher(patterns: Path, teacher: P
 def test_a_teacher_of_other_classes_is_refused(photographs: Path, patterns: Path, teacher: Path, tmp_path: Path) -> None:
     from simclr.methods.distill import require_teacher
 
-    with pytest.raises(ValueError, match=r"the teacher tells 10 classes .* apart, the data has 2 classes \(cat, dog\)"):
+    with pytest.raises(UserError, match=r"the teacher tells 10 classes .* apart, the data has 2 classes \(cat, dog\)"):
         require_teacher(teacher, ("cat", "dog"))
     model = build_classifier(TINY, 10, 0)
     write_encoder(model.encoder.state_dict(), TINY, tmp_path / "plain", {})
-    with pytest.raises(ValueError, match="holds no classifier to learn from; `simclr finetune` makes one"):
+    with pytest.raises(UserError, match="holds no classifier to learn from; `simclr finetune` makes one"):
         next(distill(TAUGHT, Start(patterns), tmp_path / "plain"))
-    with pytest.raises(ValueError, match=r"20 epochs of warm-up leave nothing of 4; v2 has 5 %: --optim.warmup-epochs 0.2"):
+    with pytest.raises(UserError, match=r"20 epochs of warm-up leave nothing of 4; v2 has 5 %: --optim.warmup-epochs 0.2"):
         Distill(train=Train(epochs=4))
-    with pytest.raises(ValueError, match="alpha is 0"):
+    with pytest.raises(UserError, match="alpha is 0"):
         dataclasses.replace(TAUGHT, alpha=0)
 
 

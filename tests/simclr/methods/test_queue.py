@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simclr import checkpoint
 from simclr.config import Config, Loss
+from simclr.errors import UserError
 from simclr.loss import nt_xent
 from simclr.methods.queue import Memory
 from simclr.train import Start, pretrain
@@ -111,9 +112,9 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, tm
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"loss\.memory 100 holds no whole batches; use a multiple of 48"):
+    with pytest.raises(UserError, match=r"loss\.memory 100 holds no whole batches; use a multiple of 48"):
         dataclasses.replace(TINY, loss=Loss(memory=100))
-    with pytest.raises(ValueError, match=r"loss\.memory needs a whole batch at once"):
+    with pytest.raises(UserError, match=r"loss\.memory needs a whole batch at once"):
         dataclasses.replace(REMEMBERING, train=dataclasses.replace(TINY.train, micro_batch=4))
-    with pytest.raises(ValueError, match=r"loss\.memory is for nt_xent"):
+    with pytest.raises(UserError, match=r"loss\.memory is for nt_xent"):
         Loss(name="nt_logistic", memory=48)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipelines.train.prometheus import with_last_checkpoint
 from simclr import checkpoint
 from simclr.collectives import rank
+from simclr.errors import Diverged
 from simclr.telemetry.guards import Health, places
 from simclr.telemetry.timing import Pace
 from simclr.train import Report
@@ -32,7 +33,7 @@ def told(seen: Health, step: int, loss: float = 1.0) -> str:
     """What a report after `step` raises, "" for nothing."""
     try:
         seen.report(step, {"train/loss": torch.tensor(loss)}, _PACE)
-    except FloatingPointError as error:
+    except Diverged as error:
         return str(error)
     return ""
 
@@ -107,7 +108,7 @@ def ends(folder: str) -> list[str]:
 
     def broken() -> Iterator[Report]:
         yield cast(Report, "a report")
-        raise FloatingPointError("the loss is not finite at step 9")
+        raise Diverged("the loss is not finite at step 9")
 
     def full() -> None:
         raise OSError(errno.ENOSPC, "no space left")
@@ -116,7 +117,7 @@ def ends(folder: str) -> list[str]:
     for step in (4, 8):
         stream = with_last_checkpoint(broken(), Path(folder) / str(rank()), saver)
         assert cast(str, next(stream)) == "a report"
-        with pytest.raises(FloatingPointError) as caught:
+        with pytest.raises(Diverged) as caught:
             next(stream)
         said.append(str(caught.value))
         checkpoint.write(Path(folder) / str(rank()), checkpoint.State(step + rank(), {}, {"w": torch.zeros(1)}), 1)

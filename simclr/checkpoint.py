@@ -38,14 +38,17 @@ class State:
     """Optimizer steps done."""
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    """`model.*` and `optimizer.*`. They are the live tensors: write them before the next step."""
+    """`model.*`, `state.*` and `optimizer.*`. They are the live tensors: write them before the next step."""
     reports: list[dict[str, Any]] = field(default_factory=list)
     """The newest reports, in order of steps: who was to hear them may be gone, and the steps are not done again."""
 
 
-def capture(step: int, config: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """The state after `step` steps. Momentum is stored under the parameter's name, not its number."""
-    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+def capture(
+    step: int, config: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, beside: nn.Module | None = None
+) -> State:
+    """The state after `step` steps, of `model`, of what is trained `beside` it without gradient (averages, queues), and of any
+    optimizer. What that keeps of a parameter is stored under the parameter's name, not its number."""
+    tensors = _named(model, beside)
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
@@ -53,38 +56,63 @@ def capture(step: int, config: dict[str, Any], model: nn.Module, optimizer: torc
     return State(step, config, tensors)
 
 
-def check(state: State, model: nn.Module) -> None:
-    """Raise UserError naming each tensor that is missing, extra or misshapen. The model may be on the meta device."""
-    own, momentum = _names(model)
-    wanted = own | (momentum if any(name.startswith("optimizer.") for name in state.tensors) else {})
+def check(state: State, model: nn.Module, beside: nn.Module | None = None) -> None:
+    """Raise UserError naming each tensor that is missing, extra or misshapen. The modules may be on the meta device."""
+    own, kept = _named(model, beside), _kept(state, model)
+    # An optimizer that keeps something of one parameter keeps it of all, or was never asked to step.
+    wanted = {name: t.shape for name, t in own.items()}
+    for key in {key for _, key in kept.values()}:
+        wanted |= {f"optimizer.{name}.{key}": p.shape for name, p in model.named_parameters() if p.requires_grad}
     wrong = [f"{name} is missing" for name in wanted if name not in state.tensors]
     wrong += [f"{name} is unknown" for name in state.tensors if name not in wanted]
     wrong += [
-        f"{name} has shape {tuple(t.shape)}, expected {tuple(wanted[name].shape)}"
+        f"{name} has shape {tuple(t.shape)}, expected {tuple(wanted[name])}"
         for name, t in state.tensors.items()
-        if name in wanted and t.shape != wanted[name].shape
+        if name in wanted and t.shape != wanted[name] and not (name in kept and not t.ndim)  # a count of steps has no shape
     ]
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UserError(f"the checkpoint of step {state.step} does not fit this config: {shown}")
 
 
-def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put `state` into `model` and `optimizer`. Raises UserError as `check` does, with nothing changed."""
-    check(state, model)
-    own, momentum = _names(model)
+def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, beside: nn.Module | None = None) -> None:
+    """Put `state` into `model`, what is `beside` it, and `optimizer`. Raises UserError as `check` does, with nothing changed."""
+    check(state, model, beside)
+    settings = {p: group for group in optimizer.param_groups for p in group["params"]}
     with torch.no_grad():
-        for name, t in own.items():
+        for name, t in _named(model, beside).items():
             t.copy_(state.tensors[name])
-        for name, p in momentum.items():
-            if name in state.tensors:
+        for name, (p, key) in _kept(state, model).items():
+            there = state.tensors[name]
+            if there.shape == p.shape:
                 # The parameter's own layout in memory: fused optimizers and bitwise resume want both alike.
-                optimizer.state[p]["momentum_buffer"] = torch.empty_like(p, requires_grad=False).copy_(state.tensors[name])
+                optimizer.state[p][key] = torch.empty_like(p, dtype=there.dtype, requires_grad=False).copy_(there)
+            else:  # a count of steps, which torch keeps beside the parameter only for fused and captured optimizers
+                beside_p = settings[p].get("fused") or settings[p].get("capturable")
+                optimizer.state[p][key] = there.clone().to(p.device if beside_p else "cpu")
 
 
-def _names(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, nn.Parameter]]:
-    own = {f"model.{name}": t for name, t in model.state_dict().items()}
-    return own, {f"optimizer.{name}.momentum_buffer": p for name, p in model.named_parameters() if p.requires_grad}
+def part(state: State, model: nn.Module, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors in `state` of `module`, a part of `model`, by the names that `module` has for them."""
+    (prefix,) = (f"model.{name}." for name, found in model.named_modules() if found is module)
+    return {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}
+
+
+def _named(model: nn.Module, beside: nn.Module | None) -> dict[str, Tensor]:
+    """`model.*`, and `state.*` of what is beside it."""
+    named = {f"model.{name}": t for name, t in model.state_dict().items()}
+    return named | ({f"state.{name}": t for name, t in beside.state_dict().items()} if beside is not None else {})
+
+
+def _kept(state: State, model: nn.Module) -> dict[str, tuple[nn.Parameter, str]]:
+    """Name of each tensor that an optimizer kept → its parameter in `model` and the optimizer's own key; without unknown ones."""
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {}
+    for whole in (name for name in state.tensors if name.startswith("optimizer.")):
+        name, _, key = whole.removeprefix("optimizer.").rpartition(".")
+        if name in learning:
+            found[whole] = (learning[name], key)
+    return found
 
 
 def write(folder: Path, state: State, keep: int, score: float | None = None, spare: str = "") -> Path:
@@ -172,7 +200,13 @@ def about(path: Path) -> dict[str, Any]:
 def read(path: Path) -> State:
     """Read a checkpoint back onto the CPU. Raises Damaged or UserError as `about` does."""
     text = about(path)
-    return State(int(text["step"]), text["config"], load_file(path / "state.safetensors"), reports(path))
+    tensors = {_renamed(name): t for name, t in load_file(path / "state.safetensors").items()}
+    return State(int(text["step"]), text["config"], tensors, reports(path))
+
+
+def _renamed(name: str) -> str:
+    """The queue of negatives was a part of the model, and called its memory, before 26 November 2026."""
+    return f"state.{name.removeprefix('model.memory.')}" if name.startswith("model.memory.") else name
 
 
 def reports(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -98,23 +99,43 @@ class LARS(torch.optim.Optimizer):
         return result
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+Schedule = Callable[[int], float]
+"""Value of a setting at an optimizer step (0-based)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that are optimized alike."""
+
+    params: tuple[nn.Parameter, ...]
+    settings: dict[str, Any]
+    """The optimizer's own, as {"weight_decay": 1e-4, "adapt": True}."""
+    schedules: dict[str, Schedule]
+    """Settings that are set before each step, as {"lr": …}."""
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, lr: Schedule) -> tuple[Group, ...]:
     """Kernels decay and adapt; BatchNorm and biases (vectors) do neither (App. B.6); a classifier's kernel decays only, as in
     the official code. Groups without a parameter are left out."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     classifier = [p for name, p in named if name.startswith("classifier.") and p.ndim > 1]
     kernels = [p for name, p in named if not name.startswith("classifier.") and p.ndim > 1]
-    groups: list[dict[str, Any]] = [
-        {"params": kernels, "weight_decay": weight_decay, "adapt": True},
-        {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
-        {"params": classifier, "weight_decay": weight_decay, "adapt": False},
-    ]
-    return [group for group in groups if group["params"]]
+    vectors = [p for _, p in named if p.ndim <= 1]
+    decayed, plain = {"weight_decay": weight_decay, "adapt": True}, {"weight_decay": 0.0, "adapt": False}
+    groups = ((kernels, decayed), (vectors, plain), (classifier, {**decayed, "adapt": False}))
+    return tuple(Group(tuple(params), settings, {"lr": lr}) for params, settings in groups if params)
 
 
-def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """The configured optimizer over `module`'s parameters, with lr 0: the loop sets it before each step."""
-    groups = parameter_groups(module, optim.weight_decay)
+def build_optimizer(groups: Sequence[Group], optim: Optim) -> torch.optim.Optimizer:
+    """The configured optimizer over `groups`, with lr 0: `set_schedules` sets it before each step."""
+    given = [{"params": list(group.params), **group.settings} for group in groups]
     if optim.name == "lars":
-        return LARS(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
-    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov, fused=True)
+        return LARS(given, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
+    return torch.optim.SGD(given, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov, fused=True)
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, groups: Sequence[Group], step: int) -> None:
+    """Put into `optimizer` what the schedules of its `groups` say of `step`."""
+    for there, group in zip(optimizer.param_groups, groups, strict=True):
+        for name, schedule in group.schedules.items():
+            there[name] = schedule(step)

@@ -16,7 +16,8 @@ from pipelines.bench.result import Row
 from simclr.config import Config, Views
 from simclr.data.manifest import read_manifest
 from simclr.loss import nt_xent
-from simclr.train import Start, pretrain
+from simclr.methods.method import Start
+from simclr.train import train
 from simclr.views.two_views import two_views
 
 _SIZES = {32: 64, 224: 32}  # side of a view in px → images
@@ -129,7 +130,7 @@ def _curve(config: Config, precision: Precision, data: Path, threads: int, devic
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            for report in pretrain(config, Start(data, device, threads=threads)):
+            for report in train(config, Start(data, device, threads=threads)):
                 losses.append(report.metrics["train/loss"])
                 if device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("warn" if report.step == _WATCHED else "default")

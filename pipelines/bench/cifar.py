@@ -15,8 +15,9 @@ from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.evaluation import features, knn, linear
+from simclr.methods.method import Start
 from simclr.methods.simclr import build_model
-from simclr.train import Start, pretrain
+from simclr.train import train
 
 _EVERY = 97  # steps between two reports: an epoch of CIFAR-10 at N = 512
 _BASE_LR = 0.12  # 0.24 at N = 512: what a short run wants, four times the recipe's
@@ -37,12 +38,12 @@ def cifar(name: str, config: Config, data: Path, epochs: int, threads: int, devi
         raise UserError(f"{data} has {len(manifest.classes)} classes and {splits}; expected labelled images, also to test: use others")
     torch.set_num_threads(threads)
     keep_freed_memory()
-    train = replace(config.train, epochs=float(epochs), steps=None, report_every_steps=_EVERY, checkpoint_every_steps=None)
-    config = replace(config, train=train, watch=replace(config.watch, every_epochs=0, bank=512, queries=256))
+    settings = replace(config.train, epochs=float(epochs), steps=None, report_every_steps=_EVERY, checkpoint_every_steps=None)
+    config = replace(config, train=settings, watch=replace(config.watch, every_epochs=0, bank=512, queries=256))
     if config.optim.name == "sgd":
         config = replace(config, optim=replace(config.optim, base_lr=_BASE_LR))
     total, began, speeds = config.total_steps(manifest.examples("train")), time.perf_counter(), []
-    for report in pretrain(config, Start(data, device, threads=threads)):
+    for report in train(config, Start(data, device, threads=threads)):
         speeds.append(report.metrics["speed/images_per_s"])
         print(f"step {report.step:,} of {total:,}: loss {report.metrics['train/loss']:.4f}, {speeds[-1]:,.0f} images/s", flush=True)
         last = report

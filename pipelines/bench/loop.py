@@ -65,7 +65,8 @@ def _bare(values: dict[str, Any], data: str, threads: int) -> Callable[[int], fl
     import torch
 
     from pipelines.allocator import keep_freed_memory
-    from simclr.train import Report, Start, pretrain
+    from simclr.methods.method import Start
+    from simclr.train import Report, train
 
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -76,7 +77,7 @@ def _bare(values: dict[str, Any], data: str, threads: int) -> Callable[[int], fl
         steps = max(steps, WARM_STEPS)
         if steps not in reports:
             reports.clear()  # ends the one before
-            reports[steps] = pretrain(timed(Config.from_dict(values), steps, _ENDLESS), Start(Path(data), device, threads=threads))
+            reports[steps] = train(timed(Config.from_dict(values), steps, _ENDLESS), Start(Path(data), device, threads=threads))
             for report in reports[steps]:  # of the first step, and of a window that is not counted
                 if report.step > 1:
                     break

@@ -23,7 +23,7 @@ def optim(steps: int, trials: int, threads: int, device: torch.device) -> list[R
         network = resnet(50).to(device)
         for p in network.parameters():
             p.grad = torch.randn_like(p)
-        groups = parameter_groups(network, 1e-4)
+        groups = [{"params": list(g.params), **g.settings} for g in parameter_groups(network, 1e-4, lambda step: 1e-3)]
         if name == "LARS":
             optimizers[name] = LARS(groups, lr=1e-3)
         else:

@@ -21,13 +21,12 @@ from simclr.collectives import data_parallel, world_size
 from simclr.config import Config
 from simclr.data.loader import Batch, batches, on_device
 from simclr.errors import UserError
-from simclr.gradient_cache import cached_gradient
-from simclr.loss import nt_xent
-from simclr.methods.simclr import SimCLR, build_model
+from simclr.methods.method import Start
+from simclr.methods.simclr import SimCLR, build_model, simclr
 from simclr.networks.batchnorm import BatchNorm
-from simclr.optim import build_optimizer, lr_peak, warmup_cosine
+from simclr.optim import build_optimizer, lr_peak, parameter_groups, warmup_cosine
 from simclr.precision import autocast, set_backends, weights_dtype
-from simclr.train import Start
+from simclr.train import take_step
 from simclr.views.two_views import two_views
 
 Step = Callable[[], Tensor]
@@ -191,7 +190,7 @@ def of_batch(batch: Batch, config: Config, device: torch.device) -> See:
     """Views made of what the loader gives, as in `simclr.train`."""
 
     def see(rows: slice) -> Tensor:
-        views = two_views(batch.images[rows], batch.ids[rows], batch.epoch, config.views, config.seed, device)
+        views = two_views(batch.images[0][rows], batch.ids[rows], batch.epoch, config.views, config.seed, device)
         return views.to(weights_dtype(config.train.precision), memory_format=torch.channels_last)
 
     return see
@@ -202,44 +201,28 @@ def of_noise(config: Config, device: torch.device) -> See:
     size, n = config.views.size_px, config.images_per_rank(world_size())
     generator = torch.Generator(device).manual_seed(0)
     crops = torch.randint(0, 256, (n, 2, size, size, 3), dtype=torch.uint8, generator=generator, device=device)
-    return of_batch(Batch(0, 0, crops, torch.arange(n), torch.full((n,), -1)), config, device)
+    return of_batch(Batch(0, 0, (crops,), torch.arange(n), torch.full((n,), -1)), config, device)
 
 
 # ── The steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def our_step(config: Config, device: torch.device) -> Callable[[See], Tensor]:
-    """A step of `simclr.train` without labels, by the functions that it calls, in the process group if there is one. It takes what
-    it sees and returns its loss, on the device: nobody waits for it."""
-    n = config.images_per_rank(world_size())
-    model = build_model(config).to(device, weights_dtype(config.train.precision)).to(memory_format=torch.channels_last).train()
-    optimizer = build_optimizer(model, config.optim)
-    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients, config.train.compile)
-    peak, taken = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling), 0
-
-    def contrast(z: Tensor) -> Tensor:
-        return nt_xent(z, config.loss.temperature)
-
-    def embed(views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with autocast(config.train.precision, device):
-            found: tuple[Tensor, Tensor, Tensor] = network(views)
-        return found
-
-    def no_classifier(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return logits.new_zeros(()), logits.new_zeros(2)
+    """The loop's own step (`simclr.train.take_step`) without labels, in the process group if there is one. It takes what it sees and
+    returns its loss, on the device: nobody waits for it."""
+    n, taken = config.images_per_rank(world_size()), 0
+    made = simclr(config, Start(Path(), device))
+    peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
+    schedule = partial(warmup_cosine, peak=peak, warmup_steps=_WARMUP, total_steps=_TOTAL)
+    groups = parameter_groups(made.network, config.optim.weight_decay, schedule)
+    optimizer = build_optimizer(groups, config.optim)
+    network = data_parallel(made.network, config.train.bucket_mib, config.train.compress_gradients, config.train.compile)
+    nobody = Batch(0, 0, (), torch.arange(n), torch.full((n,), -1))
 
     def one(see: See) -> Tensor:
         nonlocal taken
-        optimizer.zero_grad(set_to_none=True)
-        if config.train.micro_batch in (None, n):
-            loss = contrast(embed(see(slice(0, n)))[1])
-            loss.backward()
-        else:
-            pieces = (n, config.train.micro_batch)
-            _, loss, _, _ = cached_gradient(network, lambda rows: embed(see(rows)), *pieces, contrast, no_classifier)
-        for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(taken, peak, _WARMUP, _TOTAL)
-        optimizer.step()
+        seen = replace(made, groups=groups, inputs=lambda batch, rows: {"views": see(rows).unflatten(0, (2, -1))})
+        _, _, loss, _ = take_step(seen, network, optimizer, config, nobody, taken)
         taken += 1
         return loss.detach()
 
@@ -260,7 +243,7 @@ def plain_step(config: Config, views: Tensor) -> Step:
     def one() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with autocast(config.train.precision, views.device):
-            _, z, _ = network(views)
+            z = network({"views": views.unflatten(0, (2, -1))})["z"].flatten(0, 1)
         z = z.float() if z.dtype == torch.bfloat16 else z
         z = F.normalize(z, dim=1)
         logits = z @ z.T / temperature

@@ -125,7 +125,7 @@ def _pull_and_compare(run: Run) -> tuple[str, str]:
     pulled, images, features = run.path / "pulled", run.path / "images.npy", run.path / "features.npz"
     shutil.rmtree(pulled, ignore_errors=True)
     first = next(in_order(run.data, "test", run.config.views.size_px, _CHECKED, resize=run.config.views.resize))
-    np.save(images, first.images.numpy())
+    np.save(images, first.images[0].numpy())
     for command in (["pull", spec, "--to", str(pulled)], ["embed", str(pulled), str(images), "--out", str(features)]):
         done = subprocess.run([sys.executable, "-m", "pipelines.cli", *command, "--quiet"], capture_output=True, text=True)
         if done.returncode:

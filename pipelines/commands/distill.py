@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -17,9 +17,6 @@ from simclr.config import Optim, Watch
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.stages import Distill
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,6 @@ def distill(args: Args) -> Run:
         manifest = read_manifest(data)
         examples = manifest.examples("train")
         from simclr.data import labels
-        from simclr.methods.classifier import build_classifier
         from simclr.methods.distill import require_teacher
 
         classes = require_teacher(directory, manifest.classes)
@@ -104,12 +100,6 @@ def distill(args: Args) -> Run:
             shutil.copytree(directory, run.path / ".teacher", dirs_exist_ok=True)
             (run.path / ".teacher").rename(run.path / "teacher")
 
-    def shapes() -> nn.Module:
-        import torch
-
-        with torch.device("meta"):
-            return build_classifier(config, len(classes), 0)
-
     notes: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
     job = driver.Job(
         run=run,
@@ -118,9 +108,8 @@ def distill(args: Args) -> Run:
         total=config.total_steps(examples),
         uri=uri,
         resources=args.resources,
-        shapes=shapes,
         publish=lambda run: classifiers.publish(run, classes, 0, notes),
-        given={"ids": ids},
+        given={"labelled": ids},
     )
     return driver.train(job, began)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -16,9 +16,6 @@ from simclr.config import Optim, Watch
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.stages import FineTune
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _FEW = 0.05
 
@@ -88,7 +85,7 @@ def finetune(args: Args) -> Run:
         classes = classifiers.require_classes(manifest := read_manifest(data), data)
         from simclr import checkpoint
         from simclr.data import labels
-        from simclr.methods.classifier import build_classifier, first_state
+        from simclr.methods.classifier import first_state
 
         seed = args.seed if args.label_seed is None else args.label_seed
         seen = classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
@@ -104,12 +101,6 @@ def finetune(args: Args) -> Run:
         if state is not None and not checkpoint.list_checkpoints(run.checkpoints):
             checkpoint.write(run.checkpoints, state, config.train.keep_checkpoints)
 
-    def shapes() -> nn.Module:
-        import torch
-
-        with torch.device("meta"):
-            return build_classifier(config, len(classes), config.tap, config.linear)
-
     notes: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
     job = driver.Job(
         run=run,
@@ -118,7 +109,6 @@ def finetune(args: Args) -> Run:
         total=config.total_steps(len(ids)),
         uri=uri,
         resources=args.resources,
-        shapes=shapes,
         publish=lambda run: classifiers.publish(run, classes, config.tap, notes),
         given={"ids": ids},
     )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
@@ -15,9 +15,6 @@ from pipelines.runs.directory import Run
 from pipelines.train import driver, ray_train
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,6 @@ def pretrain(args: Args) -> Run:
     config.steps_per_epoch(examples)
     run, home, uri = driver.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri)
 
-    def shapes() -> nn.Module:
-        from simclr.methods.simclr import shapes_only  # its imports take seconds
-
-        return shapes_only(config, len(classes))
-
     job = driver.Job(
         run=run,
         home=home,
@@ -68,7 +60,6 @@ def pretrain(args: Args) -> Run:
         total=config.total_steps(examples),
         uri=uri,
         resources=args.resources,
-        shapes=shapes,
         publish=lambda run: publish_newest(run, classes),
     )
     return driver.train(job, began)
@@ -86,6 +77,6 @@ def publish_newest(run: Run, classes: Sequence[str]) -> None:
         run.encoder,
         published,
         head=parts["head"],
-        classifier=parts["classifier"],
+        classifier=parts.get("classifier"),
         classes=list(classes),
     )

@@ -69,7 +69,7 @@ def _images(data: Path, split: str, config: Config, ids: NDArray[np.int64]) -> N
     for batch in in_order(data, split, config.views.size_px, 256, resize=config.views.resize):
         for row, sample in enumerate(batch.ids.tolist()):
             if sample in wanted:
-                found[sample] = batch.images[row].numpy().copy()
+                found[sample] = batch.images[0][row].numpy().copy()
         if len(found) == len(wanted):
             break
     return np.stack([found[int(i)] for i in ids])
@@ -81,7 +81,7 @@ def gallery(config: Config, data: Path, most: int) -> NDArray[np.uint8]:
     batch: Batch = next(stream)
     n = min(most, len(batch.ids))
     ids = batch.ids[:n].clone()
-    views = (raw_views(batch.images[:n], ids, batch.epoch, config.views, config.seed) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    views = (raw_views(batch.images[0][:n], ids, batch.epoch, config.views, config.seed) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     stream.close()
     originals = _images(data, "train", config, ids.numpy())
     if originals.shape[1:] != views.shape[1:]:

@@ -24,7 +24,7 @@ from simclr.telemetry.collapse import collapse
 from simclr.telemetry.straggler import SLOW
 
 if TYPE_CHECKING:
-    from torch import nn
+    from simclr.methods.method import Method
 
 _AMPLE_BYTES = 32 << 30  # three checkpoints of the largest recipe are 19 GiB
 
@@ -42,8 +42,6 @@ class Job:
     uri: str
     """MLflow address."""
     resources: ray_train.Resources
-    shapes: Callable[[], nn.Module]
-    """The model on the meta device."""
     publish: Callable[[Run], None]
     """Writes run/encoder from the newest checkpoint."""
     given: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +78,7 @@ def train(job: Job, began: float) -> Run:
 
 def _train(job: Job, began: float) -> Run:
     run, home, where = job.run, job.home, sync.shown(job.asked)
-    done = _steps_done(run, job.shapes)
+    done = _steps_done(run)
     if done >= job.total:
         job.publish(run)
         if run.unlogged:
@@ -91,7 +89,7 @@ def _train(job: Job, began: float) -> Run:
         home.send()
         say(f"{where} is complete: {done:,} of {job.total:,} steps; nothing to do")
         return run
-    _require_space(run, job.shapes)
+    _require_space(run)
     ours = ray_train.connect(job.resources)
     connected = time.monotonic()
     try:
@@ -201,7 +199,7 @@ def _note(report: dict[str, Any]) -> str:
     return "  ".join([f"loss {report['train/loss']:.3f}", f"epoch {report['epoch']:.1f}", *shown])
 
 
-def _steps_done(run: Run, shapes: Callable[[], nn.Module]) -> int:
+def _steps_done(run: Run) -> int:
     """Steps in the newest whole checkpoint; its reports are then in metrics.jsonl. Raises UserError where it does not fit the
     config's model."""
     if not run.checkpoints.exists():
@@ -212,31 +210,40 @@ def _steps_done(run: Run, shapes: Callable[[], nn.Module]) -> int:
     if newest is None:
         return 0
     state = checkpoint.read(newest)
-    checkpoint.check(state, shapes())
+    method = shapes_of(run)
+    checkpoint.check(state, method.network, method.state)
     run.fill(state.reports)
     return state.step
 
 
-def _require_space(run: Run, shapes: Callable[[], nn.Module]) -> None:
+def _require_space(run: Run) -> None:
     """Room for the checkpoints that will be kept and the one being written: weights and momentum, 4 bytes each."""
     existing = next(p for p in [run.path.absolute(), *run.path.absolute().parents] if p.exists())
     if shutil.disk_usage(existing).free > _AMPLE_BYTES:
         return
     keep = run.config.train.keep_checkpoints
-    needed = sum(p.numel() for p in shapes().parameters()) * 8 * (keep + 1)
+    method = shapes_of(run)
+    beside = sum(t.numel() for t in method.state.state_dict().values())
+    needed = (8 * sum(p.numel() for p in method.network.parameters()) + 4 * beside) * (keep + 1)
     files.require_space(run.path, needed, f"for {keep} checkpoints and one being written", "use --run on another disk")
 
 
+def shapes_of(run: Run) -> Method:
+    """The run's method on the meta device: names and shapes without memory."""
+    import torch
+
+    from simclr.methods.choice import method_of
+    from simclr.methods.method import Start
+
+    return method_of(run.config, Start(run.data, torch.device("meta"), teacher=run.path / "teacher"))
+
+
 def newest_tensors(run: Run) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Steps of the newest checkpoint, and its weights: {"encoder": {name: tensor}, "head": …, "classifier": …}."""
+    """Steps of the newest checkpoint, and the weights that the run's method publishes: {"encoder": {name: tensor}, "head": …, …}."""
     from simclr import checkpoint
 
     newest = checkpoint.latest(run.checkpoints, say)
     if newest is None:
         raise UserError(f"{run.path} has no checkpoint yet; `simclr {run.stage}` writes one every minute")
-    state = checkpoint.read(newest)
-    parts = {
-        part: {name.removeprefix(f"model.{part}."): t for name, t in state.tensors.items() if name.startswith(f"model.{part}.")}
-        for part in ("encoder", "head", "classifier")
-    }
-    return state.step, parts
+    state, method = checkpoint.read(newest), shapes_of(run)
+    return state.step, {name: checkpoint.part(state, method.network, module) for name, module in method.published.items()}

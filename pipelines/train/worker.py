@@ -27,11 +27,9 @@ def train_worker(job: dict[str, Any]) -> None:
     from pipelines.train.checkpoints import SCORES, Saver
     from pipelines.train.prometheus import Gauges, with_last_checkpoint
     from simclr.collectives import from_rank_zero
-    from simclr.methods.classifier import finetune
-    from simclr.methods.distill import distill
     from simclr.stages import STAGES
     from simclr.telemetry import progress
-    from simclr.train import Start, pretrain
+    from simclr.train import Start, train
 
     config, stage = STAGES[job["stage"]].from_dict(job["config"]), job["stage"]
     home = sync.Home(job["run"])
@@ -57,13 +55,12 @@ def train_worker(job: dict[str, Any]) -> None:
     meet = ray.train.collective.barrier if home.at is not None or str(data) != job["data"] else list
     meet()
     name = from_rank_zero(name)
-    start = Start(data, device, patiently(lambda: home.checkpoint(name)) if name else None, job["cpus_per_worker"])
+    found = patiently(lambda: home.checkpoint(name)) if name else None
     meet()
-    loop: Any = {"pretrain": pretrain, "finetune": finetune, "distill": distill}[stage]
     if stage == "distill":
         patiently(home.fetch)
-        loop = partial(loop, teacher=home.path / "teacher")
-    reports = compile_cache.remembered(loop(config, start, **job["given"]), home, config, device, job.get("compile_key", ""), tell)
+    start = Start(data, device, found, job["cpus_per_worker"], teacher=home.path / "teacher", **job["given"])
+    reports = compile_cache.remembered(train(config, start), home, config, device, job.get("compile_key", ""), tell)
     gauges = Gauges(job["run"])
     saver = Saver(home, config.train, start.checkpoint, lambda told: put.remote(told | mark)) if first else None
     with progress.watched():

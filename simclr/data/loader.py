@@ -40,7 +40,7 @@ from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.data.memory import PAGE, copied, mapped, slots_for
 from simclr.data.s3.uri import Corrupt
 from simclr.telemetry import progress
-from simclr.views.draw import centre_boxes, crop_boxes
+from simclr.views.draw import Crop, boxes_of, centre_boxes
 
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
@@ -54,9 +54,9 @@ class Batch:
     step: int
     """Optimizer step (0-based) that it belongs to; in evaluation its number."""
     epoch: int
-    images: Tensor
-    """uint8. Raw shards: (n, H, W, 3), whole images. JPEG shards: (n, 2, size, size, 3), both views' crops (or view 0's alone,
-    n × 1), and in evaluation (n, size, size, 3), centre crops."""
+    images: tuple[Tensor, ...]
+    """uint8. Raw shards: one (n, H, W, 3), whole images. JPEG shards: for each `Crop` (n, count, size, size, 3), and in evaluation
+    one (n, size, size, 3), centre crops."""
     ids: Tensor
     """(n,) int64: positions in the split."""
     labels: Tensor
@@ -71,7 +71,7 @@ def batches(
     world: int,
     threads: int = 1,
     ids: NDArray[np.int64] | None = None,
-    crops: int = 2,
+    crops: tuple[Crop, ...] | None = None,
 ) -> Generator[Batch, None, None]:
     """Endless training batches of `rank` from `start_step` on, prepared in advance; closing the iterator ends their thread.
 
@@ -80,8 +80,8 @@ def batches(
     shard groups each has a permutation of its own, and gives N / G consecutive entries: then it depends on G too, and is the
     same for every number of workers that G divides. Raises UserError for damaged shards, naming shard and sample.
 
-    `ids`, ascending, are the only images that there are, where given: a subset, of ungrouped shards. Of JPEG shards `crops` = 1
-    leaves view 1 out.
+    `ids`, ascending, are the only images that there are, where given: a subset, of ungrouped shards. `crops` are cut from JPEG shards;
+    without it the two of `config.views`.
     """
     groups, group = config.train.shard_groups, config.group_of(rank, world)
     split = _Split(data, "train", threads, groups, group, config.train.cache == "process")
@@ -90,8 +90,8 @@ def batches(
     per_epoch = config.steps_per_epoch(split.examples if ids is None else len(ids))
     n = config.images_per_rank(world)
     taken = config.train.batch_size // groups  # from each group, in a step
-    size = config.views.size_px
-    read, ahead = split.reader(n, crops, size, config.views.resize)
+    crops = crops or (Crop(views=config.views),)
+    read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), config.views.resize)
     order_of, order = -1, np.empty(0, np.int64)
 
     def batch(step: int) -> Batch:
@@ -101,7 +101,7 @@ def batches(
             order_of, order = epoch, keyed.shuffled(config.seed, epoch, rows)
         first = step % per_epoch * taken + rank * n - group * taken
         mine = order[first : first + n]
-        boxes = None if split.raw else crop_boxes(config.views, config.seed, epoch, split.names[mine], split.sizes(mine))[:, :crops]
+        boxes = None if split.raw else boxes_of(crops, config.seed, epoch, split.names[mine], split.sizes(mine))
         return split.batch(read, step, epoch, mine, boxes)
 
     return _prefetched(batch, itertools.count(start_step), ahead, training=True)
@@ -134,13 +134,13 @@ def in_order(
     ids = np.sort(keyed.permutation(0, 0, len(rows))[:total]) if total < len(rows) else np.arange(total, dtype=np.int64)
     here, own = world // groups, rank % (world // groups)  # ranks of this group, and which of them this is
     ids = ids[total * own // here : total * (own + 1) // here]
-    read, ahead = rows.reader(min(batch_size, max(len(ids), 1)), crops=1, size_px=size_px, resize=resize)
+    read, ahead = rows.reader(min(batch_size, max(len(ids), 1)), ((1, size_px),), resize)
 
     def batch(number: int) -> Batch:
         mine = ids[number * batch_size : (number + 1) * batch_size]
         boxes = None if rows.raw else centre_boxes(rows.sizes(mine))[:, None]
         batch = rows.batch(read, number, 0, mine, boxes)
-        return batch if rows.raw else replace(batch, images=batch.images[:, 0])
+        return batch if rows.raw else replace(batch, images=(batch.images[0][:, 0],))
 
     return _prefetched(batch, range(-(-len(ids) // batch_size)), ahead)
 
@@ -162,7 +162,7 @@ def on_device(stream: Generator[Batch, None, None], device: torch.device) -> Gen
         try:
             for batch in stream:
                 with torch.cuda.stream(copying):
-                    moved = replace(batch, images=batch.images.to(device, non_blocking=True))
+                    moved = replace(batch, images=tuple(part.to(device, non_blocking=True) for part in batch.images))
                     done = torch.cuda.Event()
                     done.record()
                 if waiting is not None:
@@ -179,7 +179,8 @@ def _arrived(batch: Batch, done: torch.cuda.Event, device: torch.device) -> Batc
     """`batch`, once the stream that computes has waited for its copy."""
     computing = torch.cuda.current_stream(device)
     computing.wait_event(done)
-    batch.images.record_stream(computing)
+    for part in batch.images:
+        part.record_stream(computing)
     return batch
 
 
@@ -217,10 +218,12 @@ class _Split:
         rows = self.rows[ids]
         return np.stack([rows["height"], rows["width"]], 1).astype(np.int64)
 
-    def reader(self, most: int, crops: int, size_px: int, resize: Resize) -> tuple[Callable[[Any, Any], Tensor], int]:
+    def reader(
+        self, most: int, shapes: tuple[tuple[int, int], ...], resize: Resize
+    ) -> tuple[Callable[[Any, Any], tuple[Tensor, ...]], int]:
         """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time; and how many batches of it may
-        wait for the caller, before the memory of the one in its hands is used again."""
-        operation = SimpleRGBImageDecoder() if self.raw else Crops(crops, size_px)
+        wait for the caller, before the memory of the one in its hands is used again. `shapes`: (count, size) of the crops."""
+        operation = SimpleRGBImageDecoder() if self.raw else Crops(shapes)
         operation.accept_globals(self.rows, Compiler.compile(read_bytes))
         _, queries = operation.declare_state_and_memory(State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype("u1")))
         code = _compile(operation, self.threads)
@@ -229,28 +232,28 @@ class _Split:
         kind = KINDS.index(resize)
         scratch = None if self.raw else np.empty((self.threads, operation.scratch_bytes), np.uint8)
 
-        def read(rows: Any, ids: NDArray[np.int64]) -> Tensor:
+        def read(rows: Any, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
             nonlocal code
             slot = next(slots)
-            given = (np.arange(len(rows)), slot if self.raw else (*slot, scratch, kind), rows, self.storage)
+            given = (np.arange(len(rows)), slot if self.raw else (slot[:-1], slot[-1], scratch, kind), rows, self.storage)
             with _compiled_code:
                 if self.threads > 1:
                     numba.set_num_threads(self.threads)
                 try:
-                    images = code(*given)
+                    code(*given)
                 except KeyError:  # numba's, now and then: it does not find a key of a table of its own. A table anew has it.
                     operation.accept_globals(self.rows, Compiler.compile(read_bytes))
                     code = _compile(operation, self.threads, anew=True)
-                    images = code(*given)
-            if not self.raw and (bad := np.flatnonzero(slot[1][: len(rows)])).size:
+                    code(*given)
+            if not self.raw and (bad := np.flatnonzero(slot[-1][: len(rows)])).size:
                 where, shard = self._where(int(ids[bad[0]]))
                 raise Corrupt(f"{where} is damaged: its JPEG cannot be decoded; prepare the data again", shard)
-            return torch.from_numpy(images)
+            return tuple(torch.from_numpy(part[: len(rows)]) for part in ((slot,) if self.raw else slot[:-1]))
 
         return read, len(memory) - 2
 
     def batch(
-        self, read: Callable[[Any, Any], Tensor], step: int, epoch: int, ids: NDArray[np.int64], boxes: NDArray[np.int64] | None
+        self, read: Callable[[Any, Any], tuple[Tensor, ...]], step: int, epoch: int, ids: NDArray[np.int64], boxes: NDArray[np.int64] | None
     ) -> Batch:
         rows: Any = self.rows[ids]
         if boxes is not None:

@@ -50,7 +50,7 @@ def embed(
     """
     h, y, ids = [], [], []
     for batch in batches:
-        x = batch.images.to(device).permute(0, 3, 1, 2).float() / 255  # waits, unless they are there: the loader uses the memory again
+        x = batch.images[0].to(device).permute(0, 3, 1, 2).float() / 255  # waits, unless they are there: the loader uses the memory again
         if x.shape[2:] != (views.size_px, views.size_px):
             whole = to_device(torch.tensor([[0, 0, x.shape[2], x.shape[3]]]), x.device)
             x = crop_resize(x, whole, views.size_px, views.resize)

@@ -200,7 +200,7 @@ def sgd_probe(
     with Unchanged(encoder), contextlib.closing(loader.on_device(loader.batches(config, data, 0, 0, 1, threads), device)) as stream:
         for step, batch in zip(range(total), stream, strict=False):
             # One view of each image: the second is drawn beside it, which without colours costs little next to the encoder.
-            x = two_views(batch.images, batch.ids, batch.epoch, views, config.seed, device)[: len(batch.ids)]
+            x = two_views(batch.images[0], batch.ids, batch.epoch, views, config.seed, device)[: len(batch.ids)]
             with torch.no_grad():
                 h = encoder(x).float()
             labels = batch.labels.to(device)

@@ -34,24 +34,24 @@ def crops_to_views(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Tensor:
-    """Views (2n, 3, size, size) float32, channels last, of crops (n, 2, size, size, 3) uint8 on the CPU: [view 0; view 1].
+    """Views (v·n, 3, size, size) float32, channels last, of crops (n, v, size, size, 3) uint8 on the CPU: [view 0; view 1; …].
 
-    The parameters (2n, …) are the fields of `simclr.views.draw.Colours`; mean and std are those of the normalisation. Works on
+    The parameters (v·n, …) are the fields of `simclr.views.draw.Colours`; mean and std are those of the normalisation. Works on
     as many threads as torch does.
     """
-    n, size = len(crops), crops.shape[2]
-    out = torch.empty(2 * n, size, size, 3)
+    total, size = len(crops) * crops.shape[1], crops.shape[2]
+    out = torch.empty(total, size, size, 3)
     scale = (1 / np.array(std)).astype(np.float32)
     shift = (-np.array(mean) / np.array(std)).astype(np.float32)
     arguments = (flip, jitter, order, factors.astype(np.float32), grey, sigma, scale, shift)
     source, target = np.ascontiguousarray(crops.numpy()), out.numpy()
     # Plain threads, not numba's: those of the loader may be at work at this moment, and two at once abort the process.
-    workers = min(torch.get_num_threads(), 2 * n)
+    workers = min(torch.get_num_threads(), total)
     if workers <= 1:
-        _views(source, 0, 2 * n, *arguments, target)
+        _views(source, 0, total, *arguments, target)
     else:
         with ThreadPoolExecutor(workers) as pool:
-            cuts = [2 * n * i // workers for i in range(workers + 1)]
+            cuts = [total * i // workers for i in range(workers + 1)]
             for done in [pool.submit(_views, source, a, b, *arguments, target) for a, b in itertools.pairwise(cuts)]:
                 done.result()
     return out.permute(0, 3, 1, 2)

@@ -1,5 +1,5 @@
-"""Training a classifier: fine-tuning a pretrained network on labels (arXiv:2002.05709, App. B.5; arXiv:2006.10029, Sec. 2), and the
-loop that distillation shares. Like `pretrain` a generator that knows no Ray and no argv, with the step as its only clock.
+"""Training a classifier: fine-tuning a pretrained network on labels (arXiv:2002.05709, App. B.5; arXiv:2006.10029, Sec. 2), as a `Method`,
+and what distillation shares with it.
 
 As the papers: crops and flips are the only augmentation, one crop an image; BatchNorm takes the batch's statistics while it
 trains, over all ranks; the classifier begins at zero (the official command's zero_init_logits_layer), so that the first
@@ -9,59 +9,113 @@ gradient does not disturb the encoder. Test images are scored with running stati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr import checkpoint
-from simclr.collectives import data_parallel, rank, world_size
 from simclr.config import Config
-from simclr.data import loader
-from simclr.data.manifest import read_manifest
+from simclr.data.loader import Batch
+from simclr.data.manifest import Manifest
 from simclr.encoder.directory import read_encoder, read_head
 from simclr.evaluation import features
 from simclr.evaluation.metrics import accuracy
+from simclr.methods.method import Method, Rows, Start, begun, labels_of, no_evaluation, placed, schedule
 from simclr.networks.heads import Classifier, build_head
 from simclr.networks.initial import unfilled
 from simclr.networks.resnet import build_encoder
-from simclr.optim import build_optimizer, lr_peak, warmup_cosine
-from simclr.precision import autocast, set_backends, weights_dtype
+from simclr.optim import parameter_groups
+from simclr.precision import autocast, weights_dtype
 from simclr.stages import FineTune
-from simclr.telemetry.guards import Health, over_labelled
-from simclr.telemetry.timing import Clock
 from simclr.to_device import to_device
-from simclr.train import Report, Start
+from simclr.views.draw import Crop
 from simclr.views.two_views import crop_and_flip
 
-Objective = Callable[[Tensor, Tensor, loader.Batch], Tensor]
-"""(views (n, 3, H, W), class scores (n, classes), their batch) → the loss, a mean over these rows."""
+
+class Scores(nn.Module):
+    """A `Classifier` on rows: {"views": (1, n, 3, H, W)} → {"scores": (1, n, classes)}. Its parts are those of `model`."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.encoder, self.head, self.classifier = model.encoder, model.head, model.classifier
+
+    def forward(self, rows: Rows) -> Rows:
+        scores: Tensor = self.classifier(self.head(self.encoder(rows["views"][0])))
+        return {"scores": scores[None]}
 
 
-def finetune(config: FineTune, start: Start, ids: NDArray[np.int64]) -> Iterator[Report]:
-    """Train encoder, head up to the tap and classifier on the labels of the training images `ids`, ascending.
+def classifier(config: FineTune, start: Start, manifest: Manifest) -> Method:
+    """Train encoder, head up to the tap and classifier on the labels of the training images `start.ids`.
 
     Without a checkpoint in `start` it begins from scratch; the checkpoint of step 0 that `first_state` makes of a published
-    encoder begins with that. Reports and errors as `pretrain`'s; metrics are train/loss, train/top1, and of the test split
-    eval/top1 and eval/top5.
+    encoder begins with that. Metrics are train/loss, train/top1, and of the test split eval/top1 and eval/top5.
     """
-    classes = len(read_manifest(start.data).classes)
 
-    def objective(views: Tensor, scores: Tensor, batch: loader.Batch) -> Tensor:
-        return F.cross_entropy(scores, to_device(batch.labels, scores.device))
+    def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
+        scores, labels = single(outputs["scores"]), targets["labels"][0]
+        loss = F.cross_entropy(scores, labels)
+        return loss, {"train/loss": loss, "train/top1": hits(scores, labels)}
 
-    model = build_classifier(config, classes, config.tap, config.linear, drawn=start.checkpoint is None)
-    yield from train_classifier(config, start, model, objective, ids, config.linear)
+    model = begun(lambda: build_classifier(config, len(manifest.classes), config.tap, config.linear), start)
+    return classifying(config, start, manifest, model, objective, labels_of, config.linear)
+
+
+def classifying(
+    config: Config,
+    start: Start,
+    manifest: Manifest,
+    model: Classifier,
+    objective: Callable[[Rows, Rows, int], tuple[Tensor, Rows]],
+    targets: Callable[[Rows], Rows],
+    linear: bool = False,
+    further: Callable[[Batch, slice], Rows] = lambda batch, some: {},
+) -> Method:
+    """The method that trains `model` for `objective`. Its inputs are one view of each image, the labels, and `further` rows."""
+    model, device, dtype = placed(model, start, config.train.precision), start.device, weights_dtype(config.train.precision)
+
+    def inputs(batch: Batch, some: slice) -> Rows:
+        views = crop_and_flip(batch.images[0][some], batch.ids[some], batch.epoch, config.views, config.seed, device)
+        rows = {"views": views.to(dtype, memory_format=torch.channels_last)[None], "labels": to_device(batch.labels[some], device)[None]}
+        return rows | further(batch, some)
+
+    def evaluate() -> dict[str, float]:
+        found = test_scores(model, config, start)
+        train_mode(model, linear)
+        return found
+
+    train_mode(model, linear)
+    examples = manifest.examples("train") if start.ids is None else len(start.ids)
+    return Method(
+        crops=(Crop(count=1, views=config.views, distorted=False),),
+        inputs=inputs,
+        network=Scores(model),
+        targets=targets,
+        loss=objective,
+        groups=parameter_groups(model, config.optim.weight_decay, schedule(config, examples)),
+        published={"encoder": model.encoder, "head": model.head, "classifier": model.classifier},
+        evaluate=evaluate if "test" in manifest.splits else no_evaluation,
+        chance=math.log(max(len(manifest.classes), 2)),
+    )
+
+
+def single(scores: Tensor) -> Tensor:
+    """Scores (1, n, classes) → (n, classes), in float32 at least."""
+    return scores[0].float() if scores.dtype == torch.bfloat16 else scores[0]
+
+
+def hits(scores: Tensor, labels: Tensor) -> Tensor:
+    """(2,): how many of scores (n, classes) are highest at the label, and how many images have one."""
+    return torch.stack([(scores.detach().argmax(1) == labels).sum(), (labels >= 0).sum()]).to(scores.dtype)
 
 
 def build_classifier(config: Config, classes: int, tap: int, linear: bool = False, drawn: bool = True) -> Classifier:
     """Encoder and the head's first `tap` layers as pretraining with `config.seed` would begin, and a classifier that begins at zero;
     on the CPU, the same on every rank and machine. With `linear` only the classifier asks for gradients. Where it is not to be
-    `drawn`, its memory holds nothing yet, for who restores a checkpoint."""
+    `drawn`, its memory holds nothing yet, and a checkpoint is to be restored."""
     if not drawn:
         return unfilled(lambda: build_classifier(config, classes, tap, linear))
     encoder = build_encoder(config.encoder, config.seed)
@@ -83,85 +137,7 @@ def first_state(config: FineTune, published: Path, classes: int) -> checkpoint.S
     return checkpoint.State(0, config.to_dict(), {f"model.{name}": t for name, t in model.state_dict().items()})
 
 
-def train_classifier(
-    config: Config, start: Start, model: Classifier, objective: Objective, ids: NDArray[np.int64] | None = None, linear: bool = False
-) -> Iterator[Report]:
-    """Train `model` on the training images `ids` (all where None) for `objective`, yielding reports as `pretrain` does."""
-    # ── The plan ───────────────────────────────────────────────────────────────────────────────────────────────────
-    manifest = read_manifest(start.data)
-    examples = manifest.examples("train") if ids is None else len(ids)
-    per_epoch, total = config.steps_per_epoch(examples), config.total_steps(examples)
-    warmup, watch_every = config.warmup_steps(examples), config.watch_steps(examples)
-    peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
-    per_rank = config.images_per_rank(world_size())
-    device, precision = start.device, config.train.precision
-    dtype = weights_dtype(precision)
-    set_backends(precision, device)
-
-    # ── Model and optimizer, fresh or from a checkpoint ────────────────────────────────────────────────────────────
-    model = model.to(device, dtype).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.optim)
-    step = first = 0
-    if start.checkpoint is not None:
-        state = checkpoint.read(start.checkpoint)
-        checkpoint.restore(state, model, optimizer)
-        step = first = state.step
-    _train_mode(model, linear)
-    network = data_parallel(model, config.train.bucket_mib, config.train.compress_gradients, config.train.compile)
-
-    # ── Steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    stream = loader.batches(config, start.data, step, rank(), world_size(), start.loader_threads, ids, crops=1)
-    batches = loader.on_device(stream, device)
-    summed = torch.zeros(3, device=device, dtype=torch.float64)  # since the last report: loss, hits, labelled
-    guessing = math.log(max(len(manifest.classes), 2))
-    health = Health(model, device, per_rank, start.data, guessing, "train with a lower --optim.base-lr")
-    since = Clock(step, device, config.train.compile)
-    try:
-        while step < total:
-            batch = since.next(batches)
-            views = crop_and_flip(batch.images, batch.ids, batch.epoch, config.views, config.seed, device)
-            views = views.to(dtype, memory_format=torch.channels_last)
-            since.enters()
-            with autocast(precision, device):
-                scores = network(views)
-            loss = objective(views, scores.float() if scores.dtype == torch.bfloat16 else scores, batch)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            since.leaves()
-            lr = warmup_cosine(step, peak, warmup, total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-
-            labels = to_device(batch.labels, device)
-            summed += torch.stack([loss.detach(), (scores.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
-            step += 1
-            health.see(step, batch.ids, scores, loss)
-            since.step_over()
-            last = step == total
-            watch = "test" in manifest.splits and (last or (watch_every > 0 and step % watch_every == 0))
-            due = config.checkpoint_due(step, total)
-            alive = step == first + 1
-            if not (due or watch or alive or step % config.train.report_every_steps == 0):
-                continue
-
-            # ── A report: the only place where the host waits for the device ───────────────────────────────────────
-            pace, means = since.pace(), summed / (step - since.step)
-            metrics, ranks = health.report(step, dict(zip(("train/loss", "train/top1", "labelled"), means, strict=True)), pace)
-            metrics = over_labelled(metrics, "train/top1") | {"epoch": step / per_epoch, "train/lr": lr}
-            metrics |= since.speed(step, per_rank * world_size())
-            if watch:
-                metrics |= test_scores(model, config, start)
-                _train_mode(model, linear)
-            state = checkpoint.capture(step, config.to_dict(), model, optimizer)
-            yield Report(step, total, metrics, state, due, ranks, tuple(health.stragglers.named()))
-            summed.zero_()
-            since.restart(step)
-    finally:
-        batches.close()
-
-
-def _train_mode(model: Classifier, linear: bool) -> None:
+def train_mode(model: Classifier, linear: bool) -> None:
     """Training mode; what is frozen keeps its running statistics too."""
     model.train()
     if linear:
@@ -171,8 +147,7 @@ def _train_mode(model: Classifier, linear: bool) -> None:
 
 def test_scores(model: Classifier, config: Config, start: Start) -> dict[str, float]:
     """{"eval/top1", "eval/top5"} of the test split's labelled images; {} where there are none."""
+    embed = partial(features.embed_split, threads=start.loader_threads)
     with autocast(config.train.precision, start.device):
-        found = features.embed_split(
-            model, start.data, "test", config.views, None, start.device, next(model.parameters()).dtype, threads=start.loader_threads
-        ).labelled()
+        found = embed(model, start.data, "test", config.views, None, start.device, next(model.parameters()).dtype).labelled()
     return {f"eval/{name}": value for name, value in accuracy(found.h, found.y).items()} if len(found.y) else {}

@@ -4,24 +4,21 @@ without labels. The student may be as large as the teacher (self-distillation) o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr.data import loader
-from simclr.data.manifest import read_manifest
+from simclr.data.loader import Batch
+from simclr.data.manifest import Manifest
 from simclr.encoder.directory import read_classifier, read_text
 from simclr.errors import UserError
-from simclr.methods.classifier import build_classifier, train_classifier
-from simclr.precision import autocast, weights_dtype
+from simclr.methods.classifier import build_classifier, classifying, hits, single
+from simclr.methods.method import Method, Rows, Start, begun, placed
 from simclr.stages import Distill
 from simclr.to_device import to_device
-from simclr.train import Report, Start
 
 
 def distillation_loss(scores: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float = 1.0) -> Tensor:
@@ -38,28 +35,42 @@ def distillation_loss(scores: Tensor, teacher: Tensor, labels: Tensor, temperatu
     return (1 - alpha) * hard + alpha * soft
 
 
-def distill(config: Distill, start: Start, teacher: Path, ids: NDArray[np.int64] | None = None) -> Iterator[Report]:
-    """Train a student on the whole training split under the classifier published in `teacher`, which sees the same crops.
+def distill(config: Distill, start: Start, manifest: Manifest) -> Method:
+    """Train a student on the whole training split under the classifier published in `start.teacher`, which sees the same crops.
 
     The student begins at random, without a projection head, as `config.seed` draws it; the paper's text does not say how it
-    begins. `ids` are the images whose labels Eq. 3 may see (alpha < 1). Reports and errors as `finetune`'s; train/top1 is measured
+    begins. `start.labelled` are the images whose labels Eq. 3 may see (alpha < 1). Metrics as fine-tuning's; train/top1 is measured
     against the labels that the data has, which the loss does not see.
     """
-    manifest = read_manifest(start.data)
-    classes = require_teacher(teacher, manifest.classes)
-    model = read_classifier(teacher)[0].to(start.device, weights_dtype(config.train.precision))
-    model = model.to(memory_format=torch.channels_last).requires_grad_(False)
+    assert start.teacher is not None, "distillation wants a teacher"
+    classes = require_teacher(start.teacher, manifest.classes)
+    teach = _teacher(config, start)
     known = torch.zeros(manifest.examples("train"), dtype=torch.bool)
-    if ids is not None:
-        known[torch.from_numpy(ids)] = True
+    if start.labelled is not None:
+        known[torch.from_numpy(start.labelled)] = True
 
-    def objective(views: Tensor, scores: Tensor, batch: loader.Batch) -> Tensor:
-        with torch.no_grad(), autocast(config.train.precision, start.device):
-            taught = model(views)
-        labels = to_device(torch.where(known[batch.ids], batch.labels, -1), scores.device)
-        return distillation_loss(scores, taught.to(scores.dtype), labels, config.temperature, config.alpha)
+    def seen(batch: Batch, some: slice) -> Rows:
+        return {"seen": to_device(torch.where(known[batch.ids[some]], batch.labels[some], -1), start.device)[None]}
 
-    yield from train_classifier(config, start, build_classifier(config, len(classes), 0, drawn=start.checkpoint is None), objective)
+    def targets(rows: Rows) -> Rows:
+        return {"labels": rows["labels"], "seen": rows["seen"], "taught": teach(rows["views"][0])[None]}
+
+    def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
+        scores = single(outputs["scores"])
+        taught = targets["taught"][0].to(scores.dtype)
+        loss = distillation_loss(scores, taught, targets["seen"][0], config.temperature, config.alpha)
+        return loss, {"train/loss": loss, "train/top1": hits(scores, targets["labels"][0])}
+
+    model = begun(lambda: build_classifier(config, len(classes), 0), start)
+    return classifying(config, start, manifest, model, objective, targets, further=seen)
+
+
+def _teacher(config: Distill, start: Start) -> Callable[[Tensor], Tensor]:
+    """Views (n, 3, H, W) → the teacher's class scores. On the meta device nobody asks, and its weights are not read."""
+    assert start.teacher is not None
+    if start.device.type == "meta":
+        return lambda views: views
+    return placed(read_classifier(start.teacher)[0], start, config.train.precision).requires_grad_(False)
 
 
 def require_teacher(directory: Path, classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""v2's optional memory: projections of earlier batches as further negatives (arXiv:2006.10029, Sec. 2; MoCo, arXiv:1911.05722).
+"""v2's optional queue: projections of earlier batches as further negatives (arXiv:2006.10029, Sec. 2; MoCo, arXiv:1911.05722).
 
 The network that makes them is a moving average of the one that learns, so that those of a thousand steps ago still compare. The
 paper gives their number (64K) and the decay (0.999). Not said there, and chosen here: both views of a batch are stored; the
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from simclr.collectives import all_gather
 
 
-class Memory(nn.Module):
+class Queue(nn.Module):
     """The moving average of encoder and head, and the ring of `size` unit projections that it made, the same on every rank.
 
     A multiple of 2N rows fits, and every step writes 2N: where it writes and how much is filled follow from the step. All of it

@@ -1,47 +1,149 @@
-"""SimCLR = encoder f + projection head g (arXiv:2002.05709, Sec. 2.1)."""
+"""SimCLR = encoder f + projection head g, trained by contrasting two views (arXiv:2002.05709, Sec. 2.1), as a `Method`.
+
+With it go the losses that the paper compares NT-Xent with, v2's queue of further negatives, and the linear evaluation that goes on
+beside pretraining: a classifier that sees h behind a stop-gradient, so that nothing of a label reaches the encoder.
+"""
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr import config as configs
-from simclr.methods.queue import Memory
+from simclr.config import Config, Loss
+from simclr.data.loader import Batch
+from simclr.data.manifest import Manifest
+from simclr.evaluation import representation
+from simclr.evaluation.online import knn_of
+from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
+from simclr.methods.method import Method, Rows, Start, begun, labels_of, no_evaluation, no_rows, nothing_after, placed, schedule
+from simclr.methods.queue import Queue
 from simclr.networks.heads import build_head, linear_classifier
 from simclr.networks.initial import unfilled
 from simclr.networks.resnet import ResNet, build_encoder
+from simclr.optim import parameter_groups
+from simclr.precision import autocast, weights_dtype
+from simclr.to_device import to_device
+from simclr.views.draw import Crop
+from simclr.views.two_views import two_views
 
 
 class SimCLR(nn.Module):
-    """Views (2n, 3, H, W) → (h, z, logits): representation (2n, d_h), projection (2n, d_z), class scores (2n, classes).
+    """{"views": (2, n, 3, H, W)} → {"z": (2, n, d_z) projections, "logits": (2, n, classes) class scores, where there are classes}.
     Both views go through one pass, so BatchNorm sees them together, as in the official code.
-
-    The classifier is the linear evaluation that goes on beside pretraining: it sees h behind a stop-gradient, so that
-    nothing of a label reaches the encoder. Without classes there is none, and logits are (2n, 0).
     """
 
-    def __init__(self, config: configs.Config, classes: int = 0) -> None:
+    def __init__(self, config: Config, classes: int = 0) -> None:
         super().__init__()
         self.encoder: ResNet = build_encoder(config.encoder, config.seed)
         self.head = build_head(config, self.encoder.d_h)
         self.classifier = linear_classifier(self.encoder.d_h, classes, config.seed) if classes and config.train.linear_eval else None
-        loss = config.loss
-        self.memory = Memory(self.encoder, self.head, loss.memory, config.head.d_out, loss.memory_decay) if loss.memory else None
 
-    def forward(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h = self.encoder(views)
-        z = self.head(h)[-1]
-        seen = h.detach()
-        return h, z, seen[:, :0] if self.classifier is None else self.classifier(seen)
+    def forward(self, rows: Rows) -> Rows:
+        views = rows["views"]
+        h = self.encoder(views.flatten(0, 1))
+        found = {"z": self.head(h)[-1]}
+        if self.classifier is not None:
+            found["logits"] = self.classifier(h.detach())
+        return {name: x.unflatten(0, (views.shape[0], -1)) for name, x in found.items()}
 
 
-def build_model(config: configs.Config, classes: int = 0, drawn: bool = True) -> SimCLR:
+def build_model(config: Config, classes: int = 0, drawn: bool = True) -> SimCLR:
     """The model with the initial weights that `config.seed` names, on the CPU, the same on every rank and machine. `classes` of the
-    data, 0 = unlabelled. Where it is not to be `drawn`, its memory holds nothing yet, for who restores a checkpoint."""
+    data, 0 = unlabelled. Where it is not to be `drawn`, its memory holds nothing yet, and a checkpoint is to be restored."""
     return SimCLR(config, classes) if drawn else unfilled(lambda: SimCLR(config, classes))
 
 
-def shapes_only(config: configs.Config, classes: int = 0) -> SimCLR:
+def shapes_only(config: Config, classes: int = 0) -> SimCLR:
     """The model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return SimCLR(config, classes)
+
+
+def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Method:
+    """SimCLR on the images of `manifest`; without one there are neither labels nor an online evaluation."""
+    device, precision, loss = start.device, config.train.precision, config.loss
+    dtype, rows = weights_dtype(precision), 2 * config.train.batch_size
+    classes = len(manifest.classes) if manifest is not None else 0
+    model = placed(begun(lambda: SimCLR(config, classes), start), start, precision)
+    queue: Queue | None = None
+    if loss.memory:
+        made = begun(lambda: Queue(model.encoder, model.head, loss.memory, config.head.d_out, loss.memory_decay), start)
+        queue = placed(made, start, precision)
+
+    def inputs(batch: Batch, some: slice) -> Rows:
+        views = two_views(batch.images[0][some], batch.ids[some], batch.epoch, config.views, config.seed, device)
+        found = {"views": views.to(dtype, memory_format=torch.channels_last).unflatten(0, (2, -1))}
+        return found if model.classifier is None else {**found, "labels": to_device(batch.labels[some], device)[None]}
+
+    def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
+        contrasted = contrast(outputs["z"].flatten(0, 1), loss, queue.negatives(step, rows) if queue is not None else None)
+        if model.classifier is None:
+            return contrasted, {"train/loss": contrasted}
+        classified, hits = classify(outputs["logits"].flatten(0, 1), targets["labels"][0])
+        return contrasted + classified, {"train/loss": contrasted, "train/linear_loss": classified, "train/linear_top1": hits}
+
+    def enqueue(inputs: Rows, targets: Rows, step: int) -> None:
+        assert queue is not None
+        with autocast(precision, device):
+            queue.remember(inputs["views"].flatten(0, 1), model.encoder, model.head, step)
+
+    tested = manifest is not None and bool(classes) and "test" in manifest.splits
+    examples = manifest.examples("train", config.train.shard_groups) if manifest is not None else config.train.batch_size
+    parts: dict[str, nn.Module] = {"encoder": model.encoder, "head": model.head}
+    return Method(
+        crops=(Crop(views=config.views),),
+        inputs=inputs,
+        network=model,
+        state=queue if queue is not None else nn.Module(),
+        targets=labels_of if model.classifier is not None else no_rows,
+        loss=objective,
+        after=enqueue if queue is not None else nothing_after,
+        report=partial(diagnosed, temperature=loss.temperature),
+        groups=parameter_groups(model, config.optim.weight_decay, schedule(config, examples)),
+        published=parts | ({"classifier": model.classifier} if model.classifier is not None else {}),
+        evaluate=partial(knn_of, model.encoder, config, start.data, device, start.loader_threads) if tested else no_evaluation,
+        chance=math.log(rows - 1 + loss.memory) if loss.name.startswith("nt_xent") else 0.0,
+    )
+
+
+def contrast(z: Tensor, loss: Loss, negatives: Tensor | None = None) -> Tensor:
+    """The configured loss of this rank's projections z (2n, d), with further negatives (m, d)."""
+    if loss.name == "nt_logistic":
+        return nt_logistic(z, loss.temperature, loss.semi_hard)
+    if loss.name == "margin_triplet":
+        return margin_triplet(z, loss.margin, loss.semi_hard)
+    if loss.name == "nt_xent_dot":
+        return nt_xent_dot(z, loss.temperature)
+    return nt_xent(z, loss.temperature, negatives)
+
+
+def classify(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the linear evaluation, logits (2n, classes), labels (n,), and (2,) its hits and the labelled views.
+
+    All are 0 without classes. An image without a label (−1) adds nothing, and the divisor stays 2n: so the mean over ranks
+    is the global batch's, however labels are spread.
+    """
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    if not logits.shape[1]:
+        return logits.new_zeros(()), logits.new_zeros(2)
+    labels = labels.repeat(2)
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    hits = torch.stack([(logits.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
+    return loss / len(labels), hits.to(loss.dtype)
+
+
+def diagnosed(outputs: Rows, targets: Rows, temperature: float) -> dict[str, Tensor]:
+    """What `evaluation.representation` sees in a step's projections."""
+    z = outputs["z"].detach().flatten(0, 1)
+    return {
+        "train/contrastive_top1": representation.contrastive_top1(z),
+        "train/contrastive_entropy": representation.contrastive_entropy(z, temperature),
+        "health/alignment": representation.alignment(z),
+        "health/uniformity": representation.uniformity(z[:4096]),
+        "health/spread": representation.spread(z),
+        "health/dimension": representation.effective_dimension(z),
+    }

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from simclr.collectives import means_and_rows, world_size
-from simclr.config import Config
 from simclr.data.manifest import read_manifest, read_names
 from simclr.errors import Diverged
-from simclr.evaluation import representation
 from simclr.telemetry.straggler import Stragglers
 from simclr.telemetry.timing import Pace
 
@@ -47,9 +45,9 @@ class Health:
         self.stragglers = Stragglers(world_size())
 
     def see(self, step: int, ids: Tensor, rows: Tensor, loss: Tensor) -> None:
-        """Step `step` (1-based) of images `ids` (n,) gave `rows` (n, d), or (2n, d) where each has two, and `loss`."""
+        """Step `step` (1-based) of images `ids` (n,) gave `rows` (crops · n, …) and `loss`."""
         self.ids[step] = ids
-        bad = rows.detach().isfinite().all(1).logical_not().view(-1, len(ids)).any(0)
+        bad = rows.detach().flatten(1).isfinite().all(1).logical_not().view(-1, len(ids)).any(0)
         # A NaN among the keys is in every rank's loss: half a step later, so that whose it was comes first.
         at = torch.where(bad.any(), float(step), torch.where(loss.detach().isfinite(), math.inf, step + _LOSS)).double()
         self.bad = torch.where(self.bad_at.isinf() & bad.any(), bad, self.bad)
@@ -136,27 +134,3 @@ def places(data: Path, ids: Iterable[int]) -> list[str]:
                 break
             at -= shard.samples
     return found
-
-
-def contrastive(sums: Tensor, z: Tensor, config: Config, classifies: bool) -> dict[str, Tensor]:
-    """This rank's metrics: of `sums` (4,) the means per step of loss, classifier's loss, its hits and labelled views; of the last
-    step's projections z (2n, d) what `diagnostics` sees."""
-    z = z.detach()
-    values = {
-        "train/loss": sums[0],
-        "train/contrastive_top1": representation.contrastive_top1(z),
-        "train/contrastive_entropy": representation.contrastive_entropy(z, config.loss.temperature),
-        "health/alignment": representation.alignment(z),
-        "health/uniformity": representation.uniformity(z[:4096]),
-        "health/spread": representation.spread(z),
-        "health/dimension": representation.effective_dimension(z),
-    }
-    if classifies:
-        values |= {"train/linear_loss": sums[1], "train/linear_top1": sums[2], "labelled": sums[3]}
-    return values
-
-
-def over_labelled(metrics: dict[str, float], name: str) -> dict[str, float]:
-    """`metrics` with `name`, a mean number of hits, as a share of the labelled images, "labelled"; without it where there are none."""
-    labelled, hits = metrics.pop("labelled", 0.0), metrics.pop(name, 0.0)
-    return metrics | ({name: hits / labelled} if labelled else {})

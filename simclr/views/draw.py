@@ -11,21 +11,41 @@ from simclr import keyed
 from simclr.config import Views
 
 Ints = NDArray[np.int64]
-
-
 Floats = NDArray[np.float64]
-
-
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-
-
 CENTRE_CROP = 0.875
-
-
 _ATTEMPTS = 100
-
-
 _MIN_COVERED = 0.1  # the official code asks a crop to cover 10 % of the image, which overrules its 8 %
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crop:
+    """Crops of an image that are drawn and treated alike. A method asks for a list of them, and views are numbered through it."""
+
+    count: int = 2
+    """How many."""
+    views: Views
+    """Their size, area, aspect and resize, and the distortions that follow."""
+    distorted: bool = True
+    """Whether colour, grey and blur follow; a flip alone does where not."""
+
+    @property
+    def size_px(self) -> int:
+        """Side of the crops, in pixels."""
+        return self.views.size_px
+
+
+def boxes_of(crops: tuple[Crop, ...], seed: int, epoch: int, ids: Ints, sizes: Ints) -> Ints:
+    """Boxes of every crop of `crops`, one after the other: (n, views, 4), as `crop_boxes`."""
+    boxes, view = [], 0
+    for crop in crops:
+        first = crops_of(crop.views, seed, epoch, ids, sizes, view)
+        # In the ablation of single operations a crop is one of them, and what all views begin with is the same.
+        same = crop.views.operations is not None
+        others = [first if same else crops_of(crop.views, seed, epoch, ids, sizes, other) for other in range(view + 1, view + crop.count)]
+        boxes += [first, *others]
+        view += crop.count
+    return np.stack(boxes, 1)
 
 
 def crop_boxes(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints) -> Ints:
@@ -35,9 +55,7 @@ def crop_boxes(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints) -> I
     area allows, then width = height × aspect. Its mean area is 0.39 of a 3:4 photograph, against 0.54 for
     torchvision's RandomResizedCrop, which draws the area uniformly. Up to 100 attempts, then the whole image.
     """
-    first = crops_of(views, seed, epoch, ids, sizes, 0)
-    # In the ablation of single operations a crop is one of them, and what both views begin with is the same.
-    return np.stack([first, first if views.operations is not None else crops_of(views, seed, epoch, ids, sizes, 1)], 1)
+    return boxes_of((Crop(views=views),), seed, epoch, ids, sizes)
 
 
 def crops_of(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints, view: int) -> Ints:
@@ -87,7 +105,7 @@ def _attempt(views: Views, u: Floats, sizes: Ints) -> tuple[NDArray[np.bool_], I
 
 @dataclass(frozen=True, slots=True)
 class Colours:
-    """What happens to each of m views besides its crop. Rows are views in the order [view 0 of n images; view 1]."""
+    """What happens to each of m views besides its crop. Rows are views in the order [view 0 of n images; view 1; …]."""
 
     flip: NDArray[np.bool_]
     """(m,) flipped left to right."""
@@ -103,9 +121,9 @@ class Colours:
     """(m,) deviation of the blur, in pixels; 0 = none."""
 
 
-def draw_colours(views: Views, seed: int, epoch: int, ids: Ints) -> Colours:
-    """Colour, flip and blur parameters of both views of `ids` (n,), as 2n rows (App. A)."""
-    u = np.concatenate([keyed.uniform(seed, "colour", epoch, ids, view, 16) for view in range(2)])
+def draw_colours(views: Views, seed: int, epoch: int, ids: Ints, first: int = 0, count: int = 2) -> Colours:
+    """Colour, flip and blur parameters of `count` views of `ids` (n,), from view number `first` on, as count·n rows (App. A)."""
+    u = np.concatenate([keyed.uniform(seed, "colour", epoch, ids, view, 16) for view in range(first, first + count)])
     s = views.colour_strength
     low = np.array([max(1 - 0.8 * s, 0.0)] * 3 + [-0.2 * s])
     high = np.array([1 + 0.8 * s] * 3 + [0.2 * s])

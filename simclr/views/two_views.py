@@ -15,38 +15,56 @@ from torch import Tensor
 from simclr import keyed
 from simclr.config import Views
 from simclr.to_device import to_device
-from simclr.views.draw import crop_boxes, draw_colours
+from simclr.views.draw import Crop, crop_boxes, crops_of, draw_colours
 from simclr.views.ops import by_index, crop_resize, distort, distort_all, normalise, rows_of
 
 
 def two_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """The normalised views of a batch, (2n, 3, size, size) float32: [view 0 of n images; view 1 of the same n].
+    """The normalised views of a batch, (2n, 3, size, size) float32: [view 0 of n images; view 1 of the same n]."""
+    return views_of(images, ids, epoch, Crop(views=views), seed, device)
 
-    images: uint8, (n, H, W, 3) whole images, which are cropped here, or (n, 2, size, size, 3) crops of both views.
+
+def views_of(images: Tensor, ids: Tensor, epoch: int, crop: Crop, seed: int, device: torch.device | str = "cpu", first: int = 0) -> Tensor:
+    """The normalised views that `crop` asks for, (count·n, 3, size, size) float32: [view `first` of n images; the next view; …].
+
+    images: uint8, (n, H, W, 3) whole images, which are cropped here, or (n, count, size, size, 3) crops.
     ids (n,): sample ids, on the host, because the parameters are drawn there. On the CPU crops go through a kernel that does
     the same some seven times faster, and gives them channels last.
     """
+    views = crop.views
+    if not crop.distorted:
+        assert crop.count == 1 and first == 0, "an undistorted crop is a classifier's: view 0 alone"
+        return crop_and_flip(images, ids, epoch, views, seed, device)
     if images.ndim == 5 and torch.device(device).type == "cpu" and views.operations is None:
         from simclr.kernels.views_cpu import crops_to_views  # numba takes half a second to import, for which no encoder waits
 
-        c = draw_colours(views, seed, epoch, ids.numpy())
+        c = draw_colours(views, seed, epoch, ids.numpy(), first, crop.count)
         return crops_to_views(images, c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, views.mean, views.std)
-    return normalise(raw_views(images, ids, epoch, views, seed, device), views)
+    return normalise(raw_views(images, ids, epoch, views, seed, device, first, crop.count), views)
 
 
-def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """`two_views` before normalisation, in [0, 1]: what a gallery shows."""
+def raw_views(
+    images: Tensor,
+    ids: Tensor,
+    epoch: int,
+    views: Views,
+    seed: int,
+    device: torch.device | str = "cpu",
+    first: int = 0,
+    count: int = 2,
+) -> Tensor:
+    """`views_of` before normalisation, in [0, 1]: what a gallery shows."""
     n = len(images)
     keys = ids.numpy()
-    colours = draw_colours(views, seed, epoch, keys)
+    colours = draw_colours(views, seed, epoch, keys, first, count)
     flip = colours.flip & (views.operations is None)
     x = images.to(device, non_blocking=True)
     if images.ndim == 4:
         sizes = np.broadcast_to(np.array(images.shape[1:3], np.int64), (n, 2))
-        boxes = crop_boxes(views, seed, epoch, keys, sizes)
-        both = to_device(np.concatenate([boxes[:, 0], boxes[:, 1]]), device)
-        x = x.permute(0, 3, 1, 2).float().div_(255).repeat(2, 1, 1, 1)
-        x = crop_resize(x, both, views.size_px, views.resize, to_device(flip, device))
+        # In the ablation of single operations a crop is one of them, and what all views begin with is the same.
+        each = [crops_of(views, seed, epoch, keys, sizes, first if views.operations is not None else first + view) for view in range(count)]
+        x = x.permute(0, 3, 1, 2).float().div_(255).repeat(count, 1, 1, 1)
+        x = crop_resize(x, to_device(np.concatenate(each), device), views.size_px, views.resize, to_device(flip, device))
     else:
         x = x.permute(1, 0, 4, 2, 3).flatten(0, 1).float().div_(255).contiguous()
         if by_index(x.device):

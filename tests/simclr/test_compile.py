@@ -26,9 +26,8 @@ from pipelines.train import compile_cache
 from simclr.collectives import rank
 from simclr.config import Config, Encoder, Head, Loss, Train
 from simclr.errors import UserError
-from simclr.methods.classifier import finetune
 from simclr.stages import FineTune
-from simclr.train import Start, pretrain
+from simclr.train import Start, train
 from tests.conftest import Within
 from tests.support.ranks import Ranks
 from tests.support.small import TINY
@@ -50,12 +49,12 @@ Found = tuple[list[float], dict[str, Tensor], list[tuple[int, int]], int]
 def ten_steps(config: Config, compile: bool, data: str) -> Found:
     """Losses of ten steps, the final state, after each step how many graphs there were and how many breaks between them, and into how
     many the graphs were cut."""
-    train = dataclasses.replace(config.train, compile=compile, steps=10, checkpoint_every_steps=10)
+    settings = dataclasses.replace(config.train, compile=compile, steps=10, checkpoint_every_steps=10)
     losses, state, seen = [], {}, []
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=config.train.micro_batch is None):  # type: ignore[attr-defined]
-        for report in pretrain(dataclasses.replace(config, train=train), Start(Path(data))):
+        for report in train(dataclasses.replace(config, train=settings), Start(Path(data))):
             losses.append(report.metrics["train/loss"])
             seen.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
             if report.due:
@@ -127,12 +126,12 @@ def test_pieces_compile_two_graphs_and_evaluation_none(patient: Ranks, within: W
 
 def fine_tuned(compile: bool, data: str) -> tuple[float, float, int]:
     """The last loss of four steps on one rank, test accuracy, which comes twice, and how many graphs were compiled."""
-    train = Train(batch_size=24, steps=4, precision="float64", report_every_steps=1, compile=compile)
+    settings = Train(batch_size=24, steps=4, precision="float64", report_every_steps=1, compile=compile)
     watch = dataclasses.replace(TINY.watch, every_epochs=0.2)
-    config = FineTune(encoder=TINY.encoder, head=TINY.head, views=TINY.views, train=train, watch=watch)
+    config = FineTune(encoder=TINY.encoder, head=TINY.head, views=TINY.views, train=settings, watch=watch)
     torch._dynamo.reset()
     counters.clear()
-    found = [report.metrics for report in finetune(config, Start(Path(data)), np.arange(240))]
+    found = [report.metrics for report in train(config, Start(Path(data), ids=np.arange(240)))]
     scored = [metrics["eval/top1"] for metrics in found if "eval/top1" in metrics]
     assert len(scored) == 2
     return found[-1]["train/loss"], scored[-1], counters["stats"]["unique_graphs"]

@@ -25,10 +25,10 @@ from simclr.data.manifest import read_manifest
 from simclr.evaluation import features
 from simclr.kernels import nt_xent as kernels
 from simclr.loss import nt_xent
-from simclr.methods.classifier import build_classifier, finetune
+from simclr.methods.classifier import build_classifier
 from simclr.telemetry.guards import Health
 from simclr.telemetry.timing import Clock
-from simclr.train import Start, pretrain
+from simclr.train import Start, train
 from simclr.views.two_views import crop_and_flip, two_views
 from tests.support.fake_cuda import CUDA, fake_cuda, stand_in_kernels
 from tests.support.small import TINY, TUNED
@@ -126,7 +126,7 @@ def test_batches_travel_one_ahead_and_the_last_copy_is_waited_for(monkeypatch: p
         assert not streams[0].synchronized and watched.copies == 4  # one more is on its way
         stream.close()
     assert [batch.step for batch in found] == [0, 1, 2] and streams[0].synchronized and watched.waits == []
-    assert all(batch.images.device == CUDA and batch.ids.device.type == batch.labels.device.type == "cpu" for batch in found)
+    assert all(batch.images[0].device == CUDA and batch.ids.device.type == batch.labels.device.type == "cpu" for batch in found)
     assert len(torch.cuda.current_stream().waited) == 3
 
 
@@ -182,8 +182,8 @@ def test_features_are_embedded_on_the_device(monkeypatch: pytest.MonkeyPatch, pa
 
 def loops(changes: dict[str, Any], optimizer: Any, memory_rows: int) -> Config:
     settings = dataclasses.replace(TINY, loss=dataclasses.replace(TINY.loss, memory=memory_rows))
-    train = dataclasses.replace(settings.train, report_every_steps=4, checkpoint_every_steps=100, steps=12, **changes)
-    return dataclasses.replace(settings, train=train, optim=dataclasses.replace(settings.optim, name=optimizer))
+    changed = dataclasses.replace(settings.train, report_every_steps=4, checkpoint_every_steps=100, steps=12, **changes)
+    return dataclasses.replace(settings, train=changed, optim=dataclasses.replace(settings.optim, name=optimizer))
 
 
 CASES = [
@@ -203,7 +203,7 @@ def test_between_two_reports_the_host_waits_for_nothing(
     report = Health.report
     with fake_cuda(monkeypatch) as watched:
         monkeypatch.setattr(Health, "report", lambda *a: (before.append(len(watched.waits)), report(*a))[1])
-        stream = pretrain(loops(changes, optimizer, memory_rows), Start(patterns, CUDA))
+        stream = train(loops(changes, optimizer, memory_rows), Start(patterns, CUDA))
         assert next(stream).step == 1
         watched.waits.clear()
         copies = watched.copies
@@ -222,7 +222,7 @@ def test_fine_tuning_waits_for_nothing_between_two_reports(monkeypatch: pytest.M
     report = Health.report
     with fake_cuda(monkeypatch) as watched:
         monkeypatch.setattr(Health, "report", lambda *a: (before.append(len(watched.waits)), report(*a))[1])
-        stream = finetune(config, Start(patterns, CUDA), ids)
+        stream = train(config, Start(patterns, CUDA, ids=ids))
         assert next(stream).step == 1
         watched.waits.clear()
         assert next(stream).step == 4
@@ -251,7 +251,7 @@ def test_a_gpu_keeps_a_core_for_its_launches() -> None:
 @pytest.mark.parametrize(("changes", "optimizer", "memory_rows"), CASES)
 def test_between_two_reports_nothing_blocks_the_device(patterns: Path, changes: dict[str, Any], optimizer: Any, memory_rows: int) -> None:
     """torch itself raises at the first call that synchronises, in steps 5 to 7 of a run on the device."""
-    stream = pretrain(loops(changes, optimizer, memory_rows), Start(patterns, torch.device("cuda")))
+    stream = train(loops(changes, optimizer, memory_rows), Start(patterns, torch.device("cuda")))
     assert [next(stream).step, next(stream).step] == [1, 4]
     report = Health.report
     try:

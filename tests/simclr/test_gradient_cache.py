@@ -16,9 +16,10 @@ from simclr.collectives import all_gather, world_size
 from simclr.errors import UserError
 from simclr.gradient_cache import cached_gradient
 from simclr.loss import nt_xent
-from simclr.methods.simclr import build_model
+from simclr.methods.method import Rows, labels_of
+from simclr.methods.simclr import build_model, classify
 from simclr.networks.batchnorm import BatchNorm
-from simclr.train import Start, _classify, pretrain
+from simclr.train import Start, train
 from tests.conftest import Within
 from tests.support.ranks import Ranks
 from tests.support.small import TINY, mine
@@ -40,23 +41,26 @@ def gradients(piece: int, fixed_statistics: bool) -> dict[str, Any]:
     network: torch.nn.Module = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
     n = N // world_size()
 
-    def embed(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = network(torch.cat([views[rows], views[n + rows.start : n + rows.stop]]))
-        return found
+    def inputs(rows: slice) -> Rows:
+        return {"views": views.unflatten(0, (2, -1))[:, rows], "labels": labels[None, rows]}
+
+    def objective(outputs: Rows, targets: Rows) -> tuple[Tensor, Rows]:
+        contrasted = nt_xent(outputs["z"].flatten(0, 1), 0.3)
+        classified, hits = classify(outputs["logits"].flatten(0, 1), targets["labels"][0])
+        return contrasted + classified, {"contrasted": contrasted, "classified": classified, "hits": hits}
 
     if piece:
-        z, loss, classified, hits = cached_gradient(
-            network, embed, n, piece, lambda z: nt_xent(z, 0.3), lambda logits, rows: _classify(logits, labels[rows])
-        )
+        outputs, _, _, sums = cached_gradient(network, inputs, network, labels_of, objective, n, piece)
     else:
-        _, z, logits = network(views)
-        loss = nt_xent(z, 0.3)
-        classified, hits = _classify(logits, labels)
-        (loss + classified).backward()
-    total = all_gather(torch.cat([torch.stack([loss.detach(), classified.detach()]), hits.double() / (2 * n)])[None]).mean(0)
+        whole = inputs(slice(0, n))
+        outputs = network(whole)
+        loss, sums = objective(outputs, labels_of(whole))
+        loss.backward()
+    both = torch.stack([sums["contrasted"].detach(), sums["classified"].detach()])
+    total = all_gather(torch.cat([both, sums["hits"].double() / (2 * n)])[None]).mean(0)
     norms = {name: m.running_mean.clone() for name, m in model.named_modules() if isinstance(m, BatchNorm)}
     grads = {name: p.grad for name, p in model.named_parameters()}
-    return {"losses": total, "z": z.detach(), "statistics": norms, "gradients": grads}
+    return {"losses": total, "z": outputs["z"].detach(), "statistics": norms, "gradients": grads}
 
 
 def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -90,13 +94,13 @@ def test_statistics_are_those_of_a_piece_and_move_once(within: Within) -> None:
     moved: dict[str, list[Tensor]] = {name: [] for name in norms}
     parts = []
     for at in range(0, N, 4):
-        _, z, logits = model(torch.cat([views[at : at + 4], views[N + at : N + at + 4]]))
-        parts.append((*z.chunk(2), logits))
+        found_rows = model({"views": views.unflatten(0, (2, -1))[:, at : at + 4]})
+        parts.append((*found_rows["z"], found_rows["logits"].flatten(0, 1)))
         for name, norm in norms.items():
             moved[name].append((norm.running_mean - 0.9 * before[name]) / 0.1)
             norm.running_mean.copy_(before[name])
     z = torch.cat([part[view] for view in range(2) for part in parts])
-    classified = sum(_classify(part[2], (torch.arange(N) % 4)[at : at + 4])[0] for at, part in zip(range(0, N, 4), parts, strict=True)) / 3
+    classified = sum(classify(part[2], (torch.arange(N) % 4)[at : at + 4])[0] for at, part in zip(range(0, N, 4), parts, strict=True)) / 3
     (nt_xent(z, 0.3) + classified).backward()
     within("gradient", worst(found["gradients"], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}), 1e-9)
     expected = {name: 0.9 * before[name] + 0.1 * torch.stack(means).mean(0) for name, means in moved.items()}
@@ -105,7 +109,7 @@ def test_statistics_are_those_of_a_piece_and_move_once(within: Within) -> None:
 
 def losses(data: str, micro_batch: int | None) -> list[float]:
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=3, micro_batch=micro_batch))
-    return [report.metrics["train/loss"] for report in pretrain(config, Start(Path(data)))]
+    return [report.metrics["train/loss"] for report in train(config, Start(Path(data)))]
 
 
 def test_the_loop_trains_in_pieces(ranks: Ranks, patterns: Path) -> None:
@@ -126,7 +130,7 @@ def test_a_micro_batch_that_does_not_divide_is_a_sentence() -> None:
 
 def test_in_bfloat16_pieces_train_too(patterns: Path) -> None:
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, steps=3, micro_batch=6, precision="bfloat16"))
-    found = [report.metrics["train/loss"] for report in pretrain(config, Start(patterns))]
+    found = [report.metrics["train/loss"] for report in train(config, Start(patterns))]
     whole = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=None))
-    first = next(iter(pretrain(whole, Start(patterns)))).metrics["train/loss"]
+    first = next(iter(train(whole, Start(patterns)))).metrics["train/loss"]
     assert len(found) == 3 and np.isfinite(found).all() and np.isfinite(first)

@@ -24,7 +24,7 @@ from simclr.evaluation import features
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
 from simclr.methods.simclr import build_model
 from simclr.networks.batchnorm import BatchNorm
-from simclr.train import Start, pretrain
+from simclr.train import Start, train
 from simclr.views.draw import crop_boxes, draw_colours
 from simclr.views.two_views import two_views
 from tests.conftest import Within
@@ -151,7 +151,7 @@ def test_per_worker_batchnorm_differs_on_purpose(ranks: Ranks) -> None:
 def trained(config: Config, data: str) -> tuple[list[float], dict[str, Tensor], float]:
     """Losses of every step, the final weights and the final kNN score."""
     losses, state, knn = [], {}, -1.0
-    for report in pretrain(config, Start(Path(data))):
+    for report in train(config, Start(Path(data))):
         losses.append(report.metrics["train/loss"])
         knn = report.metrics.get("eval/knn_top1", knn)
         if report.due:
@@ -177,7 +177,7 @@ def resumed(config: Config, data: str, folder: str, until: int) -> tuple[list[fl
     """Losses and last state of a run from the newest checkpoint in `folder` to step `until`, where it leaves one."""
     losses, state = [], {}
     found = from_rank_zero(checkpoint.latest(Path(folder), print) if Path(folder).exists() else None)
-    for report in pretrain(config, Start(Path(data), checkpoint=found)):
+    for report in train(config, Start(Path(data), checkpoint=found)):
         losses.append(report.metrics["train/loss"])
         if report.step == until:
             state = {name: t.clone() for name, t in report.state.tensors.items()}
@@ -208,10 +208,10 @@ def seen(config: Config, data: str, steps: int, threads: int) -> dict[tuple[int,
     for _ in range(steps):
         batch = next(stream)
         ids = batch.ids.numpy().copy()
-        sizes = np.broadcast_to(np.array([72, 96] if batch.images.ndim == 5 else [32, 32]), (len(ids), 2))
+        sizes = np.broadcast_to(np.array([72, 96] if batch.images[0].ndim == 5 else [32, 32]), (len(ids), 2))
         boxes = crop_boxes(config.views, config.seed, batch.epoch, ids, sizes)
         colours = dataclasses.astuple(draw_colours(config.views, config.seed, batch.epoch, ids))
-        views = two_views(batch.images, batch.ids, batch.epoch, config.views, config.seed, torch.device("cpu")).clone()
+        views = two_views(batch.images[0], batch.ids, batch.epoch, config.views, config.seed, torch.device("cpu")).clone()
         n = len(ids)
         for i, sample in enumerate(ids.tolist()):
             parameters = [row[k] for row in colours for k in (i, n + i)]
@@ -269,7 +269,7 @@ def test_features_arrive_whole_and_in_order_on_every_rank(ranks: Ranks, patterns
 
 def diverging(data: str) -> str:
     """What is raised where rank 1 alone has a loss that is not finite."""
-    from simclr import train as module
+    from simclr.methods import simclr as module
 
     good, calls = module.nt_xent, []
 
@@ -289,7 +289,7 @@ def diverging(data: str) -> str:
 def lost(config: Config, data: str) -> str:
     """What a run that is not finite says."""
     with pytest.raises(Diverged) as raised:
-        list(pretrain(config, Start(Path(data))))
+        list(train(config, Start(Path(data))))
     return str(raised.value)
 
 
@@ -301,7 +301,7 @@ def test_a_loss_that_is_not_finite_names_rank_and_step_on_every_rank(ranks: Rank
 
 def blackened(data: str) -> str:
     """What is raised where one image of rank 0's second batch is not finite, and BatchNorm sees only each rank's own rows."""
-    from simclr import train as module
+    from simclr.methods import simclr as module
 
     good, calls = module.two_views, []
 
@@ -339,10 +339,10 @@ def compiled() -> dict[str, float]:
         model = build_model(TINY, 10).double()
         torch._dynamo.reset()
         network: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if compiling else model
-        h, z, logits = network(x)
+        z, logits = (rows.flatten(0, 1) for rows in network({"views": x.unflatten(0, (2, -1))}).values())
         (nt_xent(z, 0.5) + logits.square().sum()).backward()
-        found.append([h, z, logits, model.encoder.groups[0][0].body[1].running_var, *(p.grad for p in model.parameters())])
-    names = ["h", "z", "logits", "running variance", *("gradient",) * len(found[0][4:])]
+        found.append([z, logits, model.encoder.groups[0][0].body[1].running_var, *(p.grad for p in model.parameters())])
+    names = ["z", "logits", "running variance", *("gradient",) * len(found[0][3:])]
     return {name: max(float((a - b).abs().max()) for n, a, b in zip(names, *found, strict=True) if n == name) for name in set(names)}
 
 
@@ -351,8 +351,7 @@ def exchanged(bucket_mib: float | None, compress: bool) -> list[Tensor]:
     x = mine(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(6)), views=2)
     model = build_model(TINY)
     network = data_parallel(model, bucket_mib, compress) if bucket_mib else model  # by name: without it nobody exchanges anything
-    _, z, _ = network(x)
-    nt_xent(z, 0.5).backward()
+    nt_xent(network({"views": x.unflatten(0, (2, -1))})["z"].flatten(0, 1), 0.5).backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 

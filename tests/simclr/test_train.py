@@ -20,7 +20,7 @@ from simclr.errors import UserError
 from simclr.methods.simclr import build_model
 from simclr.networks import initial
 from simclr.optim import lr_peak, warmup_cosine
-from simclr.train import Start, pretrain
+from simclr.train import Start, train
 from tests.support.small import TINY, run
 
 
@@ -69,7 +69,7 @@ def train_in_a_process(settings: Config, patterns: Path, folder: Path, told: Any
     torch.set_num_threads(1)
     told.send(("began", 0.0))
     found = checkpoint.latest(folder, print) if folder.exists() else None
-    for report in pretrain(settings, Start(patterns, checkpoint=found)):
+    for report in train(settings, Start(patterns, checkpoint=found)):
         told.send((report.step, report.metrics["train/loss"]))
         if report.due:
             checkpoint.write(folder, report.state, settings.train.keep_checkpoints)
@@ -108,12 +108,12 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_uninterrupted_run(patte
 
 
 def test_the_linear_evaluation_learns_and_no_gradient_of_it_reaches_the_encoder(patterns: Path, tmp_path: Path) -> None:
-    from simclr.train import _classify
+    from simclr.methods.simclr import classify
 
     settings = config(checkpoint_every_steps=12)
     model = build_model(settings, classes=10)
-    _, _, logits = model(torch.rand(8, 3, 32, 32))
-    loss, _ = _classify(logits, torch.arange(4))
+    found = model({"views": torch.rand(2, 4, 3, 32, 32)})
+    loss, _ = classify(found["logits"].flatten(0, 1), torch.arange(4))
     loss.backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert reached == {"classifier.weight", "classifier.bias"}
@@ -128,15 +128,15 @@ def test_the_linear_evaluation_learns_and_no_gradient_of_it_reaches_the_encoder(
 
 
 def test_an_image_without_a_label_adds_nothing_to_the_linear_evaluation() -> None:
-    from simclr.train import _classify
+    from simclr.methods.simclr import classify
 
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [5.0, 0.0]], requires_grad=True)  # view 0 of two images, view 1
-    loss, hits = _classify(logits, torch.tensor([0, -1]))
+    loss, hits = classify(logits, torch.tensor([0, -1]))
     expected = -(torch.log_softmax(logits[0], 0)[0] + torch.log_softmax(logits[2], 0)[0]) / 4
     assert torch.allclose(loss, expected) and hits.tolist() == [1, 2]
     (grad,) = torch.autograd.grad(loss, logits)
     assert grad[1].abs().max() == grad[3].abs().max() == 0 and grad[0].abs().max() > 0
-    loss, hits = _classify(logits, torch.tensor([-1, -1]))
+    loss, hits = classify(logits, torch.tensor([-1, -1]))
     assert loss == 0 and hits.tolist() == [0, 0]
 
 
@@ -164,7 +164,7 @@ def test_learning_rate_is_the_schedules(patterns: Path, tmp_path: Path) -> None:
 
 def test_a_caller_that_stops_leaves_no_thread(patterns: Path) -> None:
     before = threading.active_count()
-    for report in pretrain(config(), Start(patterns)):
+    for report in train(config(), Start(patterns)):
         assert report.step == 1
         break
     assert threading.active_count() <= before
@@ -177,8 +177,8 @@ def test_the_seed_is_in_everything(patterns: Path, tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused_before_the_first_step(patterns: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"batch_size 241 is larger than the training split \(240 images\)"):
-        next(pretrain(config(batch_size=241), Start(patterns)))
+        next(train(config(batch_size=241), Start(patterns)))
     run(config(checkpoint_every_steps=1), patterns, tmp_path, until=1)
     wider = dataclasses.replace(config(), head=dataclasses.replace(TINY.head, d_out=8))
     with pytest.raises(UserError, match=r"step 1 does not fit this config: .*head.* has shape \(16, 64\), expected \(8, 64\)"):
-        next(pretrain(wider, Start(patterns, checkpoint=checkpoint.latest(tmp_path, print))))
+        next(train(wider, Start(patterns, checkpoint=checkpoint.latest(tmp_path, print))))

@@ -65,10 +65,10 @@ def faulty_worker(job: dict[str, Any]) -> None:
 
 def undisturbed(config: Config, data: Path) -> tuple[dict[int, float], dict[str, Tensor]]:
     """Step → loss, and the encoder at the end, of a training that nothing happens to, on the ranks that there are."""
-    from simclr.train import Start, pretrain
+    from simclr.train import Start, train
 
     losses, state = {}, {}
-    for report in pretrain(config, Start(data)):
+    for report in train(config, Start(data)):
         losses[report.step], state = report.metrics["train/loss"], report.state.tensors
     return losses, {name: tensor.clone() for name, tensor in state.items() if name.startswith("model.")}
 

@@ -12,7 +12,7 @@ from simclr import checkpoint
 from simclr.collectives import rank, world_size
 from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
 from simclr.stages import FineTune
-from simclr.train import Report, Start, pretrain
+from simclr.train import Report, Start, train
 
 TINY = Config(
     encoder=Encoder(depth=8, cifar_stem=True),
@@ -45,7 +45,7 @@ def run(config: Config, patterns: Path, folder: Path, until: int | None = None, 
     """Reports by step; checkpoints go to `folder`, as the worker writes them."""
     found = checkpoint.latest(folder, print) if resume and folder.exists() else None
     reports = {}
-    for report in pretrain(config, Start(patterns, checkpoint=found)):
+    for report in train(config, Start(patterns, checkpoint=found)):
         if report.due:
             checkpoint.write(folder, report.state, config.train.keep_checkpoints)
         reports[report.step] = report

@@ -67,7 +67,7 @@ class Step(torch.nn.Module):
         self.model = build_model(self.config).train()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nt_xent(self.model(x)[1], self.config.loss.temperature)
+        return nt_xent(self.model({"views": x.unflatten(0, (2, -1))})["z"].flatten(0, 1), self.config.loss.temperature)
 
 
 def main(gradient: bool) -> None:

@@ -1,4 +1,4 @@
-"""An FFCV operation that decodes a JPEG once and writes both views' crops.
+"""An FFCV operation that decodes a JPEG once and writes all crops of it, of whatever sizes.
 
 Two FFCV pipelines over one image field decode it twice, and draw their crops from numba's per-thread generator, which
 no seed reaches. Here the boxes come with each batch's metadata, so they are whatever the caller drew.
@@ -49,16 +49,17 @@ def decode(data: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
 
 
 class Crops(Operation):  # type: ignore[misc]
-    """Decode once, then cut and resize `count` boxes: → (n, count, size, size, 3) uint8.
+    """Decode once, then cut and resize boxes: for each (count, size) of `shapes` → (n, count, size, size, 3) uint8.
 
-    The metadata rows carry `box` (count, 4): top, left, height, width in pixels, inside the image. Three buffers: the crops;
-    each sample's status, 0 or what the decoder said of a damaged image; and, per thread, room for a decoded image. The
-    fourth entry is the kind of resize, its number in `resize.KINDS`, so that one compiled function serves all.
+    The metadata rows carry `box` (all counts, 4): top, left, height, width in pixels, inside the image, in the order of `shapes`.
+    Three buffers: the crops, a tuple of arrays; each sample's status, 0 or what the decoder said of a damaged image; and, per thread,
+    room for a decoded image. The fourth entry is the kind of resize, its number in `resize.KINDS`, so that one compiled function
+    serves all.
     """
 
-    def __init__(self, count: int, size_px: int) -> None:
+    def __init__(self, shapes: tuple[tuple[int, int], ...]) -> None:
         super().__init__()
-        self.count, self.size_px = count, size_px
+        self.shapes = shapes
 
     @property
     def scratch_bytes(self) -> int:
@@ -66,16 +67,17 @@ class Crops(Operation):  # type: ignore[misc]
         return int((self.metadata["height"].astype(np.int64) * self.metadata["width"]).max()) * 3
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
-        shape, byte = (self.count, self.size_px, self.size_px, 3), np.dtype("u1")
-        state = replace(previous_state, jit_mode=True, shape=shape, dtype=byte)
-        return state, (AllocationQuery(shape, byte), AllocationQuery((), np.dtype("i4")))
+        byte = np.dtype("u1")
+        crops = [(count, size, size, 3) for count, size in self.shapes]
+        state = replace(previous_state, jit_mode=True, shape=crops[0], dtype=byte)
+        return state, (*(AllocationQuery(shape, byte) for shape in crops), AllocationQuery((), np.dtype("i4")))
 
     def generate_code(self) -> Callable[..., Any]:
         read, each = self.memory_read, Compiler.get_iterator()
         decode_jpeg, resize, take = Compiler.compile(imdecode), resize_box, _take
 
         def crops(batch_indices: Any, buffers: Any, metadata: Any, storage_state: Any) -> Any:
-            destination, status, scratch, kind = buffers
+            destinations, status, scratch, kind = buffers
             taken = np.zeros(1, np.int64)
             for thread in each(len(scratch)):
                 # A thread takes the next photograph when it is done with one. Equal shares would wait for the thread with the largest.
@@ -91,10 +93,13 @@ class Crops(Operation):  # type: ignore[misc]
                     else:
                         image = stored.reshape(height, width, 3)
                     if status[row] == 0:
-                        for box in range(field["box"].shape[0]):
-                            resize(image, field["box"][box], destination[row, box], kind)
+                        box = 0
+                        for destination in destinations:
+                            for view in range(destination.shape[1]):
+                                resize(image, field["box"][box], destination[row, view], kind)
+                                box += 1
                     row = take(taken)
-            return destination[: len(batch_indices)]
+            return destinations
 
         crops.is_parallel = True  # type: ignore[attr-defined]
         return crops

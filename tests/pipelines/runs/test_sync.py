@@ -22,7 +22,7 @@ from simclr.data.s3.uri import Address, address
 from simclr.data.verify import damaged
 from simclr.errors import UserError
 from simclr.recipes import recipe
-from simclr.train import Start, pretrain
+from simclr.train import Start, train
 from tests.support.s3 import KEY_ID, SECRET, Proxy
 
 Machine = Callable[[str], None]
@@ -224,14 +224,14 @@ def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
     data, at = "s3://photos/e2e/patterns", Address("photos", "e2e/run")
     prepare.prepare(prepare.Args(source="patterns:train=240,test=60", out=Path(data)))
     config = recipe("patterns_tiny")
-    train = replace(config.train, batch_size=60, steps=12, checkpoint_every_steps=6, report_every_steps=1, keep_checkpoints=2)
-    config = replace(config, train=train)
+    settings = replace(config.train, batch_size=60, steps=12, checkpoint_every_steps=6, report_every_steps=1, keep_checkpoints=2)
+    config = replace(config, train=settings)
     home = sync.Home(str(at))
     run = open_run(home.path, "patterns_tiny", config, sync.shards(data), data)
     run.save()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the worker will have: then the sums are the same
-    for said in pretrain(config, Start(sync.shards(data))):
+    for said in train(config, Start(sync.shards(data))):
         run.append({**said.metrics, "step": said.step})
         if said.step == 6:
             home.send()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +16,14 @@ import torch
 from torch import Tensor
 
 from simclr.config import Views
+from simclr.data.loader import Batch
 from simclr.loss import nt_xent
-from simclr.methods.simclr import build_model
+from simclr.methods.method import Start
+from simclr.methods.simclr import build_model, simclr
 from simclr.optim import build_optimizer
 from simclr.recipes import patterns_tiny
-from simclr.views import draw, ops, two_views
+from simclr.train import take_step
+from simclr.views import draw, ops
 from tests.conftest import Within
 from tests.support.paths import ROOT
 
@@ -82,7 +87,7 @@ class Step(torch.nn.Module):
         self.model, self.temperature = build_model(patterns_tiny()).train(), 0.2
 
     def forward(self, x: Tensor) -> Tensor:
-        return nt_xent(self.model(x)[1], self.temperature)
+        return nt_xent(self.model({"views": x.unflatten(0, (2, -1))})["z"].flatten(0, 1), self.temperature)
 
 
 def test_encoder_head_and_loss_are_one_graph_forward_and_backward(within: Within) -> None:
@@ -116,15 +121,13 @@ def test_the_whole_step_takes_its_device_as_it_comes(monkeypatch: pytest.MonkeyP
     """On a device that is neither CPU nor CUDA (meta: shapes without numbers) a step runs to the optimizer's end."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # the one thing that meta does not have
     config, device = patterns_tiny(), torch.device("meta")
-    model = build_model(config).to(device)
-    optimizer = build_optimizer(model, config.optim)
+    method = simclr(config, Start(Path(), device))
     images = torch.zeros((8, 2, 32, 32, 3), dtype=torch.uint8)
-    x = two_views.two_views(images, torch.arange(8), 0, config.views, 0, device)
-    assert x.device.type == "meta" and x.shape == (16, 3, 32, 32)
-    loss = nt_xent(model(x)[1], config.loss.temperature)
-    loss.backward()
-    optimizer.step()
-    assert loss.device.type == "meta" and all(p.grad is not None for name, p in model.named_parameters() if "classifier" not in name)
+    batch = Batch(0, 0, (images,), torch.arange(8), torch.full((8,), -1))
+    assert method.inputs(batch, slice(0, 8))["views"].shape == (2, 8, 3, 32, 32)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=None))
+    _, _, loss, _ = take_step(method, method.network, build_optimizer(method.groups, config.optim), config, batch, 0)
+    assert loss.device.type == "meta" and all(p.grad is not None for p in method.network.parameters())
 
 
 def test_libtpu_compiles_network_and_loss_for_a_v5e() -> None:

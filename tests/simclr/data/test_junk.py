@@ -164,7 +164,7 @@ def test_what_is_used_is_whole_and_can_be_trained_on(prepared: tuple[Path, Manif
     stream = loader.batches(config, data, 0, 0, 1)
     seen = [next(stream) for _ in range(2 * (len(good) // 8))]
     stream.close()
-    assert all(batch.images.shape == (8, 2, 32, 32, 3) for batch in seen) and len({int(i) for b in seen for i in b.ids}) > 8
+    assert all(batch.images[0].shape == (8, 2, 32, 32, 3) for batch in seen) and len({int(i) for b in seen for i in b.ids}) > 8
 
 
 def test_too_much_junk_stops_and_says_so(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_sgd_is_nesterov_under_half_a_cosine_and_the_encoder_is_untouched(patter
     for step in range(5):  # 240 // 60 + 1
         batch = next(stream)
         with torch.no_grad():
-            h = encoder(two_views(batch.images, batch.ids, batch.epoch, views, config.seed)[:60])
+            h = encoder(two_views(batch.images[0], batch.ids, batch.epoch, views, config.seed)[:60])
         h = torch.cat([h, torch.ones(60, 1)], 1)
         g = ((h @ w.T).softmax(1) - torch.nn.functional.one_hot(batch.labels, 10)).T @ h / 60
         v = 0.9 * v + g

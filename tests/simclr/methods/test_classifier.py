@@ -15,10 +15,11 @@ from simclr.config import Watch
 from simclr.data import labels, loader
 from simclr.encoder.directory import read_classifier
 from simclr.errors import UserError
-from simclr.methods.classifier import build_classifier, finetune, first_state
+from simclr.methods.classifier import build_classifier, first_state
 from simclr.methods.simclr import build_model
 from simclr.stages import FineTune
-from simclr.train import Report, Start
+from simclr.train import Report, Start, train
+from simclr.views.draw import Crop
 from simclr.views.two_views import crop_and_flip, two_views
 from tests.conftest import Within
 from tests.support.ranks import Ranks
@@ -36,7 +37,7 @@ def begun(config: FineTune, published: Path, folder: Path) -> Path:
 
 def run(config: FineTune, data: Path, folder: Path, until: int | None = None) -> list[Report]:
     reports = []
-    for report in finetune(config, Start(data, checkpoint=checkpoint.latest(folder, print)), subset(data)):
+    for report in train(config, Start(data, checkpoint=checkpoint.latest(folder, print), ids=subset(data))):
         if report.due:
             checkpoint.write(folder, report.state, 2)
         reports.append(report)
@@ -47,7 +48,7 @@ def run(config: FineTune, data: Path, folder: Path, until: int | None = None) ->
 
 def steps(config: FineTune, data: Path, at: Path) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
     """Losses, and state and metrics at the end."""
-    reports = list(finetune(config, Start(data, checkpoint=at), subset(data)))
+    reports = list(train(config, Start(data, checkpoint=at, ids=subset(data))))
     return [r.metrics["train/loss"] for r in reports], reports[-1].state.tensors, reports[-1].metrics
 
 
@@ -57,13 +58,13 @@ def test_one_view_is_the_first_of_two_without_colour(patterns: Path, photographs
         config = dataclasses.replace(TINY, views=views)
         stream = loader.batches(config, data, 3, 0, 1)
         batch = next(stream)
-        both = two_views(batch.images, batch.ids, batch.epoch, views, config.seed)
-        one = crop_and_flip(batch.images, batch.ids, batch.epoch, TINY.views, config.seed)
+        both = two_views(batch.images[0], batch.ids, batch.epoch, views, config.seed)
+        one = crop_and_flip(batch.images[0], batch.ids, batch.epoch, TINY.views, config.seed)
         within("pixels", float((one - both[: len(one)]).abs().max()), 1e-6)
         stream.close()
-        single = loader.batches(config, data, 3, 0, 1, crops=1)
+        single = loader.batches(config, data, 3, 0, 1, crops=(Crop(count=1, views=views, distorted=False),))
         alone = next(single)
-        assert torch.equal(crop_and_flip(alone.images, alone.ids, alone.epoch, views, config.seed), one)
+        assert torch.equal(crop_and_flip(alone.images[0], alone.ids, alone.epoch, views, config.seed), one)
         single.close()
 
 
@@ -115,7 +116,6 @@ def test_linear_leaves_the_network_bitwise_as_it_was(patterns: Path, published: 
 def test_what_is_published_gives_the_scores_again(patterns: Path, published: Path, tmp_path: Path) -> None:
     from pipelines.runs.directory import load_run, open_run
     from pipelines.train import classifiers
-    from simclr.methods.classifier import test_scores
 
     config = dataclasses.replace(TUNED, train=dataclasses.replace(TUNED.train, precision="float32"))
     job = open_run(tmp_path / "run", "finetune-test", config, patterns, stage="finetune")
@@ -128,6 +128,8 @@ def test_what_is_published_gives_the_scores_again(patterns: Path, published: Pat
     classifiers.publish(job, tuple("0123456789"), config.tap, {"labels": 20})
     model, names = read_classifier(job.encoder)
     assert names == list("0123456789") and model.tap == 1
+    from simclr.methods.classifier import test_scores
+
     again = test_scores(model, config, Start(patterns))
     assert again["eval/top1"] == report.metrics["eval/top1"] == classifiers.scores_of(job)["top1"]
     with pytest.raises(UserError, match="was made by `simclr finetune`, this is `simclr pretrain`"):

@@ -17,9 +17,9 @@ from simclr.config import Encoder, Optim, Train, Watch
 from simclr.encoder.directory import write_encoder
 from simclr.errors import UserError
 from simclr.methods.classifier import build_classifier
-from simclr.methods.distill import distill, distillation_loss
+from simclr.methods.distill import distillation_loss
 from simclr.stages import Distill
-from simclr.train import Start
+from simclr.train import Start, train
 from tests.conftest import Within
 from tests.support.ranks import Ranks
 from tests.support.small import TINY, mine
@@ -114,7 +114,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def steps(config: Distill, data: Path, teacher: Path, ids: np.ndarray | None) -> tuple[list[float], dict[str, Tensor]]:
-    reports = list(distill(config, Start(data), teacher, ids))
+    reports = list(train(config, Start(data, teacher=teacher, labelled=ids)))
     return [r.metrics["train/loss"] for r in reports], reports[-1].state.tensors
 
 
@@ -144,7 +144,7 @@ def test_a_teacher_of_other_classes_is_refused(photographs: Path, patterns: Path
     model = build_classifier(TINY, 10, 0)
     write_encoder(model.encoder.state_dict(), TINY, tmp_path / "plain", {})
     with pytest.raises(UserError, match="holds no classifier to learn from; `simclr finetune` makes one"):
-        next(distill(TAUGHT, Start(patterns), tmp_path / "plain"))
+        next(train(TAUGHT, Start(patterns, teacher=tmp_path / "plain")))
     with pytest.raises(UserError, match=r"20 epochs of warm-up leave nothing of 4; v2 has 5 %: --optim.warmup-epochs 0.2"):
         Distill(train=Train(epochs=4))
     with pytest.raises(UserError, match="alpha is 0"):

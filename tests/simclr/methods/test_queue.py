@@ -14,8 +14,8 @@ from simclr import checkpoint
 from simclr.config import Config, Loss
 from simclr.errors import UserError
 from simclr.loss import nt_xent
-from simclr.methods.queue import Memory
-from simclr.train import Start, pretrain
+from simclr.methods.queue import Queue
+from simclr.train import Start, train
 from tests.conftest import Within
 from tests.support.ranks import Ranks
 from tests.support.small import TINY, run
@@ -60,28 +60,28 @@ def test_the_average_and_the_ring() -> None:
             return [h, super().forward(h)]
 
     encoder, head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 3)), Head(3, 2)
-    memory = Memory(encoder, head, 8, 2, decay=0.75)
+    queue = Queue(encoder, head, 8, 2, decay=0.75)
     weight = head.weight.detach().clone()
     x = torch.randn(3, 4, 3, 1, 1)
-    assert memory.negatives(0, 4).shape == (0, 2)
+    assert queue.negatives(0, 4).shape == (0, 2)
     expected = []
     for step in range(3):
         with torch.no_grad():
             head.weight += 1
-        memory.remember(x[step], encoder, head, step)
+        queue.remember(x[step], encoder, head, step)
         weight = 0.75 * weight + 0.25 * head.weight.detach()
-        assert torch.allclose(memory.head.weight, weight, atol=1e-6)  # type: ignore[arg-type]
+        assert torch.allclose(queue.head.weight, weight, atol=1e-6)  # type: ignore[arg-type]
         z = encoder(x[step]).detach() @ weight.T + head.bias.detach()
         expected.append(z / z.norm(dim=1, keepdim=True))
-        assert memory.negatives(step + 1, 4).shape == (min(4 * (step + 1), 8), 2)
-    assert torch.allclose(memory.rows, torch.cat([expected[2], expected[1]]), atol=1e-6)
-    assert not memory.head.weight.requires_grad and head.weight.requires_grad  # type: ignore[union-attr]
+        assert queue.negatives(step + 1, 4).shape == (min(4 * (step + 1), 8), 2)
+    assert torch.allclose(queue.rows, torch.cat([expected[2], expected[1]]), atol=1e-6)
+    assert not queue.head.weight.requires_grad and head.weight.requires_grad  # type: ignore[union-attr]
 
 
 def steps(config: Config, data: Path) -> tuple[list[float], dict[str, Tensor]]:
     """Losses, and the state at the end."""
     losses, tensors = [], {}
-    for report in pretrain(config, Start(data)):
+    for report in train(config, Start(data)):
         losses.append(report.metrics["train/loss"])
         if report.due:
             tensors = {name: t.clone() for name, t in report.state.tensors.items()}
@@ -96,19 +96,19 @@ def test_two_ranks_remember_what_one_does(patterns: Path, ranks: Ranks, within: 
     for found, theirs in ranks(2, steps, config, patterns):
         within("loss", max(abs(a - b) for a, b in zip(losses, found, strict=True)), 1e-9)
         # A rank's rows stand together: [view 0, view 1] of rank 0, then of rank 1.
-        ring = theirs.pop("model.memory.rows").view(2, 2, 2, 12, 16).transpose(1, 2).reshape(96, 16)
-        within("ring", float((ring - tensors["model.memory.rows"]).abs().max()), 1e-9)
+        ring = theirs.pop("state.rows").view(2, 2, 2, 12, 16).transpose(1, 2).reshape(96, 16)
+        within("ring", float((ring - tensors["state.rows"]).abs().max()), 1e-9)
         within("weights", max(float((theirs[name] - tensors[name]).abs().max()) for name in theirs), 1e-9)
 
 
 def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, tmp_path: Path) -> None:
-    train = dataclasses.replace(TINY.train, precision="float32", steps=4, checkpoint_every_steps=1)
-    config = dataclasses.replace(REMEMBERING, train=train)
+    settings = dataclasses.replace(TINY.train, precision="float32", steps=4, checkpoint_every_steps=1)
+    config = dataclasses.replace(REMEMBERING, train=settings)
     run(config, patterns, tmp_path / "whole")
     run(config, patterns, tmp_path / "parts", until=2)
     assert sorted(run(config, patterns, tmp_path / "parts")) == [3, 4]
     a, b = (checkpoint.read(tmp_path / part / "step-000000004").tensors for part in ("whole", "parts"))
-    assert a.keys() == b.keys() and "model.memory.rows" in a and all(torch.equal(a[key], b[key]) for key in a)
+    assert a.keys() == b.keys() and "state.rows" in a and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -20,7 +20,9 @@ from simclr.config import Config, Encoder, Head, Loss
 from simclr.encoder.directory import read_classifier, write_encoder
 from simclr.errors import UserError
 from simclr.methods.classifier import build_classifier
-from simclr.methods.simclr import build_model, shapes_only
+from simclr.methods.method import Start
+from simclr.methods.queue import Queue
+from simclr.methods.simclr import build_model, shapes_only, simclr
 from simclr.networks import initial
 from simclr.networks.heads import Classifier, ProjectionHead
 from simclr.networks.resnet import resnet
@@ -165,7 +167,8 @@ def test_an_encoder_does_not_depend_on_what_is_beside_it() -> None:
     alone = build_model(dataclasses.replace(SMALL, seed=3, head=Head(layers=2, d_out=8)))
     assert equal(whole.encoder, alone.encoder) and equal(whole.encoder, resnet(8, cifar_stem=True, se_ratio=0.25, seed=3))
     assert equal(whole.head, ProjectionHead(64, 3, 16, seed=3)) and not equal(whole.head, ProjectionHead(64, 3, 16))
-    assert whole.memory is not None and equal(whole.memory.encoder, whole.encoder) and equal(whole.memory.head, whole.head)
+    queue = simclr(dataclasses.replace(REMEMBERING, seed=3), Start(Path())).state
+    assert isinstance(queue, Queue) and equal(queue.encoder, whole.encoder) and equal(queue.head, whole.head)
     scratch = build_classifier(dataclasses.replace(SMALL, seed=3), 10, 2)
     assert equal(scratch.encoder, whole.encoder) and equal(scratch.head, nn.Sequential(*whole.head.layers[:2]))
     assert not scratch.classifier.weight.any()
@@ -199,7 +202,8 @@ def published(at: Path) -> Path:
 def test_no_memory_is_left_as_it_was_and_torchs_generator_is_not_asked(foul: None, tmp_path: Path) -> None:
     assert not finite(build_model(SMALL, drawn=False)) and not finite(build_classifier(SMALL, 10, 1, drawn=False))
     before = torch.random.get_rng_state()
-    made: list[nn.Module] = [resnet(8, cifar_stem=True, se_ratio=0.25), ProjectionHead(64, 3), build_model(REMEMBERING, 10)]
+    made: list[nn.Module] = [resnet(8, cifar_stem=True, se_ratio=0.25), ProjectionHead(64, 3), build_model(SMALL, 10)]
+    made.append(simclr(REMEMBERING, Start(Path())).state)
     made += [build_classifier(SMALL, 10, 1), Classifier(resnet(8, cifar_stem=True), None, 0, 10)]
     made.append(read_classifier(published(tmp_path / "encoder"))[0])
     assert all(finite(module) for module in made)

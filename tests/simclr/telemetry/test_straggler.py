@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from simclr import collectives
-from simclr import train as module
+from simclr import train as loop
 from simclr.collectives import rank
+from simclr.methods import simclr as module
 from simclr.telemetry import straggler
 from simclr.telemetry.guards import Health
 from simclr.telemetry.straggler import Stragglers
 from simclr.telemetry.timing import Clock, Pace
-from simclr.train import Report, Start, pretrain
+from simclr.train import Report, Start, train
 from tests.support.ranks import Ranks
 from tests.support.small import TINY
 
@@ -30,7 +31,7 @@ _NAP_S = 0.2
 def napping(data: str, slow: int, where: str, clock: Any = Clock) -> list[Report]:
     """Reports of 15 steps of two images a rank, in which rank `slow` sleeps for 0.2 s: before its first layer, or in its backward pass.
     Ten steps on end, not fifty, make a straggler."""
-    good = module.two_views, module.nt_xent, module.Clock, straggler.STEPS
+    good = module.two_views, module.nt_xent, loop.Clock, straggler.STEPS
 
     def views(*arguments: Any) -> Tensor:
         time.sleep(_NAP_S * (where == "views"))
@@ -43,13 +44,13 @@ def napping(data: str, slow: int, where: str, clock: Any = Clock) -> list[Report
 
     if rank() == slow:
         module.two_views, module.nt_xent = views, loss
-    module.Clock, straggler.STEPS = clock, 10
-    train = dataclasses.replace(TINY.train, batch_size=4, steps=15, report_every_steps=5, checkpoint_every_steps=None)
-    config = dataclasses.replace(TINY, train=train, watch=dataclasses.replace(TINY.watch, every_epochs=0))
+    loop.Clock, straggler.STEPS = clock, 10
+    settings = dataclasses.replace(TINY.train, batch_size=4, steps=15, report_every_steps=5, checkpoint_every_steps=None)
+    config = dataclasses.replace(TINY, train=settings, watch=dataclasses.replace(TINY.watch, every_epochs=0))
     try:
-        return list(pretrain(config, Start(Path(data))))
+        return list(train(config, Start(Path(data))))
     finally:
-        module.two_views, module.nt_xent, module.Clock, straggler.STEPS = good
+        module.two_views, module.nt_xent, loop.Clock, straggler.STEPS = good
 
 
 @pytest.mark.parametrize(("where", "compiled"), [("views", False), ("backward", False), ("views", True)])

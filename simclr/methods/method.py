@@ -1,0 +1,136 @@
+"""What a method is: a value that the loop (`simclr.train`) trains. One file beside this one makes it from its own config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from simclr.config import Config
+from simclr.data.loader import Batch
+from simclr.networks.initial import unfilled
+from simclr.optim import Group, lr_peak, warmup_cosine
+from simclr.precision import weights_dtype
+from simclr.views.draw import Crop
+
+Rows = dict[str, Tensor]
+"""Name → (crops, n, …), rows of n images: pieces are cut along n and joined along n. Tensors alone, so that DDP and compile take them."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins: its data, its device, and the checkpoint it goes on from."""
+
+    data: Path
+    """Directory of prepared shards."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """The meta device gives shapes without memory."""
+    checkpoint: Path | None = None
+    threads: int = 1
+    """Threads of this rank: the loader's, and on a GPU the one that launches kernels."""
+    ids: NDArray[np.int64] | None = None
+    """The only training images, ascending; None = all."""
+    labelled: NDArray[np.int64] | None = None
+    """Images whose labels a distillation may see, ascending; None = none."""
+    teacher: Path | None = None
+    """Directory of the published classifier that a distillation learns from."""
+
+    @property
+    def loader_threads(self) -> int:
+        """On a GPU one fewer: where every core decodes, the kernels' launches wait for one."""
+        return self.threads if self.device.type == "cpu" else max(self.threads - 1, 1)
+
+
+def no_rows(rows: Rows) -> Rows:
+    """No targets."""
+    return {}
+
+
+def labels_of(rows: Rows) -> Rows:
+    """The labels among the inputs."""
+    return {"labels": rows["labels"]}
+
+
+def nothing_at(step: int) -> None:
+    """Nothing, at any step."""
+
+
+def nothing_after(inputs: Rows, targets: Rows, step: int) -> None:
+    """Nothing, behind any step."""
+
+
+def nothing_seen(outputs: Rows, targets: Rows) -> dict[str, Tensor]:
+    """No further metrics."""
+    return {}
+
+
+def no_evaluation() -> dict[str, float]:
+    """No score: the data has none to give."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """One step is: before, inputs → network → outputs, targets, loss, backward, gradients, optimizer, after.
+
+    What a hook needs of config, data and modules it holds itself. All of a step is the same function on every rank, and whatever is
+    random in it is keyed.
+    """
+
+    crops: tuple[Crop, ...]
+    """What the loader cuts from each image, in one decode."""
+    inputs: Callable[[Batch, slice], Rows]
+    """Rows of some images of this rank, on the device. Keyed: the same images give the same rows to the bit, as often as asked."""
+    network: nn.Module
+    """With gradient: input rows → output rows. DDP and compile wrap it. The guards look at its first output, image by image."""
+    loss: Callable[[Rows, Rows, int], tuple[Tensor, Rows]]
+    """(outputs, targets, step) → this rank's share of the global mean, exact over ranks; and what is summed up to the next report: a
+    mean (), or hits and how many could be (2,), whose ratio is reported."""
+    groups: tuple[Group, ...]
+    """Parameters, their optimizer settings and schedules."""
+    published: dict[str, nn.Module]
+    """Parts of the network that `simclr publish` writes: {"encoder": …}."""
+    state: nn.Module = field(default_factory=nn.Module)
+    """Without gradient, in the checkpoint: moving averages, queues, centres."""
+    before: Callable[[int], None] = nothing_at
+    """Once a step, ahead of the first forward pass."""
+    targets: Callable[[Rows], Rows] = no_rows
+    """From input rows, without gradient, once a piece."""
+    gradients: Callable[[int], None] = nothing_at
+    """Behind the all-reduce, ahead of the optimizer."""
+    after: Callable[[Rows, Rows, int], None] = nothing_after
+    """(inputs, targets, step), behind the optimizer: enqueue, recentre, average. Of a batch in pieces there are no inputs."""
+    report: Callable[[Rows, Rows], dict[str, Tensor]] = nothing_seen
+    """Metrics of a step's outputs and targets that are asked for only where a report is due; means over ranks are reported."""
+    evaluate: Callable[[], dict[str, float]] = no_evaluation
+    """Online evaluation. It leaves the network as it was."""
+    chance: float = 0.0
+    """Loss at chance level; 0 = not known."""
+
+
+def placed(module: M, start: Start, precision: str) -> M:
+    """`module` where and as `start` and `train.precision` ask: on the device, of the weights' dtype, channels last."""
+    return module.to(start.device, weights_dtype(precision)).to(memory_format=torch.channels_last)
+
+
+def begun(make: Callable[[], M], start: Start) -> M:
+    """What `make` makes: with its initial weights; of a run that goes on from a checkpoint, with memory that holds nothing yet."""
+    if start.device.type == "meta":
+        with start.device:
+            return make()
+    return make() if start.checkpoint is None else unfilled(make)
+
+
+def schedule(config: Config, examples: int) -> Callable[[int], float]:
+    """Learning rate at a step of a run over `examples` images: linear warm-up to the scaled peak, then half a cosine to 0."""
+    peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
+    return partial(warmup_cosine, peak=peak, warmup_steps=config.warmup_steps(examples), total_steps=config.total_steps(examples))

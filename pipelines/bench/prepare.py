@@ -14,8 +14,10 @@ import numpy as np
 from PIL import Image
 
 from pipelines.bench.result import Row
-from pipelines.commands import prepare as shards
+from pipelines.terminal import Bar
 from simclr import files
+from simclr.data import shards
+from simclr.data.sources.open import open_source
 from simclr.data.sources.patterns import render
 from simclr.errors import UserError
 
@@ -49,7 +51,9 @@ def prepare(kind: Kind, data: Path | None, out: Path, images: int, threads: int)
         else:
             source, of = str(data), data.name
         began = time.perf_counter()
-        manifest = shards.prepare(shards.Args(source=source, out=out, threads=threads))
+        opened = open_source(source)
+        with Bar("prepare", opened.total) as bar:
+            manifest = shards.prepare(opened, out, shards.Options(), max(threads, 1), bar.update)
         seconds = time.perf_counter() - began
     count, size = sum(s.samples for s in manifest.shards), sum(s.bytes for s in manifest.shards)
     print(f"{of}: {count:,} images, {size / 2**20:,.1f} MiB in {seconds:.1f} s, {count / seconds:,.0f} images/s, {threads} threads")

@@ -1,0 +1,120 @@
+"""The seam for a family: a method that no file of ours knows, with two crops of different sizes and a moving-average target."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simclr import checkpoint
+from simclr.config import Config
+from simclr.data.loader import Batch
+from simclr.methods.method import Method, Rows, Start, begun, placed, schedule
+from simclr.networks.heads import linear_classifier
+from simclr.networks.resnet import build_encoder
+from simclr.optim import parameter_groups
+from simclr.train import Report, train
+from simclr.views.draw import Crop
+from simclr.views.two_views import views_of
+from tests.conftest import Within
+from tests.support.ranks import Ranks
+from tests.support.small import TINY
+
+CONFIG = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, report_every_steps=5, checkpoint_every_steps=10))
+
+
+class Student(nn.Module):
+    """{"large": (1, n, 3, 32, 32), "small": (1, n, 3, 24, 24)} → {"p": (1, n, 16)}, from the small crop alone."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.encoder = build_encoder(config.encoder, config.seed)
+        self.head = linear_classifier(self.encoder.d_h, 16, config.seed)
+
+    def forward(self, rows: Rows) -> Rows:
+        return {"p": self.head(self.encoder(rows["small"][0]))[None]}
+
+
+def pair(config: Config, start: Start) -> Method:
+    """The student's small crop learns what its own moving average says of the large crop."""
+    small = dataclasses.replace(config.views, size_px=24, area=(0.05, 0.3))
+    crops = (Crop(count=1, views=config.views), Crop(count=1, views=small))
+    student = placed(begun(lambda: Student(config), start), start, config.train.precision)
+    average = copy.deepcopy(student).requires_grad_(False)
+
+    def inputs(batch: Batch, some: slice) -> Rows:
+        images = batch.images if len(batch.images) == 2 else batch.images * 2  # whole images are cropped on the device
+        drawn = (views_of(x[some], batch.ids[some], batch.epoch, c, config.seed, first=i) for i, (x, c) in enumerate(zip(images, crops)))
+        return dict(zip(("large", "small"), (x[None].double() for x in drawn), strict=True))
+
+    def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
+        loss = 2 - 2 * F.cosine_similarity(outputs["p"][0], targets["taught"][0]).mean()
+        return loss, {"train/loss": loss, "train/seen": torch.stack([loss.new_ones(()), loss.new_full((), 2.0)])}
+
+    def after(inputs: Rows, targets: Rows, step: int) -> None:
+        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in student.parameters()], 0.1)
+
+    return Method(
+        crops=crops,
+        inputs=inputs,
+        network=student,
+        state=average,
+        targets=lambda rows: {"taught": average({"small": rows["large"]})["p"]},
+        loss=objective,
+        after=after,
+        groups=parameter_groups(student, config.optim.weight_decay, schedule(config, 240)),
+        published={"encoder": student.encoder},
+    )
+
+
+def trained(config: Config, data: Path, folder: Path | None = None, until: int | None = None) -> list[Report]:
+    start = Start(data, checkpoint=checkpoint.latest(folder, print) if folder is not None else None)
+    reports = []
+    for report in train(config, start, pair(config, start)):
+        if folder is not None and report.due:
+            checkpoint.write(folder, report.state, 2)
+        reports.append(report)
+        if report.step == until:
+            break
+    return reports
+
+
+def weights(config: Config, data: Path) -> tuple[list[float], dict[str, Tensor]]:
+    reports = trained(config, data)
+    return [report.metrics["train/loss"] for report in reports], reports[-1].state.tensors
+
+
+@pytest.mark.parametrize("data", ["photographs", "patterns"])
+def test_a_method_of_its_own_trains_alike_on_any_number_of_ranks(
+    request: pytest.FixtureRequest, ranks: Ranks, within: Within, data: str
+) -> None:
+    """20 steps, from JPEG shards of which one decode cuts both crops, and from whole images."""
+    shards: Path = request.getfixturevalue(data)
+    losses, tensors = weights(CONFIG, shards)
+    assert losses[-1] < losses[0] and any(name.startswith("state.encoder") for name in tensors)
+    for world in (2, 4) if data == "photographs" else (2,):
+        for found, theirs in ranks(world, weights, CONFIG, shards):
+            within(f"loss, W = {world}", max(abs(a - b) for a, b in zip(losses, found, strict=True)), 1e-9)
+            within(f"weights, W = {world}", max(float((theirs[name] - t).abs().max()) for name, t in tensors.items()), 1e-9)
+
+
+def test_it_is_resumed_bitwise_and_its_sums_are_means_and_shares(photographs: Path, tmp_path: Path) -> None:
+    whole = trained(CONFIG, photographs, tmp_path / "whole")
+    trained(CONFIG, photographs, tmp_path / "parts", until=10)
+    again = trained(CONFIG, photographs, tmp_path / "parts")
+    assert [report.step for report in again] == [11, 15, 20] and whole[-1].metrics["train/loss"] == again[-1].metrics["train/loss"]
+    a, b = (checkpoint.read(tmp_path / part / "step-000000020").tensors for part in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert whole[-1].metrics["train/seen"] == 0.5
+
+
+def test_its_gradient_comes_in_pieces_too(photographs: Path) -> None:
+    """With BatchNorm over pieces it is another network, but the step is taken, and from the same inputs."""
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, micro_batch=6, steps=5))
+    losses = [report.metrics["train/loss"] for report in trained(config, photographs)]
+    assert losses[-1] != losses[0] and all(0 < loss < 4 for loss in losses)

@@ -49,7 +49,8 @@ def pair(config: Config, start: Start) -> Method:
 
     def inputs(batch: Batch, some: slice) -> Rows:
         images = batch.images if len(batch.images) == 2 else batch.images * 2  # whole images are cropped on the device
-        drawn = (views_of(x[some], batch.ids[some], batch.epoch, c, config.seed, first=i) for i, (x, c) in enumerate(zip(images, crops)))
+        each = enumerate(zip(images, crops, strict=True))
+        drawn = (views_of(x[some], batch.ids[some], batch.epoch, crop, config.seed, first=view) for view, (x, crop) in each)
         return dict(zip(("large", "small"), (x[None].double() for x in drawn), strict=True))
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:

@@ -152,7 +152,7 @@ def overview(cluster: dict[str, Any]) -> str:
         lines.append(f"{name:<{widths[0]}}  {machine:<{widths[1]}}  {nodes:>{widths[2]}}  {has}".rstrip())
     idle = cluster.get("idle_timeout_minutes")
     if idle and any(g.least < g.most for g in found):
-        lines.append(f"workers come when a job asks and go after {idle} idle minutes; the head stays until `ray down`")
+        lines += ["", f"workers come when a job asks and go after {idle} idle minutes; the head stays until `ray down`"]
     return "\n".join(lines)
 
 

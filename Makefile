@@ -1,5 +1,5 @@
 # make demo    the whole job on this machine, in about four minutes; installs what is missing
-# make test    lint, types, tests; installs what is missing
+# make test    lint, format, types, tests; installs what is missing
 # make test-cluster    tests that start clusters of their own: ray up, faults, a TPU slice; as root
 # make test-compile    tests that compile networks with Inductor, in minutes
 # make test-torch211   the tests of what touches torch, under the oldest torch that we take, in an environment of its own
@@ -16,6 +16,7 @@ demo: setup
 
 test: setup
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 

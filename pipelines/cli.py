@@ -39,7 +39,7 @@ COMMANDS = {
     "sweep": "space + recipe + shards → many runs, and the paper's figures from them",
     "runs": "directory or s3:// prefix → its runs: state, step, images/s, last checkpoint",
     "recipes": "the named configs",
-    "cluster": "cluster file → what it would start, what it costs, and what is wrong with it",
+    "cluster": "cluster file → what it would start, and what is wrong with it",
     "bench": "measured comparisons on this machine",
 }
 

@@ -44,15 +44,14 @@ class Group:
     accelerators: int
     """GPUs or TPU chips of one node."""
     what: str
-    usd_per_h: float | None
-    """Of one node; None where the catalogue does not have it."""
+    """What they are; "" where the catalogue does not have the machine."""
 
 
 def groups(cluster: Cluster) -> list[Group]:
     """What `ray up` would start and the autoscaler might, the head first."""
     if cluster["provider"]["type"] == "local":
         workers = len(cluster["provider"].get("worker_ips", []))
-        return [Group("head", "", 1, 1, False, 1, 0, "", None), Group("workers", "", workers, workers, False, 1, 0, "", None)]
+        return [Group("head", "", 1, 1, False, 1, 0, ""), Group("workers", "", workers, workers, False, 1, 0, "")]
     types, head = cluster["available_node_types"], cluster["head_node_type"]
     cap = cluster.get("max_workers", 0)
     found = []
@@ -71,7 +70,6 @@ def groups(cluster: Cluster) -> list[Group]:
                 hosts,
                 per_node,
                 known.accelerator if known else "",
-                known.usd_per_h * (per_node if _is_tpu(node) else 1) if known else None,
             )
         )
     return found
@@ -281,7 +279,7 @@ def _machine(config: dict[str, Any]) -> tuple[str, int, int]:
         chips = int(count) // TPU_COUNTS_PER_CHIP.get(kind, 1) if count.isdigit() else 0
         return name, chips, max(1, chips // TPU_CHIPS_PER_HOST)
     name = str(config.get("InstanceType") or config.get("machineType") or "")
-    return name, MACHINES.get(name, Machine(0.0, 0)).accelerators, 1
+    return name, MACHINES.get(name, Machine(0)).accelerators, 1
 
 
 def _gpus_by_name(machine: str) -> int:

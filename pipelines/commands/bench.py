@@ -47,7 +47,7 @@ class Args:
     memory: what the loader's process holds, epoch by epoch, for each kind of cache.
     prepare: images/s of writing shards, for the others."""
     data: Path | None = None
-    """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for the figure in the README.
+    """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for docs/benchmarks.md.
     loader: the same of photographs, of which the first shard is read; none = 300 rendered ones, 500 × 375 px.
     memory: any shards. prepare: archive or folder of images. all: folder with cifar10-jpeg.tar.xz and imagenet-photos-256.tar, or some
     archives of such names; what is not there is rendered."""

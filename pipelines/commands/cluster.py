@@ -1,4 +1,4 @@
-"""`simclr cluster check`: what a cluster file would start, what it costs, and what is wrong with it. Needs no cloud account."""
+"""`simclr cluster check`: what a cluster file would start, and what is wrong with it. Needs no cloud account."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipelines.clusterfile import catalogue, rules
+from pipelines.clusterfile import rules
 from simclr.config import Config
 from simclr.errors import UserError
 
@@ -133,12 +133,12 @@ def _sizes(found: list[rules.Group]) -> list[list[int]]:
 
 
 def overview(cluster: dict[str, Any]) -> str:
-    """Nodes, accelerators and dollars an hour, as a table."""
+    """Nodes and accelerators, as a table."""
     found = rules.groups(cluster)
     provider = cluster["provider"]
     where = ", ".join([provider["type"], *([provider["region"]] if "region" in provider else [])])
     lines = [f"cluster {cluster['cluster_name']} on {where}: would start", ""]
-    rows = [("", "machine", "nodes", "accelerators", "USD/h")]
+    rows = [("", "machine", "nodes", "accelerators")]
     for g in found:
         if g.most == 0:
             continue
@@ -146,22 +146,15 @@ def overview(cluster: dict[str, Any]) -> str:
         has = f"{g.accelerators} × {g.what or 'unknown'}" if g.accelerators else "as found" if not g.machine else "–"
         if g.accelerators and g.most > 1:
             has += f", {g.accelerators * g.most} in all"
-        price = "–" if not g.machine else "unknown" if g.usd_per_h is None else _between(g.least * g.usd_per_h, g.most * g.usd_per_h)
-        rows.append((g.name, machine, _between(g.least, g.most), has, price))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for name, machine, nodes, has, price in rows:
-        lines.append(
-            f"{name:<{widths[0]}}  {machine:<{widths[1]}}  {nodes:>{widths[2]}}  {has:<{widths[3]}}  {price:>{widths[4]}}".rstrip()
-        )
-    if any(g.machine for g in found):
-        low, high = (sum((g.usd_per_h or 0.0) * n for g, n in zip(found, counts, strict=True)) for counts in _sizes(found))
-        lines += ["", f"{_between(low, high)} USD an hour", f"{catalogue.SOURCE}; as of {catalogue.AS_OF}"]
+        rows.append((g.name, machine, _between(g.least, g.most), has))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for name, machine, nodes, has in rows:
+        lines.append(f"{name:<{widths[0]}}  {machine:<{widths[1]}}  {nodes:>{widths[2]}}  {has}".rstrip())
     idle = cluster.get("idle_timeout_minutes")
     if idle and any(g.least < g.most for g in found):
-        lines.append(f"workers come when a job asks and go after {idle} idle minutes; the head stays until `ray down`")
+        lines += ["", f"workers come when a job asks and go after {idle} idle minutes; the head stays until `ray down`"]
     return "\n".join(lines)
 
 
-def _between(low: float, high: float) -> str:
-    one, other = (f"{value:,.2f}" if isinstance(value, float) else str(value) for value in (low, high))
-    return one if one == other else f"{one} … {other}"
+def _between(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} … {high}"

@@ -69,10 +69,10 @@ def test_ray_itself_accepts_the_files() -> None:
 
 def test_what_would_be_started() -> None:
     table = cluster.overview(load("aws-gpu.yaml"))
-    assert re.search(r"g6 +g6\.12xlarge, spot +0 … 4 +4 × L4 24 GB, 16 in all +0\.00 … 18\.41", table)  # 4 × 4.6016
-    assert "0.40 … 18.81 USD an hour" in table and "approximately list prices, on demand, written down from memory" in table
+    assert re.search(r"g6 +g6\.12xlarge, spot +0 … 4 +4 × L4 24 GB, 16 in all$", table, re.MULTILINE)
+    assert "USD" not in table  # no price: one that nobody looked up is worse than none
     slices = cluster.overview(load("gcp-tpu-pod.yaml"))
-    assert re.search(r"v5e +v5litepod-16, spot, 4 hosts +1 +16 × TPU v5e 16 GB +19\.20", slices)  # 16 × 1.20
+    assert re.search(r"v5e +v5litepod-16, spot, 4 hosts +1 +16 × TPU v5e 16 GB$", slices, re.MULTILINE)
 
 
 def test_a_batch_that_does_not_divide_is_told_before_a_node_is_paid_for() -> None:
@@ -183,9 +183,9 @@ BROKEN = {
 @pytest.mark.parametrize("sentence", BROKEN)
 def test_each_mistake_has_its_sentence(sentence: str) -> None:
     name, change = BROKEN[sentence]
-    cluster = load(name)
-    change(cluster)
-    found = cluster.schema_mistakes(cluster) or list(rules.mistakes(cluster))
+    broken = load(name)
+    change(broken)
+    found = cluster.schema_mistakes(broken) or list(rules.mistakes(broken))
     assert any(sentence in line for line in found), found
 
 

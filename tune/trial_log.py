@@ -88,11 +88,12 @@ class Ledger:
                 return
             if not message and last:
                 return
+            name = message.get("mark")
             try:
                 if message:
                     self._enter(message)
             except (UserError, OSError) as error:  # one trial's book must not close the others'
-                say(f"trial {message.get('mark')}: {error}")
+                say(f"trial {name}: {error}")
 
     def _enter(self, message: dict[str, Any]) -> None:
         name = str(message.pop("mark"))

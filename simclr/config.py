@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from simclr.errors import UserError
+from simclr.fields import fits, shown
 
 Resize = Literal["bicubic", "bilinear", "area"]
 Operation = Literal["crop", "cutout", "colour", "sobel", "noise", "blur", "rotate"]
@@ -329,7 +330,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Rebuild a config. Raises UserError naming an unknown field and the nearest known ones."""
+        """Rebuild a config. Raises UserError naming an unknown field and the nearest known ones, or a value of another type."""
         config: Self = _build(cls, values, "")
         return config
 
@@ -338,7 +339,9 @@ class Config:
         return _flatten(self.to_dict(), "")
 
 
-def _build(cls: type[Any], values: dict[str, Any], path: str) -> Any:
+def _build(cls: type[Any], values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{path.rstrip('.') or 'the config'} is {values!r}; expected its fields by name")
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     for name in values:
@@ -349,8 +352,10 @@ def _build(cls: type[Any], values: dict[str, Any], path: str) -> Any:
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             arguments[name] = _build(hints[name], value, f"{path}{name}.")
-        else:
+        elif fits(value, hints[name]):
             arguments[name] = tuple(value) if isinstance(value, list) else value
+        else:
+            raise UserError(f"{path}{name} = {value!r} does not fit; expected {shown(hints[name])}")
     return cls(**arguments)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from simclr.errors import UserError
 
@@ -68,3 +70,27 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`: the old content or the new, never a part."""
     with whole(path) as scratch:
         scratch.write_text(text, encoding="utf-8", errors="replace")
+
+
+def read_text(path: Path, instead: str) -> str:
+    """The text in `path`. Raises UserError where it is no UTF-8; `instead` is what to do about it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: byte {error.start:,} is no UTF-8 text; {instead}") from None
+
+
+def read_json(path: Path, instead: str) -> dict[str, Any]:
+    """The JSON object in `path`. Raises UserError where there is none; `instead` is what to do about it."""
+    return json_in(read_text(path, instead), path, instead)
+
+
+def json_in(text: str | bytes, where: object, instead: str) -> dict[str, Any]:
+    """The JSON object that is the `text` of `where`, which is named where it is none. Raises as `read_json` does."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # of bytes also UnicodeDecodeError
+        raise UserError(f"{where} is damaged: it is no JSON ({error}); {instead}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where} is damaged: it holds no JSON object; {instead}")
+    return found

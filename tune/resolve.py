@@ -8,10 +8,9 @@ import itertools
 import json
 import math
 import random
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from simclr.config import Config
 from simclr.errors import UserError
@@ -152,37 +151,10 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
         value_of(config, path)
         *groups, name = path.split(".")
         here: Any = whole
-        owner: Any = config
         for group in groups:
-            here, owner = here[group], getattr(owner, group)
-        hint = get_type_hints(type(owner))[name]
-        if not fits(value, hint):
-            raise UserError(f"{path} = {value!r} does not fit; expected {_shown(hint)}")
+            here = here[group]
         here[name] = value
     return Config.from_dict(whole)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`, as the config's fields have them: an int also serves as a float, a list as a tuple."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in inner)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, choice) for choice in inner)
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            return False
-        hints = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
-        return len(hints) == len(value) and all(map(fits, value, hints))
-    if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _shown(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
 
 
 def assignments(words: tuple[str, ...], flag: str) -> Iterator[tuple[str, str]]:

@@ -212,6 +212,8 @@ def _finish(asked: Sweep, publish: str | None, uri: str) -> Path:
     order = sweep_dir.write_results(asked)
     if not order:
         failed = [trial for trial in sweep_dir.trials(asked.path) if trial.reason]
+        if bugs := [trial for trial in failed if trial.bug]:
+            raise RuntimeError(f"no trial of {asked.path} has a score; trial {bugs[0].name} failed by a bug:\n\n{bugs[0].bug}")
         raise UserError(f"no trial of {asked.path} has a score in {asked.metric}; {failed[0].reason if failed else 'none finished'}")
     best = order[0]
     if took := sweep_dir.start_up(sweep_dir.trials(asked.path)):

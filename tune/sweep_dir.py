@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pipelines.runs.directory import load_run
-from simclr import files
+from simclr import fields, files
 from simclr.config import Config
 from simclr.errors import UserError
 from simclr.recipes import recipe
@@ -27,6 +27,7 @@ from tune import resolve
 from tune.spaces import Space, space
 
 SCHEMA = 1
+_INSTEAD = "bring it back from a copy, or begin a new sweep with another --out"
 METRICS: dict[str, Literal["max", "min"]] = {
     "eval/knn_top1": "max",
     "eval/probe_top1": "max",
@@ -108,6 +109,8 @@ class Trial:
     """stopped: by the scheduler, before its end."""
     reason: str = ""
     """Of a failure; of a finished trial, what failed before it was tried again on another seed."""
+    bug: str = ""
+    """The traceback of a failure that nobody's input explains."""
     step: int = 0
     total_steps: int = 0
     scores: dict[str, float] = field(default_factory=dict)
@@ -127,10 +130,12 @@ def load(path: Path) -> Sweep:
     """The sweep in directory `path`. Raises UserError where there is none."""
     if not (path / "sweep.json").is_file():
         raise UserError(f"{path} is no sweep (it has no sweep.json); `simclr sweep SPACE --recipe NAME --data DIR` makes one")
-    text = json.loads((path / "sweep.json").read_text())
-    if text.pop("schema") != SCHEMA:
+    text = files.read_json(path / "sweep.json", _INSTEAD)
+    if text.pop("schema", None) != SCHEMA:
         raise UserError(f"{path}/sweep.json has another schema than {SCHEMA}; go on with the version that wrote it")
-    return Sweep(path=path, **text)
+    if text.get("metric") not in METRICS:
+        raise UserError(f"{path}/sweep.json is damaged: its metric is {text.get('metric')!r}; {_INSTEAD}")
+    return fields.build(Sweep, text, path / "sweep.json", _INSTEAD, path=path)
 
 
 def trial_in(directory: Path) -> Trial | None:
@@ -138,9 +143,11 @@ def trial_in(directory: Path) -> Trial | None:
     path = directory / "trial.json"
     if not path.is_file():
         return None
-    text = json.loads(path.read_text())
+    instead = f"remove {directory}, and the trial is done again"
+    text = files.read_json(path, instead)
+    fields.require(text, {"values": dict[str, Any]}, path, instead)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in text.pop("values").items()}
-    return Trial(values=values, **text)
+    return fields.build(Trial, text, path, instead, values=values)
 
 
 def trials(path: Path) -> list[Trial]:

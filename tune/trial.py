@@ -54,9 +54,18 @@ def drive(asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> Non
     """
     from ray import tune
 
+    name = str(tune.get_context().get_trial_name())
+    try:
+        _drive(name, asked, sweep, inbox, private)
+    except Exception as error:  # before there was a training, or in what records how it went
+        directory, trial = sweep.path / "trials" / name, Trial(name=name, values={}, seed=asked["seed"])
+        _failed(directory, trial, why(error)[0], retry.bug(error), inbox)
+
+
+def _drive(name: str, asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> None:
+    from ray import tune
+
     began = time.time()
-    context = tune.get_context()
-    name = str(context.get_trial_name())
     space = sweep.restricted
     codes = {axis.key: chosen(axis, asked["axes"][axis.key]) for axis in space.axes}
     point = resolve.point(space, sweep.base, codes, asked["seed"])
@@ -77,19 +86,23 @@ def drive(asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> Non
             trial = _train(sweep, run, trial, inbox, private, began)
             dataclasses.replace(trial, status="finished").save(directory)
             return
-        except Exception as error:
-            reason, again = why(error)
+        except Exception as error:  # a bug too: the sweep goes on, and its traceback is printed and kept
+            (reason, again), bug = why(error), retry.bug(error)
             if trial.reason or not again:
                 first = f" (seed {point.seed}; before, on seed {point.seed - _OTHER_SEED}: {trial.reason})" if trial.reason else ""
-                trial = trial_in(directory) or trial
-                directory.mkdir(parents=True, exist_ok=True)  # it may have failed before there was one
-                dataclasses.replace(trial, status="failed", reason=reason + first).save(directory)
-                inbox.actor.put.remote({"mark": name, "failed": reason + first})
+                _failed(directory, trial_in(directory) or trial, reason + first, bug, inbox)
                 return
-            inbox.actor.put.remote({"mark": name, "again": reason})
+            inbox.actor.put.remote({"mark": name, "again": reason, "bug": bug})
             shutil.rmtree(directory, ignore_errors=True)
             donor = None
             trial, point = _again(trial, point, reason)
+
+
+def _failed(directory: Path, trial: Trial, reason: str, bug: str, inbox: Any) -> None:
+    """Record that the trial has failed, and tell the sweep's driver."""
+    directory.mkdir(parents=True, exist_ok=True)  # it may have failed before there was one
+    dataclasses.replace(trial, status="failed", reason=reason, bug=bug).save(directory)
+    inbox.actor.put.remote({"mark": trial.name, "failed": reason, "bug": bug})
 
 
 def _told(scores: dict[str, float]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ that ended held up the lines of those that ran, and those still queued at the sw
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ class Ledger:
         self.runs: dict[str, Run] = {}
         self.tracked: dict[str, Tracked] = {}
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self._take, name="ledger", daemon=True)
+        self.bug: Exception | None = None
+        self.thread = threading.Thread(target=self._work, name="ledger", daemon=True)
         self.thread.start()
 
     def ended(self, name: str, status: str) -> None:
@@ -48,9 +51,11 @@ class Ledger:
 
     def close(self, status: str, artifacts: list[Path], metrics: dict[str, float]) -> Sweep:
         """Write down what waits; then end the trials' MLflow runs, log what MLflow lacks of trials that are over, and end the parent run
-        with `artifacts` and `metrics`. Returns the sweep with the parent's id."""
+        with `artifacts` and `metrics`. Returns the sweep with the parent's id. Raises what has ended the thread that writes down."""
         self.over.set()
         self.thread.join(_DRAIN_S)
+        if self.bug is not None and status != "KILLED":
+            raise self.bug
         for name in list(self.tracked):
             self._close(name, status)
         until = time.monotonic() + (_KILLED_S if status == "KILLED" else _MLFLOW_S)
@@ -66,6 +71,14 @@ class Ledger:
             self.parent.close(status)
         return self.sweep
 
+    def _work(self) -> None:
+        """The thread. A bug in it is told at once, and ends the sweep when its trials are over: they keep their own records."""
+        try:
+            self._take()
+        except Exception as error:
+            traceback.print_exception(error)
+            self.bug = error
+
     def _take(self) -> None:
         while True:
             last = self.over.is_set()  # asked before looking, so that nothing put before the end is missed
@@ -75,16 +88,19 @@ class Ledger:
                 return
             if not message and last:
                 return
+            name = message.get("mark")
             try:
                 if message:
                     self._enter(message)
             except (UserError, OSError) as error:  # one trial's book must not close the others'
-                say(f"trial {message.get('mark')}: {error}")
+                say(f"trial {name}: {error}")
 
     def _enter(self, message: dict[str, Any]) -> None:
         name = str(message.pop("mark"))
         if "checkpoint" in message:
             return
+        if bug := message.get("bug"):
+            print(bug.rstrip(), file=sys.stderr, flush=True)
         if text := message.get("say"):
             say(f"trial {name}: {text}")
         elif reason := message.get("failed"):
@@ -121,7 +137,7 @@ class Ledger:
                 mlflow_uri.check(self.uri)  # within seconds; to open runs at a server that is silent takes minutes
             for trial, run in lacking:
                 catch_up(run, self.uri, self._tags(trial.name), "FAILED" if trial.status == "failed" else "FINISHED")
-        except Exception as error:
+        except (UserError, OSError) as error:
             say(f"{error}; the same command again logs what MLflow has not taken")
 
     def _tags(self, name: str) -> dict[str, str]:

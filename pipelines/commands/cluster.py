@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipelines.clusterfile import rules
+from simclr import files
 from simclr.config import Config
 from simclr.errors import UserError
 
@@ -60,7 +61,7 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
 
     if not path.is_file():
         raise UserError(f"{path} is no file; cluster/ has the ones to start from")
-    text = path.read_text()
+    text = files.read_text(path, "save it as UTF-8")
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -109,9 +110,12 @@ def changed(name: str, assignments: tuple[str, ...]) -> Config:
         inner = values
         for parent in parents:
             inner = inner.get(parent, {}) if isinstance(inner, dict) else {}
-        if not equals or field not in inner:
+        if not equals or not isinstance(inner, dict) or field not in inner:
             raise UserError(f"--set {assignment}: expected FIELD=VALUE with a field that `simclr recipes {name}` lists")
-        inner[field] = yaml.safe_load(value)
+        try:
+            inner[field] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {assignment}: {value!r} is no YAML value; expected a number, a word or a list") from None
     return Config.from_dict(values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,15 @@ class Args:
     """Written: features (n, d) float32 and names (n,)."""
 
 
+class Junk(UserError):
+    """A file that is no image."""
+
+
 @dataclass(frozen=True)
 class _Images:
     names: list[str]
     read: Callable[[int], NDArray[np.uint8]]
-    """Index → (H, W, 3). Raises UserError where it is no image."""
+    """Index → (H, W, 3). Raises Junk where it is no image."""
     given: frozenset[str] = frozenset()
     """Names that the user wrote down: those have to be images. What merely lies in a folder may be junk."""
 
@@ -61,7 +66,7 @@ def main(args: Args) -> None:
             for i in range(begin, min(begin + _BATCH, len(images.names))):
                 try:
                     pixels = images.read(i)
-                except UserError as error:
+                except Junk as error:
                     if images.names[i] in images.given:
                         raise
                     junk.append(str(error))
@@ -103,8 +108,10 @@ def _array(path: Path) -> _Images:
         raise UserError(f"no file {path}; expected images")
     try:
         array = np.load(path, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:  # the file's: nothing here computes
         raise UserError(f"{path} is no .npy file that can be read ({error}); expected uint8 (n, H, W, 3)") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is an .npz file; expected an .npy file of uint8 (n, H, W, 3)")
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not len(array):
         raise UserError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (n, H, W, 3)")
     return _Images([str(i) for i in range(len(array))], lambda i: np.asarray(array[i]))
@@ -113,12 +120,13 @@ def _array(path: Path) -> _Images:
 def _read(path: Path) -> NDArray[np.uint8]:
     from PIL import Image
 
-    from simclr.data.pixels import upright_rgb
+    from simclr.data.pixels import Unreadable, reading, upright_rgb
 
     try:
-        with Image.open(path) as image:
+        with reading():
+            image = Image.open(path)
             image.load()
+        with image:
             return np.asarray(upright_rgb(image))
-    except Exception as error:  # Pillow raises nearly anything at a damaged file: struct.error, IndexError, zlib.error …
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise UserError(f"{path} is no image that can be read ({reason}); leave it out") from None
+    except Unreadable as error:
+        raise Junk(f"{path} is no image that can be read ({error}); leave it out") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,9 @@ from pipelines.html import page
 from pipelines.html.page import FeatureMap, Neighbours, ReportData, Score
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
+from simclr import fields
 from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,19 @@ def gather(run: Run) -> ReportData:
 
 
 def _scores(run: Run) -> tuple[list[Score], dict[str, str]]:
-    path = run.path / "evaluation.json"
-    if not path.is_file():
+    text = run.evaluation()
+    if text is None:
         return [], {}
-    text = json.loads(path.read_text())
-    if "knn_top1" not in text["scores"][-1]:
-        ranks = ", ".join(f"{row['name']} {row['rankme']:.1f}" for row in text["scores"])
+    last = text["scores"][-1]
+    if "knn_top1" not in last:
+        if "rankme" not in last:  # a classifier's
+            return [], {"on the test split": ", ".join(f"{name} {100 * last[name]:.1f} %" for name in ("top1", "top5") if name in last)}
+        ranks = ", ".join(f"{row['name']} {row['rankme']:.1f}" for row in text["scores"] if "rankme" in row)
         return [], {"effective rank of the features (RankMe)": ranks}
-    scores = [Score(name=row["name"], knn_top1=row["knn_top1"], probe_top1=row.get("probe_top1")) for row in text["scores"]]
+    instead = f"evaluate the run again: `simclr evaluate {run.path}`"
+    fields.require(text, {"k": int}, run.path / "evaluation.json", instead)
+    rows = [row for row in text["scores"] if "knn_top1" in row]
+    scores = [Score(name=row["name"], knn_top1=row["knn_top1"], probe_top1=row.get("probe_top1")) for row in rows]
     return scores, {"kNN": f"k = {text['k']}, τ = {run.config.watch.temperature:g}, cosine"}
 
 
@@ -88,7 +96,8 @@ def _length(run: Run, history: list[dict[str, float]]) -> dict[str, str]:
     last = history[-1]
     speeds = [row["speed/images_per_s"] for row in history[1:] if "speed/images_per_s" in row]
     rate = f", {np.median(speeds):,.0f} images/s (median)" if speeds else ""
-    return {"length": f"{last['step']:,.0f} steps of {run.config.train.batch_size:,} images, {last['epoch']:.1f} epochs{rate}"}
+    epochs = f", {last['epoch']:.1f} epochs" if "epoch" in last else ""
+    return {"length": f"{last['step']:,.0f} steps of {run.config.train.batch_size:,} images{epochs}{rate}"}
 
 
 def _pictures(path: Path) -> tuple[np.ndarray, Neighbours, FeatureMap]:
@@ -107,8 +116,12 @@ def _pictures(path: Path) -> tuple[np.ndarray, Neighbours, FeatureMap]:
         "thumbs": np.zeros((0, side, side, 3), np.uint8),
     }
     if path.is_file():
-        with np.load(path) as file:
-            found = {name: file[name] for name in empty}
+        try:
+            with np.load(path) as file:
+                found = {name: file[name] for name in empty}
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:  # the file's: nothing here computes
+            again = f"`simclr evaluate {path.parent}` makes it again"
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
     else:
         found = empty
     neighbours = Neighbours(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from pipelines.runs.directory import SCHEMA
-from simclr.config import Config
+from simclr import fields, files
 from simclr.data.s3.uri import Address, address
 from simclr.errors import UserError
+from simclr.stages import STAGES
 
+_INSTEAD = "bring it back from a copy"
 _SILENT_S = 600.0  # a run that reports nothing for longer has stopped; reports come every few seconds
 
 
@@ -72,7 +75,7 @@ def _lines(at: Path) -> list[Line]:
             whole = (p.parent.name for p in path.parent.glob("checkpoints/step-*/checkpoint.json"))
             metrics = path.parent / "metrics.jsonl"
             text = _tail(metrics) if metrics.is_file() else ""
-            found.append(line(path.parent.name, path.read_text(), text, list(whole)))
+            found.append(line(path.parent.name, path.read_text(encoding="utf-8", errors="replace"), text, list(whole)))
     return found
 
 
@@ -88,7 +91,7 @@ def _remote(place: Address) -> list[Line]:
         whole = [p[-2] for p in parts if p[:-3] == home.parts and p[-3:-2] == ("checkpoints",) and p[-1] == "checkpoint.json"]
         metrics = str(home / "metrics.jsonl")
         text = store.read(place / metrics).decode(errors="replace") if metrics in names else ""
-        found.append(line(place.name if str(home) == "." else str(home), store.read(place / name).decode(), text, whole))
+        found.append(line(place.name if str(home) == "." else str(home), store.read(place / name).decode(errors="replace"), text, whole))
     return found
 
 
@@ -103,21 +106,22 @@ def line(name: str, run_json: str, metrics: str, checkpoints: list[str]) -> Line
     """A run's line, from the text of run.json, the (end of the) text of metrics.jsonl, and names of its whole checkpoints."""
     last: dict[str, Any] = {}
     for row in reversed(metrics.splitlines()):
-        try:
-            last = json.loads(row)
+        with contextlib.suppress(UserError):  # half a line, of a machine that died
+            last = files.json_in(row, "a report", "")
             break
-        except ValueError:
-            continue  # half a line, of a machine that died
     steps = [int(name.removeprefix("step-")) for name in checkpoints if name.removeprefix("step-").isdigit()]
     note, recipe, total, began = "", "?", None, 0.0
     try:
-        about = json.loads(run_json)
+        about = files.json_in(run_json, "run.json", _INSTEAD)
+        fields.require(about, {"recipe": str, "created": float, "schema": int}, "run.json", _INSTEAD)
         recipe, began = about["recipe"], about["created"]
         if about["schema"] != SCHEMA:
             note = f"of another schema than {SCHEMA}"
         else:
-            total = Config.from_dict(about["config"]).train.steps
-    except (UserError, ValueError, KeyError, TypeError) as error:
+            about.setdefault("stage", "pretrain")
+            fields.require(about, {"config": dict[str, Any], "stage": Literal[tuple(STAGES)]}, "run.json", _INSTEAD)
+            total = STAGES[about["stage"]].from_dict(about["config"]).train.steps
+    except UserError as error:
         note = f"run.json cannot be read: {error}"
     step, total = last.get("step", max(steps, default=0)), last.get("total_steps", total)
     updated = last.get("time", began)

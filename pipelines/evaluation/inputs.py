@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -73,10 +72,9 @@ def resolve(encoder: Path, data: Path | None) -> tuple[Path, Config, Path]:
         raise UserError(f"{encoder} is neither a run nor a published encoder; give a run directory, or `simclr pull` one")
     if data is None:
         raise UserError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
-    text = json.loads((encoder / "config.json").read_text())
-    from simclr.encoder.directory import config_of
+    from simclr.encoder.directory import config_of, read_text
 
-    return encoder, config_of(text), sync.shards(data)
+    return encoder, config_of(read_text(encoder)), sync.shards(data)
 
 
 def held_back(train: Features) -> tuple[Features, Features]:

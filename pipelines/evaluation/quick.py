@@ -154,10 +154,10 @@ class _Pixels:
 
 def scores_of(run: Path) -> list[dict[str, Any]]:
     """The rows that `evaluate` found for a run. Raises UserError where it was not evaluated yet."""
-    path = run / "evaluation.json"
-    if not path.is_file():
+    found = load_run(run).evaluation()
+    if found is None:
         raise UserError(f"{run} was not evaluated yet; `simclr evaluate {run}` does it")
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["scores"]
+    rows: list[dict[str, Any]] = found["scores"]
     return rows
 
 

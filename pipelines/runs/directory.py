@@ -27,16 +27,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pipelines.tracking.uri import redacted
-from simclr import files
+from simclr import fields, files
 from simclr.config import Config
 from simclr.data.s3.uri import address, copy_of
 from simclr.errors import UserError
 from simclr.stages import STAGES
 
 SCHEMA = 1
+_INSTEAD = "bring it back from a copy, or begin a new run with another --run"
 _LOCK = ".training"
 _PHASES = ("render and shard", "start", "pretrain", "finetune", "distill", "evaluate", "publish", "pull and compare")
 # These change how often a run speaks, not what it computes: a resumed run may change them.
@@ -104,7 +105,7 @@ class Run:
         """
         path = self.path / "run.json"
         with _NOTING:
-            there = json.loads(path.read_text()) if path.is_file() else {}
+            there = files.read_json(path, _INSTEAD) if path.is_file() else {}
             if there.get("created") == self.created:
                 files.write_text(path, json.dumps(there | fields, indent=1) + "\n")
         return replace(self, **fields)  # type: ignore[arg-type]
@@ -140,7 +141,8 @@ class Run:
     def timings(self) -> dict[str, float]:
         """Phase → seconds, in the order of the job."""
         path = self.path / "timings.json"
-        seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        seconds = files.read_json(path, f"remove {path}") if path.is_file() else {}
+        fields.require(seconds, {phase: float for phase in _PHASES if phase in seconds}, path, f"remove {path}")
         return {phase: seconds[phase] for phase in _PHASES if phase in seconds}
 
     def append(self, metrics: dict[str, Any]) -> None:
@@ -163,11 +165,28 @@ class Run:
         """All reports in order of steps. A step that was repeated after a failure counts as it came out last."""
         path = self.path / "metrics.jsonl"
         rows: dict[int, dict[str, float]] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):  # half a line, of a machine that died
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            with contextlib.suppress(json.JSONDecodeError):  # half a line, of a machine that died
                 row = json.loads(line)
+                if not isinstance(row, dict) or not fields.fits(row.get("step"), int):
+                    raise UserError(f"{path}, line {number}, is no report: it has no step; remove that line")
                 rows[row["step"]] = row
         return [rows[step] for step in sorted(rows)]
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """evaluation.json: `scores`, a row per method with its name and numbers, weakest first, and how they came about. None where the
+        run was not evaluated yet."""
+        path, instead = self.path / "evaluation.json", f"evaluate the run again: `simclr evaluate {self.path}`"
+        if not path.is_file():
+            return None
+        text = files.read_json(path, instead)
+        fields.require(text, {"scores": list[dict[str, Any]]}, path, instead)
+        if not text["scores"]:
+            raise UserError(f"{path} is damaged: it has no scores; {instead}")
+        for row in text["scores"]:
+            fields.require(row, {"name": str, **{key: float for key in row if key != "name"}}, f"a score in {path}", instead)
+        return text
 
 
 def environment() -> dict[str, str]:
@@ -258,14 +277,24 @@ def load_run(path: Path) -> Run:
     """The run in directory `path`. Raises UserError where there is none, or one of another schema."""
     if not (path / "run.json").is_file():
         raise UserError(f"{path} is no run directory (it has no run.json); `simclr pretrain RECIPE --data DIR` makes one")
-    text: dict[str, Any] = json.loads((path / "run.json").read_text())
-    if text.pop("schema") != SCHEMA:
-        raise UserError(f"{path}/run.json has another schema than {SCHEMA}; go on with the version that wrote it")
-    at = address(text["data"])
+    return _run_of(path, files.read_json(path / "run.json", _INSTEAD))
+
+
+def _run_of(path: Path, text: dict[str, Any]) -> Run:
+    """The run in directory `path` whose run.json is `text`."""
+    where = path / "run.json"
+    if text.pop("schema", None) != SCHEMA:
+        raise UserError(f"{where} has another schema than {SCHEMA}; go on with the version that wrote it")
+    fields.require(text, {"data": str, "config": dict[str, Any]}, where, _INSTEAD)
+    stage = text.setdefault("stage", "pretrain")
+    fields.require(text, {"stage": Literal[tuple(STAGES)]}, where, _INSTEAD)
+    try:
+        config = STAGES[stage].from_dict(text.pop("config"))
+    except UserError as error:
+        raise UserError(f"{where} is damaged: {error}; {_INSTEAD}") from None
+    at, data = address(text["data"]), Path(text.pop("data"))
     if at is not None:
         text["data_at"], data = str(at), copy_of(at, "shards")
-    else:
-        data = Path(text["data"])
-        data = data if data.is_absolute() else Path(os.path.relpath(path / data))
-    text["config"], text["data"] = STAGES[text.get("stage", "pretrain")].from_dict(text["config"]), data
-    return Run(path=path, **text)
+    elif not data.is_absolute():
+        data = Path(os.path.relpath(path / data))
+    return fields.build(Run, text, where, _INSTEAD, path=path, config=config, data=data)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from pipelines.terminal import Bar, say
-from simclr import files
+from simclr import fields, files
 from simclr.data.s3.uri import Corrupt, Refetched, Unreachable, address, copy_of, locked
 from simclr.errors import UserError
 
@@ -156,7 +156,7 @@ class Home:
             mark, run = self.path / ".created", self.path / "run.json"
             known = mark.read_text() if mark.is_file() else ""
             if run.is_file():
-                known = str(json.loads(run.read_text())["created"])
+                known = str(_created(run.read_bytes(), run))
             if known != str(created):
                 shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,8 @@ class Home:
 
     def _notes(self) -> dict[str, list[Any]]:
         path = self.path / _NOTES
-        notes: dict[str, list[Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        notes: dict[str, list[Any]] = files.read_json(path, f"remove {path}") if path.is_file() else {}
+        fields.require(notes, dict.fromkeys(notes, list[Any]), path, f"remove {path}")
         return notes
 
     def _is_of_another_run(self, etag: str | None, notes: dict[str, list[Any]]) -> bool:
@@ -185,7 +186,8 @@ class Home:
         mine = self.path / "run.json"
         if self.at is None or etag is None or not mine.is_file() or notes.get("run.json", [""])[0] == etag:
             return False
-        return bool(json.loads(self.store.read(self.at / "run.json"))["created"] != json.loads(mine.read_text())["created"])
+        theirs = self.at / "run.json"
+        return _created(self.store.read(theirs), theirs) != _created(mine.read_bytes(), mine)
 
     # ── Checkpoints ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -230,7 +232,7 @@ class Home:
             say(f"fetching checkpoint {name} from {self.at}")
             scratch = path.with_name(f".fetching-{name}")  # by the same name again, so that a part that came is not lost
             scratch.mkdir(parents=True, exist_ok=True)
-            self.store.download(there / "state.safetensors", scratch / "state.safetensors", sha256=json.loads(about)["sha256"])
+            self.store.download(there / "state.safetensors", scratch / "state.safetensors", sha256=_sha256(about, there))
             (scratch / "checkpoint.json").write_bytes(about)
             shutil.rmtree(path, ignore_errors=True)
             scratch.rename(path)
@@ -245,10 +247,10 @@ class Home:
         there, text = self.at / "checkpoints" / path.name, (path / "checkpoint.json").read_bytes()
         if path.name in self._whole() and self.store.read(there / "checkpoint.json") != text:
             self.store.delete(there / "checkpoint.json")  # of an earlier time at this step
-        self.store.upload(path / "state.safetensors", there / "state.safetensors", json.loads(text)["sha256"])
+        self.store.upload(path / "state.safetensors", there / "state.safetensors", _sha256(text, path))
         self.store.upload(path / "checkpoint.json", there / "checkpoint.json")
         abouts = {name: self.store.read(self.at / "checkpoints" / name / "checkpoint.json") for name in self._whole()}
-        kept = checkpoint.worth_keeping({name: json.loads(text).get("score") for name, text in abouts.items()}, keep)
+        kept = checkpoint.worth_keeping({name: _score(text) for name, text in abouts.items()}, keep)
         for found in self.store.listing(self.at / "checkpoints"):  # checkpoint.json sorts first, so it goes first
             if PurePosixPath(found.name).parts[0] not in kept:
                 self.store.delete(self.at / "checkpoints" / found.name)
@@ -274,9 +276,42 @@ class Home:
     def wait(self) -> None:
         """Until what is under way is sent. Where it fails, training goes on and the next sending brings what this one did not."""
         if self.sending is not None:
-            error, self.sending = self.sending.exception(), None
-            if error is not None:
+            sending, self.sending = self.sending, None
+            try:
+                sending.result()
+            except (UserError, OSError) as error:
                 say(f"not sent: {error}")
+
+
+def _created(run_json: bytes, where: object) -> float:
+    """When the run began whose run.json this is."""
+    instead = "remove it, if it is this machine's copy, or bring it back from another"
+    text = files.json_in(run_json, where, instead)
+    fields.require(text, {"created": float}, where, instead)
+    created: float = text["created"]
+    return created
+
+
+def _sha256(about: bytes, where: object) -> str:
+    """Of a checkpoint's weights, as its checkpoint.json `about` has it. Raises Damaged where it has none."""
+    from simclr.data.s3.store import Damaged
+
+    instead = "remove this checkpoint"
+    try:
+        text = files.json_in(about, f"checkpoint.json of {where}", instead)
+        fields.require(text, {"sha256": str}, f"checkpoint.json of {where}", instead)
+    except UserError as error:
+        raise Damaged(str(error)) from None
+    return str(text["sha256"])
+
+
+def _score(about: bytes) -> float | None:
+    """Of a checkpoint, as its checkpoint.json `about` has it; None where it has none, or is not whole."""
+    try:
+        score = files.json_in(about, "checkpoint.json", "").get("score")
+    except UserError:
+        return None
+    return score if fields.fits(score, float) else None
 
 
 def _stamp(path: Path) -> list[int]:

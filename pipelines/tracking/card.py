@@ -13,9 +13,10 @@ UNKNOWN_LICENCE = "unknown: nobody stated one; ask whoever made the encoder, and
 
 def write_card(directory: Path, name: str, scores: dict[str, float], licence: str) -> str:
     """Write the card of the encoder published in `directory` under the title `name`, beside its weights; returns its text."""
-    from simclr.encoder.directory import preprocessing_of, read_text
+    from simclr.encoder.directory import config_of, preprocessing_of, read_text
 
     config = read_text(directory)
+    config |= {"published": config.get("published", {}), **config_of(config).to_dict()}  # with the fields that it does not state
     config["preprocessing"] = asdict(preprocessing_of(config))  # an older directory does not state it
     text = card(config, _parameters(config), name, scores, licence)
     files.write_text(directory / "README.md", text)

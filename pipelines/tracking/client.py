@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,6 +181,8 @@ class Tracker:
 
     def _deliver(self) -> None:
         """The thread: sends what waits; where that fails, again and again, until the run is closed and its time is over."""
+        from mlflow.exceptions import MlflowException
+
         pause = _EVERY_S
         while True:
             closing = self._closing.is_set()  # asked before sending, so that nothing queued before `close` is missed
@@ -192,6 +195,8 @@ class Tracker:
                     return
                 pause = _EVERY_S
             except Exception as error:  # whatever the server's trouble is, later may be better
+                if not isinstance(error, MlflowException | OSError) and self._trouble != _line(error):
+                    traceback.print_exception(error)  # a bug, whose place somebody should see
                 self._trouble = _line(error)
                 if time.monotonic() > self._deadline or getattr(error, "error_code", "") in _FINAL:
                     return
@@ -333,11 +338,15 @@ def version_of(uri: str, name: str, alias: str) -> int:
 
 def _bytes(client: Any, version: Any, source: str) -> int:
     """Size of a version's encoder, or 0 where it was registered from elsewhere than its run's artifacts."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
     folder = source.rpartition("/")[2]
     try:
-        return sum(int(f.file_size or 0) for f in client.list_artifacts(version.run_id, f"{folder}/encoder"))
-    except Exception:  # only the bar's end depends on it
+        there = client.list_artifacts(version.run_id, f"{folder}/encoder")
+    except (MlflowException, requests.RequestException, OSError):  # only the bar's end depends on it
         return 0
+    return sum(int(f.file_size or 0) for f in there)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,8 @@ class Tracked:
                 self.tracker, self.error = tracker, None
             except Exception as error:  # a tracker that fails must not lose the training: it is named at the end
                 if self.error is None:
+                    if not isinstance(error, UserError | OSError):
+                        traceback.print_exception(error)  # a bug, whose place somebody should see
                     say(f"MLflow does not open yet ({error}); the training goes on, and so does the trying")
                 self.error = error
                 if self.over.wait(pause):

@@ -38,10 +38,19 @@ def check(uri: str) -> None:
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", uri):
         raise UserError(f"{redacted(uri)} is no MLflow address; expected http(s)://HOST:PORT or sqlite:///FILE")
     # In a thread: time limits of a request begin anew with every address, redirect and byte, and name look-up has none.
-    trouble = [f"no answer within {_ANSWER_S:.0f} s"]
-    asking = threading.Thread(target=lambda: trouble.append(_trouble_at(uri)), name="mlflow check", daemon=True)
+    trouble: list[str | Exception] = [f"no answer within {_ANSWER_S:.0f} s"]
+
+    def ask() -> None:
+        try:
+            trouble.append(_trouble_at(uri))
+        except Exception as error:  # a bug: raised again below, out of the thread
+            trouble.append(error)
+
+    asking = threading.Thread(target=ask, name="mlflow check", daemon=True)
     asking.start()
     asking.join(_ANSWER_S + 0.5)
+    if isinstance(trouble[-1], Exception):
+        raise trouble[-1]
     if trouble[-1]:
         raise UserError(f"no MLflow server at {redacted(uri)} ({trouble[-1]}); start it, correct the address, or {_HINT}")
 
@@ -67,7 +76,8 @@ def _check_database(file: Path, uri: str) -> None:
 
 def _trouble_at(uri: str) -> str:
     """Why the server at `uri` cannot be used, or "". Asks as MLflow will, with its credentials, but without its import."""
-    import requests
+    import requests  # whose exceptions are OSErrors
+    from urllib3.exceptions import LocationValueError
 
     env = os.environ.get
     user, password, token = env("MLFLOW_TRACKING_USERNAME"), env("MLFLOW_TRACKING_PASSWORD"), env("MLFLOW_TRACKING_TOKEN")
@@ -81,5 +91,5 @@ def _trouble_at(uri: str) -> str:
             return f"it refuses the credentials with status {answer.status_code}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         is_mlflow = answer.ok and "json" in answer.headers.get("Content-Type", "")
         return "" if is_mlflow else f"something else answers, with status {answer.status_code}"
-    except Exception as error:  # from a thread it would be lost: refused, unknown host, certificate, …
+    except (OSError, LocationValueError, UnicodeError) as error:  # refused, unknown host, certificate, …; an address that is none
         return type(error).__name__

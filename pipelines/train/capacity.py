@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
+from simclr import files
 
 GROWS = "SIMCLR_GROWS"
 """Environment: resources that an autoscaler adds as they are asked for, as "CPU GPU"; where `ray up` has left no file."""
@@ -78,7 +78,7 @@ def _types() -> list[tuple[dict[str, float], int]]:
     file = LEFT.expanduser()
     if not file.is_file():
         return []
-    cluster: dict[str, Any] = json.loads(file.read_text())
+    cluster: dict[str, Any] = files.read_json(file, "start the cluster again with `ray up`")
     cap, head = cluster.get("max_workers", 0), cluster.get("head_node_type")
     types = cluster.get("available_node_types", {}).items()
     return [(node.get("resources", {}), 1 if name == head else min(node.get("max_workers", cap), cap)) for name, node in types]

@@ -78,8 +78,9 @@ def digest(directory: Path) -> str:
 
 def recipe_of(directory: Path) -> str:
     """Name of the recipe that made the encoder in `directory`."""
-    made: dict[str, Any] = json.loads((directory / "config.json").read_text()).get("published", {})
-    return str(made.get("recipe") or "encoder")
+    from simclr.encoder.directory import read_text
+
+    return str(read_text(directory).get("published", {}).get("recipe") or "encoder")
 
 
 @dataclass(frozen=True)

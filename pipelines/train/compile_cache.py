@@ -18,6 +18,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -49,12 +50,19 @@ def secret(tell: Tell) -> str:
     """What this user's compiled code is signed with (hex), made the first time; "" where it cannot be kept, and `tell` hears why."""
     try:
         path = _KEY.expanduser()
-        if not path.exists():
-            _write_own(path, secrets.token_hex(32).encode())
-        return _read_own(path).decode()
-    except (OSError, UserError, ValueError, RuntimeError) as error:  # RuntimeError: there is no home directory
+    except RuntimeError as error:  # there is no home directory
         tell(f"compiled code is not kept for a restart: {error}")
         return ""
+    try:
+        if not path.exists():
+            _write_own(path, secrets.token_hex(32).encode())
+        key = _read_own(path).decode(errors="replace")
+        if not re.fullmatch("([0-9a-f]{2})+", key):
+            raise UserError(f"{path} holds no key; remove it")
+    except (OSError, UserError) as error:
+        tell(f"compiled code is not kept for a restart: {error}")
+        return ""
+    return key
 
 
 def facts(config: Config, workers: int, device: torch.device) -> dict[str, Any]:
@@ -100,10 +108,15 @@ def _load(path: Path, fits: dict[str, Any], key: str, tell: Tell) -> set[str]:
     import torch
 
     try:
-        info = torch.compiler.load_cache_artifacts(_checked(path, fits, key))
+        content = _checked(path, fits, key)
     except FileNotFoundError:
         return set()
-    except Exception as error:  # told, and compiling anew is what happens without the file
+    except (OSError, UserError) as error:
+        tell(f"the network is compiled anew: {error}")
+        return set()
+    try:
+        info = torch.compiler.load_cache_artifacts(content)
+    except Exception as error:  # torch's: told, and compiling anew is what happens without the file
         tell(f"the network is compiled anew: {error}")
         return set()
     return set() if info is None else {*info.inductor_artifacts, *info.aot_autograd_artifacts}

@@ -99,7 +99,7 @@ def _train(job: Job, began: float) -> Run:
         home.send()  # before any checkpoint: run.json says whose they are
         if not done:
             home.settle()  # a first checkpoint, of step 0
-    except UserError:
+    except Exception:
         if ours:
             ray_train.disconnect()
         raise

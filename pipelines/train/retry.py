@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 from pipelines.train import hang
 from pipelines.train.messages import Tell
 from simclr import files
-from simclr.data.s3.uri import Unreachable
+from simclr.data.s3.uri import Refetched, Unreachable
 from simclr.errors import UserError
 
 
@@ -46,6 +47,20 @@ def given_up(failure: BaseException) -> str:
                 "run the same command again, to go on from the last checkpoint"
             )
     return ""
+
+
+def bug(failure: BaseException) -> str:
+    """The traceback of a failure that is a bug; "" of one that a user can mend, and of a process that was lost, hung, or had too little
+    memory."""
+    import ray
+
+    error = causes(failure)[0]
+    lost = isinstance(error, ray.exceptions.RayError | hang.Hung | hang.Leave | Refetched) or hasattr(failure, "controller_failure")
+    if lost or isinstance(error, UserError | OSError) or type(error).__name__ == "OutOfMemoryError":
+        return ""
+    errors = getattr(failure, "worker_failures", {})
+    # A worker's exception comes without its traceback; what Ray Train wraps it in prints as that.
+    return str(errors[min(errors)]) if errors else "".join(traceback.format_exception(failure))
 
 
 def failure_policy(config: Any, workers: int, tell: Tell) -> Any:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from simclr.data.ffcv.decode import decode
-from simclr.data.pixels import upright_rgb
+from simclr.data.pixels import Unreadable, reading, upright_rgb
 from simclr.data.sources.source import Item
 
 PAGE = 1 << 21
@@ -55,15 +55,17 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
         else:
             data = item.data if isinstance(item.data, bytes) else _read(item.data)
             if not data:
-                raise ValueError("the file is empty")
+                raise Unreadable("the file is empty")
             digest = _digest(data)
-            opened = Image.open(io.BytesIO(data))
+            with reading():
+                opened = Image.open(io.BytesIO(data))
             as_is = _decoded_as_stored(opened, data, max_side_px) if kind == "jpeg" else None
             if as_is is not None:
                 return Encoded(item, data, True, as_is.shape[0], as_is.shape[1], _moments(as_is), digest)
             if opened.width * opened.height > _MOST_PIXELS and opened.format != "JPEG":  # which is decoded smaller
-                raise ValueError(f"its {opened.width:,} × {opened.height:,} pixels would fill the memory")
-            opened.draft(None, (max_side_px, max_side_px))  # lets a far larger JPEG be decoded smaller
+                raise Unreadable(f"its {opened.width:,} × {opened.height:,} pixels would fill the memory")
+            with reading():
+                opened.draft(None, (max_side_px, max_side_px))  # lets a far larger JPEG be decoded smaller
             image = upright_rgb(opened)
         if max(image.size) > max_side_px:
             scale = max_side_px / max(image.size)
@@ -73,23 +75,23 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
             stored = pixels.tobytes()
         else:
             buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+            with reading():  # it writes some of the notes that the file came with
+                image.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
             stored = buffer.getvalue()
         if len(stored) > PAGE:
-            raise ValueError(f"its {len(stored):,} bytes exceed a page of {PAGE:,}; use a smaller --max-side-px")
-    except Exception as error:  # Pillow raises nearly anything at a damaged file: struct.error, IndexError, zlib.error …
-        reason = (str(error).splitlines() or [""])[0].partition(" <_io.")[0] or type(error).__name__  # not where in memory it was
-        return Encoded(item, b"", False, 0, 0, np.zeros((2, 3)), digest, reason)
+            raise Unreadable(f"its {len(stored):,} bytes exceed a page of {PAGE:,}; use a smaller --max-side-px")
+    except Unreadable as error:
+        return Encoded(item, b"", False, 0, 0, np.zeros((2, 3)), digest, str(error))
     return Encoded(item, stored, kind == "jpeg", image.height, image.width, _moments(pixels), digest)
 
 
 def _read(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
-            raise ValueError("it is no regular file")
+            raise Unreadable("it is no regular file")
         return path.read_bytes()
     except OSError as error:  # a broken link, a file that may not be read
-        raise ValueError(f"the file cannot be read: {error.strerror}") from None
+        raise Unreadable(f"the file cannot be read: {error.strerror}") from None
 
 
 def _digest(data: bytes) -> int:
@@ -101,9 +103,9 @@ def _decoded_as_stored(opened: Image.Image, data: bytes, max_side_px: int) -> ND
     own decoder accepts. That one refuses what Pillow forgives (stray bytes before a marker, a missing end)."""
     if opened.format != "JPEG" or opened.mode != "RGB" or max(opened.size) > max_side_px or len(data) > PAGE:
         return None
-    if opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        return None
-    return decode(data, opened.height, opened.width)
+    with reading():
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return None if turned else decode(data, opened.height, opened.width)
 
 
 def _moments(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:

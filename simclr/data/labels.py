@@ -59,7 +59,7 @@ def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
     """
     if not path.is_file():
         raise UserError(f"there is no label file {path}; expected text, one file name or sample id a line")
-    lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), 1)]
+    lines = [(number, line.strip()) for number, line in enumerate(files.read_text(path, "save it as UTF-8").splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not lines:
         raise UserError(f"{path} lists no image; expected one file name or sample id a line")

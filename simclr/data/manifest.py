@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from simclr import files
+from simclr import fields, files
 from simclr.errors import UserError
 
 SCHEMA = 1
+_INSTEAD = "prepare the data again"
 LISTS = ("skipped.csv", "duplicates.csv", "names-train.txt", "names-test.txt")
 """Files beside the manifest that training does not read: for people, and for lists of labels by name."""
 
@@ -78,12 +79,14 @@ class Manifest:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        values: dict[str, Any] = json.loads(text)
-        values.pop("schema")
-        values["splits"] = {split: tuple(Shard(**s) for s in shards) for split, shards in values["splits"].items()}
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+    def from_json(cls, text: str, where: object = "the manifest") -> Self:
+        """The manifest that `text` is. Raises UserError naming `where` for another schema, or what is no manifest."""
+        values = files.json_in(text, where, _INSTEAD)
+        if (schema := values.pop("schema", None)) != SCHEMA:
+            raise UserError(f"{where} has shard schema {schema}, this version reads {SCHEMA}; {_INSTEAD}")
+        fields.require(values, {"splits": dict[str, list[dict[str, Any]]]}, where, _INSTEAD)
+        shards = {split: tuple(fields.build(Shard, s, where, _INSTEAD) for s in rows) for split, rows in values.pop("splits").items()}
+        return fields.build(cls, values, where, _INSTEAD, splits=shards)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -104,21 +107,10 @@ def read_names(directory: Path, split: str, examples: int) -> list[str] | None:
     path = directory / f"names-{split}.txt"
     if not path.is_file():
         return None
-    names = path.read_text(encoding="utf-8").split("\n")[:-1]
+    names = files.read_text(path, _INSTEAD).split("\n")[:-1]
     if len(names) != examples:
         raise UserError(f"{path} has {len(names):,} names, the split {examples:,} images; prepare the data again")
     return names
-
-
-def parse(text: str, where: object) -> Manifest:
-    """The manifest that `text` is. Raises UserError naming `where` for another schema, or what is no manifest."""
-    try:
-        schema = json.loads(text).get("schema")
-    except (ValueError, AttributeError):
-        raise UserError(f"{where}/manifest.json is damaged (no JSON); prepare the data again") from None
-    if schema != SCHEMA:
-        raise UserError(f"{where} was prepared with shard schema {schema}, this version reads {SCHEMA}; prepare it again")
-    return Manifest.from_json(text)
 
 
 def read_manifest(directory: Path, look: bool = True, groups: int = 1, group: int = 0) -> Manifest:
@@ -131,7 +123,7 @@ def read_manifest(directory: Path, look: bool = True, groups: int = 1, group: in
     path = directory / "manifest.json"
     if not path.is_file():
         raise UserError(f"{directory} has no manifest.json, so it is no (complete) dataset; `simclr prepare --source … --out …` makes one")
-    manifest = parse(path.read_text(), directory)
+    manifest = Manifest.from_json(files.read_text(path, _INSTEAD), path)
     for shard in manifest.part(groups, group) if look else ():
         file = directory / shard.name
         if not file.is_file():

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simclr import files
+from simclr.data.pixels import Unreadable, reading
 from simclr.errors import UserError
 
 Metric = Literal["top1", "mean_per_class", "map11"]
@@ -192,20 +194,26 @@ def open_task(name: str, root: Path, download: bool) -> dict[str, Rows] | None:
     here = root / task.folder
     if not here.is_dir() and not (download and task.torchvision):
         return None
-    try:
-        if download and task.torchvision in ("SUN397", "Caltech101"):
-            getattr(library, task.torchvision)(str(root), download=True)
-        if name == "sun397":
-            return _sun397(here)
-        if name == "caltech101":
-            return {"all": library.ImageFolder(str(here))}
-        if not task.torchvision:
-            return {part: library.ImageFolder(str(here / part)) for part in ("train", "test")}
-        kind = getattr(library, task.torchvision)
-        return {part: kind(str(root), **_arguments(kind, part, task, download)) for part in _parts(task)}
-    except (RuntimeError, OSError, ValueError) as error:
-        sentence = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{task.title} under {root} cannot be read: {sentence}; mend {here}, or leave it out with --only") from None
+
+    def made(kind: type[Any], at: Path, **arguments: Any) -> Rows:
+        """torchvision's dataset. Whatever it raises is about files, a network or a missing package, and names it."""
+        try:
+            rows = kind(str(at), **arguments)
+        except (RuntimeError, OSError, ValueError, KeyError, ImportError) as error:
+            sentence = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{task.title} under {root} cannot be read: {sentence}; mend {here}, or leave it out with --only") from None
+        return _Read(rows, f"{task.title} under {root}")  # type: ignore[return-value]
+
+    if download and task.torchvision in ("SUN397", "Caltech101"):
+        made(getattr(library, task.torchvision), root, download=True)
+    if name == "sun397":
+        return _sun397(here)
+    if name == "caltech101":
+        return {"all": made(library.ImageFolder, here)}
+    if not task.torchvision:
+        return {part: made(library.ImageFolder, here / part) for part in ("train", "test")}
+    kind = getattr(library, task.torchvision)
+    return {part: made(kind, root, **_arguments(kind, part, task, download)) for part in _parts(task)}
 
 
 def _parts(task: Task) -> tuple[str, ...]:
@@ -226,6 +234,27 @@ def _arguments(kind: type[Any], part: str, task: Task, download: bool) -> dict[s
     return named | ({"download": True} if download and task.torchvision != "StanfordCars" else {})  # whose address is gone
 
 
+_MEND = "mend it, or leave the dataset out with --only"
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A dataset of torchvision's, whose pictures lie on a disk that may have damaged them."""
+
+    rows: Rows
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            with reading():
+                return self.rows[index]
+        except Unreadable as error:
+            raise UserError(f"image {index} of {self.where} cannot be read: {error}; {_MEND}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class _Files:
     """Pictures by their paths, with labels."""
@@ -237,8 +266,14 @@ class _Files:
         return len(self.files)
 
     def __getitem__(self, index: Any) -> Any:
-        with Image.open(self.files[index]) as image:
-            return image.convert("RGB"), self.labels[index]
+        try:
+            with reading(), Image.open(self.files[index]) as image:
+                return image.convert("RGB"), self.labels[index]
+        except Unreadable as error:
+            raise UserError(f"{self.files[index]} cannot be read: {error}; {_MEND}") from None
+
+
+_SUN397 = "the authors' Partitions.zip and SUN397.tar.gz have it"
 
 
 def _sun397(here: Path) -> dict[str, Rows]:
@@ -246,11 +281,13 @@ def _sun397(here: Path) -> dict[str, Rows]:
     lists = {"train": here / "Training_01.txt", "test": here / "Testing_01.txt"}
     for path in (here / "ClassName.txt", *lists.values()):
         if not path.is_file():
-            raise UserError(f"{path.name} is missing; the authors' Partitions.zip and SUN397.tar.gz have it")
-    classes = {line.strip(): i for i, line in enumerate((here / "ClassName.txt").read_text().split())}
+            raise UserError(f"SUN397 in {here} cannot be read: {path.name} is missing; {_SUN397}")
+    classes = {line.strip(): i for i, line in enumerate(files.read_text(here / "ClassName.txt", _SUN397).split())}
     parts: dict[str, Rows] = {}
     for part, path in lists.items():
-        names = path.read_text().split()
+        names = files.read_text(path, _SUN397).split()
+        if strange := [name for name in names if name.rpartition("/")[0] not in classes]:
+            raise UserError(f"SUN397 in {here} cannot be read: {path.name} names {strange[0]}, of no class in ClassName.txt; {_SUN397}")
         parts[part] = _Files([here / n.lstrip("/") for n in names], [classes[n.rpartition("/")[0]] for n in names])  # type: ignore[assignment]
     return parts
 

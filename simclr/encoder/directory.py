@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simclr import config as configs
+from simclr import fields, files
 from simclr.errors import UserError
 from simclr.networks.heads import Classifier, ProjectionHead, build_head
 from simclr.networks.initial import unfilled
@@ -33,6 +35,7 @@ from simclr.views.draw import centre_boxes
 from simclr.views.ops import crop_resize
 
 ENCODER_SCHEMA = 1
+_INSTEAD = "publish or pull it again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,14 +115,16 @@ def preprocessing_of(text: dict[str, Any]) -> Preprocessing:
     stated = text.get("preprocessing")
     if stated is None:
         return Preprocessing.of(config_of(text).views)
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
-    return Preprocessing(**values)
+    return fields.build(Preprocessing, stated, "the preprocessing in the encoder's config.json", _INSTEAD)
 
 
 def config_of(text: dict[str, Any]) -> configs.Config:
-    """The run's config in a config.json."""
+    """The run's config in a config.json. Raises UserError where a field of it is unknown or does not fit."""
     known = {field.name for field in dataclasses.fields(configs.Config)}
-    return configs.Config.from_dict({name: value for name, value in text.items() if name in known})
+    try:
+        return configs.Config.from_dict({name: value for name, value in text.items() if name in known})
+    except UserError as error:
+        raise UserError(f"the encoder's config.json is damaged: {error}; {_INSTEAD}") from None
 
 
 def write_encoder(
@@ -160,7 +165,8 @@ def write_encoder(
 def read_encoder(directory: Path) -> PublishedEncoder:
     """See `simclr.load_encoder`."""
     text = read_text(directory)
-    encoder = unfilled(lambda: build_encoder(configs.Encoder(**text["encoder"])))
+    shape = config_of({"encoder": text["encoder"]}).encoder  # of other fields an older or newer version may have others
+    encoder = unfilled(lambda: build_encoder(shape))
     _load(encoder, directory, "encoder")
     return PublishedEncoder(encoder, text).eval()
 
@@ -173,8 +179,8 @@ def read_head(directory: Path) -> ProjectionHead | None:
     with torch.device("meta"):
         d_h = build_encoder(config.encoder).d_h
     head = unfilled(lambda: build_head(config, d_h))
-    there = 1 + max(int(name.split(".")[1]) for name in _tensors(directory, "head"))
-    del head.layers[there:]
+    layers = [re.match(r"layers\.(\d{1,3})\.", name) for name in _tensors(directory, "head")]
+    del head.layers[1 + max((int(found[1]) for found in layers if found), default=0) :]
     _load(head, directory, "head")
     return head.eval()
 
@@ -200,9 +206,14 @@ def read_text(directory: Path) -> dict[str, Any]:
             f"{directory} is no published encoder: expected encoder.safetensors and config.json in it; "
             "make one with `simclr publish RUN` or `simclr pull NAME@champion --to DIR`"
         )
-    text: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    path = directory / "config.json"
+    text = files.read_json(path, _INSTEAD)
     if text.get("schema") != ENCODER_SCHEMA:
         raise UserError(f"{directory} has encoder schema {text.get('schema')}, this version reads {ENCODER_SCHEMA}; publish it again")
+    optional: dict[str, Any] = {name: dict[str, Any] for name in ("preprocessing", "published", "classifier") if name in text}
+    fields.require(text, {"encoder": dict[str, Any], **optional}, path, _INSTEAD)
+    if "classifier" in text:
+        fields.require(text["classifier"], {"tap": int, "classes": list[str]}, f"the classifier in {path}", _INSTEAD)
     return text
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr.errors import UserError
 from simclr.evaluation import representation
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
 from simclr.telemetry.collapse import collapse
@@ -155,7 +154,7 @@ def test_gradients_are_those_of_table_2(within: Within) -> None:
 
 def test_odd_rows_are_refused() -> None:
     for loss in (nt_xent, nt_logistic, margin_triplet):
-        with pytest.raises(UserError, match=r"shape \(3, 8\); expected \(2n, d\)"):
+        with pytest.raises(ValueError, match=r"shape \(3, 8\); expected \(2n, d\)"):
             loss(torch.ones(3, 8), 0.1)
 
 

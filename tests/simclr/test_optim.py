@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from simclr.config import Config, Optim, Train
-from simclr.errors import UserError
 from simclr.optim import LARS, lr_peak, parameter_groups, warmup_cosine
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
@@ -75,5 +74,5 @@ def test_a_classifiers_kernel_decays_and_does_not_adapt() -> None:
 
 
 def test_unknown_rule() -> None:
-    with pytest.raises(UserError, match="expected 'linear' or 'sqrt'"):
+    with pytest.raises(ValueError, match="expected 'linear' or 'sqrt'"):
         lr_peak(0.3, 256, "cubic")  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderT
 from simclr import files
 from simclr.data.encode import PAGE, Encoded
 from simclr.data.manifest import Shard
+from simclr.errors import UserError
 
 _FIELDS = (("image", 2, RGBImageField()), ("label", 1, IntField()))  # name, FFCV's type id, field
 METADATA: Any = get_metadata_type([f for _, _, f in _FIELDS])
@@ -113,13 +114,16 @@ class SplitWriter:
             name = f"{self.split}-{len(self.full):05d}.beton"
             path = self.out / f".writing-{name}"
             try:
-                text = json.loads(_beside(path).read_text())
+                text = files.read_json(_beside(path), "it is made again")
                 if (self.out / name).exists():  # sealed and named already, then the writer was killed
                     (self.out / name).rename(path)
-                assert text.pop("key") == self.key and path.stat().st_size == text["bytes"]
-                self.full.append((name, Note(**text)))
-            except (OSError, ValueError, AssertionError, KeyError, TypeError):
-                return sum(note.items for _, note in self.full)
+                size = path.stat().st_size
+            except (OSError, UserError):  # there is none, or it is damaged
+                break
+            if text.pop("key", "") != self.key or size != text["bytes"]:
+                break
+            self.full.append((name, Note(**text)))
+        return sum(note.items for _, note in self.full)
 
     def add(self, encoded: Encoded) -> None:
         """Append an image."""

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from simclr import files
-from simclr.data.manifest import LISTS, Manifest, Shard, parse, read_manifest
+from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest
 from simclr.data.s3.store import Damaged, Missing, Progress, Store
 from simclr.data.s3.uri import Address, locked
 from simclr.errors import UserError
@@ -27,7 +27,7 @@ def manifest_at(place: Address, store: Store) -> tuple[Manifest, bytes] | None:
     except Missing:
         store.listing(place)  # a bucket that is missing is no empty place
         return None
-    manifest = parse(text.decode(errors="replace"), place)
+    manifest = Manifest.from_json(text.decode(errors="replace"), place / "manifest.json")
     for shard in manifest.shards:
         if shard.name in ("", ".", "..") or "/" in shard.name:
             raise Damaged(f"the manifest at {place} names a shard {shard.name!r}, which is no file name; prepare the data again")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import simclr.evaluation.features
-from simclr.errors import UserError
+import simclr.evaluation.knn
 from simclr.evaluation import lbfgs, linear
 from simclr.evaluation.frozen import Unchanged, digest
 from simclr.evaluation.metrics import accuracy
@@ -167,9 +167,9 @@ def test_a_class_that_no_row_shows_is_never_taken(within: Within) -> None:
 
 def test_a_fit_without_penalty_or_rows_is_refused() -> None:
     h, y = features()
-    with pytest.raises(UserError, match="more than 0"):
+    with pytest.raises(ValueError, match="more than 0"):
         lbfgs.fit(h, y, [0.0], 3)
-    with pytest.raises(UserError, match="200 features and 10 labels"):
+    with pytest.raises(ValueError, match="200 features and 10 labels"):
         lbfgs.fit(h, y[:10], [1.0], 3)
 
 
@@ -224,14 +224,10 @@ def test_an_encoder_that_is_changed_or_set_to_training_is_noticed() -> None:
         encoder[1].train()
 
 
-def test_the_public_name_stays_where_it_was() -> None:
-    assert simclr.evaluate.linear_probe is linear.linear_probe
-
-
 def test_neighbours_do_not_depend_on_the_blocks() -> None:
     torch.manual_seed(0)
     h, y, q = torch.randn(300, 8), torch.randint(0, 4, (300,)), torch.randn(50, 8)
-    whole = simclr.evaluate.nearest(h, y, q, 20, 0.1)
+    whole = simclr.evaluation.knn.nearest(h, y, q, 20, 0.1)
     for bank_block in (299, 64, 7):
-        parts = simclr.evaluate.nearest(h, y, q, 20, 0.1, block=13, bank_block=bank_block)
+        parts = simclr.evaluation.knn.nearest(h, y, q, 20, 0.1, block=13, bank_block=bank_block)
         assert torch.equal(whole.index, parts.index) and torch.allclose(whole.votes, parts.votes)

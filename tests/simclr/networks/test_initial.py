@@ -18,7 +18,6 @@ from torch import nn
 
 from simclr.config import Config, Encoder, Head, Loss
 from simclr.encoder.directory import read_classifier, write_encoder
-from simclr.errors import UserError
 from simclr.methods.classifier import build_classifier
 from simclr.methods.method import Start
 from simclr.methods.queue import Queue
@@ -174,7 +173,7 @@ def test_an_encoder_does_not_depend_on_what_is_beside_it() -> None:
     assert not scratch.classifier.weight.any()
     linear = Classifier(whole.encoder, whole.head, 0, 10, seed=3).classifier
     assert whole.classifier is not None and equal(linear, whole.classifier)
-    with pytest.raises(UserError, match="seed of the initial weights is -1; expected a whole number from 0 to 2"):
+    with pytest.raises(ValueError, match="seed of the initial weights is -1; expected a whole number from 0 to 2"):
         resnet(8, cifar_stem=True, seed=-1)
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr.errors import UserError
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.heads import ProjectionHead
 from simclr.networks.resnet import ResNet, resnet
@@ -160,5 +159,5 @@ def test_parameter_counts_as_published() -> None:
 
 def test_small_networks_and_an_unknown_depth() -> None:
     assert resnet(8, width=2, cifar_stem=True)(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
-    with pytest.raises(UserError, match="no ResNet of depth 51; choose one of 8, 14, 18"):
+    with pytest.raises(ValueError, match="no ResNet of depth 51; choose one of 8, 14, 18"):
         resnet(51)

@@ -1,0 +1,71 @@
+"""Values that stand in a file which a person may have edited, or a disk has damaged: what does not fit is said in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from simclr.errors import UserError
+
+T = TypeVar("T")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`, as JSON has them: an int also serves as a float, a list as a tuple."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in inner)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, choice) for choice in inner)
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        hints = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        return len(hints) == len(value) and all(map(fits, value, hints))
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items())
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def shown(hint: Any) -> str:
+    """A type for people."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
+
+
+def require(values: Mapping[str, Any], hints: Mapping[str, Any], where: object, instead: str) -> None:
+    """Raise UserError where `values`, which the file `where` states, lack a field of `hints` or have one of another type. `instead` is
+    what to do about it."""
+    for name, hint in hints.items():
+        if name not in values:
+            raise UserError(f"{where} is damaged: it has no {name!r}; {instead}")
+        if not fits(values[name], hint):
+            raise UserError(f"{where} is damaged: {name} is {_short(values[name])}, expected {shown(hint)}; {instead}")
+
+
+def build(kind: type[T], values: Mapping[str, Any], where: object, instead: str, /, **given: Any) -> T:
+    """The dataclass `kind` of the `values` that the file `where` states, lists as tuples where it wants them, and of what is `given`.
+    Raises UserError as `require` does, and for a field that `kind` does not know."""
+    hints, known = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where} has an unknown field {name!r}; {instead}")
+    optional = {n for n, f in known.items() if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING}
+    require(values, {name: hints[name] for name in known if name not in given and (name in values or name not in optional)}, where, instead)
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list) and get_origin(hints[name]) is tuple}
+    return kind(**{**values, **tuples, **given})
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -20,7 +20,7 @@ from typing import Any
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.terminal import say
-from pipelines.train import ray_train, retry
+from pipelines.train import ray_private, ray_train, retry
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.data.s3.uri import address
@@ -30,7 +30,7 @@ from tune.spaces import Axis, Between, Peak, PeakBetween
 from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
 
 # How often Train's controller looks after its workers, in place of 2 s: a report waits for it, and so does the next trial.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault(ray_private.HEALTH_INTERVAL, "0.5")
 # A trial that a scheduler stops ends its workers within this time; then its driver's process serves the next one.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "20")
 _OTHER_SEED = 1000

@@ -25,8 +25,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
+import ray  # noqa: F401  now, and not when there is a notice
+
+from pipelines.train import ray_private
 
 ASK_EVERY_S = 2.0
 _ANSWER_WITHIN_S, _DRAIN_WITHIN_S, _RAYLET_WITHIN_S = 2.0, 5.0, 60
@@ -155,10 +156,7 @@ def _owner(entry: Path) -> int:
 
 def drain(node: Raylet, notice: Notice) -> tuple[bool, str]:
     """(whether Ray has accepted it, else why not). Ray takes no offence at being told twice."""
-    told: tuple[bool, str] = GcsClient(address=node.gcs).drain_node(
-        node.node_id, DRAIN_NODE_REASON_PREEMPTION, notice.why, int(notice.deadline_s * 1000), timeout=_DRAIN_WITHIN_S
-    )
-    return told
+    return ray_private.drain(node.gcs, node.node_id, notice.why, int(notice.deadline_s * 1000), _DRAIN_WITHIN_S)
 
 
 def watch(service: Service, node: Raylet, *, alive: Callable[[], bool], sleep: Callable[[float], None] = time.sleep) -> bool:

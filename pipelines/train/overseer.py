@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pipelines.train import hang
+from pipelines.train import hang, ray_private
 from pipelines.train.messages import Tell
 from simclr.telemetry import progress
 
@@ -15,44 +15,47 @@ _ASK_MOST_S = 30.0  # between two questions where a worker is
 def overseer(hang_timeout_s: float, tell: Tell) -> Any:
     """A callback of the controller, that looks after the workers whenever Ray asks for their health."""
     import ray
-    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-    class Overseer(WorkerGroupCallback):
-        workers: list[Any]
+    class Overseer(ray_private.group_callback()):  # type: ignore[misc]
+        workers: list[ray_private.Worker]
         detector: hang.HangDetector | None = None
         size = 0
 
-        def after_worker_group_start(self, worker_group: Any) -> None:
-            count = len(worker_group.get_workers())
+        def __reduce__(self) -> Any:
+            return overseer, (hang_timeout_s, tell)  # Ray sends every worker a copy of all callbacks: that knows nobody
+
+        def started(self, count: int) -> None:
             if self.size:
                 tell({"say": f"starting again with {count} workers" + (f", {self.size} before" if count != self.size else "")})
             self.size = count
 
-        def after_worker_group_training_start(self, worker_group: Any) -> None:
-            self.workers = worker_group.get_workers()
-            about = [worker.metadata for worker in self.workers]
-            names = [f"pid {m.pid} on {m.hostname} ({m.node_ip})" for m in about]
-            self.detector = hang.HangDetector(names, hang_timeout_s, time.monotonic())
+        def trains(self, workers: list[ray_private.Worker]) -> None:
+            self.workers = workers
+            self.detector = hang.HangDetector([str(worker) for worker in workers], hang_timeout_s, time.monotonic())
             self.pending: dict[Any, int] = {}
             self.next = 0.0
             self.warned = False
             hang.group.saved = 0
 
-        def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        def ends(self) -> None:
             self.detector = None
 
-        def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-            if self.detector is None or worker_group_status.errors:
+        def heard(self, health: ray_private.Health) -> None:
+            if self.detector is None or health.failed():
                 return
             self._ask(self.detector)
-            for rank, sentence in self.detector.hung(time.monotonic()).items():
-                worker_group_status.worker_statuses[rank].error = hang.Hung(sentence)
-            notice = worker_group_status.get_preemption_info()
+            hung = self.detector.hung(time.monotonic())
+            for rank, sentence in hung.items():
+                health.fail(rank, hang.Hung(sentence))
+            if hung:  # who hears of failed workers was asked before, when nobody had failed
+                rank = min(hung)
+                tell({"failed_rank": rank, "error": hung[rank]})
+            notice = health.notice()
             if notice is not None and not self.warned:
                 self.warned = True
                 left = f" in {notice.deadline_ms / 1000 - time.time():.0f} s" if notice.deadline_ms else ""
                 reason = f"rank {', '.join(map(str, notice.preempted_ranks))} loses its node{left}"
-                self.workers[0].execute_async(hang.ask_to_leave, reason)
+                self.workers[0].ask(hang.ask_to_leave, reason)
 
         def _ask(self, detector: hang.HangDetector) -> None:
             """Hear who has answered meanwhile, and ask again those who have, when it is time."""
@@ -70,6 +73,6 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
                 waited_for = set(self.pending.values())
                 for rank, worker in enumerate(self.workers):
                     if rank not in waited_for:
-                        self.pending[worker.execute_async(progress.read)] = rank
+                        self.pending[worker.ask(progress.read)] = rank
 
     return Overseer()

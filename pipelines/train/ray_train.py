@@ -12,24 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
-from pipelines.train import capacity, elastic, hang, messages, retry, tpu, trainer
+from pipelines.train import capacity, elastic, hang, messages, ray_private, retry, tpu
+from pipelines.train.overseer import overseer
 from simclr.config import Config
 from simclr.errors import UserError
 from simclr.stages import STAGES
 
-# Before Ray is imported: what it reads from the environment once.
-_START_S = os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a call that comes after the shutdown starts a second Ray, which nobody ends
-os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# What a group of workers has to part in order, when one of them is gone or hangs: the others wait for it in a collective and
-# are killed anyway. Ray's default is half a minute of every recovery.
-os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "2")
+ray_private.set_variables()
+_START_S = os.environ.get(ray_private.START_TIMEOUT, "300")
 
 _END: dict[str, Any] = {"end": True}
 _STOP_S = 2.0
@@ -131,12 +126,8 @@ def connect(resources: Resources) -> bool:
             raise UserError(f"no Ray cluster answers at {where!r} ({error}); start one with `ray up`, or leave out --address") from None
     else:
         cores = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
-        # Ray lowers the priority of its workers by 15. With nobody else on the cores that only lets every background process
-        # interrupt a step: it cost 7 % of ResNet-18's at N = 32 on two cores (`simclr bench loop`).
-        # It would also start a worker process per core in advance, without the environment that Train's workers want.
-        tuned = {"worker_niceness": 0, "prestart_worker_first_driver": False}
         # "local", else a Ray that somebody started on this machine for something else would be joined.
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, _system_config=tuned, **quiet)
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **ray_private.tuned(), **quiet)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # which ray.init has replaced
     importing.join()  # two threads in Ray's circular imports see half a module now and then
@@ -155,9 +146,7 @@ def disconnect() -> None:
     if any(job.is_alive() for job in _jobs):
         # A shutdown under a thread that waits in Ray is a segmentation fault now and then. A cluster ends what a driver that
         # went away had started; a private Ray's processes are ended from outside.
-        node = sys.modules["ray"]._private.worker._global_node
-        if node is not None and node.is_head():
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        ray_private.kill_processes()
     else:
         sys.modules["ray"].shutdown()
 
@@ -316,9 +305,10 @@ def _trainer(
     tell: messages.Tell,
     controllers: list[Any] | None,
 ) -> Any:
-    from ray.train import FailureConfig, RunConfig
+    import ray.train
     from ray.train.torch import TorchConfig
-    from ray.train.v2.api.config import ScalingConfig  # what ray.train gives; a type checker finds its forerunner there
+
+    train: Any = ray.train  # a type checker finds the forerunners of these classes there
 
     gpus = require(resources)
     accelerator = {"GPU": 1} if gpus else {}
@@ -326,28 +316,31 @@ def _trainer(
     if resources.topology and resources.accelerator_type:
         accelerator = {"TPU": 1}
         torch_config, scaling = tpu.torch_config(resources.topology, 1800), tpu.scaling(resources.topology, resources.accelerator_type)
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if private else "1"
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(10 * resources.hang_timeout_s)  # who is silent is seen before, and named
+    os.environ[ray_private.PREEMPTION_WATCHER] = "0" if private else "1"
+    os.environ[ray_private.HEALTH_TIMEOUT] = str(10 * resources.hang_timeout_s)  # who is silent is seen before, and named
     counts = resources.counts(STAGES[job["stage"]].from_dict(job["config"]))
-    elastic = resources.min_workers is not None
+    is_elastic = resources.min_workers is not None
     # An elastic group that was planned with a node too many is planned again.
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30" if elastic else _START_S
-    return trainer.trainer_class(private, counts, resources.hang_timeout_s, tell, controllers)(
+    os.environ[ray_private.START_TIMEOUT] = "30" if is_elastic else _START_S
+    scaling_policy = partial(elastic.scaling_policy, counts=counts, private=private, tell=tell)
+    failure_policy = partial(retry.failure_policy, workers=counts[-1], tell=tell)
+    return ray_private.trainer_class(scaling_policy, failure_policy, private, controllers)(
         worker,
         train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
         torch_config=torch_config,
-        scaling_config=ScalingConfig(
-            num_workers=(counts[0], counts[-1]) if elastic else resources.workers,
+        scaling_config=train.ScalingConfig(
+            num_workers=(counts[0], counts[-1]) if is_elastic else resources.workers,
             use_gpu=gpus,
             resources_per_worker={"CPU": resources.cpus_per_worker} | accelerator,
             elastic_resize_monitor_interval_s=_RESIZE_S,
             **scaling,
         ),
-        run_config=RunConfig(
+        run_config=train.RunConfig(
             name=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str(storage.absolute()),
-            failure_config=FailureConfig(max_failures=resources.max_failures),
-            callbacks=callbacks,
+            # Nodes that give notice do not count.
+            failure_config=train.FailureConfig(max_failures=resources.max_failures, max_preemption_failures=-1),
+            callbacks=[*callbacks, overseer(resources.hang_timeout_s, tell)],
         ),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
-from pipelines.train import hang
+from pipelines.train import hang, ray_private
 from pipelines.train.messages import Tell
 from simclr import files
 from simclr.data.s3.uri import Refetched, Unreachable
@@ -15,7 +15,7 @@ from simclr.errors import UserError
 def causes(failure: BaseException) -> list[BaseException]:
     """What the workers raised, by rank, where Ray Train gave up for that; else the failure itself."""
     errors = getattr(failure, "worker_failures", {})
-    return [getattr(errors[rank], "_base_exc", errors[rank]) for rank in sorted(errors)] or [failure]
+    return [errors[rank] for rank in sorted(errors)] or [failure]
 
 
 def non_retryable(failure: BaseException) -> str:
@@ -64,32 +64,25 @@ def bug(failure: BaseException) -> str:
 
 
 def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
+    """Gives up on mistakes, does not count who left when asked to, and counts failures in a row: over weeks every node fails once,
+    and only a training that gets no further is worth no other try. Nodes that give notice do not count either: that is Ray's own."""
     import ray
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-    from ray.train.v2._internal.execution.failure_handling import FailureDecision
-    from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-    from ray.train.v2.api.exceptions import ControllerError
+    from ray.train import ControllerError
 
-    class Policy(DefaultFailurePolicy):
-        """Gives up on mistakes, does not count who left when asked to, and counts failures in a row: over weeks every node fails once,
-        and only a training that gets no further is worth no other try."""
+    def again(error: Any, counter: Any) -> bool | None:
+        if any(isinstance(cause, hang.Leave) for cause in causes(error)):
+            return True
+        if non_retryable(error):
+            return False
+        if hang.group.saved:
+            hang.group.saved = counter.failures = 0
+        if isinstance(error, ControllerError) and isinstance(error.controller_failure, ray.exceptions.RayError):
+            # A worker was lost while its group was still meeting: to Ray a mistake of the controller's, and the end.
+            counter.failures += 1
+            tell({"say": f"workers failed to start: {str(error.controller_failure).strip().splitlines()[-1][:500]}"})
+            return bool(config.max_failures < 0 or counter.failures <= config.max_failures)
+        if ray_private.never_started(error):
+            tell({"say": f"waiting for nodes: the cluster has no room for {workers} workers now (`ray status` shows why)"})
+        return None
 
-        def make_decision(self, training_failed_error: Any) -> Any:
-            error = training_failed_error
-            if any(isinstance(cause, hang.Leave) for cause in causes(error)):
-                return FailureDecision.RETRY
-            if non_retryable(error):
-                return FailureDecision.RAISE
-            if hang.group.saved:
-                hang.group.saved = self._worker_group_failures = 0
-            if isinstance(error, ControllerError) and isinstance(error.controller_failure, ray.exceptions.RayError):
-                # A worker was lost while its group was still meeting: to Ray a mistake of the controller's, and the end.
-                self._worker_group_failures += 1
-                tell({"say": f"workers failed to start: {str(error.controller_failure).strip().splitlines()[-1][:500]}"})
-                again = self.failure_config.max_failures < 0 or self._worker_group_failures <= self.failure_config.max_failures
-                return FailureDecision.RETRY if again else FailureDecision.RAISE
-            if isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-                tell({"say": f"waiting for nodes: the cluster has no room for {workers} workers now (`ray status` shows why)"})
-            return super().make_decision(error)
-
-    return Policy(config)
+    return ray_private.failure_policy(config, again)

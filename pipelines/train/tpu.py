@@ -74,9 +74,8 @@ def torch_config(topology: str, timeout_s: int) -> Any:
     processes. On Kubernetes, Google's webhook sets the variables of a pod: what is set stays.
     """
     from ray.train.torch import TorchConfig
-    from ray.train.torch.config import _TorchBackend
 
-    class Backend(_TorchBackend):
+    class Backend(TorchConfig(backend="tpu_dist").backend_cls):  # type: ignore[misc]
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             sides = [*topology.split("x"), "1", "1"][:3]
             told = {

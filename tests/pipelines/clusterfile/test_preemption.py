@@ -97,7 +97,7 @@ class Head:
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Head:
     made = Head()
-    monkeypatch.setattr(preemption, "GcsClient", made)
+    monkeypatch.setattr("ray._raylet.GcsClient", made)
     monkeypatch.setattr(preemption.time, "time", lambda: NOW_S)
     return made
 

@@ -295,7 +295,8 @@ def test_a_node_dies_under_a_sweep(nodes: Nodes, patterns: Path, tmp_path: Path,
 
 def arguments(patterns: Path, *more: str) -> list[str]:
     """`small` as a command, whose workers come to grief."""
-    found = [sys.executable, "-c", "from tests import faults; faults.command()", "pretrain", "patterns_tiny", "--data", str(patterns)]
+    found = [sys.executable, "-c", "from tests.support import faults; faults.command()", "pretrain", "patterns_tiny"]
+    found += ["--data", str(patterns)]
     found += ["--run", "run", "--train.batch-size", "60", "--train.steps", str(STEPS), "--train.report-every-steps", "1"]
     found += ["--train.checkpoint-every-steps", str(EVERY), "--train.precision", "float64", "--watch.every-epochs", "0"]
     return [*found, *more]

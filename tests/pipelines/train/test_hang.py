@@ -116,9 +116,8 @@ def test_numbers_of_workers_that_the_batch_divides_over() -> None:
 
 def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import GetTimeoutError, RayTaskError
-    from ray.train import FailureConfig
+    from ray.train import ControllerError, FailureConfig, WorkerGroupError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     monkeypatch.setattr(hang.group, "saved", 0)
     said: list[dict[str, Any]] = []

@@ -16,7 +16,7 @@ FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
 DOORS = {
     "boto3": {"simclr/data/s3/store.py"},
     "botocore": {"simclr/data/s3/store.py"},
-    "mlflow": {"pipelines/tracking/client.py"},
+    "mlflow": {"pipelines/tracking/client.py", "pipelines/tracking/registry.py"},
     # The writer, the reader and its operation, the room that makes FFCV's import fast and harmless, and, for the bench
     # alone, FFCV's own decoders in FFCV's own loader.
     "ffcv": {f"simclr/data/{name}.py" for name in ("beton", "loader", "decode", "ffcv_import", "ffcv_crops")},

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from pipelines.train import hang
-from pipelines.train.messages import Tell
+from pipelines.train.messages import Said, Tell
 from simclr.telemetry import progress
 
 _ASK_MOST_S = 30.0  # between two questions where a worker is
@@ -25,7 +25,7 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
         def after_worker_group_start(self, worker_group: Any) -> None:
             count = len(worker_group.get_workers())
             if self.size:
-                tell({"say": f"starting again with {count} workers" + (f", {self.size} before" if count != self.size else "")})
+                tell(Said(f"starting again with {count} workers" + (f", {self.size} before" if count != self.size else "")))
             self.size = count
 
         def after_worker_group_training_start(self, worker_group: Any) -> None:

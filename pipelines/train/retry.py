@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.train import hang
-from pipelines.train.messages import Tell
+from pipelines.train.messages import Said, Tell
 from simclr import files
 from simclr.data.s3.uri import Unreachable
 from simclr.errors import UserError
@@ -70,11 +70,11 @@ def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
             if isinstance(error, ControllerError) and isinstance(error.controller_failure, ray.exceptions.RayError):
                 # A worker was lost while its group was still meeting: to Ray a mistake of the controller's, and the end.
                 self._worker_group_failures += 1
-                tell({"say": f"workers failed to start: {str(error.controller_failure).strip().splitlines()[-1][:500]}"})
+                tell(Said(f"workers failed to start: {str(error.controller_failure).strip().splitlines()[-1][:500]}"))
                 again = self.failure_config.max_failures < 0 or self._worker_group_failures <= self.failure_config.max_failures
                 return FailureDecision.RETRY if again else FailureDecision.RAISE
             if isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-                tell({"say": f"waiting for nodes: the cluster has no room for {workers} workers now (`ray status` shows why)"})
+                tell(Said(f"waiting for nodes: the cluster has no room for {workers} workers now (`ray status` shows why)"))
             return super().make_decision(error)
 
     return Policy(config)

@@ -18,6 +18,7 @@ from pipelines.runs.directory import Run, load_run
 from pipelines.tracking import outbox
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.train import driver, ray_train
+from pipelines.train.messages import Reported, TrialFailed
 from simclr.errors import UserError
 from tests.support.mlflow_server import Answer, Server
 from tests.support.sweeps import a_sweep, trained
@@ -35,7 +36,7 @@ class MLflow:
         self.refuse: Callable[[str], object] = lambda name: None
         server = self
 
-        class Tracker:
+        class MLflowRun:
             def __init__(self, uri: str, experiment: str, name: str, params: Any, tags: Any, run_id: Any, known: Any) -> None:
                 server.refuse(name)
                 self.run_id = run_id or f"{len(server.steps)}: {name}"
@@ -43,18 +44,19 @@ class MLflow:
                 self.steps = server.steps.setdefault(self.run_id, [])
                 server.tags[self.run_id] = tags
 
-            def log(self, step: int, metrics: dict[str, float], at_s: float | None = None) -> None:
-                if not self.steps or step > self.steps[-1]:  # as the real one
-                    self.steps.append(step)
-
-            def artifact(self, path: Path, folder: str = "") -> None: ...
-
-            def close(self, status: str = "FINISHED") -> int:
-                server.ended[self.run_id] = status
+            def log(self, reports: list[dict[str, Any]]) -> int:
+                for report in reports:
+                    if not self.steps or report["step"] > self.steps[-1]:  # as the real one
+                        self.steps.append(report["step"])
                 return 0
 
-        patch.setattr("pipelines.tracking.client.Tracker", Tracker)
-        patch.setattr(outbox, "_AGAIN_S", 0.01)
+            def artifact(self, path: Path) -> None: ...
+
+            def end(self, status: str = "FINISHED") -> None:
+                server.ended[self.run_id] = status
+
+        patch.setattr("pipelines.tracking.client.MLflowRun", MLflowRun)
+        patch.setattr(outbox, "_EVERY_S", 0.01)
 
 
 @pytest.fixture
@@ -78,6 +80,10 @@ def a_run(path: Path) -> Run:
     return load_run(path / "trials" / trial.name)
 
 
+def reported(name: str, step: int) -> Reported:
+    return Reported(step=step, total_steps=9, metrics={"train/loss": 1.0}, trial=name)
+
+
 def lines(found: Sweep, name: str) -> list[float]:
     return [row["step"] for row in load_run(found.path / "trials" / name).history()]
 
@@ -89,14 +95,15 @@ def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_c
     mlflow: MLflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
-    job = outbox.Tracked(run, uri)
+    box = outbox.Outbox(uri)
+    box.follow(run)
     for step in (1, 2):
         run.append({"step": step, "train/loss": 1.0})
-        job.log({"step": step, "train/loss": 1.0})
-    job.open()
-    job.thread.join(10)  # and here it is killed: 1 and 2 arrive, 3, which the last checkpoint has, does not
+    box.start()
+    until(lambda: list(mlflow.steps.values()) == [[1, 2]])
+    box.over.set()  # and here it is killed: 1 and 2 arrive, 3, which the last checkpoint has, does not
+    box.thread.join(10)
     (logged,) = mlflow.steps.values()
-    assert logged == [1, 2]
     run.append({"step": 3, "train/loss": 1.0})
 
     def again() -> Run:
@@ -124,17 +131,21 @@ def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_c
 def test_a_job_interrupted_while_mlflow_opens_is_unlogged(mlflow: MLflow, tmp_path: Path) -> None:
     run, back = a_run(tmp_path), threading.Event()
     mlflow.refuse = lambda name: back.wait(10)
-    job = outbox.Tracked(run, "sqlite:///x.db")
-    job.open()
-    assert job.close("KILLED").unlogged == load_run(run.path).unlogged == "yes"
+    run.append({"step": 1, "train/loss": 1.0})
+    box = outbox.Outbox("sqlite:///x.db")
+    posted = box.follow(run)
+    box.start()
+    began = time.monotonic()
+    box.close("KILLED")
+    assert posted.run.unlogged == load_run(run.path).unlogged == "yes" and time.monotonic() < began + 1
     back.set()
-    job.thread.join(10)
-    assert not job.thread.is_alive() and job.tracker is None and list(mlflow.steps.values()) == [[]]
+    box.thread.join(10)
+    assert not box.thread.is_alive() and list(mlflow.steps.values()) == [[]] and not mlflow.ended
 
 
 def test_an_opening_that_fails_half_way_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(outbox, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(outbox, "_EVERY_S", 0.01)
     post, failing = Answer.do_POST, [True, True, True]
     info = {"run_id": "ab12", "run_uuid": "ab12", "experiment_id": "1", "status": "RUNNING", "lifecycle_stage": "active"}
     experiment = {"experiment_id": "1", "name": "e", "lifecycle_stage": "active"}
@@ -151,10 +162,13 @@ def test_an_opening_that_fails_half_way_goes_on_in_the_same_run(tmp_path: Path, 
     server = Server()
     try:
         run = a_run(tmp_path)
-        job = outbox.Tracked(run, server.uri)
-        job.open()
-        job.thread.join(20)
-        run = job.close("FINISHED")
+        run.append({"step": 1, "train/loss": 1.0})
+        box = outbox.Outbox(server.uri)
+        posted = box.follow(run)
+        box.start()
+        until(lambda: bool(server.metrics))
+        box.close("FINISHED")
+        run = posted.run
     finally:
         server.stop()
     assert not failing and server.calls.count("runs/create") == 1
@@ -186,10 +200,10 @@ def test_lines_are_written_while_mlflow_hangs_and_trials_end(mlflow: MLflow, tmp
     mlflow.refuse = lambda name: back.wait(10)
     for name in names:
         for step in (1, 2):
-            kept.inbox.put({"mark": name, "step": step, "train/loss": 1.0})
+            kept.inbox.put(reported(name, step))
         kept.ended(name, "FINISHED")
-    kept.inbox.put({"mark": names[0], "failed": "said behind all the others"})
-    until(lambda: all(lines(found, name) == [1, 2] for name in names) and not kept.tracked)
+    kept.inbox.put(TrialFailed(trial=names[0], reason="said behind all the others"))
+    until(lambda: all(lines(found, name) == [1, 2] for name in names) and not kept.posted)
     assert not mlflow.steps
     back.set()
     found = kept.close("FINISHED", [], {"eval/knn_top1": 0.5})
@@ -202,7 +216,7 @@ def test_what_a_sweep_could_not_log_the_same_command_logs(mlflow: MLflow, tmp_pa
     found, names, kept = begin(tmp_path)
     mlflow.refuse = away
     for name in names:
-        kept.inbox.put({"mark": name, "step": 1, "train/loss": 1.0})
+        kept.inbox.put(reported(name, 1))
     kept.ended(names[0], "FINISHED")
     found = kept.close("FINISHED", [], {})
     assert not mlflow.steps and [lines(found, name) for name in names] == [[1]] * 3
@@ -226,7 +240,7 @@ def test_a_parent_that_did_not_open_is_tried_again(mlflow: MLflow, tmp_path: Pat
             raise UserError("no answer")
 
     mlflow.refuse = flaky
-    kept.inbox.put({"mark": names[0], "step": 1, "train/loss": 1.0})
+    kept.inbox.put(reported(names[0], 1))
     until(lambda: len(mlflow.steps) == 2)
     found = kept.close("FINISHED", [], {})
     assert not refusals and list(mlflow.steps) == [found.tracking_run, f"1: {names[0]}"]

@@ -18,11 +18,11 @@ from pipelines.runs.directory import Run, load_run
 from pipelines.tracking import outbox
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.train import driver, ray_train
-from pipelines.train.messages import Reported, TrialFailed
+from pipelines.train.messages import Reported, TrialBeganAgain, TrialFailed
 from simclr.errors import UserError
 from tests.support.mlflow_server import Answer, Server
 from tests.support.sweeps import a_sweep, trained
-from tune import sweep, trial_log
+from tune import sweep, sweep_dir, trial, trial_log
 from tune.sweep_dir import Sweep
 
 
@@ -33,6 +33,7 @@ class MLflow:
         self.steps: dict[str, list[int]] = {}
         self.tags: dict[str, dict[str, str]] = {}
         self.ended: dict[str, str] = {}
+        self.heard: list[int] = []
         self.refuse: Callable[[str], object] = lambda name: None
         server = self
 
@@ -46,6 +47,7 @@ class MLflow:
 
             def log(self, reports: list[dict[str, Any]]) -> int:
                 for report in reports:
+                    server.heard.append(report["step"])
                     if not self.steps or report["step"] > self.steps[-1]:  # as the real one
                         self.steps.append(report["step"])
                 return 0
@@ -185,6 +187,68 @@ def test_two_who_note_something_in_a_run_keep_each_others(tmp_path: Path) -> Non
     assert run.noted(tracking_run="cd34").tracking_run == "cd34" and load_run(run.path).tracking_run == ""
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_the_next_driver_begins_where_mlflow_has_taken_the_lines(mlflow: MLflow, tmp_path: Path, noted: bool) -> None:
+    """A run of before has no note: then MLflow's own steps say what it has."""
+    run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
+    for steps in ((1, 2), (2, 3)):  # 2 is repeated since the last checkpoint
+        box = outbox.Outbox(uri)
+        before, posted = set(threading.enumerate()), box.follow(load_run(run.path))
+        box.start()
+        assert [thread.name for thread in set(threading.enumerate()) - before] == ["outbox"]  # one thread, and no queue
+        for step in steps:
+            run.append({"step": step, "train/loss": 1.0})
+        box.close("FINISHED")
+        if not noted:
+            (run.path / "outbox.json").unlink()
+    assert list(mlflow.steps.values()) == [[1, 2, 3]]
+    assert mlflow.heard == ([1, 2, 2, 3] if noted else [1, 2, 1, 2, 2, 3])
+    assert posted.taken == (run.path / "metrics.jsonl").stat().st_size and load_run(run.path).unlogged == ""
+
+
+def test_other_lines_in_the_place_of_those_that_mlflow_has_are_read_from_the_first(mlflow: MLflow, tmp_path: Path) -> None:
+    """As fetched from S3, where another machine went on."""
+    run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
+    run.append({"step": 1, "train/loss": 1.0})
+    run = outbox.catch_up(run, uri)
+    (run.path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "train/loss": 0.{"3" * step}}}\n' for step in range(1, 9)))
+    assert outbox.catch_up(run, uri).unlogged == "" and list(mlflow.steps.values()) == [list(range(1, 9))]
+    elsewhere = outbox.Posted(replace(run, tracking_run="cd34"), uri)
+    assert outbox.Posted(run, uri).lost() == 0 and elsewhere.lost() == 8  # the note is of one MLflow run
+
+
+def test_half_a_line_waits_until_it_is_whole(mlflow: MLflow, tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.append({"step": 1, "train/loss": 1.0})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/lo')
+    run = outbox.catch_up(run, mlflow_uri.default_uri(tmp_path))
+    assert list(mlflow.steps.values()) == [[1]]
+    run.append({"step": 2, "train/loss": 1.0})  # its machine had died
+    outbox.catch_up(run, mlflow_uri.default_uri(tmp_path))
+    assert list(mlflow.steps.values()) == [[1, 2]]
+
+
+def test_a_bug_in_the_thread_is_a_traceback_and_the_training_goes_on(
+    mlflow: MLflow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, bugs = a_run(tmp_path), [1, 2, 3]
+
+    def bug(name: str) -> None:
+        if bugs:
+            raise KeyError(bugs.pop())
+
+    mlflow.refuse = bug
+    box = outbox.Outbox(mlflow_uri.default_uri(tmp_path))
+    box.follow(run)
+    run.append({"step": 1, "train/loss": 1.0})
+    box.start()
+    until(lambda: list(mlflow.steps.values()) == [[1]])
+    box.close("FINISHED")
+    said = capsys.readouterr().err
+    assert said.count("Traceback") == 1 and "in bug" in said and list(mlflow.ended.values()) == ["FINISHED"]
+
+
 # ── A sweep ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -228,6 +292,28 @@ def test_what_a_sweep_could_not_log_the_same_command_logs(mlflow: MLflow, tmp_pa
     assert all(mlflow.tags[run_id]["mlflow.parentRunId"] == found.tracking_run for run_id in list(mlflow.tags)[1:])
     assert [mlflow.steps[run_id] for run_id in list(mlflow.tags)[1:]] == [[1]] * 3
     assert not any(load_run(found.path / "trials" / name).unlogged for name in names)
+
+
+def test_what_a_trial_reported_before_it_began_again_is_not_lost(mlflow: MLflow, tmp_path: Path) -> None:
+    """MLflow opens when the trial is long at its second try, in the same directory."""
+    found, names, kept = begin(tmp_path)
+    directory, back = found.path / "trials" / names[0], threading.Event()
+    mlflow.refuse = lambda name: back.wait(10)
+    for step in (1, 2, 3):
+        kept.inbox.put(reported(names[0], step))
+    until(lambda: lines(found, names[0]) == [1, 2, 3])
+    run = load_run(directory)
+    trial._set_aside(directory, sweep_dir.first_try(found.path, names[0]))
+    kept.inbox.put(TrialBeganAgain(trial=names[0], reason="the loss is not finite"))
+    replace(run, created=run.created + 1, tracking_run="", unlogged="").save()
+    kept.inbox.put(reported(names[0], 1))
+    kept.ended(names[0], "FINISHED")
+    until(lambda: not kept.posted and lines(found, names[0]) == [1])
+    back.set()
+    kept.close("FINISHED", [], {})
+    tries = [run_id for run_id, tags in mlflow.tags.items() if tags.get("trial") == names[0]]
+    assert [(mlflow.steps[run_id], mlflow.ended[run_id]) for run_id in tries] == [([1, 2, 3], "FAILED"), ([1], "FINISHED")]
+    assert load_run(directory).tracking_run == tries[1] and not load_run(directory).unlogged
 
 
 def test_a_parent_that_did_not_open_is_tried_again(mlflow: MLflow, tmp_path: Path) -> None:

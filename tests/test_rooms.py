@@ -25,7 +25,8 @@ LAYERS = [
     ("pipelines.train", "pipelines.parts"),
     ("pipelines.tracking", "pipelines.pyfunc"),
     ("pipelines.runs",),
-    ("pipelines.tracking.uri", "pipelines.html", "pipelines.clusterfile", "pipelines.notice", "pipelines.terminal", "pipelines.allocator"),
+    ("pipelines.tracking.uri", "pipelines.html", "pipelines.clusterfile", "pipelines.notice"),
+    ("pipelines.terminal", "pipelines.allocator", "pipelines.train.ray_private"),
     ("pipelines",),
     ("simclr.train",),
     ("simclr.methods",),
@@ -35,7 +36,15 @@ LAYERS = [
     ("simclr.data",),
     ("simclr.networks", "simclr.views", "simclr.loss", "simclr.optim", "simclr.checkpoint", "simclr.stages", "simclr.recipes"),
     ("simclr.collectives", "simclr.config", "simclr.precision"),
-    ("simclr.keyed", "simclr.kernels", "simclr.telemetry.device_time", "simclr.telemetry.progress", "simclr.to_device", "simclr.files"),
+    (
+        "simclr.keyed",
+        "simclr.kernels",
+        "simclr.telemetry.device_time",
+        "simclr.telemetry.progress",
+        "simclr.to_device",
+        "simclr.files",
+        "simclr.fields",
+    ),
     ("simclr.errors",),
 ]
 # `simclr` itself lends `load_encoder` and is imported when that is called.
@@ -45,12 +54,12 @@ PLACE = {name: place for place, names in enumerate(LAYERS) for name in names} | 
 DOORS = {
     "boto3": {"simclr/data/s3/store.py"},
     "botocore": {"simclr/data/s3/store.py"},
-    "mlflow": {"pipelines/tracking/client.py"},
+    "mlflow": {"pipelines/tracking/client.py", "pipelines/tracking/registry.py"},
     # The loader composes what FFCV compiles; the rest of FFCV lies in one room.
     "ffcv": {f"simclr/data/ffcv/{name}.py" for name in ("writer", "decode", "imports", "baseline")} | {"simclr/data/loader.py"},
     "ray": {
-        *(f"pipelines/train/{n}.py" for n in ("capacity", "elastic", "messages", "overseer", "prometheus", "ray_train", "retry")),
-        *(f"pipelines/train/{n}.py" for n in ("tpu", "trainer", "worker")),
+        *(f"pipelines/train/{n}.py" for n in ("capacity", "elastic", "messages", "overseer", "prometheus")),
+        *(f"pipelines/train/{n}.py" for n in ("ray_private", "ray_train", "retry", "tpu", "worker")),
         "pipelines/clusterfile/preemption.py",
         "tune/ray_tune.py",
         "tune/trial.py",

@@ -23,6 +23,7 @@ from pipelines.terminal import Bar
 from pipelines.train import capacity, messages, ray_train
 from simclr.data.manifest import Manifest
 from tune import resolve, sweep_dir
+from tune.resolve import Coded
 from tune.spaces import Axis, Between, PeakBetween
 from tune.sweep_dir import METRICS, Sweep
 from tune.trial import drive
@@ -51,14 +52,14 @@ def room(asked: Sweep) -> int:
     return asked.max_concurrent or fits
 
 
-def trials(asked: Sweep, codes: list[dict[str, Any]], concurrent: int, manifest: Manifest, uri: str) -> Sweep:
+def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest, uri: str) -> Sweep:
     """Run what is not over yet under Ray Tune."""
     reports = messages.make()
     ledger = Ledger(asked, reports, uri)
     private = not ray_train.joins_a_cluster(asked.resources["address"])
 
     def trial(config: dict[str, Any]) -> None:
-        drive(config["trial"], asked, reports, private)
+        drive(Coded(**config["trial"]), asked, reports, private)
 
     # A driver waits, so it holds a little memory and no core: one core for the driver of a trial whose worker needs the last would
     # be a deadlock.
@@ -121,10 +122,10 @@ class Follow(tune.Callback):
         bar.update(*sweep_dir.progress(asked))
 
 
-def _parameters(asked: Sweep, codes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ray Tune's search space."""
+def _parameters(asked: Sweep, codes: list[Coded]) -> dict[str, Any]:
+    """Ray Tune's search space: the fields of a `Coded`, since it and its schedulers change what is in dicts."""
     if codes:
-        return {"trial": tune.grid_search(codes)}
+        return {"trial": tune.grid_search([dataclasses.asdict(code) for code in codes])}
     return {"trial": {"axes": {axis.key: _domain(axis) for axis in asked.restricted.axes}, "seed": 0}}
 
 

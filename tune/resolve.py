@@ -27,6 +27,17 @@ class Point:
     config: Config
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coded:
+    """One combination and a seed as Ray Tune has them: what a trial is told."""
+
+    axes: dict[str, int | float]
+    """Axis key → number of the value, or the number drawn from a distribution."""
+    seed: int
+    name: str = ""
+    """The trial's, where Ray Tune does not draw it itself."""
+
+
 def restricted(space: Space, recipe: Config, only: dict[str, list[Any]]) -> Space:
     """The space with what cannot serve this recipe left out, and of the axes named in `only` nothing but these values.
 

@@ -3,6 +3,7 @@
 sweep.json      what was asked: space, recipe, data, flags; the MLflow parent run
 space.json      the space as it was searched, resolved
 trials/NAME/    a run directory each, as `simclr pretrain` makes one, with trial.json: what it varies and how it went
+first_tries/    what trials that began again on another seed had left
 tune/           Ray Tune's own state, which `--resume` restores
 results.csv, best_config.json, report.html
 """
@@ -63,7 +64,7 @@ class Sweep:
     seeds: int
     keep: int
     resources: dict[str, Any]
-    """Of each trial: the fields of `cluster.Resources`."""
+    """Of each trial: the fields of `ray_train.Resources`."""
     max_concurrent: int
     command: str
     created: float
@@ -148,6 +149,11 @@ def trial_in(directory: Path) -> Trial | None:
     fields.require(text, {"values": dict[str, Any]}, path, instead)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in text.pop("values").items()}
     return fields.build(Trial, text, path, instead, values=values)
+
+
+def first_try(path: Path, name: str) -> Path:
+    """Where the directory of trial `name` goes when it begins again on another seed."""
+    return path / "first_tries" / name
 
 
 def trials(path: Path) -> list[Trial]:

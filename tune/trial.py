@@ -14,6 +14,7 @@ import shlex
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.terminal import say
 from pipelines.train import ray_private, ray_train, retry
+from pipelines.train.messages import Task, TrialBeganAgain, TrialFailed
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.data.s3.uri import address
 from simclr.errors import Diverged, UserError
-from tune import resolve
+from tune import resolve, sweep_dir
 from tune.spaces import Axis, Between, Peak, PeakBetween
 from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
 
@@ -47,8 +49,8 @@ def chosen(axis: Axis, code: Any) -> Any:
     return min(max(float(code), axis.values.low), axis.values.high)
 
 
-def drive(asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> None:
-    """Train and score the trial that Ray Tune `asked` for: {"axes": {axis key: code}, "seed": n}. Runs in an actor of Tune's.
+def drive(asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None:
+    """Train and score the trial that Ray Tune `asked` for. Runs in an actor of Tune's.
 
     What fails for good is recorded in trial.json and not raised: a trial without a score is no candidate.
     """
@@ -58,17 +60,17 @@ def drive(asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> Non
     try:
         _drive(name, asked, sweep, inbox, private)
     except Exception as error:  # before there was a training, or in what records how it went
-        directory, trial = sweep.path / "trials" / name, Trial(name=name, values={}, seed=asked["seed"])
+        directory, trial = sweep.path / "trials" / name, Trial(name=name, values={}, seed=asked.seed)
         _failed(directory, trial, why(error)[0], retry.bug(error), inbox)
 
 
-def _drive(name: str, asked: dict[str, Any], sweep: Sweep, inbox: Any, private: bool) -> None:
+def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None:
     from ray import tune
 
     began = time.time()
     space = sweep.restricted
-    codes = {axis.key: chosen(axis, asked["axes"][axis.key]) for axis in space.axes}
-    point = resolve.point(space, sweep.base, codes, asked["seed"])
+    codes = {axis.key: chosen(axis, asked.axes[axis.key]) for axis in space.axes}
+    point = resolve.point(space, sweep.base, codes, asked.seed)
     directory = sweep.path / "trials" / name
     before = trial_in(directory)
     if before is not None and before.status in ("finished", "failed"):  # its driver was lost after it was over
@@ -92,8 +94,8 @@ def _drive(name: str, asked: dict[str, Any], sweep: Sweep, inbox: Any, private: 
                 first = f" (seed {point.seed}; before, on seed {point.seed - _OTHER_SEED}: {trial.reason})" if trial.reason else ""
                 _failed(directory, trial_in(directory) or trial, reason + first, bug, inbox)
                 return
-            inbox.actor.put.remote({"mark": name, "again": reason, "bug": bug})
-            shutil.rmtree(directory, ignore_errors=True)
+            _set_aside(directory, sweep_dir.first_try(sweep.path, name))
+            inbox.actor.put.remote(TrialBeganAgain(trial=name, reason=reason, bug=bug))
             donor = None
             trial, point = _again(trial, point, reason)
 
@@ -102,7 +104,16 @@ def _failed(directory: Path, trial: Trial, reason: str, bug: str, inbox: Any) ->
     """Record that the trial has failed, and tell the sweep's driver."""
     directory.mkdir(parents=True, exist_ok=True)  # it may have failed before there was one
     dataclasses.replace(trial, status="failed", reason=reason, bug=bug).save(directory)
-    inbox.actor.put.remote({"mark": trial.name, "failed": reason, "bug": bug})
+    inbox.actor.put.remote(TrialFailed(trial=trial.name, reason=reason, bug=bug))
+
+
+def _set_aside(directory: Path, to: Path) -> None:
+    """Keep what a first try has reported: it may not be at MLflow yet. Renamed at once, since others write in the directory."""
+    if directory.is_dir():
+        to.parent.mkdir(exist_ok=True)
+        shutil.rmtree(to, ignore_errors=True)
+        directory.rename(to)
+        shutil.rmtree(to / "checkpoints", ignore_errors=True)
 
 
 def _told(scores: dict[str, float]) -> dict[str, Any]:
@@ -191,11 +202,18 @@ def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, bega
     resources = ray_train.Resources(**sweep.resources)
     shares = sweep.restricted.label_shares
     data = sweep.data if address(sweep.data) else str(run.data.absolute())
-    job: dict[str, Any] = {"stage": run.stage, "config": run.config.to_dict(), "given": {}, "data": data}
-    job |= {"run": str(run.path.absolute()), "created": run.created, "inbox": inbox, "mark": {"mark": trial.name}, "shares": shares}
+    task = Task(
+        stage=run.stage,
+        config=run.config,
+        data=data,
+        run=str(run.path.absolute()),
+        created=run.created,
+        trial=trial.name,
+        inbox=inbox,
+    )
     forward = _forward(sweep, run, trial, began)
     try:
-        ray_train.fit(train_and_score, job, resources, run.path / "ray", [forward], private)
+        ray_train.fit(partial(train_and_score, shares=shares), task, resources, run.path / "ray", [forward], private)
     finally:
         shutil.rmtree(run.path / "ray", ignore_errors=True)
     found: Trial = forward.trial
@@ -217,7 +235,6 @@ def _forward(sweep: Sweep, run: Run, trial: Trial, began: float) -> Any:
 
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             new = dict(metrics[0])
-            new.pop("mark", None)
             starts = {key: new.pop(key) - began for key in list(new) if key.startswith("at/")}
             if "health/alignment" in new:
                 new["health/align_uniform"] = new["health/alignment"] + new["health/uniformity"]
@@ -243,8 +260,9 @@ def _forward(sweep: Sweep, run: Run, trial: Trial, began: float) -> Any:
     return Forward()
 
 
-def train_and_score(job: dict[str, Any]) -> None:
-    """What each worker of a trial runs: `train_worker`, then rank 0 scores the encoder, and all report once more."""
+def train_and_score(task: Task, shares: tuple[float, ...]) -> None:
+    """What each worker of a trial runs: `train_worker`, then rank 0 scores the encoder, with `shares` of the labels too, and all report
+    once more."""
     times = {"at/workers": time.time()}
     import ray.train
     import ray.train.torch
@@ -253,17 +271,17 @@ def train_and_score(job: dict[str, Any]) -> None:
     from pipelines.evaluation.quick import score
     from pipelines.train.worker import train_worker
 
-    train_worker(job)
-    run, context = load_run(Path(job["run"])), ray.train.get_context()
+    train_worker(task)
+    run, context = load_run(Path(task.run)), ray.train.get_context()
     groups = run.config.train.shard_groups
     group = run.config.group_of(context.get_world_rank(), context.get_world_size())
-    data = sync.shards(job["data"], groups, group)
+    data = sync.shards(task.data, groups, group)
     manifest = read_manifest(data, groups=groups, group=group)
     total = run.config.total_steps(manifest.examples("train", groups))
     scores: dict[str, float] = {}
     if context.get_world_rank() == 0:
         publish_newest(run, manifest.classes)
-        found = score(run, data, ray.train.torch.get_device(), job["shares"])
+        found = score(run, data, ray.train.torch.get_device(), shares)
         scores = {f"health/{k}" if k == "rankme" else f"eval/{k}": v for k, v in found.items()}
     if rows := [row for row in run.history() if row["time"] > times["at/workers"]]:  # not those of before a restart
         times["at/first_step"] = rows[0]["time"]

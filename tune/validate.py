@@ -9,6 +9,7 @@ from pipelines.train import ray_train
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 from tune import resolve
+from tune.resolve import Coded
 from tune.spaces import Axis, PeakBetween
 from tune.sweep_dir import Sweep
 
@@ -18,8 +19,8 @@ _ONE_EACH = {"train.batch_size", "encoder.depth", "encoder.width", "head.layers"
 _DURING = {"eval/knn_top1", "health/rankme", "health/align_uniform"}
 
 
-def check(asked: Sweep, manifest: Manifest) -> list[dict[str, Any]]:
-    """What Ray Tune is given for each trial ({} where it draws them itself), once every config fits data and workers.
+def check(asked: Sweep, manifest: Manifest) -> list[Coded]:
+    """What Ray Tune is given for each trial (nothing where it draws them itself), once every config fits data and workers.
 
     Raises UserError for a space, metric, scheduler or search that cannot work.
     """
@@ -50,7 +51,7 @@ def check(asked: Sweep, manifest: Manifest) -> list[dict[str, Any]]:
     coded = [{axis.key: code(axis, combination[axis.key]) for axis in space.axes} for combination in every]
     many = len(str(len(coded) - 1))
     return [
-        {"axes": axes, "seed": seed, "name": f"{i:0{max(many, 3)}d}-s{seed}"} for seed in range(asked.seeds) for i, axes in enumerate(coded)
+        Coded(axes=axes, seed=seed, name=f"{i:0{max(many, 3)}d}-s{seed}") for seed in range(asked.seeds) for i, axes in enumerate(coded)
     ]
 
 

@@ -89,17 +89,17 @@ def _bare(values: dict[str, Any], data: str, threads: int) -> Callable[[int], fl
 def under_ray(config: Config, data: Path, threads: int) -> list[float]:
     """Seconds of a step of one Ray Train worker in each window of a config that is `timed`, in a Ray of its own, which ends with it."""
     from pipelines.train import ray_train
+    from pipelines.train.messages import Reported, Task
     from pipelines.train.worker import train_worker
 
     folder = Path(tempfile.mkdtemp(prefix="simclr-bench-"))
     resources = ray_train.Resources(workers=1, cpus_per_worker=threads)
     ray_train.connect(resources)
     try:
-        job: dict[str, Any] = {"stage": "pretrain", "given": {}}
-        job |= {"config": config.to_dict(), "data": str(data.absolute()), "run": str(folder)}
-        told = ray_train.launch(train_worker, job, resources, folder / "ray").reports()
+        task = Task(stage="pretrain", config=config, data=str(data.absolute()), run=str(folder))
+        told = ray_train.launch(train_worker, task, resources, folder / "ray").reports()
         window = config.train.report_every_steps
-        return [report["speed/step_s"] for report in told if "checkpoint" not in report and report["step"] > window]
+        return [report.metrics["speed/step_s"] for report in told if isinstance(report, Reported) and report.step > window]
     finally:
         ray_train.disconnect()
         shutil.rmtree(folder, ignore_errors=True)

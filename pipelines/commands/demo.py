@@ -114,13 +114,13 @@ def _pull_and_compare(run: Run) -> tuple[str, str]:
     import torch
 
     import simclr
-    from pipelines.tracking import client
+    from pipelines.tracking import registry
     from pipelines.tracking import uri as mlflow_uri
     from simclr.data.loader import in_order
 
     uri = mlflow_uri.tracking_address(None)
     name, _, version = run.registered.partition("/")
-    champion = str(client.version_of(uri, name, "champion")) == version
+    champion = str(registry.version_of(uri, name, "champion")) == version
     spec = f"{name}@champion" if champion else run.registered
     pulled, images, features = run.path / "pulled", run.path / "images.npy", run.path / "features.npz"
     shutil.rmtree(pulled, ignore_errors=True)

@@ -13,7 +13,7 @@ from pipelines.evaluation.quick import scores_of
 from pipelines.runs import sync
 from pipelines.runs.directory import load_run
 from pipelines.terminal import say
-from pipelines.tracking import client
+from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.card import UNKNOWN_LICENCE, write_card
 from pipelines.tracking.outbox import catch_up
@@ -68,8 +68,8 @@ def _publish(args: Args) -> dict[str, Any]:
         run = catch_up(run, uri)
     name = args.name or run.data.resolve().name
     write_card(run.encoder, name, scores, args.licence)
-    version = client.register(uri, run.tracking_run, run.encoder, name, scores)
-    moved, before = client.promote(uri, name, version, metric)
+    version = registry.register(uri, run.tracking_run, run.encoder, name, scores)
+    moved, before = registry.promote(uri, name, version, metric)
     if moved:
         than = f" (before: {score_text(metric, before)})" if before is not None else ""
         say(f"{name}/{version} is champion with {metric} {score_text(metric, scores[metric])}{than}")

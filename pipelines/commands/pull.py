@@ -10,7 +10,7 @@ import tyro
 
 from pipelines.commands.publish import score_text
 from pipelines.terminal import Bar
-from pipelines.tracking import client
+from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
 from simclr import files
 
@@ -37,7 +37,7 @@ def main(args: Args) -> None:
             bar.resize(total >> 20)
             bar.update(done >> 20)
 
-        got = client.pull(uri, args.model, args.to, progress)
+        got = registry.pull(uri, args.model, args.to, progress)
     told = [name for name in got["scores"] if name.endswith("top1")] or list(got["scores"])
     scores = ", ".join(f"{name} {score_text(name, got['scores'][name])}" for name in told)
     print(f"{args.to}: {got['name']} version {got['version']} ({scores})")

@@ -36,14 +36,14 @@ def opened(encoder: Path, tracking_uri: str | None) -> Iterator[Path]:
         with sync.directory(encoder) as directory:
             yield directory
         return
-    from pipelines.tracking import client
+    from pipelines.tracking import registry
     from pipelines.tracking import uri as mlflow_uri
 
     uri = mlflow_uri.tracking_address(tracking_uri)
     mlflow_uri.check(uri)
     with tempfile.TemporaryDirectory() as scratch:
         with Bar("download", None, "MiB", "MiB/s") as bar:
-            client.pull(uri, named, Path(scratch) / "encoder", sync.mebibytes(bar))
+            registry.pull(uri, named, Path(scratch) / "encoder", sync.mebibytes(bar))
         yield Path(scratch) / "encoder"
 
 

@@ -1,7 +1,7 @@
 """A run's directory: what it holds, whose it is, and how it is found again.
 
 run.json        recipe, config, data, command, environment, tracking address and run id, registered version
-metrics.jsonl   one line per report
+metrics.jsonl   one line per report; outbox.json: how much of it MLflow has (see pipelines.tracking.outbox)
 checkpoints/    step-…/ (see simclr.checkpoint)
 encoder/        the published form of the newest checkpoint's encoder
 compiled/       what torch.compile made (see pipelines.train.compile_cache)

@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pipelines.runs import sync
+from pipelines.train.messages import Reported, Saved, Tell
 from simclr import checkpoint
 from simclr.config import Train
 from simclr.data.s3.uri import Unreachable
@@ -32,10 +32,10 @@ class Saver:
     is away does not: checkpoints are then kept here, and the newest is sent when it is back.
     """
 
-    def __init__(self, home: sync.Home, train: Train, since: Path | None, tell: Callable[[dict[str, Any]], Any]) -> None:
-        """For a training that goes on from the checkpoint `since`. `tell` gets every report, and from another thread
-        {"checkpoint": step, …} of each that is safely on the disk."""
-        self.home, self.train, self.tell = home, train, tell
+    def __init__(self, home: sync.Home, train: Train, since: Path | None, tell: Tell, trial: str = "") -> None:
+        """For a training, of a sweep's `trial`, that goes on from the checkpoint `since`. `tell` gets every report, and from another
+        thread which checkpoints are safely on the disk."""
+        self.home, self.train, self.tell, self.trial = home, train, tell, trial
         self.folder = home.path / "checkpoints"
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
@@ -49,11 +49,12 @@ class Saver:
         """Seconds between two checkpoints, where the config states no steps."""
         return min(max(_LEAST_S, self.held_s / _SHARE), _MOST_S)
 
-    def hear(self, metrics: dict[str, Any]) -> Any:
+    def hear(self, report: Reported) -> Any:
         """Tell of a report, which the checkpoints to come have too: a driver that dies before it has heard it, and that is begun
         again, goes on behind it. Returns what telling did."""
-        self.reports.append({"time": round(time.time(), 3), **metrics})
-        return self.tell(metrics)
+        of_trial = {"mark": report.trial} if report.trial else {}  # a trial may go on from another one's checkpoint
+        self.reports.append({"time": round(time.time(), 3), **report.line(), **of_trial})
+        return self.tell(report)
 
     def due(self, report: Report) -> bool:
         """Whether this report's state is to be saved: the config asks for it, it was scored (which took longer than saving will,
@@ -95,8 +96,8 @@ class Saver:
         began, keep = time.monotonic(), self.train.keep_checkpoints
         written = checkpoint.write(self.folder, state, keep, score, self.sending if self.home.busy() else "")
         progress.saved(state.step)
-        took = {"held_s": held_s, "written_s": time.monotonic() - began}
-        self.tell({"checkpoint": state.step, **took, "every_s": self.every_s})
+        written_s = time.monotonic() - began
+        self.tell(Saved(step=state.step, held_s=held_s, written_s=written_s, every_s=self.every_s, trial=self.trial))
         if not self.home.busy():  # else the one that is under way is too slow for all to be sent; the next one is
             self.sending = written.name
             self.home.later(lambda: self.home.send_checkpoint(written, keep))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import say
-from pipelines.tracking import client
+from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.train import driver
 from simclr import files
@@ -53,7 +53,7 @@ def published(start: Path, tracking_uri: str | None) -> Iterator[tuple[Path, Pat
         with tempfile.TemporaryDirectory() as folder:
             uri = mlflow_uri.tracking_address(tracking_uri)
             mlflow_uri.check(uri)
-            client.pull(uri, str(start), Path(folder) / "encoder", lambda done, total: None)
+            registry.pull(uri, str(start), Path(folder) / "encoder", lambda done, total: None)
             yield Path(folder) / "encoder", None
         return
     with sync.directory(start) as directory:

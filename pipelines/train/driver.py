@@ -14,8 +14,9 @@ from pipelines.runs import sync
 from pipelines.runs.directory import Run, open_run
 from pipelines.terminal import Bar, process_age_s, say
 from pipelines.tracking import uri as mlflow_uri
-from pipelines.tracking.outbox import Tracked, catch_up, require
+from pipelines.tracking.outbox import Outbox, catch_up, require
 from pipelines.train import ray_train
+from pipelines.train.messages import Saved, Task
 from simclr import files
 from simclr.config import Config
 from simclr.data.s3 import uri as s3_uri
@@ -95,7 +96,8 @@ def _train(job: Job, began: float) -> Run:
     try:
         ray_train.require(job.resources)
         run.save()
-        tracked = Tracked(run, job.uri)
+        outbox = Outbox(job.uri)
+        posted = outbox.follow(run)
         home.send()  # before any checkpoint: run.json says whose they are
         if not done:
             home.settle()  # a first checkpoint, of step 0
@@ -110,7 +112,7 @@ def _train(job: Job, began: float) -> Run:
     status, running = "FAILED", None
     try:
         running = _launch(job)
-        stepped = _follow(job, running, tracked, done, began, connected)
+        stepped = _follow(job, running, outbox, done, began, connected)
         run.took(run.stage, time.monotonic() - stepped)
         home.settle()
         job.publish(run)
@@ -124,7 +126,8 @@ def _train(job: Job, began: float) -> Run:
             running.stop()
         if ours:
             ray_train.disconnect()
-        run = tracked.close(status)
+        outbox.close(status)
+        run = posted.run
         if status != "FINISHED":  # what was logged since the last checkpoint; Ctrl-C waits for it no longer than this
             sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
             sending.start()
@@ -139,20 +142,25 @@ def _launch(job: Job) -> ray_train.Running:
     from pipelines.train.worker import train_worker
 
     run = job.run
-    told: dict[str, Any] = {"stage": run.stage, "config": run.config.to_dict(), "data": run.data_at or str(run.data.absolute())}
-    told |= {"run": str(job.home.at or run.path.absolute()), "created": run.created, "given": job.given}
-    if run.config.train.compile and job.home.at is None:
-        told["compile_key"] = compile_cache.secret(say)
-    return ray_train.launch(train_worker, told, job.resources, run.path / "ray")
+    task = Task(
+        stage=run.stage,
+        config=run.config,
+        data=run.data_at or str(run.data.absolute()),
+        run=str(job.home.at or run.path.absolute()),
+        created=run.created,
+        given=job.given,
+        compile_key=compile_cache.secret(say) if run.config.train.compile and job.home.at is None else "",
+    )
+    return ray_train.launch(train_worker, task, job.resources, run.path / "ray")
 
 
-def _follow(job: Job, running: ray_train.Running, tracked: Tracked, done: int, began: float, connected: float) -> float:
+def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, began: float, connected: float) -> float:
     """Log the reports until there are no more; returns when the first came."""
     run, home, stepped, warned, told, slow = job.run, job.home, 0.0, None, False, ""
     with Bar(run.stage, job.total, "steps") as bar:
         bar.resume_at(done)
         for report in running.reports():
-            if "checkpoint" in report:
+            if isinstance(report, Saved):
                 if not told:
                     say(_cost(report, run.config.train.checkpoint_every_steps))
                 told = True
@@ -160,31 +168,30 @@ def _follow(job: Job, running: ray_train.Running, tracked: Tracked, done: int, b
                     home.later(home.send)
                 continue
             if not stepped:
-                tracked.open()
+                outbox.start()  # not before the workers run: its imports and tables take seconds that they need too
                 stepped = time.monotonic()
                 say(
                     f"first step {process_age_s():.0f} s after the process began: checks and Ray {connected - began:.0f} s, "
                     f"workers, their imports and the step {stepped - connected:.0f} s"
                 )
                 run.took("start", stepped - began)
-            run.append(report)
-            tracked.log(report)
-            if warned is None and report["step"] > 1 and (warned := collapse(report)):
-                say(f"step {report['step']:,}: {warned}; a lower --optim.base-lr, more warm-up or another temperature may help")
-            if report.get("stragglers", "") not in ("", slow):
-                slow = report["stragglers"]
-                say(f"step {report['step']:,}: {slow} {SLOW}")
-            bar.update(report["step"], _note(report), report["speed/images_per_s"])
+            run.append(report.line())
+            if warned is None and report.step > 1 and (warned := collapse(report.metrics)):
+                say(f"step {report.step:,}: {warned}; a lower --optim.base-lr, more warm-up or another temperature may help")
+            if report.stragglers not in ("", slow):
+                slow = report.stragglers
+                say(f"step {report.step:,}: {slow} {SLOW}")
+            bar.update(report.step, _note(report.metrics), report.metrics["speed/images_per_s"])
     return stepped or time.monotonic()
 
 
-def _cost(told: dict[str, Any], by_steps: int | None) -> str:
+def _cost(saved: Saved, by_steps: int | None) -> str:
     """What checkpoints cost and save, from the first that was written, in a sentence."""
-    much = f"a checkpoint holds training up for {told['held_s']:.2g} s and is written in {told['written_s']:.2g} s"
+    much = f"a checkpoint holds training up for {saved.held_s:.2g} s and is written in {saved.written_s:.2g} s"
     if by_steps is not None:
         return f"{much}; one every {by_steps:,} steps"
-    share = 100 * told["held_s"] / told["every_s"]
-    return f"{much}; one every {told['every_s']:.0f} s, {share:.2g} % of the time, is the most that is lost"
+    share = 100 * saved.held_s / saved.every_s
+    return f"{much}; one every {saved.every_s:.0f} s, {share:.2g} % of the time, is the most that is lost"
 
 
 def _send_anyway(home: sync.Home) -> None:
@@ -194,9 +201,11 @@ def _send_anyway(home: sync.Home) -> None:
         say(f"not sent: {error}")
 
 
-def _note(report: dict[str, Any]) -> str:
-    shown = [f"{title} {100 * report[name]:.1f} %" for name, title in (("eval/knn_top1", "kNN"), ("eval/top1", "top-1")) if name in report]
-    return "  ".join([f"loss {report['train/loss']:.3f}", f"epoch {report['epoch']:.1f}", *shown])
+def _note(metrics: dict[str, float]) -> str:
+    shown = [
+        f"{title} {100 * metrics[name]:.1f} %" for name, title in (("eval/knn_top1", "kNN"), ("eval/top1", "top-1")) if name in metrics
+    ]
+    return "  ".join([f"loss {metrics['train/loss']:.3f}", f"epoch {metrics['epoch']:.1f}", *shown])
 
 
 def _steps_done(run: Run) -> int:

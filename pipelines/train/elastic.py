@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.train import capacity, hang, ray_private
-from pipelines.train.messages import Tell
+from pipelines.train.messages import Said, Tell
 
 _SAY_EVERY_S, _LOOK_EVERY_S = 60.0, 0.5
 
@@ -53,7 +53,7 @@ def scaling_policy(config: Any, counts: list[int], private: bool, tell: Tell) ->
                 self.say_at = now + _SAY_EVERY_S / 6
             elif now > self.say_at:
                 self.say_at = now + _SAY_EVERY_S
-                tell({"say": f"waiting for nodes: there is no room for {counts[0]} workers"})
+                tell(Said(f"waiting for nodes: there is no room for {counts[0]} workers"))
 
         def runs(self, workers: int) -> None:
             self.running, self.tried = workers, False

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from pipelines.train import hang, ray_private
-from pipelines.train.messages import Tell
+from pipelines.train.messages import Said, Tell, WorkerFailed
 from simclr.telemetry import progress
 
 _ASK_MOST_S = 30.0  # between two questions where a worker is
@@ -26,7 +26,7 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
 
         def started(self, count: int) -> None:
             if self.size:
-                tell({"say": f"starting again with {count} workers" + (f", {self.size} before" if count != self.size else "")})
+                tell(Said(f"starting again with {count} workers" + (f", {self.size} before" if count != self.size else "")))
             self.size = count
 
         def trains(self, workers: list[ray_private.Worker]) -> None:
@@ -49,7 +49,7 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
                 health.fail(rank, hang.Hung(sentence))
             if hung:  # who hears of failed workers was asked before, when nobody had failed
                 rank = min(hung)
-                tell({"failed_rank": rank, "error": hung[rank]})
+                tell(WorkerFailed(rank=rank, error=hung[rank]))
             notice = health.notice()
             if notice is not None and not self.warned:
                 self.warned = True

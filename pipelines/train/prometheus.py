@@ -58,15 +58,14 @@ class Gauges:
         table = OF_RANKS | (OF_RUN if self.rank == 0 else {})
         self.gauges: dict[str, Any] = {metric: Gauge(name, text, tuple(self.tags)) for metric, (name, text) in table.items()}
 
-    def show(self, report: Report) -> dict[str, str]:
-        """Set them; {"stragglers": their ranks and hosts} where there are any."""
+    def show(self, report: Report) -> str:
+        """Set them. Returns ranks and hosts of stragglers, for people."""
         run_wide = {"step": float(report.step), "total_steps": float(report.total_steps), **report.metrics}
         values = {m: v for m, v in run_wide.items() if m not in OF_RANKS} | {m: each[self.rank] for m, each in report.ranks.items()}
         for metric, gauge in self.gauges.items():
             if metric in values:
                 gauge.set(values[metric], self.tags)
-        slow = ", ".join(f"rank {r} on {self.hosts[r]}" for r in report.stragglers)
-        return {"stragglers": slow} if slow else {}
+        return ", ".join(f"rank {r} on {self.hosts[r]}" for r in report.stragglers)
 
 
 def with_last_checkpoint(reports: Iterator[Report], folder: Path, saver: Saver | None) -> Iterator[Report]:

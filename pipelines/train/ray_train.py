@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,10 @@ from pipelines.train import capacity, elastic, hang, messages, ray_private, retr
 from pipelines.train.overseer import overseer
 from simclr.config import Config
 from simclr.errors import UserError
-from simclr.stages import STAGES
 
 ray_private.set_variables()
 _START_S = os.environ.get(ray_private.START_TIMEOUT, "300")
 
-_END: dict[str, Any] = {"end": True}
 _STOP_S = 2.0
 _HEAD_S = 30.0  # without a cluster's head, which may come back; Ray ends the process, without a word, after 60
 _RESIZE_S = 60.0  # between two looks whether there is room for more workers
@@ -174,19 +172,20 @@ class Running:
             ray.kill(self.controllers[0])  # its workers are its own and end with it
             self.thread.join(_STOP_S / 2)
 
-    def reports(self) -> Iterator[dict[str, Any]]:
-        """Metrics of rank 0, one dict per report, as they arrive.
+    def reports(self) -> Iterator[messages.Reported | messages.Saved]:
+        """What rank 0 reports, and which checkpoints it has written, as it arrives.
 
         Raises UserError where a worker failed in a way that the user can mend and that trying again cannot, or the cluster's
         head is gone, and what Ray raises where workers failed too often.
         """
-        for message in iter(self._take, _END):
-            if "failed_rank" in message:
-                say(f"rank {message['failed_rank']} failed: {message['error']}")
-            elif "say" in message:
-                say(message["say"])
-            elif message:
-                yield message
+        while not isinstance(message := self._take(), messages.TrainingOver):
+            match message:
+                case messages.WorkerFailed(rank=rank, error=text):
+                    say(f"rank {rank} failed: {text}")
+                case messages.Said(text):
+                    say(text)
+                case messages.Reported() | messages.Saved():
+                    yield message
         self.thread.join()
         error = self.outcome[0]
         if error is not None:
@@ -194,16 +193,17 @@ class Running:
                 raise UserError(sentence) from None
             raise error
 
-    def _take(self) -> dict[str, Any]:
-        """The next message; {} where there was none for a while."""
+    def _take(self) -> messages.Message | None:
+        """The next message; None where there was none for a while."""
         ended = not self.thread.is_alive()  # asked before looking, so that nothing put before the end is missed
         if not ended:
             self.head.require()
         try:
-            return messages.take(self.inbox, 2.0) or (_END if ended else {})
+            found: messages.Message | None = messages.take(self.inbox, 2.0)
+            return found or (messages.TrainingOver() if ended else None)
         except EOFError:  # somebody killed the queue's process: the training's end is still to be waited for
             time.sleep(_STOP_S)
-            return _END if ended else {}
+            return messages.TrainingOver() if ended else None
 
 
 class _Head:
@@ -255,8 +255,8 @@ def require(resources: Resources) -> bool:
     return gpus
 
 
-def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resources: Resources, storage: Path) -> Running:
-    """Start `worker(job)` on every worker under Ray Train and return at once.
+def launch(worker: Callable[[messages.Task], None], task: messages.Task, resources: Resources, storage: Path) -> Running:
+    """Start `worker(task)` on every worker under Ray Train and return at once.
 
     The trainer runs in a thread of its own, so that the caller's thread stays free for reports and Ctrl-C.
     """
@@ -264,7 +264,7 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
     controllers: list[Any] = []
     private = not joins_a_cluster(resources.address)
     forward, tell = [_forwarder(inbox)], inbox.put
-    trainer = _trainer(worker, {**job, "inbox": inbox}, resources, storage, forward, private, tell, controllers)
+    trainer = _trainer(worker, replace(task, inbox=inbox), resources, storage, forward, private, tell, controllers)
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
@@ -274,7 +274,7 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
         except BaseException as error:  # handed to the thread that iterates the reports
             outcome.append(error)
         with contextlib.suppress(Exception):  # Ray was shut down: then nobody reads it
-            inbox.put(_END)
+            inbox.put(messages.TrainingOver())
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
@@ -285,19 +285,19 @@ def launch(worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resour
 
 
 def fit(
-    worker: Callable[[dict[str, Any]], None], job: dict[str, Any], resources: Resources, storage: Path, callbacks: list[Any], private: bool
+    worker: Callable[[messages.Task], None], task: messages.Task, resources: Resources, storage: Path, callbacks: list[Any], private: bool
 ) -> None:
-    """`launch` for a process that Ray Tune started: it returns when `worker(job)` is over on every worker.
+    """`launch` for a process that Ray Tune started: it returns when `worker(task)` is over on every worker.
 
     Train's controller runs in this process, which waits anyway, and not in one of its own that would import everything again;
-    so `callbacks` are called here. `job` has the inbox. Raises what Ray raises where workers failed too often.
+    so `callbacks` are called here. `task` has the inbox. Raises what Ray raises where workers failed too often.
     """
-    _trainer(worker, job, resources, storage, callbacks, private, lambda message: None, None).fit()
+    _trainer(worker, task, resources, storage, callbacks, private, lambda message: None, None).fit()
 
 
 def _trainer(
-    worker: Callable[[dict[str, Any]], None],
-    job: dict[str, Any],
+    worker: Callable[[messages.Task], None],
+    task: messages.Task,
     resources: Resources,
     storage: Path,
     callbacks: list[Any],
@@ -318,15 +318,14 @@ def _trainer(
         torch_config, scaling = tpu.torch_config(resources.topology, 1800), tpu.scaling(resources.topology, resources.accelerator_type)
     os.environ[ray_private.PREEMPTION_WATCHER] = "0" if private else "1"
     os.environ[ray_private.HEALTH_TIMEOUT] = str(10 * resources.hang_timeout_s)  # who is silent is seen before, and named
-    counts = resources.counts(STAGES[job["stage"]].from_dict(job["config"]))
+    counts = resources.counts(task.config)
     is_elastic = resources.min_workers is not None
     # An elastic group that was planned with a node too many is planned again.
     os.environ[ray_private.START_TIMEOUT] = "30" if is_elastic else _START_S
     scaling_policy = partial(elastic.scaling_policy, counts=counts, private=private, tell=tell)
     failure_policy = partial(retry.failure_policy, workers=counts[-1], tell=tell)
     return ray_private.trainer_class(scaling_policy, failure_policy, private, controllers)(
-        worker,
-        train_loop_config={**job, "cpus_per_worker": resources.cpus_per_worker},
+        partial(worker, replace(task, cpus_per_worker=resources.cpus_per_worker)),
         torch_config=torch_config,
         scaling_config=train.ScalingConfig(
             num_workers=(counts[0], counts[-1]) if is_elastic else resources.workers,
@@ -353,9 +352,9 @@ def _forwarder(inbox: Any) -> Any:
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for rank, error in sorted(worker_exceptions.items()):
                 if isinstance(error, hang.Leave):
-                    inbox.put({"say": f"rank {rank} left with a checkpoint: {error}"})
+                    inbox.put(messages.Said(f"rank {rank} left with a checkpoint: {error}"))
                     return
             rank, error = sorted(worker_exceptions.items())[0]
-            inbox.put({"failed_rank": rank, "error": str(error).strip().splitlines()[-1][:500]})
+            inbox.put(messages.WorkerFailed(rank=rank, error=str(error).strip().splitlines()[-1][:500]))
 
     return Forward()

@@ -6,7 +6,7 @@ import traceback
 from typing import Any
 
 from pipelines.train import hang, ray_private
-from pipelines.train.messages import Tell
+from pipelines.train.messages import Said, Tell
 from simclr import files
 from simclr.data.s3.uri import Refetched, Unreachable
 from simclr.errors import UserError
@@ -79,10 +79,10 @@ def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
         if isinstance(error, ControllerError) and isinstance(error.controller_failure, ray.exceptions.RayError):
             # A worker was lost while its group was still meeting: to Ray a mistake of the controller's, and the end.
             counter.failures += 1
-            tell({"say": f"workers failed to start: {str(error.controller_failure).strip().splitlines()[-1][:500]}"})
+            tell(Said(f"workers failed to start: {str(error.controller_failure).strip().splitlines()[-1][:500]}"))
             return bool(config.max_failures < 0 or counter.failures <= config.max_failures)
         if ray_private.never_started(error):
-            tell({"say": f"waiting for nodes: the cluster has no room for {workers} workers now (`ray status` shows why)"})
+            tell(Said(f"waiting for nodes: the cluster has no room for {workers} workers now (`ray status` shows why)"))
         return None
 
     return ray_private.failure_policy(config, again)

@@ -6,14 +6,13 @@ import os
 from functools import partial
 from typing import Any
 
+from pipelines.train.messages import Message, Reported, Said, Task
 
-def train_worker(job: dict[str, Any]) -> None:
-    """Train `job["config"]`, of the stage `job["stage"]`, on the shards in `job["data"]`, from the newest whole checkpoint in
-    `job["run"]`, if any. `job["given"]` is what the stage's loop takes besides: ids, the images whose labels it sees.
-    `job["compile_key"]` signs compiled code (see `compile_cache`).
 
-    Both are directories or s3://…, of which each node has a copy. Rank 0 puts every report into the queue `job["inbox"]` and
-    writes checkpoints. Started again after a failure, it goes on from the last one.
+def train_worker(task: Task) -> None:
+    """Train as `task` says, from the newest whole checkpoint of its run, if any.
+
+    Rank 0 puts every report into the task's inbox and writes checkpoints. Started again after a failure, it goes on from the last one.
     """
     # Imported here, not above: the driver imports this module too, and need not wait for numba and FFCV.
     import ray
@@ -27,47 +26,49 @@ def train_worker(job: dict[str, Any]) -> None:
     from pipelines.train.checkpoints import SCORES, Saver
     from pipelines.train.prometheus import Gauges, with_last_checkpoint
     from simclr.collectives import from_rank_zero
-    from simclr.stages import STAGES
     from simclr.telemetry import progress
     from simclr.train import Start, train
 
-    config, stage = STAGES[job["stage"]].from_dict(job["config"]), job["stage"]
-    home = sync.Home(job["run"])
+    config, home = task.config, sync.Home(task.run)
     checkpoints = home.path / "checkpoints"
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     me, world = context.get_world_rank(), context.get_world_size()
-    first, mark, put = me == 0, job.get("mark", {}), job["inbox"].actor.put
+    first = me == 0
     if device.type == "cpu":
-        torch.set_num_threads(job["cpus_per_worker"])
+        torch.set_num_threads(task.cpus_per_worker)
         keep_freed_memory()
     # Every rank asks for its role's credentials at once, and boto3 asks once, for a second.
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "8")
 
+    def send(message: Message) -> Any:
+        return task.inbox.actor.put.remote(message)
+
     def tell(text: str) -> None:
-        put.remote({"say": f"rank {me}: {text}"} | mark)
+        send(Said(f"rank {me}: {text}", task.trial))
 
     patiently = partial(sync.patiently, tell=tell)
-    data = patiently(lambda: sync.shards(job["data"], config.train.shard_groups, config.group_of(me, world)))
-    home.belongs_to(job.get("created", 0.0))
+    data = patiently(lambda: sync.shards(task.data, config.train.shard_groups, config.group_of(me, world)))
+    home.belongs_to(task.created)
     # One rank looks: on a shared disk that is slow to show a rename, two might see different ones.
     name = patiently(home.newest) if first else ""
     # One node may fetch for an hour, and NCCL and gloo wait half of one.
-    meet = ray.train.collective.barrier if home.at is not None or str(data) != job["data"] else list
+    meet = ray.train.collective.barrier if home.at is not None or str(data) != task.data else list
     meet()
     name = from_rank_zero(name)
     found = patiently(lambda: home.checkpoint(name)) if name else None
     meet()
-    if stage == "distill":
+    if task.stage == "distill":
         patiently(home.fetch)
-    start = Start(data, device, found, job["cpus_per_worker"], teacher=home.path / "teacher", **job["given"])
-    reports = compile_cache.remembered(train(config, start), home, config, device, job.get("compile_key", ""), tell)
-    gauges = Gauges(job["run"])
-    saver = Saver(home, config.train, start.checkpoint, lambda told: put.remote(told | mark)) if first else None
+    start = Start(data, device, found, task.cpus_per_worker, teacher=home.path / "teacher", **task.given)
+    reports = compile_cache.remembered(train(config, start), home, config, device, task.compile_key, tell)
+    gauges = Gauges(task.run)
+    saver = Saver(home, config.train, start.checkpoint, send, task.trial) if first else None
     with progress.watched():
-        for report in with_last_checkpoint(sync.repaired(reports, job["data"]), checkpoints, saver):
-            metrics = {**report.metrics, **gauges.show(report), "step": report.step, "total_steps": report.total_steps, **mark}
+        for report in with_last_checkpoint(sync.repaired(reports, task.data), checkpoints, saver):
+            slow = gauges.show(report)
+            said = Reported(step=report.step, total_steps=report.total_steps, metrics=report.metrics, stragglers=slow, trial=task.trial)
             if saver is not None:
-                sent = saver.hear(metrics)
+                sent = saver.hear(said)
                 leaving = hang.asked_to_leave() if report.step < report.total_steps else ""
                 if saver.due(report) or leaving:
                     with progress.unwatched():  # a slow disk is no hang
@@ -78,7 +79,7 @@ def train_worker(job: dict[str, Any]) -> None:
                     raise hang.Leave(leaving)
             # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
             # what a scheduler decides by, and the driver's queue gets everything.
-            if report.due or set(SCORES) & metrics.keys():
-                ray.train.report(metrics)
+            if report.due or set(SCORES) & report.metrics.keys():
+                ray.train.report(said.line())
     if saver is not None:
         patiently(saver.close)

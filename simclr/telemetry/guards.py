@@ -73,8 +73,7 @@ class Health:
         ranks = {name: tuple(column) for name, column in zip(_PER_RANK, columns, strict=False)}
         if self.device.type == "cuda":
             ranks[_MEMORY] = tuple(columns[7])
-        told = {"speed/step_p50_s", "speed/step_p95_s", "speed/step_max_s", _MEMORY}
-        found |= {name: max(column) for name, column in ranks.items() if name in told}
+        found |= {name: max(ranks[name]) for name in ("speed/step_p50_s", _MEMORY) if name in ranks}
         if world_size() > 1:
             found["speed/communication_pct"] = sum(ranks["speed/communication_pct"]) / world_size()
             found |= self.stragglers.see(ranks["speed/own_s"], pace.steps)

@@ -22,11 +22,12 @@ from PIL import Image
 
 from pipelines import cli
 from pipelines.runs.directory import Run
+from pipelines.train import messages
 from simclr.errors import UserError
 from tests.support.command import Run as Command
 from tests.support.small import TINY
 from tests.support.sweeps import a_sweep
-from tune import sweep_dir
+from tune import resolve, sweep_dir
 
 SENTENCE = "the disk is upside down; turn it"
 Fails = Callable[..., Any]
@@ -210,7 +211,7 @@ def test_a_bug_in_the_thread_that_sends_to_s3(tmp_path: Path, capfd: Any) -> Non
 # ── Sweeps ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def told(sent: list[dict[str, Any]]) -> Any:
+def told(sent: list[Any]) -> Any:
     """A trial's way to its sweep's driver, that keeps what goes by."""
     return SimpleNamespace(actor=SimpleNamespace(put=SimpleNamespace(remote=sent.append)))
 
@@ -225,17 +226,18 @@ def test_a_bug_in_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, patte
     monkeypatch.setattr(tune, "get_context", lambda: SimpleNamespace(get_trial_name=lambda: "000"))
     monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
     changes = {"train.batch_size": 60, "train.steps": 3}
-    asked = {"axes": dict.fromkeys(("loss.temperature", "optim.base_lr"), 0), "seed": 0}
+    asked = resolve.Coded(axes=dict.fromkeys(("loss.temperature", "optim.base_lr"), 0), seed=0)
     for fails, kind in ((misshapen, RuntimeError), (mistaken, UserError)):
-        sweep, sent = a_sweep(tmp_path / kind.__name__, "smoke", data=str(patterns), changes=changes), list[dict[str, Any]]()
+        sweep, sent = a_sweep(tmp_path / kind.__name__, "smoke", data=str(patterns), changes=changes), list[Any]()
         sweep.save()
         with monkeypatch.context() as patched:
             patched.setattr(f"tune.trial.{target}", fails)
             trial.drive(asked, sweep, told(sent), True)
         record = sweep_dir.trial_in(sweep.path / "trials" / "000")
-        assert record is not None and record.status == "failed" and record.bug == sent[-1]["bug"]
+        assert record is not None and record.status == "failed" and record.bug == sent[-1].bug
         assert is_bug(record.bug) == (fails is misshapen) and (record.reason == SENTENCE) == (fails is mistaken)
-        assert sent[0].keys() >= ({"again"} if (fails, target) == (misshapen, "_train") else {"failed"})  # a bug has another try
+        again = (fails, target) == (misshapen, "_train")  # a bug has another try
+        assert isinstance(sent[0], messages.TrialBeganAgain if again else messages.TrialFailed)
         with pytest.raises(kind, match="in misshapen" if fails is misshapen else SENTENCE):
             commands._finish(sweep, None, "")
 
@@ -246,12 +248,12 @@ def test_a_bug_in_the_thread_of_the_ledger(monkeypatch: pytest.MonkeyPatch, tmp_
     from tune.trial_log import Ledger
 
     for fails in (misshapen, mistaken):
-        inbox: queue.Queue[dict[str, Any]] = queue.Queue()
+        inbox: queue.Queue[Any] = queue.Queue()
         with monkeypatch.context() as patched:
             patched.setattr("tune.trial_log.load_run", fails)
             ledger = Ledger(a_sweep(tmp_path, "smoke"), inbox, "sqlite:///x.db")
-            inbox.put({"mark": "000", "step": 1})
-            inbox.put({"mark": "000", "say": "hello"})
+            inbox.put(messages.Reported(step=1, total_steps=3, metrics={}, trial="000"))
+            inbox.put(messages.Said("hello", trial="000"))
             while not inbox.empty() and ledger.bug is None:
                 time.sleep(0.05)
             if fails is misshapen:
@@ -268,22 +270,22 @@ def test_a_bug_in_the_thread_of_the_ledger(monkeypatch: pytest.MonkeyPatch, tmp_
 # ── Workers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def ill_worker(job: dict[str, Any]) -> None:
+def ill_worker(task: messages.Task) -> None:
     """`train_worker` whose loader's thread fails at the first batch, as the file beside the run says; each try is counted."""
     from pipelines.train.worker import train_worker
     from simclr import keyed
 
-    folder = Path(f"{job['run']}-tries")
+    folder = Path(f"{task.run}-tries")
     (folder / str(time.time_ns())).touch()
     keyed.shuffled = globals()[(folder / "how").read_text()]
-    train_worker(job)
+    train_worker(task)
 
 
 @pytest.fixture
 def no_tracking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from pipelines.tracking import client
 
-    monkeypatch.setattr(client, "Tracker", mistaken)
+    monkeypatch.setattr(client, "MLflowRun", mistaken)
     yield
 
 

@@ -8,10 +8,10 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from pipelines.train.messages import Task
 from simclr import files
 from simclr.config import Config
 
@@ -30,14 +30,14 @@ def happened(folder: Path) -> dict[int, float]:
     return {int(path.name[:4]): json.loads(path.read_text()) for path in sorted(folder.glob("*.done"))}
 
 
-def faulty_worker(job: dict[str, Any]) -> None:
+def faulty_worker(task: Task) -> None:
     """`train_worker`, which comes to grief when a batch of the plan is handed out."""
     import ray.train
 
     from pipelines.train.worker import train_worker
     from simclr.telemetry import progress
 
-    folder, rank, beat = Path(f"{job['run']}-faults"), ray.train.get_context().get_world_rank(), progress.beat
+    folder, rank, beat = Path(f"{task.run}-faults"), ray.train.get_context().get_world_rank(), progress.beat
 
     def grievous(step: int | None = None) -> None:
         beat(step)
@@ -60,7 +60,7 @@ def faulty_worker(job: dict[str, Any]) -> None:
             threading.Event().wait()
 
     progress.beat = grievous
-    train_worker(job)
+    train_worker(task)
 
 
 def undisturbed(config: Config, data: Path) -> tuple[dict[int, float], dict[str, Tensor]]:

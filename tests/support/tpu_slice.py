@@ -11,9 +11,9 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pipelines.train import ray_train
+from pipelines.train.messages import Reported, Task
 from simclr.errors import UserError
 from simclr.recipes import patterns_tiny
 
@@ -21,7 +21,7 @@ SLICE = {"device": "tpu", "topology": "2x2x2", "accelerator_type": "TPU-V4"}
 TOLD = ("TORCH_TPU_SLICEBUILDER_ADDRESSES", "TORCH_TPU_TOPOLOGY", "TORCH_TPU_XPROF_SESSION_ID", "TPU_NAME", "TPU_WORKER_ID", "LOCAL_RANK")
 
 
-def look(job: dict[str, Any]) -> None:
+def look(task: Task) -> None:
     """What a worker of `simclr pretrain` finds when it starts, and one collective."""
     import ray
     import ray.train.torch
@@ -40,7 +40,7 @@ def look(job: dict[str, Any]) -> None:
         "sum": total.item(),
         **{name: os.environ.get(name) for name in TOLD},
     }
-    ray.get(job["inbox"].actor.put.remote(seen))
+    ray.get(task.inbox.actor.put.remote(Reported(step=rank, total_steps=8, metrics=seen)))  # type: ignore[arg-type]
 
 
 def main(address: str, folder: str) -> None:
@@ -53,8 +53,8 @@ def main(address: str, folder: str) -> None:
     except UserError as error:
         refused = str(error)
     config = replace(patterns_tiny(), train=replace(patterns_tiny().train, batch_size=64))
-    running = ray_train.launch(look, {"stage": "pretrain", "config": config.to_dict()}, resources, Path(folder))
-    seen = sorted(running.reports(), key=lambda report: report["rank"])
+    running = ray_train.launch(look, Task(stage="pretrain", config=config, data="", run=""), resources, Path(folder))
+    seen = [report.metrics for report in sorted(running.reports(), key=lambda report: report.step) if isinstance(report, Reported)]
     print(json.dumps({"refused": refused, "seen": seen}))
     ray_train.disconnect()
 

@@ -13,6 +13,7 @@ import pytest
 from pipelines import cli, terminal
 from pipelines.runs.directory import load_run
 from pipelines.train import retry
+from pipelines.train.messages import Reported, TrialFailed
 from simclr.data.manifest import read_manifest
 from simclr.errors import Diverged, UserError
 from tests.support.command import Run, refused
@@ -71,10 +72,11 @@ def test_what_ray_tune_gets_comes_back_as_the_same_config(tmp_path: Path, patter
     for name in ("temperature-lr", "search", "augmentation-pairs"):
         sweep = a_sweep(tmp_path, name, search="random", trials=5, changes={"train.batch_size": 60}, seeds=2)
         codes = validate.check(sweep, read_manifest(patterns))
-        assert len(codes) == 10 and len({c["name"] for c in codes}) == 10 and json.loads(json.dumps(codes)) == codes
+        assert len(codes) == 10 and len({code.name for code in codes}) == 10
+        assert [resolve.Coded(**json.loads(json.dumps(dataclasses.asdict(code)))) for code in codes] == codes
         drawn = resolve.samples(sweep.restricted, 5, 0)
         for code, combination in zip(codes, drawn, strict=False):
-            back = {axis.key: chosen(axis, code["axes"][axis.key]) for axis in sweep.restricted.axes}
+            back = {axis.key: chosen(axis, code.axes[axis.key]) for axis in sweep.restricted.axes}
             one, other = (resolve.point(sweep.restricted, sweep.base, given, 0) for given in (back, combination))
             assert one == other
 
@@ -116,31 +118,30 @@ def test_one_parent_run_and_one_below_it_for_each_trial(tmp_path: Path, monkeypa
     logged: dict[str, list[int]] = {}
     ended: dict[str, str] = {}
 
-    class Tracker:
+    class MLflowRun:
         def __init__(self, uri: str, experiment: str, name: str, params: Any, tags: dict[str, str], run_id: Any, known: Any) -> None:
             self.run_id = f"id of {name}"
             known(self.run_id)
             opened.append((name, tags))
 
-        def log(self, step: int, metrics: dict[str, float], at_s: float | None = None) -> None:
-            if step not in (known := logged.setdefault(self.run_id, [])):  # as the real one
-                known.append(step)
-
-        def artifact(self, path: Path, folder: str = "") -> None: ...
-
-        def close(self, status: str = "FINISHED") -> int:
-            ended[self.run_id] = status
+        def log(self, reports: list[dict[str, Any]]) -> int:
+            logged.setdefault(self.run_id, []).extend(report["step"] for report in reports)
             return 0
 
-    monkeypatch.setattr("pipelines.tracking.client.Tracker", Tracker)
+        def artifact(self, path: Path) -> None: ...
+
+        def end(self, status: str = "FINISHED") -> None:
+            ended[self.run_id] = status
+
+    monkeypatch.setattr("pipelines.tracking.client.MLflowRun", MLflowRun)
     sweep = a_sweep(tmp_path / "s", "smoke")
     names = [trial.name for trial in trained(sweep, lambda point: 0.5)[:2]]
     inbox: Any = queue.Queue()
     kept = trial_log.Ledger(sweep, inbox, "sqlite:///x.db")
     for step in (1, 2):
         for name in names:
-            inbox.put({"mark": name, "step": step, "train/loss": 1.0, "epoch": 0.5})
-    inbox.put({"mark": names[1], "failed": "the loss is not finite"})
+            inbox.put(Reported(step=step, total_steps=2, metrics={"train/loss": 1.0, "epoch": 0.5}, trial=name))
+    inbox.put(TrialFailed(trial=names[1], reason="the loss is not finite"))
     kept.ended(names[0], "FINISHED")
     kept.ended(names[1], "FAILED")
     sweep = kept.close("FINISHED", [], {"eval/knn_top1": 0.5})
@@ -156,9 +157,7 @@ def test_one_parent_run_and_one_below_it_for_each_trial(tmp_path: Path, monkeypa
 
 @pytest.fixture
 def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial_log.Ledger, "_catch_up", lambda self: None)
-    monkeypatch.setattr("pipelines.tracking.outbox.Tracked.open", lambda self: None)
-    monkeypatch.setattr("pipelines.tracking.outbox.Tracked.log", lambda self, row: None)
+    monkeypatch.setattr("pipelines.tracking.outbox.Outbox.start", lambda self: None)
 
 
 @pytest.mark.usefixtures("shared_ray", "no_tracking")
@@ -166,7 +165,7 @@ def test_asha_stops_the_worse_and_a_failed_trial_is_no_candidate(tmp_path: Path,
     """The best trial's driver is lost in mid-run, and comes back."""
     from tune import ray_tune
 
-    def pretend(asked: dict[str, Any], sweep: Any, inbox: Any, private: bool) -> None:
+    def pretend(asked: Any, sweep: Any, inbox: Any, private: bool) -> None:
         import dataclasses
         import os
         import signal
@@ -176,7 +175,7 @@ def test_asha_stops_the_worse_and_a_failed_trial_is_no_candidate(tmp_path: Path,
         from tune.sweep_dir import Trial
 
         name = str(tune.get_context().get_trial_name())
-        directory, quality = sweep.path / "trials" / name, asked["axes"]["loss.temperature"]
+        directory, quality = sweep.path / "trials" / name, asked.axes["loss.temperature"]
         trial = Trial(name=name, values={"loss.temperature": (0.1, 0.2, 0.5, 1.0)[quality], "optim.base_lr": 1.0}, seed=0, total_steps=80)
         trial.save(directory)
         if quality == 0:
@@ -196,7 +195,7 @@ def test_asha_stops_the_worse_and_a_failed_trial_is_no_candidate(tmp_path: Path,
     sweep = a_sweep(tmp_path / "s", "smoke", scheduler="asha", only=only, changes={"train.steps": 80, "train.batch_size": 60})
     sweep.save()
     manifest = read_manifest(patterns)
-    codes = sorted(validate.check(sweep, manifest), key=lambda code: -int(code["axes"]["loss.temperature"]))
+    codes = sorted(validate.check(sweep, manifest), key=lambda code: -int(code.axes["loss.temperature"]))
     for trial in trained(sweep, lambda point: 0.0):  # the run directories, which a real driver would have made
         (sweep.path / "trials" / trial.name / "trial.json").unlink()
     ray_tune.trials(sweep, codes, 1, manifest, "sqlite:///x.db")

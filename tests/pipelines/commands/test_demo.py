@@ -49,7 +49,7 @@ def test_the_demo_from_rendering_to_the_report(shared_ray: None, tmp_path: Path,
     # What MLflow has is what the reports said.
     from pipelines.tracking import client
 
-    server = client._client(default_uri(tmp_path / "runs"))
+    server = client.connect(default_uri(tmp_path / "runs"))
     logged = server.get_metric_history(result.run.tracking_run, "train/loss")
     assert [(m.step, m.value) for m in logged] == [(row["step"], row["train/loss"]) for row in history]
     found = server.get_run(result.run.tracking_run)

@@ -1,4 +1,4 @@
-"""The tracker and the registry, on one embedded database and on a server that comes and goes."""
+"""The run and the registry, on one embedded database and on a server that comes and goes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.tracking import client
+from pipelines.runs.directory import Run, load_run
+from pipelines.tracking import client, outbox, registry
 from pipelines.tracking import uri as mlflow_uri
-from pipelines.tracking.client import Tracker
+from pipelines.tracking.client import MLflowRun
 from simclr.errors import UserError
 from tests.support.mlflow_server import Answer, Server
+from tests.support.sweeps import a_sweep, trained
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +45,20 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def history(tracker: Tracker, name: str) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in tracker._mlflow.get_metric_history(tracker.run_id, name)]
+def history(run: MLflowRun, name: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in run._mlflow.get_metric_history(run.run_id, name)]
+
+
+def a_run(path: Path) -> Run:
+    trial = trained(a_sweep(path, "smoke"), lambda point: 0.5)[0]
+    return load_run(path / "trials" / trial.name)
+
+
+def until(true: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() < began + 30
+        time.sleep(0.01)
 
 
 # ── One run per job ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -57,86 +71,83 @@ def test_import_is_light() -> None:
 
 def test_metrics_parameters_and_files_arrive(uri: str, tmp_path: Path) -> None:
     params: dict[str, object] = {f"field.{i}": i for i in range(250)}  # more than MLflow takes at a time
-    tracker = Tracker(uri, "patterns", "a run", params, {"command": "simclr pretrain"})
-    began = time.thread_time()  # not the clock: others may have the cores meanwhile
-    for step in range(2000):
-        tracker.log(step, {"train/loss": step / 8, "eval/knn_top1": math.nan})
-    assert time.thread_time() - began < 0.5
+    run = MLflowRun(uri, "patterns", "a run", params, {"command": "simclr pretrain"})
+    reports = [{"step": step, "time": 1e9 + step, "train/loss": step / 8, "eval/knn_top1": math.nan} for step in range(400)]
+    assert run.log(reports[:200]) == run.log(reports[100:]) == 0  # some were repeated
     (tmp_path / "report.html").write_text("<p>")
-    tracker.artifact(tmp_path / "report.html", "report")
-    assert tracker.close() == 0
-    assert tracker.close("FAILED") == 0  # the first word counts
+    run.artifact(tmp_path / "report.html")
+    run.artifact(tmp_path / "absent.html")
+    run.end()
 
-    assert history(tracker, "train/loss") == [(step, step / 8) for step in range(2000)]
-    assert all(math.isnan(value) for _, value in history(tracker, "eval/knn_top1"))
-    run = tracker._mlflow.get_run(tracker.run_id)
-    assert (run.info.status, run.info.run_name, run.data.tags["command"]) == ("FINISHED", "a run", "simclr pretrain")
-    assert run.data.params == {f"field.{i}": str(i) for i in range(250)}
-    folder = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / tracker.run_id / "artifacts"
-    assert [str(p.relative_to(folder)) for p in folder.rglob("*.html")] == ["report/report.html"]
+    assert history(run, "train/loss") == [(step, step / 8) for step in range(400)]
+    assert all(math.isnan(value) for _, value in history(run, "eval/knn_top1"))
+    assert [m.timestamp for m in run._mlflow.get_metric_history(run.run_id, "train/loss")][:2] == [10**12, 10**12 + 1000]
+    found = run._mlflow.get_run(run.run_id)
+    assert (found.info.status, found.info.run_name, found.data.tags["command"]) == ("FINISHED", "a run", "simclr pretrain")
+    assert found.data.params == {f"field.{i}": str(i) for i in range(250)}
+    folder = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / run.run_id / "artifacts"
+    assert [str(p.relative_to(folder)) for p in folder.rglob("*.html")] == ["report.html"]
 
 
 def test_resumed_run_repeats_no_step(uri: str) -> None:
-    first = Tracker(uri, "patterns", "stopped", {"seed": 0}, {})
-    for step in range(8):
-        first.log(step, {"train/loss": 10.0 - step} | ({"eval/knn_top1": 0.5} if step == 3 else {}))
-    first.close("KILLED")
-    again = Tracker(uri, "patterns", "stopped", {"seed": 0, "workers": 2}, {}, first.run_id)
+    first = MLflowRun(uri, "patterns", "stopped", {"seed": 0}, {})
+    first.log([{"step": step, "train/loss": 10.0 - step} | ({"eval/knn_top1": 0.5} if step == 3 else {}) for step in range(8)])
+    first.end("KILLED")
+    again = MLflowRun(uri, "patterns", "stopped", {"seed": 0, "workers": 2}, {}, first.run_id)
     assert again._mlflow.get_run(again.run_id).info.status == "RUNNING"
-    for step in range(5, 12):  # since the checkpoint
-        again.log(step, {"train/loss": 10.0 - step} | ({"eval/knn_top1": 0.75} if step == 7 else {}))
-    again.close()
+    since = range(5, 12)  # the checkpoint
+    again.log([{"step": step, "train/loss": 10.0 - step} | ({"eval/knn_top1": 0.75} if step == 7 else {}) for step in since])
+    again.end()
     assert again.run_id == first.run_id
     assert history(again, "train/loss") == [(step, 10.0 - step) for step in range(12)]
     assert history(again, "eval/knn_top1") == [(3, 0.5), (7, 0.75)]
 
 
 def test_deleted_run_and_experiment_are_replaced(uri: str) -> None:
-    first = Tracker(uri, "thrown away", "r", {}, {})
-    first.close()
+    first = MLflowRun(uri, "thrown away", "r", {}, {})
+    first.end()
     first._mlflow.delete_run(first.run_id)
     first._mlflow.delete_experiment(first._mlflow.get_experiment_by_name("thrown away").experiment_id)
     for old in (first.run_id, "0" * 32):
-        again = Tracker(uri, "thrown away", "r", {}, {}, old)
-        again.log(0, {"train/loss": 1.0})
-        assert again.close() == 0 and again.run_id != old
+        again = MLflowRun(uri, "thrown away", "r", {}, {}, old)
+        assert again.log([{"step": 0, "train/loss": 1.0}]) == 0 and again.run_id != old
 
 
 def test_what_mlflow_refuses_is_counted_and_the_rest_arrives(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = Tracker(uri, "patterns", "r", {}, {})
-    tracker.log(0, {"train/loss?": 1.0, "lr?": 2.0})
-    while tracker._metrics:
-        time.sleep(0.01)
-    tracker.artifact(tmp_path / "absent.html")
-    tracker.log(1, {"train/loss": 3.0})
-    assert tracker.close() == 3
-    assert history(tracker, "train/loss") == [(1, 3.0)]
-    assert "3 metrics or files did not reach MLflow" in capsys.readouterr().err
+    run, box = a_run(tmp_path), outbox.Outbox(uri)
+    posted = box.follow(run)
+    for step, metrics in enumerate(({"train/loss": 1.0}, {"train/loss?": 1.0, "lr/?": 2.0}, {"train/loss": 3.0})):
+        run.append({"step": step, **metrics})  # all in one batch
+    box.start()
+    box.close("FINISHED")
+    box.close("FAILED")  # the first word counts
+    assert posted.mlflow is not None and history(posted.mlflow, "train/loss") == [(0, 1.0), (2, 3.0)]
+    assert posted.mlflow._mlflow.get_run(posted.mlflow.run_id).info.status == "FINISHED"
+    assert "2 metrics did not reach MLflow" in capsys.readouterr().err
+    assert load_run(run.path).unlogged == "yes" and outbox.Posted(posted.run, uri).lost() == 4  # the next driver tries them again
 
 
 def test_jobs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
     uri = mlflow_uri.default_uri(tmp_path / "runs")
 
     def job(number: int) -> list[tuple[int, float]]:
-        tracker = Tracker(uri, "sweep", f"trial {number}", {}, {})
-        for step in range(100):
-            tracker.log(step, {"train/loss": float(number)})
-        assert tracker.close() == 0
-        return history(tracker, "train/loss")
+        run = MLflowRun(uri, "sweep", f"trial {number}", {}, {})
+        assert run.log([{"step": step, "train/loss": float(number)} for step in range(100)]) == 0
+        return history(run, "train/loss")
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(job, range(4))) == [[(step, float(number)) for step in range(100)] for number in range(4)]
 
 
 def test_another_process_at_the_database_is_waited_for(uri: str) -> None:
-    opened: list[Tracker] = []
-    job = threading.Thread(target=lambda: opened.append(Tracker(uri, "sweep", "second", {}, {})))
-    with client._locked(uri):
+    opened: list[MLflowRun] = []
+    job = threading.Thread(target=lambda: opened.append(MLflowRun(uri, "sweep", "second", {}, {})))
+    with client.locked(uri):
         job.start()
         job.join(0.3)
         assert not opened
     job.join()
-    assert opened[0].close() == 0
+    assert opened[0].log([]) == 0
 
 
 # ── Servers ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -145,41 +156,46 @@ def test_another_process_at_the_database_is_waited_for(uri: str) -> None:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(client, "_EVERY_S", 0.02)
-    monkeypatch.setattr(client, "_AWAY_S", 0.1)
+    monkeypatch.setattr(outbox, "_EVERY_S", 0.02)
+    monkeypatch.setattr(outbox, "_AWAY_S", 0.1)
     server = Server()
     yield server
     server.stop()
 
 
-def test_metrics_survive_an_outage_complete_and_in_order(server: Server) -> None:
-    tracker = Tracker(server.uri, "e", "r", {"seed": 0}, {})
-    tracker.log(0, {"train/loss": 0.0})
-    while not server.metrics:
-        time.sleep(0.01)
+def test_metrics_survive_an_outage_complete_and_in_order(server: Server, tmp_path: Path) -> None:
+    run, box = a_run(tmp_path), outbox.Outbox(server.uri)
+    posted = box.follow(run)
+    box.start()
+    run.append({"step": 0, "train/loss": 0.0})
+    until(lambda: bool(server.metrics) and posted.lost() == 0)
     server.stop()
     for step in range(1, 1500):
-        tracker.log(step, {"train/loss": step / 2})
-    time.sleep(0.3)
-    assert len(tracker._metrics) == 1499
+        run.append({"step": step, "train/loss": step / 2})
+    until(lambda: bool(box.trouble))
+    assert posted.lost() == 1499
     back = Server(server.server_port)
-    assert tracker.close() == 0
+    box.close("FINISHED")
     back.stop()
     assert back.metrics == [("train/loss", step, step / 2) for step in range(1, 1500)]
     assert back.calls == ["runs/log-batch", "runs/log-batch", "runs/update"]
+    assert load_run(run.path).unlogged == "" and posted.taken == (run.path / "metrics.jsonl").stat().st_size
 
 
 def test_close_gives_up_in_time_and_says_what_is_missing(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert client._KILLED_S <= 3 and client._FLUSH_S <= 30
-    monkeypatch.setattr(client, "_KILLED_S", 0.2)
-    tracker = Tracker(server.uri, "e", "r", {}, {})
+    assert outbox._KILLED_S <= 3 and outbox._FLUSH_S <= 30
+    monkeypatch.setattr(outbox, "_KILLED_S", 0.2)
+    run, box = a_run(tmp_path), outbox.Outbox(server.uri)
+    posted = box.follow(run)
+    box.start()
+    until(lambda: posted.mlflow is not None)
     server.stop()
     for step in range(7):
-        tracker.log(step, {"train/loss": 0.0})
+        run.append({"step": step, "train/loss": 0.0})
     began = time.monotonic()
-    assert tracker.close("KILLED") == 7
+    box.close("KILLED")
     assert time.monotonic() - began < 1
     said = capsys.readouterr().err
     assert "7 metrics" in said and "metrics.jsonl" in said and "secret" not in said
@@ -245,14 +261,14 @@ def test_check_of_a_database_writes_nothing(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def published(uri: str, encoder: Path) -> list[int]:
     """Three versions of model `tiny`, with kNN 0.5, 0.75 and 0.75."""
-    tracker = Tracker(uri, "patterns", "published", {}, {})
-    tracker.close()
-    return [client.register(uri, tracker.run_id, encoder, "tiny", {"knn_top1": s, "probe_top1": 1 - s}) for s in (0.5, 0.75, 0.75)]
+    run = MLflowRun(uri, "patterns", "published", {}, {})
+    run.end()
+    return [registry.register(uri, run.run_id, encoder, "tiny", {"knn_top1": s, "probe_top1": 1 - s}) for s in (0.5, 0.75, 0.75)]
 
 
 @pytest.fixture(scope="module")
 def promoted(uri: str, published: list[int]) -> list[tuple[bool, float | None]]:
-    return [client.promote(uri, "tiny", version, "knn_top1") for version in published]
+    return [registry.promote(uri, "tiny", version, "knn_top1") for version in published]
 
 
 def test_champion_moves_only_to_a_better_version(published: list[int], promoted: list[tuple[bool, float | None]]) -> None:
@@ -261,44 +277,44 @@ def test_champion_moves_only_to_a_better_version(published: list[int], promoted:
 
 
 def test_a_version_without_a_score_is_never_champion(uri: str, encoder: Path) -> None:
-    tracker = Tracker(uri, "patterns", "broken", {}, {})
-    tracker.close("FAILED")
-    version = client.register(uri, tracker.run_id, encoder, "broken", {"knn_top1": math.nan, "probe_top1": 0.1})
+    run = MLflowRun(uri, "patterns", "broken", {}, {})
+    run.end("FAILED")
+    version = registry.register(uri, run.run_id, encoder, "broken", {"knn_top1": math.nan, "probe_top1": 0.1})
     with pytest.raises(UserError, match="broken/1 has no score 'knn_top1'; its scores: probe_top1"):
-        client.promote(uri, "broken", version, "knn_top1")
-    assert client.promote(uri, "broken", version, "probe_top1") == (True, None)
+        registry.promote(uri, "broken", version, "knn_top1")
+    assert registry.promote(uri, "broken", version, "probe_top1") == (True, None)
 
 
 def test_a_name_that_the_registry_cannot_hold_is_refused(uri: str, encoder: Path) -> None:
     for name in ("a/b", "a:b", "a@b", "", " ", "..", "it's"):
         with pytest.raises(UserError, match="cannot be registered"):
-            client.register(uri, "0" * 32, encoder, name, {})
+            registry.register(uri, "0" * 32, encoder, name, {})
     with pytest.raises(UserError, match=r"refused: Run with id=0+ not found"):
-        client.register(uri, "0" * 32, encoder, "never made", {})
+        registry.register(uri, "0" * 32, encoder, "never made", {})
     with pytest.raises(UserError, match="is no published encoder; expected"):
-        client.register(uri, "0" * 32, encoder.parent, "tiny", {})
+        registry.register(uri, "0" * 32, encoder.parent, "tiny", {})
 
 
 @pytest.mark.parametrize(("spec", "version"), [("tiny@champion", 2), ("tiny/1", 1)])
 def test_pull_gives_the_files_byte_for_byte(uri: str, encoder: Path, promoted: list[Any], tmp_path: Path, spec: str, version: int) -> None:
     if version == 1:
         (tmp_path / "new").mkdir()
-    got = client.pull(uri, spec, tmp_path / "new")
+    got = registry.pull(uri, spec, tmp_path / "new")
     assert (got["name"], got["version"], got["scores"]["knn_top1"]) == ("tiny", version, {1: 0.5, 2: 0.75}[version])
     assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == {p.name: p.read_bytes() for p in encoder.iterdir()}
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
 def test_a_run_published_again_keeps_the_files_of_its_first_version(uri: str, encoder: Path, tmp_path: Path) -> None:
-    tracker = Tracker(uri, "patterns", "trained on", {}, {})
-    tracker.close()
+    run = MLflowRun(uri, "patterns", "trained on", {}, {})
+    run.end()
     (tmp_path / "encoder").mkdir()
     for step in (1, 2):
         (tmp_path / "encoder" / "config.json").write_text(f'{{"step": {step}}}')
         (tmp_path / "encoder" / "encoder.safetensors").write_bytes(bytes([step]) * 1000)
-        assert client.register(uri, tracker.run_id, tmp_path / "encoder", "again", {"knn_top1": step / 4}) == step
+        assert registry.register(uri, run.run_id, tmp_path / "encoder", "again", {"knn_top1": step / 4}) == step
     for step in (1, 2):
-        client.pull(uri, f"again/{step}", tmp_path / str(step))
+        registry.pull(uri, f"again/{step}", tmp_path / str(step))
         assert (tmp_path / str(step) / "encoder.safetensors").read_bytes() == bytes([step]) * 1000
 
 
@@ -314,7 +330,7 @@ def test_a_run_published_again_keeps_the_files_of_its_first_version(uri: str, en
 )
 def test_pull_of_what_does_not_exist_names_what_does(uri: str, promoted: list[Any], tmp_path: Path, spec: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        client.pull(uri, spec, tmp_path / "new")
+        registry.pull(uri, spec, tmp_path / "new")
     assert not any(tmp_path.iterdir())
 
 
@@ -322,19 +338,19 @@ def test_pull_touches_no_directory_with_something_in_it(uri: str, promoted: list
     (tmp_path / "mine.txt").write_text("mine")
     for to in (tmp_path, tmp_path / "mine.txt"):
         with pytest.raises(UserError, match="exists and is not empty"):
-            client.pull(uri, "tiny@champion", to)
+            registry.pull(uri, "tiny@champion", to)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"] and (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_pull_of_a_version_whose_files_are_gone(uri: str, encoder: Path, tmp_path: Path) -> None:
-    tracker = Tracker(uri, "patterns", "cleaned", {}, {})
-    tracker.close()
-    client.register(uri, tracker.run_id, encoder, "cleaned", {})
-    root = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / tracker.run_id
+    run = MLflowRun(uri, "patterns", "cleaned", {}, {})
+    run.end()
+    registry.register(uri, run.run_id, encoder, "cleaned", {})
+    root = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / run.run_id
     for file in root.rglob("encoder.safetensors"):
         file.unlink()
     with pytest.raises(UserError, match=r"cleaned/1 has lost its files at .*; publish the run again"):
-        client.pull(uri, "cleaned/1", tmp_path / "new")
+        registry.pull(uri, "cleaned/1", tmp_path / "new")
     assert not any(tmp_path.iterdir())
 
 

@@ -42,20 +42,18 @@ def begin(path: Path, patterns: Path) -> Run:
 
 def trained(run: Run, uri: str, steps: range, status: str) -> Run:
     """What a driver does that hears of `steps`."""
-    job = outbox.Tracked(run, uri)
-    job.open()
+    box = outbox.Outbox(uri)
+    posted = box.follow(run)
+    box.start()
     for step in steps:
-        row: dict[str, Any] = {"step": step, "train/loss": step / 8}
-        run.append(row)
-        job.log(row)
-    if status == "FINISHED":
-        job.thread.join(30)
-    return job.close(status)
+        run.append({"step": step, "train/loss": step / 8})
+    box.close(status)
+    return posted.run
 
 
 def logged(run: Run, uri: str) -> list[tuple[int, float]]:
     """In the order in which they arrived."""
-    found = client._client(uri).get_metric_history(run.tracking_run, "train/loss")
+    found = client.connect(uri).get_metric_history(run.tracking_run, "train/loss")
     return [(m.step, m.value) for m in found]
 
 
@@ -70,13 +68,13 @@ def test_what_a_killed_driver_could_not_log_its_successor_logs(
         raise UserError("MLflow is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(outbox, "open_tracker", away)
+        patch.setattr(outbox, "open_run", away)
         trained(run, uri, range(3, 7), "KILLED")
     assert len(logged(load_run(run.path), uri)) == 3
     began = int(time.time() * 1000)
     run = trained(load_run(run.path), uri, range(5, 10), "FINISHED")  # 5 and 6 are repeated, since the last checkpoint
     assert logged(run, uri) == [(step, step / 8) for step in range(10)] and not run.unlogged
-    times = {m.step: m.timestamp for m in client._client(uri).get_metric_history(run.tracking_run, "train/loss")}
+    times = {m.step: m.timestamp for m in client.connect(uri).get_metric_history(run.tracking_run, "train/loss")}
     assert times[4] <= began < times[9] + 1000  # each with the time of its report
 
 
@@ -84,21 +82,21 @@ def test_what_the_end_of_a_run_could_not_wait_for_the_same_command_logs(
     uri: str, patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = begin(tmp_path / "run", patterns)
-    send = client.Tracker._send
+    log = client.MLflowRun.log
 
-    def full(self: client.Tracker) -> None:
-        if self._metrics[0].step >= 2:
+    def full(self: client.MLflowRun, reports: Any) -> int:
+        if reports[0]["step"] >= 2:
             raise OSError("no answer")
-        send(self)
+        return log(self, reports)
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "_BATCH", 1)
-        patch.setattr(client, "_FLUSH_S", 1.0)
-        patch.setattr(client, "_AWAY_S", 0.1)
-        patch.setattr(client.Tracker, "_send", full)
+        patch.setattr(client, "MOST", 1)
+        patch.setattr(outbox, "_FLUSH_S", 1.0)
+        patch.setattr(outbox, "_AWAY_S", 0.1)
+        patch.setattr(client.MLflowRun, "log", full)
         run = trained(run, uri, range(6), "FINISHED")
     assert run.unlogged == "yes" and logged(run, uri) == [(0, 0.0), (1, 0.125)]
-    assert "4 metrics or files did not reach MLflow" in capsys.readouterr().err
+    assert "4 metrics did not reach MLflow" in capsys.readouterr().err
     run = outbox.catch_up(load_run(run.path), uri)
     assert logged(run, uri) == [(step, step / 8) for step in range(6)]
     assert load_run(run.path).unlogged == ""

@@ -18,10 +18,11 @@ from pipelines.runs.directory import Run, load_run
 from pipelines.tracking import outbox
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.train import driver, ray_train
+from pipelines.train.messages import Reported, TrialBeganAgain, TrialFailed
 from simclr.errors import UserError
 from tests.support.mlflow_server import Answer, Server
 from tests.support.sweeps import a_sweep, trained
-from tune import sweep, trial_log
+from tune import sweep, sweep_dir, trial, trial_log
 from tune.sweep_dir import Sweep
 
 
@@ -32,10 +33,11 @@ class MLflow:
         self.steps: dict[str, list[int]] = {}
         self.tags: dict[str, dict[str, str]] = {}
         self.ended: dict[str, str] = {}
+        self.heard: list[int] = []
         self.refuse: Callable[[str], object] = lambda name: None
         server = self
 
-        class Tracker:
+        class MLflowRun:
             def __init__(self, uri: str, experiment: str, name: str, params: Any, tags: Any, run_id: Any, known: Any) -> None:
                 server.refuse(name)
                 self.run_id = run_id or f"{len(server.steps)}: {name}"
@@ -43,18 +45,20 @@ class MLflow:
                 self.steps = server.steps.setdefault(self.run_id, [])
                 server.tags[self.run_id] = tags
 
-            def log(self, step: int, metrics: dict[str, float], at_s: float | None = None) -> None:
-                if not self.steps or step > self.steps[-1]:  # as the real one
-                    self.steps.append(step)
-
-            def artifact(self, path: Path, folder: str = "") -> None: ...
-
-            def close(self, status: str = "FINISHED") -> int:
-                server.ended[self.run_id] = status
+            def log(self, reports: list[dict[str, Any]]) -> int:
+                for report in reports:
+                    server.heard.append(report["step"])
+                    if not self.steps or report["step"] > self.steps[-1]:  # as the real one
+                        self.steps.append(report["step"])
                 return 0
 
-        patch.setattr("pipelines.tracking.client.Tracker", Tracker)
-        patch.setattr(outbox, "_AGAIN_S", 0.01)
+            def artifact(self, path: Path) -> None: ...
+
+            def end(self, status: str = "FINISHED") -> None:
+                server.ended[self.run_id] = status
+
+        patch.setattr("pipelines.tracking.client.MLflowRun", MLflowRun)
+        patch.setattr(outbox, "_EVERY_S", 0.01)
 
 
 @pytest.fixture
@@ -78,6 +82,10 @@ def a_run(path: Path) -> Run:
     return load_run(path / "trials" / trial.name)
 
 
+def reported(name: str, step: int) -> Reported:
+    return Reported(step=step, total_steps=9, metrics={"train/loss": 1.0}, trial=name)
+
+
 def lines(found: Sweep, name: str) -> list[float]:
     return [row["step"] for row in load_run(found.path / "trials" / name).history()]
 
@@ -89,14 +97,15 @@ def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_c
     mlflow: MLflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
-    job = outbox.Tracked(run, uri)
+    box = outbox.Outbox(uri)
+    box.follow(run)
     for step in (1, 2):
         run.append({"step": step, "train/loss": 1.0})
-        job.log({"step": step, "train/loss": 1.0})
-    job.open()
-    job.thread.join(10)  # and here it is killed: 1 and 2 arrive, 3, which the last checkpoint has, does not
+    box.start()
+    until(lambda: list(mlflow.steps.values()) == [[1, 2]])
+    box.over.set()  # and here it is killed: 1 and 2 arrive, 3, which the last checkpoint has, does not
+    box.thread.join(10)
     (logged,) = mlflow.steps.values()
-    assert logged == [1, 2]
     run.append({"step": 3, "train/loss": 1.0})
 
     def again() -> Run:
@@ -124,17 +133,21 @@ def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_c
 def test_a_job_interrupted_while_mlflow_opens_is_unlogged(mlflow: MLflow, tmp_path: Path) -> None:
     run, back = a_run(tmp_path), threading.Event()
     mlflow.refuse = lambda name: back.wait(10)
-    job = outbox.Tracked(run, "sqlite:///x.db")
-    job.open()
-    assert job.close("KILLED").unlogged == load_run(run.path).unlogged == "yes"
+    run.append({"step": 1, "train/loss": 1.0})
+    box = outbox.Outbox("sqlite:///x.db")
+    posted = box.follow(run)
+    box.start()
+    began = time.monotonic()
+    box.close("KILLED")
+    assert posted.run.unlogged == load_run(run.path).unlogged == "yes" and time.monotonic() < began + 1
     back.set()
-    job.thread.join(10)
-    assert not job.thread.is_alive() and job.tracker is None and list(mlflow.steps.values()) == [[]]
+    box.thread.join(10)
+    assert not box.thread.is_alive() and list(mlflow.steps.values()) == [[]] and not mlflow.ended
 
 
 def test_an_opening_that_fails_half_way_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(outbox, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(outbox, "_EVERY_S", 0.01)
     post, failing = Answer.do_POST, [True, True, True]
     info = {"run_id": "ab12", "run_uuid": "ab12", "experiment_id": "1", "status": "RUNNING", "lifecycle_stage": "active"}
     experiment = {"experiment_id": "1", "name": "e", "lifecycle_stage": "active"}
@@ -151,10 +164,13 @@ def test_an_opening_that_fails_half_way_goes_on_in_the_same_run(tmp_path: Path, 
     server = Server()
     try:
         run = a_run(tmp_path)
-        job = outbox.Tracked(run, server.uri)
-        job.open()
-        job.thread.join(20)
-        run = job.close("FINISHED")
+        run.append({"step": 1, "train/loss": 1.0})
+        box = outbox.Outbox(server.uri)
+        posted = box.follow(run)
+        box.start()
+        until(lambda: bool(server.metrics))
+        box.close("FINISHED")
+        run = posted.run
     finally:
         server.stop()
     assert not failing and server.calls.count("runs/create") == 1
@@ -169,6 +185,68 @@ def test_two_who_note_something_in_a_run_keep_each_others(tmp_path: Path) -> Non
     assert (found.tracking_run, found.unlogged) == ("ab12", "yes")
     replace(run, created=run.created + 1).save()  # a trial that begins again, in the same directory
     assert run.noted(tracking_run="cd34").tracking_run == "cd34" and load_run(run.path).tracking_run == ""
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_the_next_driver_begins_where_mlflow_has_taken_the_lines(mlflow: MLflow, tmp_path: Path, noted: bool) -> None:
+    """A run of before has no note: then MLflow's own steps say what it has."""
+    run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
+    for steps in ((1, 2), (2, 3)):  # 2 is repeated since the last checkpoint
+        box = outbox.Outbox(uri)
+        before, posted = set(threading.enumerate()), box.follow(load_run(run.path))
+        box.start()
+        assert [thread.name for thread in set(threading.enumerate()) - before] == ["outbox"]  # one thread, and no queue
+        for step in steps:
+            run.append({"step": step, "train/loss": 1.0})
+        box.close("FINISHED")
+        if not noted:
+            (run.path / "outbox.json").unlink()
+    assert list(mlflow.steps.values()) == [[1, 2, 3]]
+    assert mlflow.heard == ([1, 2, 2, 3] if noted else [1, 2, 1, 2, 2, 3])
+    assert posted.taken == (run.path / "metrics.jsonl").stat().st_size and load_run(run.path).unlogged == ""
+
+
+def test_other_lines_in_the_place_of_those_that_mlflow_has_are_read_from_the_first(mlflow: MLflow, tmp_path: Path) -> None:
+    """As fetched from S3, where another machine went on."""
+    run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
+    run.append({"step": 1, "train/loss": 1.0})
+    run = outbox.catch_up(run, uri)
+    (run.path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "train/loss": 0.{"3" * step}}}\n' for step in range(1, 9)))
+    assert outbox.catch_up(run, uri).unlogged == "" and list(mlflow.steps.values()) == [list(range(1, 9))]
+    elsewhere = outbox.Posted(replace(run, tracking_run="cd34"), uri)
+    assert outbox.Posted(run, uri).lost() == 0 and elsewhere.lost() == 8  # the note is of one MLflow run
+
+
+def test_half_a_line_waits_until_it_is_whole(mlflow: MLflow, tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.append({"step": 1, "train/loss": 1.0})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/lo')
+    run = outbox.catch_up(run, mlflow_uri.default_uri(tmp_path))
+    assert list(mlflow.steps.values()) == [[1]]
+    run.append({"step": 2, "train/loss": 1.0})  # its machine had died
+    outbox.catch_up(run, mlflow_uri.default_uri(tmp_path))
+    assert list(mlflow.steps.values()) == [[1, 2]]
+
+
+def test_a_bug_in_the_thread_is_a_traceback_and_the_training_goes_on(
+    mlflow: MLflow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, bugs = a_run(tmp_path), [1, 2, 3]
+
+    def bug(name: str) -> None:
+        if bugs:
+            raise KeyError(bugs.pop())
+
+    mlflow.refuse = bug
+    box = outbox.Outbox(mlflow_uri.default_uri(tmp_path))
+    box.follow(run)
+    run.append({"step": 1, "train/loss": 1.0})
+    box.start()
+    until(lambda: list(mlflow.steps.values()) == [[1]])
+    box.close("FINISHED")
+    said = capsys.readouterr().err
+    assert said.count("Traceback") == 1 and "in bug" in said and list(mlflow.ended.values()) == ["FINISHED"]
 
 
 # ── A sweep ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -186,10 +264,10 @@ def test_lines_are_written_while_mlflow_hangs_and_trials_end(mlflow: MLflow, tmp
     mlflow.refuse = lambda name: back.wait(10)
     for name in names:
         for step in (1, 2):
-            kept.inbox.put({"mark": name, "step": step, "train/loss": 1.0})
+            kept.inbox.put(reported(name, step))
         kept.ended(name, "FINISHED")
-    kept.inbox.put({"mark": names[0], "failed": "said behind all the others"})
-    until(lambda: all(lines(found, name) == [1, 2] for name in names) and not kept.tracked)
+    kept.inbox.put(TrialFailed(trial=names[0], reason="said behind all the others"))
+    until(lambda: all(lines(found, name) == [1, 2] for name in names) and not kept.posted)
     assert not mlflow.steps
     back.set()
     found = kept.close("FINISHED", [], {"eval/knn_top1": 0.5})
@@ -202,7 +280,7 @@ def test_what_a_sweep_could_not_log_the_same_command_logs(mlflow: MLflow, tmp_pa
     found, names, kept = begin(tmp_path)
     mlflow.refuse = away
     for name in names:
-        kept.inbox.put({"mark": name, "step": 1, "train/loss": 1.0})
+        kept.inbox.put(reported(name, 1))
     kept.ended(names[0], "FINISHED")
     found = kept.close("FINISHED", [], {})
     assert not mlflow.steps and [lines(found, name) for name in names] == [[1]] * 3
@@ -216,6 +294,28 @@ def test_what_a_sweep_could_not_log_the_same_command_logs(mlflow: MLflow, tmp_pa
     assert not any(load_run(found.path / "trials" / name).unlogged for name in names)
 
 
+def test_what_a_trial_reported_before_it_began_again_is_not_lost(mlflow: MLflow, tmp_path: Path) -> None:
+    """MLflow opens when the trial is long at its second try, in the same directory."""
+    found, names, kept = begin(tmp_path)
+    directory, back = found.path / "trials" / names[0], threading.Event()
+    mlflow.refuse = lambda name: back.wait(10)
+    for step in (1, 2, 3):
+        kept.inbox.put(reported(names[0], step))
+    until(lambda: lines(found, names[0]) == [1, 2, 3])
+    run = load_run(directory)
+    trial._set_aside(directory, sweep_dir.first_try(found.path, names[0]))
+    kept.inbox.put(TrialBeganAgain(trial=names[0], reason="the loss is not finite"))
+    replace(run, created=run.created + 1, tracking_run="", unlogged="").save()
+    kept.inbox.put(reported(names[0], 1))
+    kept.ended(names[0], "FINISHED")
+    until(lambda: not kept.posted and lines(found, names[0]) == [1])
+    back.set()
+    kept.close("FINISHED", [], {})
+    tries = [run_id for run_id, tags in mlflow.tags.items() if tags.get("trial") == names[0]]
+    assert [(mlflow.steps[run_id], mlflow.ended[run_id]) for run_id in tries] == [([1, 2, 3], "FAILED"), ([1], "FINISHED")]
+    assert load_run(directory).tracking_run == tries[1] and not load_run(directory).unlogged
+
+
 def test_a_parent_that_did_not_open_is_tried_again(mlflow: MLflow, tmp_path: Path) -> None:
     found, names, kept = begin(tmp_path)
     refusals = [1, 2]
@@ -226,7 +326,7 @@ def test_a_parent_that_did_not_open_is_tried_again(mlflow: MLflow, tmp_path: Pat
             raise UserError("no answer")
 
     mlflow.refuse = flaky
-    kept.inbox.put({"mark": names[0], "step": 1, "train/loss": 1.0})
+    kept.inbox.put(reported(names[0], 1))
     until(lambda: len(mlflow.steps) == 2)
     found = kept.close("FINISHED", [], {})
     assert not refusals and list(mlflow.steps) == [found.tracking_run, f"1: {names[0]}"]

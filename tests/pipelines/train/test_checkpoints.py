@@ -16,6 +16,7 @@ from pipelines.runs import sync
 from pipelines.runs.directory import open_run
 from pipelines.train import checkpoints
 from pipelines.train.checkpoints import Saver
+from pipelines.train.messages import Reported
 from simclr import checkpoint
 from simclr.config import Train
 from simclr.data.s3.store import Store
@@ -38,8 +39,8 @@ def report(step: int, score: float | None = None, due: bool = False) -> Report:
     return Report(step, 100, metrics, checkpoint.State(step, {}, {"model.w": torch.full((3,), float(step))}), due)
 
 
-def saver(folder: Path, **train: Any) -> tuple[Saver, list[dict[str, Any]]]:
-    told: list[dict[str, Any]] = []
+def saver(folder: Path, **train: Any) -> tuple[Saver, list[Any]]:
+    told: list[Any] = []
     return Saver(sync.Home(folder), Train(**train), None, told.append), told
 
 
@@ -59,7 +60,7 @@ def test_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             kept.save(report(second))
     kept.wait()
     assert due == [50, 100, 150, 200, 250, 300, 350]  # at 50, since at 60 the next report might be late
-    assert [row["checkpoint"] for row in told] == due and names(tmp_path) == [300, 350]
+    assert [row.step for row in told] == due and names(tmp_path) == [300, 350]
     for held_s, every_s in ((0.5, 60), (2, 100), (5.9, 295), (60, 300)):
         kept.held_s = held_s
         assert kept.every_s == pytest.approx(every_s)
@@ -117,7 +118,7 @@ def test_a_checkpoint_has_the_reports_that_nobody_may_have_heard(tmp_path: Path,
     for steps in (range(1, 4), range(4, 7)):  # the second by workers that were started again
         kept = Saver(sync.Home(run.path), Train(keep_checkpoints=1), since, lambda told: None)
         for step in steps:
-            kept.hear({"step": step, "train/loss": step / 3})
+            kept.hear(Reported(step=step, total_steps=6, metrics={"train/loss": step / 3}))
         kept.save(report(6, due=True))
         kept.close()
         since = run.checkpoints / "step-000000006"
@@ -144,7 +145,7 @@ def test_a_full_disk_ends_the_training_at_the_next_checkpoint(tmp_path: Path, mo
     kept.save(report(2))
     with pytest.raises(OSError, match="No space left"):
         kept.save(report(3))
-    assert names(tmp_path) == [1] and [row["checkpoint"] for row in told] == [1]
+    assert names(tmp_path) == [1] and [row.step for row in told] == [1]
     monkeypatch.setattr(checkpoint, "save_file", write)
     kept.save(report(3))
     kept.close()
@@ -163,7 +164,7 @@ def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixtur
         send(path, keep)
 
     home.send_checkpoint = slow  # type: ignore[method-assign]
-    told: list[dict[str, Any]] = []
+    told: list[Any] = []
     kept = Saver(home, Train(keep_checkpoints=1), None, told.append)
     for step in (1, 2, 3, 4):  # 1 is on its way, for as long as it takes
         kept.save(report(step))

@@ -120,7 +120,7 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     monkeypatch.setattr(hang.group, "saved", 0)
-    said: list[dict[str, Any]] = []
+    said: list[Any] = []
     policy = retry.failure_policy(FailureConfig(max_failures=2), 16, said.append)
 
     def tried(error: Exception, saved: int = 0) -> bool:
@@ -131,11 +131,11 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
     meeting = ControllerError(RayTaskError("init", "Connection reset by peer", RuntimeError()))  # rank 0 died, the others say so
     assert [tried(lost), tried(lost, saved=40), tried(lost), tried(lost)] == [True, True, True, False]
     assert [tried(meeting, saved=80), tried(meeting), tried(ControllerError(GetTimeoutError("no answer")))] == [True, True, False]
-    assert [message["say"].partition(":")[0] for message in said] == ["workers failed to start"] * 3
+    assert [message.text.partition(":")[0] for message in said] == ["workers failed to start"] * 3
     assert not tried(ControllerError(KeyError("a mistake of Ray's")), saved=80)
     for _ in range(9):  # nodes that have not come
         assert tried(ControllerError(WorkerGroupStartupTimeoutError(16)))
-    assert said[-1]["say"].startswith("waiting for nodes: the cluster has no room for 16 workers")
+    assert said[-1].text.startswith("waiting for nodes: the cluster has no room for 16 workers")
     assert tried(WorkerGroupError("left", {0: hang.Leave("there is room for 2 workers")}))
     away = WorkerGroupError("failed", {1: Unreachable("s3://b/run failed 8 times")})
     assert tried(away, saved=100) and retry.given_up(away) == "s3://b/run failed 8 times" and retry.non_retryable(away) == ""

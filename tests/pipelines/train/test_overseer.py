@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipelines.train import hang
+from pipelines.train.messages import WorkerFailed
 from pipelines.train.overseer import overseer
 
 
@@ -31,7 +32,7 @@ def test_who_is_silent_counts_as_failed_and_is_told() -> None:
     callback.after_worker_group_poll_status(status)
     assert set(status.errors) == {1} and isinstance(status.errors[1], hang.Hung)
     sentence = "no answer for 0 s from pid 8 on h1 (10.0.0.1), before its first step"
-    assert str(status.errors[1]) == sentence and told == [{"failed_rank": 1, "error": sentence}]
+    assert str(status.errors[1]) == sentence and told == [WorkerFailed(rank=1, error=sentence)]
     callback.after_worker_group_poll_status(status)
     assert len(told) == 1
     callback.before_worker_group_shutdown(group)

@@ -8,10 +8,10 @@ import re
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from pipelines.train.messages import Reported, Task
 from pipelines.train.prometheus import OF_RANKS, OF_RUN, PREFIX
 from simclr.recipes import recipe
 from tests.support.paths import ROOT
@@ -71,7 +71,7 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
     """Two workers under Ray Train set them, one report each; a private Ray serves them as a cluster does."""
     from pipelines.train import ray_train
 
-    def worker(job: dict[str, Any]) -> None:
+    def worker(task: Task) -> None:
         import time
         from pathlib import Path
 
@@ -85,8 +85,8 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
         metrics = {"train/loss": 3.5, "speed/images_per_s": 512.0, "speed/slowest_rank": 1.0}
         said = gauges.show(Report(70, 90, metrics, State(70, {}, {}), False, ranks, (1,)))
         if dist.get_rank() == 0:
-            job["inbox"].put(said)
-        while not Path(job["seen"]).exists():
+            task.inbox.put(Reported(step=70, total_steps=90, metrics=metrics, stragglers=said))
+        while not Path(task.run, "seen").exists():
             time.sleep(0.2)
 
     import ray
@@ -94,10 +94,10 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
     assert ray_train.connect(ray_train.Resources(workers=2))
     try:
         (node,) = ray.nodes()
-        job = {"stage": "pretrain", "config": recipe("patterns_tiny").to_dict(), "seen": str(tmp_path / "seen")}
-        running = ray_train.launch(worker, job, ray_train.Resources(workers=2, max_failures=0), tmp_path / "ray")
+        task = Task(stage="pretrain", config=recipe("patterns_tiny"), data="", run=str(tmp_path))
+        running = ray_train.launch(worker, task, ray_train.Resources(workers=2, max_failures=0), tmp_path / "ray")
         said = next(running.reports())
-        assert re.fullmatch(r"rank 1 on \S+", said["stragglers"])
+        assert isinstance(said, Reported) and re.fullmatch(r"rank 1 on \S+", said.stragglers)
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         until, found = time.monotonic() + 60, dict[tuple[str, str, str], float]()
         while time.monotonic() < until and not {rank for _, _, rank in found} >= {"0", "1"}:
@@ -107,7 +107,7 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
                 if read := re.fullmatch(rf"({PREFIX}simclr_\w+)\{{(.*)\}} (\S+)", line):
                     labels = dict(re.findall(r'(\w+)="([^"]*)"', read[2]))
                     found[read[1], labels["run"], labels["rank"]] = float(read[3])
-        Path(job["seen"]).touch()
+        (tmp_path / "seen").touch()
         running.thread.join(60)
     finally:
         ray_train.disconnect()

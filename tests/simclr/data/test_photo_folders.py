@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_without_labels_the_effective_rank_is_the_score_and_the_encoder_is_publi
     done = publish.publish(publish.Args(run=run.path))
     assert done["champion"] and done["name"] == "mine"
     run = directory.load_run(run.path)
-    logged = client._client(default_uri(tmp_path / "runs")).get_metric_history(run.tracking_run, "train/loss")
+    logged = client.connect(default_uri(tmp_path / "runs")).get_metric_history(run.tracking_run, "train/loss")
     assert [(m.step, m.value) for m in logged] == [(1, 3.0), (2, 2.0), (3, 1.0)]
     page = report(ReportArgs(run=run.path)).read_text()
     assert "RankMe" in page and "unlabelled" in page.lower()
@@ -102,23 +103,25 @@ def test_half_a_line_of_metrics_is_left_out(tmp_path: Path) -> None:
 def test_a_tracker_that_opens_at_the_third_try_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_run(tmp_path, [""] * 4)
     uri, tries = default_uri(tmp_path / "runs"), []
-    real = outbox.open_tracker
+    real = outbox.open_run
 
-    def at_the_third(run: directory.Run, uri: str, *more: Any) -> client.Tracker:
+    def at_the_third(run: directory.Run, uri: str, *more: Any) -> client.MLflowRun:
         tries.append(uri)
         if len(tries) < 3:
             raise UserError("MLflow is away")
         return real(run, uri, *more)
 
-    monkeypatch.setattr(outbox, "open_tracker", at_the_third)
-    monkeypatch.setattr(outbox, "_AGAIN_S", 0.01)
-    job = outbox.Tracked(run, uri)
-    job.open()
-    for row in run.history():
-        job.log(row)
-    job.thread.join(30)
+    monkeypatch.setattr(outbox, "open_run", at_the_third)
+    monkeypatch.setattr(outbox, "_EVERY_S", 0.01)
+    box = outbox.Outbox(uri)
+    posted = box.follow(run)
+    box.start()
+    until = time.monotonic() + 30
+    while posted.mlflow is None and time.monotonic() < until:
+        time.sleep(0.01)
     # Known before the job ends: one that is killed now goes on in the same MLflow run.
     known = json.loads((run.path / "run.json").read_text())["tracking_run"]
     assert len(tries) == 3 and known
-    assert job.close("FINISHED").tracking_run == known
-    assert len(client._client(uri).get_metric_history(known, "train/loss")) == 3
+    box.close("FINISHED")
+    assert posted.run.tracking_run == known
+    assert len(client.connect(uri).get_metric_history(known, "train/loss")) == 3

@@ -20,6 +20,10 @@ Resize = Literal["bicubic", "bilinear", "area"]
 Operation = Literal["crop", "cutout", "colour", "sobel", "noise", "blur", "rotate"]
 
 
+RENAMED = {"begins": "encoder_sha256", "labelled": "labels_sha256"}
+"""Fields of a stage (`simclr.stages`) by their names before 26 November 2026, which older files and default run directories have."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -331,6 +335,10 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Rebuild a config. Raises UserError naming an unknown field and the nearest known ones, or a value of another type."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        new = {old: name for old, name in RENAMED.items() if old not in known and name in known}
+        if new and isinstance(values, dict):
+            values = {new.get(name, name): value for name, value in values.items()}
         config: Self = _build(cls, values, "")
         return config
 

@@ -30,9 +30,9 @@ class FineTune(Config):
     """Layer of the projection head that the classifier reads; the layers up to it are trained too. 0 = h."""
     linear: bool = False
     """Only the classifier learns; what is before it is frozen, its statistics too."""
-    begins: str = ""
+    encoder_sha256: str = ""
     """sha256 of the published encoder that it begins with; empty = from scratch, the supervised baseline."""
-    labelled: str = ""
+    labels_sha256: str = ""
     """sha256 of the sample ids whose labels are seen."""
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Distill(Config):
     """Weight of the teacher's share; the true labels have 1 - alpha. 1 = Eq. 2, no label is seen."""
     teacher: str = ""
     """sha256 of the published teacher."""
-    labelled: str = ""
+    labels_sha256: str = ""
     """sha256 of the sample ids whose labels are seen; empty = none."""
 
     def __post_init__(self) -> None:

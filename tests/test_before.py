@@ -17,7 +17,7 @@ import torch
 
 import simclr
 from pipelines.commands.report import Args, report
-from pipelines.runs.directory import load_run
+from pipelines.runs.directory import load_run, open_run
 from pipelines.train import driver
 from simclr import checkpoint
 from simclr.data import labels, loader, shards
@@ -66,6 +66,17 @@ def test_an_old_run_goes_on_as_it_would_have_then(before: Path, went_on: dict[st
     ids = labels.read(run.path / "labels.txt", loader.labels(run.data), None) if name == "tuned" else None
     losses = [report.metrics["train/loss"] for report in train(config, Start(run.data, checkpoint=newest, ids=ids))]
     assert losses == pytest.approx(went_on[name], rel=1e-4)  # float32, on another processor
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("pretrained", "runs/patterns_tiny-0bc3d737"), ("tuned", "runs/finetune-patterns_tiny-a75f30cf")]
+)
+def test_the_same_command_looks_where_it_did(before: Path, name: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default directory's digits are of config and data; fields that have another name now count under their old one."""
+    run = load_run(before / name)
+    data = run.data.resolve()
+    monkeypatch.chdir(tmp_path)
+    assert open_run(None, run.recipe, run.config, data, stage=run.stage).path == Path(path)
 
 
 def test_old_weights_are_published_and_old_encoders_read(before: Path, went_on: dict[str, Any]) -> None:

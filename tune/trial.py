@@ -147,7 +147,7 @@ def why(failure: BaseException) -> tuple[str, bool]:
 def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
     """The trial's run directory; under PBT with the weights of the trial it goes on from, and its own new config."""
     at = address(sweep.data)
-    data = sync.patiently(lambda: sync.shards(sweep.data), say)
+    data = sync.retry_unreachable(lambda: sync.shards(sweep.data), say)
     if (directory / "run.json").is_file() and donor is not None:
         dataclasses.replace(load_run(directory), config=config).save()
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))

@@ -114,7 +114,7 @@ def distill(args: Args) -> Run:
     return driver.train(job, began)
 
 
-def _config(args: Args, directory: Path, images: int, labelled: str) -> Distill:
+def _config(args: Args, directory: Path, images: int, labels_sha256: str) -> Distill:
     from simclr.encoder.directory import config_of, read_text
 
     base = config_of(read_text(directory))
@@ -132,5 +132,5 @@ def _config(args: Args, directory: Path, images: int, labelled: str) -> Distill:
         temperature=args.temperature if args.temperature is not None else 0.1 if student == base.encoder else 1.0,
         alpha=args.alpha,
         teacher=classifiers.digest(directory),
-        labelled=labelled,
+        labels_sha256=labels_sha256,
     )

@@ -115,7 +115,7 @@ def finetune(args: Args) -> Run:
     return driver.train(job, began)
 
 
-def _config(args: Args, directory: Path, images: int, share: float, labelled: str) -> FineTune:
+def _config(args: Args, directory: Path, images: int, share: float, labels_sha256: str) -> FineTune:
     from simclr.encoder.directory import config_of, read_text
 
     base = config_of(read_text(directory))
@@ -134,6 +134,6 @@ def _config(args: Args, directory: Path, images: int, share: float, labelled: st
         watch=Watch(every_epochs=args.test_every_epochs),
         tap=tap,
         linear=args.linear,
-        begins="" if args.from_scratch else classifiers.digest(directory),
-        labelled=labelled,
+        encoder_sha256="" if args.from_scratch else classifiers.digest(directory),
+        labels_sha256=labels_sha256,
     )

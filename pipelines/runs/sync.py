@@ -55,7 +55,7 @@ def shards(place: str | Path, groups: int = 1, group: int = 0) -> Path:
     return copy
 
 
-def patiently(work: Callable[[], T], tell: Callable[[str], None], within_s: float = _PATIENCE_S) -> T:
+def retry_unreachable(work: Callable[[], T], tell: Callable[[str], None], within_s: float = _PATIENCE_S) -> T:
     """`work()`, done again while S3 cannot be reached, and `tell` hears of it. Raises Unreachable after `within_s` seconds: workers that
     give up at the first sentence use up their restarts on an outage of minutes."""
     began = time.monotonic()
@@ -191,7 +191,7 @@ class Home:
 
     # ── Checkpoints ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def settle(self) -> None:
+    def sync_checkpoints(self) -> None:
         """Have the newest whole checkpoint both here and in S3. One that is damaged in S3 is named, and the one before it taken."""
         if self.at is None:
             return
@@ -215,7 +215,7 @@ class Home:
         """Name of the newest whole checkpoint, here and in S3; "" where there is none."""
         from simclr import checkpoint
 
-        self.settle()
+        self.sync_checkpoints()
         newest = checkpoint.latest(self.path / "checkpoints", say)
         return newest.name if newest is not None else ""
 

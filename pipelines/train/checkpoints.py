@@ -85,7 +85,7 @@ class Saver:
         """Until the newest checkpoint is where the run is. Raises Unreachable where S3 is away."""
         self.wait()
         self.home.wait()
-        self.home.settle()
+        self.home.sync_checkpoints()
 
     def leave(self) -> None:
         """As `close`, but S3 may be away: the node is about to go, and waits for nothing."""

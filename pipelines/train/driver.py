@@ -62,7 +62,7 @@ def home_of(
     home = sync.Home(asked) if asked is not None else None
     if home is not None:
         home.fetch()
-        home.settle()
+        home.sync_checkpoints()
     run = open_run(home.path if home else None, name, config, data, str(s3_uri.address(at) or ""), stage)
     require(uri, begun=run.tracking_uri == mlflow_uri.redacted(uri) or any(run.checkpoints.glob("step-*")))
     return run, home or sync.Home(run.path), uri
@@ -100,7 +100,7 @@ def _train(job: Job, began: float) -> Run:
         posted = outbox.follow(run)
         home.send()  # before any checkpoint: run.json says whose they are
         if not done:
-            home.settle()  # a first checkpoint, of step 0
+            home.sync_checkpoints()  # a first checkpoint, of step 0
     except Exception:
         if ours:
             ray_train.disconnect()
@@ -114,7 +114,7 @@ def _train(job: Job, began: float) -> Run:
         running = _launch(job)
         stepped = _follow(job, running, outbox, done, began, connected)
         run.took(run.stage, time.monotonic() - stepped)
-        home.settle()
+        home.sync_checkpoints()
         job.publish(run)
         status = "FINISHED"
     except KeyboardInterrupt:

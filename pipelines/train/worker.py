@@ -46,19 +46,19 @@ def train_worker(task: Task) -> None:
     def tell(text: str) -> None:
         send(Said(f"rank {me}: {text}", task.trial))
 
-    patiently = partial(sync.patiently, tell=tell)
-    data = patiently(lambda: sync.shards(task.data, config.train.shard_groups, config.group_of(me, world)))
+    retried = partial(sync.retry_unreachable, tell=tell)
+    data = retried(lambda: sync.shards(task.data, config.train.shard_groups, config.group_of(me, world)))
     home.belongs_to(task.created)
     # One rank looks: on a shared disk that is slow to show a rename, two might see different ones.
-    name = patiently(home.newest) if first else ""
+    name = retried(home.newest) if first else ""
     # One node may fetch for an hour, and NCCL and gloo wait half of one.
     meet = ray.train.collective.barrier if home.at is not None or str(data) != task.data else list
     meet()
     name = from_rank_zero(name)
-    found = patiently(lambda: home.checkpoint(name)) if name else None
+    found = retried(lambda: home.checkpoint(name)) if name else None
     meet()
     if task.stage == "distill":
-        patiently(home.fetch)
+        retried(home.fetch)
     start = Start(data, device, found, task.cpus_per_worker, teacher=home.path / "teacher", **task.given)
     reports = compile_cache.remembered(train(config, start), home, config, device, task.compile_key, tell)
     gauges = Gauges(task.run)
@@ -82,4 +82,4 @@ def train_worker(task: Task) -> None:
             if report.due or set(SCORES) & report.metrics.keys():
                 ray.train.report(said.line())
     if saver is not None:
-        patiently(saver.close)
+        retried(saver.close)

@@ -22,9 +22,9 @@ from simclr.telemetry.timing import Pace
 NAMED = 8
 """Images that an error names at most."""
 DIVERGED = 10.0
-"""Times the loss of guessing, or of the first report where that was more. A loss that runs away grows from three to ten times in a few
+"""Times the loss at chance level, or of the first report where that was more. A loss that runs away grows from three to ten times in a few
 steps, so waiting costs nothing; a spike that passes is not worth a run. (NT-Xent cannot get there: it is at most 2 / temperature above
-guessing. What a rate too high makes of it is a collapse, which `simclr.telemetry.collapse` tells.)"""
+chance level. What a rate too high makes of it is a collapse, which `simclr.telemetry.collapse` tells.)"""
 _WEIGHTS, _LOSS = 0.75, 0.5  # added to the step of a rank whose projections were finite, but not these
 
 _PER_RANK = ("speed/step_p50_s", "speed/step_p95_s", "speed/step_max_s", "speed/own_s", "speed/data_wait_pct", "speed/communication_pct")
@@ -34,10 +34,10 @@ _MEMORY = "memory/peak_gib"
 class Health:
     """Sees every step of this rank; `report` tells of them and stops the run where it must."""
 
-    def __init__(self, model: nn.Module, device: torch.device, images: int, data: Path, guessing: float, advice: str) -> None:
-        """`images` per step on this rank, of the training split in `data`; `guessing`: loss of one who knows nothing, 0 = not known;
+    def __init__(self, model: nn.Module, device: torch.device, images: int, data: Path, chance: float, advice: str) -> None:
+        """`images` per step on this rank, of the training split in `data`; `chance`: loss at chance level, 0 = not known;
         `advice` ends the error's sentence."""
-        self.model, self.device, self.data, self.guessing, self.advice = model, device, data, guessing, advice
+        self.model, self.device, self.data, self.chance, self.advice = model, device, data, chance, advice
         self.bad_at = torch.full((), math.inf, device=device, dtype=torch.float64)
         self.bad = torch.zeros(images, dtype=torch.bool, device=device)
         self.ids: dict[int, Tensor] = {}
@@ -109,10 +109,10 @@ class Health:
 
     def _require_bounded(self, step: int, loss: float) -> None:
         """A finite loss that is `DIVERGED` times what it should never exceed, in two reports on end. One may be a spike that passes."""
-        self.reference = self.reference or max(self.guessing, loss)
+        self.reference = self.reference or max(self.chance, loss)
         self.above = self.above + 1 if loss > DIVERGED * self.reference > 0 else 0
         if self.above > 1:
-            what = f"{'guessing gives' if self.reference == self.guessing else 'it began at'} {self.reference:.4g}"
+            what = f"{'chance level is' if self.reference == self.chance else 'it began at'} {self.reference:.4g}"
             raise Diverged(f"the loss diverges: it is {loss:.4g} at step {step}, where {what}; {self.advice}")
 
 

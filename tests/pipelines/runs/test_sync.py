@@ -176,14 +176,14 @@ def test_a_checkpoint_is_there_when_all_of_it_is(s3: Proxy, machine: Machine, ca
     machine("two")
     there = sync.Home(str(at))
     there.store = store
-    there.settle()
+    there.sync_checkpoints()
     newest = checkpoint.latest(there.path / "checkpoints", print)
     assert newest is not None and newest.name == "step-000000002"
     assert torch.equal(checkpoint.read(newest).tensors["model.w"], torch.full((100,), 2.0))
     assert "step-000000003/state.safetensors failed" in capfd.readouterr().err
     # The machine that has step 4 sends it when it comes back.
     machine("one")
-    home.settle()
+    home.sync_checkpoints()
     machine("two")
     assert there.checkpoint("step-000000004").is_dir()
     s3.log.clear()
@@ -200,16 +200,16 @@ def test_a_sending_that_fails_does_not_end_the_training(s3: Proxy, machine: Mach
     home.wait()
     assert "not sent: s3://photos/runs/failing/checkpoints failed 2 times, the last time with 503 SlowDown" in capfd.readouterr().err
     with pytest.raises(UserError, match="failed 2 times"):  # at the end it has to be there
-        home.settle()
+        home.sync_checkpoints()
     s3.quiet()
-    home.settle()
+    home.sync_checkpoints()
     assert len(names("s3://photos/runs/failing")) == 2
 
 
 def test_on_disk_nothing_of_this_happens(tmp_path: Path) -> None:
     home = sync.Home(tmp_path / "run")
     home.fetch()
-    home.settle()
+    home.sync_checkpoints()
     home.later(lambda: None)
     home.wait()
     home.send()
@@ -277,7 +277,7 @@ def test_a_worker_does_not_go_on_from_the_checkpoints_of_an_earlier_run_at_the_a
     home = sync.Home(address)
     home.belongs_to(1.0)
     checkpoint.write(home.path / "checkpoints", checkpoint.State(100, {}, {"model.a": torch.ones(2)}), 1)
-    home.settle()
+    home.sync_checkpoints()
     assert home._whole() == ["step-000000100"]
     for found in home.store.listing(home.at):  # type: ignore[arg-type]
         home.store.delete(home.at / found.name)  # type: ignore[operator]
@@ -285,5 +285,5 @@ def test_a_worker_does_not_go_on_from_the_checkpoints_of_an_earlier_run_at_the_a
     worker.belongs_to(1.0)  # the same run started again: its copy stays
     assert checkpoint.latest(worker.path / "checkpoints", print) is not None
     worker.belongs_to(2.0)
-    worker.settle()
+    worker.sync_checkpoints()
     assert checkpoint.latest(worker.path / "checkpoints", print) is None and worker._whole() == []

@@ -184,7 +184,7 @@ def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixtur
         s3.quiet()
 
     monkeypatch.setattr(sync, "_AGAIN_S", 0.0)
-    sync.patiently(kept.close, tell)
+    sync.retry_unreachable(kept.close, tell)
     assert len(told_of) == 1 and told_of[0].startswith("waiting for S3, for 30 minutes at most: s3://photos/runs/away")
     assert sent == ["step-000000001", "step-000000004"]
     assert {found.name.split("/")[0] for found in home.store.listing(home.at / "checkpoints")} == {"step-000000004"}  # type: ignore[operator]

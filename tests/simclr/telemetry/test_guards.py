@@ -25,8 +25,8 @@ from tests.support.ranks import Ranks
 _PACE = Pace(1, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
 
 
-def health(data: Path, images: int = 4, guessing: float = 1.0) -> Health:
-    return Health(torch.nn.Linear(2, 2), torch.device("cpu"), images, data, guessing, "advice")
+def health(data: Path, images: int = 4, chance: float = 1.0) -> Health:
+    return Health(torch.nn.Linear(2, 2), torch.device("cpu"), images, data, chance, "advice")
 
 
 def told(seen: Health, step: int, loss: float = 1.0) -> str:
@@ -89,10 +89,10 @@ def test_weights_that_are_not_finite_end_the_run_before_a_checkpoint_has_them(pa
 
 
 def test_a_loss_that_runs_away_ends_the_run_and_a_spike_does_not(patterns: Path) -> None:
-    seen = health(patterns, guessing=2.0)
+    seen = health(patterns, chance=2.0)
     assert [told(seen, step, loss) for step, loss in enumerate((1.0, 19.0, 1000.0, 3.0, 21.0), 1)] == [""] * 5
-    assert told(seen, 6, 22.0) == "the loss diverges: it is 22 at step 6, where guessing gives 2; advice"
-    seen = health(patterns, guessing=0.0)  # of a loss whose scale nobody knows the first report is the measure
+    assert told(seen, 6, 22.0) == "the loss diverges: it is 22 at step 6, where chance level is 2; advice"
+    seen = health(patterns, chance=0.0)  # of a loss whose scale nobody knows the first report is the measure
     assert [told(seen, step, loss) for step, loss in enumerate((50.0, 499.0, 501.0), 1)] == [""] * 3
     assert told(seen, 4, 600.0) == "the loss diverges: it is 600 at step 4, where it began at 50; advice"
 

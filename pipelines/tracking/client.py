@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.terminal import say
 from pipelines.tracking.uri import database_file, redacted
 from simclr.errors import UserError
 
@@ -126,10 +127,11 @@ class MLflowRun:
                 self._mlflow.log_batch(self.run_id, params=new[begin : begin + _PARAMS])
             # A resumed job repeats the steps since its last checkpoint, with the same values: they are not logged twice.
             self._last = {k: max(m.step for m in self._mlflow.get_metric_history(self.run_id, k)) for k in run.data.metrics}
+        self._refused = 0
 
-    def log(self, reports: Sequence[dict[str, Any]]) -> int:
+    def log(self, reports: Sequence[dict[str, Any]]) -> None:
         """Log the metrics of `reports`, at most `MOST`, each at its "time". A step of a metric that is not after the last one was
-        repeated, and is left out. Returns how many values MLflow will never take."""
+        repeated, and is left out. What MLflow will never take is dropped and counted; `end` says so."""
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
@@ -139,8 +141,6 @@ class MLflowRun:
             new = {k: v for k, v in metrics_of(report).items() if step > last.get(k, -1)}
             last |= dict.fromkeys(new, step)
             batch += [Metric(k, v, at_ms, step) for k, v in new.items()]
-        if not batch:
-            return 0
         with one_sentence(self._uri):
             try:
                 self._mlflow.log_batch(self.run_id, metrics=batch)
@@ -148,10 +148,11 @@ class MLflowRun:
                 if error.error_code not in (ABSENT, _INVALID):  # which trying again does not change
                     raise
                 if error.error_code == _INVALID and len(reports) > 1:  # the others are good
-                    return sum(self.log([report]) for report in reports)
-                return len(batch)
+                    for report in reports:
+                        self.log([report])
+                    return
+                self._refused += len(batch)
         self._last = last
-        return 0
 
     def artifact(self, path: Path) -> None:
         """Copy file `path`, if there is one, into the run's artifacts."""
@@ -162,6 +163,8 @@ class MLflowRun:
     def end(self, status: str = "FINISHED") -> None:
         with one_sentence(self._uri):
             unless(ABSENT, self._mlflow.set_terminated, self.run_id, status)  # absent: somebody deleted it
+        if self._refused:
+            say(f"{self._refused:,} metrics did not reach MLflow at {redacted(self._uri)}: it refuses them; metrics.jsonl has every report")
 
 
 def metrics_of(report: dict[str, Any]) -> dict[str, float]:

@@ -124,9 +124,8 @@ def test_one_parent_run_and_one_below_it_for_each_trial(tmp_path: Path, monkeypa
             known(self.run_id)
             opened.append((name, tags))
 
-        def log(self, reports: list[dict[str, Any]]) -> int:
+        def log(self, reports: list[dict[str, Any]]) -> None:
             logged.setdefault(self.run_id, []).extend(report["step"] for report in reports)
-            return 0
 
         def artifact(self, path: Path) -> None: ...
 

@@ -78,7 +78,7 @@ def test_an_encoder_of_the_registry_is_pulled_and_left_nowhere(
 ) -> None:
     import shutil
 
-    from pipelines.tracking import client
+    from pipelines.tracking import registry
     from pipelines.tracking import uri as mlflow_uri
 
     def pull(uri: str, spec: str, to: Path, progress: object) -> None:
@@ -87,7 +87,7 @@ def test_an_encoder_of_the_registry_is_pulled_and_left_nowhere(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mlflow_uri, "check", lambda uri: None)
-    monkeypatch.setattr(client, "pull", pull)
+    monkeypatch.setattr(registry, "pull", pull)
     cli.main(["evaluate", "patterns@champion", "--data", str(patterns), "--protocol", "knn", "--resamples", "100"])
     assert (tmp_path / "runs/evaluation/patterns-champion/knn.json").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]

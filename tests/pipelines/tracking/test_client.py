@@ -73,7 +73,8 @@ def test_metrics_parameters_and_files_arrive(uri: str, tmp_path: Path) -> None:
     params: dict[str, object] = {f"field.{i}": i for i in range(250)}  # more than MLflow takes at a time
     run = MLflowRun(uri, "patterns", "a run", params, {"command": "simclr pretrain"})
     reports = [{"step": step, "time": 1e9 + step, "train/loss": step / 8, "eval/knn_top1": math.nan} for step in range(400)]
-    assert run.log(reports[:200]) == run.log(reports[100:]) == 0  # some were repeated
+    run.log(reports[:200])
+    run.log(reports[100:])  # some were repeated
     (tmp_path / "report.html").write_text("<p>")
     run.artifact(tmp_path / "report.html")
     run.artifact(tmp_path / "absent.html")
@@ -110,7 +111,8 @@ def test_deleted_run_and_experiment_are_replaced(uri: str) -> None:
     first._mlflow.delete_experiment(first._mlflow.get_experiment_by_name("thrown away").experiment_id)
     for old in (first.run_id, "0" * 32):
         again = MLflowRun(uri, "thrown away", "r", {}, {}, old)
-        assert again.log([{"step": 0, "train/loss": 1.0}]) == 0 and again.run_id != old
+        again.log([{"step": 0, "train/loss": 1.0}])
+        assert history(again, "train/loss") == [(0, 1.0)] and again.run_id != old
 
 
 def test_what_mlflow_refuses_is_counted_and_the_rest_arrives(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +126,7 @@ def test_what_mlflow_refuses_is_counted_and_the_rest_arrives(uri: str, tmp_path:
     assert posted.mlflow is not None and history(posted.mlflow, "train/loss") == [(0, 1.0), (2, 3.0)]
     assert posted.mlflow._mlflow.get_run(posted.mlflow.run_id).info.status == "FINISHED"
     assert "2 metrics did not reach MLflow" in capsys.readouterr().err
-    assert load_run(run.path).unlogged == "yes" and outbox.Posted(posted.run, uri).lost() == 4  # the next driver tries them again
+    assert load_run(run.path).unlogged == "" and outbox.Posted(posted.run, uri).lost() == 0  # another try would not change it
 
 
 def test_jobs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_jobs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
 
     def job(number: int) -> list[tuple[int, float]]:
         run = MLflowRun(uri, "sweep", f"trial {number}", {}, {})
-        assert run.log([{"step": step, "train/loss": float(number)} for step in range(100)]) == 0
+        run.log([{"step": step, "train/loss": float(number)} for step in range(100)])
         return history(run, "train/loss")
 
     with ThreadPoolExecutor(4) as pool:
@@ -147,7 +149,7 @@ def test_another_process_at_the_database_is_waited_for(uri: str) -> None:
         job.join(0.3)
         assert not opened
     job.join()
-    assert opened[0].log([]) == 0
+    assert opened[0].run_id
 
 
 # ── Servers ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,7 +181,7 @@ def test_metrics_survive_an_outage_complete_and_in_order(server: Server, tmp_pat
     back.stop()
     assert back.metrics == [("train/loss", step, step / 2) for step in range(1, 1500)]
     assert back.calls == ["runs/log-batch", "runs/log-batch", "runs/update"]
-    assert load_run(run.path).unlogged == "" and posted.taken == (run.path / "metrics.jsonl").stat().st_size
+    assert load_run(run.path).unlogged == ""
 
 
 def test_close_gives_up_in_time_and_says_what_is_missing(

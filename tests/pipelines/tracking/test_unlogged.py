@@ -45,12 +45,11 @@ class MLflow:
                 self.steps = server.steps.setdefault(self.run_id, [])
                 server.tags[self.run_id] = tags
 
-            def log(self, reports: list[dict[str, Any]]) -> int:
+            def log(self, reports: list[dict[str, Any]]) -> None:
                 for report in reports:
                     server.heard.append(report["step"])
                     if not self.steps or report["step"] > self.steps[-1]:  # as the real one
                         self.steps.append(report["step"])
-                return 0
 
             def artifact(self, path: Path) -> None: ...
 
@@ -139,7 +138,7 @@ def test_a_job_interrupted_while_mlflow_opens_is_unlogged(mlflow: MLflow, tmp_pa
     box.start()
     began = time.monotonic()
     box.close("KILLED")
-    assert posted.run.unlogged == load_run(run.path).unlogged == "yes" and time.monotonic() < began + 1
+    assert posted.run.unlogged == load_run(run.path).unlogged == "yes" and time.monotonic() < began + 5
     back.set()
     box.thread.join(10)
     assert not box.thread.is_alive() and list(mlflow.steps.values()) == [[]] and not mlflow.ended
@@ -203,7 +202,7 @@ def test_the_next_driver_begins_where_mlflow_has_taken_the_lines(mlflow: MLflow,
             (run.path / "outbox.json").unlink()
     assert list(mlflow.steps.values()) == [[1, 2, 3]]
     assert mlflow.heard == ([1, 2, 2, 3] if noted else [1, 2, 1, 2, 2, 3])
-    assert posted.taken == (run.path / "metrics.jsonl").stat().st_size and load_run(run.path).unlogged == ""
+    assert posted.delivered and load_run(run.path).unlogged == ""
 
 
 def test_other_lines_in_the_place_of_those_that_mlflow_has_are_read_from_the_first(mlflow: MLflow, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ The two graphs take images (n, 3, size, size) in [0, 1] and hold the rest, mean 
 an even side, so with torchvision's own pool the same weights see the image shifted by two pixels. One line makes it ours,
 `TORCHVISION_POOL`: with `ceil_mode` and no padding the pool covers exactly the windows of 'SAME'.
 
-Each function compares what it wrote with the encoder on random images, in float32, and raises RuntimeError beyond `BOUND`, which nobody who exports can mend.
+Each function compares what it wrote with the encoder on random images, in float32, and raises RuntimeError beyond `BOUND`: nobody who
+exports can mend that.
 """
 
 from __future__ import annotations

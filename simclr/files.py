@@ -20,6 +20,7 @@ _REASONS = {
     errno.EACCES: "no permission for {name}; change its permissions, or give another path",
     errno.EPERM: "{name} may not be changed (operation not permitted); give another path",
     errno.ENOTDIR: "a folder in the path {name} is a file; give another path",
+    errno.EISDIR: "{name} is a folder where a file is wanted; give another path",
     errno.ENAMETOOLONG: "the name {name} is too long for this disk; give another path",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -28,7 +29,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def trouble(error: BaseException) -> str:
     """The sentence for an OSError that its user can mend and that trying again cannot, or ""."""
     known = isinstance(error, OSError) and error.errno in _REASONS
-    return _REASONS[error.errno].format(name=error.filename or "the output") if known else ""  # type: ignore[attr-defined]
+    # Of a renaming the second name is the one that was asked for.
+    return _REASONS[error.errno].format(name=error.filename2 or error.filename or "the output") if known else ""  # type: ignore[attr-defined]
 
 
 def require_writable(path: Path) -> None:

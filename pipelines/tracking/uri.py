@@ -11,6 +11,7 @@ from pathlib import Path
 
 from simclr.errors import UserError
 
+_NUMBERS = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR")  # MLflow reads them
 _ANSWER_S = 8.0  # a server's time to answer `check`
 _HINT = "leave out --tracking-uri and MLFLOW_TRACKING_URI for the embedded database"
 
@@ -37,6 +38,9 @@ def check(uri: str) -> None:
         return
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", uri):
         raise UserError(f"{redacted(uri)} is no MLflow address; expected http(s)://HOST:PORT or sqlite:///FILE")
+    for name in _NUMBERS:
+        if (value := os.environ.get(name)) and not value.isdigit():
+            raise UserError(f"${name} is {value!r}; expected a whole number")
     # In a thread: time limits of a request begin anew with every address, redirect and byte, and name look-up has none.
     trouble: list[str | Exception] = [f"no answer within {_ANSWER_S:.0f} s"]
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -111,6 +112,8 @@ def connect(resources: Resources) -> bool:
 
     if ray.is_initialized():
         return False
+    if not re.fullmatch(r"\d+(\.\d*)?", _START_S):
+        raise UserError(f"$RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S is {_START_S!r}; expected a number of seconds")
     # Its imports take as long as Ray takes to start its processes.
     importing = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
     importing.start()

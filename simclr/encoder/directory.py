@@ -221,7 +221,7 @@ def _tensors(directory: Path, name: str) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(directory / f"{name}.safetensors")
     except SafetensorError as error:
-        raise UserError(f"the weights in {directory} do not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"the weights in {directory} do not fit its config.json: {_last_line(error)}; {_INSTEAD}") from None
     return tensors
 
 
@@ -229,4 +229,8 @@ def _load(module: nn.Module, directory: Path, name: str) -> None:
     try:
         module.load_state_dict(_tensors(directory, name))
     except RuntimeError as error:
-        raise UserError(f"the weights in {directory} do not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"the weights in {directory} do not fit its config.json: {_last_line(error)}; {_INSTEAD}") from None
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).splitlines()[-1].strip()

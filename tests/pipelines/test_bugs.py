@@ -171,7 +171,8 @@ def test_a_bug_in_the_thread_of_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:9"))
     monkeypatch.setattr(messages, "make", queue.Queue)
     monkeypatch.setattr(ray_train, "_trainer", lambda *given: SimpleNamespace(fit=fails))
-    running = ray_train.launch(lambda job: None, {}, ray_train.Resources(), tmp_path)
+    task = messages.Task(stage="pretrain", config=TINY, data="", run="")
+    running = ray_train.launch(lambda task: None, task, ray_train.Resources(), tmp_path)
     with pytest.raises(kind) as raised:
         list(running.reports())
     assert is_bug("".join(traceback.format_exception(raised.value))) == (fails is misshapen)

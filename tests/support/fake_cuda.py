@@ -169,9 +169,12 @@ def _backward(root: Tensor) -> None:
         node.variable.grad = gradient if node.variable.grad is None else node.variable.grad + gradient
 
 
-def _grad(root: Tensor, inputs: Tensor) -> tuple[Tensor]:
-    (found,) = [g for node, g in _gradients(root).items() if node.variable is inputs]
-    return (found,)
+def _grad(root: Tensor, inputs: Tensor | list[Tensor], allow_unused: bool = False) -> tuple[Tensor | None, ...]:
+    found = _gradients(root)
+    wanted = [inputs] if isinstance(inputs, Tensor) else inputs
+    gradients = tuple(next((g for node, g in found.items() if node.variable is x), None) for x in wanted)
+    assert allow_unused or all(g is not None for g in gradients)
+    return gradients
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from simclr import fields, files
 from simclr.errors import UserError
 
 SCHEMA = 1
@@ -158,10 +159,10 @@ def worth_keeping(scores: dict[str, float | None], keep: int) -> set[str]:
 def score_of(path: Path) -> float | None:
     """The score of checkpoint `path`; None where it has none, or is not whole."""
     try:
-        score: float | None = json.loads((path / "checkpoint.json").read_text()).get("score")
-    except (OSError, ValueError):
+        score = files.read_json(path / "checkpoint.json", "").get("score")
+    except (OSError, UserError):
         return None
-    return score
+    return float(score) if score is not None and fields.fits(score, float) else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -183,15 +184,20 @@ def latest(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 def about(path: Path) -> dict[str, Any]:
     """checkpoint.json of `path`, after its checksum was verified. Raises Damaged, or UserError for another schema."""
+    instead = "remove this checkpoint, and the one before it is used"
     try:
-        text: dict[str, Any] = json.loads((path / "checkpoint.json").read_text())
+        text = files.read_json(path / "checkpoint.json", instead)
         digest = _sha256(path / "state.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         raise Damaged(f"checkpoint {path} is not whole ({error})") from None
     if text.get("schema") != SCHEMA:
         raise UserError(
             f"checkpoint {path} has schema {text.get('schema')}, this version reads {SCHEMA}; go on with the version that wrote it"
         )
+    try:
+        fields.require(text, {"step": int, "sha256": str, "config": dict}, path / "checkpoint.json", instead)
+    except UserError as error:
+        raise Damaged(f"checkpoint {path} is not whole ({error})") from None
     if digest != text["sha256"]:
         raise Damaged(f"checkpoint {path} does not match its checksum")
     return text

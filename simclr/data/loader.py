@@ -284,17 +284,19 @@ def open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArr
     """
     try:
         reader = Reader(str(path))
-        assert reader.metadata.dtype == METADATA, "other fields"
-        image, label = (reader.metadata[name].copy() for name in METADATA.names)
-        table = reader.alloc_table
-        assert len(image) == shard.samples, f"{len(image)} images"
-        assert np.array_equal(table["sample_id"], np.arange(shard.samples)), "another table of samples"
+        stored, table = reader.metadata, reader.alloc_table
     except Exception as error:  # whatever FFCV and numpy raise at a header that says anything
+        wrong = str(error) or type(error).__name__
+    else:
+        wrong = "other fields" if stored.dtype != METADATA else f"{len(stored)} images" if len(stored) != shard.samples else ""
+        if not wrong and not np.array_equal(table["sample_id"], np.arange(shard.samples)):
+            wrong = "another table of samples"
+    if wrong:
         raise Corrupt(
-            f"shard {path} is damaged: its header does not describe {shard.samples} labelled images "
-            f"({str(error) or type(error).__name__}); prepare the data again",
+            f"shard {path} is damaged: its header does not describe {shard.samples} labelled images ({wrong}); prepare the data again",
             shard.name,
-        ) from None
+        )
+    image, label = (stored[name].copy() for name in METADATA.names)
     at, size = image["data_ptr"], table["size"].copy()
     height, width = image["height"], image["width"]
     bad = (at != table["ptr"]) | (size == 0) | (at > shard.bytes) | (size > shard.bytes - np.minimum(at, shard.bytes))

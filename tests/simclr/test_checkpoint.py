@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,54 @@ def test_killed_while_writing_the_last_one_told_of_is_there(tmp_path: Path) -> N
         found = checkpoint.read(newest)
         assert found.step >= told
         assert all((t == found.step).all() for t in found.tensors.values())
+
+
+@pytest.mark.parametrize("text", ["[]", '{"schema": 1}', '{"schema": 1, "step": "two", "sha256": "", "config": {}}', "\udc80"])
+def test_a_description_that_is_not_whole_is_damage_and_the_checkpoint_before_is_used(tmp_path: Path, text: str) -> None:
+    for step in (1, 2):
+        checkpoint.write(tmp_path, State(step, {}, {"model.w": torch.ones(2)}), 2, score=0.5)
+    (tmp_path / "step-000000002" / "checkpoint.json").write_bytes(text.encode(errors="surrogateescape"))
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, said.append) == tmp_path / "step-000000001" and "step-000000002 is not whole" in said[0]
+    assert checkpoint.score_of(tmp_path / "step-000000002") is None and checkpoint.score_of(tmp_path / "step-000000001") == 0.5
+
+
+def test_any_optimizers_state_is_kept_and_goes_on_bitwise() -> None:
+    """Moments, and counts of steps, of which fused optimizers keep one beside each parameter."""
+    for make in (torch.optim.AdamW, partial(torch.optim.AdamW, fused=True), partial(torch.optim.AdamW, amsgrad=True), torch.optim.Adagrad):
+        torch.manual_seed(0)
+        models = [torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        optimizers = [make(m.parameters(), lr=0.1) for m in models]
+        x = torch.randn(5, 3)
+
+        def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor = x) -> None:
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+
+        step(models[0], optimizers[0])
+        step(models[0], optimizers[0])
+        state = checkpoint.capture(2, {}, models[0], optimizers[0])
+        copied = State(2, {}, {name: t.clone() for name, t in state.tensors.items()})
+        assert any(name.endswith(".step") for name in copied.tensors)
+        checkpoint.restore(copied, models[1], optimizers[1])
+        for _ in range(2):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                step(model, optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_an_optimizers_tensor_of_nobody_or_of_another_shape_is_refused() -> None:
+    model = torch.nn.Linear(3, 2)
+    good = {f"model.{name}": t for name, t in model.state_dict().items()}
+    moments = {f"optimizer.{name}.exp_avg": torch.zeros_like(p) for name, p in model.named_parameters()}
+    for change, sentence in (
+        ({"optimizer.other.exp_avg": torch.zeros(2)}, "optimizer.other.exp_avg is unknown"),
+        ({"optimizer.bias.exp_avg": torch.zeros(3)}, r"optimizer.bias.exp_avg has shape \(3,\), expected \(2,\)"),
+        ({"state.rows": torch.zeros(2)}, "state.rows is unknown"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            checkpoint.check(State(1, {}, good | moments | change), model)
+    with pytest.raises(UserError, match=r"optimizer.bias.exp_avg is missing"):
+        checkpoint.check(State(1, {}, good | {"optimizer.weight.exp_avg": torch.zeros(2, 3)}), model)

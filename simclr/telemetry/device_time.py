@@ -11,7 +11,7 @@ import time
 
 import torch
 
-Moment = float | torch.cuda.Event
+Timestamp = float | torch.cuda.Event
 
 
 def exact(device: torch.device) -> bool:
@@ -19,7 +19,7 @@ def exact(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-def now(device: torch.device) -> Moment:
+def now(device: torch.device) -> Timestamp:
     """This moment between what `device` was asked for until now and what it will be asked for."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -28,18 +28,18 @@ def now(device: torch.device) -> Moment:
     return event
 
 
-def past(moment: Moment) -> bool:
+def past(moment: Timestamp) -> bool:
     """Whether the device has got there. Does not wait."""
     return isinstance(moment, float) or bool(moment.query())
 
 
-def wait_for(moment: Moment) -> None:
+def wait_for(moment: Timestamp) -> None:
     """Return once the device has got there."""
     if not isinstance(moment, float):
         moment.synchronize()
 
 
-def seconds(begin: Moment, end: Moment) -> float:
+def seconds(begin: Timestamp, end: Timestamp) -> float:
     """From one moment to a later one of the same device, both past."""
     if isinstance(begin, float) or isinstance(end, float):
         assert isinstance(begin, float) and isinstance(end, float)

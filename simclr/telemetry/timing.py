@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from simclr.collectives import Wait, gradients_met, take_waits
-from simclr.telemetry.device_time import Moment, exact, now, past, seconds, wait_for
+from simclr.telemetry.device_time import Timestamp, exact, now, past, seconds, wait_for
 
 T = TypeVar("T")
 
@@ -52,9 +52,9 @@ class Clock:
         """Forget everything: what comes counts, from `step` on."""
         self.step, self.began, self.waiting_s = step, time.perf_counter(), 0.0
         self._moment = now(self.device)
-        self._entered: Moment | None = None
-        self._left: Moment | None = None
-        self._open: deque[tuple[Moment, Moment, list[Wait], Wait | None]] = deque()  # steps that the device may not have ended yet
+        self._entered: Timestamp | None = None
+        self._left: Timestamp | None = None
+        self._open: deque[tuple[Timestamp, Timestamp, list[Wait], Wait | None]] = deque()  # steps that the device may not have ended yet
         self._steps: list[tuple[float, float, float]] = []  # of each: whole, waited, inside
         take_waits()
 

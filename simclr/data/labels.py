@@ -74,7 +74,7 @@ def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
                 raise UserError(f"{where}: there is no sample {sample}; the training split has {len(labels):,} images")
         elif names is None:
             raise UserError(
-                f"{where} is a name, {line!r}, and these shards do not know their images' names; give sample ids, "
+                f"{where} is a name, {line!r}, and these shards have no file names; give sample ids, "
                 "or prepare the shards again, from files"
             )
         else:

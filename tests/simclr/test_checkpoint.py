@@ -29,7 +29,7 @@ def state(step: int, value: float = 1.0) -> State:
     return checkpoint.capture(step, {"seed": 0}, model, optimizer)
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = state(7)
     path = checkpoint.write(tmp_path, written, keep=2)
     read = checkpoint.read(path)
@@ -122,7 +122,7 @@ def write_until_killed(folder: Path, told: Any) -> None:
         told.send(step)
 
 
-def test_killed_while_writing_the_last_one_told_of_is_there(tmp_path: Path) -> None:
+def test_after_a_kill_the_last_reported_checkpoint_is_whole(tmp_path: Path) -> None:
     """SIGKILL at six moments: what was reported before is read back, whole."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.simclr.test_checkpoint", "tests.simclr.test_train"])

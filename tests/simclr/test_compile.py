@@ -165,7 +165,7 @@ def told(path: Path, fits: dict[str, Any] = FITS, key: str = KEY, writes: bool =
     return lines
 
 
-def test_compiled_code_is_written_once_and_read_by_whoever_it_fits(tmp_path: Path, given: list[bytes]) -> None:
+def test_compiled_code_is_written_once_and_read_by_processes_that_it_fits(tmp_path: Path, given: list[bytes]) -> None:
     path = tmp_path / "compiled" / "cpu.bin"
     old = os.umask(0o002)  # a user whose groups may write everything
     try:
@@ -183,7 +183,7 @@ def test_compiled_code_is_written_once_and_read_by_whoever_it_fits(tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "garbage", "other key", "folder", "link"])
-def test_what_is_not_whole_or_not_signed_by_this_user_is_not_read(tmp_path: Path, given: list[bytes], damage: str) -> None:
+def test_code_that_is_damaged_or_not_signed_by_this_user_is_not_read(tmp_path: Path, given: list[bytes], damage: str) -> None:
     path = tmp_path / "compiled" / "cpu.bin"
     told(path)
     whole = path.read_bytes()
@@ -208,7 +208,7 @@ def test_what_is_not_whole_or_not_signed_by_this_user_is_not_read(tmp_path: Path
 
 
 @pytest.mark.parametrize("whose", ["file of another user", "file of a group", "folder of everybody"])
-def test_what_others_could_have_written_is_not_read(
+def test_code_that_others_could_have_written_is_not_read(
     tmp_path: Path, given: list[bytes], monkeypatch: pytest.MonkeyPatch, whose: str
 ) -> None:
     path = tmp_path / "compiled" / "cpu.bin"

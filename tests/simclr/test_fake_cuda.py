@@ -50,7 +50,7 @@ def test_views_are_drawn_on_the_host_and_made_on_the_device(monkeypatch: pytest.
     assert watched.copies > 3 and watched.waits == []
 
 
-def test_the_stand_in_sees_what_it_must_see(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stand_in_sees_every_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """What three docstrings promised and a list of numbers broke: each of these would stop a GPU's queue."""
     with fake_cuda(monkeypatch) as watched:
         x = torch.ones(3, device=CUDA)
@@ -154,7 +154,7 @@ def test_slots_share_one_page_locked_block(monkeypatch: pytest.MonkeyPatch, imag
 # ── Clock, health, evaluation ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_moments_are_events_and_the_report_alone_reads(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
+def test_timestamps_are_events_and_the_report_alone_reads(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
     with fake_cuda(monkeypatch) as watched:
         model = nn.Linear(4, 4).to(CUDA)
         health, clock = Health(model, CUDA, 4, patterns, 5.0, "advice"), Clock(0, CUDA)

@@ -296,7 +296,7 @@ def lost(config: Config, data: str) -> str:
 def test_a_loss_that_is_not_finite_names_rank_and_step_on_every_rank(ranks: Ranks, patterns: Path) -> None:
     """The first step that was bad, though the next report is due at step 7, when every rank's weights are NaN."""
     for text in ranks(2, diverging, str(patterns)):
-        assert text.startswith("the loss is not finite at step 3 on rank 1, though the projection of every image is; train with a lower")
+        assert text.startswith("the loss is not finite at step 3 on rank 1, though all projections are finite; train with a lower")
 
 
 def blackened(data: str) -> str:

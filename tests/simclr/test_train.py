@@ -175,7 +175,7 @@ def test_the_seed_is_in_everything(patterns: Path, tmp_path: Path) -> None:
     assert losses[0]["train/loss"] != losses[1]["train/loss"]
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step(patterns: Path, tmp_path: Path) -> None:
+def test_a_start_that_does_not_fit_is_refused_before_the_first_step(patterns: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"batch_size 241 is larger than the training split \(240 images\)"):
         next(train(config(batch_size=241), Start(patterns)))
     run(config(checkpoint_every_steps=1), patterns, tmp_path, until=1)

@@ -155,7 +155,7 @@ def test_each_file_is_used_or_named(prepared: tuple[Path, Manifest, set[str], se
     assert manifest.duplicates >= 1
 
 
-def test_what_is_used_is_whole_and_can_be_trained_on(prepared: tuple[Path, Manifest, set[str], set[str]]) -> None:
+def test_used_files_are_whole_and_can_be_trained_on(prepared: tuple[Path, Manifest, set[str], set[str]]) -> None:
     data, manifest, good, _ = prepared
     assert not any(found.wrong for found in verify(data, 2))
     assert max(*manifest.height_px, *manifest.width_px) == 500 and min(manifest.height_px) == 1

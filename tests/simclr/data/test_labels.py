@@ -63,20 +63,20 @@ def test_a_label_file_is_read_back_by_id_and_by_name(tmp_path: Path) -> None:
     [
         ("# nothing\n", NAMES, "lists no image"),
         ("0\n7\n", None, r"line 2: there is no sample 7; the training split has 5 images"),
-        ("n00000001_1.JPEG\n", None, r"these shards do not know their images' names; give sample ids"),
+        ("n00000001_1.JPEG\n", None, r"these shards have no file names; give sample ids"),
         ("n1.JPEG\n", NAMES, r"line 1: no image of the training split has the name 'n1.JPEG'; expected a file name as in the source"),
         ("same.JPEG\n", ["a/same.JPEG", "b/same.JPEG", "c", "d", "e"], "more than one image has the name"),
         ("1\n# again\n1\n", None, "line 3: '1' is listed already, in line 1"),
         ("3\n", None, "has no label; leave it out"),
     ],
 )
-def test_what_a_label_file_may_not_say(tmp_path: Path, text: str, names: list[str] | None, error: str) -> None:
+def test_invalid_label_files_are_refused(tmp_path: Path, text: str, names: list[str] | None, error: str) -> None:
     (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(UserError, match=error):
         labels.read(tmp_path / "labels.txt", np.array([0, 0, 1, -1, 2]), names)
 
 
-def test_the_order_of_a_subset_is_the_wholes_with_the_others_left_out() -> None:
+def test_a_subset_has_the_order_of_the_whole_set() -> None:
     ids = np.array([3, 5, 8, 13, 40])
     whole = keyed.permutation(7, 2, 50)
     assert keyed.shuffled(7, 2, ids).tolist() == [i for i in whole.tolist() if i in ids]

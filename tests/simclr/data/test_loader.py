@@ -199,7 +199,7 @@ def metadata_at(path: Path, sample: int, name: str) -> int:
         ("mode", 1),
     ],
 )
-def test_a_pointer_or_size_that_leaves_the_file_is_a_sentence(tmp_path: Path, name: str, value: int) -> None:
+def test_a_pointer_or_size_that_leaves_the_file_is_a_user_error(tmp_path: Path, name: str, value: int) -> None:
     data = prepare(photographs(), tmp_path / "out")
     path = data / "train-00001.beton"
     change(path, metadata_at(path, 3, name), value.to_bytes({"data_ptr": 8, "mode": 1}.get(name, 2), "little"))
@@ -209,7 +209,7 @@ def test_a_pointer_or_size_that_leaves_the_file_is_a_sentence(tmp_path: Path, na
 
 @pytest.mark.parametrize("name", [n for n in HeaderType.names if n != "page_size"])  # which only FFCV's own caches read
 @pytest.mark.parametrize("value", [b"\x00", b"\xff"])
-def test_a_damaged_header_is_a_sentence(tmp_path: Path, name: str, value: bytes) -> None:
+def test_a_damaged_header_is_a_user_error(tmp_path: Path, name: str, value: bytes) -> None:
     out = prepare(photographs(), tmp_path / "out")
     kind, at = HeaderType.fields[name]
     change(out / "train-00000.beton", at, value * kind.itemsize)
@@ -275,7 +275,7 @@ def test_two_loaders_on_two_threads_each_do_not_collide(raw: Path, jpeg: Path) -
         (lambda data: loader.batches(config(10), data / "no", 0, 0, 1), "no directory"),
     ],
 )
-def test_what_does_not_fit_is_a_sentence_at_once(raw: Path, call: Callable[[Path], object], sentence: str) -> None:
+def test_a_batch_or_split_that_does_not_fit_is_a_user_error_at_once(raw: Path, call: Callable[[Path], object], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         call(raw)
 
@@ -339,7 +339,7 @@ def test_a_worker_reads_its_own_groups_shards_and_the_batch_is_the_same_for_any_
     assert len(shared) > 60 and all(torch.equal(one[i], first[i]) for i in shared)
 
 
-def test_groups_that_fit_nothing_are_a_sentence(five_shards: Path) -> None:
+def test_groups_that_do_not_fit_are_a_user_error(five_shards: Path) -> None:
     with pytest.raises(UserError, match="shard_groups 2 does not divide 1 workers and batch_size 8"):
         next(loader.batches(grouped(2), five_shards, 0, 0, 1))
     with pytest.raises(UserError, match="make no 40 groups; prepare with a smaller --shard-mib"):

@@ -63,7 +63,7 @@ def test_shards_go_up_and_come_down_over_a_bad_network(s3: Proxy, several: Path,
     assert "manifest.json" in written and set(written[written.index("manifest.json") :]) == {"manifest.json"}
 
 
-def test_what_is_there_is_neither_sent_nor_fetched_again(s3: Proxy, several: Path, tmp_path: Path) -> None:
+def test_shards_that_are_there_are_neither_sent_nor_fetched_again(s3: Proxy, several: Path, tmp_path: Path) -> None:
     remote.push(several, PLACE, silent, quick())
     s3.quiet()
     remote.push(several, PLACE, silent, quick())
@@ -127,7 +127,7 @@ def test_other_shards_replace_the_copy(s3: Proxy, several: Path, patterns: Path,
         assert same(made, copy)
 
 
-def test_what_is_no_dataset_is_said(s3: Proxy, several: Path, tmp_path: Path) -> None:
+def test_a_place_without_a_dataset_is_a_user_error(s3: Proxy, several: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there are no shards at s3://photos/none \(no manifest.json\); `simclr prepare --source"):
         remote.fetch(Address("photos", "none"), tmp_path / "copy", silent, quick())
     with pytest.raises(UserError, match="there is no bucket nowhere"):

@@ -104,7 +104,7 @@ def test_lambda_is_one_over_scikit_learns_c(within: Within) -> None:
         within("kernel", np.abs(weights[:, :-1].numpy() - theirs.coef_).max(), 1e-4)  # theirs stops first
 
 
-def test_one_against_the_rest_leaves_out_what_does_not_count(within: Within) -> None:
+def test_one_against_the_rest_leaves_out_rows_that_do_not_count(within: Within) -> None:
     """VOC's labels: every class a regression of its own, over the rows that count for it."""
     from sklearn.linear_model import LogisticRegression
 
@@ -139,7 +139,7 @@ def test_penalties_are_the_papers() -> None:
     assert np.allclose(np.diff(np.log10(linear.PENALTIES)), 0.25)
 
 
-def test_features_that_go_together_do_not_slow_the_fit() -> None:
+def test_correlated_features_do_not_slow_the_fit() -> None:
     """Positive features of which some hardly vary, as an encoder gives them: along the axes the deviations are 1 to 10^-3.5."""
     torch.manual_seed(0)
     z, turn = torch.randn(300, 8, dtype=torch.float64), torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]

@@ -237,7 +237,7 @@ def test_fine_tuning_takes_the_rate_that_validates_best_and_leaves_the_encoder_a
     assert digest(published) == before and not published.training
 
 
-def test_mistakes_are_told_in_a_sentence(root: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_user_errors(root: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = ["evaluate", str(encoder), "--suite", "transfer"]
     (tmp_path / "SUN397").mkdir()
     for words, sentence in (

@@ -62,7 +62,7 @@ def test_the_quantile_is_the_normal_distributions(within: Within) -> None:
     within("logarithm", float((np.abs(initial._log(x) - logs) / np.abs(logs).clip(1)).max()), 1e-15)
     within("within two deviations", abs(initial._INSIDE_TWO - (1 - 2 * ndtr(-2))), 1e-15)
     density = math.exp(-2) / math.sqrt(2 * math.pi)
-    within("their deviation", abs(initial._DEVIATION_INSIDE_TWO - math.sqrt(1 - 4 * density / initial._INSIDE_TWO)), 1e-15)
+    within("their deviation", abs(initial._STD_INSIDE_TWO - math.sqrt(1 - 4 * density / initial._INSIDE_TWO)), 1e-15)
 
 
 def by_hand(seed: int, name: str, element: int) -> float:
@@ -141,7 +141,7 @@ def test_neither_threads_nor_chunks_nor_layout_change_a_bit(monkeypatch: pytest.
 def test_their_distribution(within: Within) -> None:
     """Mean, deviation, both ends and Kolmogorov's distance; parameters, seeds and neighbours have nothing to do with each other."""
     cut, free = (initial.deviates(0, "encoder.a.weight", 0, 200_001, cut) for cut in (True, False))
-    for what, z, std, most in (("cut", cut, initial._DEVIATION_INSIDE_TWO, 2.0), ("free", free, 1.0, 6.4)):
+    for what, z, std, most in (("cut", cut, initial._STD_INSIDE_TWO, 2.0), ("free", free, 1.0, 6.4)):
         within(f"{what}: mean", abs(z.mean()) / std, 4 / math.sqrt(len(z)))
         within(f"{what}: deviation", abs(z.std() / std - 1), 4 / math.sqrt(2 * len(z)))
         assert 0.65 * most < abs(z).max() <= most
@@ -198,7 +198,7 @@ def published(at: Path) -> Path:
     return at
 
 
-def test_no_memory_is_left_as_it_was_and_torchs_generator_is_not_asked(foul: None, tmp_path: Path) -> None:
+def test_no_tensor_stays_uninitialised_and_torchs_generator_is_not_used(foul: None, tmp_path: Path) -> None:
     assert not finite(build_model(SMALL, drawn=False)) and not finite(build_classifier(SMALL, 10, 1, drawn=False))
     before = torch.random.get_rng_state()
     made: list[nn.Module] = [resnet(8, cifar_stem=True, se_ratio=0.25), ProjectionHead(64, 3), build_model(SMALL, 10)]
@@ -210,7 +210,7 @@ def test_no_memory_is_left_as_it_was_and_torchs_generator_is_not_asked(foul: Non
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_who_loads_weights_draws_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_weights_draws_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = published(tmp_path / "encoder")
 
     def refuse(*asked: object) -> None:

@@ -68,14 +68,14 @@ def test_the_first_bad_step_names_its_images_on_every_rank(ranks: Ranks, pattern
     (text, _) = ranks(2, spoilt, str(patterns), [{1: tuple(range(10))}, {1: (9, 8)}], 10)
     assert text.count("sample") == 8 and " and 4 more; advice" in text
     (text, _) = ranks(2, spoilt, str(patterns), [{1: tuple(range(10))}, {1: tuple(range(10, 20))}], 10)
-    assert " and 12 more (every image of the step: BatchNorm, or the weights, pass on what one image has); advice" in text
+    assert " and 12 more (every image of the step: BatchNorm or the weights spread the fault of one image); advice" in text
 
 
 def test_a_loss_that_is_not_finite_without_an_image_to_blame_says_so(patterns: Path) -> None:
     seen = health(patterns)
     seen.see(1, torch.arange(4), rows(4), torch.tensor(math.inf))
     seen.see(2, torch.arange(4), rows(4, 0), torch.tensor(math.nan))  # came of it
-    assert told(seen, 2) == "the loss is not finite at step 1 on rank 0, though the projection of every image is; advice"
+    assert told(seen, 2) == "the loss is not finite at step 1 on rank 0, though all projections are finite; advice"
 
 
 def test_weights_that_are_not_finite_end_the_run_before_a_checkpoint_has_them(patterns: Path) -> None:
@@ -88,7 +88,7 @@ def test_weights_that_are_not_finite_end_the_run_before_a_checkpoint_has_them(pa
     assert told(seen, 2) == "the weights are not finite after step 2, whose loss was finite; advice"
 
 
-def test_a_loss_that_runs_away_ends_the_run_and_a_spike_does_not(patterns: Path) -> None:
+def test_a_loss_that_diverges_ends_the_run_and_a_spike_does_not(patterns: Path) -> None:
     seen = health(patterns, chance=2.0)
     assert [told(seen, step, loss) for step, loss in enumerate((1.0, 19.0, 1000.0, 3.0, 21.0), 1)] == [""] * 5
     assert told(seen, 6, 22.0) == "the loss diverges: it is 22 at step 6, where chance level is 2; advice"

@@ -77,12 +77,12 @@ def _compiled(compiled: bool, step: int, device: torch.device, _: bool) -> Clock
     return Clock(step, device, compiled)
 
 
-def test_nobody_is_named_where_nobody_sleeps(ranks: Ranks, patterns: Path) -> None:
+def test_no_rank_is_named_if_none_sleeps(ranks: Ranks, patterns: Path) -> None:
     for report in ranks(2, napping, str(patterns), -1, "views")[0]:
         assert report.stragglers == () and 0 < report.metrics["speed/communication_pct"] < 100
 
 
-def test_a_rank_is_named_after_fifty_slow_steps_on_end() -> None:
+def test_a_rank_is_named_after_fifty_slow_steps_in_a_row() -> None:
     watch = Stragglers(5)
     usual = [1.0, 1.1, 0.9, 1.0, 1.05]
     slow = [1.0, 1.1, 0.9, 1.3, 1.05]  # the median is 1.05
@@ -134,7 +134,7 @@ def test_a_report_has_every_ranks_pace_in_one_collective(ranks: Ranks, patterns:
     }
 
 
-def test_a_clock_tells_of_the_steps_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_counts_the_steps_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty steps of 1 s, two of them 2 and 4 s longer, each with half a second for data; what comes before a restart is in no step."""
     hour = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: hour[0])

@@ -115,7 +115,7 @@ def test_names_that_do_not_fit_are_listed(tmp_path: Path) -> None:
 
 
 def write_until_killed(folder: Path, told: Any) -> None:
-    """Checkpoints, one after the other; `told` gets the step of each that is written."""
+    """Write checkpoints, one after the other; `told` gets the step of each when it is written."""
     for step in itertools.count(1):
         tensors = {"model.a": torch.full((300_000,), float(step)), "model.b": torch.full((3,), float(step))}
         checkpoint.write(folder, State(step, {}, tensors), keep=2)
@@ -123,7 +123,7 @@ def write_until_killed(folder: Path, told: Any) -> None:
 
 
 def test_after_a_kill_the_last_reported_checkpoint_is_whole(tmp_path: Path) -> None:
-    """SIGKILL at six moments: what was reported before is read back, whole."""
+    """SIGKILL at six times: the checkpoint reported before it is read back whole."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.simclr.test_checkpoint", "tests.simclr.test_train"])
     for part in range(6):

@@ -1,4 +1,4 @@
-"""What a disk refuses is one sentence, and a file under its own name is whole."""
+"""A disk's error is one sentence, and a file under its own name is whole."""
 
 from __future__ import annotations
 

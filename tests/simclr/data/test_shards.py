@@ -51,7 +51,7 @@ def prepare(what: Source, out: Path, threads: int = 2, **options: Any) -> Manife
 
 
 def stored(out: Path, split: str = "train") -> list[bytes]:
-    """Each sample's bytes, where FFCV's reader says that they are."""
+    """Each sample's bytes, at the place that FFCV's reader gives."""
     found = []
     for shard in read_manifest(out).splits[split]:
         whole = (out / shard.name).read_bytes()
@@ -196,7 +196,7 @@ def test_interrupted_before_a_shard_is_full_it_leaves_nothing(tmp_path: Path) ->
 
 
 def mixed(skips: bool = True) -> Source:
-    """Ninety PNGs in both splits, by turns, of three classes; one in thirty is none; one is a copy."""
+    """Ninety PNGs in both splits, by turns, of three classes; one in thirty is no image; one is a copy."""
     items = []
     for i in range(90):
         data = b"no image" if skips and i % 30 == 29 else encoded(noise(150, 200, 3 if i == 50 else i), "PNG")
@@ -206,7 +206,7 @@ def mixed(skips: bool = True) -> Source:
 
 @pytest.mark.parametrize("stop", [40, 75, "sealing", "naming"])
 def test_an_interrupted_prepare_goes_on_behind_its_full_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | str) -> None:
-    """Whatever it was doing: the bytes are those of one that was left alone, and what was done is not done again."""
+    """At any time: the bytes are those of an uninterrupted prepare, and finished work is not repeated."""
     options = shards.Options(shard_mib=1, max_skipped_pct=5)
     whole = shards.prepare(mixed(), tmp_path / "whole", options, 2, lambda count: None)
     assert len(whole.splits["train"]) > 2 and whole.skipped == 3 and whole.duplicates == 1
@@ -222,7 +222,7 @@ def test_an_interrupted_prepare_goes_on_behind_its_full_shards(tmp_path: Path, m
         shards.prepare(mixed(), out, options, 2, interrupt(stop) if isinstance(stop, int) else lambda count: None, sealing=sealing)
     assert list(out.glob(".writing-*.json")) and not (out / "manifest.json").exists()
     for thread in threading.enumerate():
-        if thread.name.startswith("encode"):  # Ctrl-C does not wait for those
+        if thread.name.startswith("encode"):  # Ctrl-C does not wait for them
             thread.join()
     encoded_again: list[str] = []
     real = shards.encode
@@ -268,7 +268,7 @@ def test_copies_are_listed(tmp_path: Path) -> None:
     prepare(mixed(False), tmp_path / "out")
     with (tmp_path / "out/duplicates.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    # The fifty-first image is the fourth: samples of the training split, of which every fifth image is no part.
+    # The fifty-first image is a copy of the fourth. These are samples of the training split, without every fifth image.
     assert rows == [["split", "sample", "same_as_split", "same_as_sample"], ["train", "40", "train", "3"]]
 
 
@@ -335,7 +335,7 @@ def test_the_manifest_reads_back_and_names_what_is_wrong(tmp_path: Path) -> None
 
 
 def test_a_source_that_breaks_off_leaves_full_shards_and_a_changed_one_is_not_mixed_in(tmp_path: Path) -> None:
-    """A network that goes away is no verdict on the data; another archive under the same name is."""
+    """A lost network does not invalidate the shards; another archive under the same name does."""
     options, items = shards.Options(shard_mib=1, max_skipped_pct=5), list(mixed().items())
 
     def broken() -> Iterator[Item]:

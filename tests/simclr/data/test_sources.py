@@ -1,4 +1,4 @@
-"""What a folder, an archive and a name give: split, class, order, and the sentence for what is not there."""
+"""The images of a folder, an archive and a named dataset: split, class, order, and the error for a missing source."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_prefix_and_an_archive_in_s3_give_the_images_of_the_folder(s3: Proxy, 
     assert list(there.items()) == expected
     assert s3.faults.total() > 0
     assert sorted(i.name for i in packed.items()) == sorted(i.name for i in here.items()) and packed.ignored == here.ignored
-    assert not list(Path(os.environ["SIMCLR_CACHE"]).rglob("pets*"))  # what was fetched to be read once is gone
+    assert not list(Path(os.environ["SIMCLR_CACHE"]).rglob("pets*"))  # the archive, fetched to be read once, is deleted
     s3.quiet()
     for spec, sentence in (
         ("s3://photos/nothing", "no images in s3://photos/nothing, only nothing"),

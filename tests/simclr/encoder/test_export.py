@@ -1,4 +1,4 @@
-"""Exported encoders: what another program computes from them is what the encoder does."""
+"""Exported encoders: another program computes from them the same features as the encoder."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ MADE = (cifar10, dtd, pets, flowers, caltech101, voc2007, birdsnap, sun397)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Eight of the twelve datasets, and torchvision told that their checksums are not the real ones'."""
+    """Eight of the twelve datasets; torchvision is told to accept their checksums, which are not the real ones."""
     import torchvision.datasets as library
 
     folder = tmp_path_factory.mktemp("datasets")

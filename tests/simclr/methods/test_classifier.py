@@ -1,4 +1,4 @@
-"""The classifier's loop: what it begins with, what it leaves alone, ranks, resuming, views."""
+"""Training a classifier: its first state, frozen parts, ranks, resuming, views."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, pu
 
 
 def test_linear_leaves_the_network_bitwise_as_it_was(patterns: Path, published: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(TUNED, linear=True, watch=Watch(every_epochs=1))  # also after a scoring, which ends evaluation mode
+    config = dataclasses.replace(TUNED, linear=True, watch=Watch(every_epochs=1))  # also after an evaluation, which ends evaluation mode
     at = begun(config, published, tmp_path)
     _, tensors, _ = steps(config, patterns, at)
     before = checkpoint.read(at).tensors

@@ -1,4 +1,4 @@
-"""v2's memory: its negatives, its moving average and its ring, on any number of ranks and over a resumed run."""
+"""v2's queue: its negatives, its moving average and its ring, on any number of ranks and in a resumed run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REMEMBERING = dataclasses.replace(TINY, loss=Loss(temperature=0.2, memory=96, me
 
 
 def by_hand(z: Tensor, memory: Tensor, temperature: float) -> Tensor:
-    """Eq. 1 as a double loop, with the memory's rows in every denominator."""
+    """Eq. 1 as a double loop, with the queue's rows in every denominator."""
     u = z / z.norm(dim=1, keepdim=True)
     losses = []
     for i in range(len(u)):
@@ -95,7 +95,7 @@ def test_two_ranks_have_the_queue_of_one(patterns: Path, ranks: Ranks, within: W
     assert losses[0] == without[0] and all(a > b for a, b in zip(losses[1:], without[1:], strict=True))  # more candidates
     for found, theirs in ranks(2, steps, config, patterns):
         within("loss", max(abs(a - b) for a, b in zip(losses, found, strict=True)), 1e-9)
-        # A rank's rows stand together: [view 0, view 1] of rank 0, then of rank 1.
+        # The rows of a rank are adjacent: [view 0, view 1] of rank 0, then of rank 1.
         ring = theirs.pop("state.rows").view(2, 2, 2, 12, 16).transpose(1, 2).reshape(96, 16)
         within("ring", float((ring - tensors["state.rows"]).abs().max()), 1e-9)
         within("weights", max(float((theirs[name] - tensors[name]).abs().max()) for name in theirs), 1e-9)

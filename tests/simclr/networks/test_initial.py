@@ -1,4 +1,4 @@
-"""Initial weights: fixed numbers on any machine, whatever threads, chunks, torch and the rest of the network do."""
+"""Initial weights: fixed numbers on any machine, for any threads, chunks, version of torch and rest of the network."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 def test_the_quantile_is_the_normal_distributions(within: Within) -> None:
     """Against Cephes, another approximation, from one end of 32 bits to the other; odd in q, and 0 at 0."""
     q = np.concatenate([0.5 - 2.0 ** -np.arange(1, 33, 1 / 16), [0.425], np.linspace(0, 0.499, 20_001)])
-    q = (np.floor(q[q > 1e-9] * 2**32) + 0.5) * 2.0**-32  # so that 1/2 − q is exact, as what words make is
+    q = (np.floor(q[q > 1e-9] * 2**32) + 0.5) * 2.0**-32  # so that 1/2 − q is exact, as it is for words
     assert 0.5 - q.max() == 2.0**-33
     z = initial.normal_quantile(q)
     within("quantile, relative", float((np.abs(z + ndtri(0.5 - q)) / z).max()), 4e-15)
@@ -110,7 +110,7 @@ DIGESTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "d59084380889d3063e98dd72ac98f1fcbd8f938a5df13733a15e528a2b14dfb1",
     ),
 }
-"""Of a change of these numbers CHANGELOG.md has to speak: every seed then starts from other weights."""
+"""CHANGELOG.md must mention a change of these numbers: every seed then starts from other weights."""
 
 
 @pytest.mark.parametrize("name", DIGESTS)
@@ -129,7 +129,7 @@ def test_neither_threads_nor_chunks_nor_layout_change_a_bit(monkeypatch: pytest.
         torch.set_num_threads(threads)
     with torch.device("meta"):
         turned = resnet(8, cifar_stem=True, se_ratio=0.25)
-    turned = turned.to_empty(device="cpu").to(torch.float64).to(memory_format=torch.channels_last)  # neither type nor layout is its own
+    turned = turned.to_empty(device="cpu").to(torch.float64).to(memory_format=torch.channels_last)  # another type and another layout
     initial.draw(turned, 0, "encoder")
     ours = dict(whole.encoder.named_parameters())
     maps = [name for name, p in turned.named_parameters() if p.ndim == 4]
@@ -139,7 +139,7 @@ def test_neither_threads_nor_chunks_nor_layout_change_a_bit(monkeypatch: pytest.
 
 
 def test_their_distribution(within: Within) -> None:
-    """Mean, deviation, both ends and Kolmogorov's distance; parameters, seeds and neighbours have nothing to do with each other."""
+    """Mean, standard deviation, both ends and Kolmogorov's distance; parameters, seeds and neighbours are uncorrelated."""
     cut, free = (initial.deviates(0, "encoder.a.weight", 0, 200_001, cut) for cut in (True, False))
     for what, z, std, most in (("cut", cut, initial._STD_INSIDE_TWO, 2.0), ("free", free, 1.0, 6.4)):
         within(f"{what}: mean", abs(z.mean()) / std, 4 / math.sqrt(len(z)))
@@ -158,7 +158,7 @@ def test_no_two_parameters_of_a_recipe_share_their_words() -> None:
         assert len({zlib.crc32(name.encode()) for name in names}) == len(names) > 20
 
 
-# ── Who begins with them ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Networks that begin with them ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_an_encoder_does_not_depend_on_what_is_beside_it() -> None:
@@ -179,7 +179,7 @@ def test_an_encoder_does_not_depend_on_what_is_beside_it() -> None:
 
 @pytest.fixture
 def foul() -> Iterator[None]:
-    """Memory that nobody has filled holds NaN."""
+    """Uninitialised tensors hold NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

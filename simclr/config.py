@@ -1,7 +1,7 @@
 """Every setting of a run as a frozen value that is valid from birth.
 
-A config is built once (by a recipe, by the command line or from a checkpoint) and never changed. What a field
-means, and its unit, stands below the field. Derived values are properties or functions of `(config, examples)`.
+A config is built once (by a recipe, by the command line or from a checkpoint) and never changed. The meaning of a field, and its unit,
+stands below the field. Derived values are properties or functions of `(config, examples)`.
 """
 
 from __future__ import annotations

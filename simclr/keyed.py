@@ -28,7 +28,7 @@ def philox(counter: tuple[NDArray[np.uint64], ...], key: tuple[int, int]) -> tup
     k0, k1 = key
     for _ in range(10):
         p0, p1 = c0 * _M0, c2 * _M1
-        c0, c2 = p1 >> _32, p0 >> _32  # new arrays, so what follows may write into them
+        c0, c2 = p1 >> _32, p0 >> _32  # new arrays, so the next lines may write into them
         for half, other, k in ((c0, c1, k0), (c2, c3, k1)):
             half ^= other
             half ^= np.uint64(k)

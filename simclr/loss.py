@@ -32,7 +32,7 @@ def nt_xent(z: Tensor, temperature: float, memory: Tensor | None = None) -> Tens
         stored = 0 if memory is None else len(memory)
         if z.is_cuda or len(z) * (len(z) * world_size() + stored) > STREAMED_FROM:
             unit, keys = _unit_rows(z, memory)
-            if z.dtype in (torch.bfloat16, torch.float16) and in_tiles(z):  # what the tensor cores multiply; sums are float32
+            if z.dtype in (torch.bfloat16, torch.float16) and in_tiles(z):  # the tensor cores multiply this dtype; sums are float32
                 unit, keys = unit.to(z.dtype), keys.to(z.dtype)
             return streamed(unit, keys, rank() * len(z), temperature)
         cosines, own = _cosines(z, memory)

@@ -14,7 +14,7 @@ from simclr.errors import UserError
 
 
 def patterns_tiny() -> Config:
-    """The rendered dataset on two CPU cores: what `simclr demo` runs.
+    """The rendered dataset on two CPU cores; `simclr demo` runs it.
 
     simclr prepare --source patterns --out runs/patterns
     simclr pretrain patterns_tiny --data runs/patterns --workers 2

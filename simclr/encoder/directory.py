@@ -61,7 +61,7 @@ class Preprocessing:
 
 
 class PublishedEncoder(nn.Module):
-    """An encoder with its preprocessing: what a user pulls from the registry.
+    """An encoder with its preprocessing, as a user pulls it from the registry.
 
     `forward` takes normalised images (n, 3, H, W); `embed` takes uint8 pictures of any size.
     """

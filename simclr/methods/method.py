@@ -87,7 +87,7 @@ class Method:
     """
 
     crops: tuple[Crop, ...]
-    """What the loader cuts from each image, in one decode."""
+    """The crops that the loader cuts from each image, in one decode."""
     inputs: Callable[[Batch, slice], Rows]
     """Rows of some images of this rank, on the device. Keyed: the same images give the same rows to the bit, at every call."""
     network: nn.Module

@@ -1,8 +1,8 @@
 """v2's optional queue: projections of earlier batches as further negatives (arXiv:2006.10029, Sec. 2; MoCo, arXiv:1911.05722).
 
 A moving average of the trained network makes them, so that projections of a thousand steps ago are still comparable. The paper gives
-their number (64K) and the decay (0.999). It leaves open what is chosen here: both views of a batch are stored; the average embeds the
-same views as the loss, after its own update, with the statistics of the batch.
+their number (64K) and the decay (0.999). It does not say the following, which is chosen here: both views of a batch are stored; the
+average embeds the same views as the loss, after its own update, with the statistics of the batch.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ class SimCLR(nn.Module):
 
 
 def build_model(config: Config, classes: int = 0, drawn: bool = True) -> SimCLR:
-    """The model with the initial weights of `config.seed`, on the CPU, the same on every rank and machine. `classes` of the data, 0 =
-    unlabelled. Without `drawn` the weights are uninitialised, for a checkpoint to be restored."""
+    """The model with the initial weights of `config.seed`, on the CPU, the same on every rank and machine. `classes`: number of classes,
+    0 = unlabelled. Without `drawn` the weights are uninitialised, for a checkpoint to be restored."""
     return SimCLR(config, classes) if drawn else unfilled(lambda: SimCLR(config, classes))
 
 

@@ -29,7 +29,7 @@ class ProjectionHead(nn.Module):
         draw(self, seed, "head")
 
     def forward(self, h: Tensor) -> list[Tensor]:
-        """h (n, d_in) → [h, output of layer 1, …, z (n, d_out)]: `[tap]` is what v2 fine-tunes from (its Sec. 2)."""
+        """h (n, d_in) → [h, output of layer 1, …, z (n, d_out)]: v2 fine-tunes from `[tap]` (its Sec. 2)."""
         outputs = [h]
         for layer in self.layers:
             outputs.append(layer(outputs[-1]))

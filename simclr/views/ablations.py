@@ -28,7 +28,7 @@ _OTHER_CROPS = 2  # the crops of view 0 and 1 are App. A's
 def apply(x: Tensor, views: Views, seed: int, epoch: int, ids: NDArray[np.int64]) -> Tensor:
     """`views.operations`, one after the other, on crops x (n, 3, S, S) in [0, 1] of sample `ids` (n,). Returns the same shape.
 
-    What an operation draws is a function of (seed, epoch, sample id, its place in the chain).
+    The draws of an operation are a function of (seed, epoch, sample id, its place in the chain).
     """
     for place, operation in enumerate(views.operations or ()):
         x = _apply(x, operation, views, seed, epoch, ids, place)

@@ -26,7 +26,7 @@ _SHAPES = ("aten.nonzero", "aten.masked_select", "aten._unique2")  # operators w
 
 
 class Event:
-    """Records no time, and is always reached."""
+    """Records no time, and is reached as soon as it is recorded."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.recorded = False

@@ -20,7 +20,7 @@ _STALL_S = 0.05
 _ANSWERS = {
     "500": (500, b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"),
     "503": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
-    # As AWS words it: with the key's id, and what was signed.
+    # In AWS's words: with the key's id and the signed text.
     "403": (
         403,
         f"<Error><Code>SignatureDoesNotMatch</Code><Message>The Signature of {KEY_ID} does not match.</Message>"

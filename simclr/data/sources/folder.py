@@ -18,8 +18,8 @@ def folder_source(root: Path) -> Source:
 
 
 def file_source(spec: str, states: Mapping[str, object], read: Callable[[list[str]], Iterator[bytes | Path]]) -> Source:
-    """The source of the files in `states`: name (split/class/file) → what changes with the content (a size, an ETag). `read` gives the
-    bytes of the named files, in their order."""
+    """The source of the files in `states`: name (split/class/file) → a mark that changes with the content (a size, an ETag). `read` gives
+    the bytes of the named files, in their order."""
     names = list(states)
     images = sorted((name for name in names if is_image(name)), key=PurePosixPath)
     ignored = Counter(ending(name) for name in names if not is_image(name))

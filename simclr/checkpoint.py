@@ -1,8 +1,8 @@
 """Checkpoints: the whole training state, written atomically, read strictly, never unpickled.
 
 A checkpoint is a directory `step-000000120/` of state.safetensors (every tensor by name, and in its header the newest
-reports) and checkpoint.json (schema, step, config, checksum). It is written under a temporary name, flushed to the disk and
-renamed, so under its own name it is whole; should a disk spoil it later, its checksum says so and the one before it is used.
+reports) and checkpoint.json (schema, step, config, checksum). It is written under a temporary name, flushed to the disk and renamed, so a
+checkpoint under its own name is whole. If a disk damages it later, the checksum shows it, and the checkpoint before it is used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Damaged(UserError):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """All that a run needs to go on as if it had not stopped: randomness is keyed, so `step` is the only clock."""
+    """Everything that a run needs to resume as if it had not stopped: randomness is keyed, so `step` is the only clock."""
 
     step: int
     """Optimizer steps done."""
@@ -41,14 +41,14 @@ class State:
     tensors: dict[str, Tensor]
     """`model.*`, `state.*` and `optimizer.*`. They are the live tensors: write them before the next step."""
     reports: list[dict[str, Any]] = field(default_factory=list)
-    """The newest reports, in order of steps: who was to hear them may be gone, and the steps are not done again."""
+    """The newest reports, in order of steps: their receiver may be gone, and a resumed run does not repeat these steps."""
 
 
 def capture(
     step: int, config: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, beside: nn.Module | None = None
 ) -> State:
-    """The state after `step` steps, of `model`, of what is trained `beside` it without gradient (averages, queues), and of any
-    optimizer. What that keeps of a parameter is stored under the parameter's name, not its number."""
+    """The state after `step` steps of `model`, of the module `beside` it that has no gradient (averages, queues), and of any optimizer.
+    The optimizer's tensors are stored under the parameter's name, not its number."""
     tensors = _named(model, beside)
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
@@ -60,7 +60,7 @@ def capture(
 def check(state: State, model: nn.Module, beside: nn.Module | None = None) -> None:
     """Raise UserError naming each tensor that is missing, extra or misshapen. The modules may be on the meta device."""
     own, kept = _named(model, beside), _kept(state, model)
-    # An optimizer that keeps something of one parameter keeps it of all, or was never asked to step.
+    # An optimizer has a tensor for every parameter or, before its first step, for none.
     wanted = {name: t.shape for name, t in own.items()}
     for key in {key for _, key in kept.values()}:
         wanted |= {f"optimizer.{name}.{key}": p.shape for name, p in model.named_parameters() if p.requires_grad}
@@ -69,7 +69,7 @@ def check(state: State, model: nn.Module, beside: nn.Module | None = None) -> No
     wrong += [
         f"{name} has shape {tuple(t.shape)}, expected {tuple(wanted[name])}"
         for name, t in state.tensors.items()
-        if name in wanted and t.shape != wanted[name] and not (name in kept and not t.ndim)  # a count of steps has no shape
+        if name in wanted and t.shape != wanted[name] and not (name in kept and not t.ndim)  # a step count is a scalar
     ]
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
@@ -77,7 +77,7 @@ def check(state: State, model: nn.Module, beside: nn.Module | None = None) -> No
 
 
 def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, beside: nn.Module | None = None) -> None:
-    """Put `state` into `model`, what is `beside` it, and `optimizer`. Raises UserError as `check` does, with nothing changed."""
+    """Copy `state` into `model`, the module `beside` it and `optimizer`. Raises UserError as `check` does, before anything changes."""
     check(state, model, beside)
     settings = {p: group for group in optimizer.param_groups for p in group["params"]}
     with torch.no_grad():
@@ -86,27 +86,27 @@ def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, be
         for name, (p, key) in _kept(state, model).items():
             there = state.tensors[name]
             if there.shape == p.shape:
-                # The parameter's own layout in memory: fused optimizers and bitwise resume want both alike.
+                # In the parameter's own memory layout, which fused optimizers and bitwise resume need.
                 optimizer.state[p][key] = torch.empty_like(p, dtype=there.dtype, requires_grad=False).copy_(there)
-            else:  # a count of steps, which torch keeps beside the parameter only for fused and captured optimizers
+            else:  # a step count: torch keeps it on the parameter's device only for fused and captured optimizers
                 beside_p = settings[p].get("fused") or settings[p].get("capturable")
                 optimizer.state[p][key] = there.clone().to(p.device if beside_p else "cpu")
 
 
 def part(state: State, model: nn.Module, module: nn.Module) -> dict[str, Tensor]:
-    """The tensors in `state` of `module`, a part of `model`, by the names that `module` has for them."""
+    """The tensors in `state` of `module`, a part of `model`, by their names in `module`."""
     (prefix,) = (f"model.{name}." for name, found in model.named_modules() if found is module)
     return {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}
 
 
 def _named(model: nn.Module, beside: nn.Module | None) -> dict[str, Tensor]:
-    """`model.*`, and `state.*` of what is beside it."""
+    """The tensors of `model` as `model.*`, those of the module beside it as `state.*`."""
     named = {f"model.{name}": t for name, t in model.state_dict().items()}
     return named | ({f"state.{name}": t for name, t in beside.state_dict().items()} if beside is not None else {})
 
 
 def _kept(state: State, model: nn.Module) -> dict[str, tuple[nn.Parameter, str]]:
-    """Name of each tensor that an optimizer kept → its parameter in `model` and the optimizer's own key; without unknown ones."""
+    """Name of each optimizer tensor → its parameter in `model` and the optimizer's own key. Unknown names are left out."""
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = {}
     for whole in (name for name in state.tensors if name.startswith("optimizer.")):
@@ -120,7 +120,7 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
     """Write `state`, of an encoder with `score` (higher is better), as `folder`/step-…, atomically; then remove all but the `keep`
     newest, the one with the best score, and the one of name `spare`. Returns the checkpoint's path.
 
-    Raises OSError (no space, say) with nothing left behind and the earlier checkpoints untouched.
+    Raises OSError (no space, for example); then nothing is left behind and the earlier checkpoints are untouched.
     """
     target = folder / f"step-{state.step:09d}"
     scratch = folder / f".writing-{state.step:09d}-{os.getpid()}"
@@ -135,14 +135,14 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
         (scratch / "checkpoint.json").write_text(json.dumps(about, indent=1) + "\n")
         for path in (*scratch.iterdir(), scratch):
             _flush(path)
-        if target.exists():  # a resumed run comes by the same step again
+        if target.exists():  # a resumed run reaches the same step again
             target.rename(aside)
         scratch.rename(target)
         _flush(folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    # `.writing-*` of a process that was killed: only one rank writes, so nobody else is at it.
+    # Also `.writing-*` of a killed process: only one rank writes, so no other process uses it.
     stay = {*worth_keeping({path.name: score_of(path) for path in list_checkpoints(folder)}, keep), spare}
     stale = [path for path in list_checkpoints(folder) if path.name not in stay]
     for old in (*stale, *folder.glob(".old-*"), *folder.glob(".writing-*")):
@@ -151,13 +151,13 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
 
 
 def worth_keeping(scores: dict[str, float | None], keep: int) -> set[str]:
-    """Of checkpoints (name → score, None = not scored) the `keep` newest, and of the scored ones the best, the newer of equals."""
+    """The `keep` newest of the checkpoints (name → score, None = not scored), and the one with the best score (of equals the newer)."""
     scored = [(score, name) for name, score in scores.items() if score is not None]
     return {*sorted(scores)[-keep:], *(name for _, name in sorted(scored)[-1:])}
 
 
 def score_of(path: Path) -> float | None:
-    """The score of checkpoint `path`; None where it has none, or is not whole."""
+    """The score of checkpoint `path`; None if it has none or is not whole."""
     try:
         score = files.read_json(path / "checkpoint.json", "").get("score")
     except (OSError, UserError):
@@ -171,7 +171,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint in `folder`, or None. A damaged one is named through `say`, and the one before it is used."""
+    """The newest whole checkpoint in `folder`, or None. A damaged one is reported through `say`, and the one before it is tried."""
     for path in reversed(list_checkpoints(folder)):
         try:
             about(path)

@@ -1,4 +1,4 @@
-"""Collectives with gradient. Without a process group every function is the identity, so callers never ask."""
+"""Collectives with gradient. Without a process group every function is the identity, so callers need no special case."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.telemetry.device_time import Moment, exact, now
+from simclr.telemetry.device_time import Timestamp, exact, now
 
 # The option's name since torch 2.13, and before.
 _NO_BUFFERS = next(o for o in ("forward_sync_buffers", "broadcast_buffers") if o in inspect.signature(DistributedDataParallel).parameters)
@@ -31,9 +31,9 @@ def world_size() -> int:
 def all_gather(x: Tensor) -> Tensor:
     """(n, ...) on each rank → (W n, ...) on every rank, in rank order.
 
-    The gradient of a rank's rows is the *sum* of what every rank's loss asks of them. With a loss that is a mean over
-    the local rows, and DDP's average over ranks, the parameters then get the exact gradient of the global mean.
-    (`torch.distributed.all_gather` has no gradient: built on it, a loss has the right value and 1/W of the cross terms.)
+    The gradient of a rank's rows is the *sum* of the gradients from every rank's loss. With a loss that is a mean over the local rows,
+    and DDP's average over ranks, the parameters then get the exact gradient of the global mean. (`torch.distributed.all_gather` has no
+    gradient: built on it, a loss has the right value and 1/W of the cross terms.)
     """
     if world_size() == 1:
         return x
@@ -42,16 +42,16 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum over ranks, of a tensor that needs no gradient. In place where there is a process group; returns it."""
+    """Sum of `x` over ranks; `x` needs no gradient. In place if there is a process group; returns it."""
     if world_size() > 1:
-        began = _arrived(x)
+        began = _wait_begins(x)
         dist.all_reduce(x)
-        _left(x, began)
+        _wait_ends(x, began)
     return x
 
 
 def means_and_rows(values: Tensor, row: list[float]) -> tuple[list[float], list[list[float]]]:
-    """Means over ranks of `values` (m,), and the `row` of numbers that each rank gives, as (W, len(row)): in one collective.
+    """Means over ranks of `values` (m,), and every rank's `row` as (W, len(row)), in one collective.
 
     The rows are exact: each rank adds zeros to the others'. The host waits for the device here.
     """
@@ -63,7 +63,7 @@ def means_and_rows(values: Tensor, row: list[float]) -> tuple[list[float], list[
 
 
 def every_ranks(value: Any) -> list[Any]:
-    """Each rank's `value` (anything that pickles), in order of ranks, on every rank."""
+    """The `value` of every rank (anything picklable), in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
@@ -77,7 +77,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def from_rank_zero(value: Any) -> Any:
-    """Rank 0's `value` (anything that pickles) on every rank."""
+    """Rank 0's `value` (anything picklable) on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -86,47 +86,47 @@ def from_rank_zero(value: Any) -> Any:
 
 
 def data_parallel(model: nn.Module, bucket_mib: float, compress: bool, compile: bool = False) -> nn.Module:
-    """`model`, wrapped so that a backward pass leaves the mean over ranks of its gradients; without a group it needs no wrapper.
+    """`model`, wrapped so that a backward pass averages its gradients over ranks; without a process group it is not wrapped.
 
     Gradients travel in buckets of `bucket_mib` while the backward pass goes on; `compress` sends them as bfloat16. Statistics
     of BatchNorm are global already, so there are no buffers to send. With `compile` the wrapper's forward pass is compiled;
-    `model` itself stays as it is, for what evaluates it.
+    `model` itself stays as it is, for evaluation.
     """
-    # Inside of DDP: torch cuts its graph where a bucket is full all the same, and DDP's own Python would be cut into ten pieces.
+    # Compiled inside DDP: torch splits the graph at full buckets either way, and DDP's own Python would be split into ten pieces.
     inner: Any = torch.compile(model) if compile else model
     if world_size() == 1:
         return inner  # type: ignore[no-any-return]
-    # Its average of gradients is the second half of the exact gradient; the first is the sum in `all_gather`.
+    # DDP's average is the second half of the exact gradient; the sum in `all_gather` is the first.
     buffers: dict[str, Any] = {_NO_BUFFERS: False}
     network = DistributedDataParallel(inner, bucket_cap_mb=bucket_mib, gradient_as_bucket_view=True, **buffers)
     if compress:
         network.register_comm_hook(None, bf16_compress_hook)
-    # The first layer's gradient is the last to be computed: what the backward pass takes from there on is the others' time.
+    # The first layer's gradient is computed last. After it, the backward pass only waits for the other ranks.
     first = next(p for p in model.parameters() if p.requires_grad)
     first.register_post_accumulate_grad_hook(_gradients_ready)
     return network
 
 
-# ── What ranks wait for each other ─────────────────────────────────────────────────────────────────────────────────────
-# In a synchronous step every rank takes as long as the slowest: who that is shows only in how long each waits in collectives.
-# Those inside a compiled graph are not seen: `simclr.clock` knows of it.
+# ── How long ranks wait for each other ─────────────────────────────────────────────────────────────────────────────────
+# In a synchronous step every rank takes as long as the slowest. Only the waits in collectives show which rank that is. Collectives inside
+# a compiled graph cannot be timed: see `simclr.telemetry.timing.Pace`.
 
-Wait = tuple[Moment, Moment]
-"""When a rank came to a collective, and when it had its result."""
+Wait = tuple[Timestamp, Timestamp]
+"""When a rank entered a collective, and when it had the result."""
 
-_waits: list[Wait] | None = None  # noted since they were last taken; None = nobody wants to know
-_ready: Moment | None = None
+_waits: list[Wait] | None = None  # recorded since the last `take_waits`; None = not recording
+_ready: Timestamp | None = None
 
 
 def take_waits(go_on: bool = True) -> list[Wait]:
-    """What this rank waited since it was last asked. The first call begins the noting, one without `go_on` ends it."""
+    """This rank's waits since the last call. The first call starts the recording, one without `go_on` ends it."""
     global _waits
     found, _waits = _waits or [], [] if go_on else None
     return found
 
 
 def gradients_met(device: torch.device) -> None:
-    """To be called after a backward pass: notes how long it waited for the other ranks once this rank's gradients were there."""
+    """Call it after a backward pass: records how long this rank, with its own gradients ready, waited for the other ranks."""
     global _ready
     if _ready is not None and _waits is not None:
         _waits.append((_ready, now(device)))
@@ -139,11 +139,11 @@ def _gradients_ready(parameter: Tensor) -> None:
         _ready = now(parameter.device)
 
 
-def _arrived(x: Tensor) -> Moment | None:
+def _wait_begins(x: Tensor) -> Timestamp | None:
     return now(x.device) if not torch.compiler.is_compiling() and _waits is not None and exact(x.device) else None
 
 
-def _left(x: Tensor, began: Moment | None) -> None:
+def _wait_ends(x: Tensor, began: Timestamp | None) -> None:
     if began is not None and _waits is not None:
         _waits.append((began, now(x.device)))
 
@@ -152,15 +152,15 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-        began = _arrived(x)
+        began = _wait_begins(x)
         dist.all_gather_into_tensor(out, x.contiguous())
-        _left(x, began)
+        _wait_ends(x, began)
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         mine = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
-        began = _arrived(grad)
+        began = _wait_begins(grad)
         dist.reduce_scatter_tensor(mine, grad.contiguous())
-        _left(grad, began)
+        _wait_ends(grad, began)
         return mine

@@ -1,7 +1,7 @@
 """Every setting of a run as a frozen value that is valid from birth.
 
-A config is built once (by a recipe, by the command line or from a checkpoint) and never changed. What a field
-means, and its unit, stands below the field. Derived values are properties or functions of `(config, examples)`.
+A config is built once (by a recipe, by the command line or from a checkpoint) and never changed. The meaning of a field, and its unit,
+stands below the field. Derived values are properties or functions of `(config, examples)`.
 """
 
 from __future__ import annotations
@@ -78,10 +78,9 @@ class Views:
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest aspect ratio (width / height) of a crop."""
     resize: Resize = "bicubic"
-    """How a crop is brought to its size, with half-pixel centres: bicubic (a = -1/2) and bilinear take 4 and 2 pixels per
-    side however far they shrink, as the official code does with its bicubic; area takes the mean of what a pixel covers.
-    Bicubic is the default because the official numbers come from it, and it costs at most a tenth of the loader's rate
-    (`simclr bench loader`)."""
+    """How a crop is resized, with half-pixel centres: bicubic (a = -1/2) and bilinear read 4 and 2 pixels per side at any scale, as the
+    official code does with its bicubic; area averages the pixels that an output pixel covers. Bicubic is the default because the official
+    numbers come from it; it costs at most a tenth of the loader's rate (`simclr bench loader`)."""
     flip_p: float = 0.5
     """Probability of a left-right flip."""
     colour_strength: float = 1.0
@@ -98,7 +97,7 @@ class Views:
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Subtracted from the pixels, which lie in [0, 1], before the encoder sees them. The official code subtracts nothing."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """The pixels are divided by this after the mean is taken off. The official code divides by nothing."""
+    """Standard deviation by which the pixels are divided after the mean is subtracted. The official code divides by nothing."""
 
     def __post_init__(self) -> None:
         _require(self.size_px >= 8, f"views.size_px is {self.size_px}; expected at least 8 pixels")
@@ -120,21 +119,21 @@ class Loss:
     """NT-Xent (arXiv:2002.05709, Eq. 1), or one of the losses that the paper compares it with (Tables 2, 4 and 5)."""
 
     name: Literal["nt_xent", "nt_xent_dot", "nt_logistic", "margin_triplet"] = "nt_xent"
-    """Which loss. The others are the paper's ablation: they train, and worse. nt_xent_dot compares by z·z' instead of the cosine."""
+    """Which loss. The others are the paper's ablation and train worse. nt_xent_dot compares by z·z' instead of the cosine."""
     temperature: float = 0.1
     """tau in Eq. 1. The paper uses 0.1 on ImageNet and 0.5 on CIFAR-10. The triplet loss has none."""
     margin: float = 0.8
     """m of the triplet loss, a difference of cosines."""
     semi_hard: bool = False
-    """Of the ablation losses: only the closest negative further away than the positive counts (Sec. 5.1)."""
+    """For the ablation losses: only the closest negative that is further away than the positive counts (Sec. 5.1)."""
     memory: int = 0
-    """Projections of earlier batches that are negatives too, made by a moving average of the network; 0 = none. v2 tries 65,536
-    (arXiv:2006.10029, Sec. 2), for about a point."""
+    """Length of the queue: projections of earlier batches, by a moving average of the network, that are negatives too; 0 = no queue. v2
+    tries 65,536 (arXiv:2006.10029, Sec. 2), for about a point."""
     memory_decay: float = 0.999
-    """Share of its weights that the average keeps at each step."""
+    """Decay of that moving average: the share of its weights that it keeps at each step."""
 
     def __post_init__(self) -> None:
-        _require(self.memory >= 0, f"loss.memory is {self.memory}; expected a number of projections, 0 = none")
+        _require(self.memory >= 0, f"loss.memory is {self.memory}; expected a number of projections, 0 = no queue")
         _require(0 <= self.memory_decay < 1, f"loss.memory_decay is {self.memory_decay}; expected [0, 1), v2 uses 0.999")
         _require(not self.memory or self.name == "nt_xent", "loss.memory is for nt_xent; leave it out, or use that loss")
         _require(self.margin > 0, f"loss.margin is {self.margin}; expected a positive difference of cosines, at most 2")
@@ -148,7 +147,7 @@ class Optim:
     """Optimizer and learning-rate schedule (arXiv:2002.05709, Sec. 2.2 and App. B.6)."""
 
     name: Literal["lars", "sgd"] = "lars"
-    """LARS (arXiv:1708.03888), or SGD with momentum, which serves below about N = 1024."""
+    """LARS (arXiv:1708.03888), or SGD with momentum, which is good enough below about N = 1024."""
     base_lr: float = 0.3
     """Learning rate per 256 images, before scaling (App. B.1)."""
     scaling: Literal["linear", "sqrt"] = "linear"
@@ -158,7 +157,7 @@ class Optim:
     momentum: float = 0.9
     """Decay of the momentum buffer."""
     nesterov: bool = False
-    """Nesterov's momentum, with which v1 fine-tunes (App. B.5)."""
+    """Nesterov's momentum; v1 fine-tunes with it (App. B.5)."""
     weight_decay: float = 1e-6
     """Decay of kernels per step, times the learning rate. BatchNorm, biases and classifiers have none."""
 
@@ -177,39 +176,38 @@ class Train:
     batch_size: int = 4096
     """N: images per step over all workers. Each gives two views, so the loss sees 2 N."""
     micro_batch: int | None = None
-    """Images that a worker embeds at a time; nothing = all of its N / W. The gradient stays that of the whole batch, memory is that
-    of a piece; it costs a second forward pass (`simclr bench step --micro-batch`). BatchNorm then normalises over one piece of
-    every worker."""
+    """Images that a worker embeds at a time; nothing = all of its N / W. The gradient stays that of the whole batch, memory use is that
+    of a piece; it costs a second forward pass (`simclr bench step --micro-batch`). BatchNorm then normalises over one piece of every
+    worker."""
     epochs: float = 100.0
     """Passes over the training split."""
     steps: int | None = None
     """Optimizer steps, in place of `epochs` when given; the schedule then has this length."""
     precision: Literal["float32", "tf32", "bfloat16", "float64"] = "float32"
-    """float32 is that everywhere, also where cuDNN would round the factors of convolutions to TF32; tf32 = float32 numbers whose
-    convolutions and matrix products take such factors (10 bits) on GPUs that have them; bfloat16 = autocast with float32 weights,
-    statistics and loss; float64 is for tests."""
+    """float32 = float32 everywhere, also where cuDNN would round the factors of convolutions to TF32; tf32 = float32 numbers, with TF32
+    factors (10 bits) in convolutions and matrix products on GPUs that have them; bfloat16 = autocast with float32 weights, statistics and
+    loss; float64 is for tests."""
     compile: bool = False
-    """Compile the encoder and head with torch.compile. Expected of it on a GPU: fewer passes over memory for BatchNorm and ReLU, for
-    about a minute before the first step. What it is worth on yours, `simclr bench step --compile` says."""
+    """Compile the encoder and head with torch.compile. Expected on a GPU: fewer passes over memory for BatchNorm and ReLU, for about a
+    minute before the first step. `simclr bench step --compile` measures the gain on your machine."""
     bucket_mib: float = 25.0
     """MiB of gradients that workers exchange at a time, while the backward pass goes on (DDP's buckets). `simclr bench scale` shows
     how many there are."""
     compress_gradients: bool = False
     """Gradients travel between workers as bfloat16: half the bytes for a slow link, and each rounded to 8 bits."""
     linear_eval: bool = True
-    """Train a linear classifier on h beside the loss, where the data has labels; no gradient of it reaches the encoder."""
+    """Train a linear classifier on h during pretraining, if the data has labels; its gradient does not reach the encoder."""
     cache: Literal["page", "process"] = "page"
-    """Where shards stay between epochs: in the page cache, which gives way when memory is short, or read once into each
-    worker's own memory, for a slow or shared disk."""
+    """Where shards stay between epochs: in the page cache, which the system frees when memory is short, or read once into each worker's
+    own memory, for a slow or shared disk."""
     shard_groups: int = 1
     """For data larger than a node's disk: shard i belongs to group i mod G, worker r to group r * G // W, and a worker reads its
     group's training shards only. Every step then draws N / G images from each group."""
     report_every_steps: int = 10
-    """Steps between two reports (metrics, progress). The device is not waited for in between."""
+    """Steps between two reports (metrics, progress). The host does not wait for the device in between."""
     checkpoint_every_steps: int | None = None
-    """Steps between two checkpoints. Nothing = by the clock: every minute, less often where writing would hold training up for more
-    than 2 % of the time, and at least every five minutes. One is written at the end in any case, and with every score of
-    the watch."""
+    """Steps between two checkpoints. Nothing = by time: every minute, less often if writing would stop training for more than 2 % of the
+    time, and at least every five minutes. A checkpoint is also written at the end, and with every score of the online evaluation."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay; the one with the best score stays too."""
 
@@ -229,7 +227,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watch:
-    """The weighted kNN vote that watches a run (arXiv:1805.01978), where the data has labels and a test split."""
+    """Online evaluation: a weighted kNN vote during training (arXiv:1805.01978), if the data has labels and a test split."""
 
     every_epochs: float = 5.0
     """Epochs between two evaluations; the last step is always evaluated. 0 = only the last step."""
@@ -238,9 +236,9 @@ class Watch:
     temperature: float = 0.1
     """A neighbour's vote weighs exp(cosine / temperature)."""
     bank: int = 50_000
-    """Training images that may be neighbours, at most: drawn once, the same in every run."""
+    """Most training images that may be neighbours: drawn once, the same in every run."""
     queries: int = 10_000
-    """Test images that are classified, at most: drawn once, the same in every run."""
+    """Most test images that are classified: drawn once, the same in every run."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 0, f"watch.every_epochs is {self.every_epochs}; expected 0 or more")
@@ -251,7 +249,7 @@ class Watch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """One pretraining run, whole. Two runs with equal configs on equal shards compute the same numbers."""
+    """All settings of one pretraining run. Two runs with equal configs on equal shards compute the same numbers."""
 
     seed: int = 0
     """Key of all randomness: weights, order, crops, colours."""
@@ -270,7 +268,7 @@ class Config:
         _require(not memory or self.train.micro_batch is None, "loss.memory needs a whole batch at once; leave out train.micro_batch")
 
     def steps_per_epoch(self, examples: int) -> int:
-        """Whole batches in one pass over `examples` images; the rest of a pass is dropped and differs each epoch."""
+        """Whole batches in one pass over `examples` images; the rest is dropped, other images in each epoch."""
         if self.train.batch_size > examples:
             raise UserError(
                 f"batch_size {self.train.batch_size} is larger than the training split ({examples} images); "
@@ -294,7 +292,7 @@ class Config:
         return round(self.watch.every_epochs * self.steps_per_epoch(examples))
 
     def checkpoint_due(self, step: int, total: int) -> bool:
-        """Whether a checkpoint is due after `step` of `total` steps, the clock apart."""
+        """Whether a checkpoint is due after `step` of `total` steps, apart from those due by time."""
         every = self.train.checkpoint_every_steps
         return step == total or (every is not None and step % every == 0)
 

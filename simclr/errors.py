@@ -1,4 +1,4 @@
-"""What a user can mend, told from what is a bug."""
+"""Errors that a user can mend. Every other exception is a bug."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """The loss or the weights are not finite, or the loss runs away."""
+    """The loss or the weights are not finite, or the loss diverges."""

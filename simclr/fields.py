@@ -1,4 +1,4 @@
-"""Values that stand in a file which a person may have edited, or a disk has damaged: what does not fit is said in a sentence."""
+"""Checks of values from a file that a person may have edited or a disk may have damaged. A value that does not fit raises UserError."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def shown(hint: Any) -> str:
-    """A type for people."""
+    """A type, as messages show it."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
 
 
 def require(values: Mapping[str, Any], hints: Mapping[str, Any], where: object, instead: str) -> None:
-    """Raise UserError where `values`, which the file `where` states, lack a field of `hints` or have one of another type. `instead` is
-    what to do about it."""
+    """Raise UserError if `values`, from the file `where`, lack a field of `hints` or have one of another type. `instead` tells the user
+    what to do."""
     for name, hint in hints.items():
         if name not in values:
             raise UserError(f"{where} is damaged: it has no {name!r}; {instead}")
@@ -54,8 +54,8 @@ def require(values: Mapping[str, Any], hints: Mapping[str, Any], where: object, 
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: object, instead: str, /, **given: Any) -> T:
-    """The dataclass `kind` of the `values` that the file `where` states, lists as tuples where it wants them, and of what is `given`.
-    Raises UserError as `require` does, and for a field that `kind` does not know."""
+    """The dataclass `kind` from `values`, which the file `where` states (lists become tuples where `kind` wants them), and from the
+    fields `given`. Raises UserError as `require` does, and for an unknown field."""
     hints, known = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:

@@ -1,4 +1,4 @@
-"""Files that are whole under their own name, and what a disk refuses, in one sentence."""
+"""Files that are whole under their own name, and a sentence for each error of a disk."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def trouble(error: BaseException) -> str:
-    """The sentence for an OSError that its user can mend and that trying again cannot, or ""."""
+    """The sentence for an OSError that a user can mend and a retry cannot, or ""."""
     known = isinstance(error, OSError) and error.errno in _REASONS
     # Of a renaming the second name is the one that was asked for.
     return _REASONS[error.errno].format(name=error.filename2 or error.filename or "the output") if known else ""  # type: ignore[attr-defined]
 
 
 def require_writable(path: Path) -> None:
-    """Raise UserError where `path` could not be made: asked before hours of work, not after. Writes nothing."""
+    """Raise UserError if `path` cannot be created. Call it before hours of work, not after; it writes nothing."""
     if path.parts[:1] == ("s3:",):
         raise UserError(f"s3://{'/'.join(path.parts[1:])} is no place on a disk; give a local path here")
     there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
@@ -46,8 +46,8 @@ def require_writable(path: Path) -> None:
 
 
 def require_space(path: Path, needed: int, what: str, instead: str) -> None:
-    """Raise UserError where the disk that holds, or will hold, `path` has fewer than `needed` bytes free. `what` follows the need
-    (for two checkpoints), `instead` is what else to do than free some (use another --out)."""
+    """Raise UserError if the disk that holds, or will hold, `path` has fewer than `needed` bytes free. In the message `what` follows the
+    number (for two checkpoints), and `instead` is the alternative to freeing some (use another --out)."""
     there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
@@ -59,7 +59,7 @@ def require_space(path: Path, needed: int, what: str, instead: str) -> None:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` at the end, or is gone where the writing failed."""
+    """A temporary path beside `path`. It becomes `path` at the end, or is removed if the writing failed."""
     scratch = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         yield scratch
@@ -75,7 +75,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_text(path: Path, instead: str) -> str:
-    """The text in `path`. Raises UserError where it is no UTF-8; `instead` is what to do about it."""
+    """The text in `path`. Raises UserError if it is no UTF-8; `instead` tells the user what to do."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -83,12 +83,12 @@ def read_text(path: Path, instead: str) -> str:
 
 
 def read_json(path: Path, instead: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError where there is none; `instead` is what to do about it."""
+    """The JSON object in `path`. Raises UserError if there is none; `instead` tells the user what to do."""
     return json_in(read_text(path, instead), path, instead)
 
 
 def json_in(text: str | bytes, where: object, instead: str) -> dict[str, Any]:
-    """The JSON object that is the `text` of `where`, which is named where it is none. Raises as `read_json` does."""
+    """The JSON object in `text`, which comes from `where`. Raises UserError as `read_json` does."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:  # of bytes also UnicodeDecodeError

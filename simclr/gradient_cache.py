@@ -1,12 +1,12 @@
 """A batch larger than memory: its exact gradient from pieces (gradient caching).
 
-Contrast needs all of a batch at once, so adding up the gradients of smaller batches is another objective: each would see
-fewer negatives. But the loss sees only what the network gives, which is small. So every piece goes through the network without a
-graph; the loss of the whole batch gives the gradient of each output; then each piece goes through it again, now with a graph, and is
-handed its rows of that. A method's inputs are keyed, so the second time they are the same to the bit, and memory is that of one
-piece, whatever N is (arXiv:2101.06983, Sec. 3.2).
+The loss needs all of a batch at once: the gradients of smaller batches, added up, belong to another objective, in which each image has
+fewer negatives. But the loss sees only the network's outputs, which are small. So every piece first goes through the network without a
+graph; the loss of the whole batch gives the gradient of each output; then each piece goes through the network again, with a graph, and
+backpropagates its rows of that gradient. A method's inputs are keyed, so both times they are the same to the bit, and memory use is that
+of one piece, whatever N is (arXiv:2101.06983, Sec. 3.2).
 
-What a piece cannot have is the statistics of the whole batch: BatchNorm normalises over one piece of every rank.
+A piece does not have the statistics of the whole batch: BatchNorm normalises over one piece of every rank.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def cached_gradient(
     images: int,
     piece: int,
 ) -> tuple[Rows, Rows, Tensor, Rows]:
-    """Leave in the parameters of `network` the gradient of the loss of `images` of this rank, of which `piece` go through it at a time.
+    """Leave the gradient of the loss of this rank's `images` in the parameters of `network`, with `piece` images at a time.
 
-    Rows are (crops, n, …), pieces are cut along n. inputs(images) → input rows, the same as often as it is asked; forward(input rows) →
-    output rows, through `network`; targets(input rows) → target rows; loss(outputs, targets) of all images → (loss, sums).
-    Returns (outputs, targets, loss, sums). Autocast, where there is any, belongs into `forward`: gradients are taken here.
+    Rows are (crops, n, …), pieces are cut along n. inputs(images) → input rows, the same at every call; forward(input rows) → output
+    rows, through `network`; targets(input rows) → target rows; loss(outputs, targets) of all images → (loss, sums). Returns (outputs,
+    targets, loss, sums). Autocast belongs inside `forward`: gradients are computed here.
     """
     pieces = [slice(at, min(at + piece, images)) for at in range(0, images, piece)]
     statistics = [b for m in network.modules() if isinstance(m, BatchNorm) for b in (m.running_mean, m.running_var)]
@@ -47,7 +47,7 @@ def cached_gradient(
         given = inputs(rows)
         with torch.no_grad():
             outputs.append(forward(given))
-        torch._foreach_copy_(statistics, before)  # the second time counts
+        torch._foreach_copy_(statistics, before)  # only the second pass counts
         wanted_of.append(targets(given))
     whole = {name: x.requires_grad_() for name, x in _joined(outputs).items()}
     taught = _joined(wanted_of)
@@ -62,8 +62,8 @@ def cached_gradient(
             torch.stack(shares).sum().backward()
         torch._foreach_add_(moved, statistics)
         torch._foreach_copy_(statistics, before)
-    # Running statistics move once in a step, by the mean of the pieces'. (A momentum of each piece's own would do it too, and be
-    # compiled anew each time.)
+    # Running statistics move once in a step, by the mean over pieces. (A momentum for each piece would do it too, but would be compiled
+    # anew each time.)
     torch._foreach_copy_(statistics, torch._foreach_div(moved, float(len(pieces))))
     return {name: x.detach() for name, x in whole.items()}, taught, found.detach(), {name: x.detach() for name, x in sums.items()}
 

@@ -1,10 +1,10 @@
 """Keyed randomness: uniform numbers as pure functions of (seed, stream, epoch, sample id, view).
 
-A sequential generator makes what an image sees depend on who drew before it: on the number of workers, threads and
-prefetched batches, and on where a run was resumed. Philox (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011) is a keyed bijection of a counter instead, so every draw has an address and none has a history.
+With a sequential generator, an image's views depend on all earlier draws: on the number of workers, threads and prefetched batches, and
+on the step of a resume. Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is a keyed bijection of a counter
+instead, so every draw has an address and no history.
 
-Initial weights have neither epoch nor sample: `simclr.networks.initial` puts a parameter's name and a block of its elements in their place.
+Initial weights have neither epoch nor sample: `simclr.networks.initial` uses a parameter's name and a block of its elements instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def philox(counter: tuple[NDArray[np.uint64], ...], key: tuple[int, int]) -> tup
     k0, k1 = key
     for _ in range(10):
         p0, p1 = c0 * _M0, c2 * _M1
-        c0, c2 = p1 >> _32, p0 >> _32  # new arrays, so what follows may write into them
+        c0, c2 = p1 >> _32, p0 >> _32  # new arrays, so the next lines may write into them
         for half, other, k in ((c0, c1, k0), (c2, c3, k1)):
             half ^= other
             half ^= np.uint64(k)
@@ -40,7 +40,7 @@ def philox(counter: tuple[NDArray[np.uint64], ...], key: tuple[int, int]) -> tup
 
 
 def bits(seed: int, stream: Stream, epoch: int, ids: NDArray[np.int64], view: int, count: int) -> NDArray[np.uint64]:
-    """(len(ids), count) words of 32 random bits. `count` only says how many: a longer draw begins with the shorter one.
+    """(len(ids), count) words of 32 random bits. A longer draw begins with the shorter one.
 
     The counter is (sample id: 64 bits, epoch: 32 bits, stream, view and block: 8 + 8 + 16 bits); the key is the seed.
     """
@@ -61,8 +61,8 @@ def uniform(seed: int, stream: Stream, epoch: int, ids: NDArray[np.int64], view:
 
 
 def shuffled(seed: int, epoch: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`ids`, which are different and ascending, in a random order: sorted by 64 keyed bits each (ties, of chance n^2 / 2^65, by
-    id). A subset's order is the whole's with the others left out."""
+    """`ids` (distinct, ascending) in a random order: sorted by 64 keyed bits each, ties (of probability n^2 / 2^65) by id. A subset has
+    the order of the whole set without the other ids."""
     words = bits(seed, "order", epoch, ids, 0, 2)
     return ids[np.argsort(words[:, 0] << _32 | words[:, 1], kind="stable")]
 

@@ -1,12 +1,10 @@
-"""NT-Xent, the contrastive loss of SimCLR (arXiv:2002.05709, Eq. 1 and Algorithm 1), exact over ranks; beside it the paper's
-other two (Table 2), each also with semi-hard negatives (Sec. 5.1), for its ablation (Table 4), and one without
-normalisation (Table 5).
+"""NT-Xent, the contrastive loss of SimCLR (arXiv:2002.05709, Eq. 1 and Algorithm 1), exact over ranks; with the paper's other two losses
+(Table 2), each also with semi-hard negatives (Sec. 5.1), for its ablation (Table 4), and one without normalisation (Table 5).
 
 Each takes z (2n, d): this rank's projections, rows [view 0 of n images; view 1 of the same n], any scale, and returns the
 mean over these 2n rows, a scalar. The other 2N − 1 views of the global batch, from every rank, are the candidates. The mean
 over ranks is the loss of the global batch, and with DDP its gradient is exact. Each raises ValueError for an odd number of
-rows. Looking for NaN would make the host wait for the device at every step: the loop does it when it reports, naming rank
-and step.
+rows. A check for NaN would make the host wait for the device at every step: the loop checks when it reports, and names rank and step.
 """
 
 from __future__ import annotations
@@ -19,26 +17,27 @@ from simclr.collectives import all_gather, rank, world_size
 from simclr.kernels.nt_xent import in_tiles, streamed
 
 STREAMED_FROM = 1 << 22
-"""Logits beyond which they are not stored: NT-Xent then goes block by block (`simclr.kernels.nt_xent`); on a GPU always."""
+"""Number of logits above which they are not stored: NT-Xent then goes block by block (`simclr.kernels.nt_xent`), as it always does on a
+GPU."""
 
 
 def nt_xent(z: Tensor, temperature: float, memory: Tensor | None = None) -> Tensor:
-    """The normalised temperature-scaled cross entropy of the global batch, seen from this rank's rows (2n, d) (Eq. 1). Unit rows
-    of a `memory` (m, d), the same on every rank, are negatives too, without gradient (`simclr.methods.queue`).
+    """The normalised temperature-scaled cross entropy of the global batch, seen from this rank's rows (2n, d) (Eq. 1). Unit rows (m, d)
+    of a queue, `memory`, the same on every rank, are negatives too, without gradient (`simclr.methods.queue`).
 
-    Below stands its definition; large batches and GPUs take `kernels.nt_xent`, which stores no logits and is tested against it.
-    The official TensorFlow code adds the two directions, loss_a + loss_b, which is twice this value.
+    The definition stands below; large batches and GPUs take `kernels.nt_xent`, which stores no logits and is tested against it. The
+    official TensorFlow code adds the two directions, loss_a + loss_b, which is twice this value.
     """
     with torch.autocast(z.device.type, enabled=False):
         stored = 0 if memory is None else len(memory)
         if z.is_cuda or len(z) * (len(z) * world_size() + stored) > STREAMED_FROM:
             unit, keys = _unit_rows(z, memory)
-            if z.dtype in (torch.bfloat16, torch.float16) and in_tiles(z):  # what the tensor cores multiply; sums are float32
+            if z.dtype in (torch.bfloat16, torch.float16) and in_tiles(z):  # the tensor cores multiply this dtype; sums are float32
                 unit, keys = unit.to(z.dtype), keys.to(z.dtype)
             return streamed(unit, keys, rank() * len(z), temperature)
         cosines, own = _cosines(z, memory)
         logits = cosines / temperature
-        logits = logits.scatter(1, own[:, None], float("-inf"))  # an image is no candidate for itself
+        logits = logits.scatter(1, own[:, None], float("-inf"))  # a view is no candidate for itself
         return F.cross_entropy(logits, _partner(own))
 
 
@@ -77,8 +76,8 @@ def margin_triplet(z: Tensor, margin: float, semi_hard: bool = False) -> Tensor:
 
 
 def _unit_rows(z: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """This rank's rows (2n, d) and those of all ranks (2N, d), in the order of ranks, of length 1, in float32 at least; behind
-    them those of a memory."""
+    """This rank's rows (2n, d) and those of all ranks (2N, d), in the order of ranks, of length 1, in float32 at least; behind them the
+    rows of the queue."""
     z = F.normalize(_rows(z), dim=1)
     keys = all_gather(z)
     return z, keys if memory is None else torch.cat([keys, memory.to(keys.dtype)])
@@ -92,7 +91,7 @@ def _rows(z: Tensor) -> Tensor:
 
 
 def _cosines(z: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(2n, 2N) cosines of this rank's rows with all ranks' (and a memory's), and (2n,) the column of each row itself."""
+    """(2n, 2N) cosines of this rank's rows with all ranks' (and the queue's), and (2n,) the column of each row itself."""
     unit, keys = _unit_rows(z, memory)
     return unit @ keys.T, rank() * len(z) + torch.arange(len(z), device=z.device)
 

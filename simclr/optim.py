@@ -79,8 +79,8 @@ class LARS(torch.optim.Optimizer):
             buffers: list[Tensor] = [self.state[p]["momentum_buffer"] for p in params]
 
             momentum, decay = group["momentum"], group["weight_decay"]
-            # m v + s g is one call as lerp(v, s g / (1 − m), 1 − m): each call passes over all weights' memory, and that is
-            # what a step costs.
+            # m v + s g is one call as lerp(v, s g / (1 − m), 1 − m): each call passes over all weights in memory, which is most of a
+            # step's cost.
             scale = group["lr"] / (1 - momentum)
             if group["adapt"]:
                 grads = list(torch._foreach_add(grads, params, alpha=decay))
@@ -93,7 +93,7 @@ class LARS(torch.optim.Optimizer):
                     torch._foreach_add_(grads, params, alpha=decay * scale)
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             torch._foreach_sub_(params, buffers)
-            if group["nesterov"]:  # w ← w − m v − s g, of which v was taken off already
+            if group["nesterov"]:  # w ← w − m v − s g, of which v was subtracted already
                 torch._foreach_add_(params, buffers, alpha=1 - momentum)
                 torch._foreach_sub_(params, grads, alpha=1 - momentum)
         return result
@@ -109,9 +109,9 @@ class Group:
 
     params: tuple[nn.Parameter, ...]
     settings: dict[str, Any]
-    """The optimizer's own, as {"weight_decay": 1e-4, "adapt": True}."""
+    """Settings of the optimizer, such as {"weight_decay": 1e-4, "adapt": True}."""
     schedules: dict[str, Schedule]
-    """Settings that are set before each step, as {"lr": …}."""
+    """Settings that change before each step, such as {"lr": …}."""
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, lr: Schedule) -> tuple[Group, ...]:
@@ -135,7 +135,7 @@ def build_optimizer(groups: Sequence[Group], optim: Optim) -> torch.optim.Optimi
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, groups: Sequence[Group], step: int) -> None:
-    """Put into `optimizer` what the schedules of its `groups` say of `step`."""
+    """Set the scheduled settings of `optimizer` for `step`."""
     for there, group in zip(optimizer.param_groups, groups, strict=True):
         for name, schedule in group.schedules.items():
             there[name] = schedule(step)

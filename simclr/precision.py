@@ -1,4 +1,4 @@
-"""What numbers a run computes with: `train.precision`, in one place for every loop."""
+"""The number formats of a run (`train.precision`), in one place."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def set_backends(precision: str, device: torch.device) -> None:
     """Let this process's CUDA libraries multiply as `precision` says, and choose among their convolutions by measuring.
 
-    cuDNN's own default rounds the factors of float32 convolutions to TF32's 10 bits, while matrix products stay float32: "float32"
-    would be two things. Shapes are the same at every step, so measuring once pays; which algorithm wins, and so the last bits of a
-    sum, may differ between two starts.
+    cuDNN's own default rounds the factors of float32 convolutions to TF32's 10 bits, while matrix products stay float32: so "float32"
+    would mean two things. Shapes are the same at every step, so measuring once pays; which algorithm wins, and so the last bits of a sum,
+    may differ between two starts.
     """
     if device.type != "cuda":
         return

@@ -1,7 +1,7 @@
 """Complete, named configs. A recipe is a function; its docstring says where the setting is from and what to expect.
 
 Costs and scores marked *published* are the cited authors'; a figure without that mark was measured with this code on the
-machine it names. Where neither stands, nobody has measured it yet.
+machine it names. A recipe with neither has not been measured yet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from simclr.errors import UserError
 
 
 def patterns_tiny() -> Config:
-    """The rendered dataset on two CPU cores: what `simclr demo` runs.
+    """The rendered dataset on two CPU cores; `simclr demo` runs it.
 
     simclr prepare --source patterns --out runs/patterns
     simclr pretrain patterns_tiny --data runs/patterns --workers 2
@@ -22,7 +22,7 @@ def patterns_tiny() -> Config:
     return Config(
         encoder=Encoder(depth=8, cifar_stem=True),
         head=Head(layers=2, d_out=64),
-        # Most of what tells two patterns apart by their pixels is brightness and contrast: the strong jitter takes that away.
+        # Pixel by pixel, patterns differ mostly in brightness and contrast: the strong jitter removes that.
         views=Views(size_px=32, area=(0.2, 1.0), colour_strength=0.8, blur_p=0.0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
         loss=Loss(temperature=0.2),
         optim=Optim(base_lr=4.0, warmup_epochs=2, weight_decay=1e-4),
@@ -63,8 +63,8 @@ def cifar10_resnet18() -> Config:
 
     The setting of D. Kobak's simclr-cifar10 (N = 512, SGD, 0.03 · N / 256, decay 5e-4, cosine without warm-up, τ = 0.5).
     *Published* there on clean CIFAR-10: kNN 91.4, probe 91.7 after 1,000 epochs; 83.2 and 85.6 after 100.
-    Deviations: crops come from the official sampler, BatchNorm closes the head as in the official code, whose hidden layer
-    is as wide as h (512, there 1,024).
+    Differences from the reference: crops come from the official sampler, BatchNorm closes the head as in the official code, whose hidden
+    layer is as wide as h (512, there 1,024).
     """
     return Config(
         encoder=Encoder(depth=18, cifar_stem=True),
@@ -73,7 +73,7 @@ def cifar10_resnet18() -> Config:
         loss=Loss(temperature=0.5),
         optim=Optim(name="sgd", base_lr=0.03, warmup_epochs=0, weight_decay=5e-4),
         train=Train(batch_size=512, epochs=1000),
-        # A fifth of the data watches the run; `simclr evaluate` scores with all of it, as the published figures do.
+        # Online evaluation uses a fifth of the data; `simclr evaluate` scores with all of it, as the published figures do.
         watch=Watch(every_epochs=20, bank=10_000, queries=2_000),
     )
 

@@ -1,7 +1,7 @@
-"""Settings of what comes after pretraining: fine-tuning on few labels, and distillation (arXiv:2006.10029, Sec. 2).
+"""Settings of the stages after pretraining: fine-tuning on few labels, and distillation (arXiv:2006.10029, Sec. 2).
 
 Each is a `Config` with a few fields more: encoder, head, views, optimizer, schedule and seed mean the same, and so do steps and
-epochs. The loss of pretraining is in them too, and says nothing here.
+epochs. They inherit the `loss` settings too, which have no effect here.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class FineTune(Config):
     tap: int = 1
     """Layer of the projection head that the classifier reads; the layers up to it are trained too. 0 = h."""
     linear: bool = False
-    """Only the classifier learns; what is before it is frozen, its statistics too."""
+    """Train only the classifier: encoder and head are frozen, their statistics too."""
     encoder_sha256: str = ""
-    """sha256 of the published encoder that it begins with; empty = from scratch, the supervised baseline."""
+    """sha256 of the published encoder that training begins with; empty = from scratch, the supervised baseline."""
     labels_sha256: str = ""
-    """sha256 of the sample ids whose labels are seen."""
+    """sha256 of the sample ids whose labels are used."""
 
     def __post_init__(self) -> None:
-        Config.__post_init__(self)  # super() without arguments knows no class with slots
+        Config.__post_init__(self)  # super() without arguments fails in a dataclass with slots
         _require(0 <= self.tap <= self.head.layers, f"tap is {self.tap}; the projection head has {self.head.layers} layers, 0 is h")
         _require_plain(self)
 
@@ -54,11 +54,11 @@ class Distill(Config):
     temperature: float = 0.1
     """tau of teacher and student. v2: 0.1 where both are alike (self-distillation), 1 for a smaller student; it matters little."""
     alpha: float = 1.0
-    """Weight of the teacher's share; the true labels have 1 - alpha. 1 = Eq. 2, no label is seen."""
+    """Weight of the teacher's term; the true labels have 1 - alpha. 1 = Eq. 2, no label is used."""
     teacher: str = ""
     """sha256 of the published teacher."""
     labels_sha256: str = ""
-    """sha256 of the sample ids whose labels are seen; empty = none."""
+    """sha256 of the sample ids whose labels are used; empty = none."""
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)
@@ -76,4 +76,4 @@ def _require_plain(config: Config) -> None:
 
 
 STAGES: dict[str, type[Config]] = {"pretrain": Config, "finetune": FineTune, "distill": Distill}
-"""Name of a stage, which is its command's → its settings."""
+"""Name of a stage and of its command → its settings."""

@@ -1,4 +1,4 @@
-"""From the host to a device without waiting for it."""
+"""Copies from the host to a device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def to_device(x: Tensor | NDArray[Any], device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """`x`, which lies on the host, on `device`, as `dtype` if given: a copy that neither the host nor the kernels before it wait for.
+    """A copy of the host's `x` on `device`, as `dtype` if given. Neither the host nor the kernels before the copy wait for it.
 
-    To CUDA it goes from page-locked memory. From any other the driver may wait until its stream is empty, and the step's queue of
-    kernels runs dry. torch keeps page-locked blocks for their next use, so locking costs one small copy on the host.
+    A copy to CUDA starts from page-locked memory. From other memory the driver may wait until its stream is empty, and then the GPU runs
+    out of kernels. torch reuses page-locked blocks, so locking costs one small copy on the host.
     """
     host = torch.as_tensor(x, dtype=dtype)
     if torch.device(device).type == "cuda":

@@ -1,8 +1,8 @@
 """The loop: a generator that yields a Report every few steps, and is read from top to bottom. One for every method and stage.
 
-It knows no Ray, no MLflow and no argv. Who iterates decides what a report means: the Ray worker sends it to the driver, a
-test collects losses, a sweep stops early by no longer iterating. In a process group it trains data-parallel; W ranks
-compute what one would, up to the order of float summation.
+It knows no Ray, no MLflow and no argv. The caller decides what a report means: a Ray worker sends it to the driver, a test collects
+losses, a sweep stops early by no longer iterating. In a process group it trains data-parallel; W ranks compute what one would, up to the
+order of float summation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ADVICE = "train with a lower --optim.base-lr or more --optim.warmup-epochs"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run says after `step` steps. The numbers are the same on every rank."""
+    """The metrics and the state of a run after `step` steps. The numbers are the same on every rank."""
 
     step: int
     total_steps: int
@@ -53,7 +53,7 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
     """Train, yielding a Report every `train.report_every_steps` steps and at the end. The config chooses the method, unless one is given.
 
     Raises UserError for a batch that fits neither the data nor the ranks, or a checkpoint of another config, before the
-    first step, and Diverged where the loss is not finite, naming step, ranks and images, or runs away.
+    first step, and Diverged where the loss is not finite, naming step, ranks and images, or diverges.
     """
     # ── The plan ───────────────────────────────────────────────────────────────────────────────────────────────────
     groups = config.train.shard_groups
@@ -105,7 +105,7 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
             sums.clear()
             since.restart(step)
     finally:
-        batches.close()  # stops the loader's thread also when the caller stops iterating
+        batches.close()  # ends the loader's thread, also when the caller stops iterating
 
 
 def _nothing() -> None: ...
@@ -122,7 +122,7 @@ def take_step(
     leaves: Callable[[], None] = _nothing,
 ) -> tuple[Rows, Rows, Tensor, Rows]:
     """Optimizer step `step` (0-based) on this rank's `batch`; `network` is `method.network`, wrapped for ranks. Returns its outputs,
-    targets, loss and sums, on the device. `enters` is called as a forward pass begins, `leaves` when all gradients are there."""
+    targets, loss and sums, on the device. `enters` is called as a forward pass begins, `leaves` when all gradients are complete."""
     device, precision, images = next(method.network.parameters()).device, config.train.precision, len(batch.ids)
 
     def forward(rows: Rows) -> Rows:

@@ -68,9 +68,7 @@ def test_an_old_run_goes_on_as_it_would_have_then(before: Path, went_on: dict[st
     assert losses == pytest.approx(went_on[name], rel=1e-4)  # float32, on another processor
 
 
-@pytest.mark.parametrize(
-    ("name", "path"), [("pretrained", "patterns_tiny-0bc3d737"), ("tuned", "finetune-patterns_tiny-a75f30cf")]
-)
+@pytest.mark.parametrize(("name", "path"), [("pretrained", "patterns_tiny-0bc3d737"), ("tuned", "finetune-patterns_tiny-a75f30cf")])
 def test_the_same_command_looks_where_it_did(before: Path, name: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default directory's digits are of config and data; fields that have another name now count under their old one."""
     run = load_run(before / name)

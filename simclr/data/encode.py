@@ -1,4 +1,4 @@
-"""One image of a source → what a shard stores of it, or why it cannot be used."""
+"""One image of a source → its bytes in a shard, or the reason why it cannot be used."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from simclr.data.pixels import Unreadable, reading, upright_rgb
 from simclr.data.sources.source import Item
 
 PAGE = 1 << 21
-"""Bytes: FFCV's smallest page. An image lies within one."""
-_MOST_PIXELS = 89_478_485  # 256 MiB of RGB in each thread; Pillow itself refuses the double
-# What Pillow warns of (corrupt EXIF data, a large image), without the name of the file, is nothing that a person can mend.
+"""Bytes: FFCV's smallest page. An image lies within one page."""
+_MOST_PIXELS = 89_478_485  # 256 MiB of RGB in each thread; Pillow itself refuses twice as many
+# Pillow's warnings (corrupt EXIF data, a large image) do not name the file, so a user cannot act on them.
 warnings.filterwarnings("ignore", module="PIL")
-_SAMPLED = 4096  # pixels of an image that its moments are taken of
+_SAMPLED = 4096  # pixels of an image from which its moments are computed
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An image as a shard stores it; `skipped` says why there is none."""
+    """An image as a shard stores it, or, in `skipped`, the reason why it cannot be used."""
 
     item: Item
     stored: bytes
@@ -38,14 +38,14 @@ class Encoded:
     moments: NDArray[np.float64]
     """(2, 3): per channel mean and mean square, of pixels in [0, 1]."""
     digest: int = 0
-    """64 bits of the file's content as it came: equal for copies."""
+    """64-bit hash of the file's content, unchanged: equal for copies."""
     skipped: str = ""
 
 
 def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_quality: int) -> Encoded:
     """Decode, turn upright, convert to RGB, reduce, and encode as `kind`; or say why not.
 
-    A JPEG that needs no change is stored as it is, if the loader's own decoder takes it.
+    A JPEG that needs no change is stored as it is, if the loader's own decoder accepts it.
     """
     digest = 0
     try:
@@ -62,10 +62,10 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
             as_is = _decoded_as_stored(opened, data, max_side_px) if kind == "jpeg" else None
             if as_is is not None:
                 return Encoded(item, data, True, as_is.shape[0], as_is.shape[1], _moments(as_is), digest)
-            if opened.width * opened.height > _MOST_PIXELS and opened.format != "JPEG":  # which is decoded smaller
+            if opened.width * opened.height > _MOST_PIXELS and opened.format != "JPEG":  # a JPEG is decoded at a smaller scale
                 raise Unreadable(f"its {opened.width:,} × {opened.height:,} pixels would fill the memory")
             with reading():
-                opened.draft(None, (max_side_px, max_side_px))  # lets a far larger JPEG be decoded smaller
+                opened.draft(None, (max_side_px, max_side_px))  # decodes a far larger JPEG at a smaller scale
             image = upright_rgb(opened)
         if max(image.size) > max_side_px:
             scale = max_side_px / max(image.size)
@@ -75,7 +75,7 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
             stored = pixels.tobytes()
         else:
             buffer = io.BytesIO()
-            with reading():  # it writes some of the notes that the file came with
+            with reading():  # Pillow writes some of the file's own metadata again
                 image.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
             stored = buffer.getvalue()
         if len(stored) > PAGE:
@@ -100,7 +100,7 @@ def _digest(data: bytes) -> int:
 
 def _decoded_as_stored(opened: Image.Image, data: bytes, max_side_px: int) -> NDArray[np.uint8] | None:
     """Pixels (H, W, 3) of a file that may go into a shard byte for byte: an upright RGB JPEG, not too large, that the loader's
-    own decoder accepts. That one refuses what Pillow forgives (stray bytes before a marker, a missing end)."""
+    own decoder accepts. That decoder refuses errors that Pillow forgives (stray bytes before a marker, a missing end)."""
     if opened.format != "JPEG" or opened.mode != "RGB" or max(opened.size) > max_side_px or len(data) > PAGE:
         return None
     with reading():

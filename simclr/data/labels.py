@@ -1,7 +1,7 @@
-"""Which labels a fine-tuning may see: class-balanced, keyed subsets of a split, and the files that say so.
+"""The labels that fine-tuning may use: class-balanced, keyed subsets of a split, and label files.
 
-A label file is text: lines that begin with # are notes, every other line is one image, as its sample id or, where the shards
-know their files' names, as a file name (the published 1 % and 10 % lists of ImageNet are of that kind).
+A label file is text: lines that begin with # are notes, every other line is one image, by its sample id or, if the
+shards have their files' names, by its file name (as in the published 1 % and 10 % lists of ImageNet).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Ids = NDArray[np.int64]
 
 
 def subset(labels: Ids, share: float, seed: int) -> Ids:
-    """Sample ids, ascending, of `share` of each class in labels (n,), of which −1 is unlabelled and never chosen.
+    """Sample ids, ascending, of `share` of each class in labels (n,). −1 is unlabelled and never chosen.
 
-    Of a class with m images the nearest whole number to share · m are chosen (half a one counts as one), but at least 1: those
-    whose 64 keyed bits under `seed` are smallest. So a larger share holds the smaller ones, and who is chosen in one class does
-    not depend on the others. Raises UserError for a share outside (0, 1], and where nothing is labelled.
+    Of a class with m images, share · m are chosen, rounded (a half rounds up) but at least 1: those with the smallest 64 keyed bits under
+    `seed`. So a larger share contains the smaller ones, and the choice in one class does not depend on the others. Raises UserError for a
+    share outside (0, 1], and if no image is labelled.
     """
     if not 0 < share <= 1:
         raise UserError(f"the share of labels is {share}; expected above 0 and at most 1, as 0.01 for 1 %")
@@ -46,7 +46,8 @@ def digest(ids: Ids) -> str:
 
 
 def write(path: Path, ids: Ids, names: Sequence[str] | None, notes: dict[str, object]) -> None:
-    """Write a label file: `notes` as its head, then one image a line, by name where there are names (of all images, by id)."""
+    """Write a label file: `notes` as its head, then one image per line, by name if there are `names` (of all images, in order of ids),
+    else by id."""
     head = [f"# {key}: {value}" for key, value in notes.items()]
     files.write_text(path, "\n".join([*head, *(names[i] if names else str(i) for i in ids.tolist())]) + "\n")
 
@@ -54,8 +55,8 @@ def write(path: Path, ids: Ids, names: Sequence[str] | None, notes: dict[str, ob
 def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
     """Sample ids, ascending, of the images that a label file lists.
 
-    A name may be a whole path in the source (train/cat/12.jpg), or its end (12.jpg), as long as only one image's path ends so.
-    Raises UserError naming the first line that fits no image, more than one, or one without a label.
+    A name may be a whole path in the source (train/cat/12.jpg), or its end (12.jpg), if only one image's path has this end. Raises
+    UserError naming the first line that fits no image, more than one, or one without a label.
     """
     if not path.is_file():
         raise UserError(f"there is no label file {path}; expected text, one file name or sample id a line")
@@ -73,7 +74,7 @@ def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
                 raise UserError(f"{where}: there is no sample {sample}; the training split has {len(labels):,} images")
         elif names is None:
             raise UserError(
-                f"{where} is a name, {line!r}, and these shards do not know their images' names; give sample ids, "
+                f"{where} is a name, {line!r}, and these shards have no file names; give sample ids, "
                 "or prepare the shards again, from files"
             )
         else:
@@ -93,7 +94,7 @@ _MANY = -2
 
 
 def _ends(names: Sequence[str], lengths: set[int]) -> dict[str, int]:
-    """The last parts of each name, as many as `lengths` says → its sample id; _MANY where several end so."""
+    """The last parts of each name, as many as `lengths` says → its sample id; _MANY if several names have the same end."""
     ends: dict[str, int] = {}
     for sample, name in enumerate(names):
         parts = PurePosixPath(name).parts

@@ -51,10 +51,10 @@ _kept: dict[tuple[type, bool], Callable[..., Any]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's share of a batch. Its images are good until the next batch is asked for: then their memory is used again."""
+    """One rank's share of a batch. Its images are valid until the next batch is asked for, which reuses their memory."""
 
     step: int
-    """Optimizer step (0-based) that it belongs to; in evaluation its number."""
+    """Its optimizer step (0-based); in evaluation, the number of the batch."""
     epoch: int
     images: tuple[Tensor, ...]
     """uint8. Raw shards: one (n, H, W, 3), whole images. JPEG shards: for each `Crop` (n, count, size, size, 3), and in evaluation
@@ -75,15 +75,15 @@ def batches(
     ids: NDArray[np.int64] | None = None,
     crops: tuple[Crop, ...] | None = None,
 ) -> Generator[Batch, None, None]:
-    """Endless training batches of `rank` from `start_step` on, prepared in advance; closing the iterator ends their thread.
+    """Endless training batches of `rank` from `start_step` on, prepared in advance; closing the iterator ends the loader's thread.
 
-    Step s lies in epoch s // (examples // N). The global batch is N consecutive entries of the epoch's keyed permutation, a
-    rank's share n = N / W consecutive ones of those: what step s sees depends on nothing but config, s and the data. With G
-    shard groups each has a permutation of its own, and gives N / G consecutive entries: then it depends on G too, and is the
-    same for every number of workers that G divides. Raises UserError for damaged shards, naming shard and sample.
+    Step s lies in epoch s // (examples // N). The global batch is N consecutive entries of the epoch's keyed permutation; a rank's share
+    is n = N / W consecutive entries of the batch. So the images of step s depend on config, s and the data alone. With G shard groups,
+    each group has its own permutation and gives N / G consecutive entries: then the images depend on G too, and are the same for every
+    number of workers that G divides. Raises UserError for damaged shards, naming shard and sample.
 
-    `ids`, ascending, are the only images that there are, where given: a subset, of ungrouped shards. `crops` are cut from JPEG shards;
-    without it the two of `config.views`.
+    `ids`, ascending, restrict training to a subset, of ungrouped shards. `crops` are cut from JPEG shards; by default the two of
+    `config.views`.
     """
     groups, group = config.train.shard_groups, config.group_of(rank, world)
     split = _Split(data, "train", threads, groups, group, config.train.cache == "process")
@@ -121,20 +121,20 @@ def in_order(
     groups: int = 1,
     resize: Resize = "bicubic",
 ) -> Generator[Batch, None, None]:
-    """Every image of a split once, or `limit` of them, in order; a rank gets its consecutive share. Of training shards in more
-    than one group it gets a share of its own group's.
+    """Every image of a split once, or `limit` of them, in order; a rank gets its consecutive share. With training shards in more than one
+    group, it gets a share of its own group.
 
-    Which ones `limit` leaves is drawn once and the same for every caller. (Evenly spaced ones would be of a single class
-    where classes take turns in the split.)
+    The `limit` images are drawn once, the same for every caller. (Evenly spaced ones would be of a single class where classes take turns
+    in the split.)
 
-    Raw shards give whole images; JPEG shards the centre crop of 0.875 of the shorter side, resized to `size_px` by
-    `resize`, which is best what it was in training (`config.views.resize`).
+    Raw shards give whole images; JPEG shards the centre crop of 0.875 of the shorter side, resized to `size_px` by `resize`, which should
+    be that of training (`config.views.resize`).
     """
     groups = groups if split == "train" else 1
     rows = _Split(data, split, threads, groups, rank * groups // world)
     total = min((limit or len(rows) * groups) // groups, len(rows))
     ids = np.sort(keyed.permutation(0, 0, len(rows))[:total]) if total < len(rows) else np.arange(total, dtype=np.int64)
-    here, own = world // groups, rank % (world // groups)  # ranks of this group, and which of them this is
+    here, own = world // groups, rank % (world // groups)  # the number of ranks in this group, and this rank's index among them
     ids = ids[total * own // here : total * (own + 1) // here]
     read, ahead = rows.reader(min(batch_size, max(len(ids), 1)), ((1, size_px),), resize)
 
@@ -153,8 +153,8 @@ def labels(data: Path, split: str = "train") -> NDArray[np.int64]:
 
 
 def on_device(stream: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
-    """`stream` with its images on `device`. To a GPU a batch is copied while the step before it computes, on a stream of its own;
-    ids and labels stay where they are. Closing it closes `stream`."""
+    """`stream` with its images on `device`. A batch is copied to a GPU while the step before it computes, on its own CUDA stream; ids and
+    labels stay on the host. Closing it closes `stream`."""
     with contextlib.closing(stream):
         if device.type != "cuda":
             yield from stream
@@ -168,17 +168,17 @@ def on_device(stream: Generator[Batch, None, None], device: torch.device) -> Gen
                     done = torch.cuda.Event()
                     done.record()
                 if waiting is not None:
-                    yield _arrived(*waiting, device)
+                    yield _after_copy(*waiting, device)
                 waiting = moved, done
-                done.synchronize()  # the loader is asked for more now, and may use the batch's memory again
+                done.synchronize()  # the next request lets the loader reuse the batch's memory
             if waiting is not None:
-                yield _arrived(*waiting, device)
+                yield _after_copy(*waiting, device)
         finally:
-            copying.synchronize()  # a copy under way reads memory that goes with the loader
+            copying.synchronize()  # a running copy reads memory that is freed with the loader
 
 
-def _arrived(batch: Batch, done: torch.cuda.Event, device: torch.device) -> Batch:
-    """`batch`, once the stream that computes has waited for its copy."""
+def _after_copy(batch: Batch, done: torch.cuda.Event, device: torch.device) -> Batch:
+    """`batch`, after the computing stream was told to wait for its copy."""
     computing = torch.cuda.current_stream(device)
     computing.wait_event(done)
     for part in batch.images:
@@ -191,7 +191,7 @@ class _Split:
 
     def __init__(self, data: Path, split: str, threads: int, groups: int = 1, group: int = 0, own_memory: bool = False) -> None:
         manifest = read_manifest(data, groups=groups, group=group)
-        self.examples = manifest.examples(split, groups)  # names the splits there are
+        self.examples = manifest.examples(split, groups)  # for an unknown split, raises with the names of all
         whole = manifest.splits[split]
         self.shards = whole[group::groups]
         before = np.cumsum([0, *(s.samples for s in whole)])[group::groups]
@@ -223,8 +223,8 @@ class _Split:
     def reader(
         self, most: int, shapes: tuple[tuple[int, int], ...], resize: Resize
     ) -> tuple[Callable[[Any, Any], tuple[Tensor, ...]], int]:
-        """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time; and how many batches of it may
-        wait for the caller, before the memory of the one in its hands is used again. `shapes`: (count, size) of the crops."""
+        """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time; and the number of batches that may
+        be ready before the memory of the caller's batch is reused. `shapes`: (count, size) of the crops."""
         operation = SimpleRGBImageDecoder() if self.raw else Crops(shapes)
         operation.accept_globals(self.rows, Compiler.compile(read_bytes))
         _, queries = operation.declare_state_and_memory(State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype("u1")))
@@ -244,10 +244,10 @@ class _Split:
                 try:
                     code(*given)
                 except KeyError as error:
-                    # numba's, seen in some whole runs of the tests: it does not find a key of a table of its own, and one made anew has
-                    # it. The cause is not known. Ruled out (numba 0.68.1): hash seeds, a second thread that compiles, garbage
-                    # collection, overloads registered meanwhile, dtype pointers, dispatchers' finalizers. Suspect: np.searchsorted
-                    # registers its comparison again for each signature, in the midst of a compile.
+                    # From numba, seen in some whole runs of the tests: a key is missing in one of its tables, and a table made anew has
+                    # it. The cause is not known. Ruled out (numba 0.68.1): hash seeds, a second thread that compiles, garbage collection,
+                    # overloads registered meanwhile, dtype pointers, dispatchers' finalizers. Suspect: np.searchsorted registers its
+                    # comparison again for each signature, in the midst of a compile.
                     place = "".join(traceback.format_exception(error)).rstrip()
                     warnings.warn(f"numba lost a key, and the decoder is compiled anew; please report this:\n{place}", RuntimeWarning, 2)
                     operation.accept_globals(self.rows, Compiler.compile(read_bytes))
@@ -280,12 +280,12 @@ class _Split:
 def open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArray[Any], NDArray[np.uint64]]:
     """Metadata rows, labels and bytes of the samples of a shard.
 
-    FFCV reads through raw pointers: one that leaves the file would be a crash, so it is an error here.
+    FFCV reads through raw pointers. A pointer outside the file would crash the process, so it is an error here.
     """
     try:
         reader = Reader(str(path))
         stored, table = reader.metadata, reader.alloc_table
-    except Exception as error:  # whatever FFCV and numpy raise at a header that says anything
+    except Exception as error:  # FFCV and numpy may raise anything for a damaged header
         wrong = str(error) or type(error).__name__
     else:
         wrong = "other fields" if stored.dtype != METADATA else f"{len(stored)} images" if len(stored) != shard.samples else ""
@@ -317,7 +317,7 @@ def open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArr
 
 
 def _compile(operation: Operation, threads: int, anew: bool = False) -> Callable[..., Any]:
-    """FFCV's compiled code of `operation`, kept for the process: each evaluation would wait a second for it again."""
+    """FFCV's compiled code of `operation`, kept for the process: compiling takes a second, at each evaluation."""
     key = type(operation), threads > 1
     if anew or key not in _kept:
         Compiler.num_threads = threads  # not set_num_threads, which would set torch's as well

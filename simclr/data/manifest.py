@@ -1,4 +1,4 @@
-"""manifest.json: what a directory of shards holds. Read by everybody, so it needs neither FFCV nor torch."""
+"""manifest.json: the content of a directory of shards. All parts of the program read it, so it needs neither FFCV nor torch."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Manifest:
     std: tuple[float, float, float]
     source: str
     identity: str = ""
-    """Of the source's content, as far as that is cheaply told: a changed archive or folder has another."""
+    """A cheap hash of the source's content: a changed archive or folder has another."""
     options: dict[str, int]
-    """What `simclr prepare` was asked for: the same source and options give the same bytes."""
+    """Options of `simclr prepare`: the same source and options give the same bytes."""
     skipped: int
     """Images that could not be read; skipped.csv names them."""
     duplicates: int = 0
@@ -56,18 +56,19 @@ class Manifest:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """Of every split."""
+        """The shards of every split."""
         return tuple(shard for shards in self.splits.values() for shard in shards)
 
     def part(self, groups: int = 1, group: int = 0) -> tuple[Shard, ...]:
-        """Training shards of `group` of `groups` (−1: none), and all others."""
+        """The training shards of `group` of `groups` (−1: none), and all shards of other splits."""
         others = [shard for split, shards in self.splits.items() if split != "train" for shard in shards]
         return (*(self.splits.get("train", ())[group::groups] if group >= 0 else ()), *others)
 
     def examples(self, split: str, groups: int = 1) -> int:
-        """Images in `split`; with more than one shard group those of the smallest, times their number: all an epoch can use.
+        """Images in `split`. With more than one shard group, those of the smallest group times the number of groups: all that an epoch
+        can use.
 
-        Raises UserError naming the splits there are, or where there are fewer shards than groups.
+        Raises UserError for an unknown split, naming the known ones, or if there are fewer shards than groups.
         """
         if split not in self.splits:
             raise UserError(f"the shards have no split {split!r}, only {', '.join(self.splits)}")
@@ -80,7 +81,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: object = "the manifest") -> Self:
-        """The manifest that `text` is. Raises UserError naming `where` for another schema, or what is no manifest."""
+        """The manifest in `text`. Raises UserError, naming `where`, for another schema or a text that is no manifest."""
         values = files.json_in(text, where, _INSTEAD)
         if (schema := values.pop("schema", None)) != SCHEMA:
             raise UserError(f"{where} has shard schema {schema}, this version reads {SCHEMA}; {_INSTEAD}")
@@ -101,9 +102,10 @@ def write_names(directory: Path, split: str, names: Iterable[str]) -> None:
 
 
 def read_names(directory: Path, split: str, examples: int) -> list[str] | None:
-    """The names of the `examples` images of a split; None where there are none: of a source of pixels, or of an earlier version.
+    """The names of the `examples` images of a split; None if there are none: the source gave pixels, or an earlier version prepared the
+    shards.
 
-    Raises UserError where they are not as many."""
+    Raises UserError if the file has another number of names."""
     path = directory / f"names-{split}.txt"
     if not path.is_file():
         return None
@@ -114,7 +116,7 @@ def read_names(directory: Path, split: str, examples: int) -> list[str] | None:
 
 
 def read_manifest(directory: Path, look: bool = True, groups: int = 1, group: int = 0) -> Manifest:
-    """The manifest of `directory`, after a `look` at the size of each shard, of the training shards those of `group` only.
+    """The manifest of `directory`, after a `look` at the size of each shard (of the training shards, those of `group` only).
 
     Raises UserError for a missing directory or manifest, another schema, a shard that is missing or has another size.
     """

@@ -1,4 +1,4 @@
-"""The loader's memory: shards as one range of addresses, and room for the batches that are made of them."""
+"""The loader's memory: shards as one range of addresses, and buffers for batches."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def mapped(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
         finally:
             os.close(descriptor)
     memory = (ctypes.c_uint8 * bases[-1]).from_address(start)
-    weakref.finalize(memory, libc.munmap, start, bases[-1]).atexit = False  # a loader thread may still read then
+    weakref.finalize(memory, libc.munmap, start, bases[-1]).atexit = False  # at exit a loader thread may still read
     return np.ctypeslib.as_array(memory)
 
 
 def copied(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
-    """`files` at offsets `bases` of memory of this process, which no other one's reading pushes out."""
+    """`files` at offsets `bases` of this process's own memory, which other processes' reading does not evict."""
     memory = np.empty(bases[-1], np.uint8)
     for path, base in zip(files, bases, strict=False):
         with path.open("rb", buffering=0) as file:
@@ -62,14 +62,14 @@ def copied(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
 
 
 def slots_for(queries: Any, rows: int) -> list[Any]:
-    """Memory for three to five batches of `rows`, of one array or, where `queries` are several, of a tuple of them."""
+    """Memory for three to five batches of `rows`: each an array or, for several `queries`, a tuple of arrays."""
     if isinstance(queries, tuple):
         return list(zip(*(slots_for(query, rows) for query in queries), strict=False))
     shape = (rows, *queries.shape)
     if queries.dtype != np.uint8 or not torch.cuda.is_available():
         return [np.empty(shape, queries.dtype) for _ in range(_MOST)]
-    # Page-locked: a GPU copies from it by itself. torch gives such memory in powers of two. So all slots share one block, and there
-    # are as many as fit behind the third: 512 MiB for 512 photographs of two crops of 224 px, where five blocks took 1,280.
+    # Page-locked memory, which a GPU reads by itself. torch rounds such blocks up to powers of two, so all slots share one block, and
+    # further slots fill what the third leaves of it: 512 MiB for 512 photographs of two crops of 224 px, where five blocks took 1,280.
     size = math.prod(shape)
     count = min((1 << (_LEAST * size - 1).bit_length()) // size, _MOST)
     return list(torch.empty((count, *shape), dtype=torch.uint8, pin_memory=True).numpy())

@@ -14,24 +14,24 @@ _ORIENTATION = 0x0112
 
 
 class Unreadable(UserError):
-    """A picture that cannot be used, and why."""
+    """A picture that cannot be used; the message is the reason."""
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Around calls of Pillow's that read what a file holds, and around nothing else: at a damaged file Pillow raises nearly anything
-    (struct.error, IndexError, zlib.error …), which becomes Unreadable. What our own code raises is a bug."""
+    """Use it around Pillow's reading calls, and around nothing else. For a damaged file Pillow raises nearly anything (struct.error,
+    IndexError, zlib.error …), which becomes Unreadable here. An exception of our own code is a bug."""
     try:
         yield
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0].partition(" <_io.")[0]  # not where in memory it was
+        reason = (str(error).splitlines() or [""])[0].partition(" <_io.")[0]  # without the stream's address in memory
         raise Unreadable(reason or type(error).__name__) from None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """EXIF rotation applied, transparency over white, 16 bits reduced to 8, grey, palette and CMYK converted.
 
-    Returns the same object where nothing had to be done. Raises Unreadable where Pillow cannot decode it.
+    Returns the same object if nothing had to be done. Raises Unreadable if Pillow cannot decode it.
     """
     with reading():
         if image.getexif().get(_ORIENTATION, 1) != 1:
@@ -42,7 +42,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)
         return Image.fromarray(np.clip(values / (257 if values.max() > 255 else 1), 0, 255).astype(np.uint8)).convert("RGB")
-    with reading():  # a palette or a transparency that are not what they say
+    with reading():  # the palette or the transparency may be invalid
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))

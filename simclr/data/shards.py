@@ -1,9 +1,9 @@
 """Writing shards: images of a source → FFCV .beton files and their manifest.
 
-FFCV's own DatasetWriter hangs for ever when one of its processes dies (on a full disk, say) and needs to know the number
-of images beforehand. Here images are decoded and encoded by a pool of threads, in order, one writer (`beton`) appends
-them, and nothing stands under its final name before it is whole. What is stored as JPEG is
-first decoded as the loader will decode it, so a picture that only Pillow can read never reaches a shard as it is.
+FFCV's own DatasetWriter hangs for ever when one of its processes dies (on a full disk, for example) and needs the number of images
+beforehand. Here a pool of threads decodes and encodes images, in order, one writer (`ffcv.writer`) appends them, and no file gets its
+final name before it is whole. A JPEG is first decoded as the loader will decode it, so a picture that only Pillow can read never reaches
+a shard unchanged.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Options:
     max_side_px: int = 500
     """A larger image is reduced until its longer side has this many pixels."""
     jpeg_quality: int = 90
-    """Of images that are encoded here; a JPEG that needs no change is stored as it is."""
+    """JPEG quality of images that are encoded here; a JPEG that needs no change is stored as it is."""
     shard_mib: int = 1024
-    """Size of a shard, in MiB, about."""
+    """Approximate size of a shard, in MiB."""
     max_skipped_pct: float = 1.0
     """Share of the images, in per cent, that may be unreadable; they are skipped and listed in skipped.csv."""
 
@@ -65,8 +65,8 @@ class Options:
 
 
 def existing(source: Source, out: Path, options: Options) -> Manifest | None:
-    """What `out` holds already: the manifest where it was made from the same source with the same options, None where there
-    is nothing, or what an interrupted prepare left. Raises UserError where it holds something else, or cannot be written."""
+    """The manifest in `out`, if it was made from the same source with the same options; None if `out` is empty or holds an interrupted
+    prepare. Raises UserError if it holds something else, or cannot be written."""
     files.require_writable(out)
     if (out / "manifest.json").exists():
         return agreed(read_manifest(out), source, out, options)
@@ -80,7 +80,7 @@ def existing(source: Source, out: Path, options: Options) -> Manifest | None:
 
 
 def agreed(manifest: Manifest, source: Source, out: object, options: Options) -> Manifest:
-    """The manifest of `out`, which was made from the same source with the same options. Raises UserError where it was not."""
+    """The `manifest` of `out`. Raises UserError if it was not made from the same source with the same options."""
     if (manifest.source, manifest.options) != (source.spec, _stated(options)):
         differ = [f"source {manifest.source}"] if manifest.source != source.spec else []
         differ += [f"{k} {v}" for k, v in manifest.options.items() if _stated(options).get(k) != v]
@@ -102,15 +102,15 @@ def prepare(
     resumed: Callable[[int], None] = lambda done: None,
     sealing: Callable[[int, int], None] = lambda done, of: None,
 ) -> Manifest:
-    """Write the shards of `source` and their manifest into the directory `out`; what it holds already is returned.
+    """Write the shards of `source` and their manifest into the directory `out`; a manifest that it has already is returned.
 
     Labels are the ranks of the sorted class names. The bytes depend on source and options, not on `threads`. progress gets
     the number of images so far; then, while shards are hashed, sealing gets their bytes so far and in all.
 
-    Interrupted, killed or cut off from its source it leaves the shards that were full; called again it goes on behind them
-    (resumed gets the number of images that they hold), and the bytes are those of an uninterrupted one. Raises UserError for
-    an `out` that holds something else or that somebody else is writing to; and, with nothing left behind, for fewer than two
-    images, for more than `options.max_skipped_pct` that cannot be read, for raw images of different sizes, for a full disk.
+    If it is interrupted, killed or cut off from its source, the full shards stay; the next call continues after them (resumed gets the
+    number of their images), and the bytes are those of an uninterrupted call. Raises UserError if `out` holds something else or another
+    process writes to it; and, with nothing left behind, for fewer than two images, for more unreadable ones than
+    `options.max_skipped_pct`, for raw images of different sizes, for a full disk.
     """
     found = existing(source, out, options)
     if found is not None:
@@ -123,7 +123,7 @@ def prepare(
             return job.run(progress, resumed, sealing)
         except BaseException as error:
             job.pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
-            # A full shard that is on its way to the disk is worth a moment; more than two seconds Ctrl-C does not wait.
+            # Wait for full shards that are being flushed to the disk; on Ctrl-C for at most two seconds.
             wait([f for writer in job.writers.values() for f in writer.flushing], None if isinstance(error, Exception) else 2)
             written = sum(path.stat().st_size for path in _unfinished(out))
             for writer in job.writers.values():
@@ -146,7 +146,7 @@ def prepare(
 
 
 class Unusable(UserError):
-    """The source is not fit to train on; going on with it would end the same way."""
+    """The source cannot be trained on; a resumed prepare would fail in the same way."""
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _unfinished(out: Path) -> list[Path]:
-    """Files of a prepare that has not ended: what it was writing, and shards that have their name but no manifest yet."""
+    """Files of an unfinished prepare: temporary files, and shards that have their final name but no manifest yet."""
     waiting = [p for p in out.iterdir() if ".writing-" in p.name]
     named = [out / p.name.removeprefix(".writing-").removesuffix(".json") for p in waiting if p.name.endswith(".beton.json")]
     lists = [out / name for name in LISTS if named]
@@ -173,11 +173,11 @@ def _unfinished(out: Path) -> list[Path]:
 
 
 class _Job:
-    """A prepare under way."""
+    """A running prepare."""
 
     def __init__(self, source: Source, out: Path, options: Options, pool: ThreadPoolExecutor, ahead: int) -> None:
         self.source, self.out, self.options, self.pool, self.ahead = source, out, options, pool, ahead
-        self.flushers = ThreadPoolExecutor(2, thread_name_prefix="flush")  # not behind the queue of images to encode
+        self.flushers = ThreadPoolExecutor(2, thread_name_prefix="flush")  # own threads: flushing does not wait behind encoding
         self.writers: dict[str, SplitWriter] = {}
 
     def run(self, progress: Callable[[int], None], resumed: Callable[[int], None], sealing: Callable[[int, int], None]) -> Manifest:
@@ -196,7 +196,7 @@ class _Job:
         if count:
             resumed(count)
         if self.source.total is not None:
-            # A lower bound; what is not known beforehand is found out by the write that fails.
+            # A lower bound: if more is needed, a write fails later.
             files.require_space(self.out, (self.source.total - count) * bytes_each, "at least", "use another --out")
         self._fill(kind, _skipping(items, behind), progress, count)
         return self._finish(kind, sealing)
@@ -287,7 +287,7 @@ def _skipping(items: Iterator[Item], behind: dict[str, int]) -> Iterator[Item]:
 
 
 def _copies(notes: dict[str, list[Note]]) -> list[tuple[str, int, str, int]]:
-    """Samples whose content came before: (split, sample, split and sample of the first)."""
+    """Samples that are copies of an earlier one: (split, sample, split and sample of the first)."""
     first: dict[int, tuple[str, int]] = {}
     copies = []
     for split in notes:
@@ -300,7 +300,7 @@ def _copies(notes: dict[str, list[Note]]) -> list[tuple[str, int, str, int]]:
 
 
 def _write_list(path: Path, head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
-    """A CSV file, where there is something to list."""
+    """Write a CSV file, if there are rows."""
     if rows:
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             csv.writer(file).writerows([head, *rows])
@@ -321,10 +321,10 @@ def _stated(options: Options) -> dict[str, int]:
 
 
 def _decide(source: Source, options: Options) -> tuple[Literal["raw", "jpeg"], int, Iterator[Item]]:
-    """raw or jpeg, by the first images that can be read; bytes per image, at least; and all items, those included."""
+    """raw or jpeg, by the first readable images; the least bytes per image; and all items, including those read here."""
     items = source.items()
     seen: list[Item] = []
-    # As JPEG, where the choice is open: pixels of a photograph may exceed a page.
+    # Tried as JPEG unless raw was asked for: pixels of a photograph may exceed a page.
     trial: Literal["raw", "jpeg"] = "raw" if options.kind == "raw" else "jpeg"
     sizes: list[tuple[int, int]] = []
     for item in itertools.islice(items, _TRIED):

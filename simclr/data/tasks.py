@@ -24,7 +24,7 @@ VOC_CLASSES = (
     *("motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 HELD_OUT = 0.2
-"""Share of every class that chooses λ where the dataset has no validation split. The paper does not say how many it took."""
+"""Share of every class that is held out to choose λ if the dataset has no validation split. The paper does not state its share."""
 PER_CLASS = 30
 """Training images of each class of Caltech-101, drawn at random; the rest is the test set (App. B.8)."""
 
@@ -50,14 +50,14 @@ class Task:
     title: str
     classes: int
     metric: Metric
-    """What its authors report: top-1, the mean of the classes' accuracies, or 11-point mAP."""
+    """The metric that its authors report: top-1, the mean of the classes' accuracies, or 11-point mAP."""
     split: Split
     """official: validation images are the authors' own. held_out: `HELD_OUT` of the training images, class by class.
     thirty_per_class: there is no split; `PER_CLASS` images of each class train, of which `HELD_OUT` validate."""
     torchvision: str
     """Class in torchvision.datasets; '' = none, it is read as an ImageFolder of train/ and test/."""
     folder: str
-    """Where that class looks, under the root."""
+    """The folder, under the root, that this class reads."""
     published: Published
 
 
@@ -183,10 +183,10 @@ Rows = Sequence[tuple[Any, Any]]
 
 
 def open_task(name: str, root: Path, download: bool) -> dict[str, Rows] | None:
-    """The parts of a dataset under `root`: train, test and, where its authors made one, validation; or `all` where nobody split it.
+    """The parts of a dataset under `root`: train, test and, if its authors made one, validation; or `all` if the dataset has no splits.
 
-    None where its folder is absent and `download` does not ask for it. Raises UserError where the folder is not whole, or
-    torchvision cannot download it.
+    None if its folder is absent and is not to be downloaded. Raises UserError if the folder is not whole, or torchvision cannot download
+    it.
     """
     import torchvision.datasets as library
 
@@ -196,7 +196,7 @@ def open_task(name: str, root: Path, download: bool) -> dict[str, Rows] | None:
         return None
 
     def made(kind: type[Any], at: Path, **arguments: Any) -> Rows:
-        """torchvision's dataset. Whatever it raises is about files, a network or a missing package, and names it."""
+        """torchvision's dataset. Its exceptions are about files, a network or a missing package, and become UserError."""
         try:
             rows = kind(str(at), **arguments)
         except (RuntimeError, OSError, ValueError, KeyError, ImportError) as error:
@@ -221,7 +221,7 @@ def _parts(task: Task) -> tuple[str, ...]:
 
 
 def _arguments(kind: type[Any], part: str, task: Task, download: bool) -> dict[str, Any]:
-    """How a class of torchvision asks for `part` of a dataset."""
+    """Arguments with which a torchvision class gives `part` of a dataset."""
     known = inspect.signature(kind).parameters
     if task.torchvision == "VOCDetection":
         named: dict[str, Any] = {"year": "2007", "image_set": part.replace("validation", "val")}
@@ -231,7 +231,7 @@ def _arguments(kind: type[Any], part: str, task: Task, download: bool) -> dict[s
         named = {"train": part == "train"}
     else:
         named = {"split": part.replace("validation", "val")}
-    return named | ({"download": True} if download and task.torchvision != "StanfordCars" else {})  # whose address is gone
+    return named | ({"download": True} if download and task.torchvision != "StanfordCars" else {})  # its download address is gone
 
 
 _MEND = "mend it, or leave the dataset out with --only"
@@ -239,7 +239,7 @@ _MEND = "mend it, or leave the dataset out with --only"
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A dataset of torchvision's, whose pictures lie on a disk that may have damaged them."""
+    """A torchvision dataset that raises UserError for an image that cannot be read."""
 
     rows: Rows
     where: str
@@ -304,8 +304,8 @@ def label_of(target: Any) -> int | NDArray[np.int64]:
 
 
 def square(image: Image.Image, size_px: int) -> NDArray[np.uint8]:
-    """(size, size, 3): the shorter side at `size_px` by bicubic resampling, then the middle square (App. B.8): all of the shorter
-    side, where ImageNet's own test crop takes 0.875 of it."""
+    """(size, size, 3): the shorter side at `size_px` by bicubic resampling, then the middle square (App. B.8): all of the shorter side,
+    while ImageNet's own test crop takes 0.875 of it."""
     image = image.convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2

@@ -1,4 +1,4 @@
-"""Whether shards are what their manifest says: every byte is hashed again, every image decoded again."""
+"""Whether shards match their manifest: every byte is hashed again, every image decoded again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ROWS = 256  # images that a thread takes at a time
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was found of one shard."""
+    """The result for one shard."""
 
     shard: Shard
     wrong: tuple[str, ...]
-    """What is wrong with it; empty = whole."""
+    """Its faults; empty = whole."""
 
 
 def verify(directory: Path, threads: int = 1, progress: Callable[[int], None] = lambda done: None) -> Iterator[Verified]:
@@ -69,5 +69,5 @@ def _wrong(path: Path, shard: Shard, manifest: Manifest, pool: ThreadPoolExecuto
 
 
 def damaged(directory: Path) -> list[str]:
-    """Names of the shards of `directory` with which something is wrong."""
+    """Names of the damaged shards of `directory`."""
     return [found.shard.name for found in verify(directory) if found.wrong]

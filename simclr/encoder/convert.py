@@ -1,9 +1,9 @@
 """Official SimCLR checkpoints (TensorFlow 1 and 2, v1 and v2) → our modules.
 
 The official code numbers its layers as it creates them, a block's shortcut first, and so do we: the i-th convolution (dense
-layer, BatchNorm) there is the i-th here. The architecture is read off the kernels' shapes, and every shape of the network so
-found is compared, so a checkpoint of another network is refused, not bent. One thing shapes do not show: ResNet-18 and -34
-with selective kernels *and* the CIFAR stem (only the shortcuts' average pools differ) would pass for the plain network.
+layer, BatchNorm) there is the i-th here. The kernels' shapes give the architecture, and every shape is compared with that network, so a
+checkpoint of another network is refused. Shapes leave one thing open: ResNet-18 and -34 with selective kernels *and* the CIFAR stem (only
+the shortcuts' average pools differ) would pass for the plain network.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Converted:
-    """What a checkpoint holds, as our modules, in evaluation mode."""
+    """The content of a checkpoint as our modules, in evaluation mode."""
 
     encoder: ResNet
     config: configs.Config
-    """Only `encoder`, `head` and `views.size_px` are the checkpoint's; it does not know how it was trained."""
+    """Only `encoder`, `head` and `views.size_px` come from the checkpoint, which does not state how it was trained."""
     head: ProjectionHead | None
     linear: dict[str, Tensor] | None
     """The linear classifier: weight (classes, d), bias (classes)."""
@@ -71,15 +71,15 @@ class Converted:
 def load_tensorflow(path: str | Path) -> tuple[ResNet, ProjectionHead | None]:
     """The encoder and projection head (None where there is none) of an official checkpoint, in evaluation mode.
 
-    `path` is a checkpoint's prefix, one of its files, a folder with a checkpoint, or a SavedModel. Inputs are (n, 3, H, W) in
-    [0, 1], without mean and deviation. Raises UserError where it is no checkpoint of a known network.
+    `path` is a checkpoint's prefix, one of its files, a folder with a checkpoint, or a SavedModel. Inputs are (n, 3, H, W) in [0, 1], not
+    normalised by mean and standard deviation. Raises UserError if it is no checkpoint of a known network.
     """
     found = convert(open_bundle(Path(path)))
     return found.encoder, found.head
 
 
 def convert(bundle: Bundle) -> Converted:
-    """Every variable of `bundle` is used exactly once, or listed as no weight; UserError names what fits nowhere."""
+    """Every variable of `bundle` is used exactly once, or listed as no weight. Raises UserError naming variables that fit nowhere."""
     parts: dict[str, Shapes] = {part: {} for part in _PARTS}
     ignored, unknown = list(bundle.ignored), []
     for name, shape in bundle.shapes.items():
@@ -104,7 +104,7 @@ def convert(bundle: Bundle) -> Converted:
 
 
 def infer(shapes: Shapes, source: str = "the checkpoint") -> configs.Encoder:
-    """The network whose variables have these names and shapes. Raises UserError where none of the official ones does."""
+    """The network whose variables have these names and shapes. Raises UserError if no official network has them."""
     kernels = [shapes[f"{layer}/kernel"] for layer in created(shapes) if f"{layer}/kernel" in shapes]
     biased = [shape[0] for layer in created(shapes) if len(shape := shapes.get(f"{layer}/bias", ())) == 1]
     if not kernels or any(len(shape) != 4 for shape in kernels):
@@ -163,7 +163,7 @@ def fill(module: nn.Module, bundle: Bundle, names: Iterable[str]) -> dict[str, T
             if value.shape != tensor.shape:
                 raise UserError(f"{bundle.source}: {name} has shape {bundle.shapes[name]}, which does not fit {tuple(tensor.shape)}")
             tensor.copy_(value)
-    assert len(ours) == len(module.state_dict())  # nothing of the module is left as it was
+    assert len(ours) == len(module.state_dict())  # every tensor of the module was copied
     return ours
 
 
@@ -193,7 +193,7 @@ def _linear(bundle: Bundle, shapes: Shapes, widths: list[int]) -> tuple[dict[str
 
 
 def _layers(module: nn.Module) -> list[dict[str, Tensor]]:
-    """TensorFlow's kind of variable → our tensor, of each layer, in the order of `created`."""
+    """For each layer, in the order of `created`: TensorFlow's kind of variable → our tensor."""
     maps = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
     found: list[dict[str, Tensor | None]] = [{"kernel": m.weight, "bias": m.bias} for m in maps]
@@ -202,7 +202,7 @@ def _layers(module: nn.Module) -> list[dict[str, Tensor]]:
 
 
 def _shapes_by_layer(shapes: Shapes) -> list[Shapes]:
-    """Kind → shape as ours are laid out, of each layer, in the order of `created`."""
+    """For each layer, in the order of `created`: kind → shape in our layout."""
     layers: dict[str, Shapes] = {layer: {} for layer in created(shapes)}
     for name, shape in shapes.items():
         layer, _, kind = name.rpartition("/")

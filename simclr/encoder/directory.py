@@ -1,4 +1,4 @@
-"""An encoder as it is published: a directory of safetensors and config.json, with the preprocessing it was trained under.
+"""An encoder as it is published: a directory of safetensors and config.json, with the preprocessing of its training.
 
 encoder.safetensors      names as in `ResNet.state_dict()`
 head.safetensors         the projection head, or its first layers; v2 fine-tunes and distils from them
@@ -40,31 +40,30 @@ _INSTEAD = "publish or pull it again"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
-    """From a picture to what the encoder takes; getting it wrong costs tenths of a point to points."""
+    """How a picture becomes the encoder's input; a wrong setting costs tenths of a point to points."""
 
     size_px: int
     """Side of the encoder's input."""
     centre_crop: float
-    """Side of the square taken from the middle, as a share of the shorter side; the official code takes 0.875, and all of a
-    CIFAR image."""
+    """Side of the central square crop, as a share of the shorter side; the official code takes 0.875, and all of a CIFAR image."""
     resize: configs.Resize
     """Kernel that brings the crop to `size_px`, without antialiasing, as the training crops are made."""
     mean: tuple[float, float, float]
-    """Subtracted from pixels in [0, 1]. The official encoders: nothing."""
+    """Mean, subtracted from pixels in [0, 1]. The official encoders subtract nothing."""
     std: tuple[float, float, float]
-    """Divides them after that. The official encoders: nothing."""
+    """Standard deviation, by which they are then divided. The official encoders divide by nothing."""
 
     @classmethod
     def of(cls, views: configs.Views) -> Preprocessing:
-        """What fits an encoder that was trained on such views."""
+        """The preprocessing for an encoder that was trained on `views`."""
         whole = views.size_px <= 32
         return cls(size_px=views.size_px, centre_crop=1.0 if whole else 0.875, resize=views.resize, mean=views.mean, std=views.std)
 
 
 class PublishedEncoder(nn.Module):
-    """An encoder with its preprocessing: what a user pulls from the registry.
+    """An encoder with its preprocessing, as a user pulls it from the registry.
 
-    `forward` takes normalised images (n, 3, H, W); `embed` takes pictures as they come.
+    `forward` takes normalised images (n, 3, H, W); `embed` takes uint8 pictures of any size.
     """
 
     def __init__(self, encoder: ResNet, config: dict[str, Any]) -> None:
@@ -86,13 +85,13 @@ class PublishedEncoder(nn.Module):
 
     @torch.no_grad()
     def prepared(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
-        """uint8 images (n, H, W, 3) of any size → what `forward` takes, (n, 3, size, size).
+        """uint8 images (n, H, W, 3) of any size → the input of `forward`, (n, 3, size, size).
 
-        Images of another size than the encoder's are cropped and resized as `Preprocessing` says; a crop of more than twice
-        the size is brought to twice the size first, with antialiasing, as the shards of training images are.
+        Images of another size than the encoder's are cropped and resized as `Preprocessing` says; a crop of more than twice the size is
+        first reduced to twice the size, with antialiasing, as training images are in shards.
         """
         if isinstance(images, np.ndarray):
-            images = np.require(images, requirements="W")  # torch warns at an array that it could not write to
+            images = np.require(images, requirements="W")  # torch warns about an array that is read-only
         x = torch.as_tensor(images)
         if x.ndim != 4 or x.shape[3] != 3 or x.dtype != torch.uint8:
             raise ValueError(f"embed got {x.dtype} images of shape {tuple(x.shape)}; expected uint8 (n, H, W, 3)")
@@ -111,7 +110,7 @@ class PublishedEncoder(nn.Module):
 
 
 def preprocessing_of(text: dict[str, Any]) -> Preprocessing:
-    """The preprocessing that a config.json states, or, of an older one, what follows from its views."""
+    """The preprocessing that a config.json states or, if it is older, the one that follows from its views."""
     stated = text.get("preprocessing")
     if stated is None:
         return Preprocessing.of(config_of(text).views)
@@ -165,14 +164,14 @@ def write_encoder(
 def read_encoder(directory: Path) -> PublishedEncoder:
     """See `simclr.load_encoder`."""
     text = read_text(directory)
-    shape = config_of({"encoder": text["encoder"]}).encoder  # of other fields an older or newer version may have others
+    shape = config_of({"encoder": text["encoder"]}).encoder  # an older or newer version may have other fields elsewhere
     encoder = unfilled(lambda: build_encoder(shape))
     _load(encoder, directory, "encoder")
     return PublishedEncoder(encoder, text).eval()
 
 
 def read_head(directory: Path) -> ProjectionHead | None:
-    """The projection head published in `directory`, or as many of its first layers as are there; None without one."""
+    """The projection head published in `directory`, or the first layers of it that are there; None if there is none."""
     if not (directory / "head.safetensors").is_file():
         return None
     config = config_of(read_text(directory))

@@ -1,12 +1,12 @@
 """A published encoder for programs that do not have this package: an exported torch program, ONNX, torchvision's names.
 
-The two graphs take images (n, 3, size, size) in [0, 1] and hold the rest, mean and deviation included. torchvision's ResNet is
-*not* quite ours: its max-pool pads one row and column on every side, the official one (TensorFlow's 'SAME') only at the end of
-an even side, so with torchvision's own pool the same weights see the image shifted by two pixels. One line makes it ours,
-`TORCHVISION_POOL`: with `ceil_mode` and no padding the pool covers exactly the windows of 'SAME'.
+The two graphs take images (n, 3, size, size) in [0, 1] and include the normalisation by mean and standard deviation. torchvision's ResNet
+is *not* quite ours: its max-pool pads one row and column on every side, the official one (TensorFlow's 'SAME') only at the end of an even
+side, so with torchvision's own pool the same weights see the image shifted by two pixels. One line makes it ours, `TORCHVISION_POOL`:
+with `ceil_mode` and no padding the pool covers exactly the windows of 'SAME'.
 
-Each function compares what it wrote with the encoder on random images, in float32, and raises RuntimeError beyond `BOUND`: nobody who
-exports can mend that.
+Each function compares its file with the encoder on random images, in float32, and raises RuntimeError beyond `BOUND`: a user cannot mend
+that.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class _FromPixels(nn.Module):
 
 
 def program(published: PublishedEncoder, path: Path) -> float:
-    """Write a `torch.export` program (`torch.export.load(path).module()` runs it); returns its deviation from the encoder."""
+    """Write a `torch.export` program (`torch.export.load(path).module()` runs it); returns its difference from the encoder."""
     module, size = _FromPixels(published).eval(), published.preprocessing.size_px
     exported = torch.export.export(module, (_random(2, size),), dynamic_shapes={"images": {0: torch.export.Dim("n")}})
     with _scratch(path) as file:
         torch.export.save(exported, file)
-        return _deviation(module, torch.export.load(file).module(), size, path)
+        return _difference(module, torch.export.load(file).module(), size, path)
 
 
 def onnx(published: PublishedEncoder, path: Path) -> float:
-    """Write an ONNX graph, input `images`, output `features`, n free; returns its deviation from the encoder, as ONNX Runtime
-    computes it on the CPU. Weights of more than 1 GiB go to a second file, PATH.data. Raises UserError without ONNX."""
+    """Write an ONNX graph, input `images`, output `features`, n free; returns its difference from the encoder, as ONNX Runtime computes
+    it on the CPU. Weights of more than 1 GiB go to a second file, PATH.data. Raises UserError without ONNX."""
     try:
         import onnxruntime
         import onnxscript  # type: ignore[import-not-found,unused-ignore] # noqa: F401  torch's exporter needs it
@@ -82,14 +82,14 @@ def onnx(published: PublishedEncoder, path: Path) -> float:
             external_data=large,
         )
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        return _deviation(module, lambda x: torch.as_tensor(session.run(None, {"images": x.numpy()})[0]), size, path)
+        return _difference(module, lambda x: torch.as_tensor(session.run(None, {"images": x.numpy()})[0]), size, path)
 
 
 def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | None, path: Path) -> tuple[float, float]:
     """Write the weights under torchvision's names as safetensors, with `classifier` (weight, bias; reading h) as `fc`, if given.
 
-    Returns the deviations of torchvision's network with `TORCHVISION_POOL`, and as it is. The input is the encoder's: this
-    network does not take off mean and deviation. Raises UserError where torchvision has no such network.
+    Returns the differences of torchvision's network with `TORCHVISION_POOL`, and without. Its input must be normalised: this network does
+    not apply mean and standard deviation. Raises UserError where torchvision has no such network.
     """
     import torchvision
 
@@ -102,7 +102,7 @@ def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | Non
     tensors = {torchvision_name(name): t for name, t in published.encoder.state_dict().items()}
     if classifier:
         tensors |= {f"fc.{name}": t for name, t in classifier.items()}
-    with torch.device("meta"):  # drawing initial weights takes longer than all the rest
+    with torch.device("meta"):  # initial weights would take longer than all the rest
         network = getattr(torchvision.models, f"resnet{config.depth}")(num_classes=len(classifier["bias"]) if classifier else 1)
     size = published.preprocessing.size_px
     with _scratch(path) as file:
@@ -110,9 +110,9 @@ def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | Non
         missing, unexpected = network.load_state_dict(load_file(file), strict=False, assign=True)
         assert not unexpected and set(missing) <= {"fc.weight", "fc.bias"}, (missing, unexpected)
         network.eval().fc = nn.Identity()
-        plain = _deviation(published.encoder, network, size, path, bound=float("inf"))
+        plain = _difference(published.encoder, network, size, path, bound=float("inf"))
         network.maxpool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-        return _deviation(published.encoder, network, size, path), plain
+        return _difference(published.encoder, network, size, path), plain
 
 
 def torchvision_name(name: str) -> str:
@@ -132,19 +132,19 @@ def _random(images: int, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def _deviation(ours: nn.Module, theirs: Callable[[Tensor], Tensor], size: int, path: Path, bound: float = BOUND) -> float:
+def _difference(ours: nn.Module, theirs: Callable[[Tensor], Tensor], size: int, path: Path, bound: float = BOUND) -> float:
     x = _random(_IMAGES, size)
     expected = ours(x)
-    deviation = float((theirs(x) - expected).abs().max() / expected.abs().max())
-    if not deviation <= bound:
-        raise RuntimeError(f"{path.name} deviates from the encoder by {deviation:.1e} of its largest feature, more than {bound:.0e}")
-    return deviation
+    difference = float((theirs(x) - expected).abs().max() / expected.abs().max())
+    if not difference <= bound:
+        raise RuntimeError(f"{path.name} differs from the encoder by {difference:.1e} of its largest feature, more than {bound:.0e}")
+    return difference
 
 
 @contextlib.contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
-    """A file of `path`'s own name elsewhere (torch looks at the suffix, an ONNX graph names the file of its weights); it and what
-    was written beside it become `path` and its neighbours at the end, or are gone where the writing or the comparison failed."""
+    """A path of the same name in a temporary folder (torch looks at the suffix, an ONNX graph names the file of its weights). At the end
+    the files written there are moved beside `path`; if the writing or the comparison fails, they are removed."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         yield Path(scratch) / path.name
         for written in sorted(Path(scratch).iterdir(), reverse=True):  # the weights of a graph before the graph

@@ -1,8 +1,8 @@
 """TensorFlow's checkpoint files → names, shapes, arrays. The door to TensorFlow, an extra that nothing else here needs.
 
 Name-based checkpoints (TF1), object-based ones (TF2) and the variables of SavedModels and hub modules are all one file format.
-What differs is the key of a variable: TF1's is its name; TF2's is the shortest path to it through Python objects, which in the
-official SavedModels is `trainable_variables_list/17`. The object graph beside it has every variable's name, and that is used.
+Only the keys differ: TF1's key is the variable's name; TF2's is the shortest path to it through Python objects, which in the official
+SavedModels is `trainable_variables_list/17`. The object graph beside it has every variable's name, which is used here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 
 @dataclass(frozen=True)
 class Bundle:
-    """The variables of one checkpoint; values are read one at a time, since the largest have gigabytes."""
+    """The variables of one checkpoint; values are read one at a time, since the largest checkpoints have gigabytes."""
 
     source: str
     """Where they come from, for messages and the model card."""
@@ -34,9 +34,9 @@ class Bundle:
     read: Callable[[str], NDArray[Any]]
     """Variable name → value."""
     step: int | None = None
-    """Optimizer steps, where the checkpoint or its file name says."""
+    """Optimizer steps, if the checkpoint or its file name states them."""
     ignored: tuple[str, ...] = ()
-    """What is no variable of the model by its key: the optimizer's slots and settings, counters."""
+    """Keys that are no variables of the model: the optimizer's slots and settings, counters."""
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -45,7 +45,7 @@ def open_bundle(path: Path) -> Bundle:
     Raises UserError where there is none or several, where TensorFlow is not installed, or where it cannot read the files.
     """
     prefix = find(path)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read at import: its start-up notices are about other things
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read at import; silences start-up notices that do not concern the user
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow as tf
@@ -95,7 +95,7 @@ def named(full: dict[str, str], keys: list[str]) -> tuple[dict[str, str], tuple[
 
 
 def find(path: Path) -> Path:
-    """The prefix (without `.index`) of the checkpoint that `path` means. Raises UserError where it means none, or several."""
+    """The prefix (without `.index`) of the checkpoint that `path` names. Raises UserError if it names none, or several."""
     if path.is_dir():
         return _in_folder(path)
     prefix = path.with_name(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", path.name))

@@ -1,4 +1,4 @@
-"""What a representation is worth: features of a split, their neighbours, and the probes of `probe`. Each returns numbers."""
+"""Features of the images of a split, from an encoder in evaluation mode, on all ranks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def embed(
     """
     h, y, ids = [], [], []
     for batch in batches:
-        x = batch.images[0].to(device).permute(0, 3, 1, 2).float() / 255  # waits, unless they are there: the loader uses the memory again
+        x = batch.images[0].to(device).permute(0, 3, 1, 2).float() / 255  # waits for the copy: the loader reuses the memory
         if x.shape[2:] != (views.size_px, views.size_px):
             whole = to_device(torch.tensor([[0, 0, x.shape[2], x.shape[3]]]), x.device)
             x = crop_resize(x, whole, views.size_px, views.resize)
@@ -66,10 +66,10 @@ def embed(
 
 
 def _gather_rows(x: Tensor) -> Tensor:
-    """Rows of all ranks, which may hold different numbers of them."""
+    """Rows of all ranks, in rank order. Ranks may hold different numbers of rows."""
     if world_size() == 1:
         return x
-    # A rank without rows does not know how wide the others' are.
+    # A rank without rows does not know the width of the others' rows.
     counts, width = (v.tolist() for v in all_gather(torch.tensor([[len(x), x[:1].numel()]], device=x.device)).unbind(1))
     padded = x.new_zeros((max(counts), *([max(width)] if x.ndim == 2 else [])))
     padded[: len(x), ...] = x if len(x) else 0
@@ -94,8 +94,8 @@ def embed_split(
     progress: Callable[[int], None] | None = None,
     groups: int = 1,
 ) -> Features:
-    """Features of `split` of the shards in `data` (at most `limit` images), shared out over the ranks, of which each reads its
-    own shard group's training images."""
+    """Features of `split` of the shards in `data` (at most `limit` images), shared among the ranks; each reads the training images of its
+    own shard group."""
     rows = loader.in_order(data, split, views.size_px, batch_size, limit, threads, rank(), world_size(), groups, views.resize)
     with Frozen(encoder) as frozen:
         return embed(frozen, loader.on_device(rows, torch.device(device)), views, device, dtype, progress)

@@ -1,4 +1,4 @@
-"""An encoder that is looked at and not changed."""
+"""Evaluation of an encoder that leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Frozen:
 
 
 class Unchanged(Frozen):
-    """`Frozen`, and at its end every weight and statistic is bitwise what it was, and still in evaluation mode.
+    """`Frozen`, which asserts at its end that every weight and statistic is bitwise unchanged, and still in evaluation mode.
 
-    A probe that leaves BatchNorm in training mode reports a better encoder than the one it was given, and hands back another.
-    Asserted, because no input of a user's can bring it about.
+    A probe that leaves BatchNorm in training mode reports a better encoder than the one it was given, and hands back another. It is an
+    assertion, because no user's input can cause it.
     """
 
     def __enter__(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The nearest neighbours of features and what they vote for (arXiv:1805.01978)."""
+"""The nearest neighbours of features and their votes (arXiv:1805.01978)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from simclr.evaluation.metrics import accuracy
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The k nearest training rows of each query, nearest first, and what they vote for."""
+    """The k nearest training rows of each query, nearest first, and their votes."""
 
     index: Tensor
     """(m, k) rows of the training features."""
     similarity: Tensor
     """(m, k) cosines."""
     votes: Tensor
-    """(m, classes) sum of exp(cosine / temperature) over the neighbours of each class; without a label they have no vote."""
+    """(m, classes) sum of exp(cosine / temperature) over the neighbours of each class; those without a label do not vote."""
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def nearest(
 ) -> Neighbours:
     """Exact cosine neighbours of test_h (m, d) among train_h (n, d); k is at most n.
 
-    `block` queries meet `bank_block` rows at a time, and keep the k nearest so far: 1 GiB of cosines at most, however many rows.
+    `block` queries are compared with `bank_block` rows at a time and keep the k nearest so far: 1 GiB of cosines at most.
     """
     bank = F.normalize(train_h.float(), dim=1)
     k = min(k, len(bank))
@@ -45,7 +45,7 @@ def nearest(
             if s.shape[1] > k:
                 s, kept = s.topk(k, dim=1)
                 i = i.gather(1, kept)
-        # The largest cosine is taken off before exp: the ranking of votes is the same and a small temperature cannot overflow.
+        # The largest cosine is subtracted before exp: the ranking of votes is the same and a small temperature cannot overflow.
         weight = ((s - s[:, :1]) / temperature).exp() * (train_y[i] >= 0)
         votes.append(weight.new_zeros(len(queries), classes).scatter_add_(1, train_y[i].clamp_min(0), weight))
         index.append(i)

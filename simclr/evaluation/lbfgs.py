@@ -1,7 +1,7 @@
 """Logistic regressions that differ in their l2 penalty alone, fitted to convergence as one batched L-BFGS.
 
 The transfer protocol asks for 45 of them. In a loop each would read the features anew, with a product too narrow for a GPU;
-here every product with the features serves all problems that still move, and a problem that has converged leaves the batch.
+here every product with the features serves all problems that have not converged, and a problem that has converged leaves the batch.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _STATE_BYTES = 8 << 30  # of weights, gradients and histories; problems beyond t
 
 @dataclass(frozen=True, slots=True)
 class Fits:
-    """What `fit` found, one row per penalty."""
+    """The results of `fit`, one row per penalty."""
 
     weights: Tensor
     """(L, classes, d + 1): kernel and, as the last column, bias."""
     loss: Tensor
     """(L,) float64, the objective's value / n."""
     gradient: Tensor
-    """(L,) float64, what `tolerance` is held against: |gradient| / objective, as a share of the same at zero weights;
-    0 where it is rounding alone."""
+    """(L,) float64, compared with `tolerance`: |gradient| / objective, relative to its value at zero weights; 0 if it is rounding
+    alone."""
     iterations: Tensor
     """(L,) int64."""
     converged: Tensor
-    """(L,) bool: that fell to the tolerance. Where not, the iterations or the precision of the numbers ended."""
+    """(L,) bool: whether it fell to the tolerance. If not, the iterations or the precision of the numbers ended first."""
 
 
 @torch.no_grad()
@@ -51,16 +51,16 @@ def fit(
 
     y (n,) int64 gives softmax cross-entropy; y (n, classes) with 1 = has the class, 0 = has not, −1 = does not count gives a
     logistic regression per class. A class that no row shows gets the bias −∞. λ multiplies the penalty beside the *sum* of the
-    losses (Kornblith et al., arXiv:1805.08974), so it is scikit-learn's 1/C, and it stays what it is when rows are added. Every
-    problem starts at zero, so none depends on which others there are.
+    losses (Kornblith et al., arXiv:1805.08974), so it is scikit-learn's 1/C, and its meaning does not change when rows are added. Every
+    problem starts at zero, so none depends on the others.
 
-    Works in the dtype of h, float32 or float64. A fit has converged where the gradient of the *logarithm* of the objective is
-    `tolerance` of what it was at zero weights: separable classes and a weak penalty bring the objective itself to 1e-6 within a
-    step or two, in a direction that is not yet the minimum's. `progress` gets the iteration and how many problems still move.
+    Works in the dtype of h, float32 or float64. A fit has converged when the gradient of the *logarithm* of the objective is `tolerance`
+    times its value at zero weights: with separable classes and a weak penalty, the objective itself falls to 1e-6 within a step or two,
+    in a direction that is not yet the minimum's. `progress` gets the iteration and the number of problems that have not converged.
 
-    The objective is convex. It is solved along the principal axes of the centred features, which leaves the penalty as it is and
-    is undone at the end, each axis scaled by the Hessian at zero weights: features after a ReLU are all positive and go together,
-    and plain L-BFGS crawls on them.
+    The objective is convex. It is solved along the principal axes of the centred features, each scaled by the Hessian at zero weights;
+    the rotation does not change the penalty and is undone at the end. Features after a ReLU are all positive and correlated, and plain
+    L-BFGS converges slowly on them.
     """
     if not len(penalties) or min(penalties) <= 0:
         raise ValueError(f"penalties are {list(penalties)}; expected at least one, each more than 0: at 0 there may be no minimum")
@@ -70,7 +70,7 @@ def fit(
     x = h - mean
     axes = _axes(x)
     x = x @ axes
-    # A class that no row shows has no minimum: its bias, which is free, falls for ever. So does that of one that every row shows rise.
+    # A class that no row shows has no minimum: its free bias falls for ever. The bias of a class that every row shows rises for ever.
     certain = _certain(y, classes)
     fitted = torch.nonzero(certain.isnan())[:, 0]
     problem = _Softmax(x, torch.searchsorted(fitted, y), len(fitted)) if y.ndim == 1 else _OneVsRest(x, y[:, fitted])
@@ -87,8 +87,8 @@ def fit(
 
 
 def _axes(x: Tensor) -> Tensor:
-    """(d, r) principal axes of centred rows x (n, d), without those along which x is the rounding of its numbers: more features
-    than rows leave many, and a weak penalty would have the fit follow them."""
+    """(d, r) principal axes of centred rows x (n, d), without those along which x is rounding alone: with more features than rows there
+    are many, and under a weak penalty the fit would follow them."""
     gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for part in x.split(1 << 16):
         rows = part.double()
@@ -100,7 +100,8 @@ def _axes(x: Tensor) -> Tensor:
 
 
 def _certain(y: Tensor, classes: int) -> Tensor:
-    """(classes,) float: −∞ for a class that no row shows, ∞ for one against the rest that every row shows, NaN for all others."""
+    """(classes,) float, biases known beforehand: −∞ for a class that no row shows, ∞ for one (against the rest) that every row shows,
+    else NaN."""
     if y.ndim == 1:
         shown = torch.bincount(y, minlength=classes) > 0
         missed = torch.ones_like(shown)
@@ -123,7 +124,7 @@ class _Softmax:
 
     def __init__(self, x: Tensor, y: Tensor, classes: int) -> None:
         self.x, self.y, self.classes = x, y, classes
-        # p(1 − p) at p = 1 / classes, over the directions in which the classes differ: those of the weights never leave them.
+        # p(1 − p) at p = 1 / classes, over the directions in which the classes differ, which the weights never leave.
         self.curvature = torch.cat([x.square().mean(0), x.new_ones(1)]) / classes
 
     def __call__(self, weights: Tensor, penalties: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,12 +147,12 @@ class _Softmax:
         return total / len(self.x) + 0.5 * penalties.double() * weights[..., :-1].square().sum((1, 2)).double(), gradient
 
     def block(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Summed loss (L,) and d loss / d z of logits z (rows, L, classes), which are overwritten."""
+        """Summed loss (L,) and d loss / d z of logits z (rows, L, classes). z is overwritten."""
         y = self.y[rows, None, None].expand(-1, z.shape[1], 1)
         z.sub_(z.amax(2, keepdim=True))
         right = z.gather(2, y)
-        # The others' share is summed for itself: as 1 − p it would be rounding where the classes are told apart well, and so would
-        # be the loss, and weak penalties would stop anywhere.
+        # The other classes' share is summed directly. As 1 − p it would be rounding where the classes are well separated, as would the
+        # loss, and fits with weak penalties would stop at arbitrary points.
         residual = z.exp_().scatter_(2, y, 0.0)
         others = residual.sum(2, keepdim=True)
         sums = others + right.exp()
@@ -170,7 +171,7 @@ class _OneVsRest(_Softmax):
 
     def block(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         away, counts = self.away[rows, None], self.counts[rows, None]
-        z = z.mul_(away)  # how far on the wrong side: p − 1 would be rounding where p is nearly 1
+        z = z.mul_(away)  # distance on the wrong side: p − 1 would be rounding where p is nearly 1
         return (F.softplus(z) * counts).sum((0, 2), dtype=torch.float64), z.sigmoid_().mul_(counts).mul_(away)
 
 
@@ -182,8 +183,8 @@ def _minimise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L-BFGS (Nocedal and Wright, Alg. 7.4 and 7.5) of all problems in step: weights, loss, relative gradient, iterations taken.
 
-    What is not the same for all problems: the penalties, the length of the step, and whether the problem still moves. Rows of
-    problems that do not are taken out of every tensor, so the rest gets faster as it gets smaller.
+    Problems differ in penalty, step length and whether they have converged. Finished problems are removed from every tensor, so the rest
+    gets faster as it gets smaller.
     """
     found = penalties.new_zeros(len(penalties), problem.classes, len(problem.curvature))
     loss_found = torch.zeros(len(penalties), dtype=torch.float64, device=penalties.device)
@@ -195,7 +196,7 @@ def _minimise(
     state.loss, state.gradient = problem(state.weights, penalties)
     least = state.loss.clamp_min(1e-300)
     first = _norm(state.gradient, state.scale) / least
-    # What rounding leaves of a gradient, of which the bias has most. Under a strong penalty that is more than `tolerance` asks for.
+    # A gradient of this size is rounding, most of it in the bias. Under a strong penalty it is larger than `tolerance` allows.
     rounding = torch.finfo(penalties.dtype).eps * problem.classes * (problem.curvature * scale).sum(1).double().sqrt() / least
     for iteration in range(iterations + 1):
         gradient = _norm(state.gradient, state.scale) / state.loss.clamp_min(1e-300)
@@ -212,17 +213,17 @@ def _minimise(
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """(L,) products, problem by problem, of (L, classes, d + 1)."""
+    """(L,) inner products, problem by problem, of a and b (L, classes, d + 1)."""
     return (a * b).sum((1, 2), dtype=torch.float64)
 
 
 def _norm(gradient: Tensor, scale: Tensor) -> Tensor:
-    """(L,) √(g · H₀⁻¹ g): what the gradient is in coordinates where the Hessian at zero weights is the identity."""
+    """(L,) √(g · H₀⁻¹ g): the gradient's norm in coordinates where the Hessian at zero weights is the identity."""
     return _dot(gradient, gradient * scale).sqrt()
 
 
 class _State:
-    """The problems that still move. Every tensor has them in its first dimension, the histories in their second."""
+    """The problems that have not converged. They are the first dimension of every tensor."""
 
     def __init__(self, ids: Tensor, penalties: Tensor, scale: Tensor, weights: Tensor) -> None:
         self.ids, self.penalties, self.scale, self.weights = ids, penalties, scale, weights
@@ -239,7 +240,7 @@ class _State:
         self.moves, self.turns = [m[moving] for m in self.moves], [t[moving] for t in self.turns]
 
     def step(self, problem: _Softmax) -> None:
-        """One step of every problem, along its own direction, as far as its own line search says."""
+        """One step of every problem, with its own direction and line search."""
         direction = self._direction()
         weights, loss, gradient, ok = self._search(problem, direction)
         self.stuck = ~ok
@@ -253,7 +254,7 @@ class _State:
         rho, alpha = [], []
         for move, turn in zip(self.moves, self.turns, strict=True):
             curved = _dot(move, turn)
-            rho.append(torch.where(curved > 0, 1 / curved, 0.0))  # a step of rounding alone teaches nothing
+            rho.append(torch.where(curved > 0, 1 / curved, 0.0))  # a step of rounding alone has no curvature
         for move, turn, r in reversed(list(zip(self.moves, self.turns, rho, strict=True))):
             alpha.append(r * _dot(move, q))
             q = q - alpha[-1][:, None, None].to(q.dtype) * turn
@@ -266,10 +267,10 @@ class _State:
         return q
 
     def _search(self, problem: _Softmax, direction: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Steps that meet the weak Wolfe conditions, found by doubling and halving (Lewis and Overton 2013, Alg. 2.6), each
-        problem's on its own: (weights, loss, gradient, whether one was found). Where none is, nothing moves.
+        """Steps that meet the weak Wolfe conditions, found by doubling and halving (Lewis and Overton 2013, Alg. 2.6), each problem's on
+        its own: (weights, loss, gradient, whether a step was found). Without one, the problem stays where it is.
 
-        Near the minimum the loss no longer tells two points apart; what rounding may hide is granted to it.
+        Near the minimum the loss cannot tell two points apart, so a rise within rounding is accepted.
         """
         slope = _dot(self.gradient, direction)
         grant = 4 * torch.finfo(direction.dtype).eps * self.loss.abs()

@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features: a quick one, the papers' two protocols, and what they leave unchanged."""
+"""Linear classifiers on frozen features: a quick probe, and the papers' two protocols."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from simclr.views.two_views import two_views
 PENALTIES = tuple(float(value) for value in np.logspace(-6, 5, 45))
 """The 45 values of λ that the transfer protocol tries (arXiv:2002.05709, App. B.8)."""
 Measure = Callable[[Tensor, Tensor], float]
-"""(scores (m, classes), labels) → what is to be high: top-1, mean per class, mAP."""
+"""(scores (m, classes), labels) → the measure to maximise: top-1, mean per class, mAP."""
 
 
-# ── The quick one ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The quick probe ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def linear_probe(
@@ -56,9 +56,9 @@ def quick_probe(
     """(scores (m, classes) of the test rows, decay) of a linear classifier that is fitted in seconds.
 
     Multinomial logistic regression on standardised features, fitted by full-batch L-BFGS, as the paper's transfer
-    protocol does (App. B.8). The weight decay is chosen on a tenth of the training rows, then all rows are fitted. It is
-    `swept_probe` made quick: six decays, which here multiply |kernel|²/2 beside the *mean* loss, a hundred iterations at most,
-    and a path that ends early, which on raw pixels (3,072 wide) costs less than all fits at once.
+    protocol does (App. B.8). The weight decay is chosen on a tenth of the training rows, then all rows are fitted. It is a quick
+    `swept_probe`: six decays, which here multiply |kernel|²/2 beside the *mean* loss, a hundred iterations at most, and an early end of
+    the path, which on raw pixels (3,072 wide) costs less than all fits at once.
     """
     mean, std = train_h.mean(0), train_h.std(0).clamp_min(1e-6)
     train_h, test_h = (train_h - mean) / std, (test_h - mean) / std
@@ -67,8 +67,8 @@ def quick_probe(
     held[torch.from_numpy(keyed.permutation(0, 0, len(train_y))[: len(train_y) // 10])] = True
     weights = torch.zeros(classes, train_h.shape[1] + 1, device=train_h.device)
     best, decay, start, worse = -1.0, decays[0], weights, 0
-    # From the strongest decay down, each fit starting at the one before: close by, so it takes few iterations. Two that are
-    # no better in a row end it: what follows only overfits, and takes longest.
+    # From the strongest decay down. Each fit starts at the solution before it, which is close, so it takes few iterations. Two fits in a
+    # row without a gain end the path: weaker decays only overfit, and take longest.
     for candidate in sorted(decays, reverse=True) if len(decays) > 1 else ():
         weights = _fit(train_h[~held], train_y[~held], weights, candidate, iterations)
         score = accuracy(lbfgs.logits(train_h[held], weights), train_y[held])["top1"]
@@ -108,7 +108,7 @@ def _fit(h: Tensor, y: Tensor, start: Tensor, decay: float, iterations: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What `swept_probe` found."""
+    """The result of `swept_probe`."""
 
     scores: Tensor
     """(m, classes) logits of the test rows, of the classifier that was fitted to training and validation rows."""
@@ -135,8 +135,8 @@ def swept_probe(
     """The transfer protocol (arXiv:2002.05709, App. B.8, after arXiv:1805.08974): l2-penalised logistic regression by full-batch
     L-BFGS without augmentation, λ chosen on the validation rows, then fitted again to training and validation rows.
 
-    train and validation are (h (n, d), y), where y is as in `logistic.fit`. Features are taken as they are: neither paper scales
-    them. λ stands beside the sum of the losses, as Kornblith et al. have it; the SimCLR paper does not say.
+    train and validation are (h (n, d), y), where y is as in `lbfgs.fit`. Features are not scaled, as in both papers. λ stands beside the
+    sum of the losses, as Kornblith et al. have it; the SimCLR paper does not say.
     """
     fits = lbfgs.fit(*train, penalties, classes, tolerance, iterations, progress)
     found = {p: measure(lbfgs.logits(validation[0], w), validation[1]) for p, w in zip(penalties, fits.weights, strict=True)}
@@ -162,8 +162,8 @@ def held_out(y: Tensor, share: float, seed: int = 0) -> Tensor:
 
 
 def batch_size_for(examples: int) -> int:
-    """N of linear evaluation: the largest power of two that leaves 90 steps per epoch, from 2 to 4096. It gives the two that the
-    official README has: 4096 on ImageNet, 512 on CIFAR-10."""
+    """N of linear evaluation: the largest power of two that leaves 90 steps per epoch, from 2 to 4096. It gives the two sizes of the
+    official README: 4096 on ImageNet, 512 on CIFAR-10."""
     return int(min(max(2 ** int(np.log2(max(examples // 90, 2))), 2), 4096))
 
 
@@ -183,8 +183,8 @@ def sgd_probe(
 
     As the official code has it: weights start at zero, lr falls along half a cosine without warm-up. No weight decay, as the
     paper says and the official README does on CIFAR-10; its ImageNet command has 1e-6. Crops, their order and `views` are those of
-    `config`, keyed by its seed; images without a label count for nothing. Returns the classifier; raises UserError where the
-    batch is larger than the split. `progress` gets the step, of how many, and the loss.
+    `config`, keyed by its seed; images without a label are ignored. Returns the classifier; raises UserError if the batch is larger than
+    the split. `progress` gets the step, the number of steps, and the loss.
     """
     views = replace(config.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0)
     train = replace(config.train, batch_size=batch_size, micro_batch=None, epochs=epochs, steps=None, shard_groups=1)
@@ -199,7 +199,7 @@ def sgd_probe(
     peak = lr_peak(0.1, batch_size, "linear")
     with Unchanged(encoder), contextlib.closing(loader.on_device(loader.batches(config, data, 0, 0, 1, threads), device)) as stream:
         for step, batch in zip(range(total), stream, strict=False):
-            # One view of each image: the second is drawn beside it, which without colours costs little next to the encoder.
+            # One view of each image. The second is drawn too, which without colours costs little beside the encoder.
             x = two_views(batch.images[0], batch.ids, batch.epoch, views, config.seed, device)[: len(batch.ids)]
             with torch.no_grad():
                 h = encoder(x).float()
@@ -210,6 +210,6 @@ def sgd_probe(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step % 10 == 9 or step + 1 == total:  # the loss is waited for, the steps between are not
+            if step % 10 == 9 or step + 1 == total:  # the host waits for the loss here, and not in the steps between
                 progress(step + 1, total, loss.item())
     return classifier.requires_grad_(False)

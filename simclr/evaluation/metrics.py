@@ -1,4 +1,4 @@
-"""What a classifier's scores are worth against the labels. Tensors in, numbers out."""
+"""Metrics of a classifier's scores against labels. Tensors in, numbers out."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
     best precision at a recall of at least r (Everingham et al. 2010, Sec. 4.2; the measure of VOC 2007, replaced in 2010).
 
     scores (m, classes); relevant (m, classes) is 1 where the image shows the class, 0 where not, and −1 where the row is left
-    out (VOC's difficult objects). A class with nothing to find is NaN. Equal scores rank in the order of the rows.
+    out (VOC's difficult objects). A class that no image shows is NaN. Equal scores rank in the order of the rows.
     """
     order = scores.argsort(dim=0, descending=True, stable=True)
     ranked = relevant.gather(0, order)
     hits, shown = (ranked == 1).cumsum(0), (ranked >= 0).cumsum(0)
     recall = hits.double() / hits[-1]
     precision = hits.double() / shown.clamp_min(1)
-    # In whole numbers: a recall of 3 of 10 must reach r = 0.3, which neither quotient is exactly.
+    # Compared in whole numbers: a recall of 3 of 10 must reach r = 0.3, and neither quotient is exact.
     points = [torch.where(10 * hits >= r * hits[-1], precision, 0.0).amax(0) for r in range(11)]
     return torch.stack(points).mean(0) + 0 * recall[-1]
 
 
 def mean_average_precision(scores: Tensor, relevant: Tensor) -> float:
-    """11-point mAP: the mean of `average_precision` over the classes that can be found."""
+    """11-point mAP: the mean of `average_precision` over the classes that some image shows."""
     return average_precision(scores, relevant).nanmean().item()
 
 
@@ -60,7 +60,7 @@ def bootstrap(
     """The percentile bootstrap interval of a measure of `rows` test images (Efron and Tibshirani 1993, Sec. 13.3).
 
     `measure` gets the indices (rows,) of a resample, drawn with replacement; the `resamples` draws are a function of `seed`
-    alone. It is the interval over test sets, with encoder and classifier as they are: not over training runs.
+    alone. It is the interval over test sets, with fixed encoder and classifier, not over training runs.
     """
     generator = np.random.Generator(np.random.Philox(key=seed))
     values = [measure(torch.from_numpy(generator.integers(0, rows, rows))) for _ in range(resamples)]

@@ -1,4 +1,4 @@
-"""Online evaluation: what an encoder is worth while it trains."""
+"""Online evaluation: scores of an encoder during training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a representation looks like without labels: tensor in, float out. None of these carries a gradient."""
+"""Measures of a representation without labels: tensor in, scalar out. None of these carries a gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def contrastive_top1(z: Tensor) -> Tensor:
     """Share of view-0 rows whose most similar view-1 row of the global batch is their own image's (chance: 1 / N).
 
     z (2n, d): this rank's rows, as in `nt_xent`. The candidates are the other view's N rows, as the official metric has
-    it. Returns a scalar tensor, this rank's mean, so that nobody waits for the device.
+    it. Returns a scalar tensor, this rank's mean, so that the host does not wait for the device.
     """
     first, second = F.normalize(z.detach().float(), dim=1).chunk(2)
     own = rank() * len(first) + torch.arange(len(first), device=z.device)
@@ -29,7 +29,7 @@ def contrastive_top1(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def contrastive_entropy(z: Tensor, temperature: float) -> Tensor:
-    """Mean entropy, in nats, of view 0's softmax over the other view's N rows (ln N when nothing is told apart)."""
+    """Mean entropy, in nats, of view 0's softmax over the other view's N rows (ln N at chance level)."""
     first, second = F.normalize(z.detach().float(), dim=1).chunk(2)
     keys = all_gather(second)
     found = []
@@ -40,7 +40,7 @@ def contrastive_entropy(z: Tensor, temperature: float) -> Tensor:
 
 
 def _rows(keys: Tensor) -> int:
-    """How many rows at a time, so that no batch is too large to look at."""
+    """Rows to compare at a time, so that any batch fits in memory."""
     return max(_BLOCK // len(keys), 1)
 
 

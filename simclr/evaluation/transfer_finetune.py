@@ -31,12 +31,12 @@ DECAYS = (0.0, *(float(decay) for decay in np.logspace(-6, -3, 7)))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tuning:
-    """How long and how much at a time; the paper's figures, from memory of its appendix."""
+    """Length, batch and grid of the search; the paper's figures, from memory of its appendix."""
 
     steps: int = 20_000
     """Optimizer steps of each trial and of the last training."""
     batch_size: int = 256
-    """Images per step, at most as many as train."""
+    """Images per step, at most the number of training images."""
     rates: tuple[float, ...] = RATES
     decays: tuple[float, ...] = DECAYS
     threads: int = 1
@@ -76,7 +76,7 @@ def fine_tuned(
     """
     device = encoder.get_buffer("mean").device
     parts = split({part: _labels(found, limit, tuning.threads, device) for part, found in rows.items()}, task.split)
-    # Where a dataset has no such part, its images lie in another one.
+    # If a dataset has no such part, its images come from another one.
     sources = {part: rows[next(there for there in ("all", part, "train") if there in rows)] for part in ("train", "validation", "test")}
     counts, pairs = measure(task.metric), [(lr, decay) for lr in tuning.rates for decay in tuning.decays]
     total, done = (len(pairs) + 1) * tuning.steps, 0
@@ -97,7 +97,7 @@ def fine_tuned(
 
 
 class _Pictures:
-    """Images of one or more datasets, as they are read: they need not fit in memory, and every epoch crops them anew."""
+    """Images of one or more datasets, read anew in every epoch: they need not fit in memory, and each time are cropped anew."""
 
     def __init__(self, sources: list[tuple[Rows, Part]], encoder: PublishedEncoder, threads: int) -> None:
         self.sources, self.threads = sources, threads
@@ -152,7 +152,7 @@ def _train(
 
 
 def _loss(scores: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of one class each, or of every class on its own where y (n, classes) marks them; a mark of −1 does not count."""
+    """Cross-entropy over classes y (n,), or a logistic loss per class for marks y (n, classes); a mark of −1 does not count."""
     if y.ndim == 1:
         return F.cross_entropy(scores, y)
     counts = (y >= 0).float()
@@ -171,7 +171,7 @@ def _scores(network: Classifier, data: _Pictures) -> Tensor:
 
 
 def _labels(rows: Rows, limit: int | None, threads: int, device: torch.device) -> Part:
-    """Numbers of a dataset's rows, or of a keyed choice of `limit`, and their labels, which come with the pictures."""
+    """Indices of a dataset's rows, or of a keyed choice of `limit`, and their labels, which are read with the pictures."""
     order = range(len(rows)) if limit is None else sorted(keyed.permutation(0, 0, len(rows))[:limit].tolist())
     labels = [torch.from_numpy(y) for _, y in pictures(rows, order, 8, 256, threads)]
     return Part(torch.tensor(order, device=device), torch.cat(labels).to(device))

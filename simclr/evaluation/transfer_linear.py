@@ -18,7 +18,7 @@ from simclr.evaluation.metrics import RESAMPLES, accuracy, bootstrap, confusion,
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows (n, …), features or images, and their labels: (n,) classes, or (n, classes) marks as `logistic.fit` has them."""
+    """Rows (n, …), features or images, and their labels: (n,) classes, or (n, classes) marks as in `lbfgs.fit`."""
 
     x: Tensor
     y: Tensor
@@ -29,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a classifier is fitted to, what chooses its λ, and what it is scored on."""
+    """The rows that fit a classifier, that choose its λ, and that score it."""
 
     train: Part
     validation: Part
@@ -68,7 +68,7 @@ def embed_rows(
 
 
 def split(parts: dict[str, Part], rule: Split, seed: int = 0) -> Parts:
-    """The three parts of a dataset, as `data.transfer.Task.split` says; which rows are drawn is a function of `seed`."""
+    """The three parts of a dataset, as `data.tasks.Task.split` states; which rows are drawn is a function of `seed`."""
     if rule == "official":
         return Parts(parts["train"], parts["validation"], parts["test"])
     if rule == "thirty_per_class":

@@ -1,8 +1,8 @@
 """NT-Xent without the table of logits: tile by tile, with a running log-sum-exp. Triton on a GPU, blocks of rows elsewhere.
 
 Written out, the loss of N images stores 4 N² logits several times over: 48 GiB at N = 32,768. Here forward keeps one number
-per row, the log-sum-exp, and backward computes each tile again from it. Both twins take unit rows and give the mean over rows
-of Eq. 1 (arXiv:2002.05709) with its gradient; `simclr.loss.nt_xent` is the definition that they are tested against.
+per row, the log-sum-exp, and backward computes each tile again from it. Both versions take unit rows and give the mean over rows of Eq. 1
+(arXiv:2002.05709) with its gradient; `simclr.loss.nt_xent` is the definition that they are tested against.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WIDEST = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}  # dimen
 
 
 def in_tiles(x: Tensor) -> bool:
-    """Whether rows like x (n, d) are multiplied as they are, in tiles: on a GPU, where a tile holds a row's whole width."""
+    """Whether rows like x (n, d) are multiplied in their own dtype, in tiles: on a GPU, if a tile holds a row's whole width."""
     return x.is_cuda and x.shape[1] <= _WIDEST.get(x.dtype, 0)
 
 
@@ -27,8 +27,8 @@ def streamed(queries: Tensor, keys: Tensor, offset: int, temperature: float, blo
     """Mean over this rank's rows of their loss, a scalar.
 
     queries (2n, d): this rank's unit rows, [view 0 of n images; view 1]. keys (2N, d): every rank's, of which this rank's begin
-    at row `offset`. `block` is how many logits are in memory at a time where no tiles are taken. Of bfloat16 and float16 rows the
-    products' sums, the log-sum-exp and the loss are float32, either way.
+    at row `offset`. Without tiles, `block` logits are in memory at a time. For bfloat16 and float16 rows the products' sums, the
+    log-sum-exp and the loss are float32 in both versions.
     """
     loss: Tensor = _Streamed.apply(queries, keys, offset, temperature, block)
     return loss
@@ -59,7 +59,7 @@ class _Streamed(torch.autograd.Function):
         return (d_queries * scale).to(queries.dtype), (d_keys * scale).to(keys.dtype), None, None, None
 
 
-# ── Blocks of rows, in plain torch: the CPU's, XLA's, wide rows' ───────────────────────────────────────────────────
+# ── Blocks of rows, in plain torch: for CPUs, XLA and wide rows ────────────────────────────────────────────────────
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The tiles of `nt_xent`: one program per tile of rows (of keys, for their gradient), which passes over all keys (rows).
 
-Imported only where they run: Triton is not on every machine. All take queries (2n, d) and keys (2N, d), row by row in
-memory; ROWS × KEYS logits are in registers at a time and accumulate in float32.
+Imported only where the kernels run: Triton is not on every machine. All take queries (2n, d) and keys (2N, d), row by row in memory; ROWS
+× KEYS logits are in registers at a time and accumulate in float32.
 """
 
 # Types of Triton's language are its compiler's business.
@@ -90,7 +90,7 @@ def keys_kernel(
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         q = _load(queries, row, rows, D, WIDE)
-        level = tl.load(lse + row, mask=row < rows, other=float("inf"))  # rows beyond the end weigh nothing
+        level = tl.load(lse + row, mask=row < rows, other=float("inf"))  # rows beyond the end have weight 0
         logits, is_positive = _tile(q, k, row, key, rows, keys, offset, scale, PRECISION)
         p = tl.exp(logits - level[:, None]) - tl.where(is_positive, 1.0, 0.0)
         found += tl.dot(tl.trans(p).to(q.dtype), q, input_precision=PRECISION)

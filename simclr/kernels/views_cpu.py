@@ -1,7 +1,7 @@
 """Crops to normalised views on the CPU, one view at a time in the cache. Twin of `simclr.views.ops.distort`, which defines it.
 
-The plain form walks over all views once per operation and copies the rows that it concerns, and most of its time goes
-into moving memory. Here a view is read once, as bytes, and written once, channels last, as the encoder reads it.
+The plain form passes over all views once per operation and copies the rows concerned; it spends most of its time on moving memory. Here a
+view is read once, as bytes, and written once, channels last, as the encoder reads it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def crops_to_views(
 ) -> Tensor:
     """Views (v·n, 3, size, size) float32, channels last, of crops (n, v, size, size, 3) uint8 on the CPU: [view 0; view 1; …].
 
-    The parameters (v·n, …) are the fields of `simclr.views.draw.Colours`; mean and std are those of the normalisation. Works on
-    as many threads as torch does.
+    The parameters (v·n, …) are the fields of `simclr.views.draw.Colours`; mean and std are those of the normalisation. Uses as many
+    threads as torch.
     """
     total, size = len(crops) * crops.shape[1], crops.shape[2]
     out = torch.empty(total, size, size, 3)
@@ -45,7 +45,7 @@ def crops_to_views(
     shift = (-np.array(mean) / np.array(std)).astype(np.float32)
     arguments = (flip, jitter, order, factors.astype(np.float32), grey, sigma, scale, shift)
     source, target = np.ascontiguousarray(crops.numpy()), out.numpy()
-    # Plain threads, not numba's: those of the loader may be at work at this moment, and two at once abort the process.
+    # Plain threads, not numba's: the loader's may be running at this moment, and two parallel regions at once abort the process.
     workers = min(torch.get_num_threads(), total)
     if workers <= 1:
         _views(source, 0, total, *arguments, target)
@@ -106,7 +106,7 @@ def _views(
         for y in range(size):
             row = slice(y * size, (y + 1) * size)
             red, green, blue, target = r[row], g[row], b[row], out[view, y]
-            if flip[view]:  # last: all before it is the same from left to right and from right to left
+            if flip[view]:  # last: no operation before it tells left from right
                 red, green, blue = red[::-1], green[::-1], blue[::-1]
             for x in range(size):
                 target[x, 0] = red[x] * scale[0] + shift[0]
@@ -117,7 +117,7 @@ def _views(
 @_compiled
 def _mean(plane: _Floats, size: int) -> np.float32:
     total = 0.0
-    for y in range(size):  # a row in float32, rows in float64: an error of a few 1e-7
+    for y in range(size):  # sums a row in float32, rows in float64: an error of a few 1e-7
         row = _f32(0)
         for x in range(size):
             row += plane[y * size + x]

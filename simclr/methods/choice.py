@@ -1,4 +1,4 @@
-"""Which method a config asks for. A method more is one line here."""
+"""The method that a config asks for. A new method is one line here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simclr.stages import Distill, FineTune
 
 
 def method_of(config: Config, start: Start, manifest: Manifest | None = None) -> Method:
-    """The method of `config` on the data of `start`, whose `manifest` is read where it is not given."""
+    """The method of `config` on the data of `start`, whose `manifest` is read if it is not given."""
     manifest = manifest or read_manifest(start.data, look=False)
     match config:
         case FineTune():

@@ -1,9 +1,9 @@
 """Training a classifier: fine-tuning a pretrained network on labels (arXiv:2002.05709, App. B.5; arXiv:2006.10029, Sec. 2), as a `Method`,
-and what distillation shares with it.
+and the code that distillation shares with it.
 
-As the papers: crops and flips are the only augmentation, one crop an image; BatchNorm takes the batch's statistics while it
-trains, over all ranks; the classifier begins at zero (the official command's zero_init_logits_layer), so that the first
-gradient does not disturb the encoder. Test images are scored with running statistics.
+As in the papers: crops and flips are the only augmentation, one crop per image; in training BatchNorm uses the statistics of the global
+batch; the classifier begins at zero (the official command's zero_init_logits_layer), so that the first gradient does not disturb the
+encoder. Test images are scored with running statistics.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Scores(nn.Module):
 def classifier(config: FineTune, start: Start, manifest: Manifest) -> Method:
     """Train encoder, head up to the tap and classifier on the labels of the training images `start.ids`.
 
-    Without a checkpoint in `start` it begins from scratch; the checkpoint of step 0 that `first_state` makes of a published
-    encoder begins with that. Metrics are train/loss, train/top1, and of the test split eval/top1 and eval/top5.
+    Without a checkpoint in `start` it begins from scratch; with the checkpoint of step 0 that `first_state` makes of a published encoder,
+    it begins with that encoder. Metrics are train/loss, train/top1, and of the test split eval/top1 and eval/top5.
     """
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
@@ -108,14 +108,14 @@ def single(scores: Tensor) -> Tensor:
 
 
 def hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """(2,): how many of scores (n, classes) are highest at the label, and how many images have one."""
+    """(2,): how many rows of scores (n, classes) are highest at their label, and how many rows have a label."""
     return torch.stack([(scores.detach().argmax(1) == labels).sum(), (labels >= 0).sum()]).to(scores.dtype)
 
 
 def build_classifier(config: Config, classes: int, tap: int, linear: bool = False, drawn: bool = True) -> Classifier:
-    """Encoder and the head's first `tap` layers as pretraining with `config.seed` would begin, and a classifier that begins at zero;
-    on the CPU, the same on every rank and machine. With `linear` only the classifier asks for gradients. Where it is not to be
-    `drawn`, its memory holds nothing yet, and a checkpoint is to be restored."""
+    """Encoder and the head's first `tap` layers with the initial weights of pretraining with `config.seed`, and a classifier of zeros; on
+    the CPU, the same on every rank and machine. With `linear` only the classifier needs gradients. Without `drawn` the weights are
+    uninitialised, for a checkpoint to be restored."""
     if not drawn:
         return unfilled(lambda: build_classifier(config, classes, tap, linear))
     encoder = build_encoder(config.encoder, config.seed)
@@ -128,9 +128,9 @@ def build_classifier(config: Config, classes: int, tap: int, linear: bool = Fals
 
 
 def first_state(config: FineTune, published: Path, classes: int) -> checkpoint.State:
-    """The state after no step, of the encoder and head in the directory `published`: where fine-tuning begins.
+    """The state at step 0 of fine-tuning, with the encoder and head in the directory `published`.
 
-    Raises UserError where its head has fewer layers than the tap asks for.
+    Raises UserError if its head has fewer layers than the tap.
     """
     model = Classifier(read_encoder(published).encoder, read_head(published), config.tap, classes)
     nn.init.zeros_(model.classifier.weight)
@@ -138,7 +138,7 @@ def first_state(config: FineTune, published: Path, classes: int) -> checkpoint.S
 
 
 def train_mode(model: Classifier, linear: bool) -> None:
-    """Training mode; what is frozen keeps its running statistics too."""
+    """Training mode; frozen parts keep evaluation mode, so their running statistics stay too."""
     model.train()
     if linear:
         model.encoder.eval()

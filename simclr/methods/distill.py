@@ -24,9 +24,9 @@ from simclr.to_device import to_device
 def distillation_loss(scores: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float = 1.0) -> Tensor:
     """Eq. 3 over the number of rows: −(1 − α) Σ log P(y | x) over the labelled rows, − α Σ Σ_y P_T(y | x; τ) log P(y | x; τ) over all.
 
-    scores, teacher: (n, classes) of student and teacher; labels (n,), −1 = without. P(y | x; τ) is the softmax of scores / τ; the
-    first term has no τ. With α = 1 it is Eq. 2. There is no factor τ² that would keep gradients alike at every τ: the equations
-    have none. The divisor is n for both terms, so the mean over ranks is the global batch's, however labels are spread.
+    scores, teacher: (n, classes) of student and teacher; labels (n,), −1 = unlabelled. P(y | x; τ) is the softmax of scores / τ; the
+    first term has no τ. With α = 1 it is Eq. 2. There is no factor τ², which would keep gradients alike at every τ: the equations have
+    none. The divisor is n for both terms, so the mean over ranks is the global batch's, however labels are spread.
     """
     soft = -(F.softmax(teacher / temperature, 1) * F.log_softmax(scores / temperature, 1)).sum() / len(scores)
     if alpha == 1:
@@ -38,11 +38,11 @@ def distillation_loss(scores: Tensor, teacher: Tensor, labels: Tensor, temperatu
 def distill(config: Distill, start: Start, manifest: Manifest) -> Method:
     """Train a student on the whole training split under the classifier published in `start.teacher`, which sees the same crops.
 
-    The student begins at random, without a projection head, as `config.seed` draws it; the paper's text does not say how it
-    begins. `start.labelled` are the images whose labels Eq. 3 may see (alpha < 1). Metrics as fine-tuning's; train/top1 is measured
-    against the labels that the data has, which the loss does not see.
+    The student begins at random, without a projection head, keyed by `config.seed`; the paper's text does not say how it begins.
+    `start.labelled` are the images whose labels Eq. 3 may use (alpha < 1). Metrics are those of fine-tuning; train/top1 is measured
+    against the labels of the data, which the loss does not use.
     """
-    assert start.teacher is not None, "distillation wants a teacher"
+    assert start.teacher is not None, "distillation needs a teacher"
     classes = require_teacher(start.teacher, manifest.classes)
     teach = _teacher(config, start)
     known = torch.zeros(manifest.examples("train"), dtype=torch.bool)
@@ -66,7 +66,7 @@ def distill(config: Distill, start: Start, manifest: Manifest) -> Method:
 
 
 def _teacher(config: Distill, start: Start) -> Callable[[Tensor], Tensor]:
-    """Views (n, 3, H, W) → the teacher's class scores. On the meta device nobody asks, and its weights are not read."""
+    """Views (n, 3, H, W) → the teacher's class scores. On the meta device its weights are not read."""
     assert start.teacher is not None
     if start.device.type == "meta":
         return lambda views: views
@@ -74,8 +74,8 @@ def _teacher(config: Distill, start: Start) -> Callable[[Tensor], Tensor]:
 
 
 def require_teacher(directory: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes that the teacher published in `directory` tells apart. Raises UserError where there is no classifier, or the
-    data, labelled, has other `classes`."""
+    """The classes that the teacher published in `directory` tells apart. Raises UserError if there is no classifier, or the data is
+    labelled and has other `classes`."""
     stated = read_text(directory).get("classifier")
     if stated is None:
         raise UserError(f"{directory} holds no classifier to learn from; `simclr finetune` makes one")

@@ -1,4 +1,4 @@
-"""What a method is: a value that the loop (`simclr.train`) trains. One file beside this one makes it from its own config."""
+"""A method is a value that the loop (`simclr.train`) trains. Each is made by one file beside this one, from its own config."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run begins: its data, its device, and the checkpoint it goes on from."""
+    """The start of a run: its data, its device, and the checkpoint that it resumes from."""
 
     data: Path
     """Directory of prepared shards."""
@@ -40,13 +40,13 @@ class Start:
     ids: NDArray[np.int64] | None = None
     """The only training images, ascending; None = all."""
     labelled: NDArray[np.int64] | None = None
-    """Images whose labels a distillation may see, ascending; None = none."""
+    """Images whose labels a distillation may use, ascending; None = none."""
     teacher: Path | None = None
     """Directory of the published classifier that a distillation learns from."""
 
     @property
     def loader_threads(self) -> int:
-        """On a GPU one fewer: where every core decodes, the kernels' launches wait for one."""
+        """Threads of the loader. On a GPU one fewer: if every core decodes, kernel launches wait for a core."""
         return self.threads if self.device.type == "cpu" else max(self.threads - 1, 1)
 
 
@@ -65,7 +65,7 @@ def nothing_at(step: int) -> None:
 
 
 def nothing_after(inputs: Rows, targets: Rows, step: int) -> None:
-    """Nothing, behind any step."""
+    """Nothing, after any step."""
 
 
 def nothing_seen(outputs: Rows, targets: Rows) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def nothing_seen(outputs: Rows, targets: Rows) -> dict[str, Tensor]:
 
 
 def no_evaluation() -> dict[str, float]:
-    """No score: the data has none to give."""
+    """No score: the data has no labels or no test split."""
     return {}
 
 
@@ -82,19 +82,19 @@ def no_evaluation() -> dict[str, float]:
 class Method:
     """One step is: before, inputs → network → outputs, targets, loss, backward, gradients, optimizer, after.
 
-    What a hook needs of config, data and modules it holds itself. All of a step is the same function on every rank, and whatever is
-    random in it is keyed.
+    A hook holds the config, data and modules that it needs. Every rank runs a step as the same function, and all randomness in it is
+    keyed.
     """
 
     crops: tuple[Crop, ...]
-    """What the loader cuts from each image, in one decode."""
+    """The crops that the loader cuts from each image, in one decode."""
     inputs: Callable[[Batch, slice], Rows]
-    """Rows of some images of this rank, on the device. Keyed: the same images give the same rows to the bit, as often as asked."""
+    """Rows of some images of this rank, on the device. Keyed: the same images give the same rows to the bit, at every call."""
     network: nn.Module
     """With gradient: input rows → output rows. DDP and compile wrap it. The guards look at its first output, image by image."""
     loss: Callable[[Rows, Rows, int], tuple[Tensor, Rows]]
-    """(outputs, targets, step) → this rank's share of the global mean, exact over ranks; and what is summed up to the next report: a
-    mean (), or hits and how many could be (2,), whose ratio is reported."""
+    """(outputs, targets, step) → this rank's share of the global mean, exact over ranks; and values that are summed until the next
+    report: a mean (), or hits and their possible number (2,), whose ratio is reported."""
     groups: tuple[Group, ...]
     """Parameters, their optimizer settings and schedules."""
     published: dict[str, nn.Module]
@@ -102,28 +102,28 @@ class Method:
     state: nn.Module = field(default_factory=nn.Module)
     """Without gradient, in the checkpoint: moving averages, queues, centres."""
     before: Callable[[int], None] = nothing_at
-    """Once a step, ahead of the first forward pass."""
+    """Once a step, before the first forward pass."""
     targets: Callable[[Rows], Rows] = no_rows
-    """From input rows, without gradient, once a piece."""
+    """Input rows → target rows, without gradient, once per piece."""
     gradients: Callable[[int], None] = nothing_at
-    """Behind the all-reduce, ahead of the optimizer."""
+    """After the all-reduce, before the optimizer."""
     after: Callable[[Rows, Rows, int], None] = nothing_after
-    """(inputs, targets, step), behind the optimizer: enqueue, recentre, average. Of a batch in pieces there are no inputs."""
+    """(inputs, targets, step), after the optimizer: enqueue, recentre, average. With a batch in pieces, inputs are {}."""
     report: Callable[[Rows, Rows], dict[str, Tensor]] = nothing_seen
-    """Metrics of a step's outputs and targets that are asked for only where a report is due; means over ranks are reported."""
+    """Metrics of a step's outputs and targets, computed only when a report is due, as means over ranks."""
     evaluate: Callable[[], dict[str, float]] = no_evaluation
     """Online evaluation. It leaves the network as it was."""
     chance: float = 0.0
-    """Loss at chance level; 0 = not known."""
+    """Chance-level loss; 0 = not known."""
 
 
 def placed(module: M, start: Start, precision: str) -> M:
-    """`module` where and as `start` and `train.precision` ask: on the device, of the weights' dtype, channels last."""
+    """`module` on the device of `start`, in the weights' dtype of `precision` (`train.precision`), channels last."""
     return module.to(start.device, weights_dtype(precision)).to(memory_format=torch.channels_last)
 
 
 def begun(make: Callable[[], M], start: Start) -> M:
-    """What `make` makes: with its initial weights; of a run that goes on from a checkpoint, with memory that holds nothing yet."""
+    """The module that `make` builds, with its initial weights or, in a run that resumes from a checkpoint, with uninitialised ones."""
     if start.device.type == "meta":
         with start.device:
             return make()

@@ -1,8 +1,8 @@
 """v2's optional queue: projections of earlier batches as further negatives (arXiv:2006.10029, Sec. 2; MoCo, arXiv:1911.05722).
 
-The network that makes them is a moving average of the one that learns, so that those of a thousand steps ago still compare. The
-paper gives their number (64K) and the decay (0.999). Not said there, and chosen here: both views of a batch are stored; the
-average embeds the same views as the loss saw, after its own update, under the statistics of the batch.
+A moving average of the trained network makes them, so that projections of a thousand steps ago are still comparable. The paper gives
+their number (64K) and the decay (0.999). It does not say the following, which is chosen here: both views of a batch are stored; the
+average embeds the same views as the loss, after its own update, with the statistics of the batch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from simclr.collectives import all_gather
 
 
 class Queue(nn.Module):
-    """The moving average of encoder and head, and the ring of `size` unit projections that it made, the same on every rank.
+    """The moving average of encoder and head, and the queue, a ring of `size` unit projections that it made, the same on every rank.
 
-    A multiple of 2N rows fits, and every step writes 2N: where it writes and how much is filled follow from the step. All of it
-    is parameters and buffers, so a checkpoint of the model holds it.
+    `size` is a multiple of 2N and every step writes 2N rows, so the step gives the place to write and the number of filled rows.
+    Everything is a parameter or a buffer, so a checkpoint holds it.
     """
 
     rows: Tensor
@@ -36,7 +36,7 @@ class Queue(nn.Module):
         return self.rows[: min(step * batch, len(self.rows))]
 
     @torch.no_grad()
-    def remember(self, views: Tensor, encoder: nn.Module, head: nn.Module, step: int) -> None:
+    def enqueue(self, views: Tensor, encoder: nn.Module, head: nn.Module, step: int) -> None:
         """Move the average towards `encoder` and `head` as step `step` left them, then store its projections of that step's views
         (2n, 3, H, W), and those of the other ranks: the oldest 2N give way."""
         for average, module in ((self.encoder, encoder), (self.head, head)):

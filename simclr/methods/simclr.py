@@ -1,7 +1,7 @@
 """SimCLR = encoder f + projection head g, trained by contrasting two views (arXiv:2002.05709, Sec. 2.1), as a `Method`.
 
-With it go the losses that the paper compares NT-Xent with, v2's queue of further negatives, and the linear evaluation that goes on
-beside pretraining: a classifier that sees h behind a stop-gradient, so that nothing of a label reaches the encoder.
+It includes the losses that the paper compares NT-Xent with, v2's queue of further negatives, and the linear evaluation during
+pretraining: a classifier on h behind a stop-gradient, so that no label reaches the encoder.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class SimCLR(nn.Module):
 
 
 def build_model(config: Config, classes: int = 0, drawn: bool = True) -> SimCLR:
-    """The model with the initial weights that `config.seed` names, on the CPU, the same on every rank and machine. `classes` of the
-    data, 0 = unlabelled. Where it is not to be `drawn`, its memory holds nothing yet, and a checkpoint is to be restored."""
+    """The model with the initial weights of `config.seed`, on the CPU, the same on every rank and machine. `classes`: number of classes,
+    0 = unlabelled. Without `drawn` the weights are uninitialised, for a checkpoint to be restored."""
     return SimCLR(config, classes) if drawn else unfilled(lambda: SimCLR(config, classes))
 
 
@@ -64,7 +64,7 @@ def shapes_only(config: Config, classes: int = 0) -> SimCLR:
 
 
 def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Method:
-    """SimCLR on the images of `manifest`; without one there are neither labels nor an online evaluation."""
+    """SimCLR on the images of `manifest`; without one there are neither labels nor online evaluation."""
     device, precision, loss = start.device, config.train.precision, config.loss
     dtype, rows = weights_dtype(precision), 2 * config.train.batch_size
     classes = len(manifest.classes) if manifest is not None else 0
@@ -89,7 +89,7 @@ def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Me
     def enqueue(inputs: Rows, targets: Rows, step: int) -> None:
         assert queue is not None
         with autocast(precision, device):
-            queue.remember(inputs["views"].flatten(0, 1), model.encoder, model.head, step)
+            queue.enqueue(inputs["views"].flatten(0, 1), model.encoder, model.head, step)
 
     tested = manifest is not None and bool(classes) and "test" in manifest.splits
     examples = manifest.examples("train", config.train.shard_groups) if manifest is not None else config.train.batch_size
@@ -137,7 +137,7 @@ def classify(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def diagnosed(outputs: Rows, targets: Rows, temperature: float) -> dict[str, Tensor]:
-    """What `evaluation.representation` sees in a step's projections."""
+    """The measures of `evaluation.representation` on a step's projections."""
     z = outputs["z"].detach().flatten(0, 1)
     return {
         "train/contrastive_top1": representation.contrastive_top1(z),

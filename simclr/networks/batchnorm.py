@@ -2,8 +2,7 @@
 
 With statistics of the local images only, the positive pair of an image shares a device with few others, and the
 network can find the partner by the batch's statistics instead of by content: the loss falls and the representation
-does not improve. `nn.SyncBatchNorm` prevents that on CUDA only and refuses CPU tensors; this one asks for nothing
-but an all-reduce.
+does not improve. `nn.SyncBatchNorm` prevents that on CUDA only and refuses CPU tensors; this one needs only an all-reduce.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ class BatchNorm(nn.Module):
         return f"{self.weight.numel()}, beta={self.bias is not None}, per_worker={self.per_worker}"
 
 
-# torch 2.11 drops the copy of an input that the forward graph changes at its end, and the backward graph computes the mean anew from
-# what the input has become: wrong gradients, without a word (seen with Inductor on two ranks; 2.15 marks such inputs, between them
-# nobody looked). An operation that it knows nothing of is computed once, and its result kept for the backward pass.
+# torch 2.11 drops the copy of an input that the forward graph changes at its end, and the backward graph computes the mean again from the
+# changed input: wrong gradients, silently (seen with Inductor on two ranks; 2.15 marks such inputs, the versions between were not
+# tested). A custom operation is computed once, and its result is kept for the backward pass.
 _MUTATED_SAVED = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 15)
 
 
@@ -70,16 +69,16 @@ def _(x: Tensor) -> Tensor:
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """One all-reduce of 2c numbers forward and one backward; the sums are torch's native kernels'."""
+    """One all-reduce of 2c numbers forward and one backward; torch's native kernels compute the sums."""
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # E[x²] − E[x]² cancels where |mean| ≫ deviation. So ranks combine local *variances*, and means as distances from
+        # E[x²] − E[x]² cancels where |mean| ≫ standard deviation. So ranks combine local *variances*, and means as distances from
         # `shift`, the running mean, which is the same on every rank and close to all of them.
         few_bits = x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda
-        mean, var = torch.batch_norm_update_stats(x.float() if few_bits else x, None, None, 0.0)  # a CPU answers in the dtype of x
+        mean, var = torch.batch_norm_update_stats(x.float() if few_bits else x, None, None, 0.0)  # a CPU gives the result in the dtype of x
         offset = mean - shift
         offset, second = (all_reduce_sum(torch.cat([offset, var + offset.square()])) / world_size()).chunk(2)
         mean, var = shift + offset, (second - offset.square()).clamp_min(0)
@@ -104,6 +103,6 @@ class _GlobalBatchNorm(torch.autograd.Function):
         invstd = (var + eps).rsqrt()
         slope = -weight * invstd.square() * mean_grad_xhat
         level = -weight * invstd * mean_grad - slope * mean
-        # In the statistics' float32 also where x is bfloat16, and rounded once: slope x and level nearly cancel.
+        # In float32, as the statistics, also where x is bfloat16, and rounded once: slope · x and level nearly cancel.
         grad_x = torch.addcmul(level.view(shape), x, slope.view(shape)).addcmul_(grad, (weight * invstd).view(shape)).to(x.dtype)
         return grad_x, grad_weight, grad_bias if ctx.beta else None, None, None  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""SimCLR = encoder f + projection head g (arXiv:2002.05709, Sec. 2.1), and what fine-tuning makes of it."""
+"""The projection head g (arXiv:2002.05709, Sec. 2.1), and classifiers for linear evaluation and fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from simclr.networks.resnet import ResNet
 
 class ProjectionHead(nn.Module):
     """The head g: every layer but the last is as wide as h, with BatchNorm and ReLU; the last is linear with a BatchNorm
-    without shift. v1 has 2 layers, v2 has 3; of the ablation, 1 is linear and 0 is none. Linear maps have no bias: the
-    BatchNorm behind would take it off again. Initial weights are N(0, 0.01²), those that `seed` names (`simclr.networks.initial`).
+    without shift. v1 has 2 layers, v2 has 3; in the ablation, 1 is linear and 0 is no head. Linear maps have no bias: the BatchNorm after
+    them would subtract it. Initial weights are N(0, 0.01²), keyed by `seed` (`simclr.networks.initial`).
     """
 
     def __init__(self, d_in: int, layers: int = 2, d_out: int = 128, per_worker_norm: bool = False, seed: int = 0) -> None:
@@ -29,7 +29,7 @@ class ProjectionHead(nn.Module):
         draw(self, seed, "head")
 
     def forward(self, h: Tensor) -> list[Tensor]:
-        """h (n, d_in) → [h, output of layer 1, …, z (n, d_out)]: `[tap]` is what v2 fine-tunes from (its Sec. 2)."""
+        """h (n, d_in) → [h, output of layer 1, …, z (n, d_out)]: v2 fine-tunes from `[tap]` (its Sec. 2)."""
         outputs = [h]
         for layer in self.layers:
             outputs.append(layer(outputs[-1]))
@@ -37,12 +37,12 @@ class ProjectionHead(nn.Module):
 
 
 def build_head(config: configs.Config, d_h: int) -> ProjectionHead:
-    """The projection head that `config` describes for an encoder of width `d_h`, with the initial weights that its seed names."""
+    """The projection head that `config` describes for an encoder of width `d_h`, with initial weights keyed by its seed."""
     return ProjectionHead(d_h, config.head.layers, config.head.d_out, config.encoder.batchnorm == "per_worker", config.seed)
 
 
 def linear_classifier(d_in: int, classes: int, seed: int) -> nn.Linear:
-    """Features (n, d_in) → class scores (n, classes). Initial weights are N(0, 0.01²), those that `seed` names, biases 0."""
+    """Features (n, d_in) → class scores (n, classes). Initial weights are N(0, 0.01²), keyed by `seed`, biases 0."""
     linear = Linear(d_in, classes)
     draw(linear, seed, "classifier")
     return linear
@@ -51,8 +51,8 @@ def linear_classifier(d_in: int, classes: int, seed: int) -> nn.Linear:
 class Classifier(nn.Module):
     """Images (n, 3, H, W) → class scores (n, classes): encoder, the head's first `tap` layers, one linear layer.
 
-    Tap 0 is h itself, which v1 classifies; v2 fine-tunes from the head's first layer on (arXiv:2006.10029, Sec. 2). The rest of
-    the head is thrown away. The linear layer begins as `linear_classifier` has it.
+    Tap 0 is h itself, which v1 classifies; v2 fine-tunes from the head's first layer on (arXiv:2006.10029, Sec. 2). The rest of the head
+    is discarded. The linear layer begins as `linear_classifier`.
     """
 
     def __init__(self, encoder: ResNet, head: ProjectionHead | None, tap: int, classes: int, seed: int = 0) -> None:

@@ -1,9 +1,9 @@
 """Initial weights as pure functions of (seed, name of the parameter, element), the same bits on every machine.
 
-A generator's stream is not enough for that: `nn.init.trunc_normal_` draws other values in torch 2.11 than in 2.15 from the same
-seed, and what is drawn first moves all that comes after. Here every weight has an address in `simclr.keyed`, so an encoder's do
-not depend on the head, loss or classifier beside it. Only +, −, ×, ÷, √ and exact operations on bits make a normal deviate of
-the uniform one: IEEE 754 fixes their results, while log and exp differ between processors and versions of numpy.
+A generator's stream is not enough for that: `nn.init.trunc_normal_` draws other values in torch 2.11 than in 2.15 from the same seed, and
+each draw shifts all later ones. Here every weight has an address in `simclr.keyed`, so an encoder's weights do not depend on the head,
+loss or classifier beside it. Only +, −, ×, ÷, √ and exact operations on bits turn a uniform deviate into a normal one: IEEE 754 fixes
+their results, while log and exp differ between processors and versions of numpy.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _LN2, _SQRT_HALF = 0.69314718055994530942, 0.70710678118654752440
 _ATANH = tuple(1 / (2 * k + 1) for k in range(11))  # of atanh(s) / s in s²; where s² < 0.03 the next term is below 1e-17
 
 _INSIDE_TWO = 0.95449973610364158560
-"""Φ(2) − Φ(−2), the share of a normal distribution within two deviations."""
-_DEVIATION_INSIDE_TWO = 0.87962566103423978
-"""Standard deviation of a standard normal that is cut at two."""
+"""Φ(2) − Φ(−2), the share of a normal distribution within two standard deviations."""
+_STD_INSIDE_TWO = 0.87962566103423978
+"""Standard deviation of a standard normal distribution that is cut at ±2."""
 _CHUNK = 1 << 15
 """Weights that are drawn at a time: some arrays of 8 bytes a weight fit in a core's cache together. A multiple of 4."""
 
 
 def normal_quantile(q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """z with Φ(z) = 1/2 + q, to a few units of the 16th digit, for |q| ≤ 1/2 − e^-25. q is (n,), and counts from the middle
-    because both tails are as fine as each other there."""
+    """z with Φ(z) = 1/2 + q, to a few units of the 16th digit, for |q| ≤ 1/2 − e^-25. q is (n,), and counts from the middle, so that both
+    tails are equally fine."""
     tails = np.flatnonzero(np.abs(q) > 0.425)
     z = _ratio(0.180625 - q * q, _MIDDLE)
     z *= q
@@ -92,10 +92,10 @@ def _polynomial(x: NDArray[np.float64], coefficients: tuple[float, ...]) -> NDAr
 
 
 def deviates(seed: int, name: str, start: int, stop: int, cut: bool) -> NDArray[np.float64]:
-    """Elements `start` to `stop` of the parameter `name` as standard normal deviates, with `cut` within two deviations.
+    """Elements `start` to `stop` of the parameter `name` as standard normal deviates, with `cut` within two standard deviations.
 
     Element i is the quantile at (word + 1/2) / 2^32, of word i % 4 at `keyed`'s address (seed, "weights", CRC-32 of the name,
-    i // 4). So the uncut ones reach 6.3 deviations.
+    i // 4). So the uncut ones reach 6.3 standard deviations.
     """
     first = start // 4
     ids = np.arange(first, -(-stop // 4), dtype=np.int64)
@@ -109,15 +109,15 @@ def deviates(seed: int, name: str, start: int, stop: int, cut: bool) -> NDArray[
 
 
 class Conv2d(nn.Conv2d):
-    """Torch's, whose memory holds nothing yet: torch's constructor would draw weights of its own from its global generator.
-    Whoever makes one calls `draw` or loads the weights."""
+    """torch's Conv2d with uninitialised weights: torch's constructor would draw some from its global generator. After construction, call
+    `draw` or load the weights."""
 
     def reset_parameters(self) -> None:
         """Draws nothing."""
 
 
 class Linear(nn.Linear):
-    """As `Conv2d`."""
+    """torch's Linear with uninitialised weights, as `Conv2d`."""
 
     def reset_parameters(self) -> None:
         """Draws nothing."""
@@ -128,9 +128,9 @@ def draw(module: nn.Module, seed: int, prefix: str) -> None:
     stay as they are, and so does torch's generator.
 
     `prefix` stands before the names in `module`, as in "encoder.stem.0.weight". Elements are counted row by row of the logical
-    shape. Convolutions get TensorFlow's VarianceScaling() as in the official code: a normal cut at two deviations, with variance
-    1 / fan-in after the cut; linear maps N(0, 0.01²). Neither threads (torch's number) nor chunks change a bit.
-    Raises ValueError for a seed that no config could hold.
+    shape. Convolutions get TensorFlow's VarianceScaling() as in the official code: a normal cut at two standard deviations, with variance
+    1 / fan-in after the cut; linear maps N(0, 0.01²). Neither threads (torch's number) nor chunks change a bit. Raises ValueError for a
+    seed that no config could hold.
     """
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"the seed of the initial weights is {seed}; expected a whole number from 0 to 2^63 - 1")
@@ -144,7 +144,7 @@ def draw(module: nn.Module, seed: int, prefix: str) -> None:
         if layer.weight.is_meta:
             continue
         weight, cut = layer.weight.detach(), isinstance(layer, nn.Conv2d)
-        std = 1 / (math.sqrt(weight[0].numel()) * _DEVIATION_INSIDE_TWO) if cut else 0.01
+        std = 1 / (math.sqrt(weight[0].numel()) * _STD_INSIDE_TWO) if cut else 0.01
         own = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
         values = weight.numpy() if own else np.empty(weight.shape, dtype=np.float32)
         if not own:
@@ -166,7 +166,7 @@ def _fill(flat: NDArray[np.float32], seed: int, name: str, start: int, std: floa
 
 
 def unfilled(build: Callable[[], Module]) -> Module:
-    """What `build` makes, on the CPU, with memory that holds nothing yet: for who loads every tensor of its state."""
+    """The module that `build` makes, on the CPU, with uninitialised tensors, for callers that load all of its state."""
     with torch.device("meta"):
         module = build()
     return module.to_empty(device="cpu")

@@ -1,8 +1,8 @@
 """ResNets as the official SimCLR code builds them: width multiplier, selective kernels, squeeze-and-excitation, CIFAR stem.
 
-Two facts of padding that a port loses silently. Strided convolutions of the official code pad explicitly,
-(k − 1) // 2 before and the rest after, which for odd k is torch's symmetric padding, not TensorFlow's 'SAME'. Its
-max-pool *is* 'SAME': on even sizes one row and column at the end only, so `nn.MaxPool2d(3, 2, padding=1)` shifts the image.
+A port easily loses two facts of padding. Strided convolutions of the official code pad explicitly, (k − 1) // 2 before and the rest
+after, which for odd k is torch's symmetric padding, not TensorFlow's 'SAME'. Its max-pool *is* 'SAME': on even sizes one row and column
+at the end only, so `nn.MaxPool2d(3, 2, padding=1)` shifts the image.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def resnet(
     """The encoder f: images (n, 3, H, W) → representations h (n, d_h), with d_h in `.d_h`.
 
     `depth` 18 to 200 are the official networks; 8, 14 and 20 the small three-stage ones. Raises ValueError for other depths.
-    Its initial weights are those that `seed` names (`simclr.networks.initial`), the same on every machine.
+    Its initial weights are keyed by `seed` (`simclr.networks.initial`), the same on every machine.
     """
     if depth not in _STAGES:
         raise ValueError(f"no ResNet of depth {depth}; choose one of {', '.join(map(str, sorted(_STAGES)))}")
@@ -53,13 +53,13 @@ def resnet(
 
 
 def build_encoder(config: Encoder, seed: int = 0) -> ResNet:
-    """The encoder that `config` describes, with the initial weights that `seed` names."""
+    """The encoder that `config` describes, with initial weights keyed by `seed`."""
     c = config
     return resnet(c.depth, c.width, c.sk_ratio, c.se_ratio, c.cifar_stem, c.batchnorm == "per_worker", seed)
 
 
 class ResNet(nn.Module):
-    """Stem, block groups, global average. `stages(x)` gives what every part gives, for tests and taps."""
+    """Stem, block groups, global average. `stages(x)` gives the output of every part, for tests and taps."""
 
     def __init__(self, depth: int, width: int, sk_ratio: float, se_ratio: float, cifar_stem: bool, norm: Norm, seed: int) -> None:
         super().__init__()

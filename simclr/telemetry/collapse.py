@@ -1,4 +1,4 @@
-"""Whether a run has collapsed, from the numbers of its reports. Without torch: the driver asks, which need not import it."""
+"""Whether a run has collapsed, by the metrics of its reports. It needs no torch, so that the driver need not import it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ _LEAST_SPREAD, _LEAST_DIMENSION = 0.1, 1.5
 
 
 def collapse(metrics: Mapping[str, float]) -> str | None:
-    """What a report's `health/spread` and `health/dimension` (`simclr.evaluation.representation`, of z)
-    say of a collapsed run, as a sentence
-    without its end; None where they are well or not told."""
+    """A sentence without its full stop if a report's `health/spread` and `health/dimension` (`simclr.evaluation.representation`, of z)
+    show a collapse; None if they do not, or are absent."""
     if "health/spread" not in metrics:  # a stage without projections
         return None
     if metrics["health/spread"] < _LEAST_SPREAD:

@@ -1,8 +1,8 @@
-"""Moments on the time line of a device, taken without waiting for it.
+"""Timestamps between the kernels of a device, taken without waiting for it.
 
-Kernels run behind the host that asks for them, so a host's clock around them measures the asking. On CUDA a moment is an event
-between two kernels, read when it is past; on a CPU it is the host's clock. Other devices have neither here: their moments are the
-host's, good for the time of many steps and not for a part of one.
+Kernels run after the host has launched them, so the host's clock around them measures the launches. On CUDA a timestamp is an event
+between two kernels, read once it is reached; on a CPU it is the host's clock. Other devices use the host's clock too, which is good for
+the time of many steps and not for a part of one.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import time
 
 import torch
 
-Moment = float | torch.cuda.Event
+Timestamp = float | torch.cuda.Event
 
 
 def exact(device: torch.device) -> bool:
-    """Whether moments on `device` tell parts of a step apart."""
+    """Whether timestamps on `device` can time parts of a step."""
     return device.type in ("cpu", "cuda")
 
 
-def now(device: torch.device) -> Moment:
-    """This moment between what `device` was asked for until now and what it will be asked for."""
+def now(device: torch.device) -> Timestamp:
+    """A timestamp after all work launched on `device` so far, before all later work."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -28,19 +28,19 @@ def now(device: torch.device) -> Moment:
     return event
 
 
-def past(moment: Moment) -> bool:
-    """Whether the device has got there. Does not wait."""
-    return isinstance(moment, float) or bool(moment.query())
+def past(timestamp: Timestamp) -> bool:
+    """Whether the device has reached `timestamp`. Does not wait."""
+    return isinstance(timestamp, float) or bool(timestamp.query())
 
 
-def wait_for(moment: Moment) -> None:
-    """Return once the device has got there."""
-    if not isinstance(moment, float):
-        moment.synchronize()
+def wait_for(timestamp: Timestamp) -> None:
+    """Wait until the device has reached `timestamp`."""
+    if not isinstance(timestamp, float):
+        timestamp.synchronize()
 
 
-def seconds(begin: Moment, end: Moment) -> float:
-    """From one moment to a later one of the same device, both past."""
+def seconds(begin: Timestamp, end: Timestamp) -> float:
+    """Seconds between two timestamps of one device, both reached."""
     if isinstance(begin, float) or isinstance(end, float):
         assert isinstance(begin, float) and isinstance(end, float)
         return end - begin

@@ -1,7 +1,6 @@
-"""What a report says of a run, over all ranks in one collective, and when a run must stop: it is not finite, or it diverges.
+"""The metrics of a report, over all ranks in one collective, and the guards that stop a run that is not finite or diverges.
 
-In the step nothing is asked of the device. It keeps, per rank, the first step that was bad and which images were; their ids are
-kept on the host until the next report looks.
+No step waits for the device. It keeps, per rank, the first bad step and its bad images; the host keeps their ids until the next report.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from simclr.telemetry.straggler import Stragglers
 from simclr.telemetry.timing import Pace
 
 NAMED = 8
-"""Images that an error names at most."""
+"""The most images that an error names."""
 DIVERGED = 10.0
-"""Times the loss at chance level, or of the first report where that was more. A loss that runs away grows from three to ten times in a few
-steps, so waiting costs nothing; a spike that passes is not worth a run. (NT-Xent cannot get there: it is at most 2 / temperature above
-chance level. What a rate too high makes of it is a collapse, which `simclr.telemetry.collapse` tells.)"""
-_WEIGHTS, _LOSS = 0.75, 0.5  # added to the step of a rank whose projections were finite, but not these
+"""A loss diverges at this many times the chance-level loss, or the first report's loss if that was higher. A diverging loss grows from
+three to ten times in a few steps, so waiting costs nothing; a passing spike must not end a run. (NT-Xent cannot get there: it is at most
+2 / temperature above chance level. A rate that is too high makes it collapse, which `simclr.telemetry.collapse` detects.)"""
+_WEIGHTS, _LOSS = 0.75, 0.5  # added to the bad step if the projections were finite, but not the weights or the loss
 
 _PER_RANK = ("speed/step_p50_s", "speed/step_p95_s", "speed/step_max_s", "speed/own_s", "speed/data_wait_pct", "speed/communication_pct")
 _MEMORY = "memory/peak_gib"
 
 
 class Health:
-    """Sees every step of this rank; `report` tells of them and stops the run where it must."""
+    """Checks every step of this rank; `report` gives the metrics, or stops the run."""
 
     def __init__(self, model: nn.Module, device: torch.device, images: int, data: Path, chance: float, advice: str) -> None:
-        """`images` per step on this rank, of the training split in `data`; `chance`: loss at chance level, 0 = not known;
-        `advice` ends the error's sentence."""
+        """`images` per step on this rank, of the training split in `data`; `chance`: the chance-level loss, 0 = not known; `advice` ends
+        the error's sentence."""
         self.model, self.device, self.data, self.chance, self.advice = model, device, data, chance, advice
         self.bad_at = torch.full((), math.inf, device=device, dtype=torch.float64)
         self.bad = torch.zeros(images, dtype=torch.bool, device=device)
@@ -48,13 +47,13 @@ class Health:
         """Step `step` (1-based) of images `ids` (n,) gave `rows` (crops · n, …) and `loss`."""
         self.ids[step] = ids
         bad = rows.detach().flatten(1).isfinite().all(1).logical_not().view(-1, len(ids)).any(0)
-        # A NaN among the keys is in every rank's loss: half a step later, so that whose it was comes first.
+        # A NaN among the keys reaches every rank's loss. It counts half a step later, so that the rank of the bad image comes first.
         at = torch.where(bad.any(), float(step), torch.where(loss.detach().isfinite(), math.inf, step + _LOSS)).double()
         self.bad = torch.where(self.bad_at.isinf() & bad.any(), bad, self.bad)
         self.bad_at = torch.minimum(self.bad_at, at)
 
     def report(self, step: int, values: dict[str, Tensor], pace: Pace) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
-        """Means over ranks of `values`, and the metrics of every rank's `pace`; of some also each rank's, in order of ranks.
+        """Means over ranks of `values` and metrics of the ranks' `pace`; and each rank's value of some metrics, in rank order.
 
         Raises Diverged, the same on every rank, where a step since the last report or the weights are not finite,
         or where values["train/loss"] says that the run diverges.
@@ -68,7 +67,7 @@ class Health:
         self._require_bounded(step, found["train/loss"])
         self.ids.clear()
         columns = [list(column) for column in zip(*(r[2 + NAMED :] for r in rows), strict=True)]
-        # Nobody's inside is shorter than that of a rank for which nobody waits.
+        # Waits inside are unknown. A rank that waits for no other has the shortest inside time, so that one counts for all.
         columns[3] = [outside + min(columns[6]) for outside in columns[3]]
         ranks = {name: tuple(column) for name, column in zip(_PER_RANK, columns, strict=False)}
         if self.device.type == "cuda":
@@ -83,7 +82,7 @@ class Health:
         """First bad step of this rank (0 = none), how many images were bad, and 1 + the ids of the first of them, filled up with 0."""
         at = float(self.bad_at)
         if math.isinf(at):
-            # A gradient may overflow under a finite loss. A checkpoint of such weights would be no good.
+            # A gradient may overflow under a finite loss. A checkpoint of such weights would be useless.
             norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
             at = 0.0 if bool(torch.stack([n.double() for n in norms]).isfinite().all()) else step + _WEIGHTS
         ids: list[int] = self.ids[int(at)][self.bad.cpu()].tolist() if at and at == int(at) else []
@@ -100,15 +99,16 @@ class Health:
         where = f"the loss is not finite at step {int(first)} on rank {', '.join(map(str, whose))}"
         count = int(sum(bad[r][1] for r in whose))
         if not count:
-            raise Diverged(f"{where}, though the projection of every image is; {self.advice}")
+            raise Diverged(f"{where}, though all projections are finite; {self.advice}")
         ids = sorted(int(i) - 1 for r in whose for i in bad[r][2:] if i)[:NAMED]
         named = ", ".join(places(self.data, ids)) + (f" and {count - len(ids):,} more" if count > len(ids) else "")
         every = count == len(self.bad) * world_size()
-        why = " (every image of the step: BatchNorm, or the weights, pass on what one image has)" if every and count > 1 else ""
+        why = " (every image of the step: BatchNorm or the weights spread the fault of one image)" if every and count > 1 else ""
         raise Diverged(f"{where}, of image{'s' if count > 1 else ''} {named}{why}; {self.advice}")
 
     def _require_bounded(self, step: int, loss: float) -> None:
-        """A finite loss that is `DIVERGED` times what it should never exceed, in two reports on end. One may be a spike that passes."""
+        """Raise Diverged for a finite loss of more than `DIVERGED` times the reference in two reports in a row. A single one may be a
+        passing spike."""
         self.reference = self.reference or max(self.chance, loss)
         self.above = self.above + 1 if loss > DIVERGED * self.reference > 0 else 0
         if self.above > 1:

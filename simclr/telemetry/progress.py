@@ -1,7 +1,7 @@
-"""How far this process has come, for whoever watches that it does not hang: a few counters, read by another thread.
+"""Progress and heartbeat of this process, for the detection of hangs: a few counters that another thread reads.
 
-The loader beats, since every loop, of training and of evaluation, gets its batches there. Nobody is watched outside of
-`watched`, nor during the first steps: fetching and compiling take what they take.
+The loader calls `beat`, since every loop of training and evaluation gets its batches there. No heartbeat is expected outside of
+`watched`, nor during the first steps: fetching and compiling may take long.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Innermost functions of a thread that waits for other ranks, not for itself.
+# Files of the innermost functions of a thread that waits for other ranks.
 _WAITING = ("torch/distributed/", "simclr/collectives.py", "torch/autograd/graph.py")
-_HOUSE = Path(__file__).parent.parent.parent
+_ROOT = Path(__file__).parent.parent.parent
 _ROOMS = ("simclr", "pipelines", "tune")
-_FIRST = 3  # batches; to a GPU the second one is on its way while the first step compiles
+_FIRST = 3  # batches without a check; the second is copied to a GPU while the first step compiles
 
 
 @dataclass(slots=True)
@@ -35,16 +35,16 @@ _now = _Now()
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Where a process is."""
+    """The progress of a process."""
 
     watched: bool
-    """Whether it should be getting on."""
+    """Whether heartbeats are expected."""
     beats: int
-    """Changes while it gets on."""
+    """Number of heartbeats so far."""
     step: int
-    """Optimizer step, from 1 on, whose batch came last."""
+    """Optimizer step (1-based) of the newest batch."""
     place: str
-    """file:line function where it is, of ours."""
+    """Innermost file:line and function of our code."""
     waiting: bool
     """Whether it waits for other ranks there."""
     saved: int = 0
@@ -53,7 +53,7 @@ class Reading:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """In here, this thread is expected to get on."""
+    """Inside, heartbeats are expected of this thread."""
     _now.thread, _now.step, _now.beats, _now.asleep = threading.get_ident(), -1, 0, 0
     try:
         yield
@@ -63,7 +63,7 @@ def watched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """In here, something takes as long as it takes: a slow disk, say, when a checkpoint is written."""
+    """Inside, no heartbeat is expected, as when a checkpoint is written to a slow disk."""
     _now.asleep += 1
     try:
         yield
@@ -73,22 +73,22 @@ def unwatched() -> Iterator[None]:
 
 
 def beat(step: int | None = None) -> None:
-    """It gets on; `step` (0-based) is the optimizer step that begins."""
+    """Count a heartbeat; `step` (0-based) is the optimizer step that begins."""
     _now.beats += 1
     if step is not None:
         _now.step = step
 
 
 def saved(step: int) -> None:
-    """The checkpoint of `step` is safe."""
+    """Record that the checkpoint of `step` is written."""
     _now.saved = step
 
 
 def read() -> Reading:
-    """Where this process is, asked from any thread."""
+    """The progress of this process, for any thread to read."""
     frame = sys._current_frames().get(_now.thread)
     stack = traceback.extract_stack(frame) if frame is not None else []
-    places = [(_room(Path(entry.filename)), entry) for entry in stack]
+    places = [(_relative(Path(entry.filename)), entry) for entry in stack]
     ours = [f"{path}:{entry.lineno} {entry.name}" for path, entry in places if path is not None]
     return Reading(
         watched=not _now.asleep and _now.beats > _FIRST,
@@ -100,7 +100,7 @@ def read() -> Reading:
     )
 
 
-def _room(path: Path) -> Path | None:
-    """`path` as seen from the house, where it is ours."""
-    inside = path.relative_to(_HOUSE) if path.is_relative_to(_HOUSE) else None
+def _relative(path: Path) -> Path | None:
+    """`path` relative to the repository; None if it is not our code."""
+    inside = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else None
     return inside if inside is not None and inside.parts[0] in _ROOMS else None

@@ -1,13 +1,12 @@
-"""Which rank keeps the others waiting.
+"""Stragglers: ranks that keep the others waiting.
 
-Ranks meet in every step, many times over, so all steps take as long as the slowest rank's, and a rank's step says nothing of the
-rank. What does is its own time: the step without what it waited for others (`simclr.telemetry.timing`). A disk, a neighbour on
-the same cores or a hot GPU make that long on one rank and leave it short on the rest.
+Ranks synchronise many times in every step, so all steps take as long as the slowest rank's, and the time of a rank's step does not show
+which rank is slow. Its own time does: the step without the waits for other ranks (`simclr.telemetry.timing`). A slow disk, another
+process on the same cores or a hot GPU makes it long on one rank and leaves it short on the rest.
 
-A single long step is no straggler: it is a pause, and every machine has some. So a report counts by its *median* step, and a rank is
-named when that was long in every report over 50 steps. The ordinary median over ranks is the yardstick; of two ranks that is their
-mean, so that one of them must be half again as slow as the other (b > 1.2 (a + b) / 2 where b > 1.5 a): of two nobody can say which
-one is as it should be.
+A single long step is a pause, not a straggler, and every machine has some. So a report counts by its *median* step, and a rank is named
+when that was long in every report over 50 steps. The reference is the ordinary median over ranks. For two ranks it is their mean, so one
+must be half again as slow as the other (b > 1.2 (a + b) / 2 where b > 1.5 a): of two ranks, either may be the normal one.
 """
 
 from __future__ import annotations
@@ -16,21 +15,22 @@ import statistics
 from collections.abc import Sequence
 
 LIMIT = 1.2
-"""Times the median over ranks."""
+"""A rank is slow above this many times the median over ranks."""
 STEPS = 50
-"""In a row."""
+"""Slow steps in a row after which a rank is a straggler."""
 SLOW = f"keeps the others waiting: over {LIMIT} times the median of a step's own time for {STEPS} steps; look at its disk, cores and GPU"
-"""Behind the names of ranks, a sentence without its end."""
+"""The sentence, without its full stop, that follows the ranks."""
 
 
 class Stragglers:
-    """How long each of `ranks` has been slow."""
+    """For how many steps each of `ranks` has been slow."""
 
     def __init__(self, ranks: int) -> None:
         self.slow = [0] * ranks
 
     def see(self, own_s: Sequence[float], steps: int) -> dict[str, float]:
-        """Take each rank's own time of the median step of the last `steps` steps; the metrics of the slowest rank, {} for one rank.
+        """Add each rank's own time in the median step of the last `steps` steps. Returns the metrics of the slowest rank, {} for one
+        rank.
 
         speed/slowest_rank; speed/straggle, its time over the median; speed/straggler_steps, for how many steps it has been
         slower than LIMIT times that.
@@ -47,5 +47,5 @@ class Stragglers:
         }
 
     def named(self) -> list[int]:
-        """The ranks to be named."""
+        """The stragglers."""
         return [r for r, steps in enumerate(self.slow) if steps >= STEPS]

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from simclr.collectives import Wait, gradients_met, take_waits
-from simclr.telemetry.device_time import Moment, exact, now, past, seconds, wait_for
+from simclr.telemetry.device_time import Timestamp, exact, now, past, seconds, wait_for
 
 T = TypeVar("T")
 
@@ -29,19 +29,19 @@ class Pace:
     """Seconds of a step: median, 95th percentile, longest."""
     outside_s: float
     inside_s: float
-    """Medians of two parts of a step. Outside is the rank's own time: without what it waited in collectives. Inside is 0, but of
-    a compiled network, whose collectives nobody sees: there it is the time from the first layer to the last gradient, own and
-    waited for together, and outside the rest."""
+    """Medians of two parts of a step. Outside is the rank's own time, without its waits in collectives, and inside is 0. Collectives of a
+    compiled network cannot be timed: for it, inside is the time from the first layer to the last gradient, waits included, and outside is
+    the rest."""
     data_wait_pct: float
     communication_pct: float
     """Share of the time since the last report spent in collectives that were not hidden behind computing."""
 
 
 class Clock:
-    """Time since the last report, at `step`. Nothing here waits for the device before `pace`.
+    """Times the steps since the last report, at `step`. Only `pace` waits for the device.
 
-    A step is what lies between two calls of `step_over`, on the device's own time line; what the caller does between a report and
-    `restart` is in no step.
+    A step lasts from one call of `step_over` to the next, by timestamps of the device; the time between a report and `restart` is in no
+    step.
     """
 
     def __init__(self, step: int, device: torch.device, compiled: bool = False) -> None:
@@ -49,29 +49,29 @@ class Clock:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Forget everything: what comes counts, from `step` on."""
+        """Forget everything and count from `step` on."""
         self.step, self.began, self.waiting_s = step, time.perf_counter(), 0.0
-        self._moment = now(self.device)
-        self._entered: Moment | None = None
-        self._left: Moment | None = None
-        self._open: deque[tuple[Moment, Moment, list[Wait], Wait | None]] = deque()  # steps that the device may not have ended yet
-        self._steps: list[tuple[float, float, float]] = []  # of each: whole, waited, inside
+        self._step_began = now(self.device)
+        self._entered: Timestamp | None = None
+        self._left: Timestamp | None = None
+        self._open: deque[tuple[Timestamp, Timestamp, list[Wait], Wait | None]] = deque()  # steps that the device may not have ended yet
+        self._steps: list[tuple[float, float, float]] = []  # of each, in seconds: whole, waits, inside
         take_waits()
 
     def next(self, stream: Iterator[T]) -> T:
-        """The next of `stream`, waited for."""
+        """The next item of `stream`; waiting for it counts as data wait."""
         asked = time.perf_counter()
         item = next(stream)
         self.waiting_s += time.perf_counter() - asked
         return item
 
     def enters(self) -> None:
-        """The network begins; of several calls in a step the first counts."""
+        """The forward pass begins. Of several calls in a step the first counts."""
         if self.compiled and self._entered is None:
             self._entered = now(self.device)
 
     def leaves(self) -> None:
-        """The gradients are there, the other ranks' too."""
+        """The gradients are complete, those of other ranks included."""
         gradients_met(self.device)
         if self.compiled:
             self._left = now(self.device)
@@ -80,13 +80,13 @@ class Clock:
         """A step ends, the next begins."""
         end = now(self.device)
         inside = (self._entered, self._left) if self._entered is not None and self._left is not None else None
-        self._open.append((self._moment, end, take_waits(), inside))
-        self._moment, self._entered, self._left = end, None, None
+        self._open.append((self._step_began, end, take_waits(), inside))
+        self._step_began, self._entered, self._left = end, None, None
         while self._open and past(self._open[0][1]):
             self._read()
 
     def pace(self) -> Pace:
-        """Of the steps that are over. Waits until the device is there."""
+        """The pace of the finished steps. Waits for the device."""
         take_waits(go_on=False)
         while self._open:
             wait_for(self._open[0][1])
@@ -107,7 +107,7 @@ class Clock:
         )
 
     def speed(self, step: int, images_per_step: int) -> dict[str, float]:
-        """The metrics at `step`."""
+        """The speed metrics at `step`."""
         elapsed = time.perf_counter() - self.began
         return {
             "speed/images_per_s": (step - self.step) * images_per_step / elapsed,

@@ -1,8 +1,8 @@
 """The seven single operations of the paper's study of augmentations (arXiv:2002.05709, Fig. 4 and 5), keyed like all views.
 
-Fig. 5 asks what each operation, and each pair in either order, is worth. Cropping would hide that, since photographs have many
-sizes: so both branches get the same random crop, one of them goes through the operations, the other stays as it is. The paper
-names the operations and shows them; it gives no parameters for cutout, noise and Sobel. Ours stand at each function.
+Fig. 5 measures each operation, and each pair in either order. Cropping would hide that, since photographs have many sizes: so both
+branches get the same random crop; one goes through the operations, the other stays as it is. The paper names the operations and shows
+them; it gives no parameters for cutout, noise and Sobel. Ours stand at each function.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OTHER_CROPS = 2  # the crops of view 0 and 1 are App. A's
 def apply(x: Tensor, views: Views, seed: int, epoch: int, ids: NDArray[np.int64]) -> Tensor:
     """`views.operations`, one after the other, on crops x (n, 3, S, S) in [0, 1] of sample `ids` (n,). Returns the same shape.
 
-    What an operation draws is a function of (seed, epoch, sample id, its place in the chain).
+    The draws of an operation are a function of (seed, epoch, sample id, its place in the chain).
     """
     for place, operation in enumerate(views.operations or ()):
         x = _apply(x, operation, views, seed, epoch, ids, place)
@@ -80,8 +80,8 @@ def sobel(x: Tensor) -> Tensor:
 
 
 def noise(x: Tensor, u: NDArray[np.float64]) -> Tensor:
-    """Gaussian noise of a deviation between 0 and 0.1, clipped to [0, 1]. u (n, 2 + 3 S²), drawn on the host: the deviation,
-    then pairs, of which Box and Muller's transform makes pairs of normal numbers."""
+    """Gaussian noise of a standard deviation between 0 and 0.1, clipped to [0, 1]. u (n, 2 + 3 S²), drawn on the host: the standard
+    deviation, then pairs, which the Box–Muller transform turns into pairs of normal numbers."""
     count = x[0].numel()
     first, second = np.split(u[:, 1 : 1 + count + count % 2], 2, axis=1)
     radius, angle = np.sqrt(-2 * np.log1p(-first)), 2 * np.pi * second

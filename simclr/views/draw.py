@@ -20,14 +20,14 @@ _MIN_COVERED = 0.1  # the official code asks a crop to cover 10 % of the image, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Crop:
-    """Crops of an image that are drawn and treated alike. A method asks for a list of them, and views are numbered through it."""
+    """Crops of an image that are drawn and treated alike. A method asks for a list of them; views are numbered through the list."""
 
     count: int = 2
     """How many."""
     views: Views
     """Their size, area, aspect and resize, and the distortions that follow."""
     distorted: bool = True
-    """Whether colour, grey and blur follow; a flip alone does where not."""
+    """Whether colour, grey and blur follow, or a flip alone."""
 
     @property
     def size_px(self) -> int:
@@ -40,7 +40,7 @@ def boxes_of(crops: tuple[Crop, ...], seed: int, epoch: int, ids: Ints, sizes: I
     boxes, view = [], 0
     for crop in crops:
         first = crops_of(crop.views, seed, epoch, ids, sizes, view)
-        # In the ablation of single operations a crop is one of them, and what all views begin with is the same.
+        # In the ablation of single operations a crop is one of them, so all views begin with the same crop.
         same = crop.views.operations is not None
         others = [first if same else crops_of(crop.views, seed, epoch, ids, sizes, other) for other in range(view + 1, view + crop.count)]
         boxes += [first, *others]
@@ -105,7 +105,7 @@ def _attempt(views: Views, u: Floats, sizes: Ints) -> tuple[NDArray[np.bool_], I
 
 @dataclass(frozen=True, slots=True)
 class Colours:
-    """What happens to each of m views besides its crop. Rows are views in the order [view 0 of n images; view 1; …]."""
+    """Parameters of each of m views besides its crop. Rows are views in the order [view 0 of n images; view 1; …]."""
 
     flip: NDArray[np.bool_]
     """(m,) flipped left to right."""
@@ -118,7 +118,7 @@ class Colours:
     grey: NDArray[np.bool_]
     """(m,) whether the colour is dropped."""
     blur_sigma: Floats
-    """(m,) deviation of the blur, in pixels; 0 = none."""
+    """(m,) standard deviation of the blur, in pixels; 0 = none."""
 
 
 def draw_colours(views: Views, seed: int, epoch: int, ids: Ints, first: int = 0, count: int = 2) -> Colours:

@@ -1,4 +1,4 @@
-"""What views are made of: crop and resize, colour, grey, blur. torch, on the device."""
+"""The operations of views: crop and resize, colour, grey, blur. torch, on the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def normalise(x: Tensor, views: Views) -> Tensor:
 
 
 def _per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:
-    """(1, 3, 1, 1) constants beside x, filled in there: a list that becomes a tensor on a GPU is a copy that the host waits for."""
+    """(1, 3, 1, 1) constants on x's device, filled in there: the host would wait for the copy of a list to a GPU."""
     return torch.cat([x.new_full((1, 1, 1, 1), value) for value in values], 1)
 
 
@@ -29,7 +29,7 @@ def crop_resize(x: Tensor, boxes: Tensor, size: int, kernel: Resize, flip: Tenso
 
     Half-pixel centres. Bicubic and bilinear do not antialias, like the official code; area is the mean over what an output
     pixel covers. A separable resize is two batched matrix products, whose matrices hold crop, resize and flip at once; for
-    small images that is cheaper than gathering. Larger ones come from `data.resize`, in whole numbers, by the same weights.
+    small images that is cheaper than gathering. Larger ones come from `data.ffcv.resize`, in whole numbers, by the same weights.
     """
     top, left, height, width = boxes.to(x.dtype).unbind(1)
     rows = _resize_matrix(top, height, x.shape[2], size, kernel)
@@ -48,7 +48,7 @@ def _resize_matrix(start: Tensor, length: Tensor, source: int, size: int, kernel
         pixel = torch.arange(source, device=start.device, dtype=start.dtype)
         return (torch.minimum(edge + scale, pixel + 1) - torch.maximum(edge, pixel)).clamp_min(0) / scale
     centre = start[:, None] + steps * (length / size)[:, None] - 0.5
-    if kernel == "bilinear":  # beyond the border the last pixel goes on
+    if kernel == "bilinear":  # beyond the border the last pixel repeats
         centre = centre.clamp(min=start[:, None], max=(start + length - 1)[:, None])
     pixel = torch.arange(source, device=start.device, dtype=start.dtype)
     t = (pixel - centre[:, :, None]).abs()
@@ -88,10 +88,10 @@ def distort(x: Tensor, colours: Colours) -> Tensor:
 
 
 def distort_all(x: Tensor, jitter: Tensor, order: Tensor, factors: Tensor, greyed: Tensor, sigma: Tensor) -> Tensor:
-    """`distort` in shapes that no draw changes: every operation on every row, kept where it was drawn. Four times the work.
+    """`distort` in fixed shapes: every operation on every row, kept where it was drawn. Four times the work.
 
-    For devices whose programs are compiled for one shape, as TPUs' are: lists of rows would be compiled anew at each step. The
-    fields of `Colours` as tensors on x's device.
+    For devices that compile a program for each shape, such as TPUs: lists of rows would be compiled anew at each step. The arguments are
+    the fields of `Colours`, as tensors on x's device.
     """
     turns = factors.to(x.dtype).view(-1, 4, 1, 1, 1)
     for position in range(4):
@@ -105,7 +105,7 @@ def distort_all(x: Tensor, jitter: Tensor, order: Tensor, factors: Tensor, greye
 
 
 def by_index(device: torch.device) -> bool:
-    """Whether a device runs each operation as it comes, of whatever shape."""
+    """Whether a device runs operations of any shape without compiling them."""
     return device.type in ("cpu", "cuda")
 
 
@@ -138,7 +138,7 @@ def hue(x: Tensor, turn: Tensor) -> Tensor:
     r, g, b = x.split(1, 1)
     c = chroma.clamp_min(1e-12)
     sector = torch.where(v == r, (g - b) / c, torch.where(v == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    offsets = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype).view(1, 3, 1, 1)  # 5, 3, 1; counted there, not copied
+    offsets = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype).view(1, 3, 1, 1)  # 5, 3, 1; made on the device, not copied
     k = torch.remainder(sector + 6 * turn + offsets, 6.0)
     return torch.addcmul(v, chroma, torch.minimum(k, 4 - k).clamp_(0, 1), value=-1).clamp_(0, 1)
 

@@ -1,9 +1,9 @@
 """The two random views of an image (arXiv:2002.05709, App. A): keyed parameters, and their application on the device.
 
 Parameters are pure functions of (seed, epoch, sample id, view), see `keyed`. Where the official code and torchvision
-differ we follow the official code (the tests hold its pixels): the crop sampler, contrast about the mean of each channel
-(torchvision: of the grey image), saturation and hue in HSV, brightness as a factor (v2), a clip to [0, 1] after each
-operation, a blur that sees zeros beyond the border.
+differ we follow the official code (the tests compare with its pixels): the crop sampler, contrast about the mean of each channel
+(torchvision: of the grey image), saturation and hue in HSV, brightness as a factor (v2), a clip to [0, 1] after each operation, a blur
+that sees zeros beyond the border.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def views_of(images: Tensor, ids: Tensor, epoch: int, crop: Crop, seed: int, dev
         assert crop.count == 1 and first == 0, "an undistorted crop is a classifier's: view 0 alone"
         return crop_and_flip(images, ids, epoch, views, seed, device)
     if images.ndim == 5 and torch.device(device).type == "cpu" and views.operations is None:
-        from simclr.kernels.views_cpu import crops_to_views  # numba takes half a second to import, for which no encoder waits
+        from simclr.kernels.views_cpu import crops_to_views  # numba takes half a second to import; users of an encoder need not wait
 
         c = draw_colours(views, seed, epoch, ids.numpy(), first, crop.count)
         return crops_to_views(images, c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, views.mean, views.std)
@@ -53,7 +53,7 @@ def raw_views(
     first: int = 0,
     count: int = 2,
 ) -> Tensor:
-    """`views_of` before normalisation, in [0, 1]: what a gallery shows."""
+    """`views_of` before normalisation, in [0, 1], for galleries."""
     n = len(images)
     keys = ids.numpy()
     colours = draw_colours(views, seed, epoch, keys, first, count)
@@ -61,7 +61,7 @@ def raw_views(
     x = images.to(device, non_blocking=True)
     if images.ndim == 4:
         sizes = np.broadcast_to(np.array(images.shape[1:3], np.int64), (n, 2))
-        # In the ablation of single operations a crop is one of them, and what all views begin with is the same.
+        # In the ablation of single operations a crop is one of them, so all views begin with the same crop.
         each = [crops_of(views, seed, epoch, keys, sizes, first if views.operations is not None else first + view) for view in range(count)]
         x = x.permute(0, 3, 1, 2).float().div_(255).repeat(count, 1, 1, 1)
         x = crop_resize(x, to_device(np.concatenate(each), device), views.size_px, views.resize, to_device(flip, device))
@@ -73,13 +73,13 @@ def raw_views(
         else:
             x = torch.where(to_device(flip, x.device).view(-1, 1, 1, 1), x.flip(3), x)
     if views.operations is not None:
-        from simclr.views.ablations import apply  # which builds on this module
+        from simclr.views.ablations import apply  # only the ablation needs it
 
         return torch.cat([x[:n], apply(x[n:], views, seed, epoch, keys)])
     if by_index(x.device):
         return distort(x, colours)
     parts = (colours.jitter, colours.order, colours.factors, colours.grey, colours.blur_sigma)
-    # float32 before they travel: not every device has float64.
+    # Converted to float32 before the copy: not every device has float64.
     return distort_all(x, *(to_device(part.astype(np.float32) if part.dtype == np.float64 else part, x.device) for part in parts))
 
 

@@ -30,7 +30,7 @@ def state(step: int, value: float = 1.0) -> State:
     return checkpoint.capture(step, {"seed": 0}, model, optimizer)
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = state(7)
     path = checkpoint.write(tmp_path, written, keep=2)
     read = checkpoint.read(path)
@@ -116,15 +116,15 @@ def test_names_that_do_not_fit_are_listed(tmp_path: Path) -> None:
 
 
 def write_until_killed(folder: Path, told: Any) -> None:
-    """Checkpoints, one after the other; `told` gets the step of each that is written."""
+    """Write checkpoints, one after the other; `told` gets the step of each when it is written."""
     for step in itertools.count(1):
         tensors = {"model.a": torch.full((300_000,), float(step)), "model.b": torch.full((3,), float(step))}
         checkpoint.write(folder, State(step, {}, tensors), keep=2)
         told.send(step)
 
 
-def test_killed_while_writing_the_last_one_told_of_is_there(tmp_path: Path) -> None:
-    """SIGKILL at six moments: what was reported before is read back, whole."""
+def test_after_a_kill_the_last_reported_checkpoint_is_whole(tmp_path: Path) -> None:
+    """SIGKILL at six times: the checkpoint reported before it is read back whole."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.simclr.test_checkpoint", "tests.simclr.test_train"])
     for part in range(6):

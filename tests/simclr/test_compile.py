@@ -1,5 +1,5 @@
-"""Compiled training: ranks compiled by Inductor compute what they do uncompiled, in one graph; what was compiled is used again, and
-never taken from somebody else."""
+"""Compiled training: ranks compiled by Inductor compute what they do uncompiled, in one graph; compiled code is used again, and never
+taken from another user."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def ten_steps(config: Config, compile: bool, data: str) -> Found:
 
 
 def deviations(a: Found, b: Found) -> tuple[float, float]:
-    """The largest of losses and of weights, momentum and statistics."""
+    """The largest difference of losses, and of weights, momentum and statistics."""
     assert len(a[0]) == len(b[0]) == 10 and a[1].keys() == b[1].keys() and any(name.startswith("optimizer.") for name in a[1])
     states = max(float((t.double() - b[1][name].double()).abs().max()) for name, t in a[1].items())
     return float(np.abs(np.subtract(a[0], b[0])).max()), states
@@ -99,7 +99,7 @@ def test_a_graph_is_cut_where_a_bucket_of_gradients_is_full(patient: Ranks, with
 
 @pytest.mark.compile
 def test_float32_is_as_far_from_float64_compiled_as_it_is_uncompiled(patient: Ranks, within: Within, patterns: Path) -> None:
-    """Ten steps amplify the first one's rounding: by how much, the uncompiled run says. Other orders of sums round otherwise, so the two
+    """Ten steps amplify the rounding of the first; the uncompiled run shows by how much. Other orders of sums round otherwise, so the two
     agree in magnitude alone: factors of 2.6 (loss) and 11.5 (weights) were seen."""
     exact, plain, compiled = (
         patient(2, ten_steps, in_precision(precision), compile, str(patterns))[0]
@@ -137,7 +137,7 @@ def fine_tuned(compile: bool, data: str) -> tuple[float, float, int]:
     return found[-1]["train/loss"], scored[-1], counters["stats"]["unique_graphs"]
 
 
-# ── What was compiled, and is not again ────────────────────────────────────────────────────────────────────────────
+# ── Compiled code that is kept ─────────────────────────────────────────────────────────────────────────────────────
 
 KEY = "ab" * 32
 FITS = {"torch": "2", "workers": 2}
@@ -145,7 +145,7 @@ FITS = {"torch": "2", "workers": 2}
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """What torch was given of what it had made; it makes b"code", named a and b."""
+    """The kept code that torch was given; it makes b"code", named a and b."""
     found: list[bytes] = []
     info = SimpleNamespace(inductor_artifacts=["a"], aot_autograd_artifacts=["b"])
 
@@ -159,15 +159,15 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def told(path: Path, fits: dict[str, Any] = FITS, key: str = KEY, writes: bool = True) -> list[str]:
-    """What a training that keeps its compiled code in `path` says; its reports arrive."""
+    """The messages of a training that keeps its compiled code in `path`; its reports arrive."""
     lines: list[str] = []
     assert list(compile_cache.kept(iter([1, 2, 3]), path, fits, key, writes, lines.append)) == [1, 2, 3]
     return lines
 
 
-def test_compiled_code_is_written_once_and_read_by_whoever_it_fits(tmp_path: Path, given: list[bytes]) -> None:
+def test_compiled_code_is_written_once_and_read_by_processes_that_it_fits(tmp_path: Path, given: list[bytes]) -> None:
     path = tmp_path / "compiled" / "cpu.bin"
-    old = os.umask(0o002)  # a user whose groups may write everything
+    old = os.umask(0o002)  # a user whose umask lets the group write everything
     try:
         assert told(path, writes=False) == [] and not path.exists()
         assert told(path) == [] and given == []
@@ -176,14 +176,14 @@ def test_compiled_code_is_written_once_and_read_by_whoever_it_fits(tmp_path: Pat
     assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
     before = path.stat()
     assert told(path) == told(path, writes=False) == [] and given == [b"code"] * 2
-    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino  # it held all that was made
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ino == before.st_ino  # it contained all code that was made
     (line,) = told(path, FITS | {"torch": "3"})
     assert line == f"the network is compiled anew: {path} is of torch 2, here it is 3"
     assert len(given) == 2 and told(path, FITS | {"torch": "3"}) == [] and len(given) == 3  # it was written for the new facts
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "garbage", "other key", "folder", "link"])
-def test_what_is_not_whole_or_not_signed_by_this_user_is_not_read(tmp_path: Path, given: list[bytes], damage: str) -> None:
+def test_code_that_is_damaged_or_not_signed_by_this_user_is_not_read(tmp_path: Path, given: list[bytes], damage: str) -> None:
     path = tmp_path / "compiled" / "cpu.bin"
     told(path)
     whole = path.read_bytes()
@@ -208,7 +208,7 @@ def test_what_is_not_whole_or_not_signed_by_this_user_is_not_read(tmp_path: Path
 
 
 @pytest.mark.parametrize("whose", ["file of another user", "file of a group", "folder of everybody"])
-def test_what_others_could_have_written_is_not_read(
+def test_code_that_others_could_have_written_is_not_read(
     tmp_path: Path, given: list[bytes], monkeypatch: pytest.MonkeyPatch, whose: str
 ) -> None:
     path = tmp_path / "compiled" / "cpu.bin"
@@ -220,7 +220,7 @@ def test_what_others_could_have_written_is_not_read(
         path.chmod(0o620) if whose == "file of a group" else path.parent.chmod(0o777)
     lines = told(path)
     assert given == [] and "is not this user's alone" in lines[0] and "the network is compiled anew" in lines[0]
-    if whose != "file of a group":  # nor does anything of ours go into such a folder
+    if whose != "file of a group":  # and we write nothing into such a folder
         assert len(lines) == 2 and lines[1].startswith("compiled code is not kept for a restart: ")
 
 
@@ -268,7 +268,8 @@ def test_a_bucket_that_torch_cannot_cut_at_is_refused() -> None:
 
 
 def second_hand(path: str, disk: str) -> tuple[float, dict[str, int]]:
-    """Rank 0 compiles and writes, then rank 1 compiles; each has a disk of its own, as on another node. The loss, and who had to."""
+    """Rank 0 compiles and writes, then rank 1 compiles; each has a disk of its own, as on another node. Returns the loss, and which ranks
+    compiled."""
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{disk}-{rank()}"
     try:
@@ -305,7 +306,7 @@ def test_a_second_process_compiles_nothing(ranks: Ranks, tmp_path: Path) -> None
 @pytest.mark.compile
 def test_the_commands_keep_what_they_compiled(patterns: Path, tmp_path: Path) -> None:
     """Two workers train, lose their last step, and go on from the checkpoint before it with an empty disk of torch's, as on other nodes:
-    nothing that they need is missing in the run, so nothing is written there. Fine-tuning keeps its own."""
+    the run has all code that they need, so nothing is written there. Fine-tuning keeps its own code."""
     pytest.importorskip("ray")
     run, tuned, compiled = tmp_path / "run", tmp_path / "tuned", Path("compiled", "cpu.bin")
     words = ["pretrain", "patterns_tiny", "--data", patterns, "--run", run, "--workers", 2, "--train.compile", "--train.batch-size", 24]
@@ -325,7 +326,7 @@ def test_the_commands_keep_what_they_compiled(patterns: Path, tmp_path: Path) ->
 
 
 def command(folder: Path, disk: str, *words: object) -> str:
-    """What `simclr` says, of a user whose home is in `folder`, on a machine where torch has its `disk`."""
+    """The output of `simclr` for a user whose home is in `folder`, on a machine where torch has its `disk`."""
     environment = os.environ | {"HOME": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / disk)}
     arguments = [sys.executable, "-m", "pipelines.cli", *map(str, words)]
     done = subprocess.run(arguments, env=environment, cwd=folder, capture_output=True, text=True, timeout=1800)

@@ -1,4 +1,4 @@
-"""Configs and recipes: valid from birth, whole after JSON, and derived numbers that others could compute."""
+"""Configs and recipes: valid from birth, unchanged by JSON, and derived numbers that others could compute."""
 
 from __future__ import annotations
 

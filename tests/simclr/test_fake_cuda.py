@@ -1,6 +1,6 @@
-"""The branches that only CUDA takes, on a device that is not there (`tests.support.fake_cuda`): shapes, dtypes, devices, and who waits.
+"""The branches that only CUDA takes, on a fake device (`tests.support.fake_cuda`): shapes, dtypes, devices, and waits of the host.
 
-The same promise on a GPU, where one is: `test_between_two_reports_nothing_blocks_the_device`.
+The same promise on a GPU, if there is one: `test_between_two_reports_nothing_blocks_the_device`.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def test_views_are_drawn_on_the_host_and_made_on_the_device(monkeypatch: pytest.
     assert watched.copies > 3 and watched.waits == []
 
 
-def test_the_stand_in_sees_what_it_must_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What three docstrings promised and a list of numbers broke: each of these would stop a GPU's queue."""
+def test_the_stand_in_sees_every_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three docstrings promised no wait, and a list of numbers broke it: each of these would stop a GPU's queue."""
     with fake_cuda(monkeypatch) as watched:
         x = torch.ones(3, device=CUDA)
         x.new_tensor([1.0, 2.0])
@@ -147,14 +147,14 @@ def test_slots_share_one_page_locked_block(monkeypatch: pytest.MonkeyPatch, imag
     queries = (SimpleNamespace(shape=(2, size_px, size_px, 3), dtype=np.dtype("u1")), SimpleNamespace(shape=(), dtype=np.dtype("i4")))
     slots = memory.slots_for(queries, images)
     assert asked == [(count, images, 2, size_px, size_px, 3)] and len(slots) == count
-    assert 2 ** math.ceil(math.log2(math.prod(asked[0]))) == mib * 2**20  # what torch's allocator makes of it
+    assert 2 ** math.ceil(math.log2(math.prod(asked[0]))) == mib * 2**20  # the size that torch's allocator makes of it
     assert all(pixels.base is slots[0][0].base and status.dtype == np.int32 for pixels, status in slots)
 
 
 # ── Clock, health, evaluation ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_moments_are_events_and_the_report_alone_reads(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
+def test_timestamps_are_events_and_the_report_alone_reads(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
     with fake_cuda(monkeypatch) as watched:
         model = nn.Linear(4, 4).to(CUDA)
         health, clock = Health(model, CUDA, 4, patterns, 5.0, "advice"), Clock(0, CUDA)

@@ -1,4 +1,4 @@
-"""What a disk refuses is one sentence, and a file under its own name is whole."""
+"""A disk's error is one sentence, and a file under its own name is whole."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from simclr.errors import UserError
         (errno.EIO, ""),
     ],
 )
-def test_a_refusal_is_a_sentence(code: int, sentence: str) -> None:
+def test_a_disk_error_is_one_sentence(code: int, sentence: str) -> None:
     found = files.trouble(OSError(code, "…", "runs/x"))
     assert found.startswith(sentence) and bool(found) == bool(sentence)
     assert files.trouble(ValueError("x")) == ""
@@ -37,7 +37,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "new"
 
 
-def test_a_path_that_cannot_be_made_is_said_beforehand(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_made_is_refused_beforehand(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     files.require_writable(tmp_path / "new" / "deep")
     files.require_writable(tmp_path / "file")

@@ -120,7 +120,7 @@ def test_the_loop_trains_in_pieces(ranks: Ranks, patterns: Path) -> None:
     assert one == other and np.isfinite(one).all()
 
 
-def test_a_micro_batch_that_does_not_divide_is_a_sentence() -> None:
+def test_a_micro_batch_that_does_not_divide_is_a_user_error() -> None:
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, micro_batch=5))
     with pytest.raises(UserError, match="micro_batch 5 does not divide the 12 images of a worker; use 4 or 6"):
         config.images_per_rank(2)

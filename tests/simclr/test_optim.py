@@ -65,7 +65,7 @@ def test_only_kernels_decay_and_adapt() -> None:
 
 
 def test_a_classifiers_kernel_decays_and_does_not_adapt() -> None:
-    """As the official code has it for `head_supervised`."""
+    """As in the official code for `head_supervised`."""
     module = nn.ModuleDict({"encoder": nn.Linear(4, 3), "classifier": nn.Linear(3, 2)})
     kernels, rest, classifier = parameter_groups(module, 1e-4, lambda step: 0.1)
     assert len(kernels.params) == 1 and len(rest.params) == 2

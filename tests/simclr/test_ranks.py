@@ -117,7 +117,7 @@ def normalised(shape: tuple[int, ...], offset: float, per_worker: bool, device: 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(("shape", "offset"), [((8, 3), 0.0), ((8, 3, 5, 4), 0.0), ((8, 3, 5, 4), 1000.0)])
 def test_batchnorm_is_that_of_the_whole_batch(ranks: Ranks, within: Within, world: int, shape: tuple[int, ...], offset: float) -> None:
-    """Output, all gradients and the running statistics; also where the mean is far larger than the deviation."""
+    """Output, all gradients and the running statistics; also where the mean is far larger than the standard deviation."""
     expected = normalised(shape, offset, False)
     reference = nn.functional.batch_norm  # the definition, so that one process is right too
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + offset
@@ -125,7 +125,7 @@ def test_batchnorm_is_that_of_the_whole_batch(ranks: Ranks, within: Within, worl
     torch.testing.assert_close(expected["y"], y, rtol=0, atol=1e-9)
     for found in ranks(world, normalised, shape, offset, False):
         for name, value in expected.items():
-            # Where the mean is a thousand deviations, what is left of 16 digits.
+            # Where the mean is a thousand standard deviations, 16 digits leave this precision.
             scale, bound = float(value.abs().max().clamp_min(1)), 1e-8 if offset else 1e-10
             within(f"{name}{', mean 1000' if offset else ''}", float((found[name] - value).abs().max()) / scale, bound)
 
@@ -160,7 +160,7 @@ def trained(config: Config, data: str) -> tuple[list[float], dict[str, Tensor], 
 
 
 def test_twenty_steps_are_the_same_on_one_two_and_four_ranks(ranks: Ranks, within: Within, patterns: Path) -> None:
-    """And the same as when tests/golden/curve.json was written: any change of the numbers has to be meant."""
+    """And the same as in tests/golden/curve.json: a change of the numbers must be intended."""
     losses, state, knn = trained(TINY, str(patterns))
     assert len(losses) == 20 and losses[-1] < losses[0]
     golden = json.loads((GOLDEN / "curve.json").read_text())
@@ -174,7 +174,7 @@ def test_twenty_steps_are_the_same_on_one_two_and_four_ranks(ranks: Ranks, withi
 
 
 def resumed(config: Config, data: str, folder: str, until: int) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and last state of a run from the newest checkpoint in `folder` to step `until`, where it leaves one."""
+    """Losses and last state of a run from the newest checkpoint in `folder` to step `until`, where it writes one."""
     losses, state = [], {}
     found = from_rank_zero(checkpoint.latest(Path(folder), print) if Path(folder).exists() else None)
     for report in train(config, Start(Path(data), checkpoint=found)):
@@ -268,7 +268,7 @@ def test_features_arrive_whole_and_in_order_on_every_rank(ranks: Ranks, patterns
 
 
 def diverging(data: str) -> str:
-    """What is raised where rank 1 alone has a loss that is not finite."""
+    """The error if rank 1 alone has a loss that is not finite."""
     from simclr.methods import simclr as module
 
     good, calls = module.nt_xent, []
@@ -287,7 +287,7 @@ def diverging(data: str) -> str:
 
 
 def lost(config: Config, data: str) -> str:
-    """What a run that is not finite says."""
+    """The error of a run that is not finite."""
     with pytest.raises(Diverged) as raised:
         list(train(config, Start(Path(data))))
     return str(raised.value)
@@ -296,11 +296,11 @@ def lost(config: Config, data: str) -> str:
 def test_a_loss_that_is_not_finite_names_rank_and_step_on_every_rank(ranks: Ranks, patterns: Path) -> None:
     """The first step that was bad, though the next report is due at step 7, when every rank's weights are NaN."""
     for text in ranks(2, diverging, str(patterns)):
-        assert text.startswith("the loss is not finite at step 3 on rank 1, though the projection of every image is; train with a lower")
+        assert text.startswith("the loss is not finite at step 3 on rank 1, though all projections are finite; train with a lower")
 
 
 def blackened(data: str) -> str:
-    """What is raised where one image of rank 0's second batch is not finite, and BatchNorm sees only each rank's own rows."""
+    """The error if one image of rank 0's second batch is not finite, and BatchNorm sees only each rank's own rows."""
     from simclr.methods import simclr as module
 
     good, calls = module.two_views, []
@@ -322,7 +322,7 @@ def blackened(data: str) -> str:
 
 
 def test_input_that_is_not_finite_names_the_rank_it_came_from(ranks: Ranks, patterns: Path) -> None:
-    """Every rank's loss is NaN at that step, for everybody's negatives are; only rank 0's projections are."""
+    """At that step every rank's loss is NaN, because all ranks share negatives; only rank 0's projections are NaN."""
     for text in ranks(2, blackened, str(patterns)):
         four = r"(\d+ \(sample \d+ of train-00000.beton\)(, )?){4}"
         assert re.match(rf"the loss is not finite at step 2 on rank 0, of images {four}; train with a lower", text)
@@ -332,7 +332,7 @@ def test_input_that_is_not_finite_names_the_rank_it_came_from(ranks: Ranks, patt
 
 
 def compiled() -> dict[str, float]:
-    """Deviations of the compiled model's outputs and gradients from the eager ones; a graph break raises."""
+    """Differences of the compiled model's outputs and gradients from the eager ones; a graph break raises."""
     x = mine(torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(6)))
     found: list[list[Tensor]] = []
     for compiling in (False, True):
@@ -350,7 +350,7 @@ def exchanged(bucket_mib: float | None, compress: bool) -> list[Tensor]:
     """Gradients of a step of the whole model on this rank's share of eight random views; its own alone without buckets."""
     x = mine(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(6)), views=2)
     model = build_model(TINY)
-    network = data_parallel(model, bucket_mib, compress) if bucket_mib else model  # by name: without it nobody exchanges anything
+    network = data_parallel(model, bucket_mib, compress) if bucket_mib else model  # by name: without it ranks exchange nothing
     nt_xent(network({"views": x.unflatten(0, (2, -1))})["z"].flatten(0, 1), 0.5).backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -361,7 +361,7 @@ def test_buckets_change_nothing_and_compressed_gradients_are_those_to_bfloat16(r
         scale = float(a.abs().max()) + 1e-12
         within("gradient in buckets of 10 KiB", float((a - b).abs().max()) / scale, 1e-6)
         # Rounded on each rank, halved and added in bfloat16: each of the three roundings errs by 2^-8 of its number at most. The
-        # ranks' numbers may cancel in the sum, so the bound is of their sizes; to it comes what float32 itself rounds.
+        # ranks' numbers may cancel in the sum, so the bound is of their sizes; plus float32's own rounding.
         allowed = 2**-8 * ((own[0].abs() + own[1].abs()) / 2 + c.abs()) + 1e-6 * scale
         within("gradient sent as bfloat16, over the bound of its roundings", float(((a - c).abs() / allowed).max()), 1.01)
         assert torch.equal(c, d)

@@ -47,7 +47,7 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, tm
 
 
 def test_from_its_stored_beginning_a_run_is_bitwise_the_fresh_one(patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And draws no initial weights: all of the model is the checkpoint's, where memory that nobody filled holds NaN."""
+    """And it draws no initial weights: the whole model comes from the checkpoint, although uninitialised tensors hold NaN."""
     settings = config(checkpoint_every_steps=12)
     run(settings, patterns, tmp_path / "fresh")
     tensors = {f"model.{name}": t for name, t in build_model(settings, 10).state_dict().items()}
@@ -65,7 +65,7 @@ def test_from_its_stored_beginning_a_run_is_bitwise_the_fresh_one(patterns: Path
 
 
 def train_in_a_process(settings: Config, patterns: Path, folder: Path, told: Any) -> None:
-    """Runs and writes checkpoints until somebody kills it; `told` gets each step and its loss."""
+    """Train and write checkpoints until the process is killed; `told` gets each step and its loss."""
     torch.set_num_threads(1)
     told.send(("began", 0.0))
     found = checkpoint.latest(folder, print) if folder.exists() else None
@@ -144,7 +144,7 @@ def test_reports_are_due_when_the_config_says(patterns: Path, tmp_path: Path) ->
     settings = config(report_every_steps=5, checkpoint_every_steps=8)
     settings = dataclasses.replace(settings, watch=dataclasses.replace(settings.watch, every_epochs=0.6))  # six steps
     reports = run(settings, patterns, tmp_path)
-    assert list(reports) == [1, 5, 6, 8, 10, 12]  # the first, every fifth, every watched, every saved, the last
+    assert list(reports) == [1, 5, 6, 8, 10, 12]  # the first, every fifth, every evaluation, every checkpoint, the last
     assert [s for s, r in reports.items() if r.due] == [8, 12]
     assert [s for s, r in reports.items() if "eval/knn_top1" in r.metrics] == [6, 12]
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000000008", "step-000000012"]
@@ -175,7 +175,7 @@ def test_the_seed_is_in_everything(patterns: Path, tmp_path: Path) -> None:
     assert losses[0]["train/loss"] != losses[1]["train/loss"]
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step(patterns: Path, tmp_path: Path) -> None:
+def test_a_start_that_does_not_fit_is_refused_before_the_first_step(patterns: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"batch_size 241 is larger than the training split \(240 images\)"):
         next(train(config(batch_size=241), Start(patterns)))
     run(config(checkpoint_every_steps=1), patterns, tmp_path, until=1)

@@ -1,1 +1,1 @@
-"""What tests share: ranks, hosts, servers that are played, small configs."""
+"""Code that tests share: ranks, hosts, fake servers, small configs."""

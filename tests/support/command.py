@@ -9,7 +9,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def refused(result: tuple[int, str, str], *sentence: str) -> None:
-    """Exit code 2 and one sentence with each part in it: ours, or one in the box that the flags' parser draws."""
+    """Exit code 2 and one sentence with each part in it: ours, or one in the box that the parser of flags prints."""
     code, _, text = result
     assert code == 2 and "Traceback" not in text, text
     lines = [line for line in text.strip().splitlines() if line.startswith("simclr: ")]

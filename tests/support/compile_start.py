@@ -1,14 +1,14 @@
-"""How long a fresh process takes to its first compiled step, without and with what an earlier one left in the run:
+"""Time of a fresh process to its first compiled step, without and with the code that an earlier process left in the run:
 
     python -m tests.support.compile_start [PAIRS]
 
 ResNet-18, 8 views of 64 px, forward and backward on one thread. Each process has an empty disk of torch's, as on another node; C++'s
-precompiled headers, which torch keeps elsewhere, are there before. Seconds of the CPU are those of the process and its compilers: on a
-machine that others use too they are steadier than the clock's. Prints each process, and the ratio of the pairs.
+precompiled headers, which torch keeps elsewhere, exist before. CPU seconds are those of the process and its compilers: on a shared
+machine they are steadier than wall-clock seconds. Prints each process, and the ratio of the pairs.
 
 26 November 2026, two cores of a shared machine (load 3.5 at the start), torch 2.15.0, n = 3 pairs: with ÷ without 0.81 (0.74 … 0.92) in
-seconds of the CPU, medians 34.8 s and 43.6 s, and 0.81 (0.49 … 0.93) by the clock; the file has 1.85 MiB. What is left is Dynamo and g++,
-which Triton's kernels do not need: on a GPU it was not measured.
+seconds of the CPU, medians 34.8 s and 43.6 s, and 0.81 (0.49 … 0.93) by the clock; the file has 1.85 MiB. The rest is Dynamo and g++,
+which Triton's kernels do not need; it was not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def two_steps() -> Iterator[float]:
 
 
 def first_step(path: Path) -> dict[str, float]:
-    """What the first step takes in this process, which reads `path`, or writes it."""
+    """The time of the first step in this process, which reads or writes `path`."""
     torch.set_num_threads(1)
     began, used = time.perf_counter(), sum(os.times()[:4])
     steps = compile_cache.kept(two_steps(), path, {"torch": torch.__version__}, "ab" * 32, True, print)

@@ -1,8 +1,8 @@
-"""A CUDA device that is not there: tensors without values that say they are on one, and stand-ins for its streams and events.
+"""A fake CUDA device: tensors without values whose device is CUDA, and stand-ins for its streams and events.
 
-torch's FakeTensorMode computes shapes, dtypes and devices of every operator, and refuses what mixes devices. So the branches that
-only CUDA takes run, up to the kernels, while what stays on the host has its values. Values on the device, kernels and the order of
-streams are a GPU's alone to show.
+torch's FakeTensorMode computes shapes, dtypes and devices of every operator, and refuses operators that mix devices. So the branches that
+only CUDA takes run, up to the kernels, while tensors on the host have values. Values on the device, kernels and the order of streams can
+be tested on a GPU alone.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # not public; how torch.compile sees a program
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # not public; torch.compile sees a program through it
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
 _READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal")  # operators whose result is a number on the host
-_SHAPES = ("aten.nonzero", "aten.masked_select", "aten._unique2")  # operators whose result's shape is known when the device is there
+_SHAPES = ("aten.nonzero", "aten.masked_select", "aten._unique2")  # operators whose result's shape depends on values on the device
 
 
 class Event:
-    """Records nothing, is always past."""
+    """Records no time, and is reached as soon as it is recorded."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.recorded = False
@@ -38,7 +38,7 @@ class Event:
         return self.recorded
 
     def synchronize(self) -> None:
-        assert self.recorded, "waits for an event that nobody recorded"
+        assert self.recorded, "waits for an event that was not recorded"
 
     def elapsed_time(self, later: Event) -> float:
         assert self.recorded and later.recorded
@@ -51,7 +51,7 @@ class Stream:
         self.synchronized = False
 
     def wait_event(self, event: Event) -> None:
-        assert event.recorded, "waits for an event that nobody recorded"
+        assert event.recorded, "waits for an event that was not recorded"
         self.waited.append(event)
 
     def synchronize(self) -> None:
@@ -59,14 +59,15 @@ class Stream:
 
 
 def _without_values(x: Any) -> Any:
-    """A fake tensor like x. (FakeTensorMode would make one, and keep a reference to x that forbids to move a module's parameters.)"""
+    """A fake tensor like x. (FakeTensorMode could make one, but keeps a reference to x, with which a module's parameters cannot be
+    moved.)"""
     if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
         return x
     return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
 
 
 class Watched(TorchDispatchMode):
-    """Notes what the host would wait for, in `waits`: reads, shapes that values decide, copies that block.
+    """Records in `waits` what the host would wait for: reads, shapes that depend on values, blocking copies.
 
     A read gives 0 (or True). A copy to the device blocks unless it is asked not to and its source is page-locked.
     """
@@ -83,7 +84,7 @@ class Watched(TorchDispatchMode):
         assert x.device.type == "cpu", "only the host's memory is page-locked"
         pinned = x.clone() if type(x) is Tensor else x
         self.locked.add(id(pinned))
-        self.kept.append(pinned)  # an id is another tensor's once its own is gone
+        self.kept.append(pinned)  # an id is reused after its tensor is freed
         return pinned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,11 +120,11 @@ class Watched(TorchDispatchMode):
             self.waits.append("a copy from memory that is not page-locked")
 
 
-# ── What torch does in C++ and refuses without a driver ────────────────────────────────────────────────────────────
+# ── Parts of torch in C++ that refuse to run without a driver ──────────────────────────────────────────────────────
 
 
 def _moved(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply` without its ways to keep a parameter's identity, of which none takes a fake tensor for a real one."""
+    """`nn.Module._apply` without its ways to keep a parameter's identity, which fail for fake tensors."""
     for child in module.children():
         _moved(child, fn)
     with torch.no_grad():
@@ -159,7 +160,7 @@ def _gradients(root: Tensor) -> dict[Any, Tensor]:
             for (following, place), g in zip(node.next_functions, results if isinstance(results, tuple) else (results,), strict=False):
                 if following is not None and g is not None:
                     slot, asked = arrived.setdefault(following, {}), following._input_metadata[place]
-                    g = g.sum_to_size(tuple(asked.shape)).to(asked.dtype)  # what was broadcast gives its gradient so
+                    g = g.sum_to_size(tuple(asked.shape)).to(asked.dtype)  # the gradient of a broadcast input
                     slot[place] = slot[place] + g if place in slot else g
     return found
 
@@ -185,7 +186,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
 
     @contextlib.contextmanager
     def stream(other: Stream) -> Iterator[None]:
-        watched.beside = True  # copies on a stream of their own wait for no kernel; their memory is the loader's, page-locked there
+        watched.beside = True  # copies on their own stream wait for no kernel; the loader's memory is page-locked
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Workers that fail as a test asks: a plan on disk says at which step, on which rank, and how. Each line of it happens once."""
+"""Workers with planned faults: a plan on disk states step, rank and kind of each fault. Each fault happens once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from simclr.config import Config
 
 
 def plan(folder: Path, *faults: tuple[int, int, str], step_s: float = 0.0) -> None:
-    """Write (step, rank, how) to `folder`; how = kill, stop (its process), hang (the thread that trains) or nothing. A step takes `step_s`
-    more than it would; that may be planned anew while the training goes on."""
+    """Write (step, rank, how) to `folder`; how = kill, stop (its process), hang (the thread that trains) or nothing. A step takes
+    `step_s` longer than it would; a new plan may change this during training."""
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "step_s", str(step_s))
     for step, rank, how in faults:
@@ -26,12 +26,12 @@ def plan(folder: Path, *faults: tuple[int, int, str], step_s: float = 0.0) -> No
 
 
 def happened(folder: Path) -> dict[int, float]:
-    """Step → when its fault came, Unix time as that rank has it."""
+    """Step → Unix time of its fault, by that rank's clock."""
     return {int(path.name[:4]): json.loads(path.read_text()) for path in sorted(folder.glob("*.done"))}
 
 
 def faulty_worker(task: Task) -> None:
-    """`train_worker`, which comes to grief when a batch of the plan is handed out."""
+    """`train_worker` with the faults of the plan, each raised when its batch is given out."""
     import ray.train
 
     from pipelines.train.worker import train_worker
@@ -64,7 +64,7 @@ def faulty_worker(task: Task) -> None:
 
 
 def undisturbed(config: Config, data: Path) -> tuple[dict[int, float], dict[str, Tensor]]:
-    """Step → loss, and the encoder at the end, of a training that nothing happens to, on the ranks that there are."""
+    """Step → loss, and the encoder at the end, of a training without faults, on the ranks that there are."""
     from simclr.train import Start, train
 
     losses, state = {}, {}
@@ -74,7 +74,7 @@ def undisturbed(config: Config, data: Path) -> tuple[dict[int, float], dict[str,
 
 
 def command() -> None:
-    """`simclr …` as it is, with workers that come to grief."""
+    """`simclr …` as it is, with faulty workers."""
     from pipelines import cli
     from pipelines.train import worker
 

@@ -1,11 +1,11 @@
 """Hosts for a cluster on this machine: each a network namespace with its own address, processes, home and sshd.
 
-Needs root, sshd, and leave to make namespaces; `missing()` says what is not there. An sshd on 127.0.0.1 alone would not do: the
-cluster files begin with `ray stop`, which ends every Ray process that it sees, those of other tests and of the developer too, and
-`ray up` writes into the home of whom it logs in as.
+Needs root, sshd, and permission to make namespaces; `missing()` names what this machine lacks. An sshd on 127.0.0.1 alone would not do:
+the cluster files begin with `ray stop`, which ends every Ray process that it sees, also those of other tests and of the developer, and
+`ray up` writes into the home of its login.
 
-No namespace has a name: each lives as long as its processes, and these end with the process that asked for them, however that ends
-(setpriv --pdeathsig, unshare --kill-child). The bridge is in a namespace of its own, so that goes the same way, and the cables with it.
+No namespace has a name: each lives as long as its processes, and these end with the process that started them, in any case (setpriv
+--pdeathsig, unshare --kill-child). The bridge is in a namespace of its own and ends in the same way, with its cables.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pathlib import Path
 
 # Names come from a file: a name server that cannot be reached from there holds up every connection for seconds.
 # In the host's own mount and pid namespace: root's home and Ray's folder are its own, the rest of the disk is shared.
-# The shell stays as process 1, since somebody has to reap what daemons leave; when it is killed, all of the host is.
+# The shell stays as process 1 to reap the children of daemons; when it is killed, the whole host is.
 _BOOT = """
 until ip -o address show dev eth0 2>/dev/null | grep -q {address}; do sleep 0.05; done
 mount --bind {folder}/passwd /etc/passwd && mount --bind {folder}/ray /tmp/ray && hostname {name} &&
 mount --bind {folder}/../names /etc/hosts && mount --bind {folder}/../resolv.conf /etc/resolv.conf &&
 mkdir -p /run/sshd && {{ /usr/sbin/sshd -D -e -f {folder}/sshd_config 2>{folder}/sshd.log & wait; }}
 """
-# A raylet waits so long for a head that is gone; Ray's own minute would be half of it spent waiting in a test of `ray down`.
+# How long a raylet waits for a lost head. With Ray's own minute, half of a test of `ray down` would be waiting.
 _SSHD = """
 ListenAddress {address}
 HostKey {folder}/host_key
@@ -46,7 +46,7 @@ SetEnv RAY_gcs_rpc_server_reconnect_timeout_s=30
 
 
 def missing() -> str:
-    """What keeps this machine from having such hosts, as a sentence; "" where nothing does."""
+    """Why this machine cannot have such hosts, as a sentence; "" if it can."""
     if os.getuid() != 0:
         return "hosts in network namespaces need root"
     for program in ("/usr/sbin/sshd", "ssh", "rsync", "ip", "unshare", "nsenter", "setpriv", "ssh-keygen"):
@@ -59,19 +59,19 @@ def missing() -> str:
 
 @dataclass(frozen=True)
 class Host:
-    """One of them."""
+    """One host."""
 
     address: str
     folder: Path
     pid: int
-    """Of its process 1, as this machine sees it."""
+    """Pid of its process 1 in this machine's namespace."""
 
     @property
     def home(self) -> Path:
         return self.folder / "home"
 
     def processes(self, words: str) -> list[str]:
-        """Command lines, with `words` in them, of what runs in it."""
+        """Command lines with `words` of the processes in it."""
         space = Path(f"/proc/{self.pid}/ns/pid").readlink()
         found = []
         for entry in Path("/proc").iterdir():
@@ -83,7 +83,7 @@ class Host:
 
 @contextlib.contextmanager
 def hosts(count: int, folder: Path) -> Iterator[tuple[list[Host], Path]]:
-    """(`count` hosts on a network of their own, the private key that opens them). All of it is gone afterwards."""
+    """(`count` hosts on a network of their own, the private key for their sshd). All are removed afterwards."""
     number = os.getpid() % 200 + 20  # another run of the tests on this machine has another network
     cable, network = f"simclr{number}", f"10.199.{number}"
     key = folder / "key"
@@ -136,7 +136,7 @@ def _space(ends: contextlib.ExitStack, *command: str, unshare: tuple[str, ...] =
 
 
 def _furnish(own: Path, address: str, key: Path) -> None:
-    """A host's own files: home, Ray's folder, who root is, and its sshd's."""
+    """A host's own files: home, Ray's folder, the entry of root, and sshd's files."""
     (own / "home").mkdir(parents=True)
     (own / "ray").mkdir()
     (own / "home/.bashrc").touch()

@@ -1,4 +1,4 @@
-"""A server that is played: as much of MLflow's REST interface as one run needs."""
+"""A fake server: as much of MLflow's REST interface as one run needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Server(ThreadingHTTPServer):
-    """As much of MLflow's REST interface as one run needs; `metrics` is what it took, in order."""
+    """As much of MLflow's REST interface as one run needs; `metrics` are those that it received, in order."""
 
     allow_reuse_address = True
 

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine: each a raylet of its own that may be killed, given notice, or told another time."""
+"""A Ray cluster of several nodes on this machine: each a raylet of its own that may be killed, be given notice, or have another clock."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ time_t time(time_t *out) {
 
 
 def clock(folder: Path, ahead_s: int) -> dict[str, str] | None:
-    """The environment of processes whose clock is `ahead_s` fast; None where there is no C compiler."""
+    """The environment of processes whose clock is `ahead_s` fast; None without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         return None
@@ -53,8 +53,8 @@ def clock(folder: Path, ahead_s: int) -> dict[str, str] | None:
 
 
 class Nodes:
-    """A head without cores, and nodes that are added and lost. (`ray.cluster_utils.Cluster` makes itself the cluster that every
-    other Ray of this machine's user would join.)"""
+    """A head without cores, and nodes that are added and lost. (`ray.cluster_utils.Cluster` registers itself, and every other Ray of this
+    machine's user would join it.)"""
 
     def __init__(self, folder: Path, **tuned: Any) -> None:
         from ray._private.node import Node
@@ -88,7 +88,7 @@ class Nodes:
         return node
 
     def kill(self, node: Any) -> None:
-        """The node is gone from one moment to the next: SIGKILL for its raylet and all its processes."""
+        """Lose the node at once: SIGKILL for its raylet and all its processes."""
         own = [info.process.pid for infos in node.all_processes.values() for info in infos]
         for pid in [*own, *(child for parent in own for child in children(parent))]:
             _signal(pid, signal.SIGKILL)
@@ -96,7 +96,7 @@ class Nodes:
         node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
 
     def notice(self, node: Any, seconds: float) -> None:
-        """What a cloud says before it takes a machine back."""
+        """Give the notice that a cloud gives before it takes a machine back."""
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -121,7 +121,7 @@ def children(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether `pid` runs; one that only nobody has waited for does not."""
+    """Whether `pid` runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

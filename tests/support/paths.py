@@ -1,4 +1,4 @@
-"""Where the house and its reference numbers are."""
+"""Paths of the repository and of its reference numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-"""Reference numbers that are kept here."""
+"""Reference numbers in the repository."""
 SHARED = ROOT.parent / "shared"
-"""Larger reference files, beside the checkout; tests that want them are skipped without it."""
+"""Larger reference files, beside the checkout; tests that need them are skipped without it."""

@@ -22,8 +22,8 @@ _PATIENCE_S = 120
 class Ranks:
     """`ranks(W, function, *arguments)` runs `function(*arguments)` on W ranks and returns their results in order of ranks.
 
-    The function must be importable (a module's, not a local one). A failure on any rank raises here, with its traceback. Ranks wait
-    for each other half as long as the caller does for them.
+    The function must be importable (a module's, not a local one). A failure on any rank raises here, with its traceback. Ranks wait for
+    each other half as long as the caller waits for them.
     """
 
     def __init__(self, patience_s: int = _PATIENCE_S) -> None:
@@ -72,5 +72,6 @@ def _serve(pipe: Connection, timeout_s: int) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-        # Not before: whoever has all answers removes the store, and a thread of torch's that still asks it ends the process.
+        # Not before: the caller removes the store when it has all answers, and a torch thread that still reads the store then ends the
+        # process.
         pipe.send(answer)

@@ -1,4 +1,4 @@
-"""A real S3 endpoint (moto's server) and, between it and boto3, a proxy of ours that breaks what goes through."""
+"""A real S3 endpoint (moto's server) and, between it and boto3, a proxy that breaks requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STALL_S = 0.05
 _ANSWERS = {
     "500": (500, b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"),
     "503": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
-    # As AWS words it: with the key's id, and what was signed.
+    # In AWS's words: with the key's id and the signed text.
     "403": (
         403,
         f"<Error><Code>SignatureDoesNotMatch</Code><Message>The Signature of {KEY_ID} does not match.</Message>"
@@ -47,7 +47,7 @@ def serve() -> Iterator[str]:
 
 class Proxy:
     """Forwards to `upstream`. With a `rate`, that share of the requests fails in one of the ways above, or stalls; the choice is
-    drawn from `seed`. `faults` counts what was done, `log` holds (method, path, Range header) of every request."""
+    drawn from `seed`. `faults` counts the faults, `log` holds (method, path, Range header) of every request."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
@@ -70,18 +70,18 @@ class Proxy:
         self.server.server_close()
 
     def quiet(self) -> None:
-        """No faults, and the counts begin anew."""
+        """Switch faults off and reset the counts."""
         self.rate, self.kinds, self.cut_after = 0.0, (*ANY, *WITH_BODY), -1
         self.faults.clear()
         self.log.clear()
         self.random.seed(0)
 
     def fault(self, method: str, path: str, body: bytes) -> str:
-        """What is to happen to a request, "" = nothing."""
+        """The fault of a request, "" = none."""
         object_body = (method == "GET" and "list-type" not in path) or (method == "PUT" and body)
         with self.lock:
             self.cut_after -= 1
-            if self.cut_after == 0:  # from now on nobody answers
+            if self.cut_after == 0:  # no answer from now on
                 self.rate, self.kinds = 1.0, ("reset before",)
             if self.random.random() >= self.rate:
                 return ""

@@ -1,8 +1,8 @@
 """Whether a change moved a number:  python -m tests.support.same_numbers FILE [--worlds 1,2]
 
 Twenty steps of every kind of run on a few rendered images. FILE gets, for each, sha256 of the whole state at the end (each tensor by
-its bytes, names left out, so that renaming changes nothing) and every report. Where FILE is there already it is compared with, and what
-differs is printed; the exit code is then 1. Run it on the commit before, then on the change, on one machine: processors and versions
+its bytes, names left out, so that renaming changes nothing) and every report. If FILE exists already, it is compared with, and
+differences are printed; the exit code is then 1. Run it on the commit before, then on the change, on one machine: processors and versions
 of torch round differently. On two quiet cores it takes about six minutes.
 """
 
@@ -75,7 +75,7 @@ RUNS["distillation, some labels"] = (replace(RUNS["distillation"][0], alpha=0.7)
 
 
 def prepare(folder: Path) -> None:
-    """Shards, a published encoder, what fine-tuning begins with, and a teacher."""
+    """Shards, a published encoder, the first checkpoint of fine-tuning, and a teacher."""
     from PIL import Image
 
     from simclr.data.sources.patterns import render

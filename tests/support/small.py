@@ -1,4 +1,4 @@
-"""Small runs, and what tests of the loop do with them."""
+"""Small runs for tests of the loop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TUNED = FineTune(
 
 
 def mine(x: Tensor, views: int = 1) -> Tensor:
-    """This rank's rows of x, of which `views` blocks stand below each other."""
+    """This rank's rows of x, which is a stack of `views` blocks."""
     return torch.cat([block.chunk(world_size())[rank()] for block in x.chunk(views)])
 
 

@@ -1,4 +1,4 @@
-"""Sweeps that were never trained: the directory of one, with scores that a formula gives."""
+"""Directories of sweeps that were never trained, with scores from a formula."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tune.sweep_dir import Sweep, Trial
 
 
 def a_sweep(path: Path, space: str, **fields: Any) -> Sweep:
-    """What `simclr sweep SPACE --recipe patterns_tiny` would ask for."""
+    """The sweep of `simclr sweep SPACE --recipe patterns_tiny`."""
     given: dict[str, Any] = {
         "path": path,
         "space": space,

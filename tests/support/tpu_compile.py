@@ -1,7 +1,7 @@
-"""Compile a training step for a TPU v5e, ahead of time, on a machine that has none:  python -m tests.support.tpu_compile [gradient]
+"""Compile a training step for a TPU v5e, ahead of time, on a machine without one:  python -m tests.support.tpu_compile [gradient]
 
-libtpu carries XLA's compiler for TPUs and needs no chip to compile for a described one. torchax hands it our torch code. Wants
-`pip install jax libtpu torchax` beside the environment; prints what the compiler says of the program's memory.
+libtpu has XLA's compiler for TPUs, which compiles for a described chip without having one. torchax gives it our torch code. Needs `pip
+install jax libtpu torchax` beside the environment; prints the compiler's figures for the program's memory.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main(gradient: bool) -> None:
 
     shapes = {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()}
     x = jax.ShapeDtypeStruct((16, 3, 32, 32), np.float32)
-    # On two busy cores the loss took 2 minutes; the gradient had not come after 12, and nobody has waited longer.
+    # On two busy cores the loss took 2 minutes; the gradient was not done after 12, when we stopped waiting.
     for what, function in {"gradient": jax.grad(loss)}.items() if gradient else {"loss": loss}.items():
         began = time.monotonic()
         lowered = jax.jit(function, in_shardings=(everywhere, everywhere), out_shardings=everywhere).lower(shapes, x)

@@ -1,7 +1,7 @@
 """A driver on a cluster with a pretended TPU slice:  python -m tests.support.tpu_slice ADDRESS FOLDER
 
 Starts one worker for each chip of a v4 slice of 2x2x2 through pipelines.train.ray_train, as `simclr pretrain --device tpu`
-does, and prints what each saw, a JSON list by rank.
+does, and prints what each worker found, a JSON list by rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOLD = ("TORCH_TPU_SLICEBUILDER_ADDRESSES", "TORCH_TPU_TOPOLOGY", "TORCH_TPU_XPR
 
 
 def look(task: Task) -> None:
-    """What a worker of `simclr pretrain` finds when it starts, and one collective."""
+    """The environment of a worker of `simclr pretrain` at its start, and the result of one collective."""
     import ray
     import ray.train.torch
     import torch

@@ -1,4 +1,4 @@
-"""FFCV's own way to two crops, the one that ours is measured against; nothing but the bench imports it.
+"""FFCV's own way to two crops: the baseline of `simclr bench loader`, which alone imports it.
 
 Two pipelines over one image field, each with FFCV's decoder: every image is decoded twice, each crop drawn from numba's
 per-thread generator (no seed reaches it) by torchvision's sampler, and resized by OpenCV's INTER_AREA.
@@ -24,7 +24,7 @@ from ffcv.reader import Reader
 def ffcv_two_crops(beton: Path, size_px: int, batch_size: int, batches: int, threads: int) -> Callable[[], Iterator[Any]]:
     """A function that starts an epoch of `batches` batches of a shard: each (view 0, view 1), (batch_size, size, size, 3) uint8.
 
-    FFCV drains its queue at the end of an epoch; so that its rate does not hang on the shard's size, images repeat within one.
+    FFCV drains its queue at the end of an epoch. Images repeat within an epoch, so that the rate does not depend on the shard's size.
     """
 
     def decoder() -> Any:

@@ -1,7 +1,7 @@
 """An FFCV operation that decodes a JPEG once and writes all crops of it, of whatever sizes.
 
 Two FFCV pipelines over one image field decode it twice, and draw their crops from numba's per-thread generator, which
-no seed reaches. Here the boxes come with each batch's metadata, so they are whatever the caller drew.
+no seed reaches. Here the caller draws the boxes, which come with each batch's metadata.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from simclr.data.ffcv.resize import resize_box
 
 
 def _generate_take(context: Any, counter: Any) -> Any:
-    """counter (1,) int64 → the number in it, which is one more for whoever asks next, in whatever thread."""
+    """counter (1,) int64 → its number, which an atomic add raises by one for the next caller in any thread."""
 
     def generate(target: Any, builder: Any, signature: Any, values: Any) -> Any:
         place = target.make_array(signature.args[0])(target, builder, values[0]).data
@@ -52,9 +52,8 @@ class Crops(Operation):  # type: ignore[misc]
     """Decode once, then cut and resize boxes: for each (count, size) of `shapes` → (n, count, size, size, 3) uint8.
 
     The metadata rows carry `box` (all counts, 4): top, left, height, width in pixels, inside the image, in the order of `shapes`.
-    Three buffers: the crops, a tuple of arrays; each sample's status, 0 or what the decoder said of a damaged image; and, per thread,
-    room for a decoded image. The fourth entry is the kind of resize, its number in `resize.KINDS`, so that one compiled function
-    serves all.
+    The buffers: the crops, a tuple of arrays; each sample's status, 0 or the decoder's code for a damaged image; per thread, room for a
+    decoded image; and the kind of resize, its number in `resize.KINDS`, so that one compiled function serves all kinds.
     """
 
     def __init__(self, shapes: tuple[tuple[int, int], ...]) -> None:
@@ -63,7 +62,7 @@ class Crops(Operation):  # type: ignore[misc]
 
     @property
     def scratch_bytes(self) -> int:
-        """What one decoded image takes, at most."""
+        """Bytes of the largest decoded image."""
         return int((self.metadata["height"].astype(np.int64) * self.metadata["width"]).max()) * 3
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
@@ -80,7 +79,7 @@ class Crops(Operation):  # type: ignore[misc]
             destinations, status, scratch, kind = buffers
             taken = np.zeros(1, np.int64)
             for thread in each(len(scratch)):
-                # A thread takes the next photograph when it is done with one. Equal shares would wait for the thread with the largest.
+                # A thread takes the next image when it has finished one. Equal shares would wait for the thread with the largest images.
                 row = take(taken)
                 while row < len(batch_indices):
                     field = metadata[batch_indices[row]]
@@ -106,6 +105,6 @@ class Crops(Operation):  # type: ignore[misc]
 
 
 def read_bytes(address: Any, storage: Any) -> Any:
-    """The bytes at `address`: what FFCV's operations call. `storage` is (mapped bytes, sorted pointers, their lengths)."""
+    """The bytes at `address`. FFCV's operations call it. `storage` is (mapped bytes, sorted pointers, their lengths)."""
     size = storage[2][np.searchsorted(storage[1], address)]
     return storage[0][address : address + size]

@@ -1,4 +1,4 @@
-"""Import FFCV in half the time. Imported for its effect by the two modules that use FFCV, before they do.
+"""Import FFCV in half the time. Modules that use FFCV import this one first, for its effect.
 
 FFCV keeps the names of its two image modes in a numba typed dict, and the first such dict of a process costs 2.2 s of
 compiling: more than all its other imports together, in every worker and every command. The dict is only ever read while

@@ -1,10 +1,10 @@
 """Cut a box out of an image and resize it, in whole numbers: the same pixels on every processor.
 
-Of decode-once the resize, not the decode, was the dear part. So: rows are combined first, which runs along contiguous
-bytes and is vectorised by the compiler; then pixels along each row, three channels and one lane to spare at a time, which
-it does not vectorise and we spell out. Each kind is a table of taps; what a tap weighs is defined by
-`simclr.views.ops.crop_resize`, in floats. A box of 270 px becomes 224 px in 0.08 ms bicubically or by area and 0.06 ms
-bilinearly, on one core of an AMD EPYC; decoding its 500 px JPEG takes 0.8 to 1.1 ms.
+In decode-once the resize cost more than the decode. So rows are combined first: that runs along contiguous bytes, and the compiler
+vectorises it. Then pixels are combined along each row, three channels and a spare lane at a time; the compiler does not vectorise that,
+so it is spelled out here. Each kind is a table of taps, whose weights `simclr.views.ops.crop_resize` defines in floats. A box of 270 px
+becomes 224 px in 0.08 ms bicubically or by area and 0.06 ms bilinearly, on one core of an AMD EPYC; decoding its 500 px JPEG takes 0.8 to
+1.1 ms.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from simclr.config import Resize
 
 KINDS: tuple[Resize, ...] = get_args(Resize)
-"""Kinds by their number, which compiled code takes."""
+"""Kinds by number; compiled code takes the number."""
 _BICUBIC, _BILINEAR, _AREA = (KINDS.index(kind) for kind in ("bicubic", "bilinear", "area"))
-_BITS = 14  # of a weight
-_KEPT = 6  # bits below the point between the two passes: 255 · 1.25 · 2^6 is below 2^15
-_POINT = 16  # bits below the point of a position in the source
+_BITS = 14  # fractional bits of a weight
+_KEPT = 6  # fractional bits between the two passes: 255 · 1.25 · 2^6 is below 2^15
+_POINT = 16  # fractional bits of a position in the source
 _i32 = np.int32
 _compiled = numba.njit(nogil=True, error_model="numpy")
 
@@ -34,8 +34,8 @@ def _generate_pixel(context: Any, merged: Any, at: Any, weights: Any, first: Any
     """line[3x : 3x + 3] = Σ_k weights[first + k] · merged[3 (at + k) : 3 (at + k) + 3] for k below `count`, which is even.
 
     Two taps per step: their three channels, interleaved, times both weights, and neighbours added, which is one instruction
-    on x86. The fourth lane is spare: the next pixel writes it anew. numba leaves such loops to scalar code, six times
-    slower. This is LLVM's own vector type, so it serves any processor.
+    on x86. The fourth lane is spare: the next pixel overwrites it. numba makes scalar code of such loops, six times slower. This is
+    LLVM's own vector type, so it serves any processor.
     """
 
     def generate(target: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -78,7 +78,7 @@ _pixel: Any = intrinsic(_generate_pixel)
 def taps(kind: int, length: int, size: int, first: NDArray[np.int64], weights: NDArray[np.int16]) -> None:
     """Fill first (size,) and weights (size, count): output pixel x is Σ_k weights[x, k] · source[first[x] + k] / 2^14.
 
-    The weights of each pixel sum to 2^14. Those beyond the kernel's reach are 0; `first` may leave fewer than count pixels.
+    The weights of each pixel sum to 2^14. Weights beyond the kernel's reach are 0; behind `first` there may be fewer than count pixels.
     """
     one, count = 1 << _POINT, weights.shape[1]
     raw = np.empty(count, np.int64)
@@ -92,7 +92,7 @@ def taps(kind: int, length: int, size: int, first: NDArray[np.int64], weights: N
             for k in range(count):
                 begin = (first[x] + k) * size
                 raw[k] = max(min(begin + size, (x + 1) * length) - max(begin, x * length), 0)
-        elif kind == _BILINEAR:  # beyond the border the last pixel goes on
+        elif kind == _BILINEAR:  # beyond the border the last pixel repeats
             at = min(max(at, 0), (length - 1) * one)
             first[x] = at >> _POINT
             raw[1] = at - (first[x] << _POINT)
@@ -128,11 +128,11 @@ def resize_box(image: NDArray[np.uint8], box: NDArray[np.int32], out: NDArray[np
     taps(kind, width, size, columns, right)
     source, target = image.reshape(image.shape[0], -1), out.reshape(size, -1)
     begin, end, last = 3 * left, 3 * (left + width), top + height - 1
-    merged = np.zeros(3 * (width + right.shape[1]) + 2, np.int16)  # taps that weigh nothing may lie beyond the box
+    merged = np.zeros(3 * (width + right.shape[1]) + 2, np.int16)  # taps of weight 0 may lie beyond the box
     line = np.empty(3 * size + 1, np.int32)
     kept = merged[: end - begin]
     shift, half = _i32(_BITS - _KEPT), _i32(1 << (_BITS - _KEPT - 1))
-    # Each sum is cut to 32 bits at once: numba adds in 64, of which a vector holds half as many.
+    # Each sum is cut to 32 bits at once: numba adds in 64 bits, and a vector holds half as many such numbers.
     for y in range(size):
         row = top + rows[y]
         for k in range(0, down.shape[1], 4):
@@ -147,7 +147,7 @@ def resize_box(image: NDArray[np.uint8], box: NDArray[np.int32], out: NDArray[np
                 for i in range(len(kept)):
                     two, more = _i32(_i32(a[i] * p) + _i32(b[i] * q)), _i32(_i32(c[i] * r) + _i32(d[i] * s))
                     kept[i] = _i32(_i32(two + more) + half) >> shift
-        if kind == _BILINEAR:  # a count that the compiler knows halves the time
+        if kind == _BILINEAR:  # a count known at compile time halves the time
             for x in range(size):
                 _pixel(merged, columns[x], right, 4 * x, 2, line, x)
         elif right.shape[1] == 4:
@@ -163,5 +163,5 @@ def resize_box(image: NDArray[np.uint8], box: NDArray[np.int32], out: NDArray[np
 
 @_compiled
 def _count(kind: int, length: int, size: int) -> int:
-    """Taps of a pixel, rounded up to fours."""
+    """Taps of a pixel, rounded up to a multiple of 4."""
     return 4 * ((-(-length // size) + 4) // 4) if kind == _AREA else 4

@@ -1,9 +1,9 @@
 """FFCV's file format, written from a stream. The door to the FFCV writer.
 
-A shard is a header, the fields' descriptors, one metadata row per sample, pages of 2 MiB with the images, and a table of
-what lies where. Labels stand in the metadata and are ranks of class names that are known only at the end of the source:
-they are written last. Until then a shard that is full waits under a temporary name, beside a note of what it holds: from
-these a writer that was killed goes on.
+A shard is a header, the fields' descriptors, one metadata row per sample, pages of 2 MiB with the images, and an allocation table. The
+metadata holds the labels. They are written last, because a label is the rank of its class name, which is known only at the end of the
+source. Until then a full shard has a temporary name and, beside it, a note of its content: from these a writer resumes after it was
+killed.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ _FIELDS = (("image", 2, RGBImageField()), ("label", 1, IntField()))  # name, FFC
 METADATA: Any = get_metadata_type([f for _, _, f in _FIELDS])
 """Type of a sample's row: image (mode, width, height, data_ptr), label."""
 _IMAGE, _LABEL = METADATA.names
-# The metadata stands before the images, and its length is known after them: it has what is left of the first page.
+# The metadata comes before the images, but its length is known only after them: it gets the rest of the first page.
 _METADATA_AT = HeaderType.itemsize + len(_FIELDS) * FieldDescType.itemsize
 _MOST_SAMPLES = (PAGE - _METADATA_AT) // METADATA.itemsize
 
 
 @dataclass
 class Note:
-    """What a shard holds, and what it cost to fill it: `.writing-NAME.json`."""
+    """The content of a shard and the images of the source that it accounts for: `.writing-NAME.json`."""
 
     items: int = 0
     """Images of the source that went into it, skipped ones included."""
     labels: list[str | None] = field(default_factory=list)
-    """Class names, as they came; None = unlabelled."""
+    """Class names, in order of appearance; None = unlabelled."""
     which: list[int] = field(default_factory=list)
-    """Per sample, the place of its class in `labels`."""
+    """Per sample, the index of its class in `labels`."""
     names: list[str] = field(default_factory=list)
-    """Per sample, its file's name in the source; none of a source of pixels."""
+    """Per sample, its file's name in the source; empty where the source gives pixels."""
     digests: list[int] = field(default_factory=list)
-    """Per sample, of its content."""
+    """Per sample, the hash of its content."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Name and reason of what could not be used."""
+    """Name and reason of each image that could not be used."""
     sums: list[list[float]] = field(default_factory=lambda: [[0.0] * 3, [0.0] * 3])
     """(2, 3): sums of the samples' moments."""
     height_px: list[int] = field(default_factory=list)
     """Smallest and largest; empty without a sample."""
     width_px: list[int] = field(default_factory=list)
     bytes: int = 0
-    """Of the file, once it is whole."""
+    """Size of the finished file."""
 
     def skip(self, name: str, reason: str) -> None:
         """Count an image that could not be used."""
@@ -70,7 +70,7 @@ class Note:
         self.skipped.append((name, reason))
 
     def add(self, encoded: Encoded, places: dict[str | None, int]) -> None:
-        """Count an image that is being stored; `places` is where each class stands in `labels`."""
+        """Count an image that is being stored; `places` has the index of each class in `labels`."""
         label = encoded.item.label
         if label not in places:
             places[label] = len(self.labels)
@@ -93,14 +93,14 @@ class SplitWriter:
     split: str
     shard_bytes: int
     key: str
-    """Whose shards these are: notes with another key are of another source or other options."""
+    """Identifies source and options: a note with another key belongs to other shards."""
     flushers: ThreadPoolExecutor
     """Flush full shards to the disk while the next one is being filled."""
     file: IO[bytes] | None = None
     rows: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    """Of the shard being written: mode, width, height, pointer, bytes."""
+    """Rows of the shard being written: mode, width, height, pointer, bytes."""
     note: Note = field(default_factory=Note)
-    """Of the shard being written."""
+    """Note of the shard being written."""
     places: dict[str | None, int] = field(default_factory=dict)
     full: list[tuple[str, Note]] = field(default_factory=list)
     """Name and note of each shard that is full."""
@@ -115,10 +115,10 @@ class SplitWriter:
             path = self.out / f".writing-{name}"
             try:
                 text = files.read_json(_beside(path), "it is made again")
-                if (self.out / name).exists():  # sealed and named already, then the writer was killed
+                if (self.out / name).exists():  # the writer was killed after it sealed and renamed this shard
                     (self.out / name).rename(path)
                 size = path.stat().st_size
-            except (OSError, UserError):  # there is none, or it is damaged
+            except (OSError, UserError):  # no note, or a damaged one
                 break
             if text.pop("key", "") != self.key or size != text["bytes"]:
                 break
@@ -165,7 +165,7 @@ class SplitWriter:
         self.file, self.rows, self.note, self.places = None, [], Note(), {}
         for flushed in self.flushing:
             if flushed.done():
-                flushed.result()  # a disk that is full is said now, not at the end
+                flushed.result()  # reports a full disk now, not at the end
 
     def end(self) -> int:
         """End the last shard and wait until all are on the disk. Returns the bytes of all."""
@@ -195,11 +195,11 @@ class SplitWriter:
         return Shard(name, note.bytes, digest, len(metadata))
 
     def notes(self) -> list[Note]:
-        """Of every shard, and of what was skipped after the last one."""
+        """The notes of every shard, and one of the images skipped after the last shard."""
         return [*(note for _, note in self.full), self.note]
 
     def abandon(self) -> None:
-        """Close and remove the shard that is being written, on a full disk too, where closing fails once more."""
+        """Close and remove the shard that is being written, also on a full disk, where closing fails again."""
         if self.file is not None:
             with contextlib.suppress(OSError):
                 self.file.close()
@@ -212,7 +212,7 @@ def _beside(path: Path) -> Path:
 
 
 def _flush(file: IO[bytes], path: Path, note: Note, key: str) -> None:
-    """Bring a full shard to the disk, then its note: what has a note is whole."""
+    """Flush a full shard to the disk, then its note: a shard with a note is whole."""
     with file:
         file.flush()
         os.fsync(file.fileno())

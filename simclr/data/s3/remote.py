@@ -1,6 +1,6 @@
 """Directories of shards in S3: sent after `prepare`, fetched once by each machine that reads them.
 
-The manifest is sent last and written last, so where there is one, in S3 or on disk, the shards beside it are whole.
+The manifest is sent last and written last, so the shards beside a manifest, in S3 or on disk, are whole.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from simclr.data.s3.store import Damaged, Missing, Progress, Store
 from simclr.data.s3.uri import Address, locked
 from simclr.errors import UserError
 
-_AT_ONCE = 4  # shards; each is in parts of its own
+_AT_ONCE = 4  # shards at a time; each is transferred in parts
 
 
 def manifest_at(place: Address, store: Store) -> tuple[Manifest, bytes] | None:
-    """The manifest at `place` and its bytes, None where there is none. Raises UserError where it cannot be asked for."""
+    """The manifest at `place` and its bytes, None if there is none. Raises UserError if S3 refuses or does not answer."""
     try:
         text = store.read(place / "manifest.json")
     except Missing:
-        store.listing(place)  # a bucket that is missing is no empty place
+        store.listing(place)  # raises if the bucket is missing
         return None
     manifest = Manifest.from_json(text.decode(errors="replace"), place / "manifest.json")
     for shard in manifest.shards:
@@ -35,11 +35,11 @@ def manifest_at(place: Address, store: Store) -> tuple[Manifest, bytes] | None:
 
 
 def fetch(place: Address, directory: Path, progress: Callable[[int, int], None], store: Store, groups: int = 1, group: int = 0) -> None:
-    """Make `directory` the shards at `place`: what is there already stays, what is missing or damaged is fetched in parallel.
+    """Bring the shards at `place` into `directory`: whole ones stay, missing and damaged ones are fetched in parallel.
 
-    Of training shards in more than one group only those of `group` are fetched (−1: none), and others stay where they are.
-    Several processes of a machine may call this at once: one fetches, the others wait. progress gets bytes so far and in all.
-    Raises UserError where there are no shards, where they do not match their manifest, and for a disk that is too small.
+    With training shards in more than one group, only those of `group` are fetched (−1: none); files of other groups stay. Several
+    processes of a machine may call this at once: one fetches, the others wait. progress gets bytes so far and in all. Raises UserError if
+    there are no shards, if they do not match their manifest, or if the disk is too small.
     """
     with locked(directory):
         found = manifest_at(place, store)
@@ -51,7 +51,7 @@ def fetch(place: Address, directory: Path, progress: Callable[[int, int], None],
         if not whole:
             directory.mkdir(parents=True, exist_ok=True)
             local.unlink(missing_ok=True)
-        # Without the manifest, the files are of a fetch that was ended, or of other data: then their bytes are looked at.
+        # Without the same manifest, the files come from an interrupted fetch or from other data: then their bytes are hashed.
         mine = manifest.part(groups, group)
         there = {shard for shard in mine if _intact(directory / shard.name, shard, hashed=not whole)}
         wanted = [shard for shard in mine if shard not in there]
@@ -68,8 +68,8 @@ def fetch(place: Address, directory: Path, progress: Callable[[int, int], None],
 
 
 def refetch(place: Address, directory: Path, name: str, since: float, store: Store) -> bool:
-    """Fetch the shard `name` once more where its bytes are not what the manifest says. Returns whether they have changed since
-    Unix time `since`: somebody else may have done it. Raises Damaged where S3 has other bytes too.
+    """Fetch the shard `name` again if its bytes do not match the manifest. Returns whether the file has changed since Unix time `since`:
+    another process may have fetched it. Raises Damaged if the bytes in S3 do not match either.
     """
     with locked(directory):
         (shard,) = (shard for shard in read_manifest(directory, look=False).shards if shard.name == name)
@@ -82,7 +82,7 @@ def refetch(place: Address, directory: Path, name: str, since: float, store: Sto
 
 
 def fetch_names(place: Address, directory: Path, split: str, store: Store) -> None:
-    """Bring the names of a split's images beside its shards, which training does not need; where there are none, nothing."""
+    """Fetch the names of a split's images, if there are any; training does not need them."""
     name = f"names-{split}.txt"
     with locked(directory):
         if any(found.name == name for found in store.listing(place)):
@@ -90,9 +90,9 @@ def fetch_names(place: Address, directory: Path, split: str, store: Store) -> No
 
 
 def push(directory: Path, place: Address, progress: Callable[[int, int], None], store: Store) -> None:
-    """Send the shards in `directory` to `place`, the manifest last; what is there already is not sent again.
+    """Send the shards in `directory` to `place`, the manifest last; shards that are in S3 already are not sent again.
 
-    Raises UserError where a shard on disk does not match its manifest, or S3 refuses.
+    Raises UserError if a shard on disk does not match its manifest, or S3 refuses.
     """
     manifest = read_manifest(directory)
     found = manifest_at(place, store)
@@ -115,7 +115,7 @@ def _intact(path: Path, shard: Shard, hashed: bool) -> bool:
 
 
 def _counter(total: int, progress: Callable[[int, int], None]) -> Progress:
-    """Adds up what several threads have done."""
+    """A function that adds up the bytes of several threads."""
     lock, done = threading.Lock(), 0
 
     def count(amount: int) -> None:
@@ -135,6 +135,6 @@ def _each(shards: list[Shard], work: Callable[[Shard], object], store: Store) ->
             future.result()
     except BaseException as error:
         store.over.set()
-        pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)  # Ctrl-C waits for no answer
+        pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)  # Ctrl-C does not wait for answers
         raise
     pool.shutdown()

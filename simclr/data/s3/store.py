@@ -1,12 +1,12 @@
 """s3:// ⇄ disk: parallel, resumable, checksummed, atomic. The door to boto3.
 
-One object at a time; directories of shards are in `remote`. A server says 503, a connection is reset, a body ends early, a
-byte is another: boto3 tries requests again but not bodies, and says neither what it tried nor why. So its own retries are off
-and every request, with its body, is tried here. What arrives is checked before it gets its name, and a transfer goes on where
-it stopped, in this process or the next.
+One object at a time; directories of shards are in `remote`. A server answers 503, a connection is reset, a body ends early, a byte is
+wrong: boto3 retries requests but not bodies, and reports neither its tries nor their errors. So its retries are off, and every request is
+retried here with its body. Bytes are checked before a file gets its name, and a transfer resumes where it stopped, in this process or the
+next.
 
 Credentials, region and endpoint come from boto3's own chain: environment, profile, role; AWS_ENDPOINT_URL_S3 for MinIO and
-others. No text of boto3's gets into a message of ours, for it may hold a signature; only its codes and types do.
+others. Our messages contain boto3's codes and types, but none of its text, which may hold a signature.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from simclr.errors import UserError
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
-"""Gets bytes done since the last call; fewer than none where they have to be fetched again. Called from several threads."""
+"""Gets the bytes done since the last call; a negative number if bytes have to be fetched again. Called from several threads."""
 _PAUSE_MOST_S = 20.0
 _MOST_PARTS = 10_000  # of one upload, by S3's rules
 _CHUNK = 1 << 18
-# A status of 500 and more is tried again in any case.
+# Error codes to retry. A status of 500 and more is retried in any case.
 _PASSING = (
     *("SlowDown", "Throttling", "ThrottlingException", "RequestThrottled", "TooManyRequests", "RequestTimeout", "OperationAborted"),
     *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
@@ -68,49 +68,49 @@ class Missing(UserError):
 
 
 class Damaged(UserError):
-    """An object's bytes are not those that its checksum or the manifest promises."""
+    """An object's bytes do not match its checksum or the manifest."""
 
 
-class _Again(Exception):
-    """Something that another try may mend."""
+class _Retry(Exception):
+    """A failure that a retry may mend."""
 
 
-class _Changed(_Again):
-    """The object is another one than when its download began."""
+class _Changed(_Retry):
+    """The object has changed since its download began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """What a listing or a look says of an object; `name` is below the address that was asked for."""
+    """An object, as a listing or `look` describes it; `name` is relative to the address that was asked for."""
 
     name: str
     bytes: int
     etag: str
     sha256: str = ""
-    """Where we uploaded it, and it was looked at by itself."""
+    """Known if we uploaded the object, and from `look` alone."""
 
 
 class Store:
-    """boto3's S3 client, with our own patience. May be used by several threads at once.
+    """boto3's S3 client with our own retries. Several threads may use it at once.
 
-    Every method raises UserError: Missing; at once where it is refused; after `attempts` tries, naming the object and why the
-    last one failed.
+    Every method raises UserError: Missing; at once if S3 refuses; after `attempts` tries, naming the object and the last error.
     """
 
     def __init__(
         self, *, attempts: int = 8, pause_s: float = 0.25, answer_s: float = 20.0, part_bytes: int = 16 << 20, threads: int = 8
     ) -> None:
-        """`pause_s`: the first pause, doubled with each; `part_bytes`: of a request; `threads`: parts under way at a time."""
+        """`pause_s`: the first pause, doubled with each retry; `answer_s`: timeout of an answer; `part_bytes`: of a request; `threads`:
+        parts at a time."""
         self.attempts, self.pause_s, self.part_bytes = attempts, pause_s, part_bytes
-        self.over = threading.Event()  # set it to end what is under way in other threads
-        # At DEBUG botocore writes signatures and headers, whoever it was that turned the root logger up.
+        self.over = threading.Event()  # set it to end the transfers of other threads
+        # At DEBUG botocore logs signatures and headers, also if another library has set the root logger's level.
         logging.getLogger("botocore").setLevel(logging.WARNING)
         settings = Config(
             retries={"total_max_attempts": 1},
             connect_timeout=min(answer_s, 5.0),
             read_timeout=answer_s,
             max_pool_connections=4 * threads,
-            # An MD5 goes with every upload, which all stores check, those too that do not know the newer checksums.
+            # Every upload has an MD5. All stores check it, also those that do not know the newer checksums.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
@@ -122,10 +122,10 @@ class Store:
             raise UserError(f"boto3 finds no usable AWS settings ({type(error).__name__}); {_HOW_CREDENTIALS}") from None
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
 
-    # ── Asking ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Requests ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def listing(self, place: Address) -> list[Object]:
-        """Every object below `place`/, sorted by name. Markers of folders, whose names end with a slash, are left out."""
+        """Every object below `place`/, sorted by name. Markers of folders (names that end with a slash) are left out."""
         prefix = f"{place.key}/" if place.key else ""
         found: list[Object] = []
         token: dict[str, str] = {}
@@ -139,12 +139,12 @@ class Store:
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def look(self, place: Address) -> Object:
-        """What the object at `place` is, without its bytes."""
+        """Size, ETag and sha256 of the object at `place`, without its bytes."""
         answer = self._tried(place, lambda: self.client.head_object(Bucket=place.bucket, Key=place.key))
         return Object(place.name, answer["ContentLength"], answer["ETag"], answer.get("Metadata", {}).get("sha256", ""))
 
     def held(self, place: Address, size: int, sha256: str) -> Object | None:
-        """The object at `place`, if there is one with these bytes that was uploaded by us."""
+        """The object at `place`, if it has these bytes and we uploaded it."""
         try:
             found = self.look(place)
         except Missing:
@@ -159,7 +159,7 @@ class Store:
     # ── Fetching ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, place: Address) -> bytes:
-        """A small object's bytes, checked against the sha256 that we uploaded with it, or the MD5 that S3 keeps of most."""
+        """A small object's bytes, checked against the sha256 that we uploaded with it, or the MD5 that S3 has of most objects."""
 
         def once() -> bytes:
             answer = self.client.get_object(Bucket=place.bucket, Key=place.key)
@@ -167,18 +167,18 @@ class Store:
                 data: bytes = body.read()
             sha256, md5 = answer.get("Metadata", {}).get("sha256", ""), _md5(answer)
             if len(data) != answer["ContentLength"]:
-                raise _Again("a body that ended early")
+                raise _Retry("a body that ended early")
             if (sha256 and hashlib.sha256(data).hexdigest() != sha256) or (md5 and _md5_of(data).hex() != md5):
-                raise _Again("bytes that do not match their checksum")
+                raise _Retry("bytes that do not match their checksum")
             return data
 
         return self._tried(place, once)
 
     def download(self, place: Address, path: Path, size: int | None = None, sha256: str = "", progress: Progress = lambda n: None) -> None:
-        """Fetch the object to `path`, in parts, several at a time; under that name it is whole and checked.
+        """Fetch the object to `path`, in parts, several at a time; a file under that name is whole and checked.
 
-        `sha256` defaults to the one it was uploaded with. Parts wait in a file beside `path`, and a later call goes on with
-        them if the object is still the same. Raises Damaged where the object has another size, or other bytes in every try.
+        `sha256` defaults to the one that it was uploaded with. Parts are collected in a file beside `path`, and a later call resumes with
+        them if the object is unchanged. Raises Damaged if the object has another size, or wrong bytes in every try.
         """
         partial, log = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.parts")
         reason, counted = "", [0]
@@ -233,35 +233,35 @@ class Store:
             os.fsync(file.fileno())
 
     def _fetch_part(self, place: Address, etag: str, begin: int, end: int, file: int, progress: Progress) -> None:
-        """Bytes begin … end − 1 of the object into `file`; another try goes on after the last byte that came."""
+        """Bytes begin … end − 1 of the object into `file`; a retry continues after the last byte that came."""
 
         def once() -> None:
             nonlocal begin
             answer = self.client.get_object(Bucket=place.bucket, Key=place.key, Range=f"bytes={begin}-{end - 1}", IfMatch=etag)
             with contextlib.closing(answer["Body"]) as body:
                 if not answer.get("ContentRange", "").startswith(f"bytes {begin}-{end - 1}/"):
-                    raise _Again("another range of bytes than asked for")
+                    raise _Retry("another range of bytes than asked for")
                 while begin < end and (chunk := body.read(min(_CHUNK, end - begin))):
                     self._check_over()
                     os.pwrite(file, chunk, begin)
                     begin += len(chunk)
                     progress(len(chunk))
             if begin < end:
-                raise _Again("a body that ended early")
+                raise _Retry("a body that ended early")
 
         self._tried(place, once)
 
     # ── Sending ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def upload(self, path: Path, place: Address, sha256: str = "", progress: Progress = lambda n: None) -> Object:
-        """Send the file as it is now, in parts where it is large, unless the very same is there; its sha256 goes with it.
+        """Send the file as it is now with its sha256, in parts if it is large, unless S3 has the same bytes already.
 
-        Raises Damaged where `sha256` is given and the file has another. S3 shows an object only when all of it is there; the
-        parts of an upload that fails are removed, those of a process that is killed wait for the bucket's lifecycle rule.
+        Raises Damaged if `sha256` is given and the file has another. S3 shows an object only when all of it is there. A failed upload
+        removes its parts; the bucket's lifecycle rule removes those of a killed process.
         """
         with path.open("rb") as file:
             size, hashed = os.fstat(file.fileno()).st_size, hashlib.sha256()
-            for at in range(0, size, _CHUNK):  # not to its end: somebody may be appending
+            for at in range(0, size, _CHUNK):  # not to the end of the file: another process may be appending
                 hashed.update(os.pread(file.fileno(), min(_CHUNK, size - at), at))
             digest = hashed.hexdigest()
             if sha256 and digest != sha256:
@@ -281,14 +281,14 @@ class Store:
         raise Damaged(f"{place} is not what was uploaded; something else writes there: use another prefix")
 
     def _send(self, place: Address, data: bytes, request: Callable[..., Any]) -> str:
-        """One body, with its MD5, which the server checks and we check again. Returns the ETag."""
+        """Send one body with its MD5, which the server checks, and check the server's answer. Returns the ETag."""
         md5 = _md5_of(data)
 
         def once() -> str:
             self._check_over()
             answer = request(Body=data, ContentMD5=base64.b64encode(md5).decode())
             if _md5(answer) not in ("", md5.hex()):
-                raise _Again("a checksum of other bytes than were sent")
+                raise _Retry("a checksum of other bytes than were sent")
             return str(answer["ETag"])
 
         return self._tried(place, once)
@@ -316,14 +316,14 @@ class Store:
             parts = self._all([self.pool.submit(send, number) for number in range(1, -(-size // each) + 1)])
             self._tried(place, complete)
         except BaseException:
-            with contextlib.suppress(UserError):  # the first trouble is the one to tell
+            with contextlib.suppress(UserError):  # the first error is the one to report
                 self._tried(place, lambda: self.client.abort_multipart_upload(**about))
             raise
 
-    # ── Trying again ───────────────────────────────────────────────────────────────────────────────────────────────
+    # ── Retries ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _tried(self, place: Address, request: Callable[[], T]) -> T:
-        """What `request` returns, tried up to `attempts` times. Raises _Changed where an If-Match does not hold."""
+        """The result of `request`, tried up to `attempts` times. Raises _Changed if an If-Match does not hold."""
         reason = ""
         for attempt in range(self.attempts):
             self._pause(attempt)
@@ -331,7 +331,7 @@ class Store:
                 return request()
             except _Changed:
                 raise
-            except _Again as error:
+            except _Retry as error:
                 reason = str(error)
             except boto.ClientError as error:
                 reason = _status(error, place)
@@ -349,19 +349,19 @@ class Store:
         )
 
     def _all(self, futures: list[Future[T]]) -> list[T]:
-        """Their results; where one fails, those that have not begun are left and those under way waited for."""
+        """The results of `futures`. If one fails, those that have not begun are cancelled, and running ones are waited for."""
         try:
             return [future.result() for future in futures]
         except BaseException as error:
             left = [future for future in futures if not future.cancel()]
             if isinstance(error, Exception):
                 wait(left)
-            else:  # Ctrl-C waits for no answer
+            else:  # Ctrl-C does not wait for answers
                 self.over.set()
             raise
 
     def _pause(self, attempt: int) -> None:
-        """Before every try but the first: twice as long each time, and never all clients at once."""
+        """Pause before a retry: twice as long each time, with jitter, so that clients do not retry all at once."""
         if attempt:
             self.over.wait(min(self.pause_s * 2 ** (attempt - 1), _PAUSE_MOST_S) * random.uniform(0.5, 1))
         self._check_over()
@@ -372,7 +372,7 @@ class Store:
 
 
 def _status(error: boto.ClientError, place: Address) -> str:
-    """Status and code of an answer that another try may mend. Raises what it says where none can."""
+    """Status and code of an error that a retry may mend. Raises _Changed, Missing or UserError for all others."""
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     code = re.sub(r"\W", "", str(error.response.get("Error", {}).get("Code", "")))[:64]
     if code in ("PreconditionFailed", "InvalidRange") or status in (412, 416):
@@ -390,7 +390,7 @@ def _status(error: boto.ClientError, place: Address) -> str:
 
 
 def _md5(answer: dict[str, Any]) -> str:
-    """The MD5 of an object or a part, in hex, where its ETag is one: not of several parts, nor under a key of its own."""
+    """The MD5 of an object or a part, in hex; "" if its ETag is none, as for several parts or encryption under another key."""
     etag = str(answer.get("ETag", "")).strip('"')
     plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
     return etag if plain and re.fullmatch(r"[0-9a-f]{32}", etag) else ""

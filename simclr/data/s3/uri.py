@@ -1,4 +1,4 @@
-"""s3:// addresses, and where this machine keeps its copies of what they hold."""
+"""s3:// addresses, and the places of their copies on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simclr.errors import UserError
 
 
 class Unreachable(UserError):
-    """Every try failed, by what may pass: a network, a server."""
+    """Every try failed, for a reason that may pass: the network, the server."""
 
 
 class Corrupt(UserError):
@@ -31,7 +31,7 @@ class Corrupt(UserError):
 
 
 class Refetched(Exception):
-    """A corrupt shard was fetched again: trying once more may succeed."""
+    """A corrupt shard was fetched again: a retry may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Address:
 
     bucket: str
     key: str = ""
-    """Of an object, or what comes before its objects' names; no slash at either end."""
+    """Key of an object, or the prefix of several; no slash at either end."""
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.key}".rstrip("/")
@@ -57,7 +57,7 @@ class Address:
 def address(place: str | Path) -> Address | None:
     """The address that `place` states, None for a place on disk. A Path, which folds the slashes of s3://, is read too.
 
-    Raises UserError for an address without a bucket. It does not repeat the text: somebody may have put a key into it.
+    Raises UserError for an address without a bucket. The message does not repeat the text, which may contain a secret key.
     """
     text = str(place)
     if not text.startswith("s3:/"):
@@ -71,7 +71,7 @@ def address(place: str | Path) -> Address | None:
 def copy_of(place: Address, kind: str) -> Path:
     """Where this machine keeps its copy of `place`: $SIMCLR_CACHE/KIND/DIGEST/NAME, by default below ~/.cache/simclr.
 
-    The same address at another endpoint (AWS_ENDPOINT_URL_S3) is another place.
+    The same address at another endpoint (AWS_ENDPOINT_URL_S3) has another copy.
     """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     digest = hashlib.sha256(f"{place} {endpoint}".encode()).hexdigest()[:16]
@@ -80,7 +80,7 @@ def copy_of(place: Address, kind: str) -> Path:
 
 @contextlib.contextmanager
 def locked(copy: Path) -> Iterator[None]:
-    """One process of this machine at a time works on `copy`; the others wait here. A process that dies lets go."""
+    """One process of this machine at a time works on `copy`; the others wait here. The lock ends with its process."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     with copy.with_name(f".{copy.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

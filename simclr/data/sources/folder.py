@@ -11,14 +11,15 @@ from simclr.errors import UserError
 
 
 def folder_source(root: Path) -> Source:
+    """The source of the images below the directory `root`. Raises UserError if there are none."""
     present = [p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()]
     states = {p.relative_to(root).as_posix(): p.stat().st_size if p.exists() else -1 for p in present}
     return file_source(str(root), states, lambda chosen: (root / name for name in chosen))  # read where they are encoded
 
 
 def file_source(spec: str, states: Mapping[str, object], read: Callable[[list[str]], Iterator[bytes | Path]]) -> Source:
-    """The source of files with these names (split/class/file), each with what tells its content (a size, an ETag), that `read`
-    gives the bytes of, in the order it is asked for."""
+    """The source of the files in `states`: name (split/class/file) → a mark that changes with the content (a size, an ETag). `read` gives
+    the bytes of the named files, in their order."""
     names = list(states)
     images = sorted((name for name in names if is_image(name)), key=PurePosixPath)
     ignored = Counter(ending(name) for name in names if not is_image(name))

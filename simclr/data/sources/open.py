@@ -23,7 +23,7 @@ def open_source(spec: str) -> Source:
 
     A directory or tar archive of split/class/file, class/file, or files alone (unlabelled), on disk or at s3://bucket/prefix;
     the name of a dataset (`cifar10`, or `torchvision:NAME`), downloaded where there is a network; `patterns`, with options as
-    in `patterns:train=4000,test=1000,size=32,seed=0,coloured`. Raises UserError where it is missing, empty or unknown.
+    in `patterns:train=4000,test=1000,size=32,seed=0,coloured`. Raises UserError if it is missing, empty or unknown.
     """
     name, _, options = spec.partition(":")
     if name == "patterns":
@@ -47,9 +47,3 @@ def open_source(spec: str) -> Source:
     near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"give a folder, a tar archive or one of {', '.join(known)}"
     raise UserError(f"no source at {spec}: there is no such file or folder and no dataset of that name; {hint}")
-
-
-# ── Folders and archives, on disk and in S3 ────────────────────────────────────────────────────────────────────────────
-
-
-# ── Datasets by name ───────────────────────────────────────────────────────────────────────────────────────────────

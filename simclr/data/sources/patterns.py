@@ -1,8 +1,8 @@
 """The built-in dataset: ten kinds of pattern, rendered, so that the whole job runs on any machine without a download.
 
-Contrastive learning keeps whatever identifies an image. In two saturated colours (`coloured=True`) the colour pair
-identifies it, survives the jitter, and is what the network learns: the loss falls and kNN stays near chance, the
-colour-histogram shortcut of arXiv:2002.05709, Fig. 6. Near-grey patterns with a light tint leave the shape to be learnt.
+Contrastive learning keeps whatever identifies an image. In two saturated colours (`coloured=True`) the colour pair identifies it and
+survives the jitter, so the network learns the colours: the loss falls and kNN stays near chance, the colour-histogram shortcut of
+arXiv:2002.05709, Fig. 6. Near-grey patterns with a light tint leave the shape to be learnt.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _render(ids: NDArray[np.int64], labels: NDArray[np.int64], seed: int, size_p
     shape = np.empty((len(ids), size_px, size_px), np.float32)
     for label, name in enumerate(CLASSES):
         chosen = labels == label
-        # Rings have a centre, which lies in the middle half of the image; the others only a phase, and repeat within two periods.
+        # Rings have a centre, which lies in the middle half of the image; the others have only a phase, and repeat within two periods.
         reach = 0.5 / period[chosen] if name == "rings" else 2.0
         field = _SHAPES[name](a[chosen] + reach * (shift_a[chosen] - 0.5), b[chosen] + reach * (shift_b[chosen] - 0.5))
         # Edges are one pixel wide: a distance in periods times the pixels of a period.

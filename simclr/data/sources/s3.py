@@ -22,7 +22,7 @@ def s3_prefix(at: Address) -> Source:
     def one(name: str) -> bytes:
         try:
             return store.read(at / name)
-        except Missing:  # since the listing: as a file that cannot be read
+        except Missing:  # deleted since the listing: treated as a file that cannot be read
             return b""
 
     def read(chosen: list[str]) -> Iterator[bytes]:

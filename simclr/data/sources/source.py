@@ -1,4 +1,4 @@
-"""One image on its way into a shard, a source of them, and what a file's name says of split and class."""
+"""An image on its way into a shard, a source of images, and the split and class that a file's path states."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Item:
     label: str | None
     """Class name; None = unlabelled."""
     name: str
-    """Where it came from, for error lines."""
+    """Its name in the source, for messages."""
     data: bytes | Path | NDArray[np.uint8]
     """An encoded file, its path, or pixels (H, W, 3)."""
 
@@ -36,14 +36,14 @@ class Source:
     """A set of images that can be read once from front to back, always in the same order."""
 
     spec: str
-    """What the user asked for; with the options, it identifies the shards made from it."""
+    """The source as the user named it; with the options, it identifies the shards made from it."""
     total: int | None
-    """Images, where that is known without reading."""
+    """Number of images, if it is known without reading."""
     items: Callable[[], Iterator[Item]]
     identity: str = ""
-    """What changes when the source does: of a folder its files' names and sizes, of an archive its size and ends."""
+    """A hash that changes with the source: of a folder's file names and sizes, of an archive's size and ends."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Ending → files that are no images by their names; of an archive, those seen so far."""
+    """Ending → number of files whose names are not those of images; of an archive, those seen so far."""
 
 
 def place(parts: tuple[str, ...]) -> tuple[str, str | None]:
@@ -59,7 +59,7 @@ def place(parts: tuple[str, ...]) -> tuple[str, str | None]:
 
 
 def is_image(name: str) -> bool:
-    """By its suffix; `._*`, which macOS leaves in archives, and other hidden files are none."""
+    """Whether `name` has an image's suffix. Hidden files, such as macOS's `._*` in archives, are no images."""
     path = PurePosixPath(name)
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 

@@ -17,7 +17,7 @@ _END_BYTES = 1 << 20
 
 
 def ends_of(path: Path) -> str:
-    """Tells one archive from another without reading all of it: its size, its first and its last MiB."""
+    """A hash of an archive's size, first and last MiB, which identifies it without reading all of it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(_END_BYTES)
@@ -26,8 +26,8 @@ def ends_of(path: Path) -> str:
 
 
 class _Header(tarfile.TarInfo):
-    """A header, or an error. tarfile takes a cut or damaged header for the end of the archive: of a half-fetched one it gives
-    the first half and says nothing. Only the block of zeros that every tar ends with is the end."""
+    """A header that raises OSError if it is damaged. tarfile takes a cut or damaged header for the end of the archive: of a half-fetched
+    one it silently gives the first half. Only the block of zeros at the end of every tar is the end."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Header:

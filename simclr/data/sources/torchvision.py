@@ -17,7 +17,7 @@ from simclr.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dataset:
-    """What is known of a dataset before a byte of it is read."""
+    """Facts about a dataset that are known without reading it."""
 
     classes: int
     size_px: int

@@ -1,4 +1,4 @@
-"""How threads share the photographs of a batch; what they decode is `test_data_loader`'s."""
+"""How threads share the photographs of a batch. `test_loader` checks their pixels."""
 
 from __future__ import annotations
 

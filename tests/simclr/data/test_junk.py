@@ -40,7 +40,7 @@ def turned(orientation: int) -> bytes:
 
 
 def readable() -> dict[str, bytes]:
-    """Odd, but pictures."""
+    """Odd pictures that can be read."""
     image, grey = photo(), photo().convert("L")
     clear = image.copy()
     clear.putalpha(grey)
@@ -100,7 +100,7 @@ def readable() -> dict[str, bytes]:
 
 
 def unreadable() -> dict[str, bytes]:
-    """No pictures, or not any more."""
+    """Files that are no pictures, or damaged ones."""
     good, png = encoded(photo(1), quality=95), encoded(photo(2), "PNG")
     found = {f"cut at {share} %.jpg": good[: len(good) * share // 100] for share in (1, 5, 20, 50, 80, 95)}
     found |= {f"cut at {share} %.png": png[: len(png) * share // 100] for share in (1, 50, 90)}
@@ -123,7 +123,8 @@ def unreadable() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, set[str], set[str]]:
-    """Shards of all of it with a few plain photographs, and the names of what should be in them and what should not."""
+    """Shards of all these files and a few plain photographs, with the names of files that should be in them and of those that should
+    not."""
     root = tmp_path_factory.mktemp("junk")
     folder = root / "photos"
     folder.mkdir()
@@ -155,7 +156,7 @@ def test_each_file_is_used_or_named(prepared: tuple[Path, Manifest, set[str], se
     assert manifest.duplicates >= 1
 
 
-def test_what_is_used_is_whole_and_can_be_trained_on(prepared: tuple[Path, Manifest, set[str], set[str]]) -> None:
+def test_used_files_are_whole_and_can_be_trained_on(prepared: tuple[Path, Manifest, set[str], set[str]]) -> None:
     data, manifest, good, _ = prepared
     assert not any(found.wrong for found in verify(data, 2))
     assert max(*manifest.height_px, *manifest.width_px) == 500 and min(manifest.height_px) == 1

@@ -25,11 +25,11 @@ def test_each_class_gives_its_share_rounded_and_at_least_one() -> None:
 def test_a_subset_is_keyed_nested_and_another_for_another_seed() -> None:
     one, ten = labels.subset(Y, 0.01, 3), labels.subset(Y, 0.1, 3)
     assert set(one) < set(ten) and labels.subset(Y, 0.1, 3).tolist() == ten.tolist() != labels.subset(Y, 0.1, 4).tolist()
-    # Somebody else's way: the smallest 64 bits of each class.
+    # An independent way: the smallest 64 bits of each class.
     words = keyed.bits(3, "subset", 0, np.arange(len(Y)), 0, 2).astype(object)
     bits = [int(a) << 32 | int(b) for a, b in words]
     assert ten[:10].tolist() == sorted(sorted(range(100), key=lambda i: bits[i])[:10])
-    # Who is chosen of a class does not depend on the other classes.
+    # The choice in a class does not depend on the other classes.
     fewer = np.where(Y == 1, -1, Y)
     assert labels.subset(fewer, 0.1, 3).tolist() == [i for i in ten if Y[i] != 1]
 
@@ -52,7 +52,7 @@ def test_a_label_file_is_read_back_by_id_and_by_name(tmp_path: Path) -> None:
         text = (tmp_path / "labels.txt").read_text().splitlines()
         assert text[:2] == ["# share of each class: 0.5", "# seed: 0"] and text[2] == (names[1] if names else "1")
         assert labels.read(tmp_path / "labels.txt", y, names).tolist() == [1, 2, 4]
-    # As the official lists of ImageNet have it, file names alone and in any order; a whole path may stand among them.
+    # As in the official lists of ImageNet: file names alone, in any order; a whole path may be among them.
     (tmp_path / "official.txt").write_text("n00000003_4.JPEG\n\nn00000001_1.JPEG\ntrain/n00000002/n00000002_2.JPEG\n")
     assert labels.read(tmp_path / "official.txt", y, NAMES).tolist() == [1, 2, 4]
     assert labels.digest(np.array([4, 1, 2])) == labels.digest(ids) != labels.digest(ids[:2])
@@ -63,20 +63,20 @@ def test_a_label_file_is_read_back_by_id_and_by_name(tmp_path: Path) -> None:
     [
         ("# nothing\n", NAMES, "lists no image"),
         ("0\n7\n", None, r"line 2: there is no sample 7; the training split has 5 images"),
-        ("n00000001_1.JPEG\n", None, r"these shards do not know their images' names; give sample ids"),
+        ("n00000001_1.JPEG\n", None, r"these shards have no file names; give sample ids"),
         ("n1.JPEG\n", NAMES, r"line 1: no image of the training split has the name 'n1.JPEG'; expected a file name as in the source"),
         ("same.JPEG\n", ["a/same.JPEG", "b/same.JPEG", "c", "d", "e"], "more than one image has the name"),
         ("1\n# again\n1\n", None, "line 3: '1' is listed already, in line 1"),
         ("3\n", None, "has no label; leave it out"),
     ],
 )
-def test_what_a_label_file_may_not_say(tmp_path: Path, text: str, names: list[str] | None, error: str) -> None:
+def test_invalid_label_files_are_refused(tmp_path: Path, text: str, names: list[str] | None, error: str) -> None:
     (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(UserError, match=error):
         labels.read(tmp_path / "labels.txt", np.array([0, 0, 1, -1, 2]), names)
 
 
-def test_the_order_of_a_subset_is_the_wholes_with_the_others_left_out() -> None:
+def test_a_subset_has_the_order_of_the_whole_set() -> None:
     ids = np.array([3, 5, 8, 13, 40])
     whole = keyed.permutation(7, 2, 50)
     assert keyed.shuffled(7, 2, ids).tolist() == [i for i in whole.tolist() if i in ids]

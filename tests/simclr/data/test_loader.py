@@ -1,4 +1,4 @@
-"""Batches: which images a step sees, their pixels, and what a damaged shard, a failure and an early end do."""
+"""Batches: the images of a step, their pixels, damaged shards, failures and an early end."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def take(data: Path, batch_size: int, first: int, count: int, rank: int = 0, wor
     return found
 
 
-# ── What a step sees ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── The images of a step ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_an_epoch_is_the_keyed_permutation_and_its_images_are_those_of_the_source(raw: Path) -> None:
@@ -154,7 +154,7 @@ def test_in_order_gives_each_image_once(raw: Path) -> None:
     assert torch.cat([b.ids for b in loader.in_order(raw, "test", 32, 16)]).tolist() == list(range(50))
     some = torch.cat([b.ids for b in loader.in_order(raw, "test", 32, 16, limit=10)]).tolist()
     assert some == sorted(set(some)) and len(some) == 10
-    # Not every fifth: where classes take turns those would be of two classes out of ten.
+    # Not every fifth image: where classes take turns, these would be of two classes out of ten.
     assert len({i % 5 for i in some}) == 5
     ranks = [torch.cat([b.ids for b in loader.in_order(raw, "test", 32, 16, rank=rank, world=3)]).tolist() for rank in range(3)]
     assert [len(rank) for rank in ranks] == [16, 17, 17] and list(itertools.chain(*ranks)) == list(range(50))
@@ -181,7 +181,7 @@ def change(path: Path, at: int, data: bytes) -> None:
 
 
 def metadata_at(path: Path, sample: int, name: str) -> int:
-    """Where a field of a sample's metadata lies in a shard."""
+    """The offset in a shard of a field of a sample's metadata."""
     reader = Reader(str(path))
     rows = HeaderType.itemsize + reader.field_descriptors.nbytes
     fields = reader.metadata.dtype.fields
@@ -200,7 +200,7 @@ def metadata_at(path: Path, sample: int, name: str) -> int:
         ("mode", 1),
     ],
 )
-def test_a_pointer_or_size_that_leaves_the_file_is_a_sentence(tmp_path: Path, name: str, value: int) -> None:
+def test_a_pointer_or_size_that_leaves_the_file_is_a_user_error(tmp_path: Path, name: str, value: int) -> None:
     data = prepare(photographs(), tmp_path / "out")
     path = data / "train-00001.beton"
     change(path, metadata_at(path, 3, name), value.to_bytes({"data_ptr": 8, "mode": 1}.get(name, 2), "little"))
@@ -208,9 +208,9 @@ def test_a_pointer_or_size_that_leaves_the_file_is_a_sentence(tmp_path: Path, na
         loader.batches(config(8), data, 0, 0, 1)
 
 
-@pytest.mark.parametrize("name", [n for n in HeaderType.names if n != "page_size"])  # which only FFCV's own caches read
+@pytest.mark.parametrize("name", [n for n in HeaderType.names if n != "page_size"])  # only FFCV's own caches read it
 @pytest.mark.parametrize("value", [b"\x00", b"\xff"])
-def test_a_damaged_header_is_a_sentence(tmp_path: Path, name: str, value: bytes) -> None:
+def test_a_damaged_header_is_a_user_error(tmp_path: Path, name: str, value: bytes) -> None:
     out = prepare(photographs(), tmp_path / "out")
     kind, at = HeaderType.fields[name]
     change(out / "train-00000.beton", at, value * kind.itemsize)
@@ -251,7 +251,7 @@ def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(raw: Path) -> None:
     for _ in range(12):
         batch = next(stream)
         before = batch.images[0].clone()
-        time.sleep(0.01)  # the thread fills every other slot meanwhile
+        time.sleep(0.01)  # meanwhile the thread fills every other slot
         assert torch.equal(batch.images[0], before)
     stream.close()
 
@@ -276,7 +276,7 @@ def test_two_loaders_on_two_threads_each_do_not_collide(raw: Path, jpeg: Path) -
         (lambda data: loader.batches(config(10), data / "no", 0, 0, 1), "no directory"),
     ],
 )
-def test_what_does_not_fit_is_a_sentence_at_once(raw: Path, call: Callable[[Path], object], sentence: str) -> None:
+def test_a_batch_or_split_that_does_not_fit_is_a_user_error_at_once(raw: Path, call: Callable[[Path], object], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         call(raw)
 
@@ -317,7 +317,7 @@ def test_a_worker_reads_its_own_groups_shards_and_the_batch_is_the_same_for_any_
     for world in (2, 4):
         ranks = []
         for rank in range(world):
-            # A node that holds nothing but the group's shards.
+            # A node with the group's shards alone.
             node = tmp_path / f"{world}-{rank}"
             node.mkdir()
             for file in (five_shards / "manifest.json", *(five_shards / s.name for s in whole[rank * 2 // world :: 2])):
@@ -340,7 +340,7 @@ def test_a_worker_reads_its_own_groups_shards_and_the_batch_is_the_same_for_any_
     assert len(shared) > 60 and all(torch.equal(one[i], first[i]) for i in shared)
 
 
-def test_groups_that_fit_nothing_are_a_sentence(five_shards: Path) -> None:
+def test_groups_that_do_not_fit_are_a_user_error(five_shards: Path) -> None:
     with pytest.raises(UserError, match="shard_groups 2 does not divide 1 workers and batch_size 8"):
         next(loader.batches(grouped(2), five_shards, 0, 0, 1))
     with pytest.raises(UserError, match="make no 40 groups; prepare with a smaller --shard-mib"):
@@ -358,7 +358,7 @@ def test_the_process_cache_gives_the_same_and_needs_no_file_afterwards(five_shar
     stream = loader.batches(grouped(1, cache="process"), tmp_path, 0, 0, 1)
     first = next(stream)
     for file in tmp_path.glob("*.beton"):
-        os.truncate(file, 0)  # under a mapping that would be a crash
+        os.truncate(file, 0)  # with a mapping, this would crash
     found = [first.images[0].clone(), *(b.images[0].clone() for b in itertools.islice(stream, 10))]
     stream.close()
     for ours, page in zip(found, drawn(grouped(1), five_shards, 11, 0, 1), strict=True):
@@ -373,7 +373,7 @@ def test_batches_arrive_on_the_device_whole(raw: Path) -> None:
     stream = loader.on_device(loader.batches(config(64), raw, 0, 0, 1), device)
     for ours in expected:
         batch = next(stream)
-        torch.cuda._sleep(10_000_000)  # the step: the next batches arrive meanwhile
+        torch.cuda._sleep(10_000_000)  # the step's time: the next batches arrive meanwhile
         assert (
             batch.images[0].device.type == "cuda"
             and torch.equal(batch.images[0].cpu(), ours.images[0])

@@ -97,5 +97,5 @@ def test_raw_pixels_are_above_chance_and_far_from_enough() -> None:
     """kNN (cosine, k = 20, τ = 0.1) of raw pixels: 28 % with 4,000 training images; chance is 10 %."""
     images, labels = render(np.arange(2500, dtype=np.int64), seed=0)
     x, y = torch.from_numpy(images).flatten(1).float() / 255, torch.from_numpy(labels)
-    for rows in (x, x - 0.5):  # the demo's encoder sees centred pixels, so neither may be easy
+    for rows in (x, x - 0.5):  # the demo's encoder sees centred pixels, so neither form may be easy
         assert 0.15 < knn(rows[:2000], y[:2000], rows[2000:], y[2000:], k=20, temperature=0.1)["top1"] < 0.45

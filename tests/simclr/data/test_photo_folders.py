@@ -1,4 +1,4 @@
-"""Photograph folders as people have them, without labels, with some, without a test split: from shards to a pulled encoder."""
+"""Photograph folders as people have them (no labels, some labels, no test split): from shards to a pulled encoder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_without_labels_the_effective_rank_is_the_score_and_the_encoder_is_publi
     rows = evaluate.evaluate(evaluate.Args(encoder=run.path))
     assert [set(row) for row in rows] == [{"name", "rankme"}] * 2 and 1 < rows[1]["rankme"] <= 4  # of the tenth held back
     assert "RankMe" in quick.table(rows)
-    # It was never logged, as if MLflow had been away all the time: publishing logs it.
+    # It was never logged, as if MLflow had always been unreachable: publishing logs it.
     done = publish.publish(publish.Args(run=run.path))
     assert done["champion"] and done["name"] == "mine"
     run = directory.load_run(run.path)
@@ -76,7 +76,7 @@ def test_without_a_test_split_a_tenth_is_held_back(tmp_path: Path) -> None:
 
 
 def test_images_without_a_label_count_for_nothing(tmp_path: Path) -> None:
-    """Forty labelled images and twenty more without: the same scores as without those twenty."""
+    """Forty labelled images and twenty unlabelled ones: the same scores as without the twenty."""
     some = ["train/a", "train/b", "test/a", "test/b"] * 10
     whole = evaluate.evaluate(evaluate.Args(encoder=a_run(tmp_path / "some", some).path, k=3))
     more = evaluate.evaluate(evaluate.Args(encoder=a_run(tmp_path / "more", [*some, *["train", "test"] * 10]).path, k=3))
@@ -119,7 +119,7 @@ def test_a_tracker_that_opens_at_the_third_try_has_everything(tmp_path: Path, mo
     until = time.monotonic() + 30
     while posted.mlflow is None and time.monotonic() < until:
         time.sleep(0.01)
-    # Known before the job ends: one that is killed now goes on in the same MLflow run.
+    # Known before the job ends: a job that is killed now resumes in the same MLflow run.
     known = json.loads((run.path / "run.json").read_text())["tracking_run"]
     assert len(tries) == 3 and known
     box.close("FINISHED")

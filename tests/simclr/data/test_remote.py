@@ -45,7 +45,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def gets(s3: Proxy) -> list[str]:
-    """Names of the objects whose bytes were asked for, once each."""
+    """Names of the objects whose bytes were requested, each once."""
     return sorted({path.rpartition("/")[2] for method, path, _ in s3.log if method == "GET" and "list-type" not in path})
 
 
@@ -63,7 +63,7 @@ def test_shards_go_up_and_come_down_over_a_bad_network(s3: Proxy, several: Path,
     assert "manifest.json" in written and set(written[written.index("manifest.json") :]) == {"manifest.json"}
 
 
-def test_what_is_there_is_neither_sent_nor_fetched_again(s3: Proxy, several: Path, tmp_path: Path) -> None:
+def test_shards_that_are_there_are_neither_sent_nor_fetched_again(s3: Proxy, several: Path, tmp_path: Path) -> None:
     remote.push(several, PLACE, silent, quick())
     s3.quiet()
     remote.push(several, PLACE, silent, quick())
@@ -79,7 +79,7 @@ def test_what_is_there_is_neither_sent_nor_fetched_again(s3: Proxy, several: Pat
     remote.fetch(PLACE, copy, silent, quick())
     assert gets(s3) == ["manifest.json", first.name] and same(several, copy)
 
-    # A fetch that was ended has no manifest yet: a shard of the right size with other bytes is found out by its hash.
+    # An interrupted fetch has no manifest yet: the hash reveals a shard of the right size with other bytes.
     s3.quiet()
     (copy / "manifest.json").unlink()
     damaged = bytearray((copy / last.name).read_bytes())
@@ -127,7 +127,7 @@ def test_other_shards_replace_the_copy(s3: Proxy, several: Path, patterns: Path,
         assert same(made, copy)
 
 
-def test_what_is_no_dataset_is_said(s3: Proxy, several: Path, tmp_path: Path) -> None:
+def test_a_place_without_a_dataset_is_a_user_error(s3: Proxy, several: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there are no shards at s3://photos/none \(no manifest.json\); `simclr prepare --source"):
         remote.fetch(Address("photos", "none"), tmp_path / "copy", silent, quick())
     with pytest.raises(UserError, match="there is no bucket nowhere"):
@@ -167,5 +167,5 @@ def test_a_node_fetches_its_own_groups_shards(s3: Proxy, several: Path, tmp_path
         assert set(gets(s3)) - {"manifest.json"} == expected
         if group >= 0:
             assert read_manifest(copy, groups=2, group=group) == manifest
-    remote.fetch(PLACE, tmp_path / "0", silent, quick(), 2, 1)  # a node with workers of both groups: what it has stays
+    remote.fetch(PLACE, tmp_path / "0", silent, quick(), 2, 1)  # a node with workers of both groups: its shards stay
     assert damaged(tmp_path / "0") == []

@@ -30,7 +30,7 @@ BOXES = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [8, 17, 32, 101])
 def test_whole_numbers_are_the_float_reference_to_a_level(within: Within, kind: Resize, size: int) -> None:
-    """Half a level is the rounding to bytes. Noise of 0 and 255 is the worst there is: neighbours differ by everything."""
+    """Half a level is the rounding to bytes. Noise of 0 and 255 is the worst case: neighbours differ as much as they can."""
     random = np.random.default_rng(size)
     for image in (random.integers(0, 256, (HEIGHT, WIDTH, 3)), 255 * random.integers(0, 2, (HEIGHT, WIDTH, 3))):
         for box in BOXES.values():

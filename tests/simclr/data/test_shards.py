@@ -51,7 +51,7 @@ def prepare(what: Source, out: Path, threads: int = 2, **options: Any) -> Manife
 
 
 def stored(out: Path, split: str = "train") -> list[bytes]:
-    """Each sample's bytes, where FFCV's reader says that they are."""
+    """Each sample's bytes, at the place that FFCV's reader gives."""
     found = []
     for shard in read_manifest(out).splits[split]:
         whole = (out / shard.name).read_bytes()
@@ -102,7 +102,7 @@ def test_a_jpeg_that_needs_no_change_is_stored_as_it_is(tmp_path: Path) -> None:
     assert stored(tmp_path / "out") == files
 
 
-def test_what_needs_change_is_changed_as_a_person_would_expect(tmp_path: Path) -> None:
+def test_images_that_need_a_change_are_changed_as_a_person_would_expect(tmp_path: Path) -> None:
     halves = Image.new("RGB", (120, 80), "red")
     halves.paste("blue", (60, 0, 120, 80))
     rotated = Image.Exif()
@@ -138,7 +138,7 @@ def test_a_jpeg_that_only_pillow_forgives_is_stored_anew(tmp_path: Path) -> None
     assert decode(second, 100, 100) is not None
 
 
-def test_mean_and_deviation_are_those_of_the_pixels(tmp_path: Path) -> None:
+def test_mean_and_standard_deviation_are_those_of_the_pixels(tmp_path: Path) -> None:
     grey = source([encoded(Image.new("RGB", (8, 8), (shade, 51, 255)), "PNG") for shade in (0, 102)])
     manifest = prepare(grey, tmp_path / "out")
     assert manifest.mean == (0.2, 0.2, 1.0) and manifest.std == (0.2, 0.0, 0.0)
@@ -166,7 +166,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
         ([encoded(noise(900, 900))] * 3, {"kind": "raw", "max_side_px": 900}, "exceed a page"),
     ],
 )
-def test_bad_sources_are_a_sentence_and_leave_nothing(tmp_path: Path, files: list[bytes], options: dict[str, Any], sentence: str) -> None:
+def test_bad_sources_are_a_user_error_and_leave_nothing(tmp_path: Path, files: list[bytes], options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         prepare(source(files), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
@@ -196,7 +196,7 @@ def test_interrupted_before_a_shard_is_full_it_leaves_nothing(tmp_path: Path) ->
 
 
 def mixed(skips: bool = True) -> Source:
-    """Ninety PNGs in both splits, by turns, of three classes; one in thirty is none; one is a copy."""
+    """Ninety PNGs in both splits, by turns, of three classes; one in thirty is no image; one is a copy."""
     items = []
     for i in range(90):
         data = b"no image" if skips and i % 30 == 29 else encoded(noise(150, 200, 3 if i == 50 else i), "PNG")
@@ -206,7 +206,7 @@ def mixed(skips: bool = True) -> Source:
 
 @pytest.mark.parametrize("stop", [40, 75, "sealing", "naming"])
 def test_an_interrupted_prepare_goes_on_behind_its_full_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | str) -> None:
-    """Whatever it was doing: the bytes are those of one that was left alone, and what was done is not done again."""
+    """At any time: the bytes are those of an uninterrupted prepare, and finished work is not repeated."""
     options = shards.Options(shard_mib=1, max_skipped_pct=5)
     whole = shards.prepare(mixed(), tmp_path / "whole", options, 2, lambda count: None)
     assert len(whole.splits["train"]) > 2 and whole.skipped == 3 and whole.duplicates == 1
@@ -222,7 +222,7 @@ def test_an_interrupted_prepare_goes_on_behind_its_full_shards(tmp_path: Path, m
         shards.prepare(mixed(), out, options, 2, interrupt(stop) if isinstance(stop, int) else lambda count: None, sealing=sealing)
     assert list(out.glob(".writing-*.json")) and not (out / "manifest.json").exists()
     for thread in threading.enumerate():
-        if thread.name.startswith("encode"):  # Ctrl-C does not wait for those
+        if thread.name.startswith("encode"):  # Ctrl-C does not wait for them
             thread.join()
     encoded_again: list[str] = []
     real = shards.encode
@@ -240,7 +240,7 @@ def test_an_interrupted_prepare_goes_on_behind_its_full_shards(tmp_path: Path, m
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 
 
-def test_what_another_source_left_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_shards_of_another_source_are_not_resumed(tmp_path: Path) -> None:
     options = shards.Options(shard_mib=1, max_skipped_pct=5)
     with pytest.raises(KeyboardInterrupt):
         shards.prepare(mixed(), tmp_path / "out", options, 2, interrupt(60))
@@ -268,11 +268,11 @@ def test_copies_are_listed(tmp_path: Path) -> None:
     prepare(mixed(False), tmp_path / "out")
     with (tmp_path / "out/duplicates.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    # The fifty-first image is the fourth: samples of the training split, of which every fifth image is no part.
+    # The fifty-first image is a copy of the fourth. These are samples of the training split, without every fifth image.
     assert rows == [["split", "sample", "same_as_split", "same_as_sample"], ["train", "40", "train", "3"]]
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_user_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -285,7 +285,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatc
         prepare(open_source("patterns:train=400,test=5"), tmp_path / "out")
 
 
-def test_what_is_there_already_is_kept(tmp_path: Path) -> None:
+def test_existing_shards_are_kept(tmp_path: Path) -> None:
     what = open_source("patterns:train=20,test=5")
     manifest = prepare(what, tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -334,8 +334,8 @@ def test_the_manifest_reads_back_and_names_what_is_wrong(tmp_path: Path) -> None
         read_manifest(tmp_path / "nowhere")
 
 
-def test_a_source_that_breaks_off_leaves_what_was_full_and_one_that_changed_is_not_mixed_in(tmp_path: Path) -> None:
-    """A network that goes away is no verdict on the data; another archive under the same name is."""
+def test_a_source_that_breaks_off_leaves_full_shards_and_a_changed_one_is_not_mixed_in(tmp_path: Path) -> None:
+    """A lost network does not invalidate the shards; another archive under the same name does."""
     options, items = shards.Options(shard_mib=1, max_skipped_pct=5), list(mixed().items())
 
     def broken() -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""What a folder, an archive and a name give: split, class, order, and the sentence for what is not there."""
+"""The images of a folder, an archive and a named dataset: split, class, order, and the error for a missing source."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_prefix_and_an_archive_in_s3_give_the_images_of_the_folder(s3: Proxy, 
     assert list(there.items()) == expected
     assert s3.faults.total() > 0
     assert sorted(i.name for i in packed.items()) == sorted(i.name for i in here.items()) and packed.ignored == here.ignored
-    assert not list(Path(os.environ["SIMCLR_CACHE"]).rglob("pets*"))  # what was fetched to be read once is gone
+    assert not list(Path(os.environ["SIMCLR_CACHE"]).rglob("pets*"))  # the archive, fetched to be read once, is deleted
     s3.quiet()
     for spec, sentence in (
         ("s3://photos/nothing", "no images in s3://photos/nothing, only nothing"),
@@ -111,7 +111,7 @@ def test_a_broken_link_is_an_image_to_be_skipped(tmp_path: Path) -> None:
     assert encode(item, "jpeg", 500, 90).skipped == "the file cannot be read: No such file or directory"
 
 
-def test_patterns_are_what_render_gives() -> None:
+def test_the_patterns_source_gives_rendered_images() -> None:
     source = open_source("patterns:train=30,test=7,size=16,seed=5")
     items = list(source.items())
     images, labels = render(np.arange(37), 5, 16)
@@ -140,12 +140,12 @@ def test_a_torchvision_dataset_is_read_by_its_name() -> None:
         ("patterns:shade=3", "expected train=NUMBER, test=NUMBER"),
     ],
 )
-def test_what_is_not_there_is_a_sentence(spec: str, sentence: str) -> None:
+def test_a_missing_source_is_a_user_error(spec: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         open_source(spec)
 
 
-def test_folders_and_files_without_images_are_a_sentence(tmp_path: Path) -> None:
+def test_folders_and_files_without_images_are_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="only nothing; expected files that end with"):
         open_source(str(tmp_path))
     (tmp_path / "notes.txt").write_text("no image, no archive")
@@ -156,7 +156,7 @@ def test_folders_and_files_without_images_are_a_sentence(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
-def test_a_cut_or_damaged_archive_is_a_sentence(tmp_path: Path, suffix: str) -> None:
+def test_a_cut_or_damaged_archive_is_a_user_error(tmp_path: Path, suffix: str) -> None:
     path = archive(tmp_path / f"photos{suffix}", NAMES)
     whole = path.read_bytes()
     for keep in (len(whole) // 3, len(whole) // 2) if suffix != ".tar" else (512, 1000, 1024, 1300, 2048):

@@ -1,4 +1,4 @@
-"""S3 as it is when it fails: through boto3 and a proxy that breaks things, every byte comes out right or nothing does."""
+"""S3 with failures: through boto3 and a proxy that breaks requests, every byte arrives right or none does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUCKET = Address("photos")
 
 @pytest.fixture
 def quick(s3: Proxy) -> Store:
-    """A store that is tried often, with small parts and no pauses."""
+    """A store with many tries, small parts and no pauses."""
     return Store(attempts=16, pause_s=0, answer_s=5, part_bytes=PART, threads=4)
 
 
@@ -32,7 +32,7 @@ def content(size: int, seed: int = 0) -> bytes:
 
 
 def names(folder: Path) -> list[str]:
-    """Of all that is there, hidden or not."""
+    """Names of all files there, hidden or not."""
     return sorted(p.name for p in folder.iterdir())
 
 
@@ -209,7 +209,7 @@ def test_the_last_error_names_the_object_and_the_attempts_and_no_secret(
     with pytest.raises(UserError, match=r"S3 refuses s3://photos/a/b to these credentials \(403 SignatureDoesNotMatch\)") as caught:
         patient.read(BUCKET / "a/b")
     said.append("".join(traceback.format_exception(caught.value)).partition("Error: ")[2])
-    assert len(s3.log) == 3  # none was tried again
+    assert len(s3.log) == 3  # no request was retried
     for text in (*said, caplog.text):
         assert KEY_ID not in text and SECRET not in text and "Signature=" not in text and "Signature of" not in text
 

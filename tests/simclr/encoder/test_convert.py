@@ -126,7 +126,7 @@ def test_tf2_names_give_the_network(tag: str) -> None:
     assert infer({v["name"]: tuple(v["shape"]) for v in variables if v["name"].startswith("resnet/")}) == Encoder(**CASES[tag])  # type: ignore[arg-type]
 
 
-def test_what_is_no_weight_is_listed_and_what_is_unknown_is_named() -> None:
+def test_variables_that_are_no_weights_are_listed_and_unknown_ones_named() -> None:
     slots = {"base_model__conv2d__kernel__Momentum": (3, 3, 3, 64), "global_step": (), "beta1_power": ()}
     found = convert(bundle("tf1_resnet18_cifar", **slots))
     assert found.ignored == ["base_model/conv2d/kernel/Momentum", "beta1_power", "global_step"]

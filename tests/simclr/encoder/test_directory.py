@@ -1,4 +1,4 @@
-"""The published directory: what is written is what is read, and pictures are prepared as the official evaluation does."""
+"""The published directory is read as it was written, and pictures are prepared as in the official evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = Config(encoder=Encoder(depth=8, cifar_stem=True), head=Head(layers=3, d
 
 
 def published(directory: Path, layers: int = 3, tap: int = 1) -> tuple[Classifier, Path]:
-    """A directory with the head's first layers and a classifier that reads tap `tap`, and the model that it came from."""
+    """A directory with the head's first layers and a classifier that reads tap `tap`, and its model."""
     model = build_model(CONFIG)
     classifier = Classifier(model.encoder, model.head, tap, 4).eval()
     head = {name: t for name, t in model.head.state_dict().items() if int(name.split(".")[1]) < layers}

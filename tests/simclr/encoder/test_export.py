@@ -1,4 +1,4 @@
-"""Exported encoders: what another program computes from them is what the encoder does."""
+"""Exported encoders: another program computes from them the same features as the encoder."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_program_runs_any_number_of_images_and_normalises(within: Within, tmp_
     assert program(torch.rand(1, 3, 32, 32)).shape == (1, 64) and [p.name for p in (tmp_path / "made").iterdir()] == ["encoder.pt2"]
 
 
-def test_onnx_or_a_sentence(within: Within, tmp_path: Path) -> None:
+def test_onnx_or_a_user_error(within: Within, tmp_path: Path) -> None:
     encoder = published(tmp_path / "encoder", Encoder(depth=8, cifar_stem=True), 32)
     try:
         import onnxruntime  # type: ignore[import-not-found,unused-ignore]
@@ -88,7 +88,7 @@ def test_onnx_or_a_sentence(within: Within, tmp_path: Path) -> None:
     assert session.run(["features"], {"images": np.zeros((7, 3, 32, 32), np.float32)})[0].shape == (7, 64)
 
 
-def test_a_graph_that_deviates_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_differs_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = published(tmp_path / "encoder", Encoder(depth=8, cifar_stem=True), 32)
     save = torch.export.save
 
@@ -97,7 +97,7 @@ def test_a_graph_that_deviates_is_refused_and_leaves_nothing(tmp_path: Path, mon
         save(program, file)
 
     monkeypatch.setattr(torch.export, "save", wrong)
-    with pytest.raises(RuntimeError, match=r"encoder.pt2 deviates from the encoder by .* of its largest feature, more than 1e-04"):
+    with pytest.raises(RuntimeError, match=r"encoder.pt2 differs from the encoder by .* of its largest feature, more than 1e-04"):
         export.program(encoder, tmp_path / "encoder.pt2")
     assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
 

@@ -29,7 +29,7 @@ def features(n: int = 200, d: int = 5, classes: int = 3) -> tuple[Tensor, Tensor
 
 
 def single(h: Tensor, y: Tensor, penalty: float, classes: int) -> tuple[NDArray[np.float64], float]:
-    """SciPy's L-BFGS-B on the sum of the losses + λ/2 |kernel|²: weights with the classes' common bias taken off, objective / n."""
+    """SciPy's L-BFGS-B on the sum of the losses + λ/2 |kernel|²: weights without the classes' common bias, objective / n."""
     from scipy.optimize import minimize
 
     x, hot = h.numpy(), np.eye(classes)[y.numpy()]
@@ -104,7 +104,7 @@ def test_lambda_is_one_over_scikit_learns_c(within: Within) -> None:
         within("kernel", np.abs(weights[:, :-1].numpy() - theirs.coef_).max(), 1e-4)  # theirs stops first
 
 
-def test_one_against_the_rest_leaves_out_what_does_not_count(within: Within) -> None:
+def test_one_against_the_rest_leaves_out_rows_that_do_not_count(within: Within) -> None:
     """VOC's labels: every class a regression of its own, over the rows that count for it."""
     from sklearn.linear_model import LogisticRegression
 
@@ -139,8 +139,8 @@ def test_penalties_are_the_papers() -> None:
     assert np.allclose(np.diff(np.log10(linear.PENALTIES)), 0.25)
 
 
-def test_features_that_go_together_do_not_slow_the_fit() -> None:
-    """Positive features of which some hardly vary, as an encoder gives them: along the axes the deviations are 1 to 10^-3.5."""
+def test_correlated_features_do_not_slow_the_fit() -> None:
+    """Positive features of which some hardly vary, as an encoder gives them: along the axes the standard deviations are 1 to 10^-3.5."""
     torch.manual_seed(0)
     z, turn = torch.randn(300, 8, dtype=torch.float64), torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     h = (z * 10.0 ** -torch.arange(0, 4, 0.5, dtype=torch.float64)) @ turn + 5
@@ -150,7 +150,7 @@ def test_features_that_go_together_do_not_slow_the_fit() -> None:
 
 
 def test_a_class_that_no_row_shows_is_never_taken(within: Within) -> None:
-    """Its free bias has no minimum: without a word about it every fit would run to the last iteration."""
+    """Its free bias has no minimum: without special treatment every fit would run to the last iteration."""
     h, y = features()
     few = lbfgs.fit(h, y, [1e-3, 1.0], 3)
     more = lbfgs.fit(h, 2 * y, [1e-3, 1.0], 6)  # classes 0, 2, 4 of six

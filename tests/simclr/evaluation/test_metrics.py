@@ -18,7 +18,7 @@ def test_confusion_and_accuracy_of_each_class() -> None:
     assert table.tolist() == [[2, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
     shares = per_class(table).tolist()
     assert shares[:2] == [2 / 3, 1.0] and math.isnan(shares[2]) and shares[3] == 0.0
-    assert abs(mean_per_class(table) - (2 / 3 + 1 + 0) / 3) < 1e-12  # class 2 has no row and no say
+    assert abs(mean_per_class(table) - (2 / 3 + 1 + 0) / 3) < 1e-12  # class 2 has no row and does not count
 
 
 def test_confusion_and_mean_per_class_are_scikit_learns(within: Within) -> None:

@@ -125,7 +125,7 @@ MADE = (cifar10, dtd, pets, flowers, caltech101, voc2007, birdsnap, sun397)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Eight of the twelve datasets, and torchvision told that their checksums are not the real ones'."""
+    """Eight of the twelve datasets; torchvision is told to accept their checksums, which are not the real ones."""
     import torchvision.datasets as library
 
     folder = tmp_path_factory.mktemp("datasets")
@@ -237,7 +237,7 @@ def test_fine_tuning_takes_the_rate_that_validates_best_and_leaves_the_encoder_a
     assert digest(published) == before and not published.training
 
 
-def test_mistakes_are_told_in_a_sentence(root: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_user_errors(root: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = ["evaluate", str(encoder), "--suite", "transfer"]
     (tmp_path / "SUN397").mkdir()
     for words, sentence in (

@@ -63,7 +63,7 @@ def test_blocks_of_rows_equal_the_definition(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_wide_rows_of_few_bits_are_summed_in_float32(within: Within, dtype: torch.dtype) -> None:
-    """768 dimensions fit no tile. Against float64 of the very same rows: what is left is the rounding of the gradient itself."""
+    """768 dimensions fit no tile. Against float64 of the same rows, the only difference is the rounding of the gradient itself."""
     keys = unit(400, 768).to(dtype)
     queries = keys[200:300].contiguous()
     theirs = graded(definition, queries.double(), keys.double(), 200, 0.1)
@@ -74,7 +74,7 @@ def test_wide_rows_of_few_bits_are_summed_in_float32(within: Within, dtype: torc
 
 
 def test_a_large_batch_takes_the_blocks_and_its_gradient_is_the_definitions(within: Within, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through `nt_xent`, rows of any length: both ways around the threshold."""
+    """Through `nt_xent`, with rows of any length, below and above the threshold."""
     z = 3 * torch.randn(96, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     found = []
     for threshold in (1 << 22, 0):
@@ -96,9 +96,9 @@ def test_memory_is_flat_in_the_batch() -> None:
 
 
 def interpreted() -> list[tuple[str, float, float]]:
-    """Deviations of Triton's kernels, run in Python on CPU tensors: (what, deviation, bound)."""
+    """Differences of Triton's kernels, run in Python on CPU tensors, from the definition: (name, difference, bound)."""
     found: list[tuple[str, float, float]] = []
-    # Of bfloat16 the interpreter multiplies the bits; float16 stands for it, which takes the same way through the kernels.
+    # The interpreter multiplies the bits of bfloat16. float16, which takes the same way through the kernels, replaces it here.
     for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 2e-2)):
         for rows, columns, offset, d, temperature in CASES:
             keys = unit(columns, d).to(dtype)

@@ -1,4 +1,4 @@
-"""Hand-written kernels against their plain twins in float64."""
+"""The CPU kernel of views against its plain-torch definition in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The classifier's loop: what it begins with, what it leaves alone, ranks, resuming, views."""
+"""Training a classifier: its first state, frozen parts, ranks, resuming, views."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_one_view_is_the_first_of_two_without_colour(patterns: Path, photographs
         single.close()
 
 
-def test_it_begins_with_the_published_network_and_the_loss_of_chance(patterns: Path, published: Path, tmp_path: Path) -> None:
+def test_it_begins_with_the_published_network_and_the_chance_level_loss(patterns: Path, published: Path, tmp_path: Path) -> None:
     at = begun(TUNED, published, tmp_path)
     state = checkpoint.read(at)
     model = build_classifier(TUNED, 10, TUNED.tap)
@@ -104,7 +104,7 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, pu
 
 
 def test_linear_leaves_the_network_bitwise_as_it_was(patterns: Path, published: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(TUNED, linear=True, watch=Watch(every_epochs=1))  # also after a scoring, which ends evaluation mode
+    config = dataclasses.replace(TUNED, linear=True, watch=Watch(every_epochs=1))  # also after an evaluation, which ends evaluation mode
     at = begun(config, published, tmp_path)
     _, tensors, _ = steps(config, patterns, at)
     before = checkpoint.read(at).tensors
@@ -113,7 +113,7 @@ def test_linear_leaves_the_network_bitwise_as_it_was(patterns: Path, published: 
     assert {name.split(".")[1] for name in tensors if name.startswith("optimizer.")} == {"classifier"}
 
 
-def test_what_is_published_gives_the_scores_again(patterns: Path, published: Path, tmp_path: Path) -> None:
+def test_the_published_classifier_gives_the_same_scores(patterns: Path, published: Path, tmp_path: Path) -> None:
     from pipelines.runs.directory import load_run, open_run
     from pipelines.train import classifiers
 

@@ -86,7 +86,7 @@ def loss_and_gradients() -> tuple[float, list[Tensor]]:
         network: nn.Module = nn.Linear(7, 5).double()
     if world_size() > 1:
         network = DistributedDataParallel(network)
-    # All labels are on one rank: the mean over ranks is the batch's all the same.
+    # All labels are on one rank: the mean over ranks is still the batch's.
     scores = network(mine(draw(6, 7, 3)))
     loss = distillation_loss(scores, mine(draw(6, 5, 1)), mine(torch.tensor([2, 1, 0, -1, -1, -1])[:, None])[:, 0], 0.5, 0.3)
     loss.backward()
@@ -102,7 +102,7 @@ def test_two_ranks_take_the_gradient_of_one(ranks: Ranks, within: Within) -> Non
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier of patterns that knows nothing, but says it with conviction."""
+    """An untrained classifier of patterns with confident scores."""
     from simclr.data.sources.patterns import CLASSES
 
     model = build_classifier(dataclasses.replace(TINY, seed=3), 10, 0)
@@ -119,7 +119,7 @@ def steps(config: Distill, data: Path, teacher: Path, ids: np.ndarray | None) ->
 
 
 def test_a_student_on_two_ranks_is_that_of_one(patterns: Path, teacher: Path, ranks: Ranks, within: Within) -> None:
-    """A smaller network than the teacher's would do as well; Eq. 3, with a label for every fourth image."""
+    """Eq. 3, with a label for every fourth image. A smaller network than the teacher's would do as well."""
     ids = np.arange(0, 240, 4)
     losses, tensors = steps(TAUGHT, patterns, teacher, ids)
     assert losses[-1] < losses[0] and not any(name.startswith("model.head") for name in tensors)

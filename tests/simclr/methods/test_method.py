@@ -1,4 +1,4 @@
-"""The seam for a family: a method that no file of ours knows, with two crops of different sizes and a moving-average target."""
+"""The seam for new methods: a test-only method with two crops of different sizes and a moving-average target."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Student(nn.Module):
 
 
 def pair(config: Config, start: Start) -> Method:
-    """The student's small crop learns what its own moving average says of the large crop."""
+    """The student learns, from the small crop, its own moving average's output for the large crop."""
     small = dataclasses.replace(config.views, size_px=24, area=(0.05, 0.3))
     crops = (Crop(count=1, views=config.views), Crop(count=1, views=small))
     student = placed(begun(lambda: Student(config), start), start, config.train.precision)
@@ -94,7 +94,7 @@ def weights(config: Config, data: Path) -> tuple[list[float], dict[str, Tensor]]
 def test_a_method_of_its_own_trains_alike_on_any_number_of_ranks(
     request: pytest.FixtureRequest, ranks: Ranks, within: Within, data: str
 ) -> None:
-    """20 steps, from JPEG shards of which one decode cuts both crops, and from whole images."""
+    """20 steps, from JPEG shards, where one decode cuts both crops, and from whole images."""
     shards: Path = request.getfixturevalue(data)
     losses, tensors = weights(CONFIG, shards)
     assert losses[-1] < losses[0] and any(name.startswith("state.encoder") for name in tensors)
@@ -115,7 +115,7 @@ def test_it_is_resumed_bitwise_and_its_sums_are_means_and_shares(photographs: Pa
 
 
 def test_its_gradient_comes_in_pieces_too(photographs: Path) -> None:
-    """With BatchNorm over pieces it is another network, but the step is taken, and from the same inputs."""
+    """With BatchNorm over pieces it is another network, but the step is taken from the same inputs."""
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, micro_batch=6, steps=5))
     losses = [report.metrics["train/loss"] for report in trained(config, photographs)]
     assert losses[-1] != losses[0] and all(0 < loss < 4 for loss in losses)

@@ -1,4 +1,4 @@
-"""v2's memory: its negatives, its moving average and its ring, on any number of ranks and over a resumed run."""
+"""v2's queue: its negatives, its moving average and its ring, on any number of ranks and in a resumed run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REMEMBERING = dataclasses.replace(TINY, loss=Loss(temperature=0.2, memory=96, me
 
 
 def by_hand(z: Tensor, memory: Tensor, temperature: float) -> Tensor:
-    """Eq. 1 as a double loop, with the memory's rows in every denominator."""
+    """Eq. 1 as a double loop, with the queue's rows in every denominator."""
     u = z / z.norm(dim=1, keepdim=True)
     losses = []
     for i in range(len(u)):
@@ -36,7 +36,7 @@ def by_hand(z: Tensor, memory: Tensor, temperature: float) -> Tensor:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_loss_with_a_memory_is_the_double_loops(within: Within, monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
+def test_loss_with_a_queue_is_the_double_loops(within: Within, monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
     if streamed:
         monkeypatch.setattr("simclr.loss.STREAMED_FROM", 0)
     generator = torch.Generator().manual_seed(0)
@@ -68,7 +68,7 @@ def test_the_average_and_the_ring() -> None:
     for step in range(3):
         with torch.no_grad():
             head.weight += 1
-        queue.remember(x[step], encoder, head, step)
+        queue.enqueue(x[step], encoder, head, step)
         weight = 0.75 * weight + 0.25 * head.weight.detach()
         assert torch.allclose(queue.head.weight, weight, atol=1e-6)  # type: ignore[arg-type]
         z = encoder(x[step]).detach() @ weight.T + head.bias.detach()
@@ -88,14 +88,14 @@ def steps(config: Config, data: Path) -> tuple[list[float], dict[str, Tensor]]:
     return losses, tensors
 
 
-def test_two_ranks_remember_what_one_does(patterns: Path, ranks: Ranks, within: Within) -> None:
+def test_two_ranks_have_the_queue_of_one(patterns: Path, ranks: Ranks, within: Within) -> None:
     config = dataclasses.replace(REMEMBERING, train=dataclasses.replace(TINY.train, steps=4))
     losses, tensors = steps(config, patterns)
     without, _ = steps(dataclasses.replace(TINY, train=config.train), patterns)
     assert losses[0] == without[0] and all(a > b for a, b in zip(losses[1:], without[1:], strict=True))  # more candidates
     for found, theirs in ranks(2, steps, config, patterns):
         within("loss", max(abs(a - b) for a, b in zip(losses, found, strict=True)), 1e-9)
-        # A rank's rows stand together: [view 0, view 1] of rank 0, then of rank 1.
+        # The rows of a rank are adjacent: [view 0, view 1] of rank 0, then of rank 1.
         ring = theirs.pop("state.rows").view(2, 2, 2, 12, 16).transpose(1, 2).reshape(96, 16)
         within("ring", float((ring - tensors["state.rows"]).abs().max()), 1e-9)
         within("weights", max(float((theirs[name] - tensors[name]).abs().max()) for name in theirs), 1e-9)
@@ -111,7 +111,7 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, tm
     assert a.keys() == b.keys() and "state.rows" in a and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_a_size_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"loss\.memory 100 holds no whole batches; use a multiple of 48"):
         dataclasses.replace(TINY, loss=Loss(memory=100))
     with pytest.raises(UserError, match=r"loss\.memory needs a whole batch at once"):

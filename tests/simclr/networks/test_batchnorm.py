@@ -1,4 +1,4 @@
-"""What BatchNorm over several ranks rounds; that it is the whole batch's is `test_ranks`'s."""
+"""The rounding of BatchNorm over several ranks. `test_ranks` compares it with the whole batch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.conftest import Within
 
 @pytest.mark.parametrize("offset", [0.0, 10.0])
 def test_batchnorm_of_bfloat16_rounds_its_results_alone(within: Within, offset: float) -> None:
-    """The form of several ranks, here of one: statistics and both terms of the gradient are float32, and what is bfloat16 is half a
-    unit in the last of its 8 bits from the same in float64."""
+    """The form for several ranks, here on one: statistics and both terms of the gradient are float32, and bfloat16 results differ from
+    float64 by half a unit in the last of their 8 bits."""
     random = torch.Generator().manual_seed(0)
     x, upstream = (torch.randn(64, 8, 7, 7, generator=random) + offset).bfloat16(), torch.randn(64, 8, 7, 7, generator=random).bfloat16()
     found = []

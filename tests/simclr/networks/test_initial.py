@@ -1,4 +1,4 @@
-"""Initial weights: fixed numbers on any machine, whatever threads, chunks, torch and the rest of the network do."""
+"""Initial weights: fixed numbers on any machine, for any threads, chunks, version of torch and rest of the network."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 def test_the_quantile_is_the_normal_distributions(within: Within) -> None:
     """Against Cephes, another approximation, from one end of 32 bits to the other; odd in q, and 0 at 0."""
     q = np.concatenate([0.5 - 2.0 ** -np.arange(1, 33, 1 / 16), [0.425], np.linspace(0, 0.499, 20_001)])
-    q = (np.floor(q[q > 1e-9] * 2**32) + 0.5) * 2.0**-32  # so that 1/2 − q is exact, as what words make is
+    q = (np.floor(q[q > 1e-9] * 2**32) + 0.5) * 2.0**-32  # so that 1/2 − q is exact, as it is for words
     assert 0.5 - q.max() == 2.0**-33
     z = initial.normal_quantile(q)
     within("quantile, relative", float((np.abs(z + ndtri(0.5 - q)) / z).max()), 4e-15)
@@ -62,7 +62,7 @@ def test_the_quantile_is_the_normal_distributions(within: Within) -> None:
     within("logarithm", float((np.abs(initial._log(x) - logs) / np.abs(logs).clip(1)).max()), 1e-15)
     within("within two deviations", abs(initial._INSIDE_TWO - (1 - 2 * ndtr(-2))), 1e-15)
     density = math.exp(-2) / math.sqrt(2 * math.pi)
-    within("their deviation", abs(initial._DEVIATION_INSIDE_TWO - math.sqrt(1 - 4 * density / initial._INSIDE_TWO)), 1e-15)
+    within("their deviation", abs(initial._STD_INSIDE_TWO - math.sqrt(1 - 4 * density / initial._INSIDE_TWO)), 1e-15)
 
 
 def by_hand(seed: int, name: str, element: int) -> float:
@@ -110,7 +110,7 @@ DIGESTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "d59084380889d3063e98dd72ac98f1fcbd8f938a5df13733a15e528a2b14dfb1",
     ),
 }
-"""Of a change of these numbers CHANGELOG.md has to speak: every seed then starts from other weights."""
+"""CHANGELOG.md must mention a change of these numbers: every seed then starts from other weights."""
 
 
 @pytest.mark.parametrize("name", DIGESTS)
@@ -129,7 +129,7 @@ def test_neither_threads_nor_chunks_nor_layout_change_a_bit(monkeypatch: pytest.
         torch.set_num_threads(threads)
     with torch.device("meta"):
         turned = resnet(8, cifar_stem=True, se_ratio=0.25)
-    turned = turned.to_empty(device="cpu").to(torch.float64).to(memory_format=torch.channels_last)  # neither type nor layout is its own
+    turned = turned.to_empty(device="cpu").to(torch.float64).to(memory_format=torch.channels_last)  # another type and another layout
     initial.draw(turned, 0, "encoder")
     ours = dict(whole.encoder.named_parameters())
     maps = [name for name, p in turned.named_parameters() if p.ndim == 4]
@@ -139,9 +139,9 @@ def test_neither_threads_nor_chunks_nor_layout_change_a_bit(monkeypatch: pytest.
 
 
 def test_their_distribution(within: Within) -> None:
-    """Mean, deviation, both ends and Kolmogorov's distance; parameters, seeds and neighbours have nothing to do with each other."""
+    """Mean, standard deviation, both ends and Kolmogorov's distance; parameters, seeds and neighbours are uncorrelated."""
     cut, free = (initial.deviates(0, "encoder.a.weight", 0, 200_001, cut) for cut in (True, False))
-    for what, z, std, most in (("cut", cut, initial._DEVIATION_INSIDE_TWO, 2.0), ("free", free, 1.0, 6.4)):
+    for what, z, std, most in (("cut", cut, initial._STD_INSIDE_TWO, 2.0), ("free", free, 1.0, 6.4)):
         within(f"{what}: mean", abs(z.mean()) / std, 4 / math.sqrt(len(z)))
         within(f"{what}: deviation", abs(z.std() / std - 1), 4 / math.sqrt(2 * len(z)))
         assert 0.65 * most < abs(z).max() <= most
@@ -158,7 +158,7 @@ def test_no_two_parameters_of_a_recipe_share_their_words() -> None:
         assert len({zlib.crc32(name.encode()) for name in names}) == len(names) > 20
 
 
-# ── Who begins with them ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Networks that begin with them ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_an_encoder_does_not_depend_on_what_is_beside_it() -> None:
@@ -179,7 +179,7 @@ def test_an_encoder_does_not_depend_on_what_is_beside_it() -> None:
 
 @pytest.fixture
 def foul() -> Iterator[None]:
-    """Memory that nobody has filled holds NaN."""
+    """Uninitialised tensors hold NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -198,7 +198,7 @@ def published(at: Path) -> Path:
     return at
 
 
-def test_no_memory_is_left_as_it_was_and_torchs_generator_is_not_asked(foul: None, tmp_path: Path) -> None:
+def test_no_tensor_stays_uninitialised_and_torchs_generator_is_not_used(foul: None, tmp_path: Path) -> None:
     assert not finite(build_model(SMALL, drawn=False)) and not finite(build_classifier(SMALL, 10, 1, drawn=False))
     before = torch.random.get_rng_state()
     made: list[nn.Module] = [resnet(8, cifar_stem=True, se_ratio=0.25), ProjectionHead(64, 3), build_model(SMALL, 10)]
@@ -210,7 +210,7 @@ def test_no_memory_is_left_as_it_was_and_torchs_generator_is_not_asked(foul: Non
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_who_loads_weights_draws_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_weights_draws_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = published(tmp_path / "encoder")
 
     def refuse(*asked: object) -> None:

@@ -1,4 +1,4 @@
-"""When a run stops: the error names step, ranks and images, and where they come from; nothing else is a reason."""
+"""When a run stops: the error names step, ranks and images with their source; no other state stops a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def health(data: Path, images: int = 4, chance: float = 1.0) -> Health:
 
 
 def told(seen: Health, step: int, loss: float = 1.0) -> str:
-    """What a report after `step` raises, "" for nothing."""
+    """The message that a report after `step` raises, "" for none."""
     try:
         seen.report(step, {"train/loss": torch.tensor(loss)}, _PACE)
     except Diverged as error:
@@ -56,7 +56,8 @@ def spoilt(data: str, bad: list[dict[int, tuple[int, ...]]], images: int) -> str
 
 
 def test_the_first_bad_step_names_its_images_on_every_rank(ranks: Ranks, patterns: Path) -> None:
-    """Step 2 is the first: view 1 of rank 0's image 2, both views of rank 1's 0 and view 0 of its 3. What comes later is not asked."""
+    """Step 2 is the first bad one: view 1 of rank 0's image 2, both views of rank 1's image 0 and view 0 of its image 3. Later steps do
+    not count."""
     texts = ranks(2, spoilt, str(patterns), [{2: (6,), 3: (0, 1)}, {2: (0, 3, 4), 4: (1,)}], 4)
     shard = "of train-00000.beton"
     places = f"22 (sample 22 {shard}), 30 (sample 30 {shard}), 33 (sample 33 {shard})"
@@ -68,14 +69,14 @@ def test_the_first_bad_step_names_its_images_on_every_rank(ranks: Ranks, pattern
     (text, _) = ranks(2, spoilt, str(patterns), [{1: tuple(range(10))}, {1: (9, 8)}], 10)
     assert text.count("sample") == 8 and " and 4 more; advice" in text
     (text, _) = ranks(2, spoilt, str(patterns), [{1: tuple(range(10))}, {1: tuple(range(10, 20))}], 10)
-    assert " and 12 more (every image of the step: BatchNorm, or the weights, pass on what one image has); advice" in text
+    assert " and 12 more (every image of the step: BatchNorm or the weights spread the fault of one image); advice" in text
 
 
 def test_a_loss_that_is_not_finite_without_an_image_to_blame_says_so(patterns: Path) -> None:
     seen = health(patterns)
     seen.see(1, torch.arange(4), rows(4), torch.tensor(math.inf))
     seen.see(2, torch.arange(4), rows(4, 0), torch.tensor(math.nan))  # came of it
-    assert told(seen, 2) == "the loss is not finite at step 1 on rank 0, though the projection of every image is; advice"
+    assert told(seen, 2) == "the loss is not finite at step 1 on rank 0, though all projections are finite; advice"
 
 
 def test_weights_that_are_not_finite_end_the_run_before_a_checkpoint_has_them(patterns: Path) -> None:
@@ -88,11 +89,11 @@ def test_weights_that_are_not_finite_end_the_run_before_a_checkpoint_has_them(pa
     assert told(seen, 2) == "the weights are not finite after step 2, whose loss was finite; advice"
 
 
-def test_a_loss_that_runs_away_ends_the_run_and_a_spike_does_not(patterns: Path) -> None:
+def test_a_loss_that_diverges_ends_the_run_and_a_spike_does_not(patterns: Path) -> None:
     seen = health(patterns, chance=2.0)
     assert [told(seen, step, loss) for step, loss in enumerate((1.0, 19.0, 1000.0, 3.0, 21.0), 1)] == [""] * 5
     assert told(seen, 6, 22.0) == "the loss diverges: it is 22 at step 6, where chance level is 2; advice"
-    seen = health(patterns, chance=0.0)  # of a loss whose scale nobody knows the first report is the measure
+    seen = health(patterns, chance=0.0)  # for a loss of unknown scale, the first report is the reference
     assert [told(seen, step, loss) for step, loss in enumerate((50.0, 499.0, 501.0), 1)] == [""] * 3
     assert told(seen, 4, 600.0) == "the loss diverges: it is 600 at step 4, where it began at 50; advice"
 
@@ -103,7 +104,7 @@ def test_an_image_is_named_as_in_its_source(photographs: Path, patterns: Path) -
 
 
 def ends(folder: str) -> list[str]:
-    """What this rank says of a training whose checkpoints rank 0 has in `folder`, before there is one and after."""
+    """This rank's error in a training whose checkpoints rank 0 has in `folder`, before the first checkpoint and after."""
     said = []
 
     def broken() -> Iterator[Report]:
@@ -125,7 +126,7 @@ def ends(folder: str) -> list[str]:
 
 
 def test_the_error_says_which_checkpoint_is_good(ranks: Ranks, tmp_path: Path) -> None:
-    """On every rank what rank 0 has: whoever is first is heard."""
+    """Every rank names the checkpoint of rank 0, because the driver shows the error that comes first."""
     expected = [
         "the loss is not finite at step 9; there is no checkpoint yet",
         "the loss is not finite at step 9; the last checkpoint, step-000000004, is still good",

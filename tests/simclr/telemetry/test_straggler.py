@@ -1,4 +1,4 @@
-"""Who keeps the others waiting: a rank's own time is its step without its waits, and one that is slow for long is named."""
+"""Stragglers: a rank's own time is its step without its waits, and a rank that is slow for long is named."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NAP_S = 0.2
 
 def napping(data: str, slow: int, where: str, clock: Any = Clock) -> list[Report]:
     """Reports of 15 steps of two images a rank, in which rank `slow` sleeps for 0.2 s: before its first layer, or in its backward pass.
-    Ten steps on end, not fifty, make a straggler."""
+    Ten steps in a row, not fifty, make a straggler."""
     good = module.two_views, module.nt_xent, loop.Clock, straggler.STEPS
 
     def views(*arguments: Any) -> Tensor:
@@ -55,12 +55,12 @@ def napping(data: str, slow: int, where: str, clock: Any = Clock) -> list[Report
 
 @pytest.mark.parametrize(("where", "compiled"), [("views", False), ("backward", False), ("views", True)])
 def test_a_rank_that_sleeps_in_its_step_is_named(ranks: Ranks, patterns: Path, where: str, compiled: bool) -> None:
-    """After so many steps and not before, by the time it slept, though the steps of both are as long. A compiled network hides its
-    collectives: what happens outside of it is seen all the same."""
+    """After that many steps and not before, with the time that it slept, though the steps of both ranks are equally long. A compiled
+    network hides its collectives, but the time outside of it is still seen."""
     both = ranks(2, napping, str(patterns), 1, where, functools.partial(_compiled, compiled))
     assert [r.step for r in both[0]] == [1, 5, 10, 15]
     assert [r.ranks for r in both[0]] == [r.ranks for r in both[1]]
-    for report in both[0][2:]:  # in the first steps everything begins, which may be long on both
+    for report in both[0][2:]:  # the first steps may be long on both ranks
         fast, slow = report.ranks["speed/own_s"]
         assert slow - fast > _NAP_S / 2 and min(report.ranks["speed/step_p50_s"]) > _NAP_S
         assert report.metrics["speed/slowest_rank"] == 1
@@ -77,12 +77,12 @@ def _compiled(compiled: bool, step: int, device: torch.device, _: bool) -> Clock
     return Clock(step, device, compiled)
 
 
-def test_nobody_is_named_where_nobody_sleeps(ranks: Ranks, patterns: Path) -> None:
+def test_no_rank_is_named_if_none_sleeps(ranks: Ranks, patterns: Path) -> None:
     for report in ranks(2, napping, str(patterns), -1, "views")[0]:
         assert report.stragglers == () and 0 < report.metrics["speed/communication_pct"] < 100
 
 
-def test_a_rank_is_named_after_fifty_slow_steps_on_end() -> None:
+def test_a_rank_is_named_after_fifty_slow_steps_in_a_row() -> None:
     watch = Stragglers(5)
     usual = [1.0, 1.1, 0.9, 1.0, 1.05]
     slow = [1.0, 1.1, 0.9, 1.3, 1.05]  # the median is 1.05
@@ -95,7 +95,7 @@ def test_a_rank_is_named_after_fifty_slow_steps_on_end() -> None:
     two = [2.0, 1.0, 1.0, 1.0, 2.0]
     watch.see(two, 50)
     assert watch.named() == [0, 4]  # two at once
-    assert Stragglers(1).see([1.0], 50) == {} and Stragglers(2).see([0.0, 0.0], 50) == {}  # a device without moments of its own
+    assert Stragglers(1).see([1.0], 50) == {} and Stragglers(2).see([0.0, 0.0], 50) == {}  # a device without timestamps of its own
 
 
 def test_of_two_ranks_one_must_be_half_again_as_slow() -> None:
@@ -111,7 +111,7 @@ def seen(paces: list[Pace], data: str) -> tuple[dict[str, float], dict[str, tupl
 
 
 def test_a_report_has_every_ranks_pace_in_one_collective(ranks: Ranks, patterns: Path) -> None:
-    """Of a compiled network only the sum of own and waited time is known: nobody's own is more than the least of those sums."""
+    """For a compiled network only the sum of own time and waits is known: no rank's own time is more than the least of these sums."""
     paces = [Pace(10, 3.0, 4.0, 5.0, 1.0, 2.0, 10.0, 40.0), Pace(10, 3.1, 4.1, 5.1, 1.5, 1.5, 50.0, 20.0)]
     first, second = ranks(2, seen, paces, str(patterns))
     assert first == second
@@ -134,8 +134,8 @@ def test_a_report_has_every_ranks_pace_in_one_collective(ranks: Ranks, patterns:
     }
 
 
-def test_a_clock_tells_of_the_steps_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty steps of 1 s, two of them 2 and 4 s longer, each with half a second for data; what comes before a restart is in no step."""
+def test_a_clock_counts_the_steps_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty steps of 1 s, two of them 2 and 4 s longer, each with half a second for data; the time before a restart is in no step."""
     hour = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: hour[0])
 
@@ -154,7 +154,7 @@ def test_a_clock_tells_of_the_steps_since_it_began(monkeypatch: pytest.MonkeyPat
     assert (pace.outside_s, pace.inside_s, pace.communication_pct) == (1.0, 0.0, 0.0)
     assert pace.data_wait_pct == 100 * 10 / 26 and clock.speed(20, 13)["speed/images_per_s"] == 10
     hour[0] += 1000
-    assert collectives._waits is None  # nothing is noted after a report
+    assert collectives._waits is None  # nothing is recorded after a report
     clock.restart(20)
     hour[0] += 7
     clock.step_over()

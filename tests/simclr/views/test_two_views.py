@@ -142,7 +142,7 @@ def test_a_view_depends_on_its_sample_alone() -> None:
 def test_crops_of_both_views_and_whole_images_go_the_same_way() -> None:
     config = Views(size_px=16, area=(1.0, 1.0), aspect=(1.0, 1.0))
     images = torch.tensor(np.random.default_rng(1).integers(0, 256, (6, 16, 16, 3)), dtype=torch.uint8)
-    crops = images[:, None].repeat(1, 2, 1, 1, 1)  # whole-image crops, as the JPEG decoder would hand them over
+    crops = images[:, None].repeat(1, 2, 1, 1, 1)  # whole-image crops, as the JPEG decoder would give them
     ids = torch.arange(6)
     torch.testing.assert_close(
         two_views.two_views(images, ids, 0, config, 0), two_views.two_views(crops, ids, 0, config, 0), rtol=0, atol=1e-6

@@ -1,4 +1,4 @@
-"""A stand-in for torch_tpu where there is no TPU, for tests of scheduling: the name of the device, and nothing that computes on it."""
+"""A stand-in for torch_tpu without a TPU, for tests of scheduling: it has the device's name and computes nothing."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What Ray calls before it starts a process group `tpu_dist`: here that is gloo under another name."""
+"""Ray calls `load` before it starts a process group `tpu_dist`, which is gloo under another name here."""
 
 from datetime import timedelta
 from typing import Any

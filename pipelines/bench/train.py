@@ -35,11 +35,11 @@ def train(
     peer_data: Path | None = None,
     window_s: float = 2.0,
 ) -> list[Row]:
-    """Print and return images/s end to end ÷ the step's on resident views, each in a process of its own; then the cost.
+    """Print and return images/s end to end ÷ the step's on resident views, each in its own process; then the cost.
 
     Each process compiles once and is timed `trials` times, over windows of as many steps as last `window_s` seconds, at least
-    `steps` − 5. Ray Train's cannot stop between two windows, so it takes them in a row, as reports of the loop; what it is compared with
-    takes as many before and as many behind: `around`. No classifier is trained beside: the step on resident views has no labels.
+    `steps` − 5. Ray Train's process cannot stop between two windows, so it takes them in a row, as reports of the loop. The side that it
+    is compared with takes as many windows before and after: `around`. No online classifier is trained: resident views have no labels.
     """
     require_ray("train")
     if config.loss.name != "nt_xent":

@@ -16,9 +16,9 @@ from pipelines.bench.result import Row, compared, in_turn
 from simclr.config import Views
 from simclr.views.two_views import two_views
 
-WARM = 2  # calls that are not counted: they allocate and compile
+WARM = 2  # calls that do not count: they allocate and compile
 _SIDES_PX = (32, 224)
-_SMALL = 8  # times as many images of 32 px: what a step has of them
+_SMALL = 8  # times as many images of 32 px, as in a step
 _INSTALL = "pip install --no-deps kornia==0.9.0 kornia_rs==0.2.0 packaging"
 
 

@@ -49,7 +49,8 @@ class Args:
     data: Path | None = None
     """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for docs/benchmarks.md.
     loader: shards of photographs, of which the first is read; none = 300 rendered photographs, 500 × 375 px.
-    memory: any shards. prepare: archive or folder of images. all: folder with cifar10-jpeg.tar.xz and imagenet-photos-256.tar, or archives of such names; absent ones are rendered."""
+    memory: any shards. prepare: archive or folder of images. all: folder with cifar10-jpeg.tar.xz and imagenet-photos-256.tar, or
+    archives of such names; absent ones are rendered."""
     recipe: str = "cifar10_resnet18"
     """step, train, scale, loop, agreement, cifar: recipe whose step is timed."""
     batch_size: int = 32

@@ -46,7 +46,7 @@ def pretrain(args: Args) -> Run:
     began = time.monotonic()
     config = args.config
     groups = config.train.shard_groups
-    data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # with groups this machine may be too small for all shards, and fetches none
+    data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # with groups it fetches none: all may not fit here
     manifest = read_manifest(data, look=groups == 1)
     examples, classes = manifest.examples("train", groups), manifest.classes
     args.resources.counts(config)

@@ -75,7 +75,7 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
     before = trial_in(directory)
     if before is not None and before.status in ("finished", "failed"):  # its driver was lost after the trial's end
         if before.score(sweep.metric) is not None:
-            tune.report({**_told(before.scores), "step": before.step, "images": before.step * point.config.train.batch_size})
+            tune.report({**_tune_metrics(before.scores), "step": before.step, "images": before.step * point.config.train.batch_size})
         return
     donor = tune.get_checkpoint()
     trial = Trial(name=name, values=point.values, seed=point.seed)
@@ -116,7 +116,7 @@ def _set_aside(directory: Path, to: Path) -> None:
         shutil.rmtree(to / "checkpoints", ignore_errors=True)
 
 
-def _told(scores: dict[str, float]) -> dict[str, Any]:
+def _tune_metrics(scores: dict[str, float]) -> dict[str, Any]:
     """The part of a trial's scores that Ray Tune gets."""
     return {name: scores[name] for name in METRICS if name in scores}
 
@@ -249,7 +249,7 @@ def _forward(sweep: Sweep, run: Run, trial: Trial, began: float) -> Any:
             self.trial.save(run.path)
             if sweep.metric not in scores:
                 return
-            told = _told(scores) | {"step": self.trial.step, "images": self.trial.step * run.config.train.batch_size}
+            told = _tune_metrics(scores) | {"step": self.trial.step, "images": self.trial.step * run.config.train.batch_size}
             if sweep.scheduler != "pbt":
                 tune.report(told)
                 return

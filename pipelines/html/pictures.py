@@ -28,7 +28,7 @@ def write_pictures(path: Path, config: Config, data: Path, train: Features, test
     `query_split` is the split of the test features; it is train if a part of that was held back.
     """
     # Queries spread over the classes: first one test image of each class, then a second one, …
-    order = np.argsort(_first_of_class(test.y.cpu().numpy()), kind="stable")
+    order = np.argsort(_rank_in_class(test.y.cpu().numpy()), kind="stable")
     queries = np.sort(order[:_SHOWN])
     found = nearest(train.h, train.y, test.h, config.watch.k, config.watch.temperature)
     predicted = found.votes.argmax(1).cpu().numpy()
@@ -52,7 +52,7 @@ def write_pictures(path: Path, config: Config, data: Path, train: Features, test
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
-def _first_of_class(y: NDArray[np.int64]) -> NDArray[np.int64]:
+def _rank_in_class(y: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many earlier rows share each row's class."""
     seen: dict[int, int] = {}
     rank = np.zeros(len(y), np.int64)

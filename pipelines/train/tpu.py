@@ -83,7 +83,7 @@ def torch_config(topology: str, timeout_s: int) -> Any:
                 "TORCH_TPU_TOPOLOGY": ",".join(sides),
                 "TORCH_TPU_XPROF_SESSION_ID": str(time.time_ns()),
             }
-            worker_group.execute(_tell, told)
+            worker_group.execute(_set_variables, told)
             super().on_start(worker_group, backend_config)
 
     class Config(TorchConfig):
@@ -102,6 +102,6 @@ def _address() -> str:
     return f"{ray.util.get_node_ip_address()}:{_FIRST_PORT + ray.train.get_context().get_local_rank()}"
 
 
-def _tell(variables: dict[str, str]) -> None:
+def _set_variables(variables: dict[str, str]) -> None:
     for name, value in variables.items():
         os.environ.setdefault(name, value)

@@ -206,7 +206,7 @@ def test_what_is_no_cluster_file_is_said_so(text: str | None, sentence: str, tmp
         cluster.read(path)
 
 
-# ── What the rules cannot see: the account's template, Kubernetes ──────────────────────────────────────────────────
+# ── Outside the rules: the account's template, Kubernetes ──────────────────────────────────────────────────────────
 
 
 def test_the_account_opens_ssh_to_one_address_and_encrypts() -> None:
@@ -240,9 +240,9 @@ def test_the_roles_have_the_least_rights() -> None:
 def test_on_kubernetes_the_same_holds() -> None:
     cluster = next(m for m in manifests() if m["kind"] == "RayCluster")["spec"]
     head = cluster["headGroupSpec"]
-    # The autoscaler's own container has the token, else it could not ask the head what is wanted.
+    # The autoscaler's container has the token, else it could not ask the head for the wanted resources.
     assert {e["name"] for e in cluster["autoscalerOptions"]["env"]} == {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
-    assert "wget" in (HERE / "kuberay/Dockerfile").read_text()  # by which KubeRay asks whether a pod is well
+    assert "wget" in (HERE / "kuberay/Dockerfile").read_text()  # KubeRay's health checks use it
     assert head["serviceType"] == "ClusterIP"
     assert head["rayStartParams"]["dashboard-host"] == "127.0.0.1"
     for group in [head, *cluster["workerGroupSpecs"]]:

@@ -24,7 +24,7 @@ _END_S = 2.0  # that Ray gets to shut down after an interrupt
 COMMANDS = {
     "demo": "the whole job on this machine: render, shard, pretrain, evaluate, register, pull, report",
     "prepare": "images (a folder, an archive, a dataset's name) → shards",
-    "verify": "shards → whether every byte and every image is whole",
+    "verify": "shards → a check of every byte and every image",
     "views": "shards + recipe → a picture of what the network sees",
     "pretrain": "shards → a pretrained encoder, on Ray Train workers",
     "finetune": "encoder + some labels → a classifier",
@@ -39,7 +39,7 @@ COMMANDS = {
     "sweep": "space + recipe + shards → many runs, and the paper's figures from them",
     "runs": "directory or s3:// prefix → its runs: state, step, images/s, last checkpoint",
     "recipes": "the named configs",
-    "cluster": "cluster file → what it would start, and what is wrong with it",
+    "cluster": "cluster file → the nodes that it would start, and its mistakes",
     "bench": "measured comparisons on this machine",
 }
 

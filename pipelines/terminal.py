@@ -84,7 +84,7 @@ class Bar:
         self.update(self.done + amount)
 
     def update(self, done: int, note: str | None = None, rate: float | None = None) -> None:
-        """`done` units so far; `rate` in images/s where the caller measures it better than this clock."""
+        """`done` units so far; `rate` in images/s, if the caller measures it better than this clock."""
         self.done = done
         self.note = self.note if note is None else note
         self.first = self.first or (time.monotonic(), done)

@@ -70,7 +70,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
-    """What a sweep varies. Its trials are all combinations of its axes' values, or samples of them."""
+    """The axes that a sweep varies. Its trials are all combinations of the axes' values, or samples of them."""
 
     name: str
     repeats: str
@@ -134,7 +134,7 @@ SPACES: dict[str, Space] = {
         Space(
             name="projection-head",
             repeats=f"{_V1}, Fig. 8",
-            why="No head, a linear one and a nonlinear one, by the size of their output: what the head takes off the representation.",
+            why="No head, a linear one and a nonlinear one, by the size of their output: the effect of the head on the representation.",
             axes=(Axis(paths=("head.layers", "head.d_out"), values=_HEADS, label="dimension of z"),),
         ),
         Space(

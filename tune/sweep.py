@@ -60,7 +60,7 @@ class Args:
     scheduler: Literal["none", "asha", "median", "pbt"] = "none"
     """asha: of the trials that reach a step, the worse two thirds stop there. median: those below the median of the running means
     stop. pbt: the worst quarter goes on with the weights of the best and a changed lr, τ or colour strength. Time is counted in
-    steps, or in images where the batch size is varied."""
+    steps, or in images if the batch size varies."""
     metric: Literal["eval/knn_top1", "eval/probe_top1", "health/rankme", "health/align_uniform"] = "eval/knn_top1"
     """The metric to optimise: kNN or linear-probe accuracy; without labels the effective rank of the features, or alignment +
     uniformity of the projections (lower is better)."""

@@ -90,7 +90,7 @@ class Ledger:
                 say(f"trial {name} failed: {reason}")
             case messages.TrialBeganAgain(reason=reason, bug=bug):
                 _show(bug)
-                say(f"trial {name} failed: {reason}; it begins again on another seed")
+                say(f"trial {name} failed: {reason}; it starts again with another seed")
                 if posted := self.posted.pop(name, None):
                     posted.path, posted.status = sweep_dir.first_try(self.sweep.path, name), "FAILED"
             case messages.TrialOver(status=status):

@@ -38,7 +38,7 @@ def prepare(kind: Kind, data: Path | None, out: Path, images: int, threads: int)
     if data is not None and not data.exists():
         raise UserError(f"{data} does not exist; --data names an archive or a folder of images, nothing = rendered ones")
     if out.exists():
-        raise UserError(f"{out} exists already, and writing shards is what is timed; use another --out")
+        raise UserError(f"{out} exists already, and this bench times the writing; use another --out")
     files.require_writable(out)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="simclr-bench-", dir=out.absolute().parent) as folder:

@@ -48,7 +48,7 @@ def train(
     n = config.images_per_rank(1)
     asked: dict[str, Callable[..., Any]] = {RESIDENT: partial(_resident, config.to_dict(), threads)}
     if peer == "lightly" and importlib.util.find_spec("lightly") is None:
-        print(f"lightly is not installed, so ours is timed alone; `{_INSTALL}` installs what it is compared with")
+        print(f"lightly is not installed, so ours is timed alone; `{_INSTALL}` installs lightly")
     elif peer == "lightly":
         asked[LIGHTLY] = partial(_lightly, config.to_dict(), threads, _photographs(peer_data, n))
     with contextlib.ExitStack() as stack:

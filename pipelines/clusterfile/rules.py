@@ -153,7 +153,7 @@ def _accelerators(cluster: Cluster) -> Iterator[str]:
         said = node["resources"].get(resource, 0)
         if name == cluster["head_node_type"]:
             if there and said:
-                yield f"the head is a {machine}; one idle {resource} machine costs what it costs busy: take one without"
+                yield f"the head is a {machine}; one idle {resource} machine costs as much as a busy one: take one without"
             continue
         if there > 0 and said != there:
             says = f"resources say {resource}: {said}" if said else f"resources do not say {resource}"
@@ -213,7 +213,7 @@ def _secrets(cluster: Cluster) -> Iterator[str]:
         if re.search(pattern, text):
             yield (
                 f"{what} is in the file, which is copied to every node and shown in logs; "
-                "give the nodes a role instead, and revoke what was written"
+                "give the nodes a role instead, and revoke the secret"
             )
     for there, here in cluster.get("file_mounts", {}).items():
         if re.search(_KEY_FILES, str(here)) or re.search(_KEY_FILES, there):

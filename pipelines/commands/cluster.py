@@ -56,7 +56,7 @@ def main(args: Args) -> None:
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:
-    """(text, content) of the file. Raises UserError where it is missing, no YAML, or no cluster file of Ray's."""
+    """(text, content) of the file. Raises UserError if it is missing, no YAML, or no cluster file of Ray's."""
     import yaml  # type: ignore[import-untyped]
 
     if not path.is_file():

@@ -15,7 +15,7 @@ _RIGHT, _WRONG = np.array([31, 95, 168.0]), np.array([196, 62, 38.0])
 
 
 def confusion_picture(table: NDArray[np.int64], names: Sequence[str], title: str) -> Image.Image:
-    """One row per true class, one column per predicted class; a cell's shade is its share of the row, blue where it is right."""
+    """One row per true class, one column per predicted class; a cell's shade is its share of the row, blue on the diagonal."""
     classes = len(table)
     cell = 44 if classes <= _WRITTEN else max(1200 // classes, 2)
     text = ImageFont.load_default(14 if classes <= _WRITTEN else max(min(cell - 1, 14), 7))

@@ -41,7 +41,7 @@ class Settings:
 
 
 def run(encoder_or_run: Path, data_at: Path | None, settings: Settings) -> list[dict[str, Any]]:
-    """The score rows of the encoder (or run) in a directory, weakest method first: name, rankme, and where there are labels
+    """The score rows of the encoder (or run) in a directory, weakest method first: name, rankme, and, if there are labels,
     knn_top1, probe_top1, …. In a run directory they are also written, with the report's pictures."""
     directory, config, data = resolve(encoder_or_run, data_at)
     manifest = read_manifest(data)

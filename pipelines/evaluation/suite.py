@@ -88,7 +88,7 @@ def run(directory: Path, settings: Settings, out: Path, name: str) -> list[dict[
 
 
 def chosen(only: tuple[str, ...], known: list[str]) -> list[str]:
-    """The datasets that `--only` names, in the table's order; all where it names none."""
+    """The datasets that `--only` names, in the table's order; all if it names none."""
     names = [name for words in only for name in words.split(",") if name]
     for name in names:
         if name not in known:

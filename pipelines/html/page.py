@@ -205,7 +205,7 @@ def _scores(data: ReportData) -> str:
     if probed:
         notes.append("<em>Linear probe</em>: a logistic regression fitted to the frozen features.")
     if data.chance:
-        notes.append(f'<span class="key"><i></i>chance: {percent(data.chance)}, one guess among {len(data.classes):,} classes.</span>')
+        notes.append(f'<span class="key"><i></i>chance: {percent(data.chance)}, one of {len(data.classes):,} classes at random.</span>')
     return (
         '<table class="scores"><thead><tr><th scope="col">Representation</th><th scope="col">Weighted kNN, top-1</th>'
         f"{'<th scope=col>Linear probe, top-1</th>' if probed else ''}</tr></thead><tbody>{rows}</tbody></table>"

@@ -62,7 +62,7 @@ class Run:
     created: float
     """Unix time."""
     data_at: str = ""
-    """s3://bucket/prefix, where `data` is this machine's copy of it."""
+    """s3://bucket/prefix, if `data` is this machine's copy of it; else ""."""
     environment: dict[str, str]
     """Machine and versions of the driver that began it."""
     tracking_uri: str = ""

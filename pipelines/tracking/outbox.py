@@ -35,7 +35,7 @@ def require(uri: str, begun: bool) -> None:
     except UserError as error:
         if not begun:
             raise
-        say(f"{error}; the training goes on without it, and what it misses is logged when it is back")
+        say(f"{error}; the training goes on without it, and the outbox sends the undelivered reports when it answers")
 
 
 def open_run(run: Run, uri: str, tags: dict[str, str], known: Callable[[str], object]) -> client.MLflowRun:
@@ -161,7 +161,7 @@ class Outbox:
             lost = sum(posted.lost() for posted in late)
             what = f"{lost:,} metrics" if lost else "the end of the run"
             why = f"{what} did not reach MLflow at {mlflow_uri.redacted(self.uri)} ({self.trouble or 'no answer'})"
-            say(f"{why}; metrics.jsonl has every report, and the same command again logs what MLflow has not taken")
+            say(f"{why}; metrics.jsonl has every report, and the same command again logs the undelivered reports")
 
     def _work(self) -> None:
         pause = _EVERY_S

@@ -165,7 +165,7 @@ def told(run: Run, shown: str) -> str:
 
 
 def require_classes(manifest: Manifest, data: Path) -> tuple[str, ...]:
-    """The data's classes. Raises UserError where it has none."""
+    """The data's classes. Raises UserError if it has none."""
     if not manifest.classes:
         raise UserError(f"{data} has no labels to learn; prepare it from a folder of class/file")
     return manifest.classes

@@ -95,7 +95,7 @@ class TrialBeganAgain:
     trial: str
     reason: str
     bug: str = ""
-    """The traceback, where it is one."""
+    """The traceback, if the failure is a bug."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,7 @@ class TrialFailed:
     trial: str
     reason: str
     bug: str = ""
-    """The traceback, where it is one."""
+    """The traceback, if the failure is a bug."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ OF_RANKS = {
     "speed/step_p50_s": ("simclr_step_p50_seconds", "Median step since the last report."),
     "speed/step_p95_s": ("simclr_step_p95_seconds", "95th percentile of the steps since the last report."),
     "speed/step_max_s": ("simclr_step_max_seconds", "Longest step since the last report."),
-    "speed/own_s": ("simclr_step_own_seconds", "Median step without what the rank waited for the others."),
+    "speed/own_s": ("simclr_step_own_seconds", "Median step without the wait for other ranks."),
     "speed/data_wait_pct": ("simclr_data_wait_percent", "Share of the time spent waiting for the rank's loader."),
     "speed/communication_pct": ("simclr_communication_percent", "Share of the time in collectives not hidden behind computing."),
     "memory/peak_gib": ("simclr_gpu_memory_peak_gibibytes", "Most GPU memory that tensors held at once."),
@@ -39,8 +39,8 @@ OF_RUN = {
     "speed/slowest_rank": ("simclr_slowest_rank", "Rank whose own time of a step is the longest."),
     "speed/straggle": ("simclr_straggle_ratio", "The slowest rank's own time over the median of ranks."),
     "speed/straggler_steps": ("simclr_straggler_steps", "For how many steps it has been slower than 1.2 times that."),
-    "eval/knn_top1": ("simclr_knn_top1_ratio", "kNN accuracy at the last look."),
-    "eval/top1": ("simclr_top1_ratio", "Test accuracy of a classifier at the last look."),
+    "eval/knn_top1": ("simclr_knn_top1_ratio", "kNN accuracy at the last online evaluation."),
+    "eval/top1": ("simclr_top1_ratio", "Test accuracy of a classifier at the last online evaluation."),
 }
 """Rank 0 exports these."""
 

@@ -1,4 +1,4 @@
-"""aws-account.yaml and aws-gpu.yaml at a simulated EC2 (moto), through Ray's own AWS provider: what it would really create.
+"""aws-account.yaml and aws-gpu.yaml at a simulated EC2 (moto), through Ray's own AWS provider: the resources that it would create.
 
 The test covers Ray's checks and defaults, its lookups of templates, subnets, groups and roles, its launches. moto knows no placement
 groups (their name is passed on) and does not resolve the image. No node starts, so no ssh, no set-up commands and no autoscaler: these

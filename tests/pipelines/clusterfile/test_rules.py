@@ -70,7 +70,7 @@ def test_ray_itself_accepts_the_files() -> None:
 def test_what_would_be_started() -> None:
     table = cluster.overview(load("aws-gpu.yaml"))
     assert re.search(r"g6 +g6\.12xlarge, spot +0 … 4 +4 × L4 24 GB, 16 in all$", table, re.MULTILINE)
-    assert "USD" not in table  # no price: one that nobody looked up is worse than none
+    assert "USD" not in table  # no price: a guessed one is worse than none
     slices = cluster.overview(load("gcp-tpu-pod.yaml"))
     assert re.search(r"v5e +v5litepod-16, spot, 4 hosts +1 +16 × TPU v5e 16 GB$", slices, re.MULTILINE)
 

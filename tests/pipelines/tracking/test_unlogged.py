@@ -281,7 +281,7 @@ def test_what_a_sweep_could_not_log_the_same_command_logs(mlflow: MLflow, tmp_pa
     kept.ended(names[0], "FINISHED")
     found = kept.close("FINISHED", [], {})
     assert not mlflow.steps and [lines(found, name) for name in names] == [[1]] * 3
-    assert "the same command again logs what MLflow has not taken" in capsys.readouterr().err
+    assert "the same command again logs the undelivered reports" in capsys.readouterr().err
     mlflow.refuse = lambda name: None
     kept = trial_log.Ledger(found, queue.Queue(), kept.uri)  # all are over: nothing comes
     found = kept.close("FINISHED", [], {})

@@ -1,4 +1,4 @@
-"""A job may ask for what the cluster's autoscaler would start, and for no more."""
+"""A job may ask for nodes that the cluster's autoscaler would start, and for no more."""
 
 from __future__ import annotations
 

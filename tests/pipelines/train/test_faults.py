@@ -305,7 +305,7 @@ def arguments(patterns: Path, *more: str) -> list[str]:
 def test_the_head_of_a_cluster_is_lost_and_another_begins(
     reference: Reference, patterns: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, within: Within, figures: Figures
 ) -> None:
-    """The driver waits half a minute for the head while workers go on, then ends with a sentence. The same command goes on at another head."""
+    """The driver waits half a minute for the head while workers go on, then ends with a sentence. The command goes on at another head."""
     story, log = Story(tmp_path / "run", []), tmp_path / "log"
     faults.plan(tmp_path / "run-faults", step_s=1.0)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}

@@ -41,9 +41,7 @@ def test_who_is_waited_for_is_named_and_not_who_waits() -> None:
     place = "at step 7 (simclr/data/loader.py:1 _prefetched)"
     assert said(group, 301.0, WAITS, AT, WAITS) == {1: f"no progress for 301 s in pid 11 on b (10.0.0.2), {place}"}
     late = replace(AT, step=6, waiting=True)
-    assert set(said(detector(AT, late, AT), 301.0, AT, late, AT)) == {
-        1
-    }  # the rank that is behind, though it waits: GPU steps are only queued
+    assert set(said(detector(AT, late, AT), 301.0, AT, late, AT)) == {1}  # the rank behind, though it waits: GPU steps are only queued
     assert set(said(detector(WAITS, WAITS), 301.0, WAITS, WAITS)) == {0, 1}  # no rank is to blame, but none goes on
 
 

@@ -1,4 +1,4 @@
-"""What a process tells its allocator."""
+"""Settings of the C allocator."""
 
 from __future__ import annotations
 

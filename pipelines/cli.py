@@ -1,6 +1,6 @@
 """`simclr COMMAND …`: finds the command's module, reads its flags from the dataclass `Args`, runs `main(args)`.
 
-A mistake of the user's is one sentence and exit code 2; everything else is a bug and shows its traceback.
+An error that the user can mend is one sentence and exit code 2. Every other error is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 from simclr.errors import UserError
 
-# Commands of the rooms above this one, which nothing here may import: found by name when they are called.
+# Commands of the rooms above this one. Nothing here may import them, so they are found by name when they are called.
 _ABOVE = {"sweep": "tune.sweep"}
-_END_S = 2.0  # for Ray, when interrupted
+_END_S = 2.0  # that Ray gets to shut down after an interrupt
 
 COMMANDS = {
     "demo": "the whole job on this machine: render, shard, pretrain, evaluate, register, pull, report",
     "prepare": "images (a folder, an archive, a dataset's name) → shards",
-    "verify": "shards → whether every byte and every image is whole",
+    "verify": "shards → a check of every byte and every image",
     "views": "shards + recipe → a picture of what the network sees",
     "pretrain": "shards → a pretrained encoder, on Ray Train workers",
     "finetune": "encoder + some labels → a classifier",
@@ -39,7 +39,7 @@ COMMANDS = {
     "sweep": "space + recipe + shards → many runs, and the paper's figures from them",
     "runs": "directory or s3:// prefix → its runs: state, step, images/s, last checkpoint",
     "recipes": "the named configs",
-    "cluster": "cluster file → what it would start, and what is wrong with it",
+    "cluster": "cluster file → the nodes that it would start, and its mistakes",
     "bench": "measured comparisons on this machine",
 }
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
             near = get_close_matches(name, COMMANDS, n=3, cutoff=0.4) or list(COMMANDS)
             raise UserError(f"unknown command {name!r}; nearest: {', '.join(near)}")
-        # A scheduler's notice ends it like Ctrl-C: as KeyboardInterrupt, not as SIGINT, which a shell's background jobs ignore.
+        # A scheduler's SIGTERM ends the command by KeyboardInterrupt, like Ctrl-C. A shell's background jobs ignore SIGINT itself.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         quiet = "--quiet" in rest
         from pipelines import terminal
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
             ending = threading.Thread(target=ray_train.disconnect, daemon=True)
             ending.start()
             ending.join(_END_S)
-        os._exit(130)  # other threads may be in the middle of something: they are not waited for
+        os._exit(130)  # does not wait for other threads, which may be in the middle of something
 
 
 def _fail(sentence: str) -> None:
@@ -102,7 +102,7 @@ def _fail(sentence: str) -> None:
 
 
 def parse(name: str, args: type[Any], argv: list[str]) -> Any:
-    """Read `argv` into the dataclass `args`. One with a field `config` takes its defaults from the recipe, its first word."""
+    """Read `argv` into the dataclass `args`. If it has a field `config`, the first word is a recipe, and the defaults are that recipe's."""
     import tyro
 
     fields = {f.name: f for f in dataclasses.fields(args)}

@@ -1,4 +1,4 @@
-"""What cluster files of before start on a node (`python -m pipelines.notice`). It moved to `pipelines.clusterfile.preemption`."""
+"""Older cluster files start this on a node (`python -m pipelines.notice`). It moved to `pipelines.clusterfile.preemption`."""
 
 from pipelines.clusterfile.preemption import main
 

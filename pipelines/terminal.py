@@ -1,4 +1,4 @@
-"""What a command says while it works: a bar with ETA and rate on a terminal, a plain line now and then elsewhere."""
+"""Progress of a command: on a terminal a bar with ETA and rate, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Bar:
     with Bar("embed", total=60_000, unit="images") as bar:
         bar.advance(256)
 
-    `rate_unit` is what the speed counts, where that is not images/s. `note` is free text at the end (loss, kNN). Without a
-    terminal it prints a line every ten seconds and one at the end, so that a log of a long run stays readable; a step that
+    `rate_unit` is the unit of the speed, if it is not images/s. `note` is free text at the end (loss, kNN). Without a
+    terminal it prints a line every ten seconds and one at the end, so that a log of a long run stays readable. A step that
     ends within two seconds prints nothing there.
     """
 
@@ -49,8 +49,8 @@ class Bar:
         self.done, self.note, self.rate = 0, "", 0.0
         self.began = self.printed = time.monotonic()
         self.started_at = 0
-        self.first: tuple[float, int] | None = None  # when the first units were done, and how many: what went before was set-up
-        self.last = -1  # what the last plain line said
+        self.first: tuple[float, int] | None = None  # (time, number) of the first units that were done; the time before is set-up
+        self.last = -1  # the count in the last plain line
         self.progress: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -71,7 +71,7 @@ class Bar:
         return self
 
     def resume_at(self, done: int) -> None:
-        """Start counting at `done`, which an earlier process did: it counts as progress, not as speed."""
+        """Start counting at `done` units, which an earlier process did. They count as progress, not as speed."""
         self.done = self.started_at = done
 
     def resize(self, total: int) -> None:
@@ -84,7 +84,7 @@ class Bar:
         self.update(self.done + amount)
 
     def update(self, done: int, note: str | None = None, rate: float | None = None) -> None:
-        """`done` units so far; `rate` in images/s where the caller measures it better than this clock."""
+        """`done` units so far; `rate` in images/s, if the caller measures it better than this clock."""
         self.done = done
         self.note = self.note if note is None else note
         self.first = self.first or (time.monotonic(), done)

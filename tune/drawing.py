@@ -1,7 +1,7 @@
 """Drawings of a sweep, as HTML text: curves with error bars, bars, a heat map. Numbers in, text out; no state.
 
-As in `pipelines.html.charts`, plots are SVGs stretched to the width there is and letters are HTML over them. Series differ by colour, which
-is that of the report's ten tested ones, and by their dashes; the paper's own numbers are grey.
+As in `pipelines.html.charts`, plots are SVGs stretched to the width there is, and letters are HTML over them. Series differ by their
+colour, one of the report's ten tested ones, and by their dashes; the paper's own numbers are grey.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _DASHES = ("none", "7 4", "2 4", "9 3 2 3", "4 2", "1 3")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """The mean over seeds, and the lowest and highest seed: shares in [0, 1] become per cent before they come here."""
+    """The mean over seeds, with the lowest and the highest seed; shares in [0, 1] are in per cent already."""
 
     mean: float
     low: float
@@ -31,7 +31,7 @@ class Cell:
 
 
 def cell(values: Sequence[float]) -> Cell:
-    """Of one trial per seed; at least one."""
+    """The cell of values of one trial per seed; at least one value."""
     return Cell(mean=sum(values) / len(values), low=min(values), high=max(values), n=len(values))
 
 
@@ -62,7 +62,7 @@ class Plot:
     levels: dict[str, float] = field(default_factory=dict)
     """Named heights with a horizontal line each."""
     heights: tuple[float, float] | None = None
-    """The least and the greatest value of several plots that are compared; None = this one's own."""
+    """The least and the greatest value, shared by plots to compare; None = this plot's own."""
 
 
 def _span(values: list[float]) -> list[float]:
@@ -111,7 +111,7 @@ def _whisker(x: float, c: Cell, height: float, bottom: float, top: float) -> str
 
 
 def curves(plot: Plot) -> str:
-    """Lines over x with error bars. Each series has a point at least."""
+    """Lines over x with error bars. Each series has at least one point."""
     xs = [x for s in plot.series for x in s.points] + list(plot.lines.values()) + list(plot.x_names)
     place = math.log if plot.log_x else float
     left, right = place(min(xs)), place(max(xs))
@@ -184,7 +184,7 @@ def bars(plot: Plot) -> str:
 
 
 def heat(title: str, names: Sequence[str], cells: dict[tuple[str, str], Cell], published: dict[tuple[str, str], float], unit: str) -> str:
-    """A square of cells, row = first, column = second of `names`; the diagonal is one alone. The last column is the mean of the row.
+    """A square of cells, row = first, column = second of `names`; the diagonal is one operation alone. The last column is the row's mean.
 
     The shade goes from the lowest to the highest value; each cell states its value and, smaller, the paper's.
     """

@@ -1,4 +1,4 @@
-"""Which figure repeats which of the paper's, and how a sweep's trials become its points: one function for each space."""
+"""The paper's figures, repeated from a sweep's trials: one function for each space makes the points."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _CELLS = "A cell is the mean, and states the lowest and highest when pointed at,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawing:
-    """Figures as HTML, and what they show as rows of a table."""
+    """Figures as HTML, and their numbers as rows of a table."""
 
     html: str
     note: str
     """A sentence or two beside it."""
     spread: str = "Error bars: lowest and highest of"
-    """How the seeds are shown; their number follows."""
+    """How the figure shows the seeds; their number follows."""
     rows: list[list[object]]
     """[what, mean, lowest seed, highest seed, n, published or ""]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Material:
-    """The finished trials of a sweep, and what their scores are called."""
+    """The finished trials of a sweep, and the name of their scores."""
 
     base: Config
     trials: list[Trial]
@@ -43,7 +43,7 @@ class Material:
 
     @property
     def as_published(self) -> bool:
-        """Whether these are scores of the kind that the paper's tables have."""
+        """Whether these scores are of the paper's kind."""
         return self.metric == "eval/probe_top1"
 
     def score(self, trial: Trial, metric: str = "") -> float:
@@ -51,7 +51,7 @@ class Material:
         return 100 * value if (metric or self.metric).startswith("eval/") else value
 
     def cells(self, key: Callable[[Trial], Any], metric: str = "") -> dict[Any, Cell]:
-        """key → the mean over trials, in the order in which keys come."""
+        """key → the mean over trials, in the order of the keys' first trials."""
         groups: dict[Any, list[float]] = {}
         for trial in self.trials:
             if (metric or self.metric) in trial.scores:
@@ -69,7 +69,7 @@ def _of(trial: Trial, base: Config, path: str) -> Any:
 
 
 def _lr(trial: Trial, base: Config) -> float:
-    """The peak learning rate, rounded as a figure needs it."""
+    """The peak learning rate, rounded for a figure."""
     values = (_of(trial, base, path) for path in ("optim.base_lr", "train.batch_size", "optim.scaling"))
     return float(f"{lr_peak(*values):.4g}")
 

@@ -1,6 +1,6 @@
 """The paper's own numbers, for the light marks in the figures: linear evaluation on ImageNet, ResNet-50, top-1 in per cent.
 
-Only what the paper prints as a number. Its Fig. 7, 8 and 9 have none, so the figures that repeat them have no marks.
+Only numbers that the paper prints. Its Fig. 7, 8 and 9 print none, so the figures that repeat them have no marks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A sweep's trials under Ray Tune: how many at a time, which next, and what happens at each one's end. Its imports take seconds."""
+"""A sweep's trials under Ray Tune: concurrency, search, scheduler, and the work at each trial's end. Its imports take seconds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import os
 from typing import Any, ClassVar, Literal
 
-import pipelines.train.ray_train  # noqa: F401  sets what Ray reads from the environment once
+import pipelines.train.ray_train  # noqa: F401  sets variables that Ray reads once, on import
 from simclr.errors import UserError
 
-# Read when Ray Tune is imported. Its result files and bars, of which trial.json and our bar take the place.
+# Read when Ray Tune is imported. They switch off its result files and bars; trial.json and our bar replace these.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that failed has no score
@@ -30,15 +30,14 @@ from tune.trial import drive
 from tune.trial_log import Ledger
 from tune.validate import MID_RUN
 
-_UNBOUNDED = 4  # trials at a time where a cluster grows to an unknown size, and --max-concurrent does not say
+_UNBOUNDED = 4  # trials at a time on a cluster that grows to an unknown size, without --max-concurrent
 
 
 def room(asked: Sweep) -> int:
-    """How many trials the cluster has room for at a time, at most --max-concurrent.
+    """How many trials fit on the cluster at a time, at most --max-concurrent.
 
-    A trial's driver holds no core, so every core can serve a worker; a worker is on one node, one that is there or that the
-    autoscaler would add. Raises UserError where not even one trial fits, or fewer than asked for: those would wait for cores that
-    others hold.
+    A trial's driver holds no core, so every core can serve a worker. A worker runs on one node, which exists or which the autoscaler
+    would add. Raises UserError if no trial fits, or fewer than asked for: the others would wait for cores that these hold.
     """
     resources = ray_train.Resources(**asked.resources)
     gpus = ray_train.require(resources)
@@ -53,7 +52,7 @@ def room(asked: Sweep) -> int:
 
 
 def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest, uri: str) -> Sweep:
-    """Run what is not over yet under Ray Tune."""
+    """Run the unfinished trials under Ray Tune."""
     reports = messages.make()
     ledger = Ledger(asked, reports, uri)
     private = not ray_train.joins_a_cluster(asked.resources["address"])
@@ -61,8 +60,8 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
     def trial(config: dict[str, Any]) -> None:
         drive(Coded(**config["trial"]), asked, reports, private)
 
-    # A driver waits, so it holds a little memory and no core: one core for the driver of a trial whose worker needs the last would
-    # be a deadlock.
+    # A driver only waits, so it reserves a little memory and no core. A driver with the last core, whose worker needs it, would be
+    # a deadlock.
     light = tune.with_resources(trial, tune.PlacementGroupFactory([{"memory": float(1 << 20)}]))
     count = len(codes) or asked.trials or 16
     status = "FAILED"
@@ -80,7 +79,7 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
                     storage_path=str(asked.path),
                     verbose=0,
                     callbacks=[Follow()],
-                    failure_config=tune.FailureConfig(max_failures=2),  # a driver that was lost with its node
+                    failure_config=tune.FailureConfig(max_failures=2),  # retries for a driver that was lost with its node
                 ),
             )
         try:
@@ -98,8 +97,8 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
 
 
 class Follow(tune.Callback):
-    """What the sweep's driver does at each trial's end. Without state of its own: Ray Tune pickles its callbacks, and brings the copies
-    back when a sweep is resumed; what they follow is in `followed`."""
+    """The work of the sweep's driver at each trial's end. It has no state of its own, because Ray Tune pickles its callbacks and restores
+    the copies when a sweep is resumed; the state is in `followed`."""
 
     followed: ClassVar[tuple[Sweep, Ledger, Bar] | None] = None
 
@@ -114,7 +113,7 @@ class Follow(tune.Callback):
         asked, ledger, bar = Follow.followed
         directory = asked.path / "trials" / name
         record = sweep_dir.trial_in(directory)
-        if record is not None and record.status == "running":  # else its driver has said how it ended
+        if record is not None and record.status == "running":  # else its driver has recorded its end
             record = dataclasses.replace(record, status=status, reason=reason or record.reason)
             record.save(directory)
         ledger.ended(name, "FAILED" if record is not None and record.status == "failed" else "FINISHED")
@@ -123,7 +122,7 @@ class Follow(tune.Callback):
 
 
 def _parameters(asked: Sweep, codes: list[Coded]) -> dict[str, Any]:
-    """Ray Tune's search space: the fields of a `Coded`, since it and its schedulers change what is in dicts."""
+    """Ray Tune's search space: the fields of a `Coded`, as a dict, because Tune and its schedulers change values in dicts."""
     if codes:
         return {"trial": tune.grid_search([dataclasses.asdict(code) for code in codes])}
     return {"trial": {"axes": {axis.key: _domain(axis) for axis in asked.restricted.axes}, "seed": 0}}
@@ -140,17 +139,17 @@ def _domain(axis: Axis) -> Any:
 
 
 def _tuning(asked: Sweep, coded: int, concurrent: int, manifest: Manifest) -> Any:
-    """Search, scheduler and names."""
+    """Tune's config: search, scheduler and names."""
     base, space = asked.base, asked.restricted
     examples = manifest.examples("train", base.train.shard_groups)
-    by_images = any("train.batch_size" in axis.paths for axis in space.axes)  # then a step is not the same work in every trial
+    by_images = any("train.batch_size" in axis.paths for axis in space.axes)  # then steps are unequal work
     total = base.total_steps(examples) * (base.train.batch_size if by_images else 1)
     if not by_images:
         every = resolve.combinations(space) if asked.search == "grid" else resolve.samples(space, asked.trials or 16, base.seed)
         total = max(resolve.point(space, base, c, 0).config.total_steps(examples) for c in every)
     clock: dict[str, Any] = {"time_attr": "images" if by_images else "step"}
     scheduler: Any = None
-    if asked.scheduler == "asha":  # beyond the last step: it would end a trial before it is scored
+    if asked.scheduler == "asha":  # its limit is beyond the last step: at that step it would end a trial before its score
         scheduler = ASHAScheduler(**clock, max_t=100 * total, grace_period=max(total // 4, 1), reduction_factor=3)
     elif asked.scheduler == "median":
         scheduler = MedianStoppingRule(**clock, grace_period=max(total // 4, 1), min_samples_required=3)

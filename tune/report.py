@@ -1,4 +1,4 @@
-"""`simclr sweep report DIR`: the paper's figures from a sweep's trials, their numbers as CSV, and one HTML page with all of it."""
+"""`simclr sweep report DIR`: the paper's figures from a sweep's trials, their numbers as CSV, and one HTML page with both."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNITS = {
 def report(path: Path) -> Path:
     """Write results.csv, figures.csv and report.html into the sweep's directory; returns the page's path.
 
-    Raises UserError where there is no sweep, or none of its trials has finished.
+    Raises UserError if there is no sweep, or none of its trials has finished.
     """
     sweep = sweep_dir.load(path)
     sweep_dir.write_results(sweep)
@@ -46,7 +46,7 @@ def report(path: Path) -> Path:
 
 
 def _drawings(sweep: Sweep, found: list[Trial]) -> dict[str, Drawing]:
-    """Metric → its figures: the linear probe, by which the paper compares, and the metric that was searched for."""
+    """Metric → its figures: the linear probe, which the paper compares by, and the sweep's own metric."""
     finished = [trial for trial in found if trial.status == "finished"]
     drawn: dict[str, Drawing] = {}
     for metric in dict.fromkeys(("eval/probe_top1", sweep.metric)):
@@ -95,7 +95,7 @@ def _note(sweep: Sweep, drawn: Drawing) -> str:
     return drawn.note + repeats + seeds + shapes
 
 
-_ALL = "<p>Best first. A stopped trial counts with what it had reached. results.csv has every number.</p>"
+_ALL = "<p>Best first. A stopped trial counts with its last score. results.csv has every number.</p>"
 _AGREE = (
     "<p>Scores that need no label, against the linear probe, which does: one point per finished trial. Spearman’s ρ compares the order of "
     "the trials alone: 1 is the same order, 0 none.</p>"

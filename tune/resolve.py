@@ -19,30 +19,30 @@ from tune.spaces import Axis, Peak, PeakBetween, Space, Times
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One combination of values and a seed: what one trial trains."""
+    """One combination of values and a seed, for one trial."""
 
     values: dict[str, Any]
-    """Field path → the value that it has in the config."""
+    """Field path → its value in the config."""
     seed: int
     config: Config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coded:
-    """One combination and a seed as Ray Tune has them: what a trial is told."""
+    """One combination and a seed in Ray Tune's form, for a trial."""
 
     axes: dict[str, int | float]
     """Axis key → number of the value, or the number drawn from a distribution."""
     seed: int
     name: str = ""
-    """The trial's, where Ray Tune does not draw it itself."""
+    """The trial's name; "" if Ray Tune draws the combination itself."""
 
 
 def restricted(space: Space, recipe: Config, only: dict[str, list[Any]]) -> Space:
-    """The space with what cannot serve this recipe left out, and of the axes named in `only` nothing but these values.
+    """The space without values that do not suit this recipe, and with only the given values on the axes in `only`.
 
-    Of an axis of operations those are kept that have no other parts. Raises UserError for an axis that the space does not have,
-    or where nothing is left of one.
+    On an axis of operations a value is kept if all of its parts are given. Raises UserError for an axis that the space lacks, or if an
+    axis has no values left.
     """
     shallow = recipe.encoder.depth in (8, 14, 20)
     axes = []
@@ -95,7 +95,7 @@ def _values(axis: Axis) -> tuple[Any, ...]:
 
 
 def samples(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` random combinations, the same for the same seed: without repetition where every axis has values."""
+    """`count` random combinations, the same for the same seed; without repetition if every axis has a list of values."""
     draw = random.Random(seed)
     if all(isinstance(axis.values, tuple) for axis in space.axes):
         every = combinations(space)
@@ -114,7 +114,7 @@ def _drawn(axis: Axis, draw: random.Random) -> Any:
 
 
 def point(space: Space, recipe: Config, chosen: dict[str, Any], seed: int) -> Point:
-    """The config of one combination. Raises UserError naming the field that does not exist or does not take its value."""
+    """The config of one combination. Raises UserError for a field that does not exist or does not take its value."""
     values: dict[str, Any] = dict(space.fixed)
     for axis in space.axes:
         parts = chosen[axis.key] if len(axis.paths) > 1 else (chosen[axis.key],)
@@ -144,7 +144,7 @@ def _resolved(values: dict[str, Any], recipe: Config, trial: Config) -> dict[str
 
 
 def value_of(config: Config, path: str) -> Any:
-    """The value of field `path`, as "optim.base_lr". Raises UserError naming the nearest fields."""
+    """The value of field `path`, as "optim.base_lr". For an unknown field, raises UserError with the nearest names."""
     value: Any = config
     for name in path.split("."):
         if not dataclasses.is_dataclass(value) or name not in {f.name for f in dataclasses.fields(value)}:
@@ -156,7 +156,7 @@ def value_of(config: Config, path: str) -> Any:
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
-    """`config` with other values at some paths. Raises UserError for a field that is none or a value of another type."""
+    """`config` with other values at some paths. Raises UserError for an unknown field or a value of another type."""
     whole = config.to_dict()
     for path, value in values.items():
         value_of(config, path)
@@ -178,7 +178,7 @@ def assignments(words: tuple[str, ...], flag: str) -> Iterator[tuple[str, str]]:
 
 
 def read(config: Config, path: str, text: str) -> Any:
-    """`text` of a command line as a value of field `path`: JSON where it is, a word, or an operation."""
+    """`text` of a command line as a value of field `path`: JSON, a word, or an operation."""
     value_of(config, path)
     try:
         value = json.loads(text)

@@ -1,7 +1,7 @@
 """Spaces: which fields of the config a sweep varies, and over which values. Data, checked against the config before anything starts.
 
-A value is what the field gets, or says how it follows from the recipe, so that a space serves a ResNet-8 on two cores and a
-ResNet-50 on a cluster: `Times(2)` is twice the recipe's value.
+A value is the field's own, or a rule that derives it from the recipe: `Times(2)` is twice the recipe's value. So one space serves a
+ResNet-8 on two cores and a ResNet-50 on a cluster.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ Distribution = Between | PeakBetween
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """One thing that is varied."""
+    """One axis of a space: fields that vary together."""
 
     paths: tuple[str, ...]
     """Field paths of the config; several change together, and a value is then a tuple of as many."""
     values: tuple[Any, ...] | Distribution
     """All values, or a distribution of them."""
     label: str
-    """What a figure calls it, with its unit."""
+    """Its name in figures, with its unit."""
 
     @property
     def key(self) -> str:
@@ -70,13 +70,13 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
-    """What a sweep varies. Its trials are all combinations of its axes' values, or samples of them."""
+    """The axes that a sweep varies. Its trials are all combinations of the axes' values, or samples of them."""
 
     name: str
     repeats: str
     """Figure or table of the paper, or "" for a space of our own."""
     why: str
-    """A sentence: what is varied and what one learns."""
+    """A sentence: the fields that vary and the lesson."""
     axes: tuple[Axis, ...]
     fixed: dict[str, Any] = field(default_factory=dict)
     """Fields that differ from the recipe in every trial."""
@@ -95,7 +95,7 @@ SPACES: dict[str, Space] = {
         Space(
             name="smoke",
             repeats="",
-            why="Eight short trials of temperature and learning rate: whether everything works, in minutes.",
+            why="Eight short trials of temperature and learning rate: checks in minutes that everything works.",
             axes=(
                 Axis(paths=("loss.temperature",), values=(0.1, 0.2, 0.5, 1.0), label="temperature τ"),
                 Axis(paths=("optim.base_lr",), values=(Peak(0.5), Peak(1)), label="base learning rate"),
@@ -134,7 +134,7 @@ SPACES: dict[str, Space] = {
         Space(
             name="projection-head",
             repeats=f"{_V1}, Fig. 8",
-            why="No head, a linear one and a nonlinear one, by the size of their output: what the head takes off the representation.",
+            why="No head, a linear one and a nonlinear one, by the size of their output: the effect of the head on the representation.",
             axes=(Axis(paths=("head.layers", "head.d_out"), values=_HEADS, label="dimension of z"),),
         ),
         Space(
@@ -201,7 +201,7 @@ SPACES: dict[str, Space] = {
 
 
 def space(name: str) -> Space:
-    """The space called `name`. Raises UserError with the nearest names."""
+    """The space called `name`. If there is none, raises UserError with the nearest names."""
     if name not in SPACES:
         near = difflib.get_close_matches(name, SPACES, n=3, cutoff=0.3) or list(SPACES)
         raise UserError(f"unknown space {name!r}; nearest: {', '.join(near)} (`simclr sweep --list` describes all)")
@@ -209,7 +209,7 @@ def space(name: str) -> Space:
 
 
 def listing() -> str:
-    """All spaces, each with its figure, its sentence, its axes and how many combinations they have."""
+    """All spaces, each with its figure, its sentence, its axes and its number of combinations."""
     lines = []
     for found in SPACES.values():
         lines.append(f"{found.name}{f'  ({found.repeats})' if found.repeats else ''}\n  {found.why}")

@@ -32,10 +32,10 @@ from tune.validate import check
 
 @dataclass(frozen=True)
 class Args:
-    """Train a recipe many times over a space of its fields, and draw what came out.
+    """Train a recipe many times over a space of its fields, and draw figures of the results.
 
     `simclr sweep --list` describes the spaces, `simclr sweep report DIR` draws the figures of a sweep, `simclr sweep --resume DIR`
-    goes on with one; so does the same command again.
+    goes on with a sweep; so does the same command again.
     """
 
     space: Annotated[str, tyro.conf.Positional] = ""
@@ -43,29 +43,29 @@ class Args:
     directory: Annotated[Path | None, tyro.conf.Positional] = None
     """For `report`: the sweep's directory."""
     recipe: str = ""
-    """The recipe that every trial begins with."""
+    """The recipe that every trial changes."""
     data: Path | None = None
     """Directory or s3://bucket/prefix of prepared shards."""
     out: Path | None = None
     """The sweep's directory, on a disk that all nodes share. Default: runs/sweep-SPACE-DIGEST, the same for the same command."""
     resume: Path | None = None
-    """A sweep's directory: go on with it as it was begun. Finished trials stay, the others go on from their last checkpoint."""
+    """A sweep's directory: go on with the same settings. Finished trials stay, the others go on from their last checkpoint."""
     trials: int | None = None
     """How many combinations. Default: all; of a space with distributions, 16."""
     seeds: int = 1
     """Trials of each combination, on seeds one apart."""
     search: Literal["auto", "grid", "random", "optuna"] = "auto"
-    """grid: all combinations; random: --trials of them; optuna: each chosen by what the ones before it scored (an extra:
-    `pip install optuna`). auto: grid, or random where --trials or a distribution asks for it."""
+    """grid: all combinations; random: --trials of them; optuna: each chosen by the scores of earlier trials (an extra:
+    `pip install optuna`). auto: grid, or random with --trials or a distribution."""
     scheduler: Literal["none", "asha", "median", "pbt"] = "none"
     """asha: of the trials that reach a step, the worse two thirds stop there. median: those below the median of the running means
     stop. pbt: the worst quarter goes on with the weights of the best and a changed lr, τ or colour strength. Time is counted in
-    steps, or in images where the batch size is varied."""
+    steps, or in images if the batch size varies."""
     metric: Literal["eval/knn_top1", "eval/probe_top1", "health/rankme", "health/align_uniform"] = "eval/knn_top1"
-    """What is searched for: kNN or linear-probe accuracy; without labels the effective rank of the features, or alignment +
+    """The metric to optimise: kNN or linear-probe accuracy; without labels the effective rank of the features, or alignment +
     uniformity of the projections (lower is better)."""
     only: tuple[str, ...] = ()
-    """FIELD=VALUE,VALUE … : of what the space varies, these values alone. For views.operations: those made of these parts; for
+    """FIELD=VALUE,VALUE … : only these values of an axis. For views.operations: operations made of these parts; for
     optim.base_lr: multiples of the recipe's."""
     set: tuple[str, ...] = ()
     """FIELD=VALUE … : fields that differ from the recipe in every trial, as train.epochs=6."""
@@ -76,13 +76,13 @@ class Args:
     max_concurrent: int | None = None
     """Trials at a time. Default: as many as the cluster has room for."""
     device: str = "auto"
-    """auto (GPUs when the cluster has one for each worker), cpu or cuda."""
+    """auto (GPUs if the cluster has one for each worker), cpu or cuda."""
     address: str | None = None
     """Ray cluster to join: 'auto' on a cluster's node; nothing = a private Ray on this machine."""
     max_failures: int = 3
-    """How often a trial's lost or failed workers are started again, from its last checkpoint."""
+    """How many failures in a row of a trial's workers are retried, from its last checkpoint."""
     keep: int = 3
-    """The best trials that keep their checkpoints and encoders; of the others only the scores stay."""
+    """How many of the best trials keep their checkpoints and encoders; the others keep only their scores."""
     publish: str | None = None
     """Register the best trial's encoder in the registry under this name; champion if it is the best there."""
     tracking_uri: str | None = None
@@ -109,11 +109,11 @@ def main(args: Args) -> None:
 def sweep(args: Args) -> Path:
     """Check everything, run the trials, draw the report. Returns the sweep's directory.
 
-    Raises UserError, before any trial starts, for what the user can mend.
+    Raises UserError, before any trial starts, for errors that the user can mend.
     """
     uri = mlflow_uri.tracking_address(args.tracking_uri)
     asked = _asked(args)
-    asked = dataclasses.replace(asked, path=asked.path.absolute())  # the trials' processes have other folders
+    asked = dataclasses.replace(asked, path=asked.path.absolute())  # the trials' processes have another current folder
     require(uri, begun=bool(sweep_dir.trials(asked.path)))
     manifest = read_manifest(sync.shards(asked.data))
     asked = dataclasses.replace(asked, labelled=bool(manifest.classes))
@@ -192,14 +192,14 @@ def _asked(args: Args) -> Sweep:
 
 
 def _key(found: Sweep) -> dict[str, Any]:
-    """What makes two sweeps the same."""
+    """The fields that two equal sweeps share."""
     names = ("space", "recipe", "data", "only", "changes", "search", "scheduler", "metric", "trials", "seeds")
     plain: dict[str, Any] = json.loads(json.dumps({name: getattr(found, name) for name in names}))
     return plain
 
 
 def _same(there: Sweep, asked: Sweep) -> Sweep:
-    """The sweep that is there, on the resources asked for now. Raises UserError where it is another one."""
+    """The existing sweep, with the resources asked for now. Raises UserError if it is another sweep."""
     theirs, ours = _key(there), _key(asked)
     different = [f"{name} {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
     if different:
@@ -208,7 +208,7 @@ def _same(there: Sweep, asked: Sweep) -> Sweep:
 
 
 def _finish(asked: Sweep, publish: str | None, uri: str) -> Path:
-    """Say what came out, draw it, and publish the best trial where asked."""
+    """Print the best trial, draw the report, and publish the best trial if asked."""
     order = sweep_dir.write_results(asked)
     if not order:
         failed = [trial for trial in sweep_dir.trials(asked.path) if trial.reason]

@@ -1,9 +1,9 @@
-"""What a sweep's directory holds, and how it is read again.
+"""A sweep's directory: its files, and how they are read again.
 
-sweep.json      what was asked: space, recipe, data, flags; the MLflow parent run
-space.json      the space as it was searched, resolved
-trials/NAME/    a run directory each, as `simclr pretrain` makes one, with trial.json: what it varies and how it went
-first_tries/    what trials that began again on another seed had left
+sweep.json      the command's settings: space, recipe, data, flags; the MLflow parent run
+space.json      the space, with all values resolved
+trials/NAME/    a run directory each, as `simclr pretrain` makes one, with trial.json: its values, status and scores
+first_tries/    run directories of trials that started again with another seed
 tune/           Ray Tune's own state, which `--resume` restores
 results.csv, best_config.json, report.html
 """
@@ -35,7 +35,7 @@ METRICS: dict[str, Literal["max", "min"]] = {
     "health/rankme": "max",
     "health/align_uniform": "min",
 }
-"""What a sweep can go by. The last two need no label: RankMe (arXiv:2210.02885), and alignment + uniformity (arXiv:2005.10242)."""
+"""The metrics of a sweep. The last two need no label: RankMe (arXiv:2210.02885), and alignment + uniformity (arXiv:2005.10242)."""
 
 NAMES = {
     "eval/knn_top1": "kNN",
@@ -47,7 +47,7 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """What was asked for: sweep.json."""
+    """The settings of a sweep: sweep.json."""
 
     path: Path
     space: str
@@ -64,7 +64,7 @@ class Sweep:
     seeds: int
     keep: int
     resources: dict[str, Any]
-    """Of each trial: the fields of `ray_train.Resources`."""
+    """The resources of each trial: fields of `ray_train.Resources`."""
     max_concurrent: int
     command: str
     created: float
@@ -100,24 +100,24 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """How one trial went: trial.json in its run directory."""
+    """The record of one trial: trial.json in its run directory."""
 
     name: str
     values: dict[str, Any]
-    """Field path → value, of what the space varies."""
+    """Field path → value, for the fields that the space varies."""
     seed: int
     status: Literal["running", "finished", "stopped", "failed"] = "running"
     """stopped: by the scheduler, before its end."""
     reason: str = ""
-    """Of a failure; of a finished trial, what failed before it was tried again on another seed."""
+    """The reason of a failure; of a finished trial, the failure before it started again with another seed."""
     bug: str = ""
-    """The traceback of a failure that nobody's input explains."""
+    """The traceback of a failure that is a bug."""
     step: int = 0
     total_steps: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     """The newest value of each metric."""
     start_s: dict[str, float] = field(default_factory=dict)
-    """Seconds from the trial's beginning to: its workers' beginning, their imports, their first step."""
+    """Seconds from the trial's start to the start of its workers, to the end of their imports, to their first step."""
 
     def save(self, directory: Path) -> None:
         files.write_text(directory / "trial.json", json.dumps(asdict(self)) + "\n")
@@ -128,7 +128,7 @@ class Trial:
 
 
 def load(path: Path) -> Sweep:
-    """The sweep in directory `path`. Raises UserError where there is none."""
+    """The sweep in directory `path`. Raises UserError if there is none."""
     if not (path / "sweep.json").is_file():
         raise UserError(f"{path} is no sweep (it has no sweep.json); `simclr sweep SPACE --recipe NAME --data DIR` makes one")
     text = files.read_json(path / "sweep.json", _INSTEAD)
@@ -152,7 +152,7 @@ def trial_in(directory: Path) -> Trial | None:
 
 
 def first_try(path: Path, name: str) -> Path:
-    """Where the directory of trial `name` goes when it begins again on another seed."""
+    """The new place of trial `name`'s directory when it starts again with another seed."""
     return path / "first_tries" / name
 
 
@@ -163,14 +163,14 @@ def trials(path: Path) -> list[Trial]:
 
 
 def ranked(found: list[Trial], metric: str) -> list[Trial]:
-    """The trials that have a score in `metric`, best first. A stopped one counts with what it had reached."""
+    """The trials that have a score in `metric`, best first. A stopped trial counts with its last score."""
     sign = -1 if METRICS[metric] == "max" else 1
     scored = [(trial.score(metric), trial) for trial in found]
     return [trial for value, trial in sorted(((v, t) for v, t in scored if v is not None), key=lambda pair: (sign * pair[0], pair[1].name))]
 
 
 def prune(path: Path, metric: str, keep: int) -> list[str]:
-    """Remove the checkpoints and encoders of the trials that are over and not among the best `keep`; returns their names."""
+    """Remove the checkpoints and encoders of trials that are over, except for the best `keep`; returns their names."""
     over = [trial for trial in trials(path) if trial.status != "running"]
     best = {trial.name for trial in ranked(over, metric)[:keep]}
     losers = [trial.name for trial in over if trial.name not in best]
@@ -214,7 +214,7 @@ def progress(sweep: Sweep) -> tuple[int, str]:
 
 
 def start_up(found: list[Trial]) -> str:
-    """How long trials took from their driver's beginning to their first step; "" where none is known."""
+    """A sentence on the time from a trial's start to its first step; "" if no time is known."""
     starts = sorted((t.start_s["first_step"], t.start_s["workers"]) for t in found if {"first_step", "workers"} <= t.start_s.keys())
     if not starts:
         return ""

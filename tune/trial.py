@@ -1,7 +1,7 @@
-"""One trial of a sweep: the very job of `simclr pretrain`, begun by a driver that holds no core while its workers train.
+"""One trial of a sweep: the job of `simclr pretrain`, started by a driver that reserves no core while its workers train.
 
-The driver runs in a process that Ray Tune keeps for many trials. It records how the trial goes in its run directory and tells
-Tune what a scheduler decides by. A failure ends the trial, never the sweep.
+The driver runs in a process that Ray Tune keeps for many trials. It records the trial in its run directory and reports to Tune the
+metrics that a scheduler decides by. A failure ends the trial, never the sweep.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tune import resolve, sweep_dir
 from tune.spaces import Axis, Between, Peak, PeakBetween
 from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
 
-# How often Train's controller looks after its workers, in place of 2 s: a report waits for it, and so does the next trial.
+# How often Train's controller polls its workers, instead of 2 s: each report waits for it, and so does the next trial.
 os.environ.setdefault(ray_private.HEALTH_INTERVAL, "0.5")
 # A trial that a scheduler stops ends its workers within this time; then its driver's process serves the next one.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "20")
@@ -40,7 +40,7 @@ _STALE = "the checkpoint it should go on from is gone"
 
 
 def chosen(axis: Axis, code: Any) -> Any:
-    """An axis' value from what Ray Tune has: the number of the value, or the number drawn from the distribution."""
+    """An axis' value from Ray Tune's code: the number of the value, or the number drawn from the distribution."""
     if isinstance(axis.values, tuple):
         return axis.values[int(code)]
     if isinstance(axis.values, PeakBetween):
@@ -52,14 +52,14 @@ def chosen(axis: Axis, code: Any) -> Any:
 def drive(asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None:
     """Train and score the trial that Ray Tune `asked` for. Runs in an actor of Tune's.
 
-    What fails for good is recorded in trial.json and not raised: a trial without a score is no candidate.
+    A final failure is recorded in trial.json and not raised: a trial without a score is no candidate.
     """
     from ray import tune
 
     name = str(tune.get_context().get_trial_name())
     try:
         _drive(name, asked, sweep, inbox, private)
-    except Exception as error:  # before there was a training, or in what records how it went
+    except Exception as error:  # before the training started, or while recording it
         directory, trial = sweep.path / "trials" / name, Trial(name=name, values={}, seed=asked.seed)
         _failed(directory, trial, why(error)[0], retry.bug(error), inbox)
 
@@ -73,13 +73,13 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
     point = resolve.point(space, sweep.base, codes, asked.seed)
     directory = sweep.path / "trials" / name
     before = trial_in(directory)
-    if before is not None and before.status in ("finished", "failed"):  # its driver was lost after it was over
+    if before is not None and before.status in ("finished", "failed"):  # its driver was lost after the trial's end
         if before.score(sweep.metric) is not None:
-            tune.report({**_told(before.scores), "step": before.step, "images": before.step * point.config.train.batch_size})
+            tune.report({**_tune_metrics(before.scores), "step": before.step, "images": before.step * point.config.train.batch_size})
         return
     donor = tune.get_checkpoint()
     trial = Trial(name=name, values=point.values, seed=point.seed)
-    if before is not None and before.reason:  # it had begun again on another seed
+    if before is not None and before.reason:  # it had started again with another seed
         trial, point = _again(trial, point, before.reason)
     while True:
         try:
@@ -88,7 +88,7 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
             trial = _train(sweep, run, trial, inbox, private, began)
             dataclasses.replace(trial, status="finished").save(directory)
             return
-        except Exception as error:  # a bug too: the sweep goes on, and its traceback is printed and kept
+        except Exception as error:  # bugs too: the sweep goes on, and prints and stores the traceback
             (reason, again), bug = why(error), retry.bug(error)
             if trial.reason or not again:
                 first = f" (seed {point.seed}; before, on seed {point.seed - _OTHER_SEED}: {trial.reason})" if trial.reason else ""
@@ -102,13 +102,13 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
 
 def _failed(directory: Path, trial: Trial, reason: str, bug: str, inbox: Any) -> None:
     """Record that the trial has failed, and tell the sweep's driver."""
-    directory.mkdir(parents=True, exist_ok=True)  # it may have failed before there was one
+    directory.mkdir(parents=True, exist_ok=True)  # it may have failed before the directory existed
     dataclasses.replace(trial, status="failed", reason=reason, bug=bug).save(directory)
     inbox.actor.put.remote(TrialFailed(trial=trial.name, reason=reason, bug=bug))
 
 
 def _set_aside(directory: Path, to: Path) -> None:
-    """Keep what a first try has reported: it may not be at MLflow yet. Renamed at once, since others write in the directory."""
+    """Keep the reports of a first try, since MLflow may lack some. The directory is renamed, because the ledger still writes in it."""
     if directory.is_dir():
         to.parent.mkdir(exist_ok=True)
         shutil.rmtree(to, ignore_errors=True)
@@ -116,8 +116,8 @@ def _set_aside(directory: Path, to: Path) -> None:
         shutil.rmtree(to / "checkpoints", ignore_errors=True)
 
 
-def _told(scores: dict[str, float]) -> dict[str, Any]:
-    """Of a trial's scores, what Ray Tune gets."""
+def _tune_metrics(scores: dict[str, float]) -> dict[str, Any]:
+    """The part of a trial's scores that Ray Tune gets."""
     return {name: scores[name] for name in METRICS if name in scores}
 
 
@@ -129,23 +129,23 @@ def _again(trial: Trial, point: resolve.Point, reason: str) -> tuple[Trial, reso
 
 
 def why(failure: BaseException) -> tuple[str, bool]:
-    """(reason in a sentence, whether another seed may go better).
+    """(reason in a sentence, whether another seed may help).
 
-    A loss that is not finite is the seed's and the config's doing: the same seed would bring it again, another may not. A mistake
-    in the input and a device that is too small come again with every seed. What was lost with a process or a node Ray Train
-    has tried again from the last checkpoint already, as often as --max-failures says; the last try begins anew.
+    A loss that is not finite follows from seed and config: the same seed would repeat it, another may not. Wrong input and too little
+    memory on the device fail with every seed. After lost processes and nodes, Ray Train has retried from the last checkpoint as often
+    as --max-failures says; the last try then starts from the beginning.
     """
     error = retry.causes(failure)[0]
     text = " ".join(str(error).split())[:400] or type(error).__name__
     if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
         return f"out of memory on the device: {text}", False
     if isinstance(error, Diverged):
-        return text.partition(";")[0], True  # behind it stands what to do in a single run
+        return text.partition(";")[0], True  # the rest is advice for a single run
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}", not isinstance(error, UserError | OSError)
 
 
 def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
-    """The trial's run directory; under PBT with the weights of the trial it goes on from, and its own new config."""
+    """The trial's run directory; under PBT with the weights of the donor trial and with its own new config."""
     at = address(sweep.data)
     data = sync.retry_unreachable(lambda: sync.shards(sweep.data), say)
     if (directory / "run.json").is_file() and donor is not None:
@@ -162,7 +162,7 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
 
 
 def _fill(run: Run) -> None:
-    """Give the run the reports that a sweep which was killed has not heard; a checkpoint may also have those of another trial."""
+    """Add the checkpoint's reports that a killed sweep missed. Reports of another trial, which a checkpoint may have too, are left out."""
     if not run.checkpoints.exists():
         return
     from simclr import checkpoint
@@ -198,7 +198,7 @@ def _inherit(run: Run, source: dict[str, Any]) -> None:
 
 
 def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, began: float) -> Trial:
-    """Run the trial's workers to their end and return its record. Raises what Ray Train raises."""
+    """Run the trial's workers to their end and return its record. Raises Ray Train's errors."""
     resources = ray_train.Resources(**sweep.resources)
     shares = sweep.restricted.label_shares
     data = sweep.data if address(sweep.data) else str(run.data.absolute())
@@ -223,8 +223,8 @@ def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, bega
 def _forward(sweep: Sweep, run: Run, trial: Trial, began: float) -> Any:
     """Ray Train's callback for the reports: into trial.json, and on to Ray Tune.
 
-    `ray.tune.integration.ray_train.TuneReportCallback` does the second through a queue, that is an actor, that is one more process
-    for each trial, because Train's controller runs elsewhere; ours is in Tune's process, and can also say where a checkpoint is.
+    `ray.tune.integration.ray_train.TuneReportCallback` needs a queue for the second, an actor and so one more process for each trial,
+    because Train's controller runs elsewhere. Ours runs in Tune's process, and can also tell a checkpoint's place.
     """
     from ray import tune
     from ray.train import UserCallback
@@ -249,11 +249,11 @@ def _forward(sweep: Sweep, run: Run, trial: Trial, began: float) -> Any:
             self.trial.save(run.path)
             if sweep.metric not in scores:
                 return
-            told = _told(scores) | {"step": self.trial.step, "images": self.trial.step * run.config.train.batch_size}
+            told = _tune_metrics(scores) | {"step": self.trial.step, "images": self.trial.step * run.config.train.batch_size}
             if sweep.scheduler != "pbt":
                 tune.report(told)
                 return
-            with tempfile.TemporaryDirectory() as folder:  # a word about where it is: the checkpoint itself stays in the run
+            with tempfile.TemporaryDirectory() as folder:  # only a note of its place: the checkpoint itself stays in the run
                 (Path(folder) / "from.json").write_text(json.dumps({"run": str(run.path.absolute()), "step": self.trial.step}))
                 tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
 
@@ -261,8 +261,8 @@ def _forward(sweep: Sweep, run: Run, trial: Trial, began: float) -> Any:
 
 
 def train_and_score(task: Task, shares: tuple[float, ...]) -> None:
-    """What each worker of a trial runs: `train_worker`, then rank 0 scores the encoder, with `shares` of the labels too, and all report
-    once more."""
+    """The function of each worker of a trial: `train_worker`, then rank 0 scores the encoder, also with `shares` of the labels, and all
+    ranks report once more."""
     times = {"at/workers": time.time()}
     import ray.train
     import ray.train.torch
@@ -283,6 +283,6 @@ def train_and_score(task: Task, shares: tuple[float, ...]) -> None:
         publish_newest(run, manifest.classes)
         found = score(run, data, ray.train.torch.get_device(), shares)
         scores = {f"health/{k}" if k == "rankme" else f"eval/{k}": v for k, v in found.items()}
-    if rows := [row for row in run.history() if row["time"] > times["at/workers"]]:  # not those of before a restart
+    if rows := [row for row in run.history() if row["time"] > times["at/workers"]]:  # without rows from before a restart
         times["at/first_step"] = rows[0]["time"]
     ray.train.report({**scores, **times, "step": total, "total_steps": total})

@@ -1,8 +1,8 @@
-"""The messages of all trials on their way to where they are kept: each trial's metrics.jsonl, and from there MLflow, a parent run and
-one below it for each trial. In the sweep's driver, so that MLflow is imported once and not by every trial.
+"""Writes the messages of all trials to each trial's metrics.jsonl; the outbox sends them from there to MLflow, to a parent run with a run
+below it for each trial. It runs in the sweep's driver, so that MLflow is imported once and not by every trial.
 
-Who writes the lines never waits for MLflow: with a server that was away, trials that ended held up the lines of those that ran, and
-those still queued at the sweep's end were lost.
+The thread that writes never waits for MLflow. When it did, an unreachable server blocked the lines of running trials at each trial's
+end, and lines still queued at the sweep's end were lost.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from tune import sweep_dir
 from tune.sweep_dir import Sweep
 
 _LOOK_S = 0.5
-_DRAIN_S = 30.0  # for what is queued when the sweep ends: a line takes a millisecond
+_DRAIN_S = 30.0  # for the lines that are queued at the sweep's end; a line takes a millisecond
 
 
 class Ledger:
-    """Takes what comes through `inbox`, a `messages.make()`, until it is closed."""
+    """Takes messages from the queue `inbox` (see `messages.make`) until it is closed."""
 
     def __init__(self, sweep: Sweep, inbox: Any, uri: str) -> None:
         self.sweep, self.inbox, self.uri, self.outbox = sweep, inbox, uri, Outbox(uri)
         self.parent: client.MLflowRun | None = None
-        self.posted: dict[str, Posted] = {}  # of trials that go on
+        self.posted: dict[str, Posted] = {}  # of running trials
         self.over = threading.Event()
         self.bug: Exception | None = None
         self.thread = threading.Thread(target=self._work, name="ledger", daemon=True)
         self.thread.start()
 
     def ended(self, name: str, status: str) -> None:
-        """Say that trial `name` is over, behind all that it reported."""
+        """Queue the end of trial `name` after all of its reports."""
         self.inbox.put(messages.TrialOver(trial=name, status=status))
 
     def close(self, status: str, artifacts: list[Path], metrics: dict[str, float]) -> Sweep:
-        """Write down what waits; then end the trials' MLflow runs, log what MLflow lacks of trials that are over, and end the parent run
-        with `artifacts` and `metrics`. Returns the sweep with the parent's id. Raises what has ended the thread that writes down."""
+        """Write the queued messages; then end the trials' MLflow runs, send the undelivered reports of trials that are over, and end the
+        parent run with `artifacts` and `metrics`. Returns the sweep with the parent's id. Raises the bug that has ended the thread."""
         self.over.set()
         self.thread.join(_DRAIN_S)
         if self.bug is not None and status != "KILLED":
@@ -58,7 +58,7 @@ class Ledger:
         return self.sweep
 
     def _work(self) -> None:
-        """The thread. A bug in it is told at once, and ends the sweep when its trials are over: they keep their own records."""
+        """The thread. A bug in it is printed at once, and ends the sweep after its trials: these keep their own records."""
         try:
             self._take()
         except Exception as error:
@@ -67,7 +67,7 @@ class Ledger:
 
     def _take(self) -> None:
         while True:
-            last = self.over.is_set()  # asked before looking, so that nothing put before the end is missed
+            last = self.over.is_set()  # asked before taking, so that no message put before the end is missed
             try:
                 message: messages.OfTrial | None = messages.take(self.inbox, _LOOK_S)
             except EOFError:  # Ray was shut down
@@ -77,7 +77,7 @@ class Ledger:
             try:
                 if message is not None:
                     self._enter(message)
-            except (UserError, OSError) as error:  # one trial's book must not close the others'
+            except (UserError, OSError) as error:  # an error in one trial's records must not stop the others'
                 say(f"trial {message.trial if message is not None else ''}: {error}")
 
     def _enter(self, message: messages.OfTrial) -> None:
@@ -90,7 +90,7 @@ class Ledger:
                 say(f"trial {name} failed: {reason}")
             case messages.TrialBeganAgain(reason=reason, bug=bug):
                 _show(bug)
-                say(f"trial {name} failed: {reason}; it begins again on another seed")
+                say(f"trial {name} failed: {reason}; it starts again with another seed")
                 if posted := self.posted.pop(name, None):
                     posted.path, posted.status = sweep_dir.first_try(self.sweep.path, name), "FAILED"
             case messages.TrialOver(status=status):
@@ -107,17 +107,17 @@ class Ledger:
         return posted
 
     def _follow_unlogged(self) -> None:
-        """Have what MLflow has not taken of trials that are over, under a driver that was killed, sent too."""
+        """Send the undelivered reports of trials that ended under a driver that was killed."""
         over = {self.sweep.path / "trials" / t.name: t.status for t in sweep_dir.trials(self.sweep.path) if t.status != "running"}
         over |= dict.fromkeys(sorted(sweep_dir.first_try(self.sweep.path, "").glob("*")), "failed")
         sent = {posted.path for posted in list(self.outbox.posted)}
         for folder, status in over.items():
-            # One may fail before it has a run.
+            # A trial may fail before it has a run.
             if folder not in sent and (folder / "run.json").is_file() and load_run(folder).unlogged:
                 self._follow(folder).status = "FAILED" if status == "failed" else "FINISHED"
 
     def _tags(self, name: str) -> dict[str, str]:
-        """Of a trial's MLflow run, below the parent, which is opened if need be. Raises UserError where MLflow refuses."""
+        """The tags that put a trial's MLflow run below the parent; opens the parent if needed. Raises UserError if MLflow refuses."""
         self.parent = self.parent or self._open_parent()
         return {"mlflow.parentRunId": self.parent.run_id, "sweep": self.sweep.path.name, "trial": name}
 

@@ -1,4 +1,4 @@
-"""Whether a sweep can work at all: every config, the data, the metric, the scheduler and the search, before anything starts."""
+"""Checks of a sweep before anything starts: every config, the data, the metric, the scheduler and the search."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tune.spaces import Axis, PeakBetween
 from tune.sweep_dir import Sweep
 
 MID_RUN = ("optim.base_lr", "optim.weight_decay", "loss.temperature", "views.colour_strength")
-"""What may change while a run goes on."""
+"""Fields that may change during a run."""
 _ONE_EACH = {"train.batch_size", "encoder.depth", "encoder.width", "head.layers", "head.d_out"}
 _DURING = {"eval/knn_top1", "health/rankme", "health/align_uniform"}
 
 
 def check(asked: Sweep, manifest: Manifest) -> list[Coded]:
-    """What Ray Tune is given for each trial (nothing where it draws them itself), once every config fits data and workers.
+    """Ray Tune's code of each trial ([] if Tune draws them itself), after checking that every config fits data and workers.
 
     Raises UserError for a space, metric, scheduler or search that cannot work.
     """

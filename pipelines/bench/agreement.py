@@ -1,4 +1,4 @@
-"""`simclr bench agreement`: how far a device's numbers are from the CPU's, and which lines make the host wait for it."""
+"""`simclr bench agreement`: the differences of a device's numbers from the CPU's, and the lines that make the host wait for the device."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from simclr.views.two_views import two_views
 
 _SIZES = {32: 64, 224: 32}  # side of a view in px → images
 _FEW = 4  # of 224 px, on a CPU
-_WIDTHS = (64, 128, 200, 256, 512, 1024, 2048)  # of z: within a kernel's tile, at its edges, beyond
+_WIDTHS = (64, 128, 200, 256, 512, 1024, 2048)  # of z: within a kernel's tile, at its edges, larger
 _ROWS = 600
 _TEMPERATURE = 0.1
-_STEPS, _EVERY = 12, 4  # of training, and of a report
-_WATCHED = 4  # after this report, until the next, blocking calls are looked for
+_STEPS, _EVERY = 12, 4  # steps of training, and steps between two reports
+_WATCHED = 4  # blocking calls are counted between this step's report and the next
 Precision = Literal["float32", "bfloat16"]
 
 
 def agreement(config: Config, data: Path | None, threads: int, device: torch.device) -> Iterator[Row]:
-    """Print and give: the largest differences of views, of the loss and its gradient, and of the losses of the first steps, all as the
-    device computes them, from the CPU's; and, on a GPU, the source lines that block the host between two reports.
+    """Print and give the largest differences between the device and the CPU: of views, of the loss and its gradient, of the losses of the
+    first steps. On a GPU also the source lines that block the host between two reports.
 
-    On a CPU it compares that with itself: 0, but of the precision. The steps are of `config` on the shards in `data`; without any
-    they are left out.
+    On a CPU the differences are 0, apart from those of precision. The steps train `config` on the shards in `data`; without data they
+    are left out.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    if data is not None:  # asked before anything is measured
+    if data is not None:  # raises before anything is measured
         config = _short(config, read_manifest(data).examples("train"))
     print(f"{device.type} − cpu, {threads} threads")
     yield from _views(device)
@@ -64,7 +64,7 @@ def _views(device: torch.device) -> Iterator[Row]:
 
 
 def _losses(device: torch.device) -> Iterator[Row]:
-    """NT-Xent of 600 rows as a step calls it, against the CPU's in the same precision, and against that in float64."""
+    """NT-Xent of 600 rows as a step calls it, against the CPU's in the same precision and in float64."""
     for dtype in (torch.float32, torch.bfloat16):
         for width in _WIDTHS:
             z = torch.randn(_ROWS, width, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -95,7 +95,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Losses, one a report, and how often which line made the host wait."""
+    """The loss of each report, and for each source line how often it made the host wait."""
 
     losses: tuple[float, ...]
     blocking: Counter[str] = field(default_factory=Counter)

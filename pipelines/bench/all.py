@@ -1,7 +1,7 @@
 """`simclr bench all`: every bench that says something about this machine, most valuable first, within a budget of minutes.
 
-A machine may be gone at any time, and a bench may hang or die. So each phase is a process of its own that is ended at its limit with
-all that it started, what it found is appended at once, and the same command again does what is missing.
+A machine may disappear at any time, and a bench may hang or crash. So each phase is a process, which is ended at its limit with all
+that it started. Its result is appended at once, and the same command again runs the missing phases.
 """
 
 from __future__ import annotations
@@ -34,38 +34,38 @@ from simclr.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 SCHEMA = 1
-_ARCHIVES = {"small": "cifar10*.tar*", "photographs": "*photo*.tar*"}  # shards → the file in --data that they are made of
+_ARCHIVES = {"small": "cifar10*.tar*", "photographs": "*photo*.tar*"}  # shards → their source file in --data
 _PROGRAMS = {"simclr": ("-m", "pipelines.cli"), "pytest": ("-m", "pytest"), "python": ()}
-_PEERS = ("ray", "mlflow", "kornia", "lightly")  # a bench leaves out what it would compare with, or is left out itself
-_WORTH = 0.8  # of what a phase is expected to take: with less time left it is not begun
+_PEERS = ("ray", "mlflow", "kornia", "lightly")  # without one of these, a bench leaves out the comparison, or is left out itself
+_WORTH = 0.8  # times its expected seconds: with less time left, a phase is not begun
 _LEAVE_S = 5.0  # between asking a phase to end and ending it
 _MOST_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a phase."""
+    """The outcome of a phase."""
 
     phase: str
     code: int | Literal["timeout", "skipped"]
     seconds: float
     figure: str
-    """What it found, in a line, or why it was skipped."""
+    """The result in a line, or why it was skipped."""
     command: str
     n: int = 0
     """Trials of each side."""
     complete: bool = False
     rows: tuple[Row, ...] = ()
-    """The bench's own; as far as it came, where it is not complete."""
+    """The bench's rows; of an incomplete bench the rows so far."""
 
 
 def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data: Path | None) -> list[str]:
     """Run the plan of this machine, print the table, and leave in `out`: results.jsonl, a line as soon as a phase is over; bench.log, all
-    that was said; DATE-DEVICE.json, the whole, as tests/benchmarks/results/ keeps it; profiles. Returns the names of the phases that
-    failed or were ended; of a dry run also of those for which no time was left.
+    output; DATE-DEVICE.json, the whole result, as in tests/benchmarks/results/; profiles. Returns the names of the phases that failed
+    or were ended; of a dry run also of those for which no time was left.
 
-    Raises UserError, before anything is measured, for a device that is not there, `data` that is no folder, or an `out` that holds the
-    results of another machine, version or plan.
+    Raises UserError, before anything is measured, if the device is absent, if `data` is no folder, or if `out` has results of another
+    machine, version or plan.
     """
     if not budget_min > 0:
         raise UserError(f"--budget-min is {budget_min}; expected minutes, more than 0")
@@ -75,7 +75,7 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
     files.require_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     cores = os.cpu_count() or 1
-    # As many threads as cores leave none for whatever else runs, and a CPU's threads wait for one another.
+    # As many threads as cores would leave no core for other processes, and a CPU's threads wait for one another.
     threads = 1 if dry else min(cores if size == "gpu" else max(cores - 1, 1), _MOST_THREADS)
     given = {shards: archive and Path(archive.name) for shards, archive in archives.items()}
     phases = plan(size, threads, given, _gpu_tests(), ray=importlib.util.find_spec("ray") is not None)
@@ -96,10 +96,10 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
 
 
 def run(phases: tuple[Phase, ...], out: Path, work: Path, budget_s: float, day: dict[str, Any]) -> tuple[list[Outcome], Path]:
-    """Run in folder `work` those of `phases` that `out` has no result of, one after the other, as long as `budget_s` lasts, but for
-    those that run `beside` the others. Returns all outcomes, and the file that holds the whole."""
+    """Run the `phases` without a result in `out`, in folder `work`, until `budget_s` is spent: one after the other, except for the phases
+    that run `beside` others. Returns all outcomes, and the file with the whole result."""
     began, day, done = time.monotonic(), _same_day(out, day), _done(out, phases)
-    wanted = {p.needs for p in phases if p.name not in done and not p.lacks}  # shards, which are gone with the folder of an earlier time
+    wanted = {p.needs for p in phases if p.name not in done and not p.lacks}  # shards, which went with the work folder of an earlier call
     open_ = [p for p in phases if p.name not in done or (p.makes and p.makes in wanted)]
     device = "dry" if day["size"] == "dry" else re.sub(r"\W+", "-", str(day.get("gpus", "cpu")).rpartition("× ")[2].lower()).strip("-")
     whole = out / f"{day['date'][:16].replace(':', '')}-{device}.json"
@@ -168,7 +168,7 @@ def _archives(data: Path | None) -> dict[str, Path | None]:
 
 
 def _gpu_tests() -> tuple[str, ...]:
-    """Files of the checkout that have tests for a GPU; () without a checkout or pytest. Others need packages that a GPU host may lack."""
+    """Test files of the checkout for a GPU; () without a checkout or pytest. Other tests need packages that a GPU host may lack."""
     if importlib.util.find_spec("pytest") is None:
         return ()
     tests = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -176,20 +176,20 @@ def _gpu_tests() -> tuple[str, ...]:
 
 
 def _day(size: Size, archives: dict[str, Path | None]) -> dict[str, Any]:
-    """What all results have in common."""
+    """The facts that all results share."""
     rendered = {"small": "rendered patterns", "photographs": "rendered photographs"}
     given = {shards: rendered[shards] if archive is None else archive.name for shards, archive in archives.items()}
     absent = [name for name in _PEERS if importlib.util.find_spec(name) is None]
     date = datetime.now(UTC).isoformat(timespec="seconds")
     day = {"schema": SCHEMA, "what": "all", "size": size, **machine(), "absent": absent, "data": given, "date": date}
-    return day | {"load_average": round(os.getloadavg()[0], 1)}  # of the last minute: what else the machine was doing
+    return day | {"load_average": round(os.getloadavg()[0], 1)}  # of the last minute: the other work of the machine
 
 
-# ── What is there already ──────────────────────────────────────────────────────────────────────────────────────────
+# ── Earlier results ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    """One line, on the disk when this returns: what comes next may take the machine down."""
+    """Append one line, which is on the disk when this returns: the next phase may crash the machine."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
         file.flush()
@@ -199,13 +199,13 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # half a line, of a machine that died
+        with contextlib.suppress(json.JSONDecodeError):  # half a line of a machine that crashed
             found.append(json.loads(line))
     return found
 
 
 def _same_day(out: Path, day: dict[str, Any]) -> dict[str, Any]:
-    """The day whose results `out` holds, noted there if there is none. Raises UserError where it is of another machine or plan."""
+    """The day of the results in `out`, written there if it has none. Raises UserError if it is of another machine or plan."""
     path = out / "results.jsonl"
     if path.is_file() and not path.read_text(encoding="utf-8").endswith("\n"):
         with path.open("a", encoding="utf-8") as file:
@@ -222,7 +222,7 @@ def _same_day(out: Path, day: dict[str, Any]) -> dict[str, Any]:
 
 
 def _done(out: Path, phases: tuple[Phase, ...]) -> dict[str, Outcome]:
-    """The outcomes that need no second time: of the same command, which ended well."""
+    """The outcomes that need no second run: successful ones of the same command."""
     commands = {p.name: shlex.join(p.command) for p in phases}
     lines = [line for line in _lines(out / "results.jsonl") if "phase" in line]
     return {line["phase"]: Outcome(**line) for line in lines if line["code"] == 0 and commands.get(line["phase"]) == line["command"]}
@@ -252,7 +252,7 @@ class _Running:
     limit_s: float
 
     def ended(self) -> tuple[int | Literal["timeout"], float]:
-        """(code, seconds) once it is over; at its limit it is ended, with all that it started."""
+        """(code, seconds) once it is over; at its limit it is ended, with all its children."""
         code: int | Literal["timeout"] = "timeout"
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self.process.wait(max(self.limit_s - (time.monotonic() - self.began), 0.0))
@@ -261,20 +261,20 @@ class _Running:
         return code, seconds
 
     def end(self) -> None:
-        """Nothing of its process group is left: no child of a phase that died holds the GPU of the next."""
+        """End its whole process group, so that no child of a crashed phase holds the GPU of the next."""
         if self.process.poll() is None:
-            self._signal(signal.SIGTERM)  # Ray's processes are of other groups, and end with who started them
+            self._signal(signal.SIGTERM)  # Ray's processes are in other groups, and end with the process that started them
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_LEAVE_S)
         left = self._signal(signal.SIGKILL)
         self.process.wait()
         until = time.monotonic() + _LEAVE_S
-        while left and time.monotonic() < until:  # a killed process holds its GPU until the kernel has taken it down
+        while left and time.monotonic() < until:  # a killed process holds its GPU until the kernel has removed it
             left = self._signal(0)
             time.sleep(0.05)
 
     def _signal(self, number: int) -> bool:
-        """Whether there was anybody to hear it."""
+        """Whether the group still had a process."""
         try:
             os.killpg(self.process.pid, number)
         except ProcessLookupError:
@@ -290,7 +290,7 @@ def _started(phase: Phase, out: Path, work: Path, log: IO[str], limit_s: float, 
     _result_file(out, phase).unlink(missing_ok=True)
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
-    caches = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "TRITON_CACHE_DIR": str(work / "triton")}  # what compiling takes counts
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "TRITON_CACHE_DIR": str(work / "triton")}  # empty: compiling counts
     hidden = {} if size == "gpu" else {"CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [sys.executable, *_PROGRAMS[program], *words, *to],
@@ -316,7 +316,7 @@ def _result_file(out: Path, phase: Phase) -> Path:
 
 def _outcome(phase: Phase, running: _Running, out: Path) -> Outcome:
     code, seconds = running.ended()
-    if phase.beside and (written := _result_file(out, phase)).is_file():  # it ran beside others: when it ended nobody saw
+    if phase.beside and (written := _result_file(out, phase)).is_file():  # it ran beside others, so the time of its end is unknown
         seconds = min(seconds, written.stat().st_mtime - running.at)
     n, complete, rows = _result(_result_file(out, phase))
     figure = phase.figure(rows) if complete else f"{len(rows)} rows before it ended" if rows else "nothing; see the log"
@@ -324,7 +324,7 @@ def _outcome(phase: Phase, running: _Running, out: Path) -> Outcome:
 
 
 def _result(path: Path) -> tuple[int, bool, list[Row]]:
-    """What the phase wrote: n, whether it came to its end, rows."""
+    """The phase's file: n, whether it is complete, rows."""
     if not path.is_file():
         return 0, False, []
     if path.suffix == ".xml":

@@ -1,4 +1,4 @@
-"""`simclr bench cifar`: a whole short pretraining by the loop alone, and what its encoder scores on all images."""
+"""`simclr bench cifar`: a whole short pretraining by the loop alone, and its encoder's scores on all images."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from simclr.methods.simclr import build_model
 from simclr.train import train
 
 _EVERY = 97  # steps between two reports: an epoch of CIFAR-10 at N = 512
-_BASE_LR = 0.12  # 0.24 at N = 512: what a short run wants, four times the recipe's
+_BASE_LR = 0.12  # 0.24 at N = 512, four times the recipe's, for a short run
 _K, _TEMPERATURE = 200, 0.1  # of the kNN
 
 
 def cifar(name: str, config: Config, data: Path, epochs: int, threads: int, device: torch.device) -> list[Row]:
     """Print and return images/s, loss and seconds of `epochs` epochs of `config`, and accuracies of kNN and of a linear probe on all images
-    of the shards in `data`. It needs no Ray: the loop's generator is what is timed. n = 1.
+    of the shards in `data`. It needs no Ray: it times the loop's generator. n = 1.
 
     Raises UserError, before anything is trained, for shards without classes or without a test split.
     """

@@ -1,4 +1,4 @@
-"""`simclr bench device`: what the device can do at most, which no step of a network exceeds."""
+"""`simclr bench device`: the device's ceilings, which no step of a network exceeds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from pipelines.bench.result import Row, compared, in_turn
 from pipelines.bench.timing import rate
 
-_COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes: far more than a cache holds, on a GPU
-_SIDE = {"cuda": 8192, "cpu": 512}  # of the square matrices that are multiplied
+_COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes; on a GPU far more than a cache holds
+_SIDE = {"cuda": 8192, "cpu": 512}  # side of the square matrices
 
 
 def device(trials: int, steps: int, threads: int, at: torch.device) -> list[Row]:
-    """Print and return, as medians of `trials`: GB/s (10⁹ bytes) of a copy on the device, read and written counted, and from
+    """Print and return, as medians of `trials`: GB/s (10⁹ bytes) of a copy on the device (read plus written), and from
     page-locked memory of the host to a GPU; TFLOP/s (10¹²) of a product of bfloat16 matrices and of float32 ones as a network
     multiplies them."""
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""A side of a comparison in a process of its own that compiles once, and then is timed as often as it is asked."""
+"""A side of a comparison in its own process, which compiles once and is then timed any number of times."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _LEAVE_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The process, and the way to it."""
+    """The process of a side, and the pipe to it."""
 
     process: BaseProcess
     pipe: Connection
 
     def step_s(self, steps: int) -> float:
-        """Mean seconds of `steps` steps in a row. Raises RuntimeError where the process has ended."""
+        """Mean seconds of `steps` steps in a row. Raises RuntimeError if the process has ended."""
         try:
             self.pipe.send(steps)
             found: float = self.pipe.recv()
@@ -46,7 +46,7 @@ class Held:
 
 @contextlib.contextmanager
 def held(make: Make) -> Iterator[Held]:
-    """A fresh process that answers what `make` gives, with processes of its own if it likes. Between two questions it does nothing."""
+    """A fresh process that answers with the side from `make`; it may start processes itself. Between two questions it does nothing."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_answer, args=(make, there))
@@ -55,20 +55,20 @@ def held(make: Make) -> Iterator[Held]:
     try:
         yield Held(process, here)
     finally:
-        here.close()  # it is asked no more
+        here.close()  # no further question
         process.join(_LEAVE_S)
         process.kill()
         process.join()
 
 
 def steps_of(side: Held, steps: int, window_s: float) -> int:
-    """Steps that last `window_s` seconds, at least `steps` − 5, by how long the first of them take."""
+    """The number of steps that last `window_s` seconds, at least `steps` − 5, estimated from the first steps."""
     side.step_s(1)  # compiles
     return max(steps - WARM_STEPS, math.ceil(window_s / side.step_s(WARM_STEPS)))
 
 
 def asks(one: Callable[[], object], device: torch.device) -> Ask:
-    """The steps of `one`, behind 5 that are not counted. What memory it can it gives the GPU back, for whoever is asked next."""
+    """The steps of `one`, after 5 that are not counted. It returns unused memory to the GPU, for the side that is asked next."""
     import torch
 
     from pipelines.bench.timing import call_s
@@ -83,15 +83,15 @@ def asks(one: Callable[[], object], device: torch.device) -> Ask:
 
 
 def end_with_parent() -> None:
-    """Called in a process, it does not outlive the one that started it, however that is ended. (Linux; elsewhere there is no such call.)"""
+    """Let this process end with its parent, however that ends. (Linux; elsewhere there is no such call.)"""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def _answer(make: Make, pipe: Connection) -> None:
-    # Linux shares a busy machine among sessions first (autogroup), and Ray's workers have one of their own: so has what they are
-    # compared with.
+    # Linux first shares a busy machine among sessions (autogroup), and Ray's workers have their own session. So the side that they
+    # are compared with gets its own session too.
     os.setsid()
     end_with_parent()
     ask = make()

@@ -33,8 +33,8 @@ _FFCV = "FFCV, two pipelines"
 def loader(data: Path | None, batch_size: int, steps: int, trials: int, threads: int, size_px: int = 224) -> list[Row]:
     """Print and return, for each kind of resize, our images/s ÷ FFCV's: the median over pairs of trials.
 
-    An image counts once its two crops are there. Both sides prepare batches in advance and are asked for the next one at
-    once, so what is timed is the preparing.
+    An image counts once its two crops are there. Both sides prepare batches in advance and get the next request at once, so the
+    preparation is timed.
     """
     torch_threads = torch.get_num_threads()  # FFCV's loader sets it
     with tempfile.TemporaryDirectory(prefix="simclr-bench-") as folder:
@@ -47,7 +47,7 @@ def loader(data: Path | None, batch_size: int, steps: int, trials: int, threads:
         for kind in KINDS:
             config = Config(train=Train(batch_size=batch_size), views=Views(size_px=size_px, resize=kind))
             sides[kind] = lambda config=config: batches(config, shard, 0, 0, 1, threads)  # type: ignore[misc]
-        for name in sides:  # compiles; to the end, because FFCV's thread cannot be stopped and numba's threads bear no second user
+        for name in sides:  # compiles; runs to its end, because FFCV's thread cannot be stopped and numba's threads allow no second user
             _rate(sides[name](), steps, batch_size)
         rates = in_turn({name: partial(_fresh, side, steps, batch_size) for name, side in sides.items()}, trials, "images/s")
         kib = (beton.stat().st_size - PAGE) / samples / 1024
@@ -70,7 +70,7 @@ def _fresh(side: Callable[[], Iterator[Any]], steps: int, batch_size: int) -> fl
 
 
 def _rate(stream: Iterator[Any], steps: int, batch_size: int) -> float:
-    """Images per second from batch WARM_STEPS, behind which the queue is full, to batch `steps`."""
+    """Images per second from batch WARM_STEPS, when the queue is full, to batch `steps`."""
     for _ in range(WARM_STEPS):
         next(stream)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`simclr bench loop`: what Ray Train adds to a step of the loop's generator."""
+"""`simclr bench loop`: the cost of Ray Train in a step of the loop's generator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.bench.result import WARM_STEPS, Row, compared, in_turn
 from simclr.config import Config
 from simclr.errors import UserError
 
-_ENDLESS = 1_000_000  # windows: the schedule ends never
+_ENDLESS = 1_000_000  # windows: the schedule never ends
 
 
 def loop(name: str, config: Config, data: Path, steps: int, trials: int, threads: int, window_s: float = 2.0) -> list[Row]:
@@ -39,29 +39,29 @@ def loop(name: str, config: Config, data: Path, steps: int, trials: int, threads
 
 
 def around(before: dict[str, list[float]], behind: dict[str, list[float]]) -> dict[str, list[float]]:
-    """What to compare trial i of a job in the middle with: the mean of two trials as far from its middle, one before and one behind.
-    So what grows or falls steadily while all are timed falls on both."""
+    """The comparison of trial i of a job that runs in the middle: the mean of two trials at equal distances from its middle, one before and
+    one after it. So a steady drift of the machine falls on both sides."""
     return {side: [statistics.fmean(pair) for pair in zip(before[side], behind[side][::-1], strict=True)] for side in before}
 
 
 def require_ray(what: str) -> None:
-    """Raise UserError, before anything is measured, where Ray is not installed."""
+    """Raise UserError, before anything is measured, if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise UserError(f"ray is not installed, and `simclr bench {what}` trains under it; install it, or take `bench step --data DIR`")
 
 
 def timed(config: Config, window: int, windows: int) -> Config:
-    """`config` for a window that is not counted and `windows` that are, each a report, with one checkpoint and one small evaluation,
-    after the last."""
+    """`config` for one window that is not counted and `windows` that are. Each window is a report; one checkpoint and one small evaluation
+    follow the last."""
     steps = (windows + 1) * max(window, WARM_STEPS)
     train = replace(config.train, steps=steps, report_every_steps=max(window, WARM_STEPS), checkpoint_every_steps=steps)
-    # The last step is always evaluated; what that costs is not asked here.
+    # The last step is always evaluated, outside the timed windows.
     return replace(config, train=train, watch=replace(config.watch, bank=64, queries=64, k=1, every_epochs=0))
 
 
 def _bare(values: dict[str, Any], data: str, threads: int) -> Callable[[int], float]:
-    """Number of steps → seconds of one, of the generator alone, which reports behind each window. Between two windows it waits where it
-    is, and the loader prepares three batches in advance."""
+    """Number of steps → seconds of one, of the generator alone, with a report after each window. Between two windows the generator waits,
+    and the loader prepares three batches in advance."""
     import torch
 
     from pipelines.allocator import keep_freed_memory
@@ -76,9 +76,9 @@ def _bare(values: dict[str, Any], data: str, threads: int) -> Callable[[int], fl
     def ask(steps: int) -> float:
         steps = max(steps, WARM_STEPS)
         if steps not in reports:
-            reports.clear()  # ends the one before
+            reports.clear()  # ends the previous one
             reports[steps] = train(timed(Config.from_dict(values), steps, _ENDLESS), Start(Path(data), device, threads=threads))
-            for report in reports[steps]:  # of the first step, and of a window that is not counted
+            for report in reports[steps]:  # reports of the first step and of the window that is not counted
                 if report.step > 1:
                     break
         return next(reports[steps]).metrics["speed/step_s"]
@@ -87,7 +87,7 @@ def _bare(values: dict[str, Any], data: str, threads: int) -> Callable[[int], fl
 
 
 def under_ray(config: Config, data: Path, threads: int) -> list[float]:
-    """Seconds of a step of one Ray Train worker in each window of a config that is `timed`, in a Ray of its own, which ends with it."""
+    """Seconds of a step of one Ray Train worker in each window of a `timed` config, in a private Ray."""
     from pipelines.train import ray_train
     from pipelines.train.messages import Reported, Task
     from pipelines.train.worker import train_worker

@@ -1,6 +1,6 @@
-"""`simclr bench loss`: NT-Xent with its gradient, without stored logits ÷ written out in float32. Time, memory, deviation.
+"""`simclr bench loss`: NT-Xent with its gradient, without stored logits ÷ written out in float32. Time, memory, difference.
 
-In bfloat16 it is what a step calls: `simclr.loss.nt_xent` of projections z in bfloat16."""
+In bfloat16 it is the call of a step: `simclr.loss.nt_xent` of projections z in bfloat16."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from simclr.loss import nt_xent
 WRITTEN, STREAMED, CALLED = "written out", "streamed", "of bfloat16"
 _D = 128  # dimensions of z, the papers'
 _TEMPERATURE = 0.1
-_CALLS = 5  # in a trial, of which the median counts
-_COPIES = 4  # tables of logits that the written-out form holds at its worst, and a little more
+_CALLS = 5  # of a trial; the median counts
+_COPIES = 4  # tables of logits: a little more than the peak of the written-out form
 
 
 def loss(
     batches: tuple[int, ...], trials: int, threads: int, device: torch.device, precision: Literal["float32", "bfloat16"] = "float32"
 ) -> Iterator[Row]:
-    """Print and give, for each N, milliseconds and MiB of both forms and how far their values and gradients are apart.
+    """Print and give, for each N, milliseconds and MiB of both forms, and the largest difference of their gradients.
 
-    MiB are what a call adds at its peak: on a GPU the allocator's, on a CPU that of a fresh process. The written-out form, always
-    float32, is left out where it would not fit.
+    MiB are the memory that a call adds at its peak: on a GPU the allocator's, on a CPU that of a fresh process. The written-out form,
+    always float32, is left out if it does not fit.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -70,7 +70,7 @@ def projections(n: int, device: torch.device, dtype: torch.dtype = torch.float32
 
 
 def written_out(z: Tensor) -> Tensor:
-    """Eq. 1 as everybody writes it: all logits, the diagonal masked, cross entropy."""
+    """Eq. 1 in its usual form: all logits, the diagonal masked, cross entropy."""
     unit = F.normalize(z, dim=1)
     logits = unit @ unit.T / _TEMPERATURE
     own = torch.arange(len(z), device=z.device)
@@ -84,7 +84,7 @@ def by_blocks(z: Tensor) -> Tensor:
 
 
 def as_called(z: Tensor) -> Tensor:
-    """As a step calls it: stored or not, in which precision, is for the loss to say."""
+    """As a step calls it: the loss chooses precision and whether logits are stored."""
     return nt_xent(z, _TEMPERATURE)
 
 
@@ -124,9 +124,9 @@ def _peak_mib(name: str, n: int, device: torch.device, dtype: torch.dtype) -> fl
 def _added_mib(name: str, n: int, dtype: torch.dtype) -> float:
     torch.set_num_threads(1)
     form, cpu = FORMS[name], torch.device("cpu")
-    torch.autograd.grad(form(small := projections(8, cpu, dtype)), small)  # what the libraries take
+    torch.autograd.grad(form(small := projections(8, cpu, dtype)), small)  # loads the libraries' memory
     z = projections(n, cpu, dtype)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew; a spawned process begins with its parent's
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak: a spawned process starts with its parent's
     before = _kib("/proc/self/status", "VmRSS")
     torch.autograd.grad(form(z), z)
     return (_kib("/proc/self/status", "VmHWM") - before) / 1024

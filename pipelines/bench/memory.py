@@ -1,4 +1,4 @@
-"""`simclr bench memory`: whether the loader's memory stays flat, epoch after epoch."""
+"""`simclr bench memory`: the loader's memory, epoch after epoch: does it stay flat?"""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _run(data: str, batch_size: int, epochs: int, threads: int, cache: Literal["
 
 
 def _resident() -> tuple[float, float]:
-    """MiB in memory of this process's own, and of files that it maps."""
+    """MiB in memory: this process's own, and those of mapped files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     own, mapped = (int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
     return own, mapped

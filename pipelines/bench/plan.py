@@ -1,4 +1,4 @@
-"""What `simclr bench all` runs: the benches as plain commands, most valuable first, for a GPU, for a CPU, and at toy size."""
+"""The plan of `simclr bench all`: the benches as plain commands, most valuable first, for a GPU, for a CPU, and at toy size."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class Phase:
     """Its words, beginning with simclr or pytest; files are relative to the folder that it runs in."""
     expected_s: float
     limit_s: float
-    """What it takes, and when it is ended."""
+    """Seconds that it is expected to take, and after which it is ended."""
     figure: Figure
-    """Its rows → what is worth knowing, in a line."""
+    """Its rows → the main result, in a line."""
     makes: str = ""
-    """It leaves these shards."""
+    """Shards that it makes."""
     beside: bool = False
-    """It runs beside what follows, until somebody needs its shards."""
+    """Whether it runs beside the next phases, until one needs its shards."""
     needs: str = ""
     """The shards that it waits for."""
     lacks: str = ""
     """Why it cannot run here."""
     in_checkout: bool = False
-    """It runs in the project's root."""
+    """Whether it runs in the project's root."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How a phase runs at one size."""
+    """A phase at one size."""
 
     words: str
     expected_s: float
@@ -133,7 +133,7 @@ def _train(rows: list[Row]) -> str:
 _R50 = "--recipe imagenet_resnet50 --precision bfloat16"
 _TINY = "--recipe patterns_tiny"
 _TOY = "--recipe patterns_tiny --batch-size 8 --steps 6 --trials 1 --window-s 0"
-# The limits of the third end what hangs; those of the others what takes more than it is worth.
+# The limits at toy size end a phase that hangs; the others end a phase that takes more time than it is worth.
 _PLAN = (
     Line(
         name="shards, small images",
@@ -260,8 +260,8 @@ _GPU_TESTS = {"gpu": (50.0, 110.0), "cpu": (8.0, 60.0), "dry": (8.0, 180.0)}
 
 
 def plan(size: Size, threads: int, archives: dict[str, Path | None], tests: tuple[str, ...], ray: bool) -> tuple[Phase, ...]:
-    """The phases of a machine, of which each bench uses `threads`. `archives`: of what the shards are made, None = rendered; `tests`:
-    files of tests that need a GPU, () = none are there; `ray`: whether that is installed."""
+    """The phases for a machine; each bench uses `threads`. `archives`: the sources of the shards, None = rendered; `tests`: test files that
+    need a GPU, () = none; `ray`: whether Ray is installed."""
     phases = [_phase(line, size, threads, archives, ray) for line in _PLAN]
     expected_s, limit_s = _GPU_TESTS[size]
     lacks = "" if tests else "neither tests nor pytest here"
@@ -298,7 +298,7 @@ def _phase(line: Line, size: Size, threads: int, archives: dict[str, Path | None
         limit_s=run.limit_s,
         figure=line.figure,
         makes=line.makes,
-        beside=bool(line.makes) and size != "cpu",  # two cores would share with it what they are measured by
+        beside=bool(line.makes) and size != "cpu",  # on a CPU it would take cores from the measured phase
         needs=line.needs,
         lacks=lacks,
     )

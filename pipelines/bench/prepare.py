@@ -23,22 +23,22 @@ from simclr.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png")
 Kind = Literal["small", "photographs"]
-_DIFFERENT = 64  # photographs that are rendered; others repeat them
+_DIFFERENT = 64  # photographs to render; the others are copies
 _WIDTH_PX, _HEIGHT_PX = 500, 375
 
 
 def prepare(kind: Kind, data: Path | None, out: Path, images: int, threads: int) -> list[Row]:
     """Print and return images/s of writing the shards in `out`; n = 1.
 
-    small: all of the archive or folder `data`, in splits and classes; without one, patterns of 32 px, `images` and a fifth as many to
-    test. photographs: the pictures of `data`, repeated until there are `images`; without any, rendered ones.
+    small: all images of the archive or folder `data`, in splits and classes; without `data`, patterns of 32 px, `images` to train and a
+    fifth as many to test. photographs: the pictures of `data`, or rendered ones, repeated until there are `images`.
     """
     if images < 1:
         raise UserError(f"--images is {images}; expected at least 1")
     if data is not None and not data.exists():
         raise UserError(f"{data} does not exist; --data names an archive or a folder of images, nothing = rendered ones")
     if out.exists():
-        raise UserError(f"{out} exists already, and writing shards is what is timed; use another --out")
+        raise UserError(f"{out} exists already, and this bench times the writing; use another --out")
     files.require_writable(out)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="simclr-bench-", dir=out.absolute().parent) as folder:
@@ -63,7 +63,7 @@ def prepare(kind: Kind, data: Path | None, out: Path, images: int, threads: int)
 
 
 def _photographs(data: Path | None, folder: Path, images: int) -> int:
-    """Leave `images` files in folder/many; returns how many of them differ."""
+    """Write `images` files to folder/many; returns the number of different ones."""
     found = folder / "found"
     if data is None:
         found.mkdir()

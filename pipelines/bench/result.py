@@ -1,4 +1,4 @@
-"""What the benches share: sides in turn, their rows, what a rate costs, and the result as a file."""
+"""What the benches share: sides in turn, their rows, the cost of a rate, and the result as a file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ IMAGENET_IMAGES, IMAGENET_EPOCHS = 1_281_167, 100
 _POWER_EVERY_MS = 200
 
 Row = dict[str, Any]
-"""One line of a result: what it is, numbers with their unit in the name."""
+"""One line of a result: its name, and numbers with their unit in the key."""
 
 
 def in_turn(sides: Mapping[str, Callable[[], float]], trials: int, unit: str) -> dict[str, list[float]]:
-    """`trials` values of each side. Every second round runs backwards (ABBA), so that what else the machine does falls on all."""
+    """`trials` values of each side. Every second round runs backwards (ABBA), so that other load of the machine falls on all sides."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for trial in range(trials):
         for name in list(sides)[:: 1 if trial % 2 == 0 else -1]:
@@ -48,12 +48,11 @@ def compared(found: dict[str, list[float]], unit: str, base: str, *, inverted: b
     return rows
 
 
-# ── What a rate costs ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── The cost of a rate ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cost(images_per_s: float, watts: float | None) -> Row:
-    """Seconds of an epoch of ImageNet-1k (1,281,167 images), hours of 100 epochs, and kWh of those at `watts`: None where
-    nobody knows the power."""
+    """Seconds of an epoch of ImageNet-1k (1,281,167 images), hours of 100 epochs, and kWh of those at `watts`; None without watts."""
     epoch_s = IMAGENET_IMAGES / images_per_s
     hours = IMAGENET_EPOCHS * epoch_s / 3600
     kwh = None if watts is None else watts * hours / 1000
@@ -70,8 +69,8 @@ def print_cost(row: Row, size_px: int) -> None:
 
 @contextlib.contextmanager
 def power() -> Iterator[list[float]]:
-    """A list that, once this is over, holds the mean watts of the busiest GPU at work, as nvidia-smi reports them; empty
-    where it reports none."""
+    """A list that gets, at the end of the block, the mean watts of the busiest GPU at work, as nvidia-smi reports them; it stays empty if
+    nvidia-smi reports none."""
     watts: list[float] = []
     asked = None
     if tool := shutil.which("nvidia-smi"):
@@ -88,8 +87,8 @@ def power() -> Iterator[list[float]]:
 def busiest(samples: str) -> list[float]:
     """Lines "index, watts" → [the highest of the GPUs' means while at work], [] where no line has a number.
 
-    At work is above half of a GPU's highest sample: what a worker takes to start is not the step's. A GPU that reports no power
-    says "[N/A]", and the last line may be cut off.
+    At work means above half of a GPU's highest sample, so that a worker's start does not count. A GPU that reports no power says
+    "[N/A]", and the last line may be cut off.
     """
     by_gpu: dict[str, list[float]] = {}
     for line in samples.splitlines():
@@ -106,7 +105,7 @@ def busiest(samples: str) -> list[float]:
 
 @functools.cache
 def machine() -> dict[str, str]:
-    """`rundir.environment()`, with the GPUs where nvidia-smi names some."""
+    """`pipelines.runs.directory.environment()`, with the GPUs that nvidia-smi lists."""
     found = environment()
     if tool := shutil.which("nvidia-smi"):
         query = [tool, "--query-gpu=name", "--format=csv,noheader"]
@@ -116,8 +115,8 @@ def machine() -> dict[str, str]:
 
 
 def write_json(path: Path, what: str, setting: dict[str, Any], trials: int, rows: list[Row], complete: bool = True) -> None:
-    """The result as a file: what, machine, versions, date (UTC), setting (the command's options), n, rows. It is written with each
-    row: `complete` is false in that of a bench that was ended before its last."""
+    """The result as a file: what, machine, versions, date (UTC), setting (the command's options), n, rows. It is
+    written after each row; `complete` is false until the last one."""
     text = {"schema": SCHEMA, "what": what, **machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     text |= {"setting": setting, "n": trials, "complete": complete, "rows": rows}
     files.write_text(path, json.dumps(text, indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""`simclr bench scale`: the step on one and on two ranks, what communication takes of it, and what to expect of more ranks."""
+"""`simclr bench scale`: the step on one and on two ranks, its share of communication, and a model's expectation for more ranks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from simclr.errors import UserError
 EXPECTED_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _REPEATS = 7  # of each collective alone; the first two are not counted
 _PATIENCE_S = 600
-_LARGE = 1 << 23  # numbers: 32 MiB, of which the time is bandwidth
-_CHAIN = 50  # all-reduces of one number, of which the time is latency
-_BACKWARD = 2 / 3  # of a step: the backward pass of a convolution is two products, its forward one
+_LARGE = 1 << 23  # numbers: 32 MiB, whose time is bandwidth
+_CHAIN = 50  # all-reduces of one number, whose time is latency
+_BACKWARD = 2 / 3  # of a step: a convolution's backward pass is two products, its forward pass one
 
 Found = dict[str, float]
 """Seconds (…_s) and bytes (…_bytes) of one trial, the slowest rank's."""
@@ -38,16 +38,16 @@ Found = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Seconds of one step of W ranks, and what is left of W times one rank's rate."""
+    """Seconds of one step of W ranks, and the efficiency: the rate over W times one rank's rate."""
 
     gradients_s: float
     gather_s: float
     norm_s: float
     step_s: float
-    """Where nothing overlaps: one rank's step and all communication."""
+    """One rank's step plus all communication, without overlap."""
     efficiency: float
     overlapped_efficiency: float
-    """Where the gradients travel behind the backward pass, as DDP sends them: they cost only what takes longer than that."""
+    """With the gradients sent during the backward pass, as DDP does: only their time beyond it costs."""
 
 
 def ring_all_reduce_s(size_bytes: float, ranks: int, bandwidth_gb_s: float, latency_us: float) -> float:
@@ -63,8 +63,8 @@ def all_gather_s(size_bytes: float, ranks: int, bandwidth_gb_s: float, latency_u
 
 
 def small_all_reduce_s(size_bytes: float, ranks: int, bandwidth_gb_s: float, latency_us: float) -> float:
-    """2 ⌈log₂ W⌉ λ + 2 (W − 1) / W · b / B: a few KiB are latency, and go up and down a tree, as NCCL sends them; round a
-    ring of 1,024 they would wait 2,046 times. Of two ranks, ring and tree are the same."""
+    """2 ⌈log₂ W⌉ λ + 2 (W − 1) / W · b / B: for a few KiB latency dominates, and NCCL sends them up and down a tree; a ring of 1,024
+    ranks would wait 2,046 times. For two ranks, ring and tree are the same."""
     depth = math.ceil(math.log2(ranks))
     return 2 * depth * latency_us * 1e-6 + 2 * (ranks - 1) / ranks * size_bytes / (bandwidth_gb_s * 1e9)
 
@@ -80,15 +80,15 @@ def model(
     step_s: float,
     ranks: int,
 ) -> Expected:
-    """What a step of W `ranks` takes, each with as many images as the one rank whose step takes `step_s`.
+    """The time of a step of W `ranks`, each with as many images as the single rank whose step takes `step_s`.
 
     gradients   one ring all-reduce of `gradient_bytes`
     gather      all-gather of W · `z_bytes` (a rank's unit rows), and the reduce-scatter of their gradient: 2 all_gather_s
     norm        in each of `layers` BatchNorms one small all-reduce forward and one backward, of `norm_bytes` / `layers` each
     efficiency  step_s / (step_s + gradients + gather + norm), and with max(0, gradients − 2/3 step_s) in the gradients' place
 
-    `bandwidth_gb_s` (10⁹ bytes/s) is what one rank sends, `latency_us` one message's. Left out: that ranks wait for the
-    slowest, and that a rank's loss compares with W times as many keys.
+    `bandwidth_gb_s` (10⁹ bytes/s) is the rate that one rank sends, `latency_us` the latency of a message. The model leaves out that
+    ranks wait for the slowest, and that a rank's loss compares with W times as many keys.
     """
     link = (ranks, bandwidth_gb_s, latency_us)
     gradients = ring_all_reduce_s(gradient_bytes, *link)
@@ -150,8 +150,8 @@ def scale(
     whole: dict[str, Any] = {**sizes, "layers": int(one["layers"]), "step_s": one["step_s"]}
     if 2 in found:
         link: dict[str, Any] = {"bandwidth_gb_s": found[2]["bandwidth_gb_s"], "latency_us": found[2]["latency_us"]}
-        # Two ranks on one machine share its memory and its power: what a step takes beside another, nothing exchanged, is no
-        # communication.
+        # Two ranks on one machine share its memory and its power. A step that runs beside another, with nothing exchanged, shows the
+        # cost of sharing, which is no communication.
         beside: dict[str, Any] = {**whole, "step_s": found[2]["beside_s"]}
         none = dict.fromkeys(("gradients_s", "gather_s", "norm_s"), 0.0)
         _print_row("2 × W = 1, at once", {"step_s": beside["step_s"], **none}, 2 * n, one["step_s"] / beside["step_s"])
@@ -190,7 +190,7 @@ def _print_row(label: str, values: Found, images: int, efficiency: float) -> Non
 
 
 def _trial(config: Config, world: int, steps: int, threads: int, device: str) -> Found:
-    """One trial in `world` fresh processes: of each figure the slowest rank's."""
+    """One trial in `world` fresh processes; each figure is the slowest rank's."""
     config = replace(config, train=replace(config.train, batch_size=config.train.batch_size * world))
     context = multiprocessing.get_context("spawn")
     answers: multiprocessing.queues.Queue[Found] = context.Queue()
@@ -213,7 +213,7 @@ def _trial(config: Config, world: int, steps: int, threads: int, device: str) ->
 
 
 def _answer(answers: Any, processes: list[Any]) -> Found:
-    """The next rank's answer. Raises RuntimeError where a rank ended without one."""
+    """The next rank's answer. Raises RuntimeError if a rank ended without one."""
     for _ in range(_PATIENCE_S):
         try:
             found: Found = answers.get(timeout=1)
@@ -248,7 +248,7 @@ def _rank(rank: int, world: int, store: str, config: dict[str, Any], steps: int,
     found: Found = {}
     if world > 1:
         dist.init_process_group(init_method=f"{store}-begin", **group)
-        dist.barrier()  # they begin at once, and then know nothing of each other
+        dist.barrier()  # they begin together, and then exchange nothing
         dist.destroy_process_group()
         alone = replace(plan, train=replace(plan.train, batch_size=n))
         found["beside_s"] = step_s(alone)
@@ -259,7 +259,7 @@ def _rank(rank: int, world: int, store: str, config: dict[str, Any], steps: int,
     answers.join_thread()
     if world > 1:
         dist.barrier()
-    os._exit(0)  # gloo's threads now and then abort a process that ends in the usual way
+    os._exit(0)  # gloo's threads now and then abort a process at a normal exit
 
 
 def _communication(config: Config, n: int, world: int, place: Any) -> Found:
@@ -274,7 +274,7 @@ def _communication(config: Config, n: int, world: int, place: Any) -> Found:
     network = shapes_only(config)
     kind = torch.bfloat16 if config.train.compress_gradients else torch.float32
     gradients = torch.zeros(sum(p.numel() for p in network.parameters()), device=place, dtype=kind)
-    bucket = max(int(config.train.bucket_mib * 2**20) // 4, 1)  # DDP fills its buckets with float32, also where they are compressed
+    bucket = max(int(config.train.bucket_mib * 2**20) // 4, 1)  # DDP fills its buckets with float32, even if they are compressed
     norms = [torch.zeros(2 * m.weight.numel(), device=place) for m in network.modules() if isinstance(m, BatchNorm) and not m.per_worker]
     z = torch.zeros(2 * n, config.head.d_out, device=place, requires_grad=True)
     found = {"gradient_bytes": float(gradients.nbytes), "buckets": float(math.ceil(gradients.numel() / bucket))}
@@ -302,7 +302,7 @@ def _communication(config: Config, n: int, world: int, place: Any) -> Found:
 
     number, large = torch.zeros(1, device=place), torch.zeros(_LARGE, device=place)
     found |= {"gradients_s": _alone_s(buckets, place), "gather_s": _alone_s(gather, place), "norm_s": _alone_s(sums, place)}
-    # A chain, as BatchNorm's are: of some hundred messages a few take ten times as long, and in a chain they count.
+    # A chain, as in BatchNorm: of some hundred messages a few take ten times as long, and in a chain they count.
     found["latency_us"] = 1e6 * _alone_s(chain, place) / (_CHAIN * 2 * (world - 1))
     # 2 (W − 1) messages after one another, and 2 (W − 1) / W of the bytes through each rank's link: the model's own terms.
     found["bandwidth_gb_s"] = 2 * (world - 1) / world * 4 * _LARGE / _alone_s(lambda: all_reduce_sum(large), place) / 1e9

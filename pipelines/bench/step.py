@@ -30,15 +30,15 @@ from simclr.train import take_step
 from simclr.views.two_views import two_views
 
 Step = Callable[[], Tensor]
-"""Takes one optimizer step and returns its loss, on the device: nobody waits for it."""
+"""Takes one optimizer step and returns its loss on the device, without waiting for it."""
 See = Callable[[slice], Tensor]
 """Some of a rank's images → their views (2 rows, 3, size, size), channels last."""
 Side = Literal["resident", "plain", "cached", "fed", "views", "loader"]
 
 OURS, PLAIN, FED = "simclr", "plain torch", "simclr, fed from shards"
 _VIEWS, _LOADER = "views alone", "loader alone"
-_PREPARED = 12  # batches that the loader may have ready when it is asked, and some more
-_WARMUP, _TOTAL = 10_000, 100_000  # of the schedule: a batch that comes again and again is not learnt by heart at such rates
+_PREPARED = 12  # a little more than the batches that the loader may have ready
+_WARMUP, _TOTAL = 10_000, 100_000  # steps of the schedule: its low rates keep the repeated batch from being learnt by heart
 
 
 def step(
@@ -52,15 +52,15 @@ def step(
     asked: tuple[Side, ...] = (),
     window_s: float = 0.0,
 ) -> Iterator[Row]:
-    """Print and give, row by row, images/s of the sides that were `asked` for, or of all that there are: our step and plain torch's on
-    resident views; with `train.micro_batch` gradient caching's; with shards in `data` our step fed by loader and views, and these
-    two alone. With one network for all sides it compiles once. Then profile and cost."""
+    """Print and give, row by row, images/s of the sides `asked` for, or of all possible ones: our step and plain torch's on resident views;
+    with `train.micro_batch` gradient caching's; with shards in `data` our step fed by loader and views, and these two alone. All sides
+    share one network, which compiles once. Then profile and cost."""
     if config.loss.name != "nt_xent":
         raise UserError(f"the recipe's loss is {config.loss.name}; `simclr bench step` compares NT-Xent")
     n = config.images_per_rank(1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    set_backends(config.train.precision, device)  # both sides multiply alike
+    set_backends(config.train.precision, device)  # the same multiplication on both sides
     keep_freed_memory()
     with contextlib.ExitStack() as stack:
         made = _sides(config, device, threads, data, asked, stack)
@@ -88,7 +88,7 @@ def step(
 def _sides(
     config: Config, device: torch.device, threads: int, data: Path | None, asked: tuple[Side, ...], stack: contextlib.ExitStack
 ) -> dict[str, Call]:
-    """Name → one step of each side that was asked for. `stack` ends the loader's thread."""
+    """Name → one step, for each side asked for. `stack` ends the loader's thread."""
     n, micro = config.images_per_rank(1), config.train.micro_batch
     there: tuple[Side, ...] = ("resident", "plain", *(("cached",) if micro not in (None, n) else ()))
     there += ("fed", "views", "loader") if data is not None else ()
@@ -98,7 +98,7 @@ def _sides(
     wanted = asked or there
     whole = replace(config, train=replace(config.train, micro_batch=None))
     made: dict[str, Call] = {}
-    if data is not None:  # before anything compiles: it says what is wrong with the shards
+    if data is not None:  # before anything compiles: it raises if the shards are wrong
         loaders = Start(data, device, threads=threads).loader_threads
         stream = stack.enter_context(contextlib.closing(on_device(batches(whole, data, 0, 0, 1, loaders), device)))
         held = next(stream)
@@ -122,7 +122,7 @@ def _sides(
 
 
 def _first_steps(made: dict[str, Call], config: Config, device: torch.device) -> Iterator[Row]:
-    """The first step of each network: what compiling takes, and where it falls back to Python. What is fed takes the same network."""
+    """The first step of each network: its compile time and its graph breaks. The fed side has the same network."""
     for name, one in made.items():
         if not config.train.compile or name in (_VIEWS, _LOADER) or (name == FED and OURS in made):
             continue
@@ -170,24 +170,24 @@ def _counted(steps: int, window_s: float) -> str:
     return f"{steps - WARM_STEPS} steps" + (f" or {window_s:g} s" if window_s else "")
 
 
-# ── What a step sees ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── The views of a step─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def resident_views(config: Config, device: torch.device) -> Tensor:
-    """(2n, 3, size, size) noise on the device, channels last, as the loop's views are: what they show changes no time."""
+    """(2n, 3, size, size) noise on the device, channels last like the loop's views. Their content does not change the time."""
     size, n = config.views.size_px, config.images_per_rank(world_size())
     views = torch.randn(2 * n, 3, size, size, generator=torch.Generator(device).manual_seed(0), device=device)
     return views.to(weights_dtype(config.train.precision)).to(memory_format=torch.channels_last)
 
 
 def resident(views: Tensor) -> See:
-    """Views that are there: (2n, 3, size, size), [view 0 of n images; view 1]."""
+    """Given views: (2n, 3, size, size), [view 0 of n images; view 1]."""
     n = len(views) // 2
     return lambda rows: views if rows == slice(0, n) else torch.cat([views[rows], views[n + rows.start : n + rows.stop]])
 
 
 def of_batch(batch: Batch, config: Config, device: torch.device) -> See:
-    """Views made of what the loader gives, as in `simclr.train`."""
+    """Views made of the loader's batch, as in `simclr.train`."""
 
     def see(rows: slice) -> Tensor:
         views = two_views(batch.images[0][rows], batch.ids[rows], batch.epoch, config.views, config.seed, device)
@@ -197,7 +197,7 @@ def of_batch(batch: Batch, config: Config, device: torch.device) -> See:
 
 
 def of_noise(config: Config, device: torch.device) -> See:
-    """Views made of crops that are there, uint8: a quarter of the views' memory, and of pieces the only one that is whole."""
+    """Views made of resident uint8 crops. These take a quarter of the views' memory; with gradient caching only they are held whole."""
     size, n = config.views.size_px, config.images_per_rank(world_size())
     generator = torch.Generator(device).manual_seed(0)
     crops = torch.randint(0, 256, (n, 2, size, size, 3), dtype=torch.uint8, generator=generator, device=device)
@@ -208,8 +208,8 @@ def of_noise(config: Config, device: torch.device) -> See:
 
 
 def our_step(config: Config, device: torch.device) -> Callable[[See], Tensor]:
-    """The loop's own step (`simclr.train.take_step`) without labels, in the process group if there is one. It takes what it sees and
-    returns its loss, on the device: nobody waits for it."""
+    """The loop's own step (`simclr.train.take_step`) without labels, in the process group if there is one. It takes the views and returns
+    the loss on the device, without waiting for it."""
     n, taken = config.images_per_rank(world_size()), 0
     made = simclr(config, Start(Path(), device))
     peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
@@ -230,7 +230,7 @@ def our_step(config: Config, device: torch.device) -> Callable[[See], Tensor]:
 
 
 def plain_step(config: Config, views: Tensor) -> Step:
-    """The same network and weights as anybody would write the step: `nn.BatchNorm2d`, NT-Xent written out, fused SGD."""
+    """The same network and weights in the usual form of the step: `nn.BatchNorm2d`, NT-Xent written out, fused SGD."""
     network: nn.Module = in_plain_torch(config).to(views.device, views.dtype).to(memory_format=torch.channels_last).train()
     optim, temperature, rows = config.optim, config.loss.temperature, len(views)
     trained = [p for p in network.parameters() if p.requires_grad]
@@ -272,6 +272,6 @@ def _with_torch_norms(module: nn.Module, kind: type[nn.BatchNorm1d | nn.BatchNor
             continue
         norm = kind(child.weight.numel(), child.eps, child.momentum)
         norm.load_state_dict(child.state_dict(), strict=False)
-        if child.bias is None:  # torch's cannot be without: it stays 0
+        if child.bias is None:  # torch's always has a bias: it stays 0
             norm.bias.requires_grad_(False)
         module.add_module(name, norm)

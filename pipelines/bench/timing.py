@@ -1,4 +1,4 @@
-"""What the benches of steps share: how long whole steps take, what they hold at their peak, and where the host waits for the device."""
+"""What the benches of steps share: the time of whole steps, their peak memory, and the host's waits for the device."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import torch
 from pipelines.bench.result import WARM_STEPS
 
 Call = Callable[[], object]
-"""Takes one step, or a part of one. Nobody waits for the device in it."""
+"""Takes one step, or a part of one, without waiting for the device."""
 
 _PROFILED = 5  # steps
-_ENOUGH = 0.05  # of the seconds that are asked for, to guess the number of steps from
+_ENOUGH = 0.05  # share of the requested seconds that is spent to estimate the number of steps
 _SYNCHRONISE = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize", "cuCtxSynchronize")
 _SPAN = "steps between two reports"
 
 
 def wait(device: torch.device) -> None:
-    """Until everything that was asked of the device is done."""
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def call_s(one: Call, steps: int, device: torch.device, least_s: float = 0.0, warm: int = WARM_STEPS) -> float:
-    """Seconds of a step: the mean of the `steps` − 5 behind the first `warm`, or of as many as last `least_s` seconds.
+    """Seconds of a step: the mean of the `steps` − 5 after the first `warm`, or of as many as last `least_s` seconds.
 
-    As in the loop, the host waits at the end, not in between: a window of few short steps would measure that wait.
+    As in the loop, the host waits for the device at the end and not in between. A window of few short steps would measure that wait.
     """
     _taken_s(one, 1, device)  # it compiles and allocates
     tried, spent_s = warm - 1, _taken_s(one, warm - 1, device)
-    while spent_s < _ENOUGH * least_s:  # to guess from: what is prepared in advance takes no time at first
+    while spent_s < _ENOUGH * least_s:  # an estimate: batches prepared in advance take no time at first
         tried *= 2
         spent_s = _taken_s(one, tried, device)
     taken, elapsed_s, more = 0, 0.0, max(steps - WARM_STEPS, math.ceil(least_s / spent_s * tried))
@@ -59,7 +59,7 @@ def rate(one: Call, steps: int, images: int, device: torch.device, least_s: floa
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """GiB that the allocator held at most since this was asked before; None without a GPU."""
+    """The allocator's peak in GiB since the last call of this; None without a GPU."""
     if device.type != "cuda":
         return None
     found = torch.cuda.max_memory_allocated(device) / 2**30
@@ -69,13 +69,13 @@ def peak_gib(device: torch.device) -> float | None:
 
 def graph_breaks() -> int:
     """How often torch.compile has fallen back to Python in this process so far. A network that is one graph adds nothing."""
-    from torch._dynamo.utils import counters  # no public name says it of a network that runs; `explain` compiles another
+    from torch._dynamo.utils import counters  # no public name tells it of a running network; `explain` compiles another
 
     return sum(counters["graph_break"].values())
 
 
 def write_profile(one: Call, path: Path, device: torch.device) -> Counter[str] | None:
-    """Write the operators that take longest, over 5 steps, to `path`; return `host_waits`, None without a GPU."""
+    """Write the slowest operators of 5 steps to `path`; return `host_waits`, None without a GPU."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     gpu = device.type == "cuda"
@@ -94,8 +94,8 @@ def write_profile(one: Call, path: Path, device: torch.device) -> Counter[str] |
 
 
 def host_waits(events: list[tuple[str, float, float]]) -> Counter[str]:
-    """How often the host waited for the device inside the span of 5 steps, by call, of (name, start, end). The profiler itself, and
-    whoever times the steps, waits once more at their end: outside."""
+    """How often the host waited for the device within the span of 5 steps, by call, from (name, start, end). The profiler and the timing
+    each wait once more after the span, which does not count."""
     spans = [(start, end) for name, start, end in events if name == _SPAN]
     inside = (name for name, start, end in events if name in _SYNCHRONISE and any(a <= start and end <= b for a, b in spans))
     return Counter(inside)

@@ -35,11 +35,11 @@ def train(
     peer_data: Path | None = None,
     window_s: float = 2.0,
 ) -> list[Row]:
-    """Print and return images/s end to end ÷ the step's on resident views, each in a process of its own; then the cost.
+    """Print and return images/s end to end ÷ the step's on resident views, each in its own process; then the cost.
 
     Each process compiles once and is timed `trials` times, over windows of as many steps as last `window_s` seconds, at least
-    `steps` − 5. Ray Train's cannot stop between two windows, so it takes them in a row, as reports of the loop; what it is compared with
-    takes as many before and as many behind: `around`. No classifier is trained beside: the step on resident views has no labels.
+    `steps` − 5. Ray Train's process cannot stop between two windows, so it takes them in a row, as reports of the loop. The side that it
+    is compared with takes as many windows before and after: `around`. No online classifier is trained: resident views have no labels.
     """
     require_ray("train")
     if config.loss.name != "nt_xent":
@@ -48,7 +48,7 @@ def train(
     n = config.images_per_rank(1)
     asked: dict[str, Callable[..., Any]] = {RESIDENT: partial(_resident, config.to_dict(), threads)}
     if peer == "lightly" and importlib.util.find_spec("lightly") is None:
-        print(f"lightly is not installed, so ours is timed alone; `{_INSTALL}` installs what it is compared with")
+        print(f"lightly is not installed, so ours is timed alone; `{_INSTALL}` installs lightly")
     elif peer == "lightly":
         asked[LIGHTLY] = partial(_lightly, config.to_dict(), threads, _photographs(peer_data, n))
     with contextlib.ExitStack() as stack:

@@ -16,14 +16,14 @@ from pipelines.bench.result import Row, compared, in_turn
 from simclr.config import Views
 from simclr.views.two_views import two_views
 
-WARM = 2  # calls that are not counted: they allocate and compile
+WARM = 2  # calls that do not count: they allocate and compile
 _SIDES_PX = (32, 224)
-_SMALL = 8  # times as many images of 32 px: what a step has of them
+_SMALL = 8  # times as many images of 32 px, as in a step
 _INSTALL = "pip install --no-deps kornia==0.9.0 kornia_rs==0.2.0 packaging"
 
 
 def views(batch_size: int, steps: int, trials: int, threads: int, device: torch.device) -> list[Row]:
-    """Print and return views/s by side in px and, where kornia is installed, ours ÷ kornia's: the median over pairs of trials.
+    """Print and return views/s by side in px and, if kornia is installed, ours ÷ kornia's: the median over pairs of trials.
 
     Kornia draws factors per sample as we do, but one order of the colour operations per batch; its blur takes the same
     taps, and mirrors at the border where ours sees zeros. Both sides get the same uint8 crops on the device.
@@ -31,7 +31,7 @@ def views(batch_size: int, steps: int, trials: int, threads: int, device: torch.
     torch.set_num_threads(threads)
     has_kornia = importlib.util.find_spec("kornia") is not None
     if not has_kornia:
-        print(f"kornia is not installed, so ours is timed alone; `{_INSTALL}` installs what it is compared with")
+        print(f"kornia is not installed, so ours is timed alone; `{_INSTALL}` installs kornia")
     rows: list[Row] = []
     for side in _SIDES_PX:
         n = batch_size * (_SMALL if side == min(_SIDES_PX) else 1)

@@ -1,6 +1,6 @@
-"""Machines that the cluster files name: what is in them. Data only.
+"""CPUs and accelerators of the machines that the cluster files name. Data only.
 
-The figures are written down from memory and not looked up: see the vendor's page before you rely on one.
+The figures were written from memory and not looked up: see the vendor's page before you rely on one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Machine:
     accelerators: int = 0
     """GPUs, or TPU chips."""
     accelerator: str = ""
-    """What they are, for people."""
+    """Their type and memory, for people."""
 
 
 MACHINES = {
@@ -39,6 +39,6 @@ MACHINES = {
     "v5litepod": Machine(28, 1, "TPU v5e 16 GB"),
     "v6e": Machine(45, 1, "TPU v6e 32 GB"),
 }
-# What a TPU type's number counts (`v4-16` is 8 chips, `v6e-16` is 16), and the chips of one host of a slice.
+# The unit of a TPU type's number (`v4-16` is 8 chips, `v6e-16` is 16), and the chips of one host of a slice.
 TPU_COUNTS_PER_CHIP = {"v4": 2, "v5litepod": 1, "v6e": 1}
 TPU_CHIPS_PER_HOST = 4

@@ -1,13 +1,13 @@
-"""Tells Ray that the cloud takes this machine back, so that a training leaves it with a checkpoint.
+"""Hands a cloud's preemption notice to Ray, so that a training leaves this machine with a checkpoint.
 
-A cloud says so to the machine alone, by its metadata service, two minutes (EC2) or 30 s (Google Cloud) ahead. Ray 2.60 does not ask
-there: to it such a node is one that dies. So this asks every two seconds, and drains the node that it runs on when there is a notice.
+A cloud gives the notice only to the machine itself, by its metadata service, two minutes (EC2) or 30 s (Google Cloud) ahead. Ray 2.60
+does not ask there, and sees a node that dies. So this asks every two seconds, and on a notice drains its own node.
 
-    python -m pipelines.clusterfile.preemption aws            or gcp; beside a worker's raylet, as the user who started that
+    python -m pipelines.clusterfile.preemption aws            or gcp; beside a worker's raylet, as the same user
 
-It belongs to one raylet and ends with it, or when Ray has accepted the drain; a raylet that is started anew wants a new one. Where the
-head is and how the node is called stands in the raylet's own command line. The token is found as by any Ray process: RAY_AUTH_MODE=token
-and ~/.ray/auth_token. What it prints is for a log: a line when something changes.
+It belongs to one raylet, and ends with it or when Ray has accepted the drain; a new raylet needs a new one. The raylet's command line
+has the head's address and the node's id. It finds the token like any Ray process: RAY_AUTH_MODE=token and ~/.ray/auth_token. It prints
+a line for a log when something changes.
 """
 
 from __future__ import annotations
@@ -25,48 +25,48 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-import ray  # noqa: F401  now, and not when there is a notice
+import ray  # noqa: F401  now: a notice leaves no time for it
 
 from pipelines.train import ray_private
 
 ASK_EVERY_S = 2.0
 _ANSWER_WITHIN_S, _DRAIN_WITHIN_S, _RAYLET_WITHIN_S = 2.0, 5.0, 60
-# No proxy stands between a machine and its metadata service, whatever the environment says of others.
+# No proxy stands between a machine and its metadata service; the environment's proxies are for other addresses.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
 class Notice:
-    """This machine will be gone."""
+    """A notice that the cloud takes this machine back."""
 
     why: str
     deadline_s: float
-    """When, Unix time."""
+    """Unix time at which the machine goes."""
 
 
 class Service(Protocol):
     """A cloud's metadata service."""
 
     def ask(self, now_s: float) -> Notice | None:
-        """The notice, if there is one; raises whatever comes of a service that is silent or answers oddly."""
+        """The notice, if there is one. Raises some error if the service is silent or its answer is odd."""
 
 
 class Aws:
-    """EC2's, version 2: whoever asks shows a token of the service's own, which expires."""
+    """EC2's, version 2: each request carries a token of the service, which expires."""
 
-    # A rebalance recommendation (/events/recommendations/rebalance) is none of it: most machines that get one stay.
+    # A rebalance recommendation (/events/recommendations/rebalance) is no notice: most machines that get one stay.
     _NOTICE, _TOKEN, _AHEAD_S = "/latest/meta-data/spot/instance-action", "/latest/api/token", 120.0
 
     def __init__(self, base: str = "http://169.254.169.254") -> None:
         self.base, self.token = base, ""
 
     def ask(self, now_s: float) -> Notice | None:
-        kept, self.token = self.token, ""  # kept again when the service has taken it
+        kept, self.token = self.token, ""  # stored again once the service has accepted it
         token = kept or _fetch("PUT", self.base + self._TOKEN, {"X-aws-ec2-metadata-token-ttl-seconds": "21600"})
         try:
             answer = _fetch("GET", self.base + self._NOTICE, {"X-aws-ec2-metadata-token": token})
         except urllib.error.HTTPError as error:
-            if error.code == 401 and kept:  # it has expired
+            if error.code == 401 and kept:  # the token has expired
                 return self.ask(now_s)
             raise
         self.token = token
@@ -79,17 +79,17 @@ class Aws:
             told_s = datetime.fromisoformat(said["time"]).replace(tzinfo=UTC).timestamp()
         except (KeyError, TypeError, ValueError):
             told_s = now_s + self._AHEAD_S
-        # Within what EC2 gives ahead: this machine's clock need not be EC2's.
+        # Bounded by EC2's two minutes: this machine's clock may differ from EC2's.
         deadline_s = min(max(told_s, now_s), now_s + self._AHEAD_S)
         return Notice(f"EC2 says {said['action']}", deadline_s)
 
 
 class Gcp:
-    """Google Cloud's, for VMs with GPUs and with TPUs. Neither notice has a time: the least that Google promises is taken."""
+    """Google Cloud's, for VMs with GPUs and with TPUs. Its notices have no time, so the least that Google promises is assumed."""
 
     _NOTICES = (
         ("preempted", "TRUE", "Google Cloud preempts this machine", 30.0),
-        # Machines that cannot move to another host, as those with GPUs; these hear it an hour ahead, others a minute.
+        # For machines that cannot move to another host: machines with GPUs get it an hour ahead, others a minute.
         ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE", "Google Cloud stops this machine for maintenance", 60.0),
     )
 
@@ -104,7 +104,7 @@ class Gcp:
 
 
 def _fetch(method: str, url: str, headers: dict[str, str]) -> str:
-    """What is there, "" where nothing is (404); another status raises HTTPError."""
+    """The page at `url`, "" if there is none (404); another status raises HTTPError."""
     try:
         with _direct.open(urllib.request.Request(url, method=method, headers=headers), timeout=_ANSWER_WITHIN_S) as answer:
             found: bytes = answer.read(4096)
@@ -130,7 +130,7 @@ class Raylet:
 
 
 def raylet(pid: int, proc: Path = Path("/proc")) -> Raylet | None:
-    """That with this process id; None where there is none, or only what is left of one."""
+    """The raylet with this process id; None if there is none, or it has ended."""
     try:
         if (proc / str(pid) / "comm").read_text().strip() != "raylet":
             return None
@@ -142,7 +142,7 @@ def raylet(pid: int, proc: Path = Path("/proc")) -> Raylet | None:
 
 
 def find_raylet(proc: Path = Path("/proc")) -> Raylet | None:
-    """The newest of this user: another's could send the token to a head of theirs."""
+    """The newest raylet of this user. Another user's raylet could send the token to their own head."""
     own = [int(entry.name) for entry in proc.iterdir() if entry.name.isdigit() and _owner(entry) == os.getuid()]
     return max(filter(None, (raylet(pid, proc) for pid in own)), key=lambda found: found.pid, default=None)
 
@@ -150,21 +150,21 @@ def find_raylet(proc: Path = Path("/proc")) -> Raylet | None:
 def _owner(entry: Path) -> int:
     try:
         return entry.stat().st_uid
-    except OSError:  # it has ended meanwhile
+    except OSError:  # the process has ended
         return -1
 
 
 def drain(node: Raylet, notice: Notice) -> tuple[bool, str]:
-    """(whether Ray has accepted it, else why not). Ray takes no offence at being told twice."""
+    """(whether Ray has accepted it, else why not). Telling Ray twice does no harm."""
     return ray_private.drain(node.gcs, node.node_id, notice.why, int(notice.deadline_s * 1000), _DRAIN_WITHIN_S)
 
 
 def watch(service: Service, node: Raylet, *, alive: Callable[[], bool], sleep: Callable[[float], None] = time.sleep) -> bool:
-    """Ask until there is a notice, then tell Ray until it accepts: True; False where the raylet ends before that."""
+    """Ask until there is a notice, then tell Ray until it accepts: True. False if the raylet ends before."""
     notice, said = None, ""
     while alive():
         trouble = ""
-        try:  # whatever goes wrong: nobody would start this again
+        try:  # no error may end this process: nothing starts it again
             notice = notice or service.ask(time.time())
         except Exception as error:
             trouble = f"the metadata service gives no answer: {error!r}"
@@ -186,16 +186,16 @@ def watch(service: Service, node: Raylet, *, alive: Callable[[], bool], sleep: C
 
 
 def _say(sentence: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk is no reason to stay with a machine that goes
+    with contextlib.suppress(OSError):  # a full disk must not stop the drain
         print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} notice: {sentence}", flush=True)
 
 
 def main(words: list[str] | None = None) -> int:
-    """Exit status: 0 also when Ray has ended; 1 where it never ran."""
+    """Exit status: 0, also when Ray has ended; 1 if no raylet was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("cloud", choices=("aws", "gcp"))
-    parser.add_argument("--metadata", metavar="URL", help="where the metadata service is; default: where the cloud has it")
-    parser.add_argument("--raylet", type=int, metavar="PID", help="which node, where this machine has several; default: the newest")
+    parser.add_argument("--metadata", metavar="URL", help="address of the metadata service; default: the cloud's")
+    parser.add_argument("--raylet", type=int, metavar="PID", help="the raylet's process id; default: the newest raylet")
     asked = parser.parse_args(words)
     kind = Aws if asked.cloud == "aws" else Gcp
     service = kind(asked.metadata) if asked.metadata else kind()

@@ -1,4 +1,4 @@
-"""What must hold of a cluster file before money is spent on it: a dict in, sentences out. Knows no Ray and no cloud.
+"""The rules for a cluster file, checked before it costs money: a dict in, sentences out. Knows no Ray and no cloud.
 
 Each rule yields one sentence per violation: what was found, what was expected, what to do.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from pipelines.clusterfile.catalogue import MACHINES, TPU_CHIPS_PER_HOST, TPU_COUNTS_PER_CHIP, Machine
 
 Cluster = dict[str, Any]
-# Of things that give access; what they stand for belongs to roles, the cloud's secret store, or a file of mode 600.
+# Patterns of secrets. These belong to roles, the cloud's secret store, or a file of mode 600.
 _SECRETS = {
     "an AWS access key": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
     "an AWS secret key": r"(?i)aws_secret_access_key|aws_credentials",
@@ -31,11 +31,11 @@ _TOKEN = "~/.ray/auth_token"
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Nodes of one type: what is started of it, at least and at most."""
+    """Nodes of one type, with the least and the greatest number that are started."""
 
     name: str
     machine: str
-    """As the vendor calls it; "" for a machine of one's own."""
+    """The vendor's name; "" for your own machine."""
     least: int
     most: int
     spot: bool
@@ -44,11 +44,11 @@ class Group:
     accelerators: int
     """GPUs or TPU chips of one node."""
     what: str
-    """What they are; "" where the catalogue does not have the machine."""
+    """Their type and memory; "" if the catalogue does not have the machine."""
 
 
 def groups(cluster: Cluster) -> list[Group]:
-    """What `ray up` would start and the autoscaler might, the head first."""
+    """The nodes that `ray up` and the autoscaler may start, the head first."""
     if cluster["provider"]["type"] == "local":
         workers = len(cluster["provider"].get("worker_ips", []))
         return [Group("head", "", 1, 1, False, 1, 0, ""), Group("workers", "", workers, workers, False, 1, 0, "")]
@@ -153,7 +153,7 @@ def _accelerators(cluster: Cluster) -> Iterator[str]:
         said = node["resources"].get(resource, 0)
         if name == cluster["head_node_type"]:
             if there and said:
-                yield f"the head is a {machine}; one idle {resource} machine costs what it costs busy: take one without"
+                yield f"the head is a {machine}; one idle {resource} machine costs as much as a busy one: take one without"
             continue
         if there > 0 and said != there:
             says = f"resources say {resource}: {said}" if said else f"resources do not say {resource}"
@@ -192,7 +192,7 @@ def _safe_start(cluster: Cluster) -> Iterator[str]:
     for role in ("head", "worker"):
         if not re.search(r"RAY_AUTH_MODE=token\b", _start(cluster, role)):
             yield (
-                f"{role}_start_ray_commands do not say RAY_AUTH_MODE=token: whoever reaches the node's ports could run code there; "
+                f"{role}_start_ray_commands do not say RAY_AUTH_MODE=token: anybody who reaches the node's ports could run code there; "
                 "export it before `ray start`"
             )
     start = _start(cluster, "head")
@@ -213,7 +213,7 @@ def _secrets(cluster: Cluster) -> Iterator[str]:
         if re.search(pattern, text):
             yield (
                 f"{what} is in the file, which is copied to every node and shown in logs; "
-                "give the nodes a role instead, and revoke what was written"
+                "give the nodes a role instead, and revoke the secret"
             )
     for there, here in cluster.get("file_mounts", {}).items():
         if re.search(_KEY_FILES, str(here)) or re.search(_KEY_FILES, there):
@@ -243,7 +243,7 @@ def _aws(cluster: Cluster) -> Iterator[str]:
         if not disks or not all(disk.get("Encrypted") for disk in disks):
             yield f"{name} has a disk that is not encrypted; write Encrypted: true for each of its BlockDeviceMappings"
         if config.get("MetadataOptions", {}).get("HttpTokens") != "required":
-            yield f"{name} hands its role to whoever makes it fetch a page (IMDSv1); write MetadataOptions: {{HttpTokens: required}}"
+            yield f"{name} gives its role to anybody who makes it fetch a page (IMDSv1); write MetadataOptions: {{HttpTokens: required}}"
 
 
 def _gcp(cluster: Cluster) -> Iterator[str]:
@@ -259,11 +259,11 @@ def _gcp(cluster: Cluster) -> Iterator[str]:
             yield f"{name} is in the default network, where ssh is open to all the world; use gcp-project.sh's subnetwork simclr"
 
 
-# ── What a node is ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Properties of a node ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _start(cluster: Cluster, role: str) -> str:
-    """The commands that start Ray on a head or a worker, those that only stop it left out."""
+    """The commands that start Ray on a head or a worker, without those that only stop it."""
     return "\n".join(command for command in cluster.get(f"{role}_start_ray_commands", []) if "ray start" in command)
 
 
@@ -283,7 +283,7 @@ def _machine(config: dict[str, Any]) -> tuple[str, int, int]:
 
 
 def _gpus_by_name(machine: str) -> int:
-    """−1, some, for a machine that the catalogue does not have and whose family has GPUs; else 0."""
+    """−1 (some GPUs) for a machine that the catalogue lacks and whose family has GPUs; else 0."""
     return -1 if re.match(r"(p\d|g\d\w*\.|g\d-|a[2-4]x?-)", machine) else 0
 
 

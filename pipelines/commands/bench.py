@@ -1,4 +1,4 @@
-"""`simclr bench`: measured comparisons. A figure is a ratio between two things run in turn on this machine, n times each."""
+"""`simclr bench`: measured comparisons. A figure is the ratio of two sides that run in turn on this machine, n times each."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ class Args:
     """Compare two ways of doing the same work, in turn, on this machine."""
 
     what: Annotated[Literal["all"] | Alone | Shards, tyro.conf.Positional]
-    """all: the other ones, most valuable first, each in a process of its own, within --budget-min; needs no Ray.
-    device: what it can do at most: GB/s of a copy, TFLOP/s of a product.
+    """all: the others, most valuable first, each in its own process, within --budget-min; needs no Ray.
+    device: its ceilings: GB/s of a copy, TFLOP/s of a product.
     agreement: views, loss and first steps on the device − on the CPU; lines that block the host.
     step: images/s of the training step on resident data ÷ the same network's step in plain torch; with --data also fed from shards.
     train: images/s end to end under Ray Train with one worker ÷ the step on resident data.
-    scale: the step on 1 and 2 ranks, the share of communication, and what a model of it expects of more ranks.
-    loss: NT-Xent with its gradient, without stored logits ÷ written out: time, memory, deviation.
+    scale: the step on 1 and 2 ranks, the share of communication, and a model's expectation for more ranks.
+    loss: NT-Xent with its gradient, without stored logits ÷ written out: time, memory, difference.
     loop: the step under Ray Train with one worker ÷ the same step of the bare generator.
     optim: LARS ÷ torch's SGD (foreach, and fused) over ResNet-50's parameters.
     loader: images/s of two crops from one decode, each kind of resize ÷ FFCV's own two pipelines.
     views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
-    memory: what the loader's process holds, epoch by epoch, for each kind of cache.
+    memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
     prepare: images/s of writing shards, for the others."""
     data: Path | None = None
     """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for docs/benchmarks.md.
-    loader: the same of photographs, of which the first shard is read; none = 300 rendered ones, 500 × 375 px.
-    memory: any shards. prepare: archive or folder of images. all: folder with cifar10-jpeg.tar.xz and imagenet-photos-256.tar, or some
-    archives of such names; what is not there is rendered."""
+    loader: shards of photographs, of which the first is read; none = 300 rendered photographs, 500 × 375 px.
+    memory: any shards. prepare: archive or folder of images. all: folder with cifar10-jpeg.tar.xz and imagenet-photos-256.tar, or
+    archives of such names; absent ones are rendered."""
     recipe: str = "cifar10_resnet18"
     """step, train, scale, loop, agreement, cifar: recipe whose step is timed."""
     batch_size: int = 32
@@ -60,45 +60,45 @@ class Args:
     trials: int = 3
     """n: trials of each side."""
     window_s: float = 2.0
-    """step, train, loop: seconds that a trial lasts at least; where --steps are over sooner it takes more of them."""
+    """step, train, loop: the least seconds of a trial; if --steps take less, it takes more steps."""
     threads: int = 1
-    """CPU threads of the one worker. As many as there are cores leaves none for Ray's own processes: what they take then
-    counts, and more than once, for a worker's threads wait for one another."""
+    """CPU threads of the one worker. As many threads as cores leave no core for Ray's own processes. Their time then counts, and more
+    than once, because a worker's threads wait for one another."""
     precision: Literal["recipe", "float32", "tf32", "bfloat16"] = "recipe"
     """step, train, scale, loop, cifar: as in the config's `train.precision`; recipe = the recipe's. loss: bfloat16 = z as a step has it."""
     compile: bool = False
     """step, train, scale, loop, cifar: torch.compile on both sides; step then counts graph breaks."""
     micro_batch: int | None = None
-    """step: a third side embeds so many images at a time (gradient caching). train, scale: every side does."""
+    """step: a third side embeds this many images at a time (gradient caching). train, scale: every side does."""
     sides: tuple[Literal["resident", "plain", "cached", "fed", "views", "loader"], ...] = ()
-    """step: these sides alone, as `cached` of a batch that does not fit at once; nothing = all that --micro-batch and --data give."""
+    """step: only these sides, as `cached` for a batch that does not fit at once; nothing = all that --micro-batch and --data allow."""
     profile: Path | None = None
-    """step: file for the table of the operators that take longest; says how often the host waits for a GPU."""
+    """step: file for the table of the slowest operators; also prints how often the host waits for a GPU."""
     peer: Literal["none", "lightly"] = "none"
     """train: also time lightly's SimCLR, its loader and transforms, over the folder --peer-data."""
     peer_data: Path | None = None
-    """train: folder of the photographs that the shards were prepared from, which lightly reads as they are."""
+    """train: folder of the photographs that the shards were prepared from; lightly reads the photographs."""
     bandwidth_gb_s: float | None = None
-    """scale: GB/s (10⁹ bytes) that a rank sends in the expected table; nothing = as measured between these two ranks."""
+    """scale: GB/s (10⁹ bytes) that a rank sends, for the expected table; nothing = as measured between these two ranks."""
     latency_us: float | None = None
-    """scale: microseconds of one message in the expected table; nothing = as measured."""
+    """scale: microseconds of one message, for the expected table; nothing = as measured."""
     batches: tuple[int, ...] = (1024, 2048, 4096)
-    """loss: the N that are timed, images in the global batch, each with two views."""
+    """loss: values of N to time: images in the global batch, each with two views."""
     epochs: int = 50
     """memory, cifar: passes over the data."""
     kind: Literal["small", "photographs"] = "photographs"
     """prepare: small = labelled images in splits and classes, as CIFAR-10's."""
     images: int = 2048
-    """prepare: photographs, repeated until there are so many; of small ones those that are rendered."""
+    """prepare: number of photographs, which repeat if there are fewer; of small images the number to render."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """all, device, agreement, step, scale, loss, optim, views, cifar: where the work is done."""
+    """all, device, agreement, step, scale, loss, optim, views, cifar: the device."""
     budget_min: float = 9.0
-    """all: minutes; what would not end within them is skipped, and said."""
+    """all: minutes; a phase that would not end within them is skipped, with a line."""
     out: Path | None = None
-    """all: folder for results, log and profiles, which the same command again goes on with. Default: runs/bench-DATE.
+    """all: folder for results, log and profiles; the same command again goes on with it. Default: runs/bench-DATE.
     prepare: folder for the shards."""
     dry: bool = False
-    """all: everything at toy size on the CPU, to see that it works; no figure of it means anything."""
+    """all: everything at toy size on the CPU, to see that it works; its figures mean nothing."""
     json: Path | None = None
     """File for the result: what, machine, versions, date, setting, n, rows."""
 
@@ -112,14 +112,14 @@ def main(args: Args) -> None:
         from pipelines.bench.all import bench_all
 
         if unfinished := bench_all(args.budget_min, args.out, args.device, args.dry, args.data):
-            print(f"ended otherwise than well: {', '.join(unfinished)}")
+            print(f"failed or ended early: {', '.join(unfinished)}")
             sys.exit(1)
         return
     for path in (args.json, args.profile):
         if path is not None:
             files.require_writable(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-    machine()  # whatever cannot be said of it should fail now, not behind the measuring
+    machine()  # an error in it should come now, not after the measurement
     setting = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items() if k not in ("what", "json")}
     n = 1 if args.what in ("agreement", "cifar", "memory", "prepare") else args.trials
     rows: list[Row] = []
@@ -134,8 +134,8 @@ def main(args: Args) -> None:
 
 
 def measure(args: Args) -> Iterable[Row]:
-    """Print the table of `args.what` and give its rows, one by one where that takes long. What a bench needs is imported for it alone:
-    but for train and loop none needs Ray."""
+    """Print the table of `args.what` and give its rows, one by one if that takes long. Each bench's imports are its own: only train and
+    loop need Ray."""
     plan: dict[str, Any] = {"steps": args.steps, "trials": args.trials, "threads": args.threads}
     match args.what:
         case "device":
@@ -174,7 +174,7 @@ def measure(args: Args) -> Iterable[Row]:
 
 
 def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
-    """The benches that read shards, or may."""
+    """The benches that read shards or can read them."""
     data = None if args.data is None else sync.shards(args.data)
     if data is None and args.what in ("train", "loop", "cifar", "memory"):
         raise UserError(f"which data? `simclr bench {args.what} --data DIR`, a directory of prepared shards")
@@ -214,7 +214,7 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
 
 
 def _config(args: Args) -> Config:
-    """The recipe with what the command line says of its batches, precision and compiling."""
+    """The recipe with the batch sizes, precision and compiling of the command line."""
     config = recipe(args.recipe)
     precision = config.train.precision if args.precision == "recipe" else args.precision
     train = replace(

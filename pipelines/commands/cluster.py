@@ -1,4 +1,4 @@
-"""`simclr cluster check`: what a cluster file would start, and what is wrong with it. Needs no cloud account."""
+"""`simclr cluster check`: the nodes that a cluster file would start, and its mistakes. Needs no cloud account."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simclr.errors import UserError
 
 @dataclass(frozen=True)
 class Args:
-    """Check a cluster file of Ray's against its schema, the classic mistakes and the rules of safety; show what it would start."""
+    """Check one of Ray's cluster files against its schema, the classic mistakes and the rules of safety; show the nodes it would start."""
 
     what: Annotated[Literal["check"], tyro.conf.Positional]
     """check: read the file, start nothing."""
@@ -56,7 +56,7 @@ def main(args: Args) -> None:
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:
-    """(text, content) of the file. Raises UserError where it is missing, no YAML, or no cluster file of Ray's."""
+    """(text, content) of the file. Raises UserError if it is missing, no YAML, or no cluster file of Ray's."""
     import yaml  # type: ignore[import-untyped]
 
     if not path.is_file():
@@ -76,10 +76,10 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def schema_mistakes(cluster: dict[str, Any]) -> list[str]:
-    """Where the content departs from the schema that Ray ships, one sentence each; then the rules cannot be asked."""
+    """The violations of the schema that Ray ships, one sentence each. With any of them the rules cannot be checked."""
     import jsonschema  # type: ignore[import-untyped]
 
-    # Ray itself takes seconds to import, and its schema is a file.
+    # Read as a file: importing Ray takes seconds.
     spec = importlib.util.find_spec("ray")
     assert spec is not None and spec.submodule_search_locations
     schema = json.loads((Path(spec.submodule_search_locations[0]) / "autoscaler" / "ray-schema.json").read_text())
@@ -120,7 +120,7 @@ def changed(name: str, assignments: tuple[str, ...]) -> Config:
 
 
 def batch_over(cluster: dict[str, Any], config: Config) -> str:
-    """How the recipe's batch divides over every accelerator, at most and at least. Raises UserError where it does not."""
+    """How the recipe's batch divides over the most and the fewest accelerators. Raises UserError if it does not."""
     found = rules.groups(cluster)
     counts = sorted({sum(g.accelerators * n for g, n in zip(found, counts, strict=True)) for counts in _sizes(found)} - {0})
     if not counts:

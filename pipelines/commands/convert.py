@@ -27,9 +27,9 @@ class Args:
     """Directory to make."""
     tap: int | None = None
     """The head's layer that the classifier reads; 0 is the encoder's output h. Fine-tuned v2 checkpoints mostly read 1, linear
-    evaluations 0. Default: what the shapes leave open only one of; h under a two-layer head."""
+    evaluations 0. Default: the only layer that fits the shapes; h under a two-layer head."""
     licence: str = UNKNOWN_LICENCE
-    """Of the weights, for the model card."""
+    """Licence of the weights, for the model card."""
 
 
 def main(args: Args) -> None:

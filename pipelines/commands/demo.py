@@ -22,7 +22,7 @@ from simclr import files
 from simclr.errors import UserError
 from simclr.recipes import recipe
 
-_CHECKED = 64  # images that the pulled encoder is tried on
+_CHECKED = 64  # images that compare the pulled encoder with the trained one
 _CLOSE = 1e-4  # largest difference of features between two processes, relative to the largest feature
 
 
@@ -31,7 +31,7 @@ class Args:
     """Render patterns, write shards, pretrain on two workers, evaluate, register, pull, report: three minutes on two cores."""
 
     seed: int = 0
-    """Of the images and of the training."""
+    """Seed of the images and of the training."""
     out: Path | None = None
     """Run directory. Default: runs/demo, with -SEED for another seed than 0 and -coloured for those images."""
     workers: int = 2
@@ -57,21 +57,21 @@ def main(args: Args) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What a demo came to."""
+    """The results of a demo."""
 
     run: Run
     scores: list[dict[str, Any]]
     registered: str
-    """What the registry says."""
+    """The registry's answer, in words."""
     pulled: str
-    """How the pulled encoder compares."""
+    """The comparison with the pulled encoder, in words."""
     report: Path
     timings: dict[str, float]
     """Phase → seconds, in order."""
 
 
 def demo(args: Args) -> Result:
-    """Run every step as its own command would. What an interrupted demo finished already is not done again."""
+    """Run every step as its own command would. Steps that an interrupted demo has finished are not repeated."""
     if args.test < 1:
         raise UserError(f"--test is {args.test}; expected at least 1")
     out = args.out or Path("runs") / ("demo" + (f"-{args.seed}" if args.seed else "") + ("-coloured" if args.coloured else ""))
@@ -80,7 +80,7 @@ def demo(args: Args) -> Result:
     if args.epochs is not None:
         config = replace(config, train=replace(config.train, epochs=args.epochs))
     resources = ray_train.Resources(workers=args.workers)
-    config.images_per_rank(args.workers)  # asked before anything is rendered
+    config.images_per_rank(args.workers)  # raises before anything is rendered
     config.steps_per_epoch(args.train)
 
     began = time.monotonic()
@@ -107,9 +107,9 @@ def demo(args: Args) -> Result:
 
 
 def _pull_and_compare(run: Run) -> tuple[str, str]:
-    """Pull the champion in a fresh process, embed images there and here: (what was pulled, how the features compare).
+    """Pull the champion in a fresh process, embed images there and here: (what was registered, how the features compare).
 
-    Raises RuntimeError where the features differ.
+    Raises RuntimeError if the features differ.
     """
     import torch
 

@@ -41,14 +41,14 @@ class Args:
     label_file: Path | None = None
     """Images whose labels are seen, in place of --labels: labels.txt of the teacher's run."""
     label_seed: int | None = None
-    """Of the choice of labels. Default: --seed."""
+    """Seed of the choice of labels. Default: --seed."""
     epochs: float = 400.0
     """Passes over the training images."""
     batch_size: int | None = None
     """Images per step over all workers. Default: 4096, or as many as there are."""
     optim: Optim = field(default_factory=lambda: Distill().optim)
     seed: int = 0
-    """Of the student's weights, and of order and crops."""
+    """Seed of the student's weights, of order and crops."""
     test_every_epochs: float = 0.0
     """Epochs between two scorings on the test split; 0 = only at the end."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
@@ -56,7 +56,7 @@ class Args:
     compile: bool = False
     """Compile the student with torch.compile, which takes about a minute before the first step."""
     run: Path | None = None
-    """Run directory or s3://bucket/prefix: what is there goes on. Default: runs/distill-RECIPE-DIGEST."""
+    """Run directory or s3://bucket/prefix; a run there goes on. Default: runs/distill-RECIPE-DIGEST."""
     resources: Annotated[ray_train.Resources, tyro.conf.arg(name="")] = field(default_factory=ray_train.Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
@@ -70,7 +70,7 @@ def main(args: Args) -> None:
 def distill(args: Args) -> Run:
     """Check everything, train, and leave a run directory with the student. Returns the run.
 
-    Raises UserError, before any worker starts, for what the user can mend.
+    Raises UserError, before any worker starts, for errors that the user can mend.
     """
     began = time.monotonic()
     with classifiers.published(args.teacher, args.tracking_uri) as (directory, known):
@@ -95,7 +95,7 @@ def distill(args: Args) -> Run:
         run.save()
         if seen is not None:
             classifiers.write_labels(run, seen)
-        if not (run.path / "teacher" / "config.json").is_file():  # here, so that every worker finds it where the run is
+        if not (run.path / "teacher" / "config.json").is_file():  # copied into the run, so that every worker finds it there
             shutil.rmtree(run.path / "teacher", ignore_errors=True)
             shutil.copytree(directory, run.path / ".teacher", dirs_exist_ok=True)
             (run.path / ".teacher").rename(run.path / "teacher")

@@ -23,14 +23,14 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Args:
-    """Features of image files, with the preprocessing that the encoder was trained under."""
+    """Features of image files, with the preprocessing of the encoder's training."""
 
     encoder: Annotated[Path, tyro.conf.Positional]
     """A published encoder's directory (`simclr pull`, or RUN/encoder), or s3://bucket/prefix of one."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, folders of them, or an .npy file of uint8 images (n, H, W, 3)."""
     out: Path = Path("features.npz")
-    """Written: features (n, d) float32 and names (n,)."""
+    """File to write: features (n, d) float32 and names (n,)."""
 
 
 class Junk(UserError):
@@ -41,9 +41,9 @@ class Junk(UserError):
 class _Images:
     names: list[str]
     read: Callable[[int], NDArray[np.uint8]]
-    """Index → (H, W, 3). Raises Junk where it is no image."""
+    """Index → (H, W, 3). Raises Junk if the file is no image."""
     given: frozenset[str] = frozenset()
-    """Names that the user wrote down: those have to be images. What merely lies in a folder may be junk."""
+    """Names that the user gave: these must be images. Files found in a folder may be junk."""
 
 
 def main(args: Args) -> None:
@@ -71,7 +71,7 @@ def main(args: Args) -> None:
                         raise
                     junk.append(str(error))
                     continue
-                ready.append(encoder.prepared(pixels[None]))  # one by one: 64 photographs at full size are gigabytes
+                ready.append(encoder.prepared(pixels[None]))  # one by one: 64 photographs at full size take gigabytes
                 names.append(images.names[i])
             if ready:
                 features.append(encoder(torch.cat(ready)).float().numpy())
@@ -108,7 +108,7 @@ def _array(path: Path) -> _Images:
         raise UserError(f"no file {path}; expected images")
     try:
         array = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:  # the file's: nothing here computes
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:  # errors of the file: nothing here computes
         raise UserError(f"{path} is no .npy file that can be read ({error}); expected uint8 (n, H, W, 3)") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an .npz file; expected an .npy file of uint8 (n, H, W, 3)")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Args:
     """Weighted kNN and a linear probe on frozen features of the training split, scored on the test split.
 
-    Without a test split a tenth of the training images is held back for it. Images without a label count for nothing; where
-    there are no labels at all, the effective rank of the features (RankMe) is what can be said.
+    Without a test split, a tenth of the training images is held back for it. Images without a label are left out. Data without any
+    label gets the effective rank of its features (RankMe).
 
     --protocol asks for the papers' protocols instead: top-1 with its 95 % bootstrap interval, top-5, every class, and the
     confusion table as a picture. --suite transfer runs the twelve datasets of the paper's Table 8.
@@ -35,9 +35,9 @@ class Args:
     k: int | None = None
     """Neighbours that vote. Default: the config's watch.k."""
     baselines: bool = True
-    """Also score raw pixels and the untrained encoder: what a score is to be compared with."""
+    """Also score raw pixels and the untrained encoder, for comparison."""
     limit: int | None = None
-    """Images of each split, at most; which ones is the same in every run. Default: all."""
+    """Images of each split, at most; every run takes the same ones. Default: all."""
     device: str = "auto"
     """auto, cpu or cuda."""
     protocol: tuple[protocols.Protocol, ...] = ()
@@ -56,12 +56,12 @@ class Args:
     suite: Literal["transfer"] | None = None
     """transfer: the twelve datasets under --root, each split and scored by its own rule."""
     root: Path | None = None
-    """Suite: the folder that torchvision's datasets lie in, as its classes lay them out; birdsnap/train and birdsnap/test beside."""
+    """Suite: the folder of torchvision's datasets, in its own layout, with birdsnap/train and birdsnap/test beside them."""
     only: tuple[str, ...] = ()
-    """Suite: which datasets, as in `--only cifar10,dtd`. Default: all that are there."""
+    """Suite: the datasets, as in `--only cifar10,dtd`. Default: all that are there."""
     fine_tune: bool = False
-    """Suite: also fine-tune the whole network on each dataset: the paper's 56 pairs of learning rate and weight decay, 20,000 steps
-    of 256 images each, are days of a GPU; --rates, --decays and --tuning-steps make it less."""
+    """Suite: also fine-tune the whole network on each dataset. The paper's 56 pairs of learning rate and weight decay, 20,000 steps of
+    256 images each, take days on a GPU; --rates, --decays and --tuning-steps make it less."""
     tuning_steps: int = 20_000
     """Suite, --fine-tune: optimizer steps of each training."""
     rates: tuple[float, ...] = ()
@@ -69,7 +69,7 @@ class Args:
     decays: tuple[float, ...] = ()
     """Suite, --fine-tune: weight decays to try, each divided by the learning rate. Default: 0 and 7 from 1e-6 to 1e-3."""
     download: bool = False
-    """Suite: have torchvision fetch what is absent."""
+    """Suite: let torchvision download absent datasets."""
     threads: int = 1
     """Threads that read and decode images."""
     out: Path | None = None
@@ -140,7 +140,7 @@ def _protocols(args: Args, directory: Path, out: Path, name: str) -> None:
 
 
 def evaluate(args: Args) -> list[dict[str, Any]]:
-    """The rows of the quick table (`quick.run`). In a run directory they are also written, with what the report shows of them."""
+    """The rows of the quick table (`quick.run`). In a run directory they are also written, with the report's pictures."""
     _check(args)
     settings = quick.Settings(k=args.k, baselines=args.baselines, limit=args.limit, device=args.device)
     with opened(args.encoder, args.tracking_uri) as directory:

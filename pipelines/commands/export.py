@@ -18,12 +18,12 @@ _SUFFIXES = ".pt2 (a torch.export program), .onnx, or .safetensors (torchvision'
 
 @dataclass(frozen=True)
 class Args:
-    """Write an encoder for programs without this package, compare it with the encoder, and say how far it deviates."""
+    """Write an encoder for programs without this package, compare it with the encoder, and print the largest difference."""
 
     encoder: Annotated[Path, tyro.conf.Positional]
     """A published encoder's directory (`simclr pull`, or RUN/encoder), or s3://bucket/prefix of one."""
     to: Path
-    """File to write. Its suffix says what: .pt2 (a torch.export program), .onnx, or .safetensors (torchvision's names)."""
+    """File to write. Its suffix is the format: .pt2 (a torch.export program), .onnx, or .safetensors (torchvision's names)."""
 
 
 def main(args: Args) -> None:

@@ -37,22 +37,22 @@ class Args:
     label_file: Path | None = None
     """Images whose labels are seen, in place of --labels: a text of file names or sample ids, one a line."""
     tap: int | None = None
-    """Layer of the projection head that is classified. Default, as v2: 1 of a head of three layers, but 0 (the encoder's h) where
-    all labels are seen, and of v1's head."""
+    """Layer of the projection head that the classifier reads. Default, as v2: 1 of a head of three layers, but 0 (the encoder's h) if
+    all labels are seen, and for v1's head."""
     linear: bool = False
-    """Only the classifier learns, the network stays as it is."""
+    """Train only the classifier; the network stays fixed."""
     from_scratch: bool = False
     """The same network, from random weights: the supervised baseline."""
     encoder: classifiers.Shape = field(default_factory=classifiers.Shape)
     epochs: float | None = None
-    """Passes over the labelled images. Default: 60 where less than 5 % of the labels are seen, else 30."""
+    """Passes over the labelled images. Default: 60 if less than 5 % of the labels are seen, else 30."""
     batch_size: int | None = None
     """Images per step over all workers. Default: 1024, or as many as there are."""
     optim: Optim = field(default_factory=lambda: FineTune().optim)
     seed: int = 0
-    """Of the choice of labels, of order and crops, and of the weights that are new."""
+    """Seed of the choice of labels, of order and crops, and of new weights."""
     label_seed: int | None = None
-    """Of the choice of labels alone. Default: --seed."""
+    """Seed of the choice of labels alone. Default: --seed."""
     test_every_epochs: float = 0.0
     """Epochs between two scorings on the test split; 0 = only at the end."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
@@ -60,7 +60,7 @@ class Args:
     compile: bool = False
     """Compile the network with torch.compile, which takes about a minute before the first step."""
     run: Path | None = None
-    """Run directory or s3://bucket/prefix: what is there goes on. Default: runs/finetune-RECIPE-DIGEST."""
+    """Run directory or s3://bucket/prefix; a run there goes on. Default: runs/finetune-RECIPE-DIGEST."""
     resources: Annotated[ray_train.Resources, tyro.conf.arg(name="")] = field(default_factory=ray_train.Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
@@ -74,7 +74,7 @@ def main(args: Args) -> None:
 def finetune(args: Args) -> Run:
     """Check everything, train, and leave a run directory with its classifier. Returns the run.
 
-    Raises UserError, before any worker starts, for what the user can mend.
+    Raises UserError, before any worker starts, for errors that the user can mend.
     """
     began = time.monotonic()
     with classifiers.published(args.start, args.tracking_uri) as (directory, known):

@@ -65,10 +65,10 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
     found = remote.manifest_at(at, store)
     if found is not None:
         manifest = shards.agreed(found[0], source, at, args.options)
-        shutil.rmtree(here, ignore_errors=True)  # of a prepare that was killed when all was sent
+        shutil.rmtree(here, ignore_errors=True)  # left by a prepare that was killed after sending everything
         say(f"{at} holds these shards already; nothing to do")
         return manifest
-    # Shards without a manifest are ours, not sent to the end.
+    # Shards without a manifest are ours, from an incomplete send.
     left = [o.name for o in store.listing(at) if o.name not in LISTS and not o.name.endswith(".beton")]
     if left:
         raise UserError(f"{at} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")

@@ -26,7 +26,7 @@ class Args:
     config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     run: Path | None = None
-    """Run directory or s3://bucket/prefix, for checkpoints too: what is there goes on, on any machine.
+    """Run directory or s3://bucket/prefix, for checkpoints too; a run there goes on, on any machine.
     Default: runs/RECIPE-DIGEST, the same for the same config and data."""
     resources: Annotated[ray_train.Resources, tyro.conf.arg(name="")] = field(default_factory=ray_train.Resources)
     tracking_uri: str | None = None
@@ -41,12 +41,12 @@ def main(args: Args) -> None:
 def pretrain(args: Args) -> Run:
     """Check everything, train, and leave a run directory with its encoder. Returns the run.
 
-    Raises UserError, before any worker starts, for what the user can mend.
+    Raises UserError, before any worker starts, for errors that the user can mend.
     """
     began = time.monotonic()
     config = args.config
     groups = config.train.shard_groups
-    data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # in groups: this machine may be too small for all of them
+    data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # with groups it fetches none: all may not fit here
     manifest = read_manifest(data, look=groups == 1)
     examples, classes = manifest.examples("train", groups), manifest.classes
     args.resources.counts(config)

@@ -29,12 +29,12 @@ class Args:
     name: str | None = None
     """Model name in the registry. Default: the name of the run's data directory."""
     metric: str | None = None
-    """The score that decides who is champion, higher is better. Default: knn_top1, of a classifier top1, or rankme for data
+    """The score that decides the champion; higher is better. Default: knn_top1, for a classifier top1, or rankme for data
     without labels."""
     tracking_uri: str | None = None
     """MLflow address. Default: the run's."""
     licence: str = UNKNOWN_LICENCE
-    """Of the weights, for the model card: README.md in the encoder's directory, and the version's description."""
+    """Licence of the weights, for the model card: README.md in the encoder's directory, and the version's description."""
 
 
 def main(args: Args) -> None:
@@ -57,7 +57,7 @@ def _publish(args: Args) -> dict[str, Any]:
         raise UserError(f"no score {metric!r}; choose one of {', '.join(scores)}")
     uri = mlflow_uri.tracking_address(args.tracking_uri)
     if run.tracking_run and mlflow_uri.redacted(uri) != run.tracking_uri:
-        if args.tracking_uri or "…" in run.tracking_uri:  # whose credentials are not in run.json
+        if args.tracking_uri or "…" in run.tracking_uri:  # run.json has no credentials
             raise UserError(
                 f"{args.run} is not known at {mlflow_uri.redacted(uri)}: it was logged at {run.tracking_uri}; "
                 "give that address with --tracking-uri"

@@ -37,13 +37,13 @@ def main(args: Args) -> None:
 
 
 def report(args: Args) -> Path:
-    """Gather what the run directory holds and write the page. Returns its path."""
+    """Gather the run directory's content and write the page. Returns its path."""
     with sync.directory(args.run) as run:
         return page.write(gather(load_run(run)), args.out or run / "report.html")
 
 
 def gather(run: Run) -> ReportData:
-    """All that the page shows. What the run does not have (yet), the page leaves out."""
+    """All that the page shows. It has no section for what the run lacks."""
     scores, facts = _scores(run)
     history = run.history()
     classes = read_manifest(run.data).classes if (run.data / "manifest.json").is_file() else ()
@@ -101,7 +101,7 @@ def _length(run: Run, history: list[dict[str, float]]) -> dict[str, str]:
 
 
 def _pictures(path: Path) -> tuple[np.ndarray, Neighbours, FeatureMap]:
-    """Gallery, neighbours and map of pictures.npz; empty ones where there is none."""
+    """Gallery, neighbours and map of pictures.npz; empty ones without that file."""
     side = 1
     empty = {
         "gallery": np.zeros((0, 3, side, side, 3), np.uint8),
@@ -119,7 +119,7 @@ def _pictures(path: Path) -> tuple[np.ndarray, Neighbours, FeatureMap]:
         try:
             with np.load(path) as file:
                 found = {name: file[name] for name in empty}
-        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:  # the file's: nothing here computes
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:  # errors of the file: nothing here computes
             again = f"`simclr evaluate {path.parent}` makes it again"
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
     else:

@@ -1,4 +1,4 @@
-"""`simclr runs`: the runs in a directory or at an s3:// prefix, what state they are in and how far they came."""
+"""`simclr runs`: the runs in a directory or at an s3:// prefix, with state and progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simclr.errors import UserError
 from simclr.stages import STAGES
 
 _INSTEAD = "bring it back from a copy"
-_SILENT_S = 600.0  # a run that reports nothing for longer has stopped; reports come every few seconds
+_SILENT_S = 600.0  # a run without a report for longer has stopped; reports come every few seconds
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Args:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One run, as it is told."""
+    """One run of the list."""
 
     run: str
     """Its name below the directory asked for."""
     recipe: str
     state: str
-    """new (no step yet), running (reported in the last ten minutes), stopped (not to its end, and silent), complete."""
+    """new (no step yet), running (reported in the last ten minutes), stopped (incomplete, no such report), complete."""
     step: int
     total_steps: int | None
     images_per_s: float | None
@@ -48,9 +48,9 @@ class Line:
     """Step of the last whole checkpoint."""
     loss: float | None
     updated: float
-    """Unix time of the last report, or of its beginning."""
+    """Unix time of the last report, else of the run's beginning."""
     note: str = ""
-    """What is wrong with it, if anything."""
+    """What is wrong with the run, or ""."""
 
 
 def main(args: Args) -> None:
@@ -63,7 +63,7 @@ def main(args: Args) -> None:
 
 
 def _lines(at: Path) -> list[Line]:
-    """Every run at or below `at`. Raises UserError where nothing is there, or S3 does not answer."""
+    """Every run at or below `at`. Raises UserError if nothing is there, or S3 does not answer."""
     place = address(at)
     if place is not None:
         return _remote(place)
@@ -106,7 +106,7 @@ def line(name: str, run_json: str, metrics: str, checkpoints: list[str]) -> Line
     """A run's line, from the text of run.json, the (end of the) text of metrics.jsonl, and names of its whole checkpoints."""
     last: dict[str, Any] = {}
     for row in reversed(metrics.splitlines()):
-        with contextlib.suppress(UserError):  # half a line, of a machine that died
+        with contextlib.suppress(UserError):  # half a line of a machine that crashed
             last = files.json_in(row, "a report", "")
             break
     steps = [int(name.removeprefix("step-")) for name in checkpoints if name.removeprefix("step-").isdigit()]

@@ -1,4 +1,4 @@
-"""`simclr verify`: whether shards are whole."""
+"""`simclr verify`: checks that shards are whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Args:
-    """Read every byte and every image of prepared shards again, and say of each shard whether it is what the manifest says."""
+    """Read every byte and every image of prepared shards again, and compare each shard with the manifest."""
 
     data: Annotated[Path, tyro.conf.Positional]
     """Directory of prepared shards."""
@@ -42,7 +42,7 @@ def main(args: Args) -> None:
             damaged += bool(found.wrong)
     print("\n".join(lines))
     if damaged and s3_uri.address(args.data) is not None:
-        (data / "manifest.json").unlink()  # so that the next command hashes this copy and fetches what is damaged
+        (data / "manifest.json").unlink()  # so that the next command checks this copy and fetches damaged shards again
         raise UserError(f"{damaged} of {len(lines)} shards of this machine's copy are damaged; they are fetched again by the next command")
     if damaged:
         raise UserError(f"{damaged} of {len(lines)} shards of {args.data} are damaged; prepare or fetch the data again")

@@ -1,4 +1,4 @@
-"""`simclr views`: what the network sees of a dataset, as a picture."""
+"""`simclr views`: a picture of the views that the network sees of a dataset."""
 
 from __future__ import annotations
 

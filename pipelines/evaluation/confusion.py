@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-_WRITTEN = 20  # up to so many classes every cell says its number
-_NAMED = 110  # up to so many, every row and column its class
+_WRITTEN = 20  # up to so many classes, every cell shows its number
+_NAMED = 110  # up to so many, every row and column shows its class
 _PAPER, _INK, _QUIET = (255, 255, 255), (32, 33, 36), (120, 124, 130)
 _RIGHT, _WRONG = np.array([31, 95, 168.0]), np.array([196, 62, 38.0])
 
 
 def confusion_picture(table: NDArray[np.int64], names: Sequence[str], title: str) -> Image.Image:
-    """One row per true class, one column per predicted class; a cell's shade is its share of the row, blue where it is right."""
+    """One row per true class, one column per predicted class; a cell's shade is its share of the row, blue on the diagonal."""
     classes = len(table)
     cell = 44 if classes <= _WRITTEN else max(1200 // classes, 2)
     text = ImageFont.load_default(14 if classes <= _WRITTEN else max(min(cell - 1, 14), 7))
@@ -32,7 +32,7 @@ def confusion_picture(table: NDArray[np.int64], names: Sequence[str], title: str
         for j in range(classes):
             share = float(shares[i, j])
             hue = _RIGHT if i == j else _WRONG
-            # The square root shows one mistake in a hundred; shares alone would leave it white.
+            # The square root makes one error in a hundred visible; a linear shade would leave it white.
             colour = tuple(int(v) for v in 255 + (hue - 255) * np.sqrt(share))
             at = (left + j * cell, top + i * cell)
             draw.rectangle((*at, at[0] + cell - 1 - (cell > 6), at[1] + cell - 1 - (cell > 6)), colour)

@@ -1,4 +1,4 @@
-"""What an evaluation is given: the encoder by run, directory or registry name; its data; the device; what is held back."""
+"""The inputs of an evaluation: the encoder by run, directory or registry name; its data; the device; the held-back split."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def default_out(encoder: Path) -> Path:
-    """Where results go without --out: into a directory on disk; of S3 and the registry there is only a copy, which goes away."""
+    """The directory for results without --out: inside a directory on disk; for S3 and the registry, whose copy is temporary, runs/."""
     if encoder.is_dir():
         return encoder / "evaluation"
     return Path("runs/evaluation") / re.sub(r"[^\w.-]+", "-", sync.shown(encoder).removeprefix("s3://"))
@@ -30,7 +30,7 @@ def default_out(encoder: Path) -> Path:
 
 @contextlib.contextmanager
 def opened(encoder: Path, tracking_uri: str | None) -> Iterator[Path]:
-    """The directory of the encoder that a command was given: as `storage.directory`, or pulled from the registry until the end."""
+    """The directory of a command's encoder: as `sync.directory`, or pulled from the registry until the end."""
     named = str(encoder)
     if encoder.exists() or not re.fullmatch(r"[^@/:]+(@[^@/:]+|/\d+)", named):
         with sync.directory(encoder) as directory:
@@ -48,8 +48,7 @@ def opened(encoder: Path, tracking_uri: str | None) -> Iterator[Path]:
 
 
 def device_of(name: str) -> torch.device:
-    """auto is the GPU where torch sees one, which then computes in float32 as such. Raises UserError where `name` asks for one that is
-    not there."""
+    """auto = the GPU if torch sees one; it then computes in full float32. Raises UserError if `name` asks for a GPU and there is none."""
     import torch
 
     from simclr.precision import set_backends
@@ -78,7 +77,7 @@ def resolve(encoder: Path, data: Path | None) -> tuple[Path, Config, Path]:
 
 
 def held_back(train: Features) -> tuple[Features, Features]:
-    """(the rest, a tenth): which images is the same for every encoder."""
+    """(the rest, a tenth), split alike for every encoder."""
     import torch
 
     from simclr import keyed

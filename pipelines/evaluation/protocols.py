@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 Protocol = Literal["knn", "probe", "lbfgs", "sgd"]
 _BATCH = 256
-_LISTED = 12  # classes that the terminal shows; the file has all
+_LISTED = 12  # classes on the terminal; the file has all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the protocols are told. `None` = what the config or the data says."""
+    """Settings of the protocols. `None` = the config's, or by the data."""
 
     k: int | None
     temperature: float | None
@@ -48,7 +48,7 @@ def run(
     out: Path,
     name: str,
 ) -> list[dict[str, Any]]:
-    """Runs each protocol on the encoder at hand; writes `out`/PROTOCOL.json and `out`/PROTOCOL.png; returns what they say."""
+    """Run each protocol on the encoder; write `out`/PROTOCOL.json and `out`/PROTOCOL.png; return the results."""
     manifest = read_manifest(data)
     if not manifest.classes:
         raise UserError(f"{data} has no labels, and every protocol needs them; leave out --protocol for the effective rank (RankMe)")
@@ -57,7 +57,7 @@ def run(
     if "sgd" in protocols and "test" not in manifest.splits:
         raise UserError(f"{data} has no test split, which --protocol sgd cannot hold back for itself; prepare the data with one")
     out.mkdir(parents=True, exist_ok=True)
-    parts = ("test",) if set(protocols) == {"sgd"} else ("train", "test")  # sgd embeds crops of its own
+    parts = ("test",) if set(protocols) == {"sgd"} else ("train", "test")  # sgd embeds its own crops
     train, test = features(encoder, data, manifest, config, device, settings, parts)
     if not len(train.y) or not len(test.y):
         raise UserError(f"none of the {settings.limit or 'given'} images of a split of {data} has a label; raise --limit")
@@ -81,8 +81,8 @@ def run(
 def features(
     encoder: Any, data: Path, manifest: Manifest, config: Config, device: torch.device, settings: Settings, parts: tuple[str, ...]
 ) -> tuple[Features, Features]:
-    """The labelled rows of the training and the test split, or, where `parts` has one of them, twice that one; without a test
-    split, a tenth is held back."""
+    """The labelled rows of the training and the test split; if `parts` has only one of them, that one twice. Without a test split, a
+    tenth is held back."""
     from pipelines.evaluation.inputs import held_back
     from simclr.data.loader import in_order
     from simclr.evaluation.features import embed
@@ -99,7 +99,7 @@ def features(
     return train.labelled(), test.labelled()
 
 
-# ── The protocols: (features, what is told) → (scores of the test rows, the settings that were used) ─────────────────
+# ── The protocols: (features, settings) → (scores of the test rows, the settings that were used) ─────────────────────
 
 
 def _knn(train: Features, test: Features, config: Config, settings: Settings, classes: int) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -154,7 +154,7 @@ def _sgd(
     return classifier(test.h), {"epochs": settings.epochs, "batch_size": batch_size, "peak_lr": 0.1 * batch_size / 256, "weight_decay": 0.0}
 
 
-# ── What they say ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The results ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def summary(scores: torch.Tensor, y: torch.Tensor, classes: list[str], resamples: int) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def write(result: dict[str, Any], classes: list[str], out: Path, protocol: str) 
 
 
 def text(result: dict[str, Any], classes: list[str]) -> str:
-    """A line of what was done, one of the scores, and the classes, the worst first."""
+    """A line with the settings, one with the scores, then the classes, the worst first."""
     told = dict(result["settings"])
     told.pop("validation_top1", None)
     name, _, train, test = (told.pop(key) for key in ("protocol", "encoder", "train", "test"))

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from simclr.evaluation.features import Features
 
 
-_RANKED = 2048  # features whose singular values are taken
+_RANKED = 2048  # features for RankMe's singular values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How the quick table is made."""
+    """Settings of the quick table."""
 
     k: int | None = None
     """Neighbours that vote; None = the config's watch.k."""
@@ -41,8 +41,8 @@ class Settings:
 
 
 def run(encoder_or_run: Path, data_at: Path | None, settings: Settings) -> list[dict[str, Any]]:
-    """The score rows of the encoder (or run) in a directory, weakest method first: name, rankme, and where there are labels
-    knn_top1, probe_top1, …. In a run directory they are also written, with what the report shows of them."""
+    """The score rows of the encoder (or run) in a directory, weakest method first: name, rankme, and, if there are labels,
+    knn_top1, probe_top1, …. In a run directory they are also written, with the report's pictures."""
     directory, config, data = resolve(encoder_or_run, data_at)
     manifest = read_manifest(data)
     import simclr
@@ -108,9 +108,9 @@ def _scores(train: Features, test: Features, config: Config, k: int | None) -> d
 
 def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] = ()) -> dict[str, float]:
     """The scores of a finished run's encoder, over at most watch.bank training and watch.queries test images; also written to the
-    run for `simclr publish`. What a trial of a sweep needs: no baselines, no pictures.
+    run for `simclr publish`. For a trial of a sweep: without baselines and pictures.
 
-    For each of `shares` there is a probe more, fitted to that share of each class's training images: probe_top1_at_0.01, ….
+    Each of `shares` adds a probe that is fitted to that share of each class's training images: probe_top1_at_0.01, ….
     """
     import simclr
     from simclr.evaluation.linear import linear_probe
@@ -133,7 +133,7 @@ def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] 
 
 
 def _share(train: Features, share: float) -> Features:
-    """A share of each class's images, at least one; which ones is the same in every run."""
+    """A share of each class's images, at least one; every run takes the same ones."""
     import torch
 
     from simclr import keyed
@@ -144,7 +144,7 @@ def _share(train: Features, share: float) -> Features:
 
 
 class _Pixels:
-    """Photographs as rows of 32 × 32 pixels: 150,528 numbers each would ask for a larger machine than training does."""
+    """Photographs as rows of 32 × 32 pixels: rows of 150,528 numbers would need a larger machine than training."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         import torch.nn.functional as F
@@ -153,7 +153,7 @@ class _Pixels:
 
 
 def scores_of(run: Path) -> list[dict[str, Any]]:
-    """The rows that `evaluate` found for a run. Raises UserError where it was not evaluated yet."""
+    """The rows of `evaluate` for a run. Raises UserError if it was not evaluated yet."""
     found = load_run(run).evaluation()
     if found is None:
         raise UserError(f"{run} was not evaluated yet; `simclr evaluate {run}` does it")
@@ -166,7 +166,7 @@ def _score_text(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text: kNN and probe in per cent, or the effective rank where there are no labels."""
+    """The rows as text: kNN and probe in per cent, or the effective rank without labels."""
     if "knn_top1" not in rows[-1]:
         return "\n".join([f"{'no labels':<20} {'RankMe':>6}", *(f"{row['name']:<20} {row['rankme']:>6.1f}" for row in rows)])
     lines = [f"{'top-1, %':<20} {'kNN':>6} {'probe':>6}"]

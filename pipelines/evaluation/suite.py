@@ -24,10 +24,10 @@ _METRICS = {"top1": "top-1", "mean_per_class": "mean per class", "map11": "11-po
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Which datasets, and how each is scored."""
+    """The choice of datasets, and the settings of their scores."""
 
     root: Path
-    """The folder that torchvision's datasets lie in, as its classes lay them out."""
+    """The folder of torchvision's datasets, in its own layout."""
     only: tuple[str, ...] = ()
     """Datasets; none = all that are there."""
     fine_tune: bool = False
@@ -39,7 +39,7 @@ class Settings:
     decays: tuple[float, ...] = ()
     """Weight decays to try; none = the paper's."""
     download: bool = False
-    """Have torchvision fetch what is absent."""
+    """Let torchvision download absent datasets."""
     threads: int = 1
     """Threads that read and decode images."""
     resamples: int = 1000
@@ -51,18 +51,18 @@ class Settings:
 
 
 Method = Callable[["PublishedEncoder", "dict[str, Rows]", "Task", "Settings"], dict[str, Any]]
-"""(encoder, the dataset's parts, its row of the table, settings) → value, low, high in [0, 1], and what was chosen on the way."""
+"""(encoder, the dataset's parts, its row of the table, settings) → value, low, high in [0, 1], and the hyperparameters chosen."""
 
 
 def run(directory: Path, settings: Settings, out: Path, name: str) -> list[dict[str, Any]]:
-    """Scores the encoder (or run) in `directory` on every dataset under --root; prints the table, writes
-    `out`/transfer.json after each; returns the rows."""
+    """Score the encoder (or run) in `directory` on every dataset under --root; print the table, write `out`/transfer.json after
+    each; return the rows."""
     from simclr.data.tasks import TASKS, open_task
 
     if not settings.root.is_dir() and not settings.download:
         raise UserError(f"--root {settings.root} is no directory; expected one that holds {', '.join(t.folder for t in TASKS.values())}")
     tasks = {task: TASKS[task] for task in chosen(settings.only, list(TASKS))}
-    # All are opened before the first is embedded, so that a folder that cannot be read is known now and not in hours.
+    # All are opened before the first is embedded, so that an unreadable folder is found now and not in hours.
     found = {task: open_task(task, settings.root, settings.download) for task in tasks}
     present = {task: parts for task, parts in found.items() if parts is not None}
     absent = {task: str(settings.root / tasks[task].folder) for task in tasks if found[task] is None}
@@ -88,7 +88,7 @@ def run(directory: Path, settings: Settings, out: Path, name: str) -> list[dict[
 
 
 def chosen(only: tuple[str, ...], known: list[str]) -> list[str]:
-    """The datasets that `--only` names, in the table's order; all where it names none."""
+    """The datasets that `--only` names, in the table's order; all if it names none."""
     names = [name for words in only for name in words.split(",") if name]
     for name in names:
         if name not in known:

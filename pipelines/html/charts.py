@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Row = tuple[float, float, int, float | None, str]
-"""What the crosshair finds: place (0 … 1000 from the left and from the top), step, epoch, value as text."""
+"""A point of the crosshair: place (0 … 1000 from the left and from the top), step, epoch, value as text."""
 
 MAP_WIDTH, MAP_HEIGHT = 800.0, 600.0
 _PIXEL_ART = 64  # sides up to this are enlarged by whole numbers with crisp pixels; larger pictures are photographs
@@ -75,7 +75,7 @@ def _plain(number: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantity:
-    """What a curve shows, under which key the history has it, and the sentence that explains it."""
+    """The quantity of a curve: its key in the history, its name, and the sentence that explains it."""
 
     key: str
     name: str
@@ -98,7 +98,7 @@ QUANTITIES = (
         digits=".4g",
         from_zero=False,
         meaning="NT-Xent: minus the log of the probability that a view gives to its partner among all other views of the batch; "
-        "the mean since the report before.",
+        "the mean since the last report.",
     ),
     Quantity(
         key="train/contrastive_top1",
@@ -147,7 +147,7 @@ QUANTITIES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """The figures of a history, the rows that each one's crosshair reads, and what was drawn."""
+    """The figures of a history, the rows for each figure's crosshair, and the quantities drawn."""
 
     figures: str
     rows: list[list[Row]]
@@ -168,7 +168,7 @@ def training(history: Sequence[dict[str, float]], references: dict[str, tuple[fl
         if not np.isfinite(y).any():
             continue
         first, last = history[0]["step"], history[-1]["step"]
-        # From 0, unless the first report came late: a run that was resumed without its history.
+        # From 0, unless the first report came late, as in a run that was resumed without its history.
         domain = (0.0 if first <= last / 4 else first - 1, max(last, first + 1))
         figure, read = _curve(q, step, epoch, y, domain, references.get(q.key), len(rows), 4 if rows or span == 1 else 8)
         figures += figure
@@ -191,7 +191,7 @@ def thin(y: NDArray[np.float64], most: int = _POINTS) -> NDArray[np.int64]:
 
 
 def y_range(y: NDArray[np.float64], from_zero: bool, reference: float | None) -> tuple[float, float]:
-    """The values an axis must show: all finite ones, 0 on request, and the reference where it is within half a range."""
+    """The values an axis must show: all finite ones, 0 on request, and the reference if it is within half a range."""
     finite = y[np.isfinite(y)]
     low, high = float(finite.min()), float(finite.max())
     if from_zero:
@@ -265,7 +265,7 @@ def _rounded(epoch: float) -> float | None:
 
 
 def stacked_bar(parts: Sequence[tuple[str, float]]) -> str:
-    """Named durations in seconds as one bar and its legend. Those that are not positive and finite take no part in it."""
+    """Named durations in seconds as one bar and its legend. Durations that are not positive and finite are left out."""
     total = sum(s for _, s in parts if math.isfinite(s) and s > 0)
     bar, legend = "", ""
     for i, (name, seconds) in enumerate(parts):
@@ -311,7 +311,7 @@ def scatter(at: NDArray[np.floating], labels: NDArray[np.integer], wrong: NDArra
 
 
 def _name_places(at: NDArray[np.floating], labels: NDArray[np.integer], names: Sequence[str]) -> list[tuple[int, float, float]]:
-    """(class, x, y) of the names: in the thick of their points, moved apart where they would cover each other."""
+    """(class, x, y) of the names: each where its points are densest, moved apart if they would cover each other."""
     if len(names) > 2 * _PALETTE:
         return []
     done: list[tuple[int, float, float]] = []
@@ -330,7 +330,7 @@ def _name_places(at: NDArray[np.floating], labels: NDArray[np.integer], names: S
 
 
 def _thickest(points: NDArray[np.floating]) -> NDArray[np.floating]:
-    """The point (2,) with the most others near it: a class may lie in several places, and its median then in none of them."""
+    """The point (2,) with the most others near it. A class may lie in several places, and then its median in none of them."""
     some = points[:: max(len(points) // 500, 1)]
     near = np.hypot(*(some[:, None] - some[None]).transpose(2, 0, 1)) < MAP_WIDTH / 16
     place: NDArray[np.floating] = some[near[near.sum(1).argmax()]].mean(0)

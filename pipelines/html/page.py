@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing but itself. Numbers and pictures in, text out; who reads the run gathers them."""
+"""The report of a run: one self-contained HTML page. Numbers and pictures in, text out; `simclr report` gathers them from the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.html import charts
 from pipelines.html.charts import escape, percent
 from simclr import files
 
-# Nothing may be loaded, whatever a class is called: the page is allowed its own style, script and data: pictures only.
+# The page may use only its own style, script and data: pictures, so that no class name can make it load anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http:%2F%2Fwww.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
@@ -73,13 +73,13 @@ class FeatureMap:
 
     @property
     def wrong(self) -> NDArray[np.bool_]:
-        """(n,) whether kNN gives another class than the true one, where that is known."""
+        """(n,) whether kNN gives another class than the true one; False for unlabelled points."""
         return np.asarray((self.labels >= 0) & (self.predicted != self.labels), np.bool_)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """All that the page shows. What is empty (scores, history, timings, pictures, a map without points) has no section."""
+    """All that the page shows. Empty parts (scores, history, timings, pictures, a map without points) have no section."""
 
     title: str
     command: str
@@ -89,7 +89,7 @@ class ReportData:
     facts: dict[str, str]
     """Machine, versions, run id, registered version, wall-clock, …"""
     scores: list[Score]
-    """What to compare with first; the last row is this run's own encoder."""
+    """The baselines first; the last row is this run's own encoder."""
     history: list[dict[str, float]]
     """One dict per report, in order of "step"."""
     classes: tuple[str, ...]
@@ -103,7 +103,7 @@ class ReportData:
 
     @property
     def chance(self) -> float | None:
-        """Share of right answers when guessing among the classes; None without labels."""
+        """Accuracy of chance: one of the classes, picked at random; None without labels."""
         return 1 / len(self.classes) if self.classes else None
 
     def class_name(self, label: int) -> str:
@@ -139,9 +139,9 @@ def document(
     title: str, lead: str, rest: str, header: str, sections: list[tuple[str, str, str, str]], style: str, payload: dict[str, object]
 ) -> str:
     """A page as HTML, without network, fonts or files beside it: its result in large letters (`lead`) with a sentence (`rest`), and
-    sections (anchor, heading, note beside it, content), of which those without content are left out.
+    sections (anchor, heading, note beside it, content). Sections without content are left out.
 
-    title, lead and rest are escaped here; the others are HTML, `style` is CSS after the page's own, `payload` is what the script reads.
+    title, lead and rest are escaped here; the others are HTML, `style` is CSS after the page's own, `payload` is the script's data.
     """
     assets = resources.files("pipelines.html")
     own, script = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -171,7 +171,7 @@ def document(
 
 
 def headline(data: ReportData) -> tuple[str, str]:
-    """The result, and what it is to be compared with: ("kNN 91.3 %", "2.4 × raw pixels, … and 9.1 × chance.")."""
+    """The result, and its comparison: ("kNN 91.3 %", "2.4 × raw pixels, … and 9.1 × chance.")."""
     if not data.scores or not math.isfinite(data.scores[-1].knn_top1):
         losses = [(row["step"], row["train/loss"]) for row in data.history if math.isfinite(row.get("train/loss", math.nan))]
         if not losses:
@@ -205,7 +205,7 @@ def _scores(data: ReportData) -> str:
     if probed:
         notes.append("<em>Linear probe</em>: a logistic regression fitted to the frozen features.")
     if data.chance:
-        notes.append(f'<span class="key"><i></i>chance: {percent(data.chance)}, one guess among {len(data.classes):,} classes.</span>')
+        notes.append(f'<span class="key"><i></i>chance: {percent(data.chance)}, one of {len(data.classes):,} classes at random.</span>')
     return (
         '<table class="scores"><thead><tr><th scope="col">Representation</th><th scope="col">Weighted kNN, top-1</th>'
         f"{'<th scope=col>Linear probe, top-1</th>' if probed else ''}</tr></thead><tbody>{rows}</tbody></table>"
@@ -301,7 +301,7 @@ def _neighbours(data: ReportData) -> str:
 
 
 def _points(data: ReportData) -> FeatureMap | None:
-    """The points of the map that are drawn, in that order: wrong ones last, so that their rings lie on top."""
+    """The points of the map, in drawing order: wrong ones last, so that their rings lie on top."""
     m = data.map
     labels = m.labels if data.classes else np.full_like(m.labels, -1)
     order = np.argsort(m.wrong & (labels >= 0), kind="stable")
@@ -351,7 +351,7 @@ def _map(data: ReportData, points: FeatureMap | None) -> str:
 
 
 def _readings(data: ReportData, points: FeatureMap | None) -> dict[str, object]:
-    """What the map's script reads out, in the order of its circles."""
+    """The texts for the map's script, in the order of its circles."""
     if points is None:
         return {}
     return {

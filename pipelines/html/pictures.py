@@ -1,4 +1,4 @@
-"""What a run's report shows of its features, gathered once, when they are at hand: pictures.npz in the run directory."""
+"""The pictures of a run's report, made once, while the features are in memory: pictures.npz in the run directory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _THUMB_PX = 32
 def write_pictures(path: Path, config: Config, data: Path, train: Features, test: Features, query_split: str) -> None:
     """Gallery (8, 3, H, W, 3): original and two views; neighbours of 8 test images; a 2-D map of up to 1,000 test features.
 
-    `query_split` is the split that the test features are of: train, where some of it was held back.
+    `query_split` is the split of the test features; it is train if a part of that was held back.
     """
-    # Queries spread over the classes: the first test image of each, as far as they go.
-    order = np.argsort(_first_of_class(test.y.cpu().numpy()), kind="stable")
+    # Queries spread over the classes: first one test image of each class, then a second one, …
+    order = np.argsort(_rank_in_class(test.y.cpu().numpy()), kind="stable")
     queries = np.sort(order[:_SHOWN])
     found = nearest(train.h, train.y, test.h, config.watch.k, config.watch.temperature)
     predicted = found.votes.argmax(1).cpu().numpy()
@@ -52,7 +52,7 @@ def write_pictures(path: Path, config: Config, data: Path, train: Features, test
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
-def _first_of_class(y: NDArray[np.int64]) -> NDArray[np.int64]:
+def _rank_in_class(y: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many earlier rows share each row's class."""
     seen: dict[int, int] = {}
     rank = np.zeros(len(y), np.int64)
@@ -103,7 +103,7 @@ def _plane(h: NDArray[np.float32]) -> NDArray[np.float32]:
     """t-SNE of the normalised features, (n, 2); started from PCA, so that the same features give the same map."""
     from sklearn.manifold import TSNE
 
-    if len(h) < 4:  # too few to be like or unlike one another
+    if len(h) < 4:  # too few for t-SNE
         return np.zeros((len(h), 2), np.float32)
     unit = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
     perplexity = min(30.0, max((len(h) - 1) / 3, 1.0))

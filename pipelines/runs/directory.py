@@ -1,12 +1,12 @@
-"""A run's directory: what it holds, whose it is, and how it is found again.
+"""A run's directory: its files, the run that it belongs to, and how the same command finds it again.
 
 run.json        recipe, config, data, command, environment, tracking address and run id, registered version
-metrics.jsonl   one line per report; outbox.json: how much of it MLflow has (see pipelines.tracking.outbox)
+metrics.jsonl   one line per report; outbox.json: how many of its bytes MLflow has (see pipelines.tracking.outbox)
 checkpoints/    step-…/ (see simclr.checkpoint)
 encoder/        the published form of the newest checkpoint's encoder
-compiled/       what torch.compile made (see pipelines.train.compile_cache)
+compiled/       compiled code of torch.compile (see pipelines.train.compile_cache)
 timings.json    seconds of each command so far
-evaluation.json scores; pictures.npz: what the report shows; report.html
+evaluation.json scores; pictures.npz: the report's pictures; report.html
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SCHEMA = 1
 _INSTEAD = "bring it back from a copy, or begin a new run with another --run"
 _LOCK = ".training"
 _PHASES = ("render and shard", "start", "pretrain", "finetune", "distill", "evaluate", "publish", "pull and compare")
-# These change how often a run speaks, not what it computes: a resumed run may change them.
+# These fields change how often a run reports, not its numbers: a resumed run may change them.
 _OPERATIONAL = (
     *("train.report_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.compile", "train.cache"),
     "watch.",
@@ -62,23 +62,22 @@ class Run:
     created: float
     """Unix time."""
     data_at: str = ""
-    """s3://bucket/prefix, where `data` is this machine's copy of it."""
+    """s3://bucket/prefix, if `data` is this machine's copy of it; else ""."""
     environment: dict[str, str]
     """Machine and versions of the driver that began it."""
     tracking_uri: str = ""
     """MLflow address, without credentials."""
     tracking_run: str = ""
     unlogged: str = ""
-    """"yes" until MLflow has taken all of metrics.jsonl, also while a job is at it, which may be killed: the same command again logs
-    the rest."""
+    """"yes" until MLflow has all of metrics.jsonl, also while a job runs, since it may be killed. The same command again logs the rest."""
     registered: str = ""
     """NAME/VERSION in the registry, once published."""
     stage: str = "pretrain"
-    """Which command makes it: pretrain, finetune or distill."""
+    """The command that makes it: pretrain, finetune or distill."""
 
     @property
     def origin(self) -> str:
-        """Where the data is, for people and for a command on another machine."""
+        """The data's address, for people and for a command on another machine."""
         return self.data_at or str(self.data)
 
     @property
@@ -92,16 +91,16 @@ class Run:
     def save(self) -> None:
         """Write run.json, atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
-        # As seen from the run, where it was not given absolutely: any folder may be the current one next time.
+        # A relative path is stored relative to the run: the next command may start in another folder.
         data = self.data if self.data.is_absolute() else os.path.relpath(self.data, self.path)
         text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": self.data_at or str(data)}
         del text["path"], text["data_at"]
         files.write_text(self.path / "run.json", json.dumps(text, indent=1) + "\n")
 
     def noted(self, **fields: str) -> Self:
-        """The same run with `fields` changed; of run.json they alone are: others may have noted something there since it was read.
+        """The same run with `fields` changed. In run.json only these fields change: others may have changed since it was read.
 
-        Where another run has taken the directory meanwhile, as a trial does that begins again, its run.json stays.
+        If another run has taken the directory meanwhile (a trial that starts again), its run.json stays.
         """
         path = self.path / "run.json"
         with _NOTING:
@@ -112,8 +111,8 @@ class Run:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """In here, no other process trains this run: two would remove each other's checkpoints. Holds on one machine, and where its
-        disk is shared with locks; a process that dies lets go. Raises UserError where another one does."""
+        """A lock: inside, no other process trains this run, since two would remove each other's checkpoints. It holds on one machine, and
+        on shared disks with locks; it ends with its process. Raises UserError if another process holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("w") as file:
             try:
@@ -126,12 +125,12 @@ class Run:
             try:
                 yield
             finally:
-                if {p.name for p in self.path.iterdir()} == {_LOCK}:  # it was refused: nothing stays
+                if {p.name for p in self.path.iterdir()} == {_LOCK}:  # the run was refused: no folder stays
                     (self.path / _LOCK).unlink()
                     self.path.rmdir()
 
     def took(self, phase: str, seconds: float) -> None:
-        """Note the seconds that `phase` took. A resumed training adds to its earlier part; what is done again counts once."""
+        """Note the seconds that `phase` took. A resumed training adds to its earlier seconds; other phases replace them."""
         assert phase in _PHASES
         path = self.path / "timings.json"
         timings = self.timings()
@@ -150,24 +149,24 @@ class Run:
         line = json.dumps({"time": round(time.time(), 3), **metrics}).encode() + b"\n"
         with (self.path / "metrics.jsonl").open("ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                line = b"\n" + line  # a machine that died left half a line
+                line = b"\n" + line  # a machine that crashed left half a line
             file.write(line)
 
     def fill(self, reports: list[dict[str, Any]]) -> None:
-        """Append those of `reports`, from the checkpoint that training goes on from, which metrics.jsonl lacks: the workers of a
-        driver that died write checkpoints for some seconds more, and of a run in S3 the newest lines may have been lost with it."""
+        """Append those `reports`, from the checkpoint that training goes on from, that metrics.jsonl lacks: after a driver's death its
+        workers write checkpoints for some more seconds, and a run in S3 may have lost its newest lines with the driver."""
         known = {row["step"] for row in self.history()}
         for report in reports:
             if report["step"] not in known:
                 self.append(report)
 
     def history(self) -> list[dict[str, float]]:
-        """All reports in order of steps. A step that was repeated after a failure counts as it came out last."""
+        """All reports in order of steps. Of a step that was repeated after a failure, the last report counts."""
         path = self.path / "metrics.jsonl"
         rows: dict[int, dict[str, float]] = {}
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         for number, line in enumerate(lines, 1):
-            with contextlib.suppress(json.JSONDecodeError):  # half a line, of a machine that died
+            with contextlib.suppress(json.JSONDecodeError):  # half a line of a machine that crashed
                 row = json.loads(line)
                 if not isinstance(row, dict) or not fields.fits(row.get("step"), int):
                     raise UserError(f"{path}, line {number}, is no report: it has no step; remove that line")
@@ -175,8 +174,8 @@ class Run:
         return [rows[step] for step in sorted(rows)]
 
     def evaluation(self) -> dict[str, Any] | None:
-        """evaluation.json: `scores`, a row per method with its name and numbers, weakest first, and how they came about. None where the
-        run was not evaluated yet."""
+        """evaluation.json: `scores`, a row per method with its name and numbers, weakest first, and their settings. None if the run was not
+        evaluated yet."""
         path, instead = self.path / "evaluation.json", f"evaluate the run again: `simclr evaluate {self.path}`"
         if not path.is_file():
             return None
@@ -190,8 +189,8 @@ class Run:
 
 
 def environment() -> dict[str, str]:
-    """This machine and the versions that matter, for people. A package that is not installed is named as absent: no measurement of
-    hours may end in an exception for want of a version."""
+    """This machine and the versions that matter, for people. A missing package is listed as absent: it must not end a measurement of
+    hours."""
     models = [line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
     cpu = models[0] if models else platform.processor()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -212,11 +211,11 @@ def version(package: str) -> str:
 
 
 def _gpu_versions() -> list[str]:
-    """CUDA's and the driver's, where a driver of NVIDIA's is loaded."""
+    """CUDA's and the driver's, if NVIDIA's driver is loaded."""
     driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", "\n".join(_lines(Path("/proc/driver/nvidia/version"))))
     if driver is None:
         return []
-    import torch  # takes seconds: asked on a machine with a GPU alone
+    import torch  # takes seconds, so only on a machine with a GPU
 
     return [f"CUDA {torch.version.cuda or 'absent'}", f"driver {driver[1]}"]
 
@@ -231,14 +230,14 @@ def manifest_digest(data: Path) -> str:
 
 
 def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at: str = "", stage: str = "pretrain") -> Run:
-    """The run that this config and data (at `data_at`, where `data` is a copy) belong to: a new one, or the one to go on with.
+    """The run of this config and data (`data` may be a copy of `data_at`): a new one, or the one to go on with.
 
-    Without `path` the directory is runs/RECIPE-DIGEST, so the same command finds its run again. Raises UserError where
-    `path` holds a run of another config or data, naming the first differences, or something that is no run.
+    Without `path` the directory is runs/RECIPE-DIGEST, so the same command finds its run again. Raises UserError if `path` holds a
+    run of another config or data, with the first differences, or no run.
     """
     digest = manifest_digest(data)
     if path is None:
-        old = {new: name for name, new in RENAMED.items()}  # runs of before stay where the same command looks for them
+        old = {new: name for name, new in RENAMED.items()}  # old field names in the key, so that the same command finds older runs
         key = {old.get(k, k): v for k, v in config.flat().items() if not k.startswith(_OPERATIONAL)}
         name = hashlib.sha256(json.dumps([key, digest], sort_keys=True).encode()).hexdigest()[:8]
         path = Path("runs") / f"{recipe}-{name}"
@@ -275,7 +274,7 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at
 
 
 def load_run(path: Path) -> Run:
-    """The run in directory `path`. Raises UserError where there is none, or one of another schema."""
+    """The run in directory `path`. Raises UserError if there is none, or one of another schema."""
     if not (path / "run.json").is_file():
         raise UserError(f"{path} is no run directory (it has no run.json); `simclr pretrain RECIPE --data DIR` makes one")
     return _run_of(path, files.read_json(path / "run.json", _INSTEAD))

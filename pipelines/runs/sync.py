@@ -1,7 +1,7 @@
-"""Directories that a command is given, on disk or at s3://bucket/prefix: work is done on disk, in this machine's copy.
+"""The directories of a command, on disk or at s3://bucket/prefix. Work is done on disk, for S3 in this machine's copy.
 
-Every flag that takes a directory of shards or a run takes an address. A flag of type Path folds the slashes of s3:// into one;
-`place.address` reads it all the same.
+Every flag that takes a directory of shards or a run takes an address too. A flag of type Path folds the slashes of s3:// into one;
+`simclr.data.s3.uri.address` reads it all the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from simclr.data.s3.uri import Corrupt, Refetched, Unreachable, address, copy_of
 from simclr.errors import UserError
 
 T = TypeVar("T")
-# What a run directory or a published encoder holds, checkpoints apart. run.json first: it says whose the others are.
+# The files of a run directory or a published encoder, without checkpoints. run.json comes first: it says which run the others are of.
 _PUBLISHED = ("encoder.safetensors", "head.safetensors", "classifier.safetensors", "README.md", "config.json")
 _FILES = (
     *("run.json", "metrics.jsonl", "timings.json", "labels.txt"),
@@ -38,10 +38,10 @@ def shown(place: str | Path) -> str:
 
 
 def shards(place: str | Path, groups: int = 1, group: int = 0) -> Path:
-    """The directory of shards at `place`; of s3://… this machine's copy, fetched where it is not whole yet, of training shards in
-    more than one group those of `group` (−1: none).
+    """The directory of shards at `place`; for s3://… this machine's copy, after fetching what is missing. With several `groups` only
+    the training shards of `group` are fetched (−1: none).
 
-    Raises UserError where there are none, or S3 does not give them.
+    Raises UserError if there are no shards, or S3 does not give them.
     """
     at = address(place)
     if at is None:
@@ -56,8 +56,8 @@ def shards(place: str | Path, groups: int = 1, group: int = 0) -> Path:
 
 
 def retry_unreachable(work: Callable[[], T], tell: Callable[[str], None], within_s: float = _PATIENCE_S) -> T:
-    """`work()`, done again while S3 cannot be reached, and `tell` hears of it. Raises Unreachable after `within_s` seconds: workers that
-    give up at the first sentence use up their restarts on an outage of minutes."""
+    """`work()`, retried while S3 cannot be reached; `tell` gets a sentence. Raises Unreachable after `within_s` seconds. Without this,
+    workers would use up their retries in an outage of minutes."""
     began = time.monotonic()
     while True:
         try:
@@ -70,8 +70,8 @@ def retry_unreachable(work: Callable[[], T], tell: Callable[[str], None], within
 
 
 def repaired(reports: Iterator[T], place: str | Path) -> Iterator[T]:
-    """`reports` of a training on the shards at `place`. Of s3://… one that turns out to be corrupt in this machine's copy is fetched
-    once more, and Refetched raised in place of Corrupt: it is worth trying again. On disk, and where S3 has no better, Corrupt stands."""
+    """`reports` of a training on the shards at `place`. If a shard of s3://… is corrupt in this machine's copy, it is fetched again, and
+    Refetched is raised in place of Corrupt: a retry may succeed. On disk, or if S3's shard is corrupt too, Corrupt is raised."""
     began = time.time()
     try:
         yield from reports
@@ -99,7 +99,7 @@ def mebibytes(bar: Bar) -> Callable[[int, int], None]:
 
 @contextlib.contextmanager
 def directory(place: Path) -> Iterator[Path]:
-    """The run or encoder directory at `place`, to read and write in; of s3://… the copy, and what changed in it is sent at the end."""
+    """The run or encoder directory at `place`, to read and write in. For s3://… it is the copy, and changed files are sent at the end."""
     home = Home(place)
     home.fetch()
     if home.at is not None and not home.path.is_dir():
@@ -109,10 +109,10 @@ def directory(place: Path) -> Iterator[Path]:
 
 
 class Home:
-    """A run's directory. At s3://… it is this machine's copy, and the methods here keep both alike; on disk they do nothing.
+    """A run's directory. At s3://… it is this machine's copy, and the methods here keep both the same; on disk they do nothing.
 
-    S3 is the truth, the copy is what can be done without it. Files other than checkpoints are noted in `.s3.json`, as they were
-    when both were alike: one that changed in S3 since is fetched, one that changed here is sent. A checkpoint never changes, and
+    S3 is the truth; the copy serves while S3 is unreachable. `.s3.json` lists the files other than checkpoints as they were when both
+    were the same: a file that has changed in S3 since is fetched, one that has changed here is sent. A checkpoint never changes, and
     its checkpoint.json is sent last, so a checkpoint that has one is whole.
     """
 
@@ -130,7 +130,7 @@ class Home:
     # ── Files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def fetch(self) -> None:
-        """Bring the copy up to date, checkpoints apart."""
+        """Bring the copy up to date, without checkpoints."""
         if self.at is None:
             return
         with locked(self.path):
@@ -148,8 +148,8 @@ class Home:
                 files.write_text(self.path / _NOTES, json.dumps(notes))
 
     def belongs_to(self, created: float) -> None:
-        """Drop the checkpoints of this copy where they are of another run than the one that began at `created`: on a worker's
-        node nothing else says so, and an address may be used again."""
+        """Drop this copy's checkpoints if they belong to another run than the one that began at `created`. An address may be used again,
+        and a worker's node has no other way to know."""
         if self.at is None:
             return
         with locked(self.path):
@@ -163,13 +163,13 @@ class Home:
             files.write_text(mark, str(created))
 
     def send(self) -> None:
-        """Send what changed in the copy, checkpoints apart."""
+        """Send the changed files of the copy, without checkpoints."""
         if self.at is None:
             return
         with locked(self.path):
             notes = self._notes()
             for name in (name for name in _FILES if (self.path / name).is_file()):
-                stamp = _stamp(self.path / name)  # before it is sent: what is appended meanwhile goes with the next
+                stamp = _stamp(self.path / name)  # before sending: lines that are appended meanwhile go with the next send
                 if notes.get(name, [])[1:] == stamp:
                     continue
                 notes[name] = [self.store.upload(self.path / name, self.at / name).etag, *stamp]
@@ -182,7 +182,7 @@ class Home:
         return notes
 
     def _is_of_another_run(self, etag: str | None, notes: dict[str, list[Any]]) -> bool:
-        """Whether the run that S3 has at this address now is not the one that the copy was made of."""
+        """Whether S3 now has another run at this address than the copy."""
         mine = self.path / "run.json"
         if self.at is None or etag is None or not mine.is_file() or notes.get("run.json", [""])[0] == etag:
             return False
@@ -192,7 +192,7 @@ class Home:
     # ── Checkpoints ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def sync_checkpoints(self) -> None:
-        """Have the newest whole checkpoint both here and in S3. One that is damaged in S3 is named, and the one before it taken."""
+        """Bring the newest whole checkpoint to both sides. If one is damaged in S3, that is said, and the previous one is taken."""
         if self.at is None:
             return
         there = self._whole()
@@ -208,11 +208,11 @@ class Home:
             except Damaged as error:
                 say(f"{error}; trying the checkpoint before it")
         newest = checkpoint.latest(self.path / "checkpoints", say)
-        if newest is not None and newest.name not in there:  # written when S3 could not be reached
+        if newest is not None and newest.name not in there:  # written while S3 was unreachable
             self.send_checkpoint(newest, len(there) + 1)
 
     def newest(self) -> str:
-        """Name of the newest whole checkpoint, here and in S3; "" where there is none."""
+        """Name of the newest whole checkpoint, here or in S3; "" if there is none."""
         from simclr import checkpoint
 
         self.sync_checkpoints()
@@ -220,7 +220,7 @@ class Home:
         return newest.name if newest is not None else ""
 
     def checkpoint(self, name: str) -> Path:
-        """The checkpoint's directory, fetched where this machine does not have it."""
+        """The checkpoint's directory, fetched if this machine does not have it."""
         path = self.path / "checkpoints" / name
         if self.at is None:
             return path
@@ -230,7 +230,7 @@ class Home:
             if (path / "checkpoint.json").is_file() and (path / "checkpoint.json").read_bytes() == about:
                 return path
             say(f"fetching checkpoint {name} from {self.at}")
-            scratch = path.with_name(f".fetching-{name}")  # by the same name again, so that a part that came is not lost
+            scratch = path.with_name(f".fetching-{name}")  # always the same name, so that an interrupted fetch goes on
             scratch.mkdir(parents=True, exist_ok=True)
             self.store.download(there / "state.safetensors", scratch / "state.safetensors", sha256=_sha256(about, there))
             (scratch / "checkpoint.json").write_bytes(about)
@@ -239,14 +239,14 @@ class Home:
         return path
 
     def send_checkpoint(self, path: Path, keep: int) -> None:
-        """Send a checkpoint, then remove all but the `keep` newest and the best, and what was left of one not sent to its end."""
+        """Send a checkpoint, then remove from S3 all but the `keep` newest and the best, and the parts of incomplete sends."""
         if self.at is None:
             return
         from simclr import checkpoint
 
         there, text = self.at / "checkpoints" / path.name, (path / "checkpoint.json").read_bytes()
         if path.name in self._whole() and self.store.read(there / "checkpoint.json") != text:
-            self.store.delete(there / "checkpoint.json")  # of an earlier time at this step
+            self.store.delete(there / "checkpoint.json")  # left by an earlier send of this step
         self.store.upload(path / "state.safetensors", there / "state.safetensors", _sha256(text, path))
         self.store.upload(path / "checkpoint.json", there / "checkpoint.json")
         abouts = {name: self.store.read(self.at / "checkpoints" / name / "checkpoint.json") for name in self._whole()}
@@ -264,17 +264,17 @@ class Home:
     # ── Meanwhile ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def later(self, work: Callable[[], None]) -> None:
-        """Do `work`, a sending, while the caller goes on. One at a time: it waits for the one before."""
+        """Send in the background by calling `work`. Only one send runs at a time; this waits for the previous one."""
         if self.sender is not None:
             self.wait()
             self.sending = self.sender.submit(work)
 
     def busy(self) -> bool:
-        """Whether a sending is under way."""
+        """Whether a send is running."""
         return self.sending is not None and not self.sending.done()
 
     def wait(self) -> None:
-        """Until what is under way is sent. Where it fails, training goes on and the next sending brings what this one did not."""
+        """Wait for the running send. If it failed, training goes on, and the next send covers it."""
         if self.sending is not None:
             sending, self.sending = self.sending, None
             try:
@@ -284,7 +284,7 @@ class Home:
 
 
 def _created(run_json: bytes, where: object) -> float:
-    """When the run began whose run.json this is."""
+    """Unix time at which the run of this run.json began."""
     instead = "remove it, if it is this machine's copy, or bring it back from another"
     text = files.json_in(run_json, where, instead)
     fields.require(text, {"created": float}, where, instead)
@@ -293,7 +293,7 @@ def _created(run_json: bytes, where: object) -> float:
 
 
 def _sha256(about: bytes, where: object) -> str:
-    """Of a checkpoint's weights, as its checkpoint.json `about` has it. Raises Damaged where it has none."""
+    """sha256 of a checkpoint's weights, from its checkpoint.json `about`. Raises Damaged if it has none."""
     from simclr.data.s3.store import Damaged
 
     instead = "remove this checkpoint"
@@ -306,7 +306,7 @@ def _sha256(about: bytes, where: object) -> str:
 
 
 def _score(about: bytes) -> float | None:
-    """Of a checkpoint, as its checkpoint.json `about` has it; None where it has none, or is not whole."""
+    """A checkpoint's score, from its checkpoint.json `about`; None if it has none, or is not whole."""
     try:
         score = files.json_in(about, "checkpoint.json", "").get("score")
     except UserError:
@@ -315,6 +315,6 @@ def _score(about: bytes) -> float | None:
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes when the file does."""
+    """Numbers that change when the file does."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns]

@@ -1,4 +1,4 @@
-"""The model card: what a person wants to know of a published encoder before using it, as README.md in its directory."""
+"""The model card of a published encoder, for people who want to use it: README.md in its directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_card(directory: Path, name: str, scores: dict[str, float], licence: st
     from simclr.encoder.directory import config_of, preprocessing_of, read_text
 
     config = read_text(directory)
-    config |= {"published": config.get("published", {}), **config_of(config).to_dict()}  # with the fields that it does not state
+    config |= {"published": config.get("published", {}), **config_of(config).to_dict()}  # with defaults for absent fields
     config["preprocessing"] = asdict(preprocessing_of(config))  # an older directory does not state it
     text = card(config, _parameters(config), name, scores, licence)
     files.write_text(directory / "README.md", text)
@@ -62,7 +62,7 @@ def card(config: dict[str, Any], parameters: int, name: str, scores: dict[str, f
 
 
 def network(encoder: dict[str, Any]) -> str:
-    """The architecture in the papers' words, from the `encoder` of a config."""
+    """The architecture by the papers' names, from the `encoder` of a config."""
     extras = [
         f"{encoder['width']}× width" if encoder["width"] != 1 else "",
         "selective kernels" if encoder["sk_ratio"] else "",
@@ -73,11 +73,11 @@ def network(encoder: dict[str, Any]) -> str:
 
 
 def preprocessing(stated: dict[str, Any]) -> str:
-    """What happens to a picture before the network sees it, from the `preprocessing` of a config."""
+    """The preprocessing of a picture in a sentence, from the `preprocessing` of a config."""
     crop = "the central square"
     if stated["centre_crop"] != 1:
         crop += f" of {100 * stated['centre_crop']:g} % of the shorter side"
-    scaled = "in [0, 1], neither mean nor deviation taken off"
+    scaled = "in [0, 1], without subtracting a mean or dividing by a standard deviation"
     if any(stated["mean"]) or any(std != 1 for std in stated["std"]):
         scaled = f"in [0, 1], then minus {tuple(stated['mean'])}, over {tuple(stated['std'])}"
     return f"RGB, {crop}, {stated['size_px']} × {stated['size_px']} px ({stated['resize']}), {scaled}"

@@ -1,6 +1,6 @@
-"""A run at MLflow. With the registry the door to MLflow, which is imported late: it costs seconds.
+"""A run at MLflow. This file and the registry are the door to MLflow, which is imported late: the import takes seconds.
 
-Every call here takes as long as the server does, and nothing here is called from a training step: see `outbox`.
+Every call here takes as long as the server takes. No training step calls anything here: see `outbox`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from simclr.errors import UserError
 # Read at each use. With MLflow's defaults a call to a server that is down blocks for four minutes; 30 s is for large encoders.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-# Read when MLflow is imported. Its failures arrive here as exceptions, said once; its log would say them at every try.
+# Read when MLflow is imported. Its failures come here as exceptions and are said once; its log would repeat them at every try.
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -29,14 +29,14 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # "Retrying (Retry(total=0, …" in the middle of a bar
 
 MOST = 900
-"""Values that go out at a time; MLflow takes 1,000."""
+"""Values in one request; MLflow takes 1,000."""
 ABSENT, EXISTS, _INVALID = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_PARAMETER_VALUE"
 _PARAMS = 100  # that MLflow takes at a time
 
 
 @contextlib.contextmanager
 def locked(uri: str) -> Iterator[None]:
-    """One process at a time at the embedded database, also from several hosts on a shared disk; a server sees to itself."""
+    """Lets one process at a time use the embedded database, also from several hosts on a shared disk. A server needs no lock."""
     with contextlib.ExitStack() as stack:
         if file := database_file(uri):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def locked(uri: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_sentence(uri: str) -> Iterator[None]:
-    """What MLflow or its storage refuses becomes a UserError of one line, without credentials."""
+    """Turns an error of MLflow or its storage into a UserError of one line, without credentials."""
     import requests
     from mlflow.exceptions import MlflowException
 
@@ -58,7 +58,7 @@ def one_sentence(uri: str) -> Iterator[None]:
 
 
 def unless(code: str, call: Callable[..., Any], *args: Any) -> Any:
-    """`call(*args)`, or None where MLflow answers with error `code`; a server that is away is another error."""
+    """`call(*args)`, or None if MLflow answers with error `code`. An unreachable server is another error."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -82,10 +82,10 @@ def connect(uri: str) -> Any:
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
-    """The id of experiment `name`, made where there is none and restored where it was deleted."""
+    """The id of experiment `name`, which is made if absent and restored if deleted."""
     if client.get_experiment_by_name(name) is None:
         place = (file.absolute().parent / "artifacts").as_uri() if (file := database_file(uri)) else None
-        unless(EXISTS, client.create_experiment, name, place)  # exists: somebody else was faster
+        unless(EXISTS, client.create_experiment, name, place)  # exists: another process was faster
     found = client.get_experiment_by_name(name)
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
@@ -105,10 +105,10 @@ class MLflowRun:
         run_id: str | None = None,
         known: Callable[[str], object] = lambda run_id: None,
     ) -> None:
-        """Open a run, or go on with `run_id`, where it still exists. Takes 4 s of imports, 5 s where the database is new. Raises
-        UserError where MLflow refuses, as all methods do.
+        """Open a run, or go on with `run_id` if it still exists. The imports take 4 s, with a new database 5 s. Raises UserError if
+        MLflow refuses, as all methods do.
 
-        `known` gets the run's id as soon as there is a run: the requests after that may fail, and who tries again goes on with it.
+        `known` gets the run's id as soon as the run exists: later requests may fail, and a retry then goes on with the same run.
         """
         with one_sentence(uri):
             from mlflow.entities import Param, RunTag
@@ -130,8 +130,8 @@ class MLflowRun:
         self._refused = 0
 
     def log(self, reports: Sequence[dict[str, Any]]) -> None:
-        """Log the metrics of `reports`, at most `MOST`, each at its "time". A step of a metric that is not after the last one was
-        repeated, and is left out. What MLflow will never take is dropped and counted; `end` says so."""
+        """Log the metrics of `reports`, at most `MOST` values, each at its "time". Steps that are not after a metric's last step are
+        repeats, and are left out. Values that MLflow will never take are dropped and counted; `end` says how many."""
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
@@ -145,7 +145,7 @@ class MLflowRun:
             try:
                 self._mlflow.log_batch(self.run_id, metrics=batch)
             except MlflowException as error:
-                if error.error_code not in (ABSENT, _INVALID):  # which trying again does not change
+                if error.error_code not in (ABSENT, _INVALID):  # a retry does not help against these
                     raise
                 if error.error_code == _INVALID and len(reports) > 1:  # the others are good
                     for report in reports:
@@ -162,11 +162,11 @@ class MLflowRun:
 
     def end(self, status: str = "FINISHED") -> None:
         with one_sentence(self._uri):
-            unless(ABSENT, self._mlflow.set_terminated, self.run_id, status)  # absent: somebody deleted it
+            unless(ABSENT, self._mlflow.set_terminated, self.run_id, status)  # absent: it was deleted
         if self._refused:
             say(f"{self._refused:,} metrics did not reach MLflow at {redacted(self._uri)}: it refuses them; metrics.jsonl has every report")
 
 
 def metrics_of(report: dict[str, Any]) -> dict[str, float]:
-    """Of a line of metrics.jsonl, what MLflow gets. NaN is a value."""
+    """The metrics of a line of metrics.jsonl that MLflow gets. NaN is a value."""
     return {k: float(v) for k, v in report.items() if "/" in k or k == "epoch"}

@@ -1,4 +1,4 @@
-"""What MLflow loads for a registered encoder: code over safetensors, nothing pickled. Named in the version's MLmodel file."""
+"""The loader of a registered encoder, which the version's MLmodel file names: code over safetensors, nothing pickled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model registry: encoders as versions of a model, their scores, and who is champion."""
+"""The model registry: encoders as versions of a model, their scores, and the champion."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
     with one_sentence(uri):
         client = connect(uri)
         with tempfile.TemporaryDirectory() as scratch:
-            # Every version has a folder of its own: a run that trains on and is published again keeps its earlier version's files.
+            # Every version has its own folder: a run that is published twice keeps the files of its first version.
             folder = _describe(Path(scratch), run_id, scores)
             client.log_artifacts(run_id, scratch, folder)
         client.log_artifacts(run_id, str(encoder), f"{folder}/encoder")
@@ -46,7 +46,7 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
 
 
 def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
-    """Write what makes a folder with an encoder directory in it an MLflow model: MLmodel, requirements, example. Returns its name.
+    """Write the files that make the folder of an encoder directory an MLflow model: MLmodel, requirements, example. Returns its name.
 
     By hand: `mlflow.pyfunc.save_model` copies the weights and looks for pip.
     """
@@ -63,7 +63,7 @@ def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
     spec.saved_input_example_info = {"artifact_path": "input_example.json", "type": "ndarray", "format": "tf-serving"}
     pyfunc.add_to_model(spec, loader_module="pipelines.tracking.pyfunc", data="encoder", python_env="python_env.yaml")
     spec.save(str(model / "MLmodel"))
-    # Not this package: on the public index its name is somebody else's.
+    # Without this package: on the public index another project has its name.
     pins = [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in ("torch", "numpy", "safetensors")]
     (model / "requirements.txt").write_text("\n".join(pins) + "\n")
     (model / "python_env.yaml").write_text(f"python: {sys.version.split()[0]}\ndependencies:\n- -r requirements.txt\n")
@@ -71,16 +71,16 @@ def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
 
 
 def promote(uri: str, name: str, version: int, metric: str, alias: str = "champion") -> tuple[bool, float | None]:
-    """Move `alias` to `version` if its score in `metric` is higher than the present holder's, or nobody with a score holds it.
+    """Move `alias` to `version` if its score in `metric` is higher than the present holder's, or no version with a score holds it.
 
-    Returns (moved, the holder's score before). Raises UserError where the version has no such score.
+    Returns (moved, the previous holder's score). Raises UserError if the version has no such score.
     """
     with one_sentence(uri):
         client = connect(uri)
         scores = _scores(_find(client, uri, name, None, version))
         if metric not in scores:
             raise UserError(f"{name}/{version} has no score {metric!r}; its scores: {', '.join(scores) or 'none'}")
-        with locked(uri):  # between comparing and moving, another job's better version must not get in
+        with locked(uri):  # so that no other job promotes a better version between comparing and moving
             held = client.get_registered_model(name).aliases.get(alias)
             before = _scores(client.get_model_version(name, str(held))).get(metric) if held is not None else None
             moved = before is None or scores[metric] > before
@@ -92,8 +92,8 @@ def promote(uri: str, name: str, version: int, metric: str, alias: str = "champi
 def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = lambda done, of: None) -> dict[str, Any]:
     """Download the encoder that `spec` names (NAME@alias or NAME/version) to the directory `to`, which must be new or empty.
 
-    `progress` gets the bytes that are there and all bytes, now and then. Returns name, version, run_id and scores. Raises
-    UserError naming what exists where `spec` names nothing; `to` then is as it was, and it appears whole or not at all.
+    `progress` gets (bytes so far, all bytes) now and then. Returns name, version, run_id and scores. If `spec` names nothing, raises
+    UserError with the names that exist. `to` appears whole or not at all.
     """
     match = re.fullmatch(r"([^@/:]+)(?:@([^@/]+)|/(\d+))", spec)
     if not match:
@@ -114,7 +114,7 @@ def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = l
                 download_artifacts(artifact_uri=f"{source}/encoder", dst_path=scratch, tracking_uri=uri)
             if not _is_encoder(found):
                 raise UserError(f"{name}/{version.version} has lost its files at {redacted(source)}; publish the run again")
-            if to.exists():  # replaced, it would be lost to a shell that stands in it
+            if to.exists():  # replacing it would leave a shell whose current folder it is in a deleted one
                 for file in sorted(found.iterdir(), reverse=True):  # the weights first: without config.json it is no encoder
                     file.rename(to / file.name)
             else:
@@ -123,13 +123,13 @@ def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = l
 
 
 def version_of(uri: str, name: str, alias: str) -> int:
-    """The version of model `name` that `alias` points to. Raises UserError naming what exists where there is none."""
+    """The version of model `name` that `alias` points to. If there is none, raises UserError with the names that exist."""
     with one_sentence(uri):
         return int(_find(connect(uri), uri, name, alias, 0).version)
 
 
 def _bytes(client: Any, version: Any, source: str) -> int:
-    """Size of a version's encoder, or 0 where it was registered from elsewhere than its run's artifacts."""
+    """Size of a version's encoder; 0 if its files are not among its run's artifacts."""
     import requests
     from mlflow.exceptions import MlflowException
 
@@ -165,12 +165,12 @@ def _is_encoder(directory: Path) -> bool:
 
 
 def _scores(version: Any) -> dict[str, float]:
-    """A version's scores; NaN is none, since nothing compares with it: as champion it would stay for ever."""
+    """A version's scores, without NaN: no score compares with NaN, so such a champion would stay for ever."""
     return {k.removeprefix(_SCORE_TAG): float(v) for k, v in version.tags.items() if k.startswith(_SCORE_TAG) and v != "nan"}
 
 
 def _find(client: Any, uri: str, name: str, alias: str | None, number: int) -> Any:
-    """The version that `alias` points to, or version `number`. Raises UserError naming the nearest that exist."""
+    """The version that `alias` points to, or version `number`. If there is none, raises UserError with the nearest names."""
     model = unless(ABSENT, client.get_registered_model, name)
     if model is None:
         raise _missing(f"no model {name!r} at {redacted(uri)}", "models", name, [m.name for m in client.search_registered_models()])

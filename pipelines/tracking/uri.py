@@ -1,4 +1,4 @@
-"""The address of MLflow: which one, whether something answers there, and how it is written without credentials."""
+"""The address of MLflow: its choice, its check, and its text without credentials."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def redacted(text: str) -> str:
 
 
 def check(uri: str) -> None:
-    """Raise UserError within 10 s where no MLflow server answers at `uri`, or its database cannot be used. Writes nothing."""
+    """Raise UserError within 10 s if no MLflow server answers at `uri`, or its database cannot be used. Writes nothing."""
     if file := database_file(uri):
         _check_database(file, uri)
         return
@@ -41,13 +41,13 @@ def check(uri: str) -> None:
     for name in _NUMBERS:
         if (value := os.environ.get(name)) and not value.isdigit():
             raise UserError(f"${name} is {value!r}; expected a whole number")
-    # In a thread: time limits of a request begin anew with every address, redirect and byte, and name look-up has none.
+    # In a thread: a request's timeouts begin anew with every address, redirect and byte, and name look-up has none.
     trouble: list[str | Exception] = [f"no answer within {_ANSWER_S:.0f} s"]
 
     def ask() -> None:
         try:
             trouble.append(_trouble_at(uri))
-        except Exception as error:  # a bug: raised again below, out of the thread
+        except Exception as error:  # a bug: raised again below, outside the thread
             trouble.append(error)
 
     asking = threading.Thread(target=ask, name="mlflow check", daemon=True)
@@ -79,7 +79,7 @@ def _check_database(file: Path, uri: str) -> None:
 
 
 def _trouble_at(uri: str) -> str:
-    """Why the server at `uri` cannot be used, or "". Asks as MLflow will, with its credentials, but without its import."""
+    """Why the server at `uri` cannot be used, or "". Sends MLflow's own request and credentials, without importing MLflow."""
     import requests  # whose exceptions are OSErrors
     from urllib3.exceptions import LocationValueError
 
@@ -95,5 +95,5 @@ def _trouble_at(uri: str) -> str:
             return f"it refuses the credentials with status {answer.status_code}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         is_mlflow = answer.ok and "json" in answer.headers.get("Content-Type", "")
         return "" if is_mlflow else f"something else answers, with status {answer.status_code}"
-    except (OSError, LocationValueError, UnicodeError) as error:  # refused, unknown host, certificate, …; an address that is none
+    except (OSError, LocationValueError, UnicodeError) as error:  # refused, unknown host, certificate, …; no valid address
         return type(error).__name__

@@ -1,4 +1,4 @@
-"""What a cluster has, and what its autoscaler would add for a job that asks."""
+"""The resources that a cluster has, and those that its autoscaler would add for a job."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pipelines.terminal import say
 from simclr import files
 
 GROWS = "SIMCLR_GROWS"
-"""Environment: resources that an autoscaler adds as they are asked for, as "CPU GPU"; where `ray up` has left no file."""
+"""Environment variable for clusters without the file of `ray up`: the resources that an autoscaler adds on demand, as "CPU GPU"."""
 
 
 LEFT = Path("~/ray_bootstrap_config.yaml")
-"""What `ray up` leaves on the head, where the drivers of submitted jobs run, for its autoscaler."""
+"""The file that `ray up` leaves for its autoscaler on the head. The drivers of submitted jobs run there."""
 
 
 def reachable(joined: bool) -> dict[str, float]:
-    """Resource → how much of it Ray can have. A cluster that scales to zero has no GPU when a job comes: who counts the nodes of the
-    moment refuses what would have started them.
+    """Resource → how much of it Ray can have. A cluster that scales to zero has no GPU when a job comes, so counting only the nodes that
+    run now would refuse the very job that starts them.
 
-    Without `LEFT`, and without $SIMCLR_GROWS, only the nodes that are there count; so too with a private Ray (`joined` is False).
+    Without `LEFT` and $SIMCLR_GROWS, and in a private Ray (`joined` is False), only the nodes that run now count.
     """
     import ray
 
@@ -38,8 +38,8 @@ def reachable(joined: bool) -> dict[str, float]:
 
 
 def slots(joined: bool, cpus: int, gpu: bool) -> float:
-    """How many workers of `cpus` cores, and a GPU each where `gpu`, there is room for on the nodes that Ray can have, as `reachable`
-    has it. A worker is on one node. Infinite where $SIMCLR_GROWS says that what is asked for comes, in unknown number."""
+    """How many workers of `cpus` cores (and a GPU each, if `gpu`) fit on the nodes that Ray can have; `reachable` says which these are.
+    A worker runs on one node. Infinite if $SIMCLR_GROWS names all that a worker needs: the number of nodes is then unknown."""
     import ray
 
     each = {"CPU": float(cpus)} | ({"GPU": 1.0} if gpu else {})
@@ -56,7 +56,7 @@ def fit(each: dict[str, float], node: dict[str, float]) -> int:
 
 
 def announce(needs: dict[str, float]) -> None:
-    """Say it where nodes are to come before the workers can start: that takes minutes, in which nothing else is to be seen."""
+    """Say so if nodes have to start before the workers can: that takes minutes, and nothing else shows meanwhile."""
     import ray
 
     has = ray.cluster_resources()
@@ -65,7 +65,7 @@ def announce(needs: dict[str, float]) -> None:
 
 
 def _most() -> dict[str, float]:
-    """Resource → of all nodes that the autoscaler may have at once."""
+    """Resource → its sum over all nodes that the autoscaler may run at once."""
     found = defaultdict[str, float](float)
     for node, count in _types():
         for resource, amount in node.items():
@@ -74,7 +74,7 @@ def _most() -> dict[str, float]:
 
 
 def _types() -> list[tuple[dict[str, float], int]]:
-    """(resources of a node, how many such nodes there may be at once), of each type in `LEFT`; none where there is no such file."""
+    """(resources of a node, most nodes at once) of each node type in `LEFT`; [] without that file."""
     file = LEFT.expanduser()
     if not file.is_file():
         return []

@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written, and by whom: a thread of rank 0, from a copy, while the training goes on."""
+"""When and how a run's checkpoints are written: a thread of rank 0 writes a copy while training goes on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simclr.data.s3.uri import Unreachable
 from simclr.telemetry import progress
 from simclr.train import Report
 
-# By the clock: as often as is cheap, at most so much of the time spent on it, at most so much of the work lost.
+# By the clock: at least 60 s between two checkpoints, at most 2 % of the time spent on them, at most 300 s of work lost.
 _LEAST_S, _MOST_S, _SHARE = 60.0, 300.0, 0.02
 _REPORTS = 1000  # newest, in every checkpoint: about 1 MB
 SCORES = ("eval/knn_top1", "eval/top1")
@@ -27,14 +27,14 @@ SCORES = ("eval/knn_top1", "eval/top1")
 class Saver:
     """The checkpoints of one training, on rank 0.
 
-    Training stands still only while the tensors are copied to this machine's memory; copying waits for the checkpoint before it,
-    so at most one is being written. A disk that is full ends the training, with the sentence, at the next checkpoint. S3 that
-    is away does not: checkpoints are then kept here, and the newest is sent when it is back.
+    Training pauses only while the tensors are copied to this machine's memory. The copy waits until the previous checkpoint is
+    written, so at most one is being written. A full disk ends the training at the next checkpoint, with a sentence. If S3 is
+    unreachable, training goes on: checkpoints stay on this disk, and the newest is sent when S3 answers again.
     """
 
     def __init__(self, home: sync.Home, train: Train, since: Path | None, tell: Tell, trial: str = "") -> None:
-        """For a training, of a sweep's `trial`, that goes on from the checkpoint `since`. `tell` gets every report, and from another
-        thread which checkpoints are safely on the disk."""
+        """`since` is the checkpoint that the training goes on from, `trial` the sweep's trial that it is. `tell` gets every report and,
+        from another thread, a message for each checkpoint that is on the disk."""
         self.home, self.train, self.tell, self.trial = home, train, tell, trial
         self.folder = home.path / "checkpoints"
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -46,19 +46,19 @@ class Saver:
 
     @property
     def every_s(self) -> float:
-        """Seconds between two checkpoints, where the config states no steps."""
+        """Seconds between two checkpoints, if the config states no steps."""
         return min(max(_LEAST_S, self.held_s / _SHARE), _MOST_S)
 
     def hear(self, report: Reported) -> Any:
-        """Tell of a report, which the checkpoints to come have too: a driver that dies before it has heard it, and that is begun
-        again, goes on behind it. Returns what telling did."""
+        """Send a report to the driver, and keep it for the next checkpoints: if the driver dies before the report arrives, the next
+        driver finds it there. Returns what `tell` returned."""
         of_trial = {"mark": report.trial} if report.trial else {}  # a trial may go on from another one's checkpoint
         self.reports.append({"time": round(time.time(), 3), **report.line(), **of_trial})
         return self.tell(report)
 
     def due(self, report: Report) -> bool:
-        """Whether this report's state is to be saved: the config asks for it, it was scored (which took longer than saving will,
-        and it may be the best), or it is time."""
+        """Whether to save this report's state: the config asks for it, or it has a score (scoring took longer than saving will, and it
+        may be the best), or it is time."""
         now = time.monotonic()
         between, self.reported_at = now - self.reported_at, now
         if report.due or _score(report) is not None:
@@ -67,7 +67,7 @@ class Saver:
         return self.train.checkpoint_every_steps is None and now + between - self.saved_at >= self.every_s
 
     def save(self, report: Report) -> None:
-        """Have this report's state written. Raises what writing the one before it raised (OSError, say)."""
+        """Start writing this report's state. Raises the error of the previous write, if it failed (OSError, say)."""
         began = time.monotonic()
         self.wait()
         state, score = dataclasses.replace(_copied(report.state), reports=list(self.reports)), _score(report)
@@ -76,19 +76,19 @@ class Saver:
         self.writing = self.writer.submit(self._write, state, score, self.held_s)
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is on the disk."""
+        """Wait until the checkpoint that is being written is on the disk."""
         if self.writing is not None:
             writing, self.writing = self.writing, None
             writing.result()
 
     def close(self) -> None:
-        """Until the newest checkpoint is where the run is. Raises Unreachable where S3 is away."""
+        """Wait until the newest checkpoint is in the run's directory or S3. Raises Unreachable if S3 does not answer."""
         self.wait()
         self.home.wait()
         self.home.sync_checkpoints()
 
     def leave(self) -> None:
-        """As `close`, but S3 may be away: the node is about to go, and waits for nothing."""
+        """As `close`, but an unreachable S3 is ignored: the node is about to go and cannot wait."""
         with contextlib.suppress(Unreachable):
             self.close()
 
@@ -98,7 +98,7 @@ class Saver:
         progress.saved(state.step)
         written_s = time.monotonic() - began
         self.tell(Saved(step=state.step, held_s=held_s, written_s=written_s, every_s=self.every_s, trial=self.trial))
-        if not self.home.busy():  # else the one that is under way is too slow for all to be sent; the next one is
+        if not self.home.busy():  # else the last upload still runs: skip this one, the next checkpoint is sent
             self.sending = written.name
             self.home.later(lambda: self.home.send_checkpoint(written, keep))
 
@@ -108,6 +108,6 @@ def _score(report: Report) -> float | None:
 
 
 def _copied(state: checkpoint.State) -> checkpoint.State:
-    """`state` as it is now, in this machine's memory: the training changes its tensors in place."""
+    """A copy of `state` in this machine's memory: training changes the tensors in place."""
     tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}
     return dataclasses.replace(state, tensors=tensors)

@@ -1,4 +1,4 @@
-"""What fine-tuning and distilling share: where they begin, whose labels they see, and the classifier that they publish."""
+"""What fine-tuning and distilling share: the encoder to start from, the choice of labels, the classifier that they publish."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """Another network than the given one's. Each default is the given one's."""
+    """Fields that differ from the given network's. None = as the given network."""
 
     depth: Literal[8, 14, 20, 18, 34, 50, 101, 152, 200] | None = None
     """Layers."""
@@ -41,14 +41,14 @@ class Shape:
     """Selective kernels' reduction ratio; 0 = none."""
 
     def of(self, encoder: Encoder) -> Encoder:
-        """`encoder` with what was asked for."""
+        """`encoder` with these fields."""
         return replace(encoder, **{k: v for k, v in dataclasses.asdict(self).items() if v is not None})
 
 
 @contextlib.contextmanager
 def published(start: Path, tracking_uri: str | None) -> Iterator[tuple[Path, Path | None]]:
-    """(directory of the published encoder, the data it was trained on where that is known) of a run, of a published directory, on
-    disk or at s3://…, or of NAME@alias in the registry."""
+    """(directory of the published encoder, the data it was trained on, None if unknown). `start` is a run or a published directory, on
+    disk or at s3://…, or NAME@alias in the registry."""
     if not start.exists() and "@" in str(start) and s3_uri.address(start) is None:
         with tempfile.TemporaryDirectory() as folder:
             uri = mlflow_uri.tracking_address(tracking_uri)
@@ -90,13 +90,13 @@ class Labels:
     ids: NDArray[np.int64]
     """Sample ids, ascending."""
     names: list[str] | None
-    """Of all training images, where the shards know them."""
+    """Names of all training images; None if the shards have no names."""
     chosen: dict[str, object]
-    """How they were."""
+    """How they were chosen, for labels.txt."""
 
 
 def choose_labels(data: Path, at: Path, share: float, file: Path | None, seed: int) -> Labels:
-    """Those that `file` lists, else `share` of each class; of shards that lie in `data`, a copy of those `at` s3://…"""
+    """The images that `file` lists, else `share` of each class. The shards lie in `data`, which may be a copy of those `at` s3://…"""
     from simclr.data import labels, loader
 
     remote = s3_uri.address(at)
@@ -121,8 +121,7 @@ def write_labels(run: Run, seen: Labels) -> None:
 
 
 def batch_for(asked: int | None, usual: int, images: int, workers: int) -> int:
-    """The batch size asked for, else the usual one, or less where there are fewer images: the largest whole number of them that
-    `workers` share evenly."""
+    """The batch size `asked` for, else the `usual` one. With fewer images than that, the largest number that `workers` share evenly."""
     if asked is not None:
         return asked
     size = min(usual, images) // workers * workers
@@ -166,7 +165,7 @@ def told(run: Run, shown: str) -> str:
 
 
 def require_classes(manifest: Manifest, data: Path) -> tuple[str, ...]:
-    """The data's classes. Raises UserError where it has none."""
+    """The data's classes. Raises UserError if it has none."""
     if not manifest.classes:
         raise UserError(f"{data} has no labels to learn; prepare it from a folder of class/file")
     return manifest.classes

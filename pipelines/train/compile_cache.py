@@ -1,15 +1,15 @@
-"""What torch.compile has made, kept in the run directory, so that a worker that starts again need not make it a second time.
+"""Compiled code of torch.compile, kept in the run directory, so that a restarted worker need not compile it again.
 
-    compiled/DEVICE.bin     a signature, a line of JSON that says what it fits, then what torch.compiler.save_cache_artifacts gave
+    compiled/DEVICE.bin     a signature, a line of JSON with the facts it fits, then the bytes of torch.compiler.save_cache_artifacts
 
-Dynamo traces the network anew in every process. What is kept is the work of Inductor, Triton's binaries with it, and of AOTAutograd in a
-run of one worker: torch does not keep the latter's where BatchNorm sums over ranks. C++ for a CPU is kept as text, and its compiler runs
-again: there little is saved (`python -m tests.support.compile_start`). On the machine that made it torch finds all of it on its own
-disk, below /tmp: this file is for another node, and for after a reboot. A run in S3 has none.
+Dynamo traces the network anew in every process. The file keeps the work of Inductor with Triton's binaries and, in a run of one worker,
+of AOTAutograd: torch does not keep AOTAutograd's work if BatchNorm sums over ranks. C++ for a CPU is kept as text and compiled again,
+which saves little (`python -m tests.support.compile_start`). On the machine that compiled, torch finds all of it below /tmp. This file
+is for other nodes and for the time after a reboot. A run in S3 has none.
 
-The bytes hold pickles: who can change them runs code here. A run directory may be somebody else's, or come out of an archive, whose
-files are then the user's own. So beside owner and mode a signature is checked, with a secret of the user who starts the training. It
-lies in their home directory, and their job brings it to the nodes.
+The bytes hold pickles, so anybody who can change them runs code here. A run directory may belong to somebody else, or come out of an
+archive, and then its files belong to the user. So owner, mode and a signature are checked. The secret that signs lies in the home
+directory of the user who starts the training, and their job brings it to the nodes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 Tell = Callable[[str], None]
 FOLDER = "compiled"
 _KEY = Path("~/.cache/simclr/keys/compile.key")
-# Of a config, what shapes the network and what goes through it; tap and linear are fine-tuning's.
+# The fields of a config that shape the network and its inputs; tap and linear belong to fine-tuning.
 _SHAPING = (
     *("encoder.", "head.", "views.size_px", "tap", "linear"),
     *("train.batch_size", "train.micro_batch", "train.precision", "train.bucket_mib", "train.linear_eval"),
@@ -47,7 +47,7 @@ _SHAPING = (
 
 
 def secret(tell: Tell) -> str:
-    """What this user's compiled code is signed with (hex), made the first time; "" where it cannot be kept, and `tell` hears why."""
+    """The key (hex) that signs this user's compiled code, made the first time. "" if it cannot be kept; `tell` gets the reason."""
     try:
         path = _KEY.expanduser()
     except RuntimeError as error:  # there is no home directory
@@ -66,7 +66,7 @@ def secret(tell: Tell) -> str:
 
 
 def facts(config: Config, workers: int, device: torch.device) -> dict[str, Any]:
-    """What the compiled code of this training fits: versions, kind of device, workers (a constant in it), the config's shaping fields."""
+    """The facts that the compiled code depends on: versions, kind of device, workers (a constant in it), the config's shaping fields."""
     import torch
 
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
@@ -75,13 +75,13 @@ def facts(config: Config, workers: int, device: torch.device) -> dict[str, Any]:
 
 
 def remembered(reports: Iterator[T], home: sync.Home, config: Config, device: torch.device, key: str, tell: Tell) -> Iterator[T]:
-    """`reports` of a training on `device` in the run at `home`, whose compiled code is kept there, signed with `key`, where the config
-    asks for compiling; as they are without a key, and of a run in S3. To be called on every rank."""
+    """`reports` of a training on `device`. If the config compiles, the run at `home` keeps the compiled code, signed with `key`; without
+    a key, or for a run in S3, nothing is kept. Every rank must call it."""
     from simclr.collectives import every_ranks, rank, world_size
 
     if not config.train.compile or home.at is not None or not key:
         return reports
-    # Code names its device: each rank reads that of the rank with the same one on the first node, which writes it and speaks of it.
+    # Code names its device, so there is a file per device. All ranks with that device read it; the first of them writes it and reports.
     name = str(device)
     writes = every_ranks(name).index(name) == rank()
     path = home.path / FOLDER / f"{name.replace(':', '-')}.bin"
@@ -89,10 +89,10 @@ def remembered(reports: Iterator[T], home: sync.Home, config: Config, device: to
 
 
 def kept(reports: Iterator[T], path: Path, fits: dict[str, Any], key: str, writes: bool, tell: Tell) -> Iterator[T]:
-    """`reports` of a training that compiles its network when the first one is asked for: torch gets what `path` holds before, and what
-    it lacks goes into `path` behind the first report, of ranks with `writes`.
+    """`reports` of a training that compiles its network for the first report. Before it, torch loads the content of `path`. After it, a
+    rank with `writes` adds to `path` what it lacked.
 
-    Nothing about the file ends the training: what does not fit, or is not to be trusted, is not read, and `tell` hears it in a line.
+    The file never ends the training: content that does not fit or cannot be trusted is not loaded, and `tell` gets a line.
     """
     known = _load(path, fits, key, tell)
     for report in reports:
@@ -104,7 +104,7 @@ def kept(reports: Iterator[T], path: Path, fits: dict[str, Any], key: str, write
 
 
 def _load(path: Path, fits: dict[str, Any], key: str, tell: Tell) -> set[str]:
-    """Hand torch what `path` holds; returns the names of what it got."""
+    """Load the content of `path` into torch; returns the names of its artifacts."""
     import torch
 
     try:
@@ -116,14 +116,14 @@ def _load(path: Path, fits: dict[str, Any], key: str, tell: Tell) -> set[str]:
         return set()
     try:
         info = torch.compiler.load_cache_artifacts(content)
-    except Exception as error:  # torch's: told, and compiling anew is what happens without the file
+    except Exception as error:  # an error of torch's: say so and compile anew, as without the file
         tell(f"the network is compiled anew: {error}")
         return set()
     return set() if info is None else {*info.inductor_artifacts, *info.aot_autograd_artifacts}
 
 
 def _save(path: Path, fits: dict[str, Any], key: str, known: set[str], tell: Tell) -> None:
-    """Write what torch has compiled and read since the process began, unless it is all `known`."""
+    """Write all that torch has compiled or loaded since the process began, unless all of it is `known`."""
     import torch
 
     made = torch.compiler.save_cache_artifacts()
@@ -137,7 +137,7 @@ def _save(path: Path, fits: dict[str, Any], key: str, known: set[str], tell: Tel
 
 
 def _checked(path: Path, fits: dict[str, Any], key: str) -> bytes:
-    """Torch's bytes in `path`. Raises UserError, a sentence, where they are not this user's, not whole, or of other facts."""
+    """Torch's bytes in `path`. Raises UserError if they are not this user's, not whole, or made under other facts."""
     signature, _, text = _read_own(path).partition(b"\n")
     if not hmac.compare_digest(signature, _signature(key, text)):
         raise UserError(f"{path} is damaged, or was not written by a job of this user")
@@ -154,8 +154,8 @@ def _signature(key: str, text: bytes) -> bytes:
 
 
 def _read_own(path: Path) -> bytes:
-    """The content of a file that nobody but this user can have put there. Raises FileNotFoundError, and UserError where others can."""
-    opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # what is looked at is what is read
+    """The content of a file that only this user can have written. Raises FileNotFoundError, and UserError if others could write it."""
+    opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # the checks are of the very file that is read
     try:
         if not stat.S_ISREG(os.fstat(opened).st_mode):
             raise UserError(f"{path} is no file; remove it")
@@ -168,7 +168,7 @@ def _read_own(path: Path) -> bytes:
 
 
 def _write_own(path: Path, content: bytes) -> None:
-    """Write a file that others can neither read nor change: the old content or the new, never a part."""
+    """Write a file that others can neither read nor change. It has the old content or the new, never a part."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_own(path.parent, path.parent.stat())
     with files.whole(path) as scratch:

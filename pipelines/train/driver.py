@@ -1,4 +1,4 @@
-"""What pretraining, fine-tuning and distilling share: a run directory, workers under Ray Train, their reports, what is published."""
+"""What pretraining, fine-tuning and distilling share: a run directory, workers under Ray Train, their reports, publishing."""
 
 from __future__ import annotations
 
@@ -46,17 +46,16 @@ class Job:
     publish: Callable[[Run], None]
     """Writes run/encoder from the newest checkpoint."""
     given: dict[str, Any] = field(default_factory=dict)
-    """What the stage's loop takes besides config and start (see `pipelines.train.worker`)."""
+    """Fields of the loop's `Start` that belong to this stage (see `pipelines.train.worker`)."""
 
 
 def home_of(
     asked: Path | None, name: str, config: Config, data: Path, at: Path, tracking_uri: str | None, stage: str = "pretrain"
 ) -> tuple[Run, sync.Home, str]:
-    """The run directory at `asked` (default runs/NAME-DIGEST), of shards that lie in `data`, a copy of those `at` s3://…, and the
-    MLflow address that the flag and the environment state.
+    """(run, its home, MLflow address). The run directory is `asked` (default runs/NAME-DIGEST). The shards lie in `data`, which may be a
+    copy of those `at` s3://… The flag or the environment gives the address.
 
-    Raises UserError where no MLflow answers there. Of a run that has a checkpoint, or was logged there before, it may be away: it is
-    waited for.
+    Raises UserError if no MLflow answers there. A run with a checkpoint, or one that was logged there before, goes on without it.
     """
     uri = mlflow_uri.tracking_address(tracking_uri)
     home = sync.Home(asked) if asked is not None else None
@@ -69,9 +68,9 @@ def home_of(
 
 
 def train(job: Job, began: float) -> Run:
-    """Train from the newest checkpoint, if any, and leave a run directory with its encoder; `began` is when the command did.
+    """Train from the newest checkpoint, if any, and leave a run directory with its encoder. The command began at `began`.
 
-    Raises UserError, before any worker starts, for what the user can mend.
+    Raises UserError, before any worker starts, for errors that the user can mend.
     """
     with job.run.alone():
         return _train(job, began)
@@ -98,7 +97,7 @@ def _train(job: Job, began: float) -> Run:
         run.save()
         outbox = Outbox(job.uri)
         posted = outbox.follow(run)
-        home.send()  # before any checkpoint: run.json says whose they are
+        home.send()  # before any checkpoint: run.json says which run the checkpoints belong to
         if not done:
             home.sync_checkpoints()  # a first checkpoint, of step 0
     except Exception:
@@ -128,7 +127,7 @@ def _train(job: Job, began: float) -> Run:
             ray_train.disconnect()
         outbox.close(status)
         run = posted.run
-        if status != "FINISHED":  # what was logged since the last checkpoint; Ctrl-C waits for it no longer than this
+        if status != "FINISHED":  # send the lines since the last checkpoint; after Ctrl-C for 2 s at most
             sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
             sending.start()
             sending.join(2.0 if status == "KILLED" else 60.0)
@@ -155,7 +154,7 @@ def _launch(job: Job) -> ray_train.Running:
 
 
 def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, began: float, connected: float) -> float:
-    """Log the reports until there are no more; returns when the first came."""
+    """Log the reports until there are no more; returns the time of the first."""
     run, home, stepped, warned, told, slow = job.run, job.home, 0.0, None, False, ""
     with Bar(run.stage, job.total, "steps") as bar:
         bar.resume_at(done)
@@ -168,7 +167,7 @@ def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, beg
                     home.later(home.send)
                 continue
             if not stepped:
-                outbox.start()  # not before the workers run: its imports and tables take seconds that they need too
+                outbox.start()  # only once the workers run: its imports and tables take seconds of the same cores
                 stepped = time.monotonic()
                 say(
                     f"first step {process_age_s():.0f} s after the process began: checks and Ray {connected - began:.0f} s, "
@@ -186,7 +185,7 @@ def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, beg
 
 
 def _cost(saved: Saved, by_steps: int | None) -> str:
-    """What checkpoints cost and save, from the first that was written, in a sentence."""
+    """A sentence on the cost of checkpoints and on the most work that can be lost, from the first one written."""
     much = f"a checkpoint holds training up for {saved.held_s:.2g} s and is written in {saved.written_s:.2g} s"
     if by_steps is not None:
         return f"{much}; one every {by_steps:,} steps"
@@ -209,8 +208,8 @@ def _note(metrics: dict[str, float]) -> str:
 
 
 def _steps_done(run: Run) -> int:
-    """Steps in the newest whole checkpoint; its reports are then in metrics.jsonl. Raises UserError where it does not fit the
-    config's model."""
+    """Steps in the newest whole checkpoint, after copying its reports to metrics.jsonl. Raises UserError if it does not fit the config's
+    model."""
     if not run.checkpoints.exists():
         return 0
     from simclr import checkpoint

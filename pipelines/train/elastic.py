@@ -1,4 +1,4 @@
-"""With how many workers a training runs, as nodes come and go."""
+"""The number of workers of an elastic training, as nodes come and go."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAY_EVERY_S, _LOOK_EVERY_S = 60.0, 0.5
 
 
 def listens(host: str, port: int) -> bool:
-    """Whether somebody does at this address."""
+    """Whether a process listens at this address."""
     try:
         socket.create_connection((host.strip("[]"), port), timeout=1.0).close()
     except OSError:
@@ -24,18 +24,18 @@ def listens(host: str, port: int) -> bool:
 
 def scaling_policy(config: Any, counts: list[int], private: bool, tell: Tell) -> Any:
     class Elastic(ray_private.elastic_scaling()):  # type: ignore[misc]
-        """As many workers as there is room for and as the batch divides over. A group that may be larger is asked to leave with a
-        checkpoint, and the next group, which has the room, is the larger."""
+        """As many workers as fit and as the batch divides over. When there is room for more, the running group is asked to leave with
+        a checkpoint, and the next group is larger."""
 
         asked, say_at = 0.0, 0.0
         running, tried = 0, False
-        """Workers that run now, and whether a group was to start and has not come to run."""
+        """Number of workers that run now, and whether a planned group has not started to run yet."""
 
         def possible(self, room: Callable[[set[str]], int]) -> int:
             alive = _alive()
             most = room(alive)
-            # Ray counts what nodes have, and not what other jobs hold of it: a group that is to grow into that never starts. Right
-            # after a group's end what it held is not seen to be free yet, so the first try does not ask.
+            # Ray also counts resources that other jobs hold, and a group that should grow into these never starts: so free resources
+            # are a bound. Right after a group's end its own do not show as free yet, so the first try has no such bound.
             if self.running or self.tried:
                 most = min(most, self.running + _free(self.scaling_config.resources_per_worker, alive))
             return max((count for count in counts if count <= most), default=0)
@@ -48,8 +48,8 @@ def scaling_policy(config: Any, counts: list[int], private: bool, tell: Tell) ->
             if starts:
                 self.say_at, self.tried = 0.0, True
                 return
-            time.sleep(_LOOK_EVERY_S)  # Ray asks again at once, and again
-            if self.say_at == 0:  # the first answers come before Ray has counted
+            time.sleep(_LOOK_EVERY_S)  # else Ray asks again at once, in a loop
+            if self.say_at == 0:  # Ray's first answers come before it has counted the nodes
                 self.say_at = now + _SAY_EVERY_S / 6
             elif now > self.say_at:
                 self.say_at = now + _SAY_EVERY_S
@@ -59,7 +59,7 @@ def scaling_policy(config: Any, counts: list[int], private: bool, tell: Tell) ->
             self.running, self.tried = workers, False
 
         def may_grow(self, workers: int, running: ray_private.Group) -> None:
-            # A smaller one follows from who fails or leaves.
+            # A group shrinks by itself when workers fail or leave.
             if workers > len(running.workers) and self.asked != running.started:
                 self.asked = running.started
                 running.workers[0].ask(hang.ask_to_leave, f"there is room for {workers} workers")
@@ -70,8 +70,8 @@ def scaling_policy(config: Any, counts: list[int], private: bool, tell: Tell) ->
 def _alive() -> set[str]:
     """Ids of the nodes that workers may be placed on now.
 
-    What Ray has noted may be seconds old, and a group that is planned with a node that just died, or is about to be taken back,
-    waits for it until its start times out. So the nodes are asked.
+    Ray's own list may be seconds old. A group that is planned with a node that just died, or has a preemption notice, waits until its
+    start times out. So each node is asked.
     """
     import ray
 
@@ -81,5 +81,5 @@ def _alive() -> set[str]:
 
 
 def _free(each: dict[str, float], nodes: set[str]) -> int:
-    """How many workers that take `each` there is free room for on `nodes`."""
+    """How many workers that take `each` fit into the free resources of `nodes`."""
     return sum(capacity.fit(each, has) for node, has in ray_private.free().items() if node in nodes)

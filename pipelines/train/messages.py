@@ -1,6 +1,6 @@
-"""What goes between the processes of a training: the task that its workers get, and the messages that come back to its driver.
+"""The types that pass between the processes of a training: the task for its workers, and the messages to its driver.
 
-Ray pickles both, and the queue's own process reads them too: this module imports nothing that takes time.
+Ray pickles both, and the queue's own process reads them too, so this module has no slow imports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What every worker of a training is told."""
+    """The task of every worker of a training."""
 
     stage: str
     """Which command it serves: pretrain, finetune or distill."""
@@ -27,13 +27,13 @@ class Task:
     run: str
     """Run directory, or s3://bucket/prefix, of which each node has a copy."""
     created: float = 0.0
-    """When the run began, Unix time: an address in S3 may be used again by another run."""
+    """Unix time at which the run began. It tells apart two runs that use the same address in S3 one after the other."""
     given: dict[str, Any] = field(default_factory=dict)
-    """Fields of the loop's `Start`, by name: ids, the only training images; labelled, those whose labels a distillation sees."""
+    """Fields of the loop's `Start`, by name: ids, the training images to use; labelled, the images whose labels a distillation sees."""
     compile_key: str = ""
     """Signs compiled code (see `compile_cache`)."""
     trial: str = ""
-    """Name of the sweep's trial that this is; every message has it."""
+    """Name of the sweep's trial, if it is one; every message has it."""
     inbox: Any = None
     """The queue for messages, see `make`."""
     cpus_per_worker: int = 1
@@ -47,7 +47,7 @@ class Reported:
     total_steps: int
     metrics: dict[str, float]
     stragglers: str = ""
-    """Ranks and hosts that keep the others waiting, for people."""
+    """Ranks and hosts of stragglers, for people."""
     trial: str = ""
 
     def line(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Saved:
     """How long training stood still for it."""
     written_s: float
     every_s: float
-    """Seconds between two, where the config states no steps."""
+    """Seconds between two checkpoints, if the config states no steps."""
     trial: str = ""
 
 
@@ -85,17 +85,17 @@ class WorkerFailed:
 
 @dataclass(frozen=True, slots=True)
 class TrainingOver:
-    """Nothing comes any more: Ray Train has returned."""
+    """Ray Train has returned; no message follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialBeganAgain:
-    """A trial failed, and begins again on another seed."""
+    """A trial failed, and starts again with another seed."""
 
     trial: str
     reason: str
     bug: str = ""
-    """The traceback, where it is one."""
+    """The traceback, if the failure is a bug."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,27 +103,27 @@ class TrialFailed:
     trial: str
     reason: str
     bug: str = ""
-    """The traceback, where it is one."""
+    """The traceback, if the failure is a bug."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialOver:
-    """Nothing comes of this trial any more."""
+    """The trial is over; no message of it follows."""
 
     trial: str
     status: str
-    """As MLflow has it: FINISHED or FAILED."""
+    """MLflow's: FINISHED or FAILED."""
 
 
 OfTrial = Reported | Saved | Said | TrialBeganAgain | TrialFailed | TrialOver
-"""What a sweep's inbox has."""
+"""The messages of a sweep's trials."""
 Message = OfTrial | WorkerFailed | TrainingOver
 Tell = Callable[[Message], object]
 """Sends a message to the driver."""
 
 
 def make() -> Any:
-    """A queue where the driver is: on another node it would be lost with that node, and the reports with it."""
+    """A queue on the driver's node: on another one, a lost node would take the reports with it."""
     import ray
     from ray.util.queue import Queue
 
@@ -131,7 +131,7 @@ def make() -> Any:
 
 
 def take(inbox: Any, within_s: float) -> Any:
-    """The next message; None where none comes in time. Raises EOFError where the queue's process is gone."""
+    """The next message; None if none comes in time. Raises EOFError if the queue's process is gone."""
     with _gone():
         try:
             return inbox.get(timeout=within_s)

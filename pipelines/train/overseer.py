@@ -1,4 +1,4 @@
-"""The controller's callback that looks after the workers: who hangs, who loses its node."""
+"""The controller's callback that watches the workers for hangs and preemption notices."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pipelines.train import hang, ray_private
 from pipelines.train.messages import Said, Tell, WorkerFailed
 from simclr.telemetry import progress
 
-_ASK_MOST_S = 30.0  # between two questions where a worker is
+_ASK_MOST_S = 30.0  # between two questions for a worker's position
 
 
 def overseer(hang_timeout_s: float, tell: Tell) -> Any:
-    """A callback of the controller, that looks after the workers whenever Ray asks for their health."""
+    """A callback of the controller: it checks the workers whenever Ray asks for their health."""
     import ray
 
     class Overseer(ray_private.group_callback()):  # type: ignore[misc]
@@ -22,7 +22,7 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
         size = 0
 
         def __reduce__(self) -> Any:
-            return overseer, (hang_timeout_s, tell)  # Ray sends every worker a copy of all callbacks: that knows nobody
+            return overseer, (hang_timeout_s, tell)  # Ray sends every worker a copy of all callbacks; the copy knows no workers
 
         def started(self, count: int) -> None:
             if self.size:
@@ -47,7 +47,7 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
             hung = self.detector.hung(time.monotonic())
             for rank, sentence in hung.items():
                 health.fail(rank, hang.Hung(sentence))
-            if hung:  # who hears of failed workers was asked before, when nobody had failed
+            if hung:  # Ray called the callbacks that report failed workers before this one, so they miss this failure
                 rank = min(hung)
                 tell(WorkerFailed(rank=rank, error=hung[rank]))
             notice = health.notice()
@@ -58,13 +58,13 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
                 self.workers[0].ask(hang.ask_to_leave, reason)
 
         def _ask(self, detector: hang.HangDetector) -> None:
-            """Hear who has answered meanwhile, and ask again those who have, when it is time."""
+            """Take the answers that have come, and ask these workers again when it is time."""
             done, _ = ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0) if self.pending else ([], [])
             for answer in done:
                 rank = self.pending.pop(answer)
                 try:
                     reading = ray.get(answer)
-                except ray.exceptions.RayError:  # a worker that is gone: Ray's health check names it
+                except ray.exceptions.RayError:  # the worker is gone: Ray's health check reports it
                     continue
                 detector.hear(rank, reading, time.monotonic())
                 hang.group.saved = max(hang.group.saved, reading.saved)

@@ -1,7 +1,7 @@
 """A training's numbers as Prometheus gauges, beside Ray's own at each node's metrics port; `cluster/grafana.json` draws them.
 
-Ray's agent, which every node runs anyway, collects them from the workers every ten seconds: they cost the step nothing, and what
-is set between two collections is overwritten. A worker's series end with its process. Also who is slow, by name.
+Ray's agent on every node collects them from the workers every ten seconds. They cost the step nothing; of the values set between two
+collections only the last counts. A worker's series end with its process. The stragglers are also named.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from simclr.train import Report
 
 PREFIX = "ray_"
-"""Of every gauge's name, where Prometheus sees it."""
+"""Prefix of every gauge's name in Prometheus."""
 OF_RANKS = {
     "speed/step_p50_s": ("simclr_step_p50_seconds", "Median step since the last report."),
     "speed/step_p95_s": ("simclr_step_p95_seconds", "95th percentile of the steps since the last report."),
     "speed/step_max_s": ("simclr_step_max_seconds", "Longest step since the last report."),
-    "speed/own_s": ("simclr_step_own_seconds", "Median step without what the rank waited for the others."),
+    "speed/own_s": ("simclr_step_own_seconds", "Median step without the wait for other ranks."),
     "speed/data_wait_pct": ("simclr_data_wait_percent", "Share of the time spent waiting for the rank's loader."),
     "speed/communication_pct": ("simclr_communication_percent", "Share of the time in collectives not hidden behind computing."),
     "memory/peak_gib": ("simclr_gpu_memory_peak_gibibytes", "Most GPU memory that tensors held at once."),
@@ -39,14 +39,14 @@ OF_RUN = {
     "speed/slowest_rank": ("simclr_slowest_rank", "Rank whose own time of a step is the longest."),
     "speed/straggle": ("simclr_straggle_ratio", "The slowest rank's own time over the median of ranks."),
     "speed/straggler_steps": ("simclr_straggler_steps", "For how many steps it has been slower than 1.2 times that."),
-    "eval/knn_top1": ("simclr_knn_top1_ratio", "kNN accuracy at the last look."),
-    "eval/top1": ("simclr_top1_ratio", "Test accuracy of a classifier at the last look."),
+    "eval/knn_top1": ("simclr_knn_top1_ratio", "kNN accuracy at the last online evaluation."),
+    "eval/top1": ("simclr_top1_ratio", "Test accuracy of a classifier at the last online evaluation."),
 }
 """Rank 0 exports these."""
 
 
 class Gauges:
-    """The gauges of this rank of the training in `run`. To be made on every rank: they tell each other their hosts."""
+    """The gauges of this rank of the training in `run`. Every rank must make them, because the ranks exchange their host names."""
 
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Gauge
@@ -59,7 +59,7 @@ class Gauges:
         self.gauges: dict[str, Any] = {metric: Gauge(name, text, tuple(self.tags)) for metric, (name, text) in table.items()}
 
     def show(self, report: Report) -> str:
-        """Set them. Returns ranks and hosts of stragglers, for people."""
+        """Set the gauges. Returns ranks and hosts of stragglers, for people."""
         run_wide = {"step": float(report.step), "total_steps": float(report.total_steps), **report.metrics}
         values = {m: v for m, v in run_wide.items() if m not in OF_RANKS} | {m: each[self.rank] for m, each in report.ranks.items()}
         for metric, gauge in self.gauges.items():
@@ -69,9 +69,9 @@ class Gauges:
 
 
 def with_last_checkpoint(reports: Iterator[Report], folder: Path, saver: Saver | None) -> Iterator[Report]:
-    """`reports`; a Diverged among them, which every rank has, says which checkpoint in `folder` one could go on from.
+    """`reports`. A Diverged error, which every rank raises, gets the name of the last good checkpoint in `folder`.
 
-    All ranks say the same, what rank 0 found: whoever is first is heard, and on another node's disk there are none."""
+    All ranks add what rank 0 found: the driver shows the first error that comes, and another node's disk has no checkpoints."""
     try:
         yield from reports
     except Diverged as error:
@@ -80,9 +80,9 @@ def with_last_checkpoint(reports: Iterator[Report], folder: Path, saver: Saver |
 
         with_it = ""
         if saver is not None:
-            with contextlib.suppress(OSError):  # a disk that is full as well
+            with contextlib.suppress(OSError):  # the disk may be full too
                 saver.wait()
-            # The weights were finite at every report, and only there are they saved.
+            # Weights are saved only at reports, and they were finite at each of these.
             found = checkpoint.list_checkpoints(folder)
             with_it = f"the last checkpoint, {found[-1].name}, is still good" if found else "there is no checkpoint yet"
         raise Diverged(f"{error}; {from_rank_zero(with_it)}") from None

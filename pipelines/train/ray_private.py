@@ -1,7 +1,7 @@
-"""Every name of Ray 2.60 that Ray may change without a word: here and nowhere else, each with why and the public way that it waits for.
+"""All private names of Ray 2.60 that we use, here and nowhere else: each with the reason, and the public way that it waits for.
 
-`tests/pipelines/train/test_canary.py` checks each of them against the Ray that is installed. This file imports nothing of ours, and
-Ray only where it is asked: who drains a node imports no trainer, and variables are set before Ray is imported.
+`tests/pipelines/train/test_canary.py` checks each of them against the installed Ray. This file imports nothing of ours, and Ray only
+inside its functions: draining a node needs no trainer, and variables must be set before Ray is imported.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 HEALTH_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-"""Ray reads these where its controller starts. They wait for fields of `ray.train.RunConfig`."""
+"""Ray reads these variables when its controller starts. They wait for fields of `ray.train.RunConfig`."""
 
 
 def set_variables() -> None:
-    """Environment that Ray reads once, when it is imported; all wait for arguments of `ray.init` and `ray.train.RunConfig`."""
+    """Environment variables that Ray reads once, on import. They wait for arguments of `ray.init` and `ray.train.RunConfig`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a call that comes after the shutdown starts a second Ray, which nobody ends
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a call after the shutdown starts a second Ray, which would never end
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # What a group of workers has to part in order, when one of them is gone or hangs: the others wait for it in a collective and
-    # are killed anyway. Ray's default is half a minute of every recovery.
+    # Seconds for an orderly shutdown of a group with a lost or hung worker. The others wait for it in a collective, and are killed
+    # anyway. Ray's default adds half a minute to every recovery.
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "2")
 
 
 def tuned() -> dict[str, Any]:
-    """What `ray.init` takes for a private Ray besides its public arguments; it waits for such arguments."""
-    # Ray lowers the priority of its workers by 15. With nobody else on the cores that only lets every background process
-    # interrupt a step: it cost 7 % of ResNet-18's at N = 32 on two cores (`simclr bench loop`).
-    # It would also start a worker process per core in advance, without the environment that Train's workers want.
+    """Private arguments of `ray.init` for a private Ray; they wait for public ones."""
+    # Ray lowers the priority of its workers by 15. On cores that no other job uses, this only lets every background process interrupt
+    # a step: it cost 7 % of ResNet-18's step at N = 32 on two cores (`simclr bench loop`).
+    # Ray would also start a worker process per core in advance, without the environment that Train's workers need.
     return {"_system_config": {"worker_niceness": 0, "prestart_worker_first_driver": False}}
 
 
 def kill_processes() -> None:
-    """End a private Ray from outside. `ray.shutdown()`, the public way, is a segmentation fault now and then under a thread that waits
-    in Ray; it waits for one that is safe there."""
+    """End a private Ray from outside. The public way, `ray.shutdown()`, now and then is a segmentation fault while a thread waits in Ray;
+    this waits for a shutdown that is safe then."""
     node = sys.modules["ray"]._private.worker._global_node
     if node is not None and node.is_head():
         node.kill_all_processes(check_alive=False, allow_graceful=False)
@@ -53,14 +53,14 @@ def kill_processes() -> None:
 
 
 def draining() -> set[str]:
-    """Ids of the nodes that are about to be taken back. It waits for `ray.nodes()` to say so."""
+    """Ids of the nodes with a preemption notice. It waits for `ray.nodes()` to tell them."""
     import ray
 
     return set(ray._private.state.state.get_draining_nodes())
 
 
 def free() -> dict[str, dict[str, float]]:
-    """Node id → what is free on it. `ray.available_resources()` gives only the sum over nodes; this waits for it by node."""
+    """Node id → its free resources. `ray.available_resources()` gives only the sum over nodes; this waits for a version by node."""
     import ray
 
     found: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
@@ -68,8 +68,8 @@ def free() -> dict[str, dict[str, float]]:
 
 
 def drain(gcs: str, node_id: str, why: str, deadline_ms: int, timeout_s: float) -> tuple[bool, str]:
-    """Tell the head at `gcs` that a cloud takes the node back: (whether it accepts, else why not). It waits for a function of Ray's;
-    the command `ray drain-node` is hidden, and takes 3 s of imports each time."""
+    """Tell the head at `gcs` that the cloud preempts the node. Returns (whether the head accepts, else why not). It waits for a public
+    function; the command `ray drain-node` is hidden, and takes 3 s of imports each time."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
 
@@ -81,11 +81,11 @@ def drain(gcs: str, node_id: str, why: str, deadline_ms: int, timeout_s: float) 
 
 
 def trainer_class(scaling: Callable[[Any], Any], failures: Callable[[Any], Any], lean: bool, controllers: list[Any] | None) -> Any:
-    """TorchTrainer with policies of ours, made from its scaling and its failure config. It puts its controller's handle into
-    `controllers`, to be aborted; None = its controller runs in this process. `lean` = without two actors of Ray's.
+    """TorchTrainer with our policies, which `scaling` and `failures` make from its configs. It puts its controller's handle into
+    `controllers`, so that the job can be aborted; None = the controller runs in this process. `lean` = without two of Ray's actors.
 
     It waits for a trainer that takes policies, that gives its controller's handle or can be stopped from another thread, and for a
-    switch of those actors.
+    switch for those actors.
     """
     import ray
     from ray.train.torch import TorchTrainer
@@ -95,7 +95,7 @@ def trainer_class(scaling: Callable[[Any], Any], failures: Callable[[Any], Any],
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-            # Each is an actor more: for Ray Data, and for a controller lost with its node.
+            # Each starts an actor: one for Ray Data, one for a controller that is lost with its node.
             unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"} if lean else set()
             return [c for c in callbacks if type(c).__name__ not in unused]
 
@@ -106,15 +106,15 @@ def trainer_class(scaling: Callable[[Any], Any], failures: Callable[[Any], Any],
                 controller = TrainController(**settings)
                 try:
                     asyncio.run(controller.run())
-                finally:  # Tune ends a trial by SystemExit out of a report
+                finally:  # Tune ends a trial by a SystemExit inside a report
                     group = controller.get_worker_group()
                     if group is not None:
                         group.shutdown()
                 return controller.get_result()
-            # As the parent does, which keeps the handle to itself; Ctrl-C needs it.
+            # As in the parent class, which does not give the handle away; Ctrl-C needs it.
             here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
             env = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
-            # Else who frees the workers' cores when the controller is killed finds no Ray where there are two on a machine.
+            # Freeing the workers' cores after the controller is killed needs this address if two Rays run on a machine.
             env["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
             actor: Any = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": env})(TrainController)
             controllers.append(actor.remote(**settings))
@@ -125,8 +125,8 @@ def trainer_class(scaling: Callable[[Any], Any], failures: Callable[[Any], Any],
 
 
 def failure_policy(config: Any, again: Callable[[Any, Any], bool | None]) -> Any:
-    """Ray's own policy where `again(failure, counter)` is None, else that answer; `counter.failures` is how many failures of workers
-    count against `max_failures` so far. It waits for a public failure policy; there is none in 2.60."""
+    """A policy that retries as `again(failure, counter)` answers, and as Ray's own policy if that is None. `counter.failures` is the number
+    of worker failures that count against `max_failures` so far. It waits for a public failure policy; 2.60 has none."""
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
     from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 
@@ -149,7 +149,7 @@ def failure_policy(config: Any, again: Callable[[Any, Any], bool | None]) -> Any
 
 
 def never_started(failure: BaseException) -> bool:
-    """Whether there was no room for the workers. Ray's ControllerError is public, what it carries is not."""
+    """Whether there was no room for the workers. Ray's ControllerError is public, the error inside it is not."""
     from ray.train import ControllerError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
@@ -157,8 +157,8 @@ def never_started(failure: BaseException) -> bool:
 
 
 def fixed_scaling(config: Any, lean: bool) -> Any:
-    """Ray's own policy for a fixed number of workers; `lean` = without a request to an autoscaler, which takes an actor, that is a
-    process of 3 s of imports. It waits for a switch of that."""
+    """Ray's own policy for a fixed number of workers. `lean` = without the actor that asks an autoscaler: it is a process with 3 s of
+    imports. It waits for a switch for that."""
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
     class Alone(FixedScalingPolicy):
@@ -170,26 +170,26 @@ def fixed_scaling(config: Any, lean: bool) -> Any:
 
 
 def elastic_scaling() -> Any:
-    """Base of a policy that answers what Ray asks while nodes come and go; it waits for a public scaling policy. Ray's own ends a group
-    where it stands to make it larger: this one never does, and tells `may_grow`."""
+    """Base of a policy for nodes that come and go; it waits for a public scaling policy. Ray's own policy ends a group in mid-step to make
+    it larger. This one never does: it calls `may_grow`."""
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
     class Elastic(ElasticScalingPolicy):
         def possible(self, room: Callable[[set[str]], int]) -> int:
-            """How many workers may run, where there is `room(ids of nodes)` as Ray counts."""
+            """How many workers may run; `room(ids of nodes)` is Ray's own count."""
             raise NotImplementedError
 
         def idle(self) -> None:
-            """No group runs, and Ray is about to plan one."""
+            """Called when no group runs and Ray is about to plan one."""
 
         def planned(self, starts: bool) -> None:
-            """Ray has planned a group, or has seen no room for one."""
+            """Called when Ray has planned a group (`starts`), or has found no room for one."""
 
         def runs(self, workers: int) -> None:
-            """A group runs."""
+            """Called while a group of `workers` runs."""
 
         def may_grow(self, workers: int, running: Group) -> None:
-            """There is room for so many, other than those that run."""
+            """Called when there is room for another number of `workers` than run now."""
 
         def _count_possible_workers(self, reserved_resources: Any) -> int:
             count = super()._count_possible_workers
@@ -216,7 +216,7 @@ def elastic_scaling() -> Any:
 
 
 class Worker:
-    """One worker. It waits for a public handle: `ray.train.UserCallback` hears of reports and failures, and can ask nobody."""
+    """One worker. It waits for a public handle: `ray.train.UserCallback` gets reports and failures, but cannot ask a worker."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
@@ -226,7 +226,7 @@ class Worker:
         return f"pid {about.pid} on {about.hostname} ({about.node_ip})"
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        """Call `question` in its process, beside the training; a reference to the answer."""
+        """Call `question` in its process, beside the training; returns a reference to the answer."""
         return self._worker.execute_async(question, *arguments)
 
 
@@ -241,7 +241,7 @@ class Group:
 
 
 class Health:
-    """What the controller has just heard of its workers."""
+    """The workers' health, as the controller has just polled it."""
 
     def __init__(self, status: Any) -> None:
         self._status = status
@@ -251,32 +251,32 @@ class Health:
         return bool(self._status.errors)
 
     def fail(self, rank: int, error: Exception) -> None:
-        """Have the controller take this worker for failed."""
+        """Mark this worker as failed."""
         self._status.worker_statuses[rank].error = error
 
     def notice(self) -> Any:
-        """The `ray.train.PreemptionInfo` of nodes that are about to be taken back, or None. `ray.train.get_preemption_info()`, which is
-        public, is a collective of all ranks: 8.5 ms each time, and nobody comes back from it while one hangs or is gone."""
+        """The `ray.train.PreemptionInfo` of nodes with a preemption notice, or None. The public `ray.train.get_preemption_info()` is a
+        collective of all ranks: it takes 8.5 ms each time, and does not return while a rank hangs or is gone."""
         return self._status.get_preemption_info()
 
 
 def group_callback() -> Any:
-    """Base of a callback that looks after the workers; `ray.train.RunConfig(callbacks=…)` takes it. Ray calls those last, behind the
-    public ones. It waits for these hooks in `ray.train.UserCallback`, and for one that may call a worker failed."""
+    """Base of a callback that watches the workers; `ray.train.RunConfig(callbacks=…)` takes it. Ray calls it after the public callbacks.
+    It waits for these hooks in `ray.train.UserCallback`, and for a hook that may mark a worker as failed."""
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
     class Callback(WorkerGroupCallback):
         def started(self, count: int) -> None:
-            """So many workers' processes run."""
+            """Called when the processes of `count` workers run."""
 
         def trains(self, workers: list[Worker]) -> None:
-            """They have begun to train."""
+            """Called when they have begun to train."""
 
         def ends(self) -> None:
-            """They are about to be ended."""
+            """Called before they are ended."""
 
         def heard(self, health: Health) -> None:
-            """Ray has asked for their health."""
+            """Called when Ray has polled their health."""
 
         def after_worker_group_start(self, worker_group: Any) -> None:
             self.started(len(worker_group.get_workers()))

@@ -27,10 +27,10 @@ ray_private.set_variables()
 _START_S = os.environ.get(ray_private.START_TIMEOUT, "300")
 
 _STOP_S = 2.0
-_HEAD_S = 30.0  # without a cluster's head, which may come back; Ray ends the process, without a word, after 60
-_RESIZE_S = 60.0  # between two looks whether there is room for more workers
-_jobs: list[threading.Thread] = []  # that may be inside Ray's core worker
-_lost: list[str] = []  # heads that are gone: Ray asks for them for a minute at the end of the process, or crashes
+_HEAD_S = 30.0  # to wait for a cluster's head, which may come back; after 60 s Ray ends the process without a message
+_RESIZE_S = 60.0  # between two checks for room for more workers
+_jobs: list[threading.Thread] = []  # threads that may be inside Ray's core worker
+_lost: list[str] = []  # lost heads: at the end of the process Ray tries to reach them for a minute, or crashes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class Resources:
     cpus_per_worker: int = 1
     """CPU cores of each worker: torch threads on a CPU, loader threads beside a GPU."""
     device: str = "auto"
-    """auto (GPUs when the cluster has one for each worker), cpu, cuda, or tpu, which has never run on one."""
+    """auto (GPUs if the cluster has one for each worker), cpu, cuda, or tpu (which was never run on a TPU)."""
     topology: str | None = None
     """Chips of the TPU slice in each direction, as 4x4; one worker drives each."""
     accelerator_type: str | None = None
@@ -50,14 +50,14 @@ class Resources:
     address: str | None = None
     """Ray cluster to join: 'auto' on a cluster's node; nothing = a private Ray on this machine."""
     max_failures: int = 3
-    """How often in a row lost or failed workers are started again, from the last checkpoint, without having written another. Nodes that
-    give notice do not count."""
+    """How many failures in a row, without a new checkpoint between them, are retried from the last checkpoint. Nodes with a preemption
+    notice do not count."""
     min_workers: int | None = None
     """Go on with as few workers as this while nodes are missing, and with more when they are back; nothing = always --workers.
-    The batch stays what it is. Only numbers that divide it are used."""
+    The batch size stays the same. Only numbers that divide it are used."""
     hang_timeout_s: float = 300.0
-    """Seconds without progress after which whoever holds the others up is ended, and training goes on from the last checkpoint; five
-    times the longest step, where that is more."""
+    """Seconds without progress after which the blocking rank is ended, and training goes on from the last checkpoint; at least five
+    times the longest step."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -78,8 +78,8 @@ class Resources:
             raise UserError(f"--hang-timeout-s is {self.hang_timeout_s}; expected a positive number of seconds")
 
     def counts(self, config: Config) -> list[int]:
-        """Numbers of workers, ascending, that `config` may be trained with. Raises UserError where --workers or --min-workers is
-        none of them."""
+        """Numbers of workers, ascending, that `config` may be trained with. Raises UserError if --workers or
+        --min-workers is not among them."""
         config.images_per_rank(self.workers)
         config.group_of(0, self.workers)
         least = self.min_workers or self.workers
@@ -102,19 +102,19 @@ def _divides(config: Config, workers: int) -> bool:
 
 
 def joins_a_cluster(address: str | None) -> bool:
-    """Whether Ray is joined, at `address` or at $RAY_ADDRESS, and not started on this machine for this command alone."""
+    """Whether to join a Ray cluster, at `address` or $RAY_ADDRESS, rather than to start a private Ray for this command."""
     return bool(address or os.environ.get("RAY_ADDRESS"))
 
 
 def connect(resources: Resources) -> bool:
-    """Join the cluster, or start a private Ray that has as many cores as the workers ask for. False where that was done before."""
+    """Join the cluster, or start a private Ray with as many cores as the workers ask for. False if Ray was connected before."""
     import ray
 
     if ray.is_initialized():
         return False
     if not re.fullmatch(r"\d+(\.\d*)?", _START_S):
         raise UserError(f"$RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S is {_START_S!r}; expected a number of seconds")
-    # Its imports take as long as Ray takes to start its processes.
+    # These imports take as long as Ray takes to start its processes, so both run at once.
     importing = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
     importing.start()
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -127,26 +127,26 @@ def connect(resources: Resources) -> bool:
             raise UserError(f"no Ray cluster answers at {where!r} ({error}); start one with `ray up`, or leave out --address") from None
     else:
         cores = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
-        # "local", else a Ray that somebody started on this machine for something else would be joined.
+        # "local", else it would join any other Ray that runs on this machine.
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **ray_private.tuned(), **quiet)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # which ray.init has replaced
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has replaced it
     importing.join()  # two threads in Ray's circular imports see half a module now and then
     return True
 
 
 def lost() -> bool:
-    """Whether the cluster's head is gone: then this process should end without asking Ray."""
+    """Whether the cluster's head is gone; this process should then end without calling Ray."""
     return bool(_lost)
 
 
 def disconnect() -> None:
-    """Leave the cluster; a private Ray ends, also one that was still starting."""
+    """Leave the cluster, or end the private Ray, even if it is still starting."""
     if "ray" not in sys.modules:
         return
     if any(job.is_alive() for job in _jobs):
-        # A shutdown under a thread that waits in Ray is a segmentation fault now and then. A cluster ends what a driver that
-        # went away had started; a private Ray's processes are ended from outside.
+        # A shutdown while a thread waits in Ray is a segmentation fault now and then. A cluster ends the processes of a driver that
+        # went away; a private Ray's processes are ended from outside.
         ray_private.kill_processes()
     else:
         sys.modules["ray"].shutdown()
@@ -154,7 +154,7 @@ def disconnect() -> None:
 
 @dataclass
 class Running:
-    """A training job under way: iterate `reports()`, then it is over."""
+    """A training job that runs; it is over when `reports()` ends."""
 
     thread: threading.Thread
     inbox: Any
@@ -164,22 +164,22 @@ class Running:
     head: _Head
 
     def stop(self) -> None:
-        """End the job where it is, workers and all. Takes at most 3 s."""
+        """End the job and its workers at once. Takes at most 3 s."""
         import ray
 
         if not (self.controllers and self.thread.is_alive() and self.head.answers()):
-            return  # without a head, whom Ray would ask for a minute, its processes end by themselves
-        self.controllers[0].abort.remote()  # frees the workers' cores; the next job of this process wants them
+            return  # without a head its processes end by themselves, and Ray would wait for the head for a minute
+        self.controllers[0].abort.remote()  # frees the workers' cores for the next job of this process
         self.thread.join(_STOP_S)
         if self.thread.is_alive():
             ray.kill(self.controllers[0])  # its workers are its own and end with it
             self.thread.join(_STOP_S / 2)
 
     def reports(self) -> Iterator[messages.Reported | messages.Saved]:
-        """What rank 0 reports, and which checkpoints it has written, as it arrives.
+        """The reports of rank 0 and the checkpoints that it has written, as they arrive.
 
-        Raises UserError where a worker failed in a way that the user can mend and that trying again cannot, or the cluster's
-        head is gone, and what Ray raises where workers failed too often.
+        Raises UserError for a worker's failure that the user can mend and a retry cannot, and if the cluster's head is gone. If workers
+        failed too often, Ray's own error.
         """
         while not isinstance(message := self._take(), messages.TrainingOver):
             match message:
@@ -197,20 +197,20 @@ class Running:
             raise error
 
     def _take(self) -> messages.Message | None:
-        """The next message; None where there was none for a while."""
-        ended = not self.thread.is_alive()  # asked before looking, so that nothing put before the end is missed
+        """The next message; None if none came for a while."""
+        ended = not self.thread.is_alive()  # asked before taking, so that no message put before the end is missed
         if not ended:
             self.head.require()
         try:
             found: messages.Message | None = messages.take(self.inbox, 2.0)
             return found or (messages.TrainingOver() if ended else None)
-        except EOFError:  # somebody killed the queue's process: the training's end is still to be waited for
+        except EOFError:  # the queue's process was killed: wait for the end of the training all the same
             time.sleep(_STOP_S)
             return messages.TrainingOver() if ended else None
 
 
 class _Head:
-    """The head of the Ray cluster, without which nothing is scheduled again, and Ray ends every process after a minute."""
+    """The head of the Ray cluster. Without it Ray schedules nothing, and ends every process after a minute."""
 
     def __init__(self, address: str, private: bool) -> None:
         self.address, self.patience_s = address, 0.0 if private else _HEAD_S
@@ -221,7 +221,7 @@ class _Head:
         return elastic.listens(host, int(port))
 
     def require(self) -> None:
-        """Raise UserError where it has been away for too long. Asks at most once in a second."""
+        """Raise UserError if it has not answered for too long. Asks at most once a second."""
         if (now := time.monotonic()) - self.asked < 1:
             return
         self.asked = now
@@ -236,7 +236,7 @@ class _Head:
 
 
 def require(resources: Resources) -> bool:
-    """Whether the workers get GPUs. Raises UserError where the cluster, once connected, cannot have what they ask for."""
+    """Whether the workers get GPUs. Raises UserError if the connected cluster cannot give what they ask for."""
     if resources.topology and resources.accelerator_type:
         tpu.require(resources.topology, resources.accelerator_type)
     joined = joins_a_cluster(resources.address)
@@ -246,7 +246,7 @@ def require(resources: Resources) -> bool:
     if resources.device == "cuda" and not gpus:
         raise UserError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {has:.0f}")
     if resources.device == "auto" and has and not gpus:
-        if joined:  # a node that has not come yet would turn days on GPUs into months on CPUs
+        if joined:  # else, while a node is missing, days on GPUs would become months on CPUs
             raise UserError(f"{workers} workers need as many GPUs, and the cluster has {has:.0f}; use fewer --workers, or --device cpu")
         say(f"training on CPUs: {workers} workers need as many GPUs, this machine has {has:.0f}; use --workers {has:.0f} for it")
     if (room := capacity.slots(joined, each, gpus)) < workers:
@@ -261,7 +261,7 @@ def require(resources: Resources) -> bool:
 def launch(worker: Callable[[messages.Task], None], task: messages.Task, resources: Resources, storage: Path) -> Running:
     """Start `worker(task)` on every worker under Ray Train and return at once.
 
-    The trainer runs in a thread of its own, so that the caller's thread stays free for reports and Ctrl-C.
+    The trainer has its own thread, so that the caller's thread stays free for reports and Ctrl-C.
     """
     inbox = messages.make()
     controllers: list[Any] = []
@@ -274,9 +274,9 @@ def launch(worker: Callable[[messages.Task], None], task: messages.Task, resourc
         try:
             trainer.fit()
             outcome.append(None)
-        except BaseException as error:  # handed to the thread that iterates the reports
+        except BaseException as error:  # raised again in the thread that iterates the reports
             outcome.append(error)
-        with contextlib.suppress(Exception):  # Ray was shut down: then nobody reads it
+        with contextlib.suppress(Exception):  # Ray was shut down, and no one reads the queue
             inbox.put(messages.TrainingOver())
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
@@ -292,8 +292,8 @@ def fit(
 ) -> None:
     """`launch` for a process that Ray Tune started: it returns when `worker(task)` is over on every worker.
 
-    Train's controller runs in this process, which waits anyway, and not in one of its own that would import everything again;
-    so `callbacks` are called here. `task` has the inbox. Raises what Ray raises where workers failed too often.
+    Train's controller runs in this process, which waits anyway; its own process would import everything again. So `callbacks` are called
+    here. `task` has the queue. Raises Ray's error if workers failed too often.
     """
     _trainer(worker, task, resources, storage, callbacks, private, lambda message: None, None).fit()
 
@@ -311,7 +311,7 @@ def _trainer(
     import ray.train
     from ray.train.torch import TorchConfig
 
-    train: Any = ray.train  # a type checker finds the forerunners of these classes there
+    train: Any = ray.train  # Any: a type checker finds older classes of the same names there
 
     gpus = require(resources)
     accelerator = {"GPU": 1} if gpus else {}
@@ -320,10 +320,10 @@ def _trainer(
         accelerator = {"TPU": 1}
         torch_config, scaling = tpu.torch_config(resources.topology, 1800), tpu.scaling(resources.topology, resources.accelerator_type)
     os.environ[ray_private.PREEMPTION_WATCHER] = "0" if private else "1"
-    os.environ[ray_private.HEALTH_TIMEOUT] = str(10 * resources.hang_timeout_s)  # who is silent is seen before, and named
+    os.environ[ray_private.HEALTH_TIMEOUT] = str(10 * resources.hang_timeout_s)  # the overseer finds a silent worker earlier, and names it
     counts = resources.counts(task.config)
     is_elastic = resources.min_workers is not None
-    # An elastic group that was planned with a node too many is planned again.
+    # An elastic group that was planned with a node that is gone must time out soon, to be planned again.
     os.environ[ray_private.START_TIMEOUT] = "30" if is_elastic else _START_S
     scaling_policy = partial(elastic.scaling_policy, counts=counts, private=private, tell=tell)
     failure_policy = partial(retry.failure_policy, workers=counts[-1], tell=tell)
@@ -340,7 +340,7 @@ def _trainer(
         run_config=train.RunConfig(
             name=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str(storage.absolute()),
-            # Nodes that give notice do not count.
+            # Nodes with a preemption notice do not count.
             failure_config=train.FailureConfig(max_failures=resources.max_failures, max_preemption_failures=-1),
             callbacks=[*callbacks, overseer(resources.hang_timeout_s, tell)],
         ),
@@ -348,7 +348,7 @@ def _trainer(
 
 
 def _forwarder(inbox: Any) -> Any:
-    """A callback for Ray's controller process that tells the driver's queue of failed workers."""
+    """A callback for Ray's controller process that reports failed workers to the driver's queue."""
     from ray.train import UserCallback
 
     class Forward(UserCallback):

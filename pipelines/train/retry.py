@@ -1,4 +1,4 @@
-"""Which failures of a training are tried again."""
+"""Decides which failures of a training are retried."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from simclr.errors import UserError
 
 
 def causes(failure: BaseException) -> list[BaseException]:
-    """What the workers raised, by rank, where Ray Train gave up for that; else the failure itself."""
+    """The workers' errors, by rank, if these made Ray Train give up; else the failure itself."""
     errors = getattr(failure, "worker_failures", {})
     return [errors[rank] for rank in sorted(errors)] or [failure]
 
 
 def non_retryable(failure: BaseException) -> str:
-    """The sentence of a worker's failure that would come again in every new try (a diverging loss, a damaged shard, a full
-    disk, too little memory on the device), or ""."""
+    """The sentence of a worker's failure that no retry would mend (a diverging loss, a damaged shard, a full disk, too little memory on
+    the device), or ""."""
     for error in causes(failure) if hasattr(failure, "worker_failures") else []:
         if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
             first = str(error).splitlines()[0][:200]
@@ -33,8 +33,8 @@ def non_retryable(failure: BaseException) -> str:
 
 
 def given_up(failure: BaseException) -> str:
-    """The sentence of a failure that came too often, where it is nobody's bug: what could not be reached, a process that was lost or
-    hung. "" for others, whose traceback says more."""
+    """The sentence of a failure that came too often but is no bug: S3 unreachable, a process lost or hung. "" for others: their traceback
+    says more."""
     import ray
 
     for error in causes(failure) if hasattr(failure, "worker_failures") else []:
@@ -50,7 +50,7 @@ def given_up(failure: BaseException) -> str:
 
 
 def bug(failure: BaseException) -> str:
-    """The traceback of a failure that is a bug; "" of one that a user can mend, and of a process that was lost, hung, or had too little
+    """The traceback of a failure that is a bug. "" for a failure that the user can mend, and for a process that was lost, hung or out of
     memory."""
     import ray
 
@@ -59,13 +59,14 @@ def bug(failure: BaseException) -> str:
     if lost or isinstance(error, UserError | OSError) or type(error).__name__ == "OutOfMemoryError":
         return ""
     errors = getattr(failure, "worker_failures", {})
-    # A worker's exception comes without its traceback; what Ray Train wraps it in prints as that.
+    # A worker's exception comes without its traceback, but Ray Train's wrapper prints it.
     return str(errors[min(errors)]) if errors else "".join(traceback.format_exception(failure))
 
 
 def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
-    """Gives up on mistakes, does not count who left when asked to, and counts failures in a row: over weeks every node fails once,
-    and only a training that gets no further is worth no other try. Nodes that give notice do not count either: that is Ray's own."""
+    """Decides on a retry. It gives up on non-retryable failures, does not count workers that left on request, and counts failures in a
+    row: over weeks every node fails once, so only failures without a new checkpoint between them count. Ray's own policy does not
+    count preempted nodes."""
     import ray
     from ray.train import ControllerError
 
@@ -77,7 +78,7 @@ def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
         if hang.group.saved:
             hang.group.saved = counter.failures = 0
         if isinstance(error, ControllerError) and isinstance(error.controller_failure, ray.exceptions.RayError):
-            # A worker was lost while its group was still meeting: to Ray a mistake of the controller's, and the end.
+            # A worker was lost while its group was starting. Ray takes that for an error of the controller, and would end the job.
             counter.failures += 1
             tell(Said(f"workers failed to start: {str(error.controller_failure).strip().splitlines()[-1][:500]}"))
             return bool(config.max_failures < 0 or counter.failures <= config.max_failures)

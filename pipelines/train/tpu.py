@@ -1,4 +1,4 @@
-"""TPUs under Ray Train: whole slices, one worker for each chip, and what torch_tpu must be told before a process group starts.
+"""TPUs under Ray Train: whole slices, one worker for each chip, and the variables that torch_tpu needs before a process group starts.
 
 Nothing of this has run on a TPU; cluster/README.md says how far it was tried without one.
 """
@@ -24,7 +24,7 @@ def chips(topology: str) -> int:
 
 
 def check(workers: int, topology: str | None, kind: str | None) -> None:
-    """Raises UserError where `workers` are not one slice's. torch_tpu binds a process to one chip."""
+    """Raises UserError if `workers` is not the number of chips of one slice. torch_tpu binds a process to one chip."""
     if not topology or not kind:
         raise UserError("--device tpu wants --topology (as 4x4) and --accelerator-type (as TPU-V5LITEPOD) of the slice")
     if kind not in KINDS:
@@ -40,7 +40,7 @@ def check(workers: int, topology: str | None, kind: str | None) -> None:
 
 
 def require(topology: str, kind: str) -> None:
-    """Raises UserError where the cluster has no such slice with all of its hosts."""
+    """Raises UserError if the cluster has no such slice with all of its hosts."""
     import ray
     from ray.util.tpu import get_num_tpu_slices
 
@@ -62,16 +62,16 @@ def require(topology: str, kind: str) -> None:
 
 
 def scaling(topology: str, kind: str) -> dict[str, Any]:
-    """What `ray.train.ScalingConfig` takes besides the number of workers and their CPUs."""
+    """Arguments of `ray.train.ScalingConfig` besides the number of workers and their CPUs."""
     return {"use_tpu": True, "topology": topology, "accelerator_type": kind}
 
 
 def torch_config(topology: str, timeout_s: int) -> Any:
-    """Ray's TorchConfig for the process group `tpu_dist`, which tells every worker what torch_tpu 0.2 wants and Ray 2.60 does not set.
+    """Ray's TorchConfig for the process group `tpu_dist`. It sets the variables that torch_tpu 0.2 needs and Ray 2.60 does not set.
 
-    torch_tpu's launcher decides three variables before it starts processes, and stops without them: the address at which each
-    worker's runtime meets the others', in order of rank; the slice's topology; a name for the profiler's session. Here Ray starts the
-    processes. On Kubernetes, Google's webhook sets the variables of a pod: what is set stays.
+    torch_tpu's own launcher sets three variables before it starts processes, and torch_tpu stops without them: the address of each
+    worker's runtime, in order of rank; the slice's topology; a name for the profiler's session. Here Ray starts the processes. On
+    Kubernetes Google's webhook sets the variables of a pod, so existing values stay.
     """
     from ray.train.torch import TorchConfig
 
@@ -83,7 +83,7 @@ def torch_config(topology: str, timeout_s: int) -> Any:
                 "TORCH_TPU_TOPOLOGY": ",".join(sides),
                 "TORCH_TPU_XPROF_SESSION_ID": str(time.time_ns()),
             }
-            worker_group.execute(_tell, told)
+            worker_group.execute(_set_variables, told)
             super().on_start(worker_group, backend_config)
 
     class Config(TorchConfig):
@@ -95,13 +95,13 @@ def torch_config(topology: str, timeout_s: int) -> Any:
 
 
 def _address() -> str:
-    """Where this worker's runtime will listen."""
+    """The address of this worker's runtime."""
     import ray
     import ray.train
 
     return f"{ray.util.get_node_ip_address()}:{_FIRST_PORT + ray.train.get_context().get_local_rank()}"
 
 
-def _tell(variables: dict[str, str]) -> None:
+def _set_variables(variables: dict[str, str]) -> None:
     for name, value in variables.items():
         os.environ.setdefault(name, value)

@@ -12,9 +12,9 @@ from pipelines.train.messages import Message, Reported, Said, Task
 def train_worker(task: Task) -> None:
     """Train as `task` says, from the newest whole checkpoint of its run, if any.
 
-    Rank 0 puts every report into the task's inbox and writes checkpoints. Started again after a failure, it goes on from the last one.
+    Rank 0 puts every report into the driver's queue and writes checkpoints. After a failure, training goes on from the last one.
     """
-    # Imported here, not above: the driver imports this module too, and need not wait for numba and FFCV.
+    # Imported here: the driver imports this module too, and need not wait for numba and FFCV.
     import ray
     import ray.train.collective
     import ray.train.torch
@@ -37,7 +37,7 @@ def train_worker(task: Task) -> None:
     if device.type == "cpu":
         torch.set_num_threads(task.cpus_per_worker)
         keep_freed_memory()
-    # Every rank asks for its role's credentials at once, and boto3 asks once, for a second.
+    # All ranks ask for their role's credentials at once, and by default boto3 tries only once, for a second.
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "8")
 
     def send(message: Message) -> Any:
@@ -49,9 +49,9 @@ def train_worker(task: Task) -> None:
     retried = partial(sync.retry_unreachable, tell=tell)
     data = retried(lambda: sync.shards(task.data, config.train.shard_groups, config.group_of(me, world)))
     home.belongs_to(task.created)
-    # One rank looks: on a shared disk that is slow to show a rename, two might see different ones.
+    # One rank looks: a shared disk may be slow to show a rename, and two ranks might see different checkpoints.
     name = retried(home.newest) if first else ""
-    # One node may fetch for an hour, and NCCL and gloo wait half of one.
+    # One node may fetch for an hour, and NCCL and gloo time out after half an hour.
     meet = ray.train.collective.barrier if home.at is not None or str(data) != task.data else list
     meet()
     name = from_rank_zero(name)
@@ -72,13 +72,13 @@ def train_worker(task: Task) -> None:
                 leaving = hang.asked_to_leave() if report.step < report.total_steps else ""
                 if saver.due(report) or leaving:
                     with progress.unwatched():  # a slow disk is no hang
-                        ray.get(sent)  # the driver must not hear of the checkpoint, or that training is over, before it
+                        ray.get(sent)  # the driver must get the report before the checkpoint's message and the end
                         saver.save(report)
                 if leaving:
                     saver.leave()
                     raise hang.Leave(leaving)
-            # Ray's own report waits for the controller, which looks once in two seconds: it would be the step's clock. So it gets
-            # what a scheduler decides by, and the driver's queue gets everything.
+            # Ray's own report waits for the controller, which looks every two seconds, and would slow the step. So it gets only the
+            # reports that a scheduler decides by, and the driver's queue gets all.
             if report.due or set(SCORES) & report.metrics.keys():
                 ray.train.report(said.line())
     if saver is not None:

@@ -1,7 +1,7 @@
 """A real `ray up` of cluster/onprem.yaml: three hosts, ssh, rsync, bootstrap.sh, token, autoscaler, a job, `ray down`.
 
-`pytest -m cluster` runs it. Where the machine has not what it takes it is skipped with a sentence, unless $SIMCLR_TEST_CLUSTER says that
-it must run, as CI does.
+`pytest -m cluster` runs it. If the machine lacks something, the test is skipped with a sentence; with $SIMCLR_TEST_CLUSTER, as in CI,
+it must run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def filled(head: str, workers: list[str], key: Path) -> str:
 
 
 def environment(folder: Path) -> None:
-    """That of these tests, in `folder`, with bootstrap.sh's mark that it is of this checkout's lock."""
+    """This Python environment in `folder`, with bootstrap.sh's mark that it is of this checkout's lock."""
     folder.mkdir()
     for path in Path(sys.prefix).iterdir():
         if path.name != "installed":
@@ -130,7 +130,7 @@ def _answers(port: int) -> bool:
 
 def test_from_ray_up_to_the_encoder_and_down(tmp_path: Path, patterns: Path) -> None:
     laptop = Laptop(tmp_path)
-    shared = tmp_path / "shared"  # what NFS would be: every host sees it at the same place
+    shared = tmp_path / "shared"  # in place of NFS: every host sees it at the same path
     shutil.copytree(patterns, shared / "patterns")
     environment(shared / "environment")
     with hosts(3, tmp_path) as (machines, key):
@@ -169,8 +169,8 @@ def test_from_ray_up_to_the_encoder_and_down(tmp_path: Path, patterns: Path) -> 
             assert laptop.token not in text, f"the token is in {where}"
         assert laptop.token not in "".join(p.read_text(errors="replace") for p in shared.rglob("*.json*"))
         laptop.run("ray down", "ray", "down", "-y", str(cluster))
-        # `ray down` ends Ray on the head; the workers' raylets see that and end by themselves, a minute later, and onprem.yaml sees to
-        # what they leave.
+        # `ray down` ends Ray on the head. The workers' raylets notice and end by themselves, a minute later; onprem.yaml removes what
+        # they leave.
         laptop.until("nothing is left on the head", lambda: not machines[0].processes("/ray/"), 20)
         laptop.until("nothing is left anywhere", lambda: not any(host.processes("/ray/") for host in machines), 120)
 
@@ -218,6 +218,6 @@ def left_of(folder: Path) -> list[str]:
     """Command lines of this machine's processes that name `folder`."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended
             found.append(path.read_bytes().replace(b"\0", b" ").decode())
     return [line for line in found if str(folder) in line]

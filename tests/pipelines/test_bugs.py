@@ -1,5 +1,5 @@
-"""A bug is not a user's mistake: a shape error inside numpy, wherever it is put, is a traceback that names its place, and exit code 1. In
-the same places a UserError is one sentence, and exit code 2."""
+"""A bug is not a user's error: a shape error inside numpy, at any place, gives a traceback that names the place, and exit code 1. At the
+same places a UserError gives one sentence, and exit code 2."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from tune import resolve, sweep_dir
 SENTENCE = "the disk is upside down; turn it"
 Fails = Callable[..., Any]
 THREADS: list[str] = []
-"""Of the threads that came to the place, the newest last."""
+"""Names of the threads that reached the place, the newest last."""
 
 
 def misshapen(*given: Any, **named: Any) -> Any:
-    """The bug: its name is the place that a traceback has to name."""
+    """The bug; a traceback has to show this function's name."""
     THREADS.append(threading.current_thread().name)
     return np.ones(2) + np.ones(3)
 
 
 def mistaken(*given: Any, **named: Any) -> Any:
-    """What a user can mend."""
+    """An error that the user can mend."""
     raise UserError(SENTENCE)
 
 
@@ -63,7 +63,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, patterns: Path, published: Path) -> Path:
-    """A run that was trained and evaluated, as far as commands look."""
+    """A run that looks trained and evaluated to commands."""
     path = tmp_path_factory.mktemp("trained") / "run"
     fields: dict[str, Any] = {"recipe": "tiny", "config": TINY, "data": patterns, "data_digest": "0", "command": "", "environment": {}}
     run = Run(path=path, created=time.time(), **fields)
@@ -106,12 +106,12 @@ def test_a_bug_in_a_command(
         name = word.strip("{}")
         if word.startswith("{"):
             words = [*words[:i], str(known.get(name) or request.getfixturevalue(name)), *words[i + 1 :]]
-    if words[0] == "prepare":  # its first images are looked at by the command's own thread
+    if words[0] == "prepare":  # the command's own thread reads its first images
         monkeypatch.setattr("simclr.data.shards._TRIED", 64)
     original = _resolved(target)
 
     def within(fails: Fails) -> Fails:
-        """In the place's own thread: what else comes by there goes on as ever."""
+        """Fails in the place's own thread only; calls from other threads go on."""
         elsewhere = place == "prepare, a pool's thread"
 
         def instead(*given: Any, **named: Any) -> Any:
@@ -123,7 +123,7 @@ def test_a_bug_in_a_command(
 
     monkeypatch.setattr(target, within(misshapen))
     THREADS.clear()
-    with pytest.raises(ValueError, match="broadcast") as bug:  # out of `main`: the interpreter prints it and ends with 1
+    with pytest.raises(ValueError, match="broadcast") as bug:  # leaves `main`: the interpreter prints it and ends with 1
         cli.main(words)
     assert is_bug("".join(traceback.format_exception(bug.value)))
     assert "simclr: " not in capfd.readouterr().err
@@ -148,7 +148,7 @@ def test_the_process_ends_with_exit_code_one() -> None:
 
 
 def test_a_damaged_photograph_is_still_one(simclr: Command, photos: Path, tmp_path: Path) -> None:
-    """What Pillow raises at junk is no bug, whatever it is: every cut of a file, and every file with a byte changed."""
+    """Pillow's errors at damaged files are no bugs: at each length of a truncated file, and at each changed byte."""
     folder = tmp_path / "junk"
     folder.mkdir()
     whole = (photos / "1.jpg").read_bytes()
@@ -164,7 +164,7 @@ def test_a_damaged_photograph_is_still_one(simclr: Command, photos: Path, tmp_pa
 
 @pytest.mark.parametrize(("fails", "kind"), [(misshapen, ValueError), (mistaken, UserError)])
 def test_a_bug_in_the_thread_of_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: Fails, kind: type[Exception]) -> None:
-    """The thread that runs `trainer.fit` hands it to the one that follows the reports."""
+    """The thread that runs `trainer.fit` hands the error to the thread that iterates the reports."""
     ray = pytest.importorskip("ray")
     from pipelines.train import messages, ray_train
 
@@ -196,7 +196,7 @@ def test_a_bug_in_the_thread_of_the_checkpoints(
 
 
 def test_a_bug_in_the_thread_that_sends_to_s3(tmp_path: Path, capfd: Any) -> None:
-    """What S3 refuses is said, and the next sending brings it; a bug is raised."""
+    """An error of S3 is said, and the next send covers it; a bug is raised."""
     from pipelines.runs import sync
 
     home = sync.Home(tmp_path)
@@ -213,7 +213,7 @@ def test_a_bug_in_the_thread_that_sends_to_s3(tmp_path: Path, capfd: Any) -> Non
 
 
 def told(sent: list[Any]) -> Any:
-    """A trial's way to its sweep's driver, that keeps what goes by."""
+    """A trial's queue to its sweep's driver, which records the messages."""
     return SimpleNamespace(actor=SimpleNamespace(put=SimpleNamespace(remote=sent.append)))
 
 
@@ -244,7 +244,7 @@ def test_a_bug_in_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, patte
 
 
 def test_a_bug_in_the_thread_of_the_ledger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any) -> None:
-    """It is told at once, and raised when the sweep's trials are over; what one trial's records refuse is said, and the others go on."""
+    """A bug is printed at once, and raised after the sweep's trials. An error in one trial's records is said, and the others go on."""
     pytest.importorskip("ray")
     from tune.trial_log import Ledger
 

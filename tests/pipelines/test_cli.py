@@ -1,4 +1,4 @@
-"""Every command as a user types it: mistakes get a sentence and exit code 2, before any worker starts, with nothing half-written."""
+"""Every command as a user types it: wrong input gets a sentence and exit code 2, before any worker starts, with nothing half-written."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_too_little_space_is_said_before_training(simclr: Run, tmp_path: Path, p
 
 
 def test_a_disk_that_fills_up_in_prepare(simclr: Run, tmp_path: Path) -> None:
-    """A real one: a file system of 2 MiB, where the machine lets us mount it."""
+    """A real full disk: a file system of 2 MiB, if the machine lets us mount it."""
     small = tmp_path / "small"
     small.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True).returncode:

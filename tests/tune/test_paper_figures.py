@@ -1,4 +1,4 @@
-"""The figures of a sweep against numbers that are put in, and the published ones against the means that the paper prints."""
+"""The figures of a sweep against given numbers, and the published numbers against the means that the paper prints."""
 
 from __future__ import annotations
 

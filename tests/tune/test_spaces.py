@@ -100,7 +100,7 @@ def test_what_a_space_does_not_have_is_refused() -> None:
         resolve.combinations(Space(name="m", repeats="", why="", axes=(Axis(paths=("seed",), values=Between(0, 1), label=""),)))
 
 
-# ── What the spaces vary ───────────────────────────────────────────────────────────────────────────────────────────
+# ── The spaces' operations ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_products_without_normalisation_equal_algorithm_1(within: Within, ranks: Ranks) -> None:
@@ -140,7 +140,7 @@ def test_one_branch_stays_the_crop_and_the_other_goes_through_the_operations() -
         assert torch.equal(x, two_views.raw_views(images, ids, 1, chain, 0)) and (
             operation == "sobel" or not torch.equal(x, two_views.raw_views(images, ids, 2, chain, 0))
         )
-        some = two_views.raw_views(images[2:4], ids[2:4], 1, chain, 0)  # keyed by the sample, whoever is in the batch
+        some = two_views.raw_views(images[2:4], ids[2:4], 1, chain, 0)  # keyed by the sample, whatever the batch
         assert torch.allclose(some[2:], x[8:10], atol=1e-6), operation
 
 

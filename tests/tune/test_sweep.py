@@ -1,4 +1,4 @@
-"""Sweeps: what is refused before anything starts, the books, and Ray Tune on objectives that cost nothing, and on one real job."""
+"""Sweeps: refusals before anything starts, the trials' records, Ray Tune on objectives that cost nothing, and on one real job."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_best_keep_their_checkpoints(tmp_path: Path) -> None:
     dataclasses.replace(found[0], status="running").save(sweep.path / "trials" / found[0].name)
     sweep_dir.prune(sweep.path, sweep.metric, sweep.keep)
     kept = sorted(p.parent.name for p in sweep.path.glob("trials/*/checkpoints"))
-    assert kept == ["000-s0", "005-s0", "006-s0"]  # the one that runs, and the best two that did not fail
+    assert kept == ["000-s0", "005-s0", "006-s0"]  # the running trial, and the best two that did not fail
     order = sweep_dir.write_results(sweep)
     assert [trial.name for trial in order][:2] == ["006-s0", "005-s0"] and found[-1].name not in [trial.name for trial in order]
     best = json.loads((sweep.path / "best_config.json").read_text())
@@ -161,7 +161,7 @@ def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("shared_ray", "no_tracking")
 def test_asha_stops_the_worse_and_a_failed_trial_is_no_candidate(tmp_path: Path, patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best trial's driver is lost in mid-run, and comes back."""
+    """The best trial's driver is lost in mid-run, and is started again."""
     from tune import ray_tune
 
     def pretend(asked: Any, sweep: Any, inbox: Any, private: bool) -> None:
@@ -203,7 +203,7 @@ def test_asha_stops_the_worse_and_a_failed_trial_is_no_candidate(tmp_path: Path,
     assert found[1.0].status == "finished" and found[0.1].status == "failed" and "not finite" in found[0.1].reason
     assert {found[0.5].status, found[0.2].status} == {"stopped"} and found[0.2].step < 80
     assert sweep_dir.ranked(list(found.values()), sweep.metric)[0].values["loss.temperature"] == 1.0
-    # A sweep that is over is not trained again: Ray Tune's state says so, whatever the objective would do.
+    # A finished sweep is not trained again: Ray Tune's state decides, whatever the objective would do.
     monkeypatch.setattr(ray_tune, "drive", lambda *_: (_ for _ in ()).throw(RuntimeError("trained again")))
     ray_tune.trials(sweep, codes, 1, manifest, "sqlite:///x.db")
     assert {t.name: t.status for t in sweep_dir.trials(sweep.path)} == {t.name: t.status for t in found.values()}

@@ -1,4 +1,4 @@
-"""`simclr bench all`: budget, limits, going on, the table, and that its benches need no Ray. What they measure is nobody's test."""
+"""`simclr bench all`: budget, limits, going on, the table, benches without Ray. No test checks a measured figure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fake(name: str, code: str, **fields: Any) -> Phase:
 
 
 def gone(pid: int) -> bool:
-    """Whether there is no such process, or only its number, which somebody else has to take notice of."""
+    """Whether the process has ended; a zombie that waits for its parent counts as ended."""
     path = Path(f"/proc/{pid}/stat")
     return not path.exists() or path.read_text().rpartition(") ")[2].startswith("Z")
 
@@ -92,7 +92,7 @@ def test_a_child_of_a_phase_that_is_over_does_not_stay(tmp_path: Path) -> None:
 
 
 def test_the_same_command_goes_on_and_appends(tmp_path: Path) -> None:
-    """The first time a phase fails and one has no time left; the machine dies in the middle of a line. What ended well is not run again."""
+    """In the first call one phase fails and one has no time left; the machine crashes in mid-line. Successful phases do not run again."""
     out, work = tmp_path / "out", tmp_path
     out.mkdir()
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')\n"
@@ -128,7 +128,7 @@ def test_shards_are_made_beside_the_first_phases_and_waited_for(tmp_path: Path) 
     outcomes, _ = run(phases, tmp_path, tmp_path, 100.0, DAY)
     assert [o.code for o in outcomes] == [0, 0, 0, "skipped"] and outcomes[0].seconds >= 1.5
     assert [line["phase"] for line in lines(tmp_path)[1:]] == ["early", "shards", "late", "on a GPU"]
-    # Going on in another folder, the shards are made again for whoever needs them still.
+    # In another work folder the shards are made again for the phases that still need them.
     (tmp_path / "again").mkdir()
     run(phases, tmp_path, tmp_path / "again", 100.0, DAY)
     assert not (tmp_path / "again" / "photographs").exists()
@@ -146,7 +146,7 @@ def test_every_command_of_the_plan_is_one(size: Size) -> None:
             args = parse("bench", bench.Args, list(phase.command[2:]))
             assert args.threads in (1, 2) and (args.data == Path("cifar10.tar.xz")) == (phase.makes == "small")
     assert phases[-1].lacks == "ray is not installed"
-    # What the other phases take, on a GPU, fits into the nine minutes that it is asked for, with the last ones' share to spare.
+    # On a GPU the other phases fit into the default nine minutes, with the last ones' share to spare.
     assert size != "gpu" or sum(p.expected_s for p in phases[2:-3]) < 540
 
 
@@ -161,7 +161,7 @@ def test_the_plan_refuses_what_is_not_there(tmp_path: Path) -> None:
 
 
 def _counting(path: str) -> Callable[[int], float]:
-    """A side that says how often it was made, and how often it was asked."""
+    """A side that counts how often it was made and asked."""
     with Path(path).open("a") as file:
         file.write("made\n")
     return lambda steps: float(steps) / 10 if steps < 100 else os._exit(3)
@@ -177,7 +177,7 @@ def test_a_side_is_made_once_and_asked_often(tmp_path: Path) -> None:
 
 # ── The benches themselves, on a host without Ray ──────────────────────────────────────────────────────────────────
 
-# As if they were not installed: `import ray` raises, and nothing finds it.
+# As if Ray and the peers were not installed: their imports raise.
 MAIN = """
 import importlib, pathlib, sys
 sys.modules |= dict.fromkeys(("ray", "mlflow", "kornia", "lightly"))

@@ -96,10 +96,10 @@ def test_a_window_lasts_as_long_as_is_asked(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert rate(one, 7, 16, CPU) == 16 * 64 and len(asked) == 5 + 2
     asked.clear()
-    # 5 steps, of which 4 last 1/16 s, 8 more to guess from, then those that last 2 s.
+    # 5 steps, of which 4 last 1/16 s; 8 more for the estimate; then the steps that last 2 s.
     assert rate(one, 6, 16, CPU, 2.0) == 16 * 64 and len(asked) == 5 + 8 + 128
     asked.clear()
-    # Nine are ready at once: of the next 8 four take no time, and 16 more are taken to guess from.
+    # Nine are ready at once: of the next 8, four take no time, so the estimate takes 16 more.
     assert rate(partial(one, 9), 6, 16, CPU, 2.0) == 16 * 64 and len(asked) == 5 + 8 + 16 + 128
 
 
@@ -155,7 +155,7 @@ def test_bench_train_prints_its_share_and_says_that_lightly_is_missing(
     assert "lightly is not installed, so ours is timed alone; `pip install" in out
     assert "80.0 images/s   80.0 % of it (pairs 0.800 … 0.800 ×)" in out and "energy —" in out
     assert [row["name"] for row in rows] == ["step on resident views", "Ray Train, end to end", "cost"]
-    # A step of 0.04 s: 50 of them last 2 s. Three windows, of which the first does not count, in one job.
+    # A step takes 0.04 s, so 50 steps last 2 s. One job takes three windows, of which the first does not count.
     assert [(c.train.steps, c.train.report_every_steps, c.train.linear_eval) for c in asked] == [(150, 50, False)]
 
 

@@ -1,8 +1,8 @@
-"""aws-account.yaml and aws-gpu.yaml at a simulated EC2 (moto), through Ray's own AWS provider: what it would really create.
+"""aws-account.yaml and aws-gpu.yaml at a simulated EC2 (moto), through Ray's own AWS provider: the resources that it would create.
 
-So far it goes: Ray's checks and defaults, its lookups of templates, subnets, groups and roles, its launches. moto knows no
-placement groups (their name is passed on) and does not resolve the image. No node starts, so
-no ssh, no set-up commands and no autoscaler: those run for real in test_ray_up.py, with the provider for machines of one's own.
+The test covers Ray's checks and defaults, its lookups of templates, subnets, groups and roles, its launches. moto knows no placement
+groups (their name is passed on) and does not resolve the image. No node starts, so no ssh, no set-up commands and no autoscaler: these
+run for real in test_ray_up.py, with the provider for your own machines.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def test_ray_creates_what_the_file_says(ec2: Any) -> None:
     for name in ("p4d", "p5"):
         (interface,) = asked[name]["NetworkInterfaces"]
         assert interface["InterfaceType"] == "efa"
-    # Ray has made no group and no role of its own, and has left ours as it was.
+    # Ray has made no group and no role, and has not changed ours.
     assert {g["GroupName"] for g in ec2.describe_security_groups()["SecurityGroups"]} == set(groups)
     (ours,) = ec2.describe_security_groups(GroupIds=[groups["simclr"]["GroupId"]])["SecurityGroups"]
     assert [r["CidrIp"] for rule in ours["IpPermissions"] for r in rule["IpRanges"]] == [ADDRESS]

@@ -1,4 +1,4 @@
-"""`preemption`: metadata services as EC2 and Google Cloud have them, played here, and a head that writes down what it is told."""
+"""`preemption` against simulated metadata services of EC2 and Google Cloud, and a head that records each drain."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ACTION = "/latest/meta-data/spot/instance-action"
 
 
 class Metadata(ThreadingHTTPServer):
-    """Whatever `pages` says; as EC2's version 2, to those who show the token of the day."""
+    """A metadata service that serves `pages`; as EC2's version 2, only to requests with the current token."""
 
     def __init__(self, tokens: bool) -> None:
         super().__init__(("127.0.0.1", 0), Page)
         self.base = f"http://127.0.0.1:{self.server_port}"
         self.tokens, self.day = tokens, 1
         self.pages: dict[str, str | int] = {}
-        """Path → what is there, or a status."""
+        """Path → the page there, or a status."""
         self.asked: list[str] = []
 
     def answer(self, method: str, path: str, headers: Any) -> str | int:
@@ -51,7 +51,7 @@ class Page(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         said = self.server.answer(self.command, self.path, self.headers)
-        if said == 0:  # hangs up without a word
+        if said == 0:  # closes the connection without an answer
             return
         text = said.encode() if isinstance(said, str) else b"<html>"
         self.send_response(200 if isinstance(said, str) else said)
@@ -66,7 +66,7 @@ class Page(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def metadata(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Metadata]:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # that of a user's own; nothing listens there
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a user's proxy; nothing listens there
     server = Metadata(request.param == "aws")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -77,7 +77,7 @@ def metadata(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Head:
-    """Ray's, that answers one drain after the other as `answers` says, and accepts all after these."""
+    """Ray's head: it answers drains in turn with `answers`, and accepts all later ones."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers, self.told = list(answers), list[tuple[Any, ...]]()
@@ -103,7 +103,7 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Head:
 
 
 def watch(service: Any, *meanwhile: Any, polls: int = 20) -> bool:
-    """`notice.watch` without waiting: between two polls one of `meanwhile` happens; the raylet ends after `polls`."""
+    """`preemption.watch` without waiting: between two polls one of `meanwhile` happens; the raylet ends after `polls`."""
     happen, left = list(meanwhile), [polls]
 
     def alive() -> bool:
@@ -139,7 +139,7 @@ def test_ec2_takes_a_node_back(metadata: Metadata, head: Head, capsys: pytest.Ca
         metadata.pages[ACTION] = spot("terminate", "2023-11-14T22:15:10Z")  # in 110 s
 
     def silent() -> None:
-        metadata.pages[ACTION] = 503  # what was said once is not forgotten
+        metadata.pages[ACTION] = 503  # a notice is not forgotten
 
     assert watch(preemption.Aws(metadata.base), expires, lambda: metadata.pages.update(recommended), comes, silent)
     # 2 = DRAIN_NODE_REASON_PREEMPTION; the deadline in milliseconds.
@@ -238,7 +238,7 @@ def test_a_node_is_found_by_its_raylet(tmp_path: Path, monkeypatch: pytest.Monke
     process(tmp_path, 20, "raylet", *flags)
     process(tmp_path, 9, "raylet", "--node_id=08", "--gcs-address=10.0.0.4:6379")
     process(tmp_path, 30, "python", *flags)
-    process(tmp_path, 40, "raylet")  # ended, and nobody has waited for it
+    process(tmp_path, 40, "raylet")  # a zombie
     (tmp_path / "self").mkdir()
     assert preemption.find_raylet(tmp_path) == preemption.raylet(20, tmp_path) == preemption.Raylet(20, "0a", "10.0.0.5:6379")
     assert [preemption.raylet(pid, tmp_path) for pid in (30, 40, 50)] == [None] * 3
@@ -252,7 +252,7 @@ def test_workers_start_it_after_ray_and_hold_no_shell(name: str, cloud: str, tmp
     assert not any("notice" in command for command in cluster["head_start_ray_commands"])
     stops, starts, asks = cluster["worker_start_ray_commands"]
     assert "ray stop" in stops and "ray start" in starts
-    # A Python that says who it is and then stays, as the real one does, until this test lets it go.
+    # A stand-in for Python that writes its arguments and ids, then stays, as the real one does, until this test releases it.
     python, told, go = tmp_path / "simclr/.venv/bin/python", tmp_path / "told", tmp_path / "go"
     python.parent.mkdir(parents=True)
     who = 'echo "$@" $RAY_AUTH_MODE $$ $(cut -d " " -f 6 /proc/$$/stat)'
@@ -261,7 +261,7 @@ def test_workers_start_it_after_ray_and_hold_no_shell(name: str, cloud: str, tmp
     for pipe in (told, go):
         os.mkfifo(pipe)
     with told.open("r+b", buffering=0) as saying, go.open("r+b", buffering=0) as letting:
-        # With pipes for its output: this returns when nobody holds them any more.
+        # With pipes for its output: this returns when no process holds them.
         home = {**os.environ, "HOME": str(tmp_path)}
         done = subprocess.run(["bash", "-c", asks], env=home, capture_output=True, stdin=subprocess.DEVNULL, timeout=20)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -269,4 +269,4 @@ def test_workers_start_it_after_ray_and_hold_no_shell(name: str, cloud: str, tmp
         *script, which, mode, pid, session = (tmp_path / "simclr/notice.log").read_text().split()
         letting.write(b"\n")
     assert (script, which, mode) == (["-m", "pipelines.clusterfile.preemption"], cloud, "token")
-    assert pid == session  # of its own: no terminal takes it along
+    assert pid == session  # its own session: it does not end with a terminal

@@ -70,7 +70,7 @@ def test_ray_itself_accepts_the_files() -> None:
 def test_what_would_be_started() -> None:
     table = cluster.overview(load("aws-gpu.yaml"))
     assert re.search(r"g6 +g6\.12xlarge, spot +0 … 4 +4 × L4 24 GB, 16 in all$", table, re.MULTILINE)
-    assert "USD" not in table  # no price: one that nobody looked up is worse than none
+    assert "USD" not in table  # no price: a guessed one is worse than none
     slices = cluster.overview(load("gcp-tpu-pod.yaml"))
     assert re.search(r"v5e +v5litepod-16, spot, 4 hosts +1 +16 × TPU v5e 16 GB$", slices, re.MULTILINE)
 
@@ -206,7 +206,7 @@ def test_what_is_no_cluster_file_is_said_so(text: str | None, sentence: str, tmp
         cluster.read(path)
 
 
-# ── What the rules cannot see: the account's template, Kubernetes ──────────────────────────────────────────────────
+# ── Outside the rules: the account's template, Kubernetes ──────────────────────────────────────────────────────────
 
 
 def test_the_account_opens_ssh_to_one_address_and_encrypts() -> None:
@@ -240,9 +240,9 @@ def test_the_roles_have_the_least_rights() -> None:
 def test_on_kubernetes_the_same_holds() -> None:
     cluster = next(m for m in manifests() if m["kind"] == "RayCluster")["spec"]
     head = cluster["headGroupSpec"]
-    # The autoscaler's own container has the token, else it could not ask the head what is wanted.
+    # The autoscaler's container has the token, else it could not ask the head for the wanted resources.
     assert {e["name"] for e in cluster["autoscalerOptions"]["env"]} == {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
-    assert "wget" in (HERE / "kuberay/Dockerfile").read_text()  # by which KubeRay asks whether a pod is well
+    assert "wget" in (HERE / "kuberay/Dockerfile").read_text()  # KubeRay's health checks use it
     assert head["serviceType"] == "ClusterIP"
     assert head["rayStartParams"]["dashboard-host"] == "127.0.0.1"
     for group in [head, *cluster["workerGroupSpecs"]]:

@@ -46,7 +46,7 @@ def test_the_demo_from_rendering_to_the_report(shared_ray: None, tmp_path: Path,
     assert history[-1]["step"] == 1200 * 7 // 128 + 1
     assert history[-1]["train/loss"] < history[0]["train/loss"]
 
-    # What MLflow has is what the reports said.
+    # MLflow has the values of the reports.
     from pipelines.tracking import client
 
     server = client.connect(default_uri(tmp_path / "runs"))
@@ -63,7 +63,7 @@ def test_the_demo_from_rendering_to_the_report(shared_ray: None, tmp_path: Path,
 
 
 def _loaded(page: str) -> str:
-    """What the page would load: the values of src and href."""
+    """The values of src and href, which the page would load."""
     return " ".join(value for value in re.findall(r'(?:src|href)="([^"]*)"', page) if not value.startswith("data:"))
 
 
@@ -76,7 +76,7 @@ def test_interrupted_it_ends_within_five_seconds_and_the_same_command_goes_on(sh
     command += ["--workers", "1", "--address", ray.get_runtime_context().gcs_address]
     run = tmp_path / "run"
     with (tmp_path / "log").open("w") as log:
-        heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where a shell's background job runs the tests, it would not be
+        heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # else SIGINT is ignored if a shell's background job runs the tests
         first = subprocess.Popen(command, cwd=tmp_path, stderr=log, stdout=log, preexec_fn=heeded)
         deadline = time.monotonic() + 100
         while not list(run.glob("checkpoints/step-*")):

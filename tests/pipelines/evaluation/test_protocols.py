@@ -1,4 +1,4 @@
-"""`simclr evaluate --protocol`: what it writes, on the encoders of runs, directories and the registry."""
+"""`simclr evaluate --protocol`: its files, for encoders of runs, directories and the registry."""
 
 from __future__ import annotations
 

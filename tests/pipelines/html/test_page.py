@@ -1,4 +1,4 @@
-"""The report page: what it says, that it needs nothing but itself, and that odd runs have one too."""
+"""The report page: its text, that it is self-contained, and that odd runs have one too."""
 
 from __future__ import annotations
 

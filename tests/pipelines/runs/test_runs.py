@@ -1,4 +1,4 @@
-"""`simclr runs`: states, steps, rates and checkpoints of runs on disk and in S3; and what a job carries to the cluster."""
+"""`simclr runs`: states, steps, rates and checkpoints of runs on disk and in S3; and the size of a submitted job's code."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_place_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytes
 
 
 def test_a_job_carries_less_than_five_megabytes(tmp_path: Path) -> None:
-    """What `ray job submit --working-dir .` would pack, of a checkout in which somebody has worked."""
+    """The files that `ray job submit --working-dir .` would pack from a used checkout."""
     from ray._private.runtime_env.packaging import create_package
 
     root = ROOT
@@ -117,7 +117,7 @@ def test_a_job_carries_less_than_five_megabytes(tmp_path: Path) -> None:
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, patterns: Path) -> None:
-    """Two would remove each other's checkpoints. One that was killed holds nobody up."""
+    """Two processes would remove each other's checkpoints. A killed process leaves no lock."""
     mine = open_run(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns)
     holds = "import sys, time; from pathlib import Path; from pipelines.runs.directory import load_run\n"
     holds += "with load_run(Path(sys.argv[1])).alone(): print('held', flush=True); time.sleep(60)"
@@ -131,8 +131,8 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, patterns: Pat
     process.stdout.close()
     with mine.alone():
         pass
-    (mine.path / "run.json").unlink()  # one that died before it began
+    (mine.path / "run.json").unlink()  # a run that ended before it began
     assert open_run(mine.path, "patterns_tiny", patterns_tiny(), patterns).path == mine.path
-    with mine.alone():  # one that was refused leaves nothing
+    with mine.alone():  # a refused run leaves nothing
         pass
     assert not mine.path.exists()

@@ -1,4 +1,4 @@
-"""Commands on s3://…: shards and runs that live there, and go on on another machine, which has nothing but the address."""
+"""Commands on s3://…: shards and runs in S3 go on on another machine, which has only the address."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_prepare_into_s3(s3: Proxy, machine: Machine, tmp_path: Path, capfd: pyt
     assert prepare.prepare(args).examples("train") == 60
     assert written(s3) == [] and "holds these shards already" in capfd.readouterr().err
     copy = sync.shards(out)
-    assert not [part for _, _, part in s3.log if part]  # what was made here need not be fetched
+    assert not [part for _, _, part in s3.log if part]  # shards that were made here are not fetched
     machine("two")
     other = sync.shards(Path(out))
     assert other != copy and other.name == "patterns" and damaged(other) == []
@@ -91,7 +91,7 @@ def test_a_prepare_whose_upload_fails_goes_on(s3: Proxy, machine: Machine, monke
         patch.setattr(Store, "upload", lambda *a, **k: (_ for _ in ()).throw(UserError("no network")))
         with pytest.raises(UserError, match="no network"):
             prepare.prepare(args)
-        patch.setattr(shard_writer, "prepare", None)  # it is not written again
+        patch.setattr(shard_writer, "prepare", None)  # the shards are not written again
         patch.undo()
     prepare.prepare(args)
     assert "manifest.json" in names("s3://photos/broken/patterns")
@@ -134,7 +134,7 @@ def test_files_of_a_run_go_both_ways(s3: Proxy, machine: Machine) -> None:
     there.fetch()
     assert (there.path / "run.json").read_text().endswith("}\n")
 
-    # The run was begun anew: what another machine has of the old one counts for nothing.
+    # The run was begun anew: another machine's copy of the old run does not count.
     at = address(RUN)
     assert at is not None
     for name in names(RUN):
@@ -199,7 +199,7 @@ def test_a_sending_that_fails_does_not_end_the_training(s3: Proxy, machine: Mach
     home.later(lambda: home.send_checkpoint(path, 1))
     home.wait()
     assert "not sent: s3://photos/runs/failing/checkpoints failed 2 times, the last time with 503 SlowDown" in capfd.readouterr().err
-    with pytest.raises(UserError, match="failed 2 times"):  # at the end it has to be there
+    with pytest.raises(UserError, match="failed 2 times"):  # at the end the checkpoint must be in S3
         home.sync_checkpoints()
     s3.quiet()
     home.sync_checkpoints()
@@ -272,7 +272,7 @@ def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
 def test_a_worker_does_not_go_on_from_the_checkpoints_of_an_earlier_run_at_the_address(
     s3: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of which its node still has a copy: the address was emptied and used again, and only the driver knows."""
+    """Its node still has a copy of them. The address was emptied and used again, which only the driver knows."""
     address = "s3://photos/runs/again"
     home = sync.Home(address)
     home.belongs_to(1.0)

@@ -74,7 +74,7 @@ def test_metrics_parameters_and_files_arrive(uri: str, tmp_path: Path) -> None:
     run = MLflowRun(uri, "patterns", "a run", params, {"command": "simclr pretrain"})
     reports = [{"step": step, "time": 1e9 + step, "train/loss": step / 8, "eval/knn_top1": math.nan} for step in range(400)]
     run.log(reports[:200])
-    run.log(reports[100:])  # some were repeated
+    run.log(reports[100:])  # some reports are repeats
     (tmp_path / "report.html").write_text("<p>")
     run.artifact(tmp_path / "report.html")
     run.artifact(tmp_path / "absent.html")
@@ -122,11 +122,11 @@ def test_what_mlflow_refuses_is_counted_and_the_rest_arrives(uri: str, tmp_path:
         run.append({"step": step, **metrics})  # all in one batch
     box.start()
     box.close("FINISHED")
-    box.close("FAILED")  # the first word counts
+    box.close("FAILED")  # the first status counts
     assert posted.mlflow is not None and history(posted.mlflow, "train/loss") == [(0, 1.0), (2, 3.0)]
     assert posted.mlflow._mlflow.get_run(posted.mlflow.run_id).info.status == "FINISHED"
     assert "2 metrics did not reach MLflow" in capsys.readouterr().err
-    assert load_run(run.path).unlogged == "" and outbox.Posted(posted.run, uri).lost() == 0  # another try would not change it
+    assert load_run(run.path).unlogged == "" and outbox.Posted(posted.run, uri).lost() == 0  # a retry would not help
 
 
 def test_jobs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_check_refuses_a_closed_port_and_a_silent_one(monkeypatch: pytest.Monkey
     with socket.socket() as silent, socket.socket() as closed:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets the port
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: no other process gets the port
         for port, reason in ((silent.getsockname()[1], "Timeout"), (closed.getsockname()[1], "ConnectionError")):
             began = time.monotonic()
             with pytest.raises(UserError, match=rf"no MLflow server at http://…@127.0.0.1:{port} \(.*{reason}\); start it") as error:

@@ -1,4 +1,4 @@
-"""MLflow away or full, and the driver started again meanwhile: every report arrives, once and in order. Shards that a disk spoilt."""
+"""MLflow is unreachable or full, and the driver starts again: every report arrives, once and in order. Corrupt shards on one machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def begin(path: Path, patterns: Path) -> Run:
 
 
 def trained(run: Run, uri: str, steps: range, status: str) -> Run:
-    """What a driver does that hears of `steps`."""
+    """The work of a driver that gets the reports of `steps`."""
     box = outbox.Outbox(uri)
     posted = box.follow(run)
     box.start()
@@ -72,7 +72,7 @@ def test_what_a_killed_driver_could_not_log_its_successor_logs(
         trained(run, uri, range(3, 7), "KILLED")
     assert len(logged(load_run(run.path), uri)) == 3
     began = int(time.time() * 1000)
-    run = trained(load_run(run.path), uri, range(5, 10), "FINISHED")  # 5 and 6 are repeated, since the last checkpoint
+    run = trained(load_run(run.path), uri, range(5, 10), "FINISHED")  # 5 and 6 are repeated after the last checkpoint
     assert logged(run, uri) == [(step, step / 8) for step in range(10)] and not run.unlogged
     times = {m.step: m.timestamp for m in client.connect(uri).get_metric_history(run.tracking_run, "train/loss")}
     assert times[4] <= began < times[9] + 1000  # each with the time of its report
@@ -124,7 +124,7 @@ def test_a_run_that_goes_on_does_not_need_the_server_and_a_new_one_does(
 def test_a_shard_that_is_corrupt_on_a_machine_is_fetched_once_more_else_refused(
     s3: Proxy, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A header that is overwritten, and an image, which is found out when its turn comes; then S3's own bytes are of no use."""
+    """A header is overwritten, then an image, which only its read finds; then S3's own bytes are corrupt too."""
     place = Address("photos", "some/photographs")
     monkeypatch.setattr("simclr.data.s3.store.Store", partial(Store, attempts=2, pause_s=0))
     remote.push(photographs, place, lambda done, of: None, Store())

@@ -1,4 +1,4 @@
-"""What MLflow has not taken: run.json says so from the start, lines are written whatever it does, and the same command logs the rest."""
+"""Undelivered reports: run.json marks them from the start, lines are written without MLflow, and the same command logs the rest."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_c
         run.append({"step": step, "train/loss": 1.0})
     box.start()
     until(lambda: list(mlflow.steps.values()) == [[1, 2]])
-    box.over.set()  # and here it is killed: 1 and 2 arrive, 3, which the last checkpoint has, does not
+    box.over.set()  # the driver is killed here: 1 and 2 arrive, 3, which the last checkpoint has, does not
     box.thread.join(10)
     (logged,) = mlflow.steps.values()
     run.append({"step": 3, "train/loss": 1.0})
@@ -177,18 +177,18 @@ def test_an_opening_that_fails_half_way_goes_on_in_the_same_run(tmp_path: Path, 
 def test_two_who_note_something_in_a_run_keep_each_others(tmp_path: Path) -> None:
     run, other = a_run(tmp_path), a_run(tmp_path)
     run.noted(tracking_run="ab12")
-    assert other.noted(unlogged="yes").tracking_run == ""  # of what it read; on disk both are
+    assert other.noted(unlogged="yes").tracking_run == ""  # of its own copy; on disk both fields are set
     found = load_run(run.path)
     assert (found.tracking_run, found.unlogged) == ("ab12", "yes")
-    replace(run, created=run.created + 1).save()  # a trial that begins again, in the same directory
+    replace(run, created=run.created + 1).save()  # a trial that starts again, in the same directory
     assert run.noted(tracking_run="cd34").tracking_run == "cd34" and load_run(run.path).tracking_run == ""
 
 
 @pytest.mark.parametrize("noted", [True, False])
 def test_the_next_driver_begins_where_mlflow_has_taken_the_lines(mlflow: MLflow, tmp_path: Path, noted: bool) -> None:
-    """A run of before has no note: then MLflow's own steps say what it has."""
+    """An older run has no stored offset: then MLflow's own steps decide."""
     run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
-    for steps in ((1, 2), (2, 3)):  # 2 is repeated since the last checkpoint
+    for steps in ((1, 2), (2, 3)):  # 2 is repeated after the last checkpoint
         box = outbox.Outbox(uri)
         before, posted = set(threading.enumerate()), box.follow(load_run(run.path))
         box.start()
@@ -204,7 +204,7 @@ def test_the_next_driver_begins_where_mlflow_has_taken_the_lines(mlflow: MLflow,
 
 
 def test_other_lines_in_the_place_of_those_that_mlflow_has_are_read_from_the_first(mlflow: MLflow, tmp_path: Path) -> None:
-    """As fetched from S3, where another machine went on."""
+    """Like lines fetched from S3, after another machine went on."""
     run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
     run.append({"step": 1, "train/loss": 1.0})
     run = outbox.catch_up(run, uri)
@@ -221,7 +221,7 @@ def test_half_a_line_waits_until_it_is_whole(mlflow: MLflow, tmp_path: Path) -> 
         file.write('{"step": 2, "train/lo')
     run = outbox.catch_up(run, mlflow_uri.default_uri(tmp_path))
     assert list(mlflow.steps.values()) == [[1]]
-    run.append({"step": 2, "train/loss": 1.0})  # its machine had died
+    run.append({"step": 2, "train/loss": 1.0})  # its machine had crashed
     outbox.catch_up(run, mlflow_uri.default_uri(tmp_path))
     assert list(mlflow.steps.values()) == [[1, 2]]
 
@@ -281,7 +281,7 @@ def test_what_a_sweep_could_not_log_the_same_command_logs(mlflow: MLflow, tmp_pa
     kept.ended(names[0], "FINISHED")
     found = kept.close("FINISHED", [], {})
     assert not mlflow.steps and [lines(found, name) for name in names] == [[1]] * 3
-    assert "the same command again logs what MLflow has not taken" in capsys.readouterr().err
+    assert "the same command again logs the undelivered reports" in capsys.readouterr().err
     mlflow.refuse = lambda name: None
     kept = trial_log.Ledger(found, queue.Queue(), kept.uri)  # all are over: nothing comes
     found = kept.close("FINISHED", [], {})
@@ -292,7 +292,7 @@ def test_what_a_sweep_could_not_log_the_same_command_logs(mlflow: MLflow, tmp_pa
 
 
 def test_what_a_trial_reported_before_it_began_again_is_not_lost(mlflow: MLflow, tmp_path: Path) -> None:
-    """MLflow opens when the trial is long at its second try, in the same directory."""
+    """MLflow opens only during the trial's second try, in the same directory."""
     found, names, kept = begin(tmp_path)
     directory, back = found.path / "trials" / names[0], threading.Event()
     mlflow.refuse = lambda name: back.wait(10)
@@ -336,5 +336,5 @@ def test_a_sweep_that_goes_on_does_not_need_the_server_and_a_new_one_does(tmp_pa
     with pytest.raises(UserError, match="no MLflow server at"):
         sweep.sweep(sweep.Args(resume=found.path, tracking_uri=nobody))
     trained(found, lambda point: 0.5)
-    with pytest.raises(UserError, match="/data/patterns"):  # one step further: these have no data
+    with pytest.raises(UserError, match="/data/patterns"):  # one check later: there is no data
         sweep.sweep(sweep.Args(resume=found.path, tracking_uri=nobody))

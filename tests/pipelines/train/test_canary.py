@@ -1,4 +1,4 @@
-"""The canary: Ray, FFCV and numba still have the names that they do not promise, with the parameters and callers that we rely on."""
+"""The canary: Ray, FFCV and numba still have the private names that we use, with the parameters and callers that we rely on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 from tests.support.paths import ROOT
 
-# Their module: what a file of ours uses of it. `a(b,c)` takes b and c, as a function or as a dataclass; `a<b.c` stands in the code of
-# b.c, which sets a, or calls it where we override it; `a=b` has this value. "~" is Ray Train's internal room.
+# Their module: the names that a file of ours uses. `a(b,c)` is a function or dataclass that takes b and c. `a<b.c`: the code of b.c
+# names a, which it sets, or calls where we override it. `a=b` has this value. "~" is Ray Train's internal package.
 RAY = """
 ray._private.worker: _global_node
 ray._private.node: Node.is_head(self) Node.kill_all_processes(self,check_alive,allow_graceful)
@@ -86,7 +86,7 @@ ffcv.pipeline.compiler: Compiler.num_threads
 numba.core.config: NUMBA_NUM_THREADS
 """,
 }
-# File of ours, a file of Ray's, what it has to say: settings, a node's command line, what `ray up` leaves and how its files look.
+# Our file, a file of Ray's, a text in it: settings, a node's command line, the file that `ray up` leaves, the format of its files.
 RAYLET = "core/src/ray/raylet/raylet"
 WRITTEN = [
     ("pipelines/train/ray_private.py", RAYLET, "worker_niceness"),
@@ -100,7 +100,7 @@ WRITTEN = [
 
 
 def trouble(module: str, what: str) -> str:
-    """What is amiss with `what` of `module`, or ""."""
+    """The change of `what` in `module`, or ""."""
     name, sign, rest = re.fullmatch(r"([\w.]+)(?:([<=(])(.*?)\)?)?", what).groups()  # type: ignore[union-attr]
     place = importlib.import_module(module)
     found: Any = place
@@ -127,7 +127,7 @@ def test_what_is_private_is_still_as_we_take_it(ours: str) -> None:
 
 
 def test_the_canary_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each kind of change: a name that is gone, another parameter, an override that nobody calls, another value."""
+    """Each kind of change: a missing name, another parameter, an override without a caller, another value."""
     from ray.train.v2._internal import constants
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
     from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroupPollStatus

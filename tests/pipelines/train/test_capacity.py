@@ -1,4 +1,4 @@
-"""A job may ask for what the cluster's autoscaler would start, and for no more."""
+"""A job may ask for nodes that the cluster's autoscaler would start, and for no more."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HERE = ROOT / "cluster"
 
 @pytest.fixture
 def only_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster of which nothing is up but its head, which lends no cores."""
+    """A cluster of which only the head runs; it offers no cores."""
     import ray
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e10})
@@ -43,7 +43,7 @@ def test_a_cluster_that_scales_to_zero_can_have_what_its_file_says(
     with pytest.raises(UserError, match="needs as many GPUs; the cluster has 16"):
         ray_train.require(ray_train.Resources(workers=17, device="cuda", address="auto"))
     with pytest.raises(UserError, match=r"17 workers need as many GPUs, and the cluster has 16; use fewer --workers, or --device cpu"):
-        ray_train.require(ray_train.Resources(workers=17, address="auto"))  # not by itself on CPUs
+        ray_train.require(ray_train.Resources(workers=17, address="auto"))  # it does not fall back to CPUs
     with pytest.raises(UserError, match=r"13 workers with 13 CPUs and a GPU each do not fit: .* have room for 12"):
         ray_train.require(ray_train.Resources(workers=13, cpus_per_worker=13, address="auto"))
     with pytest.raises(UserError, match=r"16 workers with 16 CPUs and a GPU each do not fit: .* have room for 12"):

@@ -1,4 +1,4 @@
-"""When checkpoints are written, which stay, and what happens where a disk is full or S3 away."""
+"""When checkpoints are written, which ones stay, and the behaviour with a full disk or an unreachable S3."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def names(folder: Path) -> list[int]:
 
 
 def test_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every minute, at the report that is the last chance; less often where it holds training up; never less than all five minutes."""
+    """Every minute, at the last report before the minute is over; less often if it blocks training long; at least every five minutes."""
     time = Time(monkeypatch)
     kept, told = saver(tmp_path)
     due = []
@@ -81,7 +81,7 @@ def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
             kept.save(said)
     kept.close()
     assert names(tmp_path) == [2, 6, 7]
-    again, _ = saver(tmp_path, keep_checkpoints=1)  # a worker that was started again
+    again, _ = saver(tmp_path, keep_checkpoints=1)  # a restarted worker
     for said in (report(8, 0.85), report(9, 0.95)):
         assert again.due(said)
         again.save(said)
@@ -112,10 +112,10 @@ def test_what_is_written_is_what_it_was(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_checkpoint_has_the_reports_that_nobody_may_have_heard(tmp_path: Path, patterns: Path) -> None:
-    """Of a driver that dies the workers live on for seconds, and write checkpoints: who goes on from one does not lack their reports."""
+    """A dead driver's workers live on for seconds, and write checkpoints. The next driver finds their reports in the checkpoint."""
     run = open_run(tmp_path / "run", "patterns_tiny", recipe("patterns_tiny"), patterns)
     since = None
-    for steps in (range(1, 4), range(4, 7)):  # the second by workers that were started again
+    for steps in (range(1, 4), range(4, 7)):  # the second range by restarted workers
         kept = Saver(sync.Home(run.path), Train(keep_checkpoints=1), since, lambda told: None)
         for step in steps:
             kept.hear(Reported(step=step, total_steps=6, metrics={"train/loss": step / 3}))
@@ -153,7 +153,7 @@ def test_a_full_disk_ends_the_training_at_the_next_checkpoint(tmp_path: Path, mo
 
 
 def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints are kept here meanwhile, the one that is being sent is not removed, and the newest goes when S3 is back."""
+    """Checkpoints stay on disk meanwhile, the one that is being sent is not removed, and the newest is sent when S3 answers again."""
     home = sync.Home("s3://photos/runs/away")
     home.store = Store(attempts=1, pause_s=0)
     hold, send, sent = threading.Event(), home.send_checkpoint, []
@@ -166,7 +166,7 @@ def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixtur
     home.send_checkpoint = slow  # type: ignore[method-assign]
     told: list[Any] = []
     kept = Saver(home, Train(keep_checkpoints=1), None, told.append)
-    for step in (1, 2, 3, 4):  # 1 is on its way, for as long as it takes
+    for step in (1, 2, 3, 4):  # 1 is being sent meanwhile
         kept.save(report(step))
     kept.wait()
     assert names(home.path) == [1, 4] and len(told) == 4
@@ -174,7 +174,7 @@ def test_s3_that_is_away_holds_nothing_up(s3: Proxy, capfd: pytest.CaptureFixtur
     hold.set()
     home.wait()
     assert "not sent" in capfd.readouterr().err and sent == ["step-000000001"]
-    kept.leave()  # a node that is about to go waits for nothing
+    kept.leave()  # on a node that is about to go, it does not wait
     with pytest.raises(Unreachable):
         kept.close()
     told_of: list[str] = []

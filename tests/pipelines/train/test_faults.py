@@ -1,6 +1,6 @@
-"""What goes wrong on a cluster, done to small trainings: each goes on, and ends where the undisturbed one does.
+"""Faults of a cluster, injected into small trainings: each goes on, and ends with the numbers of the undisturbed one.
 
-Steps take a quarter of a second more than they need, for a fault to have a time. Each figure is of one run, on this machine.
+A step takes a quarter of a second longer than it needs, so that faults hit a known step. Each figure is of one run, on this machine.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 @dataclass
 class Story:
-    """A training and what its driver was told meanwhile."""
+    """A training, and the sentences that its driver printed."""
 
     run: Path
     said: list[tuple[float, str]]
 
     def rows(self) -> list[dict[str, Any]]:
         lines = (self.run / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]  # where the disk was full there is half a line
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a full disk leaves half a line
 
     def new(self, since: float) -> list[dict[str, Any]]:
         return [row for row in self.rows() if row["time"] > since] if (self.run / "metrics.jsonl").exists() else []
@@ -95,7 +95,7 @@ class Story:
         wait_for(lambda: self.new(0) and self.rows()[-1]["step"] >= step, training)
 
     def is_past_a_checkpoint(self, since: float) -> bool:
-        """Whether those who began after `since` have done so many steps that they have written one."""
+        """Whether the group that began after `since` has done enough steps to have written a checkpoint."""
         steps = [row["step"] for row in self.new(since)]
         return bool(steps) and steps[-1] > steps[0] + EVERY
 
@@ -104,18 +104,18 @@ class Story:
         return next(at for at, text in self.said if part in text and at >= since)
 
     def went_on(self, since: float) -> float:
-        """When the first report came of those who began again after `since`."""
+        """Time of the first report from the group that began after `since`."""
         again = self.first_said("starting again", since)
         return next(float(row["time"]) for row in self.rows() if row["time"] > again)
 
     def repeated(self, since: float) -> int:
-        """Steps that were done a second time after what happened at `since`."""
+        """Number of steps that were repeated after the fault at `since`."""
         before = max(row["step"] for row in self.rows() if row["time"] < self.went_on(since))
         again = next(row["step"] for row in self.rows() if row["time"] >= self.went_on(since))
         return int(before - again + 1)
 
     def equals(self, reference: Reference, within: Within, bound: float = 1e-9) -> None:
-        """Every report of a step, also of one that was repeated, and the encoder are the undisturbed training's."""
+        """All reports, also of repeated steps, and the encoder equal those of the undisturbed training."""
         losses, tensors = reference
         rows = self.rows()
         assert {row["step"] for row in rows} == set(losses)
@@ -205,7 +205,7 @@ def test_nodes_go_and_come_back(
         "starting again with 2 workers, 1 before",
         "starting again with 1 workers, 2 before",
     ]
-    # Who leaves with a checkpoint repeats nothing.
+    # A group that leaves with a checkpoint repeats no step.
     assert story.repeated(came["back"]) == 0 and story.repeated(came["notice"]) == 0
     story.equals(reference, within)
 
@@ -258,7 +258,7 @@ def test_a_disk_fills_up_and_a_clock_is_ten_minutes_fast(
 
 
 def test_a_node_dies_under_a_sweep(nodes: Nodes, patterns: Path, tmp_path: Path, within: Within, figures: Figures) -> None:
-    """The one on which its trial's worker is: the trial goes on on the other."""
+    """The node of its trial's worker dies: the trial goes on on the other node."""
     while len(nodes.others) < 2:
         nodes.add()
     out, died = tmp_path / "s", []
@@ -294,7 +294,7 @@ def test_a_node_dies_under_a_sweep(nodes: Nodes, patterns: Path, tmp_path: Path,
 
 
 def arguments(patterns: Path, *more: str) -> list[str]:
-    """`small` as a command, whose workers come to grief."""
+    """`small` as a command, for faults in its workers."""
     found = [sys.executable, "-c", "from tests.support import faults; faults.command()", "pretrain", "patterns_tiny"]
     found += ["--data", str(patterns)]
     found += ["--run", "run", "--train.batch-size", "60", "--train.steps", str(STEPS), "--train.report-every-steps", "1"]
@@ -305,7 +305,7 @@ def arguments(patterns: Path, *more: str) -> list[str]:
 def test_the_head_of_a_cluster_is_lost_and_another_begins(
     reference: Reference, patterns: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, within: Within, figures: Figures
 ) -> None:
-    """The driver waits half a minute for it, in which the workers go on, says so, and ends; the same command goes on where a head is."""
+    """The driver waits half a minute for the head while workers go on, then ends with a sentence. The command goes on at another head."""
     story, log = Story(tmp_path / "run", []), tmp_path / "log"
     faults.plan(tmp_path / "run-faults", step_s=1.0)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
@@ -339,7 +339,7 @@ def test_the_head_of_a_cluster_is_lost_and_another_begins(
 def test_the_head_the_whole_group_and_the_driver_are_killed(
     reference: Reference, patterns: Path, tmp_path: Path, within: Within, figures: Figures
 ) -> None:
-    """The same command four times, on a Ray of its own: each time it goes on where the one before was ended."""
+    """The same command four times, on a private Ray: each goes on where the previous one was ended."""
     story = Story(tmp_path / "run", [])
     faults.plan(tmp_path / "run-faults", step_s=0.25)
     command = arguments(patterns)

@@ -1,4 +1,4 @@
-"""Who hangs, by what ranks say and when: no Ray, no time that passes."""
+"""The hang detector, from answers of ranks and their times: without Ray and without waiting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAITS = replace(AT, place="simclr/loss.py:1 nt_xent", waiting=True)
 NAMES = ["pid 10 on a (10.0.0.1)", "pid 11 on b (10.0.0.2)", "pid 12 on b (10.0.0.2)"]
 
 
-def vigil(*readings: Reading, timeout_s: float = 300.0) -> HangDetector:
+def detector(*readings: Reading, timeout_s: float = 300.0) -> HangDetector:
     """After `readings`, of ranks 0, 1, … at 0 s."""
     found = HangDetector(NAMES[: len(readings)], timeout_s, 0.0)
     for rank, reading in enumerate(readings):
@@ -36,17 +36,17 @@ def said(to: HangDetector, now: float, *readings: Reading) -> dict[int, str]:
 
 
 def test_who_is_waited_for_is_named_and_not_who_waits() -> None:
-    group = vigil(WAITS, AT, WAITS)
+    group = detector(WAITS, AT, WAITS)
     assert said(group, 299.0, WAITS, AT, WAITS) == {}
     place = "at step 7 (simclr/data/loader.py:1 _prefetched)"
     assert said(group, 301.0, WAITS, AT, WAITS) == {1: f"no progress for 301 s in pid 11 on b (10.0.0.2), {place}"}
     late = replace(AT, step=6, waiting=True)
-    assert set(said(vigil(AT, late, AT), 301.0, AT, late, AT)) == {1}  # who is behind, though it waits: on a GPU steps are only asked for
-    assert set(said(vigil(WAITS, WAITS), 301.0, WAITS, WAITS)) == {0, 1}  # nobody is to blame, but nobody goes on
+    assert set(said(detector(AT, late, AT), 301.0, AT, late, AT)) == {1}  # the rank behind, though it waits: GPU steps are only queued
+    assert set(said(detector(WAITS, WAITS), 301.0, WAITS, WAITS)) == {0, 1}  # no rank is to blame, but none goes on
 
 
 def test_who_does_not_answer_is_named_whatever_the_others_do() -> None:
-    group = vigil(WAITS, AT)
+    group = detector(WAITS, AT)
     group.hear(0, replace(WAITS, beats=11), 301.0)
     assert group.hung(301.0) == {1: "no answer for 301 s from pid 11 on b (10.0.0.2), at step 7 (simclr/data/loader.py:1 _prefetched)"}
     assert HangDetector(NAMES[:1], 5.0, 0.0).hung(6.0) == {0: "no answer for 6 s from pid 10 on a (10.0.0.1), before its first step"}
@@ -54,9 +54,9 @@ def test_who_does_not_answer_is_named_whatever_the_others_do() -> None:
 
 def test_what_takes_its_time_is_no_hang() -> None:
     compiling = replace(AT, watched=False)
-    assert said(vigil(compiling, WAITS), 3000.0, compiling, WAITS) == {}  # rank 1 waits for rank 0, which nobody watches
-    assert said(vigil(AT, WAITS), 301.0, replace(AT, beats=11), WAITS) == {}
-    slow = vigil(AT, AT)
+    assert said(detector(compiling, WAITS), 3000.0, compiling, WAITS) == {}  # rank 1 waits for rank 0, which is not watched
+    assert said(detector(AT, WAITS), 301.0, replace(AT, beats=11), WAITS) == {}
+    slow = detector(AT, AT)
     for now in range(0, 401, 100):  # a step of 400 s, on a machine without a GPU
         assert now > 300 or said(slow, float(now), AT, AT) == {}
         said(slow, float(now), AT, AT)
@@ -111,7 +111,7 @@ def test_numbers_of_workers_that_the_batch_divides_over() -> None:
         ray_train.Resources(hang_timeout_s=0)
 
 
-# ── Which failures are tried again ─────────────────────────────────────────────────────────────────────────────────
+# ── Which failures are retried ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
         return bool(policy.make_decision(error).value == "RETRY")
 
     lost = WorkerGroupError("a worker was lost", {3: RuntimeError("connection closed by peer")})
-    meeting = ControllerError(RayTaskError("init", "Connection reset by peer", RuntimeError()))  # rank 0 died, the others say so
+    meeting = ControllerError(RayTaskError("init", "Connection reset by peer", RuntimeError()))  # rank 0 died, and the other ranks raise
     assert [tried(lost), tried(lost, saved=40), tried(lost), tried(lost)] == [True, True, True, False]
     assert [tried(meeting, saved=80), tried(meeting), tried(ControllerError(GetTimeoutError("no answer")))] == [True, True, False]
     assert [message.text.partition(":")[0] for message in said] == ["workers failed to start"] * 3

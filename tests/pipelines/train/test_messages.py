@@ -1,4 +1,4 @@
-"""What goes between processes: picklable by Ray, frozen, and cheap to import, since the queue's own process reads it too."""
+"""The types between processes: picklable by Ray, frozen, and cheap to import, since the queue's own process reads them too."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_tasks_and_messages_survive_ray() -> None:
 
 
 def test_a_line_of_metrics_jsonl_is_as_it_was(tmp_path: Path, patterns: Path) -> None:
-    """Readers of a run directory know these keys; who is no trial has no mark."""
+    """Readers of a run directory know these keys; a run that is no trial has no mark."""
     run = open_run(tmp_path / "run", "patterns_tiny", recipe("patterns_tiny"), patterns)
     run.save()
     report = Reported(step=3, total_steps=9, metrics={"train/loss": 0.5, "epoch": 1.0}, stragglers="rank 1 on a", trial="000-s0")

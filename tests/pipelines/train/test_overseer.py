@@ -1,4 +1,4 @@
-"""The overseer, as Ray Train's controller calls it: last of the callbacks, a copy of it at every worker."""
+"""The overseer, as Ray Train's controller calls it: last of the callbacks, with a copy at every worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.train.overseer import overseer
 
 
 def test_who_is_silent_counts_as_failed_and_is_told() -> None:
-    """Ray's own callbacks have been asked before, so nobody else tells."""
+    """Ray calls its other callbacks first, so no other one reports it."""
     from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerStatus
 
     told: list[Any] = []
@@ -23,7 +23,7 @@ def test_who_is_silent_counts_as_failed_and_is_told() -> None:
     group = SimpleNamespace(get_workers=lambda: [SimpleNamespace(metadata=each) for each in about])
     callback.after_worker_group_start(group)
     callback.after_worker_group_training_start(group)
-    callback.next = math.inf  # it asks nobody
+    callback.next = math.inf  # it asks no worker
     status = WorkerGroupPollStatus({rank: WorkerStatus(running=True) for rank in range(2)})
     callback.after_worker_group_poll_status(status)
     assert not status.errors and not told
@@ -40,7 +40,7 @@ def test_who_is_silent_counts_as_failed_and_is_told() -> None:
 
 
 def test_a_copy_knows_nobody() -> None:
-    """Under Ray Tune the controller's own overseer goes with what each new group of workers is sent."""
+    """Under Ray Tune each new group of workers gets a copy of the controller's overseer."""
     from ray import cloudpickle
 
     first = overseer(3.0, print)

@@ -44,7 +44,7 @@ def test_the_dashboard_names_only_what_is_exported_and_all_that_we_export() -> N
 
 
 def test_the_dashboard_can_be_imported() -> None:
-    """As Grafana wants it: no id of some other Grafana, unique panels side by side, the data source a variable in every place."""
+    """Grafana's requirements: no id of another Grafana, unique panels side by side, the data source a variable everywhere."""
     board = json.loads(DASHBOARD.read_text())
     assert board["id"] is None and board["schemaVersion"] >= 36 and board["title"] and board["uid"]
     variables = {v["name"]: v["type"] for v in board["templating"]["list"]}

@@ -1,4 +1,4 @@
-"""What can be known about TPUs without one: no call that only CUDA has, one program for every batch, Ray's scheduling of slices."""
+"""Tests for TPUs without one: no call that only CUDA has, one program for every batch, Ray's scheduling of slices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from simclr.views import draw, ops
 from tests.conftest import Within
 from tests.support.paths import ROOT
 
-# torch.cuda on the training path, all of it behind a question for the device, with what asks.
+# torch.cuda on the training path: each use is behind a check of the device; the check is the value.
 GUARDED = {
     "simclr/telemetry/guards.py": 'device.type == "cuda"',
     "simclr/telemetry/device_time.py": 'device.type != "cuda"',
@@ -119,7 +119,7 @@ def test_the_step_can_be_exported() -> None:
 
 def test_the_whole_step_takes_its_device_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that is neither CPU nor CUDA (meta: shapes without numbers) a step runs to the optimizer's end."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # the one thing that meta does not have
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # the one call that meta lacks
     config, device = patterns_tiny(), torch.device("meta")
     method = simclr(config, Start(Path(), device))
     images = torch.zeros((8, 2, 32, 32, 3), dtype=torch.uint8)
@@ -131,7 +131,7 @@ def test_the_whole_step_takes_its_device_as_it_comes(monkeypatch: pytest.MonkeyP
 
 
 def test_libtpu_compiles_network_and_loss_for_a_v5e() -> None:
-    """Where jax, libtpu and torchax are installed, which the lock does not have: see tests/support/tpu_compile.py."""
+    """Needs jax, libtpu and torchax, which the lock does not have: see tests/support/tpu_compile.py."""
     for module in ("jax", "libtpu", "torchax"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed; pip install jax libtpu torchax")

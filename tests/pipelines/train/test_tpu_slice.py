@@ -1,7 +1,7 @@
-"""Ray schedules a TPU slice that is not there: two hosts of four chips, by what Ray itself makes of a TPU machine's variables.
+"""Ray schedules a simulated TPU slice: two hosts of four chips, which Ray itself detects from a TPU machine's variables.
 
-What is pretended: the chips (a number), and torch_tpu (tests/support/standins: a device's name, and gloo as `tpu_dist`). What is real:
-Ray's detection and reservation of slices, its trainer, our Resources, checks, trainer and the variables that torch_tpu wants.
+Simulated: the chips (a number), and torch_tpu (tests/support/standins: a device's name, and gloo as `tpu_dist`). Real: Ray's detection
+and reservation of slices, its trainer, our Resources, checks, trainer and the variables that torch_tpu needs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from simclr.errors import UserError
 from tests.support.paths import ROOT
 
 RAY = Path(sys.prefix) / "bin/ray"
-# What Google's machines of a slice v4-16 have; Ray makes labels and resources of it.
+# The variables of Google's machines of a slice v4-16; Ray derives labels and resources from them.
 SLICE = {"TPU_ACCELERATOR_TYPE": "v4-16", "TPU_TOPOLOGY": "2x2x2", "TPU_NAME": "slice-a"}
 HEAD, HOSTS = "127.0.0.2", ["127.0.0.3", "127.0.0.4"]
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -41,7 +41,7 @@ def pretended_slice(folder: Path) -> Iterator[str]:
     base |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support/standins'}", "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
     base |= TOKEN
     head = ["--head", f"--port={port}", f"--node-ip-address={HEAD}", "--num-cpus=0", "--include-dashboard=false"]
-    head += ['--system-config={"prestart_worker_first_driver": false}']  # eight processes that nobody would use
+    head += ['--system-config={"prestart_worker_first_driver": false}']  # else it starts eight unused processes
     join = [f"--address={HEAD}:{port}", "--num-cpus=4", '--resources={"TPU": 4}']
     asked = [(head, {}), *(([*join, f"--node-ip-address={host}"], SLICE | {"TPU_WORKER_ID": str(i)}) for i, host in enumerate(HOSTS))]
     nodes: list[subprocess.Popen[bytes]] = []
@@ -57,18 +57,18 @@ def pretended_slice(folder: Path) -> Iterator[str]:
                 time.sleep(0.2)
         yield f"{HEAD}:{port}"
     finally:
-        for node in nodes:  # with all that they started: nobody is left to drain a node for
+        for node in nodes:  # with all their children: no job is left to drain a node for
             os.killpg(node.pid, signal.SIGKILL)
             node.wait()
 
 
 def left(folder: Path) -> list[str]:
-    """Command lines of what still runs with `folder` in it, two seconds at most after its end."""
+    """Command lines of processes that still name `folder`; waits two seconds at most."""
     found: list[str] = []
     for _ in range(20):
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended
                 found += [line] if str(folder) in (line := path.read_bytes().replace(b"\0", b" ").decode()) else []
         if not found:
             break

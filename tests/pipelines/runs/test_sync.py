@@ -77,7 +77,7 @@ def test_two_processes_of_a_machine_fetch_once(s3: Proxy, machine: Machine) -> N
     prepare.prepare(prepare.Args(source="patterns:train=900,test=60", out=Path(at), options=shard_writer.Options(shard_mib=1)))
     machine("two")
     s3.log.clear()
-    command = [sys.executable, "-c", f"from pipelines import storage; print(storage.shards({at!r}))"]
+    command = [sys.executable, "-c", f"from pipelines.runs import sync; print(sync.shards({at!r}))"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=60)[0].strip() for process in both]
     assert said[0] == said[1] and damaged(Path(said[0])) == []

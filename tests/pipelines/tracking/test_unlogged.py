@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
 
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
@@ -116,12 +115,11 @@ def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_c
             total=3,
             uri=uri,
             resources=ray_train.Resources(workers=1),
-            shapes=nn.Identity,
             publish=lambda run: None,
         )
         return driver.train(now, time.monotonic())
 
-    monkeypatch.setattr(driver, "_steps_done", lambda run, shapes: 3)
+    monkeypatch.setattr(driver, "_steps_done", lambda run: 3)
     mlflow.refuse = away
     assert again().unlogged == "yes"  # a run that is complete needs no server
     assert "MLflow is away; the same command again logs the rest" in capsys.readouterr().err

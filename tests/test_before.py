@@ -57,7 +57,7 @@ def test_the_shards_of_today_are_those_that_the_old_manifest_describes(before: P
 @pytest.mark.parametrize(("name", "steps"), [("pretrained", 16), ("queued", 10), ("tuned", 12)])
 def test_an_old_run_goes_on_as_it_would_have_then(before: Path, went_on: dict[str, Any], name: str, steps: int) -> None:
     run = load_run(before / name)
-    assert run.data == before / "shards" or run.data.resolve() == (before / "shards").resolve()
+    assert run.data.resolve() == (before / "shards").resolve()
     newest = checkpoint.latest(run.checkpoints, print)
     assert newest is not None
     method = driver.shapes_of(run)
@@ -74,7 +74,7 @@ def test_the_same_command_looks_where_it_did(before: Path, name: str, path: str,
     run = load_run(before / name)
     data = run.data.resolve()
     monkeypatch.chdir(tmp_path)
-    assert open_run(None, run.recipe, run.config, data, stage=run.stage).path == Path("runs") / path
+    assert open_run(None, run.recipe, run.config, data, stage=run.stage).path == Path(path)
 
 
 def test_old_weights_are_published_and_old_encoders_read(before: Path, went_on: dict[str, Any]) -> None:

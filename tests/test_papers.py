@@ -74,6 +74,14 @@ def test_every_command_is_one(page: Path) -> None:
             assert target in targets, f"{page.name} says `make {target}`"
 
 
+def test_the_pages_have_what_is_looked_for() -> None:
+    """A pattern that found nothing would let every page pass."""
+    texts = [page.read_text() for page in PAGES]
+    commands = {name for text in texts for part in code(text) for name, _ in COMMAND.findall(part)}
+    assert len(PAGES) > 10 and sum(len(LINK.findall(text)) for text in texts) > 30 and sum(len(PATH.findall(text)) for text in texts) > 50
+    assert {"prepare", "pretrain", "evaluate", "sweep", "bench"} <= commands
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
@@ -87,6 +95,7 @@ def test_the_rooms_are_those_of_the_tree() -> None:
     """Every folder with code has its row in ARCHITECTURE.md, and what a row names is in its folder."""
     rows = re.findall(r"^\| `([\w./]+/)` \| (.+) \|$", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
     rooms = {room.rstrip("/") for room, _ in rows}
+    assert len(rows) > 20 and sum(len(re.findall(r"`(\w+\.py)`", text)) for _, text in rows) > 20
     code = {path.parent.relative_to(ROOT) for room in ("simclr", "pipelines", "tune") for path in (ROOT / room).rglob("*.py")}
     assert {str(folder) for folder in code} <= rooms
     for room, text in rows:

@@ -48,6 +48,22 @@ def test_the_newest_are_kept_and_a_repeated_step_replaces_the_old(tmp_path: Path
     assert checkpoint.latest(tmp_path / "nowhere", print) is None
 
 
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was flushed, in this order, and whether the name was there: both files, their directory, then the one that has the name."""
+    folder, flushed, flush = tmp_path / "checkpoints", list[tuple[int, bool]](), os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_ino, (folder / "step-000000001").exists()))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    path = checkpoint.write(folder, state(1), keep=1)
+    files = {(file.stat().st_ino, False) for file in path.iterdir()}
+    # The very directory that was flushed has the name now: it was renamed, not copied.
+    assert len(files) == 2 and set(flushed[:2]) == files
+    assert flushed[2:] == [(path.stat().st_ino, False), (folder.stat().st_ino, True)]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -67,7 +83,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path, damag
     said: list[str] = []
     assert checkpoint.latest(tmp_path, said.append) == tmp_path / "step-000000001"
     assert len(said) == 1 and "step-000000002" in said[0] and "trying the checkpoint before it" in said[0]
-    with pytest.raises(checkpoint.Damaged):
+    with pytest.raises(checkpoint.Damaged, match=r"step-000000002 (is not whole|does not match its checksum)"):
         checkpoint.read(tmp_path / "step-000000002")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import re
 from pathlib import Path
@@ -88,14 +89,28 @@ def test_pairs_of_operations(tmp_path: Path) -> None:
     assert "sobel" not in re.sub(r"<style>.*</style>", "", page, flags=re.S)
 
 
+# Plots of a space by one metric; below them stand three clouds, of the scores without labels.
+PLOTS = dict.fromkeys(spaces.SPACES, 1) | {"smoke": 2, "temperature-lr": 2, "search": 3}
+ROWS_OF_A_TRIAL = dict.fromkeys(spaces.SPACES, 1) | {"search": 3, "labels-fraction": 3}  # three axes, three shares of the labels
+
+
 @pytest.mark.parametrize("name", sorted(spaces.SPACES))
 def test_every_space_has_its_figure(tmp_path: Path, name: str) -> None:
+    """Trial i scores 50 + i / 10 %: every trial is in the figures, none twice, and none beside its score."""
     only: dict[str, list[Any]] = FEWER.get(name, {})
     sweep = a_sweep(tmp_path / "s", name, search="random" if name == "search" else "grid", only=only)
-    found = trained(sweep, lambda point: 0.5 + 0.01 * (hash(str(point.values)) % 7))
+    numbers = itertools.count()
+    found = trained(sweep, lambda point: 0.5 + next(numbers) / 1000)
     page = report(sweep.path).read_text()
-    assert '<figure class="panel">' in page or '<figure class="heated">' in page
+    heated, panels = page.count('<figure class="heated">'), page.count('<figure class="panel">')
+    drawn = 1 if name == "labels-fraction" else 2  # of what is scored with few labels the probe alone is drawn
+    assert heated == (2 if name == "augmentation-pairs" else 0) and heated + panels == drawn * PLOTS[name] + 3
     assert "nan" not in re.sub(r"<(style|script).*?</\1>", "", page, flags=re.S)
-    assert len(list(csv.reader((sweep.path / "results.csv").open()))) == 1 + len(found)
-    assert len(table(sweep.path)) >= len({str(t.values) for t in found}) > 1 or name == "search"
+    assert len(list(csv.reader((sweep.path / "results.csv").open()))) == 1 + len(found) > 3
+    rows = [row for (metric, what), row in table(sweep.path).items() if metric == "eval/probe_top1" and not what.endswith(", best")]
+    counts, means = ([float(row[column]) for row in rows] for column in (3, 0))
+    assert sum(counts) == ROWS_OF_A_TRIAL[name] * len(found)
+    # Of 60, 80 and 100 % of a score, which shares of the labels have in `trained`, the mean is 80 %.
+    expected = (50 + (len(found) - 1) / 20) * (0.8 if name == "labels-fraction" else 1)
+    assert sum(n * mean for n, mean in zip(counts, means, strict=True)) / sum(counts) == pytest.approx(expected)
     assert "http://" not in page.replace("http://www.w3.org", "")  # needs nothing from anywhere

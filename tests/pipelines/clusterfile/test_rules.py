@@ -55,8 +55,11 @@ def test_at_most_three_lines_are_to_be_edited(path: Path) -> None:
 
 
 def test_every_mounted_file_is_there() -> None:
+    assert len(FILES) == 4
     for name in FILES:
-        for here in load(name)["file_mounts"].values():
+        mounts = load(name)["file_mounts"].values()
+        assert len(mounts) >= 3
+        for here in mounts:
             assert here.startswith("~") or (HERE.parent / here).exists(), here
 
 
@@ -218,7 +221,7 @@ def test_the_account_opens_ssh_to_one_address_and_encrypts() -> None:
         {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "CidrIp": {"Ref": "SshFrom"}}
     ]
     inward = [r["Properties"] for r in made.values() if r["Type"] == "AWS::EC2::SecurityGroupIngress"]
-    assert all("CidrIp" not in rule for rule in inward)
+    assert inward and all("CidrIp" not in rule for rule in inward)
     assert made["Data"]["Properties"]["BucketEncryption"] and all(made["Data"]["Properties"]["PublicAccessBlockConfiguration"].values())
 
 
@@ -261,7 +264,9 @@ def test_on_kubernetes_the_same_holds() -> None:
 
 
 def test_no_file_of_the_folder_has_a_secret() -> None:
-    for path in [p for p in HERE.rglob("*") if p.is_file()]:
+    files = [p for p in HERE.rglob("*") if p.is_file()]
+    assert len(files) > 10
+    for path in files:
         for what, pattern in rules._SECRETS.items():
             if what != "a password":
                 assert not re.search(pattern, path.read_text()), (path, what)

@@ -203,6 +203,32 @@ def test_the_next_driver_begins_where_mlflow_has_taken_the_lines(mlflow: MLflow,
     assert posted.delivered and load_run(run.path).unlogged == ""
 
 
+def test_what_broke_off_on_its_way_is_noted_as_taken_by_nobody(mlflow: MLflow, tmp_path: Path) -> None:
+    """The note comes behind the answer: neither the next try nor the next driver goes on behind lines that never arrived."""
+    run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
+    run.append({"step": 1, "train/loss": 1.0})
+    run = outbox.catch_up(run, uri)
+    note = (run.path / "outbox.json").read_text()
+    run.append({"step": 2, "train/loss": 1.0})
+    posted = outbox.Posted(run, uri)
+    posted.open()
+    assert posted.mlflow is not None
+    good = posted.mlflow.log
+
+    def broken(reports: list[dict[str, Any]]) -> int:
+        raise OSError("no answer")
+
+    posted.mlflow.log = broken  # type: ignore[method-assign]
+    ((batch, end),) = posted.batches()
+    with pytest.raises(OSError, match="no answer"):
+        posted.send(batch, end)
+    assert (run.path / "outbox.json").read_text() == note and outbox.Posted(posted.run, uri).lost() == posted.lost() == 1
+    posted.mlflow.log = good  # type: ignore[method-assign]
+    for again, its_end in posted.batches():
+        posted.send(again, its_end)
+    assert list(mlflow.steps.values()) == [[1, 2]] and posted.lost() == 0
+
+
 def test_other_lines_in_the_place_of_those_that_mlflow_has_are_read_from_the_first(mlflow: MLflow, tmp_path: Path) -> None:
     """Like lines fetched from S3, after another machine went on."""
     run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)

@@ -9,6 +9,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,30 +28,96 @@ from simclr.views import draw, ops
 from tests.conftest import Within
 from tests.support.paths import ROOT
 
-# torch.cuda on the training path: each use is behind a check of the device; the check is the value.
-GUARDED = {
-    "simclr/telemetry/guards.py": 'device.type == "cuda"',
-    "simclr/telemetry/device_time.py": 'device.type != "cuda"',
-    "simclr/data/loader.py": 'device.type != "cuda"',
-    "simclr/data/memory.py": "not torch.cuda.is_available()",
-    "simclr/precision.py": 'device.type != "cuda"',
-}
-# The hand-written kernel of GPUs, and measurements.
+# The hand-written kernel of GPUs.
 NOT_ON_THE_PATH = {"simclr/kernels/nt_xent_triton.py"}
+ONLY_CUDA = {"cuda", "pin_memory", "record_stream"}
+# `_after_copy` is called by `on_device` alone, which asks. A type's name is there in every build of torch.
+ASKED_ELSEWHERE = [
+    ("simclr/data/loader.py", "computing = torch.cuda.current_stream(device)"),
+    ("simclr/data/loader.py", "part.record_stream(computing)"),
+    ("simclr/telemetry/device_time.py", "Timestamp = float | torch.cuda.Event"),
+]
 
 
-def test_only_guarded_places_name_cuda() -> None:
-    found = set()
-    for path in (ROOT / "simclr").rglob("*.py"):
-        name = str(path.relative_to(ROOT))
-        if name in NOT_ON_THE_PATH:
+def asks(test: ast.expr, yes: bool) -> bool:
+    """Whether it is CUDA where `test` is true (`yes`), or where it is false (not `yes`)."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return asks(test.operand, not yes)
+    if isinstance(test, ast.BoolOp):  # of `a and b` both hold where it is true, of `a or b` neither where it is false
+        return isinstance(test.op, ast.And if yes else ast.Or) and any(asks(value, yes) for value in test.values)
+    if isinstance(test, ast.Compare):
+        named = any(isinstance(side, ast.Constant) and side.value == "cuda" for side in (test.left, *test.comparators))
+        return named and isinstance(test.ops[0], ast.Eq if yes else ast.NotEq)
+    return yes and ast.unparse(test).endswith((".is_cuda", "torch.cuda.is_available()"))
+
+
+def unasked(node: ast.AST, asked: bool = False) -> list[ast.AST]:
+    """Uses of what only CUDA has that no question for the device stands before; questions and annotations are no uses."""
+    if isinstance(node, ast.If | ast.IfExp):
+        body, orelse = (part if isinstance(part, list) else [part] for part in (node.body, node.orelse))
+        return [
+            *unasked(node.test, asked),
+            *within_block(body, asked or asks(node.test, True)),
+            *within_block(orelse, asked or asks(node.test, False)),
+        ]
+    if isinstance(node, ast.Call) and ast.unparse(node) == "torch.cuda.is_available()":
+        return []
+    if isinstance(node, ast.Attribute) and node.attr in ONLY_CUDA and not asked:
+        return [node]
+    if isinstance(node, ast.keyword) and node.arg in ONLY_CUDA and not asked:
+        return [node]
+    found: list[ast.AST] = []
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and node.attr == "cuda":
-                found.add(name)
-    assert found <= set(GUARDED)
-    for name, question in GUARDED.items():
-        assert question in (ROOT / name).read_text()
+        found += within_block(value, asked) if isinstance(value, list) else unasked(value, asked) if isinstance(value, ast.AST) else []
+    return found
+
+
+def within_block(block: list[Any], asked: bool) -> list[ast.AST]:
+    found = []
+    for part in block:
+        if isinstance(part, ast.AST):
+            found += unasked(part, asked)
+        if isinstance(part, ast.If) and isinstance(part.body[-1], ast.Return | ast.Raise):
+            asked = asked or asks(part.test, False)  # behind it the device is there
+    return found
+
+
+def test_what_only_cuda_has_stands_behind_a_question_for_the_device() -> None:
+    found, uses = [], 0
+    for path in sorted(path for room in ("simclr", "pipelines/train") for path in (ROOT / room).rglob("*.py")):
+        name, text = str(path.relative_to(ROOT)), path.read_text()
+        if name not in NOT_ON_THE_PATH:
+            tree = ast.parse(text)
+            uses += sum(isinstance(node, ast.Attribute) and node.attr in ONLY_CUDA for node in ast.walk(tree))
+            found += [(name, text.splitlines()[use.lineno - 1].strip()) for use in unasked(tree)]  # type: ignore[attr-defined]
+    assert found == ASKED_ELSEWHERE and uses > 10
+    functions = {f.name: f for f in ast.parse((ROOT / "simclr/data/loader.py").read_text()).body if isinstance(f, ast.FunctionDef)}
+    calls = {name: ast.unparse(f).count("_after_copy(") for name, f in functions.items() if name != "_after_copy"}
+    assert {name for name, count in calls.items() if count} == {"on_device"}
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("def f(x): torch.cuda.synchronize()", 1),
+        ("def f(x):\n if x.type == 'cuda': torch.cuda.synchronize()", 0),
+        ("def f(x):\n if x.type == 'cuda': pass\n else: torch.cuda.synchronize()", 1),
+        ("def f(x):\n if x.type == 'cuda': torch.cuda.synchronize()\n torch.cuda.synchronize()", 1),
+        ("def f(x):\n if x.type != 'cuda': return\n torch.cuda.synchronize()", 0),
+        ("def f(x):\n if x.type != 'cuda': pass\n torch.cuda.synchronize()", 1),
+        ("def f(x):\n if x.type != 'cpu': return\n torch.cuda.synchronize()", 1),
+        ("def f(x, y):\n if y or not torch.cuda.is_available(): return\n empty(pin_memory=True)", 0),
+        ("def f(x, y):\n if y and not torch.cuda.is_available(): return\n empty(pin_memory=True)", 1),
+        ("def f(x, y): return torch.cuda.memory() if x.type == 'cuda' or y else 0", 1),
+        ("def f(x, y): return torch.cuda.memory() if x.is_cuda and y else 0", 0),
+        ("def f(x: torch.cuda.Event) -> torch.cuda.Event: y: torch.cuda.Event = g(x)", 0),
+        ("def f(x):\n if x.type == 'cuda': pass\ndef g(x): x.cuda()", 1),
+    ],
+)
+def test_a_question_is_told_from_none(code: str, expected: int) -> None:
+    assert len(unasked(ast.parse(code))) == expected
 
 
 def _colours(n: int, seed: int) -> tuple[Tensor, draw.Colours]:

@@ -235,3 +235,24 @@ def test_a_transfer_can_be_ended_from_another_thread(s3: Proxy, tmp_path: Path) 
     threading.Timer(0.3, patient.over.set).start()
     with pytest.raises(UserError, match="ended"):
         patient.read(BUCKET / "a")
+
+
+def test_a_request_is_tried_eight_times_with_longer_and_longer_pauses(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a second, doubled each time, 20 s at most, of which at least half is waited."""
+    found, tried, pauses = Store(), [], list[float]()
+    monkeypatch.setattr(found.over, "wait", pauses.append)
+
+    def refused() -> None:
+        tried.append(len(pauses))
+        raise ConnectionError
+
+    with pytest.raises(UserError, match=r"s3://photos/a failed 8 times, the last time with a connection that was reset"):
+        found._tried(Address("photos", "a"), refused)
+    assert tried == list(range(8))
+    longest = [0.25, 0.5, 1, 2, 4, 8, 16]
+    assert len(pauses) == 7 and all(most / 2 <= pause <= most for pause, most in zip(pauses, longest, strict=True))
+    with pytest.raises(UserError, match="failed 12 times"):
+        more = Store(attempts=12)
+        monkeypatch.setattr(more.over, "wait", pauses.append)
+        more._tried(Address("photos", "a"), refused)
+    assert 10 <= pauses[-1] <= 20

@@ -231,3 +231,28 @@ def test_neighbours_do_not_depend_on_the_blocks() -> None:
     for bank_block in (299, 64, 7):
         parts = simclr.evaluation.knn.nearest(h, y, q, 20, 0.1, block=13, bank_block=bank_block)
         assert torch.equal(whole.index, parts.index) and torch.allclose(whole.votes, parts.votes)
+
+
+@pytest.mark.parametrize(("temperature", "winner"), [(0.1, 0), (1.0, 1)])
+def test_neighbours_vote_by_their_cosine_over_the_temperature(within: Within, temperature: float, winner: int) -> None:
+    """One of class 0 at a cosine of 1 against two of class 1 at 0.9: 1 to 2 exp(−0.1 / τ), which is 0.74 or 1.81."""
+    bank = torch.tensor([[1.0, 0.0], [0.9, np.sqrt(0.19)], [0.9, -np.sqrt(0.19)], [-1.0, 0.0]], dtype=torch.float64)
+    y = torch.tensor([0, 1, 1, 2])
+    votes = simclr.evaluation.knn.nearest(bank, y, 7 * bank[:1], 3, temperature).votes[0]
+    expected = torch.tensor([1.0, 2 * np.exp(-0.1 / temperature), 0.0])
+    within("votes", float((votes - expected).abs().max()), 1e-6)
+    assert simclr.evaluation.knn.knn(bank, y, bank[:1], torch.tensor([winner]), 3, temperature)["top1"] == 1
+
+
+def test_the_quick_probes_decay_is_scikit_learns_over_the_rows(within: Within) -> None:
+    """decay / 2 |kernel|² beside the mean loss is C = 1 / (decay n) beside the sum."""
+    from sklearn.linear_model import LogisticRegression
+
+    h, y = features()
+    standard = (h - h.mean(0)) / h.std(0)
+    for decay in (1.0, 0.01):
+        scores, chosen = linear.quick_probe(h.float(), y, h.float(), 3, (decay,), 1000)
+        theirs = LogisticRegression(C=1 / (decay * len(h)), tol=1e-10, max_iter=10_000).fit(standard.numpy(), y.numpy())
+        expected = torch.from_numpy(theirs.decision_function(standard.numpy()))
+        within("scores", float((scores - scores.mean(1, keepdim=True) - expected + expected.mean(1, keepdim=True)).abs().max()), 1e-2)
+        assert chosen == decay

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simclr.networks.batchnorm import _GlobalBatchNorm
+from simclr.networks.batchnorm import BatchNorm, _GlobalBatchNorm
 from tests.conftest import Within
 
 
@@ -27,3 +27,12 @@ def test_batchnorm_of_bfloat16_rounds_its_results_alone(within: Within, offset: 
         ours, exact, bound = ours.detach(), exact.detach(), 2**-8 if ours.dtype == torch.bfloat16 else 1e-4
         off = (ours.double() - exact).abs() / exact.abs().clamp_min(exact.abs().max() / 8)
         within(f"{name}, mean {offset:.0f}", float(off.max()), bound)
+
+
+@pytest.mark.parametrize("per_worker", [False, True])
+def test_running_statistics_move_by_a_tenth_towards_mean_and_biased_variance(within: Within, per_worker: bool) -> None:
+    """Of 1, 2, 3 and 6 the mean is 3, and the mean square of what is left 3.5; torch's own variance would be 14 / 3."""
+    norm = BatchNorm(1, per_worker=per_worker).double()
+    norm(torch.tensor([[1.0], [2.0], [3.0], [6.0]], dtype=torch.float64))
+    within("mean", abs(norm.running_mean.item() - 0.1 * 3), 1e-12)
+    within("variance", abs(norm.running_var.item() - (0.9 + 0.1 * 3.5)), 1e-12)

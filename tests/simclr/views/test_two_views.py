@@ -139,6 +139,37 @@ def test_a_view_depends_on_its_sample_alone() -> None:
     assert not torch.equal(whole, two_views.two_views(images, ids, 6, config, seed=9))
 
 
+def test_crops_and_colours_are_each_keyed_by_seed_epoch_sample_and_view() -> None:
+    """Of 50 images hardly one draws the same again when one of the four is another; which images are beside it does not count."""
+    ids, sizes = np.arange(50), np.full((50, 2), 224)
+
+    def crops(seed: int, epoch: int, ids: np.ndarray, view: int) -> np.ndarray:
+        return draw.crops_of(Views(), seed, epoch, ids, sizes, view)
+
+    def colours(seed: int, epoch: int, ids: np.ndarray, view: int) -> np.ndarray:
+        return draw.draw_colours(Views(), seed, epoch, ids, view, 1).factors
+
+    for drawn in (crops, colours):
+        first = drawn(3, 5, ids, 0)
+        assert np.array_equal(first, drawn(3, 5, ids, 0)) and np.array_equal(first[::-1], drawn(3, 5, ids[::-1], 0))
+        for other in (drawn(4, 5, ids, 0), drawn(3, 6, ids, 0), drawn(3, 5, ids + 50, 0), drawn(3, 5, ids, 1)):
+            assert (first == other).all(1).sum() <= 1
+    both = draw.crop_boxes(Views(), 3, 5, ids, sizes)
+    assert np.array_equal(both[:, 0], crops(3, 5, ids, 0)) and np.array_equal(both[:, 1], crops(3, 5, ids, 1))
+
+
+@pytest.mark.parametrize("by_index", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_flip_is_from_left_to_right(within: Within, monkeypatch: pytest.MonkeyPatch, whole: bool, by_index: bool) -> None:
+    """Whole images and crops, on devices of both kinds."""
+    monkeypatch.setattr(two_views, "by_index", lambda device: by_index)
+    off = {"jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0, "area": (1.0, 1.0), "aspect": (1.0, 1.0)}
+    images = torch.tensor(np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3)), dtype=torch.uint8)
+    given = images if whole else images[:, None].repeat(1, 2, 1, 1, 1)
+    out = two_views.raw_views(given, torch.arange(5), 0, Views(size_px=20, flip_p=1.0, **off), seed=1)  # type: ignore[arg-type]
+    within("pixels", float((out - images.permute(0, 3, 1, 2).flip(3).repeat(2, 1, 1, 1) / 255).abs().max()), 1e-6)
+
+
 def test_crops_of_both_views_and_whole_images_go_the_same_way() -> None:
     config = Views(size_px=16, area=(1.0, 1.0), aspect=(1.0, 1.0))
     images = torch.tensor(np.random.default_rng(1).integers(0, 256, (6, 16, 16, 3)), dtype=torch.uint8)

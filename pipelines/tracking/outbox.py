@@ -21,7 +21,7 @@ from pipelines.runs.directory import Run
 from pipelines.terminal import say
 from pipelines.tracking import client
 from pipelines.tracking import uri as mlflow_uri
-from simclr import files
+from simclr import fields, files
 from simclr.errors import UserError
 
 _EVERY_S, _AWAY_S = 0.5, 30.0  # between two looks; doubles up to the second while the server does not answer
@@ -103,9 +103,11 @@ class Posted:
 
     def _note(self) -> dict[str, Any]:
         """The stored offset: how many bytes of metrics.jsonl this MLflow run has."""
-        path = self.path / "outbox.json"
-        noted: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        return noted if noted.get("mlflow_run") == self.run.tracking_run else {"mlflow_run": self.run.tracking_run, "bytes": 0}
+        noted: dict[str, Any] = {}
+        with contextlib.suppress(UserError, FileNotFoundError):  # a damaged note: MLflow itself says which steps it has
+            noted = files.read_json(self.path / "outbox.json", "")
+        whole = noted.get("mlflow_run") == self.run.tracking_run and fields.fits(noted.get("bytes"), int) and noted["bytes"] >= 0
+        return noted if whole else {"mlflow_run": self.run.tracking_run, "bytes": 0}
 
     def _known(self, run_id: str) -> None:
         """Store the run's id, so that a killed job, or an opening that failed half-way, goes on in the same MLflow run."""

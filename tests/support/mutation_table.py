@@ -27,7 +27,7 @@ MUTATIONS = (
     Mutation(
         "positive-not-in-denominator",
         "simclr/loss.py",
-        'float("-inf"))  # an image is no candidate for itself\n        return F.cross_entropy(logits, _partner(own))',
+        'float("-inf"))  # a view is no candidate for itself\n        return F.cross_entropy(logits, _partner(own))',
         'float("-inf"))\n        positive = logits.gather(1, _partner(own)[:, None])\n'
         '        return (logits.scatter(1, _partner(own)[:, None], float("-inf")).logsumexp(1) - positive[:, 0]).mean()',
         "tests/simclr/test_loss.py::test_equals_the_naive_double_loop",
@@ -78,7 +78,7 @@ MUTATIONS = (
     Mutation(
         "statistics-move-twice",
         "simclr/gradient_cache.py",
-        "        torch._foreach_copy_(statistics, before)  # the second time counts\n",
+        "        torch._foreach_copy_(statistics, before)  # only the second pass counts\n",
         "",
         "tests/simclr/test_gradient_cache.py::test_statistics_are_those_of_a_piece_and_move_once",
     ),
@@ -285,12 +285,8 @@ MUTATIONS = (
     Mutation(
         "outbox-notes-before-it-sends",
         "pipelines/tracking/outbox.py",
-        "        self.refused += self.mlflow.log(batch)\n        self.taken = end\n"
-        "        if not self.refused:  # else the next driver tries again from there\n"
-        '            files.write_text(self.path / "outbox.json", json.dumps({"mlflow_run": self.mlflow.run_id, "bytes": end}) + "\\n")\n',
-        "        self.taken = end\n"
-        '        files.write_text(self.path / "outbox.json", json.dumps({"mlflow_run": self.mlflow.run_id, "bytes": end}) + "\\n")\n'
-        "        self.refused += self.mlflow.log(batch)\n",
+        '            self.mlflow.log(batch)\n            files.write_text(self.path / "outbox.json", json.dumps(note) + "\\n")\n',
+        '            files.write_text(self.path / "outbox.json", json.dumps(note) + "\\n")\n            self.mlflow.log(batch)\n',
         "tests/pipelines/tracking/test_unlogged.py::test_what_broke_off_on_its_way_is_noted_as_taken_by_nobody",
     ),
     Mutation(

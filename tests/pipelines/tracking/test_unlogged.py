@@ -211,21 +211,19 @@ def test_what_broke_off_on_its_way_is_noted_as_taken_by_nobody(mlflow: MLflow, t
     note = (run.path / "outbox.json").read_text()
     run.append({"step": 2, "train/loss": 1.0})
     posted = outbox.Posted(run, uri)
-    posted.open()
+    next(posted.deliver())  # it is open
     assert posted.mlflow is not None
     good = posted.mlflow.log
 
-    def broken(reports: list[dict[str, Any]]) -> int:
+    def broken(reports: list[dict[str, Any]]) -> None:
         raise OSError("no answer")
 
     posted.mlflow.log = broken  # type: ignore[method-assign]
-    ((batch, end),) = posted.batches()
     with pytest.raises(OSError, match="no answer"):
-        posted.send(batch, end)
+        list(posted.deliver())
     assert (run.path / "outbox.json").read_text() == note and outbox.Posted(posted.run, uri).lost() == posted.lost() == 1
     posted.mlflow.log = good  # type: ignore[method-assign]
-    for again, its_end in posted.batches():
-        posted.send(again, its_end)
+    list(posted.deliver())
     assert list(mlflow.steps.values()) == [[1, 2]] and posted.lost() == 0
 
 
@@ -364,3 +362,17 @@ def test_a_sweep_that_goes_on_does_not_need_the_server_and_a_new_one_does(tmp_pa
     trained(found, lambda point: 0.5)
     with pytest.raises(UserError, match="/data/patterns"):  # one check later: there is no data
         sweep.sweep(sweep.Args(resume=found.path, tracking_uri=nobody))
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", '{"mlflow_run": "ab', '{"mlflow_run": "RUN", "bytes": "many"}', '{"mlflow_run": "RUN", "bytes": -3}']
+)
+def test_a_damaged_note_is_no_note(mlflow: MLflow, tmp_path: Path, damage: str) -> None:
+    """MLflow itself says which steps it has: nothing is logged twice."""
+    run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
+    run.append({"step": 1, "train/loss": 1.0})
+    run = outbox.catch_up(run, uri)
+    (run.path / "outbox.json").write_text(damage.replace("RUN", run.tracking_run))
+    run.append({"step": 2, "train/loss": 1.0})
+    run = outbox.catch_up(run, uri)
+    assert list(mlflow.steps.values()) == [[1, 2]] and run.unlogged == ""

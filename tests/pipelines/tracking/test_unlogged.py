@@ -174,7 +174,7 @@ def test_an_opening_that_fails_half_way_goes_on_in_the_same_run(tmp_path: Path, 
     assert run.tracking_run == load_run(run.path).tracking_run == "ab12" and not run.unlogged
 
 
-def test_two_who_note_something_in_a_run_keep_each_others(tmp_path: Path) -> None:
+def test_two_writers_of_run_json_keep_each_others_fields(tmp_path: Path) -> None:
     run, other = a_run(tmp_path), a_run(tmp_path)
     run.noted(tracking_run="ab12")
     assert other.noted(unlogged="yes").tracking_run == ""  # of its own copy; on disk both fields are set

@@ -35,7 +35,7 @@ def said(to: HangDetector, now: float, *readings: Reading) -> dict[int, str]:
     return to.hung(now)
 
 
-def test_who_is_waited_for_is_named_and_not_who_waits() -> None:
+def test_the_blocking_rank_is_named_and_no_waiting_rank() -> None:
     group = detector(WAITS, AT, WAITS)
     assert said(group, 299.0, WAITS, AT, WAITS) == {}
     place = "at step 7 (simclr/data/loader.py:1 _prefetched)"
@@ -45,7 +45,7 @@ def test_who_is_waited_for_is_named_and_not_who_waits() -> None:
     assert set(said(detector(WAITS, WAITS), 301.0, WAITS, WAITS)) == {0, 1}  # no rank is to blame, but none goes on
 
 
-def test_who_does_not_answer_is_named_whatever_the_others_do() -> None:
+def test_a_rank_that_does_not_answer_is_named() -> None:
     group = detector(WAITS, AT)
     group.hear(0, replace(WAITS, beats=11), 301.0)
     assert group.hung(301.0) == {1: "no answer for 301 s from pid 11 on b (10.0.0.2), at step 7 (simclr/data/loader.py:1 _prefetched)"}

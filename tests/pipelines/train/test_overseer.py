@@ -13,7 +13,7 @@ from pipelines.train.messages import WorkerFailed
 from pipelines.train.overseer import overseer
 
 
-def test_who_is_silent_counts_as_failed_and_is_told() -> None:
+def test_a_silent_worker_counts_as_failed_and_is_reported() -> None:
     """Ray calls its other callbacks first, so no other one reports it."""
     from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerStatus
 

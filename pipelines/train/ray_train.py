@@ -113,7 +113,7 @@ def connect(resources: Resources) -> bool:
     if ray.is_initialized():
         return False
     if not re.fullmatch(r"\d+(\.\d*)?", _START_S):
-        raise UserError(f"$RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S is {_START_S!r}; expected a number of seconds")
+        raise UserError(f"${ray_private.START_TIMEOUT} is {_START_S!r}; expected a number of seconds")
     # These imports take as long as Ray takes to start its processes, so both run at once.
     importing = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
     importing.start()

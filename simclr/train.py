@@ -53,7 +53,7 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
     """Train, yielding a Report every `train.report_every_steps` steps and at the end. The config chooses the method, unless one is given.
 
     Raises UserError for a batch that fits neither the data nor the ranks, or a checkpoint of another config, before the
-    first step, and Diverged where the loss is not finite, naming step, ranks and images, or diverges.
+    first step, and Diverged if the loss is not finite (it names step, ranks and images) or grows without bound.
     """
     # ── The plan ───────────────────────────────────────────────────────────────────────────────────────────────────
     groups = config.train.shard_groups

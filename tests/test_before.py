@@ -74,7 +74,7 @@ def test_the_same_command_looks_where_it_did(before: Path, name: str, path: str,
     run = load_run(before / name)
     data = run.data.resolve()
     monkeypatch.chdir(tmp_path)
-    assert open_run(None, run.recipe, run.config, data, stage=run.stage).path == Path(path)
+    assert open_run(None, run.recipe, run.config, data, stage=run.stage).path == Path("runs") / path
 
 
 def test_old_weights_are_published_and_old_encoders_read(before: Path, went_on: dict[str, Any]) -> None:

@@ -54,6 +54,8 @@ def capture(
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{name}.{key}"] = value
+            elif value is not None:
+                raise TypeError(f"the optimizer keeps {key} = {value!r} of {name}; a checkpoint holds tensors")
     return State(step, config, tensors)
 
 
@@ -85,7 +87,7 @@ def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, be
             t.copy_(state.tensors[name])
         for name, (p, key) in _kept(state, model).items():
             there = state.tensors[name]
-            if there.shape == p.shape:
+            if there.shape == p.shape and key != "step":
                 # In the parameter's own memory layout, which fused optimizers and bitwise resume need.
                 optimizer.state[p][key] = torch.empty_like(p, dtype=there.dtype, requires_grad=False).copy_(there)
             else:  # a step count: torch keeps it on the parameter's device only for fused and captured optimizers
@@ -93,10 +95,14 @@ def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, be
                 optimizer.state[p][key] = there.clone().to(p.device if beside_p else "cpu")
 
 
-def part(state: State, model: nn.Module, module: nn.Module) -> dict[str, Tensor]:
-    """The tensors in `state` of `module`, a part of `model`, by their names in `module`."""
-    (prefix,) = (f"model.{name}." for name, found in model.named_modules() if found is module)
-    return {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}
+def part(state: State, model: nn.Module, module: nn.Module, beside: nn.Module | None = None) -> dict[str, Tensor]:
+    """The tensors in `state` of `module`, which is `model`, what is `beside` it or a part of one, by their names in `module`."""
+    for root, whole in (("model", model), ("state", beside)):
+        for name, found in whole.named_modules() if whole is not None else ():
+            if found is module:
+                prefix = f"{root}.{name}." if name else f"{root}."
+                return {key.removeprefix(prefix): t for key, t in state.tensors.items() if key.startswith(prefix)}
+    raise ValueError(f"{type(module).__name__} is no part of the trained modules")
 
 
 def _named(model: nn.Module, beside: nn.Module | None) -> dict[str, Tensor]:

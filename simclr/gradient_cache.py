@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from simclr.networks.batchnorm import BatchNorm
 
 Rows = dict[str, Tensor]
+"""Name → (crops, n, …), rows of n images: pieces are cut along n and joined along n. Tensors alone, so that DDP and compile take them."""
 Loss = tuple[Tensor, Rows]
 
 
@@ -40,17 +41,19 @@ def cached_gradient(
     targets, loss, sums). Autocast belongs inside `forward`: gradients are computed here.
     """
     pieces = [slice(at, min(at + piece, images)) for at in range(0, images, piece)]
-    statistics = [b for m in network.modules() if isinstance(m, BatchNorm) for b in (m.running_mean, m.running_var)]
+    statistics = [b for m in network.modules() if isinstance(m, BatchNorm) and m.training for b in (m.running_mean, m.running_var)]
     before = [b.clone() for b in statistics]
     outputs, wanted_of = [], []
     for rows in pieces:
         given = inputs(rows)
         with torch.no_grad():
             outputs.append(forward(given))
-        torch._foreach_copy_(statistics, before)  # only the second pass counts
+        if statistics:
+            torch._foreach_copy_(statistics, before)  # only the second pass counts
         wanted_of.append(targets(given))
     whole = {name: x.requires_grad_() for name, x in _joined(outputs).items()}
     taught = _joined(wanted_of)
+    del given, outputs, wanted_of  # a piece's views, which the loss and the second pass have no use for
     found, sums = loss(whole, taught)
     gradients = dict(zip(whole, torch.autograd.grad(found, list(whole.values()), allow_unused=True), strict=True))
     moved = [torch.zeros_like(b) for b in statistics]
@@ -60,11 +63,13 @@ def cached_gradient(
             again = forward(inputs(rows))
             shares = [(again[name] * g[:, rows]).sum() for name, g in gradients.items() if g is not None]
             torch.stack(shares).sum().backward()
-        torch._foreach_add_(moved, statistics)
-        torch._foreach_copy_(statistics, before)
+        if statistics:
+            torch._foreach_add_(moved, statistics)
+            torch._foreach_copy_(statistics, before)
     # Running statistics move once in a step, by the mean over pieces. (A momentum for each piece would do it too, but would be compiled
     # anew each time.)
-    torch._foreach_copy_(statistics, torch._foreach_div(moved, float(len(pieces))))
+    if statistics:
+        torch._foreach_copy_(statistics, torch._foreach_div(moved, float(len(pieces))))
     return {name: x.detach() for name, x in whole.items()}, taught, found.detach(), {name: x.detach() for name, x in sums.items()}
 
 

@@ -20,7 +20,7 @@ from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.gradient_cache import cached_gradient
 from simclr.methods.choice import method_of
-from simclr.methods.method import Method, Rows, Start, no_evaluation
+from simclr.methods.method import Method, Rows, Start, examples_of, no_evaluation
 from simclr.optim import build_optimizer, set_schedules
 from simclr.precision import autocast, set_backends
 from simclr.telemetry.guards import Health
@@ -58,7 +58,7 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
     # ── The plan ───────────────────────────────────────────────────────────────────────────────────────────────────
     groups = config.train.shard_groups
     manifest = read_manifest(start.data, groups=groups, group=config.group_of(rank(), world_size()))
-    examples = manifest.examples("train", groups) if start.ids is None else len(start.ids)
+    examples = examples_of(config, start, manifest)
     per_epoch, total, watch_every = config.steps_per_epoch(examples), config.total_steps(examples), config.watch_steps(examples)
     per_rank, device, precision = config.images_per_rank(world_size()), start.device, config.train.precision
     set_backends(precision, device)
@@ -157,5 +157,6 @@ def take_step(
     method.gradients(step)
     set_schedules(optimizer, method.groups, step)
     optimizer.step()
-    method.after(inputs, targets, step)
+    with torch.no_grad(), autocast(precision, device):
+        method.after(inputs, targets, step)
     return outputs, targets, loss, sums

@@ -108,7 +108,7 @@ def distill(args: Args) -> Run:
         total=config.total_steps(examples),
         uri=uri,
         resources=args.resources,
-        publish=lambda run: classifiers.publish(run, classes, 0, notes),
+        publish=lambda run, method: classifiers.publish(run, classes, 0, notes, method),
         given={"labelled": ids},
     )
     return driver.train(job, began)

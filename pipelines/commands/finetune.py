@@ -109,7 +109,7 @@ def finetune(args: Args) -> Run:
         total=config.total_steps(len(ids)),
         uri=uri,
         resources=args.resources,
-        publish=lambda run: classifiers.publish(run, classes, config.tap, notes),
+        publish=lambda run, method: classifiers.publish(run, classes, config.tap, notes, method),
         given={"ids": ids},
     )
     return driver.train(job, began)

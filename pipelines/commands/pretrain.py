@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -15,6 +15,9 @@ from pipelines.runs.directory import Run
 from pipelines.train import driver, ray_train
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from simclr.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,16 @@ def pretrain(args: Args) -> Run:
         total=config.total_steps(examples),
         uri=uri,
         resources=args.resources,
-        publish=lambda run: publish_newest(run, classes),
+        publish=lambda run, method: publish_newest(run, classes, method),
     )
     return driver.train(job, began)
 
 
-def publish_newest(run: Run, classes: Sequence[str]) -> None:
+def publish_newest(run: Run, classes: Sequence[str], method: Method | None = None) -> None:
     """Write the newest checkpoint's encoder, head and linear classifier to run/encoder."""
     from simclr.encoder.directory import write_encoder
 
-    step, parts = driver.newest_tensors(run)
+    step, parts = driver.newest_tensors(run, method)
     published = {"recipe": run.recipe, "step": step, "data": run.data.name}
     write_encoder(
         parts["encoder"],

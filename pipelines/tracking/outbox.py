@@ -87,9 +87,11 @@ class Posted:
             for line in lines:
                 if not line.endswith(b"\n"):  # it is being written, or its machine crashed
                     break
-                with contextlib.suppress(ValueError):  # half a line of a crash, with another line behind it
-                    batch.append(json.loads(line))
-                    values += len(client.metrics_of(batch[-1]))
+                # Half a line of a crash with another line behind it, and what somebody wrote into the file, are no reports.
+                with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+                    report = json.loads(line)
+                    values += len(client.metrics_of(report)) + 0 * int(report["step"])
+                    batch.append(report)
                 note["bytes"] += len(line)
                 if values > client.MOST - 100:  # a report has fewer than 100
                     yield batch, note

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from simclr.methods.method import Method
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -136,11 +138,11 @@ def stage_train(batch_size: int, epochs: float, precision: Literal["float32", "t
     return Train(batch_size=batch_size, epochs=epochs, precision=precision, compile=compile)
 
 
-def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, object]) -> None:
+def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, object], method: Method | None = None) -> None:
     """Write the newest checkpoint's network with its classifier to run/encoder, and its test scores to run/evaluation.json."""
     from simclr.encoder.directory import write_encoder
 
-    step, parts = driver.newest_tensors(run)
+    step, parts = driver.newest_tensors(run, method)
     scores = scores_of(run)
     about: dict[str, Any] = {"recipe": run.recipe, "step": step, "data": run.data.name, **notes, "scores": scores}
     # A published head is a ProjectionHead, or its first layers; a classifier holds the layers alone.

@@ -43,8 +43,8 @@ class Job:
     uri: str
     """MLflow address."""
     resources: ray_train.Resources
-    publish: Callable[[Run], None]
-    """Writes run/encoder from the newest checkpoint."""
+    publish: Callable[[Run, Method | None], None]
+    """Writes run/encoder from the newest checkpoint, whose parts the method names; None = it is made from the run's data."""
     given: dict[str, Any] = field(default_factory=dict)
     """Fields of the loop's `Start` that belong to this stage (see `pipelines.train.worker`)."""
 
@@ -80,7 +80,7 @@ def _train(job: Job, began: float) -> Run:
     run, home, where = job.run, job.home, sync.shown(job.asked)
     done = _steps_done(run)
     if done >= job.total:
-        job.publish(run)
+        job.publish(run, None)
         if run.unlogged:
             try:
                 run = catch_up(run, job.uri)
@@ -111,10 +111,10 @@ def _train(job: Job, began: float) -> Run:
     status, running = "FAILED", None
     try:
         running = _launch(job)
-        stepped = _follow(job, running, outbox, done, began, connected)
+        stepped, method = _follow(job, running, outbox, done, began, connected)
         run.took(run.stage, time.monotonic() - stepped)
         home.sync_checkpoints()
-        job.publish(run)
+        job.publish(run, method)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -153,9 +153,10 @@ def _launch(job: Job) -> ray_train.Running:
     return ray_train.launch(train_worker, task, job.resources, run.path / "ray")
 
 
-def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, began: float, connected: float) -> float:
-    """Log the reports until there are no more; returns the time of the first."""
+def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, began: float, connected: float) -> tuple[float, Method | None]:
+    """Log the reports until there are no more; returns the time of the first, and the run's method on the meta device."""
     run, home, stepped, warned, told, slow = job.run, job.home, 0.0, None, False, ""
+    method: Method | None = None
     with Bar(run.stage, job.total, "steps") as bar:
         bar.resume_at(done)
         for report in running.reports():
@@ -175,13 +176,15 @@ def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, beg
                 )
                 run.took("start", stepped - began)
             run.append(report.line())
+            if method is None:  # now, while the data is there: after weeks it may not be, and the encoder is to be published all the same
+                method = shapes_of(run)
             if warned is None and report.step > 1 and (warned := collapse(report.metrics)):
                 say(f"step {report.step:,}: {warned}; a lower --optim.base-lr, more warm-up or another temperature may help")
             if report.stragglers not in ("", slow):
                 slow = report.stragglers
                 say(f"step {report.step:,}: {slow} {SLOW}")
             bar.update(report.step, _note(report.metrics), report.metrics["speed/images_per_s"])
-    return stepped or time.monotonic()
+    return stepped or time.monotonic(), method
 
 
 def _cost(saved: Saved, by_steps: int | None) -> str:
@@ -246,12 +249,12 @@ def shapes_of(run: Run) -> Method:
     return method_of(run.config, Start(run.data, torch.device("meta"), teacher=run.path / "teacher"))
 
 
-def newest_tensors(run: Run) -> tuple[int, dict[str, dict[str, Any]]]:
+def newest_tensors(run: Run, method: Method | None = None) -> tuple[int, dict[str, dict[str, Any]]]:
     """Steps of the newest checkpoint, and the weights that the run's method publishes: {"encoder": {name: tensor}, "head": …, …}."""
     from simclr import checkpoint
 
     newest = checkpoint.latest(run.checkpoints, say)
     if newest is None:
         raise UserError(f"{run.path} has no checkpoint yet; `simclr {run.stage}` writes one every minute")
-    state, method = checkpoint.read(newest), shapes_of(run)
-    return state.step, {name: checkpoint.part(state, method.network, module) for name, module in method.published.items()}
+    state, method = checkpoint.read(newest), method or shapes_of(run)
+    return state.step, {name: checkpoint.part(state, method.network, module, method.state) for name, module in method.published.items()}

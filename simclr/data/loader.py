@@ -93,6 +93,7 @@ def batches(
     n = config.images_per_rank(world)
     taken = config.train.batch_size // groups  # from each group, in a step
     crops = crops or (Crop(views=config.views),)
+    assert all(crop.views.resize == config.views.resize for crop in crops), "one decode resizes all its crops alike"
     read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), config.views.resize)
     order_of, order = -1, np.empty(0, np.int64)
 

@@ -24,7 +24,7 @@ from simclr.data.manifest import Manifest
 from simclr.encoder.directory import read_encoder, read_head
 from simclr.evaluation import features
 from simclr.evaluation.metrics import accuracy
-from simclr.methods.method import Method, Rows, Start, begun, labels_of, no_evaluation, placed, schedule
+from simclr.methods.method import Method, Rows, Start, begun, examples_of, labels_of, no_evaluation, placed, schedule
 from simclr.networks.heads import Classifier, build_head
 from simclr.networks.initial import unfilled
 from simclr.networks.resnet import build_encoder
@@ -33,7 +33,7 @@ from simclr.precision import autocast, weights_dtype
 from simclr.stages import FineTune
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
-from simclr.views.two_views import crop_and_flip
+from simclr.views.two_views import views_of
 
 
 class Scores(nn.Module):
@@ -77,8 +77,10 @@ def classifying(
     """The method that trains `model` for `objective`. Its inputs are one view of each image, the labels, and `further` rows."""
     model, device, dtype = placed(model, start, config.train.precision), start.device, weights_dtype(config.train.precision)
 
+    crop = Crop(count=1, views=config.views, distorted=False)
+
     def inputs(batch: Batch, some: slice) -> Rows:
-        views = crop_and_flip(batch.images[0][some], batch.ids[some], batch.epoch, config.views, config.seed, device)
+        views = views_of(batch.images[0][some], batch.ids[some], batch.epoch, crop, config.seed, device)
         rows = {"views": views.to(dtype, memory_format=torch.channels_last)[None], "labels": to_device(batch.labels[some], device)[None]}
         return rows | further(batch, some)
 
@@ -88,14 +90,13 @@ def classifying(
         return found
 
     train_mode(model, linear)
-    examples = manifest.examples("train") if start.ids is None else len(start.ids)
     return Method(
-        crops=(Crop(count=1, views=config.views, distorted=False),),
+        crops=(crop,),
         inputs=inputs,
         network=Scores(model),
         targets=targets,
         loss=objective,
-        groups=parameter_groups(model, config.optim.weight_decay, schedule(config, examples)),
+        groups=parameter_groups(model, config.optim.weight_decay, schedule(config, examples_of(config, start, manifest))),
         published={"encoder": model.encoder, "head": model.head, "classifier": model.classifier},
         evaluate=evaluate if "test" in manifest.splits else no_evaluation,
         chance=math.log(max(len(manifest.classes), 2)),

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from simclr.config import Config
 from simclr.data.loader import Batch
+from simclr.data.manifest import Manifest
+from simclr.gradient_cache import Rows
 from simclr.networks.initial import unfilled
 from simclr.optim import Group, lr_peak, warmup_cosine
 from simclr.precision import weights_dtype
 from simclr.views.draw import Crop
 
-Rows = dict[str, Tensor]
-"""Name → (crops, n, …), rows of n images: pieces are cut along n and joined along n. Tensors alone, so that DDP and compile take them."""
+__all__ = ["Method", "Rows", "Start"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -94,21 +95,23 @@ class Method:
     """With gradient: input rows → output rows. DDP and compile wrap it. The guards look at its first output, image by image."""
     loss: Callable[[Rows, Rows, int], tuple[Tensor, Rows]]
     """(outputs, targets, step) → this rank's share of the global mean, exact over ranks; and values that are summed until the next
-    report: a mean (), or hits and their possible number (2,), whose ratio is reported."""
+    report: a mean (), or hits and their possible number (2,), whose ratio is reported. "train/loss" is always among them."""
     groups: tuple[Group, ...]
-    """Parameters, their optimizer settings and schedules."""
+    """Parameters, their optimizer settings and schedules. The first group's "lr" is what reports say."""
     published: dict[str, nn.Module]
-    """Parts of the network that `simclr publish` writes: {"encoder": …}."""
+    """What `simclr publish` writes, parts of the network or of the state: {"encoder": …}."""
     state: nn.Module = field(default_factory=nn.Module)
     """Without gradient, in the checkpoint: moving averages, queues, centres."""
     before: Callable[[int], None] = nothing_at
     """Once a step, before the first forward pass."""
     targets: Callable[[Rows], Rows] = no_rows
-    """Input rows → target rows, without gradient, once per piece."""
+    """Input rows → target rows, without gradient and under autocast, once per piece. If it moves statistics (a BatchNorm in training
+    mode), those of a batch in pieces move once per piece: a method that cannot have that refuses `train.micro_batch`."""
     gradients: Callable[[int], None] = nothing_at
     """After the all-reduce, before the optimizer."""
     after: Callable[[Rows, Rows, int], None] = nothing_after
-    """(inputs, targets, step), after the optimizer: enqueue, recentre, average. With a batch in pieces, inputs are {}."""
+    """(inputs, targets, step), after the optimizer, without gradient and under autocast: enqueue, recentre, average. With a batch in
+    pieces, inputs are {}."""
     report: Callable[[Rows, Rows], dict[str, Tensor]] = nothing_seen
     """Metrics of a step's outputs and targets, computed only when a report is due, as means over ranks."""
     evaluate: Callable[[], dict[str, float]] = no_evaluation
@@ -128,6 +131,11 @@ def begun(make: Callable[[], M], start: Start) -> M:
         with start.device:
             return make()
     return make() if start.checkpoint is None else unfilled(make)
+
+
+def examples_of(config: Config, start: Start, manifest: Manifest) -> int:
+    """Images of an epoch: the training split of all shard groups, or those that `start.ids` leaves."""
+    return manifest.examples("train", config.train.shard_groups) if start.ids is None else len(start.ids)
 
 
 def schedule(config: Config, examples: int) -> Callable[[int], float]:

@@ -19,13 +19,25 @@ from simclr.data.manifest import Manifest
 from simclr.evaluation import representation
 from simclr.evaluation.online import knn_of
 from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
-from simclr.methods.method import Method, Rows, Start, begun, labels_of, no_evaluation, no_rows, nothing_after, placed, schedule
+from simclr.methods.method import (
+    Method,
+    Rows,
+    Start,
+    begun,
+    examples_of,
+    labels_of,
+    no_evaluation,
+    no_rows,
+    nothing_after,
+    placed,
+    schedule,
+)
 from simclr.methods.queue import Queue
 from simclr.networks.heads import build_head, linear_classifier
 from simclr.networks.initial import unfilled
 from simclr.networks.resnet import ResNet, build_encoder
 from simclr.optim import parameter_groups
-from simclr.precision import autocast, weights_dtype
+from simclr.precision import weights_dtype
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
 from simclr.views.two_views import two_views
@@ -88,11 +100,10 @@ def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Me
 
     def enqueue(inputs: Rows, targets: Rows, step: int) -> None:
         assert queue is not None
-        with autocast(precision, device):
-            queue.enqueue(inputs["views"].flatten(0, 1), model.encoder, model.head, step)
+        queue.enqueue(inputs["views"].flatten(0, 1), model.encoder, model.head, step)
 
     tested = manifest is not None and bool(classes) and "test" in manifest.splits
-    examples = manifest.examples("train", config.train.shard_groups) if manifest is not None else config.train.batch_size
+    examples = examples_of(config, start, manifest) if manifest is not None else config.train.batch_size
     parts: dict[str, nn.Module] = {"encoder": model.encoder, "head": model.head}
     return Method(
         crops=(Crop(views=config.views),),
@@ -124,12 +135,10 @@ def contrast(z: Tensor, loss: Loss, negatives: Tensor | None = None) -> Tensor:
 def classify(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy of the linear evaluation, logits (2n, classes), labels (n,), and (2,) its hits and the labelled views.
 
-    All are 0 without classes. An image without a label (−1) adds nothing, and the divisor stays 2n: so the mean over ranks
+    An image without a label (−1) adds nothing, and the divisor stays 2n: so the mean over ranks
     is the global batch's, however labels are spread.
     """
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    if not logits.shape[1]:
-        return logits.new_zeros(()), logits.new_zeros(2)
     labels = labels.repeat(2)
     loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
     hits = torch.stack([(logits.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])

@@ -44,7 +44,7 @@ class Health:
         self.stragglers = Stragglers(world_size())
 
     def see(self, step: int, ids: Tensor, rows: Tensor, loss: Tensor) -> None:
-        """Step `step` (1-based) of images `ids` (n,) gave `rows` (crops · n, …) and `loss`."""
+        """Step `step` (1-based) of images `ids` (n,) gave `rows` (crops · n, …) and `loss`, the whole objective."""
         self.ids[step] = ids
         bad = rows.detach().flatten(1).isfinite().all(1).logical_not().view(-1, len(ids)).any(0)
         # A NaN among the keys reaches every rank's loss. It counts half a step later, so that the rank of the bad image comes first.

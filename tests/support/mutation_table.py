@@ -78,8 +78,8 @@ MUTATIONS = (
     Mutation(
         "statistics-move-twice",
         "simclr/gradient_cache.py",
-        "        torch._foreach_copy_(statistics, before)  # only the second pass counts\n",
-        "",
+        "            torch._foreach_copy_(statistics, before)  # only the second pass counts\n",
+        "            pass\n",
         "tests/simclr/test_gradient_cache.py::test_statistics_are_those_of_a_piece_and_move_once",
     ),
     Mutation(

@@ -114,7 +114,7 @@ def test_a_driver_killed_after_the_last_checkpoint_leaves_the_rest_to_the_same_c
             total=3,
             uri=uri,
             resources=ray_train.Resources(workers=1),
-            publish=lambda run: None,
+            publish=lambda run, method: None,
         )
         return driver.train(now, time.monotonic())
 
@@ -376,3 +376,12 @@ def test_a_damaged_note_is_no_note(mlflow: MLflow, tmp_path: Path, damage: str) 
     run.append({"step": 2, "train/loss": 1.0})
     run = outbox.catch_up(run, uri)
     assert list(mlflow.steps.values()) == [[1, 2]] and run.unlogged == ""
+
+
+def test_lines_that_are_no_reports_are_passed_over(mlflow: MLflow, tmp_path: Path) -> None:
+    run, uri = a_run(tmp_path), mlflow_uri.default_uri(tmp_path)
+    with (run.path / "metrics.jsonl").open("a") as lines:
+        lines.write('[1]\n"text"\n{"train/loss": 1.0}\n{"step": 1, "train/loss": "much"}\n{"step": 1, "train/lo{"step": 1}\n')
+    run.append({"step": 2, "train/loss": 1.0})
+    run = outbox.catch_up(run, uri)
+    assert list(mlflow.steps.values()) == [[2]] and run.unlogged == ""

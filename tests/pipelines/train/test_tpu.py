@@ -147,7 +147,7 @@ def test_the_views_are_one_program() -> None:
 
 
 class Step(torch.nn.Module):
-    """Encoder, head and loss, as `pretrain` puts them together."""
+    """Encoder, head and loss, as the method puts them together."""
 
     def __init__(self) -> None:
         super().__init__()

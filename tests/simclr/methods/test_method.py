@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,16 +15,20 @@ from torch import Tensor, nn
 
 from simclr import checkpoint
 from simclr.config import Config
+from simclr.data import loader
+from simclr.data.ffcv.decode import decode
 from simclr.data.loader import Batch
+from simclr.gradient_cache import cached_gradient
 from simclr.methods.method import Method, Rows, Start, begun, placed, schedule
 from simclr.networks.heads import linear_classifier
 from simclr.networks.resnet import build_encoder
 from simclr.optim import parameter_groups
 from simclr.train import Report, train
-from simclr.views.draw import Crop
+from simclr.views.draw import Crop, boxes_of
 from simclr.views.two_views import views_of
 from tests.conftest import Within
 from tests.support.ranks import Ranks
+from tests.support.resize import reference
 from tests.support.small import TINY
 
 CONFIG = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, report_every_steps=5, checkpoint_every_steps=10))
@@ -119,3 +125,77 @@ def test_its_gradient_comes_in_pieces_too(photographs: Path) -> None:
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, micro_batch=6, steps=5))
     losses = [report.metrics["train/loss"] for report in trained(config, photographs)]
     assert losses[-1] != losses[0] and all(0 < loss < 4 for loss in losses)
+
+
+def test_one_decode_cuts_several_lists_of_crops(photographs: Path) -> None:
+    """Three small crops beside two large ones: each is the reference's resize of its own keyed box."""
+    small = dataclasses.replace(CONFIG.views, size_px=24, area=(0.05, 0.3))
+    crops = (Crop(views=CONFIG.views), Crop(count=3, views=small))
+    stream = loader.batches(CONFIG, photographs, 11, 0, 1, crops=crops)
+    batch = next(stream)
+    stream.close()
+    ids = batch.ids.numpy()
+    boxes = boxes_of(crops, CONFIG.seed, batch.epoch, ids, np.tile([72, 96], (24, 1)))
+    assert batch.epoch == 1 and [tuple(part.shape) for part in batch.images] == [(24, 2, 32, 32, 3), (24, 3, 24, 24, 3)]
+    assert boxes.shape == (24, 5, 4) and len({tuple(box) for box in boxes[0]}) == 5
+    for row, sample in enumerate(ids):
+        image = decode((photographs.parent / f"{sample:03}.jpg").read_bytes(), 72, 96)
+        assert image is not None
+        for view in range(5):
+            found = batch.images[int(view > 1)][row, view if view < 2 else view - 2].numpy()
+            assert np.abs(found - reference(image, boxes[row, view], len(found))).max() <= 1
+
+
+def test_every_hook_is_called_in_its_place_and_what_is_published_is_found(photographs: Path) -> None:
+    start, called = Start(photographs), list[str]()
+    made = pair(CONFIG, start)
+
+    def note(name: str, found: Any = None) -> Any:
+        return lambda *given: (called.append(name), found if name != "after" else made.after(*given))[1]
+
+    loss = made.loss
+    method = dataclasses.replace(
+        made,
+        before=note("before"),
+        loss=lambda *given: (called.append("loss"), loss(*given))[1],
+        gradients=note("gradients"),
+        after=note("after"),
+        report=note("report", {"train/more": torch.ones(())}),
+        evaluate=note("evaluate", {"eval/score": 0.25}),
+        published={"encoder": made.network.get_submodule("encoder"), "teacher": made.state, "all": made.network},
+    )
+    reports = list(train(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=2)), start, method))
+    once = ("before", "loss", "gradients", "after", "report")
+    assert called == [*once, *once, "evaluate"]
+    assert reports[-1].metrics["train/more"] == 1 and reports[-1].metrics["eval/score"] == 0.25
+    state, parts = reports[-1].state, method.published
+    for name, module in parts.items():
+        found, own = checkpoint.part(state, method.network, module, method.state), module.state_dict()
+        assert found.keys() == own.keys() and all(torch.equal(t, found[key]) for key, t in own.items()), name
+    with pytest.raises(ValueError, match="Linear is no part of the trained modules"):
+        checkpoint.part(state, method.network, nn.Linear(1, 1), method.state)
+
+
+def test_a_network_without_batchnorm_takes_pieces_and_gives_the_whole_batchs_gradient() -> None:
+    torch.manual_seed(0)
+    network, x = nn.Linear(3, 2).double(), torch.randn(2, 12, 3, dtype=torch.float64)
+
+    def objective(outputs: Rows, targets: Rows) -> tuple[Tensor, Rows]:
+        loss = (outputs["y"][0] @ outputs["y"][1].T).logsumexp(1).mean() + targets["t"].mean() * outputs["y"].mean()
+        return loss, {"train/loss": loss}
+
+    def inputs(some: slice) -> Rows:
+        return {"x": x[:, some]}
+
+    def forward(rows: Rows) -> Rows:
+        return {"y": network(rows["x"]), "unused": network(rows["x"]) * 2}
+
+    def targets(rows: Rows) -> Rows:
+        return {"t": rows["x"].square()}
+
+    whole, _ = objective(forward(inputs(slice(0, 12))), targets(inputs(slice(0, 12))))
+    expected = torch.autograd.grad(whole, list(network.parameters()))
+    _, _, loss, _ = cached_gradient(network, inputs, forward, targets, objective, 12, 5)
+    assert abs(float(loss - whole)) < 1e-12
+    for p, g in zip(network.parameters(), expected, strict=True):
+        assert p.grad is not None and float((p.grad - g).abs().max()) < 1e-12

@@ -3,7 +3,7 @@
 Twenty steps of every kind of run on a few rendered images. FILE gets, for each, sha256 of the whole state at the end (each tensor by
 its bytes, names left out, so that renaming changes nothing) and every report. If FILE exists already, it is compared with, and
 differences are printed; the exit code is then 1. Run it on the commit before, then on the change, on one machine: processors and versions
-of torch round differently. On two quiet cores it takes about six minutes.
+of torch round differently.
 """
 
 from __future__ import annotations
@@ -147,12 +147,12 @@ def main(path: Path, worlds: tuple[int, ...]) -> int:
                 key = f"{name}, W = {world}"
                 found[key], *others = pool(world, twenty_steps, name, Path(folder))
                 assert all(other["reports"] == found[key]["reports"] for other in others), f"{key}: ranks differ"
-                said = "" if not known else "   the same" if found[key] == known[key] else "   DIFFERS"
+                said = "" if not known else "   the same" if found[key] == known.get(key) else "   DIFFERS"
                 print(f"{found[key]['sha256'][:16]} {key}{said}", flush=True)
     pool.close()
     if not known:
         path.write_text(json.dumps(found, indent=1) + "\n")
-    return int(bool(known) and any(known[key] != value for key, value in found.items()))
+    return int(bool(known) and any(known.get(key) != value for key, value in found.items()))
 
 
 if __name__ == "__main__":

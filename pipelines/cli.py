@@ -19,7 +19,7 @@ from simclr.errors import UserError
 
 # Commands of the rooms above this one. Nothing here may import them, so they are found by name when they are called.
 _ABOVE = {"sweep": "tune.sweep"}
-_END_S = 2.0  # that Ray gets to shut down after an interrupt
+_END_S = 1.0  # that Ray gets to shut down after an interrupt
 
 COMMANDS = {
     "demo": "the whole job on this machine: render, shard, pretrain, evaluate, register, pull, report",

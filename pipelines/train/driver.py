@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -15,7 +16,7 @@ from pipelines.runs.directory import Run, open_run
 from pipelines.terminal import Bar, process_age_s, say
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import Outbox, catch_up, require
-from pipelines.train import ray_train
+from pipelines.train import ray_private, ray_train
 from pipelines.train.messages import Saved, Task
 from simclr import files
 from simclr.config import Config
@@ -27,6 +28,7 @@ from simclr.telemetry.straggler import SLOW
 if TYPE_CHECKING:
     from simclr.methods.method import Method
 
+_INTERRUPTED_S = 3.5  # that an interrupted job gets to end; with the command's own second (pipelines.cli) it is over within 5 s
 _AMPLE_BYTES = 32 << 30  # three checkpoints of the largest recipe are 19 GiB
 
 
@@ -109,6 +111,8 @@ def _train(job: Job, began: float) -> Run:
     if run.config.train.micro_batch and job.resources.min_workers:
         say("BatchNorm normalises over --train.micro-batch images of every worker: with fewer workers, over fewer images")
     status, running = "FAILED", None
+    overdue = threading.Timer(_INTERRUPTED_S, _leave)
+    overdue.daemon = True
     try:
         running = _launch(job)
         stepped, method = _follow(job, running, outbox, done, began, connected)
@@ -118,6 +122,7 @@ def _train(job: Job, began: float) -> Run:
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
+        overdue.start()
         raise
     finally:
         shutil.rmtree(run.path / "ray", ignore_errors=True)
@@ -131,6 +136,7 @@ def _train(job: Job, began: float) -> Run:
             sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
             sending.start()
             sending.join(2.0 if status == "KILLED" else 60.0)
+        overdue.cancel()
     home.wait()
     home.send()
     return run
@@ -194,6 +200,13 @@ def _cost(saved: Saved, by_steps: int | None) -> str:
         return f"{much}; one every {by_steps:,} steps"
     share = 100 * saved.held_s / saved.every_s
     return f"{much}; one every {saved.every_s:.0f} s, {share:.2g} % of the time, is the most that is lost"
+
+
+def _leave() -> None:
+    """End this process, whatever it waits for. A checkpoint is whole or is not there, and metrics.jsonl has every report."""
+    say("interrupted; run the same command again to go on")
+    ray_private.kill_processes()
+    os._exit(130)
 
 
 def _send_anyway(home: sync.Home) -> None:

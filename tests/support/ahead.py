@@ -34,7 +34,8 @@ class Report:
     def line(self, name: str) -> str:
         """The report as a row of a table."""
         total = sum(self.instructions.values())
-        return f"{name:<58} {self.warps:>2} warps {self.registers:>4} registers {self.spilled:>4} B spilled {self.shared:>7,} B shared {total:>6,}"
+        used = f"{self.warps:>2} warps {self.registers:>4} registers {self.spilled:>4} B spilled {self.shared:>7,} B shared"
+        return f"{name:<50} {used} {total:>6,} instructions"
 
 
 def compiled(
@@ -42,15 +43,16 @@ def compiled(
 ) -> Report:
     """Compile `kernel` for GPUs of `capability`, a key of ARCHITECTURES.
 
-    arguments: name → its type in Triton's notation ("*bf16", "i32", "fp32"), or, for a compile-time constant, its value (no string). Pointers
-    and the `aligned` integers are taken as divisible by 16, as a launch finds them. Raises if the assembler refuses the code.
+    arguments: name → its type in Triton's notation ("*bf16", "i32", "fp32"), or the value of a compile-time constant. Pointers and the
+    `aligned` integers are taken as divisible by 16, as a launch finds them. Raises if the assembler refuses the code or reports nothing.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile  # not public; torch's own compiler calls it like this
 
     names = kernel.arg_names
     assert set(names) == set(arguments), (names, arguments)
-    of = {name: arguments[name] if isinstance(arguments[name], str) and name not in _strings(kernel) else "constexpr" for name in names}
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    of = {name: "constexpr" if name in constant else arguments[name] for name in names}
     constants = {(names.index(name),): arguments[name] for name in names if of[name] == "constexpr"}
     known = {(names.index(name),): [["tt.divisibility", 16]] for name in names if of[name].startswith("*") or name in aligned}
     with warnings.catch_warnings():
@@ -82,11 +84,6 @@ def compiled(
         warps=warps,
         instructions=counted,
     )
-
-
-def _strings(kernel: Any) -> set[str]:
-    """Names of the compile-time constants, whose value may be a string."""
-    return {parameter.name for parameter in kernel.params if parameter.is_constexpr}
 
 
 def _run(program: str, *words: str | Path) -> str:

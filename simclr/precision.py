@@ -8,8 +8,13 @@ _WEIGHTS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.f
 
 
 def weights_dtype(precision: str) -> torch.dtype:
-    """The dtype of weights, statistics and views."""
+    """The dtype of weights and statistics."""
     return _WEIGHTS[precision]
+
+
+def views_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of views as the network gets them: where autocast would round them to bfloat16 first, a GPU writes them so."""
+    return torch.bfloat16 if precision == "bfloat16" and device.type == "cuda" else _WEIGHTS[precision]
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -21,13 +21,13 @@ from simclr.collectives import data_parallel, world_size
 from simclr.config import Config
 from simclr.data.loader import Batch, batches, on_device
 from simclr.errors import UserError
-from simclr.methods.method import Start
+from simclr.methods.method import Start, views_for
 from simclr.methods.simclr import SimCLR, build_model, simclr
 from simclr.networks.batchnorm import BatchNorm
 from simclr.optim import build_optimizer, lr_peak, parameter_groups, warmup_cosine
-from simclr.precision import autocast, set_backends, weights_dtype
+from simclr.precision import autocast, set_backends, views_dtype, weights_dtype
 from simclr.train import take_step
-from simclr.views.two_views import two_views
+from simclr.views.draw import Crop
 
 Step = Callable[[], Tensor]
 """Takes one optimizer step and returns its loss on the device, without waiting for it."""
@@ -174,10 +174,11 @@ def _counted(steps: int, window_s: float) -> str:
 
 
 def resident_views(config: Config, device: torch.device) -> Tensor:
-    """(2n, 3, size, size) noise on the device, channels last like the loop's views. Their content does not change the time."""
+    """(2n, 3, size, size) noise on the device, in the dtype and memory format of the loop's views. Their content does not change the
+    time."""
     size, n = config.views.size_px, config.images_per_rank(world_size())
     views = torch.randn(2 * n, 3, size, size, generator=torch.Generator(device).manual_seed(0), device=device)
-    return views.to(weights_dtype(config.train.precision)).to(memory_format=torch.channels_last)
+    return views.to(views_dtype(config.train.precision, device)).to(memory_format=torch.channels_last)
 
 
 def resident(views: Tensor) -> See:
@@ -189,11 +190,8 @@ def resident(views: Tensor) -> See:
 def of_batch(batch: Batch, config: Config, device: torch.device) -> See:
     """Views made of the loader's batch, as in `simclr.train`."""
 
-    def see(rows: slice) -> Tensor:
-        views = two_views(batch.images[0][rows], batch.ids[rows], batch.epoch, config.views, config.seed, device)
-        return views.to(weights_dtype(config.train.precision), memory_format=torch.channels_last)
-
-    return see
+    crops = (Crop(views=config.views),)
+    return lambda rows: views_for(batch, rows, crops, config, device)[0]
 
 
 def of_noise(config: Config, device: torch.device) -> See:
@@ -231,7 +229,9 @@ def our_step(config: Config, device: torch.device) -> Callable[[See], Tensor]:
 
 def plain_step(config: Config, views: Tensor) -> Step:
     """The same network and weights in the usual form of the step: `nn.BatchNorm2d`, NT-Xent written out, fused SGD."""
-    network: nn.Module = in_plain_torch(config).to(views.device, views.dtype).to(memory_format=torch.channels_last).train()
+    network: nn.Module = (
+        in_plain_torch(config).to(views.device, weights_dtype(config.train.precision)).to(memory_format=torch.channels_last).train()
+    )
     optim, temperature, rows = config.optim, config.loss.temperature, len(views)
     trained = [p for p in network.parameters() if p.requires_grad]
     peak = lr_peak(optim.base_lr, config.train.batch_size, optim.scaling)

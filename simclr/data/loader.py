@@ -42,7 +42,8 @@ from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.data.memory import PAGE, copied, mapped, slots_for
 from simclr.data.s3.uri import Corrupt
 from simclr.telemetry import progress
-from simclr.views.draw import Crop, boxes_of, centre_boxes
+from simclr.to_device import to_device
+from simclr.views.draw import Crop, Drawn, boxes_of, centre_boxes, draw_batch
 
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
@@ -63,6 +64,8 @@ class Batch:
     """(n,) int64: positions in the split."""
     labels: Tensor
     """(n,) int64; −1 = unlabelled."""
+    drawn: tuple[Drawn | None, ...] = ()
+    """In training, for each `Crop` what was drawn for its views; None if it has no distortions."""
 
 
 def batches(
@@ -104,8 +107,10 @@ def batches(
             order_of, order = epoch, keyed.shuffled(config.seed, epoch, rows)
         first = step % per_epoch * taken + rank * n - group * taken
         mine = order[first : first + n]
-        boxes = None if split.raw else boxes_of(crops, config.seed, epoch, split.names[mine], split.sizes(mine))
-        return split.batch(read, step, epoch, mine, boxes)
+        names, sizes = split.names[mine], split.sizes(mine)
+        boxes = None if split.raw else boxes_of(crops, config.seed, epoch, names, sizes)
+        drawn = draw_batch(crops, config.seed, epoch, names, sizes if split.raw else None)
+        return replace(split.batch(read, step, epoch, mine, boxes), drawn=drawn)
 
     return _prefetched(batch, itertools.count(start_step), ahead, training=True)
 
@@ -154,8 +159,8 @@ def labels(data: Path, split: str = "train") -> NDArray[np.int64]:
 
 
 def on_device(stream: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
-    """`stream` with its images on `device`. A batch is copied to a GPU while the step before it computes, on its own CUDA stream; ids and
-    labels stay on the host. Closing it closes `stream`."""
+    """`stream` with its images, and what was drawn for them, on `device`. A batch is copied to a GPU while the step before it computes, on
+    its own CUDA stream; ids and labels stay on the host. Closing it closes `stream`."""
     with contextlib.closing(stream):
         if device.type != "cuda":
             yield from stream
@@ -165,7 +170,9 @@ def on_device(stream: Generator[Batch, None, None], device: torch.device) -> Gen
         try:
             for batch in stream:
                 with torch.cuda.stream(copying):
-                    moved = replace(batch, images=tuple(part.to(device, non_blocking=True) for part in batch.images))
+                    images = tuple(part.to(device, non_blocking=True) for part in batch.images)
+                    drawn = tuple(one and replace(one, block=to_device(one.block, device)) for one in batch.drawn)
+                    moved = replace(batch, images=images, drawn=drawn)
                     done = torch.cuda.Event()
                     done.record()
                 if waiting is not None:
@@ -182,7 +189,7 @@ def _after_copy(batch: Batch, done: torch.cuda.Event, device: torch.device) -> B
     """`batch`, after the computing stream was told to wait for its copy."""
     computing = torch.cuda.current_stream(device)
     computing.wait_event(done)
-    for part in batch.images:
+    for part in (*batch.images, *(one.block for one in batch.drawn if one is not None)):
         part.record_stream(computing)
     return batch
 

@@ -24,16 +24,15 @@ from simclr.data.manifest import Manifest
 from simclr.encoder.directory import read_encoder, read_head
 from simclr.evaluation import features
 from simclr.evaluation.metrics import accuracy
-from simclr.methods.method import Method, Rows, Start, begun, examples_of, labels_of, no_evaluation, placed, schedule
+from simclr.methods.method import Method, Rows, Start, begun, examples_of, labels_of, no_evaluation, placed, schedule, views_for
 from simclr.networks.heads import Classifier, build_head
 from simclr.networks.initial import unfilled
 from simclr.networks.resnet import build_encoder
 from simclr.optim import parameter_groups
-from simclr.precision import autocast, weights_dtype
+from simclr.precision import autocast
 from simclr.stages import FineTune
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
-from simclr.views.two_views import views_of
 
 
 class Scores(nn.Module):
@@ -75,13 +74,12 @@ def classifying(
     further: Callable[[Batch, slice], Rows] = lambda batch, some: {},
 ) -> Method:
     """The method that trains `model` for `objective`. Its inputs are one view of each image, the labels, and `further` rows."""
-    model, device, dtype = placed(model, start, config.train.precision), start.device, weights_dtype(config.train.precision)
-
-    crop = Crop(count=1, views=config.views, distorted=False)
+    model, device = placed(model, start, config.train.precision), start.device
+    crops = (Crop(count=1, views=config.views, distorted=False),)
 
     def inputs(batch: Batch, some: slice) -> Rows:
-        views = views_of(batch.images[0][some], batch.ids[some], batch.epoch, crop, config.seed, device)
-        rows = {"views": views.to(dtype, memory_format=torch.channels_last)[None], "labels": to_device(batch.labels[some], device)[None]}
+        (views,) = views_for(batch, some, crops, config, device)
+        rows = {"views": views[None], "labels": to_device(batch.labels[some], device)[None]}
         return rows | further(batch, some)
 
     def evaluate() -> dict[str, float]:
@@ -91,7 +89,7 @@ def classifying(
 
     train_mode(model, linear)
     return Method(
-        crops=(crop,),
+        crops=crops,
         inputs=inputs,
         network=Scores(model),
         targets=targets,

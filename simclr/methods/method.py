@@ -19,8 +19,9 @@ from simclr.data.manifest import Manifest
 from simclr.gradient_cache import Rows
 from simclr.networks.initial import unfilled
 from simclr.optim import Group, lr_peak, warmup_cosine
-from simclr.precision import weights_dtype
+from simclr.precision import views_dtype, weights_dtype
 from simclr.views.draw import Crop
+from simclr.views.two_views import views_of
 
 __all__ = ["Method", "Rows", "Start"]
 
@@ -49,6 +50,19 @@ class Start:
     def loader_threads(self) -> int:
         """Threads of the loader. On a GPU one fewer: if every core decodes, kernel launches wait for a core."""
         return self.threads if self.device.type == "cpu" else max(self.threads - 1, 1)
+
+
+def views_for(batch: Batch, some: slice, crops: tuple[Crop, ...], config: Config, device: torch.device) -> list[Tensor]:
+    """The views of some images of a batch, as a network reads them: for each of `crops` (count·n, 3, size, size), channels last."""
+    dtype, found, first = views_dtype(config.train.precision, device), [], 0
+    for index, crop in enumerate(crops):
+        images = batch.images[min(index, len(batch.images) - 1)][some]  # whole images serve all crops
+        drawn = batch.drawn[index] if batch.drawn else None
+        drawn = drawn and drawn.some(some)
+        views = views_of(images, batch.ids[some], batch.epoch, crop, config.seed, device, first, drawn, dtype)
+        found.append(views.to(dtype, memory_format=torch.channels_last))
+        first += crop.count
+    return found
 
 
 def no_rows(rows: Rows) -> Rows:

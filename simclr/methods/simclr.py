@@ -31,16 +31,15 @@ from simclr.methods.method import (
     nothing_after,
     placed,
     schedule,
+    views_for,
 )
 from simclr.methods.queue import Queue
 from simclr.networks.heads import build_head, linear_classifier
 from simclr.networks.initial import unfilled
 from simclr.networks.resnet import ResNet, build_encoder
 from simclr.optim import parameter_groups
-from simclr.precision import weights_dtype
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
-from simclr.views.two_views import two_views
 
 
 class SimCLR(nn.Module):
@@ -78,7 +77,7 @@ def shapes_only(config: Config, classes: int = 0) -> SimCLR:
 def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Method:
     """SimCLR on the images of `manifest`; without one there are neither labels nor online evaluation."""
     device, precision, loss = start.device, config.train.precision, config.loss
-    dtype, rows = weights_dtype(precision), 2 * config.train.batch_size
+    crops, rows = (Crop(views=config.views),), 2 * config.train.batch_size
     classes = len(manifest.classes) if manifest is not None else 0
     model = placed(begun(lambda: SimCLR(config, classes), start), start, precision)
     queue: Queue | None = None
@@ -87,8 +86,8 @@ def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Me
         queue = placed(made, start, precision)
 
     def inputs(batch: Batch, some: slice) -> Rows:
-        views = two_views(batch.images[0][some], batch.ids[some], batch.epoch, config.views, config.seed, device)
-        found = {"views": views.to(dtype, memory_format=torch.channels_last).unflatten(0, (2, -1))}
+        (views,) = views_for(batch, some, crops, config, device)
+        found = {"views": views.unflatten(0, (2, -1))}
         return found if model.classifier is None else {**found, "labels": to_device(batch.labels[some], device)[None]}
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
@@ -106,7 +105,7 @@ def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Me
     examples = examples_of(config, start, manifest) if manifest is not None else config.train.batch_size
     parts: dict[str, nn.Module] = {"encoder": model.encoder, "head": model.head}
     return Method(
-        crops=(Crop(views=config.views),),
+        crops=crops,
         inputs=inputs,
         network=model,
         state=queue if queue is not None else nn.Module(),

@@ -1,11 +1,13 @@
-"""Keyed parameters of views: crops and colours as pure functions of (seed, epoch, sample id, view). numpy, on the host."""
+"""Keyed parameters of views: crops and colours as pure functions of (seed, epoch, sample id, view), drawn on the host."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from simclr import keyed
 from simclr.config import Views
@@ -39,13 +41,17 @@ def boxes_of(crops: tuple[Crop, ...], seed: int, epoch: int, ids: Ints, sizes: I
     """Boxes of every crop of `crops`, one after the other: (n, views, 4), as `crop_boxes`."""
     boxes, view = [], 0
     for crop in crops:
-        first = crops_of(crop.views, seed, epoch, ids, sizes, view)
-        # In the ablation of single operations a crop is one of them, so all views begin with the same crop.
-        same = crop.views.operations is not None
-        others = [first if same else crops_of(crop.views, seed, epoch, ids, sizes, other) for other in range(view + 1, view + crop.count)]
-        boxes += [first, *others]
+        boxes += _boxes(crop, seed, epoch, ids, sizes, view)
         view += crop.count
     return np.stack(boxes, 1)
+
+
+def _boxes(crop: Crop, seed: int, epoch: int, ids: Ints, sizes: Ints, view: int) -> list[Ints]:
+    """`crops_of` each view that `crop` asks for, from number `view` on."""
+    first = crops_of(crop.views, seed, epoch, ids, sizes, view)
+    if crop.views.operations is not None:  # in the ablation of single operations a crop is one of them: all views begin with the same
+        return [first] * crop.count
+    return [first, *(crops_of(crop.views, seed, epoch, ids, sizes, other) for other in range(view + 1, view + crop.count))]
 
 
 def crop_boxes(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints) -> Ints:
@@ -120,6 +126,11 @@ class Colours:
     blur_sigma: Floats
     """(m,) standard deviation of the blur, in pixels; 0 = none."""
 
+    def some(self, views: int, images: slice) -> Colours:
+        """Those of some of the images, of each of the `views` views."""
+        of = np.arange(len(self.flip)).reshape(views, -1)[:, images].ravel()
+        return Colours(self.flip[of], self.jitter[of], self.order[of], self.factors[of], self.grey[of], self.blur_sigma[of])
+
 
 def draw_colours(views: Views, seed: int, epoch: int, ids: Ints, first: int = 0, count: int = 2) -> Colours:
     """Colour, flip and blur parameters of `count` views of `ids` (n,), from view number `first` on, as count·n rows (App. A)."""
@@ -135,3 +146,34 @@ def draw_colours(views: Views, seed: int, epoch: int, ids: Ints, first: int = 0,
         grey=u[:, 10] < views.grey_p,
         blur_sigma=np.where(u[:, 11] < views.blur_p, 0.1 + 1.9 * u[:, 12], 0.0),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What was drawn for the views of n images that a `Crop` asks for: the loader's thread draws it ahead of the step."""
+
+    colours: Colours
+    block: Tensor
+    """(count, n, 16) float32: colours and boxes in one piece, which travels to the device by itself. A row is flip, jitter, four of
+    order, four factors, grey, blur_sigma, and the box (top, left, height, width) of a whole image."""
+
+    def some(self, images: slice) -> Drawn:
+        """What was drawn for some of the images."""
+        return Drawn(self.colours.some(len(self.block), images), self.block[:, images])
+
+
+def draw_views(crop: Crop, seed: int, epoch: int, ids: Ints, sizes: Ints | None = None, first: int = 0) -> Drawn:
+    """Draw for the views of `ids` (n,), from view number `first` on. `sizes` (n, 2) are those of whole images; None = they are crops."""
+    c = draw_colours(crop.views, seed, epoch, ids, first, crop.count)
+    block = np.zeros((crop.count * len(ids), 16), np.float32)
+    block[:, :12] = np.column_stack([c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma])
+    if sizes is not None:
+        block[:, 12:] = np.concatenate(_boxes(crop, seed, epoch, ids, sizes, first))
+    return Drawn(c, torch.from_numpy(block).view(crop.count, len(ids), 16))
+
+
+def draw_batch(crops: tuple[Crop, ...], seed: int, epoch: int, ids: Ints, sizes: Ints | None) -> tuple[Drawn | None, ...]:
+    """`draw_views` for each of `crops`; None for crops without distortions."""
+    firsts = np.cumsum([0, *(crop.count for crop in crops)])
+    each = zip(crops, firsts.tolist(), strict=False)
+    return tuple(draw_views(crop, seed, epoch, ids, sizes, first) if crop.distorted else None for crop, first in each)

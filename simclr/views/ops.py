@@ -87,13 +87,14 @@ def distort(x: Tensor, colours: Colours) -> Tensor:
     return x
 
 
-def distort_all(x: Tensor, jitter: Tensor, order: Tensor, factors: Tensor, greyed: Tensor, sigma: Tensor) -> Tensor:
+def distort_all(x: Tensor, block: Tensor) -> Tensor:
     """`distort` in fixed shapes: every operation on every row, kept where it was drawn. Four times the work.
 
-    For devices that compile a program for each shape, such as TPUs: lists of rows would be compiled anew at each step. The arguments are
-    the fields of `Colours`, as tensors on x's device.
+    For devices that compile a program for each shape, such as TPUs: lists of rows would be compiled anew at each step. x (m, 3, H, W);
+    block (m, 16), on its device, rows as in `Drawn`.
     """
-    turns = factors.to(x.dtype).view(-1, 4, 1, 1, 1)
+    jitter, greyed, sigma = block[:, 1] > 0, block[:, 10] > 0, block[:, 11]
+    order, turns = block[:, 2:6], block[:, 6:10].to(x.dtype).view(-1, 4, 1, 1, 1)
     for position in range(4):
         before = x
         for operation, name in enumerate(OPERATIONS):

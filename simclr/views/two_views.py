@@ -14,8 +14,9 @@ from torch import Tensor
 
 from simclr import keyed
 from simclr.config import Views
+from simclr.kernels import views as gpu
 from simclr.to_device import to_device
-from simclr.views.draw import Crop, crop_boxes, crops_of, draw_colours
+from simclr.views.draw import Crop, Drawn, crop_boxes, draw_views
 from simclr.views.ops import by_index, crop_resize, distort, distort_all, normalise, rows_of
 
 
@@ -24,48 +25,70 @@ def two_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, 
     return views_of(images, ids, epoch, Crop(views=views), seed, device)
 
 
-def views_of(images: Tensor, ids: Tensor, epoch: int, crop: Crop, seed: int, device: torch.device | str = "cpu", first: int = 0) -> Tensor:
-    """The normalised views that `crop` asks for, (count·n, 3, size, size) float32: [view `first` of n images; the next view; …].
-
-    images: uint8, (n, H, W, 3) whole images, which are cropped here, or (n, count, size, size, 3) crops.
-    ids (n,): sample ids, on the host, because the parameters are drawn there. On the CPU crops go through a kernel that does
-    the same some seven times faster, and gives them channels last.
-    """
-    views = crop.views
-    if not crop.distorted:
-        assert crop.count == 1 and first == 0, "an undistorted crop is a classifier's: view 0 alone"
-        return crop_and_flip(images, ids, epoch, views, seed, device)
-    if images.ndim == 5 and torch.device(device).type == "cpu" and views.operations is None:
-        from simclr.kernels.views_cpu import crops_to_views  # numba takes half a second to import; users of an encoder need not wait
-
-        c = draw_colours(views, seed, epoch, ids.numpy(), first, crop.count)
-        return crops_to_views(images, c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, views.mean, views.std)
-    return normalise(raw_views(images, ids, epoch, views, seed, device, first, crop.count), views)
-
-
-def raw_views(
+def views_of(
     images: Tensor,
     ids: Tensor,
     epoch: int,
-    views: Views,
+    crop: Crop,
     seed: int,
     device: torch.device | str = "cpu",
     first: int = 0,
-    count: int = 2,
+    drawn: Drawn | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`views_of` before normalisation, in [0, 1], for galleries."""
-    n = len(images)
-    keys = ids.numpy()
-    colours = draw_colours(views, seed, epoch, keys, first, count)
-    flip = colours.flip & (views.operations is None)
+    """The normalised views that `crop` asks for, (count·n, 3, size, size): [view `first` of n images; the next view; …].
+
+    images: uint8, (n, H, W, 3) whole images, which are cropped here, or (n, count, size, size, 3) crops. ids (n,): sample ids, on the host.
+    `drawn`: their parameters, where the loader has drawn them ahead. On a CPU and on a GPU crops go through a kernel that does the same
+    several times faster, and gives them channels last; on a GPU in `dtype`, elsewhere in float32.
+    """
+    views, device = crop.views, torch.device(device)
+    if not crop.distorted:
+        assert crop.count == 1 and first == 0, "an undistorted crop is a classifier's: view 0 alone"
+        return crop_and_flip(images, ids, epoch, views, seed, device)
+    drawn = drawn or _draw(images, ids, epoch, crop, seed, first)
+    if images.ndim == 5 and device.type == "cpu" and views.operations is None:
+        from simclr.kernels.views_cpu import crops_to_views  # numba takes half a second to import; users of an encoder need not wait
+
+        c = drawn.colours
+        return crops_to_views(images, c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, views.mean, views.std)
+    if device.type == "cuda" and views.operations is None and gpu.installed():
+        x, block = images.to(device, non_blocking=True), _moved(drawn.block, device)
+        x = _cropped(x, block.flatten(0, 1), crop) if images.ndim == 4 else x
+        return gpu.crops_to_views(x, block, views.mean, views.std, dtype)
+    return normalise(_plain(images, ids, epoch, crop, seed, device, drawn), views)
+
+
+def raw_views(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """`two_views` before normalisation, in [0, 1], for galleries. By the plain functions, which define views."""
+    crop = Crop(views=views)
+    return _plain(images, ids, epoch, crop, seed, torch.device(device), _draw(images, ids, epoch, crop, seed, 0))
+
+
+def _draw(images: Tensor, ids: Tensor, epoch: int, crop: Crop, seed: int, first: int) -> Drawn:
+    whole = images.ndim == 4
+    sizes = np.broadcast_to(np.array(images.shape[1:3], np.int64), (len(images), 2)) if whole else None
+    return draw_views(crop, seed, epoch, ids.numpy(), sizes, first)
+
+
+def _moved(block: Tensor, device: torch.device) -> Tensor:
+    return block if block.device.type == device.type else to_device(block, device)
+
+
+def _cropped(images: Tensor, block: Tensor, crop: Crop) -> Tensor:
+    """Whole images (n, H, W, 3) → their crops, flipped, (count·n, 3, size, size) in [0, 1], by the rows (count·n, 16) of `Drawn`."""
+    x = images.permute(0, 3, 1, 2).float().div_(255).repeat(crop.count, 1, 1, 1)
+    flip = (block[:, 0] > 0) & (crop.views.operations is None)
+    return crop_resize(x, block[:, 12:], crop.size_px, crop.views.resize, flip)
+
+
+def _plain(images: Tensor, ids: Tensor, epoch: int, crop: Crop, seed: int, device: torch.device, drawn: Drawn) -> Tensor:
+    views, colours, n = crop.views, drawn.colours, len(images)
     x = images.to(device, non_blocking=True)
     if images.ndim == 4:
-        sizes = np.broadcast_to(np.array(images.shape[1:3], np.int64), (n, 2))
-        # In the ablation of single operations a crop is one of them, so all views begin with the same crop.
-        each = [crops_of(views, seed, epoch, keys, sizes, first if views.operations is not None else first + view) for view in range(count)]
-        x = x.permute(0, 3, 1, 2).float().div_(255).repeat(count, 1, 1, 1)
-        x = crop_resize(x, to_device(np.concatenate(each), device), views.size_px, views.resize, to_device(flip, device))
+        x = _cropped(x, _moved(drawn.block, device).flatten(0, 1), crop)
     else:
+        flip = colours.flip & (views.operations is None)
         x = x.permute(1, 0, 4, 2, 3).flatten(0, 1).float().div_(255).contiguous()
         if by_index(x.device):
             rows = rows_of(flip, x.device)
@@ -75,12 +98,8 @@ def raw_views(
     if views.operations is not None:
         from simclr.views.ablations import apply  # only the ablation needs it
 
-        return torch.cat([x[:n], apply(x[n:], views, seed, epoch, keys)])
-    if by_index(x.device):
-        return distort(x, colours)
-    parts = (colours.jitter, colours.order, colours.factors, colours.grey, colours.blur_sigma)
-    # Converted to float32 before the copy: not every device has float64.
-    return distort_all(x, *(to_device(part.astype(np.float32) if part.dtype == np.float64 else part, x.device) for part in parts))
+        return torch.cat([x[:n], apply(x[n:], views, seed, epoch, ids.numpy())])
+    return distort(x, colours) if by_index(x.device) else distort_all(x, _moved(drawn.block, device).flatten(0, 1))
 
 
 def crop_and_flip(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, device: torch.device | str = "cpu") -> Tensor:

@@ -26,9 +26,11 @@ from simclr.evaluation import features
 from simclr.kernels import nt_xent as kernels
 from simclr.loss import nt_xent
 from simclr.methods.classifier import build_classifier
+from simclr.methods.simclr import simclr
 from simclr.telemetry.guards import Health
 from simclr.telemetry.timing import Clock
 from simclr.train import Start, train
+from simclr.views import draw
 from simclr.views.two_views import crop_and_flip, two_views
 from tests.support.fake_cuda import CUDA, fake_cuda, stand_in_kernels
 from tests.support.small import TINY, TUNED
@@ -40,14 +42,41 @@ from tests.support.small import TINY, TUNED
 @pytest.mark.parametrize("whole", [True, False])
 def test_views_are_drawn_on_the_host_and_made_on_the_device(monkeypatch: pytest.MonkeyPatch, operations: Any, whole: bool) -> None:
     views = Views(size_px=16, operations=operations, mean=(0.4, 0.5, 0.3), std=(0.5, 0.6, 0.7))
-    ids = torch.arange(6)
+    ids, launched = torch.arange(6), stand_in_kernels(monkeypatch)
     with fake_cuda(monkeypatch) as watched:
         images = torch.empty((6, 20, 18, 3) if whole else (6, 2, 16, 16, 3), dtype=torch.uint8, device=CUDA)
         seen = two_views(images, ids, 3, views, 7, CUDA)
         one = crop_and_flip(images, ids, 3, views, 7, CUDA)
     assert seen.device == one.device == CUDA and seen.dtype == one.dtype == torch.float32
     assert seen.shape == (12, 3, 16, 16) and one.shape == (6, 3, 16, 16)
-    assert watched.copies > 3 and watched.waits == []
+    assert watched.copies >= 2 and watched.waits == []
+    assert [one.name for one in launched] == ([] if operations else ["means_kernel", "colours_kernel", "blur_kernel"])
+    for one in launched:  # one program per view; runs of 1,024 pixels and squares of 32 hold the whole view here
+        assert one.grid == (12,) and one.settings["SIZE"] == 16
+
+
+@pytest.mark.parametrize("some", [slice(0, 24), slice(8, 16)], ids=["all", "some"])
+def test_the_network_gets_views_as_the_kernels_wrote_them(monkeypatch: pytest.MonkeyPatch, patterns: Path, some: slice) -> None:
+    """In bfloat16, from crops and parameters that are on the device already: nothing is drawn, copied or converted in the step."""
+    launched = stand_in_kernels(monkeypatch)
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, precision="bfloat16"))
+    with fake_cuda(monkeypatch) as watched:
+        method = simclr(config, Start(patterns, CUDA))
+        stream = loader.on_device(loader.batches(config, patterns, 0, 0, 1), CUDA)
+        batch = next(stream)
+        monkeypatch.setattr(draw, "draw_colours", None)
+        watched.waits.clear()  # the weights' copies
+        copies = watched.copies
+        views = method.inputs(batch, some)["views"]
+        assert watched.copies == copies and watched.waits == []
+        stream.close()
+    n = some.stop - some.start
+    assert views.dtype == torch.bfloat16 and views.shape == (2, n, 3, 32, 32)
+    assert views[0].is_contiguous(memory_format=torch.channels_last)
+    assert [(one.grid, one.settings["SIZE"]) for one in launched] == [((2 * n,), 32)] * 3
+    _, block, _, unblurred, out = launched[1].arguments[:5]
+    assert block.shape == (2, n, 16) and unblurred.dtype == torch.float16 and out.dtype == torch.bfloat16
+    assert launched[1].settings["BYTES"] is False, "whole images were cropped before, to float32"
 
 
 def test_the_stand_in_sees_every_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +152,7 @@ def test_batches_travel_one_ahead_and_the_last_copy_is_waited_for(monkeypatch: p
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams.append(made(device)) or streams[-1])
         stream = loader.on_device(loader.batches(TINY, patterns, 0, 0, 1), CUDA)
         found = list(itertools.islice(stream, 3))
-        assert not streams[0].synchronized and watched.copies == 4  # one more is on its way
+        assert not streams[0].synchronized and watched.copies == 8  # crops and their parameters; one batch more is on its way
         stream.close()
     assert [batch.step for batch in found] == [0, 1, 2] and streams[0].synchronized and watched.waits == []
     assert all(batch.images[0].device == CUDA and batch.ids.device.type == batch.labels.device.type == "cpu" for batch in found)
@@ -210,7 +239,7 @@ def test_between_two_reports_the_host_waits_for_nothing(
         told = next(stream)
         stream.close()
     assert told.step == 4 and {"memory/peak_gib", "train/loss"} <= set(told.metrics) and len(told.ranks["memory/peak_gib"]) == 1
-    assert watched.copies - copies > 10, "views and labels travel"
+    assert watched.copies - copies >= 9, "images, their parameters and labels travel, of three steps at least"
     assert watched.waits[: before[-1]] == [] and watched.waits[before[-1] :], "the report reads values, and the stand-in sees that"
 
 

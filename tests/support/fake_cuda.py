@@ -213,7 +213,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
 
 
 def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
-    """Put recorders in the place of NT-Xent's Triton kernels; returns the list of their launches: name, grid, arguments, settings."""
+    """Put recorders in the place of the Triton kernels; returns the list of their launches: name, grid, arguments, settings."""
     import sys
 
     launched: list[SimpleNamespace] = []
@@ -227,7 +227,11 @@ def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
                 SimpleNamespace(name=self.name, grid=grid, arguments=arguments, settings=settings)
             )
 
-    names = ("forward_kernel", "queries_kernel", "keys_kernel")
-    module: Any = SimpleNamespace(**{name: Kernel(name) for name in names})
-    monkeypatch.setitem(sys.modules, "simclr.kernels.nt_xent_triton", module)
+    kernels = {
+        "nt_xent_triton": ("forward_kernel", "queries_kernel", "keys_kernel"),
+        "views_triton": ("means_kernel", "colours_kernel", "blur_kernel"),
+    }
+    for file, names in kernels.items():
+        module: Any = SimpleNamespace(**{name: Kernel(name) for name in names})
+        monkeypatch.setitem(sys.modules, f"simclr.kernels.{file}", module)
     return launched

@@ -120,21 +120,17 @@ def test_a_question_is_told_from_none(code: str, expected: int) -> None:
     assert len(unasked(ast.parse(code))) == expected
 
 
-def _colours(n: int, seed: int) -> tuple[Tensor, draw.Colours]:
-    drawn = draw.draw_colours(Views(), seed, 0, np.arange(n))
+def _drawn(n: int, seed: int) -> tuple[Tensor, draw.Drawn]:
+    drawn = draw.draw_views(draw.Crop(views=Views()), seed, 0, np.arange(n))
     x = torch.tensor(np.random.default_rng(seed).random((2 * n, 3, 32, 32)), dtype=torch.float32)
     return x, drawn
 
 
-def _tensors(c: draw.Colours) -> list[Tensor]:
-    return [torch.as_tensor(part) for part in (c.jitter, c.order, c.factors.astype(np.float32), c.grey, c.blur_sigma.astype(np.float32))]
-
-
 def test_one_shape_for_every_draw_gives_the_same_pixels(within: Within) -> None:
     for seed in range(3):
-        x, drawn = _colours(64, seed)
-        whole = ops.distort_all(x, *_tensors(drawn))
-        within("pixels of distort_all", float((whole - ops.distort(x.clone(), drawn)).abs().max()), 1e-5)
+        x, drawn = _drawn(64, seed)
+        whole = ops.distort_all(x, drawn.block.flatten(0, 1))
+        within("pixels of distort_all", float((whole - ops.distort(x.clone(), drawn.colours)).abs().max()), 1e-5)
 
 
 def test_the_views_are_one_program() -> None:
@@ -142,8 +138,8 @@ def test_the_views_are_one_program() -> None:
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
         for seed in range(3):
-            x, drawn = _colours(8, seed)
-            assert torch.equal(compiled(x, *_tensors(drawn)), ops.distort_all(x, *_tensors(drawn)))
+            x, drawn = _drawn(8, seed)
+            assert torch.equal(compiled(x, drawn.block.flatten(0, 1)), ops.distort_all(x, drawn.block.flatten(0, 1)))
 
 
 class Step(torch.nn.Module):

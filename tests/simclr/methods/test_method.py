@@ -19,13 +19,12 @@ from simclr.data import loader
 from simclr.data.ffcv.decode import decode
 from simclr.data.loader import Batch
 from simclr.gradient_cache import cached_gradient
-from simclr.methods.method import Method, Rows, Start, begun, placed, schedule
+from simclr.methods.method import Method, Rows, Start, begun, placed, schedule, views_for
 from simclr.networks.heads import linear_classifier
 from simclr.networks.resnet import build_encoder
 from simclr.optim import parameter_groups
 from simclr.train import Report, train
 from simclr.views.draw import Crop, boxes_of
-from simclr.views.two_views import views_of
 from tests.conftest import Within
 from tests.support.ranks import Ranks
 from tests.support.resize import reference
@@ -54,10 +53,7 @@ def pair(config: Config, start: Start) -> Method:
     average = copy.deepcopy(student).requires_grad_(False)
 
     def inputs(batch: Batch, some: slice) -> Rows:
-        images = batch.images if len(batch.images) == 2 else batch.images * 2  # whole images are cropped on the device
-        each = enumerate(zip(images, crops, strict=True))
-        drawn = (views_of(x[some], batch.ids[some], batch.epoch, crop, config.seed, first=view) for view, (x, crop) in each)
-        return dict(zip(("large", "small"), (x[None].double() for x in drawn), strict=True))
+        return dict(zip(("large", "small"), (x[None] for x in views_for(batch, some, crops, config, start.device)), strict=True))
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
         loss = 2 - 2 * F.cosine_similarity(outputs["p"][0], targets["taught"][0]).mean()

@@ -303,22 +303,22 @@ def blackened(data: str) -> str:
     """The error if one image of rank 0's second batch is not finite, and BatchNorm sees only each rank's own rows."""
     from simclr.methods import simclr as module
 
-    good, calls = module.two_views, []
+    good, calls = module.views_for, []
 
-    def spoilt(*arguments: Any) -> Tensor:
+    def spoilt(*arguments: Any) -> list[Tensor]:
         calls.append(1)
-        views = good(*arguments)
+        found = good(*arguments)
         if rank() == 0 and len(calls) == 2:
-            views[0, 0, 0, 0] = float("inf")
-        return views
+            found[0][0, 0, 0, 0] = float("inf")
+        return found
 
-    module.two_views = spoilt
+    module.views_for = spoilt
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, batch_size=8, steps=5, report_every_steps=5))
     config = dataclasses.replace(config, encoder=dataclasses.replace(TINY.encoder, batchnorm="per_worker"))
     try:
         return lost(config, data)
     finally:
-        module.two_views = good
+        module.views_for = good
 
 
 def test_input_that_is_not_finite_names_the_rank_it_came_from(ranks: Ranks, patterns: Path) -> None:

@@ -107,7 +107,7 @@ def _step(rows: list[Row]) -> str:
 
 def _views(rows: list[Row]) -> str:
     large = [row for row in rows if row["size_px"] == 224]
-    more = "".join(f", {row['ratio']:.2f} × kornia" for row in large[1:])
+    more = "".join(f", {row['ratio']:.2f} × {row['name']}" for row in large[1:])
     return f"224 px: {large[0]['median']:,.0f} views/s{more}"
 
 
@@ -191,7 +191,7 @@ _PLAN = (
         name="views",
         what="views",
         figure=_views,
-        gpu=Run("--batch-size 512 --steps 8", 35, 75),
+        gpu=Run("--batch-size 512 --steps 8", 50, 85),
         cpu=Run("--batch-size 16 --steps 8", 10, 60),
         dry=Run("--batch-size 2 --steps 6 --trials 1", 6, 180),
     ),
@@ -245,6 +245,14 @@ _PLAN = (
         gpu=Run("--steps 30 --trials 5", 15, 40),
         cpu=Run("--steps 15", 15, 90),
         dry=Run("--steps 6 --trials 1", 6, 180),
+    ),
+    Line(
+        name="gradient caching, N = 8,192",
+        what="step --sides cached",
+        figure=_step,
+        gpu=Run(f"{_R50} --batch-size 8192 --micro-batch 128 --steps 6 --trials 1 --window-s 0", 30, 60),
+        cpu="at 32 px it is the phase before",
+        dry=Run(f"{_TOY} --micro-batch 2", 6, 180),
     ),
     Line(
         name="train, under Ray",

@@ -135,7 +135,8 @@ def test_the_memorys_rate_is_of_all_epochs_so_far(patterns: Path, clock: Clock, 
 
 def test_what_is_resident_grows_by_what_is_written_to() -> None:
     before, _ = bench_memory._resident()
-    written = np.frombuffer(mmap.mmap(-1, 64 << 20), np.uint8)  # malloc may give memory that this process has written to before
+    # Memory of its own: malloc may give some that this process has written to before.
+    written = np.frombuffer(mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE), np.uint8)
     written[:] = 1
     after, _ = bench_memory._resident()
     assert 60 < after - before < 80 and written[-1] == 1  # MiB

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from simclr.config import Encoder
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.initial import Conv2d, draw
+from simclr.networks.norm_forms import KernelNorm
 
 # depth → (blocks per stage, bottleneck). 8, 14, 20: three stages of 16, 32, 64 channels (arXiv:1512.03385, Sec. 4.2).
 _STAGES: dict[int, tuple[tuple[int, ...], bool]] = {
@@ -175,7 +176,25 @@ class _SqueezeExcite(nn.Module):
         return x * torch.sigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True)))))
 
 
-class _Basic(nn.Module):
+class _Block(nn.Module):
+    """relu(gate(body(x)) + shortcut(x)); the body's last layer is a norm."""
+
+    shortcut: nn.Module
+    body: nn.Sequential
+    gate: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        *layers, norm = self.body
+        if not isinstance(norm, KernelNorm) or not isinstance(self.gate, nn.Identity):
+            return F.relu(self.gate(self.body(x)) + self.shortcut(x), inplace=True)
+        y = x
+        for layer in layers:
+            y = layer(y)
+        end: Tensor = norm(y, self.shortcut(x))  # adds and cuts in the same pass
+        return end
+
+
+class _Basic(_Block):
     """Two 3 × 3 convolutions; the last BatchNorm starts at 0, so the block starts as its shortcut (App. B)."""
 
     def __init__(self, c_in: int, width: int, stride: int, project: bool, sk_ratio: float, se_ratio: float, norm: Norm) -> None:
@@ -187,11 +206,8 @@ class _Basic(nn.Module):
         )
         self.gate = _SqueezeExcite(width, width, se_ratio) if se_ratio > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.gate(self.body(x)) + self.shortcut(x), inplace=True)
 
-
-class _Bottleneck(nn.Module):
+class _Bottleneck(_Block):
     """1 × 1, 3 × 3 (strided, or a selective kernel), 1 × 1 to four times the width."""
 
     def __init__(self, c_in: int, width: int, stride: int, project: bool, sk_ratio: float, se_ratio: float, norm: Norm) -> None:
@@ -208,6 +224,3 @@ class _Bottleneck(nn.Module):
             *(_conv(width, 4 * width, 1), norm(4 * width, zero_init=True)),
         )
         self.gate = _SqueezeExcite(4 * width, width, se_ratio) if se_ratio > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.gate(self.body(x)) + self.shortcut(x), inplace=True)

@@ -74,8 +74,9 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # About as many programs of 4 warps as an H100's 132 multiprocessors hold at once.
 _PROGRAMS = 1024
 _TILE = 1024  # elements: 8 per thread, one load of 16 bytes in bfloat16
-_UNROLL = 4  # loads of a tensor that are under way at once
+_DEEP = 4  # tiles at once: as many loads of each tensor are under way in a thread
 _WIDEST = 128  # channels of a tile
+_SLABS = 256  # slabs that are added at once
 
 
 def in_kernels(x: Tensor) -> bool:
@@ -146,8 +147,8 @@ class _Grid:
         channels = x.shape[1]
         rows = x.numel() // channels
         columns = min(_WIDEST, max(8, 1 << (channels - 1).bit_length()))
-        tile = {"ROWS": _TILE // columns, "COLUMNS": columns, "UNROLL": _UNROLL}
-        at_once = tile["ROWS"] * _UNROLL
+        tile = {"DEEP": _DEEP, "ROWS": _TILE // columns, "COLUMNS": columns}
+        at_once = _DEEP * tile["ROWS"]
         steps = -(-rows // at_once)
         per = -(-steps // max(_PROGRAMS // -(-channels // columns), 1)) * at_once
         return cls(rows, channels, -(-rows // per), per, tile)
@@ -170,7 +171,7 @@ def _total(partial: Tensor) -> Tensor:
 
     _, slabs, channels = partial.shape
     out = torch.empty(2, channels, dtype=torch.float32, device=partial.device)
-    total_kernel[(-(-channels // 16), 2)](partial, out, slabs, channels, SLABS=256, COLUMNS=16)
+    total_kernel[(-(-channels // 16), 2)](partial, out, slabs, channels, SLABS=_SLABS, COLUMNS=16)
     return out
 
 

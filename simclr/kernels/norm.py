@@ -5,7 +5,8 @@ up. Four functions are the definition (`PLAIN`): torch.compile may merge them wi
 the same arguments that torch.compile leaves whole: Triton on a GPU, the definition elsewhere.
 
 All take x (n, c, …) with channels in dimension 1, and numbers per channel (c,) in float32 (float64 where x is). A block's end is the
-output whose residual was added; ReLU follows it, and it is stored, so backward reads its mask from it.
+output whose residual was added; ReLU follows it, and it is stored, so backward reads its mask from it. Two gradients arrive at it, from the
+next block's body and shortcut.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, level: T
     return torch.stack([g.sum(_others(x)), (g * (_wide(x) - _per_channel(mean, x))).sum(_others(x))])
 
 
-def end_gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The same sums of a block's end y, and g itself: `grad` where y > 0, which is the residual's gradient."""
-    g = torch.where(y > 0, grad, 0.0).to(x.dtype)
+def end_gradient_sums(grad: Tensor, other: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sums of a block's end y, and g itself: `grad` + `other` where y > 0, which is the residual's gradient."""
+    g = torch.where(y > 0, grad + other, 0.0).to(x.dtype)
     return g, gradient_sums(g, x, mean, mean, mean, False)
 
 
@@ -75,6 +76,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PROGRAMS = 1024
 _TILE = 1024  # elements: 8 per thread, one load of 16 bytes in bfloat16
 _DEEP = 4  # tiles at once: as many loads of each tensor are under way in a thread
+_FOUR_TENSORS = {"DEEP": 2}  # where four are loaded
 _WIDEST = 128  # channels of a tile
 _SLABS = 256  # slabs that are added at once
 
@@ -108,18 +110,16 @@ def launch_gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, l
 
     g, rows, over = _rows(grad), _rows(x), _Grid.over(x)
     partial = over.partial(x)
-    flags = {"RELU": relu, "END": False}
-    gradient_sums_kernel[over.grid](g, rows, rows, mean, scale, level, g, partial, *over.arguments, **flags, **over.tile)
+    gradient_sums_kernel[over.grid](g, rows, mean, scale, level, partial, *over.arguments, RELU=relu, **over.tile)
     return _total(partial)
 
 
-def launch_end_gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    from simclr.kernels.norm_triton import gradient_sums_kernel
+def launch_end_gradient_sums(grad: Tensor, other: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    from simclr.kernels.norm_triton import end_gradient_sums_kernel
 
-    g, rows, stored, over, masked = _rows(grad), _rows(x), _rows(y), _Grid.over(x), _like(x)
+    g, second, rows, stored, over, masked = _rows(grad), _rows(other), _rows(x), _rows(y), _Grid.over(x), _like(x)
     partial = over.partial(x)
-    flags = {"RELU": False, "END": True}
-    gradient_sums_kernel[over.grid](g, rows, stored, mean, mean, mean, masked, partial, *over.arguments, **flags, **over.tile)
+    end_gradient_sums_kernel[over.grid](g, second, rows, stored, mean, masked, partial, *over.arguments, **over.tile | _FOUR_TENSORS)
     return masked, _total(partial)
 
 
@@ -218,15 +218,15 @@ def _(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, level: Tensor, relu:
 
 
 @torch.library.custom_op("simclr::norm_end_gradient_sums", mutates_args=())
-def _end_gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _end_gradient_sums(grad: Tensor, other: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if in_kernels(x):
-        return launch_end_gradient_sums(grad, x, mean, y)
-    masked, found = end_gradient_sums(grad, x, mean, y)
+        return launch_end_gradient_sums(grad, other, x, mean, y)
+    masked, found = end_gradient_sums(grad, other, x, mean, y)
     return _rows(masked), found
 
 
 @_end_gradient_sums.register_fake
-def _(grad: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, other: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return _like(x), _wide(x).new_empty(2, x.shape[1])
 
 

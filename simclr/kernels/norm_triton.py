@@ -105,17 +105,14 @@ def affine_kernel(
 
 @triton.jit
 def gradient_sums_kernel(
-    grad, x, y, mean, scale, level, masked, partial, rows, per, C,
-    RELU: tl.constexpr, END: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, x, mean, scale, level, partial, rows, per, C,
+    RELU: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Σ g and Σ g (x − mean) of each slab, into partial (2, slabs, c). With RELU, g is cut where scale · x + level was; with END where y,
-    the stored output, is 0, and is written into `masked`."""
+    """Σ g and Σ g (x − mean) of each slab, into partial (2, slabs, c). With RELU, g is cut where scale · x + level was."""
     column, there = _columns(C, COLUMNS)
     base, count = _slab(tl.program_id(1), rows, per, C)
     grad += base
     x += base
-    y += base
-    masked += base
     centre = _of_channel(mean, column, there)
     if RELU:
         a, b = _of_channel(scale, column, there), _of_channel(level, column, there)
@@ -124,15 +121,41 @@ def gradient_sums_kernel(
     for start in range(0, count, DEEP * ROWS):
         at, inside = _piece(start, count, column, there, C, DEEP, ROWS)
         g = tl.load(grad + at, mask=inside, other=0.0)
-        value = tl.load(x + at, mask=inside, other=0.0)
-        if END:
-            g = tl.where(tl.load(y + at, mask=inside, other=0.0) > 0, g, 0.0)
-            tl.store(masked + at, g, mask=inside)
-        value, g = value.to(tl.float32), g.to(tl.float32)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        g = g.to(tl.float32)
         if RELU:
             g = tl.where(tl.fma(value, a, b) > 0, g, 0.0)
         first += tl.sum(g, 0)
         second += tl.sum(g * (value - centre), 0)
+    _store_sums(partial, first, second, tl.program_id(1), column, there, C)
+
+
+@triton.jit
+def end_gradient_sums_kernel(
+    grad, other, x, y, mean, masked, partial, rows, per, C, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """The same with g = grad + other where y, the stored output, is above 0; g goes into `masked`."""
+    column, there = _columns(C, COLUMNS)
+    base, count = _slab(tl.program_id(1), rows, per, C)
+    grad += base
+    other += base
+    x += base
+    y += base
+    masked += base
+    centre = _of_channel(mean, column, there)
+    first = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, count, DEEP * ROWS):
+        at, inside = _piece(start, count, column, there, C, DEEP, ROWS)
+        g = tl.load(grad + at, mask=inside, other=0.0)
+        more = tl.load(other + at, mask=inside, other=0.0)
+        end = tl.load(y + at, mask=inside, other=0.0)
+        value = tl.load(x + at, mask=inside, other=0.0)
+        g = tl.where(end > 0, g.to(tl.float32) + more.to(tl.float32), 0.0).to(masked.dtype.element_ty)
+        tl.store(masked + at, g, mask=inside)
+        g = g.to(tl.float32)
+        first += tl.sum(g, 0)
+        second += tl.sum(g * (value.to(tl.float32) - centre), 0)
     _store_sums(partial, first, second, tl.program_id(1), column, there, C)
 
 

@@ -48,31 +48,39 @@ class SumsNorm(BatchNorm):
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _normalised(self, x, None, False, PLAIN) if self.training else super().forward(x)
+        return _normalised(self, x, None, False, PLAIN)[0] if self.training else super().forward(x)
 
 
 class KernelNorm(SumsNorm):
-    """BatchNorm (+ residual) (+ ReLU). ReLU follows where `relu` is set, and where a residual is added."""
+    """BatchNorm, and ReLU where `relu` is set."""
 
     def __init__(self, norm: BatchNorm, *, relu: bool) -> None:
         super().__init__(norm)
         self.relu = relu
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        relu = self.relu or residual is not None
+    def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            return _normalised(self, x, residual, relu, KERNELS)
+            return _normalised(self, x, None, self.relu, KERNELS)[0]
         y = super().forward(x)
-        y = y if residual is None else y + residual
-        return F.relu(y) if relu else y
+        return F.relu(y) if self.relu else y
+
+    def end(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """A block's end, ReLU of the norm of x + residual, twice: for the next block's body and for its shortcut. So their gradients arrive
+        one by one, and the pass that cuts them adds them."""
+        if self.training:
+            y, again = _normalised(self, x, residual, True, KERNELS)
+            assert again is not None
+            return y, again
+        y = F.relu(super().forward(x) + residual)
+        return y, y
 
 
-def _normalised(norm: BatchNorm, x: Tensor, residual: Tensor | None, relu: bool, passes: Passes) -> Tensor:
+def _normalised(norm: BatchNorm, x: Tensor, residual: Tensor | None, relu: bool, passes: Passes) -> tuple[Tensor, Tensor | None]:
     ranks = 1 if norm.per_worker else world_size()
-    found: tuple[Tensor, Tensor, Tensor]
+    found: tuple[Tensor, Tensor | None, Tensor, Tensor]
     found = _Normalised.apply(x, residual, norm.weight, norm.bias, norm.before(), ranks, norm.eps, relu, passes is KERNELS)
-    norm.move(*found[1:])
-    return found[0]
+    norm.move(*found[2:])
+    return found[:2]
 
 
 class _Normalised(torch.autograd.Function):
@@ -91,7 +99,7 @@ class _Normalised(torch.autograd.Function):
         eps: float,
         relu: bool,
         kernels: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         passes = KERNELS if kernels else PLAIN
         sums, count = passes.sums(x, shift), ranks * (x.numel() // x.shape[1])
         if ranks > 1:
@@ -106,15 +114,15 @@ class _Normalised(torch.autograd.Function):
         ctx.save_for_backward(x, y if end else None, mean, invstd, scale, level)
         ctx.passes, ctx.relu, ctx.end, ctx.ranks, ctx.count, ctx.beta = passes, relu, end, ranks, count, bias is not None
         ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        return y, y.view_as(y) if end else None, mean, var
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, other: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mean, invstd, scale, level = ctx.saved_tensors
         passes: Passes = ctx.passes
         if ctx.end:
-            grad, sums = passes.end_gradient_sums(grad, x, mean, y)
+            grad, sums = passes.end_gradient_sums(grad, other, x, mean, y)
         else:
             sums = passes.gradient_sums(grad, x, mean, scale, level, ctx.relu)
         grad_bias, grad_weight = sums[0], sums[1] * invstd

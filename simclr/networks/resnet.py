@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,9 +98,11 @@ class ResNet(nn.Module):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """(n, 3, H, W) → feature maps (n, c, h, w) after the stem and after each block group."""
-        maps = [self.stem(x)]
+        end: Any = self.stem(x)
+        maps = [end]
         for group in self.groups:
-            maps.append(group(maps[-1]))
+            end = group(end)
+            maps.append(end[0] if isinstance(end, tuple) else end)
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,21 +180,21 @@ class _SqueezeExcite(nn.Module):
 
 
 class _Block(nn.Module):
-    """relu(gate(body(x)) + shortcut(x)); the body's last layer is a norm."""
+    """relu(gate(body(x)) + shortcut(x)); the body's last layer is a norm. With kernels for norms, blocks hand each other their end twice:
+    see `KernelNorm.end`."""
 
     shortcut: nn.Module
     body: nn.Sequential
     gate: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        y, beside = x if isinstance(x, tuple) else (x, x)
         *layers, norm = self.body
         if not isinstance(norm, KernelNorm) or not isinstance(self.gate, nn.Identity):
-            return F.relu(self.gate(self.body(x)) + self.shortcut(x), inplace=True)
-        y = x
+            return F.relu(self.gate(self.body(y)) + self.shortcut(beside), inplace=True)
         for layer in layers:
             y = layer(y)
-        end: Tensor = norm(y, self.shortcut(x))  # adds and cuts in the same pass
-        return end
+        return norm.end(y, self.shortcut(beside))
 
 
 class _Basic(_Block):

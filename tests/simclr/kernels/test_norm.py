@@ -38,8 +38,8 @@ LAUNCHED = SimpleNamespace(
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", last: bool = True) -> tuple[list[Tensor], list[Tensor]]:
-    """x, an incoming gradient, a residual, a block's end; and five numbers per channel. Not channels last, they are copied into the order
-    that the kernels read."""
+    """x, an incoming gradient, a residual (or another gradient), a block's end; and five numbers per channel. Not channels last, they are
+    copied into the order that the kernels read."""
     random = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=random) for _ in range(4)]
     tensors[0] += 0.5
@@ -53,7 +53,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", last
 def every_pass(of: Any, tensors: list[Tensor], numbers: list[Tensor]) -> dict[str, Tensor]:
     x, grad, residual, end = tensors
     mean, scale, level, slope, offset = numbers
-    masked, end_sums = of.end_gradient_sums(grad, x, mean, end)
+    masked, end_sums = of.end_gradient_sums(grad, residual, x, mean, end)
     found = {"sums": of.sums(x, mean), "end's sums": end_sums, "masked": masked}
     for relu in (False, True):
         found |= {
@@ -73,7 +73,9 @@ def differences(of: Any, dtype: torch.dtype, device: str = "cpu", last: bool = T
         exact = every_pass(DEFINED, [t.double().cpu() for t in tensors], [n.double().cpu() for n in numbers])
         for name, ours in every_pass(of, tensors, numbers).items():
             theirs = exact[name]
-            bound = 1e-6 if ours.dtype == torch.float32 else {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+            # The sum of two gradients is rounded, and its rounded values are added up.
+            whole = ours.dtype == torch.float32 and (dtype == torch.float32 or name != "end's sums")
+            bound = 1e-6 if whole else {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
             found.append((f"{dtype}, {name}", float((ours.cpu().double() - theirs).abs().max() / theirs.abs().max()), bound))
     return found
 
@@ -120,7 +122,7 @@ def test_operations_promise_what_they_give(shape: tuple[int, ...]) -> None:
         (kernels._affine, (x, scale, level, residual, True)),
         (kernels._affine, (x, scale, level, None, False)),
         (kernels._gradient_sums, (grad, x, mean, scale, level, True)),
-        (kernels._end_gradient_sums, (grad, x, mean, end)),
+        (kernels._end_gradient_sums, (grad, residual, x, mean, end)),
         (kernels._gradient, (grad, x, scale, level, slope, offset, True)),
     ):
         torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -132,11 +134,11 @@ def test_operations_promise_what_they_give(shape: tuple[int, ...]) -> None:
 CASES = [(80, "fp32", 64), (80, "bf16", 256), (90, "bf16", 64), (90, "fp32", 256), (100, "bf16", 64), (100, "fp32", 256)]
 
 
-def arguments(kernel: Any, dtype: str, channels: int, flags: dict[str, bool]) -> dict[str, Any]:
+def arguments(kernel: Any, dtype: str, channels: int, flags: dict[str, Any]) -> dict[str, Any]:
     """Types and settings of a launch for an activation with so many channels."""
     grid = kernels._Grid.over(torch.empty(1, channels, 1, 1, device="meta"))
     found: dict[str, Any] = dict.fromkeys(("rows", "per", "C", "slabs"), "i32")
-    found |= dict.fromkeys(("x", "grad", "residual", "y", "masked", "out"), f"*{dtype}")
+    found |= dict.fromkeys(("x", "grad", "other", "residual", "y", "masked", "out"), f"*{dtype}")
     found |= dict.fromkeys(("shift", "partial", "mean", "scale", "level", "slope", "offset"), "*fp32")
     found |= {"SLABS": kernels._SLABS, "COLUMNS": 16, "out": "*fp32"} if "SLABS" in kernel.arg_names else {**grid.tile, **flags}
     return {name: found[name] for name in kernel.arg_names}
@@ -144,16 +146,15 @@ def arguments(kernel: Any, dtype: str, channels: int, flags: dict[str, bool]) ->
 
 @pytest.mark.parametrize(("capability", "dtype", "channels"), CASES)
 def test_the_assembler_spills_nothing(capability: int, dtype: str, channels: int) -> None:
-    """Four blocks of 128 threads fit a multiprocessor's 65,536 registers (three in float32), and every load and store of an activation is
-    of 16 bytes: four for each tensor in bfloat16, eight in float32."""
+    """Four blocks of 128 threads fit a multiprocessor's 65,536 registers, and every load and store of an activation is of 16 bytes."""
     pytest.importorskip("triton")
     from simclr.kernels import norm_triton as t
 
-    variants: list[tuple[Any, dict[str, bool], int, int]] = [  # flags, tensors that are loaded, and stored
+    variants: list[tuple[Any, dict[str, Any], int, int]] = [  # settings, tensors that are loaded, and stored
         (t.sums_kernel, {}, 1, 0),
         (t.affine_kernel, {"RESIDUAL": True, "RELU": True}, 2, 1),
-        (t.gradient_sums_kernel, {"RELU": True, "END": False}, 2, 0),
-        (t.gradient_sums_kernel, {"RELU": False, "END": True}, 3, 1),
+        (t.gradient_sums_kernel, {"RELU": True}, 2, 0),
+        (t.end_gradient_sums_kernel, kernels._FOUR_TENSORS, 4, 1),
         (t.gradient_kernel, {"RELU": True}, 2, 1),
     ]
     if (capability, dtype, channels) in ((80, "bf16", 256), (90, "bf16", 64), (100, "bf16", 64)):
@@ -161,9 +162,8 @@ def test_the_assembler_spills_nothing(capability: int, dtype: str, channels: int
     for kernel, flags, loads, stores in variants:
         report = ahead.compiled(kernel, arguments(kernel, dtype, channels, flags), capability, aligned=("C", "per"))
         print(report.line(f"{kernel.__name__} {flags or ''} {dtype} sm_{capability} c = {channels}"))
-        assert report.spilled == 0 and report.shared <= 8 * 1024
-        assert report.registers <= (128 if dtype == "bf16" else 168)
-        each = 4 if dtype == "bf16" else 8
+        assert report.spilled == 0 and report.shared <= 8 * 1024 and report.registers <= 128
+        each = (1 if dtype == "bf16" else 2) * flags.get("DEEP", kernels._DEEP)
         assert report.instructions.get("LDG.E.128", 0) >= each * loads and report.instructions.get("STG.E.128", 0) == each * stores
 
 
@@ -195,7 +195,7 @@ def test_on_the_device_the_shapes_of_resnet_50_give_the_same_bits_twice(within: 
     defined: dict[str, Tensor] = every_pass(DEFINED, [t.double() for t in tensors], [n.double() for n in numbers])
     for name, ours in once.items():
         assert torch.equal(ours, again[name]), name
-        bound = 1e-5 if ours.dtype == torch.float32 else 2**-8
+        bound = 1e-5 if ours.dtype == torch.float32 and name != "end's sums" else 2**-8
         within(name, float((ours.double() - defined[name]).abs().max() / defined[name].abs().max()), bound)
 
 

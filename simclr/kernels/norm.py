@@ -27,10 +27,11 @@ def sums(x: Tensor, shift: Tensor) -> Tensor:
     return torch.stack([off.sum(_others(x)), off.square().sum(_others(x))])
 
 
-def affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """scale · x + level (+ residual), and ReLU of it, rounded once to x's dtype."""
+def affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, times: Tensor | None, relu: bool) -> Tensor:
+    """scale · x + level (+ residual, or + times · residual), and ReLU of it, rounded once to x's dtype."""
     y = _wide(x) * _per_channel(scale, x) + _per_channel(level, x)
-    y = y if residual is None else y + residual
+    if residual is not None:
+        y = y + (residual if times is None else _wide(residual) * _per_channel(times, x))
     return (y.relu() if relu else y).to(x.dtype)
 
 
@@ -95,13 +96,14 @@ def launch_sums(x: Tensor, shift: Tensor) -> Tensor:
     return _total(partial)
 
 
-def launch_affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def launch_affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, times: Tensor | None, relu: bool) -> Tensor:
     from simclr.kernels.norm_triton import affine_kernel
 
     rows, over, out = _rows(x), _Grid.over(x), _like(x)
     added = rows if residual is None else _rows(residual)
-    flags = {"RESIDUAL": residual is not None, "RELU": relu}
-    affine_kernel[over.grid](rows, added, scale, level, out, *over.arguments, **flags, **over.tile)
+    flags = {"RESIDUAL": residual is not None, "TIMES": times is not None, "RELU": relu}
+    factors = scale if times is None else times
+    affine_kernel[over.grid](rows, added, scale, level, factors, out, *over.arguments, **flags, **over.tile)
     return out
 
 
@@ -198,12 +200,14 @@ def _(x: Tensor, shift: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("simclr::norm_affine", mutates_args=())
-def _affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    return launch_affine(x, scale, level, residual, relu) if in_kernels(x) else _rows(affine(x, scale, level, residual, relu))
+def _affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, times: Tensor | None, relu: bool) -> Tensor:
+    if in_kernels(x):
+        return launch_affine(x, scale, level, residual, times, relu)
+    return _rows(affine(x, scale, level, residual, times, relu))
 
 
 @_affine.register_fake
-def _(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def _(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, times: Tensor | None, relu: bool) -> Tensor:
     return _like(x)
 
 

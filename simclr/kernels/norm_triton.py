@@ -80,10 +80,10 @@ def total_kernel(partial, out, slabs, C, SLABS: tl.constexpr, COLUMNS: tl.conste
 
 @triton.jit
 def affine_kernel(
-    x, residual, scale, level, out, rows, per, C,
-    RESIDUAL: tl.constexpr, RELU: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, residual, scale, level, times, out, rows, per, C,
+    RESIDUAL: tl.constexpr, TIMES: tl.constexpr, RELU: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """scale · x + level (+ residual), and ReLU of it, into out."""
+    """scale · x + level (+ residual, or + times · residual), and ReLU of it, into out."""
     column, there = _columns(C, COLUMNS)
     # Backwards: what the sums read last may still lie in the cache.
     base, count = _slab(tl.num_programs(1) - 1 - tl.program_id(1), rows, per, C)
@@ -91,11 +91,16 @@ def affine_kernel(
     residual += base
     out += base
     a, b = _of_channel(scale, column, there), _of_channel(level, column, there)
+    if TIMES:
+        t = _of_channel(times, column, there)
     for start in range(0, count, DEEP * ROWS):
         at, inside = _piece(start, count, column, there, C, DEEP, ROWS)
         y = tl.load(x + at, mask=inside, other=0.0)
         if RESIDUAL:
-            y = tl.fma(y.to(tl.float32), a, b) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            more = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            if TIMES:
+                more *= t
+            y = tl.fma(y.to(tl.float32), a, b) + more
         else:
             y = tl.fma(y.to(tl.float32), a, b)
         if RELU:

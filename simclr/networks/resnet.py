@@ -194,7 +194,13 @@ class _Block(nn.Module):
             return F.relu(self.gate(self.body(y)) + self.shortcut(beside), inplace=True)
         for layer in layers:
             y = layer(y)
-        return norm.end(y, self.shortcut(beside))
+        if isinstance(self.shortcut, nn.Identity):
+            return norm.end(y, beside, None)
+        *layers, projected = self.shortcut.children()
+        for layer in layers:
+            beside = layer(beside)
+        assert isinstance(projected, KernelNorm)
+        return norm.end(y, beside, projected)
 
 
 class _Basic(_Block):

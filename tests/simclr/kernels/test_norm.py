@@ -57,8 +57,9 @@ def every_pass(of: Any, tensors: list[Tensor], numbers: list[Tensor]) -> dict[st
     found = {"sums": of.sums(x, mean), "end's sums": end_sums, "masked": masked}
     for relu in (False, True):
         found |= {
-            f"affine, ReLU {relu}": of.affine(x, scale, level, None, relu),
-            f"affine with residual, ReLU {relu}": of.affine(x, scale, level, residual, relu),
+            f"affine, ReLU {relu}": of.affine(x, scale, level, None, None, relu),
+            f"affine with residual, ReLU {relu}": of.affine(x, scale, level, residual, None, relu),
+            f"affine with a multiple of it, ReLU {relu}": of.affine(x, scale, level, residual, slope, relu),
             f"gradient's sums, ReLU {relu}": of.gradient_sums(grad, x, mean, scale, level, relu),
             f"gradient, ReLU {relu}": of.gradient(grad, x, scale, level, slope, offset, relu),
         }
@@ -96,7 +97,7 @@ def test_kernels_equal_the_definition(within: Within) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 2 * 11 * len(SHAPES)
+    assert len(found) == 2 * 13 * len(SHAPES)
     for what, deviation, bound in found:
         within(what, deviation, bound)
 
@@ -119,8 +120,8 @@ def test_operations_promise_what_they_give(shape: tuple[int, ...]) -> None:
     (x, grad, residual, end), (mean, scale, level, slope, offset) = inputs(shape, torch.bfloat16)
     for operation, arguments in (
         (kernels._sums, (x, mean)),
-        (kernels._affine, (x, scale, level, residual, True)),
-        (kernels._affine, (x, scale, level, None, False)),
+        (kernels._affine, (x, scale, level, residual, slope, True)),
+        (kernels._affine, (x, scale, level, None, None, False)),
         (kernels._gradient_sums, (grad, x, mean, scale, level, True)),
         (kernels._end_gradient_sums, (grad, residual, x, mean, end)),
         (kernels._gradient, (grad, x, scale, level, slope, offset, True)),
@@ -139,7 +140,7 @@ def arguments(kernel: Any, dtype: str, channels: int, flags: dict[str, Any]) -> 
     grid = kernels._Grid.over(torch.empty(1, channels, 1, 1, device="meta"))
     found: dict[str, Any] = dict.fromkeys(("rows", "per", "C", "slabs"), "i32")
     found |= dict.fromkeys(("x", "grad", "other", "residual", "y", "masked", "out"), f"*{dtype}")
-    found |= dict.fromkeys(("shift", "partial", "mean", "scale", "level", "slope", "offset"), "*fp32")
+    found |= dict.fromkeys(("shift", "partial", "mean", "scale", "level", "times", "slope", "offset"), "*fp32")
     found |= {"SLABS": kernels._SLABS, "COLUMNS": 16, "out": "*fp32"} if "SLABS" in kernel.arg_names else {**grid.tile, **flags}
     return {name: found[name] for name in kernel.arg_names}
 
@@ -152,7 +153,7 @@ def test_the_assembler_spills_nothing(capability: int, dtype: str, channels: int
 
     variants: list[tuple[Any, dict[str, Any], int, int]] = [  # settings, tensors that are loaded, and stored
         (t.sums_kernel, {}, 1, 0),
-        (t.affine_kernel, {"RESIDUAL": True, "RELU": True}, 2, 1),
+        (t.affine_kernel, {"RESIDUAL": True, "TIMES": True, "RELU": True}, 2, 1),
         (t.gradient_sums_kernel, {"RELU": True}, 2, 0),
         (t.end_gradient_sums_kernel, kernels._FOUR_TENSORS, 4, 1),
         (t.gradient_kernel, {"RELU": True}, 2, 1),
@@ -212,5 +213,5 @@ def test_on_the_device_offsets_beyond_32_bits(within: Within) -> None:
     first, second = kernels.launch_sums(x, zeros)
     within("sum", float((first.double() / (rows + 2) - 1).abs().max()), 1e-6)
     within("sum of squares", float((second.double() / (rows + 8) - 1).abs().max()), 1e-6)
-    y = kernels.launch_affine(x, ones, ones, None, True)
+    y = kernels.launch_affine(x, ones, ones, None, None, True)
     assert y[-1].eq(4).all() and y[:1000].eq(2).all() and y[-1000:-1].eq(2).all()

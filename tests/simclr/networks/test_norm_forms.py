@@ -45,7 +45,7 @@ def through(form: Form, shape: tuple[int, ...], offset: float, end: bool, relu: 
     x, residual, target = (mine(t) for t in data(shape, offset))
     x.requires_grad_(), residual.requires_grad_()
     if isinstance(norm, KernelNorm) and end:
-        y, again = norm.end(x, residual)
+        y, again = norm.end(x, residual, None)
         (0.25 * y * target + 0.75 * again * target).sum().backward()
     else:
         y = F.relu(norm(x)) if relu and form == "sums" else norm(x)
@@ -123,7 +123,7 @@ def test_bfloat16_is_rounded_once(within: Within, form: Form, end: bool) -> None
     for dtype in (torch.bfloat16, torch.float64):
         norm = norm_of(form, 8, True).to(torch.float32 if dtype == torch.bfloat16 else dtype)
         own, added = x.to(dtype).clone().requires_grad_(), residual.to(dtype).clone().requires_grad_()
-        y = norm.end(own, added)[0] if isinstance(norm, KernelNorm) and end else norm(own)
+        y = norm.end(own, added, None)[0] if isinstance(norm, KernelNorm) and end else norm(own)
         y.backward(target.to(dtype))
         assert norm.bias is not None
         found.append([y.detach(), own.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var])

@@ -24,6 +24,7 @@ from simclr.errors import UserError
 from simclr.methods.method import Start, views_for
 from simclr.methods.simclr import SimCLR, build_model, simclr
 from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.norm_forms import Form, give_form
 from simclr.optim import build_optimizer, lr_peak, parameter_groups, warmup_cosine
 from simclr.precision import autocast, set_backends, views_dtype, weights_dtype
 from simclr.train import take_step
@@ -33,9 +34,10 @@ Step = Callable[[], Tensor]
 """Takes one optimizer step and returns its loss on the device, without waiting for it."""
 See = Callable[[slice], Tensor]
 """Some of a rank's images → their views (2 rows, 3, size, size), channels last."""
-Side = Literal["resident", "plain", "cached", "fed", "views", "loader"]
+Side = Literal["resident", "plain", "cached", "fed", "views", "loader", "sums", "kernels"]
 
 OURS, PLAIN, FED = "simclr", "plain torch", "simclr, fed from shards"
+FORMS: dict[Form, str] = {"sums": "simclr, norm as sums", "kernels": "simclr, norm kernels"}
 _VIEWS, _LOADER = "views alone", "loader alone"
 _PREPARED = 12  # a little more than the batches that the loader may have ready
 _WARMUP, _TOTAL = 10_000, 100_000  # steps of the schedule: its low rates keep the repeated batch from being learnt by heart
@@ -53,8 +55,9 @@ def step(
     window_s: float = 0.0,
 ) -> Iterator[Row]:
     """Print and give, row by row, images/s of the sides `asked` for, or of all possible ones: our step and plain torch's on resident views;
-    with `train.micro_batch` gradient caching's; with shards in `data` our step fed by loader and views, and these two alone. All sides
-    share one network, which compiles once. Then profile and cost."""
+    with `train.micro_batch` gradient caching's; with shards in `data` our step fed by loader and views, and these two alone; compiled on
+    a GPU our step with each of `simclr.networks.norm_forms`. The fed side shares our network, every other compiles its own. Then profile
+    and cost."""
     if config.loss.name != "nt_xent":
         raise UserError(f"the recipe's loss is {config.loss.name}; `simclr bench step` compares NT-Xent")
     n = config.images_per_rank(1)
@@ -92,10 +95,11 @@ def _sides(
     n, micro = config.images_per_rank(1), config.train.micro_batch
     there: tuple[Side, ...] = ("resident", "plain", *(("cached",) if micro not in (None, n) else ()))
     there += ("fed", "views", "loader") if data is not None else ()
-    if missing := [side for side in asked if side not in there]:
+    if missing := [side for side in asked if side not in (*there, *FORMS)]:
         needs = "--micro-batch" if missing[0] == "cached" else "--data"
         raise UserError(f"--sides {missing[0]} needs {needs}; give it, or leave that side out")
-    wanted = asked or there
+    forms = tuple(FORMS) if config.train.compile and device.type == "cuda" else ()
+    wanted = asked or (*there, *forms)
     whole = replace(config, train=replace(config.train, micro_batch=None))
     made: dict[str, Call] = {}
     if data is not None:  # before anything compiles: it raises if the shards are wrong
@@ -104,7 +108,7 @@ def _sides(
         held = next(stream)
     if {"resident", "fed"} & set(wanted):
         ours = our_step(whole, device)
-    if {"resident", "plain"} & set(wanted):
+    if {"resident", "plain", *FORMS} & set(wanted):
         views = resident_views(whole, device)
     if "resident" in wanted:
         made[OURS] = partial(ours, resident(views))
@@ -112,6 +116,9 @@ def _sides(
         made[FED] = lambda: ours(of_batch(next(stream), whole, device))
     if "plain" in wanted:
         made[PLAIN] = plain_step(whole, views)
+    for form, name in FORMS.items():
+        if form in wanted:
+            made[name] = partial(our_step(whole, device, form), resident(views))
     if "cached" in wanted:
         made[_cached(config)] = partial(our_step(config, device), of_noise(config, device))
     if "views" in wanted:
@@ -160,6 +167,8 @@ def _print_table(rows: list[Row], config: Config, how: str) -> None:
             than = f"   {100 * share:.1f} % of the step on resident views (pairs {1 / row['high']:.3f} … {1 / row['low']:.3f} ×)"
         elif row["name"] == PLAIN and base == OURS:
             than = f"   simclr is {row['ratio']:.3f} × {pairs}"
+        elif row["name"] in FORMS.values() and base == OURS:
+            than = f"   {1 / row['ratio']:.3f} × the step with BatchNorm as it is (pairs {1 / row['high']:.3f} … {1 / row['low']:.3f})"
         elif row["name"] == _cached(config) and base == OURS:
             than = f"   an image costs {row['ratio']:.3f} × the whole batch's {pairs}, its views made twice"
         memory = "" if row["peak_gib"] is None else f" {row['peak_gib']:6.1f} GiB"
@@ -205,11 +214,13 @@ def of_noise(config: Config, device: torch.device) -> See:
 # ── The steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def our_step(config: Config, device: torch.device) -> Callable[[See], Tensor]:
-    """The loop's own step (`simclr.train.take_step`) without labels, in the process group if there is one. It takes the views and returns
-    the loss on the device, without waiting for it."""
+def our_step(config: Config, device: torch.device, form: Form | None = None) -> Callable[[See], Tensor]:
+    """The loop's own step (`simclr.train.take_step`) without labels, in the process group if there is one; with `form`, its BatchNorms in
+    this form. It takes the views and returns the loss on the device, without waiting for it."""
     n, taken = config.images_per_rank(world_size()), 0
     made = simclr(config, Start(Path(), device))
+    if form is not None:
+        give_form(made.network, form)
     peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
     schedule = partial(warmup_cosine, peak=peak, warmup_steps=_WARMUP, total_steps=_TOTAL)
     groups = parameter_groups(made.network, config.optim.weight_decay, schedule)

@@ -70,8 +70,9 @@ class Args:
     """step, train, scale, loop, cifar: torch.compile on both sides; step then counts graph breaks."""
     micro_batch: int | None = None
     """step: a third side embeds this many images at a time (gradient caching). train, scale: every side does."""
-    sides: tuple[Literal["resident", "plain", "cached", "fed", "views", "loader"], ...] = ()
-    """step: only these sides, as `cached` for a batch that does not fit at once; nothing = all that --micro-batch and --data allow."""
+    sides: tuple[Literal["resident", "plain", "cached", "fed", "views", "loader", "sums", "kernels"], ...] = ()
+    """step: only these sides, as `cached` for a batch that does not fit at once; nothing = all that --micro-batch and --data allow, and,
+    compiled on a GPU, BatchNorm as sums and as kernels."""
     profile: Path | None = None
     """step: file for the table of the slowest operators; also prints how often the host waits for a GPU."""
     peer: Literal["none", "lightly"] = "none"

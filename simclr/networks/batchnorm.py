@@ -40,12 +40,19 @@ class BatchNorm(nn.Module):
             y, mean, invstd = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, self.momentum, self.eps)
             mean, var = mean.detach(), invstd.detach().pow(-2) - self.eps
         else:
-            shift = _before(self.running_mean) if _MUTATED_SAVED and torch.compiler.is_compiling() else self.running_mean.clone()
-            y, mean, var = _GlobalBatchNorm.apply(x, self.weight, self.bias, shift, self.eps)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+            y, mean, var = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.before(), self.eps)
+        self.move(mean, var)
         return y
+
+    def before(self) -> Tensor:
+        """A copy of the running mean as it is before this step moves it."""
+        return _before(self.running_mean) if _MUTATED_SAVED and torch.compiler.is_compiling() else self.running_mean.clone()
+
+    @torch.no_grad()
+    def move(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics towards those of this step."""
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, beta={self.bias is not None}, per_worker={self.per_worker}"

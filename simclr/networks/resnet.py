@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from simclr.config import Encoder
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.initial import Conv2d, draw
+from simclr.networks.norm_forms import KernelNorm
 
 # depth → (blocks per stage, bottleneck). 8, 14, 20: three stages of 16, 32, 64 channels (arXiv:1512.03385, Sec. 4.2).
 _STAGES: dict[int, tuple[tuple[int, ...], bool]] = {
@@ -96,9 +98,11 @@ class ResNet(nn.Module):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """(n, 3, H, W) → feature maps (n, c, h, w) after the stem and after each block group."""
-        maps = [self.stem(x)]
+        end: Any = self.stem(x)
+        maps = [end]
         for group in self.groups:
-            maps.append(group(maps[-1]))
+            end = group(end)
+            maps.append(end[0] if isinstance(end, tuple) else end)
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,6 +117,8 @@ class _SameMaxPool(nn.Module):
     """3 × 3 max-pool of stride 2 with TensorFlow's 'SAME' padding: on even sizes it pads only at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] % 2 == x.shape[3] % 2 == 0:  # the same to the bit without a padded copy: the last windows end with the image
+            return F.max_pool2d(x, 3, 2, 0, ceil_mode=True)
         pads = []
         for size in (x.shape[3], x.shape[2]):
             total = max((-(-size // 2) - 1) * 2 + 3 - size, 0)
@@ -173,7 +179,31 @@ class _SqueezeExcite(nn.Module):
         return x * torch.sigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True)))))
 
 
-class _Basic(nn.Module):
+class _Block(nn.Module):
+    """relu(gate(body(x)) + shortcut(x)); the body's last layer is a norm. With kernels for norms, blocks hand each other their end twice:
+    see `KernelNorm.end`."""
+
+    shortcut: nn.Module
+    body: nn.Sequential
+    gate: nn.Module
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        y, beside = x if isinstance(x, tuple) else (x, x)
+        *layers, norm = self.body
+        if not isinstance(norm, KernelNorm) or not isinstance(self.gate, nn.Identity):
+            return F.relu(self.gate(self.body(y)) + self.shortcut(beside), inplace=True)
+        for layer in layers:
+            y = layer(y)
+        if isinstance(self.shortcut, nn.Identity):
+            return norm.end(y, beside, None)
+        *layers, projected = self.shortcut.children()
+        for layer in layers:
+            beside = layer(beside)
+        assert isinstance(projected, KernelNorm)
+        return norm.end(y, beside, projected)
+
+
+class _Basic(_Block):
     """Two 3 × 3 convolutions; the last BatchNorm starts at 0, so the block starts as its shortcut (App. B)."""
 
     def __init__(self, c_in: int, width: int, stride: int, project: bool, sk_ratio: float, se_ratio: float, norm: Norm) -> None:
@@ -185,11 +215,8 @@ class _Basic(nn.Module):
         )
         self.gate = _SqueezeExcite(width, width, se_ratio) if se_ratio > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.gate(self.body(x)) + self.shortcut(x), inplace=True)
 
-
-class _Bottleneck(nn.Module):
+class _Bottleneck(_Block):
     """1 × 1, 3 × 3 (strided, or a selective kernel), 1 × 1 to four times the width."""
 
     def __init__(self, c_in: int, width: int, stride: int, project: bool, sk_ratio: float, se_ratio: float, norm: Norm) -> None:
@@ -206,6 +233,3 @@ class _Bottleneck(nn.Module):
             *(_conv(width, 4 * width, 1), norm(4 * width, zero_init=True)),
         )
         self.gate = _SqueezeExcite(4 * width, width, se_ratio) if se_ratio > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.gate(self.body(x)) + self.shortcut(x), inplace=True)

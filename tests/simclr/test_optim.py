@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from simclr import optim
 from simclr.config import Config, Optim, Train
 from simclr.optim import LARS, lr_peak, parameter_groups, warmup_cosine
 from tests.conftest import Within
@@ -40,6 +41,60 @@ def test_lars_follows_the_official_trajectory(within: Within, tag: str, decay: f
             expected = data[f"{tag}|{n}|after{step}"]
             scale = max(float(np.abs(expected).max()), 1e-3)  # float32, relative to the tensor's scale
             within(tag, float(np.abs(params[n].detach().numpy() - expected).max()) / scale, 1e-6)
+
+
+def steps(nesterov: bool, device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Weights and momentum after four steps, of tensors of several shapes, a channels-last one and one of zeros among them."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(4, 3, 3, 3), (7, 5), (6,), (3, 2)]
+    values = [torch.randn(shape, dtype=torch.float64, generator=random) for shape in shapes]
+    values[3].zero_()
+    params = [nn.Parameter(v.to(device, dtype)) for v in values]
+    params[0].data = params[0].data.to(memory_format=torch.channels_last)
+    optimizer = LARS([{"params": params[:2]}, {"params": params[2:], "adapt": False}], lr=0.0, weight_decay=1e-2, nesterov=nesterov)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 2, device=device, dtype=dtype))]})
+    params.append(optimizer.param_groups[2]["params"][0])
+    for lr in (0.5, 0.4, 0.3, 0.2):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for p in params:
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, dtype=torch.float64, generator=random))
+        optimizer.step()
+    return [*(p.detach().cpu() for p in params), *(optimizer.state[p]["momentum_buffer"].cpu() for p in params)]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_form_for_gpus_computes_the_same_step(within: Within, monkeypatch: pytest.MonkeyPatch, nesterov: bool) -> None:
+    expected, called = steps(nesterov), []
+    follow = optim._follow
+    monkeypatch.setattr(optim, "_follow", lambda *a: (called.append(len(a[0])), follow(*a)))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = steps(nesterov)
+    monkeypatch.undo()
+    assert called == [2, 1] * 4
+    for ours, theirs in zip(found, expected, strict=True):
+        within(f"weights and momentum, {'with' if nesterov else 'without'} Nesterov", float((ours - theirs).abs().max()), 1e-13)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_on_the_device_the_step_is_the_cpus_in_few_launches(within: Within, nesterov: bool) -> None:
+    for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+        for ours, theirs in zip(steps(nesterov, "cuda", dtype), steps(nesterov), strict=True):
+            within(f"{dtype}", float((ours.double() - theirs).abs().max()), bound)
+    launches = []
+    for count in (4, 54):
+        params = [nn.Parameter(torch.randn(64, 33, device="cuda")) for _ in range(count)]
+        optimizer = LARS(params, lr=0.1, nesterov=nesterov)
+        for _ in range(2):  # the first step makes the momentum
+            for p in params:
+                p.grad = torch.randn_like(p)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                optimizer.step()
+                torch.cuda.synchronize()
+        launches.append(sum(event.count for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA))
+    assert 0 < launches[1] <= launches[0] + 10, launches
 
 
 def test_schedule_equals_the_official_table(within: Within) -> None:

@@ -10,11 +10,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.heads import ProjectionHead
-from simclr.networks.resnet import ResNet, resnet
+from simclr.networks.resnet import ResNet, _SameMaxPool, resnet
 from tests.conftest import Within
 from tests.support.resnets import CASES, RESNET, deviation
 
@@ -161,3 +162,20 @@ def test_small_networks_and_an_unknown_depth() -> None:
     assert resnet(8, width=2, cifar_stem=True)(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
     with pytest.raises(ValueError, match="no ResNet of depth 51; choose one of 8, 14, 18"):
         resnet(51)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_stems_pooling_is_the_padded_one_to_the_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """TensorFlow's 'SAME': on even sizes a row and a column of −inf behind, on odd ones around. Rounded values are often equal within a
+    window: the first of them gets the gradient."""
+    for size, pads in (((8, 6), (0, 1, 0, 1)), ((2, 2), (0, 1, 0, 1)), ((112, 112), (0, 1, 0, 1)), ((7, 9), (1, 1, 1, 1))):
+        random = torch.Generator().manual_seed(0)
+        for x in (torch.randn(2, 5, *size, generator=random), torch.randn(2, 5, *size, generator=random).round().relu()):
+            found = []
+            for pool in (_SameMaxPool(), lambda x, pads=pads: F.max_pool2d(F.pad(x, pads, value=float("-inf")), 3, 2)):
+                own = x.to(dtype, memory_format=layout).requires_grad_()
+                y = pool(own)
+                y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+                found.append((y.detach(), own.grad))
+            assert all(torch.equal(ours, padded) and ours.stride() == padded.stride() for ours, padded in zip(*found, strict=True)), size

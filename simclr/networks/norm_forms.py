@@ -1,0 +1,195 @@
+"""Other forms of `simclr.networks.batchnorm.BatchNorm`, of the same parameters, statistics and numbers up to rounding.
+
+They are for the benches and tests until they are measured on a GPU; the loop takes BatchNorm as it is. "sums" writes the statistics as
+shifted sums, which torch.compile turns into plain reductions in the place of Welford's. "kernels" also takes in the ReLU that follows, and
+in a block's end the shortcut, its norm and the addition: two passes forward and two backward (`simclr.kernels.norm`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from simclr.collectives import all_reduce_sum, world_size
+from simclr.kernels.norm import KERNELS, PLAIN, Passes
+from simclr.networks.batchnorm import BatchNorm
+
+Form = Literal["sums", "kernels"]
+
+
+def give_form(network: nn.Module, form: Form) -> None:
+    """Put BatchNorms of `form` in the place of those in `network`, with the same parameters and buffers under the same names."""
+    for module in list(network.modules()):
+        children = list(module.named_children())
+        for at, (name, child) in enumerate(children):
+            if type(child) is not BatchNorm:
+                continue
+            followed = isinstance(module, nn.Sequential) and at + 1 < len(children) and isinstance(children[at + 1][1], nn.ReLU)
+            if form == "sums":
+                setattr(module, name, SumsNorm(child))
+            else:
+                setattr(module, name, KernelNorm(child, relu=followed))
+                if followed:
+                    setattr(module, children[at + 1][0], nn.Identity())
+
+
+class SumsNorm(BatchNorm):
+    """BatchNorm from shifted sums, in plain torch."""
+
+    def __init__(self, norm: BatchNorm) -> None:
+        super().__init__(norm.weight.numel(), beta=norm.bias is not None, per_worker=norm.per_worker)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.momentum, self.eps = norm.momentum, norm.eps
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._normalised(x, False, False) if self.training else super().forward(x)
+
+    def _normalised(self, x: Tensor, relu: bool, kernels: bool) -> Tensor:
+        y: Tensor
+        y, mean, var = _Normalised.apply(x, self.weight, self.bias, self.before(), self._ranks, self.eps, relu, kernels)
+        self.move(mean, var)
+        return y
+
+    @property
+    def _ranks(self) -> int:
+        return 1 if self.per_worker else world_size()
+
+
+class KernelNorm(SumsNorm):
+    """BatchNorm, and ReLU where `relu` is set."""
+
+    def __init__(self, norm: BatchNorm, *, relu: bool) -> None:
+        super().__init__(norm)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self._normalised(x, self.relu, True)
+        y = super().forward(x)
+        return F.relu(y) if self.relu else y
+
+    def end(self, x: Tensor, beside: Tensor, projected: KernelNorm | None) -> tuple[Tensor, Tensor]:
+        """A block's end: ReLU of this norm of x + `beside`, or + the norm `projected` of it. It comes twice, for the next block's body and
+        for its shortcut: so their gradients arrive one by one, and the pass that cuts them adds them."""
+        if not self.training:
+            y = F.relu(super().forward(x) + (beside if projected is None else projected(beside)))
+            return y, y
+        others = (None, None, None) if projected is None else (projected.weight, projected.bias, projected.before())
+        y, again, *moved = _End.apply(x, beside, self.weight, self.bias, self.before(), *others, self._ranks, self.eps)
+        self.move(*moved[:2])
+        if projected is not None:
+            projected.move(*moved[2:])
+        return y, again
+
+
+class _Map(NamedTuple):
+    """A norm of one batch: x → scale · x + level. All (c,)."""
+
+    mean: Tensor
+    var: Tensor
+    invstd: Tensor
+    scale: Tensor
+    level: Tensor
+
+
+def _map(passes: Passes, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor, ranks: int, eps: float) -> _Map:
+    """One all-reduce of 2c numbers. The shift, the running mean, is the same on every rank, so their sums add up."""
+    sums = passes.sums(x, shift)
+    if ranks > 1:
+        sums = all_reduce_sum(sums)
+    offset, second = (sums / _count(x, ranks)).unbind()
+    mean, var = shift + offset, (second - offset.square()).clamp_min(0)
+    invstd = (var + eps).rsqrt()
+    scale = weight * invstd
+    return _Map(mean, var, invstd, scale, -mean * scale if bias is None else bias - mean * scale)
+
+
+def _gradients(passes: Passes, g: Tensor, x: Tensor, sums: Tensor, of: _Map, relu: bool, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, from g and its sums; one all-reduce of 2c numbers."""
+    grad_bias, grad_weight = sums[0], sums[1] * of.invstd
+    # The input's gradient needs the global sums; the parameters' gradients stay local, DDP averages them.
+    whole = torch.stack([grad_bias, grad_weight])
+    if ranks > 1:
+        whole = all_reduce_sum(whole)
+    mean_grad, mean_grad_xhat = (whole / _count(x, ranks)).unbind()
+    slope = -of.scale * of.invstd * mean_grad_xhat
+    offset = -of.scale * mean_grad - slope * of.mean
+    return passes.gradient(g, x, of.scale, of.level, slope, offset, relu), grad_weight, grad_bias
+
+
+def _count(x: Tensor, ranks: int) -> int:
+    return ranks * (x.numel() // x.shape[1])
+
+
+class _Normalised(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor, ranks: int, eps: float, relu: bool, kernels: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        passes = KERNELS if kernels else PLAIN
+        found = _map(passes, x, weight, bias, shift, ranks, eps)
+        ctx.save_for_backward(x, *found)
+        ctx.passes, ctx.relu, ctx.ranks, ctx.beta = passes, relu, ranks, bias is not None
+        ctx.mark_non_differentiable(found.mean, found.var)
+        return passes.affine(x, found.scale, found.level, None, None, relu), found.mean, found.var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        of = _Map(*rest)
+        sums = ctx.passes.gradient_sums(grad, x, of.mean, of.scale, of.level, ctx.relu)
+        grad_x, grad_weight, grad_bias = _gradients(ctx.passes, grad, x, sums, of, ctx.relu, ctx.ranks)
+        return grad_x, grad_weight, grad_bias if ctx.beta else None, *[None] * 5
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        beside: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shift: Tensor,
+        other_weight: Tensor | None,
+        other_bias: Tensor | None,
+        other_shift: Tensor | None,
+        ranks: int,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        """The parameters of the norm of x, and of that of `beside`, if there is one."""
+        found = _map(KERNELS, x, weight, bias, shift, ranks, eps)
+        ctx.ranks, ctx.beta, ctx.projected = ranks, (bias is not None, other_bias is not None), other_weight is not None
+        if other_weight is None or other_shift is None:
+            y = KERNELS.affine(x, found.scale, found.level, beside, None, True)
+            ctx.save_for_backward(x, y, *found)
+            moved: tuple[Tensor, ...] = found[:2]
+        else:
+            other = _map(KERNELS, beside, other_weight, other_bias, other_shift, ranks, eps)
+            y = KERNELS.affine(x, found.scale, found.level + other.level, beside, other.scale, True)
+            ctx.save_for_backward(x, y, *found, beside, *other)
+            moved = (*found[:2], *other[:2])
+        ctx.mark_non_differentiable(*moved)
+        return y, y.view_as(y), *moved
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, other_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, *rest = ctx.saved_tensors
+        of = _Map(*rest[:5])
+        g, sums = KERNELS.end_gradient_sums(grad, other_grad, x, of.mean, y)
+        grad_x, grad_weight, grad_bias = _gradients(KERNELS, g, x, sums, of, False, ctx.ranks)
+        own = grad_weight, grad_bias if ctx.beta[0] else None, None
+        if not ctx.projected:
+            return grad_x, g, *own, *[None] * 5
+        beside, other = rest[5], _Map(*rest[6:])
+        sums = KERNELS.gradient_sums(g, beside, other.mean, other.scale, other.level, False)
+        grad_beside, grad_weight, grad_bias = _gradients(KERNELS, g, beside, sums, other, False, ctx.ranks)
+        return grad_x, grad_beside, *own, grad_weight, grad_bias if ctx.beta[1] else None, *[None] * 3

@@ -198,6 +198,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
         "stream": stream,
         "current_stream": lambda device=None: current,
         "max_memory_allocated": lambda device=None: 3 << 30,
+        "get_device_properties": lambda device=None: SimpleNamespace(major=9, minor=0, multi_processor_count=132),
         "synchronize": lambda device=None: watched.waits.append("synchronize"),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -227,7 +228,7 @@ def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
                 SimpleNamespace(name=self.name, grid=grid, arguments=arguments, settings=settings)
             )
 
-    names = ("forward_kernel", "queries_kernel", "keys_kernel")
+    names = ("sums_kernel", "losses_kernel", "weighted_kernel", "gradient_kernel")
     module: Any = SimpleNamespace(**{name: Kernel(name) for name in names})
     monkeypatch.setitem(sys.modules, "simclr.kernels.nt_xent_triton", module)
     return launched

@@ -1,7 +1,7 @@
 # make demo    the whole job on this machine, in about four minutes; installs what is missing
 # make test    lint, format, types, tests; installs what is missing
 # make test-cluster    tests that start clusters of their own: ray up, faults, a TPU slice; as root
-# make test-compile    tests that compile networks with Inductor, in minutes
+# make test-compile    tests that compile networks with Inductor and every kernel for every GPU, in minutes
 # make test-torch211   the tests of what touches torch, under the oldest torch that we take, in an environment of its own
 # make lock    renew requirements.lock after a change of pyproject.toml
 
@@ -24,7 +24,7 @@ test-cluster: setup
 	.venv/bin/pytest -m cluster -rs
 
 test-compile: setup
-	.venv/bin/pytest -m compile tests/simclr/test_compile.py
+	.venv/bin/pytest -m compile tests/simclr/test_compile.py tests/simclr/kernels
 
 test-torch211: setup
 	./tests/support/torch211.sh

@@ -33,7 +33,8 @@ def nt_xent(z: Tensor, temperature: float, memory: Tensor | None = None) -> Tens
         if z.is_cuda or len(z) * (len(z) * world_size() + stored) > STREAMED_FROM:
             unit, keys = _unit_rows(z, memory)
             if z.dtype in (torch.bfloat16, torch.float16) and in_tiles(z):  # the tensor cores multiply this dtype; sums are float32
-                unit, keys = unit.to(z.dtype), keys.to(z.dtype)
+                rows = unit.to(z.dtype)
+                unit, keys = rows, rows if keys is unit else keys.to(z.dtype)
             return streamed(unit, keys, rank() * len(z), temperature)
         cosines, own = _cosines(z, memory)
         logits = cosines / temperature

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,6 @@ from simclr.config import Config, Views
 from simclr.data import loader, memory
 from simclr.data.manifest import read_manifest
 from simclr.evaluation import features
-from simclr.kernels import nt_xent as kernels
 from simclr.loss import nt_xent
 from simclr.methods.classifier import build_classifier
 from simclr.methods.simclr import simclr
@@ -101,6 +99,9 @@ def test_the_stand_in_sees_every_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 # ── Loss ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+ONE_GRADIENT = ["weighted_kernel", "gradient_kernel"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "d", "tiled"),
     [(torch.float32, 128, True), (torch.float32, 300, False), (torch.bfloat16, 512, True), (torch.bfloat16, 768, False)],
@@ -113,33 +114,36 @@ def test_on_cuda_the_loss_takes_tiles_or_blocks(monkeypatch: pytest.MonkeyPatch,
         (gradient,) = torch.autograd.grad(loss, z)
     assert loss.dtype == torch.float32 and gradient.dtype == dtype and gradient.shape == z.shape and gradient.device == CUDA
     assert watched.waits == []
-    assert [one.name for one in launched] == (["forward_kernel", "queries_kernel", "keys_kernel"] if tiled else [])
+    assert [one.name for one in launched] == (["sums_kernel", "losses_kernel", *ONE_GRADIENT] if tiled else [])
     for one in launched:
-        side = one.settings["ROWS"]
-        assert one.grid == (-(-96 // side),) and one.settings["WIDE"] >= d == one.settings["D"] and side >= 16
         assert all(x.is_contiguous() and x.device == CUDA for x in one.arguments if isinstance(x, torch.Tensor))
-        assert [x.dtype for x in one.arguments[:2]] == [dtype] * 2 and one.arguments[-1] == 10.0
+        rows, settings = one.arguments[0], one.settings
+        assert rows is one.arguments[1] and settings.get("BY_OUTER", True) and settings.get("BY_INNER", True), "one rank: keys are queries"
+        two = dtype == torch.float32  # planes of float16
+        assert (rows.dtype, rows.shape) == ((torch.float16, (2, 96, d)) if two else (dtype, (96, d))) and settings["PARTS"] == 1 + two
+        assert settings["D"] == d <= settings["WIDE"] and settings["FIXED"]
+    if tiled:
+        sums, losses, weighted, last = launched
+        assert sums.arguments[2].shape == (1, sums.grid[1], 96) and sums.grid[0] == -(-96 // sums.settings["OUTER"])
+        assert weighted.arguments[3].shape == (weighted.grid[1], 96, d) and weighted.grid[0] == -(-96 // weighted.settings["OUTER"])
+        assert losses.grid == last.grid == (6,) and last.arguments[5].dtype == dtype
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
-def test_the_tiles_compile_for_an_h100(dtype: torch.dtype, name: str) -> None:
-    """To machine code, without a GPU, at the papers' d = 128; a tile fits the 48 KiB that every block may have, or Hopper's 227."""
-    pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile  # not public; torch's own compiler calls it like this
-
-    from simclr.kernels import nt_xent_triton
-
-    settings = kernels._tile(torch.empty(1, 128, dtype=dtype))
-    stages = settings.pop("num_stages")
-    for kernel in (nt_xent_triton.forward_kernel, nt_xent_triton.queries_kernel, nt_xent_triton.keys_kernel):
-        kinds = {"queries": f"*{name}", "key_rows": f"*{name}", "lse": "*fp32", "positive": "*fp32", "out": "*fp32", "scale": "fp32"}
-        signature = {n: "constexpr" if n in settings else kinds.get(n, "i32") for n in kernel.arg_names}
-        constants = {(kernel.arg_names.index(n),): value for n, value in settings.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Triton announces its next defaults
-            made = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_stages": stages})
-        assert made.asm["cubin"] and made.metadata.shared <= 227 * 1024
+def test_a_queue_and_other_ranks_keys_have_a_gradient_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 rows, and 104 more in the queue; rows as long as a tile are loaded without masks."""
+    launched = stand_in_kernels(monkeypatch)
+    with fake_cuda(monkeypatch) as watched:
+        z = torch.empty(96, 128, dtype=torch.bfloat16, device=CUDA).requires_grad_()
+        (gradient,) = torch.autograd.grad(nt_xent(z, 0.02, torch.empty(104, 128, device=CUDA)), z)
+    assert gradient.shape == z.shape and watched.waits == []
+    assert [one.name for one in launched] == ["sums_kernel", "losses_kernel", *ONE_GRADIENT, *ONE_GRADIENT]
+    assert not any(one.settings["FIXED"] for one in launched)
+    sums, _, *gradients = launched
+    assert sums.grid == (1, 2) and sums.settings["WHOLE"] and sums.arguments[2].shape == (2, 2, 96)
+    assert [(one.settings["BY_OUTER"], one.settings["BY_INNER"]) for one in gradients] == [(True, False)] * 2 + [(False, True)] * 2
+    assert [one.grid for one in gradients] == [(1, 2), (6,), (2, 1), (13,)]
+    assert [one.settings["WHOLE"] for one in gradients[::2]] == [True, False], "queries are fewer than a tile's rows"
+    assert [tuple(one.arguments[3].shape) for one in gradients[::2]] == [(2, 96, 128), (1, 200, 128)]
 
 
 # ── Loader ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -198,6 +198,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
         "stream": stream,
         "current_stream": lambda device=None: current,
         "max_memory_allocated": lambda device=None: 3 << 30,
+        "get_device_properties": lambda device=None: SimpleNamespace(major=9, minor=0, multi_processor_count=132),
         "synchronize": lambda device=None: watched.waits.append("synchronize"),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -228,7 +229,7 @@ def stand_in_kernels(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
             )
 
     kernels = {
-        "nt_xent_triton": ("forward_kernel", "queries_kernel", "keys_kernel"),
+        "nt_xent_triton": ("sums_kernel", "losses_kernel", "weighted_kernel", "gradient_kernel"),
         "views_triton": ("means_kernel", "colours_kernel", "blur_kernel"),
     }
     for file, names in kernels.items():

@@ -1,16 +1,11 @@
-"""Kernels against the plain functions that define them; Triton's through its interpreter, and on a GPU where there is one."""
+"""NT-Xent by blocks of rows against the definition. The tiles' tests are in `test_nt_xent_tiles`."""
 
 from __future__ import annotations
 
-import json
-import os
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,10 +36,12 @@ def graded(function: Callable[..., Tensor], queries: Tensor, keys: Tensor, *rest
 
 
 def compared(within: Within, name: str, ours: list[Tensor], theirs: list[Tensor], bound: float) -> None:
-    for part, a, b in zip(("value", "queries' gradient", "keys' gradient"), ours, theirs, strict=True):
+    names = ("value", "queries' gradient", "keys' gradient")[: len(ours)]
+    for part, a, b in zip(names, ours, theirs, strict=True):
         within(f"{name}, {part}", float((a.double() - b.double()).abs().max() / b.double().abs().max()), bound)
 
 
+# Queries, keys, the first key of the queries' own, dimensions, τ.
 CASES = [(8, 8, 0, 16, 0.5), (24, 72, 24, 32, 0.1), (66, 132, 66, 128, 0.05), (6, 200, 100, 7, 1.0)]
 
 
@@ -93,49 +90,3 @@ def test_memory_is_flat_in_the_batch() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     nt_xent(z, 0.1).backward()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
-
-
-def interpreted() -> list[tuple[str, float, float]]:
-    """Differences of Triton's kernels, run in Python on CPU tensors, from the definition: (name, difference, bound)."""
-    found: list[tuple[str, float, float]] = []
-    # The interpreter multiplies the bits of bfloat16. float16, which takes the same way through the kernels, replaces it here.
-    for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 2e-2)):
-        for rows, columns, offset, d, temperature in CASES:
-            keys = unit(columns, d).to(dtype)
-            queries = keys[offset : offset + rows].contiguous()
-            theirs = graded(definition, queries.double(), keys.double(), offset, temperature)
-            lse, positive = kernels.triton_forward(queries, keys, offset, temperature)
-            d_queries, d_keys = kernels.triton_backward(queries, keys, lse, offset, temperature)
-            scale = 3 / (rows * temperature)
-            ours = [(lse - positive).mean(), d_queries * scale, d_keys * scale]
-            compared(lambda *one: found.append(one), f"{dtype}, {rows} rows, {columns} keys", ours, theirs, bound)
-    return found
-
-
-def test_tiles_equal_the_definition(within: Within) -> None:
-    """In a process of its own: Triton decides at its import whether it is interpreted."""
-    triton = pytest.importorskip("triton")
-    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton 3.6 interprets kernels by int() of arrays of one element, which numpy refuses since 2.4")
-    program = "import json; from tests.simclr.kernels.test_nt_xent import interpreted; print(json.dumps(interpreted()))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len(found) == 2 * 3 * len(CASES)
-    for what, deviation, bound in found:
-        within(what, deviation, bound)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_tiles_on_the_device_equal_the_definition(within: Within, dtype: torch.dtype, bound: float) -> None:
-    """float32 is multiplied as three TF32 products: 21 bits of each factor, so a cosine may be 2^-21 off, and a logit 1 / τ times that."""
-    for rows, columns, offset, d, temperature in [*CASES, (2048, 4096, 2048, 128, 0.1)]:
-        keys = unit(columns, d).to(dtype)
-        queries = keys[offset : offset + rows].contiguous()
-        theirs = graded(definition, queries.double(), keys.double(), offset, temperature)
-        ours = graded(kernels.streamed, queries.cuda(), keys.cuda(), offset, temperature)
-        compared(within, str(dtype), [t.cpu() for t in ours], theirs, bound)

@@ -70,9 +70,8 @@ MUTATIONS = (
     Mutation(
         "running-variance-unbiased",
         "simclr/networks/batchnorm.py",
-        "self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)",
-        "count = world_size() * x.numel() // x.shape[1]\n"
-        "            self.running_var.lerp_(var.to(self.running_var.dtype) * count / (count - 1), self.momentum)",
+        "self.move(mean, var)",
+        "count = world_size() * x.numel() // x.shape[1]\n        self.move(mean, var * count / (count - 1))",
         "tests/simclr/networks/test_batchnorm.py::test_running_statistics_move_by_a_tenth_towards_mean_and_biased_variance",
     ),
     Mutation(

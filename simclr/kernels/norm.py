@@ -23,22 +23,22 @@ from torch import Tensor
 
 def sums(x: Tensor, shift: Tensor) -> Tensor:
     """(2, c): Σ (x − shift) and Σ (x − shift)². Digits of the variance are lost as (mean − shift)² grows beyond it."""
-    off = _wide(x) - _per_channel(shift, x)
+    off = wide(x) - per_channel(shift, x)
     return torch.stack([off.sum(_others(x)), off.square().sum(_others(x))])
 
 
 def affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, times: Tensor | None, relu: bool) -> Tensor:
     """scale · x + level (+ residual, or + times · residual), and ReLU of it, rounded once to x's dtype."""
-    y = _wide(x) * _per_channel(scale, x) + _per_channel(level, x)
+    y = wide(x) * per_channel(scale, x) + per_channel(level, x)
     if residual is not None:
-        y = y + (residual if times is None else _wide(residual) * _per_channel(times, x))
+        y = y + (residual if times is None else wide(residual) * per_channel(times, x))
     return (y.relu() if relu else y).to(x.dtype)
 
 
 def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, level: Tensor, relu: bool) -> Tensor:
     """(2, c): Σ g and Σ g (x − mean); g is `grad`, with `relu` only where scale · x + level > 0."""
-    g = _cut(_wide(grad), x, scale, level) if relu else _wide(grad)
-    return torch.stack([g.sum(_others(x)), (g * (_wide(x) - _per_channel(mean, x))).sum(_others(x))])
+    g = _cut(wide(grad), x, scale, level) if relu else wide(grad)
+    return torch.stack([g.sum(_others(x)), (g * (wide(x) - per_channel(mean, x))).sum(_others(x))])
 
 
 def end_gradient_sums(grad: Tensor, other: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,19 +49,19 @@ def end_gradient_sums(grad: Tensor, other: Tensor, x: Tensor, mean: Tensor, y: T
 
 def gradient(grad: Tensor, x: Tensor, scale: Tensor, level: Tensor, slope: Tensor, offset: Tensor, relu: bool) -> Tensor:
     """scale · g + (slope · x + offset), where slope · x and offset nearly cancel; g as in `gradient_sums`."""
-    g = _cut(_wide(grad), x, scale, level) if relu else _wide(grad)
-    return (g * _per_channel(scale, x) + (_wide(x) * _per_channel(slope, x) + _per_channel(offset, x))).to(x.dtype)
+    g = _cut(wide(grad), x, scale, level) if relu else wide(grad)
+    return (g * per_channel(scale, x) + (wide(x) * per_channel(slope, x) + per_channel(offset, x))).to(x.dtype)
 
 
 def _cut(g: Tensor, x: Tensor, scale: Tensor, level: Tensor) -> Tensor:
-    return torch.where(_wide(x) * _per_channel(scale, x) + _per_channel(level, x) > 0, g, 0.0)
+    return torch.where(wide(x) * per_channel(scale, x) + per_channel(level, x) > 0, g, 0.0)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view([1, -1] + [1] * (x.ndim - 2))
 
 
@@ -90,17 +90,17 @@ def in_kernels(x: Tensor) -> bool:
 def launch_sums(x: Tensor, shift: Tensor) -> Tensor:
     from simclr.kernels.norm_triton import sums_kernel
 
-    rows, over = _rows(x), _Grid.over(x)
+    rows, over = side_by_side(x), _Grid.over(x)
     partial = over.partial(x)
     sums_kernel[over.grid](rows, shift, partial, *over.arguments, **over.tile)
-    return _total(partial)
+    return total(partial)
 
 
 def launch_affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, times: Tensor | None, relu: bool) -> Tensor:
     from simclr.kernels.norm_triton import affine_kernel
 
-    rows, over, out = _rows(x), _Grid.over(x), _like(x)
-    added = rows if residual is None else _rows(residual)
+    rows, over, out = side_by_side(x), _Grid.over(x), empty_like(x)
+    added = rows if residual is None else side_by_side(residual)
     flags = {"RESIDUAL": residual is not None, "TIMES": times is not None, "RELU": relu}
     factors = scale if times is None else times
     affine_kernel[over.grid](rows, added, scale, level, factors, out, *over.arguments, **flags, **over.tile)
@@ -110,25 +110,32 @@ def launch_affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | No
 def launch_gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, level: Tensor, relu: bool) -> Tensor:
     from simclr.kernels.norm_triton import gradient_sums_kernel
 
-    g, rows, over = _rows(grad), _rows(x), _Grid.over(x)
+    g, rows, over = side_by_side(grad), side_by_side(x), _Grid.over(x)
     partial = over.partial(x)
     gradient_sums_kernel[over.grid](g, rows, mean, scale, level, partial, *over.arguments, RELU=relu, **over.tile)
-    return _total(partial)
+    return total(partial)
 
 
 def launch_end_gradient_sums(grad: Tensor, other: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     from simclr.kernels.norm_triton import end_gradient_sums_kernel
 
-    g, second, rows, stored, over, masked = _rows(grad), _rows(other), _rows(x), _rows(y), _Grid.over(x), _like(x)
+    g, second, rows, stored, over, masked = (
+        side_by_side(grad),
+        side_by_side(other),
+        side_by_side(x),
+        side_by_side(y),
+        _Grid.over(x),
+        empty_like(x),
+    )
     partial = over.partial(x)
     end_gradient_sums_kernel[over.grid](g, second, rows, stored, mean, masked, partial, *over.arguments, **over.tile | _FOUR_TENSORS)
-    return masked, _total(partial)
+    return masked, total(partial)
 
 
 def launch_gradient(grad: Tensor, x: Tensor, scale: Tensor, level: Tensor, slope: Tensor, offset: Tensor, relu: bool) -> Tensor:
     from simclr.kernels.norm_triton import gradient_kernel
 
-    g, rows, over, out = _rows(grad), _rows(x), _Grid.over(x), _like(x)
+    g, rows, over, out = side_by_side(grad), side_by_side(x), _Grid.over(x), empty_like(x)
     gradient_kernel[over.grid](g, rows, scale, level, slope, offset, out, *over.arguments, RELU=relu, **over.tile)
     return out
 
@@ -167,7 +174,7 @@ class _Grid:
         return torch.empty(2, self.slabs, self.channels, dtype=torch.float32, device=x.device)
 
 
-def _total(partial: Tensor) -> Tensor:
+def total(partial: Tensor) -> Tensor:
     """(2, slabs, c) → (2, c)."""
     from simclr.kernels.norm_triton import total_kernel
 
@@ -177,12 +184,12 @@ def _total(partial: Tensor) -> Tensor:
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
+def side_by_side(x: Tensor) -> Tensor:
     """x with its channels side by side in memory: itself, if it is channels last already."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
 
 
-def _like(x: Tensor) -> Tensor:
+def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
 
 
@@ -196,19 +203,19 @@ def _sums(x: Tensor, shift: Tensor) -> Tensor:
 
 @_sums.register_fake
 def _(x: Tensor, shift: Tensor) -> Tensor:
-    return _wide(x).new_empty(2, x.shape[1])
+    return wide(x).new_empty(2, x.shape[1])
 
 
 @torch.library.custom_op("simclr::norm_affine", mutates_args=())
 def _affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, times: Tensor | None, relu: bool) -> Tensor:
     if in_kernels(x):
         return launch_affine(x, scale, level, residual, times, relu)
-    return _rows(affine(x, scale, level, residual, times, relu))
+    return side_by_side(affine(x, scale, level, residual, times, relu))
 
 
 @_affine.register_fake
 def _(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, times: Tensor | None, relu: bool) -> Tensor:
-    return _like(x)
+    return empty_like(x)
 
 
 @torch.library.custom_op("simclr::norm_gradient_sums", mutates_args=())
@@ -218,7 +225,7 @@ def _gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, level: 
 
 @_gradient_sums.register_fake
 def _(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, level: Tensor, relu: bool) -> Tensor:
-    return _wide(x).new_empty(2, x.shape[1])
+    return wide(x).new_empty(2, x.shape[1])
 
 
 @torch.library.custom_op("simclr::norm_end_gradient_sums", mutates_args=())
@@ -226,24 +233,24 @@ def _end_gradient_sums(grad: Tensor, other: Tensor, x: Tensor, mean: Tensor, y: 
     if in_kernels(x):
         return launch_end_gradient_sums(grad, other, x, mean, y)
     masked, found = end_gradient_sums(grad, other, x, mean, y)
-    return _rows(masked), found
+    return side_by_side(masked), found
 
 
 @_end_gradient_sums.register_fake
 def _(grad: Tensor, other: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(x), _wide(x).new_empty(2, x.shape[1])
+    return empty_like(x), wide(x).new_empty(2, x.shape[1])
 
 
 @torch.library.custom_op("simclr::norm_gradient", mutates_args=())
 def _gradient(grad: Tensor, x: Tensor, scale: Tensor, level: Tensor, slope: Tensor, offset: Tensor, relu: bool) -> Tensor:
     if in_kernels(x):
         return launch_gradient(grad, x, scale, level, slope, offset, relu)
-    return _rows(gradient(grad, x, scale, level, slope, offset, relu))
+    return side_by_side(gradient(grad, x, scale, level, slope, offset, relu))
 
 
 @_gradient.register_fake
 def _(grad: Tensor, x: Tensor, scale: Tensor, level: Tensor, slope: Tensor, offset: Tensor, relu: bool) -> Tensor:
-    return _like(x)
+    return empty_like(x)
 
 
 @dataclass(frozen=True, slots=True)

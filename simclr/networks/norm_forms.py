@@ -1,8 +1,9 @@
 """Other forms of `simclr.networks.batchnorm.BatchNorm`, of the same parameters, statistics and numbers up to rounding.
 
 They are for the benches and tests until they are measured on a GPU; the loop takes BatchNorm as it is. "sums" writes the statistics as
-shifted sums, which torch.compile turns into plain reductions in the place of Welford's. "kernels" also takes in the ReLU that follows, and
-in a block's end the shortcut, its norm and the addition: two passes forward and two backward (`simclr.kernels.norm`).
+shifted sums, which torch.compile turns into plain reductions in the place of Welford's. "kernels" also takes in the ReLU that follows, in
+a block's end the shortcut, its norm and the addition, and in the stem the pooling: two passes forward and two backward
+(`simclr.kernels.norm`, `simclr.kernels.stem`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from simclr.collectives import all_reduce_sum, world_size
 from simclr.kernels.norm import KERNELS, PLAIN, Passes
+from simclr.kernels.stem import pool_gradient_operation, pool_gradient_sums_operation, pool_operation
 from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.pooling import SameMaxPool, even
 
 Form = Literal["sums", "kernels"]
 
@@ -28,13 +31,15 @@ def give_form(network: nn.Module, form: Form) -> None:
         for at, (name, child) in enumerate(children):
             if type(child) is not BatchNorm:
                 continue
-            followed = isinstance(module, nn.Sequential) and at + 1 < len(children) and isinstance(children[at + 1][1], nn.ReLU)
             if form == "sums":
                 setattr(module, name, SumsNorm(child))
-            else:
-                setattr(module, name, KernelNorm(child, relu=followed))
-                if followed:
-                    setattr(module, children[at + 1][0], nn.Identity())
+                continue
+            follow = children[at + 1 : at + 3] if isinstance(module, nn.Sequential) else []
+            relu = bool(follow) and isinstance(follow[0][1], nn.ReLU)
+            pool = follow[1][1] if relu and len(follow) == 2 and isinstance(follow[1][1], SameMaxPool) else None
+            setattr(module, name, KernelNorm(child, relu=relu, pool=pool))
+            for taken, _ in follow[: relu + (pool is not None)]:
+                setattr(module, taken, nn.Identity())
 
 
 class SumsNorm(BatchNorm):
@@ -62,17 +67,24 @@ class SumsNorm(BatchNorm):
 
 
 class KernelNorm(SumsNorm):
-    """BatchNorm, and ReLU where `relu` is set."""
+    """BatchNorm, ReLU where `relu` is set, and the pooling that follows it."""
 
-    def __init__(self, norm: BatchNorm, *, relu: bool) -> None:
+    def __init__(self, norm: BatchNorm, *, relu: bool, pool: SameMaxPool | None = None) -> None:
         super().__init__(norm)
-        self.relu = relu
+        self.relu, self.pool = relu, pool
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.pool is not None and even(x):
+            pooled: Tensor
+            pooled, mean, var = _Pooled.apply(x, self.weight, self.bias, self.before(), self._ranks, self.eps)
+            self.move(mean, var)
+            return pooled
         if self.training:
-            return self._normalised(x, self.relu, True)
-        y = super().forward(x)
-        return F.relu(y) if self.relu else y
+            y = self._normalised(x, self.relu, True)
+        else:
+            y = super().forward(x)
+            y = F.relu(y) if self.relu else y
+        return y if self.pool is None else self.pool(y)
 
     def end(self, x: Tensor, beside: Tensor, projected: KernelNorm | None) -> tuple[Tensor, Tensor]:
         """A block's end: ReLU of this norm of x + `beside`, or + the norm `projected` of it. It comes twice, for the next block's body and
@@ -110,17 +122,16 @@ def _map(passes: Passes, x: Tensor, weight: Tensor, bias: Tensor | None, shift: 
     return _Map(mean, var, invstd, scale, -mean * scale if bias is None else bias - mean * scale)
 
 
-def _gradients(passes: Passes, g: Tensor, x: Tensor, sums: Tensor, of: _Map, relu: bool, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, from g and its sums; one all-reduce of 2c numbers."""
+def _slopes(sums: Tensor, of: _Map, count: int, ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the sums of g: slope and offset of x in its gradient, and the gradients of weight and bias. One all-reduce of 2c numbers."""
     grad_bias, grad_weight = sums[0], sums[1] * of.invstd
     # The input's gradient needs the global sums; the parameters' gradients stay local, DDP averages them.
     whole = torch.stack([grad_bias, grad_weight])
     if ranks > 1:
         whole = all_reduce_sum(whole)
-    mean_grad, mean_grad_xhat = (whole / _count(x, ranks)).unbind()
+    mean_grad, mean_grad_xhat = (whole / count).unbind()
     slope = -of.scale * of.invstd * mean_grad_xhat
-    offset = -of.scale * mean_grad - slope * of.mean
-    return passes.gradient(g, x, of.scale, of.level, slope, offset, relu), grad_weight, grad_bias
+    return slope, -of.scale * mean_grad - slope * of.mean, grad_weight, grad_bias
 
 
 def _count(x: Tensor, ranks: int) -> int:
@@ -145,7 +156,8 @@ class _Normalised(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         of = _Map(*rest)
         sums = ctx.passes.gradient_sums(grad, x, of.mean, of.scale, of.level, ctx.relu)
-        grad_x, grad_weight, grad_bias = _gradients(ctx.passes, grad, x, sums, of, ctx.relu, ctx.ranks)
+        slope, offset, grad_weight, grad_bias = _slopes(sums, of, _count(x, ctx.ranks), ctx.ranks)
+        grad_x = ctx.passes.gradient(grad, x, of.scale, of.level, slope, offset, ctx.relu)
         return grad_x, grad_weight, grad_bias if ctx.beta else None, *[None] * 5
 
 
@@ -185,11 +197,36 @@ class _End(torch.autograd.Function):
         x, y, *rest = ctx.saved_tensors
         of = _Map(*rest[:5])
         g, sums = KERNELS.end_gradient_sums(grad, other_grad, x, of.mean, y)
-        grad_x, grad_weight, grad_bias = _gradients(KERNELS, g, x, sums, of, False, ctx.ranks)
+        slope, offset, grad_weight, grad_bias = _slopes(sums, of, _count(x, ctx.ranks), ctx.ranks)
+        grad_x = KERNELS.gradient(g, x, of.scale, of.level, slope, offset, False)
         own = grad_weight, grad_bias if ctx.beta[0] else None, None
         if not ctx.projected:
             return grad_x, g, *own, *[None] * 5
         beside, other = rest[5], _Map(*rest[6:])
         sums = KERNELS.gradient_sums(g, beside, other.mean, other.scale, other.level, False)
-        grad_beside, grad_weight, grad_bias = _gradients(KERNELS, g, beside, sums, other, False, ctx.ranks)
+        slope, offset, grad_weight, grad_bias = _slopes(sums, other, _count(x, ctx.ranks), ctx.ranks)
+        grad_beside = KERNELS.gradient(g, beside, other.scale, other.level, slope, offset, False)
         return grad_x, grad_beside, *own, grad_weight, grad_bias if ctx.beta[1] else None, *[None] * 3
+
+
+class _Pooled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor, ranks: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = _map(KERNELS, x, weight, bias, shift, ranks, eps)
+        pooled, which = pool_operation(x, found.scale, found.level)
+        ctx.save_for_backward(x, which, *found)
+        ctx.ranks, ctx.beta = ranks, bias is not None
+        ctx.mark_non_differentiable(found.mean, found.var)
+        return pooled, found.mean, found.var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, which, *rest = ctx.saved_tensors
+        of = _Map(*rest)
+        sums = pool_gradient_sums_operation(grad, which, x, of.mean)
+        slope, offset, grad_weight, grad_bias = _slopes(sums, of, _count(x, ctx.ranks), ctx.ranks)
+        grad_x = pool_gradient_operation(grad, which, x, of.scale, slope, offset)
+        return grad_x, grad_weight, grad_bias if ctx.beta else None, *[None] * 3

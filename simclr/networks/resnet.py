@@ -19,6 +19,7 @@ from simclr.config import Encoder
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.initial import Conv2d, draw
 from simclr.networks.norm_forms import KernelNorm
+from simclr.networks.pooling import SameMaxPool
 
 # depth → (blocks per stage, bottleneck). 8, 14, 20: three stages of 16, 32, 64 channels (arXiv:1512.03385, Sec. 4.2).
 _STAGES: dict[int, tuple[tuple[int, ...], bool]] = {
@@ -74,10 +75,10 @@ class ResNet(nn.Module):
             self.stem = nn.Sequential(
                 *(_conv(3, half, 3, 2), norm(half), nn.ReLU(inplace=True)),
                 *(_conv(half, half, 3), norm(half), nn.ReLU(inplace=True)),
-                *(_conv(half, base, 3), norm(base), nn.ReLU(inplace=True), _SameMaxPool()),
+                *(_conv(half, base, 3), norm(base), nn.ReLU(inplace=True), SameMaxPool()),
             )
         else:
-            self.stem = nn.Sequential(_conv(3, base, 7, 2), norm(base), nn.ReLU(inplace=True), _SameMaxPool())
+            self.stem = nn.Sequential(_conv(3, base, 7, 2), norm(base), nn.ReLU(inplace=True), SameMaxPool())
         self.groups = nn.ModuleList()
         c_in = base
         for stage, count in enumerate(blocks):
@@ -111,19 +112,6 @@ class ResNet(nn.Module):
 
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, bias=False)
-
-
-class _SameMaxPool(nn.Module):
-    """3 × 3 max-pool of stride 2 with TensorFlow's 'SAME' padding: on even sizes it pads only at the end."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] % 2 == x.shape[3] % 2 == 0:  # the same to the bit without a padded copy: the last windows end with the image
-            return F.max_pool2d(x, 3, 2, 0, ceil_mode=True)
-        pads = []
-        for size in (x.shape[3], x.shape[2]):
-            total = max((-(-size // 2) - 1) * 2 + 3 - size, 0)
-            pads += [total // 2, total - total // 2]
-        return F.max_pool2d(F.pad(x, pads, value=float("-inf")), 3, 2)
 
 
 class _Shortcut(nn.Sequential):

@@ -214,29 +214,34 @@ def test_a_form_compiles_without_a_graph_break(ranks: Ranks, within: Within, wor
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("form", FORMS)
-def test_on_the_device_a_block_computes_what_it_does_in_float64(within: Within, form: Form) -> None:
-    """ResNet-50's stem and first blocks, channels last, compiled as in a run: in float32 without TF32, and under bfloat16."""
+def test_on_the_device_a_form_is_as_far_from_float64_as_batchnorm_is(within: Within, form: Form) -> None:
+    """ResNet-50's stem and first blocks, channels last, compiled as in a run: in float32 without TF32, and under bfloat16. A value whose
+    sign or rank in a window is decided by rounding sends its gradient elsewhere, so in bfloat16 gradients are a fifth off for any form. In
+    float32 the order of the sums decides: on a CPU 4.4 times BatchNorm's deviation was seen for compiled sums, 0.7 for kernels."""
     encoder = resnet(50)
     encoder.groups = encoder.groups[:1]
     plain = varied(encoder)
     random = torch.Generator().manual_seed(6)
     x, upstream = (torch.randn(16, *shape, generator=random, dtype=torch.float64) for shape in ((3, 64, 64), (256,)))
-    own = x.clone().requires_grad_()
-    y = copy.deepcopy(plain)(own)
-    y.backward(upstream)
-    exact = [y.detach(), own.grad]
-    torch.backends.cudnn.allow_tf32 = False
-    for precision, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        network = copy.deepcopy(plain).float()
-        give_form(network, form)
-        network = network.cuda().to(memory_format=torch.channels_last)
-        own = x.float().cuda().to(memory_format=torch.channels_last).requires_grad_()
+
+    def deviations(network: nn.Module, device: str, dtype: torch.dtype, few_bits: bool, compiling: bool) -> list[Tensor]:
         torch._dynamo.reset()
-        run: Any = torch.compile(network, fullgraph=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
+        network = network.to(device, dtype).to(memory_format=torch.channels_last)
+        own = x.to(device, dtype, memory_format=torch.channels_last).requires_grad_()
+        run: Any = torch.compile(network, fullgraph=True) if compiling else network
+        with torch.autocast(device, torch.bfloat16, enabled=few_bits):
             y = run(own)
-        y.backward(upstream.to("cuda", y.dtype))
-        for name, ours, theirs in zip(("value", "gradient"), (y.detach(), own.grad), exact, strict=True):
-            assert ours is not None and theirs is not None
-            off = (ours.cpu().double() - theirs).square().mean().sqrt() / theirs.square().mean().sqrt()
-            within(f"{form}, {precision}, {name}", float(off), bound)
+        y.backward(upstream.to(device, y.dtype))
+        assert own.grad is not None
+        return [y.detach().double().cpu(), own.grad.double().cpu()]
+
+    exact = deviations(copy.deepcopy(plain), "cpu", torch.float64, False, False)
+    torch.backends.cudnn.allow_tf32 = False
+    for few_bits in (False, True):
+        other = copy.deepcopy(plain)
+        give_form(other, form)
+        ours = deviations(other, "cuda", torch.float32, few_bits, True)
+        theirs = deviations(copy.deepcopy(plain), "cuda", torch.float32, few_bits, False)
+        for name, a, b, c in zip(("value", "gradient"), ours, theirs, exact, strict=True):
+            off = (a - c).square().mean().sqrt() / (b - c).square().mean().sqrt()
+            within(f"{form}, {'bfloat16' if few_bits else 'float32'}, {name}, over BatchNorm's own deviation", float(off), 8.0)

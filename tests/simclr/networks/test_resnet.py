@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.heads import ProjectionHead
-from simclr.networks.resnet import ResNet, _SameMaxPool, resnet
+from simclr.networks.pooling import SameMaxPool
+from simclr.networks.resnet import ResNet, resnet
 from tests.conftest import Within
 from tests.support.resnets import CASES, RESNET, deviation
 
@@ -173,7 +174,7 @@ def test_the_stems_pooling_is_the_padded_one_to_the_bit(dtype: torch.dtype, layo
         random = torch.Generator().manual_seed(0)
         for x in (torch.randn(2, 5, *size, generator=random), torch.randn(2, 5, *size, generator=random).round().relu()):
             found = []
-            for pool in (_SameMaxPool(), lambda x, pads=pads: F.max_pool2d(F.pad(x, pads, value=float("-inf")), 3, 2)):
+            for pool in (SameMaxPool(), lambda x, pads=pads: F.max_pool2d(F.pad(x, pads, value=float("-inf")), 3, 2)):
                 own = x.to(dtype, memory_format=layout).requires_grad_()
                 y = pool(own)
                 y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype))

@@ -1,8 +1,8 @@
 """NT-Xent's kernels on a GPU: which tiles, how many programs, and their launches (`simclr.kernels.nt_xent_triton` has the kernels).
 
 bfloat16 and float16 rows are multiplied as they are. A float32 row times 2^10 is the sum of two float16, which hold 22 of its 24 bits, and
-a product is three of float16: high · low, low · high, high · high. A cosine is then at most 2^-21 off, as with three products of TF32,
-which tensor cores multiply at half the speed.
+a product is three of float16: high · low, low · high, high · high. So a cosine is at most 3 · 2^-22 off, like one by three products of
+TF32, which tensor cores multiply at half the speed. Sums are float32 throughout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ exp((cos − 1) / τ) ≥ exp(−83.6) is a normal number of float32, which end 
 _WIDEST = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}  # dimensions of z; wider rows go block by block
 _PARTS_SCALE = 2.0**10  # of float32 rows: the low parts of all entries above 1e-4 are normal numbers of float16
 _LIFT = 14  # p ≤ 2, times 2^14 in a tile: what matters of it is a normal number of float16
-_ROWS = 16  # of a program behind the tiles
+_ENTRIES = 2048  # of the rows of a program behind the tiles: 16 for each of 128 threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,11 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(10 * found.major + found.minor, found.multi_processor_count)
 
 
-def fits(x: Tensor) -> bool:
-    """Whether rows like x (n, d) go tile by tile: a tile holds a row's whole width."""
-    return x.shape[1] <= _WIDEST.get(x.dtype, 0)
+def in_tiles(x: Tensor) -> bool:
+    """Whether rows like x (n, d) are multiplied in their own dtype, in tiles: if one holds a row's whole width, on an NVIDIA GPU from the
+    A100's generation on, for whose registers and memory the tiles are chosen."""
+    narrow = x.shape[1] <= _WIDEST.get(x.dtype, 0)
+    return narrow and x.is_cuda and torch.version.hip is None and gpu(x.device).capability >= 80
 
 
 def parts(x: Tensor) -> Tensor:
@@ -64,8 +66,9 @@ def forward(queries: Tensor, keys: Tensor, offset: int, temperature: float, on: 
     sums = torch.empty(1 if fixed else 2, grid[1], rows, dtype=torch.float32, device=queries.device)
     sums_kernel[grid](queries, keys, sums, rows, count, rows // 2, 0, offset, slope, shift, **common, **tile)
     share, losses = torch.empty(2, rows, dtype=torch.float32, device=queries.device)
-    losses_kernel[(-(-rows // _ROWS),)](
-        queries, keys, sums, share, losses, rows, count, offset, grid[1], slope, shift, **common, ROWS=_ROWS
+    few = _ENTRIES // common["WIDE"]
+    losses_kernel[(-(-rows // few),)](
+        queries, keys, sums, share, losses, rows, count, offset, grid[1], slope, shift, **common, ROWS=few
     )  # fmt: skip
     return losses, share
 
@@ -98,9 +101,9 @@ def _gradient(
     weighted = torch.empty(grid[1], outers, d, dtype=torch.float32, device=outer.device)
     weighted_kernel[grid](outer, inner, share, weighted, *places, slope, shift - _LIFT, **common, **tile)
     out = torch.empty(outers, d, dtype=dtype, device=outer.device)
-    scale = 1 / (queries * temperature * _row_scale(outer))
-    gradient_kernel[(-(-outers // _ROWS),)](
-        outer, inner, share, weighted, grad, out, *places, grid[1], slope, shift, 2.0**-_LIFT, scale, **common, ROWS=_ROWS
+    scale, few = 1 / (queries * temperature * _row_scale(outer)), _ENTRIES // common["WIDE"]
+    gradient_kernel[(-(-outers // few),)](
+        outer, inner, share, weighted, grad, out, *places, grid[1], slope, shift, 2.0**-_LIFT, scale, **common, ROWS=few
     )  # fmt: skip
     return out
 

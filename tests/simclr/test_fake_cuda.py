@@ -97,7 +97,7 @@ def test_on_cuda_the_loss_takes_tiles_or_blocks(monkeypatch: pytest.MonkeyPatch,
         sums, losses, weighted, last = launched
         assert sums.arguments[2].shape == (1, sums.grid[1], 96) and sums.grid[0] == -(-96 // sums.settings["OUTER"])
         assert weighted.arguments[3].shape == (weighted.grid[1], 96, d) and weighted.grid[0] == -(-96 // weighted.settings["OUTER"])
-        assert losses.grid == last.grid == (6,) and last.arguments[5].dtype == dtype
+        assert losses.grid == last.grid == (-(-96 // (2048 // last.settings["WIDE"])),) and last.arguments[5].dtype == dtype
 
 
 def test_a_queue_and_other_ranks_keys_have_a_gradient_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,26 +130,28 @@ def _wide(d: int) -> int:
 
 # ── Tiles and programs ─────────────────────────────────────────────────────────────────────────────────────────────
 
-# Rows of outer, rows of inner and warps, of `sums_kernel` and `weighted_kernel`, by the number of parts and the width: the largest whose
-# registers are not spilled (tests/simclr/kernels/test_nt_xent.py compiles them). H100, H200 and B200 multiply 64 rows or more from shared
-# memory, of which they have 227 KiB; other GPUs multiply from registers, and 99 KiB are common to those from the A100 on.
+# Rows of outer, rows of inner, warps and stages, of `sums_kernel` and `weighted_kernel`, by the number of parts and the width: the largest
+# without spilled registers (tests/simclr/kernels/test_nt_xent_tiles.py compiles them) whose rows are loaded at least one tile ahead. With
+# two stages the compiler's code waits for a tile's rows right after it asks for them. Blocks of 4 warps work in pairs on a multiprocessor:
+# one multiplies while the other one takes exponentials. H100, H200 and B200 multiply 64 rows or more from shared memory, of which they
+# have 227 KiB; other GPUs multiply from registers, and 99 KiB are common to those from the A100 on.
 _NEWER = {
-    (1, 64): ((128, 128, 4), (128, 128, 8)),
-    (1, 128): ((128, 128, 4), (128, 128, 8)),
-    (1, 256): ((128, 128, 8), (128, 64, 8)),
-    (1, 512): ((64, 64, 8), (64, 32, 8)),
-    (2, 64): ((128, 128, 8), (128, 64, 8)),
-    (2, 128): ((128, 128, 8), (128, 64, 8)),
-    (2, 256): ((64, 64, 4), (32, 16, 8)),
+    (1, 64): ((128, 64, 4, 4), (128, 128, 8, 3)),
+    (1, 128): ((128, 64, 4, 4), (128, 128, 8, 3)),
+    (1, 256): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (1, 512): ((64, 32, 8, 3), (64, 32, 8, 3)),
+    (2, 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (2, 128): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (2, 256): ((64, 32, 4, 3), (32, 16, 8, 3)),
 }
 _OLDER = {
-    (1, 64): ((128, 128, 8), (128, 128, 8)),
-    (1, 128): ((128, 128, 8), (128, 128, 8)),
-    (1, 256): ((128, 64, 8), (64, 64, 8)),
-    (1, 512): ((64, 32, 8), (32, 32, 4)),
-    (2, 64): ((128, 64, 8), (128, 64, 8)),
-    (2, 128): ((128, 64, 8), (128, 32, 8)),
-    (2, 256): ((64, 32, 8), (64, 16, 8)),
+    (1, 64): ((128, 64, 4, 3), (128, 64, 8, 3)),
+    (1, 128): ((128, 64, 4, 3), (128, 64, 8, 3)),
+    (1, 256): ((64, 64, 8, 3), (64, 32, 8, 3)),
+    (1, 512): ((32, 32, 4, 3), (32, 16, 4, 3)),
+    (2, 64): ((128, 32, 8, 3), (128, 32, 8, 3)),
+    (2, 128): ((128, 32, 8, 3), (128, 32, 8, 3)),
+    (2, 256): ((32, 32, 4, 3), (32, 16, 8, 3)),
 }
 
 
@@ -157,14 +159,14 @@ def _tile(kernel: str, outer: Tensor, inner: Tensor, on: Gpu) -> dict[str, Any]:
     """The kernel's compile-time settings."""
     wide = _wide(outer.shape[-1])
     by = _NEWER if on.capability // 10 in (9, 10) else _OLDER
-    rows, columns, warps = by[outer.ndim - 1, max(wide, 64)][kernel == "weighted"]
+    rows, columns, warps, stages = by[outer.ndim - 1, max(wide, 64)][kernel == "weighted"]
     whole = inner.shape[-2] >= columns and inner.shape[-1] == wide
-    return {"OUTER": rows, "INNER": columns, "WHOLE": whole, "num_warps": warps, "num_stages": 2}
+    return {"OUTER": rows, "INNER": columns, "WHOLE": whole, "num_warps": warps, "num_stages": stages}
 
 
 def _grid(outers: int, inners: int, tile: dict[str, Any], on: Gpu) -> tuple[int, int]:
     """Programs: tiles of outer rows × splits of the inner ones."""
-    at_once = on.multiprocessors * max(8 // tile["num_warps"], 1)
+    at_once = on.multiprocessors * 8 // tile["num_warps"]
     tiles = -(-outers // tile["OUTER"])
     return tiles, _splits(tiles, -(-inners // tile["INNER"]), at_once)
 

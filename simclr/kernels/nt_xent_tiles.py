@@ -17,7 +17,8 @@ from torch import Tensor
 
 FIXED_FROM = 0.024
 """τ from which all exponents have the shift 1 / τ. Rows rounded to bfloat16 are up to 1 + 2^-9 long, so −1.004 ≤ cos ≤ 1.004, and
-exp((cos − 1) / τ) ≥ exp(−83.6) is a normal number of float32, which end at exp(−87.3); none is above 1.18. Below, a maximum runs along."""
+exp((cos − 1) / τ) ≥ exp(−83.6) is a normal number of float32, which end at exp(−87.3); none is above 1.18, and the reciprocal of a sum
+is at most exp(83.6). Below, a maximum runs along."""
 _WIDEST = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}  # dimensions of z; wider rows go block by block
 _PARTS_SCALE = 2.0**10  # of float32 rows: the low parts of all entries above 1e-4 are normal numbers of float16
 _LIFT = 14  # p ≤ 2, times 2^14 in a tile: what matters of it is a normal number of float16
@@ -50,8 +51,9 @@ def parts(x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
         return x.contiguous()
     found = torch.empty(2, *x.shape, dtype=torch.float16, device=x.device)
-    found[0] = x * _PARTS_SCALE
-    found[1] = (x * _PARTS_SCALE).sub_(found[0])
+    scaled = x * _PARTS_SCALE
+    found[0] = scaled
+    found[1] = scaled.sub_(found[0])
     return found
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr.collectives import all_gather, rank, world_size
-from simclr.kernels.nt_xent import in_tiles, streamed
+from simclr.kernels.nt_xent import streamed
+from simclr.kernels.nt_xent_tiles import in_tiles
 
 STREAMED_FROM = 1 << 22
 """Number of logits above which they are not stored: NT-Xent then goes block by block (`simclr.kernels.nt_xent`), as it always does on a

@@ -30,7 +30,8 @@ _COPIES = 4  # tables of logits: a little more than the peak of the written-out 
 def loss(
     batches: tuple[int, ...], trials: int, threads: int, device: torch.device, precision: Literal["float32", "bfloat16"] = "float32"
 ) -> Iterator[Row]:
-    """Print and give, for each N, milliseconds and MiB of both forms, and the largest difference of their gradients.
+    """Print and give, for each N, milliseconds and MiB of both forms, and the largest difference of their gradients; of ours also the
+    milliseconds of forward alone.
 
     MiB are the memory that a call adds at its peak: on a GPU the allocator's, on a CPU that of a fresh process. The written-out form,
     always float32, is left out if it does not fit.
@@ -47,7 +48,9 @@ def loss(
         mib = {name: _peak_mib(name, n, device, z.dtype) for name, z in given.items()}
         row: Row = {"name": f"N = {n}", "n": n, "precision": precision}
         row |= {"streamed_ms": statistics.median(found[ours]), "streamed_mib": mib[ours]}
-        print(f"N = {n:>7,}  {ours} {row['streamed_ms']:>10,.1f} ms {row['streamed_mib']:>9,.0f} MiB", end="")
+        row["forward_ms"] = _ms(FORMS[ours], given[ours], device, graded=False)
+        print(f"N = {n:>7,}  {ours} {row['streamed_ms']:>10,.1f} ms, forward {row['forward_ms']:,.1f}", end="")
+        print(f" {row['streamed_mib']:>9,.0f} MiB", end="")
         if fits:
             pairs = sorted(w / s for w, s in zip(found[WRITTEN], found[ours], strict=True))
             row |= {"written_ms": statistics.median(found[WRITTEN]), "written_mib": mib[WRITTEN]}
@@ -98,12 +101,14 @@ def deviation(z: Tensor, name: str, same: Tensor) -> float:
     return float((a - b.float()).abs().max() / a.abs().max())
 
 
-def _ms(form: Callable[[Tensor], Tensor], z: Tensor, device: torch.device) -> float:
-    """Median milliseconds of value and gradient, after one call that compiles and allocates."""
+def _ms(form: Callable[[Tensor], Tensor], z: Tensor, device: torch.device, graded: bool = True) -> float:
+    """Median milliseconds of value and gradient, or of the value alone, after one call that compiles and allocates."""
     times = []
     for _ in range(_CALLS + 1):
         began = time.perf_counter()
-        torch.autograd.grad(form(z), z)
+        value = form(z)
+        if graded:
+            torch.autograd.grad(value, z)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)

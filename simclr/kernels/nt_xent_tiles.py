@@ -1,8 +1,8 @@
 """NT-Xent's kernels on a GPU: which tiles, how many programs, and their launches (`simclr.kernels.nt_xent_triton` has the kernels).
 
 bfloat16 and float16 rows are multiplied as they are. A float32 row times 2^10 is the sum of two float16, which hold 22 of its 24 bits, and
-a product is three of float16: high · low, low · high, high · high. A cosine is then at most 2^-21 off, as with three products of TF32,
-which tensor cores multiply at half the speed.
+a product is three of float16: high · low, low · high, high · high. So a cosine is at most 3 · 2^-22 off, like one by three products of
+TF32, which tensor cores multiply at half the speed. Sums are float32 throughout.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 
 FIXED_FROM = 0.024
 """τ from which all exponents have the shift 1 / τ. Rows rounded to bfloat16 are up to 1 + 2^-9 long, so −1.004 ≤ cos ≤ 1.004, and
-exp((cos − 1) / τ) ≥ exp(−83.6) is a normal number of float32, which end at exp(−87.3); none is above 1.18. Below, a maximum runs along."""
+exp((cos − 1) / τ) ≥ exp(−83.6) is a normal number of float32, which end at exp(−87.3); none is above 1.18, and the reciprocal of a sum
+is at most exp(83.6). Below, a maximum runs along."""
 _WIDEST = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}  # dimensions of z; wider rows go block by block
 _PARTS_SCALE = 2.0**10  # of float32 rows: the low parts of all entries above 1e-4 are normal numbers of float16
 _LIFT = 14  # p ≤ 2, times 2^14 in a tile: what matters of it is a normal number of float16
-_ROWS = 16  # of a program behind the tiles
+_ENTRIES = 2048  # of the rows of a program behind the tiles: 16 for each of 128 threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,11 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(10 * found.major + found.minor, found.multi_processor_count)
 
 
-def fits(x: Tensor) -> bool:
-    """Whether rows like x (n, d) go tile by tile: a tile holds a row's whole width."""
-    return x.shape[1] <= _WIDEST.get(x.dtype, 0)
+def in_tiles(x: Tensor) -> bool:
+    """Whether rows like x (n, d) are multiplied in their own dtype, in tiles: if one holds a row's whole width, on an NVIDIA GPU from the
+    A100's generation on, for whose registers and memory the tiles are chosen."""
+    narrow = x.shape[1] <= _WIDEST.get(x.dtype, 0)
+    return narrow and x.is_cuda and torch.version.hip is None and gpu(x.device).capability >= 80
 
 
 def parts(x: Tensor) -> Tensor:
@@ -48,8 +51,9 @@ def parts(x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
         return x.contiguous()
     found = torch.empty(2, *x.shape, dtype=torch.float16, device=x.device)
-    found[0] = x * _PARTS_SCALE
-    found[1] = (x * _PARTS_SCALE).sub_(found[0])
+    scaled = x * _PARTS_SCALE
+    found[0] = scaled
+    found[1] = scaled.sub_(found[0])
     return found
 
 
@@ -64,8 +68,9 @@ def forward(queries: Tensor, keys: Tensor, offset: int, temperature: float, on: 
     sums = torch.empty(1 if fixed else 2, grid[1], rows, dtype=torch.float32, device=queries.device)
     sums_kernel[grid](queries, keys, sums, rows, count, rows // 2, 0, offset, slope, shift, **common, **tile)
     share, losses = torch.empty(2, rows, dtype=torch.float32, device=queries.device)
-    losses_kernel[(-(-rows // _ROWS),)](
-        queries, keys, sums, share, losses, rows, count, offset, grid[1], slope, shift, **common, ROWS=_ROWS
+    few = _ENTRIES // common["WIDE"]
+    losses_kernel[(-(-rows // few),)](
+        queries, keys, sums, share, losses, rows, count, offset, grid[1], slope, shift, **common, ROWS=few
     )  # fmt: skip
     return losses, share
 
@@ -98,9 +103,9 @@ def _gradient(
     weighted = torch.empty(grid[1], outers, d, dtype=torch.float32, device=outer.device)
     weighted_kernel[grid](outer, inner, share, weighted, *places, slope, shift - _LIFT, **common, **tile)
     out = torch.empty(outers, d, dtype=dtype, device=outer.device)
-    scale = 1 / (queries * temperature * _row_scale(outer))
-    gradient_kernel[(-(-outers // _ROWS),)](
-        outer, inner, share, weighted, grad, out, *places, grid[1], slope, shift, 2.0**-_LIFT, scale, **common, ROWS=_ROWS
+    scale, few = 1 / (queries * temperature * _row_scale(outer)), _ENTRIES // common["WIDE"]
+    gradient_kernel[(-(-outers // few),)](
+        outer, inner, share, weighted, grad, out, *places, grid[1], slope, shift, 2.0**-_LIFT, scale, **common, ROWS=few
     )  # fmt: skip
     return out
 
@@ -127,26 +132,28 @@ def _wide(d: int) -> int:
 
 # ── Tiles and programs ─────────────────────────────────────────────────────────────────────────────────────────────
 
-# Rows of outer, rows of inner and warps, of `sums_kernel` and `weighted_kernel`, by the number of parts and the width: the largest whose
-# registers are not spilled (tests/simclr/kernels/test_nt_xent.py compiles them). H100, H200 and B200 multiply 64 rows or more from shared
-# memory, of which they have 227 KiB; other GPUs multiply from registers, and 99 KiB are common to those from the A100 on.
+# Rows of outer, rows of inner, warps and stages, of `sums_kernel` and `weighted_kernel`, by the number of parts and the width: the largest
+# without spilled registers (tests/simclr/kernels/test_nt_xent_tiles.py compiles them) whose rows are loaded at least one tile ahead. With
+# two stages the compiler's code waits for a tile's rows right after it asks for them. Blocks of 4 warps work in pairs on a multiprocessor:
+# one multiplies while the other one takes exponentials. H100, H200 and B200 multiply 64 rows or more from shared memory, of which they
+# have 227 KiB; other GPUs multiply from registers, and 99 KiB are common to those from the A100 on.
 _NEWER = {
-    (1, 64): ((128, 128, 4), (128, 128, 8)),
-    (1, 128): ((128, 128, 4), (128, 128, 8)),
-    (1, 256): ((128, 128, 8), (128, 64, 8)),
-    (1, 512): ((64, 64, 8), (64, 32, 8)),
-    (2, 64): ((128, 128, 8), (128, 64, 8)),
-    (2, 128): ((128, 128, 8), (128, 64, 8)),
-    (2, 256): ((64, 64, 4), (32, 16, 8)),
+    (1, 64): ((128, 64, 4, 4), (128, 128, 8, 3)),
+    (1, 128): ((128, 64, 4, 4), (128, 128, 8, 3)),
+    (1, 256): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (1, 512): ((64, 32, 8, 3), (64, 32, 8, 3)),
+    (2, 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (2, 128): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    (2, 256): ((64, 32, 4, 3), (32, 16, 8, 3)),
 }
 _OLDER = {
-    (1, 64): ((128, 128, 8), (128, 128, 8)),
-    (1, 128): ((128, 128, 8), (128, 128, 8)),
-    (1, 256): ((128, 64, 8), (64, 64, 8)),
-    (1, 512): ((64, 32, 8), (32, 32, 4)),
-    (2, 64): ((128, 64, 8), (128, 64, 8)),
-    (2, 128): ((128, 64, 8), (128, 32, 8)),
-    (2, 256): ((64, 32, 8), (64, 16, 8)),
+    (1, 64): ((128, 64, 4, 3), (128, 64, 8, 3)),
+    (1, 128): ((128, 64, 4, 3), (128, 64, 8, 3)),
+    (1, 256): ((64, 64, 8, 3), (64, 32, 8, 3)),
+    (1, 512): ((32, 32, 4, 3), (32, 16, 4, 3)),
+    (2, 64): ((128, 32, 8, 3), (128, 32, 8, 3)),
+    (2, 128): ((128, 32, 8, 3), (128, 32, 8, 3)),
+    (2, 256): ((32, 32, 4, 3), (32, 16, 8, 3)),
 }
 
 
@@ -154,14 +161,14 @@ def _tile(kernel: str, outer: Tensor, inner: Tensor, on: Gpu) -> dict[str, Any]:
     """The kernel's compile-time settings."""
     wide = _wide(outer.shape[-1])
     by = _NEWER if on.capability // 10 in (9, 10) else _OLDER
-    rows, columns, warps = by[outer.ndim - 1, max(wide, 64)][kernel == "weighted"]
+    rows, columns, warps, stages = by[outer.ndim - 1, max(wide, 64)][kernel == "weighted"]
     whole = inner.shape[-2] >= columns and inner.shape[-1] == wide
-    return {"OUTER": rows, "INNER": columns, "WHOLE": whole, "num_warps": warps, "num_stages": 2}
+    return {"OUTER": rows, "INNER": columns, "WHOLE": whole, "num_warps": warps, "num_stages": stages}
 
 
 def _grid(outers: int, inners: int, tile: dict[str, Any], on: Gpu) -> tuple[int, int]:
     """Programs: tiles of outer rows × splits of the inner ones."""
-    at_once = on.multiprocessors * max(8 // tile["num_warps"], 1)
+    at_once = on.multiprocessors * 8 // tile["num_warps"]
     tiles = -(-outers // tile["OUTER"])
     return tiles, _splits(tiles, -(-inners // tile["INNER"]), at_once)
 

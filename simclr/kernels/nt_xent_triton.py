@@ -7,8 +7,8 @@ are sums of two planes (2, rows, d) of float16, and a product is high · low + l
 registers at a time, in float32.
 
 A row itself and its positive are left out of the tiles' sums. The positive's term is added afterwards in float32: where it is almost the
-whole sum, p − 1 keeps its digits. In base 2: exp(cos / τ) = 2^(slope · product), and `shift` is the exponent of a cosine of 1. With FIXED
-it is subtracted from every exponent; without, a maximum runs along.
+whole sum, p − 1 keeps its digits. In base 2, exp(cos / τ) is 2^(slope · product). With FIXED, `shift`, the exponent of a cosine of 1, is
+subtracted from every exponent; without, each row's largest one is. Offsets within a tensor are 64 bits wide from the first row of a tile.
 """
 
 # Types of Triton's language are its compiler's business.
@@ -85,7 +85,7 @@ def weighted_kernel(
         p_high = p.to(inner_high.dtype)
         if PARTS == 2:
             p_low = (p - p_high.to(tl.float32)).to(inner_high.dtype)
-            # A tile's own sum first: tensor cores cut what they add to a long sum, and do not round it.
+            # A tile's own sum first: tensor cores cut off what they add to a long sum, and do not round it (doi:10.7717/peerj-cs.330).
             of_tile = tl.dot(p_high, inner_low)
             of_tile = tl.dot(p_low, inner_high, of_tile)
             found += tl.dot(p_high, inner_high, of_tile)

@@ -130,7 +130,7 @@ def test_on_cuda_the_loss_takes_tiles_or_blocks(monkeypatch: pytest.MonkeyPatch,
         sums, losses, weighted, last = launched
         assert sums.arguments[2].shape == (1, sums.grid[1], 96) and sums.grid[0] == -(-96 // sums.settings["OUTER"])
         assert weighted.arguments[3].shape == (weighted.grid[1], 96, d) and weighted.grid[0] == -(-96 // weighted.settings["OUTER"])
-        assert losses.grid == last.grid == (6,) and last.arguments[5].dtype == dtype
+        assert losses.grid == last.grid == (-(-96 // (2048 // last.settings["WIDE"])),) and last.arguments[5].dtype == dtype
 
 
 def test_a_queue_and_other_ranks_keys_have_a_gradient_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_a_queue_and_other_ranks_keys_have_a_gradient_of_their_own(monkeypatch: 
     assert [one.name for one in launched] == ["sums_kernel", "losses_kernel", *ONE_GRADIENT, *ONE_GRADIENT]
     assert not any(one.settings["FIXED"] for one in launched)
     sums, _, *gradients = launched
-    assert sums.grid == (1, 2) and sums.settings["WHOLE"] and sums.arguments[2].shape == (2, 2, 96)
+    assert sums.grid == (1, 4) and sums.settings["WHOLE"] and sums.arguments[2].shape == (2, 4, 96)
     assert [(one.settings["BY_OUTER"], one.settings["BY_INNER"]) for one in gradients] == [(True, False)] * 2 + [(False, True)] * 2
     assert [one.grid for one in gradients] == [(1, 2), (6,), (2, 1), (13,)]
     assert [one.settings["WHOLE"] for one in gradients[::2]] == [True, False], "queries are fewer than a tile's rows"

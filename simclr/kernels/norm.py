@@ -32,7 +32,9 @@ def affine(x: Tensor, scale: Tensor, level: Tensor, residual: Tensor | None, tim
     y = wide(x) * per_channel(scale, x) + per_channel(level, x)
     if residual is not None:
         y = y + (residual if times is None else wide(residual) * per_channel(times, x))
-    return (y.relu() if relu else y).to(x.dtype)
+    y = y.relu() if relu else y
+    # Not `to` alone: if it has nothing to convert, torch 2.11 compiles a program that forgets the gradient of this output, without a word.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, level: Tensor, relu: bool) -> Tensor:

@@ -163,7 +163,7 @@ def test_the_assembler_spills_nothing(capability: int, dtype: str, channels: int
     for kernel, flags, loads, stores in variants:
         report = ahead.compiled(kernel, arguments(kernel, dtype, channels, flags), capability, aligned=("C", "per"))
         print(report.line(f"{kernel.__name__} {flags or ''} {dtype} sm_{capability} c = {channels}"))
-        assert report.spilled == 0 and report.shared <= 8 * 1024 and report.registers <= 128
+        assert ahead.fits(report, registers=128, shared=8 * 1024)
         each = (1 if dtype == "bf16" else 2) * flags.get("DEEP", kernels._DEEP)
         assert report.instructions.get("LDG.E.128", 0) >= each * loads and report.instructions.get("STG.E.128", 0) == each * stores
 

@@ -68,8 +68,8 @@ def interpreted() -> list[tuple[str, float, float]]:
             name = f"{dtype}, {rows} rows, {columns} keys"
             compared(lambda *one: found.append(one), name, in_tiles(queries, keys, offset, temperature, on), theirs, bound)
         alone = [(unit(rows, d), temperature, on, exact if temperature > 0.05 else low) for rows, d, temperature, on in ALONE]
-        # In plain float32 the gradient of the last is as far off.
-        for one, temperature, on, bound in [*alone, (near(20, 16, 0.02), 0.1, H100, 50 * exact if dtype == torch.float32 else exact)]:
+        # In plain float32 the gradient of the last is 2e-5 off.
+        for one, temperature, on, bound in [*alone, (near(20, 16, 0.02), 0.1, H100, 10 * exact)]:
             rows = one.to(dtype)
             ours, theirs = in_tiles(rows, None, 0, temperature, on), of_itself(rows, temperature)
             compared(lambda *x: found.append(x), f"{dtype}, {len(rows)} rows alone, τ = {temperature}", ours, theirs, bound)

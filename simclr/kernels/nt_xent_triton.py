@@ -176,10 +176,10 @@ def losses_kernel(
     inside = row < rows
     _, partner = _places(row, rows // 2, 0, offset)
     product = tl.sum(_gathered(queries, row, rows, D, WIDE, PARTS) * _gathered(keys, partner, key_rows, D, WIDE, PARTS), 1)
-    positive = product * slope
+    positive = tl.fma(product, slope, -shift)  # as `gradient_kernel` has it: p must be 1 where no other term counts
     at = sums + row
     if FIXED:
-        above = shift + tl.zeros((ROWS,), tl.float32)
+        above = tl.zeros((ROWS,), tl.float32)
     else:
         above = positive
         for _ in range(splits):

@@ -24,8 +24,9 @@ from tests.support.ahead import SHARED, compiled
 
 H100, ONE = tiles.Gpu(90, 132), tiles.Gpu(80, 1)  # ONE splits nothing
 # With several ranks, and alone, where the keys are the queries: also τ below `FIXED_FROM`, and sizes that are no multiple of a tile.
-IN_TILES = [*((*case, H100) for case in CASES), (20, 300, 140, 64, 0.2, ONE), (24, 72, 24, 32, 0.02, H100), (8, 8, 0, 16, 0.5, ONE)]
-ALONE = [(8, 16, 0.1, H100), (150, 32, 0.1, H100), (150, 16, 0.1, ONE), (24, 32, 0.02, H100)]
+IN_TILES = [*((*case, H100) for case in CASES), (20, 300, 4, 64, 0.2, ONE), (24, 72, 24, 32, 0.02, H100), (8, 8, 0, 16, 0.5, ONE)]
+# 512 rows: the positives of a tile stand in tiles that have neither the rows themselves nor an edge.
+ALONE = [(8, 16, 0.1, H100), (150, 32, 0.1, H100), (512, 16, 0.1, ONE), (24, 32, 0.02, H100)]
 
 
 def in_tiles(queries: Tensor, keys: Tensor | None, offset: int, temperature: float, on: tiles.Gpu) -> list[Tensor]:
@@ -67,8 +68,8 @@ def interpreted() -> list[tuple[str, float, float]]:
             name = f"{dtype}, {rows} rows, {columns} keys"
             compared(lambda *one: found.append(one), name, in_tiles(queries, keys, offset, temperature, on), theirs, bound)
         alone = [(unit(rows, d), temperature, on, exact if temperature > 0.05 else low) for rows, d, temperature, on in ALONE]
-        # In plain float32 the gradient of the last is as far off.
-        for one, temperature, on, bound in [*alone, (near(20, 16, 0.02), 0.1, H100, 50 * exact if dtype == torch.float32 else exact)]:
+        # In plain float32 the gradient of the last is 2e-5 off.
+        for one, temperature, on, bound in [*alone, (near(20, 16, 0.02), 0.1, H100, 10 * exact)]:
             rows = one.to(dtype)
             ours, theirs = in_tiles(rows, None, 0, temperature, on), of_itself(rows, temperature)
             compared(lambda *x: found.append(x), f"{dtype}, {len(rows)} rows alone, τ = {temperature}", ours, theirs, bound)

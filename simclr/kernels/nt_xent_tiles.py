@@ -136,8 +136,8 @@ def _wide(d: int) -> int:
 # without spilled registers, by Triton 3.6 and 3.9 (tests/simclr/kernels/test_nt_xent_tiles.py compiles them), whose rows are loaded at
 # least one tile ahead. With two stages the compiler's code waits for a tile's rows right after it asks for them. Blocks of 4 warps work in
 # pairs on a multiprocessor: one multiplies while the other one takes exponentials, or waits; so two stages do for them, if registers allow
-# no more. H100, H200 and B200 multiply 64 rows or more from shared memory, of which they
-# have 227 KiB; other GPUs multiply from registers, and 99 KiB are common to those from the A100 on.
+# no more. H100, H200 and B200 multiply 64 rows or more from shared memory, of which they have 227 KiB; other GPUs multiply from registers,
+# and 99 KiB are common to those from the A100 on.
 _NEWER = {
     (1, 64): ((128, 64, 4, 4), (64, 128, 4, 2)),
     (1, 128): ((128, 64, 4, 4), (64, 128, 4, 2)),

@@ -145,7 +145,7 @@ def test_a_queue_and_other_ranks_keys_have_a_gradient_of_their_own(monkeypatch: 
     sums, _, *gradients = launched
     assert sums.grid == (1, 4) and sums.settings["WHOLE"] and sums.arguments[2].shape == (2, 4, 96)
     assert [(one.settings["BY_OUTER"], one.settings["BY_INNER"]) for one in gradients] == [(True, False)] * 2 + [(False, True)] * 2
-    assert [one.grid for one in gradients] == [(1, 2), (6,), (2, 1), (13,)]
+    assert [one.grid for one in gradients] == [(2, 2), (6,), (4, 1), (13,)]
     assert [one.settings["WHOLE"] for one in gradients[::2]] == [True, False], "queries are fewer than a tile's rows"
     assert [tuple(one.arguments[3].shape) for one in gradients[::2]] == [(2, 96, 128), (1, 200, 128)]
 

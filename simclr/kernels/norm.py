@@ -1,7 +1,7 @@
 """The passes of BatchNorm (+ residual) (+ ReLU) over memory, forward and backward: formulas in plain torch, and the same as kernels.
 
 Sums per channel, then one affine map; backward again sums, then one pass. Between them lie only a few numbers per channel, which ranks add
-up. Four functions are the definition (`PLAIN`): torch.compile may merge them with what stands around them. `KERNELS` are operations of
+up. Five functions are the definition (`PLAIN`): torch.compile may merge them with what stands around them. `KERNELS` are operations of
 the same arguments that torch.compile leaves whole: Triton on a GPU, the definition elsewhere.
 
 All take x (n, c, …) with channels in dimension 1, and numbers per channel (c,) in float32 (float64 where x is). A block's end is the
@@ -121,16 +121,9 @@ def launch_gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, l
 def launch_end_gradient_sums(grad: Tensor, other: Tensor, x: Tensor, mean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     from simclr.kernels.norm_triton import end_gradient_sums_kernel
 
-    g, second, rows, stored, over, masked = (
-        side_by_side(grad),
-        side_by_side(other),
-        side_by_side(x),
-        side_by_side(y),
-        _Grid.over(x),
-        empty_like(x),
-    )
+    tensors, over, masked = [side_by_side(t) for t in (grad, other, x, y)], _Grid.over(x), empty_like(x)
     partial = over.partial(x)
-    end_gradient_sums_kernel[over.grid](g, second, rows, stored, mean, masked, partial, *over.arguments, **over.tile | _FOUR_TENSORS)
+    end_gradient_sums_kernel[over.grid](*tensors, mean, masked, partial, *over.arguments, **over.tile | _FOUR_TENSORS)
     return masked, total(partial)
 
 

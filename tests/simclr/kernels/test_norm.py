@@ -132,7 +132,7 @@ def test_operations_promise_what_they_give(shape: tuple[int, ...]) -> None:
 # ── The assembler ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 # 256 channels and 2,048 are the same program: both in tiles of 128.
-CASES = [(80, "fp32", 64), (80, "bf16", 256), (90, "bf16", 64), (90, "fp32", 256), (100, "bf16", 64), (100, "fp32", 256)]
+CASES = [(80, "bf16", 256), (90, "bf16", 64), (90, "fp32", 256), (100, "fp32", 64)]
 
 
 def arguments(kernel: Any, dtype: str, channels: int, flags: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def test_the_assembler_spills_nothing(capability: int, dtype: str, channels: int
         (t.end_gradient_sums_kernel, kernels._FOUR_TENSORS, 4, 1),
         (t.gradient_kernel, {"RELU": True}, 2, 1),
     ]
-    if (capability, dtype, channels) in ((80, "bf16", 256), (90, "bf16", 64), (100, "bf16", 64)):
+    if (capability, dtype, channels) in ((80, "bf16", 256), (90, "bf16", 64), (100, "fp32", 64)):
         variants.append((t.total_kernel, {}, 0, 0))
     for kernel, flags, loads, stores in variants:
         report = ahead.compiled(kernel, arguments(kernel, dtype, channels, flags), capability, aligned=("C", "per"))

@@ -98,7 +98,7 @@ def every_case() -> list[dict[str, Tensor]]:
     return [through(*case) for case in CASES]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_form_is_batchnorm_of_the_whole_batch(ranks: Ranks, within: Within, world: int) -> None:
     wanted = [expected(*case[1:]) for case in CASES]
     for found in ranks(world, every_case) if world > 1 else [every_case()]:
@@ -151,11 +151,11 @@ def varied(network: nn.Module) -> nn.Module:
 NETWORKS: dict[str, Any] = {
     "ResNet-50": lambda: resnet(50),
     "selective kernels": lambda: resnet(50, sk_ratio=0.0625),
-    "squeeze-and-excitation": lambda: resnet(18, se_ratio=0.0625, cifar_stem=True),
+    "squeeze-and-excitation": lambda: resnet(8, se_ratio=0.25, cifar_stem=True),
 }
 
 
-@pytest.mark.parametrize(("name", "form"), [("ResNet-50", "kernels"), ("selective kernels", "kernels"), ("squeeze-and-excitation", "sums")])
+@pytest.mark.parametrize(("name", "form"), [("squeeze-and-excitation", "sums"), *((name, "kernels") for name in NETWORKS)])
 def test_a_network_of_another_form_computes_the_same(within: Within, name: str, form: Form) -> None:
     random = torch.Generator().manual_seed(6)
     encoder = NETWORKS[name]()
@@ -205,7 +205,7 @@ def compiled(form: Form) -> list[float]:
     return [float((a - b).abs().max()) for a, b in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize(("form", "world"), [("sums", 2), ("kernels", 1), ("kernels", 2)])
+@pytest.mark.parametrize(("form", "world"), [("sums", 1), ("kernels", 2)])
 def test_a_form_compiles_without_a_graph_break(ranks: Ranks, within: Within, world: int, form: Form) -> None:
     for found in ranks(world, compiled, form) if world > 1 else [compiled(form)]:
         within(form, max(found), 1e-10)

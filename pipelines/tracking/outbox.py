@@ -25,7 +25,7 @@ from simclr import fields, files
 from simclr.errors import UserError
 
 _EVERY_S, _AWAY_S = 0.5, 30.0  # between two looks; doubles up to the second while the server does not answer
-_FLUSH_S, _KILLED_S = 30.0, 3.0  # a finished job waits so long without progress; an interrupted job has to end within 5 s
+_FLUSH_S, _KILLED_S = 30.0, 3.0  # a finished job waits so long without progress; an interrupted job ends within 5 s
 
 
 def require(uri: str, begun: bool) -> None:

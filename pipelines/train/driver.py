@@ -28,7 +28,8 @@ from simclr.telemetry.straggler import SLOW
 if TYPE_CHECKING:
     from simclr.methods.method import Method
 
-_INTERRUPTED_S = 3.5  # that an interrupted job gets to end; with the command's own second (pipelines.cli) it is over within 5 s
+_INTERRUPTED_S = 4.0  # that an interrupted job gets to end; with the command's own second (pipelines.cli) it is over within 5 s
+_SENDING_S = 2.0  # of them to send its last lines to S3
 _AMPLE_BYTES = 32 << 30  # three checkpoints of the largest recipe are 19 GiB
 
 
@@ -125,18 +126,28 @@ def _train(job: Job, began: float) -> Run:
         overdue.start()
         raise
     finally:
-        shutil.rmtree(run.path / "ray", ignore_errors=True)
-        if running is not None:
-            running.stop()
-        if ours:
-            ray_train.disconnect()
-        outbox.close(status)
-        run = posted.run
-        if status != "FINISHED":  # send the lines since the last checkpoint; after Ctrl-C for 2 s at most
+        try:
             sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
-            sending.start()
-            sending.join(2.0 if status == "KILLED" else 60.0)
-        overdue.cancel()
+            closing = threading.Thread(target=outbox.close, args=(status,), daemon=True)
+            if status == "KILLED":  # everything at once
+                sending.start()
+                closing.start()
+            shutil.rmtree(run.path / "ray", ignore_errors=True)
+            if running is not None:
+                running.stop()
+            if ours:
+                ray_train.disconnect()
+            if status == "KILLED":
+                closing.join()  # the outbox knows its time
+                sending.join(_SENDING_S)
+            else:
+                outbox.close(status)
+            if status == "FAILED":  # send the lines since the last checkpoint
+                sending.start()
+                sending.join(60.0)
+        finally:
+            overdue.cancel()
+        run = posted.run
     home.wait()
     home.send()
     return run
@@ -205,8 +216,10 @@ def _cost(saved: Saved, by_steps: int | None) -> str:
 def _leave() -> None:
     """End this process, whatever it waits for. A checkpoint is whole or is not there, and metrics.jsonl has every report."""
     say("interrupted; run the same command again to go on")
-    ray_private.kill_processes()
-    os._exit(130)
+    try:
+        ray_private.kill_processes()
+    finally:
+        os._exit(130)
 
 
 def _send_anyway(home: sync.Home) -> None:

@@ -80,14 +80,13 @@ def cifar10_resnet18() -> Config:
 
 
 def cifar10_speedrun() -> Config:
-    """90 % kNN on clean CIFAR-10 by ResNet-18 in the least time on one GPU; three seeds.
+    """A plan, not run yet: 90 % kNN on clean CIFAR-10 by ResNet-18 in little time on one GPU; three seeds.
 
     simclr prepare --source cifar10 --out runs/cifar10
     for seed in 0 1 2; do simclr pretrain cifar10_speedrun --seed $seed --data runs/cifar10 --run runs/speedrun-$seed; done
     for seed in 0 1 2; do simclr evaluate runs/speedrun-$seed --protocol knn; done
 
-    The setting of `cifar10_resnet18` with four times its rate, for half its epochs. The time to beat is 99 min on an A100 (the public
-    record that we know). *Not run yet*: neither score nor time is known; it is a plan, not a promise.
+    The setting of `cifar10_resnet18` with four times its rate, for half its epochs. Neither its score nor its time is known.
     """
     base = cifar10_resnet18()
     return replace(

@@ -198,7 +198,6 @@ def resident(views: Tensor) -> See:
 
 def of_batch(batch: Batch, config: Config, device: torch.device) -> See:
     """Views made of the loader's batch, as in `simclr.train`."""
-
     crops = (Crop(views=config.views),)
     return lambda rows: views_for(batch, rows, crops, config, device)[0]
 

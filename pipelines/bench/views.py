@@ -84,10 +84,10 @@ def _plain(crops: Tensor, config: Views) -> Callable[[], Tensor]:
 def _compiled(crops: Tensor, config: Views) -> Callable[[], Tensor]:
     block = _drawn(len(crops), config).block.to(crops.device).flatten(0, 1)
 
-    def views() -> Tensor:
+    def made() -> Tensor:
         return normalise(distort_all(_flipped(_planes(crops), block[:, 0] > 0), block), config)
 
-    program: Callable[[], Tensor] = torch.compile(views, dynamic=False)
+    program: Callable[[], Tensor] = torch.compile(made, dynamic=False)
     return program
 
 

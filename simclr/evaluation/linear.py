@@ -20,7 +20,8 @@ from simclr.evaluation import lbfgs
 from simclr.evaluation.frozen import Unchanged
 from simclr.evaluation.metrics import accuracy
 from simclr.optim import lr_peak, warmup_cosine
-from simclr.views.two_views import two_views
+from simclr.views.draw import Crop
+from simclr.views.two_views import views_of
 
 PENALTIES = tuple(float(value) for value in np.logspace(-6, 5, 45))
 """The 45 values of λ that the transfer protocol tries (arXiv:2002.05709, App. B.8)."""
@@ -200,7 +201,8 @@ def sgd_probe(
     with Unchanged(encoder), contextlib.closing(loader.on_device(loader.batches(config, data, 0, 0, 1, threads), device)) as stream:
         for step, batch in zip(range(total), stream, strict=False):
             # One view of each image. The second is drawn too, which without colours costs little beside the encoder.
-            x = two_views(batch.images[0], batch.ids, batch.epoch, views, config.seed, device)[: len(batch.ids)]
+            both = views_of(batch.images[0], batch.ids, batch.epoch, Crop(views=views), config.seed, device, drawn=batch.drawn[0])
+            x = both[: len(batch.ids)]
             with torch.no_grad():
                 h = encoder(x).float()
             labels = batch.labels.to(device)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simclr.kernels.device import takes_triton
+
 # ── The definition ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -86,7 +88,7 @@ _SLABS = 256  # slabs that are added at once
 
 def in_kernels(x: Tensor) -> bool:
     """Whether x goes through Triton."""
-    return x.is_cuda and x.dtype in _DTYPES
+    return x.dtype in _DTYPES and takes_triton(x.device)
 
 
 def launch_sums(x: Tensor, shift: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from simclr.kernels import nt_xent_tiles as tiles
+from simclr.kernels.device import gpu
 
 _BLOCK = 1 << 22  # logits at a time on a CPU: 16 MiB in float32, which stay in the cache
 
@@ -37,7 +38,7 @@ class _Streamed(torch.autograd.Function):
         if ctx.tiled:
             queries = tiles.parts(queries)
             keys = None if keys is None else tiles.parts(keys)
-            losses, kept = tiles.forward(queries, queries if keys is None else keys, offset, temperature, tiles.gpu(queries.device))
+            losses, kept = tiles.forward(queries, queries if keys is None else keys, offset, temperature, gpu(queries.device))
         else:
             queries = queries.contiguous()
             keys = None if keys is None else keys.contiguous()
@@ -52,7 +53,7 @@ class _Streamed(torch.autograd.Function):
         queries, keys, kept = ctx.saved_tensors
         d_keys: Tensor | None
         if ctx.tiled:
-            on = tiles.gpu(queries.device)
+            on = gpu(queries.device)
             d_queries, d_keys = tiles.gradients(queries, keys, kept, ctx.offset, ctx.temperature, grad, ctx.dtype, on)
             return d_queries, d_keys, None, None, None
         d_queries, d_keys = _backward(queries, queries if keys is None else keys, kept, ctx.offset, ctx.temperature, ctx.block)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from simclr.kernels.device import Gpu, takes_triton
 
 FIXED_FROM = 0.024
 """τ from which all exponents have the shift 1 / τ. Rows rounded to bfloat16 are up to 1 + 2^-9 long, so −1.004 ≤ cos ≤ 1.004, and
@@ -25,25 +26,9 @@ _LIFT = 14  # p ≤ 2, times 2^14 in a tile: what matters of it is a normal numb
 _ENTRIES = 2048  # of the rows of a program behind the tiles: 16 for each of 128 threads
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """What the tiles depend on."""
-
-    capability: int
-    """Compute capability, 90 for an H100."""
-    multiprocessors: int
-
-
-def gpu(device: torch.device) -> Gpu:
-    found = torch.cuda.get_device_properties(device)
-    return Gpu(10 * found.major + found.minor, found.multi_processor_count)
-
-
 def in_tiles(x: Tensor) -> bool:
-    """Whether rows like x (n, d) are multiplied in their own dtype, in tiles: if one holds a row's whole width, on an NVIDIA GPU from the
-    A100's generation on, for whose registers and memory the tiles are chosen."""
-    narrow = x.shape[1] <= _WIDEST.get(x.dtype, 0)
-    return narrow and x.is_cuda and torch.version.hip is None and gpu(x.device).capability >= 80
+    """Whether rows like x (n, d) are multiplied in their own dtype, in tiles: if one holds a row's whole width."""
+    return x.shape[1] <= _WIDEST.get(x.dtype, 0) and takes_triton(x.device)
 
 
 def parts(x: Tensor) -> Tensor:

@@ -1,14 +1,10 @@
 """Crops to normalised views on a GPU, in three Triton kernels. Twin of `simclr.views.ops.distort`, which defines it.
 
-The plain form copies the rows concerned once per operation: some 290 kernels and 43 GiB of traffic for 1,024 views of 224 px. Here a view
-is read twice, as bytes (for the mean that contrast needs, and for the rest), and written once, in the dtype and the memory format that
-the network reads; a blurred view passes through memory once more.
+The plain form copies the rows concerned once per operation. Here a view is read twice, as bytes (for the mean that contrast needs, and for
+the rest), and written once, in the dtype and the memory format that the network reads; a blurred view passes through memory once more.
 """
 
 from __future__ import annotations
-
-import importlib.util
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,18 +13,12 @@ PIXELS = 1024
 """Of a program."""
 
 
-@cache
-def installed() -> bool:
-    """Whether Triton is there; without it a GPU takes the plain form."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def crops_to_views(crops: Tensor, block: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Views (v·n, 3, size, size), channels last, of crops on the device: [view 0; view 1; …].
 
     crops: (n, v, size, size, 3) uint8, or (v·n, 3, size, size) float32 in [0, 1], already flipped. block (v, n, 16): their parameters
-    (`simclr.views.draw.Drawn`), on the device. mean and std are those of the normalisation. `dtype`: float32, or bfloat16 or float16,
-    whose views before the blur are rounded to float16.
+    (`simclr.views.draw.Drawn`), on the device. mean and std are those of the normalisation. `dtype` is that of the views; all is computed
+    in float32, but for bfloat16 and float16 the blur multiplies float16, with sums in float32.
     """
     from simclr.kernels.views_triton import blur_kernel, colours_kernel, means_kernel
 
@@ -43,7 +33,7 @@ def crops_to_views(crops: Tensor, block: Tensor, mean: tuple[float, ...], std: t
     assert block.shape[2] == 16 and block.stride()[1:] == (16, 1), block.shape
     rows, device = count * n, crops.device
     means = torch.empty(rows, 3, device=device)
-    unblurred = torch.empty(rows, 3, size, size, device=device, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
+    unblurred = torch.empty(rows, 3, size, size, device=device, dtype=torch.float16 if dtype.itemsize == 2 else torch.float32)
     out = torch.empty(rows, 3, size, size, device=device, dtype=dtype, memory_format=torch.channels_last)
     normalisation = (*(1 / s for s in std), *(-m / s for m, s in zip(mean, std, strict=True)))
     given = (n, per_image, per_view, block.stride(0))
@@ -57,7 +47,8 @@ def crops_to_views(crops: Tensor, block: Tensor, mean: tuple[float, ...], std: t
 
 
 def blur_settings(size: int) -> dict[str, int]:
-    """Compile-time settings of the blur: a square of 32 pixels where it comes from one of 64, else of 16."""
+    """Compile-time settings of the blur: a square of 32 pixels where it comes from one of 64, else of 16. From 500 px on that one is of
+    128, and in float32 an A100 spills registers."""
     radius = size // 10 // 2
     side = 32 if 32 + 2 * radius <= 64 else 16
     return {"RADIUS": radius, "SIDE": side, "WIDE": 1 << (side + 2 * radius - 1).bit_length(), "num_warps": 8}

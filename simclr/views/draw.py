@@ -159,6 +159,8 @@ class Drawn:
 
     def some(self, images: slice) -> Drawn:
         """What was drawn for some of the images."""
+        if images == slice(0, self.block.shape[1]):
+            return self
         return Drawn(self.colours.some(len(self.block), images), self.block[:, images])
 
 

@@ -28,7 +28,12 @@ SETTINGS = {"all": {}, "none": OFF, "jitter": OFF | {"jitter_p": 1.0}, "grey": O
 CASES = [(9, 4, "all"), (32, 12, "all"), (45, 4, "all"), (70, 4, "all"), (224, 1, "all")]
 CASES += [(32, 4, one) for one in SETTINGS if one != "all"]
 LARGE = [(224, 16, "all"), (448, 4, "blur"), (448, 4, "all")]
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of values up to 2.5: bfloat16 rounds them by 2^-8
+BOUNDS = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 4e-3,
+}  # of values up to 2.5: bfloat16 rounds them by 2^-8
 
 
 def differences(
@@ -55,8 +60,9 @@ def differences(
     drawn = draw.draw_views(draw.Crop(views=config), 7, 3, np.arange(6), np.full((6, 2), 40))
     cropped = two_views._cropped(images, drawn.block.flatten(0, 1), draw.Crop(views=config))
     exact = ops.normalise(ops.distort(cropped.double(), drawn.colours), config)
-    ours = crops_to_views(cropped.to(device), drawn.block.to(device), config.mean, config.std, torch.float32)
-    found.append(("whole images", _apart(ours, exact), BOUNDS[torch.float32]))
+    for dtype in (torch.float32, torch.float64):
+        ours = crops_to_views(cropped.to(device), drawn.block.to(device), config.mean, config.std, dtype)
+        found.append((f"whole images, {dtype}", _apart(ours, exact), BOUNDS[dtype]))
     return found
 
 
@@ -83,20 +89,27 @@ def test_views_in_the_kernels_are_the_plain_ones(within: Within) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 2 * len(CASES) + 7 + 1 + 3
+    assert len(found) == 2 * len(CASES) + 7 + 2 + 4
     for what, deviation, bound in found:
         within(what, deviation, bound)
 
 
 @pytest.mark.parametrize(("capability", "size"), [*itertools.product(ARCHITECTURES, (32, 224)), (90, 448)])
 def test_the_kernels_compile_without_spills(capability: int, size: int) -> None:
+    """Photographs come as crops, small images as what was cropped on the device."""
     pytest.importorskip("triton")
     from simclr.kernels import views_triton
 
-    square = views.blur_settings(size)
-    settings = {"SIZE": size, "PIXEL": 3, "CHANNEL": 1, "BYTES": True, "PIXELS": PIXELS, **square}
+    layout = {"PIXEL": 3, "CHANNEL": 1, "BYTES": True} if size > 32 else {"PIXEL": 1, "CHANNEL": size * size, "BYTES": False}
+    settings = {"SIZE": size, "PIXELS": PIXELS, **layout, **views.blur_settings(size)}
     for dtype, scratch in (("bf16", "*fp16"), ("fp32", "*fp32")):
-        kinds = {"crops": "*u8", "block": "*fp32", "means": "*fp32", "unblurred": scratch, "out": f"*{dtype}"}
+        kinds = {
+            "crops": "*u8" if layout["BYTES"] else "*fp32",
+            "block": "*fp32",
+            "means": "*fp32",
+            "unblurred": scratch,
+            "out": f"*{dtype}",
+        }
         for kernel, warps in ((views_triton.means_kernel, 4), (views_triton.colours_kernel, 4), (views_triton.blur_kernel, 8)):
             numbers = {name: "fp32" if name.startswith(("scale", "shift")) else "i32" for name in kernel.arg_names}
             arguments = {name: settings.get(name, kinds.get(name, kind)) for name, kind in numbers.items()}

@@ -123,6 +123,20 @@ def test_its_gradient_comes_in_pieces_too(photographs: Path) -> None:
     assert losses[-1] != losses[0] and all(0 < loss < 4 for loss in losses)
 
 
+@pytest.mark.parametrize("data", ["photographs", "patterns"])
+def test_what_the_loader_draws_ahead_is_what_is_drawn_in_the_call(request: pytest.FixtureRequest, data: str) -> None:
+    views = dataclasses.replace(CONFIG.views, size_px=24)
+    crops = (Crop(count=1, views=CONFIG.views), Crop(count=3, views=views))
+    stream = loader.batches(CONFIG, request.getfixturevalue(data), 5, 0, 1, crops=crops)
+    batch = next(stream)
+    late = dataclasses.replace(batch, drawn=())
+    for some in (slice(0, len(batch.ids)), slice(2, 5)):
+        ahead, inside = (views_for(one, some, crops, CONFIG, torch.device("cpu")) for one in (batch, late))
+        assert [len(x) for x in ahead] == [some.stop - some.start, 3 * (some.stop - some.start)]
+        assert all(torch.equal(a, b) for a, b in zip(ahead, inside, strict=True))
+    stream.close()
+
+
 def test_one_decode_cuts_several_lists_of_crops(photographs: Path) -> None:
     """Three small crops beside two large ones: each is the reference's resize of its own keyed box."""
     small = dataclasses.replace(CONFIG.views, size_px=24, area=(0.05, 0.3))

@@ -1,14 +1,20 @@
-"""Triton kernels compiled to machine code without a GPU, and what the assembler reports of them: registers, spills, instructions."""
+"""Triton kernels without a GPU: run by Triton's interpreter; and compiled to machine code, with what the assembler reports of them."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pytest
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 """Compute capability → the assembler's name: A100, H100 and H200, B200."""
@@ -93,6 +99,20 @@ def compiled(
         warps=warps,
         instructions=counted,
     )
+
+
+def interpreted(module: str) -> list[tuple[str, float, float]]:
+    """What `interpreted()` of a test module returns where kernels are interpreted: (what, deviation, bound). In a process of its own, because
+    Triton decides at its import."""
+    triton = pytest.importorskip("triton")
+    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6 interprets kernels by int() of arrays of one element, which numpy refuses since 2.4")
+    program = f"import json; from {module} import interpreted; print(json.dumps(interpreted()))"
+    words = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(words, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[tuple[str, float, float]] = json.loads(done.stdout)
+    return found
 
 
 def _run(program: str, *words: str | Path) -> str:

@@ -3,14 +3,9 @@ one; and what the assembler says of them."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -87,16 +82,7 @@ def interpreted() -> list[tuple[str, float, float]]:
 
 
 def test_kernels_equal_the_definition(within: Within) -> None:
-    """In a process of its own: Triton decides at its import whether it is interpreted."""
-    triton = pytest.importorskip("triton")
-    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton 3.6 interprets kernels by int() of arrays of one element, which numpy refuses since 2.4")
-    program = "import json; from tests.simclr.kernels.test_norm import interpreted; print(json.dumps(interpreted()))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = ahead.interpreted(__name__)
     assert len(found) == 2 * 13 * len(SHAPES)
     for what, deviation, bound in found:
         within(what, deviation, bound)

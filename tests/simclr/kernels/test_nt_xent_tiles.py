@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +12,7 @@ from simclr.kernels.nt_xent import streamed
 from simclr.loss import nt_xent
 from tests.conftest import Within
 from tests.simclr.kernels.test_nt_xent import CASES, compared, definition, graded, unit
+from tests.support import ahead
 from tests.support.ahead import SHARED, compiled
 
 # ── In the interpreter ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -83,20 +78,7 @@ def interpreted() -> list[tuple[str, float, float]]:
 
 
 def test_tiles_equal_the_definition(within: Within) -> None:
-    """In a process of its own: Triton decides at its import whether it is interpreted."""
-    triton = pytest.importorskip("triton")
-    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton 3.6 interprets kernels by int() of arrays of one element, which numpy refuses since 2.4")
-    program = "import json; from tests.simclr.kernels.test_nt_xent_tiles import interpreted; print(json.dumps(interpreted()))"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = ahead.interpreted(__name__)
     assert len(found) == 2 * (3 * len(IN_TILES) + 2 * (len(ALONE) + 1 + 2))
     for what, deviation, bound in found:
         within(what, deviation, bound)

@@ -4,10 +4,6 @@ one."""
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,6 +16,7 @@ from simclr.kernels.views import PIXELS, crops_to_views
 from simclr.views import draw, ops, two_views
 from tests.conftest import Within
 from tests.simclr.kernels.test_views_cpu import OFF, crops_of, plain
+from tests.support import ahead
 from tests.support.ahead import ARCHITECTURES, compiled
 
 NORMALISED = {"mean": (0.4, 0.5, 0.3), "std": (0.5, 0.6, 0.7)}
@@ -79,16 +76,7 @@ def interpreted() -> list[tuple[str, float, float]]:
 
 
 def test_views_in_the_kernels_are_the_plain_ones(within: Within) -> None:
-    """In a process of its own: Triton decides at its import whether it is interpreted."""
-    triton = pytest.importorskip("triton")
-    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton 3.6 interprets kernels by int() of arrays of one element, which numpy refuses since 2.4")
-    program = "import json; from tests.simclr.kernels.test_views import interpreted; print(json.dumps(interpreted()))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = ahead.interpreted(__name__)
     assert len(found) == 2 * len(CASES) + 7 + 2 + 4
     for what, deviation, bound in found:
         within(what, deviation, bound)

@@ -102,8 +102,8 @@ def compiled(
 
 
 def interpreted(module: str) -> list[tuple[str, float, float]]:
-    """What `interpreted()` of a test module returns where kernels are interpreted: (what, deviation, bound). In a process of its own, because
-    Triton decides at its import."""
+    """What `interpreted()` of a test module returns where kernels are interpreted: (what, deviation, bound). In a process of its own: Triton
+    decides at its import."""
     triton = pytest.importorskip("triton")
     if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("Triton 3.6 interprets kernels by int() of arrays of one element, which numpy refuses since 2.4")

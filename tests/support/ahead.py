@@ -102,7 +102,7 @@ def compiled(
 
 
 def interpreted(module: str) -> list[tuple[str, float, float]]:
-    """What `interpreted()` of a test module returns where kernels are interpreted: (what, deviation, bound). In a process of its own: Triton
+    """What `interpreted()` of a test module returns where kernels are interpreted: (what, deviation, bound). In its own process: Triton
     decides at its import."""
     triton = pytest.importorskip("triton")
     if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":

@@ -56,9 +56,9 @@ def views_for(batch: Batch, some: slice, crops: tuple[Crop, ...], config: Config
     """The views of some images of a batch, as a network reads them: for each of `crops` (count·n, 3, size, size), channels last."""
     dtype, found, first = views_dtype(config.train.precision, device), [], 0
     for index, crop in enumerate(crops):
-        images = batch.images[min(index, len(batch.images) - 1)][some]  # whole images serve all crops
-        drawn = batch.drawn[index] if batch.drawn else None
-        drawn = drawn and drawn.some(some)
+        images = batch.images[0 if batch.images[0].ndim == 4 else index][some]  # whole images serve all crops
+        ahead = batch.drawn[index] if batch.drawn else None
+        drawn = ahead and ahead.some(some)
         views = views_of(images, batch.ids[some], batch.epoch, crop, config.seed, device, first, drawn, dtype)
         found.append(views.to(dtype, memory_format=torch.channels_last))
         first += crop.count

@@ -53,7 +53,7 @@ def views_of(
 
         c = drawn.colours
         return crops_to_views(images, c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, views.mean, views.std)
-    if device.type == "cuda" and views.operations is None and takes_triton(device):
+    if views.operations is None and takes_triton(device):
         x, block = images.to(device, non_blocking=True), _moved(drawn.block, device)
         x = _cropped(x, block.flatten(0, 1), crop) if images.ndim == 4 else x
         return gpu.crops_to_views(x, block, views.mean, views.std, dtype)

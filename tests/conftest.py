@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.command import Run
 from tests.support.ranks import Ranks
@@ -83,6 +84,13 @@ def _own_environment() -> Iterator[None]:
         patch.delenv(name, raising=False)
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A sum's last bits depend on the number of threads, and a bench in an earlier test may have set it: each test begins with one."""
+    torch.set_num_threads(1)
+    yield
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def test_an_old_run_goes_on_as_it_would_have_then(before: Path, went_on: dict[st
     config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, steps=steps, report_every_steps=1))
     ids = labels.read(run.path / "labels.txt", loader.labels(run.data), None) if name == "tuned" else None
     losses = [report.metrics["train/loss"] for report in train(config, Start(run.data, checkpoint=newest, ids=ids))]
-    assert losses == pytest.approx(went_on[name], rel=1e-4)  # float32, on another processor
+    assert losses == pytest.approx(went_on[name], rel=1e-3)  # float32; on this data other instructions differ by 8e-7, two threads by 2e-4
 
 
 @pytest.mark.parametrize(("name", "path"), [("pretrained", "patterns_tiny-0bc3d737"), ("tuned", "finetune-patterns_tiny-a75f30cf")])

@@ -105,6 +105,14 @@ class Crops(Operation):  # type: ignore[misc]
 
 
 def read_bytes(address: Any, storage: Any) -> Any:
-    """The bytes at `address`. FFCV's operations call it. `storage` is (mapped bytes, sorted pointers, their lengths)."""
-    size = storage[2][np.searchsorted(storage[1], address)]
-    return storage[0][address : address + size]
+    """The bytes at `address`. FFCV's operations call it. `storage` is (mapped bytes, sorted pointers, their lengths).
+
+    A search of our own: numba's `searchsorted` registers its comparison again for each signature, in the midst of a compile."""
+    first, last = 0, len(storage[1]) - 1
+    while first < last:
+        middle = (first + last) // 2
+        if storage[1][middle] < address:
+            first = middle + 1
+        else:
+            last = middle
+    return storage[0][address : address + storage[2][first]]

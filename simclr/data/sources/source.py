@@ -1,20 +1,23 @@
-"""An image on its way into a shard, a source of images, and the split and class that a file's path states."""
+"""What every kind of source gives: parts with the names of their pictures, and a way to read one part.
+
+A source is listed first (`Tree`: names, sizes, small text files, nothing decoded); from the names `layout.understand` tells splits and
+classes; what results is a `Source`, whose items go into shards. A folder in a folder, a tar in a folder and a tar in a tar are all the
+same to it: an archive counts as a folder that is called like it, without its ending.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
-
-
-_SPLITS = {"train": "train", "training": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
+Data = bytes | Path | NDArray[np.uint8]
+"""A picture: an encoded file, its path, or pixels (H, W, 3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,35 +30,93 @@ class Item:
     """Class name; None = unlabelled."""
     name: str
     """Its name in the source, for messages."""
-    data: bytes | Path | NDArray[np.uint8]
-    """An encoded file, its path, or pixels (H, W, 3)."""
+    data: Data
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A set of images that can be read once from front to back, always in the same order."""
+class Part:
+    """A piece of a source that is read at a time: files of a folder, a run of an archive's members, an inner archive, rows of a table.
+    Plain values: another machine that opens the same source can read it."""
+
+    name: str
+    """What it is called in messages: a folder, an archive, a table."""
+    names: tuple[str, ...] = ()
+    """Its pictures, in the order in which they are read, by their paths in the source; () = known only when they are read, and then they
+    lie below `name`/."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tree:
+    """A source as it was listed. `layout.understand` makes a `Source` of it."""
 
     spec: str
     """The source as the user named it; with the options, it identifies the shards made from it."""
-    total: int | None
-    """Number of images, if it is known without reading."""
-    items: Callable[[], Iterator[Item]]
-    identity: str = ""
-    """A hash that changes with the source: of a folder's file names and sizes, of an archive's size and ends."""
+    parts: Sequence[Part]
+    read: Callable[[Part], Iterator[tuple[str, Data]]]
+    """(name, picture) of each of `part.names`, in their order, or of all where the part has no names. The names may be some of the
+    part's only: so a sample is read."""
+    stated: Mapping[str, str] = field(default_factory=dict)
+    """Picture → its class, where the source itself states it in data (a table's column, WebDataset's .cls), not in folders' names."""
+    texts: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    """Files that may hold labels, by their paths: .txt .csv .tsv .jsonl .mat, each with a way to read it."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Ending → number of files whose names are not those of images; of an archive, those seen so far."""
+    """Ending → number of files whose names are not those of pictures."""
+    junk: Counter[str] = field(default_factory=Counter)
+    """Name of a folder that is no folder of pictures (.ipynb_checkpoints, @eaDir, __MACOSX …) → number of files in such."""
+    identity: str = ""
+    """A hash that changes with the source: of names and sizes."""
+    times: str = ""
+    """A hash of the files' modification times, or what else changes with content of the same size (an ETag); "" = unknown."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what was found, for the user."""
 
 
-def place(parts: tuple[str, ...]) -> tuple[str, str | None]:
-    """(split, class) of a file from the folders above it: split/…/class/file, class/file, or just file."""
-    split = "train"
-    folders = list(parts[:-1])
-    for depth, folder in enumerate(folders):
-        if folder.lower() in _SPLITS:
-            split = _SPLITS[folder.lower()]
-            folders = folders[depth + 1 :]
-            break
-    return split, folders[-1] if folders else None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A set of images that is read from front to back, always in the same order: part by part."""
+
+    spec: str
+    parts: Sequence[Part]
+    read: Callable[[Part], Iterator[Item]]
+    total: int | None = None
+    """Number of images, if it is known without reading."""
+    identity: str = ""
+    times: str = ""
+    understood: dict[str, object] = field(default_factory=dict)
+    """How splits and classes were found, in plain values; it goes into the manifest."""
+
+    def items(self) -> Iterator[Item]:
+        """The images of all parts, one after the other."""
+        for part in self.parts:
+            yield from self.read(part)
+
+    def sample(self, count: int) -> Iterator[Item]:
+        """Some `count` images, evenly spaced over the whole as far as names are known; of parts without names, the first ones."""
+        every = max(sum(len(part.names) or 1 for part in self.parts) / max(count, 1), 1.0)
+        due = at = 0.0
+        for part in self.parts:
+            if not part.names:
+                if at >= due:
+                    first = next(self.read(part), None)
+                    due += every
+                    if first is not None:
+                        yield first
+                at += 1
+                continue
+            chosen = []
+            while due < at + len(part.names):
+                chosen.append(part.names[int(due - at)])
+                due += every
+            at += len(part.names)
+            if chosen:
+                yield from self.read(Part(part.name, tuple(chosen)))
+
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
+TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".jsonl", ".mat"})
+_JUNK = frozenset({"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "__pycache__"})
+PART_IMAGES = 1024
+"""Pictures of a part, where they can be divided at will."""
 
 
 def is_image(name: str) -> bool:
@@ -64,9 +125,25 @@ def is_image(name: str) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
+def is_text(name: str) -> bool:
+    """Whether the file may hold labels, by its name."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in TEXT_SUFFIXES and not path.name.startswith(".")
+
+
+def is_junk(folder: str) -> bool:
+    """Whether a folder of this name holds no pictures of its owner: a hidden one, thumbnails of a file server, a wastebasket."""
+    return (folder.startswith(".") and folder not in (".", "..")) or folder.lower() in _JUNK
+
+
 def ending(name: str) -> str:
     path = PurePosixPath(name)
     return "hidden" if path.name.startswith(".") else path.suffix.lower() or "none"
+
+
+def divided(name: str, names: Sequence[str], most: int = PART_IMAGES) -> list[Part]:
+    """Parts of at most `most` of the `names`, in their order."""
+    return [Part(name, tuple(names[begin : begin + most])) for begin in range(0, len(names), most)]
 
 
 def digest(*parts: str | bytes) -> str:

@@ -21,7 +21,7 @@ from simclr.errors import UserError
 TABLES = (".parquet", ".arrow")
 _IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "jpg", "png", "image_bytes", "bytes", "data", "content")
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_name", "class_label", "target", "category", "cls", "y", "coarse_label")
-_ROWS = 64  # read at a time
+_ROWS, _BUFFER_BYTES = 64, 1 << 20  # read at a time
 _KINDS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif", b"RIFF": ".webp"}
 
 
@@ -57,7 +57,8 @@ class _Table:
                 found = self.content[group].column(column)
                 yield found.field(inner) if inner else found
                 return
-            with pyarrow.parquet.ParquetFile(self.path, metadata=self.content) as file:
+            # Without a buffer all of a row group would be read at once, which may be the whole file.
+            with pyarrow.parquet.ParquetFile(self.path, metadata=self.content, buffer_size=_BUFFER_BYTES) as file:
                 columns = [f"{column}.{inner}" if inner else column]
                 for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
                     yield batch.column(0).field(0) if inner else batch.column(0)

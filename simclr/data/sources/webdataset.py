@@ -104,7 +104,7 @@ def are_shards(prefixes: Iterable[str]) -> set[str]:
 
 def expand(spec: str) -> list[str]:
     """The names that braces stand for, as in a shell: {000..146} counts, with leading zeros, {a,b} lists. Other braces stay."""
-    return list(_expanded(spec))
+    return list(dict.fromkeys(_expanded(spec)))
 
 
 def _expanded(spec: str) -> Iterator[str]:

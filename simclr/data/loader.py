@@ -25,6 +25,7 @@ import torch
 import simclr.data.ffcv.imports  # noqa: F401  (first: it makes the next import fast)
 
 # isort: split
+from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
@@ -37,7 +38,6 @@ from simclr import keyed
 from simclr.config import Config, Resize
 from simclr.data.ffcv.decode import Crops, read_bytes
 from simclr.data.ffcv.resize import KINDS
-from simclr.data.ffcv.writer import METADATA
 from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.data.memory import PAGE, copied, mapped, slots_for
 from simclr.data.s3.uri import Corrupt
@@ -47,6 +47,7 @@ from simclr.views.draw import Crop, Drawn, boxes_of, centre_boxes, draw_batch
 
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
+_FIELDS = (RGBImageField, IntField)
 _kept: dict[tuple[type, bool], Callable[..., Any]] = {}
 
 
@@ -285,40 +286,59 @@ class _Split:
         return f"shard {name}: sample {sample - self.first_id[shard]}", name
 
 
-def open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArray[Any], NDArray[np.uint64]]:
-    """Metadata rows, labels and bytes of the samples of a shard.
+class Unfit(Exception):
+    """A file that is no FFCV file of images as the loader reads them; the message says why."""
 
-    FFCV reads through raw pointers. A pointer outside the file would crash the process, so it is an error here.
-    """
+
+def read_rows(path: Path) -> tuple[Any, NDArray[np.int64], NDArray[np.uint64]]:
+    """Metadata rows, labels (−1 where there are none) and bytes of the samples of an FFCV file of one image and at most one whole number
+    a sample, whatever the fields are called and whichever comes first. Raises Unfit for other files; places are not checked."""
     try:
         reader = Reader(str(path))
-        stored, table = reader.metadata, reader.alloc_table
+        stored, table, fields = reader.metadata, reader.alloc_table, reader.handlers
     except Exception as error:  # FFCV and numpy may raise anything for a damaged header
-        wrong = str(error) or type(error).__name__
-    else:
-        wrong = "other fields" if stored.dtype != METADATA else f"{len(stored)} images" if len(stored) != shard.samples else ""
-        if not wrong and not np.array_equal(table["sample_id"], np.arange(shard.samples)):
-            wrong = "another table of samples"
-    if wrong:
+        raise Unfit(str(error) or type(error).__name__) from None
+    column = {kind: [n for n, field in zip(stored.dtype.names, fields.values(), strict=True) if type(field) is kind] for kind in _FIELDS}
+    if len(column[RGBImageField]) != 1 or len(column[IntField]) > 1 or sum(map(len, column.values())) < len(fields):
+        kinds = ", ".join(f"{name}: {type(field).__name__}" for name, field in fields.items())
+        raise Unfit(f"its fields are {kinds}, and not one RGBImageField with one IntField")
+    if len(stored) != reader.num_samples:
+        raise Unfit(f"{len(stored)} images")
+    table = table[np.argsort(table["sample_id"], kind="stable")]  # FFCV's own writer notes samples as its processes are done with them
+    image = stored[column[RGBImageField][0]].copy()
+    if not np.array_equal(table["sample_id"], np.arange(len(stored))) or not np.array_equal(table["ptr"], image["data_ptr"]):
+        raise Unfit("another table of samples")
+    label = stored[column[IntField][0]].copy() if column[IntField] else np.full(len(stored), -1, np.int64)
+    return image, label, table["size"].copy()
+
+
+def open_shard(
+    path: Path, shard: Shard, manifest: Manifest, instead: str = "prepare the data again"
+) -> tuple[Any, NDArray[np.int64], NDArray[np.uint64]]:
+    """Metadata rows, labels and bytes of the samples of a shard.
+
+    FFCV reads through raw pointers. A pointer outside the file would crash the process, so it is an error here; `instead` says what to do.
+    """
+    try:
+        image, label, size = read_rows(path)
+        if len(image) != shard.samples:
+            raise Unfit(f"{len(image)} images")
+    except Unfit as error:
         raise Corrupt(
-            f"shard {path} is damaged: its header does not describe {shard.samples} labelled images ({wrong}); prepare the data again",
-            shard.name,
-        )
-    image, label = (stored[name].copy() for name in METADATA.names)
-    at, size = image["data_ptr"], table["size"].copy()
-    height, width = image["height"], image["width"]
-    bad = (at != table["ptr"]) | (size == 0) | (at > shard.bytes) | (size > shard.bytes - np.minimum(at, shard.bytes))
+            f"shard {path} is damaged: its header does not describe {shard.samples} labelled images ({error}); {instead}", shard.name
+        ) from None
+    at, height, width = image["data_ptr"], image["height"], image["width"]
+    bad = (size == 0) | (at > shard.bytes) | (size > shard.bytes - np.minimum(at, shard.bytes))
     for side, (least, most) in ((height, manifest.height_px), (width, manifest.width_px)):
         bad |= (side < least) | (side > most)
-    if manifest.kind == "raw":
-        bad |= (image["mode"] != 1) | (3 * height.astype(np.uint64) * width != size)
-    else:
-        bad |= image["mode"] != 0
+    raw = image["mode"] == 1
+    bad |= (image["mode"] > 1) | (raw & (3 * height.astype(np.uint64) * width != size))
+    if manifest.kind == "raw":  # other shards may have images as pixels, too: FFCV's writer has such a mode
+        bad |= ~raw
     bad |= (label < -1) | (label >= max(len(manifest.classes), 1))
     if bad.any():
         raise Corrupt(
-            f"shard {path}: sample {int(np.flatnonzero(bad)[0])} is damaged: its place, size or label contradicts the file; "
-            "prepare the data again",
+            f"shard {path}: sample {int(np.flatnonzero(bad)[0])} is damaged: its place, size or label contradicts the file; {instead}",
             shard.name,
         )
     return image, label, size

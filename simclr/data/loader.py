@@ -290,9 +290,10 @@ class Unfit(Exception):
     """A file that is no FFCV file of images as the loader reads them; the message says why."""
 
 
-def read_rows(path: Path) -> tuple[Any, NDArray[np.int64], NDArray[np.uint64]]:
-    """Metadata rows, labels (−1 where there are none) and bytes of the samples of an FFCV file of one image and at most one whole number
-    a sample, whatever the fields are called and whichever comes first. Raises Unfit for other files; places are not checked."""
+def read_rows(path: Path) -> tuple[Any, NDArray[np.int64], Any]:
+    """Metadata rows, labels (−1 where there are none) and rows of the allocation table (ptr, size) of the samples of an FFCV file of one
+    image and at most one whole number a sample, whatever the fields are called and whichever comes first. Raises Unfit for other files;
+    places are not checked."""
     try:
         reader = Reader(str(path))
         stored, table, fields = reader.metadata, reader.alloc_table, reader.handlers
@@ -306,10 +307,10 @@ def read_rows(path: Path) -> tuple[Any, NDArray[np.int64], NDArray[np.uint64]]:
         raise Unfit(f"{len(stored)} images")
     table = table[np.argsort(table["sample_id"], kind="stable")]  # FFCV's own writer notes samples as its processes are done with them
     image = stored[column[RGBImageField][0]].copy()
-    if not np.array_equal(table["sample_id"], np.arange(len(stored))) or not np.array_equal(table["ptr"], image["data_ptr"]):
+    if not np.array_equal(table["sample_id"], np.arange(len(stored))):
         raise Unfit("another table of samples")
     label = stored[column[IntField][0]].copy() if column[IntField] else np.full(len(stored), -1, np.int64)
-    return image, label, table["size"].copy()
+    return image, label, table
 
 
 def open_shard(
@@ -320,15 +321,15 @@ def open_shard(
     FFCV reads through raw pointers. A pointer outside the file would crash the process, so it is an error here; `instead` says what to do.
     """
     try:
-        image, label, size = read_rows(path)
+        image, label, table = read_rows(path)
         if len(image) != shard.samples:
             raise Unfit(f"{len(image)} images")
     except Unfit as error:
         raise Corrupt(
             f"shard {path} is damaged: its header does not describe {shard.samples} labelled images ({error}); {instead}", shard.name
         ) from None
-    at, height, width = image["data_ptr"], image["height"], image["width"]
-    bad = (size == 0) | (at > shard.bytes) | (size > shard.bytes - np.minimum(at, shard.bytes))
+    at, size, height, width = image["data_ptr"], table["size"], image["height"], image["width"]
+    bad = (at != table["ptr"]) | (size == 0) | (at > shard.bytes) | (size > shard.bytes - np.minimum(at, shard.bytes))
     for side, (least, most) in ((height, manifest.height_px), (width, manifest.width_px)):
         bad |= (side < least) | (side > most)
     raw = image["mode"] == 1

@@ -82,7 +82,7 @@ def register(paths: Mapping[str, Path], out: Path, said: Callable[[str], None] =
     return manifest
 
 
-def _rows(path: Path) -> tuple[Any, NDArray[np.int64], NDArray[np.uint64]]:
+def _rows(path: Path) -> tuple[Any, NDArray[np.int64], Any]:
     try:
         return read_rows(path)
     except Unfit as error:
@@ -102,14 +102,14 @@ def _shard(split: str, path: Path, samples: int) -> Shard:
     return Shard(f"{split}-00000.beton", path.stat().st_size, digest, samples)
 
 
-def _moments(path: Path, rows: tuple[Any, NDArray[np.int64], NDArray[np.uint64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments(path: Path, rows: tuple[Any, NDArray[np.int64], Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(3,) and (3,): per channel mean and mean square of pixels in [0, 1], of evenly spaced images and evenly spaced pixels of each."""
-    image, _, size = rows
+    image, _, table = rows
     stored = np.memmap(path, np.uint8, "r")
     moments = []
     for row in np.unique(np.linspace(0, len(image) - 1, min(len(image), _LOOKED_AT)).astype(int)):
         at, height, width = (int(image[name][row]) for name in ("data_ptr", "height", "width"))
-        data = stored[at : at + int(size[row])]
+        data = stored[at : at + int(table["size"][row])]
         pixels = np.asarray(data) if image["mode"][row] == 1 else decode(data.tobytes(), height, width)
         if pixels is None:
             raise UserError(f"{path}: the JPEG of sample {row} cannot be decoded; {_AGAIN}")

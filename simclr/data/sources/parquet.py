@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,18 +25,23 @@ _ROWS, _BUFFER_BYTES = 64, 1 << 20  # read at a time
 _KINDS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif", b"RIFF": ".webp"}
 
 
-def is_table(name: str) -> bool:
-    """Whether a file is a table, by its name."""
-    return name.lower().endswith(TABLES) and not PurePosixPath(name).name.startswith(".")
+def is_parquet_folder(names: Iterable[str]) -> bool:
+    """Whether files of these names, of a folder without loose pictures, are tables: Parquet, or Arrow as `datasets` saves it."""
+    return any(map(_is_table, names))
 
 
-def tables_in(root: Path) -> dict[str, Path]:
-    """The tables below a folder: path in it → file. Those that `datasets` keeps as a cache of computations are left out."""
-    found = (path for path in sorted(root.rglob("*")) if is_table(path.name) and path.is_file())
-    inside = {path.relative_to(root).as_posix(): path for path in found}
-    return {
-        name: path for name, path in inside.items() if not path.name.startswith("cache-") and not any(map(is_junk, name.split("/")[:-1]))
-    }
+def parquet_tree(path: Path) -> Tree:
+    """The tree of a table or of all tables below a folder. Raises UserError for a table that is damaged or has no column of pictures."""
+    if path.is_file():
+        return tables_tree(str(path), {"": path})
+    found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+    return tables_tree(str(path), {name[: -len(PurePosixPath(name).suffix)]: file for name, file in found.items() if _is_table(name)})
+
+
+def _is_table(name: str) -> bool:
+    """By its name; what `datasets` keeps of its computations is none."""
+    *folders, file = name.split("/")
+    return file.lower().endswith(TABLES) and not file.startswith((".", "cache-")) and not any(map(is_junk, folders))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +92,13 @@ class _Columns:
 
 
 def tables_tree(spec: str, tables: Mapping[str, Path]) -> Tree:
-    """The tree of tables: path in the source → Parquet or Arrow file, each with a column of pictures (encoded files, alone or as Hugging
+    """The tree of tables: path in the source, without ending → Parquet or Arrow file, each with a column of pictures (encoded files, alone or as Hugging
     Face's bytes and path) and perhaps one of labels. The numbers of shards are left out of names: data/train-00000-of-00002.parquet has
     data/train/NAME, where NAME is the picture's own or the number of its row.
 
     Raises UserError for a table that is damaged or has no column of pictures.
     """
-    opened = {PurePosixPath(name).with_suffix("").as_posix(): _open(path) for name, path in tables.items()}
+    opened = {name: _open(path) for name, path in tables.items()}
     columns = _columns(list(opened.values()))
     places = unnumbered({name: _names(table, columns) for name, table in opened.items()})
     parts: list[Part] = []

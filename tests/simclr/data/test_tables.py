@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from simclr.data.sources.parquet import tables_in, tables_tree
+from simclr.data.sources.parquet import is_parquet_folder, parquet_tree, tables_tree
 from simclr.data.sources.source import Part, Source
 from simclr.errors import UserError
 from tests.simclr.data.test_archives import read
@@ -67,7 +67,7 @@ def test_a_repository_of_hugging_face_as_it_lies_on_a_disk(tmp_path: Path) -> No
     (tmp_path / "README.md").write_text("---\n")
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache/train.parquet").write_bytes(b"half fetched")
-    tree = tables_tree(str(tmp_path), tables_in(tmp_path))
+    tree = parquet_tree(tmp_path)
     expected = {f"data/train/00000{i}.png": png(i) for i in range(5)}
     expected |= {f"data/train/train-00001-of-00002_00000{i}.png": png(100 + i) for i in range(4)}
     expected |= {f"data/{split}/{name}.png": png(200 + i) for split in ("validation", "test") for i, name in enumerate(("x", split))}
@@ -95,18 +95,21 @@ def test_a_dataset_saved_to_a_disk(tmp_path: Path, name: str) -> None:
         )
         written(tmp_path / split / name, made)
     written(tmp_path / "train/cache-0123456789.arrow", table({"x": [1]}))
-    tree = tables_tree("", tables_in(tmp_path))
+    tree = parquet_tree(tmp_path)
     folder = name.partition("-")[0].removesuffix(".arrow")
     assert read(tree) == {f"{split}/{folder}/{i}.png": png(s + i) for split, s in (("test", 50), ("train", 0)) for i in range(4)}
     assert tree.stated == {f"{split}/{folder}/{i}.png": "no" if i == 0 else "yes" for split in ("train", "test") for i in range(3)}
     assert len(tree.parts) == 4
+    alone = parquet_tree(tmp_path / "test" / name)  # the name of a lone file is no folder
+    assert set(read(alone)) == {f"{i}.png" for i in range(4)}
+    assert is_parquet_folder(["README.md", f"test/{name}"]) and not is_parquet_folder(["train/cache-01.arrow", ".cache/x.parquet", "a.jpg"])
 
 
 def test_of_several_labels_the_finer_ones_are_the_classes(tmp_path: Path) -> None:
     columns = {"img": cells([1, 2, 3, 4], [None] * 4), "mask": cells([5, 6, 7, 8], [None] * 4)}
     labels = {"coarse_label": [0, 0, 1, 1], "fine_label": [3, 0, 2, 1], "label": [[0], [1], [0, 1], []]}
     features = {"img": IMAGE, "mask": IMAGE, "fine_label": classes("a", "b", "c", "d"), "coarse_label": classes("p", "q")}
-    tree = tables_tree("", {"x.parquet": written(tmp_path / "x.parquet", table(columns | labels, features))})
+    tree = tables_tree("", {"x": written(tmp_path / "x.parquet", table(columns | labels, features))})
     assert list(tree.stated.values()) == ["d", "a", "c", "b"]
     assert tree.notes == (
         "pictures are those of the column img; mask are left out",
@@ -114,22 +117,22 @@ def test_of_several_labels_the_finer_ones_are_the_classes(tmp_path: Path) -> Non
         "classes are those of the column fine_label (4); coarse_label (2) is left out",
     )
     plain = {"image": [png(i) for i in range(4)], "class": [0, 1, 2, 2], "class_name": ["x", "y", "z", "z"], "label": [0, 0, 1, 1]}
-    tree = tables_tree("", {"x.parquet": written(tmp_path / "plain.parquet", table(plain))})
+    tree = tables_tree("", {"x": written(tmp_path / "plain.parquet", table(plain))})
     assert tree.stated == {f"x/00000{i}.png": name for i, name in enumerate("xyzz")}  # names before numbers of as many classes
 
 
 def test_pictures_are_found_without_a_word_about_columns(tmp_path: Path) -> None:
     """Bytes that are no pictures (a hash, a sound) are not taken for them, whatever the column is called."""
     columns = {"data": [b"hash", b"hush"], "photo": [None, png(2)], "audio": [{"bytes": b"RIF", "path": "a.wav"}] * 2, "y": ["b ", ""]}
-    tree = tables_tree("", {"a/x.parquet": written(tmp_path / "x.parquet", table(columns))})
+    tree = tables_tree("", {"a/x": written(tmp_path / "x.parquet", table(columns))})
     assert read(tree) == {"a/x/000000.png": b"", "a/x/000001.png": png(2)} and tree.stated == {"a/x/000000.png": "b"}
     with pytest.raises(UserError, match="no column of pictures, only data, y; expected a column of encoded pictures"):
-        tables_tree("", {"x.parquet": written(tmp_path / "y.parquet", table({"data": [b"hash"], "y": ["b"]}))})
+        tables_tree("", {"x": written(tmp_path / "y.parquet", table({"data": [b"hash"], "y": ["b"]}))})
     other = written(tmp_path / "other.parquet", table({"image": [png(1)]}))
     with pytest.raises(UserError, match=r"other.parquet has no column photo, which .*x.parquet has"):
-        tables_tree("", {"x.parquet": tmp_path / "x.parquet", "y.parquet": other})
+        tables_tree("", {"x": tmp_path / "x.parquet", "y": other})
     empty = written(tmp_path / "empty.parquet", table(columns).slice(0, 0))
-    assert len(read(tables_tree("", {"e.parquet": empty, "x.parquet": tmp_path / "x.parquet"}))) == 2
+    assert len(read(tables_tree("", {"e": empty, "x": tmp_path / "x.parquet"}))) == 2
 
 
 def test_a_row_without_bytes_names_a_file_below_the_table(tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def test_a_row_without_bytes_names_a_file_below_the_table(tmp_path: Path) -> Non
     (root / "images").mkdir()
     (root / "images/a.png").write_bytes(png(1))
     (tmp_path / "secret.png").write_bytes(png(2))
-    found = read(tables_tree("", {"x.parquet": file}))
+    found = read(tables_tree("", {"x": file}))
     assert found == {
         "x/a.png": root / "images/a.png",
         "x/gone.png": root / "images/gone.png",  # skipped where it is encoded, with the reason
@@ -152,19 +155,19 @@ def test_a_row_without_bytes_names_a_file_below_the_table(tmp_path: Path) -> Non
 def test_a_damaged_table_and_folders_of_tables_called_alike(tmp_path: Path) -> None:
     file = written(tmp_path / "en/x.parquet", table({"image": [png(i) for i in range(9)], "label": list(range(9))}))
     other = written(tmp_path / "de/x.parquet", table({"image": [png(i) for i in range(9)]}))
-    tree = tables_tree("", tables_in(tmp_path))
+    tree = parquet_tree(tmp_path)
     assert tree.notes == ("tables called alike lie in 2 folders (de, en) and all are read; give one to read it alone",)
     assert len(read(tree)) == 18
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"en/x.parquet ends early or is damaged \(.*\); fetch it again"):
-        tables_tree("", tables_in(tmp_path))
+        parquet_tree(tmp_path)
     stream = written(tmp_path / "x.arrow", table({"image": [png(i) for i in range(9)]}))
     stream.write_bytes(stream.read_bytes()[:-200])
     with pytest.raises(UserError, match=r"x.arrow ends early or is damaged"):
-        tables_tree("", {"x.arrow": stream})
+        tables_tree("", {"x": stream})
     damaged = bytearray(other.read_bytes())
     damaged[40:200] = bytes(160)
     other.write_bytes(damaged)
     with pytest.raises(UserError, match=r"de/x.parquet ends early or is damaged"):
-        read(tables_tree("", {"x.parquet": other}))
+        read(tables_tree("", {"x": other}))

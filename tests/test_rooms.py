@@ -64,6 +64,7 @@ DOORS = {
         "tune/ray_tune.py",
         "tune/trial.py",
     },
+    "pyarrow": {"simclr/data/sources/parquet.py"},
     # The last for its networks alone.
     "torchvision": {"simclr/data/sources/torchvision.py", "simclr/data/tasks.py", "simclr/encoder/export.py"},
     "tensorflow": {"simclr/encoder/tf_checkpoint.py"},

@@ -57,6 +57,9 @@ def register(paths: Mapping[str, Path], out: Path, said: Callable[[str], None] =
     labelled = labels[labels >= 0]
     if 2 < len(labelled) == len(np.unique(labelled)):
         said(f"no two images of {source} have the same label: if it is the image's number, scores by classes mean nothing")
+    strange = set(rows["test"][1].tolist()) - set(rows["train"][1].tolist()) - {-1} if "test" in rows else set()
+    if strange:
+        said(f"{paths['test']} has {len(strange):,} classes that {paths['train']} lacks, as {min(strange)}; they can only be judged wrong")
     shards = {split: _shard(split, path, len(rows[split][0])) for split, path in paths.items()}
     manifest = Manifest(
         splits={split: (shard,) for split, shard in shards.items()},
@@ -98,8 +101,8 @@ def _kind(images: Any) -> Literal["raw", "jpeg"]:
 
 def _shard(split: str, path: Path, samples: int) -> Shard:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(f"{split}-00000.beton", path.stat().st_size, digest, samples)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(f"{split}-00000.beton", path.stat().st_size, sha256, samples)
 
 
 def _moments(path: Path, rows: tuple[Any, NDArray[np.int64], Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

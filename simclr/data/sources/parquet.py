@@ -92,11 +92,11 @@ class _Columns:
 
 
 def tables_tree(spec: str, tables: Mapping[str, Path]) -> Tree:
-    """The tree of tables: path in the source, without ending → Parquet or Arrow file, each with a column of pictures (encoded files, alone or as Hugging
-    Face's bytes and path) and perhaps one of labels. The numbers of shards are left out of names: data/train-00000-of-00002.parquet has
-    data/train/NAME, where NAME is the picture's own or the number of its row.
+    """The tree of tables: path in the source, without ending → Parquet or Arrow file.
 
-    Raises UserError for a table that is damaged or has no column of pictures.
+    Each has a column of pictures (encoded files, alone or as Hugging Face's bytes and path) and perhaps one of labels. The numbers of
+    shards are left out of names: data/train-00000-of-00002.parquet has data/train/NAME, where NAME is the picture's own or the number of
+    its row. Raises UserError for a table that is damaged or has no column of pictures.
     """
     opened = {name: _open(path) for name, path in tables.items()}
     columns = _columns(list(opened.values()))

@@ -145,6 +145,9 @@ def test_labels_may_be_absent_and_are_doubted_where_no_two_are_alike(tmp_path: P
     sentences: list[str] = []
     register({"train": beton(tmp_path / "index.beton", images, [0, 1, 2, 3])}, tmp_path / "index", sentences.append)
     assert len(sentences) == 1 and "no two images of" in sentences[0]
+    paths = {"train": zeros, "test": beton(tmp_path / "more.beton", images, [0, 5, 5, -1])}
+    assert register(paths, tmp_path / "more", sentences.append).classes == tuple("012345")
+    assert sentences[1:] == [f"{paths['test']} has 1 classes that {zeros} lacks, as 5; they can only be judged wrong"]
 
 
 def test_what_the_loader_cannot_read_is_refused_with_a_sentence(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ MUTATIONS = (
     Mutation(
         "elastic-counts-that-do-not-divide",
         "pipelines/train/ray_train.py",
-        "if _divides(config, count)]",
+        "if retry.shares(config, count)]",
         "if count]",
         "tests/pipelines/train/test_hang.py::test_numbers_of_workers_that_the_batch_divides_over",
     ),

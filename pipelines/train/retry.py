@@ -41,17 +41,18 @@ def less_memory(stage: str, config: Config, workers: int) -> str:
 
     More workers compute the same numbers, so the run goes on. Pieces of a batch change BatchNorm's statistics, and a smaller batch all
     numbers, so they belong to a new run."""
-    train, images = config.train, config.images_per_rank(workers)
+    train = config.train
     more = next((w for w in range(workers + 1, train.batch_size + 1) if shares(config, w)), None)
     go_on = f"the same command with --workers {more} goes on with this run; " if more and train.micro_batch is None else ""
-    piece = train.micro_batch or images
-    smaller = max((m for m in range(1, piece) if images % m == 0), default=None)
-    if smaller and stage == "pretrain" and not config.loss.memory:
-        other = f"--train.micro-batch {smaller}"
+    piece = train.micro_batch or config.images_per_rank(workers)
+    pieces = (m for m in range(piece - 1, 1, -1) if stage == "pretrain" and _with(config, workers, micro_batch=m))
+    batches = (n for n in range(train.batch_size // 2, 1, -1) if _with(config, workers, batch_size=n))
+    if found := next(pieces, None):
+        other = f"--train.micro-batch {found}"
+    elif found := next(batches, None):
+        other = f"{'--train.batch-size' if stage == 'pretrain' else '--batch-size'} {found}"
     else:
-        flag = "--train.batch-size" if stage == "pretrain" else "--batch-size"
-        fits = (n for n in range(train.batch_size // 2, 1, -1) if _of_batch(config, n, workers))
-        other = f"{flag} {size}" if (size := next(fits, None)) else "a smaller network"
+        other = "a smaller network"
     return f"{go_on}{other} is for a new run: add another --run, or leave --run out"
 
 
@@ -65,10 +66,10 @@ def shares(config: Config, workers: int) -> bool:
     return True
 
 
-def _of_batch(config: Config, size: int, workers: int) -> bool:
-    """Whether `workers` can train with batches of `size`."""
+def _with(config: Config, workers: int, **changes: int) -> bool:
+    """Whether `workers` can train by `config` with these changes of its `train`."""
     try:
-        return shares(replace(config, train=replace(config.train, batch_size=size)), workers)
+        return shares(replace(config, train=replace(config.train, **changes)), workers)
     except UserError:
         return False
 

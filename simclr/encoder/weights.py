@@ -154,7 +154,7 @@ def require_fit(encoder: Encoder, weights: Weights, where: object) -> None:
     if all(text.startswith("groups.0.0.shortcut.") and text.endswith("is missing") for text in wrong):
         advice = "torchvision's ResNet-18 and -34 have no projection in their first block, and the network here has one: give a ResNet-50"
     elif (fits := _shape_of(weights)) is not None:
-        advice = f"{' '.join(_flags(encoder, fits))} fits"
+        advice = f"would fit: {' '.join(_flags(encoder, fits))}"
     else:
         advice = "no network here has these weights"
     raise UserError(f"the weights in {where} do not fit the encoder: {'; '.join(wrong[:3])}{more}; {advice}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from pipelines.evaluation import inputs
 from pipelines.runs import sync
 from pipelines.runs.directory import Run
 from pipelines.train import driver, ray_train, warm_start
@@ -18,6 +19,7 @@ from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
+    from simclr.encoder.weights import Weights
     from simclr.methods.method import Method
 
 
@@ -80,17 +82,7 @@ def pretrain(args: Args) -> Run:
     examples, classes = manifest.examples("train", groups), manifest.classes
     args.resources.counts(config)
     config.steps_per_epoch(examples)
-    if args.start and args.extend:
-        raise UserError("--start and --extend both say what to begin with; leave out one of them")
-    if args.extend:
-        warm_start.parent(args.extend)
-    place, weights, start = args.extend or args.start, None, None
-    if place is not None:
-        weights = warm_start.weights_at(place, args.tracking_uri)
-        start = warm_start.described(place, weights, args.extend is not None)
-    run, home, uri = driver.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri, start=start)
-    if weights is not None and not any(run.checkpoints.glob("step-*")):
-        run = warm_start.begin(run, weights, classes)
+    run, home, uri = _opened(args, data, classes)
 
     job = driver.Job(
         run=run,
@@ -102,6 +94,30 @@ def pretrain(args: Args) -> Run:
         publish=lambda run, method: publish_newest(run, classes, method),
     )
     return driver.train(job, began)
+
+
+def _opened(args: Args, data: Path, classes: tuple[str, ...]) -> tuple[Run, sync.Home, str]:
+    """As `driver.home_of`; the run's first checkpoint has the weights that the command gives, if any."""
+    if args.start and args.extend:
+        raise UserError("--start and --extend both say what to begin with; leave out one of them")
+    place = args.extend or args.start
+    weights = weights_at(place, args.tracking_uri) if place else None
+    start = warm_start.described(place, weights, place is args.extend) if place and weights else None
+    run, home, uri = driver.home_of(args.run, args.recipe, args.config, data, args.data, args.tracking_uri, start=start)
+    if weights and not any(run.checkpoints.glob("step-*")):
+        run = warm_start.begin(run, weights, classes)
+    return run, home, uri
+
+
+def weights_at(place: Path, tracking_uri: str | None) -> Weights:
+    """The weights of a file of tensors, or as `warm_start.weights_in` of a run or a published encoder, which may lie in S3 or in the
+    registry."""
+    from simclr.encoder.weights import of_file
+
+    if place.is_file():
+        return of_file(place)
+    with inputs.opened(place, tracking_uri) as directory:
+        return warm_start.weights_in(directory, place)
 
 
 def publish_newest(run: Run, classes: Sequence[str], method: Method | None = None) -> None:

@@ -252,10 +252,10 @@ def described(start: dict[str, Any]) -> str:
 
 
 def ways_on(run: object) -> str:
-    """How a user goes on from the weights of a pretraining `run` beyond its config, for messages."""
+    """How a user trains on from the weights of a pretraining `run` beyond its config, for messages."""
     return (
-        f"go on from its weights in a new run: `simclr pretrain --extend {run}` once it is complete (its config and data, a new schedule: "
-        f"--train.epochs N), or your recipe with --start {run}"
+        f"to train on from its weights in a new run: `simclr pretrain --extend {run} --train.epochs N` (its config and data), "
+        f"or a recipe with --start {run}"
     )
 
 
@@ -296,7 +296,7 @@ def open_run(
             different.insert(0, f"first weights {there} there, {here} here")
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            further = f", or {ways_on(asked or path)}" if stage == "pretrain" else ""
+            further = f"; {ways_on(asked or path)}" if stage == "pretrain" else ""
             raise UserError(f"run directory {path} belongs to another config: {'; '.join(different[:3])}{more}; use another --run{further}")
         run = replace(run, config=config, data=data, data_at=data_at)
     elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {_LOCK}):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.train import hang, ray_private
 from pipelines.train.messages import Said, Tell
@@ -45,8 +45,8 @@ def less_memory(stage: str, config: Config, workers: int) -> str:
     more = next((w for w in range(workers + 1, train.batch_size + 1) if shares(config, w)), None)
     go_on = f"the same command with --workers {more} goes on with this run; " if more and train.micro_batch is None else ""
     piece = train.micro_batch or config.images_per_rank(workers)
-    pieces = (m for m in range(piece - 1, 1, -1) if stage == "pretrain" and _with(config, workers, micro_batch=m))
-    batches = (n for n in range(train.batch_size // 2, 1, -1) if _with(config, workers, batch_size=n))
+    pieces = (m for m in range(piece - 1, 1, -1) if stage == "pretrain" and _trains(config, workers, "micro_batch", m))
+    batches = (n for n in range(train.batch_size // 2, 1, -1) if _trains(config, workers, "batch_size", n))
     if found := next(pieces, None):
         other = f"--train.micro-batch {found}"
     elif found := next(batches, None):
@@ -66,10 +66,11 @@ def shares(config: Config, workers: int) -> bool:
     return True
 
 
-def _with(config: Config, workers: int, **changes: int) -> bool:
-    """Whether `workers` can train by `config` with these changes of its `train`."""
+def _trains(config: Config, workers: int, name: Literal["micro_batch", "batch_size"], value: int) -> bool:
+    """Whether `workers` can train by `config` with another value of this field of its `train`."""
+    change: dict[str, Any] = {name: value}
     try:
-        return shares(replace(config, train=replace(config.train, **changes)), workers)
+        return shares(replace(config, train=replace(config.train, **change)), workers)
     except UserError:
         return False
 

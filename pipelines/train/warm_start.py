@@ -1,18 +1,14 @@
-"""The weights that `simclr pretrain --start` and `--extend` begin with: found on disk, in S3 or in the registry."""
+"""The weights that `simclr pretrain --start` and `--extend` begin with, and the run that begins with them."""
 
 from __future__ import annotations
 
-import re
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
-from pipelines.terminal import Bar, say
-from pipelines.tracking import registry
-from pipelines.tracking import uri as mlflow_uri
+from pipelines.terminal import say
 from simclr.config import Config, Views
 from simclr.data.manifest import read_manifest
 from simclr.data.s3 import uri as s3_uri
@@ -24,37 +20,23 @@ if TYPE_CHECKING:
 _TORCHVISION = Views(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def weights_at(start: Path, tracking_uri: str | None) -> Weights:
-    """The weights of `start`: a run or a published encoder, on disk or at s3://bucket/prefix; NAME@alias or NAME/version in the registry;
-    a file of tensors. Of a run it is what it published or, before its end, its newest checkpoint.
-
-    Raises UserError where there is none of these, or it is damaged.
-    """
+def weights_in(directory: Path, place: Path) -> Weights:
+    """The weights of the run or published encoder in `directory`, which may be a copy of that at `place`. Of a run it is what it published
+    or, before its end, its newest checkpoint. Raises UserError where there is neither, or it is damaged."""
     from simclr.encoder import weights
 
-    if start.is_file():
-        return weights.of_file(start)
-    if s3_uri.address(start) is None and not start.exists():
-        if not re.fullmatch(r"[^@/:]+(@[^@/:]+|/\d+)", str(start)):
-            raise UserError(
-                f"{start} is not there; --start takes a run, a published encoder, s3://… of either, NAME@alias of the registry, "
-                "or a .safetensors or .pth file"
-            )
-        uri = mlflow_uri.tracking_address(tracking_uri)
-        mlflow_uri.check(uri)
-        with tempfile.TemporaryDirectory() as scratch:
-            with Bar("download", None, "MiB", "MiB/s") as bar:
-                registry.pull(uri, str(start), Path(scratch) / "encoder", sync.mebibytes(bar))
-            return weights.of_directory(Path(scratch) / "encoder")
-    with sync.directory(start) as directory:
-        if not (directory / "run.json").is_file():
-            return weights.of_directory(directory)
-        run = load_run(directory)
-        if run.encoder.is_dir():
-            return weights.of_directory(run.encoder)
-    home = sync.Home(start)
+    if not directory.exists():
+        raise UserError(
+            f"{place} is not there; --start takes a run, a published encoder, s3://bucket/prefix of either, NAME@alias in the registry, "
+            "or a .safetensors or .pth file"
+        )
+    if not (directory / "run.json").is_file():
+        return weights.of_directory(directory)
+    run, home = load_run(directory), sync.Home(place)
+    if run.encoder.is_dir():
+        return weights.of_directory(run.encoder)
     if not (name := home.newest()):
-        raise UserError(f"{sync.shown(start)} has neither an encoder nor a checkpoint yet; go on with it first: {run.command}")
+        raise UserError(f"{sync.shown(place)} has neither an encoder nor a checkpoint yet; go on with it first: {run.command}")
     known = read_manifest(run.data).classes if (run.data / "manifest.json").is_file() else ()
     return weights.of_checkpoint(home.checkpoint(name), run.config, known)
 

@@ -151,13 +151,17 @@ def require_fit(encoder: Encoder, weights: Weights, where: object) -> None:
     if not wrong:
         return
     more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    if all(text.startswith("groups.0.0.shortcut.") and text.endswith("is missing") for text in wrong):
-        advice = "torchvision's ResNet-18 and -34 have no projection in their first block, and the network here has one: give a ResNet-50"
-    elif (fits := _shape_of(weights)) is not None:
-        advice = f"would fit: {' '.join(_flags(encoder, fits))}"
-    else:
-        advice = "no network here has these weights"
-    raise UserError(f"the weights in {where} do not fit the encoder: {'; '.join(wrong[:3])}{more}; {advice}")
+    raise UserError(f"the weights in {where} do not fit the encoder: {'; '.join(wrong[:3])}{more}; {_advice(encoder, weights)}")
+
+
+def _advice(encoder: Encoder, weights: Weights) -> str:
+    for fits in _candidates(weights):
+        wrong = differences(_shapes(fits), weights.encoder)
+        if not wrong:
+            return f"would fit: {' '.join(_flags(encoder, fits))}"
+        if all(text.startswith("groups.0.0.shortcut.") and text.endswith("is missing") for text in wrong):
+            return "torchvision's ResNet-18 and -34 have no projection in their first block, and the network here has one: give a ResNet-50"
+    return "no network here has these weights"
 
 
 def _shapes(encoder: Encoder) -> dict[str, Tensor]:
@@ -165,22 +169,18 @@ def _shapes(encoder: Encoder) -> dict[str, Tensor]:
         return build_encoder(encoder).state_dict()
 
 
-def _shape_of(weights: Weights) -> Encoder | None:
-    """The encoder that has these weights, but for its kind of BatchNorm; None if there is none."""
-    if weights.shape is not None:
-        return weights.shape if not differences(_shapes(weights.shape), weights.encoder) else None
+def _candidates(weights: Weights) -> Iterator[Encoder]:
+    """Encoders that may have these weights."""
     stem = weights.encoder.get("stem.0.weight")
-    if stem is None or stem.ndim != 4:
-        return None
-    sk_ratio = 0.0625 if any(".branches." in name for name in weights.encoder) else 0.0
-    deep = "stem.3.weight" in weights.encoder  # a stem of three convolutions, the first of half the channels
-    for depth in get_args(get_type_hints(Encoder)["depth"]):
-        width, rest = divmod(len(stem) * (1 + deep), 16 if depth in (8, 14, 20) else 64)
-        if width and not rest:
-            found = Encoder(depth=depth, width=width, sk_ratio=sk_ratio, cifar_stem=not deep and stem.shape[-1] == 3)
-            if not differences(_shapes(found), weights.encoder):
-                return found
-    return None
+    if weights.shape is not None:
+        yield weights.shape
+    elif stem is not None and stem.ndim == 4:
+        sk_ratio = 0.0625 if any(".branches." in name for name in weights.encoder) else 0.0
+        deep = "stem.3.weight" in weights.encoder  # a stem of three convolutions, the first of half the channels
+        for depth in get_args(get_type_hints(Encoder)["depth"]):
+            width, rest = divmod(len(stem) * (1 + deep), 16 if depth in (8, 14, 20) else 64)
+            if width and not rest:
+                yield Encoder(depth=depth, width=width, sk_ratio=sk_ratio, cifar_stem=not deep and stem.shape[-1] == 3)
 
 
 def _flags(asked: Encoder, fits: Encoder) -> Iterator[str]:

@@ -112,7 +112,7 @@ def test_a_run_begins_with_the_weights_of_a_run(simclr: commands.Run, parent: Ru
 
 
 def test_mlflow_has_the_start_as_tags(parent: Run, patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = warm_start.described(parent.path, warm_start.weights_at(parent.path, None), True)
+    start = warm_start.described(parent.path, command.weights_at(parent.path, None), True)
     run = open_run(tmp_path / "run", "patterns_tiny", CONFIG, patterns, start=start)
     made: list[Any] = []
     monkeypatch.setattr(outbox.client, "MLflowRun", lambda *args: made.append(args))
@@ -124,11 +124,11 @@ def test_mlflow_has_the_start_as_tags(parent: Run, patterns: Path, tmp_path: Pat
 def test_an_unfinished_run_gives_its_newest_checkpoint(parent: Run, patterns: Path, tmp_path: Path) -> None:
     shutil.copytree(parent.path, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/encoder")
-    found, whole = warm_start.weights_at(tmp_path / "run", None), warm_start.weights_at(parent.path, None)
+    found, whole = command.weights_at(tmp_path / "run", None), command.weights_at(parent.path, None)
     assert found.sha256 == whole.sha256 and found.step == 3 and found.classes == whole.classes == read_manifest(patterns).classes
     shutil.rmtree(tmp_path / "run/checkpoints")
     with pytest.raises(UserError, match="has neither an encoder nor a checkpoint yet; go on with it first"):
-        warm_start.weights_at(tmp_path / "run", None)
+        command.weights_at(tmp_path / "run", None)
 
 
 def test_a_file_and_the_registry_give_weights(
@@ -163,7 +163,7 @@ def test_runs_in_s3_give_weights_and_begin_with_them(
             Store().client.put_object(Bucket="photos", Key=f"runs/parent/{path.relative_to(parent.path)}", Body=path.read_bytes())
     pretrain(simclr, patterns, "--start", "s3://photos/runs/parent", "--run", "s3://photos/runs/child")
     run = jobs[0].run
-    assert run.start["from"] == "s3://photos/runs/parent" and run.start["sha256"] == warm_start.weights_at(parent.path, None).sha256
+    assert run.start["from"] == "s3://photos/runs/parent" and run.start["sha256"] == command.weights_at(parent.path, None).sha256
     jobs[0].home.send()
     jobs[0].home.sync_checkpoints()  # as `driver.train` does before any worker starts
     keys = {found.name for found in Store().listing(jobs[0].home.at) if "step-" in found.name}  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def test_a_run_that_began_with_weights_never_begins_without_a_checkpoint(
     parent: Run, patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither its driver nor a worker goes on with the seed's weights when every checkpoint is damaged."""
-    weights = warm_start.weights_at(parent.path, None)
+    weights = command.weights_at(parent.path, None)
     run = open_run(tmp_path / "run", "patterns_tiny", CONFIG, patterns, start=warm_start.described(parent.path, weights, False))
     run = warm_start.begin(run, weights, weights.classes)
     assert driver._steps_done(run) == 0
@@ -236,8 +236,11 @@ def test_a_run_that_began_with_weights_never_begins_without_a_checkpoint(
     pytest.importorskip("ray")
     import ray.train.torch
 
+    from pipelines import allocator
     from pipelines.train.worker import train_worker
 
+    monkeypatch.setenv("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "8")  # the worker sets both for its process
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1))
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
     task = messages.Task(stage="pretrain", config=CONFIG, data=str(patterns), run=str(run.path), begun=run.begun)
@@ -282,10 +285,10 @@ def test_only_a_complete_pretraining_is_extended(simclr: commands.Run, parent: R
 def test_refusals_name_both_ways_and_they_are_accepted(simclr: commands.Run, parent: Run, patterns: Path, jobs: list[driver.Job]) -> None:
     same = ("pretrain", "patterns_tiny", "--data", patterns, "--run", parent.path, *TINY_FLAGS)
     longer = simclr(*same, "--train.epochs", "9")
-    refused(longer, "belongs to another config: ", "use another --run, or go on from its weights in a new run")
-    for advised in re.findall(r"simclr (pretrain --extend \S+)`", longer[2]):
-        assert simclr(*advised.split(), "--train.epochs", "9", "--workers", "1")[0] == 0
-    assert re.search(rf"your recipe with --start {re.escape(str(parent.path))}$", longer[2].strip())
+    refused(longer, "belongs to another config: ", "use another --run; to train on from its weights in a new run: ")
+    (advised,) = re.findall(r"`simclr (pretrain --extend .+) N`", longer[2])
+    assert simclr(*advised.split(), "9", "--workers", "1")[0] == 0
+    assert longer[2].strip().endswith(f"or a recipe with --start {parent.path}")
     pretrain(simclr, patterns, "--start", parent.path)
     assert [job.run.start["extends"] for job in jobs] == [True, False]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import say
+from pipelines.train import driver
 from simclr.config import Config, Views
 from simclr.data.manifest import read_manifest
 from simclr.data.s3 import uri as s3_uri
@@ -49,7 +50,6 @@ def described(start: Path, weights: Weights, extends: bool) -> dict[str, Any]:
 
 def begin(run: Run, weights: Weights, classes: tuple[str, ...]) -> Run:
     """The new `run` with what it takes of the weights, said on the terminal, and the checkpoint of step 0 with them in its directory."""
-    from pipelines.train.driver import begin_with
     from simclr.methods.warm_start import warm_start
 
     state, taken = warm_start(run.config, weights, classes, run.start["from"])
@@ -57,7 +57,7 @@ def begin(run: Run, weights: Weights, classes: tuple[str, ...]) -> Run:
     say(f"begins with {run.began_with}: {taken}")
     if note := _normalised_otherwise(run.config.views, weights):
         say(note)
-    begin_with(run, state)
+    driver.begin_with(run, state)
     return run
 
 
@@ -86,7 +86,7 @@ def parent(extend: Path) -> Run:
     if run.stage != "pretrain":
         raise UserError(f"{shown} was made by `simclr {run.stage}`, and --extend goes on with a pretraining; use --start {shown}")
     rows = run.history()
-    if not rows or rows[-1]["step"] < rows[-1].get("total_steps", 0) or not run.encoder.is_dir():
+    if not run.encoder.is_dir() or (rows and rows[-1]["step"] < rows[-1].get("total_steps", 0)):
         raise UserError(
             f"{shown} is not complete; finish it with the command that began it ({run.command}), "
             f"or begin with the weights that it has: your recipe with --start {shown}"

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simclr import checkpoint
+from simclr import checkpoint, fields
 from simclr.config import Config, Encoder
 from simclr.encoder.directory import config_of, preprocessing_of, read_part, read_text
 from simclr.encoder.export import own_name
@@ -64,7 +64,7 @@ def of_directory(directory: Path) -> Weights:
     """The weights published in `directory`. Raises UserError where it is no published encoder, or damaged."""
     text = read_text(directory)
     stated, preprocessing = text.get("classifier", {}), preprocessing_of(text)
-    reads_h = stated.get("tap") == 0
+    reads_h, step = stated.get("tap") == 0, text.get("published", {}).get("step")
     return Weights(
         encoder=read_part(directory, "encoder"),
         head=read_part(directory, "head") if (directory / "head.safetensors").is_file() else {},
@@ -73,7 +73,7 @@ def of_directory(directory: Path) -> Weights:
         shape=config_of({"encoder": text["encoder"]}).encoder,
         unused=("classifier",) if stated and not reads_h else (),
         norm=(preprocessing.mean, preprocessing.std),
-        step=text.get("published", {}).get("step"),
+        step=step if fields.fits(step, int) else None,
     )
 
 
@@ -199,7 +199,7 @@ def _read(path: Path) -> Any:
             raise UserError(f"{path} cannot be read as safetensors ({error}); bring it back from a copy") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{path} cannot be read as tensors alone ({reason}), and nothing here unpickles more; "
@@ -210,7 +210,7 @@ def _read(path: Path) -> Any:
 def _flat(value: Any, name: str) -> Iterable[tuple[str, Tensor]]:
     """The tensors in nested dicts, their keys joined by dots."""
     if isinstance(value, Tensor):
-        yield name, value
+        yield name, value.detach()
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))

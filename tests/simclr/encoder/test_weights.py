@@ -43,9 +43,11 @@ def test_torchs_files_are_read_behind_a_prefix_and_without_its_counters(tmp_path
     encoder = tensors_of(Encoder(depth=14))
     theirs = {f"{prefix}{torchvision_name(name)}": t for name, t in encoder.items()}
     theirs |= {f"{prefix}bn1.num_batches_tracked": torch.tensor(7), f"{prefix}fc.0.weight": torch.ones(2), "queue": torch.ones(3)}
+    theirs[f"{prefix}conv1.weight"] = nn.Parameter(theirs[f"{prefix}conv1.weight"])
     torch.save({"epoch": 200, "arch": "resnet", "state_dict": theirs}, tmp_path / "checkpoint.pth.tar")
     found = weights.of_file(tmp_path / "checkpoint.pth.tar")
     assert alike(found.encoder, encoder) and found.unused == (f"state_dict.{prefix}fc.0.weight", "state_dict.queue")
+    assert found.sha256 == weights.Weights(encoder=encoder).sha256
 
 
 def test_the_names_here_are_read_too(tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ def test_labels_may_be_absent_and_are_doubted_where_no_two_are_alike(tmp_path: P
     images = pictures(4)
     bare = beton(tmp_path / "bare.beton", images, [], fields={"image": RGBImageField()})
     assert register({"train": bare}, tmp_path / "bare").classes == () and labels(tmp_path / "bare").tolist() == [-1] * 4
+    small = beton(tmp_path / "small.beton", images, [0, 1, 0, 1], [0] * 4)
+    assert register({"train": small}, tmp_path / "small").kind == "jpeg"  # of one size, but no pixels
     zeros = beton(tmp_path / "zeros.beton", images, [0] * 4)
     assert register({"train": zeros}, tmp_path / "zeros").classes == ()
     assert all(not found.wrong for found in verify(tmp_path / "zeros"))
@@ -167,6 +169,11 @@ def test_what_the_loader_cannot_read_is_refused_with_a_sentence(tmp_path: Path) 
     with pytest.raises(UserError, match="sample 1 is damaged: its place, size or label contradicts the file; write it again"):
         register({"train": beton(path, images, given, [1, 2, 1, 1])}, tmp_path / "out")
     whole = beton(path, images, given).read_bytes()
+    rows = np.memmap(path, get_metadata_type(list(USUAL.values())), "r+", HeaderType.itemsize + 2 * FieldDescType.itemsize, 4)
+    rows["f0"]["width"][2] = 15  # fewer than its bytes are
+    rows.flush()
+    with pytest.raises(UserError, match="sample 2 is damaged: its place, size or label contradicts the file; write it again"):
+        register({"train": path}, tmp_path / "out")
     path.write_bytes(whole[: -ALLOC_TABLE_TYPE.itemsize])
     with pytest.raises(UserError, match="another table of samples"):
         register({"train": path}, tmp_path / "out")

@@ -135,6 +135,13 @@ def test_pictures_are_found_without_a_word_about_columns(tmp_path: Path) -> None
     assert len(read(tables_tree("", {"e": empty, "x": tmp_path / "x.parquet"}))) == 2
 
 
+def test_pictures_whose_names_are_not_their_own_are_called_by_their_rows(tmp_path: Path) -> None:
+    for names in (["a.png"] * 3, ["a.png", "b", "c.png"], ["a.png", None, "c.png"]):
+        made = table({"image": cells([1, 2, 3], names), "label": ["x", "y", "z"]})
+        tree = tables_tree("", {"": written(tmp_path / "x.parquet", made)})
+        assert read(tree) == {f"00000{i}.png": png(i + 1) for i in range(3)} and list(tree.stated.values()) == ["x", "y", "z"]
+
+
 def test_a_row_without_bytes_names_a_file_below_the_table(tmp_path: Path) -> None:
     root = tmp_path / "data"
     paths = ["images/a.png", "images/gone.png", "../secret.png", "images/b.png"]

@@ -69,6 +69,9 @@ def test_a_json_states_the_class_in_one_of_four_fields(tmp_path: Path) -> None:
     ]
     tree = archives_tree("", shards(tmp_path, {"0.tar": beside(pictures(0, 7), "json", values)}))
     assert tree.stated == {"0000.jpg": "dog", "0001.jpg": "3", "0002.jpg": "cat"} and len(read(tree)) == 7
+    both = beside(pictures(1), "json", [{"label": 1}] * 4) | {"1000.cls": b"a", "1001.cls": b""}
+    tree = archives_tree("", shards(tmp_path, {"1.tar": both}))
+    assert tree.stated == {"1000.jpg": "a", "1001.jpg": "1", "1002.jpg": "1", "1003.jpg": "1"}  # a .cls is the surer one
 
 
 def test_a_txt_that_pictures_share_is_a_class_and_else_a_caption(tmp_path: Path) -> None:

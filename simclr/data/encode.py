@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import stat
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,7 +15,7 @@ from PIL import ExifTags, Image
 from simclr.data.depth import Rule, Values
 from simclr.data.ffcv.decode import decode
 from simclr.data.pixels import Unreadable, reading, within
-from simclr.data.raster import Rgb, as_rgb, measured, pillow_image
+from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, pillow_image
 from simclr.data.sources.source import Data, Item
 
 PAGE = 1 << 21
@@ -25,7 +23,6 @@ PAGE = 1 << 21
 # Pillow's warnings (corrupt EXIF data, a large image) do not name the file, so a user cannot act on them.
 warnings.filterwarnings("ignore", module="PIL")
 _SAMPLED = 4096  # pixels of an image from which its moments are computed
-_BYTES_PER_PIXEL = 6  # of the largest file that is read: RGB of 16 bits, uncompressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,7 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
         if isinstance(item.data, np.ndarray):
             digest, found = _digest(item.data.tobytes()), Rgb(Image.fromarray(item.data))
         else:
-            data = _bytes(item.data, rule)
+            data = file_bytes(item.data, rule)
             digest = _digest(data)
             opened = pillow_image(data)
             # The loader's decoder gives three channels in their own order.
@@ -109,7 +106,7 @@ def look(item: Item, max_side_px: int, rule: Rule) -> Looked:
         if isinstance(item.data, np.ndarray):
             height, width, values = item.data.shape[0], item.data.shape[1], None
         else:
-            data = _bytes(item.data, rule)
+            data = file_bytes(item.data, rule)
             opened = pillow_image(data)
             _prepare(opened, max_side_px, rule)
             height, width, values = measured(data, opened, rule)
@@ -122,7 +119,7 @@ def look(item: Item, max_side_px: int, rule: Rule) -> Looked:
 def digest_of(data: Data, rule: Rule) -> int:
     """The digest that `encode` gives the picture; 0 for a file that cannot be read."""
     try:
-        return _digest(data.tobytes() if isinstance(data, np.ndarray) else _bytes(data, rule))
+        return _digest(data.tobytes() if isinstance(data, np.ndarray) else file_bytes(data, rule))
     except Unreadable:
         return 0
 
@@ -138,27 +135,6 @@ def _prepare(opened: Image.Image | None, max_side_px: int, rule: Rule) -> None:
 def _fitted(width: int, height: int, max_side_px: int) -> tuple[int, int]:
     scale = max_side_px / max(width, height)
     return (width, height) if scale >= 1 else (max(round(width * scale), 1), max(round(height * scale), 1))
-
-
-def _bytes(data: bytes | Path, rule: Rule) -> bytes:
-    if isinstance(data, Path):
-        data = _read(data, _BYTES_PER_PIXEL * rule.max_pixels)
-    if not data:
-        raise Unreadable("the file is empty")
-    return data
-
-
-def _read(path: Path, most: int) -> bytes:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-            raise Unreadable("it is no regular file")
-        if status.st_size > most:
-            pixels = -(-status.st_size // _BYTES_PER_PIXEL)
-            raise Unreadable(f"its {status.st_size / 2**20:,.0f} MiB would fill the memory; --max-pixels {pixels} reads it")
-        return path.read_bytes()
-    except OSError as error:  # a broken link, a file that may not be read
-        raise Unreadable(f"the file cannot be read: {error.strerror}") from None
 
 
 def _digest(data: bytes) -> int:

@@ -20,7 +20,7 @@ MOST_PIXELS = 89_478_485
 Image.MAX_IMAGE_PIXELS = None  # `within` has the limit, which a flag moves; Pillow's own is fixed and stops at twice as many
 _ORIENTATION = 0x0112
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-_EXTRA = "pip install 'simclr[images]'"
+_EXTRA = "pip install '.[images]'"
 
 
 class Unreadable(UserError):

@@ -3,16 +3,20 @@ floats, and colours of 16 bits. The door to tifffile and OpenCV."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from simclr.data.depth import Rule, Values, kind_of, scaled, values_of
+from simclr.data.depth import Rule, Values, decided, kind_of, scaled, values_of
 from simclr.data.pixels import Unreadable, opened, reading, upright, upright_rgb, within
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -21,6 +25,7 @@ _PNG_COLOURS = (2, 4, 6)  # colour types RGB, grey with alpha, RGBA
 _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA, _FORMAT = 258, 262, 274, 277, 338, 339
 _COLOURS = {0: 1, 1: 1, 2: 3}  # TIFF's photometric interpretations: white is zero, black is zero, RGB; others are left to Pillow
 _ALPHA = (1, 2)
+_BYTES_PER_PIXEL = 6  # of the largest file that is read: RGB of 16 bits, uncompressed
 _SIDEWAYS = (5, 6, 7, 8)
 
 
@@ -46,6 +51,25 @@ class Rgb:
     clipped: bool = False
     high: float = 0.0
     """The largest integer before it was rescaled."""
+
+
+def file_bytes(data: bytes | Path, rule: Rule) -> bytes:
+    """The content of a picture's file. Raises Unreadable for an empty one, for what is no regular file, and, before it is read, for one
+    larger than a picture within the rule's limit is."""
+    if isinstance(data, Path):
+        try:
+            status = data.stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                raise Unreadable("it is no regular file")
+            if status.st_size > _BYTES_PER_PIXEL * rule.max_pixels:
+                pixels = -(-status.st_size // _BYTES_PER_PIXEL)
+                raise Unreadable(f"its {status.st_size / 2**20:,.0f} MiB would fill the memory; --max-pixels {pixels} reads it")
+            data = data.read_bytes()
+        except OSError as error:  # a broken link, a file that may not be read
+            raise Unreadable(f"the file cannot be read: {error.strerror}") from None
+    if not data:
+        raise Unreadable("the file is empty")
+    return data
 
 
 def pillow_image(data: bytes) -> Image.Image | None:
@@ -123,6 +147,28 @@ def measured(data: bytes, image: Image.Image | None, rule: Rule) -> tuple[int, i
     return colours.shape[0], colours.shape[1], values_of(colours) if kind_of(colours) else None
 
 
+def picture(path: Path, rule: Rule) -> Image.Image:
+    """The picture in a file, upright, as 8-bit RGB. Raises Unreadable."""
+    return as_rgb(*_opened(path, rule), rule).image
+
+
+def ranges_of(paths: Iterable[Path], rule: Rule) -> dict[str, tuple[float, float]]:
+    """The ranges that a set's pixels of more than 8 bits need, from a sample of its files; unreadable ones count for nothing."""
+    sample = []
+    for path in paths:
+        with contextlib.suppress(Unreadable):
+            sample.append(measured(*_opened(path, rule), rule)[2])
+    return decided([values for values in sample if values])
+
+
+def _opened(path: Path, rule: Rule) -> tuple[bytes, Image.Image | None]:
+    data = file_bytes(path, rule)
+    image = pillow_image(data)
+    if image is not None:
+        within(image.width, image.height, rule.max_pixels)
+    return data, image
+
+
 def _colours(raster: Raster, rule: Rule) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """(H, W, 1 or 3), and the transparency (H, W, 1) where there is one. Raises Unreadable for other bands."""
     values, count = raster.values, raster.values.shape[2]
@@ -139,7 +185,7 @@ def _colours(raster: Raster, rule: Rule) -> tuple[NDArray[Any], NDArray[Any] | N
 def _tiff(data: bytes, rule: Rule) -> Raster:
     """The first page of a TIFF."""
     if importlib.util.find_spec("tifffile") is None:
-        raise Unreadable("TIFF of these bands and bits needs tifffile (pip install 'simclr[images]')")
+        raise Unreadable("TIFF of these bands and bits needs tifffile (pip install '.[images]')")
     import tifffile
 
     with reading(), tifffile.TiffFile(io.BytesIO(data)) as file:

@@ -1,0 +1,57 @@
+"""Sources of pictures that a test holds in its hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simclr.data.sources.patterns import CLASSES, render
+from simclr.data.sources.source import Data, Item, Part, Source
+
+
+def source_of(items: Sequence[Item], spec: str = "made", known: bool = True, **more: Any) -> Source:
+    """A source of one part. Where it is not `known`, it has neither names nor a total, like a compressed archive."""
+    names = tuple(item.name for item in items)
+
+    def read(part: Part) -> Iterator[Item]:
+        wanted = set(part.names)
+        yield from (item for item in items if not wanted or item.name in wanted)
+
+    return Source(spec=spec, parts=[Part("all", names if known else ())], read=read, total=len(items) if known else None, **more)
+
+
+def source_of_files(files: Mapping[str, Data] | Sequence[bytes], labels: str | None = None, spec: str = "made", **more: Any) -> Source:
+    """A training split of the `files`, by name or numbered; `labels` has a letter for each class, which come by turns."""
+    named = files if isinstance(files, Mapping) else {f"{i}.jpg": data for i, data in enumerate(files)}
+    items = [Item("train", labels and labels[i % len(labels)], name, data) for i, (name, data) in enumerate(named.items())]
+    return source_of(items, spec, **more)
+
+
+def source_of_folder(folder: Path, **more: Any) -> Source:
+    """The files of a folder, unlabelled, in the order of their names."""
+    return source_of_files({path.name: path for path in sorted(folder.iterdir())}, spec=str(folder), **more)
+
+
+def breaking(items: Sequence[Item], after: int, error: Callable[[], Exception], spec: str = "made", **more: Any) -> Source:
+    """A source that breaks off behind so many items, where all of it is read."""
+    whole = source_of(items, spec, **more)
+
+    def read(part: Part) -> Iterator[Item]:
+        for i, item in enumerate(whole.read(part)):
+            if i == after and len(part.names) == len(items):
+                raise error()
+            yield item
+
+    return Source(spec=spec, parts=whole.parts, read=read, total=whole.total, **more)
+
+
+def patterns(train: int, test: int, size_px: int = 32) -> Source:
+    """Rendered patterns as pixels, which have no names."""
+    items = []
+    for split, count in (("train", train), ("test", test)):
+        images, labels = render(np.arange(count), 0, size_px, False)
+        items += [Item(split, CLASSES[labels[i]], f"{split}/{i}", images[i]) for i in range(count)]
+    return source_of(items, f"patterns:train={train},test={test},size={size_px}")

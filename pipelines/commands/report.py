@@ -46,7 +46,7 @@ def gather(run: Run) -> ReportData:
     """All that the page shows. It has no section for what the run lacks."""
     scores, facts = _scores(run)
     history = run.history()
-    classes = read_manifest(run.data).classes if (run.data / "manifest.json").is_file() else ()
+    manifest = read_manifest(run.data) if (run.data / "manifest.json").is_file() else None
     facts = {
         "run": str(run.path),
         "began": time.strftime("%d %B %Y, %H:%M", time.localtime(run.created)),
@@ -65,11 +65,12 @@ def gather(run: Run) -> ReportData:
         facts=facts,
         scores=scores,
         history=history,
-        classes=classes,
+        classes=manifest.classes if manifest is not None else (),
         gallery=gallery,
         neighbours=neighbours,
         map=points,
         timings=list(run.timings().items()),
+        understood=manifest.understood if manifest is not None else {},
     )
 
 

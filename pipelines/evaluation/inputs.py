@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from pipelines.runs import sync
 from pipelines.runs.directory import load_run
-from pipelines.terminal import Bar
+from pipelines.terminal import Bar, say
 from simclr.config import Config
+from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,6 +75,27 @@ def resolve(encoder: Path, data: Path | None) -> tuple[Path, Config, Path]:
     from simclr.encoder.directory import config_of, read_text
 
     return encoder, config_of(read_text(encoder)), sync.shards(data)
+
+
+def require_common_classes(data: Path, manifest: Manifest) -> None:
+    """Say how many test images are of classes that no training image has: they can only be judged wrong. Raises UserError if all are."""
+    if not manifest.classes or "test" not in manifest.splits:
+        return
+    import numpy as np
+
+    from simclr.data import loader
+
+    test = loader.labels(data, "test")
+    test = test[test >= 0]
+    strange = test[~np.isin(test, loader.labels(data, "train"))]
+    if not len(strange):
+        return
+    kinds = [manifest.classes[label] for label in np.unique(strange)]
+    shown = ", ".join(kinds[:3]) + (f" and {len(kinds) - 3:,} more" if len(kinds) > 3 else "")
+    found = f"{len(strange):,} of {len(test):,} labelled test images of {data} are of classes that no training image has ({shown})"
+    if len(strange) == len(test):
+        raise UserError(f"{found}, so every score would be 0; prepare the data again, with --labels or --split-from")
+    say(f"{found}: they are judged wrong")
 
 
 def held_back(train: Features) -> tuple[Features, Features]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.evaluation.confusion import confusion_picture
+from pipelines.evaluation.inputs import held_back, require_common_classes
 from pipelines.terminal import Bar, say
 from simclr import files
 from simclr.config import Config
@@ -52,6 +53,7 @@ def run(
     manifest = read_manifest(data)
     if not manifest.classes:
         raise UserError(f"{data} has no labels, and every protocol needs them; leave out --protocol for the effective rank (RankMe)")
+    require_common_classes(data, manifest)
     if "sgd" in protocols and settings.limit is not None:
         raise UserError("--limit and --protocol sgd: it draws crops of the whole training split; leave one of them out")
     if "sgd" in protocols and "test" not in manifest.splits:
@@ -83,7 +85,6 @@ def features(
 ) -> tuple[Features, Features]:
     """The labelled rows of the training and the test split; if `parts` has only one of them, that one twice. Without a test split, a
     tenth is held back."""
-    from pipelines.evaluation.inputs import held_back
     from simclr.data.loader import in_order
     from simclr.evaluation.features import embed
     from simclr.evaluation.frozen import Unchanged

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.evaluation.inputs import device_of, held_back, resolve
+from pipelines.evaluation.inputs import device_of, held_back, require_common_classes, resolve
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import Bar
@@ -45,6 +45,7 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings) -> list[
     knn_top1, probe_top1, …. In a run directory they are also written, with the report's pictures."""
     directory, config, data = resolve(encoder_or_run, data_at)
     manifest = read_manifest(data)
+    require_common_classes(data, manifest)
     import simclr
     from simclr.evaluation.features import pixels
     from simclr.methods.simclr import build_model

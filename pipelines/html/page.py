@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.html import charts
 from pipelines.html.charts import escape, percent
+from pipelines.html.data import data_table
 from simclr import files
 
 # The page may use only its own style, script and data: pictures, so that no class name can make it load anything.
@@ -100,6 +102,8 @@ class ReportData:
     map: FeatureMap
     timings: list[tuple[str, float]]
     """(phase, seconds), in order."""
+    understood: dict[str, Any] = field(default_factory=dict)
+    """How the source was understood (`Manifest.understood`)."""
 
     @property
     def chance(self) -> float | None:
@@ -127,6 +131,7 @@ def render(data: ReportData) -> str:
         ("views", "What the network sees", _VIEWS, _gallery(data)),
         ("neighbours", "Nearest neighbours", _neighbour_notes(data), _neighbours(data)),
         ("map", "Map of the features", _map_notes(points), _map(data, points)),
+        ("data", "The data", _DATA, data_table(data.understood)),
         ("time", "Where the time went", _TIME, charts.stacked_bar(data.timings) if data.timings else ""),
         ("reproduce", "Reproduce it", _REPRODUCE, _reproduce(data)),
     ]
@@ -227,6 +232,7 @@ _VIEWS = (
     "<p>From top to bottom: an image of the training split, and the two random views of it that the network is given. It never sees the "
     "original or a label; it learns to tell which two views belong together.</p>"
 )
+_DATA = "<p>Splits and classes, as they were read from the source when the shards were prepared.</p>"
 _TIME = "<p>Wall-clock time of each phase, in the order in which they ran.</p>"
 _REPRODUCE = (
     "<p>All randomness is keyed by the seed: the same command on the same data draws the same batches and views, in the same order.</p>"

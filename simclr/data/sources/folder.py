@@ -1,36 +1,91 @@
-"""Images in a folder: split/class/file, class/file, or files alone."""
+"""A folder and all below it, on a disk: links are followed, hidden folders and a file server's thumbnails are not."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from simclr.data.sources.source import IMAGE_SUFFIXES, Item, Source, digest, ending, is_image, place
+from simclr.data.sources.source import Part, Tree, digest, divided, ending, is_image, is_junk, is_text
 from simclr.errors import UserError
 
 
-def folder_source(root: Path) -> Source:
-    """The source of the images below the directory `root`. Raises UserError if there are none."""
-    present = [p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()]
-    states = {p.relative_to(root).as_posix(): p.stat().st_size if p.exists() else -1 for p in present}
-    return file_source(str(root), states, lambda chosen: (root / name for name in chosen))  # read where they are encoded
+@dataclass(slots=True)
+class Files:
+    """Files below a folder: path in it → a mark that changes with the content, and another that does so more finely."""
+
+    sizes: dict[str, object] = field(default_factory=dict)
+    """Size in bytes, of a broken link −1; in S3 the ETag."""
+    times: dict[str, int] = field(default_factory=dict)
+    """Modification time in ns; empty where the size above says all."""
+    junk: Counter[str] = field(default_factory=Counter)
 
 
-def file_source(spec: str, states: Mapping[str, object], read: Callable[[list[str]], Iterator[bytes | Path]]) -> Source:
-    """The source of the files in `states`: name (split/class/file) → a mark that changes with the content (a size, an ETag). `read` gives
-    the bytes of the named files, in their order."""
-    names = list(states)
-    images = sorted((name for name in names if is_image(name)), key=PurePosixPath)
-    ignored = Counter(ending(name) for name in names if not is_image(name))
-    if not images:
-        found = f"{ignored.total()} other files ({', '.join(sorted(ignored)[:5])})" if ignored else "nothing"
-        raise UserError(f"no images in {spec}, only {found}; expected files that end with {' '.join(sorted(IMAGE_SUFFIXES))}")
-    flat = all("/" not in name for name in images)
+def walk(root: Path) -> Files:
+    """Every file below the directory `root`. Links to folders are followed, but not to a folder in which they lie themselves."""
+    found = Files()
+    states = [folder.stat() for folder in root.resolve().parents]
+    _walk(root, "", found, frozenset((state.st_dev, state.st_ino) for state in states))
+    return found
 
-    def items() -> Iterator[Item]:
-        for name, data in zip(images, read(images), strict=True):
-            split, label = place(PurePosixPath(name).parts)
-            yield Item(split, None if flat else label, name, data)
 
-    return Source(spec, len(images), items, digest(*(f"{name} {states[name]}" for name in images)), ignored)
+def _walk(folder: Path, prefix: str, found: Files, above: frozenset[tuple[int, int]]) -> None:
+    try:
+        state = folder.stat()
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be read ({error.strerror}); change its permissions, or move it away") from None
+    here = (state.st_dev, state.st_ino)
+    if here in above:
+        return
+    for entry in entries:
+        name = prefix + entry.name
+        if entry.is_dir():
+            if is_junk(entry.name):
+                count = sum(len(files) for _, _, files in os.walk(entry.path))
+                if count:
+                    found.junk[entry.name] += count
+            else:
+                _walk(Path(entry.path), name + "/", found, above | {here})
+            continue
+        try:
+            state = entry.stat()
+            found.sizes[name], found.times[name] = state.st_size, state.st_mtime_ns
+        except OSError:  # a broken link is a picture that will be skipped
+            found.sizes[name], found.times[name] = -1, 0
+
+
+def folder_tree(root: Path, files: Files) -> Tree:
+    """The tree of the loose pictures among `files` of the directory `root`."""
+
+    def read(part: Part) -> Iterator[tuple[str, Path]]:
+        for name in part.names:
+            yield name, root / name  # read where they are encoded
+
+    return tree_of(str(root), files, read, lambda name: (root / name).read_bytes())
+
+
+def tree_of(spec: str, files: Files, read: Callable[[Part], Iterator[tuple[str, Path | bytes]]], text: Callable[[str], bytes]) -> Tree:
+    """The tree of `files`. `read` gives a part's pictures, `text` the bytes of another file."""
+    images = in_order(files.sizes)
+    return Tree(
+        spec=spec,
+        parts=divided(spec, images),
+        read=read,
+        texts={name: _reader(text, name) for name in files.sizes if is_text(name)},
+        ignored=Counter(ending(name) for name in files.sizes if not is_image(name)),
+        junk=files.junk,
+        identity=digest(*(f"{name} {files.sizes[name]}" for name in images)),
+        times=digest(*(str(files.times[name]) for name in images)) if files.times else "",
+    )
+
+
+def in_order(names: Mapping[str, object]) -> list[str]:
+    """The pictures among `names`, in the order of their paths' parts."""
+    return sorted((name for name in names if is_image(name)), key=lambda name: name.split("/"))
+
+
+def _reader(text: Callable[[str], bytes], name: str) -> Callable[[], bytes]:
+    return lambda: text(name)

@@ -7,13 +7,15 @@ arXiv:2002.05709, Fig. 6. Near-grey patterns with a light tint leave the shape t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simclr import keyed
-from simclr.data.sources.source import Item, Source
+from simclr.data.sources.reading import Split, Understood
+from simclr.data.sources.source import Item, Part, Source
 from simclr.errors import UserError
 
 CLASSES = ("bricks", "checks", "crosses", "diamonds", "dots", "grid", "rings", "stripes", "waves", "zigzag")
@@ -172,15 +174,29 @@ def patterns_source(spec: str, options: str) -> Source:
     if values["train"] < 2:
         raise UserError(f"patterns:train={values['train']} leaves nothing to contrast; use at least 2")
 
-    def items() -> Iterator[Item]:
-        first = 0
-        for split, count in counts.items():
-            for begin in range(first, first + count, _RENDER_BLOCK):
-                ids = np.arange(begin, min(begin + _RENDER_BLOCK, first + count))
-                images, labels = render(ids, values["seed"], values["size"], bool(values["coloured"]))
-                for sample, image, label in zip(ids, images, labels, strict=True):
-                    yield Item(split, CLASSES[label], f"{split}/{sample}", image)
-            first += count  # the test images are other samples than the training images
+    first = {"train": 0, "test": counts["train"]}  # the test images are other samples than the training images
+    parts = [
+        Part(split, tuple(f"{split}/{sample}" for sample in range(first[split] + begin, first[split] + min(begin + _RENDER_BLOCK, count))))
+        for split, count in counts.items()
+        for begin in range(0, count, _RENDER_BLOCK)
+    ]
+
+    def read(part: Part) -> Iterator[Item]:
+        ids = np.array([int(name.rpartition("/")[2]) for name in part.names])
+        images, labels = render(ids, values["seed"], values["size"], bool(values["coloured"]))
+        for name, image, label in zip(part.names, images, labels, strict=True):
+            yield Item(part.name, CLASSES[label], name, image)
 
     stated = ",".join(f"{k}={v}" for k, v in values.items())
-    return Source(f"patterns:{stated}", sum(counts.values()), items)
+    labels = {split: [CLASSES[(first[split] + i) % len(CLASSES)] for i in range(count)] for split, count in counts.items() if count}
+    understood = Understood(
+        splits={
+            split: Split(Counter(labels[split]), tuple((f"{split}/{first[split] + i}", label) for i, label in enumerate(labels[split][:5])))
+            for split in labels
+        },
+        how_split="rendered as such",
+        how_labelled="rendered as such",
+        notes=(),
+        counted=True,
+    )
+    return Source(spec=f"patterns:{stated}", parts=parts, read=read, total=sum(counts.values()), understood=understood.to_dict())

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simclr.data.s3.uri import Address, copy_of, locked
-from simclr.data.sources.folder import file_source
-from simclr.data.sources.source import Item, Source
-from simclr.data.sources.tar import read_tar
+from simclr.data.sources.folder import Files, tree_of
+from simclr.data.sources.source import Data, Part, Tree, is_junk
+
+if TYPE_CHECKING:
+    from simclr.data.s3.store import Store
 
 _OBJECTS_AT_ONCE = 16
 
 
-def s3_prefix(at: Address) -> Source:
+def s3_prefix(at: Address) -> Tree:
+    """The tree of the objects below a prefix."""
     from simclr.data.s3.store import Missing, Store
 
     store = Store(threads=_OBJECTS_AT_ONCE)
@@ -25,36 +33,57 @@ def s3_prefix(at: Address) -> Source:
         except Missing:  # deleted since the listing: treated as a file that cannot be read
             return b""
 
-    def read(chosen: list[str]) -> Iterator[bytes]:
-        ahead: deque[Future[bytes]] = deque()
+    def read(part: Part) -> Iterator[tuple[str, bytes]]:
+        ahead: deque[tuple[str, Future[bytes]]] = deque()
         try:
-            for name in chosen:
-                ahead.append(store.pool.submit(one, name))
+            for name in part.names:
+                ahead.append((name, store.pool.submit(one, name)))
                 if len(ahead) == 4 * _OBJECTS_AT_ONCE:
-                    yield ahead.popleft().result()
+                    first, waiting = ahead.popleft()
+                    yield first, waiting.result()
             while ahead:
-                yield ahead.popleft().result()
+                first, waiting = ahead.popleft()
+                yield first, waiting.result()
         finally:
-            for waiting in ahead:
+            for _, waiting in ahead:
                 waiting.cancel()
 
-    return file_source(str(at), {found.name: found.etag for found in store.listing(at)}, read)
+    found = Files()
+    for listed in store.listing(at):
+        junk = next((folder for folder in listed.name.split("/")[:-1] if is_junk(folder)), None)
+        if junk is None:
+            found.sizes[listed.name] = listed.etag
+        else:
+            found.junk[junk] += 1
+    return tree_of(str(at), found, read, one)
 
 
-def s3_archive(at: Address) -> Source:
+class _Fetched:
+    """An archive's copy on this machine, which is removed with the last reference to it, or with the process."""
+
+    def __init__(self, at: Address, store: Store) -> None:
+        self.path = copy_of(at, "archives")
+        self.lock = locked(self.path)
+        self.lock.__enter__()
+        weakref.finalize(self, _removed, self.path, self.lock)
+        store.download(at, self.path)
+
+
+def _removed(path: Path, lock: AbstractContextManager[None]) -> None:
+    path.unlink(missing_ok=True)
+    lock.__exit__(None, None, None)
+
+
+def s3_archive(at: Address, tree: Callable[[Path, str], Tree]) -> Tree:
+    """The `tree` (path, spec) of an archive. It is fetched to be listed, and lies in this machine's cache as long as it is read."""
     from simclr.data.s3.store import Store
 
     store = Store()
-    identity = store.look(at).etag
-    ignored: Counter[str] = Counter()
-    path = copy_of(at, "archives")
+    etag = store.look(at).etag
+    fetched = _Fetched(at, store)
+    listed = tree(fetched.path, str(at))
 
-    def items() -> Iterator[Item]:
-        with locked(path):
-            store.download(at, path)
-            try:
-                yield from read_tar(path, ignored, str(at))
-            finally:
-                path.unlink()
+    def read(part: Part, _kept: _Fetched = fetched) -> Iterator[tuple[str, Data]]:
+        return listed.read(part)
 
-    return Source(str(at), None, items, identity, ignored)
+    return replace(listed, read=read, identity=etag, times="")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,14 +126,12 @@ PART_IMAGES = 1024
 
 def is_image(name: str) -> bool:
     """Whether `name` has an image's suffix. Hidden files, such as macOS's `._*` in archives, are no images."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return ending(name) in IMAGE_SUFFIXES
 
 
 def is_text(name: str) -> bool:
     """Whether the file may hold labels, by its name."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in TEXT_SUFFIXES and not path.name.startswith(".")
+    return ending(name) in TEXT_SUFFIXES
 
 
 def is_junk(folder: str) -> bool:
@@ -142,8 +140,12 @@ def is_junk(folder: str) -> bool:
 
 
 def ending(name: str) -> str:
-    path = PurePosixPath(name)
-    return "hidden" if path.name.startswith(".") else path.suffix.lower() or "none"
+    """The suffix of a file's name in lower case; "hidden" or "none" where that says more."""
+    file = name.rpartition("/")[2]
+    if file.startswith("."):
+        return "hidden"
+    stem, dot, suffix = file.rpartition(".")
+    return f".{suffix.lower()}" if stem and dot and suffix else "none"
 
 
 def divided(name: str, names: Sequence[str], most: int = PART_IMAGES) -> list[Part]:

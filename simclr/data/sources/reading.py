@@ -1,0 +1,127 @@
+"""What a user says about splits and classes, and what was understood."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from simclr.data.sources.source import digest
+from simclr.errors import UserError
+
+HOW = ("auto", "folder", "parent", "path", "none")
+SPLIT_HOW = ("auto", "folder", "none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """How splits and classes are read from a source."""
+
+    labels: str = "auto"
+    """Where classes come from. folder: the first folder below the split that tells pictures apart; parent: the folder that holds the
+    file; path: all folders from the first that tells apart, joined; none; or a file of names and classes (CSV, TSV, JSON lines, text).
+    auto: what the source itself states, else folder, and for pictures without one a file beside them that names them."""
+    split_from: str = "auto"
+    """Where splits come from. folder: folders called like splits (train, val2017, seg_test, Testing …); none: all trains; a file of names
+    and splits, or of the test split's names; or a fraction of the training pictures to hold out, as 0.1. auto: folder, where there are."""
+    label_columns: tuple[str, str] | None = None
+    """Columns of names and of values in those files, where they are not called as usual (file_name, label)."""
+
+    def __post_init__(self) -> None:
+        if self.labels not in HOW and not Path(self.labels).expanduser().is_file():
+            raise UserError(
+                f"--labels is {self.labels!r}, and there is no such file; expected {', '.join(HOW)} or a file of names and classes"
+            )
+        if self.split_from in SPLIT_HOW or Path(self.split_from).expanduser().is_file():
+            return
+        try:
+            share = float(self.split_from)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1:
+            raise UserError(
+                f"--split-from is {self.split_from!r}, and there is no such file; expected {', '.join(SPLIT_HOW)}, a file of names and "
+                "splits, or a fraction between 0 and 1"
+            )
+
+    def to_dict(self) -> dict[str, str]:
+        """What was asked for, in plain values, with the digest of each file."""
+        stated = {}
+        for name in ("labels", "split_from"):
+            value = getattr(self, name)
+            path = Path(value).expanduser()
+            known = value in (*HOW, *SPLIT_HOW) or not path.is_file()
+            stated[name] = value if known else f"{path.name} {digest(path.read_bytes())}"
+        return stated
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What a split holds."""
+
+    classes: Counter[str | None]
+    """Class → pictures; None = those without one."""
+    examples: tuple[tuple[str, str | None], ...]
+    """Some pictures with the class that each gets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Understood:
+    """What was understood of a tree."""
+
+    splits: dict[str, Split]
+    """train and test."""
+    how_split: str
+    how_labelled: str
+    notes: tuple[str, ...]
+    """Sentences about what may not be what the owner meant."""
+    counted: bool
+    """False where pictures are counted only when they are read."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    junk: Counter[str] = field(default_factory=Counter)
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain values, for the manifest and its readers."""
+        splits = {
+            name: {
+                "images": sum(split.classes.values()),
+                "labelled": sum(split.classes.values()) - split.classes[None],
+                "classes": {
+                    str(label): count for label, count in sorted(split.classes.items(), key=lambda kv: str(kv[0])) if label is not None
+                },
+                "examples": [list(example) for example in split.examples],
+            }
+            for name, split in self.splits.items()
+        }
+        return {
+            "splits_by": self.how_split,
+            "classes_by": self.how_labelled,
+            "counted": self.counted,
+            "splits": splits,
+            "notes": list(self.notes),
+            "left_out": dict(self.ignored) | {f"in {folder}/": count for folder, count in self.junk.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table of splits."""
+
+    split: str
+    images: int
+    labelled: int
+    classes: int
+    smallest: str
+    """Class with the fewest pictures, and how many."""
+    largest: str
+
+
+def rows_of(understood: dict[str, Any]) -> list[Row]:
+    """The table of the splits in a manifest's `understood`."""
+    rows = []
+    for name, split in understood.get("splits", {}).items():
+        ordered = sorted(split["classes"].items(), key=lambda kv: kv[1])
+        ends = [f"{label} ({count:,})" for label, count in (ordered[0], ordered[-1])] if ordered else ["–", "–"]
+        rows.append(Row(name, split["images"], split["labelled"], len(ordered), *ends))
+    return rows

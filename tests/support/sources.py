@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,13 @@ def source_of_folder(folder: Path, **more: Any) -> Source:
 
 
 def breaking(items: Sequence[Item], after: int, error: Callable[[], Exception], spec: str = "made", **more: Any) -> Source:
-    """A source that breaks off behind so many items, where all of it is read."""
-    whole = source_of(items, spec, **more)
+    """A source that breaks off behind so many items, not yet when it is read for the first time, as a sample."""
+    whole, reads = source_of(items, spec, **more), itertools.count()
 
     def read(part: Part) -> Iterator[Item]:
+        breaks = next(reads) > 0
         for i, item in enumerate(whole.read(part)):
-            if i == after and len(part.names) == len(items):
+            if i == after and breaks:
                 raise error()
             yield item
 
@@ -50,8 +52,7 @@ def breaking(items: Sequence[Item], after: int, error: Callable[[], Exception], 
 
 def patterns(train: int, test: int, size_px: int = 32) -> Source:
     """Rendered patterns as pixels, which have no names."""
-    items = []
-    for split, count in (("train", train), ("test", test)):
-        images, labels = render(np.arange(count), 0, size_px, False)
-        items += [Item(split, CLASSES[labels[i]], f"{split}/{i}", images[i]) for i in range(count)]
+    images, labels = render(np.arange(train + test), 0, size_px, False)
+    splits = ["train"] * train + ["test"] * test
+    items = [Item(split, CLASSES[labels[i]], f"{split}/{i}", images[i]) for i, split in enumerate(splits)]
     return source_of(items, f"patterns:train={train},test={test},size={size_px}")

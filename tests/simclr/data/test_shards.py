@@ -7,7 +7,7 @@ import errno
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.sources.source import Item, Source
 from simclr.data.verify import verify
 from simclr.errors import UserError
+from tests.support.sources import breaking, patterns, source_of, source_of_files
 
 # isort: split
 from ffcv.fields.basics import IntDecoder
@@ -156,7 +157,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
         ([], {}, r"no image that can be read \(0 tried\)"),
         ([encoded(noise(9, 9))], {}, "has 1 usable image to train on"),
         ([encoded(noise(90, 90))] * 50 + [b""], {}, r"1 of 51 images of made cannot be read, more than 1 %; .* 50.jpg.*--max-skipped"),
-        ([encoded(noise(9, 9))] * 40 + [encoded(noise(9, 8))], {}, "40.jpg has 8 × 9 px, the images before it 9 × 9"),
+        ([encoded(noise(9, 9))] * 40 + [encoded(noise(9, 8))], {"kind": "raw"}, "40.jpg has 8 × 9 px, the images before it 9 × 9"),
         ([encoded(noise(900, 900))] * 3, {"kind": "raw", "max_side_px": 900}, "exceed a page"),
     ],
 )
@@ -242,7 +243,7 @@ def test_shards_of_another_source_are_not_resumed(tmp_path: Path) -> None:
     manifest = shards.prepare(mixed(False), tmp_path / "out", shards.Options(shard_mib=2), 2, lambda count: None, resumed=went_on.append)
     assert not went_on and manifest.skipped == 0 and not any(found.wrong for found in verify(tmp_path / "out"))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        *("manifest.json", "duplicates.csv", "names-train.txt", "names-test.txt"),
+        *("manifest.json", "duplicates.csv", "conflicts.csv", "names-train.txt", "names-test.txt"),
         *(s.name for split in manifest.splits.values() for s in split),
     }
 
@@ -332,21 +333,23 @@ def test_a_source_that_breaks_off_leaves_full_shards_and_a_changed_one_is_not_mi
     """A lost network does not invalidate the shards; another archive under the same name does."""
     options, items = shards.Options(shard_mib=1, max_skipped_pct=5), list(mixed().items())
 
-    def broken() -> Iterator[Item]:
-        yield from items[:70]
-        raise UserError("s3://… failed 8 times, the last time with no connection")
+    def no_connection() -> UserError:
+        return UserError("s3://… failed 8 times, the last time with no connection")
+
+    def broken() -> Source:
+        return breaking(items, 70, no_connection, "mixed", identity="a")
 
     with pytest.raises(UserError, match="no connection"):
-        shards.prepare(Source("mixed", 90, broken, "a"), tmp_path / "out", options, 2, lambda done: None)
+        shards.prepare(broken(), tmp_path / "out", options, 2, lambda done: None)
     went_on: list[int] = []
-    again = Source("mixed", 90, lambda: iter(items), "a")
+    again = source_of(items, "mixed", identity="a")
     assert shards.prepare(again, tmp_path / "out", options, 2, lambda done: None, resumed=went_on.append).skipped == 3
     assert went_on and went_on[0] > 10
+    changed = source_of(items, "mixed", identity="b")
     with pytest.raises(UserError, match=r"mixed has changed since .* was made from it; use another --out"):
-        shards.prepare(Source("mixed", 90, lambda: iter(items), "b"), tmp_path / "out", options, 2, lambda done: None)
+        shards.prepare(changed, tmp_path / "out", options, 2, lambda done: None)
     with pytest.raises(UserError, match="no connection"):
-        shards.prepare(Source("mixed", 90, broken, "a"), tmp_path / "other", options, 2, lambda done: None)
+        shards.prepare(broken(), tmp_path / "other", options, 2, lambda done: None)
     went_on.clear()
-    changed = Source("mixed", 90, lambda: iter(items), "b")
     shards.prepare(changed, tmp_path / "other", options, 2, lambda done: None, resumed=went_on.append)
     assert not went_on

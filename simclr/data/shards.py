@@ -221,7 +221,7 @@ class _Job:
         stays = f"; the same command then goes on behind the {done:,} images that are done" if done else ""
         raise UserError(
             f"{skipped:,} of {'' if seen == of else 'the first '}{seen:,} images of {self.source.spec} cannot be read, more than {most:g} %"
-            f"{'' if seen == of else f' of all {of:,}'}; the first: {', '.join(rows[0])}; "
+            f"{'' if seen == of else f' of all {of:,}'}; the first: {': '.join(rows[0])}; "
             f"most often: {', '.join(f'{reason} ({times})' for reason, times in reasons)}; "
             f"mend the source, or allow more with --max-skipped-pct {math.ceil(1000 * skipped / seen) / 10:g}{stays}"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from simclr.data.sources.patterns import CLASSES, render
-from simclr.data.sources.source import Data, Item, Part, Source
+from simclr.data.sources.source import Data, Item, Part, Source, is_image
 
 
 def source_of(items: Sequence[Item], spec: str = "made", known: bool = True, **more: Any) -> Source:
@@ -32,8 +32,9 @@ def source_of_files(files: Mapping[str, Data] | Sequence[bytes], labels: str | N
 
 
 def source_of_folder(folder: Path, **more: Any) -> Source:
-    """The files of a folder, unlabelled, in the order of their names."""
-    return source_of_files({path.name: path for path in sorted(folder.iterdir())}, spec=str(folder), **more)
+    """The pictures of a folder, by their names, unlabelled and in the order of their names."""
+    found = sorted(path for path in folder.iterdir() if is_image(path.name) and not path.is_dir())
+    return source_of_files({path.name: path for path in found}, spec=str(folder), **more)
 
 
 def breaking(items: Sequence[Item], after: int, error: Callable[[], Exception], spec: str = "made", **more: Any) -> Source:

@@ -215,13 +215,14 @@ class _Job:
         of = seen if ended or total is None else max(total, seen)
         if skipped <= most / 100 * of or (not ended and total is None and seen < _ENOUGH):
             return
+        first = "" if ended or seen == total else "the first "
         rows = [row for note in self._notes() for row in note.skipped]
         reasons = Counter(reason for _, reason in rows).most_common(3)
         done = sum(note.items for writer in self.writers.values() for _, note in writer.full)
         stays = f"; the same command then goes on behind the {done:,} images that are done" if done else ""
         raise UserError(
-            f"{skipped:,} of {'' if seen == of else 'the first '}{seen:,} images of {self.source.spec} cannot be read, more than {most:g} %"
-            f"{'' if seen == of else f' of all {of:,}'}; the first: {': '.join(rows[0])}; "
+            f"{skipped:,} of {first}{seen:,} images of {self.source.spec} cannot be read, more than {most:g} %"
+            f"{f' of all {total:,}' if first and total else ''}; the first: {': '.join(rows[0])}; "
             f"most often: {', '.join(f'{reason} ({times})' for reason, times in reasons)}; "
             f"mend the source, or allow more with --max-skipped-pct {math.ceil(1000 * skipped / seen) / 10:g}{stays}"
         )

@@ -58,7 +58,7 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
     rule = options.rule({})
     tried, first = 0, ""
     seen: list[tuple[Item, Looked]] = []
-    for item, looked in _looked(source.sample(SAMPLE), options.max_side_px, rule, pool):
+    for item, looked in _looked(_sample(source), options.max_side_px, rule, pool):
         tried += 1
         first = first or (f"; the first: {item.name}: {looked.skipped}" if looked.skipped else "")
         if not looked.skipped:
@@ -78,6 +78,16 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
 def sizes_differ(name: str, size: tuple[int, int], before: tuple[int, int]) -> str:
     """The sentence for raw images of two sizes (height, width)."""
     return f"{name} has {size[1]} × {size[0]} px, the images before it {before[1]} × {before[0]}; raw shards hold one size: use --kind jpeg"
+
+
+def _sample(source: Source) -> Iterator[Item]:
+    """Images from all over the source; where an archive does not know its names beforehand, those at its beginning too."""
+    count = 0
+    for item in source.sample(SAMPLE):
+        count += 1
+        yield item
+    if count < SAMPLE and not all(part.names for part in source.parts):
+        yield from itertools.islice(source.items(), SAMPLE)
 
 
 def _looked(items: Iterator[Item], max_side_px: int, rule: Rule, pool: ThreadPoolExecutor) -> Iterator[tuple[Item, Looked]]:

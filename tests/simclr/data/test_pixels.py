@@ -15,8 +15,8 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from simclr.data import pixels, shards
-from simclr.data.encode import encode
+from simclr.data import pixels, shards, survey
+from simclr.data.encode import Looked, encode, look
 from simclr.data.manifest import Manifest
 from simclr.data.options import Options
 from simclr.data.sources.source import Data, Item, Source, is_image
@@ -230,11 +230,14 @@ def test_a_sample_that_misled_about_the_depth_is_corrected(tmp_path: Path, monke
     files = {f"{i}.tif": tiff(ramp(0, 9000 if i == 150 else 1000)) for i in range(200)}
     items = [Item("train", None, name, data) for name, data in files.items()]
     said: list[str] = []
+    monkeypatch.setattr(survey, "SAMPLE", 50)
     manifest, found = prepared(tmp_path / "misled", source_of(items, known=False), said.append, shard_mib=1)
     assert manifest.pixels["ranges"] == {"integers": [0, 16383]} and manifest.pixels["rescaled"] == 200
     assert said[0] == "150.tif has pixels up to 9,000, the images of the sample none above 1,023; it begins again with white at 16,383"
     assert found["0.tif"].max() == round(1000 * 255 / 16383)
+    monkeypatch.setattr(survey, "SAMPLE", 200)
     known, _ = prepared(tmp_path / "known", source_of(items), said.append, shard_mib=1)
+    monkeypatch.setattr(survey, "SAMPLE", 50)
     assert known.shards == manifest.shards
 
     def stop(done: int) -> None:
@@ -249,6 +252,16 @@ def test_a_sample_that_misled_about_the_depth_is_corrected(tmp_path: Path, monke
     monkeypatch.setattr(shards, "survey", None)
     again = shards.prepare(source_of(items, known=False), out, options, 2, lambda done: None, went_on.append)
     assert again == manifest and went_on and went_on[0] > 40
+
+
+def test_pixels_that_no_image_of_the_sample_had_are_named_with_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "SAMPLE", 2)
+    plain, deep = saved(Image.fromarray(rgb()), "PNG"), tiff(ramp(0, 4095))
+    items = [Item("train", None, f"{i}.png", deep if i == 2 else plain) for i in range(4)]
+    prepared(tmp_path / "out", source_of(items, known=False), max_skipped_pct=50)
+    assert reasons(tmp_path / "out") == {
+        "2.png": "its pixels are integers, and no image of the sample had such: state black and white as --value-range 0 65535"
+    }
 
 
 def test_bands_are_counted_and_picked(tmp_path: Path) -> None:
@@ -352,5 +365,4 @@ def test_large_pictures_and_files_are_named_with_the_flag(tmp_path: Path, monkey
         "wide.tif": "its 200 × 80 pixels would fill the memory; --max-pixels 16000 reads it",
     }
     bomb = saved(Image.new("1", (16_000, 12_000)), "PNG")
-    done = encode(Item("train", None, "bomb", bomb), "raw", 50, 90, Options(max_pixels=16_000 * 12_000).rule({}))
-    assert not done.skipped and (done.width, done.height) == (50, 38)
+    assert look(Item("train", None, "bomb", bomb), 50, Options(max_pixels=16_000 * 12_000).rule({})) == Looked(38, 50)

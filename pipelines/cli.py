@@ -102,7 +102,8 @@ def _fail(sentence: str) -> None:
 
 
 def parse(name: str, args: type[Any], argv: list[str]) -> Any:
-    """Read `argv` into the dataclass `args`. If it has a field `config`, the first word is a recipe, and the defaults are that recipe's."""
+    """Read `argv` into the dataclass `args`. If it has a field `config`, the first word is a recipe, and the defaults are
+    that recipe's, unless the class finds its `defaults` in the words."""
     import tyro
 
     fields = {f.name: f for f in dataclasses.fields(args)}
@@ -111,9 +112,10 @@ def parse(name: str, args: type[Any], argv: list[str]) -> Any:
         from simclr.recipes import recipe
 
         named = argv[0] if argv and not argv[0].startswith("-") else None
-        default = args(recipe=named or "patterns_tiny", data=tyro.MISSING, config=recipe(named or "patterns_tiny"))
-        if named is None and not {"-h", "--help"} & set(argv):
+        default = args.defaults(named, argv) if hasattr(args, "defaults") else None
+        if named is None and default is None and not {"-h", "--help"} & set(argv):
             raise UserError(f"which recipe? `simclr {name} RECIPE …`; `simclr recipes` lists them")
+        default = default or args(recipe=named or "patterns_tiny", data=tyro.MISSING, config=recipe(named or "patterns_tiny"))
         argv = argv[1:] if named else argv
     description = f"{inspect.getdoc(args)}\n\n--quiet: errors and results only."
     return tyro.cli(args, args=argv, default=default, prog=f"simclr {name}", description=description)

@@ -83,7 +83,6 @@ def finetune(args: Args) -> Run:
             raise UserError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
         data = sync.shards(at)
         classes = classifiers.require_classes(manifest := read_manifest(data), data)
-        from simclr import checkpoint
         from simclr.data import labels
         from simclr.methods.classifier import first_state
 
@@ -98,8 +97,8 @@ def finetune(args: Args) -> Run:
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune")
         run.save()
         classifiers.write_labels(run, seen)
-        if state is not None and not checkpoint.list_checkpoints(run.checkpoints):
-            checkpoint.write(run.checkpoints, state, config.train.keep_checkpoints)
+        if state is not None:
+            driver.begin_with(run, state)
 
     notes: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
     job = driver.Job(

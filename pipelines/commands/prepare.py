@@ -7,16 +7,18 @@ import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say
 from simclr.data import shards
+from simclr.data.pixels import unread
 from simclr.data.manifest import LISTS, Manifest
 from simclr.data.s3.uri import Address, address, copy_of, locked
-from simclr.data.sources.open import open_source
+from simclr.data.sources.open import betons_at, open_source
+from simclr.data.sources.reading import Reading, rows_of
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
 
@@ -26,32 +28,104 @@ class Args:
     """Write the images of a source as FFCV shards with a manifest. The same source and options give the same bytes."""
 
     source: str
-    """A folder or tar archive of split/class/file, class/file or files alone, on disk or at s3://bucket/prefix; a dataset's name
+    """A folder or archive (tar, zip) of split/class/file, class/file or files alone, a folder of archives, WebDataset shards
+    (train-{000..146}.tar), Parquet, .beton files; on disk, and folders and archives also at s3://bucket/prefix; a dataset's name
     (cifar10, torchvision:NAME); or patterns[:train=4000,test=1000,size=32,seed=0,coloured]."""
-    out: Path
+    out: Path | None = None
     """Directory or s3://bucket/prefix for the shards: new, empty, or holding the same dataset already."""
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
     options: Annotated[shards.Options, tyro.conf.arg(name="")] = field(default_factory=shards.Options)
+    identity: shards.Identity = "times"
+    """What tells that a source is still the one that shards were made from. times: names, sizes and modification times; names: names and
+    sizes, for files that were copied; content: their bytes too, which are all read."""
     threads: int = os.cpu_count() or 1
     """Threads that decode and encode."""
+    dry_run: bool = False
+    """Say what was understood, what would be written and how long it would take, and write nothing."""
 
 
 def main(args: Args) -> None:
+    if args.dry_run:
+        print(dry_run(args))
+        return
     manifest = prepare(args)
     per_split = ", ".join(f"{split} {manifest.examples(split):,}" for split in manifest.splits)
-    print(f"{sync.shown(args.out)}: {per_split} images, {len(manifest.classes) or 'no'} classes, {manifest.kind}")
+    print(f"{sync.shown(_out(args))}: {per_split} images, {len(manifest.classes) or 'no'} classes, {manifest.kind}")
 
 
 def prepare(args: Args) -> Manifest:
     """Shards of `args.source` in `args.out`, made now or found there."""
-    source = open_source(args.source)
-    at = address(args.out)
+    out = _out(args)
+    if betons := betons_at(args.source):
+        return _register(betons, args, out)
+    source = open_source(args.source, args.reading)
+    say(told(source))
+    at = address(out)
     if at is not None:
         return _prepare_in_s3(args, source, at)
-    found = shards.existing(source, args.out, args.options)
+    found = shards.existing(source, out, args.options, args.identity)
     if found is not None:
-        say(f"{args.out} holds these shards already; nothing to do")
+        say(f"{out} holds these shards already; nothing to do")
         return found
     return _write(args, source)
+
+
+def dry_run(args: Args) -> str:
+    """What would be prepared, for people."""
+    from simclr.data.forecast import forecast
+
+    if betons := betons_at(args.source):
+        return "\n".join(f"{path} would be linked as the {split} split; nothing is encoded again" for split, path in betons.items())
+    source = open_source(args.source, args.reading)
+    found = forecast(source, args.options, max(args.threads, 1))
+    return "\n".join([told(source), "", *found.lines(source.total)])
+
+
+def told(source: Source) -> str:
+    """What was understood of a source: splits, classes, examples, what is left out and what may not be meant so."""
+    understood: dict[str, Any] = source.understood
+    if not understood:
+        return f"{source.spec}: {source.total or 'some'} images"
+    counted = understood.get("counted", True)
+    lines = [f"{source.spec}: {f'{source.total:,} images' if source.total is not None else 'images are counted as they are read'}"]
+    lines += [f"  splits   {understood['splits_by']}", f"  classes  {understood['classes_by']}", ""]
+    table = [("split", "images", "labelled", "classes", "smallest", "largest")]
+    for row in rows_of(understood):
+        share = f"{100 * row.labelled / max(row.images, 1):.4g} %"
+        cells = (f"{row.images:,}", share, row.smallest, row.largest) if counted else ("?", "?", "?", "?")
+        table.append((row.split, *cells[:2], f"{row.classes:,}", *cells[2:]))
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    for split in understood["splits"].values():
+        lines += ["", *(f"  {name}  →  {label if label is not None else 'no class'}" for name, label in split["examples"])]
+    left = dict(understood["left_out"])
+    if left:
+        kinds = [f"{count:,} {ending}{f' ({why})' if (why := unread(ending)) else ''}" for ending, count in _most(left)]
+        lines += ["", f"  left out: {', '.join(kinds)}"]
+    return "\n".join([*lines, *(f"  note: {note}" for note in understood["notes"])])
+
+
+def _most(left: dict[str, int]) -> list[tuple[str, int]]:
+    """The most frequent kinds, and the rest in one."""
+    ordered = sorted(left.items(), key=lambda kv: -kv[1])
+    rest = sum(count for _, count in ordered[8:])
+    return [*ordered[:8], *([("others", rest)] if rest else [])]
+
+
+def _out(args: Args) -> Path:
+    if args.out is None:
+        raise UserError("where to? give --out DIR, or --dry-run to see what would be written")
+    return args.out
+
+
+def _register(betons: dict[str, Path], args: Args, out: Path) -> Manifest:
+    from simclr.data.sources.beton import register
+
+    if address(out) is not None:
+        raise UserError(f"{sync.shown(out)}: .beton files are linked in place, so --out must be on this machine's disk")
+    manifest = register(betons, out)
+    say(f"{', '.join(str(path) for path in betons.values())}: linked as they are, not encoded again")
+    return manifest
 
 
 def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
@@ -64,7 +138,7 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
     here, copy = copy_of(at, f"staging/{made_from}"), copy_of(at, "shards")
     found = remote.manifest_at(at, store)
     if found is not None:
-        manifest = shards.agreed(found[0], source, at, args.options)
+        manifest = shards.agreed(found[0], source, at, args.options, args.identity)
         shutil.rmtree(here, ignore_errors=True)  # left by a prepare that was killed after sending everything
         say(f"{at} holds these shards already; nothing to do")
         return manifest
@@ -72,7 +146,7 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
     left = [o.name for o in store.listing(at) if o.name not in LISTS and not o.name.endswith(".beton")]
     if left:
         raise UserError(f"{at} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
-    manifest = shards.existing(source, here, args.options) or _write(replace(args, out=here), source)
+    manifest = shards.existing(source, here, args.options, args.identity) or _write(replace(args, out=here), source)
     with Bar("upload", None, "MiB", "MiB/s") as bar:
         remote.push(here, at, sync.mebibytes(bar), store)
     with locked(copy):
@@ -82,26 +156,26 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
 
 
 def _write(args: Args, source: Source) -> Manifest:
+    out = _out(args)
     with Bar("prepare", source.total) as bar:
 
         def resumed(done: int) -> None:
             bar.resume_at(done)
-            say(f"going on with {args.out} behind the {done:,} images that it holds already")
+            say(f"going on with {out} behind the {done:,} images that it holds already")
 
         manifest = shards.prepare(
             source,
-            args.out,
+            out,
             args.options,
             max(args.threads, 1),
             bar.update,
             resumed,
             lambda done, of: bar.update(bar.done, f"sealing {done >> 20:,} of {of >> 20:,} MiB"),
+            identity=args.identity,
+            says=say,
         )
-    if source.ignored:
-        kinds = ", ".join(f"{count:,} {ending or 'without ending'}" for ending, count in source.ignored.most_common(5))
-        say(f"{source.ignored.total():,} files are no images by their names and were left out: {kinds}")
     if manifest.duplicates:
-        say(f"{manifest.duplicates:,} images are copies of others, and so each other's negatives; {args.out}/duplicates.csv lists them")
+        say(f"{manifest.duplicates:,} images are copies of others, and so each other's negatives; {out}/duplicates.csv lists them")
     if manifest.skipped:
-        say(f"{manifest.skipped} images could not be read and were skipped; {sync.shown(args.out)}/skipped.csv names them")
+        say(f"{manifest.skipped} images could not be read and were skipped; {sync.shown(out)}/skipped.csv names them")
     return manifest

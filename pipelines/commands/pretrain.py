@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from pipelines.evaluation import inputs
 from pipelines.runs import sync
 from pipelines.runs.directory import Run
-from pipelines.train import driver, ray_train
+from pipelines.train import driver, ray_train, warm_start
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
 
 if TYPE_CHECKING:
+    from simclr.encoder.weights import Weights
     from simclr.methods.method import Method
 
 
 @dataclass(frozen=True)
 class Args:
-    """Pretrain an encoder by a recipe; every field of the recipe is a flag."""
+    """Pretrain an encoder by a recipe; every field of the recipe is a flag. `simclr pretrain --extend RUN` needs neither recipe nor --data:
+    it has those of RUN."""
 
     data: Path
     """Directory or s3://bucket/prefix of prepared shards (`simclr prepare`); each node fetches those of S3 once."""
@@ -31,9 +35,33 @@ class Args:
     run: Path | None = None
     """Run directory or s3://bucket/prefix, for checkpoints too; a run there goes on, on any machine.
     Default: runs/RECIPE-DIGEST, the same for the same config and data."""
+    start: Path | None = None
+    """Weights to begin with: a run, a published encoder, s3://bucket/prefix of either, NAME@alias in the registry, or a .safetensors or
+    .pth file of a ResNet by torchvision's names. Optimizer and schedule begin anew. Default: initial weights drawn by the seed."""
+    extend: Path | None = None
+    """A complete run, on disk or at s3://bucket/prefix, to train on from in a new run, by its config: a new warm-up and cosine from its
+    weights (--train.epochs N long), not what more epochs from the beginning would have given. Default of --seed: the run's + 1."""
     resources: Annotated[ray_train.Resources, tyro.conf.arg(name="")] = field(default_factory=ray_train.Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+
+    @classmethod
+    def defaults(cls, recipe: str | None, words: list[str]) -> Args | None:
+        """The recipe, config and data of the run behind --extend in a command's `words`; None without that flag."""
+        given = [
+            (word.partition("=")[2] or following)
+            for word, following in zip(words, [*words[1:], ""], strict=True)
+            if word.partition("=")[0] == "--extend"
+        ]
+        if not given or not given[0]:
+            return None
+        if recipe is not None:
+            raise UserError(f"--extend has the recipe of its run; leave out {recipe!r}, or use --start {given[0]} for another recipe")
+        run = warm_start.parent(Path(given[0]))
+        config, flags = warm_start.extension(run), {word.partition("=")[0] for word in words}
+        if "--train.epochs" in flags and "--train.steps" not in flags:  # else the run's number of steps would count
+            config = replace(config, train=replace(config.train, steps=None))
+        return cls(data=Path(run.origin), config=config, recipe=run.recipe)
 
 
 def main(args: Args) -> None:
@@ -54,7 +82,7 @@ def pretrain(args: Args) -> Run:
     examples, classes = manifest.examples("train", groups), manifest.classes
     args.resources.counts(config)
     config.steps_per_epoch(examples)
-    run, home, uri = driver.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri)
+    run, home, uri = _opened(args, data, classes)
 
     job = driver.Job(
         run=run,
@@ -68,12 +96,38 @@ def pretrain(args: Args) -> Run:
     return driver.train(job, began)
 
 
+def _opened(args: Args, data: Path, classes: tuple[str, ...]) -> tuple[Run, sync.Home, str]:
+    """As `driver.home_of`; the run's first checkpoint has the weights that the command gives, if any."""
+    if args.start and args.extend:
+        raise UserError("--start and --extend both say what to begin with; leave out one of them")
+    place = args.extend or args.start
+    weights = weights_at(place, args.tracking_uri) if place else None
+    start = warm_start.described(place, weights, place is args.extend) if place and weights else None
+    run, home, uri = driver.home_of(args.run, args.recipe, args.config, data, args.data, args.tracking_uri, start=start)
+    if weights and not any(run.checkpoints.glob("step-*")):
+        run = warm_start.begin(run, weights, classes)
+    return run, home, uri
+
+
+def weights_at(place: Path, tracking_uri: str | None) -> Weights:
+    """The weights of a file of tensors, or as `warm_start.weights_in` of a run or a published encoder, which may lie in S3 or in the
+    registry."""
+    from simclr.encoder.weights import of_file
+
+    if place.is_file():
+        return of_file(place)
+    with inputs.opened(place, tracking_uri) as directory:
+        return warm_start.weights_in(directory, place)
+
+
 def publish_newest(run: Run, classes: Sequence[str], method: Method | None = None) -> None:
     """Write the newest checkpoint's encoder, head and linear classifier to run/encoder."""
     from simclr.encoder.directory import write_encoder
 
     step, parts = driver.newest_tensors(run, method)
-    published = {"recipe": run.recipe, "step": step, "data": run.data.name}
+    published: dict[str, object] = {"recipe": run.recipe, "step": step, "data": run.data.name}
+    if run.start:
+        published["start"] = run.start | {"from": Path(run.start["from"]).name}  # the whole path concerns no user of the encoder
     write_encoder(
         parts["encoder"],
         run.config,

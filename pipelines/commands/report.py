@@ -50,6 +50,7 @@ def gather(run: Run) -> ReportData:
     facts = {
         "run": str(run.path),
         "began": time.strftime("%d %B %Y, %H:%M", time.localtime(run.created)),
+        **({"extends" if run.start["extends"] else "began with": f"{run.began_with}: {run.start['taken']}"} if run.start else {}),
         **_length(run, history),
         **facts,
         **({"registered as": run.registered} if run.registered else {}),

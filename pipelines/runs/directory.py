@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -46,6 +46,7 @@ _OPERATIONAL = (
     *("train.report_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.compile", "train.cache"),
     "watch.",
 )
+_START = {"from": str, "step": int | None, "sha256": str, "extends": bool, "taken": str}
 _NOTING = threading.Lock()  # one thread at a time reads run.json, changes a field and writes it
 
 
@@ -75,6 +76,19 @@ class Run:
     """NAME/VERSION in the registry, once published."""
     stage: str = "pretrain"
     """The command that makes it: pretrain, finetune or distill."""
+    start: dict[str, Any] = field(default_factory=dict)
+    """The weights that a pretraining began with, {} = those of its seed: `from`, `step` (null = unknown), `sha256`, `extends` (whether it
+    extends that run), `taken` (which parts, in a sentence)."""
+
+    @property
+    def began_with(self) -> str:
+        """`start` in a sentence, "" if it is empty."""
+        return described(self.start) if self.start else ""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a command gave it weights, as the checkpoint of step 0: then no worker may begin without a checkpoint."""
+        return bool(self.start) or bool(getattr(self.config, "encoder_sha256", ""))
 
     @property
     def origin(self) -> str:
@@ -96,6 +110,8 @@ class Run:
         data = self.data if self.data.is_absolute() else os.path.relpath(self.data, self.path)
         text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": self.data_at or str(data)}
         del text["path"], text["data_at"]
+        if not self.start:
+            del text["start"]
         files.write_text(self.path / "run.json", json.dumps(text, indent=1) + "\n")
 
     def noted(self, **fields: str) -> Self:
@@ -230,17 +246,43 @@ def manifest_digest(data: Path) -> str:
     return digest_of((data / "manifest.json").read_bytes())
 
 
-def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at: str = "", stage: str = "pretrain") -> Run:
-    """The run of this config and data (`data` may be a copy of `data_at`): a new one, or the one to go on with.
+def described(start: dict[str, Any]) -> str:
+    """The origin of a run's first weights, from its `start`."""
+    at = f", step {start['step']:,}" if start["step"] is not None else ""
+    return f"{start['from']}{at} (sha256 {start['sha256'][:12]}…)"
+
+
+def ways_on(run: object) -> str:
+    """How a user trains on from the weights of a pretraining `run` beyond its config, for messages."""
+    return (
+        f"to train on from its weights in a new run: `simclr pretrain --extend {run} --train.epochs N` (its config and data), "
+        f"or a recipe with --start {run}"
+    )
+
+
+def open_run(
+    path: Path | None,
+    recipe: str,
+    config: Config,
+    data: Path,
+    data_at: str = "",
+    stage: str = "pretrain",
+    start: dict[str, Any] | None = None,
+    asked: object = None,
+) -> Run:
+    """The run of this config and data (`data` may be a copy of `data_at`) that began with the weights `start`: a new one, or the one to go
+    on with. `path` may be a copy of the directory that was `asked` for.
 
     Without `path` the directory is runs/RECIPE-DIGEST, so the same command finds its run again. Raises UserError if `path` holds a
-    run of another config or data, with the first differences, or no run.
+    run of another config, data or start, with the first differences, or no run.
     """
+    start = start or {}
     digest = manifest_digest(data)
     if path is None:
         old = {new: name for name, new in RENAMED.items()}  # old field names in the key, so that the same command finds older runs
         key = {old.get(k, k): v for k, v in config.flat().items() if not k.startswith(_OPERATIONAL)}
-        name = hashlib.sha256(json.dumps([key, digest], sort_keys=True).encode()).hexdigest()[:8]
+        given = [start["sha256"]] if start else []  # no entry without: such runs stay where they were
+        name = hashlib.sha256(json.dumps([key, digest, *given], sort_keys=True).encode()).hexdigest()[:8]
         path = Path("runs") / f"{recipe}-{name}"
     if (path / "run.json").exists():
         run = load_run(path)
@@ -250,9 +292,13 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at
         different = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k] and not k.startswith(_OPERATIONAL)]
         if run.data_digest != digest:
             different.append(f"data {run.origin} there, {data_at or data} here")
+        if run.start.get("sha256") != start.get("sha256"):
+            there, here = (described(given) if given else "those of its seed" for given in (run.start, start))
+            different.insert(0, f"first weights {there} there, {here} here")
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            raise UserError(f"run directory {path} belongs to another config: {'; '.join(different[:3])}{more}; use another --run")
+            further = f"; {ways_on(asked or path)}" if stage == "pretrain" else ""
+            raise UserError(f"run directory {path} belongs to another config: {'; '.join(different[:3])}{more}; use another --run{further}")
         run = replace(run, config=config, data=data, data_at=data_at)
     elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {_LOCK}):
         raise UserError(f"{path} exists and is no run (it has no run.json); use another --run")
@@ -269,6 +315,7 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at
             created=time.time(),
             environment=environment(),
             stage=stage,
+            start=start,
         )
     files.require_writable(path)
     return run
@@ -289,6 +336,9 @@ def _run_of(path: Path, text: dict[str, Any]) -> Run:
     fields.require(text, {"data": str, "config": dict[str, Any]}, where, _INSTEAD)
     stage = text.setdefault("stage", "pretrain")
     fields.require(text, {"stage": Literal[tuple(STAGES)]}, where, _INSTEAD)
+    if "start" in text:
+        fields.require(text, {"start": dict[str, Any]}, where, _INSTEAD)
+        fields.require(text["start"], _START, f"start in {where}", _INSTEAD)
     try:
         config = STAGES[stage].from_dict(text.pop("config"))
     except UserError as error:

@@ -35,6 +35,8 @@ def card(config: dict[str, Any], parameters: int, name: str, scores: dict[str, f
         "Steps": f"{published['step']:,}" if published.get("step") is not None else "unknown",
         "Projection head": f"{head['layers']} layers, z has {head['d_out']} numbers",
     }
+    if start := published.get("start"):
+        rows["Began with"] = f"{start['from']} (weights of sha256 {start['sha256'][:12]}…)"
     if "classifier" in config:
         found = config["classifier"]
         reads = "h" if found["tap"] == 0 else f"the head's layer {found['tap']}"

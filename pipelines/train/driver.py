@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.runs import sync
-from pipelines.runs.directory import Run, open_run
+from pipelines.runs.directory import Run, open_run, ways_on
 from pipelines.terminal import Bar, process_age_s, say
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import Outbox, catch_up, require
@@ -26,6 +26,7 @@ from simclr.telemetry.collapse import collapse
 from simclr.telemetry.straggler import SLOW
 
 if TYPE_CHECKING:
+    from simclr.checkpoint import State
     from simclr.methods.method import Method
 
 _INTERRUPTED_S = 4.0  # that an interrupted job gets to end; with the command's own second (pipelines.cli) it is over within 5 s
@@ -53,10 +54,17 @@ class Job:
 
 
 def home_of(
-    asked: Path | None, name: str, config: Config, data: Path, at: Path, tracking_uri: str | None, stage: str = "pretrain"
+    asked: Path | None,
+    name: str,
+    config: Config,
+    data: Path,
+    at: Path,
+    tracking_uri: str | None,
+    stage: str = "pretrain",
+    start: dict[str, Any] | None = None,
 ) -> tuple[Run, sync.Home, str]:
     """(run, its home, MLflow address). The run directory is `asked` (default runs/NAME-DIGEST). The shards lie in `data`, which may be a
-    copy of those `at` s3://… The flag or the environment gives the address.
+    copy of those `at` s3://… The flag or the environment gives the address. `start` is the run's (see `Run`).
 
     Raises UserError if no MLflow answers there. A run with a checkpoint, or one that was logged there before, goes on without it.
     """
@@ -65,9 +73,19 @@ def home_of(
     if home is not None:
         home.fetch()
         home.sync_checkpoints()
-    run = open_run(home.path if home else None, name, config, data, str(s3_uri.address(at) or ""), stage)
+    shown = sync.shown(asked) if asked is not None else None
+    run = open_run(home.path if home else None, name, config, data, str(s3_uri.address(at) or ""), stage, start, shown)
     require(uri, begun=run.tracking_uri == mlflow_uri.redacted(uri) or any(run.checkpoints.glob("step-*")))
     return run, home or sync.Home(run.path), uri
+
+
+def begin_with(run: Run, state: State) -> None:
+    """Write run.json and the checkpoint of step 0 that all workers begin with, unless there are checkpoints."""
+    from simclr import checkpoint
+
+    run.save()
+    if not checkpoint.list_checkpoints(run.checkpoints):
+        checkpoint.write(run.checkpoints, state, run.config.train.keep_checkpoints)
 
 
 def train(job: Job, began: float) -> Run:
@@ -90,7 +108,8 @@ def _train(job: Job, began: float) -> Run:
             except UserError as error:
                 say(f"{error}; the same command again logs the rest")
         home.send()
-        say(f"{where} is complete: {done:,} of {job.total:,} steps; nothing to do")
+        further = f"; {ways_on(where)}" if run.stage == "pretrain" else ""
+        say(f"{where} is complete: {done:,} of {job.total:,} steps; nothing to do{further}")
         return run
     _require_space(run)
     ours = ray_train.connect(job.resources)
@@ -164,6 +183,7 @@ def _launch(job: Job) -> ray_train.Running:
         data=run.data_at or str(run.data.absolute()),
         run=str(job.home.at or run.path.absolute()),
         created=run.created,
+        begun=run.begun,
         given=job.given,
         compile_key=compile_cache.secret(say) if run.config.train.compile and job.home.at is None else "",
     )
@@ -238,12 +258,14 @@ def _note(metrics: dict[str, float]) -> str:
 
 def _steps_done(run: Run) -> int:
     """Steps in the newest whole checkpoint, after copying its reports to metrics.jsonl. Raises UserError if it does not fit the config's
-    model."""
-    if not run.checkpoints.exists():
+    model, and if a run that began with given weights has none."""
+    if not run.checkpoints.exists() and not run.begun:
         return 0
     from simclr import checkpoint
 
     newest = checkpoint.latest(run.checkpoints, say)
+    if newest is None and run.begun:
+        raise UserError(f"no checkpoint in {run.checkpoints} is whole; remove that folder, and the same command begins again")
     if newest is None:
         return 0
     state = checkpoint.read(newest)

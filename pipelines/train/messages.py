@@ -28,6 +28,8 @@ class Task:
     """Run directory, or s3://bucket/prefix, of which each node has a copy."""
     created: float = 0.0
     """Unix time at which the run began. It tells apart two runs that use the same address in S3 one after the other."""
+    begun: bool = False
+    """Whether the run began with given weights, as its first checkpoint: then no worker begins without one."""
     given: dict[str, Any] = field(default_factory=dict)
     """Fields of the loop's `Start`, by name: ids, the training images to use; labelled, the images whose labels a distillation sees."""
     compile_key: str = ""

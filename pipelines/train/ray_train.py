@@ -83,22 +83,13 @@ class Resources:
         config.images_per_rank(self.workers)
         config.group_of(0, self.workers)
         least = self.min_workers or self.workers
-        fits = [count for count in range(1, self.workers + 1) if _divides(config, count)]
+        fits = [count for count in range(1, self.workers + 1) if retry.shares(config, count)]
         if least not in fits:
             raise UserError(
                 f"--min-workers {least} does not divide batch_size {config.train.batch_size} as the config asks; "
                 f"use {', '.join(map(str, fits[:-1]))} or leave it out"
             )
         return [count for count in fits if count >= least]
-
-
-def _divides(config: Config, workers: int) -> bool:
-    try:
-        config.images_per_rank(workers)
-        config.group_of(0, workers)
-    except UserError:
-        return False
-    return True
 
 
 def joins_a_cluster(address: str | None) -> bool:
@@ -162,6 +153,8 @@ class Running:
     controllers: list[Any]
     """The handle of Ray's controller actor, once there is one."""
     head: _Head
+    less_memory: str
+    """Advice for the case that a device has too little memory."""
 
     def stop(self) -> None:
         """End the job and its workers at once. Takes at most 3 s."""
@@ -192,7 +185,7 @@ class Running:
         self.thread.join()
         error = self.outcome[0]
         if error is not None:
-            if sentence := retry.non_retryable(error) or retry.given_up(error):
+            if sentence := retry.non_retryable(error, self.less_memory) or retry.given_up(error):
                 raise UserError(sentence) from None
             raise error
 
@@ -284,7 +277,8 @@ def launch(worker: Callable[[messages.Task], None], task: messages.Task, resourc
     _jobs[:] = [job for job in _jobs if job.is_alive()] + [thread]
     import ray
 
-    return Running(thread, inbox, outcome, controllers, _Head(ray.get_runtime_context().gcs_address, private))
+    head, advice = _Head(ray.get_runtime_context().gcs_address, private), retry.less_memory(task.stage, task.config, resources.workers)
+    return Running(thread, inbox, outcome, controllers, head, advice)
 
 
 def fit(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import traceback
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.train import hang, ray_private
 from pipelines.train.messages import Said, Tell
 from simclr import files
 from simclr.data.s3.uri import Refetched, Unreachable
 from simclr.errors import UserError
+
+if TYPE_CHECKING:
+    from simclr.config import Config
 
 
 def causes(failure: BaseException) -> list[BaseException]:
@@ -18,18 +22,57 @@ def causes(failure: BaseException) -> list[BaseException]:
     return [errors[rank] for rank in sorted(errors)] or [failure]
 
 
-def non_retryable(failure: BaseException) -> str:
+def non_retryable(failure: BaseException, less_memory: str = "") -> str:
     """The sentence of a worker's failure that no retry would mend (a diverging loss, a damaged shard, a full disk, too little memory on
-    the device), or ""."""
+    the device, where `less_memory` is the advice), or ""."""
     for error in causes(failure) if hasattr(failure, "worker_failures") else []:
         if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
             first = str(error).splitlines()[0][:200]
-            return f"a worker's device is out of memory ({first}); use --train.micro-batch, a smaller batch or more workers"
+            return f"a worker's device is out of memory ({first}); {less_memory or 'use more workers, or a smaller batch in a new run'}"
         if isinstance(error, UserError) and not isinstance(error, Unreachable):
             return str(error)
         if sentence := files.trouble(error):
             return sentence
     return ""
+
+
+def less_memory(stage: str, config: Config, workers: int) -> str:
+    """Advice for a training of `stage` (its command) that does not fit the memory of its devices: flags that the next command accepts.
+
+    More workers compute the same numbers, so the run goes on. Pieces of a batch change BatchNorm's statistics, and a smaller batch all
+    numbers, so they belong to a new run."""
+    train = config.train
+    more = next((w for w in range(workers + 1, train.batch_size + 1) if shares(config, w)), None)
+    go_on = f"the same command with --workers {more} goes on with this run; " if more and train.micro_batch is None else ""
+    piece = train.micro_batch or config.images_per_rank(workers)
+    pieces = (m for m in range(piece - 1, 1, -1) if stage == "pretrain" and _trains(config, workers, "micro_batch", m))
+    batches = (n for n in range(train.batch_size // 2, 1, -1) if _trains(config, workers, "batch_size", n))
+    if found := next(pieces, None):
+        other = f"--train.micro-batch {found}"
+    elif found := next(batches, None):
+        other = f"{'--train.batch-size' if stage == 'pretrain' else '--batch-size'} {found}"
+    else:
+        other = "a smaller network"
+    return f"{go_on}{other} is for a new run: add another --run, or leave --run out"
+
+
+def shares(config: Config, workers: int) -> bool:
+    """Whether so many workers can share the batch and the groups of shards that `config` asks for."""
+    try:
+        config.images_per_rank(workers)
+        config.group_of(0, workers)
+    except UserError:
+        return False
+    return True
+
+
+def _trains(config: Config, workers: int, name: Literal["micro_batch", "batch_size"], value: int) -> bool:
+    """Whether `workers` can train by `config` with another value of this field of its `train`."""
+    change: dict[str, Any] = {name: value}
+    try:
+        return shares(replace(config, train=replace(config.train, **change)), workers)
+    except UserError:
+        return False
 
 
 def given_up(failure: BaseException) -> str:

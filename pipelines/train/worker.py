@@ -26,6 +26,7 @@ def train_worker(task: Task) -> None:
     from pipelines.train.checkpoints import SCORES, Saver
     from pipelines.train.prometheus import Gauges, with_last_checkpoint
     from simclr.collectives import from_rank_zero
+    from simclr.errors import UserError
     from simclr.telemetry import progress
     from simclr.train import Start, train
 
@@ -55,6 +56,8 @@ def train_worker(task: Task) -> None:
     meet = ray.train.collective.barrier if home.at is not None or str(data) != task.data else list
     meet()
     name = from_rank_zero(name)
+    if task.begun and not name:  # it would begin with its seed's weights
+        raise UserError(f"{task.run} began with given weights, and no checkpoint in it is whole; use another --run")
     found = retried(lambda: home.checkpoint(name)) if name else None
     meet()
     if task.stage == "distill":

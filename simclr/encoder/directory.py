@@ -178,7 +178,7 @@ def read_head(directory: Path) -> ProjectionHead | None:
     with torch.device("meta"):
         d_h = build_encoder(config.encoder).d_h
     head = unfilled(lambda: build_head(config, d_h))
-    layers = [re.match(r"layers\.(\d{1,3})\.", name) for name in _tensors(directory, "head")]
+    layers = [re.match(r"layers\.(\d{1,3})\.", name) for name in read_part(directory, "head")]
     del head.layers[1 + max((int(found[1]) for found in layers if found), default=0) :]
     _load(head, directory, "head")
     return head.eval()
@@ -216,7 +216,8 @@ def read_text(directory: Path) -> dict[str, Any]:
     return text
 
 
-def _tensors(directory: Path, name: str) -> dict[str, Tensor]:
+def read_part(directory: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one part (encoder, head, classifier) of a published directory. Raises UserError for a damaged file."""
     try:
         tensors: dict[str, Tensor] = load_file(directory / f"{name}.safetensors")
     except SafetensorError as error:
@@ -226,7 +227,7 @@ def _tensors(directory: Path, name: str) -> dict[str, Tensor]:
 
 def _load(module: nn.Module, directory: Path, name: str) -> None:
     try:
-        module.load_state_dict(_tensors(directory, name))
+        module.load_state_dict(read_part(directory, name))
     except RuntimeError as error:
         raise UserError(f"the weights in {directory} do not fit its config.json: {_last_line(error)}; {_INSTEAD}") from None
 

@@ -127,6 +127,19 @@ def torchvision_name(name: str) -> str:
     return f"layer{group}.{block}.{inner}.{kind}"
 
 
+def own_name(name: str) -> str | None:
+    """The name here of the weight that torchvision calls `name`: the inverse of `torchvision_name`. None for what is no part of an
+    encoder, such as fc."""
+    if found := re.fullmatch(r"(conv|bn)1\.(\w+)", name):
+        return f"stem.{int(found[1] == 'bn')}.{found[2]}"
+    found = re.fullmatch(r"layer([1-9])\.(\d+)\.(?:(conv|bn)([1-9])|downsample\.(\d))\.(\w+)", name)
+    if found is None:
+        return None
+    group, block, kind, number, projection, parameter = found.groups()
+    inner = f"body.{3 * (int(number) - 1) + (kind == 'bn')}" if kind else f"shortcut.{projection}"
+    return f"groups.{int(group) - 1}.{block}.{inner}.{parameter}"
+
+
 def _random(images: int, size: int) -> Tensor:
     return torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(images))
 

@@ -310,9 +310,16 @@ MUTATIONS = (
         "tests/pipelines/train/test_hang.py::test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew",
     ),
     Mutation(
+        "given-weights-not-in-the-runs-name",
+        "pipelines/runs/directory.py",
+        'given = [start["sha256"]] if start else []',
+        "given = list[str]()",
+        "tests/pipelines/train/test_warm_start.py::test_the_directory_tells_starts_apart",
+    ),
+    Mutation(
         "elastic-counts-that-do-not-divide",
         "pipelines/train/ray_train.py",
-        "if _divides(config, count)]",
+        "if retry.shares(config, count)]",
         "if count]",
         "tests/pipelines/train/test_hang.py::test_numbers_of_workers_that_the_batch_divides_over",
     ),

@@ -1,49 +1,111 @@
-"""Where images come from: a folder, a tar archive, either of them in S3, a torchvision dataset, the built-in patterns. One
-streaming pass each."""
+"""Where images come from: a folder, an archive, a table, either of the first two in S3, a torchvision dataset, the built-in patterns."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import tarfile
-from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from simclr.data.s3.uri import address
-from simclr.data.sources.folder import folder_source
+from simclr.data.sources.archives import archive_tree, archives_tree, braces_tree, is_archive, is_archive_file
+from simclr.data.sources.folder import folder_tree, walk
+from simclr.data.sources.joined import joined
+from simclr.data.sources.layout import understand
 from simclr.data.sources.patterns import patterns_source
+from simclr.data.sources.reading import Reading
 from simclr.data.sources.s3 import s3_archive, s3_prefix
-from simclr.data.sources.source import Source
-from simclr.data.sources.tar import ARCHIVES, ends_of, read_tar
+from simclr.data.sources.source import Source, Tree
+from simclr.data.sources.splits import split_of
+from simclr.data.sources.tar import ARCHIVES, stem
 from simclr.data.sources.torchvision import DATASETS, torchvision_source
 from simclr.errors import UserError
 
 
-def open_source(spec: str) -> Source:
-    """The source that `spec` names.
+def open_source(spec: str, reading: Reading | None = None) -> Source:
+    """The source that `spec` names, with splits and classes as `reading` says.
 
-    A directory or tar archive of split/class/file, class/file, or files alone (unlabelled), on disk or at s3://bucket/prefix;
-    the name of a dataset (`cifar10`, or `torchvision:NAME`), downloaded where there is a network; `patterns`, with options as
-    in `patterns:train=4000,test=1000,size=32,seed=0,coloured`. Raises UserError if it is missing, empty or unknown.
+    A folder or archive, on disk or at s3://bucket/prefix; WebDataset shards by a path with braces; Parquet; the name of a dataset
+    (`cifar10`, or `torchvision:NAME`), downloaded where there is a network; `patterns`, with options as in
+    `patterns:train=4000,test=1000,size=32,seed=0,coloured`. Raises UserError if it is missing, empty, damaged or unknown.
     """
     name, _, options = spec.partition(":")
+    own = None
     if name == "patterns":
-        return patterns_source(spec, options)
-    if spec in ("torchvision", "torchvision:"):
+        own = patterns_source(spec, options)
+    elif spec in ("torchvision", "torchvision:"):
         raise UserError("which torchvision dataset? torchvision:NAME, as in torchvision:CIFAR10")
-    if name == "torchvision" or (spec in DATASETS and DATASETS[spec].torchvision):
-        return torchvision_source(spec, options or DATASETS[spec].torchvision)
+    elif name == "torchvision" or (spec in DATASETS and DATASETS[spec].torchvision):
+        own = torchvision_source(spec, options or DATASETS[spec].torchvision)
+    if own is None:
+        return understand(_tree(spec), reading or Reading())[0]
+    if reading not in (None, Reading()):
+        raise UserError(f"{spec} has splits and classes of its own; leave out --labels and --split-from")
+    return own
+
+
+def _tree(spec: str) -> Tree:
     remote = address(spec)
     if remote is not None:
-        return s3_archive(remote) if remote.name.lower().endswith(ARCHIVES) else s3_prefix(remote)
+        if is_archive(remote.name):
+            return s3_archive(remote, lambda path, called: archive_tree(path, spec=called))
+        return s3_prefix(remote)
     path = Path(spec).expanduser()
     if path.is_dir():
-        return folder_source(path)
+        return _folder(path)
     if path.is_file():
-        if not path.name.lower().endswith(ARCHIVES) and not tarfile.is_tarfile(path):
-            raise UserError(f"{path} is no tar archive; expected a folder, one of {', '.join(ARCHIVES)}, or a dataset's name")
-        ignored: Counter[str] = Counter()
-        return Source(str(path), None, lambda: read_tar(path, ignored), ends_of(path), ignored)
+        if path.suffix.lower() == ".parquet":
+            return parquet_tree(path)
+        if not is_archive_file(path):
+            raise UserError(
+                f"{path} is no archive and no table; expected a folder, one of {', '.join((*ARCHIVES, '.zip', '.parquet'))}, or a dataset's name"
+            )
+        return archive_tree(path)
+    if "{" in spec and "}" in spec:
+        return braces_tree(spec)
     known = ["patterns", *(n for n, d in DATASETS.items() if d.torchvision)]
     near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"give a folder, a tar archive or one of {', '.join(known)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"give a folder, an archive or one of {', '.join(known)}"
     raise UserError(f"no source at {spec}: there is no such file or folder and no dataset of that name; {hint}")
+
+
+def _folder(root: Path) -> Tree:
+    """The tree of a folder: of its tables, else of its loose pictures, else of its archives."""
+    files = walk(root)
+    loose = folder_tree(root, files)
+    if loose.parts:
+        # Beside loose pictures no archive is opened but ImageNet's devkit, which says what their classes are.
+        devkits = {stem(name): root / name for name in files.sizes if is_archive(name) and "devkit" in PurePosixPath(name).name}
+        return joined(str(root), [loose, archives_tree(str(root), devkits)]) if devkits else loose
+    if is_parquet_folder(files.sizes):
+        return parquet_tree(root)
+    archives = {stem(name): root / name for name in sorted(files.sizes) if is_archive(name)}
+    if not archives:
+        return loose
+    opened = archives_tree(str(root), archives)
+    for name in archives.values():
+        loose.ignored[name.suffix.lower()] -= 1
+    return joined(str(root), [dataclasses.replace(loose, ignored=+loose.ignored), opened])
+
+
+def betons_at(spec: str) -> dict[str, Path]:
+    """Split → FFCV file, where `spec` is such a file or a folder of such, called like their splits; {} for any other source."""
+    path = Path(spec).expanduser()
+    if path.suffix.lower() == ".beton" and path.is_file():
+        return {"train": path}
+    found = sorted(path.glob("*.beton")) if path.is_dir() else []
+    if not found:
+        return {}
+    if (path / "manifest.json").is_file():
+        raise UserError(f"{path} holds prepared shards already; give it as --data")
+    named: dict[str, Path] = {}
+    for file in found:
+        kind = split_of(file.stem)[0] or ("train" if len(found) == 1 else None)
+        split = {"train": "train", "val": "test", "test": "test"}.get(kind or "")
+        if split is None or split in named:
+            raise UserError(
+                f"{path} has {', '.join(p.name for p in found[:5])}, of which {file.name} is "
+                + ("of no split by its name" if split is None else f"the {split} split as well as {named[split].name}")
+                + "; expected train.beton and val.beton or test.beton; move the others away, or give one file"
+            )
+        named[split] = file
+    return named

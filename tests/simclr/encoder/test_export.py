@@ -15,6 +15,7 @@ from pipelines.tracking import card
 from simclr.config import Config, Encoder, Views
 from simclr.encoder import export
 from simclr.encoder.directory import PublishedEncoder, write_encoder
+from simclr.encoder.weights import of_file
 from simclr.errors import UserError
 from simclr.methods.simclr import build_model
 from simclr.networks.heads import Classifier
@@ -53,6 +54,9 @@ def test_torchvision_computes_the_same_with_our_pool(within: Within, tmp_path: P
         model.maxpool = torch.nn.MaxPool2d(3, 2, padding=1)  # its own
         assert float((model(x) - h).abs().max() / h.abs().max()) > 1e-3
     assert fc.weight.shape == (3, 2048)
+    found, ours = of_file(tmp_path / "resnet50.safetensors"), encoder.encoder.state_dict()  # what is written is read back, bit for bit
+    assert found.encoder.keys() == ours.keys() and all(torch.equal(t, ours[name]) for name, t in found.encoder.items())
+    assert sorted(found.unused) == ["fc.bias", "fc.weight"]
 
 
 @pytest.mark.parametrize("encoder", [Encoder(depth=18), Encoder(depth=50, width=2), Encoder(depth=8, cifar_stem=True)])

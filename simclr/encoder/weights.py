@@ -1,0 +1,216 @@
+"""Weights that a training may begin with: from a published directory, a checkpoint, or a file with torchvision's names.
+
+Nothing is unpickled: torch's own files are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from simclr import checkpoint, fields
+from simclr.config import Config, Encoder
+from simclr.encoder.directory import config_of, preprocessing_of, read_part, read_text
+from simclr.encoder.export import own_name
+from simclr.errors import UserError
+from simclr.networks.resnet import build_encoder
+
+Triple = tuple[float, float, float]
+_NEVER_USED = "num_batches_tracked"  # torchvision counts batches; no network here does
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Tensors by name, each part under the names of its own module here."""
+
+    encoder: dict[str, Tensor]
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """The projection head, or its first layers; empty = none."""
+    classifier: dict[str, Tensor] = field(default_factory=dict)
+    """weight and bias of a linear map of h; empty = none."""
+    classes: tuple[str, ...] = ()
+    """The classes that it tells apart; empty = unknown."""
+    shape: Encoder | None = None
+    """The encoder that they are of; None = to be seen from the tensors."""
+    unused: tuple[str, ...] = ()
+    """Names in the file that belong to none of these."""
+    norm: tuple[Triple, Triple] | None = None
+    """Mean and standard deviation that normalised their images; None = unknown."""
+    step: int | None = None
+    """Optimizer steps after which they were; None = unknown."""
+
+    @property
+    def sha256(self) -> str:
+        """Of every tensor with its name, type and shape: the same for a run's checkpoint and for what it published."""
+        found = hashlib.sha256()
+        for part in ("encoder", "head", "classifier"):
+            for name, t in sorted(getattr(self, part).items()):
+                found.update(f"{part}.{name} {t.dtype} {tuple(t.shape)}\n".encode())
+                found.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
+
+
+def of_directory(directory: Path) -> Weights:
+    """The weights published in `directory`. Raises UserError where it is no published encoder, or damaged."""
+    text = read_text(directory)
+    stated, preprocessing = text.get("classifier", {}), preprocessing_of(text)
+    reads_h, step = stated.get("tap") == 0, text.get("published", {}).get("step")
+    return Weights(
+        encoder=read_part(directory, "encoder"),
+        head=read_part(directory, "head") if (directory / "head.safetensors").is_file() else {},
+        classifier=read_part(directory, "classifier") if reads_h else {},
+        classes=tuple(stated["classes"]) if reads_h else (),
+        shape=config_of({"encoder": text["encoder"]}).encoder,
+        unused=("classifier",) if stated and not reads_h else (),
+        norm=(preprocessing.mean, preprocessing.std),
+        step=step if fields.fits(step, int) else None,
+    )
+
+
+def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...]) -> Weights:
+    """The weights in checkpoint `path` of a run with `config`, whose data has `classes` (empty = unknown). Raises UserError where it is
+    damaged."""
+    state = checkpoint.read(path)
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "head": {}, "classifier": {}}
+    for name, t in state.tensors.items():
+        root, _, rest = name.partition(".")
+        part, _, own = rest.partition(".")
+        if root == "model" and part in parts:
+            parts[part][own] = t
+    reads_h = not getattr(config, "tap", 0)  # else it is a fine-tuned classifier that reads the head
+    return Weights(
+        encoder=parts["encoder"],
+        head=parts["head"],
+        classifier=parts["classifier"] if reads_h else {},
+        classes=classes if reads_h else (),
+        shape=config.encoder,
+        norm=(config.views.mean, config.views.std),
+        step=state.step,
+    )
+
+
+def of_file(path: Path) -> Weights:
+    """The weights in a file of safetensors or in torch's format, by torchvision's names or by those here, behind any one prefix
+    ("module.", "state_dict.encoder.").
+
+    Raises UserError for a file that cannot be read without unpickling, with no such network, or with several.
+    """
+    tensors = dict(_flat(_read(path), ""))
+    theirs = {name.removesuffix("conv1.weight") for name in tensors if name.endswith("conv1.weight")}
+    theirs = {prefix for prefix in theirs if f"{prefix}layer1.0.conv1.weight" in tensors and f"{prefix}bn1.weight" in tensors}
+    ours = {name.removesuffix("stem.0.weight") for name in tensors if name.endswith("stem.0.weight")}
+    prefixes = sorted(theirs | ours)
+    if not prefixes:
+        some = ", ".join(list(tensors)[:3]) or "nothing"
+        raise UserError(
+            f"{path} holds no ResNet by torchvision's names (conv1.weight, bn1.weight, layer1.0.conv1.weight, …), but {some}; "
+            "rename its tensors, or give a published encoder"
+        )
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{path} holds {len(prefixes)} networks, under {' and '.join(repr(p) for p in prefixes[:3])}; save the tensors of one alone"
+        )
+    (prefix,) = prefixes
+    encoder, unused = {}, []
+    for name, t in tensors.items():
+        rest = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        own = rest if re.match(r"(stem|groups)\.", rest) else own_name(rest)
+        if own is None:
+            unused.append(name)
+        elif not own.endswith(_NEVER_USED):
+            encoder[own] = t
+    return Weights(encoder=encoder, unused=tuple(unused))
+
+
+def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """How the tensors `given` differ in names, shapes and kind from those that a module wants; [] = they fit."""
+    wrong = [
+        f"{name} has shape {tuple(given[name].shape)}, expected {tuple(t.shape)}"
+        for name, t in wanted.items()
+        if name in given and given[name].shape != t.shape
+    ]
+    wrong += [f"{name} is missing" for name in wanted if name not in given]
+    wrong += [f"{name} is unknown" for name in given if name not in wanted]
+    return wrong + [f"{name} is of {given[name].dtype}" for name in wanted if name in given and not given[name].is_floating_point()]
+
+
+def require_fit(encoder: Encoder, weights: Weights, where: object) -> None:
+    """Raise UserError if the weights, which come from `where`, are not those of such an encoder: it names the first differences, and the
+    flags that would fit."""
+    wrong = differences(_shapes(encoder), weights.encoder)
+    if not wrong:
+        return
+    more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise UserError(f"the weights in {where} do not fit the encoder: {'; '.join(wrong[:3])}{more}; {_advice(encoder, weights)}")
+
+
+def _advice(encoder: Encoder, weights: Weights) -> str:
+    for fits in _candidates(weights):
+        wrong = differences(_shapes(fits), weights.encoder)
+        if not wrong:
+            return f"would fit: {' '.join(_flags(encoder, fits))}"
+        if all(text.startswith("groups.0.0.shortcut.") and text.endswith("is missing") for text in wrong):
+            return "torchvision's ResNet-18 and -34 have no projection in their first block, and the network here has one: give a ResNet-50"
+    return "no network here has these weights"
+
+
+def _shapes(encoder: Encoder) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return build_encoder(encoder).state_dict()
+
+
+def _candidates(weights: Weights) -> Iterator[Encoder]:
+    """Encoders that may have these weights."""
+    stem = weights.encoder.get("stem.0.weight")
+    if weights.shape is not None:
+        yield weights.shape
+    elif stem is not None and stem.ndim == 4:
+        sk_ratio = 0.0625 if any(".branches." in name for name in weights.encoder) else 0.0
+        deep = "stem.3.weight" in weights.encoder  # a stem of three convolutions, the first of half the channels
+        for depth in get_args(get_type_hints(Encoder)["depth"]):
+            width, rest = divmod(len(stem) * (1 + deep), 16 if depth in (8, 14, 20) else 64)
+            if width and not rest:
+                yield Encoder(depth=depth, width=width, sk_ratio=sk_ratio, cifar_stem=not deep and stem.shape[-1] == 3)
+
+
+def _flags(asked: Encoder, fits: Encoder) -> Iterator[str]:
+    """The flags that make the encoder that was asked for the one that fits."""
+    for name in ("depth", "width", "sk_ratio", "se_ratio", "cifar_stem"):
+        value, flag = getattr(fits, name), name.replace("_", "-")
+        if value != getattr(asked, name):
+            yield f"--encoder.{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--encoder.{flag} {value}"
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be read as safetensors ({error}); bring it back from a copy") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as tensors alone ({reason}), and nothing here unpickles more; "
+            "save them by themselves: torch.save(model.state_dict(), PATH), or as safetensors"
+        ) from None
+
+
+def _flat(value: Any, name: str) -> Iterable[tuple[str, Tensor]]:
+    """The tensors in nested dicts, their keys joined by dots."""
+    if isinstance(value, Tensor):
+        yield name, value.detach()
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))

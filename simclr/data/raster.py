@@ -189,7 +189,7 @@ def _tiff(data: bytes, rule: Rule) -> Raster:
     import tifffile
 
     with reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
-        page = file.pages[0]
+        page = file.pages.first
         axes, shape = page.axes, page.shape
         alpha = len(page.extrasamples) == 1 and int(page.extrasamples[0]) in _ALPHA
         tag = page.tags.get(_ORIENTATION)
@@ -199,7 +199,7 @@ def _tiff(data: bytes, rule: Rule) -> Raster:
         raise Unreadable(f"it is no plain picture (axes {axes}, shape {shape})")
     within(shape[axes.index("X")], shape[axes.index("Y")], rule.max_pixels)
     with reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
-        values = file.pages[0].asarray()
+        values = file.pages.first.asarray()
     if values.dtype.kind not in "uifb":
         raise Unreadable(f"its pixels are of type {values.dtype}")
     if inverted:

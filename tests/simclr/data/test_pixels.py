@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import EpsImagePlugin, Image, ImageOps
 
+from pipelines.commands import embed
 from simclr.data import pixels, shards, survey
 from simclr.data.encode import Looked, encode, look
 from simclr.data.manifest import Manifest
@@ -165,6 +167,20 @@ def test_floats_and_signed_numbers(tmp_path: Path) -> None:
     manifest, _ = prepared(tmp_path / "double", doubles, max_skipped_pct=50)
     assert manifest.pixels["ranges"]["floats"] == pytest.approx([1e3, 999e3], rel=0.02)
     assert "none of its pixels is a number" in reasons(tmp_path / "double")["no.tif"]
+
+
+def test_embed_reads_them_by_one_rule_too(tmp_path: Path) -> None:
+    """By a sample of its own files, or as stated for the training images."""
+    (tmp_path / "a.png").write_bytes(png(ramp(0, 4095)))
+    (tmp_path / "b.png").write_bytes(png(ramp(0, 400)))
+    args = embed.Args(encoder=tmp_path, images=(tmp_path,))
+    found = embed._open(args)
+    np.testing.assert_array_equal(found.read(1)[..., 0], np.rint(ramp(0, 400) * (255 / 4095)))
+    found = embed._open(replace(args, value_range=(0.0, 400.0)))
+    np.testing.assert_array_equal(found.read(1)[..., 2], np.rint(ramp(0, 400) * (255 / 400)))
+    found = embed._open(replace(args, bands=(1, 1, 2)))
+    with pytest.raises(embed.Junk, match=r"a\.png is no image that can be read \(it has 1 band, and --bands asks for band 2\)"):
+        found.read(0)
 
 
 def test_a_stated_range_holds_for_all(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from typing import Any, Literal, Self
 from pipelines.tracking.uri import redacted
 from simclr import fields, files
 from simclr.config import RENAMED, Config
+from simclr.data.manifest import digest_of
 from simclr.data.s3.uri import address, copy_of
 from simclr.errors import UserError
 from simclr.stages import STAGES
@@ -241,8 +242,8 @@ def _lines(path: Path) -> list[str]:
 
 
 def manifest_digest(data: Path) -> str:
-    """sha256 of `data`/manifest.json."""
-    return hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest()
+    """sha256 of `data`/manifest.json, but for the modification times in it."""
+    return digest_of((data / "manifest.json").read_bytes())
 
 
 def described(start: dict[str, Any]) -> str:

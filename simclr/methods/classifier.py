@@ -33,6 +33,7 @@ from simclr.precision import autocast
 from simclr.stages import FineTune
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
+from simclr.views.preprocessing import Preprocessing
 
 
 class Scores(nn.Module):
@@ -148,5 +149,7 @@ def test_scores(model: Classifier, config: Config, start: Start) -> dict[str, fl
     """{"eval/top1", "eval/top5"} of the test split's labelled images; {} where there are none."""
     embed = partial(features.embed_split, threads=start.loader_threads)
     with autocast(config.train.precision, start.device):
-        found = embed(model, start.data, "test", config.views, None, start.device, next(model.parameters()).dtype).labelled()
+        found = embed(
+            model, start.data, "test", Preprocessing.of(config.views), None, start.device, next(model.parameters()).dtype
+        ).labelled()
     return {f"eval/{name}": value for name, value in accuracy(found.h, found.y).items()} if len(found.y) else {}

@@ -118,15 +118,10 @@ def _array(path: Path) -> _Images:
 
 
 def _read(path: Path) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    from simclr.data.pixels import Unreadable, reading, upright_rgb
+    from simclr.data.encode import decoded
+    from simclr.data.pixels import Unreadable
 
     try:
-        with reading():
-            image = Image.open(path)
-            image.load()
-        with image:
-            return np.asarray(upright_rgb(image))
+        return decoded(path)
     except Unreadable as error:
         raise Junk(f"{path} is no image that can be read ({error}); leave it out") from None

@@ -85,6 +85,17 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
     return Encoded(item, stored, kind == "jpeg", image.height, image.width, _moments(pixels), digest)
 
 
+def decoded(path: Path) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) of an image file, upright: by the loader's decoder where a shard would hold the file as it is, which is a level or
+    two from Pillow's. Raises Unreadable."""
+    if not (data := _read(path)):
+        raise Unreadable("the file is empty")
+    with reading():
+        opened = Image.open(io.BytesIO(data))
+    as_is = _decoded_as_stored(opened, data, max(opened.size))
+    return np.asarray(upright_rgb(opened)) if as_is is None else as_is
+
+
 def _read(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever

@@ -83,15 +83,15 @@ def test_evaluate_embed_and_pyfunc_see_the_same_pixels_of_photographs(
     data, encoder = prepared(tmp_path / "shards", files, "jpeg"), published(tmp_path / "encoder", size_px)
     h = evaluated(tmp_path / "encoder", data, monkeypatch)
     torch.testing.assert_close(h, embed_split(encoder.encoder, data, "test", Preprocessing.of(Views(**encoder.config["views"]))).h)
-    # The loader rounds a crop to whole numbers after its resize, at most twice.
+    # The loader rounds a crop to whole numbers after its resize, at most twice. Its decoder is FFCV's, with the fast DCT: pixels by
+    # Pillow, with the exact one, would be a level or two off, which moves these features by up to 1.3 % of their norm.
     decoded = [decode(file, *size)[None] for file, size in zip(files, SIZES[size_px], strict=True)]  # type: ignore[index]
     served = EncoderModel(tmp_path / "encoder")
-    within("one decoder", apart(torch.cat([torch.from_numpy(served.predict(image)) for image in decoded]), h), 4e-3)
-    # The loader decodes with the fast DCT, Pillow with the exact one: a level or two apart, here and there.
+    within("pyfunc", apart(torch.cat([torch.from_numpy(served.predict(image)) for image in decoded]), h), 4e-3)
     for i, file in enumerate(files):
         (tmp_path / f"{i}.jpg").write_bytes(file)
     embed.main(embed.Args(tmp_path / "encoder", tuple(tmp_path / f"{i}.jpg" for i in range(len(files))), tmp_path / "features.npz"))
-    within("two decoders", apart(torch.from_numpy(np.load(tmp_path / "features.npz")["features"]), h), 1e-2)
+    within("embed", apart(torch.from_numpy(np.load(tmp_path / "features.npz")["features"]), h), 4e-3)
 
 
 @pytest.mark.parametrize(("size_px", "size"), [(px, size) for px, sizes in SIZES.items() for size in sizes])

@@ -22,6 +22,8 @@ Operation = Literal["crop", "cutout", "colour", "sobel", "noise", "blur", "rotat
 
 RENAMED = {"begins": "encoder_sha256", "labelled": "labels_sha256"}
 """Fields of a stage (`simclr.stages`) by their names before 26 November 2026, which older files and default run directories have."""
+ADDED = {"class_weights": "none"}
+"""Fields that came later, and what older runs did: with this value they are left out of the name of a default run directory."""
 
 
 def _require(condition: bool, message: str) -> None:

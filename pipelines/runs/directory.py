@@ -31,7 +31,7 @@ from typing import Any, Literal, Self
 
 from pipelines.tracking.uri import redacted
 from simclr import fields, files
-from simclr.config import RENAMED, Config
+from simclr.config import ADDED, RENAMED, Config
 from simclr.data.s3.uri import address, copy_of
 from simclr.errors import UserError
 from simclr.stages import STAGES
@@ -238,7 +238,8 @@ def open_run(path: Path | None, recipe: str, config: Config, data: Path, data_at
     digest = manifest_digest(data)
     if path is None:
         old = {new: name for name, new in RENAMED.items()}  # old field names in the key, so that the same command finds older runs
-        key = {old.get(k, k): v for k, v in config.flat().items() if not k.startswith(_OPERATIONAL)}
+        known = {k: v for k, v in config.flat().items() if k not in ADDED or v != ADDED[k]}
+        key = {old.get(k, k): v for k, v in known.items() if not k.startswith(_OPERATIONAL)}
         name = hashlib.sha256(json.dumps([key, digest], sort_keys=True).encode()).hexdigest()[:8]
         path = Path("runs") / f"{recipe}-{name}"
     if (path / "run.json").exists():

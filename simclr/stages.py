@@ -68,9 +68,6 @@ class Distill(Config):
         Config.__post_init__(self)
         _require(self.temperature > 0, f"temperature is {self.temperature}; expected a positive number, v2 uses 0.1 to 1")
         _require(0 < self.alpha <= 1, f"alpha is {self.alpha}; expected above 0 (at 0 nothing would be distilled) and at most 1")
-        warmup, epochs = self.optim.warmup_epochs, self.train.epochs
-        fits = warmup < epochs or self.train.steps is not None
-        _require(fits, f"{warmup:g} epochs of warm-up leave nothing of {epochs:g}; v2 has 5 %: --optim.warmup-epochs {0.05 * epochs:g}")
         _require_plain(self)
 
 

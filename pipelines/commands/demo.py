@@ -81,7 +81,8 @@ def demo(args: Args) -> Result:
         config = replace(config, train=replace(config.train, epochs=args.epochs))
     resources = ray_train.Resources(workers=args.workers)
     config.images_per_rank(args.workers)  # raises before anything is rendered
-    config.steps_per_epoch(args.train)
+    if args.train < config.train.batch_size:
+        raise UserError(f"--train is {args.train}; expected at least {config.train.batch_size} images, a batch")
 
     began = time.monotonic()
     kind = ",coloured" if args.coloured else ""

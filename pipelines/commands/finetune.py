@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -100,17 +100,17 @@ def finetune(args: Args) -> Run:
         if args.class_weights == "balanced":
             say(_weights(loader.labels(data)[ids], classes))
         config = _config(args, directory, len(ids), len(ids) / manifest.examples("train"), labels.digest(ids))
-        args.resources.counts(config)
-        config.steps_per_epoch(len(ids))
+        notes = driver.checked(config, manifest, len(ids), args.resources)
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune")
+        run = replace(run, notes=notes)
         run.save()
         classifiers.write_labels(run, seen)
         if state is not None and not checkpoint.list_checkpoints(run.checkpoints):
             checkpoint.write(run.checkpoints, state, config.train.keep_checkpoints)
 
-    notes: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
+    about: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
     job = driver.Job(
         run=run,
         home=home,
@@ -118,7 +118,7 @@ def finetune(args: Args) -> Run:
         total=config.total_steps(len(ids)),
         uri=uri,
         resources=args.resources,
-        publish=lambda run, method: classifiers.publish(run, classes, config.tap, notes, method),
+        publish=lambda run, method: classifiers.publish(run, classes, config.tap, about, method),
         given={"ids": ids},
     )
     return driver.train(job, began)

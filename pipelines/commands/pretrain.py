@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,12 +52,11 @@ def pretrain(args: Args) -> Run:
     data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # with groups it fetches none: all may not fit here
     manifest = read_manifest(data, look=groups == 1)
     examples, classes = manifest.examples("train", groups), manifest.classes
-    args.resources.counts(config)
-    config.steps_per_epoch(examples)
+    notes = driver.checked(config, manifest, examples, args.resources)
     run, home, uri = driver.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri)
 
     job = driver.Job(
-        run=run,
+        run=replace(run, notes=notes),
         home=home,
         asked=args.run or run.path,
         total=config.total_steps(examples),

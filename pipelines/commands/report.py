@@ -51,6 +51,7 @@ def gather(run: Run) -> ReportData:
         "run": str(run.path),
         "began": time.strftime("%d %B %Y, %H:%M", time.localtime(run.created)),
         **_length(run, history),
+        **({"notes": "; ".join(run.notes)} if run.notes else {}),
         **facts,
         **({"registered as": run.registered} if run.registered else {}),
         **({"MLflow": f"run {run.tracking_run} at {run.tracking_uri}"} if run.tracking_run else {}),

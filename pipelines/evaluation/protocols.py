@@ -56,6 +56,8 @@ def run(
         raise UserError(f"{data} has no labels, and every protocol needs them; leave out --protocol for the effective rank (RankMe)")
     if "sgd" in protocols and settings.limit is not None:
         raise UserError("--limit and --protocol sgd: it draws crops of the whole training split; leave one of them out")
+    if "sgd" in protocols and (settings.batch_size or 0) > (images := manifest.examples("train")):
+        raise UserError(f"--batch-size {settings.batch_size:,} is larger than the training split; use --batch-size {images} or less")
     if "sgd" in protocols and "test" not in manifest.splits:
         raise UserError(f"{data} has no test split, which --protocol sgd cannot hold back for itself; prepare the data with one")
     out.mkdir(parents=True, exist_ok=True)

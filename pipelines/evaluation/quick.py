@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.evaluation.inputs import device_of, held_back, resolve
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
-from pipelines.terminal import Bar
+from pipelines.terminal import Bar, say
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
@@ -73,12 +73,16 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings) -> list[
             bar.update(bar.done, f"{name}: {_score_text(rows[-1])}")
             kept = (train, test)
     assert kept is not None
+    k, voters = settings.k or config.watch.k, len(kept[0].labelled().y)
+    if 0 < voters < k:
+        say(f"kNN: all {voters:,} labelled training images vote, since k is {k:,}; a smaller --k tells more")
+        k = voters
     if (encoder_or_run / "run.json").is_file():
         from pipelines.html.pictures import write_pictures
 
         write_pictures(encoder_or_run / "pictures.npz", config, data, *kept, query_split=sorted(manifest.splits)[0])
         shown = sync.shown(data_at or load_run(encoder_or_run).origin)
-        text = {"scores": rows, "data": shown, "k": settings.k or config.watch.k, "time": time.time()}
+        text = {"scores": rows, "data": shown, "k": k, "time": time.time()}
         files.write_text(encoder_or_run / "evaluation.json", json.dumps(text, indent=1) + "\n")
         load_run(encoder_or_run).took("evaluate", time.monotonic() - began)
     return rows

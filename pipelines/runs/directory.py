@@ -74,6 +74,8 @@ class Run:
     """NAME/VERSION in the registry, once published."""
     stage: str = "pretrain"
     """The command that makes it: pretrain, finetune or distill."""
+    notes: tuple[str, ...] = ()
+    """What it does otherwise than its settings say (`simclr.sense`)."""
 
     @property
     def origin(self) -> str:
@@ -95,6 +97,8 @@ class Run:
         data = self.data if self.data.is_absolute() else os.path.relpath(self.data, self.path)
         text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": self.data_at or str(data)}
         del text["path"], text["data_at"]
+        if not self.notes:
+            del text["notes"]  # earlier versions do not know it
         files.write_text(self.path / "run.json", json.dumps(text, indent=1) + "\n")
 
     def noted(self, **fields: str) -> Self:

@@ -123,8 +123,11 @@ def write_labels(run: Run, seen: Labels) -> None:
 
 
 def batch_for(asked: int | None, usual: int, images: int, workers: int) -> int:
-    """The batch size `asked` for, else the `usual` one. With fewer images than that, the largest number that `workers` share evenly."""
+    """The batch size `asked` for, else the `usual` one or, with fewer images than that, the largest number that `workers` share evenly."""
     if asked is not None:
+        if asked > images:
+            most = images // workers * workers
+            raise UserError(f"--batch-size {asked:,} is larger than the {images:,} images to train on; use --batch-size {most} or less")
         return asked
     size = min(usual, images) // workers * workers
     if size < 2:

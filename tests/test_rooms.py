@@ -31,7 +31,7 @@ LAYERS = [
     ("simclr.train",),
     ("simclr.methods",),
     ("simclr.gradient_cache", "simclr.telemetry"),
-    ("simclr.evaluation",),
+    ("simclr.evaluation", "simclr.sense"),
     ("simclr.encoder",),
     ("simclr.data",),
     ("simclr.networks", "simclr.views", "simclr.loss", "simclr.optim", "simclr.checkpoint", "simclr.stages", "simclr.recipes"),

@@ -13,6 +13,7 @@ from simclr import files
 from simclr.data.encode import digest_of
 from simclr.data.manifest import LISTS, Manifest, read_manifest
 from simclr.data.options import Options, stated
+from simclr.data.sources.reading import essence
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
 
@@ -87,22 +88,24 @@ def unfinished(out: Path) -> list[Path]:
     return [*waiting, *(p for p in (*named, *lists) if p.exists())]
 
 
-def plain(understood: dict[str, object]) -> dict[str, Any]:
-    """As a manifest reads it back."""
-    found: dict[str, Any] = json.loads(json.dumps(understood, sort_keys=True))
-    return found
-
-
 def _require_understood_alike(manifest: Manifest, source: Source, out: object) -> None:
-    now = plain(source.understood)
-    before = manifest.understood
-    if not before and "classes" in now:  # of a manifest from before they were noted the classes alone are known; one class counts as none
-        before = {"classes": list(manifest.classes)}
-        now = {"classes": sorted(now["classes"]) if len(now["classes"]) > 1 else []}
-    differ = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)] if before else []
-    if differ:
-        there, here = (", ".join(f"{key} {_shown(of.get(key))}" for key in differ) for of in (before, now))
-        raise UserError(f"{out} holds shards whose classes were read otherwise: {there} there, {here} now; use another --out")
+    now, before = essence(source.understood), essence(manifest.understood)
+    if not now or now == before:
+        return
+    if not manifest.understood:  # of a manifest from before they were noted the classes alone are known; one class counts as none
+        classes = sorted({label for of in now.values() for label in of})
+        ours = classes if len(classes) > 1 else []
+        if ours == list(manifest.classes):
+            return
+        there, here = _shown(list(manifest.classes)), _shown(ours)
+    else:
+        splits = [split for split in {**before, **now} if before.get(split) != now.get(split)]
+        there, here = (", ".join(f"{split}: {_counted(of.get(split))}" for split in splits) for of in (before, now))
+    raise UserError(f"{out} holds shards whose classes were read otherwise: {there} there, {here} now; use another --out")
+
+
+def _counted(classes: dict[str, int] | None) -> str:
+    return "no such split" if classes is None else f"{sum(classes.values()):,} of {len(classes):,} classes"
 
 
 def _shown(value: Any) -> str:

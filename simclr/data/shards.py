@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from simclr import files
-from simclr.data.agreement import Identity, agreed, content, existing, plain, unfinished
+from simclr.data.agreement import Identity, agreed, content, existing, unfinished
 from simclr.data.copies import copies, shown, write_copies, write_list
 from simclr.data.depth import Rule, deeper, remarks
 from simclr.data.encode import Encoded, encode
@@ -271,7 +271,7 @@ class _Job:
             identity=self.source.identity,
             times=self.source.times,
             content=content((split, digest) for split in notes for note in notes[split] for digest in note.content()),
-            understood=plain(self.source.understood),
+            understood=self.source.understood,
             options=stated(self.options),
             skipped=len(skipped),
             duplicates=len(same),

@@ -7,7 +7,8 @@ from types import CodeType
 
 import pytest
 
-from tests.support.mutation_table import MUTATIONS, Mutation
+from tests.support.mutation import Mutation
+from tests.support.mutation_table import MUTATIONS
 from tests.support.paths import ROOT
 
 

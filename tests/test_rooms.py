@@ -31,7 +31,7 @@ LAYERS = [
     ("simclr.train",),
     ("simclr.methods",),
     ("simclr.gradient_cache", "simclr.telemetry"),
-    ("simclr.evaluation",),
+    ("simclr.evaluation", "simclr.sense"),
     ("simclr.encoder",),
     ("simclr.data",),
     ("simclr.networks", "simclr.views", "simclr.loss", "simclr.optim", "simclr.checkpoint", "simclr.stages", "simclr.recipes"),
@@ -67,6 +67,9 @@ DOORS = {
     "pyarrow": {"simclr/data/sources/parquet.py"},
     # The last for its networks alone.
     "torchvision": {"simclr/data/sources/torchvision.py", "simclr/data/tasks.py", "simclr/encoder/export.py"},
+    "cv2": {"simclr/data/raster.py"},
+    "tifffile": {"simclr/data/raster.py"},
+    "pillow_heif": {"simclr/data/pixels.py"},
     "tensorflow": {"simclr/encoder/tf_checkpoint.py"},
     "onnxruntime": {"simclr/encoder/export.py"},
     "yaml": {"pipelines/commands/cluster.py"},

@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say
 from simclr import files
+from simclr.data.depth import Rule
+from simclr.data.pixels import MOST_PIXELS
 from simclr.data.sources.source import is_image
 from simclr.errors import UserError
 
 _BATCH = 64
+_SAMPLE = 256  # files that decide how pixels of more than 8 bits are scaled
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,13 @@ class Args:
     """Image files, folders of them, or an .npy file of uint8 images (n, H, W, 3)."""
     out: Path = Path("features.npz")
     """File to write: features (n, d) float32 and names (n,)."""
+    value_range: tuple[float, float] | None = None
+    """Black and white point of pixels of more than 8 bits and of floats, as `prepare` said or was told for the training images; without
+    it a sample of these images decides."""
+    bands: tuple[int, int, int] | None = None
+    """Which bands are red, green and blue, as for `prepare`."""
+    max_pixels: int = 2 * MOST_PIXELS
+    """A picture with more pixels is left out."""
 
 
 class Junk(UserError):
@@ -50,7 +60,7 @@ def main(args: Args) -> None:
     if not args.images:
         raise UserError("which images? give files, folders or an .npy file")
     files.require_writable(args.out)
-    images = _open(args.images)
+    images = _open(args)
     import torch
 
     import simclr
@@ -87,7 +97,8 @@ def main(args: Args) -> None:
     print(f"{args.out}: {len(rows)} × {rows.shape[1]} features")
 
 
-def _open(paths: tuple[Path, ...]) -> _Images:
+def _open(args: Args) -> _Images:
+    paths = args.images
     if len(paths) == 1 and paths[0].suffix == ".npy":
         return _array(paths[0])
     found: list[Path] = []
@@ -100,7 +111,8 @@ def _open(paths: tuple[Path, ...]) -> _Images:
             raise UserError(f"no file or folder {path}; expected images")
     if not found:
         raise UserError(f"no images in {', '.join(map(str, paths))}")
-    return _Images([str(f) for f in found], lambda i: _read(found[i]), frozenset(map(str, paths)))
+    rule = _rule(found, args)
+    return _Images([str(f) for f in found], lambda i: _read(found[i], rule), frozenset(map(str, paths)))
 
 
 def _array(path: Path) -> _Images:
@@ -117,16 +129,20 @@ def _array(path: Path) -> _Images:
     return _Images([str(i) for i in range(len(array))], lambda i: np.asarray(array[i]))
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    from simclr.data.pixels import Unreadable, reading, upright_rgb
+def _read(path: Path, rule: Rule) -> NDArray[np.uint8]:
+    from simclr.data.encode import decoded
+    from simclr.data.pixels import Unreadable
 
     try:
-        with reading():
-            image = Image.open(path)
-            image.load()
-        with image:
-            return np.asarray(upright_rgb(image))
+        return decoded(path, rule)
     except Unreadable as error:
         raise Junk(f"{path} is no image that can be read ({error}); leave it out") from None
+
+
+def _rule(paths: list[Path], args: Args) -> Rule:
+    """How pictures of more than 8 bits become 8-bit RGB: as stated, or by a sample of these files."""
+    from simclr.data.options import Options
+    from simclr.data.raster import ranges_of
+
+    options = Options(value_range=args.value_range, bands=args.bands, max_pixels=args.max_pixels)
+    return options.rule({} if args.value_range else ranges_of(paths[:: max(len(paths) // _SAMPLE, 1)], options.rule({})))

@@ -14,8 +14,8 @@ import tyro
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say
 from simclr.data import shards
-from simclr.data.pixels import unread
 from simclr.data.manifest import LISTS, Manifest
+from simclr.data.pixels import unread
 from simclr.data.s3.uri import Address, address, copy_of, locked
 from simclr.data.sources.open import betons_at, open_source
 from simclr.data.sources.reading import Reading, rows_of

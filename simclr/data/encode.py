@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from simclr.data.depth import Rule, Values
 from simclr.data.ffcv.decode import decode
-from simclr.data.pixels import Unreadable, reading, upright_rgb
-from simclr.data.sources.source import Item
+from simclr.data.pixels import Unreadable, reading, within
+from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, opened_file, pillow_image
+from simclr.data.sources.source import Data, Item
 
 PAGE = 1 << 21
 """Bytes: FFCV's smallest page. An image lies within one page."""
-_MOST_PIXELS = 89_478_485  # 256 MiB of RGB in each thread; Pillow itself refuses twice as many
 # Pillow's warnings (corrupt EXIF data, a large image) do not name the file, so a user cannot act on them.
 warnings.filterwarnings("ignore", module="PIL")
 _SAMPLED = 4096  # pixels of an image from which its moments are computed
@@ -38,38 +38,53 @@ class Encoded:
     moments: NDArray[np.float64]
     """(2, 3): per channel mean and mean square, of pixels in [0, 1]."""
     digest: int = 0
-    """64-bit hash of the file's content, unchanged: equal for copies."""
+    """64-bit hash of the file's content, unchanged: equal for copies; 0 = there is none."""
+    skipped: str = ""
+    grey: bool = False
+    """One channel, repeated to three."""
+    rescaled: bool = False
+    """It had more than 8 bits."""
+    clipped: bool = False
+    """More than 1 % of its pixels lay outside the range."""
+    high: float = 0.0
+    """The largest integer before it was rescaled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What is known about an image without encoding it; `skipped` is the reason why it cannot be used."""
+
+    height: int = 0
+    width: int = 0
+    """As a shard would store it."""
+    values: Values | None = None
+    """Its pixels, if they have more than 8 bits."""
     skipped: str = ""
 
 
-def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_quality: int) -> Encoded:
-    """Decode, turn upright, convert to RGB, reduce, and encode as `kind`; or say why not.
+def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_quality: int, rule: Rule | None = None) -> Encoded:
+    """Decode, turn upright, convert to RGB by `rule`, reduce, and encode as `kind`; or say why not.
 
     A JPEG that needs no change is stored as it is, if the loader's own decoder accepts it.
     """
-    digest = 0
+    rule, digest = rule or Rule(), 0
     try:
         if isinstance(item.data, np.ndarray):
-            digest = _digest(item.data.tobytes())
-            image = Image.fromarray(item.data)
+            digest, found = _digest(item.data.tobytes()), Rgb(Image.fromarray(item.data))
         else:
-            data = item.data if isinstance(item.data, bytes) else _read(item.data)
-            if not data:
-                raise Unreadable("the file is empty")
+            data = file_bytes(item.data, rule)
             digest = _digest(data)
-            with reading():
-                opened = Image.open(io.BytesIO(data))
-            as_is = _decoded_as_stored(opened, data, max_side_px) if kind == "jpeg" else None
+            opened = pillow_image(data)
+            # The loader's decoder gives three channels in their own order.
+            as_is = _decoded_as_stored(opened, data, max_side_px) if kind == "jpeg" and opened and rule.bands in (None, (1, 2, 3)) else None
             if as_is is not None:
                 return Encoded(item, data, True, as_is.shape[0], as_is.shape[1], _moments(as_is), digest)
-            if opened.width * opened.height > _MOST_PIXELS and opened.format != "JPEG":  # a JPEG is decoded at a smaller scale
-                raise Unreadable(f"its {opened.width:,} × {opened.height:,} pixels would fill the memory")
-            with reading():
-                opened.draft(None, (max_side_px, max_side_px))  # decodes a far larger JPEG at a smaller scale
-            image = upright_rgb(opened)
-        if max(image.size) > max_side_px:
-            scale = max_side_px / max(image.size)
-            image = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.BOX)
+            _prepare(opened, max_side_px, rule)
+            found = as_rgb(data, opened, rule)
+        image = found.image
+        width, height = _fitted(image.width, image.height, max_side_px)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BOX)
         pixels = np.asarray(image)
         if kind == "raw":
             stored = pixels.tobytes()
@@ -82,16 +97,56 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
             raise Unreadable(f"its {len(stored):,} bytes exceed a page of {PAGE:,}; use a smaller --max-side-px")
     except Unreadable as error:
         return Encoded(item, b"", False, 0, 0, np.zeros((2, 3)), digest, str(error))
-    return Encoded(item, stored, kind == "jpeg", image.height, image.width, _moments(pixels), digest)
+    done = (found.grey, found.rescaled, found.clipped, found.high)
+    return Encoded(item, stored, kind == "jpeg", height, width, _moments(pixels), digest, "", *done)
 
 
-def _read(path: Path) -> bytes:
+def decoded(path: Path, rule: Rule) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) of an image file, upright, 8-bit RGB by `rule`: by the loader's decoder where a shard would hold the file as it is,
+    which is a level or two from Pillow's. Raises Unreadable."""
+    data, image = opened_file(path, rule)
+    if image is not None and rule.bands in (None, (1, 2, 3)):
+        as_is = _decoded_as_stored(image, data, max(image.size))
+        if as_is is not None:
+            return as_is
+    return np.asarray(as_rgb(data, image, rule).image)
+
+
+def look(item: Item, max_side_px: int, rule: Rule) -> Looked:
+    """An image's size in a shard; its pixels are decoded only if they have more than 8 bits."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
-            raise Unreadable("it is no regular file")
-        return path.read_bytes()
-    except OSError as error:  # a broken link, a file that may not be read
-        raise Unreadable(f"the file cannot be read: {error.strerror}") from None
+        if isinstance(item.data, np.ndarray):
+            height, width, values = item.data.shape[0], item.data.shape[1], None
+        else:
+            data = file_bytes(item.data, rule)
+            opened = pillow_image(data)
+            _prepare(opened, max_side_px, rule)
+            height, width, values = measured(data, opened, rule)
+    except Unreadable as error:
+        return Looked(skipped=str(error))
+    width, height = _fitted(width, height, max_side_px)
+    return Looked(height, width, values)
+
+
+def digest_of(data: Data, rule: Rule) -> int:
+    """The digest that `encode` gives the picture; 0 for a file that cannot be read."""
+    try:
+        return _digest(data.tobytes() if isinstance(data, np.ndarray) else file_bytes(data, rule))
+    except Unreadable:
+        return 0
+
+
+def _prepare(opened: Image.Image | None, max_side_px: int, rule: Rule) -> None:
+    """Hold a picture to the limit of its pixels. A far larger JPEG is decoded at a smaller scale, so that it may have twice as many."""
+    if opened is not None:
+        within(opened.width, opened.height, rule.max_pixels * (2 if opened.format in ("JPEG", "MPO") else 1))
+        with reading():
+            opened.draft(None, (max_side_px, max_side_px))
+
+
+def _fitted(width: int, height: int, max_side_px: int) -> tuple[int, int]:
+    scale = max_side_px / max(width, height)
+    return (width, height) if scale >= 1 else (max(round(width * scale), 1), max(round(height * scale), 1))
 
 
 def _digest(data: bytes) -> int:
@@ -99,8 +154,8 @@ def _digest(data: bytes) -> int:
 
 
 def _decoded_as_stored(opened: Image.Image, data: bytes, max_side_px: int) -> NDArray[np.uint8] | None:
-    """Pixels (H, W, 3) of a file that may go into a shard byte for byte: an upright RGB JPEG, not too large, that the loader's
-    own decoder accepts. That decoder refuses errors that Pillow forgives (stray bytes before a marker, a missing end)."""
+    """Pixels (H, W, 3) of a file that may go into a shard byte for byte: an upright RGB JPEG, not too large, that the loader's own
+    decoder accepts. That decoder refuses errors that Pillow forgives (stray bytes before a marker, a missing end)."""
     if opened.format != "JPEG" or opened.mode != "RGB" or max(opened.size) > max_side_px or len(data) > PAGE:
         return None
     with reading():

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr import files, keyed
+from simclr.data.manifest import line_of, name_in
 from simclr.errors import UserError
 
 Ids = NDArray[np.int64]
@@ -40,6 +41,13 @@ def subset(labels: Ids, share: float, seed: int) -> Ids:
     return np.sort(np.concatenate(chosen))
 
 
+def balanced(labels: Ids, classes: int) -> NDArray[np.float64]:
+    """(classes,) weights n / (C · n_c): n labels (n,), n_c of them of class c, C classes that have any; 0 for the others. Their mean over
+    the labels is 1."""
+    counts = np.bincount(labels, minlength=classes)
+    return np.where(counts > 0, len(labels) / np.maximum(np.count_nonzero(counts) * counts, 1), 0.0)
+
+
 def digest(ids: Ids) -> str:
     """sha256 of a set of sample ids."""
     return hashlib.sha256(np.sort(ids).astype("<i8").tobytes()).hexdigest()
@@ -49,7 +57,7 @@ def write(path: Path, ids: Ids, names: Sequence[str] | None, notes: dict[str, ob
     """Write a label file: `notes` as its head, then one image per line, by name if there are `names` (of all images, in order of ids),
     else by id."""
     head = [f"# {key}: {value}" for key, value in notes.items()]
-    files.write_text(path, "\n".join([*head, *(names[i] if names else str(i) for i in ids.tolist())]) + "\n")
+    files.write_text(path, "\n".join([*head, *(line_of(names[i]) if names else str(i) for i in ids.tolist())]) + "\n")
 
 
 def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
@@ -60,8 +68,9 @@ def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
     """
     if not path.is_file():
         raise UserError(f"there is no label file {path}; expected text, one file name or sample id a line")
-    lines = [(number, line.strip()) for number, line in enumerate(files.read_text(path, "save it as UTF-8").splitlines(), 1)]
-    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    text = files.read_text(path, "save it as UTF-8").removeprefix("\ufeff")  # the mark with which Windows begins a text
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, name_in(line)) for number, line in lines if line and not line.startswith("#")]
     if not lines:
         raise UserError(f"{path} lists no image; expected one file name or sample id a line")
     ends = _ends(names, {len(PurePosixPath(line).parts) for _, line in lines if not line.isdigit()}) if names else {}

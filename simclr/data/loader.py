@@ -35,15 +35,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr import keyed
-from simclr.config import Config, Resize
+from simclr.config import Config
 from simclr.data.ffcv.decode import Crops, read_bytes
-from simclr.data.ffcv.resize import KINDS
+from simclr.data.ffcv.resize import KINDS, REDUCE
 from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.data.memory import PAGE, copied, mapped, slots_for
 from simclr.data.s3.uri import Corrupt
 from simclr.telemetry import progress
 from simclr.to_device import to_device
-from simclr.views.draw import Crop, Drawn, boxes_of, centre_boxes, draw_batch
+from simclr.views.draw import Crop, Drawn, boxes_of, draw_batch
+from simclr.views.preprocessing import Preprocessing
 
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
@@ -60,7 +61,7 @@ class Batch:
     epoch: int
     images: tuple[Tensor, ...]
     """uint8. Raw shards: one (n, H, W, 3), whole images. JPEG shards: for each `Crop` (n, count, size, size, 3), and in evaluation
-    one (n, size, size, 3), centre crops."""
+    one (n, size, size, 3), as `Preprocessing` cuts them."""
     ids: Tensor
     """(n,) int64: positions in the split."""
     labels: Tensor
@@ -98,7 +99,7 @@ def batches(
     taken = config.train.batch_size // groups  # from each group, in a step
     crops = crops or (Crop(views=config.views),)
     assert all(crop.views.resize == config.views.resize for crop in crops), "one decode resizes all its crops alike"
-    read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), config.views.resize)
+    read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), KINDS.index(config.views.resize))
     order_of, order = -1, np.empty(0, np.int64)
 
     def batch(step: int) -> Batch:
@@ -119,14 +120,13 @@ def batches(
 def in_order(
     data: Path,
     split: str,
-    size_px: int,
+    preprocessing: Preprocessing,
     batch_size: int,
     limit: int | None = None,
     threads: int = 1,
     rank: int = 0,
     world: int = 1,
     groups: int = 1,
-    resize: Resize = "bicubic",
 ) -> Generator[Batch, None, None]:
     """Every image of a split once, or `limit` of them, in order; a rank gets its consecutive share. With training shards in more than one
     group, it gets a share of its own group.
@@ -134,8 +134,7 @@ def in_order(
     The `limit` images are drawn once, the same for every caller. (Evenly spaced ones would be of a single class where classes take turns
     in the split.)
 
-    Raw shards give whole images; JPEG shards the centre crop of 0.875 of the shorter side, resized to `size_px` by `resize`, which should
-    be that of training (`config.views.resize`).
+    Raw shards give whole images, JPEG shards what `preprocessing` leaves of them, (n, size, size, 3) in whole numbers.
     """
     groups = groups if split == "train" else 1
     rows = _Split(data, split, threads, groups, rank * groups // world)
@@ -143,13 +142,23 @@ def in_order(
     ids = np.sort(keyed.permutation(0, 0, len(rows))[:total]) if total < len(rows) else np.arange(total, dtype=np.int64)
     here, own = world // groups, rank % (world // groups)  # the number of ranks in this group, and this rank's index among them
     ids = ids[total * own // here : total * (own + 1) // here]
-    read, ahead = rows.reader(min(batch_size, max(len(ids), 1)), ((1, size_px),), resize)
+    most, size = min(batch_size, max(len(ids), 1)), preprocessing.size_px
+    boxes = preprocessing.boxes(rows.sizes(ids))
+    large = boxes[:, 2] > 2 * size
+    read, ahead = rows.reader(most, ((1, size),), KINDS.index(preprocessing.resize))
+    reduce = rows.reader(most, ((1, 2 * size),), REDUCE)[0] if not rows.raw and large.any() else None
 
     def batch(number: int) -> Batch:
-        mine = ids[number * batch_size : (number + 1) * batch_size]
-        boxes = None if rows.raw else centre_boxes(rows.sizes(mine))[:, None]
-        batch = rows.batch(read, number, 0, mine, boxes)
-        return batch if rows.raw else replace(batch, images=(batch.images[0][:, 0],))
+        part = slice(number * batch_size, (number + 1) * batch_size)
+        if rows.raw:
+            return rows.batch(read, number, 0, ids[part], None)
+        batch = rows.batch(read, number, 0, ids[part], boxes[part, None])
+        images, some = batch.images[0][:, 0], np.flatnonzero(large[part])
+        if reduce is not None and len(some):
+            (halved,) = rows.batch(reduce, number, 0, ids[part][some], boxes[part][some, None]).images
+            x = preprocessing.from_squares(halved[:, 0].permute(0, 3, 1, 2).float() / 255)
+            images[some] = (x * 255).round().byte().permute(0, 2, 3, 1)
+        return replace(batch, images=(images,))
 
     return _prefetched(batch, range(-(-len(ids) // batch_size)), ahead)
 
@@ -229,18 +238,15 @@ class _Split:
         rows = self.rows[ids]
         return np.stack([rows["height"], rows["width"]], 1).astype(np.int64)
 
-    def reader(
-        self, most: int, shapes: tuple[tuple[int, int], ...], resize: Resize
-    ) -> tuple[Callable[[Any, Any], tuple[Tensor, ...]], int]:
+    def reader(self, most: int, shapes: tuple[tuple[int, int], ...], kind: int) -> tuple[Callable[[Any, Any], tuple[Tensor, ...]], int]:
         """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time; and the number of batches that may
-        be ready before the memory of the caller's batch is reused. `shapes`: (count, size) of the crops."""
+        be ready before the memory of the caller's batch is reused. `shapes`: (count, size) of crops; `kind`: see `ffcv.resize`."""
         operation = SimpleRGBImageDecoder() if self.raw else Crops(shapes)
         operation.accept_globals(self.rows, Compiler.compile(read_bytes))
         _, queries = operation.declare_state_and_memory(State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype("u1")))
         code = _compile(operation, self.threads)
         memory = slots_for(queries, most)
         slots = itertools.cycle(memory)
-        kind = KINDS.index(resize)
         scratch = None if self.raw else np.empty((self.threads, operation.scratch_bytes), np.uint8)
 
         def read(rows: Any, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:

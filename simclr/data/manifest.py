@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +15,7 @@ from simclr.errors import UserError
 
 SCHEMA = 1
 _INSTEAD = "prepare the data again"
-LISTS = ("skipped.csv", "duplicates.csv", "names-train.txt", "names-test.txt")
+LISTS = ("skipped.csv", "duplicates.csv", "conflicts.csv", "names-train.txt", "names-test.txt")
 """Files beside the manifest that training does not read: for people, and for lists of labels by name."""
 
 
@@ -46,12 +48,23 @@ class Manifest:
     source: str
     identity: str = ""
     """A cheap hash of the source's content: a changed archive or folder has another."""
-    options: dict[str, int]
+    times: str = ""
+    """A hash of the files' modification times; "" = not known."""
+    content: str = ""
+    """A hash of the content of every file, in order; "" = not known."""
+    understood: dict[str, Any] = field(default_factory=dict)
+    """How splits and classes were found in the source; {} = not known."""
+    options: dict[str, Any]
     """Options of `simclr prepare`: the same source and options give the same bytes."""
     skipped: int
     """Images that could not be read; skipped.csv names them."""
     duplicates: int = 0
     """Images whose file is a copy of an earlier one, so that they are each other's negatives; duplicates.csv lists them."""
+    conflicts: int = 0
+    """Copies whose first one has another class; conflicts.csv lists them."""
+    pixels: dict[str, Any] = field(default_factory=dict)
+    """How pictures became 8-bit RGB, where they were not: `ranges` (kind of pixels → black, white), `stated` (by the user, not by a
+    sample), and the number of images that are `rescaled`, `clipped` (more than 1 % of the pixels outside) and `grey` (one channel)."""
     versions: dict[str, str]
 
     @property
@@ -95,10 +108,31 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     files.write_text(directory / "manifest.json", manifest.to_json())
 
 
+def digest_of(text: bytes) -> str:
+    """sha256 of a manifest's text but for the modification times: shards that were made from copied files are the same."""
+    return hashlib.sha256(re.sub(rb'(?m)^ "times": .*\n', b"", text)).hexdigest()
+
+
 def write_names(directory: Path, split: str, names: Iterable[str]) -> None:
     """Write names-SPLIT.txt: the name in the source of each image, one a line, in the order of sample ids."""
-    with (directory / f"names-{split}.txt").open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.writelines(name.replace("\n", "\\n") + "\n" for name in names)
+    with (directory / f"names-{split}.txt").open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(line_of(name) + "\n" for name in names)
+
+
+def line_of(name: str) -> str:
+    """A name as a line of a list: as it is, or, if it holds what no line of UTF-8 can (a line break, bytes of another encoding) or would
+    not come back, as a string of JSON."""
+    return json.dumps(name) if re.search(r'[\r\n\ud800-\udfff]|^[\s"#]|\s$', name) else name
+
+
+def name_in(line: str) -> str:
+    """The name that `line_of` wrote. Other lines are names as they are."""
+    if line.startswith('"') and line.endswith('"'):
+        try:
+            return str(json.loads(line))
+        except ValueError:
+            pass
+    return line
 
 
 def read_names(directory: Path, split: str, examples: int) -> list[str] | None:
@@ -109,7 +143,7 @@ def read_names(directory: Path, split: str, examples: int) -> list[str] | None:
     path = directory / f"names-{split}.txt"
     if not path.is_file():
         return None
-    names = files.read_text(path, _INSTEAD).split("\n")[:-1]
+    names = [name_in(line) for line in files.read_text(path, _INSTEAD).split("\n")[:-1]]
     if len(names) != examples:
         raise UserError(f"{path} has {len(names):,} names, the split {examples:,} images; prepare the data again")
     return names

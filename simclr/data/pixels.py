@@ -1,16 +1,26 @@
-"""Pictures as a person would see them: decoded, upright, RGB."""
+"""Pictures as a person would see them: decoded, upright, RGB. The one place that opens them."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import io
 from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from simclr.errors import UserError
 
+# Pillow tells a format by the content, whatever the file's name is. Some of its readers start programs (EPS: Ghostscript), follow paths
+# or read what is no picture, so the formats are named. TGA has no signature and comes last.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+MOST_PIXELS = 89_478_485
+"""256 MiB of RGB in each thread."""
+Image.MAX_IMAGE_PIXELS = None  # `within` has the limit, which a flag moves; Pillow's own is fixed and stops at twice as many
 _ORIENTATION = 0x0112
+_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_EXTRA = "pip install '.[images]'"
 
 
 class Unreadable(UserError):
@@ -19,8 +29,8 @@ class Unreadable(UserError):
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Use it around Pillow's reading calls, and around nothing else. For a damaged file Pillow raises nearly anything (struct.error,
-    IndexError, zlib.error …), which becomes Unreadable here. An exception of our own code is a bug."""
+    """Use it around the reading calls of Pillow and its like, and around nothing else. For a damaged file they raise nearly anything
+    (struct.error, IndexError, zlib.error …), which becomes Unreadable here. An exception of our own code is a bug."""
     try:
         yield
     except Exception as error:
@@ -28,23 +38,76 @@ def reading() -> Iterator[None]:
         raise Unreadable(reason or type(error).__name__) from None
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """EXIF rotation applied, transparency over white, 16 bits reduced to 8, grey, palette and CMYK converted.
+def opened(data: bytes | Path) -> Image.Image:
+    """The picture in a file, its pixels not decoded yet. Raises Unreadable if it is of none of FORMATS, nor HEIC where pillow-heif is
+    installed (the extra `images`)."""
+    if isinstance(data, Path):
+        with reading():
+            data = data.read_bytes()
+    with reading():
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            if data[4:8] != b"ftyp" or data[8:12] not in _HEIF:
+                raise
+        if importlib.util.find_spec("pillow_heif") is None:
+            raise Unreadable(f"HEIC needs pillow-heif ({_EXTRA})")
+        import pillow_heif
 
-    Returns the same object if nothing had to be done. Raises Unreadable if Pillow cannot decode it.
-    """
+        pillow_heif.register_heif_opener()
+        return Image.open(io.BytesIO(data), formats=["HEIF"])
+
+
+def within(width: int, height: int, most: int) -> None:
+    """Raise Unreadable if a picture has more than `most` pixels."""
+    if width * height > most:
+        raise Unreadable(f"its {width:,} × {height:,} pixels would fill the memory; --max-pixels {width * height} reads it")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """EXIF rotation applied, and decoded. Returns the same object if it was upright. Raises Unreadable if Pillow cannot decode it."""
     with reading():
         if image.getexif().get(_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
         image.load()
+    return image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Of a picture of at most 8 bits: EXIF rotation applied, transparency over white, grey, palette and CMYK converted.
+
+    Returns the same object if nothing had to be done. Raises Unreadable if Pillow cannot decode it.
+    """
+    image = upright(image)
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        return Image.fromarray(np.clip(values / (257 if values.max() > 255 else 1), 0, 255).astype(np.uint8)).convert("RGB")
     with reading():  # the palette or the transparency may be invalid
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             return Image.alpha_composite(white, image).convert("RGB")
         return image.convert("RGB")
+
+
+_RAW = "raw files of a camera; export them as JPEG or PNG"
+_VIDEO = "videos; write their frames as JPEG or PNG, in a folder for each class"
+_ARRAYS = "arrays; write them as PNG or TIFF, or give `simclr embed` an .npy of uint8 (n, H, W, 3)"
+_UNREAD = {
+    **dict.fromkeys((".heic", ".heif"), f"need pillow-heif ({_EXTRA})"),
+    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"), _RAW),
+    **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg"), _VIDEO),
+    **dict.fromkeys((".npy", ".npz", ".h5", ".hdf5", ".mat", ".pkl"), _ARRAYS),
+    ".svg": "drawings; render them as PNG",
+    **dict.fromkeys((".eps", ".ps", ".pdf", ".ai"), "pages; render them as PNG"),
+    **dict.fromkeys((".psd", ".xcf", ".kra"), "files of a painting program; export them as PNG"),
+    **dict.fromkeys((".exr", ".hdr"), "of high dynamic range; write them as TIFF of floats"),
+    **dict.fromkeys((".dcm", ".nii"), "medical images; write their slices as PNG or TIFF of 16 bits"),
+    **dict.fromkeys((".svs", ".ndpi", ".mrxs", ".scn", ".czi", ".lif"), "slides of a microscope; cut them into tiles of PNG or TIFF"),
+    **dict.fromkeys((".jxl", ".ico", ".fits"), "of a format that is not read; write them as PNG"),
+}
+
+
+def unread(ending: str) -> str:
+    """Why files with this ending (".svg"), which are pictures to their owner, are not read, and what to do; "" where they are no
+    pictures."""
+    return _UNREAD.get(ending.lower(), "")

@@ -9,88 +9,39 @@ a shard unchanged.
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 from simclr import files
+from simclr.data.agreement import Identity, agreed, content, existing, unfinished
+from simclr.data.copies import copies, shown, write_copies, write_list
+from simclr.data.depth import Rule, deeper, remarks
 from simclr.data.encode import Encoded, encode
 from simclr.data.ffcv.writer import Note, SplitWriter
-from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest, write_manifest, write_names
+from simclr.data.manifest import LISTS, Manifest, Shard, write_manifest, write_names
+from simclr.data.options import Kind, Options, stated
 from simclr.data.sources.source import Item, Source
+from simclr.data.survey import Choice, Unusable, saved, sizes_differ, survey
 from simclr.errors import UserError
 
-_RAW_SIDE_PX = 64
-_LOOKED_AT, _TRIED = 32, 1000  # images that decide raw or jpeg, and how many are tried to find them
+__all__ = ["Identity", "Kind", "Options", "agreed", "existing", "prepare"]
+
 _LOCK = ".writing-lock"
-Kind = Literal["auto", "raw", "jpeg"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """How images are stored."""
-
-    kind: Kind = "auto"
-    """raw: pixels of one size; jpeg: photographs; auto: raw where the first 32 images have one size of at most 64 px."""
-    max_side_px: int = 500
-    """A larger image is reduced until its longer side has this many pixels."""
-    jpeg_quality: int = 90
-    """JPEG quality of images that are encoded here; a JPEG that needs no change is stored as it is."""
-    shard_mib: int = 1024
-    """Approximate size of a shard, in MiB."""
-    max_skipped_pct: float = 1.0
-    """Share of the images, in per cent, that may be unreadable; they are skipped and listed in skipped.csv."""
-
-    def __post_init__(self) -> None:
-        if self.max_side_px < 8:
-            raise UserError(f"--max-side-px is {self.max_side_px}; expected at least 8 pixels")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise UserError(f"--jpeg-quality is {self.jpeg_quality}; expected 1 to 100")
-        if self.shard_mib < 1:
-            raise UserError(f"--shard-mib is {self.shard_mib}; expected at least 1")
-        if not 0 <= self.max_skipped_pct <= 100:
-            raise UserError(f"--max-skipped-pct is {self.max_skipped_pct}; expected 0 to 100")
-
-
-def existing(source: Source, out: Path, options: Options) -> Manifest | None:
-    """The manifest in `out`, if it was made from the same source with the same options; None if `out` is empty or holds an interrupted
-    prepare. Raises UserError if it holds something else, or cannot be written."""
-    files.require_writable(out)
-    if (out / "manifest.json").exists():
-        return agreed(read_manifest(out), source, out, options)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out names a directory for the shards")
-    ours = {path.name for path in _unfinished(out)} if out.exists() else set()
-    left = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.exists() else []
-    if left:
-        raise UserError(f"{out} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
-    return None
-
-
-def agreed(manifest: Manifest, source: Source, out: object, options: Options) -> Manifest:
-    """The `manifest` of `out`. Raises UserError if it was not made from the same source with the same options."""
-    if (manifest.source, manifest.options) != (source.spec, _stated(options)):
-        differ = [f"source {manifest.source}"] if manifest.source != source.spec else []
-        differ += [f"{k} {v}" for k, v in manifest.options.items() if _stated(options).get(k) != v]
-        raise UserError(f"{out} already holds shards made with {', '.join(differ)}; use another --out, or remove it")
-    if manifest.identity and manifest.identity != source.identity:
-        raise UserError(f"{source.spec} has changed since {out} was made from it; use another --out, or remove it")
-    held = sum(manifest.examples(split) for split in manifest.splits) + manifest.skipped
-    if source.total not in (None, held):
-        raise UserError(f"{out} holds {held:,} images, {source.spec} has {source.total:,} now; use another --out, or remove it")
-    return manifest
+_CHOICE = ".writing-choice.json"
+_ENOUGH = 1000  # images of a source of unknown length, from which on their share of unreadable ones counts
 
 
 def prepare(
@@ -101,52 +52,41 @@ def prepare(
     progress: Callable[[int], None],
     resumed: Callable[[int], None] = lambda done: None,
     sealing: Callable[[int, int], None] = lambda done, of: None,
+    *,
+    identity: Identity = "times",
+    says: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Write the shards of `source` and their manifest into the directory `out`; a manifest that it has already is returned.
 
     Labels are the ranks of the sorted class names. The bytes depend on source and options, not on `threads`. progress gets
-    the number of images so far; then, while shards are hashed, sealing gets their bytes so far and in all.
+    the number of images so far; then, while shards are hashed, sealing gets their bytes so far and in all. says gets sentences for the
+    user: what was done to pictures, and why it begins again, where an image shows that the sample had misled.
 
     If it is interrupted, killed or cut off from its source, the full shards stay; the next call continues after them (resumed gets the
-    number of their images), and the bytes are those of an uninterrupted call. Raises UserError if `out` holds something else or another
-    process writes to it; and, with nothing left behind, for fewer than two images, for more unreadable ones than
-    `options.max_skipped_pct`, for raw images of different sizes, for a full disk.
+    number of their images), and the bytes are those of an uninterrupted call. So it is if more images are unreadable than
+    `options.max_skipped_pct`: then, at the latest at the end, it raises UserError, and a call with a larger share goes on. Raises
+    UserError if `out` holds something else or another process writes to it; and, with nothing left behind, for fewer than two images,
+    for raw images of different sizes, for a full disk.
     """
-    found = existing(source, out, options)
+    found = existing(source, out, options, identity)
     if found is not None:
         return found
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
-        job = _Job(source, out, options, ThreadPoolExecutor(threads, thread_name_prefix="encode"), 4 * threads)
         try:
-            return job.run(progress, resumed, sealing)
-        except BaseException as error:
-            job.pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
-            # Wait for full shards that are being flushed to the disk; on Ctrl-C for at most two seconds.
-            wait([f for writer in job.writers.values() for f in writer.flushing], None if isinstance(error, Exception) else 2)
-            written = sum(path.stat().st_size for path in _unfinished(out))
-            for writer in job.writers.values():
-                writer.abandon()
-            if isinstance(error, Unusable) or (isinstance(error, OSError) and error.errno in files.FULL):
-                for path in (*_unfinished(out), *(out / name for name in LISTS)):
-                    path.unlink(missing_ok=True)
-            free = shutil.disk_usage(out).free
-            if made and not list(out.glob(".writing-*.beton.json")):
-                shutil.rmtree(out)
-            if isinstance(error, OSError) and error.errno in files.FULL:
-                raise UserError(
-                    f"no space left on the disk of {out}: its {free / 2**20:,.0f} MiB were full after {written / 2**20:,.0f} MiB of "
-                    "shards; free some, or use another --out"
-                ) from None
-            raise
+            while True:
+                try:
+                    return _Job(source, out, options, threads, identity).whole(_Told(progress, resumed, sealing, says))
+                except Again as again:
+                    says(str(again))
         finally:
-            for pool in (job.pool, job.flushers):
-                pool.shutdown(wait=False, cancel_futures=True)
+            if made and not (out / "manifest.json").exists() and not list(out.glob(".writing-*.beton.json")):
+                shutil.rmtree(out)
 
 
-class Unusable(UserError):
-    """The source cannot be trained on; a resumed prepare would fail in the same way."""
+class Again(Exception):
+    """An image does not fit what the sample decided; the message says what is done instead."""
 
 
 @contextlib.contextmanager
@@ -164,63 +104,133 @@ def _alone(out: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _unfinished(out: Path) -> list[Path]:
-    """Files of an unfinished prepare: temporary files, and shards that have their final name but no manifest yet."""
-    waiting = [p for p in out.iterdir() if ".writing-" in p.name]
-    named = [out / p.name.removeprefix(".writing-").removesuffix(".json") for p in waiting if p.name.endswith(".beton.json")]
-    lists = [out / name for name in LISTS if named]
-    return [*waiting, *(p for p in (*named, *lists) if p.exists())]
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Whom a running prepare tells what."""
+
+    progress: Callable[[int], None]
+    resumed: Callable[[int], None]
+    sealing: Callable[[int, int], None]
+    says: Callable[[str], None]
 
 
 class _Job:
     """A running prepare."""
 
-    def __init__(self, source: Source, out: Path, options: Options, pool: ThreadPoolExecutor, ahead: int) -> None:
-        self.source, self.out, self.options, self.pool, self.ahead = source, out, options, pool, ahead
+    def __init__(self, source: Source, out: Path, options: Options, threads: int, identity: Identity) -> None:
+        self.source, self.out, self.options, self.ahead = source, out, options, 4 * threads
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self.flushers = ThreadPoolExecutor(2, thread_name_prefix="flush")  # own threads: flushing does not wait behind encoding
         self.writers: dict[str, SplitWriter] = {}
+        times = "" if identity == "names" else source.times
+        self.about = [source.spec, source.identity, times, source.total, plain(source.understood), stated(options), _versions()]
 
-    def run(self, progress: Callable[[int], None], resumed: Callable[[int], None], sealing: Callable[[int, int], None]) -> Manifest:
-        kind, bytes_each, items = _decide(self.source, self.options)
-        about = [self.source.spec, self.source.identity, self.source.total, _stated(self.options), kind, _versions()]
-        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    def whole(self, told: _Told) -> Manifest:
+        """Run, and on failure leave full shards, or nothing where they are of no use."""
+        try:
+            return self._run(told)
+        except BaseException as error:
+            self.pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+            # Wait for full shards that are being flushed to the disk; on Ctrl-C for at most two seconds.
+            wait([f for writer in self.writers.values() for f in writer.flushing], None if isinstance(error, Exception) else 2)
+            written = sum(path.stat().st_size for path in unfinished(self.out))
+            for writer in self.writers.values():
+                writer.abandon()
+            full = isinstance(error, OSError) and error.errno in files.FULL
+            if isinstance(error, Unusable) or full:
+                for path in (*unfinished(self.out), *(self.out / name for name in LISTS)):
+                    path.unlink(missing_ok=True)
+            if full:
+                raise UserError(
+                    f"no space left on the disk of {self.out}: its {shutil.disk_usage(self.out).free / 2**20:,.0f} MiB were full after "
+                    f"{written / 2**20:,.0f} MiB of shards; free some, or use another --out"
+                ) from None
+            raise
+        finally:
+            for pool in (self.pool, self.flushers):
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, told: _Told) -> Manifest:
+        choice = saved(self.out / _CHOICE, _hash(self.about)) or survey(self.source, self.options, self.pool)
+        choice.save(self.out / _CHOICE, _hash(self.about))
+        rule, key = self.options.rule(choice.ranges), _hash([self.about, choice.kind, choice.ranges])
         behind = {}
         for split in ("train", "test"):
             self.writers[split] = SplitWriter(self.out, split, self.options.shard_mib << 20, key, self.flushers)
             behind[split] = self.writers[split].resume()
         count = sum(behind.values())
         kept = {f".writing-{name}{end}" for w in self.writers.values() for name, _ in w.full for end in ("", ".json")}
-        for path in _unfinished(self.out):
-            if path.name not in kept and path.name != _LOCK:
+        for path in unfinished(self.out):
+            if path.name not in (*kept, _LOCK, _CHOICE):
                 path.unlink(missing_ok=True)
         if count:
-            resumed(count)
+            told.resumed(count)
         if self.source.total is not None:
             # A lower bound: if more is needed, a write fails later.
-            files.require_space(self.out, (self.source.total - count) * bytes_each, "at least", "use another --out")
-        self._fill(kind, _skipping(items, behind), progress, count)
-        return self._finish(kind, sealing)
+            files.require_space(self.out, (self.source.total - count) * choice.bytes_each, "at least", "use another --out")
+        self._fill(choice, rule, _skipping(self.source.items(), behind), told.progress, count)
+        return self._finish(choice, rule, told)
 
-    def _fill(self, kind: Literal["raw", "jpeg"], items: Iterator[Item], progress: Callable[[int], None], count: int) -> None:
+    def _fill(self, choice: Choice, rule: Rule, items: Iterator[Item], progress: Callable[[int], None], count: int) -> None:
         size: tuple[int, int] | None = None
-        for note in (note for writer in self.writers.values() for note in writer.notes() if note.which):
+        for note in (note for note in self._notes() if note.which):
             size = note.height_px[0], note.width_px[0]
-        for encoded in _in_order(self.pool, items, kind, self.options, self.ahead):
+        seen, skipped = sum(note.items for note in self._notes()), sum(len(note.skipped) for note in self._notes())
+        self._require_readable(skipped, seen)  # of a prepare that stopped for this, under the share that is allowed now
+        for encoded in _in_order(self.pool, items, choice.kind, self.options, rule, self.ahead):
             writer = self.writers[encoded.item.split]
+            seen += 1
             if encoded.skipped:
-                writer.note.skip(encoded.item.name, encoded.skipped)
+                writer.note.skip(encoded)
+                skipped += 1
+                self._require_readable(skipped, seen)
                 continue
             size = size or (encoded.height, encoded.width)
-            if kind == "raw" and size != (encoded.height, encoded.width):
-                raise Unusable(
+            if choice.kind == "raw" and size != (encoded.height, encoded.width):
+                if self.options.kind == "raw":
+                    raise Unusable(sizes_differ(encoded.item.name, (encoded.height, encoded.width), size))
+                self._again(
+                    replace(choice, kind="jpeg", bytes_each=1 << 8),
                     f"{encoded.item.name} has {encoded.width} × {encoded.height} px, the images before it {size[1]} × {size[0]}; "
-                    "raw shards hold one size: use --kind jpeg"
+                    "it begins again and stores JPEG",
+                )
+            if encoded.rescaled and (ranges := deeper(rule, encoded.high)):
+                self._again(
+                    replace(choice, ranges=ranges),
+                    f"{encoded.item.name} has pixels up to {encoded.high:,.0f}, the images of the sample none above "
+                    f"{rule.ranges['integers'][1]:,.0f}; it begins again with white at {ranges['integers'][1]:,.0f}",
                 )
             writer.add(encoded)
             count += 1
             progress(count)
+        self._require_readable(skipped, seen, ended=True)
 
-    def _finish(self, kind: Literal["raw", "jpeg"], sealing: Callable[[int, int], None]) -> Manifest:
+    def _again(self, choice: Choice, sentence: str) -> NoReturn:
+        choice.save(self.out / _CHOICE, _hash(self.about))
+        raise Again(sentence)
+
+    def _require_readable(self, skipped: int, seen: int, ended: bool = False) -> None:
+        """Raise UserError once more images are skipped than may be: of all where their number is known, else of those seen so far."""
+        most, total = self.options.max_skipped_pct, self.source.total
+        of = seen if ended or total is None else max(total, seen)
+        if skipped <= most / 100 * of or (not ended and total is None and seen < _ENOUGH):
+            return
+        first = "" if ended or seen == total else "the first "
+        rows = [row for note in self._notes() for row in note.skipped]
+        reasons = Counter(reason for _, reason in rows).most_common(3)
+        done = sum(note.items for writer in self.writers.values() for _, note in writer.full)
+        stays = f"; the same command then goes on behind the {done:,} images that are done" if done else ""
+        raise UserError(
+            f"{skipped:,} of {first}{seen:,} images of {self.source.spec} cannot be read, more than {most:g} %"
+            f"{f' of all {total:,}' if first and total else ''}; the first: {': '.join(rows[0])}; "
+            f"most often: {', '.join(f'{reason} ({times})' for reason, times in reasons)}; "
+            f"mend the source, or allow more with --max-skipped-pct {math.ceil(1000 * skipped / seen) / 10:g}{stays}"
+        )
+
+    def _notes(self) -> list[Note]:
+        return [note for writer in self.writers.values() for note in writer.notes()]
+
+    def _finish(self, choice: Choice, rule: Rule, told: _Told) -> Manifest:
         notes = {split: writer.notes() for split, writer in self.writers.items()}
         everything = [note for split in notes for note in notes[split]]
         count, skipped = sum(len(note.which) for note in everything), [row for note in everything for row in note.skipped]
@@ -228,14 +238,6 @@ class _Job:
             why = f" ({len(skipped)} could not be read, the first: {': '.join(skipped[0])})" if skipped else ""
             usable = f"{count} usable image{'s' * (count != 1)}"
             raise Unusable(f"{self.source.spec} has {usable} to train on{why}; contrasting needs at least 2")
-        most = self.options.max_skipped_pct
-        if len(skipped) > most / 100 * (count + len(skipped)):
-            reasons = Counter(reason for _, reason in skipped).most_common(3)
-            raise Unusable(
-                f"{len(skipped)} of {count + len(skipped)} images of {self.source.spec} cannot be read, more than {most:g} %; "
-                f"the first: {': '.join(skipped[0])}; most often: {', '.join(f'{reason} ({times})' for reason, times in reasons)}; "
-                "mend the source, or allow more with --max-skipped-pct"
-            )
         # Only now, at the end of the stream, is the rank of a class name known. A single folder of images names no classes.
         labels = {label for note in everything for label in note.labels if label is not None}
         classes = tuple(sorted(labels)) if len(labels) > 1 else ()
@@ -244,36 +246,46 @@ class _Job:
         for split, writer in self.writers.items():
             for shard in writer.seal(classes, self.pool):
                 splits[split] = (*splits.get(split, ()), shard)
-                sealing(sealed := sealed + shard.bytes, written)
+                told.sealing(sealed := sealed + shard.bytes, written)
         for shard in (s for shards in splits.values() for s in shards):
             (self.out / f".writing-{shard.name}").rename(self.out / shard.name)
-        copies = _copies(notes)
-        _write_list(self.out / "skipped.csv", ("name", "reason"), skipped)
-        _write_list(self.out / "duplicates.csv", ("split", "sample", "same_as_split", "same_as_sample"), copies)
+        same, conflicts = copies(notes)
+        write_list(self.out / "skipped.csv", ("name", "reason"), skipped)
+        write_copies(self.out, same, conflicts)
         for split in splits:
             if all(len(note.names) == len(note.which) for note in notes[split]):
                 write_names(self.out, split, (name for note in notes[split] for name in note.names))
         mean, square = np.sum([note.sums for note in notes["train"]], 0) / sum(len(note.which) for note in notes["train"])
         sides = [[side for note in everything for side in getattr(note, name)] for name in ("height_px", "width_px")]
+        counts: dict[str, Any] = {name: sum(note.counts[name] for note in everything) for name in everything[0].counts}
+        pixels = counts | {"ranges": {kind: [*found] for kind, found in rule.ranges.items()}, "stated": rule.stated}
         manifest = Manifest(
             splits=splits,
             classes=classes,
-            kind=kind,
+            kind=choice.kind,
             height_px=(min(sides[0]), max(sides[0])),
             width_px=(min(sides[1]), max(sides[1])),
             mean=tuple(round(float(m), 6) for m in mean),  # type: ignore[arg-type]
             std=tuple(round(float(s), 6) for s in np.sqrt(np.maximum(square - mean**2, 0))),  # type: ignore[arg-type]
             source=self.source.spec,
             identity=self.source.identity,
-            options=_stated(self.options),
+            times=self.source.times,
+            content=content((split, digest) for split in notes for note in notes[split] for digest in note.content()),
+            understood=self.source.understood,
+            options=stated(self.options),
             skipped=len(skipped),
-            duplicates=len(copies),
+            duplicates=len(same),
+            conflicts=len(conflicts),
+            pixels=pixels if any(pixels[name] for name in everything[0].counts) else {},
             versions=_versions(),
         )
         write_manifest(self.out, manifest)
-        for path in _unfinished(self.out):
+        for path in unfinished(self.out):
             if ".writing-" in path.name:
                 path.unlink()
+        for line in (*remarks(manifest.pixels), shown(conflicts)):
+            if line:
+                told.says(line)
         return manifest
 
 
@@ -286,74 +298,24 @@ def _skipping(items: Iterator[Item], behind: dict[str, int]) -> Iterator[Item]:
             yield item
 
 
-def _copies(notes: dict[str, list[Note]]) -> list[tuple[str, int, str, int]]:
-    """Samples that are copies of an earlier one: (split, sample, split and sample of the first)."""
-    first: dict[int, tuple[str, int]] = {}
-    copies = []
-    for split in notes:
-        for sample, digest in enumerate(digest for note in notes[split] for digest in note.digests):
-            if digest in first:
-                copies.append((split, sample, *first[digest]))
-            else:
-                first[digest] = (split, sample)
-    return copies
-
-
-def _write_list(path: Path, head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
-    """Write a CSV file, if there are rows."""
-    if rows:
-        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            csv.writer(file).writerows([head, *rows])
+def _hash(about: object) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("ffcv", "pillow", "numpy")}
 
 
-def _stated(options: Options) -> dict[str, int]:
-    kinds = {"auto": 0, "raw": 1, "jpeg": 2}
-    return {
-        "kind": kinds[options.kind],
-        "max_side_px": options.max_side_px,
-        "jpeg_quality": options.jpeg_quality,
-        "shard_mib": options.shard_mib,
-    }
-
-
-def _decide(source: Source, options: Options) -> tuple[Literal["raw", "jpeg"], int, Iterator[Item]]:
-    """raw or jpeg, by the first readable images; the least bytes per image; and all items, including those read here."""
-    items = source.items()
-    seen: list[Item] = []
-    # Tried as JPEG unless raw was asked for: pixels of a photograph may exceed a page.
-    trial: Literal["raw", "jpeg"] = "raw" if options.kind == "raw" else "jpeg"
-    sizes: list[tuple[int, int]] = []
-    for item in itertools.islice(items, _TRIED):
-        seen.append(item)
-        first = encode(item, trial, options.max_side_px, options.jpeg_quality)
-        if not first.skipped:
-            sizes.append((first.height, first.width))
-        if len(sizes) == _LOOKED_AT or (sizes and max(sizes[-1]) > _RAW_SIDE_PX):
-            break
-    if not sizes:
-        reason = f"; the first: {seen[0].name}: {encode(seen[0], trial, options.max_side_px, options.jpeg_quality).skipped}" if seen else ""
-        raise UserError(f"{source.spec} has no image that can be read ({len(seen)} tried{reason}); expected JPEG, PNG or other pictures")
-    small = len(set(sizes)) == 1 and max(sizes[0]) <= _RAW_SIDE_PX
-    everything = itertools.chain(seen, items)
-    if options.kind == "raw" or (options.kind == "auto" and small):
-        return "raw", 3 * sizes[0][0] * sizes[0][1], everything
-    return "jpeg", 1 << 8, everything
-
-
 def _in_order(
-    pool: ThreadPoolExecutor, items: Iterator[Item], kind: Literal["raw", "jpeg"], options: Options, ahead: int
+    pool: ThreadPoolExecutor, items: Iterator[Item], kind: Literal["raw", "jpeg"], options: Options, rule: Rule, ahead: int
 ) -> Iterator[Encoded]:
     """Encoded images in the order of the source, whichever thread is done first, at most `ahead` chunks in memory."""
     pending: deque[Future[list[Encoded]]] = deque()
-    size = 64 if kind == "raw" else 4
+    size, how = 64 if kind == "raw" else 4, (kind, options.max_side_px, options.jpeg_quality, rule)
     while True:
         chunk = list(itertools.islice(items, size))
         if chunk:
-            pending.append(pool.submit(lambda rows: [encode(row, kind, options.max_side_px, options.jpeg_quality) for row in rows], chunk))
+            pending.append(pool.submit(lambda rows: [encode(row, *how) for row in rows], chunk))
         if pending and (not chunk or len(pending) >= ahead):
             yield from pending.popleft().result()
         if not chunk and not pending:

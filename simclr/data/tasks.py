@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from simclr import files
-from simclr.data.pixels import Unreadable, reading
+from simclr.data.pixels import Unreadable, opened, reading
 from simclr.errors import UserError
 
 Metric = Literal["top1", "mean_per_class", "map11"]
@@ -267,7 +267,7 @@ class _Files:
 
     def __getitem__(self, index: Any) -> Any:
         try:
-            with reading(), Image.open(self.files[index]) as image:
+            with reading(), opened(self.files[index]) as image:
                 return image.convert("RGB"), self.labels[index]
         except Unreadable as error:
             raise UserError(f"{self.files[index]} cannot be read: {error}; {_MEND}") from None

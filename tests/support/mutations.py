@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.support.mutation_table import MUTATIONS, Mutation
+from tests.support.mutation import Mutation
+from tests.support.mutation_table import MUTATIONS
 from tests.support.paths import ROOT
 
 _PATIENCE_S = 900

@@ -56,6 +56,10 @@ class Note:
     """Per sample, the hash of its content."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Name and reason of each image that could not be used."""
+    unused: list[tuple[int, int]] = field(default_factory=list)
+    """Of each of these, its place among the images of this note, and the hash of its content."""
+    counts: dict[str, int] = field(default_factory=lambda: {"grey": 0, "rescaled": 0, "clipped": 0})
+    """Samples that had one channel, had more than 8 bits, had pixels outside the range."""
     sums: list[list[float]] = field(default_factory=lambda: [[0.0] * 3, [0.0] * 3])
     """(2, 3): sums of the samples' moments."""
     height_px: list[int] = field(default_factory=list)
@@ -64,10 +68,17 @@ class Note:
     bytes: int = 0
     """Size of the finished file."""
 
-    def skip(self, name: str, reason: str) -> None:
+    def skip(self, encoded: Encoded) -> None:
         """Count an image that could not be used."""
+        self.unused.append((self.items, encoded.digest))
         self.items += 1
-        self.skipped.append((name, reason))
+        self.skipped.append((encoded.item.name, encoded.skipped))
+
+    def content(self) -> Iterator[int]:
+        """The hash of every image that this note accounts for, in the source's order."""
+        unused, used = dict(self.unused), iter(self.digests)
+        for place in range(self.items):
+            yield unused[place] if place in unused else next(used)
 
     def add(self, encoded: Encoded, places: dict[str | None, int]) -> None:
         """Count an image that is being stored; `places` has the index of each class in `labels`."""
@@ -80,6 +91,8 @@ class Note:
         if not isinstance(encoded.item.data, np.ndarray):
             self.names.append(encoded.item.name)
         self.digests.append(encoded.digest)
+        for name in self.counts:
+            self.counts[name] += getattr(encoded, name)
         self.sums = (np.array(self.sums) + encoded.moments).tolist()
         self.height_px = [min([*self.height_px, encoded.height]), max([*self.height_px, encoded.height])]
         self.width_px = [min([*self.width_px, encoded.width]), max([*self.width_px, encoded.width])]

@@ -11,6 +11,7 @@ from simclr.data.sources.archives import archive_tree, archives_tree, braces_tre
 from simclr.data.sources.folder import folder_tree, walk
 from simclr.data.sources.joined import joined
 from simclr.data.sources.layout import understand
+from simclr.data.sources.parquet import is_parquet_folder, parquet_tree
 from simclr.data.sources.patterns import patterns_source
 from simclr.data.sources.reading import Reading
 from simclr.data.sources.s3 import s3_archive, s3_prefix
@@ -56,9 +57,8 @@ def _tree(spec: str) -> Tree:
         if path.suffix.lower() == ".parquet":
             return parquet_tree(path)
         if not is_archive_file(path):
-            raise UserError(
-                f"{path} is no archive and no table; expected a folder, one of {', '.join((*ARCHIVES, '.zip', '.parquet'))}, or a dataset's name"
-            )
+            known = ", ".join((*ARCHIVES, ".zip", ".parquet"))
+            raise UserError(f"{path} is no archive and no table; expected a folder, one of {known}, or a dataset's name")
         return archive_tree(path)
     if "{" in spec and "}" in spec:
         return braces_tree(spec)

@@ -104,6 +104,12 @@ class Understood:
         }
 
 
+def essence(understood: dict[str, Any]) -> dict[str, Any]:
+    """What of a manifest's `understood` two sources must have in common: how many pictures of each class a split has. Words, notes and
+    files that are left out may differ."""
+    return {name: split["classes"] for name, split in understood.get("splits", {}).items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of the table of splits."""

@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,11 @@ class Source:
                 yield from self.read(Part(part.name, tuple(chosen)))
 
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"}
+    | {".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
+    | ({".heic", ".heif"} if find_spec("pillow_heif") else set())  # the extra `images`; without it `pixels.unread` says so
+)
 TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".jsonl", ".mat"})
 _JUNK = frozenset({"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "__pycache__"})
 PART_IMAGES = 1024

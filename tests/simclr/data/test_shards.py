@@ -7,7 +7,7 @@ import errno
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from simclr.data import shards
 from simclr.data.ffcv import writer
 from simclr.data.ffcv.decode import decode
 from simclr.data.manifest import Manifest, read_manifest
-from simclr.data.sources.open import open_source
 from simclr.data.sources.source import Item, Source
 from simclr.data.verify import verify
 from simclr.errors import UserError
+from tests.support.sources import breaking, patterns, source_of, source_of_files
 
 # isort: split
 from ffcv.fields.basics import IntDecoder
@@ -41,11 +41,6 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def source(files: list[bytes], labels: str | None = None, spec: str = "made") -> Source:
-    items = [Item("train", labels and labels[i % len(labels)], f"{i}.jpg", data) for i, data in enumerate(files)]
-    return Source(spec, len(items), lambda: iter(items))
-
-
 def prepare(what: Source, out: Path, threads: int = 2, **options: Any) -> Manifest:
     return shards.prepare(what, out, shards.Options(**options), threads, lambda count: None)
 
@@ -60,7 +55,7 @@ def stored(out: Path, split: str = "train") -> list[bytes]:
 
 
 def test_the_loader_of_ffcv_reads_them(tmp_path: Path) -> None:
-    what = open_source("patterns:train=50,test=10,size=16")
+    what = patterns(50, 10, 16)
     manifest = prepare(what, tmp_path / "out")
     assert (manifest.kind, manifest.height_px, manifest.examples("train"), manifest.examples("test")) == ("raw", (16, 16), 50, 10)
     pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
@@ -72,15 +67,15 @@ def test_the_loader_of_ffcv_reads_them(tmp_path: Path) -> None:
 
 
 def test_labels_are_ranks_of_class_names_that_come_in_any_order(tmp_path: Path) -> None:
-    manifest = prepare(source([encoded(noise(80, 80, i)) for i in range(6)], "cab"), tmp_path / "out")
+    manifest = prepare(source_of_files([encoded(noise(80, 80, i)) for i in range(6)], "cab"), tmp_path / "out")
     assert manifest.classes == ("a", "b", "c")
     assert Reader(str(tmp_path / "out/train-00000.beton")).metadata["f1"].tolist() == [2, 0, 1] * 2
-    assert prepare(source([encoded(noise(80, 80, i)) for i in range(2)]), tmp_path / "flat").classes == ()
+    assert prepare(source_of_files([encoded(noise(80, 80, i)) for i in range(2)]), tmp_path / "flat").classes == ()
     assert Reader(str(tmp_path / "flat/train-00000.beton")).metadata["f1"].tolist() == [-1, -1]
 
 
 def test_the_bytes_are_the_same_whatever_the_threads(tmp_path: Path) -> None:
-    what = source([encoded(noise(150, 200, i), "PNG") for i in range(60)], "xyz")
+    what = source_of_files([encoded(noise(150, 200, i), "PNG") for i in range(60)], "xyz")
     one, three = prepare(what, tmp_path / "1", 1, shard_mib=1), prepare(what, tmp_path / "3", 3, shard_mib=1)
     assert one == three and len(one.splits["train"]) > 1
     assert sum(shard.samples for shard in one.splits["train"]) == 60
@@ -90,7 +85,7 @@ def test_the_bytes_are_the_same_whatever_the_threads(tmp_path: Path) -> None:
 
 
 def test_no_image_lies_across_two_pages(tmp_path: Path) -> None:
-    prepare(source([encoded(noise(400, 500, i), quality=100) for i in range(12)]), tmp_path / "out")
+    prepare(source_of_files([encoded(noise(400, 500, i), quality=100) for i in range(12)]), tmp_path / "out")
     table = Reader(str(tmp_path / "out/train-00000.beton")).alloc_table
     assert (table["ptr"] // writer.PAGE == (table["ptr"] + table["size"] - 1) // writer.PAGE).all()
     assert table["ptr"].max() > 2 * writer.PAGE
@@ -98,7 +93,7 @@ def test_no_image_lies_across_two_pages(tmp_path: Path) -> None:
 
 def test_a_jpeg_that_needs_no_change_is_stored_as_it_is(tmp_path: Path) -> None:
     files = [encoded(noise(100, 120, i), quality=70) for i in range(3)]
-    prepare(source(files), tmp_path / "out")
+    prepare(source_of_files(files), tmp_path / "out")
     assert stored(tmp_path / "out") == files
 
 
@@ -115,7 +110,7 @@ def test_images_that_need_a_change_are_changed_as_a_person_would_expect(tmp_path
         encoded(Image.new("L", (80, 80), 77), "PNG"),
         encoded(Image.new("RGB", (2000, 1000), (10, 20, 30))),
     ]
-    manifest = prepare(source(files), tmp_path / "out")
+    manifest = prepare(source_of_files(files), tmp_path / "out")
     images = [np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in stored(tmp_path / "out")]
     assert [image.shape for image in images] == [(120, 80, 3), *[(80, 80, 3)] * 4, (250, 500, 3)]
     assert (manifest.height_px, manifest.width_px, manifest.skipped) == ((80, 250), (80, 500), 0)
@@ -132,14 +127,14 @@ def test_a_jpeg_that_only_pillow_forgives_is_stored_anew(tmp_path: Path) -> None
     scan = good.index(b"\xff\xda")
     stray = good[:scan] + b"\x00\x07" + good[scan:]  # bytes before a marker: libjpeg warns and goes on
     assert decode(good, 100, 100) is not None and decode(stray, 100, 100) is None
-    manifest = prepare(source([good, stray]), tmp_path / "out")
+    manifest = prepare(source_of_files([good, stray]), tmp_path / "out")
     first, second = stored(tmp_path / "out")
     assert manifest.skipped == 0 and first == good and second != stray
     assert decode(second, 100, 100) is not None
 
 
 def test_mean_and_standard_deviation_are_those_of_the_pixels(tmp_path: Path) -> None:
-    grey = source([encoded(Image.new("RGB", (8, 8), (shade, 51, 255)), "PNG") for shade in (0, 102)])
+    grey = source_of_files([encoded(Image.new("RGB", (8, 8), (shade, 51, 255)), "PNG") for shade in (0, 102)])
     manifest = prepare(grey, tmp_path / "out")
     assert manifest.mean == (0.2, 0.2, 1.0) and manifest.std == (0.2, 0.0, 0.0)
 
@@ -148,7 +143,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
     good = encoded(noise(90, 90))
     files = [good] * 399
     files[7], files[9], files[11] = b"", b"no image", good[: len(good) // 2]
-    manifest = prepare(source(files), tmp_path / "out")
+    manifest = prepare(source_of_files(files), tmp_path / "out")
     assert (manifest.skipped, manifest.examples("train")) == (3, 396)
     with (tmp_path / "out/skipped.csv").open(newline="") as file:
         rows = list(csv.reader(file))
@@ -162,18 +157,18 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
         ([], {}, r"no image that can be read \(0 tried\)"),
         ([encoded(noise(9, 9))], {}, "has 1 usable image to train on"),
         ([encoded(noise(90, 90))] * 50 + [b""], {}, r"1 of 51 images of made cannot be read, more than 1 %; .* 50.jpg.*--max-skipped"),
-        ([encoded(noise(9, 9))] * 40 + [encoded(noise(9, 8))], {}, "40.jpg has 8 × 9 px, the images before it 9 × 9"),
+        ([encoded(noise(9, 9))] * 40 + [encoded(noise(9, 8))], {"kind": "raw"}, "40.jpg has 8 × 9 px, the images before it 9 × 9"),
         ([encoded(noise(900, 900))] * 3, {"kind": "raw", "max_side_px": 900}, "exceed a page"),
     ],
 )
 def test_bad_sources_are_a_user_error_and_leave_nothing(tmp_path: Path, files: list[bytes], options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        prepare(source(files), tmp_path / "out", **options)
+        prepare(source_of_files(files), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_small_images_of_several_sizes_are_photographs(tmp_path: Path) -> None:
-    assert prepare(source([encoded(noise(9, 9)), encoded(noise(9, 8))]), tmp_path / "out").kind == "jpeg"
+    assert prepare(source_of_files([encoded(noise(9, 9)), encoded(noise(9, 8))]), tmp_path / "out").kind == "jpeg"
 
 
 def interrupt(at: int) -> Callable[[int], None]:
@@ -185,7 +180,7 @@ def interrupt(at: int) -> Callable[[int], None]:
 
 
 def test_interrupted_before_a_shard_is_full_it_leaves_nothing(tmp_path: Path) -> None:
-    what = open_source("patterns:train=300,test=30,size=16")
+    what = patterns(300, 30, 16)
     with pytest.raises(KeyboardInterrupt):
         shards.prepare(what, tmp_path / "out", shards.Options(), 2, interrupt(100))
     assert not (tmp_path / "out").exists()
@@ -195,13 +190,13 @@ def test_interrupted_before_a_shard_is_full_it_leaves_nothing(tmp_path: Path) ->
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "test-00000.beton", "train-00000.beton"]
 
 
-def mixed(skips: bool = True) -> Source:
+def mixed(skips: bool = True, **more: Any) -> Source:
     """Ninety PNGs in both splits, by turns, of three classes; one in thirty is no image; one is a copy."""
     items = []
     for i in range(90):
         data = b"no image" if skips and i % 30 == 29 else encoded(noise(150, 200, 3 if i == 50 else i), "PNG")
         items.append(Item("test" if i % 5 == 4 else "train", "cab"[i % 3], f"{i}.png", data))
-    return Source("mixed", len(items), lambda: iter(items))
+    return source_of(items, "mixed", **more)
 
 
 @pytest.mark.parametrize("stop", [40, 75, "sealing", "naming"])
@@ -248,7 +243,7 @@ def test_shards_of_another_source_are_not_resumed(tmp_path: Path) -> None:
     manifest = shards.prepare(mixed(False), tmp_path / "out", shards.Options(shard_mib=2), 2, lambda count: None, resumed=went_on.append)
     assert not went_on and manifest.skipped == 0 and not any(found.wrong for found in verify(tmp_path / "out"))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        *("manifest.json", "duplicates.csv", "names-train.txt", "names-test.txt"),
+        *("manifest.json", "duplicates.csv", "conflicts.csv", "names-train.txt", "names-test.txt"),
         *(s.name for split in manifest.splits.values() for s in split),
     }
 
@@ -278,22 +273,22 @@ def test_a_full_disk_is_a_user_error_and_leaves_nothing(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(writer.os, "fsync", full)
     with pytest.raises(UserError, match="no space left on the disk of"):
-        prepare(open_source("patterns:train=20,test=5"), tmp_path / "out")
+        prepare(patterns(20, 5), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match="0 MiB free, 1 MiB needed at least"):
-        prepare(open_source("patterns:train=400,test=5"), tmp_path / "out")
+        prepare(patterns(400, 5), tmp_path / "out")
 
 
 def test_existing_shards_are_kept(tmp_path: Path) -> None:
-    what = open_source("patterns:train=20,test=5")
+    what = patterns(20, 5)
     manifest = prepare(what, tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert prepare(what, tmp_path / "out") == manifest
     with pytest.raises(UserError, match="already holds shards made with jpeg_quality 90"):
         prepare(what, tmp_path / "out", jpeg_quality=80)
     with pytest.raises(UserError, match="already holds shards made with source patterns:train=20"):
-        prepare(open_source("patterns:train=21,test=5"), tmp_path / "out")
+        prepare(patterns(21, 5), tmp_path / "out")
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("…")
@@ -309,7 +304,7 @@ def corrupt(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 def test_the_manifest_reads_back_and_names_what_is_wrong(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    manifest = prepare(open_source("patterns:train=20,test=5"), out)
+    manifest = prepare(patterns(20, 5), out)
     assert read_manifest(out) == manifest == Manifest.from_json(manifest.to_json())
     with pytest.raises(UserError, match="no split 'val', only train, test"):
         manifest.examples("val")
@@ -338,21 +333,23 @@ def test_a_source_that_breaks_off_leaves_full_shards_and_a_changed_one_is_not_mi
     """A lost network does not invalidate the shards; another archive under the same name does."""
     options, items = shards.Options(shard_mib=1, max_skipped_pct=5), list(mixed().items())
 
-    def broken() -> Iterator[Item]:
-        yield from items[:70]
-        raise UserError("s3://… failed 8 times, the last time with no connection")
+    def no_connection() -> UserError:
+        return UserError("s3://… failed 8 times, the last time with no connection")
+
+    def broken() -> Source:
+        return breaking(items, 70, no_connection, "mixed", identity="a")
 
     with pytest.raises(UserError, match="no connection"):
-        shards.prepare(Source("mixed", 90, broken, "a"), tmp_path / "out", options, 2, lambda done: None)
+        shards.prepare(broken(), tmp_path / "out", options, 2, lambda done: None)
     went_on: list[int] = []
-    again = Source("mixed", 90, lambda: iter(items), "a")
+    again = source_of(items, "mixed", identity="a")
     assert shards.prepare(again, tmp_path / "out", options, 2, lambda done: None, resumed=went_on.append).skipped == 3
     assert went_on and went_on[0] > 10
+    changed = source_of(items, "mixed", identity="b")
     with pytest.raises(UserError, match=r"mixed has changed since .* was made from it; use another --out"):
-        shards.prepare(Source("mixed", 90, lambda: iter(items), "b"), tmp_path / "out", options, 2, lambda done: None)
+        shards.prepare(changed, tmp_path / "out", options, 2, lambda done: None)
     with pytest.raises(UserError, match="no connection"):
-        shards.prepare(Source("mixed", 90, broken, "a"), tmp_path / "other", options, 2, lambda done: None)
+        shards.prepare(broken(), tmp_path / "other", options, 2, lambda done: None)
     went_on.clear()
-    changed = Source("mixed", 90, lambda: iter(items), "b")
     shards.prepare(changed, tmp_path / "other", options, 2, lambda done: None, resumed=went_on.append)
     assert not went_on

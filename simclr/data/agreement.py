@@ -1,0 +1,115 @@
+"""Whether shards that exist already are those of a source and its options."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from simclr import files
+from simclr.data.encode import digest_of
+from simclr.data.manifest import LISTS, Manifest, read_manifest
+from simclr.data.options import Options, stated
+from simclr.data.sources.reading import essence
+from simclr.data.sources.source import Source
+from simclr.errors import UserError
+
+Identity = Literal["times", "names", "content"]
+"""What tells that a source is the same: names, sizes and modification times; names and sizes; or, beside these, every byte."""
+
+
+def existing(source: Source, out: Path, options: Options, identity: Identity = "times") -> Manifest | None:
+    """The manifest in `out`, if it was made from the same source with the same options; None if `out` is empty or holds an interrupted
+    prepare. Raises UserError if it holds something else, or cannot be written."""
+    files.require_writable(out)
+    if (out / "manifest.json").exists():
+        return agreed(read_manifest(out), source, out, options, identity)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out names a directory for the shards")
+    ours = {path.name for path in unfinished(out)} if out.exists() else set()
+    left = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.exists() else []
+    if left:
+        raise UserError(f"{out} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
+    return None
+
+
+def agreed(manifest: Manifest, source: Source, out: object, options: Options, identity: Identity = "times") -> Manifest:
+    """The `manifest` of `out`. Raises UserError if it was not made from the same source with the same options. With identity content,
+    every file of the source is read."""
+    ours = stated(options)
+    if (manifest.source, manifest.options) != (source.spec, ours):
+        differ = [f"source {manifest.source}"] if manifest.source != source.spec else []
+        differ += [f"{k} {_shown(v)}" for k, v in manifest.options.items() if ours.get(k) != v]
+        differ += [f"no {k}" for k in ours if k not in manifest.options]
+        raise UserError(f"{out} already holds shards made with {', '.join(differ)}; use another --out, or remove it")
+    if manifest.identity and manifest.identity != source.identity:
+        raise UserError(f"{source.spec} has changed since {out} was made from it; use another --out, or remove it")
+    _require_understood_alike(manifest, source, out)
+    held = sum(manifest.examples(split) for split in manifest.splits) + manifest.skipped
+    if source.total not in (None, held):
+        raise UserError(f"{out} holds {held:,} images, {source.spec} has {source.total:,} now; use another --out, or remove it")
+    if identity == "times" and manifest.times and source.times and manifest.times != source.times:
+        raise UserError(
+            f"{source.spec} has the names and sizes that {out} was made from, with other modification times; if the files were only "
+            "copied, say --identity names; --identity content reads and compares them; if they have changed, use another --out"
+        )
+    if identity == "content":
+        if not manifest.content:
+            raise UserError(f"{out} was made before contents were noted; compare with --identity names, or use another --out")
+        if content_of(source, options) != manifest.content:
+            raise UserError(
+                f"files of {source.spec} have other content than when {out} was made from them; use another --out, or remove it"
+            )
+    return manifest
+
+
+def content_of(source: Source, options: Options) -> str:
+    """The hash of the source's files, each of which is read, for `Manifest.content`."""
+    rule = options.rule({})
+    return content((item.split, digest_of(item.data, rule)) for item in source.items())
+
+
+def content(digests: Iterable[tuple[str, int]]) -> str:
+    """One hash of (split, digest) of every image; within a split their order counts."""
+    of: defaultdict[str, Any] = defaultdict(hashlib.sha256)
+    for split, digest in digests:
+        of[split].update(digest.to_bytes(8, "little"))
+    return hashlib.sha256(json.dumps(sorted((split, found.hexdigest()) for split, found in of.items())).encode()).hexdigest()
+
+
+def unfinished(out: Path) -> list[Path]:
+    """Files of an unfinished prepare: temporary files, and shards that have their final name but no manifest yet."""
+    waiting = [p for p in out.iterdir() if ".writing-" in p.name]
+    named = [out / p.name.removeprefix(".writing-").removesuffix(".json") for p in waiting if p.name.endswith(".beton.json")]
+    lists = [out / name for name in LISTS if named]
+    return [*waiting, *(p for p in (*named, *lists) if p.exists())]
+
+
+def _require_understood_alike(manifest: Manifest, source: Source, out: object) -> None:
+    now, before = essence(source.understood), essence(manifest.understood)
+    if not now or now == before:
+        return
+    if not manifest.understood:  # of a manifest from before they were noted the classes alone are known; one class counts as none
+        classes = sorted({label for of in now.values() for label in of})
+        ours = classes if len(classes) > 1 else []
+        if ours == list(manifest.classes):
+            return
+        there, here = _shown(list(manifest.classes)), _shown(ours)
+    else:
+        splits = [split for split in {**before, **now} if before.get(split) != now.get(split)]
+        there, here = (", ".join(f"{split}: {_counted(of.get(split))}" for split in splits) for of in (before, now))
+    raise UserError(f"{out} holds shards whose classes were read otherwise: {there} there, {here} now; use another --out")
+
+
+def _counted(classes: dict[str, int] | None) -> str:
+    return "no such split" if classes is None else f"{sum(classes.values()):,} of {len(classes):,} classes"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 3:
+        return f"{len(value):,} ({_shown(value[:3])}, …)"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (text if len(text) <= 60 else f"{text[:57]}…") or "none"

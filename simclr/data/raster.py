@@ -1,0 +1,229 @@
+"""Any picture → 8-bit RGB. Here are the pixels that Pillow has no mode for, or would cut to 8 bits by itself: bands that are no colours,
+floats, and colours of 16 bits. The door to tifffile and OpenCV."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from simclr.data.depth import Rule, Values, decided, kind_of, scaled, values_of
+from simclr.data.pixels import Unreadable, opened, reading, upright, upright_rgb, within
+
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_COLOURS = (2, 4, 6)  # colour types RGB, grey with alpha, RGBA
+_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA, _FORMAT = 258, 262, 274, 277, 338, 339
+_COLOURS = {0: 1, 1: 1, 2: 3}  # TIFF's photometric interpretations: white is zero, black is zero, RGB; others are left to Pillow
+_ALPHA = (1, 2)
+_BYTES_PER_PIXEL = 6  # of the largest file that is read: RGB of 16 bits, uncompressed
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Raster:
+    """Pixels as they are in the file, upright."""
+
+    values: NDArray[Any]
+    """(H, W, bands)."""
+    alpha: bool = False
+    """Whether the last band is transparency."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rgb:
+    """A picture for the shards, and what was done to it."""
+
+    image: Image.Image
+    grey: bool = False
+    """One channel, repeated."""
+    rescaled: bool = False
+    """It had more than 8 bits."""
+    clipped: bool = False
+    high: float = 0.0
+    """The largest integer before it was rescaled."""
+
+
+def file_bytes(data: bytes | Path, rule: Rule) -> bytes:
+    """The content of a picture's file. Raises Unreadable for an empty one, for what is no regular file, and, before it is read, for one
+    larger than a picture within the rule's limit is."""
+    if isinstance(data, Path):
+        try:
+            status = data.stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                raise Unreadable("it is no regular file")
+            if status.st_size > _BYTES_PER_PIXEL * rule.max_pixels:
+                pixels = -(-status.st_size // _BYTES_PER_PIXEL)
+                raise Unreadable(f"its {status.st_size / 2**20:,.0f} MiB would fill the memory; --max-pixels {pixels} reads it")
+            data = data.read_bytes()
+        except OSError as error:  # a broken link, a file that may not be read
+            raise Unreadable(f"the file cannot be read: {error.strerror}") from None
+    if not data:
+        raise Unreadable("the file is empty")
+    return data
+
+
+def pillow_image(data: bytes) -> Image.Image | None:
+    """The file as Pillow opens it; None for a TIFF that Pillow has no mode for. Raises Unreadable for what is no picture."""
+    try:
+        return opened(data)
+    except Unreadable:
+        if data[:4] in _TIFF:
+            return None
+        raise
+
+
+def raster_of(data: bytes, image: Image.Image | None, rule: Rule) -> Raster | None:
+    """The raw pixels of a picture, where Pillow's conversion to RGB would lose some of them, or the rule picks bands; else None."""
+    if image is None or image.format == "TIFF":
+        tags = {} if image is None else image.tag_v2  # type: ignore[attr-defined]
+        photometric, samples = tags.get(_PHOTOMETRIC, 1), tags.get(_SAMPLES, 1)
+        alpha = len(tags.get(_EXTRA, ())) == 1 and tags[_EXTRA][0] in _ALPHA
+        plain = samples == _COLOURS.get(photometric, samples) + alpha
+        deep = max(tags.get(_BITS, (1,))) > 8
+        if image is None or (photometric in _COLOURS and (not plain or (deep and samples > 1))):
+            return _tiff(data, rule)
+        if deep and photometric == 0:
+            raise Unreadable("white is its zero, in more than 8 bits; save it with black as zero")
+        if image.mode == "I" and tags.get(_BITS) == (32,) and tags.get(_FORMAT, (1,)) == (1,):
+            return Raster(np.asarray(upright(image)).view(np.uint32)[..., None])
+    elif data[:8] == _PNG and data[24] == 16 and data[25] in _PNG_COLOURS:
+        return _png(data, image)
+    assert image is not None
+    if image.mode.startswith("I") or image.mode == "F":
+        return Raster(np.asarray(upright(image))[..., None])
+    if rule.bands:
+        image = upright(image)
+        with reading():
+            if image.mode in ("P", "PA", "1"):
+                image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "L" if image.mode == "1" else "RGB")
+        pixels = np.asarray(image)
+        return Raster(pixels if pixels.ndim == 3 else pixels[..., None])
+    return None
+
+
+def as_rgb(data: bytes, image: Image.Image | None, rule: Rule) -> Rgb:
+    """The picture, upright, as 8-bit RGB; `image` is what `pillow_image` gave for `data`.
+
+    Transparency lies over white; one channel is repeated. Raises Unreadable for more bands than three unless the rule picks three, and
+    for what cannot be decoded.
+    """
+    raster = raster_of(data, image, rule)
+    if raster is None:
+        assert image is not None
+        return Rgb(upright_rgb(image), image.mode in ("1", "L", "LA"))
+    values, alpha = _colours(raster, rule)
+    grey = values.shape[2] == 1
+    found = None if kind_of(values) == "" else scaled(values, rule)
+    pixels = found.pixels if found else values.astype(np.uint8) * (255 if values.dtype == np.bool_ else 1)
+    if alpha is not None:
+        opaque = alpha / (np.iinfo(alpha.dtype).max if alpha.dtype.kind in "ui" else 1)
+        pixels = np.rint(np.clip(255 + (pixels.astype(np.float64) - 255) * opaque, 0, 255)).astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(np.repeat(pixels, 3, 2) if grey else pixels))
+    if found is None:
+        return Rgb(image, grey)
+    return Rgb(image, grey, True, found.clipped, found.high if kind_of(values) == "integers" else 0.0)
+
+
+def measured(data: bytes, image: Image.Image | None, rule: Rule) -> tuple[int, int, Values | None]:
+    """Height and width as `as_rgb` would give them, and the pixels from which the range of a set is chosen: None where they have 8 bits,
+    and then they are not decoded. Raises Unreadable as `as_rgb` does."""
+    raster = raster_of(data, image, rule)
+    if raster is None:
+        assert image is not None
+        with reading():
+            sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+        return (image.width, image.height, None) if sideways else (image.height, image.width, None)
+    colours, _ = _colours(raster, rule)
+    return colours.shape[0], colours.shape[1], values_of(colours) if kind_of(colours) else None
+
+
+def ranges_of(paths: Iterable[Path], rule: Rule) -> dict[str, tuple[float, float]]:
+    """The ranges that a set's pixels of more than 8 bits need, from a sample of its files; unreadable ones count for nothing."""
+    sample = []
+    for path in paths:
+        with contextlib.suppress(Unreadable):
+            sample.append(measured(*opened_file(path, rule), rule)[2])
+    return decided([values for values in sample if values])
+
+
+def opened_file(path: Path, rule: Rule) -> tuple[bytes, Image.Image | None]:
+    """The bytes of a file, and the picture as `pillow_image` gives it. Raises Unreadable."""
+    data = file_bytes(path, rule)
+    image = pillow_image(data)
+    if image is not None:
+        within(image.width, image.height, rule.max_pixels)
+    return data, image
+
+
+def _colours(raster: Raster, rule: Rule) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """(H, W, 1 or 3), and the transparency (H, W, 1) where there is one. Raises Unreadable for other bands."""
+    values, count = raster.values, raster.values.shape[2]
+    if rule.bands:
+        if max(rule.bands) > count:
+            raise Unreadable(f"it has {count} band{'s' * (count > 1)}, and --bands asks for band {max(rule.bands)}")
+        return values[..., [band - 1 for band in rule.bands]], None
+    colours = values[..., :-1] if raster.alpha else values
+    if colours.shape[2] not in (1, 3):
+        raise Unreadable(f"it has {count} bands; --bands 3 2 1 would take the third, second and first as red, green and blue")
+    return colours, values[..., -1:] if raster.alpha else None
+
+
+def _tiff(data: bytes, rule: Rule) -> Raster:
+    """The first page of a TIFF."""
+    if importlib.util.find_spec("tifffile") is None:
+        raise Unreadable("TIFF of these bands and bits needs tifffile (pip install '.[images]')")
+    import tifffile
+
+    with reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages.first
+        axes, shape = page.axes, page.shape
+        alpha = len(page.extrasamples) == 1 and int(page.extrasamples[0]) in _ALPHA
+        tag = page.tags.get(_ORIENTATION)
+        turn = int(tag.value) if tag else 1
+        inverted = int(page.photometric) == 0
+    if axes not in ("YX", "YXS", "SYX"):
+        raise Unreadable(f"it is no plain picture (axes {axes}, shape {shape})")
+    within(shape[axes.index("X")], shape[axes.index("Y")], rule.max_pixels)
+    with reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
+        values = file.pages.first.asarray()
+    if values.dtype.kind not in "uifb":
+        raise Unreadable(f"its pixels are of type {values.dtype}")
+    if inverted:
+        raise Unreadable("white is its zero; save it with black as zero")
+    values = values[..., None] if axes == "YX" else np.moveaxis(values, 0, -1) if axes == "SYX" else values
+    return Raster(_turned(values, turn), alpha)
+
+
+def _png(data: bytes, image: Image.Image) -> Raster:
+    """A PNG of 16-bit colours, of which Pillow would keep the upper 8 bits."""
+    import cv2
+
+    with reading():
+        turn = image.getexif().get(_ORIENTATION, 1)
+        image.load()  # OpenCV takes damaged files too
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16 or values.ndim != 3:
+        raise Unreadable("OpenCV cannot read its 16-bit colours")
+    order = [2, 1, 0, 3][: values.shape[2]]
+    return Raster(_turned(values[..., order], turn), values.shape[2] == 4)
+
+
+def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """(H, W, bands) upright, by EXIF's and TIFF's orientation (1 = upright)."""
+    if orientation in _SIDEWAYS:
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return values

@@ -1,0 +1,95 @@
+"""What a sample of a source decides for all of it: raw or JPEG, and the range of pixels of more than 8 bits."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from simclr import fields, files
+from simclr.data.depth import Rule, decided
+from simclr.data.encode import Looked, look
+from simclr.data.options import Options
+from simclr.data.sources.source import Item, Source
+from simclr.errors import UserError
+
+SAMPLE = 256
+"""Images, evenly spaced over the source where it can be read so."""
+_RAW_SIDE_PX = 64
+_AHEAD = 16  # images of the sample in memory
+
+
+class Unusable(UserError):
+    """The source cannot be trained on; a resumed prepare would fail in the same way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What holds for every image of a source."""
+
+    kind: Literal["raw", "jpeg"]
+    bytes_each: int
+    """The least that an image takes."""
+    ranges: dict[str, tuple[float, float]]
+    """Kind of pixels → black and white (`depth.Rule`)."""
+    sampled: int
+    """Images that were looked at."""
+
+    def save(self, path: Path, key: str) -> None:
+        """`key` identifies source and options."""
+        files.write_text(path, json.dumps(asdict(self) | {"key": key}))
+
+
+def saved(path: Path, key: str) -> Choice | None:
+    """The choice in the file, if it was made for the same key."""
+    try:
+        text = files.read_json(path, "it is made again")
+        return fields.build(Choice, text, path, "it is made again") if text.pop("key", "") == key else None
+    except (OSError, UserError):
+        return None
+
+
+def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice:
+    """Raises UserError if none of the sample can be read, or if raw was asked for and they have several sizes."""
+    rule = options.rule({})
+    tried, first = 0, ""
+    seen: list[tuple[Item, Looked]] = []
+    for item, looked in _looked(_sample(source), options.max_side_px, rule, pool):
+        tried += 1
+        first = first or (f"; the first: {item.name}: {looked.skipped}" if looked.skipped else "")
+        if not looked.skipped:
+            seen.append((item, looked))
+    if not seen:
+        raise UserError(f"{source.spec} has no image that can be read ({tried} tried{first}); expected JPEG, PNG or other pictures")
+    height, width = seen[0][1].height, seen[0][1].width
+    other = next(((item, looked) for item, looked in seen if (looked.height, looked.width) != (height, width)), None)
+    if options.kind == "raw" and other:
+        raise UserError(sizes_differ(other[0].name, (other[1].height, other[1].width), (height, width)))
+    small = other is None and max(height, width) <= _RAW_SIDE_PX
+    raw = options.kind == "raw" or (options.kind == "auto" and small)
+    ranges = {} if options.value_range else decided([looked.values for _, looked in seen if looked.values])
+    return Choice("raw" if raw else "jpeg", 3 * height * width if raw else 1 << 8, ranges, tried)
+
+
+def sizes_differ(name: str, size: tuple[int, int], before: tuple[int, int]) -> str:
+    """The sentence for raw images of two sizes (height, width)."""
+    return f"{name} has {size[1]} × {size[0]} px, the images before it {before[1]} × {before[0]}; raw shards hold one size: use --kind jpeg"
+
+
+def _sample(source: Source) -> Iterator[Item]:
+    """Images from all over the source; where an archive does not know its names beforehand, those at its beginning too."""
+    count = 0
+    for item in source.sample(SAMPLE):
+        count += 1
+        yield item
+    if count < SAMPLE and not all(part.names for part in source.parts):
+        yield from itertools.islice(source.items(), SAMPLE)
+
+
+def _looked(items: Iterator[Item], max_side_px: int, rule: Rule, pool: ThreadPoolExecutor) -> Iterator[tuple[Item, Looked]]:
+    while some := list(itertools.islice(items, _AHEAD)):
+        yield from zip(some, pool.map(lambda item: look(item, max_side_px, rule), some), strict=True)

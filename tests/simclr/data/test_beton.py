@@ -21,10 +21,15 @@ from simclr.data.manifest import read_manifest
 from simclr.data.sources.beton import register
 from simclr.data.verify import verify
 from simclr.errors import UserError
+from simclr.views.preprocessing import Preprocessing
 
 TYPE_OF = {kind: number for number, kind in TYPE_ID_HANDLER.items()}
 Fields = dict[str, Any]
 USUAL: Fields = {"image": RGBImageField(), "label": IntField()}
+
+
+def seen(size_px: int) -> Preprocessing:
+    return Preprocessing.of(Views(size_px=size_px))
 
 
 def pictures(count: int, side: int = 16, seed: int = 0) -> list[NDArray[np.uint8]]:
@@ -95,7 +100,7 @@ def test_pixels_are_registered_in_place_and_read(tmp_path: Path) -> None:
     assert np.allclose(manifest.mean, everything.mean(0), atol=1e-6) and np.allclose(manifest.std, everything.std(0), atol=1e-6)
     for split, expected in (("train", images), ("test", tests)):
         assert labels(out, split).tolist() == given[split]
-        read = np.concatenate([batch.images[0].numpy().copy() for batch in in_order(out, split, 16, 5)])
+        read = np.concatenate([batch.images[0].numpy().copy() for batch in in_order(out, split, seen(16), 5)])
         assert np.array_equal(read, np.stack(expected))
     assert all(not found.wrong for found in verify(out))
     assert read_manifest(out) == manifest == register(paths, out)  # a second call finds it
@@ -116,12 +121,12 @@ def test_jpegs_beside_pixels_of_several_sizes_are_registered_as_photographs(tmp_
     path = beton(tmp_path / "a.beton", images, [0, 1] * 4, [0, 1, 1, 0, 1, 0, 0, 1])
     manifest = register({"train": path}, tmp_path / "out")
     assert (manifest.kind, manifest.height_px, manifest.classes) == ("jpeg", (80, 96), ("0", "1"))
-    (batch,) = in_order(tmp_path / "out", "train", 32, 8)
+    (batch,) = in_order(tmp_path / "out", "train", seen(48), 8)
     for pixels, found in zip(images, batch.images[0].numpy(), strict=True):
         side = len(pixels)
         cut = round(0.875 * side)
         at = (side - cut) // 2
-        plain = Image.fromarray(pixels).crop((at, at, at + cut, at + cut)).resize((32, 32), Image.Resampling.BILINEAR)
+        plain = Image.fromarray(pixels).crop((at, at, at + cut, at + cut)).resize((48, 48), Image.Resampling.BILINEAR)
         assert np.abs(np.asarray(plain, int)[[4, 4, -5, -5], [4, -5, 4, -5]] - found[[4, 4, -5, -5], [4, -5, 4, -5]]).max() < 6
     assert [found.wrong for found in verify(tmp_path / "out")] == [()]
     content = bytearray(path.read_bytes())
@@ -188,9 +193,11 @@ def test_what_the_loader_cannot_read_is_refused_with_a_sentence(tmp_path: Path) 
         register({"train": beton(path, images[:1], [0])}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/notes.txt").touch()
-    with pytest.raises(UserError, match=r"is not empty and no dataset \(it holds notes.txt\)"):
-        register({"train": beton(path, images, given)}, tmp_path / "out")
+    for name in ("notes.txt", "train-00000.beton"):
+        (tmp_path / "out" / name).write_bytes(whole)
+        with pytest.raises(UserError, match=rf"is not empty and no dataset \(it holds {name}\)"):
+            register({"train": beton(path, images, given)}, tmp_path / "out")
+        (tmp_path / "out" / name).unlink()
 
 
 def test_where_no_hard_link_is_possible_a_symbolic_one_points_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,5 +227,5 @@ def test_a_file_of_ffcv_s_own_writer_is_registered(tmp_path: Path, monkeypatch: 
     writer.from_indexed_dataset(Images())
     manifest = register({"train": tmp_path / "own.beton"}, tmp_path / "out")
     assert manifest.classes == tuple("0123456") and manifest.kind == "raw"
-    read = np.concatenate([batch.images[0].numpy()[:, 0, 0, 0].copy() for batch in in_order(tmp_path / "out", "train", 32, 64)])
+    read = np.concatenate([batch.images[0].numpy()[:, 0, 0, 0].copy() for batch in in_order(tmp_path / "out", "train", seen(32), 64)])
     assert read.tolist() == [i % 256 for i in range(300)] and labels(tmp_path / "out").tolist() == [i % 7 for i in range(300)]

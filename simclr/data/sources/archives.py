@@ -12,7 +12,7 @@ from pathlib import Path
 from simclr.data.sources.joined import joined
 from simclr.data.sources.members import Listing, tree_of
 from simclr.data.sources.source import Tree, is_image
-from simclr.data.sources.tar import ARCHIVES, stem, tar_listing
+from simclr.data.sources.tar import ARCHIVES, stems, tar_listing
 from simclr.data.sources.webdataset import are_shards, expand, is_webdataset, unnumbered, webdataset_tree
 from simclr.data.sources.zip import zip_listing
 from simclr.errors import UserError
@@ -62,7 +62,8 @@ def braces_tree(spec: str) -> Tree:
     if strange := [path for path in paths if not is_archive_file(path)]:
         raise UserError(f"{spec} names {strange[0]}, which is no tar or zip archive; braces stand for shards, as in train-{{000..146}}.tar")
     root = Path(os.path.commonpath([path.parent for path in paths]))
-    return archives_tree(spec, {stem(path.relative_to(root).as_posix()): path for path in paths})
+    named = stems((path.relative_to(root).as_posix() for path in paths), spec)
+    return archives_tree(spec, {called: root / name for called, name in named.items()})
 
 
 def _listing(path: Path, spec: str) -> Listing:

@@ -10,7 +10,7 @@ import lzma
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -44,6 +44,15 @@ def stem(name: str) -> str:
     """`name` without an archive's ending."""
     endings = (end for end in (*ARCHIVES, ".zip") if name.lower().endswith(end))
     return name[: -len(max(endings, key=len, default="")) or None]
+
+
+def stems(names: Iterable[str], spec: str) -> dict[str, str]:
+    """Name without ending → name. Raises UserError where two archives of `spec` would be the same folder."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (other := found.setdefault(stem(name), name)) != name:
+            raise UserError(f"{other} and {name} in {spec} would be the same folder {stem(name)}; move one of them away")
+    return found
 
 
 class _Header(tarfile.TarInfo):
@@ -158,7 +167,7 @@ def _listing(spec: str, opened: Callable[[int], IO[bytes]]) -> Listing:
         sizes=sizes,
         read=read,
         seekable=not packed,
-        inner={stem(name): within(name) for name in sorted(members.inner, key=lambda name: members.inner[name])},
+        inner={called: within(name) for called, name in stems(sorted(members.inner, key=lambda name: members.inner[name]), spec).items()},
         junk=members.junk,
         ignored=members.ignored + Counter({"link": len(lost)} if lost else {}),
         notes=oddities(spec, lost, members.twice),

@@ -43,8 +43,8 @@ def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
     shards are short and at least two pictures share one on average: otherwise they are captions, and no classes.
     """
     samples = {prefix: _samples(shard.sizes) for prefix, shard in shards.items()}
-    chosen = {prefix: [path for files in samples[prefix].values() if (path := _picture(files))] for prefix in shards}
-    names = unnumbered(chosen)
+    chosen = {prefix: {_picture(files) for files in samples[prefix].values()} for prefix in shards}
+    names = unnumbered({prefix: [path for path in shard.sizes if path in chosen[prefix]] for prefix, shard in shards.items()})
     stated: dict[str, str] = {}
     texts: dict[str, str] = {}
     trees = []

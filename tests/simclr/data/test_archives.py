@@ -19,7 +19,7 @@ from simclr.data.sources import members
 from simclr.data.sources.archives import archive_tree, archives_tree
 from simclr.data.sources.joined import joined
 from simclr.data.sources.source import Part, Source, Tree, divided
-from simclr.data.sources.tar import stem
+from simclr.data.sources.tar import stem, stems
 from simclr.errors import UserError
 
 FILES = {f"train/{kind}/{i}.jpg": f"{kind} {i}".encode() * (i * 300 + 1) for kind in ("cat", "dog") for i in range(5)}
@@ -146,6 +146,15 @@ def test_tars_within_a_tar_may_be_compressed_and_deep(tmp_path: Path, ending: st
     assert tree.ignored == ({".zip": 1} if ending == ".tar" else {".zip": 1, ".tgz": 1, ".md": 1})
     assert tree.junk == ({} if ending == ".tar" else {".thumbs": 1})
     assert len(list(Source(spec="", parts=tree.parts, read=tree.read).sample(2))) == 2  # type: ignore[arg-type]
+
+
+def test_two_archives_that_would_be_the_same_folder_are_refused(tmp_path: Path) -> None:
+    inner = packed(tmp_path / "a.tar", {"a.jpg": b"a"}).read_bytes()
+    with pytest.raises(UserError, match=r"a.tar and a.tar.gz in .*outer.tar would be the same folder a; move one of them away"):
+        archive_tree(packed(tmp_path / "outer.tar", {"a.tar": inner, "a.tar.gz": gzip.compress(inner)}))
+    with pytest.raises(UserError, match=r"x/a.tar and x/a.zip in here would be"):
+        stems(["x/a.tar", "a.tar", "x/a.zip"], "here")
+    assert stems(["x/a.tar", "a.tgz"], "here") == {"x/a": "x/a.tar", "a": "a.tgz"}
 
 
 def test_links_in_an_archive_are_followed(tmp_path: Path) -> None:

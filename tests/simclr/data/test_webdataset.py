@@ -57,6 +57,12 @@ def test_keys_that_every_shard_has_stay_apart(tmp_path: Path) -> None:
     assert set(read(alone)) == {"a/0.jpg", "1.png"} and alone.stated == {"a/0.jpg": "1", "1.png": "9"}
 
 
+def test_pictures_are_read_in_the_order_of_the_archive(tmp_path: Path) -> None:
+    """Whatever the order of their sidecars: in a compressed shard each step back unpacks it anew."""
+    path = packed(tmp_path / "x.tar.gz", {"2.cls": b"2", "1.cls": b"1", "1.jpg": b"one", "2.jpg": b"two"})
+    assert [part.names for part in archive_tree(path).parts] == [("1.jpg", "2.jpg")]
+
+
 def test_a_json_states_the_class_in_one_of_four_fields(tmp_path: Path) -> None:
     values: list[object] = [
         {"label": 3, "class_name": "dog"},

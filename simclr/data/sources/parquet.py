@@ -34,8 +34,12 @@ def parquet_tree(path: Path) -> Tree:
     """The tree of a table or of all tables below a folder. Raises UserError for a table that is damaged or has no column of pictures."""
     if path.is_file():
         return tables_tree(str(path), {"": path})
-    found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
-    return tables_tree(str(path), {name[: -len(PurePosixPath(name).suffix)]: file for name, file in found.items() if _is_table(name)})
+    tables: dict[str, Path] = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if _is_table(name) and file.is_file() and (other := tables.setdefault(name[: -len(file.suffix)], file)) != file:
+            raise UserError(f"{other} and {file} are called alike; move one of them away")
+    return tables_tree(str(path), tables)
 
 
 def _is_table(name: str) -> bool:

@@ -171,6 +171,9 @@ def test_a_damaged_table_and_folders_of_tables_called_alike(tmp_path: Path) -> N
         parquet_tree(tmp_path)
     stream = written(tmp_path / "x.arrow", table({"image": [png(i) for i in range(9)]}))
     stream.write_bytes(stream.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"x.arrow and .*x.parquet are called alike; move one of them away"):
+        written(tmp_path / "x.parquet", table({"image": [png(1)]}))
+        parquet_tree(tmp_path)
     with pytest.raises(UserError, match=r"x.arrow ends early or is damaged"):
         tables_tree("", {"x": stream})
     damaged = bytearray(other.read_bytes())

@@ -33,6 +33,7 @@ from simclr.data.encode import Encoded, encode
 from simclr.data.ffcv.writer import Note, SplitWriter
 from simclr.data.manifest import LISTS, Manifest, Shard, write_manifest, write_names
 from simclr.data.options import Kind, Options, stated
+from simclr.data.sources.reading import essence
 from simclr.data.sources.source import Item, Source
 from simclr.data.survey import Choice, Unusable, saved, sizes_differ, survey
 from simclr.errors import UserError
@@ -123,7 +124,7 @@ class _Job:
         self.flushers = ThreadPoolExecutor(2, thread_name_prefix="flush")  # own threads: flushing does not wait behind encoding
         self.writers: dict[str, SplitWriter] = {}
         times = "" if identity == "names" else source.times
-        self.about = [source.spec, source.identity, times, source.total, plain(source.understood), stated(options), _versions()]
+        self.about = [source.spec, source.identity, times, source.total, essence(source.understood), stated(options), _versions()]
 
     def whole(self, told: _Told) -> Manifest:
         """Run, and on failure leave full shards, or nothing where they are of no use."""

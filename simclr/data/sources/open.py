@@ -57,8 +57,8 @@ def _tree(spec: str) -> Tree:
         if path.suffix.lower() == ".parquet":
             return parquet_tree(path)
         if not is_archive_file(path):
-            known = ", ".join((*ARCHIVES, ".zip", ".parquet"))
-            raise UserError(f"{path} is no archive and no table; expected a folder, one of {known}, or a dataset's name")
+            endings = ", ".join((*ARCHIVES, ".zip", ".parquet"))
+            raise UserError(f"{path} is no archive and no table; expected a folder, one of {endings}, or a dataset's name")
         return archive_tree(path)
     if "{" in spec and "}" in spec:
         return braces_tree(spec)

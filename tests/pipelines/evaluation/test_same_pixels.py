@@ -20,12 +20,13 @@ from pipelines.tracking.pyfunc import EncoderModel
 from simclr.config import Config, Encoder, Views
 from simclr.data import shards
 from simclr.data.ffcv.decode import decode
-from simclr.data.sources.source import Item, Source
+from simclr.data.sources.source import Item
 from simclr.encoder.directory import write_encoder
 from simclr.evaluation.features import embed_split
 from simclr.networks.resnet import build_encoder
 from simclr.views.preprocessing import Preprocessing
 from tests.conftest import Within
+from tests.support.sources import source_of
 
 # For each size of the encoder: its own, somewhat larger, and a crop of more than twice the size.
 SIZES = {32: [(32, 32), (40, 48), (150, 110)], 64: [(64, 64), (80, 96), (250, 330)], 224: [(224, 224), (250, 330), (620, 560)]}
@@ -46,7 +47,7 @@ def as_jpeg(image: np.ndarray) -> bytes:
 
 def prepared(out: Path, images: list[Any], kind: Any) -> Path:
     items = [Item(split, None, f"{i}.jpg", image) for split in ("train", "test") for i, image in enumerate(images)]
-    shards.prepare(Source("pictures", None, lambda: iter(items)), out, shards.Options(kind=kind, max_side_px=800), 1, lambda count: None)
+    shards.prepare(source_of(items, "pictures"), out, shards.Options(kind=kind, max_side_px=800), 1, lambda count: None)
     return out
 
 

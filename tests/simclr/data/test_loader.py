@@ -29,6 +29,7 @@ from simclr.errors import UserError
 from simclr.views.draw import centre_boxes, crop_boxes
 from simclr.views.preprocessing import Preprocessing
 from tests.support.resize import reference
+from tests.support.sources import source_of
 
 # isort: split
 from ffcv.reader import Reader
@@ -71,7 +72,7 @@ def picture(seed: int) -> np.ndarray:
 
 def photographs() -> Source:
     items = [Item("train", None, f"{i}.jpg", photo(i)) for i in range(PHOTOS)]
-    return Source("photographs", len(items), lambda: iter(items))
+    return source_of(items, "photographs")
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +293,7 @@ def five_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("five") / "out"
     noise = np.random.default_rng(0)
     items = [Item("train", None, f"{i}", noise.integers(0, 256, (160, 170, 3), dtype=np.uint8)) for i in range(90)]
-    shards.prepare(Source("noise", 90, lambda: iter(items)), out, shards.Options(kind="jpeg", shard_mib=1), 2, lambda done: None)
+    shards.prepare(source_of(items, "noise"), out, shards.Options(kind="jpeg", shard_mib=1), 2, lambda done: None)
     assert len(read_manifest(out).splits["train"]) >= 4
     return out
 

@@ -252,9 +252,8 @@ def _numbered_list(
             known = devkit_classes(texts[other](), other)
             if {int(line) for line in lines} <= known.keys():
                 note = f"its numbers are the devkit's, which {other} turns into classes"
-                return Taken(
-                    path, {name: known[int(line)] for name, line in zip(ordered, lines, strict=True)}, (), (note,), "order of names"
-                )
+                values = {name: known[int(line)] for name, line in zip(ordered, lines, strict=True)}
+                return Taken(path, values, (), (note,), "order of names", (other,))
     return None
 
 

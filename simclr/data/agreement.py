@@ -92,6 +92,8 @@ def _require_understood_alike(manifest: Manifest, source: Source, out: object) -
     now, before = essence(source.understood), essence(manifest.understood)
     if not now or now == before:
         return
+    if not source.understood["counted"] and {k: [*v] for k, v in now.items()} == {k: [*v] for k, v in before.items()}:
+        return
     if not manifest.understood:  # of a manifest from before they were noted the classes alone are known; one class counts as none
         classes = sorted({label for of in now.values() for label in of})
         ours = classes if len(classes) > 1 else []

@@ -33,7 +33,7 @@ from simclr.data.encode import Encoded, encode
 from simclr.data.ffcv.writer import Note, SplitWriter
 from simclr.data.manifest import LISTS, Manifest, Shard, write_manifest, write_names
 from simclr.data.options import Kind, Options, stated
-from simclr.data.sources.reading import essence
+from simclr.data.sources.reading import counted, essence
 from simclr.data.sources.source import Item, Source
 from simclr.data.survey import Choice, Unusable, saved, sizes_differ, survey
 from simclr.errors import UserError
@@ -272,7 +272,7 @@ class _Job:
             identity=self.source.identity,
             times=self.source.times,
             content=content((split, digest) for split in notes for note in notes[split] for digest in note.content()),
-            understood=self.source.understood,
+            understood=counted(self.source.understood, {name: _classes(notes[name]) for name in notes}),
             options=stated(self.options),
             skipped=len(skipped),
             duplicates=len(same),
@@ -297,6 +297,11 @@ def _skipping(items: Iterator[Item], behind: dict[str, int]) -> Iterator[Item]:
         passed[item.split] += 1
         if passed[item.split] > behind[item.split]:
             yield item
+
+
+def _classes(notes: list[Note]) -> Counter[str | None]:
+    """Class → images of a split; None = without one."""
+    return Counter(note.labels[which] for note in notes for which in note.which)
 
 
 def _hash(about: object) -> str:

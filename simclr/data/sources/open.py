@@ -36,6 +36,8 @@ def open_source(spec: str, reading: Reading | None = None) -> Source:
     elif spec in ("torchvision", "torchvision:"):
         raise UserError("which torchvision dataset? torchvision:NAME, as in torchvision:CIFAR10")
     elif name == "torchvision" or (spec in DATASETS and DATASETS[spec].torchvision):
+        if Path(spec).is_dir() and not (Path(spec) / "manifest.json").exists():
+            raise UserError(f"{spec} is a dataset's name and a folder here; say torchvision:{DATASETS[spec].torchvision} or ./{spec}")
         own = torchvision_source(spec, options or DATASETS[spec].torchvision)
     if own is None:
         return understand(_tree(spec), reading or Reading())[0]

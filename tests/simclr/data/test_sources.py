@@ -138,13 +138,21 @@ def test_a_missing_source_is_a_user_error(spec: str, sentence: str) -> None:
 
 
 def test_folders_and_files_without_images_are_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="only nothing; expected files that end with"):
+    with pytest.raises(UserError, match="only nothing; expected pictures, as split/class/file"):
         open_source(str(tmp_path))
     (tmp_path / "notes.txt").write_text("no image, no archive")
     with pytest.raises(UserError, match=r"only 1 other files \(\.txt\)"):
         open_source(str(tmp_path))
-    with pytest.raises(UserError, match="is no tar archive"):
+    with pytest.raises(UserError, match="is no archive and no table"):
         open_source(str(tmp_path / "notes.txt"))
+
+
+def test_a_folder_that_is_called_like_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "imagenet", NAMES)
+    with pytest.raises(UserError, match=r"is a dataset's name and a folder here; say torchvision:ImageNet or \./imagenet"):
+        open_source("imagenet")
+    assert open_source("./imagenet").total == 3
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])

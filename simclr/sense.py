@@ -13,6 +13,8 @@ from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 from simclr.stages import Distill, FineTune
 
+_ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
+
 
 def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[int] = (1,)) -> tuple[str, ...]:
     """What a run of `config` over `examples` images of `manifest` does otherwise than its settings say, a sentence each. `workers`: the
@@ -21,10 +23,11 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     Raises UserError for what cannot be learned from: BatchNorm over a single image, crops of a pixel, a queue longer than an epoch.
     """
     pretrains = not isinstance(config, FineTune | Distill)
-    _require_statistics(config, workers)
     _require_crops(config.views, manifest)
     _require_queue(config, examples)
     found = [_warmup(config, examples), _enlarged(config.views, manifest)]
+    if not (isinstance(config, FineTune) and config.linear):  # whose statistics stay as they are
+        found.append(_few(_statistics(config, workers), config))
     if pretrains:
         found += [_unblurred(config.views), _neighbours(config, manifest)]
     return tuple(note for note in found if note)
@@ -33,21 +36,19 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
 # ── Refused ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _require_statistics(config: Config, workers: Sequence[int]) -> None:
-    """BatchNorm over the two views of one image makes them opposites, and over one view it makes everything 0."""
-    if isinstance(config, FineTune) and config.linear:  # running statistics, which stay as they are
-        return
+def _statistics(config: Config, workers: Sequence[int]) -> int:
+    """How few images BatchNorm may normalise over. Raises UserError for one: its two views become opposites, its one view 0."""
     train, shared = config.train, config.encoder.batchnorm == "global"
-    for count in workers:
-        piece = train.micro_batch or train.batch_size // count
-        if piece * (count if shared else 1) > 1:
-            continue
-        if train.micro_batch == 1:
-            raise UserError("train.micro_batch 1 leaves BatchNorm a single image; use --train.micro-batch 2 or more")
-        raise UserError(
-            f"encoder.batchnorm per_worker and batch size {train.batch_size} over {count} workers leave BatchNorm a single image; "
-            f"use --workers {max(train.batch_size // 2, 1)} or fewer, or a larger batch"
-        )
+    pieces = {count: (train.micro_batch or train.batch_size // count) * (count if shared else 1) for count in workers}
+    count = min(pieces, key=lambda count: pieces[count])
+    if pieces[count] > 1:
+        return pieces[count]
+    if train.micro_batch == 1:
+        raise UserError("train.micro_batch 1 leaves BatchNorm a single image; use --train.micro-batch 2 or more")
+    raise UserError(
+        f"encoder.batchnorm per_worker and batch size {train.batch_size} over {count} workers leave BatchNorm a single image; "
+        f"use --workers {max(train.batch_size // 2, 1)} or fewer, or a larger batch"
+    )
 
 
 def _require_crops(views: Views, manifest: Manifest) -> None:
@@ -76,6 +77,12 @@ def _warmup(config: Config, examples: int) -> str:
         return ""
     epochs = config.optim.warmup_epochs
     return f"the warm-up lasts {steps:,} of {total:,} steps, a tenth of this short run, and not the {asked:,} steps of {epochs:g} epochs"
+
+
+def _few(images: int, config: Config) -> str:
+    if images >= min(_ENOUGH, config.train.batch_size):
+        return ""
+    return f"BatchNorm normalises over {images} images at a time and trains worse than over {_ENOUGH} or more"
 
 
 def _enlarged(views: Views, manifest: Manifest) -> str:

@@ -133,7 +133,8 @@ def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] 
     for share in shares if len(train.y) and len(test.y) else ():
         some = _share(train, share)
         row[f"probe_top1_at_{share:g}"] = linear_probe(some.h, some.y, test.h, test.y)["top1"]
-    text = {"scores": [{"name": "trained encoder", **row}], "data": run.origin, "k": watch.k, "time": time.time()}
+    k = min(watch.k, len(train.y) or watch.k)
+    text = {"scores": [{"name": "trained encoder", **row}], "data": run.origin, "k": k, "time": time.time()}
     files.write_text(run.path / "evaluation.json", json.dumps(text, indent=1) + "\n")
     return row
 

@@ -124,14 +124,13 @@ def write_labels(run: Run, seen: Labels) -> None:
 
 def batch_for(asked: int | None, usual: int, images: int, workers: int) -> int:
     """The batch size `asked` for, else the `usual` one or, with fewer images than that, the largest number that `workers` share evenly."""
-    if asked is not None:
-        if asked > images:
-            most = images // workers * workers
-            raise UserError(f"--batch-size {asked:,} is larger than the {images:,} images to train on; use --batch-size {most} or less")
+    if asked is not None and asked <= images:
         return asked
-    size = min(usual, images) // workers * workers
+    size = min(asked or usual, images) // workers * workers
     if size < 2:
         raise UserError(f"{images} labelled images are too few for {workers} workers; use fewer --workers or more --labels")
+    if asked is not None:
+        raise UserError(f"--batch-size {asked:,} is larger than the {images:,} images to train on; use --batch-size {size} or less")
     if size < usual:
         say(f"batch size {size} instead of {usual:,}: there are {images:,} images")
     return size

@@ -94,6 +94,21 @@ def test_what_has_no_effect_is_said(config: Config, manifest: Manifest, said: st
     assert found.startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("config", "workers", "images"),
+    [
+        (Config(train=Train(batch_size=64, micro_batch=1)), (2, 4), 2),
+        (Config(train=Train(batch_size=64, micro_batch=4)), (2,), 8),
+        (Config(train=Train(batch_size=64), encoder=Encoder(batchnorm="per_worker")), (4, 8), 8),
+        (FineTune(train=Train(batch_size=64), encoder=Encoder(batchnorm="per_worker")), (8,), 8),
+    ],
+)
+def test_statistics_of_few_images_are_said(config: Config, workers: tuple[int, ...], images: int) -> None:
+    (found,) = notes(config, PHOTOS, *workers)
+    assert found == f"BatchNorm normalises over {images} images at a time and trains worse than over 16 or more"
+    assert notes(replace(config, train=replace(config.train, micro_batch=None, batch_size=128)), PHOTOS, 2) == ()
+
+
 def test_what_does_not_apply_is_not_said() -> None:
     small = shards(150, (32, 32), (32, 32), classes=0)
     config = Config(train=Train(batch_size=60), views=Views(size_px=20))

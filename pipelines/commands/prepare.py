@@ -121,7 +121,7 @@ def _register(betons: dict[str, Path], args: Args, out: Path) -> Manifest:
 
     if address(out) is not None:
         raise UserError(f"{sync.shown(out)}: .beton files are linked in place, so --out must be on this machine's disk")
-    manifest = register(betons, out)
+    manifest = register(betons, out, say)
     say(f"{', '.join(str(path) for path in betons.values())}: linked as they are, not encoded again")
     return manifest
 

@@ -11,13 +11,12 @@ from simclr.data.sources.archives import archive_tree, archives_tree, braces_tre
 from simclr.data.sources.folder import folder_tree, walk
 from simclr.data.sources.joined import joined
 from simclr.data.sources.layout import understand
-from simclr.data.sources.parquet import is_parquet_folder, parquet_tree
 from simclr.data.sources.patterns import patterns_source
 from simclr.data.sources.reading import Reading
 from simclr.data.sources.s3 import s3_archive, s3_prefix
 from simclr.data.sources.source import Source, Tree
 from simclr.data.sources.splits import split_of
-from simclr.data.sources.tar import ARCHIVES, stem
+from simclr.data.sources.tar import ARCHIVES, stems
 from simclr.data.sources.torchvision import DATASETS, torchvision_source
 from simclr.errors import UserError
 
@@ -57,6 +56,8 @@ def _tree(spec: str) -> Tree:
         return _folder(path)
     if path.is_file():
         if path.suffix.lower() == ".parquet":
+            from simclr.data.sources.parquet import parquet_tree  # pyarrow takes 0.3 s
+
             return parquet_tree(path)
         if not is_archive_file(path):
             endings = ", ".join((*ARCHIVES, ".zip", ".parquet"))
@@ -76,11 +77,15 @@ def _folder(root: Path) -> Tree:
     loose = folder_tree(root, files)
     if loose.parts:
         # Beside loose pictures no archive is opened but ImageNet's devkit, which says what their classes are.
-        devkits = {stem(name): root / name for name in files.sizes if is_archive(name) and "devkit" in PurePosixPath(name).name}
+        named = stems((name for name in files.sizes if is_archive(name) and "devkit" in PurePosixPath(name).name), str(root))
+        devkits = {prefix: root / name for prefix, name in named.items()}
         return joined(str(root), [loose, archives_tree(str(root), devkits)]) if devkits else loose
-    if is_parquet_folder(files.sizes):
-        return parquet_tree(root)
-    archives = {stem(name): root / name for name in sorted(files.sizes) if is_archive(name)}
+    if any(name.lower().endswith((".parquet", ".arrow")) for name in files.sizes):
+        from simclr.data.sources.parquet import is_parquet_folder, parquet_tree
+
+        if is_parquet_folder(files.sizes):
+            return parquet_tree(root)
+    archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(files.sizes)), str(root)).items()}
     if not archives:
         return loose
     opened = archives_tree(str(root), archives)

@@ -17,7 +17,7 @@ from pipelines.terminal import Bar, say
 from simclr import files
 from simclr.data.depth import Rule
 from simclr.data.pixels import MOST_PIXELS
-from simclr.data.sources.source import is_image
+from simclr.data.sources.folder import in_order, walk
 from simclr.errors import UserError
 
 _BATCH = 64
@@ -104,7 +104,10 @@ def _open(args: Args) -> _Images:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if is_image(p.name))
+            files_in = walk(path)
+            found += [path / name for name in in_order(files_in.sizes)]
+            if files_in.junk:
+                say(f"{files_in.junk.total():,} files in {', '.join(sorted(files_in.junk)[:3])} are left out")
         elif path.is_file():
             found.append(path)
         else:

@@ -41,7 +41,7 @@ __all__ = ["Identity", "Kind", "Options", "agreed", "existing", "prepare"]
 
 _LOCK = ".writing-lock"
 _CHOICE = ".writing-choice.json"
-_ENOUGH = 1000  # images of a source of unknown length, from which on their share of unreadable ones counts
+_ENOUGH = 1000  # images, from which on the share of unreadable ones counts before the end
 
 
 def prepare(
@@ -176,14 +176,13 @@ class _Job:
         for note in (note for note in self._notes() if note.which):
             size = note.height_px[0], note.width_px[0]
         seen, skipped = sum(note.items for note in self._notes()), sum(len(note.skipped) for note in self._notes())
-        self._require_readable(skipped, seen)  # of a prepare that stopped for this, under the share that is allowed now
         for encoded in _in_order(self.pool, items, choice.kind, self.options, rule, self.ahead):
             writer = self.writers[encoded.item.split]
             seen += 1
+            self._require_readable(skipped, seen - 1)
             if encoded.skipped:
                 writer.note.skip(encoded)
                 skipped += 1
-                self._require_readable(skipped, seen)
                 continue
             size = size or (encoded.height, encoded.width)
             if choice.kind == "raw" and size != (encoded.height, encoded.width):
@@ -213,7 +212,7 @@ class _Job:
         """Raise UserError once more images are skipped than may be: of all where their number is known, else of those seen so far."""
         most, total = self.options.max_skipped_pct, self.source.total
         of = seen if ended or total is None else max(total, seen)
-        if skipped <= most / 100 * of or (not ended and total is None and seen < _ENOUGH):
+        if skipped <= most / 100 * of or not (ended or seen >= _ENOUGH):
             return
         first = "" if ended or seen == total else "the first "
         rows = [row for note in self._notes() for row in note.skipped]
@@ -224,7 +223,7 @@ class _Job:
             f"{skipped:,} of {first}{seen:,} images of {self.source.spec} cannot be read, more than {most:g} %"
             f"{f' of all {total:,}' if first and total else ''}; the first: {': '.join(rows[0])}; "
             f"most often: {', '.join(f'{reason} ({times})' for reason, times in reasons)}; "
-            f"mend the source, or allow more with --max-skipped-pct {math.ceil(1000 * skipped / seen) / 10:g}{stays}"
+            f"mend the source, or allow more with --max-skipped-pct {math.ceil(1000 * skipped / seen) / 10:g}{' or above' if first else ''}{stays}"
         )
 
     def _notes(self) -> list[Note]:

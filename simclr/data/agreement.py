@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from simclr.data.options import Options, stated
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
 
+_WORDS = ("splits_by", "classes_by", "notes", "left_out")
 Identity = Literal["times", "names", "content"]
 """What tells that a source is the same: names, sizes and modification times; names and sizes; or, beside these, every byte."""
 
@@ -87,26 +88,41 @@ def unfinished(out: Path) -> list[Path]:
     return [*waiting, *(p for p in (*named, *lists) if p.exists())]
 
 
-def plain(understood: dict[str, object]) -> dict[str, Any]:
-    """As a manifest reads it back."""
-    found: dict[str, Any] = json.loads(json.dumps(understood, sort_keys=True))
+def decisive(understood: Mapping[str, object]) -> dict[str, Any]:
+    """What decides splits and classes, as a manifest reads it back, without the words and what was left out."""
+    found: dict[str, Any] = json.loads(json.dumps({key: value for key, value in understood.items() if key not in _WORDS}, sort_keys=True))
     return found
 
 
 def _require_understood_alike(manifest: Manifest, source: Source, out: object) -> None:
-    now = plain(source.understood)
-    before = manifest.understood
-    if not before and "classes" in now:  # of a manifest from before they were noted the classes alone are known; one class counts as none
-        before = {"classes": list(manifest.classes)}
-        now = {"classes": sorted(now["classes"]) if len(now["classes"]) > 1 else []}
-    differ = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)] if before else []
-    if differ:
-        there, here = (", ".join(f"{key} {_shown(of.get(key))}" for key in differ) for of in (before, now))
+    before, now = manifest.understood, source.understood
+    if before:
+        alike = decisive(before) == decisive(now)
+    else:  # of a manifest from before this was noted, the classes alone are known
+        alike = _classes(now) in (None, list(manifest.classes))
+        before = {"classes": manifest.classes}
+    if not alike:
+        there, here = _described(before, now), _described(now, before)
         raise UserError(f"{out} holds shards whose classes were read otherwise: {there} there, {here} now; use another --out")
 
 
+def _classes(understood: Mapping[str, Any]) -> list[str] | None:
+    """The class names, where they are known; one class counts as none, as in a manifest."""
+    if "classes" not in understood and ("splits" not in understood or not understood.get("counted", True)):
+        return None
+    found = understood.get("classes", {label for split in understood.get("splits", {}).values() for label in split["classes"]})
+    return sorted(found) if len(found) > 1 else []
+
+
+def _described(understood: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    asked, theirs = understood.get("asked", {}), other.get("asked", {})
+    words = [f"--{key.replace('_', '-')} {value}" for key, value in asked.items() if theirs and theirs.get(key) != value]
+    words += [str(understood[key]) for key in ("splits_by", "classes_by") if key in understood and understood[key] != other.get(key)]
+    classes = _classes(understood) or []
+    return ", ".join([*words, f"{len(classes):,} classes ({_shown(classes)})" if classes else "no classes"])
+
+
 def _shown(value: Any) -> str:
-    if isinstance(value, list) and len(value) > 3:
-        return f"{len(value):,} ({_shown(value[:3])}, …)"
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return (text if len(text) <= 60 else f"{text[:57]}…") or "none"
+    if not isinstance(value, list):
+        return str(value)
+    return " ".join(map(str, value[:3])) + (" …" if len(value) > 3 else "")

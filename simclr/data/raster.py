@@ -141,7 +141,8 @@ def measured(data: bytes, image: Image.Image | None, rule: Rule) -> tuple[int, i
     if raster is None:
         assert image is not None
         with reading():
-            sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+            # Pillow gives the upright size of a TIFF, of others that in the file.
+            sideways = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
         return (image.width, image.height, None) if sideways else (image.height, image.width, None)
     colours, _ = _colours(raster, rule)
     return colours.shape[0], colours.shape[1], values_of(colours) if kind_of(colours) else None

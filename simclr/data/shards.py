@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from simclr import files
-from simclr.data.agreement import Identity, agreed, content, existing, plain, unfinished
+from simclr.data.agreement import Identity, agreed, content, decisive, existing, unfinished
 from simclr.data.copies import copies, shown, write_copies, write_list
 from simclr.data.depth import Rule, deeper, remarks
 from simclr.data.encode import Encoded, encode
@@ -123,7 +123,7 @@ class _Job:
         self.flushers = ThreadPoolExecutor(2, thread_name_prefix="flush")  # own threads: flushing does not wait behind encoding
         self.writers: dict[str, SplitWriter] = {}
         times = "" if identity == "names" else source.times
-        self.about = [source.spec, source.identity, times, source.total, plain(source.understood), stated(options), _versions()]
+        self.about = [source.spec, source.identity, times, source.total, decisive(source.understood), stated(options), _versions()]
 
     def whole(self, told: _Told) -> Manifest:
         """Run, and on failure leave full shards, or nothing where they are of no use."""
@@ -218,12 +218,13 @@ class _Job:
         rows = [row for note in self._notes() for row in note.skipped]
         reasons = Counter(reason for _, reason in rows).most_common(3)
         done = sum(note.items for writer in self.writers.values() for _, note in writer.full)
+        share = f"{math.ceil(1000 * skipped / seen) / 10:g}{' or above' if first else ''}"
         stays = f"; the same command then goes on behind the {done:,} images that are done" if done else ""
         raise UserError(
             f"{skipped:,} of {first}{seen:,} images of {self.source.spec} cannot be read, more than {most:g} %"
             f"{f' of all {total:,}' if first and total else ''}; the first: {': '.join(rows[0])}; "
             f"most often: {', '.join(f'{reason} ({times})' for reason, times in reasons)}; "
-            f"mend the source, or allow more with --max-skipped-pct {math.ceil(1000 * skipped / seen) / 10:g}{' or above' if first else ''}{stays}"
+            f"mend the source, or allow more with --max-skipped-pct {share}{stays}"
         )
 
     def _notes(self) -> list[Note]:
@@ -270,7 +271,7 @@ class _Job:
             identity=self.source.identity,
             times=self.source.times,
             content=content((split, digest) for split in notes for note in notes[split] for digest in note.content()),
-            understood=plain(self.source.understood),
+            understood=json.loads(json.dumps(self.source.understood)),  # as it reads back
             options=stated(self.options),
             skipped=len(skipped),
             duplicates=len(same),

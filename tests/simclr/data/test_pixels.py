@@ -38,6 +38,9 @@ def ramp(low: float, high: float, kind: Any = np.uint16, shape: tuple[int, ...] 
 
 
 def tiff(values: NDArray[Any], **options: Any) -> bytes:
+    """A TIFF; of three bands RGB, of four RGBA, unless `options` say otherwise."""
+    if values.ndim == 3 and "photometric" not in options:
+        options |= {"photometric": "rgb", "planarconfig": "contig", "extrasamples": (2,) * (values.shape[2] - 3)}
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, values, **options)
     return buffer.getvalue()
@@ -235,7 +238,12 @@ def test_deep_pictures_are_upright(orientation: int) -> None:
     deep = png(plain.astype(np.uint16) * 257)
     turned = deep[:33] + chunk[at : at + length] + deep[33:]  # behind the header
     options = Options(value_range=(0.0, 65535.0))
-    for data in (turned, tiff(plain.astype(np.uint16) * 257, extratags=[(274, "H", 1, orientation, True)])):
+    tags: dict[str, Any] = {"extratags": [(274, "H", 1, orientation, True)]}
+    deep_grey = encode(Item("train", None, "a", tiff(plain[..., 1].astype(np.uint16) * 257, **tags)), "raw", 500, 90, options.rule({}))
+    np.testing.assert_array_equal(np.frombuffer(deep_grey.stored, np.uint8).reshape(expected.shape)[..., 0], expected[..., 1])
+    for data in (turned, tiff(plain.astype(np.uint16) * 257, **tags), tiff(plain, **tags), tiff(plain * np.float32(257), **tags)):
+        looked = look(Item("train", None, "a", data), 500, options.rule({}))
+        assert (looked.height, looked.width) == expected.shape[:2]
         done = encode(Item("train", None, "a", data), "raw", 500, 90, options.rule({}))
         assert not done.skipped and (done.height, done.width) == expected.shape[:2]
         np.testing.assert_array_equal(np.frombuffer(done.stored, np.uint8).reshape(expected.shape), expected)

@@ -59,7 +59,7 @@ class Scaled:
 
 
 def kind_of(values: NDArray[Any]) -> str:
-    """ "" for pixels that are 8 bits already."""
+    """integers, floats, or "" for pixels that are 8 bits already."""
     return "" if values.dtype in (np.uint8, np.bool_) else "floats" if values.dtype.kind == "f" else "integers"
 
 
@@ -119,12 +119,16 @@ def remarks(pixels: Mapping[str, Any]) -> list[str]:
             bits = bits_of(kind, black, white)
             rules.append(f"{kind} from {black:,.6g} (black) to {white:,.6g} (white){f', {bits} bits' if bits else ''}")
         by = "as --value-range states" if pixels["stated"] else "by a sample of the images; --value-range states another range"
-        lines.append(f"{pixels['rescaled']:,} images were rescaled to 8 bits, {' and '.join(dict.fromkeys(rules))}, {by}")
+        lines.append(f"{_images(pixels['rescaled'])} rescaled to 8 bits, {' and '.join(dict.fromkeys(rules))}, {by}")
     if pixels.get("clipped"):
-        lines.append(f"{pixels['clipped']:,} of these have more than 1 % of their pixels outside this range, cut off at black or white")
+        lines.append(f"{pixels['clipped']:,} of these had more than 1 % of their pixels outside this range, cut off at black or white")
     if pixels.get("grey"):
-        lines.append(f"{pixels['grey']:,} images have one channel, which is repeated to three")
+        lines.append(f"{_images(pixels['grey'])} of one channel, which is repeated to three")
     return lines
+
+
+def _images(count: int) -> str:
+    return f"{count:,} images were" if count != 1 else "1 image was"
 
 
 def scaled(values: NDArray[Any], rule: Rule) -> Scaled:

@@ -122,8 +122,8 @@ class _Job:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self.flushers = ThreadPoolExecutor(2, thread_name_prefix="flush")  # own threads: flushing does not wait behind encoding
         self.writers: dict[str, SplitWriter] = {}
-        times = "" if identity == "names" else source.times
-        self.about = [source.spec, source.identity, times, source.total, decisive(source.understood), stated(options), _versions()]
+        self.identity = identity
+        self.about = [source.spec, source.identity, source.total, decisive(source.understood), stated(options), _versions()]
 
     def whole(self, told: _Told) -> Manifest:
         """Run, and on failure leave full shards, or nothing where they are of no use."""
@@ -140,6 +140,8 @@ class _Job:
             if isinstance(error, Unusable) or full:
                 for path in (*unfinished(self.out), *(self.out / name for name in LISTS)):
                     path.unlink(missing_ok=True)
+            if isinstance(error, Again):
+                self._remove_unfinished(set())
             if full:
                 raise UserError(
                     f"no space left on the disk of {self.out}: its {shutil.disk_usage(self.out).free / 2**20:,.0f} MiB were full after "
@@ -150,19 +152,26 @@ class _Job:
             for pool in (self.pool, self.flushers):
                 pool.shutdown(wait=False, cancel_futures=True)
 
+    def _remove_unfinished(self, kept: set[str]) -> None:
+        for path in unfinished(self.out):
+            if path.name not in (*kept, _LOCK, _CHOICE):
+                path.unlink(missing_ok=True)
+
     def _run(self, told: _Told) -> Manifest:
-        choice = saved(self.out / _CHOICE, _hash(self.about)) or survey(self.source, self.options, self.pool)
-        choice.save(self.out / _CHOICE, _hash(self.about))
-        rule, key = self.options.rule(choice.ranges), _hash([self.about, choice.kind, choice.ranges])
+        choice = saved(self.out / _CHOICE, _hash(self.about))
+        if choice is None or (self.identity != "names" and choice.times != self.source.times):
+            choice = survey(self.source, self.options, self.pool)
+            choice.save(self.out / _CHOICE, _hash(self.about))
+        rule, key = self.options.rule(choice.ranges), _hash([self.about, choice.times, choice.kind, choice.ranges])
         behind = {}
         for split in ("train", "test"):
             self.writers[split] = SplitWriter(self.out, split, self.options.shard_mib << 20, key, self.flushers)
             behind[split] = self.writers[split].resume()
         count = sum(behind.values())
         kept = {f".writing-{name}{end}" for w in self.writers.values() for name, _ in w.full for end in ("", ".json")}
-        for path in unfinished(self.out):
-            if path.name not in (*kept, _LOCK, _CHOICE):
-                path.unlink(missing_ok=True)
+        if not count and list(self.out.glob(".writing-*.beton.json")):
+            told.says(f"the unfinished shards in {self.out} are of another source or version, or of other options; it begins again")
+        self._remove_unfinished(kept)
         if count:
             told.resumed(count)
         if self.source.total is not None:

@@ -99,13 +99,23 @@ def test_an_interrupted_prepare_of_other_classes_or_times_is_not_resumed(tmp_pat
             raise KeyboardInterrupt
 
     first: dict[str, Any] = {"times": "monday", "understood": read_as("ab")}
-    options = Options(shard_mib=1)
-    for name, more in {"same": {}, "times": {"times": "tuesday"}, "labels": {"understood": read_as("ab", "parent")}}.items():
+    options, tuesday = Options(shard_mib=1), {"times": "tuesday"}
+    cases: dict[str, tuple[dict[str, Any], Any, bool]] = {
+        "same": ({}, "times", True),
+        "times": (tuesday, "times", False),
+        "copied": (tuesday, "names", True),
+        "content": (tuesday, "content", False),
+        "labels": ({"understood": read_as("ab", "parent")}, "times", False),
+    }
+    for name, (more, identity, goes_on) in cases.items():
         with pytest.raises(KeyboardInterrupt):
             shards.prepare(source_of(items, **first), tmp_path / name, options, 2, stop)
         went_on: list[int] = []
-        shards.prepare(source_of(items, **(first | more)), tmp_path / name, options, 2, lambda done: None, went_on.append)
-        assert bool(went_on) == (name == "same"), name
+        said: list[str] = []
+        source = source_of(items, **(first | more))
+        shards.prepare(source, tmp_path / name, options, 2, lambda done: None, went_on.append, identity=identity, says=said.append)
+        assert bool(went_on) == goes_on, name
+        assert bool(said) != goes_on and all("are of another source or version, or of other options; it begins again" in s for s in said)
 
 
 def test_a_run_takes_shards_of_copied_files_for_the_same(tmp_path: Path) -> None:

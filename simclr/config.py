@@ -22,6 +22,8 @@ Operation = Literal["crop", "cutout", "colour", "sobel", "noise", "blur", "rotat
 
 RENAMED = {"begins": "encoder_sha256", "labelled": "labels_sha256"}
 """Fields of a stage (`simclr.stages`) by their names before 26 November 2026, which older files and default run directories have."""
+ADDED = {"class_weights": "none"}
+"""Fields that came later, and what older runs did: with this value they are left out of the name of a default run directory."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -113,6 +115,12 @@ class Views:
         _require(not unknown, f"views.operations has {', '.join(sorted(unknown))}; expected some of {', '.join(get_args(Operation))}")
         _require(min(self.std) > 0, f"views.std is {self.std}; every entry must be positive")
 
+    @property
+    def least_area(self) -> float:
+        """Smallest area of a crop that is taken: the official code asks a crop to cover 10 % of the image, which overrules its 8 %."""
+        low, high = self.area
+        return max(low, min(0.1, high))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
@@ -153,7 +161,8 @@ class Optim:
     scaling: Literal["linear", "sqrt"] = "linear"
     """lr = base_lr * N / 256, or base_lr * sqrt(N), which trains better below N = 2048 (App. B.1)."""
     warmup_epochs: float = 10.0
-    """Epochs of linear warm-up; then half a cosine down to 0."""
+    """Epochs of linear warm-up; then half a cosine down to 0. A run that is no longer, or that train.steps cuts, warms up for at most a
+    tenth of its steps."""
     momentum: float = 0.9
     """Decay of the momentum buffer."""
     nesterov: bool = False
@@ -282,14 +291,20 @@ class Config:
             return self.train.steps
         return math.floor(examples * self.train.epochs / self.train.batch_size) + 1
 
+    def warmup_asked(self, examples: int) -> int:
+        """Steps of `optim.warmup_epochs`, as the official code rounds them."""
+        return round(self.optim.warmup_epochs * examples // self.train.batch_size)
+
     def warmup_steps(self, examples: int) -> int:
-        """Steps of linear warm-up, as the official code rounds them; at most a tenth of a run cut by train.steps."""
-        warmup = round(self.optim.warmup_epochs * examples // self.train.batch_size)
-        return warmup if self.train.steps is None else min(warmup, self.train.steps // 10)
+        """Steps of linear warm-up: those asked for, but at most a tenth of a run that train.steps cuts or that is no longer than they."""
+        warmup = self.warmup_asked(examples)
+        short = self.train.steps is not None or self.optim.warmup_epochs >= self.train.epochs
+        return min(warmup, self.total_steps(examples) // 10) if short else warmup
 
     def watch_steps(self, examples: int) -> int:
         """Steps between two kNN evaluations; 0 = only the last step."""
-        return round(self.watch.every_epochs * self.steps_per_epoch(examples))
+        every = self.watch.every_epochs
+        return max(round(every * self.steps_per_epoch(examples)), 1) if every else 0
 
     def checkpoint_due(self, step: int, total: int) -> bool:
         """Whether a checkpoint is due after `step` of `total` steps, apart from those due by time."""

@@ -7,6 +7,7 @@ epochs. They inherit the `loss` settings too, which have no effect here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from simclr.config import Config, Optim, Train, Watch, _require
 
@@ -30,6 +31,9 @@ class FineTune(Config):
     """Layer of the projection head that the classifier reads; the layers up to it are trained too. 0 = h."""
     linear: bool = False
     """Train only the classifier: encoder and head are frozen, their statistics too."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the loss: none, or balanced, n / (C · n_c) for a class with n_c of the n labelled images of C classes, so
+    that every class counts alike, however rare (`simclr.data.labels.balanced`)."""
     encoder_sha256: str = ""
     """sha256 of the published encoder that training begins with; empty = from scratch, the supervised baseline."""
     labels_sha256: str = ""
@@ -64,9 +68,6 @@ class Distill(Config):
         Config.__post_init__(self)
         _require(self.temperature > 0, f"temperature is {self.temperature}; expected a positive number, v2 uses 0.1 to 1")
         _require(0 < self.alpha <= 1, f"alpha is {self.alpha}; expected above 0 (at 0 nothing would be distilled) and at most 1")
-        warmup, epochs = self.optim.warmup_epochs, self.train.epochs
-        fits = warmup < epochs or self.train.steps is not None
-        _require(fits, f"{warmup:g} epochs of warm-up leave nothing of {epochs:g}; v2 has 5 %: --optim.warmup-epochs {0.05 * epochs:g}")
         _require_plain(self)
 
 

@@ -31,7 +31,7 @@ LAYERS = [
     ("simclr.train",),
     ("simclr.methods",),
     ("simclr.gradient_cache", "simclr.telemetry"),
-    ("simclr.evaluation",),
+    ("simclr.evaluation", "simclr.sense"),
     ("simclr.encoder",),
     ("simclr.data",),
     ("simclr.networks", "simclr.views", "simclr.loss", "simclr.optim", "simclr.checkpoint", "simclr.stages", "simclr.recipes"),
@@ -64,6 +64,7 @@ DOORS = {
         "tune/ray_tune.py",
         "tune/trial.py",
     },
+    "pyarrow": {"simclr/data/sources/parquet.py"},
     # The last for its networks alone.
     "torchvision": {"simclr/data/sources/torchvision.py", "simclr/data/tasks.py", "simclr/encoder/export.py"},
     "cv2": {"simclr/data/raster.py"},

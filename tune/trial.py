@@ -23,6 +23,7 @@ from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.terminal import say
 from pipelines.train import ray_private, ray_train, retry
 from pipelines.train.messages import Task, TrialBeganAgain, TrialFailed
+from simclr import sense
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.data.s3.uri import address
@@ -152,7 +153,9 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
         dataclasses.replace(load_run(directory), config=config).save()
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
     flags = [f"--{key.replace('_', '-')}={_word(resolve.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
-    run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]))
+    manifest, workers = read_manifest(data, look=False), ray_train.Resources(**sweep.resources).counts(config)
+    notes = sense.notes(config, manifest, manifest.examples("train", config.train.shard_groups), workers)
+    run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]), notes=notes)
     run.save()
     _fill(run)
     if donor is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from pipelines.terminal import say
 from pipelines.train import ray_train
+from simclr import sense
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 from tune import resolve
@@ -42,10 +44,14 @@ def check(asked: Sweep, manifest: Manifest) -> list[Coded]:
         if asked.seeds > 1 or asked.scheduler == "pbt":
             raise UserError("--search optuna chooses each trial by those before it: it goes with one seed and without pbt")
     every = resolve.combinations(space) if asked.search == "grid" else resolve.samples(space, asked.trials or 10**9, base.seed)
+    notes: list[str] = []
     for combination in every:
         config = resolve.point(space, base, combination, asked.seeds - 1).config
-        ray_train.Resources(**asked.resources).counts(config)
-        config.steps_per_epoch(manifest.examples("train", config.train.shard_groups))
+        examples, workers = manifest.examples("train", config.train.shard_groups), ray_train.Resources(**asked.resources).counts(config)
+        config.steps_per_epoch(examples)
+        notes += sense.notes(config, manifest, examples, workers)
+    for note in dict.fromkeys(notes):  # often all trials share one
+        say(note if (trials := notes.count(note)) == len(every) else f"{trials} of {len(every)} trials: {note}")
     if asked.search == "optuna":
         return []
     coded = [{axis.key: code(axis, combination[axis.key]) for axis in space.axes} for combination in every]

@@ -18,6 +18,7 @@ from simclr.evaluation import features, knn, linear
 from simclr.methods.method import Start
 from simclr.methods.simclr import build_model
 from simclr.train import train
+from simclr.views.preprocessing import Preprocessing
 
 _EVERY = 97  # steps between two reports: an epoch of CIFAR-10 at N = 512
 _BASE_LR = 0.12  # 0.24 at N = 512, four times the recipe's, for a short run
@@ -50,7 +51,8 @@ def cifar(name: str, config: Config, data: Path, epochs: int, threads: int, devi
     trained_s = time.perf_counter() - began
     model = build_model(config, len(manifest.classes)).to(device)
     model.load_state_dict({key.removeprefix("model."): tensor for key, tensor in last.state.tensors.items() if key.startswith("model.")})
-    found = [features.embed_split(model.encoder, data, split, config.views, None, device, threads=threads) for split in ("train", "test")]
+    seen = Preprocessing.of(config.views)
+    found = [features.embed_split(model.encoder, data, split, seen, None, device, threads=threads) for split in ("train", "test")]
     bank, queries = (split.labelled() for split in found)
     voted = knn.knn(bank.h, bank.y, queries.h, queries.y, _K, _TEMPERATURE)["top1"]
     probe = linear.linear_probe(bank.h, bank.y, queries.h, queries.y)["top1"]

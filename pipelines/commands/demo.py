@@ -81,7 +81,8 @@ def demo(args: Args) -> Result:
         config = replace(config, train=replace(config.train, epochs=args.epochs))
     resources = ray_train.Resources(workers=args.workers)
     config.images_per_rank(args.workers)  # raises before anything is rendered
-    config.steps_per_epoch(args.train)
+    if args.train < config.train.batch_size:
+        raise UserError(f"--train is {args.train}; expected at least {config.train.batch_size} images, a batch")
 
     began = time.monotonic()
     kind = ",coloured" if args.coloured else ""
@@ -117,6 +118,7 @@ def _pull_and_compare(run: Run) -> tuple[str, str]:
     from pipelines.tracking import registry
     from pipelines.tracking import uri as mlflow_uri
     from simclr.data.loader import in_order
+    from simclr.views.preprocessing import Preprocessing
 
     uri = mlflow_uri.tracking_address(None)
     name, _, version = run.registered.partition("/")
@@ -124,7 +126,7 @@ def _pull_and_compare(run: Run) -> tuple[str, str]:
     spec = f"{name}@champion" if champion else run.registered
     pulled, images, features = run.path / "pulled", run.path / "images.npy", run.path / "features.npz"
     shutil.rmtree(pulled, ignore_errors=True)
-    first = next(in_order(run.data, "test", run.config.views.size_px, _CHECKED, resize=run.config.views.resize))
+    first = next(in_order(run.data, "test", Preprocessing.of(run.config.views), _CHECKED))
     np.save(images, first.images[0].numpy())
     for command in (["pull", spec, "--to", str(pulled)], ["embed", str(pulled), str(images), "--out", str(features)]):
         done = subprocess.run([sys.executable, "-m", "pipelines.cli", *command, "--quiet"], capture_output=True, text=True)

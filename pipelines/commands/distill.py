@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,10 +88,10 @@ def distill(args: Args) -> Run:
         seen = None if args.alpha == 1 else classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
         ids = seen.ids if seen is not None else None
         config = _config(args, directory, examples, labels.digest(ids) if ids is not None else "")
-        args.resources.counts(config)
-        config.steps_per_epoch(examples)
+        notes = driver.checked(config, manifest, examples, args.resources)
         name = f"distill-{classifiers.recipe_of(directory).removeprefix('finetune-')}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "distill")
+        run = replace(run, notes=notes)
         run.save()
         if seen is not None:
             classifiers.write_labels(run, seen)
@@ -100,7 +100,7 @@ def distill(args: Args) -> Run:
             shutil.copytree(directory, run.path / ".teacher", dirs_exist_ok=True)
             (run.path / ".teacher").rename(run.path / "teacher")
 
-    notes: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
+    about: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
     job = driver.Job(
         run=run,
         home=home,
@@ -108,7 +108,7 @@ def distill(args: Args) -> Run:
         total=config.total_steps(examples),
         uri=uri,
         resources=args.resources,
-        publish=lambda run, method: classifiers.publish(run, classes, 0, notes, method),
+        publish=lambda run, method: classifiers.publish(run, classes, 0, about, method),
         given={"labelled": ids},
     )
     return driver.train(job, began)

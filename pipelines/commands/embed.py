@@ -130,11 +130,11 @@ def _array(path: Path) -> _Images:
 
 
 def _read(path: Path, rule: Rule) -> NDArray[np.uint8]:
+    from simclr.data.encode import decoded
     from simclr.data.pixels import Unreadable
-    from simclr.data.raster import picture
 
     try:
-        return np.asarray(picture(path, rule))
+        return decoded(path, rule)
     except Unreadable as error:
         raise Junk(f"{path} is no image that can be read ({error}); leave it out") from None
 

@@ -135,7 +135,7 @@ def _protocols(args: Args, directory: Path, out: Path, name: str) -> None:
         limit=args.limit,
         threads=args.threads,
     )
-    encoder = simclr.load_encoder(published).encoder.to(device)
+    encoder = simclr.load_encoder(published)
     protocols.run(tuple(dict.fromkeys(args.protocol)), encoder, data, config, device, settings, out, name)
 
 

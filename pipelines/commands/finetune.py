@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from pipelines.runs import sync
 from pipelines.runs.directory import Run
+from pipelines.terminal import say
 from pipelines.train import classifiers, driver, ray_train
 from simclr.config import Optim, Watch
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.stages import FineTune
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _FEW = 0.05
 
@@ -39,6 +44,8 @@ class Args:
     tap: int | None = None
     """Layer of the projection head that the classifier reads. Default, as v2: 1 of a head of three layers, but 0 (the encoder's h) if
     all labels are seen, and for v1's head."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: a class counts in the loss by the inverse of its share of the labelled images, so that rare classes count alike."""
     linear: bool = False
     """Train only the classifier; the network stays fixed."""
     from_scratch: bool = False
@@ -83,24 +90,26 @@ def finetune(args: Args) -> Run:
             raise UserError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
         data = sync.shards(at)
         classes = classifiers.require_classes(manifest := read_manifest(data), data)
-        from simclr.data import labels
+        from simclr.data import labels, loader
         from simclr.methods.classifier import first_state
 
         seed = args.seed if args.label_seed is None else args.label_seed
         seen = classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
         ids = seen.ids
+        if args.class_weights == "balanced":
+            say(_weights(loader.labels(data)[ids], classes))
         config = _config(args, directory, len(ids), len(ids) / manifest.examples("train"), labels.digest(ids))
-        args.resources.counts(config)
-        config.steps_per_epoch(len(ids))
+        notes = driver.checked(config, manifest, len(ids), args.resources)
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune")
+        run = replace(run, notes=notes)
         run.save()
         classifiers.write_labels(run, seen)
         if state is not None:
             driver.begin_with(run, state)
 
-    notes: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
+    about: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
     job = driver.Job(
         run=run,
         home=home,
@@ -108,10 +117,19 @@ def finetune(args: Args) -> Run:
         total=config.total_steps(len(ids)),
         uri=uri,
         resources=args.resources,
-        publish=lambda run, method: classifiers.publish(run, classes, config.tap, notes, method),
+        publish=lambda run, method: classifiers.publish(run, classes, config.tap, about, method),
         given={"ids": ids},
     )
     return driver.train(job, began)
+
+
+def _weights(y: NDArray[np.int64], classes: tuple[str, ...]) -> str:
+    """The lightest and the heaviest class, in a sentence; `y` are the labels that are seen."""
+    from simclr.data.labels import balanced
+
+    weights = balanced(y, len(classes))
+    seen = sorted(set(y.tolist()), key=lambda c: weights[c])
+    return "class weights from " + " to ".join(f"{weights[c]:.3g} ({classes[c]}, {(y == c).sum():,} images)" for c in (seen[0], seen[-1]))
 
 
 def _config(args: Args, directory: Path, images: int, share: float, labels_sha256: str) -> FineTune:
@@ -133,6 +151,7 @@ def _config(args: Args, directory: Path, images: int, share: float, labels_sha25
         watch=Watch(every_epochs=args.test_every_epochs),
         tap=tap,
         linear=args.linear,
+        class_weights=args.class_weights,
         encoder_sha256="" if args.from_scratch else classifiers.digest(directory),
         labels_sha256=labels_sha256,
     )

@@ -14,8 +14,8 @@ import tyro
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say
 from simclr.data import shards
-from simclr.data.pixels import unread
 from simclr.data.manifest import LISTS, Manifest
+from simclr.data.pixels import unread
 from simclr.data.s3.uri import Address, address, copy_of, locked
 from simclr.data.sources.open import betons_at, open_source
 from simclr.data.sources.reading import Reading, rows_of
@@ -59,7 +59,6 @@ def prepare(args: Args) -> Manifest:
     if betons := betons_at(args.source):
         return _register(betons, args, out)
     source = open_source(args.source, args.reading)
-    say(told(source))
     at = address(out)
     if at is not None:
         return _prepare_in_s3(args, source, at)
@@ -86,13 +85,12 @@ def told(source: Source) -> str:
     understood: dict[str, Any] = source.understood
     if not understood:
         return f"{source.spec}: {source.total or 'some'} images"
-    counted = understood.get("counted", True)
     lines = [f"{source.spec}: {f'{source.total:,} images' if source.total is not None else 'images are counted as they are read'}"]
     lines += [f"  splits   {understood['splits_by']}", f"  classes  {understood['classes_by']}", ""]
     table = [("split", "images", "labelled", "classes", "smallest", "largest")]
     for row in rows_of(understood):
         share = f"{100 * row.labelled / max(row.images, 1):.4g} %"
-        cells = (f"{row.images:,}", share, row.smallest, row.largest) if counted else ("?", "?", "?", "?")
+        cells = (f"{row.images:,}", share, row.smallest, row.largest) if row.images else ("?", "?", "?", "?")
         table.append((row.split, *cells[:2], f"{row.classes:,}", *cells[2:]))
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
@@ -157,6 +155,7 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
 
 def _write(args: Args, source: Source) -> Manifest:
     out = _out(args)
+    say(told(source))
     with Bar("prepare", source.total) as bar:
 
         def resumed(done: int) -> None:

@@ -80,12 +80,11 @@ def pretrain(args: Args) -> Run:
     data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # with groups it fetches none: all may not fit here
     manifest = read_manifest(data, look=groups == 1)
     examples, classes = manifest.examples("train", groups), manifest.classes
-    args.resources.counts(config)
-    config.steps_per_epoch(examples)
+    notes = driver.checked(config, manifest, examples, args.resources)
     run, home, uri = _opened(args, data, classes)
 
     job = driver.Job(
-        run=run,
+        run=replace(run, notes=notes),
         home=home,
         asked=args.run or run.path,
         total=config.total_steps(examples),

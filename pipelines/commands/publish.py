@@ -81,4 +81,4 @@ def _publish(args: Args) -> dict[str, Any]:
 
 def score_text(metric: str, value: float) -> str:
     """Shares in per cent, anything else as a number."""
-    return f"{100 * value:.1f} %" if metric.endswith(("top1", "top5")) else f"{value:.3g}"
+    return f"{100 * value:.1f} %" if metric.endswith(("top1", "top5", "per_class")) else f"{value:.3g}"

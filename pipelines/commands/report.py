@@ -52,6 +52,7 @@ def gather(run: Run) -> ReportData:
         "began": time.strftime("%d %B %Y, %H:%M", time.localtime(run.created)),
         **({"extends" if run.start["extends"] else "began with": f"{run.began_with}: {run.start['taken']}"} if run.start else {}),
         **_length(run, history),
+        **({"notes": "; ".join(run.notes)} if run.notes else {}),
         **facts,
         **({"registered as": run.registered} if run.registered else {}),
         **({"MLflow": f"run {run.tracking_run} at {run.tracking_uri}"} if run.tracking_run else {}),
@@ -82,7 +83,8 @@ def _scores(run: Run) -> tuple[list[Score], dict[str, str]]:
     last = text["scores"][-1]
     if "knn_top1" not in last:
         if "rankme" not in last:  # a classifier's
-            return [], {"on the test split": ", ".join(f"{name} {100 * last[name]:.1f} %" for name in ("top1", "top5") if name in last)}
+            shares = ((name.replace("_", " "), value) for name, value in last.items() if name != "name")
+            return [], {"on the test split": ", ".join(f"{name} {100 * value:.1f} %" for name, value in shares)}
         ranks = ", ".join(f"{row['name']} {row['rankme']:.1f}" for row in text["scores"] if "rankme" in row)
         return [], {"effective rank of the features (RankMe)": ranks}
     instead = f"evaluate the run again: `simclr evaluate {run.path}`"

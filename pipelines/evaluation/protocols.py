@@ -19,7 +19,9 @@ from simclr.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from simclr.encoder.directory import PublishedEncoder
     from simclr.evaluation.features import Features
+    from simclr.views.preprocessing import Preprocessing
 
 Protocol = Literal["knn", "probe", "lbfgs", "sgd"]
 _BATCH = 256
@@ -41,7 +43,7 @@ class Settings:
 
 def run(
     protocols: tuple[Protocol, ...],
-    encoder: Any,
+    published: PublishedEncoder,
     data: Path,
     config: Config,
     device: torch.device,
@@ -50,17 +52,19 @@ def run(
     name: str,
 ) -> list[dict[str, Any]]:
     """Run each protocol on the encoder; write `out`/PROTOCOL.json and `out`/PROTOCOL.png; return the results."""
-    manifest = read_manifest(data)
+    manifest, encoder = read_manifest(data), published.encoder.to(device)
     if not manifest.classes:
         raise UserError(f"{data} has no labels, and every protocol needs them; leave out --protocol for the effective rank (RankMe)")
     require_common_classes(data, manifest)
     if "sgd" in protocols and settings.limit is not None:
         raise UserError("--limit and --protocol sgd: it draws crops of the whole training split; leave one of them out")
+    if "sgd" in protocols and (settings.batch_size or 0) > (images := manifest.examples("train")):
+        raise UserError(f"--batch-size {settings.batch_size:,} is larger than the training split; use --batch-size {images} or less")
     if "sgd" in protocols and "test" not in manifest.splits:
         raise UserError(f"{data} has no test split, which --protocol sgd cannot hold back for itself; prepare the data with one")
     out.mkdir(parents=True, exist_ok=True)
     parts = ("test",) if set(protocols) == {"sgd"} else ("train", "test")  # sgd embeds its own crops
-    train, test = features(encoder, data, manifest, config, device, settings, parts)
+    train, test = features(encoder, data, manifest, published.preprocessing, device, settings, parts)
     if not len(train.y) or not len(test.y):
         raise UserError(f"none of the {settings.limit or 'given'} images of a split of {data} has a label; raise --limit")
     rows = []
@@ -81,7 +85,7 @@ def run(
 
 
 def features(
-    encoder: Any, data: Path, manifest: Manifest, config: Config, device: torch.device, settings: Settings, parts: tuple[str, ...]
+    encoder: Any, data: Path, manifest: Manifest, seen: Preprocessing, device: torch.device, settings: Settings, parts: tuple[str, ...]
 ) -> tuple[Features, Features]:
     """The labelled rows of the training and the test split; if `parts` has only one of them, that one twice. Without a test split, a
     tenth is held back."""
@@ -94,8 +98,8 @@ def features(
     images = sum(min(settings.limit or manifest.examples(s), manifest.examples(s)) for s in splits)
     with Bar("embed", images) as bar, Unchanged(encoder):
         for part in splits:
-            batches = in_order(data, part, config.views.size_px, _BATCH, settings.limit, settings.threads, resize=config.views.resize)
-            found[part] = embed(encoder, batches, config.views, device, progress=bar.advance)
+            batches = in_order(data, part, seen, _BATCH, settings.limit, settings.threads)
+            found[part] = embed(encoder, batches, seen, device, progress=bar.advance)
     train, test = (found.get("train", found["test"]), found["test"]) if "test" in found else held_back(found["train"])
     return train.labelled(), test.labelled()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.evaluation.inputs import device_of, held_back, require_common_classes, resolve
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
-from pipelines.terminal import Bar
+from pipelines.terminal import Bar, say
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from simclr.evaluation.features import Features
+    from simclr.views.preprocessing import Preprocessing
 
 
 _RANKED = 2048  # features for RankMe's singular values
@@ -51,45 +52,48 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings) -> list[
     from simclr.methods.simclr import build_model
 
     device = device_of(settings.device)
-    trained = simclr.load_encoder(directory).encoder
+    published = simclr.load_encoder(directory)
     encoders: dict[str, Any] = {}
     if settings.baselines:
         if manifest.classes:
             encoders["raw pixels"] = _Pixels() if manifest.kind == "jpeg" else pixels
         encoders["untrained encoder"] = build_model(config).encoder.eval().to(device)
-    encoders["trained encoder"] = trained.to(device)
+    encoders["trained encoder"] = published.encoder.to(device)
     images = sum(min(settings.limit or manifest.examples(s), manifest.examples(s)) for s in manifest.splits) * len(encoders)
     rows: list[dict[str, Any]] = []
     kept = None
     began = time.monotonic()
     with Bar("evaluate", images) as bar:
         for name, encoder in encoders.items():
-            train = _features(encoder, data, "train", config, settings.limit, device, bar)
+            train = _features(encoder, data, "train", published.preprocessing, settings.limit, device, bar)
             if "test" in manifest.splits:
-                test = _features(encoder, data, "test", config, settings.limit, device, bar)
+                test = _features(encoder, data, "test", published.preprocessing, settings.limit, device, bar)
             else:
                 train, test = held_back(train)
             rows.append({"name": name, **_scores(train, test, config, settings.k)})
             bar.update(bar.done, f"{name}: {_score_text(rows[-1])}")
             kept = (train, test)
     assert kept is not None
+    k, voters = settings.k or config.watch.k, len(kept[0].labelled().y)
+    if 0 < voters < k:
+        say(f"kNN: all {voters:,} labelled training images vote, since k is {k:,}; a smaller --k tells more")
+        k = voters
     if (encoder_or_run / "run.json").is_file():
         from pipelines.html.pictures import write_pictures
 
         write_pictures(encoder_or_run / "pictures.npz", config, data, *kept, query_split=sorted(manifest.splits)[0])
         shown = sync.shown(data_at or load_run(encoder_or_run).origin)
-        text = {"scores": rows, "data": shown, "k": settings.k or config.watch.k, "time": time.time()}
+        text = {"scores": rows, "data": shown, "k": k, "time": time.time()}
         files.write_text(encoder_or_run / "evaluation.json", json.dumps(text, indent=1) + "\n")
         load_run(encoder_or_run).took("evaluate", time.monotonic() - began)
     return rows
 
 
-def _features(encoder: Any, data: Path, split: str, config: Config, limit: int | None, device: torch.device, bar: Bar) -> Features:
+def _features(encoder: Any, data: Path, split: str, seen: Preprocessing, limit: int | None, device: torch.device, bar: Bar) -> Features:
     from simclr.data.loader import in_order
     from simclr.evaluation.features import embed
 
-    batches = in_order(data, split, config.views.size_px, 256, limit, resize=config.views.resize)
-    return embed(encoder, batches, config.views, device, progress=bar.advance)
+    return embed(encoder, in_order(data, split, seen, 256, limit), seen, device, progress=bar.advance)
 
 
 def _scores(train: Features, test: Features, config: Config, k: int | None) -> dict[str, float]:
@@ -116,11 +120,12 @@ def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] 
     import simclr
     from simclr.evaluation.linear import linear_probe
 
-    encoder, watch = simclr.load_encoder(run.encoder).encoder.to(device), run.config.watch
+    published, watch = simclr.load_encoder(run.encoder), run.config.watch
+    encoder, seen = published.encoder.to(device), published.preprocessing
     with Bar("evaluate", None) as bar:
-        train = _features(encoder, data, "train", run.config, watch.bank, device, bar)
+        train = _features(encoder, data, "train", seen, watch.bank, device, bar)
         if "test" in read_manifest(data).splits:
-            test = _features(encoder, data, "test", run.config, watch.queries, device, bar)
+            test = _features(encoder, data, "test", seen, watch.queries, device, bar)
         else:
             train, test = held_back(train)
     row = _scores(train, test, run.config, None)
@@ -128,7 +133,8 @@ def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] 
     for share in shares if len(train.y) and len(test.y) else ():
         some = _share(train, share)
         row[f"probe_top1_at_{share:g}"] = linear_probe(some.h, some.y, test.h, test.y)["top1"]
-    text = {"scores": [{"name": "trained encoder", **row}], "data": run.origin, "k": watch.k, "time": time.time()}
+    k = min(watch.k, len(train.y) or watch.k)
+    text = {"scores": [{"name": "trained encoder", **row}], "data": run.origin, "k": k, "time": time.time()}
     files.write_text(run.path / "evaluation.json", json.dumps(text, indent=1) + "\n")
     return row
 

@@ -14,6 +14,7 @@ from simclr.config import Config
 from simclr.data.loader import Batch, batches, in_order
 from simclr.evaluation.features import Features
 from simclr.evaluation.knn import nearest
+from simclr.views.preprocessing import Preprocessing
 from simclr.views.two_views import raw_views
 
 _SHOWN = 8
@@ -66,7 +67,7 @@ def _images(data: Path, split: str, config: Config, ids: NDArray[np.int64]) -> N
     """Images `ids` of a split as evaluation sees them, (n, H, W, 3)."""
     wanted = {int(i) for i in ids}
     found: dict[int, NDArray[np.uint8]] = {}
-    for batch in in_order(data, split, config.views.size_px, 256, resize=config.views.resize):
+    for batch in in_order(data, split, Preprocessing.of(config.views), 256):
         for row, sample in enumerate(batch.ids.tolist()):
             if sample in wanted:
                 found[sample] = batch.images[0][row].numpy().copy()

@@ -31,7 +31,7 @@ from typing import Any, Literal, Self
 
 from pipelines.tracking.uri import redacted
 from simclr import fields, files
-from simclr.config import RENAMED, Config
+from simclr.config import ADDED, RENAMED, Config
 from simclr.data.manifest import digest_of
 from simclr.data.s3.uri import address, copy_of
 from simclr.errors import UserError
@@ -76,6 +76,8 @@ class Run:
     """NAME/VERSION in the registry, once published."""
     stage: str = "pretrain"
     """The command that makes it: pretrain, finetune or distill."""
+    notes: tuple[str, ...] = ()
+    """What it does otherwise than its settings say (`simclr.sense`)."""
     start: dict[str, Any] = field(default_factory=dict)
     """The weights that a pretraining began with, {} = those of its seed: `from`, `step` (null = unknown), `sha256`, `extends` (whether it
     extends that run), `taken` (which parts, in a sentence)."""
@@ -112,6 +114,8 @@ class Run:
         del text["path"], text["data_at"]
         if not self.start:
             del text["start"]
+        if not self.notes:
+            del text["notes"]  # earlier versions do not know it
         files.write_text(self.path / "run.json", json.dumps(text, indent=1) + "\n")
 
     def noted(self, **fields: str) -> Self:
@@ -280,7 +284,8 @@ def open_run(
     digest = manifest_digest(data)
     if path is None:
         old = {new: name for name, new in RENAMED.items()}  # old field names in the key, so that the same command finds older runs
-        key = {old.get(k, k): v for k, v in config.flat().items() if not k.startswith(_OPERATIONAL)}
+        known = {k: v for k, v in config.flat().items() if k not in ADDED or v != ADDED[k]}
+        key = {old.get(k, k): v for k, v in known.items() if not k.startswith(_OPERATIONAL)}
         given = [start["sha256"]] if start else []  # no entry without: such runs stay where they were
         name = hashlib.sha256(json.dumps([key, digest, *given], sort_keys=True).encode()).hexdigest()[:8]
         path = Path("runs") / f"{recipe}-{name}"

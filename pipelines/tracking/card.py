@@ -98,7 +98,10 @@ def _recipe(config: dict[str, Any]) -> str:
 def _scores(scores: dict[str, float]) -> str:
     if not scores:
         return "None yet; `simclr evaluate ENCODER --data DIR` measures some."
-    rows = {f"`{name}`": f"{100 * value:.1f} %" if name.endswith(("top1", "top5")) else f"{value:.4g}" for name, value in scores.items()}
+    rows = {
+        f"`{name}`": f"{100 * value:.1f} %" if name.endswith(("top1", "top5", "per_class")) else f"{value:.4g}"
+        for name, value in scores.items()
+    }
     return _table(("score", "on the test split of its data"), rows)
 
 

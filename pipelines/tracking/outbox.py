@@ -46,7 +46,12 @@ def open_run(run: Run, uri: str, tags: dict[str, str], known: Callable[[str], ob
     lr = lr_peak(run.config.optim.base_lr, run.config.train.batch_size, run.config.optim.scaling)
     params: dict[str, object] = {**run.config.flat(), "recipe": run.recipe, "data": run.origin, "lr": lr}
     tags = {f"start_{name}": str(value) for name, value in run.start.items() if value is not None} | tags
-    tags = {"run_directory": str(run.path.absolute()), "command": run.command, **tags}
+    tags = {
+        "run_directory": str(run.path.absolute()),
+        "command": run.command,
+        **({"notes": "; ".join(run.notes)} if run.notes else {}),
+        **tags,
+    }
     same = run.tracking_run if run.tracking_uri == mlflow_uri.redacted(uri) else ""
     return client.MLflowRun(uri, run.recipe, run.path.name, params, tags, same or None, known)
 

@@ -123,12 +123,14 @@ def write_labels(run: Run, seen: Labels) -> None:
 
 
 def batch_for(asked: int | None, usual: int, images: int, workers: int) -> int:
-    """The batch size `asked` for, else the `usual` one. With fewer images than that, the largest number that `workers` share evenly."""
-    if asked is not None:
+    """The batch size `asked` for, else the `usual` one or, with fewer images than that, the largest number that `workers` share evenly."""
+    if asked is not None and asked <= images:
         return asked
-    size = min(usual, images) // workers * workers
+    size = min(asked or usual, images) // workers * workers
     if size < 2:
         raise UserError(f"{images} labelled images are too few for {workers} workers; use fewer --workers or more --labels")
+    if asked is not None:
+        raise UserError(f"--batch-size {asked:,} is larger than the {images:,} images to train on; use --batch-size {size} or less")
     if size < usual:
         say(f"batch size {size} instead of {usual:,}: there are {images:,} images")
     return size
@@ -155,15 +157,19 @@ def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, objec
 
 
 def scores_of(run: Run) -> dict[str, float]:
-    """{"top1", "top5"} of the test split at the last evaluation; {} where there was none."""
+    """{"top1", "top5", "mean_per_class"} of the test split at the last evaluation; {} where there was none. Runs of before have no mean
+    per class."""
     tested = [row for row in run.history() if "eval/top1" in row]
-    return {name: tested[-1][f"eval/{name}"] for name in ("top1", "top5")} if tested else {}
+    names = ("top1", "top5", "mean_per_class")
+    return {name: tested[-1][f"eval/{name}"] for name in names if f"eval/{name}" in tested[-1]} if tested else {}
 
 
 def told(run: Run, shown: str) -> str:
     """The result as one line."""
     scores = scores_of(run)
-    return f"{shown}: " + (", ".join(f"{n} {100 * v:.1f} %" for n, v in scores.items()) or "no labelled test split to score it on")
+    return f"{shown}: " + (
+        ", ".join(f"{n.replace('_', ' ')} {100 * v:.1f} %" for n, v in scores.items()) or "no labelled test split to score it on"
+    )
 
 
 def require_classes(manifest: Manifest, data: Path) -> tuple[str, ...]:

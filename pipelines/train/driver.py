@@ -18,8 +18,9 @@ from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import Outbox, catch_up, require
 from pipelines.train import ray_private, ray_train
 from pipelines.train.messages import Saved, Task
-from simclr import files
+from simclr import files, sense
 from simclr.config import Config
+from simclr.data.manifest import Manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 from simclr.telemetry.collapse import collapse
@@ -51,6 +52,17 @@ class Job:
     """Writes run/encoder from the newest checkpoint, whose parts the method names; None = it is made from the run's data."""
     given: dict[str, Any] = field(default_factory=dict)
     """Fields of the loop's `Start` that belong to this stage (see `pipelines.train.worker`)."""
+
+
+def checked(config: Config, manifest: Manifest, examples: int, resources: ray_train.Resources) -> tuple[str, ...]:
+    """Says, and returns, what a run of `config` over `examples` images will do otherwise than its settings say. Raises UserError where
+    the settings do not fit the workers, the data or each other."""
+    counts = resources.counts(config)
+    config.steps_per_epoch(examples)
+    notes = sense.notes(config, manifest, examples, counts)
+    for note in notes:
+        say(note)
+    return notes
 
 
 def home_of(

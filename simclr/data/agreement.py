@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,10 @@ from simclr import files
 from simclr.data.encode import digest_of
 from simclr.data.manifest import LISTS, Manifest, read_manifest
 from simclr.data.options import Options, stated
+from simclr.data.sources.reading import essence
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
 
-_WORDS = ("splits_by", "classes_by", "notes", "left_out")
 Identity = Literal["times", "names", "content"]
 """What tells that a source is the same: names, sizes and modification times; names and sizes; or, beside these, every byte."""
 
@@ -88,41 +88,30 @@ def unfinished(out: Path) -> list[Path]:
     return [*waiting, *(p for p in (*named, *lists) if p.exists())]
 
 
-def decisive(understood: Mapping[str, object]) -> dict[str, Any]:
-    """What decides splits and classes, as a manifest reads it back, without the words and what was left out."""
-    found: dict[str, Any] = json.loads(json.dumps({key: value for key, value in understood.items() if key not in _WORDS}, sort_keys=True))
-    return found
-
-
 def _require_understood_alike(manifest: Manifest, source: Source, out: object) -> None:
-    before, now = manifest.understood, source.understood
-    if before:
-        alike = decisive(before) == decisive(now)
-    else:  # of a manifest from before this was noted, the classes alone are known
-        alike = _classes(now) in (None, list(manifest.classes))
-        before = {"classes": manifest.classes}
-    if not alike:
-        there, here = _described(before, now), _described(now, before)
-        raise UserError(f"{out} holds shards whose classes were read otherwise: {there} there, {here} now; use another --out")
+    now, before = essence(source.understood), essence(manifest.understood)
+    if not now or now == before:
+        return
+    if not source.understood["counted"] and {k: [*v] for k, v in now.items()} == {k: [*v] for k, v in before.items()}:
+        return
+    if not manifest.understood:  # of a manifest from before they were noted the classes alone are known; one class counts as none
+        classes = sorted({label for of in now.values() for label in of})
+        ours = classes if len(classes) > 1 else []
+        if ours == list(manifest.classes):
+            return
+        there, here = _shown(list(manifest.classes)), _shown(ours)
+    else:
+        splits = [split for split in {**before, **now} if before.get(split) != now.get(split)]
+        there, here = (", ".join(f"{split}: {_counted(of.get(split))}" for split in splits) for of in (before, now))
+    raise UserError(f"{out} holds shards whose classes were read otherwise: {there} there, {here} now; use another --out")
 
 
-def _classes(understood: Mapping[str, Any]) -> list[str] | None:
-    """The class names, where they are known; one class counts as none, as in a manifest."""
-    if "classes" not in understood and ("splits" not in understood or not understood.get("counted", True)):
-        return None
-    found = understood.get("classes", {label for split in understood.get("splits", {}).values() for label in split["classes"]})
-    return sorted(found) if len(found) > 1 else []
-
-
-def _described(understood: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    asked, theirs = understood.get("asked", {}), other.get("asked", {})
-    words = [f"--{key.replace('_', '-')} {value}" for key, value in asked.items() if theirs and theirs.get(key) != value]
-    words += [str(understood[key]) for key in ("splits_by", "classes_by") if key in understood and understood[key] != other.get(key)]
-    classes = _classes(understood) or []
-    return ", ".join([*words, f"{len(classes):,} classes ({_shown(classes)})" if classes else "no classes"])
+def _counted(classes: dict[str, int] | None) -> str:
+    return "no such split" if classes is None else f"{sum(classes.values()):,} of {len(classes):,} classes"
 
 
 def _shown(value: Any) -> str:
-    if not isinstance(value, list):
-        return str(value)
-    return " ".join(map(str, value[:3])) + (" …" if len(value) > 3 else "")
+    if isinstance(value, list) and len(value) > 3:
+        return f"{len(value):,} ({_shown(value[:3])}, …)"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (text if len(text) <= 60 else f"{text[:57]}…") or "none"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import ExifTags, Image
 from simclr.data.depth import Rule, Values
 from simclr.data.ffcv.decode import decode
 from simclr.data.pixels import Unreadable, reading, within
-from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, pillow_image
+from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, opened_file, pillow_image
 from simclr.data.sources.source import Data, Item
 
 PAGE = 1 << 21
@@ -95,6 +96,17 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
         return Encoded(item, b"", False, 0, 0, np.zeros((2, 3)), digest, str(error))
     done = (found.grey, found.rescaled, found.clipped, found.high)
     return Encoded(item, stored, kind == "jpeg", height, width, _moments(pixels), digest, "", *done)
+
+
+def decoded(path: Path, rule: Rule) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) of an image file, upright, 8-bit RGB by `rule`: by the loader's decoder where a shard would hold the file as it is,
+    which is a level or two from Pillow's. Raises Unreadable."""
+    data, image = opened_file(path, rule)
+    if image is not None and rule.bands in (None, (1, 2, 3)):
+        as_is = _decoded_as_stored(image, data, max(image.size))
+        if as_is is not None:
+            return as_is
+    return np.asarray(as_rgb(data, image, rule).image)
 
 
 def look(item: Item, max_side_px: int, rule: Rule) -> Looked:

@@ -41,6 +41,13 @@ def subset(labels: Ids, share: float, seed: int) -> Ids:
     return np.sort(np.concatenate(chosen))
 
 
+def balanced(labels: Ids, classes: int) -> NDArray[np.float64]:
+    """(classes,) weights n / (C · n_c): n labels (n,), n_c of them of class c, C classes that have any; 0 for the others. Their mean over
+    the labels is 1."""
+    counts = np.bincount(labels, minlength=classes)
+    return np.where(counts > 0, len(labels) / np.maximum(np.count_nonzero(counts) * counts, 1), 0.0)
+
+
 def digest(ids: Ids) -> str:
     """sha256 of a set of sample ids."""
     return hashlib.sha256(np.sort(ids).astype("<i8").tobytes()).hexdigest()

@@ -25,6 +25,7 @@ import torch
 import simclr.data.ffcv.imports  # noqa: F401  (first: it makes the next import fast)
 
 # isort: split
+from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
@@ -34,19 +35,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr import keyed
-from simclr.config import Config, Resize
+from simclr.config import Config
 from simclr.data.ffcv.decode import Crops, read_bytes
-from simclr.data.ffcv.resize import KINDS
-from simclr.data.ffcv.writer import METADATA
+from simclr.data.ffcv.resize import KINDS, REDUCE
 from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.data.memory import PAGE, copied, mapped, slots_for
 from simclr.data.s3.uri import Corrupt
 from simclr.telemetry import progress
 from simclr.to_device import to_device
-from simclr.views.draw import Crop, Drawn, boxes_of, centre_boxes, draw_batch
+from simclr.views.draw import Crop, Drawn, boxes_of, draw_batch
+from simclr.views.preprocessing import Preprocessing
 
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
+_FIELDS = (RGBImageField, IntField)
 _kept: dict[tuple[type, bool], Callable[..., Any]] = {}
 
 
@@ -59,7 +61,7 @@ class Batch:
     epoch: int
     images: tuple[Tensor, ...]
     """uint8. Raw shards: one (n, H, W, 3), whole images. JPEG shards: for each `Crop` (n, count, size, size, 3), and in evaluation
-    one (n, size, size, 3), centre crops."""
+    one (n, size, size, 3), as `Preprocessing` cuts them."""
     ids: Tensor
     """(n,) int64: positions in the split."""
     labels: Tensor
@@ -97,7 +99,7 @@ def batches(
     taken = config.train.batch_size // groups  # from each group, in a step
     crops = crops or (Crop(views=config.views),)
     assert all(crop.views.resize == config.views.resize for crop in crops), "one decode resizes all its crops alike"
-    read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), config.views.resize)
+    read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), KINDS.index(config.views.resize))
     order_of, order = -1, np.empty(0, np.int64)
 
     def batch(step: int) -> Batch:
@@ -118,14 +120,13 @@ def batches(
 def in_order(
     data: Path,
     split: str,
-    size_px: int,
+    preprocessing: Preprocessing,
     batch_size: int,
     limit: int | None = None,
     threads: int = 1,
     rank: int = 0,
     world: int = 1,
     groups: int = 1,
-    resize: Resize = "bicubic",
 ) -> Generator[Batch, None, None]:
     """Every image of a split once, or `limit` of them, in order; a rank gets its consecutive share. With training shards in more than one
     group, it gets a share of its own group.
@@ -133,8 +134,7 @@ def in_order(
     The `limit` images are drawn once, the same for every caller. (Evenly spaced ones would be of a single class where classes take turns
     in the split.)
 
-    Raw shards give whole images; JPEG shards the centre crop of 0.875 of the shorter side, resized to `size_px` by `resize`, which should
-    be that of training (`config.views.resize`).
+    Raw shards give whole images, JPEG shards what `preprocessing` leaves of them, (n, size, size, 3) in whole numbers.
     """
     groups = groups if split == "train" else 1
     rows = _Split(data, split, threads, groups, rank * groups // world)
@@ -142,13 +142,23 @@ def in_order(
     ids = np.sort(keyed.permutation(0, 0, len(rows))[:total]) if total < len(rows) else np.arange(total, dtype=np.int64)
     here, own = world // groups, rank % (world // groups)  # the number of ranks in this group, and this rank's index among them
     ids = ids[total * own // here : total * (own + 1) // here]
-    read, ahead = rows.reader(min(batch_size, max(len(ids), 1)), ((1, size_px),), resize)
+    most, size = min(batch_size, max(len(ids), 1)), preprocessing.size_px
+    boxes = preprocessing.boxes(rows.sizes(ids))
+    large = boxes[:, 2] > 2 * size
+    read, ahead = rows.reader(most, ((1, size),), KINDS.index(preprocessing.resize))
+    reduce = rows.reader(most, ((1, 2 * size),), REDUCE)[0] if not rows.raw and large.any() else None
 
     def batch(number: int) -> Batch:
-        mine = ids[number * batch_size : (number + 1) * batch_size]
-        boxes = None if rows.raw else centre_boxes(rows.sizes(mine))[:, None]
-        batch = rows.batch(read, number, 0, mine, boxes)
-        return batch if rows.raw else replace(batch, images=(batch.images[0][:, 0],))
+        part = slice(number * batch_size, (number + 1) * batch_size)
+        if rows.raw:
+            return rows.batch(read, number, 0, ids[part], None)
+        batch = rows.batch(read, number, 0, ids[part], boxes[part, None])
+        images, some = batch.images[0][:, 0], np.flatnonzero(large[part])
+        if reduce is not None and len(some):
+            (halved,) = rows.batch(reduce, number, 0, ids[part][some], boxes[part][some, None]).images
+            x = preprocessing.from_squares(halved[:, 0].permute(0, 3, 1, 2).float() / 255)
+            images[some] = (x * 255).round().byte().permute(0, 2, 3, 1)
+        return replace(batch, images=(images,))
 
     return _prefetched(batch, range(-(-len(ids) // batch_size)), ahead)
 
@@ -228,18 +238,15 @@ class _Split:
         rows = self.rows[ids]
         return np.stack([rows["height"], rows["width"]], 1).astype(np.int64)
 
-    def reader(
-        self, most: int, shapes: tuple[tuple[int, int], ...], resize: Resize
-    ) -> tuple[Callable[[Any, Any], tuple[Tensor, ...]], int]:
+    def reader(self, most: int, shapes: tuple[tuple[int, int], ...], kind: int) -> tuple[Callable[[Any, Any], tuple[Tensor, ...]], int]:
         """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time; and the number of batches that may
-        be ready before the memory of the caller's batch is reused. `shapes`: (count, size) of the crops."""
+        be ready before the memory of the caller's batch is reused. `shapes`: (count, size) of crops; `kind`: see `ffcv.resize`."""
         operation = SimpleRGBImageDecoder() if self.raw else Crops(shapes)
         operation.accept_globals(self.rows, Compiler.compile(read_bytes))
         _, queries = operation.declare_state_and_memory(State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype("u1")))
         code = _compile(operation, self.threads)
         memory = slots_for(queries, most)
         slots = itertools.cycle(memory)
-        kind = KINDS.index(resize)
         scratch = None if self.raw else np.empty((self.threads, operation.scratch_bytes), np.uint8)
 
         def read(rows: Any, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
@@ -285,40 +292,60 @@ class _Split:
         return f"shard {name}: sample {sample - self.first_id[shard]}", name
 
 
-def open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[Any, NDArray[Any], NDArray[np.uint64]]:
-    """Metadata rows, labels and bytes of the samples of a shard.
+class Unfit(Exception):
+    """A file that is no FFCV file of images as the loader reads them; the message says why."""
 
-    FFCV reads through raw pointers. A pointer outside the file would crash the process, so it is an error here.
-    """
+
+def read_rows(path: Path) -> tuple[Any, NDArray[np.int64], Any]:
+    """Metadata rows, labels (−1 where there are none) and rows of the allocation table (ptr, size) of the samples of an FFCV file of one
+    image and at most one whole number a sample, whatever the fields are called and whichever comes first. Raises Unfit for other files;
+    places are not checked."""
     try:
         reader = Reader(str(path))
-        stored, table = reader.metadata, reader.alloc_table
+        stored, table, fields = reader.metadata, reader.alloc_table, reader.handlers
     except Exception as error:  # FFCV and numpy may raise anything for a damaged header
-        wrong = str(error) or type(error).__name__
-    else:
-        wrong = "other fields" if stored.dtype != METADATA else f"{len(stored)} images" if len(stored) != shard.samples else ""
-        if not wrong and not np.array_equal(table["sample_id"], np.arange(shard.samples)):
-            wrong = "another table of samples"
-    if wrong:
+        raise Unfit(str(error) or type(error).__name__) from None
+    column = {kind: [n for n, field in zip(stored.dtype.names, fields.values(), strict=True) if type(field) is kind] for kind in _FIELDS}
+    if len(column[RGBImageField]) != 1 or len(column[IntField]) > 1 or sum(map(len, column.values())) < len(fields):
+        kinds = ", ".join(f"{name}: {type(field).__name__}" for name, field in fields.items())
+        raise Unfit(f"its fields are {kinds}, and not one RGBImageField with one IntField")
+    if len(stored) != reader.num_samples:
+        raise Unfit(f"{len(stored)} images")
+    table = table[np.argsort(table["sample_id"], kind="stable")]  # FFCV's own writer notes samples as its processes are done with them
+    image = stored[column[RGBImageField][0]].copy()
+    if not np.array_equal(table["sample_id"], np.arange(len(stored))):
+        raise Unfit("another table of samples")
+    label = stored[column[IntField][0]].copy() if column[IntField] else np.full(len(stored), -1, np.int64)
+    return image, label, table
+
+
+def open_shard(
+    path: Path, shard: Shard, manifest: Manifest, instead: str = "prepare the data again"
+) -> tuple[Any, NDArray[np.int64], NDArray[np.uint64]]:
+    """Metadata rows, labels and bytes of the samples of a shard.
+
+    FFCV reads through raw pointers. A pointer outside the file would crash the process, so it is an error here; `instead` says what to do.
+    """
+    try:
+        image, label, table = read_rows(path)
+        if len(image) != shard.samples:
+            raise Unfit(f"{len(image)} images")
+    except Unfit as error:
         raise Corrupt(
-            f"shard {path} is damaged: its header does not describe {shard.samples} labelled images ({wrong}); prepare the data again",
-            shard.name,
-        )
-    image, label = (stored[name].copy() for name in METADATA.names)
-    at, size = image["data_ptr"], table["size"].copy()
-    height, width = image["height"], image["width"]
+            f"shard {path} is damaged: its header does not describe {shard.samples} labelled images ({error}); {instead}", shard.name
+        ) from None
+    at, size, height, width = image["data_ptr"], table["size"], image["height"], image["width"]
     bad = (at != table["ptr"]) | (size == 0) | (at > shard.bytes) | (size > shard.bytes - np.minimum(at, shard.bytes))
     for side, (least, most) in ((height, manifest.height_px), (width, manifest.width_px)):
         bad |= (side < least) | (side > most)
-    if manifest.kind == "raw":
-        bad |= (image["mode"] != 1) | (3 * height.astype(np.uint64) * width != size)
-    else:
-        bad |= image["mode"] != 0
+    raw = image["mode"] == 1
+    bad |= (image["mode"] > 1) | (raw & (3 * height.astype(np.uint64) * width != size))
+    if manifest.kind == "raw":  # other shards may have images as pixels, too: FFCV's writer has such a mode
+        bad |= ~raw
     bad |= (label < -1) | (label >= max(len(manifest.classes), 1))
     if bad.any():
         raise Corrupt(
-            f"shard {path}: sample {int(np.flatnonzero(bad)[0])} is damaged: its place, size or label contradicts the file; "
-            "prepare the data again",
+            f"shard {path}: sample {int(np.flatnonzero(bad)[0])} is damaged: its place, size or label contradicts the file; {instead}",
             shard.name,
         )
     return image, label, size

@@ -149,21 +149,17 @@ def measured(data: bytes, image: Image.Image | None, rule: Rule) -> tuple[int, i
     return colours.shape[0], colours.shape[1], values_of(colours) if kind_of(colours) else None
 
 
-def picture(path: Path, rule: Rule) -> Image.Image:
-    """The picture in a file, upright, as 8-bit RGB. Raises Unreadable."""
-    return as_rgb(*_opened(path, rule), rule).image
-
-
 def ranges_of(paths: Iterable[Path], rule: Rule) -> dict[str, tuple[float, float]]:
     """The ranges that a set's pixels of more than 8 bits need, from a sample of its files; unreadable ones count for nothing."""
     sample = []
     for path in paths:
         with contextlib.suppress(Unreadable):
-            sample.append(measured(*_opened(path, rule), rule)[2])
+            sample.append(measured(*opened_file(path, rule), rule)[2])
     return decided([values for values in sample if values])
 
 
-def _opened(path: Path, rule: Rule) -> tuple[bytes, Image.Image | None]:
+def opened_file(path: Path, rule: Rule) -> tuple[bytes, Image.Image | None]:
+    """The bytes of a file, and the picture as `pillow_image` gives it. Raises Unreadable."""
     data = file_bytes(path, rule)
     image = pillow_image(data)
     if image is not None:

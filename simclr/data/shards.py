@@ -26,13 +26,14 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from simclr import files
-from simclr.data.agreement import Identity, agreed, content, decisive, existing, unfinished
+from simclr.data.agreement import Identity, agreed, content, existing, unfinished
 from simclr.data.copies import copies, shown, write_copies, write_list
 from simclr.data.depth import Rule, deeper, remarks
 from simclr.data.encode import Encoded, encode
 from simclr.data.ffcv.writer import Note, SplitWriter
 from simclr.data.manifest import LISTS, Manifest, Shard, write_manifest, write_names
 from simclr.data.options import Kind, Options, stated
+from simclr.data.sources.reading import counted, essence
 from simclr.data.sources.source import Item, Source
 from simclr.data.survey import Choice, Unusable, saved, sizes_differ, survey
 from simclr.errors import UserError
@@ -123,7 +124,7 @@ class _Job:
         self.flushers = ThreadPoolExecutor(2, thread_name_prefix="flush")  # own threads: flushing does not wait behind encoding
         self.writers: dict[str, SplitWriter] = {}
         self.identity = identity
-        self.about = [source.spec, source.identity, source.total, decisive(source.understood), stated(options), _versions()]
+        self.about = [source.spec, source.identity, source.total, essence(source.understood), stated(options), _versions()]
 
     def whole(self, told: _Told) -> Manifest:
         """Run, and on failure leave full shards, or nothing where they are of no use."""
@@ -280,7 +281,7 @@ class _Job:
             identity=self.source.identity,
             times=self.source.times,
             content=content((split, digest) for split in notes for note in notes[split] for digest in note.content()),
-            understood=json.loads(json.dumps(self.source.understood)),  # as it reads back
+            understood=counted(self.source.understood, {name: _classes(notes[name]) for name in notes}),
             options=stated(self.options),
             skipped=len(skipped),
             duplicates=len(same),
@@ -305,6 +306,11 @@ def _skipping(items: Iterator[Item], behind: dict[str, int]) -> Iterator[Item]:
         passed[item.split] += 1
         if passed[item.split] > behind[item.split]:
             yield item
+
+
+def _classes(notes: list[Note]) -> Counter[str | None]:
+    """Class → images of a split; None = without one."""
+    return Counter(note.labels[which] for note in notes for which in note.which)
 
 
 def _hash(about: object) -> str:

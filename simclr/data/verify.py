@@ -58,7 +58,7 @@ def _wrong(path: Path, shard: Shard, manifest: Manifest, pool: ThreadPoolExecuto
     stored = np.memmap(path, np.uint8, "r")
 
     def damaged(first: int) -> list[int]:
-        rows = range(first, min(first + _ROWS, len(image)))
+        rows = [row for row in range(first, min(first + _ROWS, len(image))) if image["mode"][row] == 0]  # any bytes are pixels
         starts = [int(image["data_ptr"][row]) for row in rows]
         files = [bytes(stored[at : at + int(sizes[row])]) for row, at in zip(rows, starts, strict=True)]
         return [r for r, data in zip(rows, files, strict=True) if decode(data, int(image["height"][r]), int(image["width"][r])) is None]

@@ -13,13 +13,11 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,33 +29,10 @@ from simclr.errors import UserError
 from simclr.networks.heads import Classifier, ProjectionHead, build_head
 from simclr.networks.initial import unfilled
 from simclr.networks.resnet import ResNet, build_encoder
-from simclr.views.draw import centre_boxes
-from simclr.views.ops import crop_resize
+from simclr.views.preprocessing import Preprocessing
 
 ENCODER_SCHEMA = 1
 _INSTEAD = "publish or pull it again"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preprocessing:
-    """How a picture becomes the encoder's input; a wrong setting costs tenths of a point to points."""
-
-    size_px: int
-    """Side of the encoder's input."""
-    centre_crop: float
-    """Side of the central square crop, as a share of the shorter side; the official code takes 0.875, and all of a CIFAR image."""
-    resize: configs.Resize
-    """Kernel that brings the crop to `size_px`, without antialiasing, as the training crops are made."""
-    mean: tuple[float, float, float]
-    """Mean, subtracted from pixels in [0, 1]. The official encoders subtract nothing."""
-    std: tuple[float, float, float]
-    """Standard deviation, by which they are then divided. The official encoders divide by nothing."""
-
-    @classmethod
-    def of(cls, views: configs.Views) -> Preprocessing:
-        """The preprocessing for an encoder that was trained on `views`."""
-        whole = views.size_px <= 32
-        return cls(size_px=views.size_px, centre_crop=1.0 if whole else 0.875, resize=views.resize, mean=views.mean, std=views.std)
 
 
 class PublishedEncoder(nn.Module):
@@ -87,26 +62,14 @@ class PublishedEncoder(nn.Module):
     def prepared(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
         """uint8 images (n, H, W, 3) of any size → the input of `forward`, (n, 3, size, size).
 
-        Images of another size than the encoder's are cropped and resized as `Preprocessing` says; a crop of more than twice the size is
-        first reduced to twice the size, with antialiasing, as training images are in shards.
+        Images of another size than the encoder's are cropped and resized as `Preprocessing` says.
         """
         if isinstance(images, np.ndarray):
             images = np.require(images, requirements="W")  # torch warns about an array that is read-only
         x = torch.as_tensor(images)
         if x.ndim != 4 or x.shape[3] != 3 or x.dtype != torch.uint8:
             raise ValueError(f"embed got {x.dtype} images of shape {tuple(x.shape)}; expected uint8 (n, H, W, 3)")
-        mean, size = self.get_buffer("mean"), self.preprocessing.size_px
-        x = x.to(mean.device).permute(0, 3, 1, 2)
-        if x.shape[2:] == (size, size):
-            x = x.float() / 255
-        else:
-            top, left, side, _ = centre_boxes(np.array([x.shape[2:]]), self.preprocessing.centre_crop)[0].tolist()
-            x = x[:, :, top : top + side, left : left + side].float() / 255
-            if side > 2 * size:
-                x = F.interpolate(x, (2 * size, 2 * size), mode="bicubic", antialias=True).clamp(0, 1)
-            whole = torch.tensor([[0, 0, x.shape[2], x.shape[3]]], device=x.device)
-            x = crop_resize(x, whole, size, self.preprocessing.resize)
-        return (x - mean) / self.get_buffer("std")
+        return self.preprocessing(x.to(self.get_buffer("mean").device))
 
 
 def preprocessing_of(text: dict[str, Any]) -> Preprocessing:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from simclr.collectives import all_gather, rank, world_size
-from simclr.config import Views
 from simclr.data import loader
 from simclr.evaluation.frozen import Frozen
-from simclr.to_device import to_device
-from simclr.views.ops import crop_resize, normalise
+from simclr.views.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +36,20 @@ class Features:
 def embed(
     encoder: Callable[[Tensor], Tensor],
     batches: Iterator[loader.Batch],
-    views: Views,
+    preprocessing: Preprocessing,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int], None] | None = None,
 ) -> Features:
-    """Features of every image in `batches` (whole images or centre crops, as `loader.in_order` gives them).
+    """Features of every image in `batches` (as `loader.in_order` gives them), seen through `preprocessing`.
 
     With a process group each rank embeds its own batches and every rank gets all rows, in the order of ranks. The encoder
     is used in the mode it is in: put it in evaluation mode first.
     """
     h, y, ids = [], [], []
     for batch in batches:
-        x = batch.images[0].to(device).permute(0, 3, 1, 2).float() / 255  # waits for the copy: the loader reuses the memory
-        if x.shape[2:] != (views.size_px, views.size_px):
-            whole = to_device(torch.tensor([[0, 0, x.shape[2], x.shape[3]]]), x.device)
-            x = crop_resize(x, whole, views.size_px, views.resize)
-        x = normalise(x, views).to(dtype, memory_format=torch.channels_last)
+        x = preprocessing(batch.images[0].to(device))  # waits for the copy: the loader reuses the memory
+        x = x.to(dtype, memory_format=torch.channels_last)
         h.append(encoder(x).float())
         y.append(batch.labels)
         ids.append(batch.ids)
@@ -85,7 +80,7 @@ def embed_split(
     encoder: nn.Module,
     data: Path,
     split: str,
-    views: Views,
+    preprocessing: Preprocessing,
     limit: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -96,6 +91,6 @@ def embed_split(
 ) -> Features:
     """Features of `split` of the shards in `data` (at most `limit` images), shared among the ranks; each reads the training images of its
     own shard group."""
-    rows = loader.in_order(data, split, views.size_px, batch_size, limit, threads, rank(), world_size(), groups, views.resize)
+    rows = loader.in_order(data, split, preprocessing, batch_size, limit, threads, rank(), world_size(), groups)
     with Frozen(encoder) as frozen:
-        return embed(frozen, loader.on_device(rows, torch.device(device)), views, device, dtype, progress)
+        return embed(frozen, loader.on_device(rows, torch.device(device)), preprocessing, device, dtype, progress)

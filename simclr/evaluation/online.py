@@ -11,6 +11,7 @@ from torch import nn
 from simclr.config import Config
 from simclr.evaluation import features, knn, representation
 from simclr.precision import autocast
+from simclr.views.preprocessing import Preprocessing
 
 _RANKED = 2048  # features whose singular values are taken
 
@@ -23,7 +24,7 @@ def knn_of(encoder: nn.Module, config: Config, data: Path, device: torch.device,
     with autocast(config.train.precision, device):  # the encoder as it trains; the neighbours' cosines below are float32
         bank, queries = (
             features.embed_split(
-                *(encoder, data, split, config.views, limit, device, dtype),
+                *(encoder, data, split, Preprocessing.of(config.views), limit, device, dtype),
                 threads=threads,
                 groups=config.train.shard_groups,
             )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr import checkpoint
+from simclr.collectives import all_reduce_sum, world_size
 from simclr.config import Config
+from simclr.data import labels, loader
 from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
 from simclr.encoder.directory import read_encoder, read_head
 from simclr.evaluation import features
-from simclr.evaluation.metrics import accuracy
+from simclr.evaluation.metrics import accuracy, confusion, mean_per_class
 from simclr.methods.method import Method, Rows, Start, begun, examples_of, labels_of, no_evaluation, placed, schedule, views_for
 from simclr.networks.heads import Classifier, build_head
 from simclr.networks.initial import unfilled
@@ -33,6 +34,7 @@ from simclr.precision import autocast
 from simclr.stages import FineTune
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
+from simclr.views.preprocessing import Preprocessing
 
 
 class Scores(nn.Module):
@@ -51,13 +53,18 @@ def classifier(config: FineTune, start: Start, manifest: Manifest) -> Method:
     """Train encoder, head up to the tap and classifier on the labels of the training images `start.ids`.
 
     Without a checkpoint in `start` it begins from scratch; with the checkpoint of step 0 that `first_state` makes of a published encoder,
-    it begins with that encoder. Metrics are train/loss, train/top1, and of the test split eval/top1 and eval/top5.
+    it begins with that encoder. Metrics are train/loss, train/top1, and of the test split eval/top1, eval/top5 and eval/mean_per_class.
     """
+    weights = None
+    if config.class_weights == "balanced" and start.device.type != "meta":
+        seen = loader.labels(start.data)
+        seen = seen[start.ids] if start.ids is not None else seen[seen >= 0]
+        weights = torch.from_numpy(labels.balanced(seen, len(manifest.classes))).to(start.device)
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
-        scores, labels = single(outputs["scores"]), targets["labels"][0]
-        loss = F.cross_entropy(scores, labels)
-        return loss, {"train/loss": loss, "train/top1": hits(scores, labels)}
+        scores, y = single(outputs["scores"]), targets["labels"][0]
+        loss = F.cross_entropy(scores, y) if weights is None else weighted_cross_entropy(scores, y, weights)
+        return loss, {"train/loss": loss, "train/top1": hits(scores, y)}
 
     model = begun(lambda: build_classifier(config, len(manifest.classes), config.tap, config.linear), start)
     return classifying(config, start, manifest, model, objective, labels_of, config.linear)
@@ -99,6 +106,15 @@ def classifying(
         evaluate=evaluate if "test" in manifest.splits else no_evaluation,
         chance=math.log(max(len(manifest.classes), 2)),
     )
+
+
+def weighted_cross_entropy(scores: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """This rank's share of Σ w_y loss / Σ w_y over the global batch, as `F.cross_entropy(weight=…)` has it: scores (n, classes), labels y
+    (n,), weights (classes,). Divided by the sum of weights, and not by N, a batch's loss does not depend on how many of its images are of
+    rare classes. The mean over ranks is the global batch's, however classes are spread."""
+    weights = weights.to(scores.dtype)
+    total = all_reduce_sum(weights[y].sum()) / world_size()
+    return F.cross_entropy(scores, y, weights, reduction="sum") / total
 
 
 def single(scores: Tensor) -> Tensor:
@@ -145,8 +161,12 @@ def train_mode(model: Classifier, linear: bool) -> None:
 
 
 def test_scores(model: Classifier, config: Config, start: Start) -> dict[str, float]:
-    """{"eval/top1", "eval/top5"} of the test split's labelled images; {} where there are none."""
-    embed = partial(features.embed_split, threads=start.loader_threads)
+    """{"eval/top1", "eval/top5", "eval/mean_per_class"} of the test split's labelled images; {} where there are none."""
+    seen, dtype = Preprocessing.of(config.views), next(model.parameters()).dtype
     with autocast(config.train.precision, start.device):
-        found = embed(model, start.data, "test", config.views, None, start.device, next(model.parameters()).dtype).labelled()
-    return {f"eval/{name}": value for name, value in accuracy(found.h, found.y).items()} if len(found.y) else {}
+        found = features.embed_split(model, start.data, "test", seen, None, start.device, dtype, threads=start.loader_threads).labelled()
+    if not len(found.y):
+        return {}
+    table = confusion(found.h.argmax(1), found.y, found.h.shape[1])
+    scores = {**accuracy(found.h, found.y), "mean_per_class": mean_per_class(table)}
+    return {f"eval/{name}": value for name, value in scores.items()}

@@ -17,7 +17,6 @@ Floats = NDArray[np.float64]
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 CENTRE_CROP = 0.875
 _ATTEMPTS = 100
-_MIN_COVERED = 0.1  # the official code asks a crop to cover 10 % of the image, which overrules its 8 %
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +102,7 @@ def _attempt(views: Views, u: Floats, sizes: Ints) -> tuple[NDArray[np.bool_], I
     height = height + nudge
     width = np.where(nudge != 0, np.rint(height * aspect).astype(np.int64), width)
     area = width * height
-    fits = (area >= max(low, min(_MIN_COVERED, high)) * h * w) & (area <= high * h * w) & (width <= w) & (height <= h) & (area > 0)
+    fits = (area >= views.least_area * h * w) & (area <= high * h * w) & (width <= w) & (height <= h) & (area > 0)
     top = (u[:, 2] * np.maximum(h - height, 1)).astype(np.int64)
     left = (u[:, 3] * np.maximum(w - width, 1)).astype(np.int64)
     return fits, np.stack([top, left, height, width], 1)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr.config import Resize, Views
+from simclr.config import Resize
 from simclr.to_device import to_device
 from simclr.views.draw import OPERATIONS, Colours
 
 
-def normalise(x: Tensor, views: Views) -> Tensor:
+class Normalised(Protocol):
+    """Settings with a mean and a standard deviation per channel, such as `Views`."""
+
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+
+
+def normalise(x: Tensor, by: Normalised) -> Tensor:
     """(n, 3, H, W) in [0, 1] → (x − mean) / std, channel by channel."""
-    if views.mean == (0.0, 0.0, 0.0) and views.std == (1.0, 1.0, 1.0):
+    if by.mean == (0.0, 0.0, 0.0) and by.std == (1.0, 1.0, 1.0):
         return x
-    return (x - _per_channel(views.mean, x)) / _per_channel(views.std, x)
+    return (x - _per_channel(by.mean, x)) / _per_channel(by.std, x)
 
 
 def _per_channel(values: tuple[float, ...], x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from simclr.telemetry.guards import Health
 from simclr.telemetry.timing import Clock
 from simclr.train import Start, train
 from simclr.views import draw
+from simclr.views.preprocessing import Preprocessing
 from simclr.views.two_views import crop_and_flip, two_views
 from tests.support.fake_cuda import CUDA, fake_cuda, stand_in_kernels
 from tests.support.small import TINY, TUNED
@@ -269,7 +270,7 @@ def test_timestamps_are_events_and_the_report_alone_reads(monkeypatch: pytest.Mo
 def test_features_are_embedded_on_the_device(monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
     with fake_cuda(monkeypatch) as watched:
         encoder = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(5 * 30 * 30, 7)).to(CUDA)
-        found = features.embed_split(encoder, patterns, "test", TINY.views, None, CUDA, batch_size=32)
+        found = features.embed_split(encoder, patterns, "test", Preprocessing.of(TINY.views), None, CUDA, batch_size=32)
     assert found.h.shape == (60, 7) and found.h.device == found.y.device == CUDA and found.h.dtype == torch.float32
     # Labels and ids go once, at the end.
     assert set(watched.waits) <= {"a blocking copy to the device"}

@@ -26,6 +26,7 @@ from simclr.methods.simclr import build_model
 from simclr.networks.batchnorm import BatchNorm
 from simclr.train import Start, train
 from simclr.views.draw import crop_boxes, draw_colours
+from simclr.views.preprocessing import Preprocessing
 from simclr.views.two_views import two_views
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
@@ -245,7 +246,7 @@ def test_256_samples_are_seen_alike_by_any_number_of_workers_and_threads(
 def embedded(data: str, limit: int | None) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     kernel = torch.randn(3 * 32 * 32, 4, generator=generator)
-    found = features.embed_split(_Flat(kernel), Path(data), "test", TINY.views, limit, batch_size=7)
+    found = features.embed_split(_Flat(kernel), Path(data), "test", Preprocessing.of(TINY.views), limit, batch_size=7)
     return [found.h, found.y, found.ids]
 
 

@@ -22,6 +22,9 @@ from simclr.config import Resize
 
 KINDS: tuple[Resize, ...] = get_args(Resize)
 """Kinds by number; compiled code takes the number."""
+REDUCE = len(KINDS)
+"""One more: bicubic with antialiasing, as `F.interpolate` has it: the kernel is as much wider as the box is larger than the output.
+Evaluation brings large crops to twice the encoder's size by it (`simclr.views.preprocessing`)."""
 _BICUBIC, _BILINEAR, _AREA = (KINDS.index(kind) for kind in ("bicubic", "bilinear", "area"))
 _BITS = 14  # fractional bits of a weight
 _KEPT = 6  # fractional bits between the two passes: 255 · 1.25 · 2^6 is below 2^15
@@ -98,13 +101,20 @@ def taps(kind: int, length: int, size: int, first: NDArray[np.int64], weights: N
             raw[1] = at - (first[x] << _POINT)
             raw[0] = one - raw[1]
         else:  # Keys' cubic with a = −1/2; taps outside the box are dropped and the rest rescaled
-            low = (at >> _POINT) - 1
+            low, end = (at >> _POINT) - 1, (at >> _POINT) + 3
+            if kind == REDUCE:
+                low = -((2 * length * one // size - at) >> _POINT)
+                end = low + count
             first[x] = max(low, 0)
             total = 0
-            for pixel in range(first[x], min(low + 4, length)):
+            for pixel in range(first[x], min(end, length)):
                 t = abs(at - (pixel << _POINT))
+                if kind == REDUCE:
+                    t = t * size // length
                 if t < one:
                     weight = (((3 * t - 5 * one) * t >> _POINT) * t >> (_POINT + 1)) + one
+                elif t >= 2 * one:
+                    weight = 0
                 else:
                     weight = ((((5 * one - t) * t >> _POINT) - 8 * one) * t >> (_POINT + 1)) + 2 * one
                 raw[pixel - first[x]] = weight
@@ -119,7 +129,7 @@ def taps(kind: int, length: int, size: int, first: NDArray[np.int64], weights: N
 
 @_compiled
 def resize_box(image: NDArray[np.uint8], box: NDArray[np.int32], out: NDArray[np.uint8], kind: int) -> None:
-    """Box (top, left, height, width) of image (H, W, 3), resized to out (s, s, 3) by KINDS[kind]."""
+    """Box (top, left, height, width) of image (H, W, 3), resized to out (s, s, 3) by KINDS[kind] or REDUCE."""
     size = out.shape[0]
     top, left, height, width = int(box[0]), int(box[1]), int(box[2]), int(box[3])
     rows, columns = np.empty(size, np.int64), np.empty(size, np.int64)
@@ -164,4 +174,6 @@ def resize_box(image: NDArray[np.uint8], box: NDArray[np.int32], out: NDArray[np
 @_compiled
 def _count(kind: int, length: int, size: int) -> int:
     """Taps of a pixel, rounded up to a multiple of 4."""
+    if kind == REDUCE:
+        return 4 * ((-(-4 * length // size) + 5) // 4)
     return 4 * ((-(-length // size) + 4) // 4) if kind == _AREA else 4

@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from simclr.errors import UserError
@@ -59,7 +59,10 @@ class Taken:
     several: tuple[str, ...] = ()
     """Pictures for which the file states several classes, and which have none therefore."""
     notes: tuple[str, ...] = ()
-    by: str = field(default="name", compare=False)
+    by: str = "name"
+    """How pictures were found in it."""
+    also: tuple[str, ...] = ()
+    """Other files that it took."""
 
 
 def read_table(path: str, data: bytes, want: Sequence[str] = _LABELS, columns: tuple[str, str] | None = None) -> Table | None:
@@ -249,9 +252,8 @@ def _numbered_list(
             known = devkit_classes(texts[other](), other)
             if {int(line) for line in lines} <= known.keys():
                 note = f"its numbers are the devkit's, which {other} turns into classes"
-                return Taken(
-                    path, {name: known[int(line)] for name, line in zip(ordered, lines, strict=True)}, (), (note,), "order of names"
-                )
+                values = {name: known[int(line)] for name, line in zip(ordered, lines, strict=True)}
+                return Taken(path, values, (), (note,), "order of names", (other,))
     return None
 
 

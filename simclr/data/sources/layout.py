@@ -11,7 +11,7 @@ from pathlib import Path
 
 from simclr.data.sources import label_files
 from simclr.data.sources.reading import HOW, Reading, Split, Understood
-from simclr.data.sources.source import Item, Part, Source, Tree, digest
+from simclr.data.sources.source import Item, Part, Source, Tree, digest, ending
 from simclr.data.sources.splits import KINDS, Folders, Kind, split_depth, split_of
 from simclr.errors import UserError
 
@@ -32,6 +32,8 @@ class _Plan:
     values: dict[str, str] = field(default_factory=dict)
     """Picture → class, from data or files; it counts before its folder."""
     only_values: bool = False
+    used: list[str] = field(default_factory=list)
+    """Files that classes were read from."""
     split_values: dict[str, str] | None = None
     """Picture → split's word, from a file."""
     share: float = 0.0
@@ -113,7 +115,7 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         how_labelled=how_labelled,
         notes=tuple(notes),
         counted=counted,
-        ignored=tree.ignored,
+        ignored=tree.ignored - Counter(ending(path) for path in set(plan.used)),
         junk=tree.junk,
     )
     source = Source(
@@ -232,7 +234,7 @@ def _folder_levels(plan: _Plan, folders: Mapping[str, int], guess: bool, notes: 
             )
     lone = sum(count for above, count in found["train"].items() if labelled(above, plan.how, level) is None)
     if lone:
-        notes.append(f"beside the classes' folders there are files, which have no class: {_pictures(lone)} of train")
+        notes.append(f"without a class, because they lie in no class's folder: {_pictures(lone)} of train")
     example = next("/".join(above) for above in sorted(found["train"]) if len(above) > level)
     shown = {"folder": f"the folder at depth {level + 1} below the split", "path": f"all folders from depth {level + 1} below the split"}
     return (
@@ -270,6 +272,7 @@ def _from_files(tree: Tree, plan: _Plan, names: Sequence[str], words: str, notes
         if taken is None:
             continue
         plan.values |= taken.values
+        plan.used += [taken.path, *taken.also]
         notes.extend(taken.notes)
         _say_several(taken, notes)
         labelled_by.setdefault(kind, set()).update(taken.values.values())

@@ -11,6 +11,7 @@ from simclr.data.sources.archives import archive_tree, archives_tree, braces_tre
 from simclr.data.sources.folder import folder_tree, walk
 from simclr.data.sources.joined import joined
 from simclr.data.sources.layout import understand
+from simclr.data.sources.parquet import is_parquet_folder, parquet_tree
 from simclr.data.sources.patterns import patterns_source
 from simclr.data.sources.reading import Reading
 from simclr.data.sources.s3 import s3_archive, s3_prefix
@@ -35,6 +36,8 @@ def open_source(spec: str, reading: Reading | None = None) -> Source:
     elif spec in ("torchvision", "torchvision:"):
         raise UserError("which torchvision dataset? torchvision:NAME, as in torchvision:CIFAR10")
     elif name == "torchvision" or (spec in DATASETS and DATASETS[spec].torchvision):
+        if Path(spec).is_dir() and not (Path(spec) / "manifest.json").exists():
+            raise UserError(f"{spec} is a dataset's name and a folder here; say torchvision:{DATASETS[spec].torchvision} or ./{spec}")
         own = torchvision_source(spec, options or DATASETS[spec].torchvision)
     if own is None:
         return understand(_tree(spec), reading or Reading())[0]
@@ -56,9 +59,8 @@ def _tree(spec: str) -> Tree:
         if path.suffix.lower() == ".parquet":
             return parquet_tree(path)
         if not is_archive_file(path):
-            raise UserError(
-                f"{path} is no archive and no table; expected a folder, one of {', '.join((*ARCHIVES, '.zip', '.parquet'))}, or a dataset's name"
-            )
+            endings = ", ".join((*ARCHIVES, ".zip", ".parquet"))
+            raise UserError(f"{path} is no archive and no table; expected a folder, one of {endings}, or a dataset's name")
         return archive_tree(path)
     if "{" in spec and "}" in spec:
         return braces_tree(spec)

@@ -104,6 +104,28 @@ class Understood:
         }
 
 
+def essence(understood: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """What of a manifest's `understood` two sources must have in common: how many pictures of each class a split has. Words, notes and
+    files that are left out may differ."""
+    return {name: split["classes"] for name, split in understood.get("splits", {}).items()}
+
+
+def counted(understood: dict[str, Any], found: dict[str, Counter[str | None]]) -> dict[str, Any]:
+    """`understood` of a source whose pictures were not known before they were read, with the numbers that were `found` in each split."""
+    if understood.get("counted", True):
+        return understood
+    splits = {
+        name: split
+        | {
+            "images": found[name].total(),
+            "labelled": found[name].total() - found[name][None],
+            "classes": {label: found[name][label] for label in split["classes"]},
+        }
+        for name, split in understood["splits"].items()
+    }
+    return understood | {"splits": splits}
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of the table of splits."""

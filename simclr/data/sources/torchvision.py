@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from simclr.data.sources.source import Item, Source
+from simclr.data.sources.source import Item, Part, Source, divided
 from simclr.errors import UserError
 
 
@@ -56,12 +56,12 @@ DATASETS: dict[str, Dataset] = {
         splits={"train": 50_000, "test": 10_000},
         torchvision="CIFAR100",
     ),
-    "stl10": Dataset(  # without its 100,000 unlabelled images
+    "stl10": Dataset(  # 5,000 of the training images have labels
         classes=10,
         size_px=96,
         mean=(0.4467, 0.4398, 0.4066),
         std=(0.2603, 0.2566, 0.2713),
-        splits={"train": 5_000, "test": 8_000},
+        splits={"train": 105_000, "test": 8_000},
         torchvision="STL10",
     ),
     "svhn": Dataset(
@@ -91,7 +91,28 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
+# Splits that are called otherwise than train and test. EMNIST's says which of its sets it is; it has `train` besides.
+_SPLITS = {
+    "Imagenette": ("train", "val"),
+    "ImageNet": ("train", "val"),
+    "OxfordIIITPet": ("trainval", "test"),
+    "Places365": ("train-standard", "val"),
+    "STL10": ("train+unlabeled", "test"),  # the published protocol trains on all 105,000
+}
+_EMNIST = "balanced"
+_LEFT_OUT = {
+    **dict.fromkeys(("CLEVRClassification", "DTD", "Flowers102", "PCAM", "RenderedSST2"), "val"),
+    "Country211": "valid",
+    "FGVCAircraft": "val",
+    "SVHN": "extra",
+}
+"""Splits with classes that are not read; it is said."""
+
+
 def torchvision_source(spec: str, name: str) -> Source:
+    """The images of a class of torchvision.datasets, downloaded where there is a network: its training split, and its test split where it
+    has one. STL10 trains on its 100,000 unlabelled images as well. Raises UserError for an unknown class, one without images of a class
+    each, or one that cannot be had."""
     import torchvision.datasets as library
 
     classes = {n: c for n, c in vars(library).items() if isinstance(c, type)}
@@ -99,39 +120,65 @@ def torchvision_source(spec: str, name: str) -> Source:
         near = difflib.get_close_matches(name, classes, n=3, cutoff=0.3)
         raise UserError(f"torchvision has no dataset {name!r}; nearest: {', '.join(near)}")
     signature = inspect.signature(classes[name]).parameters
-
-    def open_split(split: str) -> Any:
-        arguments: dict[str, Any] = {}
-        if "root" in signature:
-            root = Path("~/.cache/simclr/datasets").expanduser() / name
-            root.mkdir(parents=True, exist_ok=True)
-            arguments["root"] = str(root)
-        if "download" in signature:
-            arguments["download"] = True
-        if "train" in signature:
-            arguments["train"] = split == "train"
-        elif "split" in signature:
-            arguments["split"] = split if name != "ImageNet" or split == "train" else "val"
-        try:
-            return classes[name](**arguments)
-        except Exception as error:
-            raise UserError(
-                f"torchvision could not give {name} ({split}): {(str(error).splitlines() or [type(error).__name__])[0]}; "
-                "without a network, download it elsewhere and give the folder or archive as --source"
-            ) from None
-
     splits = ("train", "test") if {"train", "split"} & set(signature) else ("train",)
-    opened = {split: open_split(split) for split in splits}
+    opened = {split: _opened(classes[name], name, split) for split in splits}
+    if len(opened.get("train", ())):
+        _image(opened["train"], 0, name)
 
-    def items() -> Iterator[Item]:
-        for split, dataset in opened.items():
-            names = getattr(dataset, "classes", None)
-            for index in range(len(dataset)):
-                image, label = dataset[index]
-                if not isinstance(label, int | np.integer) or not hasattr(image, "convert"):
-                    raise UserError(f"torchvision's {name} is no dataset of images with a class each; use another")
-                title = names[label] if names and label >= 0 else str(label)
-                title = "/".join(title) if isinstance(title, tuple) else str(title)
-                yield Item(split, title if label >= 0 else None, f"{split}/{index}", np.asarray(image.convert("RGB")))
+    def read(part: Part) -> Iterator[Item]:
+        dataset = opened[part.name]
+        names = getattr(dataset, "classes", None)
+        for path in part.names:
+            image, label = _image(dataset, int(path.rpartition("/")[2]), name)
+            title = names[label] if names and label >= 0 else str(label)
+            title = "/".join(title) if isinstance(title, tuple) else str(title)
+            yield Item(part.name, title if label >= 0 else None, path, np.asarray(image.convert("RGB")))
 
-    return Source(spec, sum(len(d) for d in opened.values()), items)
+    understood: dict[str, object] = {"splits": {split: _arguments(classes[name], name, split).get("split", split) for split in splits}}
+    if name in _LEFT_OUT:
+        understood["left_out"] = _LEFT_OUT[name]
+    return Source(
+        spec=spec,
+        parts=[part for split in splits for part in divided(split, [f"{split}/{index}" for index in range(len(opened[split]))])],
+        read=read,
+        total=sum(len(dataset) for dataset in opened.values()),
+        understood=understood,
+    )
+
+
+def _arguments(kind: type, name: str, split: str) -> dict[str, Any]:
+    signature = inspect.signature(kind).parameters
+    arguments: dict[str, Any] = {}
+    if "root" in signature:
+        arguments["root"] = str(Path("~/.cache/simclr/datasets").expanduser() / name)
+    if "download" in signature or name in ("EMNIST", "QMNIST"):  # these two hand it on
+        arguments["download"] = True
+    if "train" in signature or name == "EMNIST":
+        arguments["train"] = split == "train"
+    if name == "EMNIST":
+        arguments["split"] = _EMNIST
+    elif "split" in signature:
+        arguments["split"] = _SPLITS.get(name, ("train", "test"))[split == "test"]
+    return arguments
+
+
+def _opened(kind: type, name: str, split: str) -> Any:
+    arguments = _arguments(kind, name, split)
+    if "root" in arguments:
+        Path(arguments["root"]).mkdir(parents=True, exist_ok=True)
+    try:
+        return kind(**arguments)
+    except Exception as error:
+        raise UserError(
+            f"torchvision could not give {name} ({split}): {(str(error).splitlines() or [type(error).__name__])[0]}; "
+            "without a network, download it elsewhere and give the folder or archive as --source"
+        ) from None
+
+
+def _image(dataset: Any, index: int, name: str) -> tuple[Any, int]:
+    """An image and the number of its class; −1 = unlabelled."""
+    sample = dataset[index]
+    image, label = sample if isinstance(sample, tuple) and len(sample) == 2 else (None, None)
+    if not isinstance(label, int | np.integer) or not hasattr(image, "convert"):
+        raise UserError(f"torchvision's {name} is no dataset of images with a class each; use another")
+    return image, int(label)

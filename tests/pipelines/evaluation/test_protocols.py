@@ -46,10 +46,12 @@ def test_every_protocol_writes_its_scores_classes_and_picture(encoder: Path, pat
 
     # The command's kNN is the function's.
     from simclr.data.loader import in_order
+    from simclr.views.preprocessing import Preprocessing
 
     config = recipe("patterns_tiny")
+    seen = Preprocessing.of(config.views)
     frozen = build_model(config).encoder.eval()
-    train, test = (embed(frozen, in_order(patterns, s, 32, 256), config.views) for s in ("train", "test"))
+    train, test = (embed(frozen, in_order(patterns, s, seen, 256), seen) for s in ("train", "test"))
     told = json.loads((encoder / "evaluation/knn.json").read_text())
     assert abs(told["top1"] - knn(train.h, train.y, test.h, test.y, 20, 0.1)["top1"]) < 1e-6
 

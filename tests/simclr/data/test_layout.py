@@ -177,7 +177,7 @@ def test_nested_classes(tmp_path: Path) -> None:
 def test_one_folder_names_no_class_and_files_beside_the_classes_have_none(tmp_path: Path) -> None:
     assert read(made(tmp_path / "a", ["photos/1.jpg", "photos/2.jpg"]))[0] == {"train": {None: 2}}
     found, said, _ = read(made(tmp_path / "b", ["cat/1.jpg", "dog/1.jpg", "2.jpg"]))
-    assert found == {"train": {"cat": 1, "dog": 1, None: 1}} and "have no class: 1 picture of train" in said
+    assert found == {"train": {"cat": 1, "dog": 1, None: 1}} and "in no class's folder: 1 picture of train" in said
 
 
 def test_a_test_class_that_training_lacks_is_said(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ from simclr.data.sources.open import open_source
 from simclr.data.sources.source import Item, Source
 from simclr.errors import UserError
 from simclr.views.draw import centre_boxes, crop_boxes
+from simclr.views.preprocessing import Preprocessing
 from tests.support.resize import reference
+from tests.support.sources import source_of
 
 # isort: split
 from ffcv.reader import Reader
@@ -35,6 +37,7 @@ from ffcv.types import HeaderType
 
 RAW, PHOTOS = 900, 40
 SIZE = 24
+SEEN, CENTRE = Preprocessing.of(Views(size_px=32)), Preprocessing.of(Views(size_px=70))
 
 
 def prepare(source: Source, out: Path) -> Path:
@@ -69,7 +72,7 @@ def picture(seed: int) -> np.ndarray:
 
 def photographs() -> Source:
     items = [Item("train", None, f"{i}.jpg", photo(i)) for i in range(PHOTOS)]
-    return Source("photographs", len(items), lambda: iter(items))
+    return source_of(items, "photographs")
 
 
 @pytest.fixture(scope="module")
@@ -151,24 +154,24 @@ def test_photographs_give_both_views_crops(jpeg: Path, kind: Resize) -> None:
 
 
 def test_in_order_gives_each_image_once(raw: Path) -> None:
-    assert torch.cat([b.ids for b in loader.in_order(raw, "test", 32, 16)]).tolist() == list(range(50))
-    some = torch.cat([b.ids for b in loader.in_order(raw, "test", 32, 16, limit=10)]).tolist()
+    assert torch.cat([b.ids for b in loader.in_order(raw, "test", SEEN, 16)]).tolist() == list(range(50))
+    some = torch.cat([b.ids for b in loader.in_order(raw, "test", SEEN, 16, limit=10)]).tolist()
     assert some == sorted(set(some)) and len(some) == 10
     # Not every fifth image: where classes take turns, these would be of two classes out of ten.
     assert len({i % 5 for i in some}) == 5
-    ranks = [torch.cat([b.ids for b in loader.in_order(raw, "test", 32, 16, rank=rank, world=3)]).tolist() for rank in range(3)]
+    ranks = [torch.cat([b.ids for b in loader.in_order(raw, "test", SEEN, 16, rank=rank, world=3)]).tolist() for rank in range(3)]
     assert [len(rank) for rank in ranks] == [16, 17, 17] and list(itertools.chain(*ranks)) == list(range(50))
-    assert list(loader.in_order(raw, "test", 32, 16, limit=1, rank=0, world=2)) == []
+    assert list(loader.in_order(raw, "test", SEEN, 16, limit=1, rank=0, world=2)) == []
     with pytest.raises(UserError, match="no split 'val', only train, test"):
-        loader.in_order(raw, "val", 32, 16)
+        loader.in_order(raw, "val", SEEN, 16)
 
 
 def test_photographs_are_cropped_in_the_middle(jpeg: Path) -> None:
-    (batch,) = loader.in_order(jpeg, "train", SIZE, PHOTOS)
-    assert batch.images[0].shape == (PHOTOS, SIZE, SIZE, 3)
+    (batch,) = loader.in_order(jpeg, "train", CENTRE, PHOTOS)
+    assert batch.images[0].shape == (PHOTOS, 70, 70, 3)
     assert picture(0).shape == (150, 220, 3)  # 0.875 × 150 = 131 px, at (10, 45)
     assert centre_boxes(np.array([[150, 220]])).tolist() == [[10, 45, 131, 131]]
-    assert np.abs(batch.images[0][0].numpy() - reference(picture(0), np.array([10, 45, 131, 131]), SIZE)).max() <= 1
+    assert np.abs(batch.images[0][0].numpy() - reference(picture(0), np.array([10, 45, 131, 131]), 70)).max() <= 1
 
 
 # ── Damage, failure, end ───────────────────────────────────────────────────────────────────────────────────────────
@@ -225,10 +228,10 @@ def test_a_damaged_jpeg_is_named_in_the_callers_thread(tmp_path: Path, damage: b
     path = data / "train-00001.beton"
     change(path, int(Reader(str(path)).metadata["f0"]["data_ptr"][2]), damage)
     with pytest.raises(UserError, match=r"train-00001\.beton: sample 2 is damaged: its JPEG cannot be decoded"):
-        for _ in loader.in_order(data, "train", SIZE, 8):
+        for _ in loader.in_order(data, "train", CENTRE, 8):
             pass
     assert not loading()
-    good = loader.in_order(data, "train", SIZE, first)  # the first shard's images: their own batch is whole
+    good = loader.in_order(data, "train", CENTRE, first)  # the first shard's images: their own batch is whole
     assert len(next(good).ids) == first
     good.close()
 
@@ -290,7 +293,7 @@ def five_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("five") / "out"
     noise = np.random.default_rng(0)
     items = [Item("train", None, f"{i}", noise.integers(0, 256, (160, 170, 3), dtype=np.uint8)) for i in range(90)]
-    shards.prepare(Source("noise", 90, lambda: iter(items)), out, shards.Options(kind="jpeg", shard_mib=1), 2, lambda done: None)
+    shards.prepare(source_of(items, "noise"), out, shards.Options(kind="jpeg", shard_mib=1), 2, lambda done: None)
     assert len(read_manifest(out).splits["train"]) >= 4
     return out
 
@@ -348,7 +351,7 @@ def test_groups_that_do_not_fit_are_a_user_error(five_shards: Path) -> None:
 
 
 def test_evaluation_of_groups_gives_each_image_once(five_shards: Path) -> None:
-    ids = [torch.cat([b.ids for b in loader.in_order(five_shards, "train", 32, 16, None, 1, r, 4, groups=2)]).tolist() for r in range(4)]
+    ids = [torch.cat([b.ids for b in loader.in_order(five_shards, "train", SEEN, 16, None, 1, r, 4, groups=2)]).tolist() for r in range(4)]
     assert sorted(i for part in ids for i in part) == list(range(90))
 
 

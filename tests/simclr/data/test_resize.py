@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from simclr.config import Resize
-from simclr.data.ffcv.resize import KINDS, resize_box
+from simclr.data.ffcv.resize import KINDS, REDUCE, resize_box
 from simclr.views import ops
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
@@ -57,6 +58,17 @@ def test_the_devices_resize_is_the_float_reference(within: Within, kind: Resize,
     for box in BOXES.values():
         ours = ops.crop_resize(x, torch.tensor([box]), size, kind)[0].permute(1, 2, 0).numpy()
         within(f"{kind}, of [0, 1]", float(np.abs(ours - reference(image, box, size, kind) / 255).max()), 1e-12)
+
+
+@pytest.mark.parametrize(("side", "size"), [(65, 64), (97, 64), (128, 64), (131, 64), (700, 64)])
+def test_whole_numbers_reduce_as_torch_with_antialiasing(within: Within, side: int, size: int) -> None:
+    random = np.random.default_rng(side)
+    for image in (random.integers(0, 256, (side, side, 3)), 255 * random.integers(0, 2, (side, side, 3))):
+        out = np.empty((size, size, 3), np.uint8)
+        resize_box(image.astype(np.uint8), np.array([0, 0, side, side], np.int32), out, REDUCE)
+        x = torch.tensor(image).permute(2, 0, 1)[None].double()
+        expected = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 255)[0].permute(1, 2, 0).numpy()
+        within("in levels", float(np.abs(out - expected).max()), 0.6)
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "bicubic"])

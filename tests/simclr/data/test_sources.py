@@ -17,7 +17,7 @@ from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address
 from simclr.data.sources.open import open_source
 from simclr.data.sources.patterns import CLASSES, render
-from simclr.data.sources.source import Source, place
+from simclr.data.sources.source import Source
 from simclr.data.sources.torchvision import DATASETS
 from simclr.errors import UserError
 from tests.support.s3 import Proxy
@@ -56,12 +56,12 @@ def test_a_folder_and_an_archive_of_it_give_the_same_images(tmp_path: Path) -> N
     source = open_source(str(folder(tmp_path / "photos", NAMES)))
     assert listed(source) == listed(source) == expected
     assert source.total == 3
-    assert source.ignored == {"hidden": 2, ".txt": 1}
+    assert source.understood["left_out"] == {"hidden": 2, ".txt": 1}
     for suffix in (".tar", ".tar.gz", ".tar.xz"):
         packed = open_source(str(archive(tmp_path / f"photos{suffix}", NAMES)))
         assert listed(packed) == listed(packed) == expected
-        assert packed.total is None
-        assert packed.ignored == {"hidden": 2, ".txt": 1}
+        assert packed.total == 3
+        assert packed.understood["left_out"] == {"hidden": 2, ".txt": 1}
         assert [item.data for item in packed.items()] == [item.data.read_bytes() for item in source.items()]  # type: ignore[union-attr]
 
 
@@ -76,11 +76,12 @@ def test_a_prefix_and_an_archive_in_s3_give_the_images_of_the_folder(s3: Proxy, 
     s3.quiet()
     s3.rate, s3.kinds = 0.1, ("503", "reset before", "truncated", "flipped")
     there, packed = open_source("s3://photos/pets/"), open_source("s3://photos/pets.tar.gz")
-    assert (there.spec, there.total, there.ignored) == ("s3://photos/pets", here.total, here.ignored)
+    assert (there.spec, there.total, there.understood["splits"]) == ("s3://photos/pets", here.total, here.understood["splits"])
     expected = [replace(item, data=item.data.read_bytes()) for item in here.items()]  # type: ignore[union-attr]
     assert list(there.items()) == expected
     assert s3.faults.total() > 0
-    assert sorted(i.name for i in packed.items()) == sorted(i.name for i in here.items()) and packed.ignored == here.ignored
+    assert sorted(i.name for i in packed.items()) == sorted(i.name for i in here.items()) and packed.total == here.total
+    del packed
     assert not list(Path(os.environ["SIMCLR_CACHE"]).rglob("pets*"))  # the archive, fetched to be read once, is deleted
     s3.quiet()
     for spec, sentence in (
@@ -90,15 +91,6 @@ def test_a_prefix_and_an_archive_in_s3_give_the_images_of_the_folder(s3: Proxy, 
     ):
         with pytest.raises(UserError, match=sentence):
             open_source(spec)
-
-
-def test_the_folders_above_a_file_say_split_and_class() -> None:
-    assert place(("train", "cat", "1.jpg")) == ("train", "cat")
-    assert place(("val", "cat", "1.jpg")) == ("test", "cat")
-    assert place(("imagenet", "train", "n01440764", "1.jpg")) == ("train", "n01440764")
-    assert place(("cat", "1.jpg")) == ("train", "cat")
-    assert place(("train", "1.jpg")) == ("train", None)
-    assert place(("1.jpg",)) == ("train", None)
 
 
 def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
@@ -146,13 +138,21 @@ def test_a_missing_source_is_a_user_error(spec: str, sentence: str) -> None:
 
 
 def test_folders_and_files_without_images_are_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="only nothing; expected files that end with"):
+    with pytest.raises(UserError, match="only nothing; expected pictures, as split/class/file"):
         open_source(str(tmp_path))
     (tmp_path / "notes.txt").write_text("no image, no archive")
     with pytest.raises(UserError, match=r"only 1 other files \(\.txt\)"):
         open_source(str(tmp_path))
-    with pytest.raises(UserError, match="is no tar archive"):
+    with pytest.raises(UserError, match="is no archive and no table"):
         open_source(str(tmp_path / "notes.txt"))
+
+
+def test_a_folder_that_is_called_like_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "imagenet", NAMES)
+    with pytest.raises(UserError, match=r"is a dataset's name and a folder here; say torchvision:ImageNet or \./imagenet"):
+        open_source("imagenet")
+    assert open_source("./imagenet").total == 3
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])

@@ -15,7 +15,8 @@ from simclr.config import Watch
 from simclr.data import labels, loader
 from simclr.encoder.directory import read_classifier
 from simclr.errors import UserError
-from simclr.methods.classifier import build_classifier, first_state
+from simclr.evaluation import features
+from simclr.methods.classifier import build_classifier, first_state, weighted_cross_entropy
 from simclr.methods.simclr import build_model
 from simclr.stages import FineTune
 from simclr.train import Report, Start, train
@@ -23,7 +24,7 @@ from simclr.views.draw import Crop
 from simclr.views.two_views import crop_and_flip, two_views
 from tests.conftest import Within
 from tests.support.ranks import Ranks
-from tests.support.small import TINY, TUNED
+from tests.support.small import TINY, TUNED, mine
 
 
 def subset(data: Path) -> np.ndarray:
@@ -103,6 +104,79 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(patterns: Path, pu
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+# ── Rare classes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def weighted(scores: Tensor, y: Tensor, weights: Tensor) -> tuple[float, Tensor]:
+    """The loss of this rank's rows, and the gradient with respect to them."""
+    scores = mine(scores).clone().requires_grad_()
+    loss = weighted_cross_entropy(scores, mine(y), weights)
+    loss.backward()
+    assert scores.grad is not None
+    return loss.item(), scores.grad
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_weighted_loss_and_gradient_are_torchs_over_the_whole_batch(world: int, ranks: Ranks, within: Within) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.tensor([0, 0, 0, 0, 0, 0, 1, 2])  # the first ranks see no rare class
+    weights = torch.from_numpy(labels.balanced(y.numpy(), 4))
+    assert weights.tolist() == [8 / (3 * 6), 8 / 3, 8 / 3, 0]  # nobody has the fourth class
+    scores = torch.randn(8, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    expected = torch.nn.functional.cross_entropy(scores, y, weights)
+    expected.backward()
+    found = ranks(world, weighted, scores.detach(), y, weights) if world > 1 else [weighted(scores.detach(), y, weights)]
+    within("loss", abs(sum(loss for loss, _ in found) / world - expected.item()), 1e-15)
+    assert scores.grad is not None
+    within("gradient", float((torch.cat([grad for _, grad in found]) / world - scores.grad).abs().max()), 1e-15)
+
+
+def unbalanced(data: Path) -> np.ndarray:
+    """Ten images of class 0, one or two of each other class."""
+    y = loader.labels(data)
+    return np.sort(np.concatenate([np.flatnonzero(y == c)[: 10 if c == 0 else 1 + c % 2] for c in range(10)]))
+
+
+def tuned(config: FineTune, data: Path, at: Path) -> tuple[list[float], dict[str, Tensor]]:
+    reports = list(train(config, Start(data, checkpoint=at, ids=unbalanced(data))))
+    return [r.metrics["train/loss"] for r in reports], reports[-1].state.tensors
+
+
+def test_balanced_classes_are_trained_alike_on_any_number_of_ranks(
+    patterns: Path, published: Path, tmp_path: Path, ranks: Ranks, within: Within
+) -> None:
+    config = dataclasses.replace(TUNED, class_weights="balanced", train=dataclasses.replace(TUNED.train, batch_size=12))
+    at = begun(config, published, tmp_path)
+    losses, tensors = tuned(config, patterns, at)
+    assert losses[0] == pytest.approx(np.log(10), abs=1e-12)
+    for world in (2, 4):
+        for found, theirs in ranks(world, tuned, config, patterns, at):
+            within("loss", max(abs(a - b) for a, b in zip(losses, found, strict=True)), 1e-9)
+            within("weights", max(float((theirs[name] - tensors[name]).abs().max()) for name in tensors), 1e-9)
+    plain, _ = tuned(dataclasses.replace(config, class_weights="none"), patterns, at)
+    assert abs(plain[-1] - losses[-1]) > 1e-3
+    # The first step by hand: a classifier of zeros gives every class 1/10, so the bias moves by w (1/10 − [y = c]).
+    stream = loader.batches(config, patterns, 0, 0, 1, ids=unbalanced(patterns))
+    y = next(stream).labels
+    stream.close()
+    weights = torch.from_numpy(labels.balanced(loader.labels(patterns)[unbalanced(patterns)], 10))[y]
+    gradient = (weights[:, None] * (0.1 - torch.nn.functional.one_hot(y, 10))).sum(0) / weights.sum()
+    first = next(iter(train(config, Start(patterns, checkpoint=at, ids=unbalanced(patterns)))))
+    moved = first.state.tensors["model.classifier.bias"] - checkpoint.read(at).tensors["model.classifier.bias"].double()
+    within("first step", float((moved + first.metrics["train/lr"] * gradient).abs().max()), 1e-8)
+
+
+def test_each_class_counts_alike_in_the_mean_per_class(patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from simclr.methods import classifier
+
+    y = torch.tensor([0] * 8 + [1] * 2 + [-1])
+    right = torch.tensor([0] * 8 + [0, 1] + [2])  # all of the first class, half of the second
+    found = features.Features(torch.nn.functional.one_hot(right, 10).float(), y, torch.arange(11))
+    monkeypatch.setattr(classifier.features, "embed_split", lambda *given, **named: found)
+    scores = classifier.test_scores(build_classifier(TUNED, 10, 1), TUNED, Start(patterns))
+    assert scores["eval/top1"] == pytest.approx(0.9) and scores["eval/mean_per_class"] == pytest.approx(0.75)
+
+
 def test_linear_leaves_the_network_bitwise_as_it_was(patterns: Path, published: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(TUNED, linear=True, watch=Watch(every_epochs=1))  # also after an evaluation, which ends evaluation mode
     at = begun(config, published, tmp_path)
@@ -132,5 +206,6 @@ def test_the_published_classifier_gives_the_same_scores(patterns: Path, publishe
 
     again = test_scores(model, config, Start(patterns))
     assert again["eval/top1"] == report.metrics["eval/top1"] == classifiers.scores_of(job)["top1"]
+    assert "mean per class" in classifiers.told(job, "run") and again["eval/mean_per_class"] == classifiers.scores_of(job)["mean_per_class"]
     with pytest.raises(UserError, match="was made by `simclr finetune`, this is `simclr pretrain`"):
         open_run(job.path, "x", TINY, patterns)

@@ -145,8 +145,6 @@ def test_a_teacher_of_other_classes_is_refused(photographs: Path, patterns: Path
     write_encoder(model.encoder.state_dict(), TINY, tmp_path / "plain", {})
     with pytest.raises(UserError, match="holds no classifier to learn from; `simclr finetune` makes one"):
         next(train(TAUGHT, Start(patterns, teacher=tmp_path / "plain")))
-    with pytest.raises(UserError, match=r"20 epochs of warm-up leave nothing of 4; v2 has 5 %: --optim.warmup-epochs 0.2"):
-        Distill(train=Train(epochs=4))
     with pytest.raises(UserError, match="alpha is 0"):
         dataclasses.replace(TAUGHT, alpha=0)
 
@@ -174,7 +172,8 @@ def test_the_commands_from_an_encoder_to_a_student(
     assert [line for line in lines[0] if line[0] != "#"] == [line for line in lines[1] if line[0] != "#"] and len(lines[0]) == 25
     scores = classifiers.scores_of(run)
     told = capsys.readouterr().out.splitlines()
-    assert told[-1] == f"{student}: top1 {100 * scores['top1']:.1f} %, top5 {100 * scores['top5']:.1f} %"
+    shown = ", ".join(f"{name} {100 * scores[name.replace(' ', '_')]:.1f} %" for name in ("top1", "top5", "mean per class"))
+    assert told[-1] == f"{student}: {shown}"
     assert load_run(tuned).tracking_run and [row["step"] for row in load_run(tuned).history()] == [1, 2]
     cli.main(second)
     assert "is complete: 3 of 3 steps; nothing to do" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""What all archives have in common: their members, called as in a folder, and the tree that results."""
+
+from __future__ import annotations
+
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from simclr.data.sources.source import Part, Tree, digest, divided, ending, is_image, is_junk, is_text
+from simclr.errors import UserError
+
+_ENDS_BYTES = 1 << 20
+_MOST_TEXT_BYTES, _MOST_PICTURE_BYTES = 64 << 20, 1 << 30
+
+
+@dataclass(kw_only=True, slots=True)
+class Listing:
+    """The members of an archive. What links in it lead to counts as a member under the link's name, too."""
+
+    spec: str
+    """The archive, for messages."""
+    sizes: dict[str, int]
+    """Path of each file → bytes, in the order in which files are read fastest."""
+    read: Callable[[Sequence[str]], Iterator[tuple[str, bytes]]]
+    """(path, content) of some files, in the order given. Many threads may read."""
+    seekable: bool = True
+    """Whether a file is read without all that lie before it."""
+    inner: dict[str, Callable[[], Iterator[tuple[str, bytes]]]] = field(default_factory=dict)
+    """Path of an archive in this one, without its ending → its pictures."""
+    junk: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Ending → files that are none of the above."""
+    notes: list[str] = field(default_factory=list)
+    identity: str = ""
+    times: str = ""
+
+
+def ends_of(path: Path) -> str:
+    """A hash of a file's size, first and last MiB, which identifies an archive without reading all of it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(_ENDS_BYTES)
+        file.seek(max(size - _ENDS_BYTES, 0))
+        return digest(str(size), first, file.read())
+
+
+def path_in(name: str) -> str:
+    """A member's path in its archive: without a leading / or ./, and without .., which would lead out of it."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def junk_in(path: str) -> str:
+    """The folder in `path` that is no folder of pictures, or ''."""
+    return next((folder for folder in path.split("/")[:-1] if is_junk(folder)), "")
+
+
+def linked(name: str, target: str) -> str:
+    """Where a symbolic link called `name` leads, as a path in the archive."""
+    return path_in(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)))
+
+
+def followed(links: Mapping[str, str], known: Mapping[str, object]) -> tuple[dict[str, str], list[str]]:
+    """(link → the file among `known` to which it leads, over further links if need be; links that lead to none)."""
+    found, lost = {}, []
+    for link in links:
+        target, passed = links[link], {link}
+        while target in links and target not in passed:
+            passed.add(target)
+            target = links[target]
+        if target in known and target not in links:
+            found[link] = target
+        else:
+            lost.append(link)
+    return found, lost
+
+
+def oddities(spec: str, lost: Sequence[str], twice: Sequence[str]) -> list[str]:
+    """Notes on links that lead to no file of the archive, and on files that it has more than once."""
+    notes = []
+    if lost:
+        notes.append(f"{len(lost):,} links in {spec} lead to no file of it (to a folder, or out of it), as {lost[0]}; they are left out")
+    if twice:
+        notes.append(f"{len(twice):,} files of {spec} were packed again later, as {twice[0]}; the last of each counts")
+    return notes
+
+
+def below(prefix: str, path: str) -> str:
+    return f"{prefix}/{path}" if prefix else path
+
+
+def tree_of(listing: Listing, prefix: str = "", pictures: Mapping[str, str] | None = None, texts: bool = True) -> Tree:
+    """The tree of an archive, with `prefix` as the folder above. `pictures` (name in the tree → path in the archive) are all pictures in
+    it, if they are not given. Pictures of more than 1 GiB are left out."""
+    ignored, notes = listing.ignored + Counter(ending(path) for path in listing.sizes if not is_image(path)), list(listing.notes)
+    if pictures is None:
+        pictures = {below(prefix, path): path for path in listing.sizes if is_image(path)}
+    if huge := [name for name, path in pictures.items() if listing.sizes[path] > _MOST_PICTURE_BYTES]:
+        gib = listing.sizes[pictures[huge[0]]] / 2**30
+        notes.append(
+            f"{len(huge):,} pictures of {listing.spec} are left out: {huge[0]} has {gib:,.1f} GiB, more than a picture may have (1)"
+        )
+        ignored["over 1 GiB"] += len(huge)
+        pictures = {name: path for name, path in pictures.items() if name not in set(huge)}
+    inner = {below(prefix, path): read for path, read in listing.inner.items()}
+
+    def read(part: Part) -> Iterator[tuple[str, bytes]]:
+        if not part.names:
+            for path, data in inner[part.name]():
+                yield f"{part.name}/{path}", data
+            return
+        contents = listing.read([pictures[name] for name in part.names])
+        for name, (_, data) in zip(part.names, contents, strict=True):
+            yield name, data
+
+    names = list(pictures)
+    return Tree(
+        spec=listing.spec,
+        parts=[
+            *(divided(listing.spec, names) if listing.seekable else divided(listing.spec, names, len(names) or 1)),
+            *(Part(name) for name in inner),
+        ],
+        read=read,
+        texts={below(prefix, path): partial(_text, listing, path) for path in listing.sizes if is_text(path)} if texts else {},
+        ignored=ignored,
+        junk=listing.junk,
+        identity=listing.identity,
+        times=listing.times,
+        notes=tuple(notes),
+    )
+
+
+def _text(listing: Listing, path: str) -> bytes:
+    if (size := listing.sizes[path]) > _MOST_TEXT_BYTES:
+        raise UserError(
+            f"{path} in {listing.spec} has {size / 2**20:,.0f} MiB; a file of labels has at most {_MOST_TEXT_BYTES >> 20}, "
+            "so unpack it and give it as --labels FILE, or use --labels folder"
+        )
+    return next(listing.read([path]))[1]

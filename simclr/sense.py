@@ -1,0 +1,106 @@
+"""Settings that are each valid and together senseless, found before any worker starts: refused, or mended and said in a sentence.
+
+Intervals of evaluation, reports and checkpoints may exceed the run: its last step has all three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from simclr.config import Config, Views
+from simclr.data.manifest import Manifest
+from simclr.errors import UserError
+from simclr.stages import Distill, FineTune
+
+_ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
+
+
+def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[int] = (1,)) -> tuple[str, ...]:
+    """What a run of `config` over `examples` images of `manifest` does otherwise than its settings say, a sentence each. `workers`: the
+    numbers of workers that it may be trained with.
+
+    Raises UserError for what cannot be learned from: BatchNorm over a single image, crops of a pixel, a queue longer than an epoch.
+    """
+    pretrains = not isinstance(config, FineTune | Distill)
+    _require_crops(config.views, manifest)
+    _require_queue(config, examples)
+    found = [_warmup(config, examples), _enlarged(config.views, manifest)]
+    if not (isinstance(config, FineTune) and config.linear):  # whose statistics stay as they are
+        found.append(_few(_statistics(config, workers), config))
+    if pretrains:
+        found += [_unblurred(config.views), _neighbours(config, manifest)]
+    return tuple(note for note in found if note)
+
+
+# ── Refused ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _statistics(config: Config, workers: Sequence[int]) -> int:
+    """How few images BatchNorm may normalise over. Raises UserError for one: its two views become opposites, its one view 0."""
+    train, shared = config.train, config.encoder.batchnorm == "global"
+    pieces = {count: (train.micro_batch or train.batch_size // count) * (count if shared else 1) for count in workers}
+    count = min(pieces, key=lambda count: pieces[count])
+    if pieces[count] > 1:
+        return pieces[count]
+    if train.micro_batch == 1:
+        raise UserError("train.micro_batch 1 leaves BatchNorm a single image; use --train.micro-batch 2 or more")
+    raise UserError(
+        f"encoder.batchnorm per_worker and batch size {train.batch_size} over {count} workers leave BatchNorm a single image; "
+        f"use --workers {max(train.batch_size // 2, 1)} or fewer, or a larger batch"
+    )
+
+
+def _require_crops(views: Views, manifest: Manifest) -> None:
+    """Even the largest image must have crops of more than a pixel."""
+    height, width = manifest.height_px[1], manifest.width_px[1]
+    side = math.sqrt(views.least_area * height * width)
+    if side < 2:
+        low, high = views.area
+        raise UserError(f"views.area {low:g} {high:g} cuts crops of {side:.2g} px out of {height} × {width} px; give a larger --views.area")
+
+
+def _require_queue(config: Config, examples: int) -> None:
+    """A longer queue holds every image, so each would be its own negative."""
+    epoch = 2 * config.train.batch_size * config.steps_per_epoch(examples)
+    if config.loss.memory > epoch:
+        much = f"loss.memory {config.loss.memory:,} exceeds the {epoch:,} projections of an epoch"
+        raise UserError(f"{much}; use --loss.memory {epoch} or less")
+
+
+# ── Said ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _warmup(config: Config, examples: int) -> str:
+    steps, asked, total = config.warmup_steps(examples), config.warmup_asked(examples), config.total_steps(examples)
+    if steps == asked:
+        return ""
+    epochs = config.optim.warmup_epochs
+    return f"the warm-up lasts {steps:,} of {total:,} steps, a tenth of this short run, and not the {asked:,} steps of {epochs:g} epochs"
+
+
+def _few(images: int, config: Config) -> str:
+    if images >= min(_ENOUGH, config.train.batch_size):
+        return ""
+    return f"BatchNorm normalises over {images} images at a time and trains worse than over {_ENOUGH} or more"
+
+
+def _enlarged(views: Views, manifest: Manifest) -> str:
+    height, width = manifest.height_px[1], manifest.width_px[1]
+    if max(height, width) >= views.size_px:
+        return ""
+    return f"every image is enlarged: views are {views.size_px} px, and the largest image in the shards is {height} × {width} px"
+
+
+def _unblurred(views: Views) -> str:
+    asked = views.blur_p > 0 if views.operations is None else "blur" in views.operations
+    if not asked or views.size_px // 10 // 2:
+        return ""
+    return f"views of {views.size_px} px are not blurred, though they should be: the kernel, a tenth of the side, is a single pixel"
+
+
+def _neighbours(config: Config, manifest: Manifest) -> str:
+    bank = min(config.watch.bank, manifest.examples("train", config.train.shard_groups))
+    if not manifest.classes or "test" not in manifest.splits or config.watch.k <= bank:
+        return ""
+    return f"online kNN: all {bank:,} images of its bank vote, since watch.k is {config.watch.k:,}; a smaller --watch.k tells more"

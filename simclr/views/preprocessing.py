@@ -1,0 +1,63 @@
+"""How a picture becomes an encoder's input outside training: for online evaluation, `evaluate`, `embed` and registered models alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simclr.config import Resize, Views
+from simclr.views.draw import Ints, centre_boxes
+from simclr.views.ops import crop_resize, normalise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """How a picture becomes the encoder's input; a wrong setting costs tenths of a point to points."""
+
+    size_px: int
+    """Side of the encoder's input. A picture of this size is taken as it is."""
+    centre_crop: float
+    """Side of the central square crop of any other picture, as a share of its shorter side; the official code takes 0.875, and all of a
+    CIFAR image."""
+    resize: Resize
+    """Kernel that brings the crop to `size_px`, without antialiasing, as the training crops are made. A crop of more than twice the size
+    is first reduced to twice the size, with antialiasing."""
+    mean: tuple[float, float, float]
+    """Mean, subtracted from pixels in [0, 1]. The official encoders subtract nothing."""
+    std: tuple[float, float, float]
+    """Standard deviation, by which they are then divided. The official encoders divide by nothing."""
+
+    @classmethod
+    def of(cls, views: Views) -> Preprocessing:
+        """The preprocessing for an encoder that was trained on `views`."""
+        whole = views.size_px <= 32
+        return cls(size_px=views.size_px, centre_crop=1.0 if whole else 0.875, resize=views.resize, mean=views.mean, std=views.std)
+
+    def boxes(self, sizes: Ints) -> Ints:
+        """(n, 4) boxes (top, left, height, width) that the encoder sees of pictures of sizes (n, 2) (height, width)."""
+        ready = (sizes == self.size_px).all(1)[:, None]
+        return np.where(ready, np.concatenate([np.zeros_like(sizes), sizes], 1), centre_boxes(sizes, self.centre_crop))
+
+    def resized(self, images: Tensor) -> Tensor:
+        """uint8 images (n, H, W, 3) → (n, 3, size, size) float32 in [0, 1], cropped and resized."""
+        x, size = images.permute(0, 3, 1, 2), self.size_px
+        if x.shape[2:] == (size, size):
+            return x.float() / 255
+        top, left, side, _ = self.boxes(np.array([x.shape[2:]]))[0].tolist()
+        return self.from_squares(x[:, :, top : top + side, left : left + side].float() / 255)
+
+    def from_squares(self, x: Tensor) -> Tensor:
+        """Crops (n, 3, side, side) in [0, 1] → (n, 3, size, size)."""
+        size = self.size_px
+        if x.shape[3] > 2 * size:
+            x = F.interpolate(x, (2 * size, 2 * size), mode="bicubic", antialias=True).clamp(0, 1)
+        whole = torch.tensor([[0, 0, x.shape[2], x.shape[3]]], device=x.device)
+        return crop_resize(x, whole, size, self.resize)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 images (n, H, W, 3) of any size → the encoder's input, (n, 3, size, size) float32, normalised."""
+        return normalise(self.resized(images), self)

@@ -43,7 +43,7 @@ def agreed(manifest: Manifest, source: Source, out: object, options: Options, id
     if (manifest.source, manifest.options) != (source.spec, ours):
         differ = [f"source {manifest.source}"] if manifest.source != source.spec else []
         differ += [f"{k} {_shown(v)}" for k, v in manifest.options.items() if ours.get(k) != v]
-        differ += [f"no {k}" for k in ours if k not in manifest.options]
+        differ += [f"no --{k.replace('_', '-')}" for k in ours if k not in manifest.options]
         raise UserError(f"{out} already holds shards made with {', '.join(differ)}; use another --out, or remove it")
     if manifest.identity and manifest.identity != source.identity:
         raise UserError(f"{source.spec} has changed since {out} was made from it; use another --out, or remove it")

@@ -17,6 +17,8 @@ DEPTHS = (8, 10, 12, 14, 16)
 """Bits that cameras and scanners give."""
 _LOW_PCT, _HIGH_PCT = 0.1, 99.9
 _SAMPLED = 4096  # pixels of an image from which percentiles are computed
+_ROWS = 256
+_NO_NUMBER = "none of its pixels is a number (NaN or infinite)"
 _CLIPPED = 0.01  # of an image's pixels
 
 
@@ -57,7 +59,7 @@ class Scaled:
 
 
 def kind_of(values: NDArray[Any]) -> str:
-    """ "" for pixels that are 8 bits already."""
+    """integers, floats, or "" for pixels that are 8 bits already."""
     return "" if values.dtype in (np.uint8, np.bool_) else "floats" if values.dtype.kind == "f" else "integers"
 
 
@@ -65,7 +67,7 @@ def values_of(pixels: NDArray[Any]) -> Values:
     """Raises Unreadable if no pixel is a number."""
     finite = pixels[np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels.reshape(-1)
     if not finite.size:
-        raise Unreadable("none of its pixels is a number (NaN or infinite)")
+        raise Unreadable(_NO_NUMBER)
     some = finite[:: max(finite.size // _SAMPLED, 1)].astype(np.float64)
     return Values(kind_of(pixels), float(finite.min()), float(finite.max()), some)
 
@@ -117,12 +119,16 @@ def remarks(pixels: Mapping[str, Any]) -> list[str]:
             bits = bits_of(kind, black, white)
             rules.append(f"{kind} from {black:,.6g} (black) to {white:,.6g} (white){f', {bits} bits' if bits else ''}")
         by = "as --value-range states" if pixels["stated"] else "by a sample of the images; --value-range states another range"
-        lines.append(f"{pixels['rescaled']:,} images were rescaled to 8 bits, {' and '.join(dict.fromkeys(rules))}, {by}")
+        lines.append(f"{_images(pixels['rescaled'])} rescaled to 8 bits, {' and '.join(dict.fromkeys(rules))}, {by}")
     if pixels.get("clipped"):
-        lines.append(f"{pixels['clipped']:,} of these have more than 1 % of their pixels outside this range, cut off at black or white")
+        lines.append(f"{pixels['clipped']:,} of these had more than 1 % of their pixels outside this range, cut off at black or white")
     if pixels.get("grey"):
-        lines.append(f"{pixels['grey']:,} images have one channel, which is repeated to three")
+        lines.append(f"{_images(pixels['grey'])} of one channel, which is repeated to three")
     return lines
+
+
+def _images(count: int) -> str:
+    return f"{count:,} images were" if count != 1 else "1 image was"
 
 
 def scaled(values: NDArray[Any], rule: Rule) -> Scaled:
@@ -138,10 +144,15 @@ def scaled(values: NDArray[Any], rule: Rule) -> Scaled:
         table = np.clip((np.arange(1 << 16) - black) * (255 / (white - black)), 0, 255)
         outside = int((values > white).sum() + (values < black).sum())
         return Scaled(np.rint(table).astype(np.uint8)[values], float(values.max()), outside > _CLIPPED * values.size)
-    finite = np.isfinite(values)
-    if not finite.any():
-        raise Unreadable("none of its pixels is a number (NaN or infinite)")
-    known = np.where(finite, values, black).astype(np.float64)
-    outside = int((known > white).sum() + (known < black).sum() + (~finite).sum())
-    shades = np.rint(np.clip((known - black) * (255 / (white - black)), 0, 255)).astype(np.uint8)
-    return Scaled(shades, float(known.max()), outside > _CLIPPED * values.size)
+    shades, outside, numbers, high = np.empty(values.shape, np.uint8), 0, 0, -np.inf
+    for row in range(0, len(values), _ROWS):  # some rows at a time, in doubles
+        known = values[row : row + _ROWS].astype(np.float64)
+        finite = np.isfinite(known)
+        high = max(high, float(known.max(initial=-np.inf, where=finite)))
+        known[~finite] = black
+        numbers += int(finite.sum())
+        outside += int((known > white).sum() + (known < black).sum() + (~finite).sum())
+        shades[row : row + _ROWS] = np.rint(np.clip((known - black) * (255 / (white - black)), 0, 255))
+    if not numbers:
+        raise Unreadable(_NO_NUMBER)
+    return Scaled(shades, high, outside > _CLIPPED * values.size)

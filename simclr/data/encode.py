@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,8 +20,6 @@ from simclr.data.sources.source import Data, Item
 
 PAGE = 1 << 21
 """Bytes: FFCV's smallest page. An image lies within one page."""
-# Pillow's warnings (corrupt EXIF data, a large image) do not name the file, so a user cannot act on them.
-warnings.filterwarnings("ignore", module="PIL")
 _SAMPLED = 4096  # pixels of an image from which its moments are computed
 
 

@@ -35,8 +35,8 @@ class Options:
     """Which bands are red, green and blue, counted from 1, as 4 3 2; needed where pictures have two, or four and more, without
     transparency."""
     max_pixels: int = MOST_PIXELS
-    """A picture with more pixels, or a file of more than 6 bytes for each of these, is skipped. It takes up to 12 bytes per pixel in
-    each thread. A JPEG may have twice as many."""
+    """A picture with more pixels, or a file of more than 6 bytes for each of these, is skipped; a JPEG may have twice as many. Each
+    thread holds one picture."""
 
     def __post_init__(self) -> None:
         if self.max_side_px < 8:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from simclr.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 MOST_PIXELS = 89_478_485
 """256 MiB of RGB in each thread."""
+# Pillow's warnings (corrupt EXIF data) do not name the file, so a user cannot act on them.
+warnings.filterwarnings("ignore", module="PIL")
 Image.MAX_IMAGE_PIXELS = None  # `within` has the limit, which a flag moves; Pillow's own is fixed and stops at twice as many
 _ORIENTATION = 0x0112
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")

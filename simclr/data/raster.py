@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import logging
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ def measured(data: bytes, image: Image.Image | None, rule: Rule) -> tuple[int, i
     if raster is None:
         assert image is not None
         with reading():
-            sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+            # Pillow gives the upright size of a TIFF, of others that in the file.
+            sideways = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
         return (image.width, image.height, None) if sideways else (image.height, image.width, None)
     colours, _ = _colours(raster, rule)
     return colours.shape[0], colours.shape[1], values_of(colours) if kind_of(colours) else None
@@ -184,18 +186,24 @@ def _tiff(data: bytes, rule: Rule) -> Raster:
         raise Unreadable("TIFF of these bands and bits needs tifffile (pip install '.[images]')")
     import tifffile
 
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says of a damaged file does not name the file
     with reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
-        axes, shape = page.axes, page.shape
+        axes, shape = page.axes, tuple(int(side) for side in page.shape)
         alpha = len(page.extrasamples) == 1 and int(page.extrasamples[0]) in _ALPHA
         tag = page.tags.get(_ORIENTATION)
         turn = int(tag.value) if tag else 1
         inverted = int(page.photometric) == 0
+        ends = [at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True) if count]
     if axes not in ("YX", "YXS", "SYX"):
         raise Unreadable(f"it is no plain picture (axes {axes}, shape {shape})")
+    if 0 in shape or not ends or max(ends) > len(data):  # tifffile gives zeros for what is missing
+        raise Unreadable("it ends early or holds no pixels")
     within(shape[axes.index("X")], shape[axes.index("Y")], rule.max_pixels)
     with reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
         values = file.pages.first.asarray()
+    if values.shape != shape:
+        raise Unreadable(f"its pixels have the shape {values.shape}, its header says {shape}")
     if values.dtype.kind not in "uifb":
         raise Unreadable(f"its pixels are of type {values.dtype}")
     if inverted:

@@ -42,7 +42,7 @@ __all__ = ["Identity", "Kind", "Options", "agreed", "existing", "prepare"]
 
 _LOCK = ".writing-lock"
 _CHOICE = ".writing-choice.json"
-_ENOUGH = 1000  # images of a source of unknown length, from which on their share of unreadable ones counts
+_ENOUGH = 1000  # images, from which on the share of unreadable ones counts before the end
 
 
 def prepare(
@@ -123,8 +123,8 @@ class _Job:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self.flushers = ThreadPoolExecutor(2, thread_name_prefix="flush")  # own threads: flushing does not wait behind encoding
         self.writers: dict[str, SplitWriter] = {}
-        times = "" if identity == "names" else source.times
-        self.about = [source.spec, source.identity, times, source.total, essence(source.understood), stated(options), _versions()]
+        self.identity = identity
+        self.about = [source.spec, source.identity, source.total, essence(source.understood), stated(options), _versions()]
 
     def whole(self, told: _Told) -> Manifest:
         """Run, and on failure leave full shards, or nothing where they are of no use."""
@@ -141,6 +141,8 @@ class _Job:
             if isinstance(error, Unusable) or full:
                 for path in (*unfinished(self.out), *(self.out / name for name in LISTS)):
                     path.unlink(missing_ok=True)
+            if isinstance(error, Again):
+                self._remove_unfinished(set())
             if full:
                 raise UserError(
                     f"no space left on the disk of {self.out}: its {shutil.disk_usage(self.out).free / 2**20:,.0f} MiB were full after "
@@ -151,19 +153,26 @@ class _Job:
             for pool in (self.pool, self.flushers):
                 pool.shutdown(wait=False, cancel_futures=True)
 
+    def _remove_unfinished(self, kept: set[str]) -> None:
+        for path in unfinished(self.out):
+            if path.name not in (*kept, _LOCK, _CHOICE):
+                path.unlink(missing_ok=True)
+
     def _run(self, told: _Told) -> Manifest:
-        choice = saved(self.out / _CHOICE, _hash(self.about)) or survey(self.source, self.options, self.pool)
-        choice.save(self.out / _CHOICE, _hash(self.about))
-        rule, key = self.options.rule(choice.ranges), _hash([self.about, choice.kind, choice.ranges])
+        choice = saved(self.out / _CHOICE, _hash(self.about))
+        if choice is None or (self.identity != "names" and choice.times != self.source.times):
+            choice = survey(self.source, self.options, self.pool)
+            choice.save(self.out / _CHOICE, _hash(self.about))
+        rule, key = self.options.rule(choice.ranges), _hash([self.about, choice.times, choice.kind, choice.ranges])
         behind = {}
         for split in ("train", "test"):
             self.writers[split] = SplitWriter(self.out, split, self.options.shard_mib << 20, key, self.flushers)
             behind[split] = self.writers[split].resume()
         count = sum(behind.values())
         kept = {f".writing-{name}{end}" for w in self.writers.values() for name, _ in w.full for end in ("", ".json")}
-        for path in unfinished(self.out):
-            if path.name not in (*kept, _LOCK, _CHOICE):
-                path.unlink(missing_ok=True)
+        if not count and list(self.out.glob(".writing-*.beton.json")):
+            told.says(f"the unfinished shards in {self.out} are of another source or version, or of other options; it begins again")
+        self._remove_unfinished(kept)
         if count:
             told.resumed(count)
         if self.source.total is not None:
@@ -177,14 +186,13 @@ class _Job:
         for note in (note for note in self._notes() if note.which):
             size = note.height_px[0], note.width_px[0]
         seen, skipped = sum(note.items for note in self._notes()), sum(len(note.skipped) for note in self._notes())
-        self._require_readable(skipped, seen)  # of a prepare that stopped for this, under the share that is allowed now
         for encoded in _in_order(self.pool, items, choice.kind, self.options, rule, self.ahead):
             writer = self.writers[encoded.item.split]
             seen += 1
+            self._require_readable(skipped, seen - 1)
             if encoded.skipped:
                 writer.note.skip(encoded)
                 skipped += 1
-                self._require_readable(skipped, seen)
                 continue
             size = size or (encoded.height, encoded.width)
             if choice.kind == "raw" and size != (encoded.height, encoded.width):
@@ -214,18 +222,19 @@ class _Job:
         """Raise UserError once more images are skipped than may be: of all where their number is known, else of those seen so far."""
         most, total = self.options.max_skipped_pct, self.source.total
         of = seen if ended or total is None else max(total, seen)
-        if skipped <= most / 100 * of or (not ended and total is None and seen < _ENOUGH):
+        if skipped <= most / 100 * of or not (ended or seen >= _ENOUGH):
             return
         first = "" if ended or seen == total else "the first "
         rows = [row for note in self._notes() for row in note.skipped]
         reasons = Counter(reason for _, reason in rows).most_common(3)
         done = sum(note.items for writer in self.writers.values() for _, note in writer.full)
+        share = f"{math.ceil(1000 * skipped / seen) / 10:g}{' or above' if first else ''}"
         stays = f"; the same command then goes on behind the {done:,} images that are done" if done else ""
         raise UserError(
             f"{skipped:,} of {first}{seen:,} images of {self.source.spec} cannot be read, more than {most:g} %"
             f"{f' of all {total:,}' if first and total else ''}; the first: {': '.join(rows[0])}; "
             f"most often: {', '.join(f'{reason} ({times})' for reason, times in reasons)}; "
-            f"mend the source, or allow more with --max-skipped-pct {math.ceil(1000 * skipped / seen) / 10:g}{stays}"
+            f"mend the source, or allow more with --max-skipped-pct {share}{stays}"
         )
 
     def _notes(self) -> list[Note]:

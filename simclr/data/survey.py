@@ -36,11 +36,11 @@ class Choice:
     """The least that an image takes."""
     ranges: dict[str, tuple[float, float]]
     """Kind of pixels → black and white (`depth.Rule`)."""
-    sampled: int
-    """Images that were looked at."""
+    times: str
+    """`Source.times` at that time."""
 
     def save(self, path: Path, key: str) -> None:
-        """`key` identifies source and options."""
+        """`key` identifies the source, but for its times, and the options."""
         files.write_text(path, json.dumps(asdict(self) | {"key": key}))
 
 
@@ -72,7 +72,7 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
     small = other is None and max(height, width) <= _RAW_SIDE_PX
     raw = options.kind == "raw" or (options.kind == "auto" and small)
     ranges = {} if options.value_range else decided([looked.values for _, looked in seen if looked.values])
-    return Choice("raw" if raw else "jpeg", 3 * height * width if raw else 1 << 8, ranges, tried)
+    return Choice("raw" if raw else "jpeg", 3 * height * width if raw else 1 << 8, ranges, source.times)
 
 
 def sizes_differ(name: str, size: tuple[int, int], before: tuple[int, int]) -> str:

@@ -15,8 +15,8 @@ DATA = (
     Mutation(
         "skipped-images-are-counted-at-the-end",
         "simclr/data/shards.py",
-        "skipped += 1\n                self._require_readable(skipped, seen)",
-        "skipped += 1",
+        "            self._require_readable(skipped, seen - 1)\n",
+        "",
         "tests/simclr/data/test_goes_on.py::test_too_many_damaged_files_stop_it_at_once_and_more_are_allowed_later",
     ),
     Mutation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def test_files_that_changed_with_names_and_sizes_alike_are_told_apart(tmp_path: 
 
 
 def test_manifests_of_before_agree_as_before(tmp_path: Path) -> None:
-    out, source = tmp_path / "out", photos(tmp_path / "photos", times="monday", understood={"labels": "folder"})
+    out, source = tmp_path / "out", photos(tmp_path / "photos", times="monday", understood=read_as(["one"]))
     manifest = prepare(source, out)
     text = replace(manifest, times="", content="", understood={}).to_json()
     old = "\n".join(line for line in text.split("\n") if line.split('"')[1:2] not in (["times"], ["content"], ["conflicts"]))
@@ -64,22 +65,27 @@ def test_manifests_of_before_agree_as_before(tmp_path: Path) -> None:
         prepare(source, out, "content")
 
 
+def read_as(classes: Sequence[str], asked: str = "auto", **words: Any) -> dict[str, Any]:
+    """What was understood, as sources say it."""
+    splits = {"train": {"images": 6, "labelled": 6, "classes": dict.fromkeys(classes, 3), "examples": [["0.png", classes[0]]]}}
+    return {"asked": {"labels": asked}, "splits": splits, "counted": True, "classes_by": asked} | words
+
+
 def test_classes_that_were_read_otherwise_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     items = [Item("train", "ab"[i % 2], f"{i}.png", encoded(photo(i), "PNG")) for i in range(6)]
-    by_folder = source_of(items, understood={"labels": "folder", "classes": ("a", "b")})
+    by_folder = source_of(items, understood=read_as("ab"))
     manifest = prepare(by_folder, out)
-    assert manifest.understood == {"labels": "folder", "classes": ["a", "b"]} and prepare(by_folder, out) == manifest
-    other = source_of(items, understood={"labels": "parent", "classes": ["images", "pictures", "x", "y"]})
-    sentence = (
-        r"holds shards whose classes were read otherwise: classes a b, labels folder there, classes 4 \(images pictures x, …\), labels pa"
-    )
+    assert manifest.understood["splits"]["train"]["classes"] == {"a": 3, "b": 3} and prepare(by_folder, out) == manifest
+    reworded = read_as("ab", classes_by="by folders", left_out={".txt": 3}, notes=["a note"])
+    assert prepare(source_of(items, understood=reworded), out) == manifest
+    sentence = "classes were read otherwise: train: 6 of 2 classes there, train: 12 of 4 classes now; use another --out"
     with pytest.raises(UserError, match=sentence):
-        prepare(other, out)
+        prepare(source_of(items, understood=read_as("cdef", "parent")), out)
     write_manifest(out, replace(manifest, understood={}))  # of before
     assert prepare(by_folder, out).classes == ("a", "b")
-    with pytest.raises(UserError, match="whose classes were read otherwise: classes a b there, classes none now; use another --out"):
-        prepare(source_of(items, understood={"classes": ["images"]}), out)
+    with pytest.raises(UserError, match="classes were read otherwise: a b there, none now; use another --out"):
+        prepare(source_of(items, understood=read_as(["images"])), out)
 
 
 def test_an_interrupted_prepare_of_other_classes_or_times_is_not_resumed(tmp_path: Path) -> None:
@@ -89,14 +95,24 @@ def test_an_interrupted_prepare_of_other_classes_or_times_is_not_resumed(tmp_pat
         if done == 50:
             raise KeyboardInterrupt
 
-    first: dict[str, Any] = {"times": "monday", "understood": {"labels": "folder"}}
-    options = Options(shard_mib=1)
-    for name, more in {"same": {}, "times": {"times": "tuesday"}, "labels": {"understood": {"labels": "parent"}}}.items():
+    first: dict[str, Any] = {"times": "monday", "understood": read_as("ab")}
+    options, tuesday = Options(shard_mib=1), {"times": "tuesday"}
+    cases: dict[str, tuple[dict[str, Any], Any, bool]] = {
+        "same": ({}, "times", True),
+        "times": (tuesday, "times", False),
+        "copied": (tuesday, "names", True),
+        "content": (tuesday, "content", False),
+        "labels": ({"understood": read_as("abc")}, "times", False),
+    }
+    for name, (more, identity, goes_on) in cases.items():
         with pytest.raises(KeyboardInterrupt):
             shards.prepare(source_of(items, **first), tmp_path / name, options, 2, stop)
         went_on: list[int] = []
-        shards.prepare(source_of(items, **(first | more)), tmp_path / name, options, 2, lambda done: None, went_on.append)
-        assert bool(went_on) == (name == "same"), name
+        said: list[str] = []
+        source = source_of(items, **(first | more))
+        shards.prepare(source, tmp_path / name, options, 2, lambda done: None, went_on.append, identity=identity, says=said.append)
+        assert bool(went_on) == goes_on, name
+        assert bool(said) != goes_on and all("are of another source or version, or of other options; it begins again" in s for s in said)
 
 
 def test_a_run_takes_shards_of_copied_files_for_the_same(tmp_path: Path) -> None:

@@ -43,11 +43,12 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_too_many_damaged_files_stop_it_at_once_and_more_are_allowed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 % where 1 % may be: it is certain after 5 of the 400, that is after half; then the same command goes on."""
+    monkeypatch.setattr(shards, "_ENOUGH", 100)
     items, out = damaged(50), tmp_path / "out"
     names = tried(monkeypatch)
     sentence = (
         r"5 of the first 250 images of made cannot be read, more than 1 % of all 400; the first: 49.png: cannot identify image file; "
-        r"most often: cannot identify image file \(5\); mend the source, or allow more with --max-skipped-pct 2; "
+        r"most often: cannot identify image file \(5\); mend the source, or allow more with --max-skipped-pct 2 or above; "
         r"the same command then goes on behind the 2\d\d images that are done"
     )
     with pytest.raises(UserError, match=sentence):
@@ -57,10 +58,13 @@ def test_too_many_damaged_files_stop_it_at_once_and_more_are_allowed_later(tmp_p
     assert done >= 2
     with pytest.raises(UserError, match="5 of the first 250"):  # nothing changed
         prepare(source_of(items), out)
+    with pytest.raises(UserError, match="8 of 400 images of made cannot be read, more than 1 %; the first"):
+        monkeypatch.setattr(shards, "_ENOUGH", 1000)  # so few are all tried
+        prepare(source_of(items), out)
     names.clear()
     went_on: list[int] = []
     manifest = prepare(source_of(items), out, max_skipped_pct=2, resumed=went_on.append)
-    assert manifest.skipped == 8 and went_on and went_on[0] > 100 and len(names) == 400 - went_on[0]
+    assert manifest.skipped == 8 and went_on and went_on[0] > 300 and len(names) == 400 - went_on[0]
     assert prepare(source_of(items), tmp_path / "whole", max_skipped_pct=2) == manifest
 
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ast
-import csv
 import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
-import tifffile
-from numpy.typing import NDArray
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from pipelines.commands import embed
@@ -21,62 +17,11 @@ from simclr.data import pixels, shards, survey
 from simclr.data.encode import Looked, encode, look
 from simclr.data.manifest import Manifest
 from simclr.data.options import Options
-from simclr.data.sources.source import Data, Item, Source, is_image
+from simclr.data.sources.source import Data, Item, is_image
 from simclr.errors import UserError
 from tests.support.paths import ROOT
+from tests.support.pictures import SHAPE, png, prepared, ramp, reasons, rgb, saved, tiff
 from tests.support.sources import source_of, source_of_files
-
-# isort: split
-from ffcv.reader import Reader
-
-SHAPE = (72, 96)
-
-
-def ramp(low: float, high: float, kind: Any = np.uint16, shape: tuple[int, ...] = SHAPE) -> NDArray[Any]:
-    """From `low` to `high`, both included."""
-    return np.linspace(low, high, int(np.prod(shape))).reshape(shape).astype(kind)
-
-
-def tiff(values: NDArray[Any], **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, values, **options)
-    return buffer.getvalue()
-
-
-def png(values: NDArray[Any]) -> bytes:
-    """A PNG of grey, RGB or RGBA."""
-    order = [2, 1, 0, 3][: values.shape[-1]]
-    return bytes(cv2.imencode(".png", values if values.ndim == 2 else values[..., order])[1])
-
-
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def rgb(seed: int = 0) -> NDArray[np.uint8]:
-    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize(SHAPE[::-1], Image.Resampling.BICUBIC))
-
-
-def prepared(out: Path, files: dict[str, Data] | Source, says: Any = None, **options: Any) -> tuple[Manifest, dict[str, NDArray[np.uint8]]]:
-    """The manifest, and the pixels of each name, which are stored raw."""
-    source = files if isinstance(files, Source) else source_of_files(files)
-    manifest = shards.prepare(source, out, Options(**{"kind": "raw"} | options), 2, lambda done: None, says=says or (lambda line: None))
-    found = []
-    for shard in manifest.splits["train"]:
-        stored = np.fromfile(out / shard.name, np.uint8)
-        for row in Reader(str(out / shard.name)).alloc_table:
-            at, size = int(row["ptr"]), int(row["size"])
-            found.append(stored[at : at + size].reshape(manifest.height_px[0], manifest.width_px[0], 3))
-    names = (out / "names-train.txt").read_text().splitlines()
-    return manifest, dict(zip(names, found, strict=True))
-
-
-def reasons(out: Path) -> dict[str, str]:
-    with (out / "skipped.csv").open(newline="", encoding="utf-8") as file:
-        return dict(list(csv.reader(file))[1:])
 
 
 def test_pictures_are_opened_at_one_place_with_the_formats_named() -> None:
@@ -130,7 +75,7 @@ def test_twelve_bits_in_sixteen_keep_their_greys_and_their_brightness(tmp_path: 
     assert said == [
         "2 images were rescaled to 8 bits, integers from 0 (black) to 4,095 (white), 12 bits, by a sample of the images; "
         "--value-range states another range",
-        "2 images have one channel, which is repeated to three",
+        "2 images were of one channel, which is repeated to three",
     ]
     assert Manifest.from_json(manifest.to_json()).pixels == manifest.pixels
 
@@ -189,7 +134,7 @@ def test_a_stated_range_holds_for_all(tmp_path: Path) -> None:
     manifest, found = prepared(tmp_path / "out", files, said.append, value_range=(100.0, 1100.0))
     assert manifest.options["value_range"] == [100, 1100] and manifest.pixels["stated"] and manifest.pixels["clipped"] == 2
     np.testing.assert_array_equal(found["a.tif"][..., 2], np.rint(np.clip((ramp(0, 4000) - 100.0) * 0.255, 0, 255)))
-    assert "as --value-range states" in said[0] and "2 of these have more than 1 % of their pixels outside" in said[1]
+    assert "as --value-range states" in said[0] and "2 of these had more than 1 % of their pixels outside" in said[1]
     with pytest.raises(UserError, match=r"already holds shards made with value_range 100\.0 1100\.0"):
         prepared(tmp_path / "out", files)
     with pytest.raises(UserError, match="--value-range is 5 5; expected black below white"):
@@ -235,7 +180,12 @@ def test_deep_pictures_are_upright(orientation: int) -> None:
     deep = png(plain.astype(np.uint16) * 257)
     turned = deep[:33] + chunk[at : at + length] + deep[33:]  # behind the header
     options = Options(value_range=(0.0, 65535.0))
-    for data in (turned, tiff(plain.astype(np.uint16) * 257, extratags=[(274, "H", 1, orientation, True)])):
+    tags: dict[str, Any] = {"extratags": [(274, "H", 1, orientation, True)]}
+    deep_grey = encode(Item("train", None, "a", tiff(plain[..., 1].astype(np.uint16) * 257, **tags)), "raw", 500, 90, options.rule({}))
+    np.testing.assert_array_equal(np.frombuffer(deep_grey.stored, np.uint8).reshape(expected.shape)[..., 0], expected[..., 1])
+    for data in (turned, tiff(plain.astype(np.uint16) * 257, **tags), tiff(plain, **tags), tiff(plain * np.float32(257), **tags)):
+        looked = look(Item("train", None, "a", data), 500, options.rule({}))
+        assert (looked.height, looked.width) == expected.shape[:2]
         done = encode(Item("train", None, "a", data), "raw", 500, 90, options.rule({}))
         assert not done.skipped and (done.height, done.width) == expected.shape[:2]
         np.testing.assert_array_equal(np.frombuffer(done.stored, np.uint8).reshape(expected.shape), expected)
@@ -349,6 +299,31 @@ def test_formats_that_are_read(tmp_path: Path) -> None:
     for name, pixels_of in found.items():
         if name.startswith("a"):
             assert np.abs(pixels_of.astype(int) - rgb(5)).mean() < 12, name
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, for damaged tags
+def test_damaged_pictures_of_many_bits_are_named_and_never_black() -> None:
+    values = ramp(1000, 4095, shape=(*SHAPE, 3))
+    rule = Options(value_range=(0.0, 4095.0)).rule({})
+    plain = {"photometric": "minisblack", "planarconfig": "contig"}
+    kinds = [
+        png(values),
+        tiff(values),
+        tiff(values.astype(np.float64)),
+        tiff(values, compression="zlib"),
+        tiff(np.repeat(values, 2, 2)[..., :3], **plain),
+    ]
+    draw = np.random.default_rng(0)
+    for data in kinds:
+        whole = encode(Item("train", None, "a", data), "raw", 500, 90, rule)
+        assert not whole.skipped and min(whole.stored) > 50
+        for share in (0.1, 0.3, 0.6, 0.95):
+            assert encode(Item("train", None, "a", data[: int(share * len(data))]), "raw", 500, 90, rule).skipped, share
+        for _ in range(40):  # any byte of the header or of the end
+            changed = bytearray(data)
+            changed[int(draw.integers(-300, 300))] = int(draw.integers(0, 256))
+            item = Item("train", None, "a", bytes(changed))
+            assert encode(item, "raw", 500, 90, rule).skipped or not look(item, 500, rule).skipped
 
 
 def test_pictures_that_are_not_read_have_a_reason() -> None:

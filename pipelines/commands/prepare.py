@@ -15,6 +15,7 @@ from pipelines.runs import sync
 from pipelines.terminal import Bar, say
 from simclr.data import shards
 from simclr.data.manifest import LISTS, Manifest
+from simclr.data.options import stated
 from simclr.data.pixels import unread
 from simclr.data.s3.uri import Address, address, copy_of, locked
 from simclr.data.sources.open import betons_at, open_source
@@ -132,7 +133,7 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
     from simclr.data.s3.store import Store
 
     store = Store()
-    made_from = hashlib.sha256(f"{source.spec} {args.options}".encode()).hexdigest()[:8]
+    made_from = hashlib.sha256(f"{source.spec} {stated(args.options)} {args.reading}".encode()).hexdigest()[:8]
     here, copy = copy_of(at, f"staging/{made_from}"), copy_of(at, "shards")
     found = remote.manifest_at(at, store)
     if found is not None:
@@ -174,7 +175,8 @@ def _write(args: Args, source: Source) -> Manifest:
             says=say,
         )
     if manifest.duplicates:
-        say(f"{manifest.duplicates:,} images are copies of others, and so each other's negatives; {out}/duplicates.csv lists them")
+        copies = "image is a copy" if manifest.duplicates == 1 else "images are copies"
+        say(f"{manifest.duplicates:,} {copies} of others, and so each other's negatives; {out}/duplicates.csv lists them")
     if manifest.skipped:
-        say(f"{manifest.skipped} images could not be read and were skipped; {sync.shown(out)}/skipped.csv names them")
+        say(f"skipped, because they could not be read: {manifest.skipped:,}; {sync.shown(out)}/skipped.csv names them")
     return manifest

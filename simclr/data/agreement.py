@@ -92,17 +92,21 @@ def _require_understood_alike(manifest: Manifest, source: Source, out: object) -
     now, before = essence(source.understood), essence(manifest.understood)
     if not now or now == before:
         return
-    if not source.understood["counted"] and {k: [*v] for k, v in now.items()} == {k: [*v] for k, v in before.items()}:
-        return
+    ours, theirs = now["splits"], before.get("splits", {})
+    names = [{split: [*classes] for split, classes in of.items()} for of in (ours, theirs)]
+    if not source.understood["counted"] and now["values"] == before.get("values") and names[0] == names[1]:
+        return  # numbers are known only when it is read
     if not manifest.understood:  # of a manifest from before they were noted the classes alone are known; one class counts as none
-        classes = sorted({label for of in now.values() for label in of})
-        ours = classes if len(classes) > 1 else []
-        if ours == list(manifest.classes):
+        classes = sorted({label for of in ours.values() for label in of})
+        classes = classes if len(classes) > 1 else []
+        if classes == list(manifest.classes):
             return
-        there, here = _shown(list(manifest.classes)), _shown(ours)
+        there, here = _shown(list(manifest.classes)), _shown(classes)
+    elif ours == theirs:
+        there, here = "other classes of single images", "with the same numbers of each class"
     else:
-        splits = [split for split in {**before, **now} if before.get(split) != now.get(split)]
-        there, here = (", ".join(f"{split}: {_counted(of.get(split))}" for split in splits) for of in (before, now))
+        splits = [split for split in {**theirs, **ours} if theirs.get(split) != ours.get(split)]
+        there, here = (", ".join(f"{split}: {_counted(of.get(split))}" for split in splits) for of in (theirs, ours))
     raise UserError(f"{out} holds shards whose classes were read otherwise: {there} there, {here} now; use another --out")
 
 

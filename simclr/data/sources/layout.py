@@ -125,7 +125,7 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         total=sum(len(part.names) for part in parts) if counted else None,
         identity=tree.identity,
         times=tree.times,
-        understood=understood.to_dict() | {"asked": reading.to_dict()},
+        understood=understood.to_dict() | {"asked": reading.to_dict(), "values": _digest(plan)},
     )
     return source, understood
 
@@ -331,6 +331,12 @@ def _judged(plan: _Plan, names: Sequence[str], notes: list[str]) -> dict[str, Sp
                 f"({_some(sorted(strange))}): they can only be judged wrong"
             )
     return splits
+
+
+def _digest(plan: _Plan) -> str:
+    """A hash of all that files and data say of single pictures; "" where folders say everything."""
+    stated = (*sorted(plan.values.items()), *sorted((plan.split_values or {}).items()))
+    return digest(*(f"{name}\0{value}" for name, value in stated)) if stated else ""
 
 
 def _say_several(taken: label_files.Taken, notes: list[str]) -> None:

@@ -104,10 +104,11 @@ class Understood:
         }
 
 
-def essence(understood: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """What of a manifest's `understood` two sources must have in common: how many pictures of each class a split has. Words, notes and
-    files that are left out may differ."""
-    return {name: split["classes"] for name, split in understood.get("splits", {}).items()}
+def essence(understood: dict[str, Any]) -> dict[str, Any]:
+    """What of a manifest's `understood` two sources must have in common: how many pictures of each class a split has, and what files say
+    of single ones. Words, notes and files that are left out may differ."""
+    splits = {name: split["classes"] for name, split in understood.get("splits", {}).items()}
+    return {"splits": splits, "values": understood.get("values", "")} if splits else {}
 
 
 def counted(understood: dict[str, Any], found: dict[str, Counter[str | None]]) -> dict[str, Any]:

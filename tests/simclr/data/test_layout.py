@@ -11,7 +11,7 @@ import scipy.io
 
 from simclr.data.sources.folder import folder_tree, walk
 from simclr.data.sources.layout import understand
-from simclr.data.sources.reading import Reading
+from simclr.data.sources.reading import Reading, essence
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
 
@@ -294,6 +294,16 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("os.scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
         walk(tmp_path)
+
+
+def test_a_file_of_classes_that_changed_is_seen(tmp_path: Path) -> None:
+    """Also where each class keeps its number of pictures."""
+    root, lines = made(tmp_path, [f"{i}.jpg" for i in range(4)]), ["a", "a", "b", "b"]
+    found = []
+    for order in (lines, lines, lines[::-1]):
+        made(root, [], {"labels.csv": "file,label\n" + "".join(f"{i}.jpg,{label}\n" for i, label in enumerate(order))})
+        found.append(essence(read(root)[2].understood))
+    assert found[0] == found[1] != found[2] and found[0]["splits"] == found[2]["splits"]
 
 
 def test_names_and_sizes_alike_but_other_times(tmp_path: Path) -> None:

@@ -71,8 +71,7 @@ def picture(seed: int) -> np.ndarray:
 
 
 def photographs() -> Source:
-    items = [Item("train", None, f"{i}.jpg", photo(i)) for i in range(PHOTOS)]
-    return source_of(items, "photographs")
+    return source_of([Item("train", None, f"{i}.jpg", photo(i)) for i in range(PHOTOS)], "photographs")
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from simclr.data.sources.splits import Kind, split_of
 from simclr.errors import UserError
 
 _NAMES = (
@@ -32,6 +34,8 @@ _LABELS = (
     *("breed", "species", "diagnosis", "dx", "labels", "y", "wnid", "synset", "predictionstring"),
 )
 _SPLITS = ("split", "set", "subset", "partition", "fold", "is_test", "phase")
+_NO_CLASSES = frozenset({"submission", "partition", "partitions", "split", "splits", "fold", "folds", "bbox", "landmarks"})
+"""Words in the names of files whose values are no classes."""
 _MOST_BYTES = 256 << 20
 _FIT = 0.9  # a file is taken for one of labels if it names this share of the pictures that have none
 
@@ -156,14 +160,13 @@ def matched(table: Table, names: Iterable[str]) -> Taken:
     best: dict[str, str] = {}
     several: list[str] = []
     best_by = "name"
-    forms: tuple[tuple[str, Callable[[str], str]], ...] = (
+    forms: list[tuple[str, Callable[[str], str]]] = [
         ("path", lambda name: name),
         ("path below the file", lambda name: name.removeprefix(below)),
-        *((f"last {n} parts", lambda name, n=n: "/".join(name.split("/")[-n:])) for n in (3, 2)),
-        ("name", lambda name: name.rpartition("/")[2]),
-        ("name without ending", lambda name: str(PurePosixPath(name.rpartition("/")[2]).with_suffix(""))),
-        ("path without ending", lambda name: str(PurePosixPath(name).with_suffix(""))),
-    )
+    ]
+    forms += [(f"last {n} parts of the path", lambda name, n=n: "/".join(name.split("/")[-n:])) for n in (3, 2)]  # type: ignore[misc]
+    forms += [("name", lambda name: name.rpartition("/")[2])]
+    forms += [(f"{by} without ending", lambda name, form=form: _stem(form(name))) for by, form in reversed(forms)]  # type: ignore[misc]
     for by, form in forms:
         ends = [form(name) for name in names]
         seen = Counter(ends)
@@ -174,6 +177,12 @@ def matched(table: Table, names: Iterable[str]) -> Taken:
         if len(best) + len(several) == len(names):
             break
     return Taken(table.path, best, tuple(several), by=best_by)
+
+
+def _stem(path: str) -> str:
+    """`path` without the ending of its last part."""
+    stem, dot, ending = path.rpartition(".")
+    return stem if dot and "/" not in ending else path
 
 
 def _plain(key: str) -> str:
@@ -190,7 +199,7 @@ def guessed(texts: Mapping[str, Callable[[], bytes]], names: Sequence[str], clas
         return None
     best: Taken | None = None
     for path in sorted(texts, key=lambda path: (-len(_shared(path, names[0])), path)):
-        if PurePosixPath(path).suffix.lower() == ".mat" or "submission" in path.rpartition("/")[2].lower():
+        if PurePosixPath(path).suffix.lower() == ".mat" or _NO_CLASSES & set(re.findall("[a-z]+", path.rpartition("/")[2].lower())):
             continue
         data = texts[path]()
         found = _numbered_list(path, data, texts, names, classes)
@@ -285,6 +294,24 @@ def given(path: str, data: bytes, names: Sequence[str], columns: tuple[str, str]
     if not found.values and not found.several:
         key = next(iter(table.values), "")
         raise UserError(f"{path} names none of the pictures: it has {key!r}, the source has {names[0] if names else 'no pictures'!r}")
+    return found
+
+
+def lists_of_splits(texts: Mapping[str, Callable[[], bytes]], names: Sequence[str]) -> dict[Kind, list[Taken]]:
+    """Files that are called like a split and list names of pictures, one a line: split → such files. A file counts if nine of ten of its
+    lines name a picture, and not nearly all pictures are in it."""
+    found: dict[Kind, list[Taken]] = {}
+    for path in sorted(texts):
+        kind, only = split_of(PurePosixPath(path).stem)
+        if kind is None or not only or PurePosixPath(path).suffix.lower() not in (".txt", ".csv", ".tsv"):
+            continue
+        lines = [line.strip() for line in texts[path]().decode("utf-8-sig", errors="surrogateescape").splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
+        for listed in (lines, [re.split(r"[,;\s]", line)[0] for line in lines], [re.split(r"[,;\s]", line)[0] for line in lines[1:]]):
+            taken = matched(Table(path, dict.fromkeys(listed, kind)), names)
+            if len(taken.values) >= max(_FIT * len(set(listed)), 1) and (kind == "train" or len(taken.values) < _FIT * len(names)):
+                found.setdefault(kind, []).append(taken)
+                break
     return found
 
 

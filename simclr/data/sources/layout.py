@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from simclr.data.sources.splits import KINDS, Folders, Kind, split_depth, split_
 from simclr.errors import UserError
 
 _EXAMPLES = 5
+_MOST_TEXTS = 50
 
 
 @dataclass(slots=True)
@@ -25,7 +26,7 @@ class _Plan:
     depth: int | None
     """Depth of the splits' folders."""
     train_has_a_folder: bool = False
-    """Whether one of them is train's. Pictures beside it then have no class; else the folders beside the splits' are train's classes."""
+    """Whether one of them is train's. Pictures beside it are then left out; else the folders beside the splits' are train's classes."""
     level: dict[Kind, int | None] = field(default_factory=dict)
     """Depth of the class's folder, among the folders without the split's; None = there is none."""
     how: str = "folder"
@@ -38,7 +39,9 @@ class _Plan:
     """Picture → split's word, from a file."""
     share: float = 0.0
     """Fraction held out."""
-    split: dict[Kind, str | None] = field(default_factory=lambda: {"train": "train", "val": "test", "test": "test", "pred": None})
+    split: dict[Kind, str | None] = field(
+        default_factory=lambda: {"train": "train", "val": "test", "test": "test", "pred": None, "other": None}
+    )
     """Kind → split; None = left out."""
     known: dict[str, tuple[Kind, Folders]] = field(default_factory=dict)
 
@@ -50,7 +53,7 @@ class _Plan:
             if self.depth is not None and len(above) > self.depth and (word := split_of(above[self.depth])[0]):
                 kind, above = word, above[: self.depth] + above[self.depth + 1 :]
             elif self.train_has_a_folder:
-                above = ()
+                kind, above = "other", ()
             found = self.known[folder] = (kind, above)
         return found
 
@@ -141,14 +144,15 @@ def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping
         if doubtful:
             notes.append(doubtful)
         if depth is None:
-            return _Plan(None), "none: all pictures train"
+            return _listed(tree, names, notes)
         named = {above[depth] for folder in folders if len(above := _above(folder)) > depth}
         words = {name: split_of(name)[0] for name in sorted(named)}
-        if beside := [name for name, kind in words.items() if kind is None]:
-            unclassed = ", without classes" if "train" in words.values() else ""
-            notes.append(f"beside the splits' folders there are others, whose pictures train{unclassed}: {_some(beside)}")
-        if stray := sum(count for folder, count in folders.items() if len(_above(folder)) <= depth):
-            notes.append(f"beside the splits' folders there are files, which train: {_pictures(stray)}")
+        beside = [name for name, kind in words.items() if kind is None]
+        if beside and "train" not in words.values():
+            notes.append(f"beside the splits' folders there are others, whose pictures train: {_some(beside)}")
+        elif lost := sum(count for folder, count in folders.items() if len(above := _above(folder)) <= depth or above[depth] in beside):
+            where = f"{_some(beside)}; in the train folder they would train" if beside else "no folder"
+            notes.append(f"beside the splits' folders, and left out: {_pictures(lost)} in {where}")
         kinds = [(kind, [name for name, word in words.items() if word == kind]) for kind in KINDS]
         return _Plan(depth, "train" in words.values()), "folder: " + ", ".join(
             f"{_some(folders_of)} = {kind}" for kind, folders_of in kinds if folders_of
@@ -168,6 +172,30 @@ def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping
     plan.share = float(reading.split_from)
     plan.split["test"] = None  # the folders of other splits; what is held out counts as val
     return plan, f"{plan.share:g} of the training pictures are held out, chosen by a hash of their names"
+
+
+def _listed(tree: Tree, names: Sequence[str], notes: list[str]) -> tuple[_Plan, str]:
+    """Splits by lists of names beside the pictures, as Food-101's meta/test.txt; without such, all train."""
+    plan = _Plan(None)
+    if tree.stated:
+        return plan, "none: all pictures train"
+    found = label_files.lists_of_splits(_few_texts(tree), names)
+    for kind, lists in found.items():
+        if len(lists) > 1:
+            paths = [taken.path for taken in lists]
+            notes.append(f"{_some(paths)} each list a {kind} split, and none was taken; --split-from FILE says which")
+    taken = {kind: lists[0] for kind, lists in found.items() if len(lists) == 1 and kind != "train"}
+    if not taken:
+        return plan, "none: all pictures train"
+    plan.split_values = {name: kind for kind, of in taken.items() for name in of.values}
+    plan.used += [of.path for lists in found.values() for of in lists if len(lists) == 1]
+    return plan, "list: " + ", ".join(f"{of.path} = {kind} ({len(of.values):,})" for kind, of in taken.items()) + "; the rest trains"
+
+
+def _few_texts(tree: Tree) -> dict[str, Callable[[], bytes]]:
+    """Files that may hold labels, without those of folders that have one for each picture: boxes, or captions."""
+    crowded = Counter(path.rpartition("/")[0] for path in tree.texts)
+    return {path: text for path, text in tree.texts.items() if crowded[path.rpartition("/")[0]] <= _MOST_TEXTS}
 
 
 def _classes(tree: Tree, reading: Reading, plan: _Plan, names: Sequence[str], folders: Mapping[str, int], notes: list[str]) -> str:
@@ -252,8 +280,7 @@ def _telling(folders: Mapping[Folders, int]) -> int | None:
 
 def _from_files(tree: Tree, plan: _Plan, names: Sequence[str], words: str, notes: list[str]) -> str:
     """Classes of the kinds that have none by their folders, from files beside them."""
-    crowded = Counter(path.rpartition("/")[0] for path in tree.texts)  # a text a picture: boxes or captions
-    texts = {path: text for path, text in tree.texts.items() if crowded[path.rpartition("/")[0]] <= 50}
+    texts = _few_texts(tree)
     if not texts:
         return words
     by_kind: dict[Kind, list[str]] = {}

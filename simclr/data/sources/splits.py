@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-Kind = Literal["train", "val", "test", "pred"]
-"""pred: pictures to predict the classes of, which nobody knows."""
-KINDS: tuple[Kind, ...] = ("train", "val", "test", "pred")
+Kind = Literal["train", "val", "test", "pred", "other"]
+"""pred: pictures to predict the classes of, which nobody knows; other: those beside the splits' folders."""
+KINDS: tuple[Kind, ...] = ("train", "val", "test", "pred", "other")
 _WORDS: dict[str, Kind] = {
     **dict.fromkeys(("train", "training", "trainset", "trainval"), "train"),
     **dict.fromkeys(("unlabeled", "unlabelled"), "train"),
@@ -21,7 +21,7 @@ _BESIDE = frozenset(
     (
         *("seg", "img", "imgs", "image", "images", "jpeg", "jpegimages", "jpegs", "jpg", "png", "photo", "photos", "picture", "pictures"),
         *("data", "dataset", "set", "split", "cls", "loc", "raw", "standard", "large", "small", "full", "crop", "cropped", "resized"),
-        *("imagenet", "ilsvrc", "tiny", "coco", "cifar", "stl", "px", "x", "k"),
+        *("imagenet", "ilsvrc", "tiny", "coco", "cifar", "stl", "px", "x", "k", "list", "lists", "file", "files", "names", "ids"),
     )
 )
 Folders = tuple[str, ...]

@@ -158,7 +158,40 @@ def test_splits_below_classes_and_training_pictures_that_are_not_in_a_folder_of_
     assert found == {"train": {"cat": 1, "dog": 1}, "test": {"cat": 1, "dog": 1}}
     assert "beside the splits' folders there are others, whose pictures train: cat, dog" in said
     found, said, _ = read(made(tmp_path / "c", ["train/a/1.jpg", "train/b/1.jpg", "test/a/2.jpg", "cover.jpg", "samples/x.jpg"]))
-    assert found == {"train": {"a": 1, "b": 1, None: 2}, "test": {"a": 1}} and "1 picture" in said and "samples" in said
+    assert found == {"train": {"a": 1, "b": 1}, "test": {"a": 1}}
+    assert "beside the splits' folders, and left out: 2 pictures in samples; in the train folder they would train" in said
+
+
+def test_an_archive_that_was_unpacked_into_itself_does_not_train_its_test_pictures(tmp_path: Path) -> None:
+    """As a set of X-rays that many have: chest_xray/train and again chest_xray/chest_xray/train."""
+    pictures = [f"chest_xray/{split}/{c}/{i}.jpeg" for split in ("train", "val", "test") for c in ("NORMAL", "PNEUMONIA") for i in range(2)]
+    again = [f"chest_xray/{name}" for name in pictures]
+    found, said, _ = read(made(tmp_path, [*pictures, *again, "chest_xray/__MACOSX/._x.jpeg"]))
+    assert found == {"train": {"NORMAL": 2, "PNEUMONIA": 2}, "test": {"NORMAL": 4, "PNEUMONIA": 4}}
+    assert "left out: 12 pictures in chest_xray" in said
+
+
+def test_lists_of_splits_beside_the_pictures(tmp_path: Path) -> None:
+    food = [f"images/{c}/{i}.jpg" for c in ("pie", "soup") for i in range(6)]
+    lists = {
+        f"meta/{s}.txt": "".join(f"{c}/{i}\n" for c in ("pie", "soup") for i in of) for s, of in (("train", range(4)), ("test", (4, 5)))
+    }
+    found, said, source = read(made(tmp_path / "food", food, lists | {"meta/classes.txt": "pie\nsoup\n"}))
+    assert found == {"train": {"pie": 4, "soup": 4}, "test": {"pie": 2, "soup": 2}} and "list: meta/test.txt = test (4)" in said
+    assert {item.name for item in source.items() if item.split == "test"} == {
+        f"images/{c}/{i}.jpg" for c in ("pie", "soup") for i in (4, 5)
+    }
+    pets = {"annotations/test.txt": "cat_1 1 1 1\ndog_1 2 2 1\n", "annotations/trainval.txt": "cat_0 1 1 1\ndog_0 2 2 1\n"}
+    found, _, _ = read(made(tmp_path / "pets", [f"images/{c}_{i}.jpg" for c in ("cat", "dog") for i in range(2)], pets))
+    assert found == {"train": {None: 2}, "test": {None: 2}}
+    many = {f"labels/test{i}.txt": "a/1.jpg\n" for i in (1, 2)}
+    found, said, _ = read(made(tmp_path / "dtd", ["a/1.jpg", "a/2.jpg", "b/3.jpg"], many))
+    assert found == {"train": {"a": 2, "b": 1}} and "labels/test1.txt, labels/test2.txt each list a test split, and none was taken" in said
+
+
+def test_a_partition_is_no_class(tmp_path: Path) -> None:
+    faces = {"list_eval_partition.txt": "".join(f"{i:06}.jpg {i % 3}\n" for i in range(30))}
+    assert read(made(tmp_path, [f"img_align_celeba/{i:06}.jpg" for i in range(30)], faces))[0] == {"train": {None: 30}}
 
 
 def test_nested_classes(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ _NO_CLASSES = frozenset({"submission", "partition", "partitions", "split", "spli
 """Words in the names of files whose values are no classes."""
 _MOST_BYTES = 256 << 20
 _FIT = 0.9  # a file is taken for one of labels if it names this share of the pictures that have none
+_NEAR = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +190,17 @@ def _plain(key: str) -> str:
     return key.replace("\\", "/").removeprefix("./").lstrip("/")
 
 
-def guessed(texts: Mapping[str, Callable[[], bytes]], names: Sequence[str], classes: set[str]) -> Taken | None:
-    """The classes of the pictures `names`, which have none by their folders, from one of the files `texts`; None if no file fits.
+def guessed(texts: Mapping[str, Callable[[], bytes]], names: Sequence[str], classes: set[str]) -> tuple[Taken | None, str]:
+    """The classes of the pictures `names`, which have none by their folders, from one of the files `texts`, None if no file fits; and a
+    sentence about a file that nearly fits.
 
     `classes`: those of the training pictures. A file fits if it names nearly all pictures and has at least two classes, of which one is
     among `classes` where there are any. Numbers stand for the sorted `classes` if they count them from 0.
     """
     if not names:
-        return None
+        return None, ""
     best: Taken | None = None
+    near = ""
     for path in sorted(texts, key=lambda path: (-len(_shared(path, names[0])), path)):
         if PurePosixPath(path).suffix.lower() == ".mat" or _NO_CLASSES & set(re.findall("[a-z]+", path.rpartition("/")[2].lower())):
             continue
@@ -206,7 +209,10 @@ def guessed(texts: Mapping[str, Callable[[], bytes]], names: Sequence[str], clas
         if found is None:
             table = read_table(path, data)
             found = matched(table, names) if table is not None else None
-            if found is None or len(found.values) + len(found.several) < _FIT * len(names):
+            named = len(found.values) + len(found.several) if found is not None else 0
+            if found is None or named < _FIT * len(names):
+                if named > _NEAR * len(names):
+                    near = f"{path} names {named:,} of {len(names):,} pictures and was not taken for their classes; --labels FILE takes it"
                 continue
             found = _as_classes(found, classes)
         different = len(set(found.values.values())) if found is not None else 0
@@ -216,7 +222,7 @@ def guessed(texts: Mapping[str, Callable[[], bytes]], names: Sequence[str], clas
             continue
         if best is None or len(found.values) > len(best.values):
             best = found
-    return best
+    return best, "" if best is not None else near
 
 
 def _shared(path: str, name: str) -> str:

@@ -295,8 +295,9 @@ def _from_files(tree: Tree, plan: _Plan, names: Sequence[str], words: str, notes
         if kind in labelled_by and len(by_kind[kind]) < 0.5 * sum(1 for name in names if plan.kind(name) == kind):
             continue
         classes = labelled_by.get("train", set()) if kind != "train" else set()
-        taken = label_files.guessed(texts, [name for name in by_kind[kind] if not name.endswith("/")], classes)
+        taken, near = label_files.guessed(texts, [name for name in by_kind[kind] if not name.endswith("/")], classes)
         if taken is None:
+            notes.extend([near] if near else [])
             continue
         plan.values |= taken.values
         plan.used += [taken.path, *taken.also]

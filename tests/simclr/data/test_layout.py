@@ -269,6 +269,14 @@ def test_several_classes_a_picture_are_said(tmp_path: Path) -> None:
     assert "labels.csv states several classes for 1 picture, as for 1.jpg" in said and "docs/data.md" in said
 
 
+def test_a_table_of_some_pictures_is_not_taken_and_said(tmp_path: Path) -> None:
+    table = "file,label\n" + "".join(f"{i}.jpg,{'ab'[i % 2]}\n" for i in range(6))
+    root = made(tmp_path, [f"{i}.jpg" for i in range(10)], {"labels.csv": table})
+    found, said, _ = read(root)
+    assert found == {"train": {None: 10}} and "labels.csv names 6 of 10 pictures and was not taken for their classes" in said
+    assert read(root, labels=str(root / "labels.csv"))[0] == {"train": {"a": 3, "b": 3, None: 4}}
+
+
 def test_splits_from_a_file_or_a_fraction(tmp_path: Path) -> None:
     pictures = [f"{c}/{c}{i}.jpg" for c in "ab" for i in range(100)]
     root = made(tmp_path / "a", pictures)

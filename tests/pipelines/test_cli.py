@@ -311,6 +311,6 @@ def test_a_notice_to_end_is_heeded_where_ctrl_c_is_ignored(tmp_path: Path) -> No
     command += ["--out", str(tmp_path / "out")]
     ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=ignored) as process:
-        assert process.stderr is not None and "prepare" in process.stderr.readline()
+        assert process.stderr is not None and any(line.startswith("prepare") for line in process.stderr)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 130

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +75,8 @@ def dry_run(args: Args) -> str:
     from simclr.data.forecast import forecast
 
     if betons := betons_at(args.source):
-        return "\n".join(f"{path} would be linked as the {split} split; nothing is encoded again" for split, path in betons.items())
+        linked = (f"  {path} would be linked as the {split} split; nothing is encoded again" for split, path in betons.items())
+        return "\n".join([told(_described(betons, args)), "", *linked])
     source = open_source(args.source, args.reading)
     found = forecast(source, args.options, max(args.threads, 1))
     return "\n".join([told(source), "", *found.lines(source.total)])
@@ -117,11 +118,27 @@ def _out(args: Args) -> Path:
     return args.out
 
 
+def _described(betons: dict[str, Path], args: Args) -> Source:
+    """What FFCV files hold. Raises UserError for a flag that would change nothing."""
+    from simclr.data.sources.beton import described
+
+    idle = [
+        f"--{f.name.replace('_', '-')}"
+        for given, usual in ((args.reading, Reading()), (args.options, shards.Options()))
+        for f in fields(usual)
+        if getattr(given, f.name) != getattr(usual, f.name)
+    ] + ["--identity"] * (args.identity != "times")
+    if idle:
+        raise UserError(f"{args.source} is linked as it is, so {', '.join(idle)} would change nothing; leave that out")
+    return described(betons)
+
+
 def _register(betons: dict[str, Path], args: Args, out: Path) -> Manifest:
     from simclr.data.sources.beton import register
 
     if address(out) is not None:
         raise UserError(f"{sync.shown(out)}: .beton files are linked in place, so --out must be on this machine's disk")
+    say(told(_described(betons, args)))
     manifest = register(betons, out, say)
     say(f"{', '.join(str(path) for path in betons.values())}: linked as they are, not encoded again")
     return manifest

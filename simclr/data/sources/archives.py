@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from simclr.data.sources.joined import joined
-from simclr.data.sources.members import Listing, tree_of
+from simclr.data.sources.members import Listing, below, tree_of
 from simclr.data.sources.source import Tree, is_image
 from simclr.data.sources.tar import ARCHIVES, stems, tar_listing
 from simclr.data.sources.webdataset import are_shards, expand, is_webdataset, unnumbered, webdataset_tree
@@ -37,10 +37,15 @@ def archive_tree(path: Path, prefix: str = "", spec: str = "") -> Tree:
 def archives_tree(spec: str, archives: Mapping[str, Path], called: Mapping[str, str] | None = None) -> Tree:
     """The tree of all `archives` of a folder: path in the folder without its ending (`stem`) → archive. WebDataset shards among them are
     read as one set; so are archives called like shards (`are_shards`). `called`: what messages call each, instead of its path."""
-    listings = {prefix: _listing(path, (called or {}).get(prefix, str(path))) for prefix, path in archives.items()}
+    listings: dict[str, Listing] = {}
+    for prefix, path in archives.items():
+        found = _flat(prefix, _listing(path, (called or {}).get(prefix, str(path)), len(archives)))
+        if twice := sorted(listings.keys() & found.keys()):
+            raise UserError(f"{spec} has two archives {twice[0]}; give the folder of one of them, or move one away")
+        listings |= found
     samples = {prefix: listing for prefix, listing in listings.items() if is_webdataset(listing.sizes)}
     others = {prefix: listing for prefix, listing in listings.items() if prefix not in samples}
-    numbered = are_shards(prefix for prefix, listing in others.items() if not listing.inner)
+    numbered = are_shards(prefix for prefix, listing in others.items() if not (listing.inner or listing.listed))
     names = unnumbered({prefix: filter(is_image, others[prefix].sizes) for prefix in others if prefix in numbered})
     trees = [tree_of(listing, prefix, names.get(prefix)) for prefix, listing in others.items()]
     whole = joined(spec, [*trees, *([webdataset_tree(spec, samples)] if samples else [])])
@@ -66,7 +71,15 @@ def braces_tree(spec: str) -> Tree:
     return archives_tree(spec, {called: root / name for called, name in named.items()})
 
 
-def _listing(path: Path, spec: str) -> Listing:
+def _flat(prefix: str, listing: Listing) -> dict[str, Listing]:
+    """An archive, and those within it that are listed, each by its path without ending."""
+    flat = {prefix: listing}
+    for called, inner in listing.listed.items():
+        flat |= _flat(below(prefix, called), dataclasses.replace(inner, identity=listing.identity, times=listing.times))
+    return flat
+
+
+def _listing(path: Path, spec: str, of: int) -> Listing:
     name = path.name.lower()
     zipped = name.endswith(".zip") or (not name.endswith(ARCHIVES) and zipfile.is_zipfile(path))
-    return zip_listing(path, spec) if zipped else tar_listing(path, spec)
+    return zip_listing(path, spec) if zipped else tar_listing(path, spec, of)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +18,24 @@ from simclr.data.ffcv.decode import decode
 from simclr.data.loader import Unfit, open_shard, read_rows
 from simclr.data.manifest import Manifest, Shard, read_manifest, write_manifest
 from simclr.data.sources.members import ends_of
-from simclr.data.sources.source import digest
+from simclr.data.sources.reading import Split, Understood
+from simclr.data.sources.source import Source, digest
+from simclr.data.sources.splits import split_of
 from simclr.errors import UserError
 
 _RAW_SIDE_PX = 64
 _LOOKED_AT = 2048  # images of a file that are decoded
 _PIXELS = 4096  # of each of them, for mean and standard deviation
+_MOST_CLASSES = 10_000_000  # a larger number is no class's
 _AGAIN = "write it again with FFCV, or prepare its pictures from where it was made"
+_Rows = tuple[Any, NDArray[np.int64], Any]
+"""Image, label and place of each sample."""
+
+
+def described(paths: Mapping[str, Path]) -> Source:
+    """What the metadata of FFCV files, split (train, test) → file, says of splits and classes. The source has no parts: nothing reads it.
+    Raises UserError as `register` does, but for what only images show."""
+    return _described(paths, _all_rows(paths))
 
 
 def register(paths: Mapping[str, Path], out: Path, said: Callable[[str], None] = lambda sentence: None) -> Manifest:
@@ -35,10 +47,7 @@ def register(paths: Mapping[str, Path], out: Path, said: Callable[[str], None] =
     stored so, in one size of at most 64 px. A second call with the same files gives the manifest that is there. Raises UserError for
     a file that the loader could not read, for `out` with something else in it, and for fewer than two training images.
     """
-    if not paths.get("train") or set(paths) - {"train", "test"}:
-        raise UserError(f"the splits are {', '.join(paths) or 'none'}; expected train, and test where there is one")
-    if missing := [path for path in paths.values() if not path.is_file()]:
-        raise UserError(f"there is no file {missing[0]}; expected an FFCV file")
+    _require_files(paths)
     source, identity = ", ".join(str(path) for path in paths.values()), digest(*(ends_of(path) for path in paths.values()))
     files.require_writable(out)
     if (out / "manifest.json").exists():
@@ -46,20 +55,10 @@ def register(paths: Mapping[str, Path], out: Path, said: Callable[[str], None] =
         if (found.source, found.identity) != (source, identity):
             raise UserError(f"{out} already holds shards made from {found.source}; use another --out, or remove it")
         return found
-    rows = {split: _rows(path) for split, path in paths.items()}
-    if len(rows["train"][0]) < 2:
-        raise UserError(f"{paths['train']} has {len(rows['train'][0])} images; contrasting needs at least 2")
+    rows = _all_rows(paths)
     images = np.concatenate([image for image, _, _ in rows.values()])
-    labels = np.concatenate([label for _, label, _ in rows.values()])
-    if labels.min() < -1:
-        raise UserError(f"{source} has the label {labels.min()}; expected 0 and more, or −1 for an unlabelled image; {_AGAIN}")
-    classes = int(labels.max()) + 1 if labels.max() > 0 else 0  # a single class tells nothing apart
-    labelled = labels[labels >= 0]
-    if 2 < len(labelled) == len(np.unique(labelled)):
-        said(f"no two images of {source} have the same label: if it is the image's number, scores by classes mean nothing")
-    strange = set(rows["test"][1].tolist()) - set(rows["train"][1].tolist()) - {-1} if "test" in rows else set()
-    if strange:
-        said(f"{paths['test']} has {len(strange):,} classes that {paths['train']} lacks, as {min(strange)}; they can only be judged wrong")
+    last = max(int(label.max(initial=-1)) for _, label, _ in rows.values())
+    classes = last + 1 if last > 0 else 0  # a single class tells nothing apart
     shards = {split: _shard(split, path, len(rows[split][0])) for split, path in paths.items()}
     manifest = Manifest(
         splits={split: (shard,) for split, shard in shards.items()},
@@ -71,6 +70,7 @@ def register(paths: Mapping[str, Path], out: Path, said: Callable[[str], None] =
         std=(0.0, 0.0, 0.0),
         source=source,
         identity=identity,
+        understood=_described(paths, rows).understood,
         options={"registered": 1},
         skipped=0,
         versions={name: importlib.metadata.version(name) for name in ("ffcv", "numpy")},
@@ -85,7 +85,61 @@ def register(paths: Mapping[str, Path], out: Path, said: Callable[[str], None] =
     return manifest
 
 
-def _rows(path: Path) -> tuple[Any, NDArray[np.int64], Any]:
+def _require_files(paths: Mapping[str, Path]) -> None:
+    if not paths.get("train") or set(paths) - {"train", "test"}:
+        raise UserError(f"the splits are {', '.join(paths) or 'none'}; expected train, and test where there is one")
+    if missing := [path for path in paths.values() if not path.is_file()]:
+        raise UserError(f"there is no file {missing[0]}; expected an FFCV file")
+
+
+def _all_rows(paths: Mapping[str, Path]) -> dict[str, _Rows]:
+    _require_files(paths)
+    rows = {split: _rows(path) for split, path in paths.items()}
+    if len(rows["train"][0]) < 2:
+        raise UserError(f"{paths['train']} has {len(rows['train'][0])} images; contrasting needs at least 2")
+    for split, (_, label, _) in rows.items():
+        if len(label) and label.min() < -1:
+            raise UserError(f"{paths[split]} has the label {label.min()}; expected 0 and more, or −1 for an unlabelled image; {_AGAIN}")
+        if len(label) and label.max() >= _MOST_CLASSES:
+            raise UserError(
+                f"{paths[split]} has the label {label.max():,}; expected the number of a class, below {_MOST_CLASSES:,}; {_AGAIN}"
+            )
+    return rows
+
+
+def _described(paths: Mapping[str, Path], rows: Mapping[str, _Rows]) -> Source:
+    spec = ", ".join(str(path) for path in paths.values())
+    notes = []
+    if len(paths) == 1 and (kind := split_of(paths["train"].stem)[0]) not in (None, "train"):
+        notes.append(
+            f"{paths['train'].name} trains, since it was given alone, though it is called like a {kind} split; "
+            "give the folder of both for train.beton to train"
+        )
+    labels = {split: label for split, (_, label, _) in rows.items()}
+    everything = np.concatenate(list(labels.values()))
+    labelled = everything[everything >= 0]
+    if 2 < len(labelled) == len(np.unique(labelled)):
+        notes.append(f"no two images of {spec} have the same label: if it is the image's number, scores by classes mean nothing")
+    if "test" in labels and (strange := set(labels["test"].tolist()) - set(labels["train"].tolist()) - {-1}):
+        notes.append(
+            f"{paths['test']} has {len(strange):,} classes that {paths['train']} lacks, as {min(strange)}; they can only be judged wrong"
+        )
+    splits = {}
+    for split, label in labels.items():
+        numbers, counts = np.unique(label, return_counts=True)
+        of = {str(number) if number >= 0 else None: int(count) for number, count in zip(numbers, counts, strict=True)}
+        splits[split] = Split(Counter(of), ())
+    understood = Understood(
+        splits=splits,
+        how_split="files: " + ", ".join(f"{path.name} = {split}" for split, path in paths.items()),
+        how_labelled="the whole number that each file has of an image" if len(labelled) else "none: the files have none",
+        notes=tuple(notes),
+        counted=True,
+    )
+    return Source(spec=spec, parts=(), read=lambda part: iter(()), total=len(everything), understood=understood.to_dict())
+
+
+def _rows(path: Path) -> _Rows:
     try:
         return read_rows(path)
     except Unfit as error:
@@ -105,7 +159,7 @@ def _shard(split: str, path: Path, samples: int) -> Shard:
     return Shard(f"{split}-00000.beton", path.stat().st_size, sha256, samples)
 
 
-def _moments(path: Path, rows: tuple[Any, NDArray[np.int64], Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments(path: Path, rows: _Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(3,) and (3,): per channel mean and mean square of pixels in [0, 1], of evenly spaced images and evenly spaced pixels of each."""
     image, _, table = rows
     stored = np.memmap(path, np.uint8, "r")

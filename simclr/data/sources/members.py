@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from simclr.data.sources.source import Part, Tree, digest, divided, ending, is_image, is_junk, is_text
-from simclr.errors import UserError
 
 _ENDS_BYTES = 1 << 20
 _MOST_TEXT_BYTES, _MOST_PICTURE_BYTES = 64 << 20, 1 << 30
@@ -28,8 +27,10 @@ class Listing:
     """(path, content) of some files, in the order given. Many threads may read."""
     seekable: bool = True
     """Whether a file is read without all that lie before it."""
+    listed: dict[str, Listing] = field(default_factory=dict)
+    """Path of an archive in this one, without its ending → its members."""
     inner: dict[str, Callable[[], Iterator[tuple[str, bytes]]]] = field(default_factory=dict)
-    """Path of an archive in this one, without its ending → its pictures."""
+    """Path of another archive in this one, without its ending → its pictures, which are known only when they are read."""
     junk: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     """Ending → files that are none of the above."""
@@ -105,6 +106,13 @@ def tree_of(listing: Listing, prefix: str = "", pictures: Mapping[str, str] | No
         ignored["over 1 GiB"] += len(huge)
         pictures = {name: path for name, path in pictures.items() if name not in set(huge)}
     inner = {below(prefix, path): read for path, read in listing.inner.items()}
+    tables = [path for path in listing.sizes if is_text(path)] if texts else []
+    if large := [path for path in tables if listing.sizes[path] > _MOST_TEXT_BYTES]:
+        others = f", nor were {len(large) - 1:,} others of more than {_MOST_TEXT_BYTES >> 20} MiB" if len(large) > 1 else ""
+        notes.append(
+            f"{large[0]} in {listing.spec} has {listing.sizes[large[0]] / 2**20:,.0f} MiB and was not looked at for classes{others}; "
+            "unpack it and give it as --labels FILE"
+        )
 
     def read(part: Part) -> Iterator[tuple[str, bytes]]:
         if not part.names:
@@ -123,7 +131,7 @@ def tree_of(listing: Listing, prefix: str = "", pictures: Mapping[str, str] | No
             *(Part(name) for name in inner),
         ],
         read=read,
-        texts={below(prefix, path): partial(_text, listing, path) for path in listing.sizes if is_text(path)} if texts else {},
+        texts={below(prefix, path): partial(_text, listing, path) for path in tables if path not in large},
         ignored=ignored,
         junk=listing.junk,
         identity=listing.identity,
@@ -133,9 +141,4 @@ def tree_of(listing: Listing, prefix: str = "", pictures: Mapping[str, str] | No
 
 
 def _text(listing: Listing, path: str) -> bytes:
-    if (size := listing.sizes[path]) > _MOST_TEXT_BYTES:
-        raise UserError(
-            f"{path} in {listing.spec} has {size / 2**20:,.0f} MiB; a file of labels has at most {_MOST_TEXT_BYTES >> 20}, "
-            "so unpack it and give it as --labels FILE, or use --labels folder"
-        )
     return next(listing.read([path]))[1]

@@ -6,17 +6,20 @@ import bz2
 import contextlib
 import gzip
 import io
+import itertools
 import lzma
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from simclr.data.sources.members import Listing, ends_of, followed, junk_in, linked, oddities, path_in
-from simclr.data.sources.source import ending, is_image
+from simclr.data.sources.source import TEXT_SUFFIXES, ending, is_image
+from simclr.data.sources.webdataset import are_shards
 from simclr.errors import UserError
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
@@ -27,15 +30,25 @@ _PACKERS: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
 }
 _RECORD_BYTES = 10_240  # of zeros at the end, or of anything: what tar programs write at a time
 _READ_AHEAD_BYTES = 1 << 17
+_KEPT_BYTES, _KEPT_EACH_BYTES = 256 << 20, 128
+_FEW_INNER = 64  # tars within a tar that are listed whatever they hold
+_FIRST = 8  # headers of each that are looked at, where there are more
+
+_SMALL = TEXT_SUFFIXES | {".cls", ".json"}
 
 _Place = tuple[int, int]
 """Offset in the unpacked archive, bytes."""
+_Opened = Callable[[int], IO[bytes]]
+"""Opens an archive anew at each call; gets the bytes to read ahead."""
+_Within = tuple[str, _Opened]
+"""An archive in another: what messages call it, and how it is opened."""
 
 
-def tar_listing(path: Path, spec: str = "") -> Listing:
-    """The members of a tar archive. A plain one is listed from header to header, a compressed one unpacked once. Of tars within it, those
-    in a plain one are listed only when they are read. Raises UserError for an archive that ends early or is damaged."""
-    listing = _listing(spec or str(path), lambda ahead: path.open("rb", buffering=ahead))
+def tar_listing(path: Path, spec: str = "", of: int = 1) -> Listing:
+    """The members of a tar archive. A plain one is listed from header to header, a compressed one unpacked once. Tars within a plain
+    one are listed too, but for those of many that seem to hold loose pictures alone, as ImageNet's classes: they are listed when they are
+    read. `of` archives share the memory for small files. Raises UserError for an archive that ends early or is damaged."""
+    listing = _listing(spec or str(path), lambda ahead: path.open("rb", buffering=ahead), _KEPT_BYTES // of)
     listing.identity, listing.times = ends_of(path), str(path.stat().st_mtime_ns)
     return listing
 
@@ -79,6 +92,10 @@ class _Members:
     """Archives within this one."""
     holes: dict[int, list[_Place]] = field(default_factory=dict)
     """Offset of a file with holes → the pieces of it that are stored: offset in the file, bytes."""
+    kept: dict[int, bytes] = field(default_factory=dict)
+    """Offset → content of a file that may hold labels, of a compressed archive: later, each would have to be unpacked anew."""
+    room: int = 0
+    """Bytes that may still be kept."""
     twice: list[str] = field(default_factory=list)
     """Files that stand in it more than once; the last counts, as for tar itself."""
     junk: Counter[str] = field(default_factory=Counter)
@@ -129,11 +146,11 @@ def _unpacked(file: IO[bytes]) -> tuple[IO[bytes], bool]:
     return (packer(file), True) if packer else (file, False)
 
 
-def _listing(spec: str, opened: Callable[[int], IO[bytes]]) -> Listing:
-    """The members of the archive that `opened(bytes to read ahead)` opens anew at each call."""
+def _listing(spec: str, opened: _Opened, room: int = 0) -> Listing:
+    """The members of the archive that `opened` opens; up to `room` bytes of small files are kept."""
     with opened(io.DEFAULT_BUFFER_SIZE) as file, _sound(spec):
         stream, packed = _unpacked(file)
-        members = _Members()
+        members = _Members(room=room)
         _scan(stream, members, "", packed)
         rest = stream.read((1 << 20) + 1)
     if len(rest) > 1 << 20 or (len(rest) > _RECORD_BYTES and rest.strip(b"\0")):
@@ -148,30 +165,52 @@ def _listing(spec: str, opened: Callable[[int], IO[bytes]]) -> Listing:
     def read(names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         with opened(_READ_AHEAD_BYTES) as file, _sound(spec):
             stream, _ = _unpacked(file)
+            before, data = None, b""
             for name in names:
-                yield name, _content(stream, places[name], members.holes.get(places[name][0]))
+                if (place := places[name]) != before:  # a link and what it leads to are read once
+                    kept = members.kept.get(place[0])
+                    data = _content(stream, place, members.holes.get(place[0])) if kept is None else kept
+                    before = place
+                yield name, data
 
-    def within(name: str) -> Callable[[], Iterator[tuple[str, bytes]]]:
-        place = members.inner[name]
+    def within(name: str) -> _Within:
+        return f"{name} in {spec}", lambda ahead: io.BufferedReader(_Window(opened(0), members.inner[name]), max(ahead, 1))
 
-        def pictures() -> Iterator[tuple[str, bytes]]:
-            archive = _listing(f"{name} in {spec}", lambda ahead: io.BufferedReader(_Window(opened(0), place), max(ahead, 1)))
-            yield from archive.read([path for path in archive.sizes if is_image(path)])
-            for folder, more in archive.inner.items():
-                yield from ((f"{folder}/{path}", data) for path, data in more())
-
-        return pictures
-
+    inner = stems(sorted(members.inner, key=lambda name: members.inner[name]), spec)
+    numbered = are_shards(inner)
+    whole = {c for c, name in inner.items() if len(inner) <= _FEW_INNER or c in numbered or not _begins_loose(*within(name))}
     return Listing(
         spec=spec,
         sizes=sizes,
         read=read,
         seekable=not packed,
-        inner={called: within(name) for called, name in stems(sorted(members.inner, key=lambda name: members.inner[name]), spec).items()},
+        listed={called: _listing(*within(name), room // len(whole)) for called, name in inner.items() if called in whole},
+        inner={called: partial(_pictures, *within(name)) for called, name in inner.items() if called not in whole},
         junk=members.junk,
         ignored=members.ignored + Counter({"link": len(lost)} if lost else {}),
         notes=oddities(spec, lost, members.twice),
     )
+
+
+def _begins_loose(spec: str, opened: _Opened) -> bool:
+    """Whether the first members of an archive are pictures in no folder."""
+    with opened(io.DEFAULT_BUFFER_SIZE) as file, _sound(spec):
+        archive = tarfile.TarFile(fileobj=_unpacked(file)[0], tarinfo=_Header)
+        first = [path_in(member.name) for member in itertools.islice(iter(archive.next, None), _FIRST)]
+    paths = [path for path in first if path]  # without ./
+    return bool(paths) and all("/" not in path and is_image(path) for path in paths)
+
+
+def _pictures(spec: str, opened: _Opened) -> Iterator[tuple[str, bytes]]:
+    """The pictures of an archive that is listed only now."""
+    yield from _all(_listing(spec, opened))
+
+
+def _all(archive: Listing) -> Iterator[tuple[str, bytes]]:
+    yield from archive.read([path for path in archive.sizes if is_image(path)])
+    within = {folder: more() for folder, more in archive.inner.items()} | {folder: _all(more) for folder, more in archive.listed.items()}
+    for folder, pictures in within.items():
+        yield from ((f"{folder}/{path}", data) for path, data in pictures)
 
 
 def _scan(stream: IO[bytes], found: _Members, prefix: str, packed: bool, end: int | None = None) -> None:
@@ -198,6 +237,10 @@ def _scan(stream: IO[bytes], found: _Members, prefix: str, packed: bool, end: in
             found.files[path] = (begin, member.size)
             if member.issparse():
                 found.holes[begin] = list(member.sparse)  # type: ignore[arg-type]
+            elif packed and member.size + _KEPT_EACH_BYTES <= found.room and ending(path) in _SMALL:
+                found.kept[begin] = _content(stream, (begin, member.size), None)
+                found.room -= member.size + _KEPT_EACH_BYTES
+                stream.read(archive.offset - stream.tell())  # tarfile would else step back a byte, which unpacks all anew
         elif packed and not path.lower().endswith(".tar"):
             found.ignored[ending(path)] += 1
         elif packed:

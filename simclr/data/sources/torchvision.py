@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from simclr.data.sources.reading import Split, Understood
 from simclr.data.sources.source import Item, Part, Source, divided
 from simclr.errors import UserError
 
@@ -91,8 +93,10 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-# Splits that are called otherwise than train and test. EMNIST's says which of its sets it is; it has `train` besides.
+# Splits that are called otherwise than train and test; CLEVR's test has no classes. EMNIST's split says which of its sets it is; it has
+# `train` besides.
 _SPLITS = {
+    "CLEVRClassification": ("train", "val"),
     "Imagenette": ("train", "val"),
     "ImageNet": ("train", "val"),
     "OxfordIIITPet": ("trainval", "test"),
@@ -101,12 +105,13 @@ _SPLITS = {
 }
 _EMNIST = "balanced"
 _LEFT_OUT = {
-    **dict.fromkeys(("CLEVRClassification", "DTD", "Flowers102", "PCAM", "RenderedSST2"), "val"),
+    **dict.fromkeys(("DTD", "Flowers102", "PCAM", "RenderedSST2"), "val"),
     "Country211": "valid",
     "FGVCAircraft": "val",
     "SVHN": "extra",
 }
 """Splits with classes that are not read; it is said."""
+_EXAMPLES = 5
 
 
 def torchvision_source(spec: str, name: str) -> Source:
@@ -122,28 +127,66 @@ def torchvision_source(spec: str, name: str) -> Source:
     signature = inspect.signature(classes[name]).parameters
     splits = ("train", "test") if {"train", "split"} & set(signature) else ("train",)
     opened = {split: _opened(classes[name], name, split) for split in splits}
-    if len(opened.get("train", ())):
-        _image(opened["train"], 0, name)
+    opened = {split: dataset for split, dataset in opened.items() if len(dataset)}
+    titles = {split: _titles(dataset) for split, dataset in opened.items()}
+    known = {split: _numbers(dataset, name) for split, dataset in opened.items()}
+
+    def title(split: str, label: int) -> str | None:
+        return None if label < 0 else titles[split][label] if titles[split] else str(label)
 
     def read(part: Part) -> Iterator[Item]:
-        dataset = opened[part.name]
-        names = getattr(dataset, "classes", None)
         for path in part.names:
-            image, label = _image(dataset, int(path.rpartition("/")[2]), name)
-            title = names[label] if names and label >= 0 else str(label)
-            title = "/".join(title) if isinstance(title, tuple) else str(title)
-            yield Item(part.name, title if label >= 0 else None, path, np.asarray(image.convert("RGB")))
+            image, label = _image(opened[part.name], int(path.rpartition("/")[2]), name)
+            yield Item(part.name, title(part.name, label), path, np.asarray(image.convert("RGB")))
 
-    understood: dict[str, object] = {"splits": {split: _arguments(classes[name], name, split).get("split", split) for split in splits}}
-    if name in _LEFT_OUT:
-        understood["left_out"] = _LEFT_OUT[name]
+    found: dict[str, Split] = {}
+    for split, numbers in known.items():
+        of = Counter({title(split, number): count for number, count in Counter(numbers or ()).items()})
+        some = range(0, len(numbers or ()), max(len(numbers or ()) // _EXAMPLES, 1))[:_EXAMPLES]
+        examples = tuple((f"{split}/{index}", title(split, numbers[index])) for index in some) if numbers else ()
+        found[split] = Split(of if numbers else Counter(dict.fromkeys(titles[split], 0)), examples)
+    called = {split: str(_arguments(classes[name], name, split).get("split", split)) for split in opened}
+    understood = Understood(
+        splits=found,
+        how_split="torchvision's own: " + ", ".join(f"{word} = {split}" for split, word in called.items()),
+        how_labelled="torchvision's own",
+        notes=(),
+        counted=all(known.values()),
+        ignored=Counter({f"split called {_LEFT_OUT[name]}": 1} if name in _LEFT_OUT else {}),
+    )
+    certain = all(numbers or titles[split] for split, numbers in known.items())
     return Source(
         spec=spec,
-        parts=[part for split in splits for part in divided(split, [f"{split}/{index}" for index in range(len(opened[split]))])],
+        parts=[part for split in opened for part in divided(split, [f"{split}/{index}" for index in range(len(opened[split]))])],
         read=read,
         total=sum(len(dataset) for dataset in opened.values()),
-        understood=understood,
+        understood=understood.to_dict() if certain else {},  # else the classes are known only when all is read
     )
+
+
+def _titles(dataset: Any) -> list[str]:
+    """The names of the classes, in the order of their numbers; [] = they have none. Two of ImageNet's are called crane."""
+    names = getattr(dataset, "classes", None) or [str(number) for number in range(getattr(dataset, "num_classes", 0))]
+    titles = ["/".join(map(str, title)) if isinstance(title, tuple) else str(title) for title in names]
+    times = Counter(titles)
+    return [title if times[title] == 1 else f"{title} ({number})" for number, title in enumerate(titles)]
+
+
+def _numbers(dataset: Any, name: str) -> list[int] | None:
+    """The number of each image's class, where the dataset has them without decoding; None = only its images have. The first and the last
+    image must agree."""
+    ends = {index: _image(dataset, index, name)[1] for index in (0, len(dataset) - 1)}
+    for attribute in ("targets", "labels", "_labels", "y", "samples", "_samples", "_flat_character_images"):
+        values = getattr(dataset, attribute, None)
+        if isinstance(values, list) and values and isinstance(values[0], tuple) and len(values[0]) == 2:
+            values = [value[1] for value in values]  # path, class
+        try:
+            numbers = np.asarray(values)
+        except (ValueError, TypeError, RuntimeError):  # of several lengths, or on another device
+            continue
+        if numbers.shape == (len(dataset),) and numbers.dtype.kind in "iu" and all(numbers[i] == label for i, label in ends.items()):
+            return [int(number) for number in numbers]
+    return None
 
 
 def _arguments(kind: type, name: str, split: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from simclr.data.sources.joined import joined
 from simclr.data.sources.members import Listing, below, tree_of
 from simclr.data.sources.source import IMAGE_SUFFIXES, Tree
+from simclr.data.sources.splits import split_of
 from simclr.errors import UserError
 
 _SIDECARS = ("cls", "json", "txt")
@@ -24,6 +25,7 @@ _PICTURES = (*_FIRST, *sorted(suffix[1:] for suffix in IMAGE_SUFFIXES if suffix[
 _MOST_BYTES = 1 << 20
 _MOST_LABEL = 100  # characters
 _MOST_EXPANDED = 1_000_000
+_NUMBERS = re.compile(r"[-+.\deE]+(\s+[-+.\deE]+)+")  # YOLO: a class and a box
 _NUMBERED = re.compile(r"(.*?)[-_.]?(\d+)(?:-of-\d+)?", re.DOTALL)
 
 _Samples = dict[str, dict[str, str]]
@@ -40,12 +42,14 @@ def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
     """The tree of WebDataset shards: path of the archive, without its ending → its members. Pictures are called as `unnumbered` says.
 
     A class is the content of KEY.cls, or a field class_name, label, cls or class of KEY.json, or the content of KEY.txt, if those of all
-    shards are short and at least two pictures share one on average: otherwise they are captions, and no classes.
+    shards are short, there are several, and at least two pictures share one on average: otherwise they are captions, and no classes.
+    Rows of numbers, as YOLO's boxes, are no classes either.
     """
     samples = {prefix: _samples(shard.sizes) for prefix, shard in shards.items()}
     chosen = {prefix: {_picture(files) for files in samples[prefix].values()} for prefix in shards}
     names = unnumbered({prefix: [path for path in shard.sizes if path in chosen[prefix]] for prefix, shard in shards.items()})
     stated: dict[str, str] = {}
+    guessed: set[str] = set()  # pictures whose class stands in a file that may hold other things
     texts: dict[str, str] = {}
     trees = []
     for prefix, shard in shards.items():
@@ -56,17 +60,38 @@ def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
             for path, text in shard.read([path for path in shard.sizes if path in beside and shard.sizes[path] <= _MOST_BYTES]):
                 if (found := _class(kind, text)) is not None:
                     (texts if kind == "txt" else stated)[beside[path]] = found
+                    if kind == "json":
+                        guessed.add(beside[path])
         used = {path for name, files in keyed for path in (names[prefix][name], *(files[k] for k in _SIDECARS if k in files))}
         left = Counter("." + PurePosixPath(path).name.partition(".")[2].lower() for path in shard.sizes if path not in used)
         trees.append(dataclasses.replace(tree_of(shard, prefix, names[prefix], texts=False), ignored=shard.ignored + left))
     distinct = set(texts.values())
+    numbers = bool(texts) and all(_NUMBERS.fullmatch(text) for text in distinct)
+    short = all(len(text) <= _MOST_LABEL and "\n" not in text for text in distinct)
     notes = []
-    if texts and 2 * len(distinct) <= len(texts) and all(len(text) <= _MOST_LABEL and "\n" not in text for text in distinct):
+    if 2 <= len(distinct) <= len(texts) / 2 and short and not numbers:
+        guessed |= texts.keys() - stated.keys()
         stated = texts | stated
     elif texts and (bare := len(texts.keys() - stated.keys())):
-        notes.append(f"the .txt files of {bare:,} pictures are captions ({len(distinct):,} different ones), and no classes")
+        what = "rows of numbers" if numbers else "captions"
+        notes.append(f"the .txt files of {bare:,} pictures are {what} ({len(distinct):,} different ones), and no classes")
     whole = joined(spec, trees)
+    notes += _folders_overruled({name: label for name, label in stated.items() if name in guessed})
     return dataclasses.replace(whole, stated=stated, notes=(*whole.notes, *notes))
+
+
+def _folders_overruled(stated: Mapping[str, str]) -> list[str]:
+    """A note if the folders of pictures, but for the splits', tell them apart otherwise than the classes that files beside them state."""
+    folders = {name: tuple(f for f in name.split("/")[:-1] if split_of(f)[0] is None) for name in stated}
+    pairs = {(folder, stated[name]) for name, folder in folders.items()}
+    several = set(folders.values())
+    if len(several) < 2 or len(pairs) == len(several) == len({label for _, label in pairs}):
+        return []
+    name = next(name for name, folder in folders.items() if folder)
+    return [
+        f"classes are those that the .json or .txt beside {len(stated):,} pictures state, not their folders, which tell them apart "
+        f"otherwise: {name} is {stated[name]!r}; --labels folder takes the folders"
+    ]
 
 
 def unnumbered(archives: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]]:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from simclr.data.sources import members
+from simclr.data.sources import members, tar
 from simclr.data.sources.archives import archive_tree, archives_tree
 from simclr.data.sources.joined import joined
+from simclr.data.sources.layout import understand
+from simclr.data.sources.reading import Reading
 from simclr.data.sources.source import Part, Source, Tree, divided
 from simclr.data.sources.tar import stem, stems
 from simclr.errors import UserError
@@ -116,7 +118,9 @@ def imagenet(root: Path) -> dict[str, bytes]:
     return train | {f"ILSVRC2012_img_val/{name}": content for name, content in val.items()}
 
 
-def test_imagenet_as_downloaded_is_one_tree(tmp_path: Path) -> None:
+def test_imagenet_as_downloaded_is_one_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a thousand tars of classes; of so many, each is listed when it is read."""
+    monkeypatch.setattr(tar, "_FEW_INNER", 2)
     pictures = imagenet(tmp_path)
     tree = archives_tree(str(tmp_path), {stem(path.name): path for path in sorted(tmp_path.iterdir())})
     assert read(tree) == pictures
@@ -142,9 +146,7 @@ def test_tars_within_a_tar_may_be_compressed_and_deep(tmp_path: Path, ending: st
     expected = {"train/c.jpg": b"c", "train/cat/a.jpg": b"a", "train/cat/h.jpg": b"a", "train/cat/sub/x/deep.jpg": b"deep"}
     expected |= {"train/dog/b.jpg": b"b"} if ending == ".tar" else {}
     assert read(tree) == read(tree) == expected
-    # What lies in an inner archive is not known, and so not counted, before it is read; in a compressed one it is.
-    assert tree.ignored == ({".zip": 1} if ending == ".tar" else {".zip": 1, ".tgz": 1, ".md": 1})
-    assert tree.junk == ({} if ending == ".tar" else {".thumbs": 1})
+    assert tree.ignored == {".zip": 1, ".md": 1} | ({".tgz": 1} if ending == ".tar.gz" else {}) and tree.junk == {".thumbs": 1}
     assert len(list(Source(spec="", parts=tree.parts, read=tree.read).sample(2))) == 2  # type: ignore[arg-type]
 
 
@@ -269,29 +271,36 @@ def test_what_a_zip_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         read(archive_tree(tmp_path / "flipped.zip"))
 
 
-def test_a_large_file_of_labels_is_refused_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = archive_tree(packed(tmp_path / "a.tar", {"a.jpg": b"a", "labels.csv": b"a,b"}))
+def test_a_large_file_is_not_looked_at_for_classes_and_a_note_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "_MOST_TEXT_BYTES", 2)
-    with pytest.raises(UserError, match=r"labels.csv in .*a.tar has 0 MiB; a file of labels has at most"):
-        tree.texts["labels.csv"]()
+    files = {"a.jpg": b"a", "labels.csv": b"a,b", "b.txt": b"ab", "c.txt": b"abc"}
+    tree = archive_tree(packed(tmp_path / "a.tar", files))
+    assert list(tree.texts) == ["b.txt"] and tree.ignored == {".csv": 1, ".txt": 2}
+    assert tree.notes == (
+        f"labels.csv in {tree.spec} has 0 MiB and was not looked at for classes, nor were 1 others of more than 0 MiB; "
+        "unpack it and give it as --labels FILE",
+    )
+    assert understand(tree, Reading())[0].total == 1  # nothing is refused
 
 
-def test_trees_are_joined_and_nothing_counts_twice(tmp_path: Path) -> None:
+def test_trees_are_joined_and_nothing_counts_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An archive beside the folder that was unpacked from it gives each picture once, and a note says so."""
-    tar = archive_tree(packed(tmp_path / "a.tar", {"1.jpg": b"1", "2.jpg": b"2"}), "a")
+    packed_one = archive_tree(packed(tmp_path / "a.tar", {"1.jpg": b"1", "2.jpg": b"2"}), "a")
     files = {"a/2.jpg": b"two", "a/3.jpg": b"3"}
     loose = Tree(
         spec="loose", parts=divided("a", list(files)), read=lambda part: ((n, files[n]) for n in part.names), stated={"a/3.jpg": "three"}
     )
-    tree = joined("both", [tar, loose])
+    tree = joined("both", [packed_one, loose])
     assert read(tree) == {"a/1.jpg": b"1", "a/2.jpg": b"2", "a/3.jpg": b"3"}
     assert tree.notes == (
         "1 pictures are in two archives or folders called alike, as a/2.jpg; each counts once",
         "2 pictures state no class in data, as 1 others do (loose), and have none",
     )
-    assert tree.stated == {"a/3.jpg": "three"} and joined("one", [tar]).identity == tar.identity
+    assert tree.stated == {"a/3.jpg": "three"} and joined("one", [packed_one]).identity == packed_one.identity
     inner = {"x.tar": packed(tmp_path / "x.tar", {"1.jpg": b"1"}).read_bytes()}
     twins = {f"y{i}": packed(tmp_path / f"{i}.tar", inner) for i in (1, 2)}
+    assert joined("", [archive_tree(path, "y") for path in twins.values()]).notes[0].startswith("1 pictures are in two archives")
+    monkeypatch.setattr(tar, "_FEW_INNER", 0)
     assert set(read(archives_tree("", twins))) == {"y1/x/1.jpg", "y2/x/1.jpg"}
     with pytest.raises(UserError, match="two archives y/x"):
         joined("", [archive_tree(path, "y") for path in twins.values()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, Field
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.commands import prepare
+from pipelines.html.data import data_table
 from simclr.config import Config, Train, Views
 from simclr.data.loader import batches, in_order, labels
 from simclr.data.manifest import read_manifest
+from simclr.data.options import Options
 from simclr.data.sources.beton import register
+from simclr.data.sources.reading import Reading, essence
 from simclr.data.verify import verify
 from simclr.errors import UserError
 from simclr.views.preprocessing import Preprocessing
@@ -149,12 +154,12 @@ def test_labels_may_be_absent_and_are_doubted_where_no_two_are_alike(tmp_path: P
     zeros = beton(tmp_path / "zeros.beton", images, [0] * 4)
     assert register({"train": zeros}, tmp_path / "zeros").classes == ()
     assert all(not found.wrong for found in verify(tmp_path / "zeros"))
-    sentences: list[str] = []
-    register({"train": beton(tmp_path / "index.beton", images, [0, 1, 2, 3])}, tmp_path / "index", sentences.append)
-    assert len(sentences) == 1 and "no two images of" in sentences[0]
+    found = register({"train": beton(tmp_path / "index.beton", images, [0, 1, 2, 3])}, tmp_path / "index").understood
+    assert len(found["notes"]) == 1 and "no two images of" in found["notes"][0]
     paths = {"train": zeros, "test": beton(tmp_path / "more.beton", images, [0, 5, 5, -1])}
-    assert register(paths, tmp_path / "more", sentences.append).classes == tuple("012345")
-    assert sentences[1:] == [f"{paths['test']} has 1 classes that {zeros} lacks, as 5; they can only be judged wrong"]
+    manifest = register(paths, tmp_path / "more")
+    assert manifest.classes == tuple("012345")
+    assert manifest.understood["notes"] == [f"{paths['test']} has 1 classes that {zeros} lacks, as 5; they can only be judged wrong"]
 
 
 def test_what_the_loader_cannot_read_is_refused_with_a_sentence(tmp_path: Path) -> None:
@@ -171,6 +176,9 @@ def test_what_the_loader_cannot_read_is_refused_with_a_sentence(tmp_path: Path) 
             register({"train": beton(path, images, given, fields=fields)}, tmp_path / "out")
     with pytest.raises(UserError, match="has the label -7"):
         register({"train": beton(path, images, [0, -7, 1, 0])}, tmp_path / "out")
+    for label, number in ((10_000_000, "10,000,000"), (2**40, "1,099,511,627,776")):
+        with pytest.raises(UserError, match=f"has the label {number}; expected the number of a class, below 10,000,000; write it again"):
+            register({"train": beton(path, images, [0, label, 1, 0])}, tmp_path / "out")
     with pytest.raises(UserError, match="sample 1 is damaged: its place, size or label contradicts the file; write it again"):
         register({"train": beton(path, images, given, [1, 2, 1, 1])}, tmp_path / "out")
     whole = beton(path, images, given).read_bytes()
@@ -229,3 +237,34 @@ def test_a_file_of_ffcv_s_own_writer_is_registered(tmp_path: Path, monkeypatch: 
     assert manifest.classes == tuple("0123456") and manifest.kind == "raw"
     read = np.concatenate([batch.images[0].numpy()[:, 0, 0, 0].copy() for batch in in_order(tmp_path / "out", "train", seen(32), 64)])
     assert read.tolist() == [i % 256 for i in range(300)] and labels(tmp_path / "out").tolist() == [i % 7 for i in range(300)]
+
+
+def test_what_files_hold_is_told_before_and_after_they_are_linked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beton(tmp_path / "train.beton", pictures(6), [0, 1, 1, 0, 1, -1])
+    beton(tmp_path / "val.beton", pictures(4, seed=2), [0, 1, 1, 0])
+    args = prepare.Args(str(tmp_path), out=tmp_path / "out", threads=1)
+    text = prepare.dry_run(args)
+    assert f"{tmp_path}/train.beton, {tmp_path}/val.beton: 10 images" in text and not (tmp_path / "out").exists()
+    assert "train  6       83.33 %   2        0 (2)     1 (3)" in text and "test   4       100 %     2        0 (2)     1 (2)" in text
+    assert f"{tmp_path}/val.beton would be linked as the test split" in text
+    manifest = prepare.prepare(args)
+    assert text.partition("\n\n")[0] in capsys.readouterr().err
+    assert essence(manifest.understood)["splits"] == {"train": {"0": 2, "1": 3}, "test": {"0": 2, "1": 2}}
+    assert '<th scope="row">train</th><td>6</td>' in data_table(manifest.understood)
+    alone = prepare.dry_run(prepare.Args(str(tmp_path / "val.beton")))
+    assert "note: val.beton trains, since it was given alone, though it is called like a val split" in alone
+    assert "note" not in prepare.dry_run(prepare.Args(str(tmp_path / "train.beton")))
+
+
+def test_flags_that_would_change_nothing_about_a_file_are_refused(tmp_path: Path) -> None:
+    path = str(beton(tmp_path / "train.beton", pictures(4), [0, 1, 0, 1]))
+    odd = {
+        "--labels, --split-from": prepare.Args(path, reading=Reading(labels="folder", split_from="0.1")),
+        "--kind, --max-side-px": prepare.Args(path, options=Options(max_side_px=64, kind="raw")),
+        "--identity": prepare.Args(path, identity="content"),
+    }
+    for flags, args in odd.items():
+        for call in (prepare.dry_run, prepare.prepare):
+            with pytest.raises(UserError, match=f"is linked as it is, so {flags} would change nothing; leave that out"):
+                call(replace(args, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -92,6 +92,30 @@ def test_a_txt_that_pictures_share_is_a_class_and_else_a_caption(tmp_path: Path)
     assert tree.stated == {"2000.jpg": "0", "2001.jpg": "1"} and tree.notes[0].startswith("the .txt files of 2 pictures are captions")
 
 
+def test_a_txt_is_no_class_if_it_tells_nothing_apart_or_holds_a_box(tmp_path: Path) -> None:
+    """The folders of the pictures then are their classes."""
+    folders = {f"{kind}/{i}.jpg": b"x" for kind in ("cat", "dog") for i in range(4)}
+    boxes = ["0 0.5 0.5 0.1 0.1", "1 0.5 0.5 0.1 0.1"]
+    for contents, what in (([boxes[0]] * 8, "rows of numbers (1"), (boxes * 4, "rows of numbers (2"), (["a photo"] * 8, "captions (1")):
+        tree = archives_tree("", shards(tmp_path, {"0.tar": beside(folders, "txt", [*contents])}))
+        assert not tree.stated and tree.notes == (f"the .txt files of 8 pictures are {what} different ones), and no classes",)
+    tree = archives_tree("", shards(tmp_path, {"0.tar": beside(folders, "txt", ["0", "1"] * 4)}))
+    assert set(tree.stated.values()) == {"0", "1"}  # one number is a class's
+
+
+def test_classes_that_overrule_folders_are_said(tmp_path: Path) -> None:
+    folders = {f"{split}/{kind}/{i}.jpg": b"x" for split in ("train", "val") for kind in ("cat", "dog") for i in range(2)}
+    json_of = {"label": [{"label": i % 2} for i in range(8)], "alike": [{"label": i // 2 % 2} for i in range(8)]}
+    tree = archives_tree("", shards(tmp_path, {"0.tar": beside(folders, "json", [*json_of["label"]])}))
+    assert tree.notes == (
+        "classes are those that the .json or .txt beside 8 pictures state, not their folders, which tell them apart otherwise: "
+        "train/cat/0.jpg is '0'; --labels folder takes the folders",
+    )
+    assert not archives_tree("", shards(tmp_path, {"0.tar": beside(folders, "json", [*json_of["alike"]])})).notes
+    assert not archives_tree("", shards(tmp_path, {"0.tar": beside(folders, "cls", [0, 1] * 4)})).notes  # a .cls is nothing else
+    assert "state, not their folders" in archives_tree("", shards(tmp_path, {"0.tar": beside(folders, "txt", ["a", "b"] * 4)})).notes[0]
+
+
 def test_a_sample_has_one_picture(tmp_path: Path) -> None:
     files = {"a.seg.png": b"mask", "a.jpg": b"a", "a.png": b"mask", "a.cls": b"0", "b.image.webp": b"b", "b.cls": b"1", "meta.csv": b""}
     tree = archives_tree("", shards(tmp_path, {"x.tar": files}))

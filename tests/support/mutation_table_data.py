@@ -43,9 +43,23 @@ DATA = (
     Mutation(
         "captions-are-classes",
         "simclr/data/sources/webdataset.py",
-        "2 * len(distinct) <= len(texts)",
-        "len(distinct) <= len(texts)",
+        "<= len(distinct) <= len(texts) / 2",
+        "<= len(distinct) <= len(texts)",
         "tests/simclr/data/test_webdataset.py::test_a_txt_that_pictures_share_is_a_class_and_else_a_caption",
+    ),
+    Mutation(
+        "boxes-are-classes",
+        "simclr/data/sources/webdataset.py",
+        "and short and not numbers:",
+        "and short:",
+        "tests/simclr/data/test_webdataset.py::test_a_txt_is_no_class_if_it_tells_nothing_apart_or_holds_a_box",
+    ),
+    Mutation(
+        "folders-in-an-inner-tar-are-not-seen",
+        "simclr/data/sources/tar.py",
+        "len(inner) <= _FEW_INNER or c in numbered or not _begins_loose(*within(name))",
+        "c in numbered",
+        "tests/simclr/data/test_inner_archives.py::test_folders_in_a_tar_in_a_tar_are_those_of_splits_and_classes",
     ),
     Mutation(
         "the-coarse-labels-are-the-classes",

@@ -27,6 +27,7 @@ _RAW_SIDE_PX = 64
 _LOOKED_AT = 2048  # images of a file that are decoded
 _PIXELS = 4096  # of each of them, for mean and standard deviation
 _MOST_CLASSES = 10_000_000  # a larger number is no class's
+_EXAMPLES = 5
 _AGAIN = "write it again with FFCV, or prepare its pictures from where it was made"
 _Rows = tuple[Any, NDArray[np.int64], Any]
 """Image, label and place of each sample."""
@@ -128,7 +129,8 @@ def _described(paths: Mapping[str, Path], rows: Mapping[str, _Rows]) -> Source:
     for split, label in labels.items():
         numbers, counts = np.unique(label, return_counts=True)
         of = {str(number) if number >= 0 else None: int(count) for number, count in zip(numbers, counts, strict=True)}
-        splits[split] = Split(Counter(of), ())
+        some = range(0, len(label), max(len(label) // _EXAMPLES, 1))[:_EXAMPLES]
+        splits[split] = Split(Counter(of), tuple((f"{split}/{i}", str(label[i]) if label[i] >= 0 else None) for i in some))
     understood = Understood(
         splits=splits,
         how_split="files: " + ", ".join(f"{path.name} = {split}" for split, path in paths.items()),

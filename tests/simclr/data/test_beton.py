@@ -246,6 +246,7 @@ def test_what_files_hold_is_told_before_and_after_they_are_linked(tmp_path: Path
     text = prepare.dry_run(args)
     assert f"{tmp_path}/train.beton, {tmp_path}/val.beton: 10 images" in text and not (tmp_path / "out").exists()
     assert "train  6       83.33 %   2        0 (2)     1 (3)" in text and "test   4       100 %     2        0 (2)     1 (2)" in text
+    assert "  train/0  →  0\n" in text and "  train/4  →  1\n" in text
     assert f"{tmp_path}/val.beton would be linked as the test split" in text
     manifest = prepare.prepare(args)
     assert text.partition("\n\n")[0] in capsys.readouterr().err

@@ -6,10 +6,13 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from simclr.data.sources import label_files
+from simclr.data.sources.masks import without_masks
+from simclr.data.sources.name_tables import Pictures
+from simclr.data.sources.plan import Plan, above_of, labelled
 from simclr.data.sources.reading import HOW, Reading, Split, Understood
 from simclr.data.sources.source import Item, Part, Source, Tree, digest, ending
 from simclr.data.sources.splits import KINDS, Folders, Kind, split_depth, split_of
@@ -17,74 +20,15 @@ from simclr.errors import UserError
 
 _EXAMPLES = 5
 _MOST_TEXTS = 50
-
-
-@dataclass(slots=True)
-class _Plan:
-    """The decisions: a picture's split and class."""
-
-    depth: int | None
-    """Depth of the splits' folders."""
-    train_has_a_folder: bool = False
-    """Whether one of them is train's. Pictures beside it are then left out; else the folders beside the splits' are train's classes."""
-    level: dict[Kind, int | None] = field(default_factory=dict)
-    """Depth of the class's folder, among the folders without the split's; None = there is none."""
-    how: str = "folder"
-    values: dict[str, str] = field(default_factory=dict)
-    """Picture → class, from data or files; it counts before its folder."""
-    only_values: bool = False
-    used: list[str] = field(default_factory=list)
-    """Files that classes were read from."""
-    split_values: dict[str, str] | None = None
-    """Picture → split's word, from a file."""
-    share: float = 0.0
-    """Fraction held out."""
-    split: dict[Kind, str | None] = field(
-        default_factory=lambda: {"train": "train", "val": "test", "test": "test", "pred": None, "other": None}
-    )
-    """Kind → split; None = left out."""
-    known: dict[str, tuple[Kind, Folders]] = field(default_factory=dict)
-
-    def divided(self, folder: str) -> tuple[Kind, Folders]:
-        """(kind, folders without that of the split) of the pictures in `folder`."""
-        if (found := self.known.get(folder)) is None:
-            above = _above(folder)
-            kind: Kind = "train"
-            if self.depth is not None and len(above) > self.depth and (word := split_of(above[self.depth])[0]):
-                kind, above = word, above[: self.depth] + above[self.depth + 1 :]
-            elif self.train_has_a_folder:
-                kind, above = "other", ()
-            found = self.known[folder] = (kind, above)
-        return found
-
-    def kind(self, name: str) -> Kind:
-        if self.split_values is not None:
-            return split_of(self.split_values.get(name, "train"))[0] or "train"
-        kind = self.divided(name.rpartition("/")[0])[0]
-        if not self.share:
-            return kind
-        return "test" if kind != "train" else "val" if int(digest(name), 16) < self.share * 2**64 else "train"
-
-    def label(self, name: str) -> str | None:
-        if (stated := self.values.get(name)) is not None or self.only_values:
-            return stated
-        kind, above = self.divided(name.rpartition("/")[0])
-        return labelled(above, self.how, self.level.get(kind))
-
-
-def _above(folder: str) -> Folders:
-    return tuple(folder.split("/")) if folder else ()
-
-
-def labelled(above: Folders, how: str, level: int | None) -> str | None:
-    """The class that the folders `above` a picture state, the split's left out; `level`: the depth of the class's folder."""
-    if how == "none" or level is None or len(above) <= level:
-        return None
-    return above[-1] if how == "parent" else "/".join(above[level:]) if how == "path" else above[level]
+_WNID = re.compile(r"n\d{8}")
+_DRAWERS = frozenset(
+    ("part", "parts", "folder", "dir", "batch", "chunk", "images", "image", "img", "set", "split", "shard", "group", "page")
+)
 
 
 def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
     """The source of a tree's pictures, each with its split and class, and what was understood. Raises UserError if there is no picture."""
+    tree = without_masks(tree)
     names = [name for part in tree.parts for name in part.names or (f"{part.name}/",)]
     if not names:
         left = tree.ignored + tree.junk
@@ -133,10 +77,10 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
     return source, understood
 
 
-def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping[str, int], notes: list[str]) -> tuple[_Plan, str]:
+def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping[str, int], notes: list[str]) -> tuple[Plan, str]:
     if reading.split_from == "none":
-        return _Plan(None), "none: all pictures train, as --split-from says"
-    depth, doubtful = split_depth({_above(folder): count for folder, count in folders.items()})
+        return Plan(None), "none: all pictures train, as --split-from says"
+    depth, words, doubtful = split_depth({above_of(folder): count for folder, count in folders.items()})
     if reading.split_from in ("auto", "folder"):
         if reading.split_from == "folder" and depth is None:
             why = doubtful or "use a file of splits, or a fraction"
@@ -145,22 +89,20 @@ def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping
             notes.append(doubtful)
         if depth is None:
             return _listed(tree, names, notes)
-        named = {above[depth] for folder in folders if len(above := _above(folder)) > depth}
-        words = {name: split_of(name)[0] for name in sorted(named)}
-        beside = [name for name, kind in words.items() if kind is None]
+        named = {above[depth] for folder in folders if len(above := above_of(folder)) > depth}
+        beside = sorted(named - words.keys())
         if beside and "train" not in words.values():
             notes.append(f"beside the splits' folders there are others, whose pictures train: {_some(beside)}")
-        elif lost := sum(count for folder, count in folders.items() if len(above := _above(folder)) <= depth or above[depth] in beside):
+        elif lost := sum(count for folder, count in folders.items() if len(above := above_of(folder)) <= depth or above[depth] in beside):
             where = f"{_some(beside)}; in the train folder they would train" if beside else "no folder"
             notes.append(f"beside the splits' folders, and left out: {_pictures(lost)} in {where}")
-        kinds = [(kind, [name for name, word in words.items() if word == kind]) for kind in KINDS]
-        return _Plan(depth, "train" in words.values()), "folder: " + ", ".join(
-            f"{_some(folders_of)} = {kind}" for kind, folders_of in kinds if folders_of
-        )
+        kinds = [(kind, [name for name in sorted(named) if words.get(name) == kind]) for kind in KINDS]
+        return Plan(depth, words), "folder: " + ", ".join(f"{_some(names_of)} = {kind}" for kind, names_of in kinds if names_of)
     path = Path(reading.split_from).expanduser()
-    plan = _Plan(depth)
+    plan = Plan(depth, words)
     if path.is_file():
-        taken = label_files.splits_of(str(path), path.read_bytes(), names, reading.label_columns)
+        _require_names(tree, "--split-from FILE")
+        taken = label_files.splits_of(str(path), path.read_bytes(), Pictures(names), reading.label_columns)
         unknown = sorted({value for value in taken.values.values() if split_of(value)[0] is None})
         if unknown:
             raise UserError(f"{path} has the split {unknown[0]!r}; expected train, val or test")
@@ -174,18 +116,23 @@ def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping
     return plan, f"{plan.share:g} of the training pictures are held out, chosen by a hash of their names"
 
 
-def _listed(tree: Tree, names: Sequence[str], notes: list[str]) -> tuple[_Plan, str]:
+def _listed(tree: Tree, names: Sequence[str], notes: list[str]) -> tuple[Plan, str]:
     """Splits by lists of names beside the pictures, as Food-101's meta/test.txt; without such, all train."""
-    plan = _Plan(None)
+    plan = Plan(None)
     if tree.stated:
         return plan, "none: all pictures train"
-    found = label_files.lists_of_splits(_few_texts(tree), names)
+    found = label_files.lists_of_splits(_few_texts(tree), Pictures(names))
     for kind, lists in found.items():
         if len(lists) > 1:
             paths = [taken.path for taken in lists]
             notes.append(f"{_some(paths)} each list a {kind} split, and none was taken; --split-from FILE says which")
     taken = {kind: lists[0] for kind, lists in found.items() if len(lists) == 1 and kind != "train"}
     if not taken:
+        if "train" in found:
+            some = found["train"][0]
+            notes.append(
+                f"{some.path} lists {len(some.values):,} of {_pictures(len(names))}; all train, --split-from takes a table of splits"
+            )
         return plan, "none: all pictures train"
     plan.split_values = {name: kind for kind, of in taken.items() for name in of.values}
     plan.used += [of.path for lists in found.values() for of in lists if len(lists) == 1]
@@ -198,31 +145,60 @@ def _few_texts(tree: Tree) -> dict[str, Callable[[], bytes]]:
     return {path: text for path, text in tree.texts.items() if crowded[path.rpartition("/")[0]] <= _MOST_TEXTS}
 
 
-def _classes(tree: Tree, reading: Reading, plan: _Plan, names: Sequence[str], folders: Mapping[str, int], notes: list[str]) -> str:
+def _classes(tree: Tree, reading: Reading, plan: Plan, names: Sequence[str], folders: Mapping[str, int], notes: list[str]) -> str:
     """Decide where classes come from; returns how, in words."""
     if reading.labels == "none":
         plan.how = "none"
         return "none, as --labels says"
     if reading.labels not in HOW:
-        path = Path(reading.labels).expanduser()
-        taken = label_files.given(str(path), path.read_bytes(), names, reading.label_columns)
-        plan.values, plan.only_values = taken.values, True
-        notes.extend(taken.notes)
-        _say_several(taken, notes)
-        if missing := len(names) - len(taken.values) - len(taken.several):
-            notes.append(f"not in {path.name}, so without a class: {_pictures(missing)}")
-        return f"{path.name}, by {taken.by}"
+        return _from_the_users_file(tree, reading, plan, names, folders, notes)
     if tree.stated and reading.labels == "auto":
-        plan.values, plan.only_values = dict(tree.stated), True
+        plan.values, plan.only_values = dict(tree.stated), set(KINDS)
         return "stated by the source itself"
     plan.how = "folder" if reading.labels == "auto" else reading.labels
     words = _folder_levels(plan, folders, reading.labels == "auto", notes)
     if reading.labels == "auto":
+        words = _instead_of_drawers(tree, plan, names, words, notes)
         words = _from_files(tree, plan, names, words, notes)
     return words
 
 
-def _folder_levels(plan: _Plan, folders: Mapping[str, int], guess: bool, notes: list[str]) -> str:
+def _from_the_users_file(
+    tree: Tree, reading: Reading, plan: Plan, names: Sequence[str], folders: Mapping[str, int], notes: list[str]
+) -> str:
+    """Classes from --labels FILE. Splits of which it names no picture have those of their folders."""
+    _require_names(tree, "--labels FILE")
+    path = Path(reading.labels).expanduser()
+    which = label_files.of_which(path.name, {plan.kind(name) for name in names})
+    taken = label_files.given(str(path), path.read_bytes(), Pictures(n for n in names if plan.kind(n) in which), reading.label_columns)
+    _say_several(taken, notes)
+    spoken = {plan.kind(name) for name in (*taken.values, *taken.several)}
+    words = f"{path.name}, by {taken.by}"
+    missing = sum(1 for name in names if plan.kind(name) in spoken) - len(taken.values) - len(taken.several)
+    if missing:
+        notes.append(f"not in {path.name}, so without a class: {_pictures(missing)}")
+    if "train" not in spoken:
+        of = ", ".join(sorted(spoken))
+        words = f"{_folder_levels(plan, folders, True, notes)}; of {of} {words}"
+        classes = {label for name in names if plan.kind(name) == "train" and (label := plan.label(name)) is not None}
+        numbered = label_files.as_classes(taken, _few_texts(tree), classes)
+        if numbered is None:
+            raise UserError(f"{path} has numbers, and nobody says which class of train each is; write the classes' names into it")
+        taken = numbered
+    notes.extend(taken.notes)
+    plan.values, plan.only_values = taken.values, spoken
+    return words
+
+
+def _require_names(tree: Tree, flag: str) -> None:
+    """A file can name only pictures that are known before they are read."""
+    if unknown := [part.name for part in tree.parts if not part.names]:
+        raise UserError(
+            f"{flag}: the pictures of {unknown[0]}, an archive in an archive, are known only when they are read; unpack it first"
+        )
+
+
+def _folder_levels(plan: Plan, folders: Mapping[str, int], guess: bool, notes: list[str]) -> str:
     """Decide at which depth the class's folder lies, in each split."""
     found: dict[Kind, Counter[Folders]] = {}
     for folder, count in folders.items():
@@ -278,11 +254,31 @@ def _telling(folders: Mapping[Folders, int]) -> int | None:
     return None
 
 
-def _from_files(tree: Tree, plan: _Plan, names: Sequence[str], words: str, notes: list[str]) -> str:
+def _instead_of_drawers(tree: Tree, plan: Plan, names: Sequence[str], words: str, notes: list[str]) -> str:
+    """Folders that differ by a number only (part_1, part_2) may be drawers: a file that gives their pictures other classes counts then."""
+    train = [name for name in names if plan.kind(name) == "train" and not name.endswith("/")]
+    classes = {label for name in train if (label := plan.label(name)) is not None}
+    alike = {re.sub(r"\d+", "", label) for label in classes}
+    if len(classes) < 2 or len(alike) > 1 or all(_WNID.fullmatch(label) for label in classes):
+        return words
+    taken = label_files.disagreeing(_few_texts(tree), Pictures(train), plan.label)
+    if taken is None:
+        if _DRAWERS & set(re.findall("[a-z]+", min(alike).lower())):
+            notes.append(f"the classes are called like parts of a set ({_some(sorted(classes))}); --labels FILE or none, if they are")
+        return words
+    _say_several(taken, notes)
+    plan.values, plan.used = taken.values, [*plan.used, taken.path]
+    plan.only_values.add("train")
+    notes.append(f"{taken.path} names the pictures with other classes than the numbered folders ({_some(sorted(classes))}), and counts")
+    return f"{taken.path}, by {taken.by}"
+
+
+def _from_files(tree: Tree, plan: Plan, names: Sequence[str], words: str, notes: list[str]) -> str:
     """Classes of the kinds that have none by their folders, from files beside them."""
     texts = _few_texts(tree)
     if not texts:
         return words
+    everything = Pictures(names)
     by_kind: dict[Kind, list[str]] = {}
     labelled_by: dict[Kind, set[str]] = {}
     for name in names:
@@ -295,7 +291,9 @@ def _from_files(tree: Tree, plan: _Plan, names: Sequence[str], words: str, notes
         if kind in labelled_by and len(by_kind[kind]) < 0.5 * sum(1 for name in names if plan.kind(name) == kind):
             continue
         classes = labelled_by.get("train", set()) if kind != "train" else set()
-        taken, near = label_files.guessed(texts, [name for name in by_kind[kind] if not name.endswith("/")], classes)
+        own = [name for name in by_kind[kind] if not name.endswith("/")]
+        meant = _Meant(plan, kind, frozenset(by_kind.keys() | labelled_by.keys()), everything, Pictures(own))
+        taken, near = label_files.guessed(texts, own, meant, classes)
         if taken is None:
             notes.extend([near] if near else [])
             continue
@@ -308,7 +306,25 @@ def _from_files(tree: Tree, plan: _Plan, names: Sequence[str], words: str, notes
     return words
 
 
-def _judged(plan: _Plan, names: Sequence[str], notes: list[str]) -> dict[str, Split]:
+@dataclass(frozen=True, slots=True)
+class _Meant:
+    """The pictures that a file may mean, if it is about `kind`: where its name or its folder says that it is, only those; else all, so
+    that train/0.jpg of a table is not taken for test/0.jpg."""
+
+    plan: Plan
+    kind: Kind
+    kinds: frozenset[Kind]
+    everything: Pictures
+    own: Pictures
+
+    def __call__(self, path: str) -> Pictures | None:
+        above = above_of(path.rpartition("/")[0])
+        word = self.plan.words.get(above[self.plan.depth]) if self.plan.depth is not None and len(above) > self.plan.depth else None
+        which = {word} if word is not None else label_files.of_which(path, self.kinds)
+        return (self.own if len(which) == 1 else self.everything) if self.kind in which else None
+
+
+def _judged(plan: Plan, names: Sequence[str], notes: list[str]) -> dict[str, Split]:
     """Decide which kinds are the test split; the splits that result."""
     classes: dict[Kind, Counter[str | None]] = {}
     examples: dict[Kind, list[tuple[str, str | None]]] = {}
@@ -323,7 +339,7 @@ def _judged(plan: _Plan, names: Sequence[str], notes: list[str]) -> dict[str, Sp
         at[kind] += 1
     known = {label for label in classes.get("train", ()) if label is not None}
     share = {kind: 1 - found[None] / max(found.total(), 1) if found.total() else float(any(found)) for kind, found in classes.items()}
-    if len(known) == 1 and not plan.only_values:
+    if len(known) == 1 and "train" not in plan.only_values:
         known = set()
     if plan.share and "test" in classes:
         notes.append(f"{_pictures(classes['test'].total())} in other splits' folders are left out, as --split-from says")
@@ -350,7 +366,7 @@ def _judged(plan: _Plan, names: Sequence[str], notes: list[str]) -> dict[str, Sp
         before = splits.get(split, Split(Counter(), ()))
         before.classes.update(found)
         splits[split] = Split(before.classes, (*before.examples, *examples[kind])[:_EXAMPLES])
-    if known and "test" in splits:
+    if known and "test" in splits and not any(name.endswith("/") for name in names):
         strange = {label: n for label, n in splits["test"].classes.items() if label is not None and label not in known}
         if strange:
             of = sum(splits["test"].classes.values())
@@ -361,7 +377,7 @@ def _judged(plan: _Plan, names: Sequence[str], notes: list[str]) -> dict[str, Sp
     return splits
 
 
-def _digest(plan: _Plan) -> str:
+def _digest(plan: Plan) -> str:
     """A hash of all that files and data say of single pictures; "" where folders say everything."""
     stated = (*sorted(plan.values.items()), *sorted((plan.split_values or {}).items()))
     return digest(*(f"{name}\0{value}" for name, value in stated)) if stated else ""

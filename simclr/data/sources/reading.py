@@ -120,7 +120,7 @@ def counted(understood: dict[str, Any], found: dict[str, Counter[str | None]]) -
         | {
             "images": found[name].total(),
             "labelled": found[name].total() - found[name][None],
-            "classes": {label: found[name][label] for label in split["classes"]},
+            "classes": {label: count for label, count in sorted(found[name].items(), key=str) if label is not None},
         }
         for name, split in understood["splits"].items()
     }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from simclr.data.sources.name_tables import Found, Pictures, Table, decoded, plain, read_table
+from simclr.data.sources.source import Tree
 from simclr.data.sources.splits import Kind, split_of
 from simclr.errors import UserError
 
@@ -21,6 +23,7 @@ _NO_CLASSES = frozenset({"submission", "partition", "partitions", "split", "spli
 """Words in the names of files whose values are no classes."""
 _FIT = 0.9  # a file is taken for one of labels if it names this share of the pictures that have none
 _NEAR = 0.05
+_MOST_TEXTS = 50  # in a folder; a folder with more has one for each picture: boxes, or captions
 
 Texts = Mapping[str, Callable[[], bytes]]
 
@@ -232,6 +235,12 @@ def splits_of(path: str, data: bytes, pictures: Pictures, columns: tuple[str, st
             return _taken(path, found)
     listed = _listed(path, data, pictures, "test") if columns is None else None
     return listed if listed is not None else given(path, data, pictures, columns, _SPLITS)
+
+
+def few_texts(tree: Tree) -> dict[str, Callable[[], bytes]]:
+    """Files that may hold labels, without those of folders that have one for each picture: boxes, or captions."""
+    crowded = Counter(path.rpartition("/")[0] for path in tree.texts)
+    return {path: text for path, text in tree.texts.items() if crowded[path.rpartition("/")[0]] <= _MOST_TEXTS}
 
 
 def of_which(path: str, kinds: Collection[Kind]) -> set[Kind]:

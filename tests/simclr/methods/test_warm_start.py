@@ -53,12 +53,21 @@ def test_the_first_state_has_the_encoder_bit_for_bit(patterns: Path, tmp_path: P
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_another_type_become_float32_and_it_is_said(kind: torch.dtype) -> None:
     _, weights = given()
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, precision="float32"))
     encoder = {name: t.to(kind) for name, t in weights.encoder.items()}
-    state, said = warm_start(TINY, dataclasses.replace(weights, encoder=encoder), CLASSES, "w")
+    state, said = warm_start(config, dataclasses.replace(weights, encoder=encoder), CLASSES, "w")
     assert said.endswith(f"classifier: taken; {str(kind).removeprefix('torch.')} became float32")
     assert {t.dtype for t in state.tensors.values()} == {torch.float32}
     assert all(torch.equal(state.tensors[f"model.encoder.{name}"], t.float()) for name, t in encoder.items())
-    assert "float32" not in warm_start(TINY, weights, CLASSES, "w")[1]
+    assert "float32" not in warm_start(config, weights, CLASSES, "w")[1]
+
+
+def test_a_run_in_float64_takes_float64_bit_for_bit() -> None:
+    _, weights = given()
+    encoder = {name: t.double() + 1e-12 for name, t in weights.encoder.items()}
+    state, said = warm_start(TINY, dataclasses.replace(weights, encoder=encoder), CLASSES, "w")
+    assert TINY.train.precision == "float64" and "float32" not in said
+    assert all(torch.equal(state.tensors[f"model.encoder.{name}"], t) for name, t in encoder.items())
 
 
 def test_whole_numbers_are_no_weights() -> None:

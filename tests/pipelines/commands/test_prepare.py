@@ -17,7 +17,7 @@ from simclr.data.sources import source
 from simclr.data.sources.reading import Reading
 from simclr.errors import UserError
 from tests.simclr.data.test_archives import packed
-from tests.simclr.data.test_layout import WNIDS, made, tiny_imagenet
+from tests.support.folders import WNIDS, made, tiny_imagenet
 from tests.support.pictures import saved
 from tests.support.sources import source_of_files
 

@@ -26,6 +26,11 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def printable(line: str) -> str:
+    """`line` with line breaks, control characters and bytes of another encoding, as names of files have them, escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
 def process_age_s() -> float:
     """Seconds since this process began, its imports included."""
     import psutil  # type: ignore[import-untyped]

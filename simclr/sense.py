@@ -74,7 +74,10 @@ def _require_queue(config: Config, examples: int) -> None:
 def _warmup(config: Config, examples: int) -> str:
     steps, asked, total = config.warmup_steps(examples), config.warmup_asked(examples), config.total_steps(examples)
     if steps == asked:
-        return ""
+        if 2 * steps <= total:
+            return ""
+        share = f"{100 * steps / total:.0f} %"
+        return f"the warm-up lasts {steps:,} of {total:,} steps, {share} of the run; a smaller --optim.warmup-epochs leaves time to decay"
     epochs = config.optim.warmup_epochs
     return f"the warm-up lasts {steps:,} of {total:,} steps, a tenth of this short run, and not the {asked:,} steps of {epochs:g} epochs"
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from pipelines.runs import sync
-from pipelines.terminal import Bar, say
+from pipelines.terminal import Bar, printable, say
 from simclr.data import shards
 from simclr.data.manifest import LISTS, Manifest
 from simclr.data.options import stated
@@ -79,7 +79,7 @@ def dry_run(args: Args) -> str:
         return "\n".join([told(_described(betons, args)), "", *linked])
     source = open_source(args.source, args.reading)
     found = forecast(source, args.options, max(args.threads, 1))
-    return "\n".join([told(source), "", *found.lines(source.total)])
+    return "\n".join([told(source), "", *map(printable, found.lines(source.total, len(rows_of(source.understood))))])
 
 
 def told(source: Source) -> str:
@@ -92,22 +92,24 @@ def told(source: Source) -> str:
     table = [("split", "images", "labelled", "classes", "smallest", "largest")]
     for row in rows_of(understood):
         share = f"{100 * row.labelled / max(row.images, 1):.4g} %"
-        cells = (f"{row.images:,}", share, row.smallest, row.largest) if row.images else ("?", "?", "?", "?")
+        ends = printable(row.smallest), printable(row.largest)
+        cells = (f"{row.images:,}", share, *ends) if row.images else ("?", "?", "?", "?")
         table.append((row.split, *cells[:2], f"{row.classes:,}", *cells[2:]))
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     for split in understood["splits"].values():
-        lines += ["", *(f"  {name}  →  {label if label is not None else 'no class'}" for name, label in split["examples"])]
+        if split["examples"]:
+            lines += ["", *(f"  {name}  →  {label if label is not None else 'no class'}" for name, label in split["examples"])]
     left = dict(understood["left_out"])
     if left:
         kinds = [f"{count:,} {ending}{f' ({why})' if (why := unread(ending)) else ''}" for ending, count in _most(left)]
         lines += ["", f"  left out: {', '.join(kinds)}"]
-    return "\n".join([*lines, *(f"  note: {note}" for note in understood["notes"])])
+    return "\n".join(map(printable, [*lines, *(f"  note: {note}" for note in understood["notes"])]))
 
 
 def _most(left: dict[str, int]) -> list[tuple[str, int]]:
-    """The most frequent kinds, and the rest in one."""
-    ordered = sorted(left.items(), key=lambda kv: -kv[1])
+    """Kinds that are pictures to their owner, the most frequent others, and the rest in one."""
+    ordered = sorted(left.items(), key=lambda kv: (not unread(kv[0]), -kv[1]))
     rest = sum(count for _, count in ordered[8:])
     return [*ordered[:8], *([("others", rest)] if rest else [])]
 

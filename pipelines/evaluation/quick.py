@@ -117,6 +117,7 @@ def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] 
 
     Each of `shares` adds a probe that is fitted to that share of each class's training images: probe_top1_at_0.01, ….
     """
+    require_common_classes(data, read_manifest(data))
     import simclr
     from simclr.evaluation.linear import linear_probe
 

@@ -17,7 +17,7 @@ def data_table(understood: dict[str, Any]) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in ("split", "images", "labelled", "classes", "smallest class", "largest class"))
     body = ""
     for row in rows:
-        cells = (f"{row.images:,}", f"{100 * row.labelled / max(row.images, 1):.0f} %", f"{row.classes:,}", row.smallest, row.largest)
+        cells = (f"{row.images:,}", f"{100 * row.labelled / max(row.images, 1):.4g} %", f"{row.classes:,}", row.smallest, row.largest)
         body += f'<tr><th scope="row">{escape(row.split)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
     facts = {"splits": str(understood.get("splits_by", "")), "classes": str(understood.get("classes_by", ""))}
     for name, split in understood["splits"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ class Forecast:
     """Smallest and largest, as a shard would store them."""
     widths: tuple[int, int]
     bytes_each: float
+    """As stored, of one that can be used."""
     seconds_each: float
     """To decode and encode one that was read, in one thread."""
     skipped: tuple[tuple[str, str], ...]
@@ -42,8 +44,8 @@ class Forecast:
     threads: int
     shard_mib: int
 
-    def lines(self, total: int | None) -> list[str]:
-        """For people; `total` images in all."""
+    def lines(self, total: int | None, splits: int = 1) -> list[str]:
+        """For people; `total` images in all, in so many splits."""
         size = " × ".join(f"{low} to {high}" if low != high else f"{low}" for low, high in (self.widths, self.heights))
         kinds = ", ".join(f"{name} {count}" for name, count in self.formats.most_common())
         lines = [f"  of {self.timed} images looked at: {kinds}; {size} px as stored"]
@@ -51,20 +53,18 @@ class Forecast:
             lines.append(f"  {kind} of more than 8 bits: {black:g} becomes black, {white:g} white, in all pictures")
         if self.skipped:
             lines.append(f"  {len(self.skipped)} of them cannot be read, the first: {': '.join(self.skipped[0])}")
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         stored = "pixels as they are (raw)" if self.choice.kind == "raw" else "JPEG"
         if total is None:
             each = f"{self.bytes_each / 2**10:,.1f} KiB an image"
-            return [
-                *lines,
-                f"  would write {stored}, {each}; {1000 * self.seconds_each / self.threads:.2f} ms an image with {self.threads} threads",
-            ]
-        size_bytes = total * self.bytes_each * _PAGE_SHARE
-        shards = max(round(size_bytes / (self.shard_mib << 20) + 0.5), 1)
+            return [*lines, f"  would write {stored}, {each}; {1000 * self.seconds_each / self.threads:.2f} ms an image with {threads}"]
+        size_bytes = total * (1 - len(self.skipped) / max(self.timed, 1)) * self.bytes_each * _PAGE_SHARE
+        shards = max(math.ceil(size_bytes / (self.shard_mib << 20)), splits, 1)
         seconds = total * self.seconds_each / self.threads
         return [
             *lines,
             f"  would write about {_bytes(size_bytes)} of {stored} in about {shards} shard{'s' * (shards > 1)}",
-            f"  would take about {_time(seconds)} on this machine with {self.threads} thread{'s' * (self.threads > 1)} "
+            f"  would take about {_time(seconds)} on this machine with {threads} "
             f"({1000 * self.seconds_each:.1f} ms to encode an image in one), if reading keeps up",
         ]
 
@@ -123,7 +123,7 @@ def _format(item: Item) -> str:
 
 
 def _bytes(count: float) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
 
 
 def _time(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from simclr.checkpoint import State
@@ -9,14 +10,16 @@ from simclr.config import Config
 from simclr.encoder.weights import Weights, differences, require_fit
 from simclr.methods.queue import Queue
 from simclr.methods.simclr import build_model
+from simclr.precision import weights_dtype
 
 
 def warm_start(config: Config, weights: Weights, classes: tuple[str, ...], where: object) -> tuple[State, str]:
     """(the state at step 0 with the `weights`, which come from `where`; what was taken of them, in a sentence).
 
-    The encoder is taken with BatchNorm's statistics, bit for bit. The projection head is taken if all its layers fit, the linear
-    classifier if it tells the same `classes` apart as the data; else they begin with the initial weights of `config.seed`. A queue begins
-    empty, its moving average with the same encoder and head. The optimizer begins anew: the state has no tensor of it.
+    The encoder is taken with BatchNorm's statistics, bit for bit; float16, bfloat16 and, but for a run in float64, float64 become float32.
+    The projection head is taken if all its layers fit, the linear classifier if it tells the same `classes` apart as the data; else they
+    begin with the initial weights of `config.seed`. A queue begins empty, its moving average with the same encoder and head. The optimizer
+    begins anew: the state has no tensor of it.
     Raises UserError if the encoder does not fit: with the first differences, and the flags that would.
     """
     require_fit(config.encoder, weights, where)
@@ -39,6 +42,11 @@ def warm_start(config: Config, weights: Weights, classes: tuple[str, ...], where
     else:
         taken |= {f"classifier.{name}": t for name, t in weights.classifier.items()}
         said.append("classifier: taken")
+    kept = {torch.float32, weights_dtype(config.train.precision)}
+    others = {str(t.dtype).removeprefix("torch.") for t in taken.values() if t.dtype not in kept}
+    if others:
+        taken = {name: t if t.dtype in kept else t.float() for name, t in taken.items()}
+        said.append(f"{' and '.join(sorted(others))} became float32")
     if weights.unused:
         said.append(f"not used: {', '.join(weights.unused[:3])}{f' and {len(weights.unused) - 3} more' if len(weights.unused) > 3 else ''}")
 

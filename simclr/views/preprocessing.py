@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simclr.config import Resize, Views
+from simclr.to_device import to_device
 from simclr.views.draw import Ints, centre_boxes
 from simclr.views.ops import crop_resize, normalise
 
@@ -55,7 +55,7 @@ class Preprocessing:
         size = self.size_px
         if x.shape[3] > 2 * size:
             x = F.interpolate(x, (2 * size, 2 * size), mode="bicubic", antialias=True).clamp(0, 1)
-        whole = torch.tensor([[0, 0, x.shape[2], x.shape[3]]], device=x.device)
+        whole = to_device(np.array([[0, 0, x.shape[2], x.shape[3]]]), x.device)
         return crop_resize(x, whole, size, self.resize)
 
     def __call__(self, images: Tensor) -> Tensor:

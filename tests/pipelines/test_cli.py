@@ -311,6 +311,9 @@ def test_a_notice_to_end_is_heeded_where_ctrl_c_is_ignored(tmp_path: Path) -> No
     command += ["--out", str(tmp_path / "out")]
     ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=ignored) as process:
-        assert process.stderr is not None and any(line.startswith("prepare") for line in process.stderr)
+        assert process.stderr is not None and process.stderr.readline().startswith("patterns:train=900000")
+        while not list((tmp_path / "out").glob(".writing-*.beton")):
+            assert process.poll() is None
+            time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 130

@@ -276,6 +276,14 @@ def test_features_are_embedded_on_the_device(monkeypatch: pytest.MonkeyPatch, pa
     assert set(watched.waits) <= {"a blocking copy to the device"}
 
 
+@pytest.mark.parametrize("side", [20, 40, 90])
+def test_pictures_become_the_encoders_input_without_waiting(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    with fake_cuda(monkeypatch) as watched:
+        found = Preprocessing.of(Views(size_px=32)).resized(torch.zeros(3, side, side + 10, 3, dtype=torch.uint8, device=CUDA))
+    assert found.shape == (3, 3, 32, 32) and found.device == CUDA and found.dtype == torch.float32
+    assert watched.waits == []
+
+
 # ── The loops ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

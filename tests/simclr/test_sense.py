@@ -61,7 +61,23 @@ def test_a_warm_up_that_does_not_fit_lasts_a_tenth_of_the_run_and_is_said(stage:
 @pytest.mark.parametrize(("warmup", "epochs", "steps", "expected"), [(9.9, 10, None, 3096), (10, 10, None, 312), (10, 100, 1000, 100)])
 def test_only_a_warm_up_that_leaves_nothing_is_cut(warmup: float, epochs: float, steps: int | None, expected: int) -> None:
     config = Config(optim=Optim(warmup_epochs=warmup), train=Train(epochs=epochs, steps=steps))
-    assert config.warmup_steps(IMAGENET) == expected and len(notes(config)) == (expected != 3096)
+    assert config.warmup_steps(IMAGENET) == expected
+    (said,) = notes(config)
+    assert ("a tenth of this short run" in said) == (expected != 3096)
+
+
+@pytest.mark.parametrize("stage", [Config, FineTune, Distill])
+def test_a_warm_up_of_more_than_half_of_the_run_is_said_and_stays(stage: type[Config]) -> None:
+    base = recipe("imagenet_resnet50")
+    config = stage(optim=base.optim, train=replace(base.train, epochs=11))
+    assert config.warmup_steps(IMAGENET) == config.warmup_asked(IMAGENET) == 3127
+    assert notes(config) == (
+        "the warm-up lasts 3,127 of 3,441 steps, 91 % of the run; a smaller --optim.warmup-epochs leaves time to decay",
+    )
+    assert notes(replace(config, train=replace(base.train, epochs=20))) == ()  # 3,127 of 6,256
+    assert len(notes(replace(config, train=replace(base.train, epochs=19.9)))) == 1
+    rate = schedule(config, IMAGENET)
+    assert max(range(3441), key=rate) == 3127
 
 
 @pytest.mark.parametrize("name", ["imagenet_resnet50", "imagenet_resnet152_3x_sk"])

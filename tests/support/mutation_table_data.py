@@ -82,4 +82,25 @@ DATA = (
         '("train", "test")',
         "tests/simclr/data/test_torchvision.py::test_stl10_trains_on_its_unlabelled_images_too",
     ),
+    Mutation(
+        "a-dry-run-writes",
+        "pipelines/commands/prepare.py",
+        "        print(dry_run(args))\n        return\n",
+        "        print(dry_run(args))\n",
+        "tests/pipelines/commands/test_prepare.py::test_a_dry_run_says_all_that_was_understood_and_writes_nothing",
+    ),
+    Mutation(
+        "classes-that-training-lacks-score-0",
+        "pipelines/evaluation/inputs.py",
+        "if len(strange) == len(test):",
+        "if len(strange) > len(test):",
+        "tests/pipelines/evaluation/test_classes.py::test_a_test_split_without_any_class_of_training_is_refused",
+    ),
+    Mutation(
+        "unreadable-images-count-as-written",
+        "simclr/data/forecast.py",
+        "total * (1 - len(self.skipped) / max(self.timed, 1)) * self.bytes_each",
+        "total * self.bytes_each",
+        "tests/simclr/data/test_forecast.py::test_a_sample_is_encoded_as_shards_would_hold_it",
+    ),
 )

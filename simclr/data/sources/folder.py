@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simclr.data.sources.source import Part, Tree, digest, divided, ending, is_image, is_junk, is_text
+from simclr.data.sources.source import MOST_TEXT_BYTES, Part, Tree, digest, divided, ending, is_image, is_junk, is_text
 from simclr.errors import UserError
 
 
@@ -21,6 +21,7 @@ class Files:
     times: dict[str, int] = field(default_factory=dict)
     """Modification time in ns; empty where the size above says all."""
     junk: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
 
 def walk(root: Path) -> Files:
@@ -53,6 +54,9 @@ def _walk(folder: Path, prefix: str, found: Files, above: frozenset[tuple[int, i
         try:
             state = entry.stat()
             found.sizes[name], found.times[name] = state.st_size, state.st_mtime_ns
+            if is_text(name) and state.st_size > MOST_TEXT_BYTES:
+                mib = state.st_size / 2**20
+                found.notes.append(f"{name} has {mib:,.0f} MiB and was not looked at for classes; --labels {name} does it")
         except OSError:  # a broken link is a picture that will be skipped
             found.sizes[name], found.times[name] = -1, 0
 
@@ -74,17 +78,22 @@ def tree_of(spec: str, files: Files, read: Callable[[Part], Iterator[tuple[str, 
         spec=spec,
         parts=divided(spec, images),
         read=read,
-        texts={name: _reader(text, name) for name in files.sizes if is_text(name)},
+        texts={name: _reader(text, name) for name, size in files.sizes.items() if is_text(name) and _small(size)},
         ignored=Counter(ending(name) for name in files.sizes if not is_image(name)),
         junk=files.junk,
         identity=digest(*(f"{name} {files.sizes[name]}" for name in images)),
         times=digest(*(str(files.times[name]) for name in images)) if files.times else "",
+        notes=tuple(files.notes),
     )
 
 
 def in_order(names: Mapping[str, object]) -> list[str]:
     """The pictures among `names`, in the order of their paths' parts."""
     return sorted((name for name in names if is_image(name)), key=lambda name: name.split("/"))
+
+
+def _small(size: object) -> bool:
+    return not isinstance(size, int) or size <= MOST_TEXT_BYTES
 
 
 def _reader(text: Callable[[str], bytes], name: str) -> Callable[[], bytes]:

@@ -188,12 +188,18 @@ def patterns_source(spec: str, options: str) -> Source:
             yield Item(part.name, CLASSES[label], name, image)
 
     stated = ",".join(f"{k}={v}" for k, v in values.items())
-    labels = {split: [CLASSES[(first[split] + i) % len(CLASSES)] for i in range(count)] for split, count in counts.items() if count}
     understood = Understood(
-        splits={split: Split(Counter(labels[split]), ()) for split in labels},
+        splits={split: Split(_classes(first[split], count), ()) for split, count in counts.items() if count},
         how_split="rendered as such",
         how_labelled="rendered as such",
         notes=(),
         counted=True,
     )
     return Source(spec=f"patterns:{stated}", parts=parts, read=read, total=sum(counts.values()), understood=understood.to_dict())
+
+
+def _classes(first: int, count: int) -> Counter[str | None]:
+    """Class → images among `count` samples from `first` on."""
+    step = len(CLASSES)
+    images = {label: len(range(first + (which - first) % step, first + count, step)) for which, label in enumerate(CLASSES)}
+    return Counter({label: n for label, n in images.items() if n})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,7 @@ def counted(understood: dict[str, Any], found: dict[str, Counter[str | None]]) -
         | {
             "images": found[name].total(),
             "labelled": found[name].total() - found[name][None],
-            "classes": {label: found[name][label] for label in split["classes"]},
+            "classes": {label: count for label, count in sorted(found[name].items(), key=str) if label is not None},
         }
         for name, split in understood["splits"].items()
     }
@@ -148,3 +150,14 @@ def rows_of(understood: dict[str, Any]) -> list[Row]:
         ends = [f"{label} ({count:,})" for label, count in (ordered[0], ordered[-1])] if ordered else ["–", "–"]
         rows.append(Row(name, split["images"], split["labelled"], len(ordered), *ends))
     return rows
+
+
+def pictures(count: int) -> str:
+    """The number with its noun."""
+    return f"{count:,} picture{'s' * (count != 1)}"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more."""
+    more = len(names) - most
+    return ", ".join(re.sub(r"\s+", " ", name) for name in names[:most]) + (f" and {more:,} more" if more > 0 else "")

@@ -120,6 +120,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".jsonl", ".mat"})
 _JUNK = frozenset({"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "__pycache__"})
+MOST_TEXT_BYTES = 64 << 20
+"""A larger text is not looked at for classes."""
 PART_IMAGES = 1024
 """Pictures of a part, where they can be divided at will."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 Kind = Literal["train", "val", "test", "pred", "other"]
@@ -21,59 +22,83 @@ _BESIDE = frozenset(
     (
         *("seg", "img", "imgs", "image", "images", "jpeg", "jpegimages", "jpegs", "jpg", "png", "photo", "photos", "picture", "pictures"),
         *("data", "dataset", "set", "split", "cls", "loc", "raw", "standard", "large", "small", "full", "crop", "cropped", "resized"),
-        *("imagenet", "ilsvrc", "tiny", "coco", "cifar", "stl", "px", "x", "k", "list", "lists", "file", "files", "names", "ids"),
+        *("imagenet", "ilsvrc", "tiny", "coco", "cifar", "stl", "px", "list", "lists", "file", "files", "names", "ids", "of"),
     )
 )
+_UNSURE = ("dev", "eval", "evaluation")  # beside other folders these may be classes
+_SWAPS = (("training", ("testing", "validation")), ("train", ("test", "val", "valid", "validation", "dev", "eval")))
+_MOST = 0.5
 Folders = tuple[str, ...]
 
 
 def split_of(folder: str) -> tuple[Kind | None, bool]:
     """(the split that a folder's name states, whether the name says nothing else). `test_tube` may be a split's, but says more."""
-    words = re.findall(r"[a-z]+", folder.lower())
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", folder)]
     kinds = {_WORDS[word] for word in words if word in _WORDS}
     if len(kinds) != 1:
         return None, False
-    return kinds.pop(), all(word in _WORDS or word in _BESIDE for word in words)
+    return kinds.pop(), all(word in _WORDS or word in _BESIDE or len(word) == 1 for word in words)
 
 
-def split_depth(folders: Mapping[Folders, int]) -> tuple[int | None, str]:
-    """(depth of the splits' folders among those above the pictures, a sentence about folders that look like a split and are none).
+def splits_among(names: Iterable[str]) -> dict[str, Kind]:
+    """Those of the `names` of folders beside each other that are splits': by themselves, or because two differ by nothing else
+    (bounding_box_train, bounding_box_test)."""
+    there = set(names)
+    found: dict[str, Kind] = {}
+    for name in there:
+        kind, only = split_of(name)
+        if kind and only and f"in{name.lower()}" not in {other.lower() for other in there}:  # valid beside invalid
+            found[name] = kind
+    lower = {name.lower(): name for name in there}
+    for name in there:
+        for train, others in _SWAPS:
+            for other in others:
+                twin = lower.get(name.lower().replace(train, other)) if train in name.lower() else None
+                if twin is not None:
+                    found[name], found[twin] = "train", _WORDS[other]
+    return found
 
-    `folders`: the folders above a picture → number of pictures. Splits lie where every folder's name is a split's (train/, val/;
-    cat/train, cat/test), or at the first depth that has several names, if a test split stands there beside other folders (train
-    flattened into classes), or a train split with folders of its own beside others. A lone `train` among classes is a class.
+
+def split_depth(folders: Mapping[Folders, int]) -> tuple[int | None, dict[str, Kind], str]:
+    """(depth of the splits' folders among those above the pictures, their names, a sentence about folders that look like a split and are
+    none).
+
+    `folders`: the folders above a picture → number of pictures. Splits lie where a train and a test folder lie beside each other with
+    most pictures below; where every folder's name is a split's; or at the first depth that has several names, if a test split stands
+    there beside classes (train flattened), or a train split with folders of its own. A lone `train` among classes is a class.
     """
+    beside: dict[Folders, set[str]] = defaultdict(set)
+    below: dict[Folders, int] = defaultdict(int)
+    for above, count in folders.items():
+        for depth, name in enumerate(above):
+            beside[above[:depth]].add(name)
+            below[above[:depth]] += count
+    whole = sum(folders.values())
+    both = {parent for parent, names in beside.items() if {"train"} < set(splits_among(names).values()) - {"pred"}}
+    least = min((len(parent) for parent in both), default=0)
+    if both and sum(below[parent] for parent in both if len(parent) == least) > _MOST * whole:
+        return least, {name: kind for parent in both if len(parent) == least for name, kind in splits_among(beside[parent]).items()}, ""
     doubtful = ""
     branched = False
     for depth in range(max((len(above) for above in folders), default=0)):
         names = {above[depth] for above in folders if len(above) > depth}
         everywhere = all(len(above) > depth for above in folders)
-        found = {name: split_of(name) for name in names}
-        kinds = {kind for kind, _ in found.values() if kind}
-        plain = {name for name, (kind, only) in found.items() if kind and only}
-        if (
-            kinds
-            and all(kind for kind, _ in found.values())
-            and (everywhere or not branched)
-            and (len(plain) == len(names) or len(kinds) > 1)
-        ):
-            return depth, doubtful
+        found = splits_among(names)
+        if found and len(found) == len(names) and (everywhere or not branched):
+            return depth, found, doubtful
         if not branched:
-            judged = {name for name in plain if found[name][0] != "train" and name.lower() not in ("dev", "eval", "evaluation")}
-            divided = {name for name in plain if found[name][0] == "train" and _inner(folders, depth, name) > 1}
-            others = [name for name in names - plain if _inner(folders, depth, name) > 1]
-            if judged or (divided and not others):
-                return depth, doubtful
-        if plain and not doubtful:
-            some = sorted(plain)[0]
-            beside = sorted(names - plain)[:3]
-            doubtful = (
-                f"the folder {some} looks like a split"
-                + (f" and was taken for none, because {', '.join(beside)} stand beside it" if beside else " and was taken for none")
-                + "; --split-from FILE or a fraction says otherwise"
-            )
+            others = names - found.keys()
+            classes = len(others) > 1 or any(_inner(folders, depth, name) > 1 for name in others)
+            judged = any(kind != "train" and name.lower() not in _UNSURE for name, kind in found.items())
+            divided = any(kind == "train" and _inner(folders, depth, name) > 1 for name, kind in found.items())
+            if (judged and classes) or (divided and not any(_inner(folders, depth, name) > 1 for name in others)):
+                return depth, found, doubtful
+        if not doubtful and (like := sorted(name for name in names if split_of(name)[0])):
+            some, around = like[0], sorted(names - {like[0]})[:3]
+            why = f", because {', '.join(around)} {'stand' if len(around) > 1 else 'stands'} beside it" if around else ""
+            doubtful = f"the folder {some} looks like a split and was taken for none{why}; --split-from FILE or a fraction says otherwise"
         branched = branched or len(names) > 1 or not everywhere
-    return None, doubtful
+    return None, {}, doubtful
 
 
 def _inner(folders: Mapping[Folders, int], depth: int, name: str) -> int:

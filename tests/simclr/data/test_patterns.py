@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from simclr.data.sources.patterns import CLASSES, render
+from simclr.data.sources.patterns import CLASSES, patterns_source, render
 from simclr.errors import UserError
 from simclr.evaluation.knn import knn
 
@@ -67,6 +70,17 @@ def saturation(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     top, bottom = images.max(axis=3).astype(float), images.min(axis=3).astype(float)
     result: NDArray[np.float64] = ((top - bottom) / np.maximum(top, 1)).mean(axis=(1, 2))
     return result
+
+
+@pytest.mark.parametrize(("train", "test"), [(2, 0), (9, 10), (237, 113), (600, 3)])
+def test_classes_are_counted_without_rendering(train: int, test: int) -> None:
+    source = patterns_source("patterns", f"train={train},test={test},size=8")
+    found: dict[str, Counter[str | None]] = {}
+    for item in source.items():
+        found.setdefault(item.split, Counter())[item.label] += 1
+    splits: Any = source.understood["splits"]
+    assert {name: split["classes"] for name, split in splits.items()} == found
+    assert {name: split["images"] for name, split in splits.items()} == ({"train": train, "test": test} if test else {"train": train})
 
 
 def test_near_grey_by_default_and_saturated_when_coloured() -> None:

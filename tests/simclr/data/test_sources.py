@@ -147,6 +147,15 @@ def test_folders_and_files_without_images_are_a_user_error(tmp_path: Path) -> No
         open_source(str(tmp_path / "notes.txt"))
 
 
+def test_what_lies_beside_loose_pictures_and_is_not_opened_is_said(tmp_path: Path) -> None:
+    archive(folder(tmp_path, ("assets/logo.png", "assets/plot.png")) / "train.tar", NAMES)
+    (tmp_path / "huge.csv").write_bytes(b"")
+    os.truncate(tmp_path / "huge.csv", 65 << 20)
+    notes = open_source(str(tmp_path)).understood["notes"]
+    assert "train.tar beside loose pictures: not opened; to read that instead, give it, or its folder, as the source" in notes
+    assert "huge.csv has 65 MiB and was not looked at for classes; --labels huge.csv does it" in notes
+
+
 def test_a_folder_that_is_called_like_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "imagenet", NAMES)

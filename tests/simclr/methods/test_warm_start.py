@@ -50,6 +50,35 @@ def test_the_first_state_has_the_encoder_bit_for_bit(patterns: Path, tmp_path: P
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in began.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_type_become_float32_and_it_is_said(kind: torch.dtype) -> None:
+    _, weights = given()
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, precision="float32"))
+    encoder = {name: t.to(kind) for name, t in weights.encoder.items()}
+    state, said = warm_start(config, dataclasses.replace(weights, encoder=encoder), CLASSES, "w")
+    assert said.endswith(f"classifier: taken; {str(kind).removeprefix('torch.')} became float32")
+    assert {t.dtype for t in state.tensors.values()} == {torch.float32}
+    assert all(torch.equal(state.tensors[f"model.encoder.{name}"], t.float()) for name, t in encoder.items())
+    assert "float32" not in warm_start(config, weights, CLASSES, "w")[1]
+
+
+def test_a_run_in_float64_takes_float64_bit_for_bit() -> None:
+    _, weights = given()
+    encoder = {name: t.double() + 1e-12 for name, t in weights.encoder.items()}
+    state, said = warm_start(TINY, dataclasses.replace(weights, encoder=encoder), CLASSES, "w")
+    assert TINY.train.precision == "float64" and "float32" not in said
+    assert all(torch.equal(state.tensors[f"model.encoder.{name}"], t) for name, t in encoder.items())
+
+
+def test_whole_numbers_are_no_weights() -> None:
+    _, weights = given()
+    name = "stem.0.weight"
+    with pytest.raises(UserError, match=f"the weights in w do not fit the encoder: {name} is of torch.int64"):
+        warm_start(TINY, dataclasses.replace(weights, encoder=weights.encoder | {name: weights.encoder[name].long()}), CLASSES, "w")
+    head = {name: t.int() for name, t in weights.head.items()}
+    assert "head: new, the given one differs" in warm_start(TINY, dataclasses.replace(weights, head=head), CLASSES, "w")[1]
+
+
 def test_the_run_goes_on_bitwise_as_uninterrupted(patterns: Path, tmp_path: Path) -> None:
     """The worker's way: the first state is the checkpoint of step 0, and a later one is taken in its place."""
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, precision="float32", steps=4, checkpoint_every_steps=1))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipelines.commands.prepare import Args, dry_run, main, told
 from simclr.data.manifest import read_manifest
-from simclr.data.sources import source
+from simclr.data.sources import source, tar
 from simclr.data.sources.reading import Reading
 from simclr.errors import UserError
 from tests.simclr.data.test_archives import packed
@@ -101,8 +101,11 @@ def imagenet(root: Path) -> Path:
     return root
 
 
-def test_imagenet_as_downloaded_becomes_shards_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What inner tars hold is known when they were read: the manifest then has numbers, of which the dry run has none."""
+def test_imagenet_as_downloaded_becomes_shards_by_one_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What many inner tars hold is known when they were read: the manifest then has numbers, of which the dry run has none."""
+    monkeypatch.setattr(tar, "_FEW_INNER", 2)
     args = Args(str(imagenet(tmp_path / "downloads")), tmp_path / "shards", threads=2)
     table = [line.split("  ") for line in dry_run(args).splitlines() if line.startswith(("  train ", "  test "))]
     assert [[cell.strip() for cell in row if cell] for row in table] == [

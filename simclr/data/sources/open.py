@@ -20,6 +20,8 @@ from simclr.data.sources.tar import ARCHIVES, stems
 from simclr.data.sources.torchvision import DATASETS, torchvision_source
 from simclr.errors import UserError
 
+_FFCV = (".beton", ".ffcv")
+
 
 def open_source(spec: str, reading: Reading | None = None) -> Source:
     """The source that `spec` names, with splits and classes as `reading` says.
@@ -100,19 +102,18 @@ def _folder(root: Path) -> Tree:
 
 
 def betons_at(spec: str) -> dict[str, Path]:
-    """Split → FFCV file, where `spec` is such a file or a folder of such, called like their splits; {} for any other source."""
+    """Split → FFCV file (.beton or .ffcv), where `spec` is such a file or a folder of such, called like their splits; {} for any other
+    source. Beside a training file that is given alone, the one of a test split is found."""
     path = Path(spec).expanduser()
-    if path.suffix.lower() == ".beton" and path.is_file():
-        return {"train": path}
-    found = sorted(path.glob("*.beton")) if path.is_dir() else []
-    if not found:
-        return {}
-    if (path / "manifest.json").is_file():
+    if path.is_file() and path.suffix.lower() in _FFCV:
+        beside = [file for file in _ffcv_files(path.parent) if split_of(file.stem)[0] in ("val", "test")]
+        return {"train": path} | ({"test": beside[0]} if split_of(path.stem)[0] == "train" and len(beside) == 1 else {})
+    found = _ffcv_files(path) if path.is_dir() else []
+    if found and (path / "manifest.json").is_file():
         raise UserError(f"{path} holds prepared shards already; give it as --data")
     named: dict[str, Path] = {}
     for file in found:
-        kind = split_of(file.stem)[0] or ("train" if len(found) == 1 else None)
-        split = {"train": "train", "val": "test", "test": "test"}.get(kind or "")
+        split = {"train": "train", "val": "test", "test": "test"}.get(split_of(file.stem)[0] or ("train" if len(found) == 1 else ""))
         if split is None or split in named:
             raise UserError(
                 f"{path} has {', '.join(p.name for p in found[:5])}, of which {file.name} is "
@@ -121,3 +122,7 @@ def betons_at(spec: str) -> dict[str, Path]:
             )
         named[split] = file
     return named
+
+
+def _ffcv_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _FFCV)

@@ -15,7 +15,7 @@ from PIL import Image
 from simclr.data.encode import encode
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address
-from simclr.data.sources.open import open_source
+from simclr.data.sources.open import betons_at, open_source
 from simclr.data.sources.patterns import CLASSES, render
 from simclr.data.sources.source import Source
 from simclr.data.sources.torchvision import DATASETS
@@ -154,6 +154,19 @@ def test_what_lies_beside_loose_pictures_and_is_not_opened_is_said(tmp_path: Pat
     notes = open_source(str(tmp_path)).understood["notes"]
     assert "train.tar beside loose pictures: not opened; to read that instead, give it, or its folder, as the source" in notes
     assert "huge.csv has 65 MiB and was not looked at for classes; --labels huge.csv does it" in notes
+
+
+def test_ffcv_files_are_found_by_their_splits(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    train, val = tmp_path / "one/train_500_0.50_90.ffcv", tmp_path / "one/val_500_0.50_90.ffcv"
+    train.touch()
+    assert betons_at(str(train)) == betons_at(str(train.parent)) == {"train": train}
+    val.touch()
+    assert betons_at(str(train)) == betons_at(str(train.parent)) == {"train": train, "test": val}
+    assert betons_at(str(val)) == {"train": val} and betons_at(str(tmp_path)) == betons_at("patterns") == {}
+    (tmp_path / "one/other.beton").touch()
+    with pytest.raises(UserError, match=r"of which other\.beton is of no split by its name"):
+        betons_at(str(train.parent))
 
 
 def test_a_folder_that_is_called_like_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,19 @@ def trouble(error: BaseException) -> str:
     return _REASONS[error.errno].format(name=error.filename2 or error.filename or "the output") if known else ""  # type: ignore[attr-defined]
 
 
+def user_path(text: str) -> Path:
+    """The path that a user wrote, with ~ as a home folder. Raises UserError where there can be none of that name."""
+    path = Path(text)
+    try:
+        path = path.expanduser()
+        path.exists()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such user here; write the path in full") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{text[:60]}{'…' * (len(text) > 60)} is no path ({getattr(error, 'strerror', None) or error})") from None
+    return path
+
+
 def require_writable(path: Path) -> None:
     """Raise UserError if `path` cannot be created. Call it before hours of work, not after; it writes nothing."""
     if path.parts[:1] == ("s3:",):

@@ -13,7 +13,7 @@ from simclr import files
 from simclr.data.encode import digest_of
 from simclr.data.manifest import LISTS, Manifest, read_manifest
 from simclr.data.options import Options, stated
-from simclr.data.sources.reading import essence
+from simclr.data.sources.reading import essence, rows_of
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
 
@@ -93,15 +93,21 @@ def _require_understood_alike(manifest: Manifest, source: Source, out: object) -
     if not now or now == before:
         return
     ours, theirs = now["splits"], before.get("splits", {})
-    names = [{split: [*classes] for split, classes in of.items()} for of in (ours, theirs)]
-    if not source.understood["counted"] and now["values"] == before.get("values") and names[0] == names[1]:
-        return  # numbers are known only when it is read
+    if not source.understood.get("counted", True) and manifest.understood:  # what there is of each class is known only when it is read
+        there_now = [{label for classes in of.values() for label in classes} for of in (theirs, ours)]
+        if source.understood.get("asked") == manifest.understood.get("asked") and there_now[0] <= there_now[1]:
+            return
     if not manifest.understood:  # of a manifest from before they were noted the classes alone are known; one class counts as none
         classes = sorted({label for of in ours.values() for label in of})
         classes = classes if len(classes) > 1 else []
-        if classes == list(manifest.classes):
+        held = {split: manifest.examples(split) for split in manifest.splits}
+        listed = {row.split: row.images for row in rows_of(source.understood)}
+        as_many = all(0 <= listed.get(split, 0) - held.get(split, 0) <= manifest.skipped for split in {**held, **listed})
+        if classes == list(manifest.classes) and (as_many or not source.understood.get("counted", True)):
             return
-        there, here = _shown(list(manifest.classes)), _shown(classes)
+        there, here = (", ".join(f"{split} {count:,}" for split, count in of.items()) for of in (held, listed))
+        if classes != list(manifest.classes):
+            there, here = _shown(list(manifest.classes)), _shown(classes)
     elif ours == theirs:
         there, here = "other classes of single images", "with the same numbers of each class"
     else:

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from simclr import files
 from simclr.data.sources import label_files
 from simclr.data.sources.label_files import few_texts
 from simclr.data.sources.name_tables import Pictures
@@ -37,7 +37,7 @@ def decide_classes(tree: Tree, reading: Reading, plan: Plan, names: Sequence[str
     words = _folder_levels(plan, folders, reading.labels == "auto", notes)
     if reading.labels == "auto":
         words = _instead_of_drawers(tree, plan, names, words, notes)
-        words = _from_files(tree, plan, names, words, notes)
+        words = _from_files(tree, plan, names, folders, words, notes)
     return words
 
 
@@ -46,7 +46,7 @@ def _from_the_users_file(
 ) -> str:
     """Classes from --labels FILE. Splits of which it names no picture have those of their folders."""
     require_names(tree, "--labels FILE")
-    path = Path(reading.labels).expanduser()
+    path = files.user_path(reading.labels)
     which = label_files.of_which(path.name, {plan.kind(name) for name in names})
     taken = label_files.given(str(path), path.read_bytes(), Pictures(n for n in names if plan.kind(n) in which), reading.label_columns)
     _say_several(taken, notes)
@@ -63,6 +63,8 @@ def _from_the_users_file(
         if numbered is None:
             raise UserError(f"{path} has numbers, and nobody says which class of train each is; write the classes' names into it")
         taken = numbered
+    else:
+        _levels_by_classes(plan, _by_kind(plan, folders), set(taken.values.values()), None)
     notes.extend(taken.notes)
     plan.values, plan.only_values = taken.values, spoken
     return words
@@ -78,10 +80,7 @@ def require_names(tree: Tree, flag: str) -> None:
 
 def _folder_levels(plan: Plan, folders: Mapping[str, int], guess: bool, notes: list[str]) -> str:
     """Decide at which depth the class's folder lies, in each split."""
-    found: dict[Kind, Counter[Folders]] = {}
-    for folder, count in folders.items():
-        kind, above = plan.divided(folder)
-        found.setdefault(kind, Counter())[above] += count
+    found = _by_kind(plan, folders)
     level = _telling(found.get("train", Counter()))
     if level is None and plan.how == "parent" and found.get("train"):
         level = 0
@@ -90,19 +89,11 @@ def _folder_levels(plan: Plan, folders: Mapping[str, int], guess: bool, notes: l
         return "none: no folder tells training pictures apart"
     classes = {above[level] for above in found["train"] if len(above) > level}
     deeper = {above for above in found["train"] if len(above) > level + 1}
-    if guess and len(classes) > 1 and deeper and all(len(name) == 1 for name in classes):
+    drawers = len(classes) > 1 and all(len(name) == 1 for name in classes) and all(len(above) != level + 1 for above in found["train"])
+    if guess and drawers:
         plan.how = "path"  # a/abbey, b/bakery: the letter is a drawer, no class
         classes = {"/".join(above[level:]) for above in found["train"] if len(above) > level}
-    for kind in found.keys() - {"train"}:
-        depths = range(max(len(above) for above in found[kind]) or 1)
-        within = {
-            depth: sum(count for above, count in found[kind].items() if labelled(above, plan.how, depth) in classes) for depth in depths
-        }
-        best = max(within, key=lambda depth: (within[depth], depth == level))
-        plan.level[kind] = best if within[best] else level
-        others = {labelled(above, plan.how, level) for above in found[kind]}
-        if not within[best] and len(others) == 1:
-            plan.level[kind] = None  # val/images: one folder around all pictures is no class
+    _levels_by_classes(plan, found, classes, level)
     if plan.how == "folder" and len({above[level:] for above in deeper}) > len({above[level] for above in deeper}):
         notes.append(
             f"the folders below the classes' count for nothing, as {'/'.join(sorted(deeper)[0][level:])}; --labels path makes each a class"
@@ -122,6 +113,29 @@ def _folder_levels(plan: Plan, folders: Mapping[str, int], guess: bool, notes: l
     return (
         f"{shown.get(plan.how, 'the folder that holds the file')}, as {labelled(tuple(example.split('/')), plan.how, level)} of {example}/"
     )
+
+
+def _levels_by_classes(plan: Plan, found: Mapping[Kind, Counter[Folders]], classes: set[str], level: int | None) -> None:
+    """Decide the depth of the classes' folders in the splits beside train: where most are called like train's `classes`, else as there."""
+    for kind in found.keys() - {"train"}:
+        depths = range(max(len(above) for above in found[kind]) or 1)
+        within = {
+            depth: sum(count for above, count in found[kind].items() if labelled(above, plan.how, depth) in classes) for depth in depths
+        }
+        best = max(within, key=lambda depth: (within[depth], depth == level))
+        plan.level[kind] = best if within[best] else level
+        others = {labelled(above, plan.how, level) for above in found[kind]}
+        if not within[best] and len(others) == 1:
+            plan.level[kind] = None  # val/images: one folder around all pictures is no class
+
+
+def _by_kind(plan: Plan, folders: Mapping[str, int]) -> dict[Kind, Counter[Folders]]:
+    """Kind → folders above its pictures, without the split's → pictures."""
+    found: dict[Kind, Counter[Folders]] = {}
+    for folder, count in folders.items():
+        kind, above = plan.divided(folder)
+        found.setdefault(kind, Counter())[above] += count
+    return found
 
 
 def _telling(folders: Mapping[Folders, int]) -> int | None:
@@ -151,7 +165,7 @@ def _instead_of_drawers(tree: Tree, plan: Plan, names: Sequence[str], words: str
     return f"{taken.path}, by {taken.by}"
 
 
-def _from_files(tree: Tree, plan: Plan, names: Sequence[str], words: str, notes: list[str]) -> str:
+def _from_files(tree: Tree, plan: Plan, names: Sequence[str], folders: Mapping[str, int], words: str, notes: list[str]) -> str:
     """Classes of the kinds that have none by their folders, from files beside them."""
     texts = few_texts(tree)
     if not texts:
@@ -180,6 +194,8 @@ def _from_files(tree: Tree, plan: Plan, names: Sequence[str], words: str, notes:
         notes.extend(taken.notes)
         _say_several(taken, notes)
         labelled_by.setdefault(kind, set()).update(taken.values.values())
+        if kind == "train":
+            _levels_by_classes(plan, _by_kind(plan, folders), labelled_by["train"], None)
         words += f"; of {kind} {taken.path}, by {taken.by}"
     return words
 

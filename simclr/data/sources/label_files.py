@@ -6,7 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from simclr.data.sources.name_tables import Found, Pictures, Table, decoded, plain, read_table
@@ -18,9 +18,9 @@ _LABELS = (
     *("label", "class", "class_name", "classname", "category", "category_name", "category_id", "class_id", "classid", "label_id", "target"),
     *("breed", "species", "diagnosis", "dx", "labels", "y", "wnid", "synset", "predictionstring"),
 )
-_SPLITS = ("split", "set", "subset", "partition", "fold", "is_test", "phase")
-_NO_CLASSES = frozenset({"submission", "partition", "partitions", "split", "splits", "fold", "folds", "bbox", "landmarks"})
-"""Words in the names of files whose values are no classes."""
+_SPLITS = ("split", "set", "subset", "partition", "phase", "is_test", "is_train")
+_NO_CLASSES = re.compile(r"submission|prediction|partition|bbox|landmark|(?<![a-z])(splits?|folds?|kfold)(?![a-z])", re.IGNORECASE)
+"""In the names of files whose values are no classes."""
 _FIT = 0.9  # a file is taken for one of labels if it names this share of the pictures that have none
 _NEAR = 0.05
 _MOST_TEXTS = 50  # in a folder; a folder with more has one for each picture: boxes, or captions
@@ -44,8 +44,12 @@ class Taken:
     """Other files that it took."""
 
 
-def _taken(path: str, found: Found) -> Taken:
-    return Taken(path, found.values, found.several, by=found.by)
+def _taken(path: str, found: Found, table: Table | None = None) -> Taken:
+    column = f", column {table.column}" if table is not None and table.column else ""
+    other = (
+        f"{path} has the columns {', '.join(table.others)} too; --label-columns takes another" if table is not None and table.others else ""
+    )
+    return Taken(path, found.values, found.several, (other,) if other else (), found.by + column)
 
 
 def guessed(texts: Texts, names: Sequence[str], pictures: Callable[[str], Pictures | None], classes: set[str]) -> tuple[Taken | None, str]:
@@ -55,12 +59,11 @@ def guessed(texts: Texts, names: Sequence[str], pictures: Callable[[str], Pictur
     training pictures. A file fits if it names nearly all of `names` and has at least two classes, of which one is among `classes` where
     there are any. Numbers count the classes in the order of a list of them, or sorted, from 0.
     """
-    best: Taken | None = None
+    fitting: list[Taken] = []
     near, among = "", set(names)
     for path in sorted(texts, key=lambda path: (-_shared(path, names[0]), path) if names else (0, path)):
-        words = set(re.findall("[a-z]+", path.rpartition("/")[2].lower()))
         meant = pictures(path)
-        if not names or meant is None or PurePosixPath(path).suffix.lower() == ".mat" or _NO_CLASSES & words:
+        if not names or meant is None or not _may_have_classes(path):
             continue
         data = texts[path]()
         taken = _one_a_line(path, data, texts, names, classes)
@@ -74,15 +77,27 @@ def guessed(texts: Texts, names: Sequence[str], pictures: Callable[[str], Pictur
                     what = "" if table.known else f", but nobody says that its {table.column!r} are classes,"
                     near = f"{path} names {found.named:,} of {len(names):,} pictures{what} and was not taken; --labels FILE takes it"
                 continue
-            taken = as_classes(_taken(path, found), texts, classes)
+            taken = as_classes(_taken(path, found, table), texts, classes)
         different = len(set(taken.values.values())) if taken is not None else 0
         if taken is None or different < min(2, len(names)) or different > max(len(names) / 2, 10):  # a line number is no class
             continue
         if classes and not classes & set(taken.values.values()):
             continue
-        if best is None or len(taken.values) > len(best.values):
-            best = taken
-    return best, "" if best is not None else near
+        fitting.append(taken)
+    if any(_differ(fitting[0], other) for other in fitting[1:]):
+        return (
+            None,
+            f"{fitting[0].path} and {next(t.path for t in fitting if _differ(fitting[0], t))} give other classes; --labels FILE says which",
+        )
+    return (max(fitting, key=lambda taken: len(taken.values)), "") if fitting else (None, near)
+
+
+def _differ(one: Taken, other: Taken) -> bool:
+    return any(other.values.get(name, value) != value for name, value in one.values.items())
+
+
+def _may_have_classes(path: str) -> bool:
+    return PurePosixPath(path).suffix.lower() != ".mat" and not _NO_CLASSES.search(path.rpartition("/")[2])
 
 
 def _shared(path: str, name: str) -> int:
@@ -169,7 +184,7 @@ def devkit_classes(data: bytes, where: str) -> dict[int, str]:
 def disagreeing(texts: Texts, pictures: Pictures, folder_of: Callable[[str], str | None]) -> Taken | None:
     """A file that names nearly all `pictures` with classes that are not those of their folders, and no part of them."""
     for path in sorted(texts):
-        if PurePosixPath(path).suffix.lower() == ".mat" or _NO_CLASSES & set(re.findall("[a-z]+", path.rpartition("/")[2].lower())):
+        if not _may_have_classes(path):
             continue
         table = read_table(path, texts[path](), _LABELS)
         found = pictures.find(table) if table is not None and table.known else None
@@ -178,7 +193,7 @@ def disagreeing(texts: Texts, pictures: Pictures, folder_of: Callable[[str], str
         pairs = {(folder_of(name), value) for name, value in found.values.items()}
         values, folders = {value for _, value in pairs}, {folder for folder, _ in pairs}
         if 2 <= len(values) <= max(len(found.values) / 2, 10) and len(pairs) > max(len(values), len(folders)):
-            return _taken(path, found)
+            return _taken(path, found, table)
     return None
 
 
@@ -196,8 +211,9 @@ def given(path: str, data: bytes, pictures: Pictures, columns: tuple[str, str] |
         key = next(iter(table.values), "")
         raise UserError(f"{path} names none of the pictures: it has {key!r}, the source has {pictures.names[0]!r}")
     lost = len(table.values) + len(table.several) - found.named
-    notes = (f"{lost:,} of the {lost + found.named:,} names in {path} are those of no picture, or of several",) if lost else ()
-    return Taken(path, found.values, found.several, notes, found.by)
+    taken = _taken(path, found, table)
+    unknown = (f"{lost:,} of the {lost + found.named:,} names in {path} are those of no picture, or of several",) if lost else ()
+    return replace(taken, notes=(*taken.notes, *unknown))
 
 
 def _listed(path: str, data: bytes, pictures: Pictures, value: str) -> Taken | None:
@@ -230,6 +246,10 @@ def splits_of(path: str, data: bytes, pictures: Pictures, columns: tuple[str, st
     table = read_table(path, data, _SPLITS, columns)
     found = pictures.find(table) if table is not None else None
     if table is not None and found is not None and found.named:
+        if (flag := table.column.lower()) in ("is_test", "is_train"):
+            names = {"1": flag[3:], "0": "train" if flag == "is_test" else "test"}
+            values = {name: names.get({"true": "1", "false": "0"}.get(value.lower(), value), value) for name, value in found.values.items()}
+            return Taken(path, values, found.several, by=found.by)
         stated = (table.column and table.known) or all(split_of(value)[0] for value in found.values.values())
         if stated:
             return _taken(path, found)
@@ -239,8 +259,12 @@ def splits_of(path: str, data: bytes, pictures: Pictures, columns: tuple[str, st
 
 def few_texts(tree: Tree) -> dict[str, Callable[[], bytes]]:
     """Files that may hold labels, without those of folders that have one for each picture: boxes, or captions."""
-    crowded = Counter(path.rpartition("/")[0] for path in tree.texts)
-    return {path: text for path, text in tree.texts.items() if crowded[path.rpartition("/")[0]] <= _MOST_TEXTS}
+    crowded = Counter(path.rpartition("/")[0] for path in tree.texts if path.lower().endswith(".txt"))
+    return {
+        path: text
+        for path, text in tree.texts.items()
+        if not path.lower().endswith(".txt") or crowded[path.rpartition("/")[0]] <= _MOST_TEXTS
+    }
 
 
 def of_which(path: str, kinds: Collection[Kind]) -> set[Kind]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
+from simclr import files
 from simclr.data.sources import label_files
 from simclr.data.sources.classes import decide_classes, require_names
 from simclr.data.sources.label_files import few_texts
@@ -23,7 +23,7 @@ _EXAMPLES = 5
 
 def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
     """The source of a tree's pictures, each with its split and class, and what was understood. Raises UserError if there is no picture."""
-    tree = without_masks(tree)
+    tree = tree if reading.keep_masks else without_masks(tree)
     names = [name for part in tree.parts for name in part.names or (f"{part.name}/",)]
     if not names:
         left = tree.ignored + tree.junk
@@ -93,7 +93,7 @@ def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping
             notes.append(f"beside the splits' folders, and left out: {pictures(lost)} in {where}")
         kinds = [(kind, [name for name in sorted(named) if words.get(name) == kind]) for kind in KINDS]
         return Plan(depth, words), "folder: " + ", ".join(f"{some(names_of)} = {kind}" for kind, names_of in kinds if names_of)
-    path = Path(reading.split_from).expanduser()
+    path = files.user_path(reading.split_from)
     plan = Plan(depth, words)
     if path.is_file():
         require_names(tree, "--split-from FILE")

@@ -10,33 +10,41 @@ from simclr.data.sources.source import Tree
 
 _FOLDERS = frozenset(
     (
-        *("mask", "masks", "annotation", "annotations", "trimap", "trimaps", "segmentation", "segmentations", "segmentationclass", "seg"),
-        *("segmentationobject", "groundtruth", "ground", "truth", "gt", "label", "labels", "labelled", "labeled"),
+        *("mask", "masks", "annotation", "annotations", "trimap", "trimaps", "segmentation", "segmentations", "segmentationclass"),
+        *("segmentationobject", "groundtruth", "ground_truth", "gt", "gts", "gtfine", "gtcoarse", "labels"),
     )
 )
-_SUFFIX = re.compile(r"[-_. ]?(mask|masks|gt|seg|segmentation|label|labels|labelids|color|trimap|groundtruth)s?$", re.IGNORECASE)
+_PICTURES = frozenset(
+    ("img", "imgs", "image", "images", "jpegimages", "photo", "photos", "picture", "pictures", "input", "inputs", "rgb", "original")
+)
+_SUFFIX = re.compile(
+    r"([-_. ]?(gtfine|gtcoarse))?"
+    r"[-_. ]?(mask|gt|seg|segmentation|label|labelid|labeltrainid|instanceid|color|trimap|groundtruth|leftimg8bit)s?$",
+    re.IGNORECASE,
+)
 _ALIKE = 0.9  # of the pictures in a folder that are called like others
 
 
 def without_masks(tree: Tree) -> Tree:
-    """`tree` without the folders that are called like masks (masks/, SegmentationClass/, annotations/) and whose pictures are called like
-    pictures elsewhere. They are counted as left out, and a note says so."""
-    found: dict[str, set[str]] = defaultdict(set)
+    """`tree` without the folders that are called like masks (masks/, SegmentationClass/, annotations/) beside the one folder of pictures
+    that they belong to: their files are called like its, with another ending or `_mask` behind, or it is called like one of pictures
+    (images/, JPEGImages/). Beside several folders such a name is that of a class. A note says what was left out."""
     folders = {name.rpartition("/")[0] for part in tree.parts for name in part.names}
-    masks = {folder for folder in folders if any(_is_mask(name) for name in folder.split("/"))}
+    masks = {folder: at for folder in folders if (at := _mask_at(folder)) is not None}
     if not masks:
         return tree
-    others: set[str] = set()
+    kept = {folder for folder in folders if folder not in masks}
+    found: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    others: dict[str, set[str]] = defaultdict(set)  # stem → endings
     for part in tree.parts:
         for name in part.names:
             folder, _, file = name.rpartition("/")
-            stem = file.rpartition(".")[0]
+            stem, _, ending = file.rpartition(".")
             if folder in masks:
-                found[folder].add(_SUFFIX.sub("", stem))
+                found[folder].add((stem, ending.lower()))
             else:
-                others.add(stem)
-                others.add(_SUFFIX.sub("", stem))
-    drop = {folder for folder, stems in found.items() if len(stems & others) >= _ALIKE * len(stems)}
+                others[_SUFFIX.sub("", stem)].add(ending.lower())
+    drop = {folder for folder in masks if _belongs(folder, masks[folder], kept, found[folder], others)}
     if not drop:
         return tree
     left = Counter(name.rpartition("/")[0] for part in tree.parts for name in part.names if name.rpartition("/")[0] in drop)
@@ -46,11 +54,27 @@ def without_masks(tree: Tree) -> Tree:
         if (names := tuple(name for name in part.names if name.rpartition("/")[0] not in drop)) or not part.names
     ]
     some, more = min(drop), f" and {len(drop) - 1:,} folders more" if len(drop) > 1 else ""
-    note = f"{left.total():,} pictures in {some}{more} are called like others and are left out as their masks"
-    return dataclasses.replace(
-        tree, parts=parts, junk=tree.junk + Counter({folder.rpartition("/")[2]: left[folder] for folder in drop}), notes=(*tree.notes, note)
-    )
+    note = f"{left.total():,} pictures in {some}{more} are called like others and are left out as their masks; --keep-masks reads them"
+    junk = Counter[str]()
+    for folder in drop:
+        junk[folder.split("/")[masks[folder]]] += left[folder]
+    return dataclasses.replace(tree, parts=parts, junk=tree.junk + junk, notes=(*tree.notes, note))
 
 
-def _is_mask(folder: str) -> bool:
-    return any(word.lower() in _FOLDERS for word in (folder, *re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", folder)))
+def _mask_at(folder: str) -> int | None:
+    """Which of the folders in a path is called like masks."""
+    return next((at for at, name in enumerate(folder.split("/")) if name.lower() in _FOLDERS), None)
+
+
+def _belongs(folder: str, at: int, kept: set[str], files: set[tuple[str, str]], others: dict[str, set[str]]) -> bool:
+    above = folder.split("/")[:at]
+    beside = {parts[at] for other in kept if len(parts := other.split("/")) > at and parts[:at] == above}
+    if len(beside) != 1:
+        return False
+    pictures = any(word.lower() in _PICTURES for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", beside.pop()))
+    alike = [
+        (stem, ending)
+        for stem, ending in files
+        if (short := _SUFFIX.sub("", stem)) in others and (pictures or short != stem or ending not in others[short])
+    ]
+    return len(alike) >= _ALIKE * len(files)

@@ -31,6 +31,8 @@ class Table:
     known: bool = True
     """Whether the head calls the column of values as was wanted, or there is no head."""
     column: str = ""
+    others: tuple[str, ...] = ()
+    """Other columns that are called as was wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,8 @@ def read_table(path: str, data: bytes, want: Sequence[str], columns: tuple[str, 
     for key in several:
         del values[key]
     column = rows[0][value] if headed else ""
-    return Table(path, values, tuple(several), not headed or columns is not None or column.lower() in want, column)
+    others = tuple(cell for cell in rows[0] if cell.lower() in want and cell != column) if headed and columns is None else ()
+    return Table(path, values, tuple(several), not headed or columns is not None or column.lower() in want, column, others)
 
 
 def _json_rows(text: str) -> list[list[str]]:

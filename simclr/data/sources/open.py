@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from pathlib import Path, PurePosixPath
 
+from simclr import files
 from simclr.data.s3.uri import address
 from simclr.data.sources.archives import archive_tree, archives_tree, braces_tree, is_archive, is_archive_file
 from simclr.data.sources.folder import folder_tree, walk
@@ -53,7 +54,7 @@ def _tree(spec: str) -> Tree:
         if is_archive(remote.name):
             return s3_archive(remote, lambda path, called: archive_tree(path, spec=called))
         return s3_prefix(remote)
-    path = Path(spec).expanduser()
+    path = files.user_path(spec)
     if path.is_dir():
         return _folder(path)
     if path.is_file():
@@ -75,24 +76,24 @@ def _tree(spec: str) -> Tree:
 
 def _folder(root: Path) -> Tree:
     """The tree of a folder: of its tables, else of its loose pictures, else of its archives."""
-    files = walk(root)
-    loose = folder_tree(root, files)
+    listed = walk(root)
+    loose = folder_tree(root, listed)
     if loose.parts:
         # Beside loose pictures no archive is opened but ImageNet's devkit, which says what their classes are.
-        named = stems((name for name in files.sizes if is_archive(name) and "devkit" in PurePosixPath(name).name), str(root))
+        named = stems((name for name in listed.sizes if is_archive(name) and "devkit" in PurePosixPath(name).name), str(root))
         devkits = {prefix: root / name for prefix, name in named.items()}
-        closed = [name for name in sorted(files.sizes) if name not in named.values() and (is_archive(name) or name.endswith(".parquet"))]
+        closed = [name for name in sorted(listed.sizes) if name not in named.values() and (is_archive(name) or name.endswith(".parquet"))]
         if closed:
             many = f"{closed[0]} and {len(closed) - 1:,} more archives or tables" if len(closed) > 1 else closed[0]
             note = f"{many} beside loose pictures: not opened; to read that instead, give it, or its folder, as the source"
             loose = dataclasses.replace(loose, notes=(*loose.notes, note))
         return joined(str(root), [loose, archives_tree(str(root), devkits)]) if devkits else loose
-    if any(name.lower().endswith((".parquet", ".arrow")) for name in files.sizes):
+    if any(name.lower().endswith((".parquet", ".arrow")) for name in listed.sizes):
         from simclr.data.sources.parquet import is_parquet_folder, parquet_tree
 
-        if is_parquet_folder(files.sizes):
+        if is_parquet_folder(listed.sizes):
             return parquet_tree(root)
-    archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(files.sizes)), str(root)).items()}
+    archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(listed.sizes)), str(root)).items()}
     if not archives:
         return loose
     opened = archives_tree(str(root), archives)
@@ -104,7 +105,7 @@ def _folder(root: Path) -> Tree:
 def betons_at(spec: str) -> dict[str, Path]:
     """Split → FFCV file (.beton or .ffcv), where `spec` is such a file or a folder of such, called like their splits; {} for any other
     source. Beside a training file that is given alone, the one of a test split is found."""
-    path = Path(spec).expanduser()
+    path = files.user_path(spec)
     if path.is_file() and path.suffix.lower() in _FFCV:
         beside = [file for file in _ffcv_files(path.parent) if split_of(file.stem)[0] in ("val", "test")]
         return {"train": path} | ({"test": beside[0]} if split_of(path.stem)[0] == "train" and len(beside) == 1 else {})

@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from simclr import files
 from simclr.data.sources.source import digest
 from simclr.errors import UserError
 
@@ -27,15 +27,20 @@ class Reading:
     split_from: str = "auto"
     """Where splits come from. folder: folders called like splits (train, val2017, seg_test, Testing …); none: all trains; a file of names
     and splits, or of the test split's names; or a fraction of the training pictures to hold out, as 0.1. auto: folder, where there are."""
+    keep_masks: bool = False
+    """Read folders that are called like masks of others as well."""
     label_columns: tuple[str, str] | None = None
     """Columns of names and of values in those files, where they are not called as usual (file_name, label)."""
 
     def __post_init__(self) -> None:
-        if self.labels not in HOW and not Path(self.labels).expanduser().is_file():
+        given = [value for value in (self.labels, self.split_from) if value not in (*HOW, *SPLIT_HOW) and files.user_path(value).is_file()]
+        if self.label_columns and not given:
+            raise UserError("--label-columns names columns of a file, and neither --labels nor --split-from is one; leave it out")
+        if self.labels not in HOW and not files.user_path(self.labels).is_file():
             raise UserError(
                 f"--labels is {self.labels!r}, and there is no such file; expected {', '.join(HOW)} or a file of names and classes"
             )
-        if self.split_from in SPLIT_HOW or Path(self.split_from).expanduser().is_file():
+        if self.split_from in SPLIT_HOW or files.user_path(self.split_from).is_file():
             return
         try:
             share = float(self.split_from)
@@ -52,7 +57,7 @@ class Reading:
         stated = {}
         for name in ("labels", "split_from"):
             value = getattr(self, name)
-            path = Path(value).expanduser()
+            path = files.user_path(value)
             known = value in (*HOW, *SPLIT_HOW) or not path.is_file()
             stated[name] = value if known else f"{path.name} {digest(path.read_bytes())}"
         return stated
@@ -118,13 +123,14 @@ def counted(understood: dict[str, Any], found: dict[str, Counter[str | None]]) -
     if understood.get("counted", True):
         return understood
     splits = {
-        name: split
-        | {
-            "images": found[name].total(),
-            "labelled": found[name].total() - found[name][None],
-            "classes": {label: count for label, count in sorted(found[name].items(), key=str) if label is not None},
+        name: {
+            "images": of.total(),
+            "labelled": of.total() - of[None],
+            "classes": {label: of[label] for label in sorted(label for label in of if label is not None)},
+            "examples": understood["splits"].get(name, {}).get("examples", []),
         }
-        for name, split in understood["splits"].items()
+        for name, of in found.items()
+        if of
     }
     return understood | {"splits": splits}
 

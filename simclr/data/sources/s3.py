@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from simclr.data.s3.uri import Address, copy_of, locked
 from simclr.data.sources.folder import Files, tree_of
-from simclr.data.sources.source import Data, Part, Tree, is_junk
+from simclr.data.sources.source import MOST_TEXT_BYTES, Data, Part, Tree, is_junk, is_text
 
 if TYPE_CHECKING:
     from simclr.data.s3.store import Store
@@ -51,7 +51,11 @@ def s3_prefix(at: Address) -> Tree:
     found = Files()
     for listed in store.listing(at):
         junk = next((folder for folder in listed.name.split("/")[:-1] if is_junk(folder)), None)
-        if junk is None:
+        if junk is None and is_text(listed.name) and listed.bytes > MOST_TEXT_BYTES:
+            found.notes.append(
+                f"{at / listed.name} has {listed.bytes >> 20:,} MiB and was not looked at for classes; fetch it for --labels FILE"
+            )
+        elif junk is None:
             found.sizes[listed.name] = listed.etag
         else:
             found.junk[junk] += 1

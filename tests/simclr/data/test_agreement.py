@@ -88,6 +88,31 @@ def test_classes_that_were_read_otherwise_are_refused(tmp_path: Path) -> None:
         prepare(source_of(items, understood=read_as(["images"])), out)
 
 
+def test_shards_of_before_whose_splits_were_read_otherwise_are_refused(tmp_path: Path) -> None:
+    """The old code took the pictures of dev/ and Testing/ for training ones."""
+    items = [Item("train", "ab"[i % 2], f"{i}.png", encoded(photo(i), "PNG")) for i in range(6)]
+    write_manifest(tmp_path, replace(prepare(source_of(items), tmp_path), understood={}))
+    half = {name: {"images": 3, "labelled": 3, "classes": {"a": 2, "b": 1}, "examples": []} for name in ("train", "test")}
+    now = source_of(items, understood={"splits": half, "counted": True})
+    with pytest.raises(UserError, match="classes were read otherwise: train 6 there, train 3, test 3 now; use another --out"):
+        prepare(now, tmp_path)
+
+
+def test_a_source_that_is_counted_when_it_is_read_finds_its_shards(tmp_path: Path) -> None:
+    """Also where a class had no picture that can be read, and where pictures of the test split are chosen one by one."""
+    items = [Item("test" if i > 3 else "train", "ab"[i % 2], f"{i}.png", encoded(photo(i), "PNG")) for i in range(6)]
+    listed = {"train": {"images": 0, "labelled": 0, "classes": {"a": 0, "a (2)": 0, "b": 0}, "examples": []}}
+    source = source_of(items, understood={"splits": listed, "counted": False, "asked": {"labels": "auto"}})
+    manifest = prepare(source, tmp_path)
+    assert {name: split["classes"] for name, split in manifest.understood["splits"].items()} == {
+        "train": {"a": 2, "b": 2},
+        "test": {"a": 1, "b": 1},
+    }
+    assert prepare(source, tmp_path) == manifest
+    with pytest.raises(UserError, match="classes were read otherwise"):
+        prepare(replace(source, understood=source.understood | {"asked": {"labels": "parent"}}), tmp_path)
+
+
 def test_an_interrupted_prepare_of_other_classes_or_times_is_not_resumed(tmp_path: Path) -> None:
     items = [Item("train", "ab"[i % 2], f"{i}.png", encoded(noise(200, 200, i), quality=95)) for i in range(60)]
 

@@ -140,6 +140,46 @@ def test_a_file_for_the_test_split_leaves_train_its_folders(tmp_path: Path) -> N
     assert found == {"train": {"a": 3, "b": 3}, "test": {"a": 2, "b": 2}} and "0 is a" in said
 
 
+def test_files_that_differ_are_not_taken_and_said(tmp_path: Path) -> None:
+    flat = [f"{i}.jpg" for i in range(12)]
+    fine, coarse = ("file,label\n" + "".join(f"{i}.jpg,{'abcdef'[i % n]}\n" for i in range(12)) for n in (6, 2))
+    found, said, _ = read(made(tmp_path / "a", flat, {"coarse.csv": coarse, "fine.csv": fine}))
+    assert found == {"train": {None: 12}} and "coarse.csv and fine.csv give other classes; --labels FILE says which" in said
+    assert read(made(tmp_path / "b", flat, {"one.csv": fine, "two.csv": fine}))[0]["train"]["a"] == 2
+    both = "file,category,species\n" + "".join(f"{i}.jpg,{'ab'[i % 2]},{'xyz'[i % 3]}\n" for i in range(12))
+    root = made(tmp_path / "c", flat, {"birds.csv": both, **{f"log{i}.txt": "x" for i in range(60)}})
+    found, said, _ = read(root)
+    assert found == {"train": {"a": 6, "b": 6}} and "by path, column category" in said and "has the columns species too" in said
+    assert set(read(root, labels=str(root / "birds.csv"), label_columns=("file", "species"))[0]["train"]) == {"x", "y", "z"}
+    for name in ("sampleSubmission.csv", "my_predictions.csv"):
+        assert read(made(tmp_path / name, flat, {name: fine}))[0] == {"train": {None: 12}}
+
+
+def test_a_file_for_train_leaves_the_test_split_its_folders(tmp_path: Path) -> None:
+    root = made(tmp_path / "a", [f"train/t{i}.jpg" for i in range(6)] + [f"val/{c}/{i}.jpg" for c in ("cat", "dog") for i in range(2)])
+    table = "file,label\n" + "".join(f"t{i}.jpg,{('cat', 'dog')[i % 2]}\n" for i in range(6))
+    made(tmp_path, [], {"mine.csv": table})
+    expected = {"train": {"cat": 3, "dog": 3}, "test": {"cat": 2, "dog": 2}}
+    assert read(root, labels=str(tmp_path / "mine.csv"))[0] == expected
+    assert read(made(root, [], {"train.csv": table}))[0] == expected
+
+
+def test_a_flag_of_test_pictures(tmp_path: Path) -> None:
+    root = made(tmp_path / "a", [f"a/{i}.jpg" for i in range(4)])
+    for head, values in (("is_test", "0001"), ("is_train", "1110")):
+        made(tmp_path, [], {"s.csv": f"file,{head}\n" + "".join(f"{i}.jpg,{value}\n" for i, value in enumerate(values))})
+        assert read(root, split_from=str(tmp_path / "s.csv"))[0] == {"train": {None: 3}, "test": {None: 1}}
+
+
+def test_what_is_no_path_is_a_user_error(tmp_path: Path) -> None:
+    for wrong in ("~nobody-here/x.csv", "x" * 300):
+        for field in ("labels", "split_from"):
+            with pytest.raises(UserError, match=r"no such user here|is no path"):
+                read(tmp_path, **{field: wrong})
+    with pytest.raises(UserError, match="--label-columns names columns of a file, and neither"):
+        read(tmp_path, label_columns=("a", "b"))
+
+
 def test_a_partition_is_no_class(tmp_path: Path) -> None:
     faces = {"list_eval_partition.txt": "".join(f"{i:06}.jpg {i % 3}\n" for i in range(30))}
     assert read(made(tmp_path, [f"img_align_celeba/{i:06}.jpg" for i in range(30)], faces))[0] == {"train": {None: 30}}

@@ -111,6 +111,12 @@ def test_masks_are_no_samples(tmp_path: Path) -> None:
     pets = [f"images/cat_{i}.jpg" for i in range(4)] + [f"annotations/trimaps/cat_{i}.png" for i in range(4)]
     assert read(made(tmp_path / "pets", pets))[0] == {"train": {None: 4}}
     assert read(made(tmp_path / "cells", ["images/1.tif", "masks/1_mask.tif"]))[0] == {"train": {None: 1}}
+    streets = ["leftImg8bit/train/aachen/a_1_leftImg8bit.png", "gtFine/train/aachen/a_1_gtFine_color.png"]
+    assert read(made(tmp_path / "streets", streets))[0] == {"train": {None: 1}}
+    assert read(tmp_path / "cells", keep_masks=True)[0] == {"train": {"images": 1, "masks": 1}}
+    for classes in (("boxes", "labels", "pallets"), ("asphalt", "ground", "grass"), ("mask", "unmasked"), ("labeled/cat", "labeled/dog")):
+        found, said, _ = read(made(tmp_path / classes[0], [f"{name}/{i}.jpg" for name in classes for i in range(3)]))
+        assert len(found["train"]) == len(classes) and None not in found["train"], classes
     faces = ["mask/1.jpg", "mask/2.jpg", "no_mask/3.jpg"]  # a class
     assert read(made(tmp_path / "faces", faces))[0] == {"train": {"mask": 2, "no_mask": 1}}
 
@@ -123,6 +129,7 @@ def test_nested_classes(tmp_path: Path) -> None:
     found, said, _ = read(root, labels="parent")
     assert found == {"train": {"indoor": 2, "outdoor": 1}} and "folders that are called alike are one class: indoor (2 folders)" in said
     assert read(root, labels="none")[0] == {"train": {None: 3}}
+    assert read(made(tmp_path / "digits", ["0/1.jpg", "1/2.jpg", "1/extra/3.jpg"]))[0] == {"train": {"0": 1, "1": 2}}
     places = ["train/a/abbey/1.jpg", "train/b/bakery/1.jpg", "train/b/bay/2.jpg", "val/a/abbey/3.jpg"]
     assert read(made(tmp_path / "b", places))[0] == {"train": {"a/abbey": 1, "b/bakery": 1, "b/bay": 1}, "test": {"a/abbey": 1}}
     assert read(made(tmp_path / "c", ["train/all/cat/1.jpg", "train/all/dog/1.jpg", "test/cat/2.jpg"]))[0]["test"] == {"cat": 1}

@@ -93,6 +93,18 @@ def test_a_prefix_and_an_archive_in_s3_give_the_images_of_the_folder(s3: Proxy, 
             open_source(spec)
 
 
+def test_a_large_text_in_s3_is_not_fetched_for_classes(s3: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simclr.data.sources.s3.MOST_TEXT_BYTES", 4)
+    bucket, store = Address("photos"), Store(pause_s=0)
+    folder(tmp_path, NAMES)
+    (tmp_path / "few.csv").write_bytes(b"a,b")
+    (tmp_path / "many.csv").write_bytes(b"a,b\n1,2\n")
+    for name in (*NAMES[:3], "few.csv", "many.csv"):
+        store.upload(tmp_path / name, bucket / "labels" / name)
+    (note,) = open_source("s3://photos/labels").understood["notes"]
+    assert note.startswith("s3://photos/labels/many.csv has 0 MiB and was not looked at for classes")
+
+
 def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
     assert listed(open_source(str(folder(tmp_path, ("b.png", "a.png"))))) == [("train", None, "a.png"), ("train", None, "b.png")]
 

@@ -25,9 +25,9 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     pretrains = not isinstance(config, FineTune | Distill)
     _require_crops(config.views, manifest)
     _require_queue(config, examples)
-    found = [_warmup(config, examples), _enlarged(config.views, manifest)]
-    if not (isinstance(config, FineTune) and config.linear):  # whose statistics stay as they are
-        found.append(_few(_statistics(config, workers), config))
+    if refusal := single_image(config, workers):
+        raise UserError(refusal)
+    found = [_warmup(config, examples), _enlarged(config.views, manifest), _few(_statistics(config, workers), config)]
     if pretrains:
         found += [_unblurred(config.views), _neighbours(config, manifest)]
     return tuple(note for note in found if note)
@@ -36,19 +36,25 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
 # ── Refused ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _statistics(config: Config, workers: Sequence[int]) -> int:
-    """How few images BatchNorm may normalise over. Raises UserError for one: its two views become opposites, its one view 0."""
-    train, shared = config.train, config.encoder.batchnorm == "global"
-    pieces = {count: (train.micro_batch or train.batch_size // count) * (count if shared else 1) for count in workers}
-    count = min(pieces, key=lambda count: pieces[count])
-    if pieces[count] > 1:
-        return pieces[count]
+def single_image(config: Config, workers: Sequence[int]) -> str:
+    """The sentence that refuses BatchNorm over a single image: its two views become opposites, its one view 0. "" for more images."""
+    train = config.train
+    if _statistics(config, workers) > 1:
+        return ""
     if train.micro_batch == 1:
-        raise UserError("train.micro_batch 1 leaves BatchNorm a single image; use --train.micro-batch 2 or more")
-    raise UserError(
-        f"encoder.batchnorm per_worker and batch size {train.batch_size} over {count} workers leave BatchNorm a single image; "
+        return "train.micro_batch 1 leaves BatchNorm a single image; use --train.micro-batch 2 or more"
+    return (
+        f"encoder.batchnorm per_worker and batch size {train.batch_size} over {max(workers)} workers leave BatchNorm a single image; "
         f"use --workers {max(train.batch_size // 2, 1)} or fewer, or a larger batch"
     )
+
+
+def _statistics(config: Config, workers: Sequence[int]) -> int:
+    """How few images BatchNorm may normalise over."""
+    train, shared = config.train, config.encoder.batchnorm == "global"
+    if isinstance(config, FineTune) and config.linear:  # whose statistics stay as they are
+        return train.batch_size
+    return min((train.micro_batch or train.batch_size // count) * (count if shared else 1) for count in workers)
 
 
 def _require_crops(views: Views, manifest: Manifest) -> None:

@@ -21,7 +21,7 @@ from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.tracking import card, outbox, registry
 from pipelines.train import driver, messages, retry, warm_start
 from simclr import checkpoint
-from simclr.config import Config
+from simclr.config import Config, Train
 from simclr.data.manifest import read_manifest
 from simclr.encoder.directory import read_text
 from simclr.encoder.export import torchvision_name
@@ -343,3 +343,24 @@ def test_what_an_out_of_memory_sentence_advises_is_accepted(
     assert open_run(tmp_path / "another", "r", changed, patterns, stage=stage).config == changed
     with pytest.raises(UserError, match=rf"train\.{name} .* there, {value} here; use another --run"):
         open_run(run.path, "r", changed, patterns, stage=stage)
+
+
+@pytest.mark.parametrize(
+    ("batch", "workers", "advised"),
+    [
+        (8, 4, "a smaller network is for a new run"),  # 8 workers would have an image each, and so would 4 of a batch of 4
+        (16, 8, "a smaller network is for a new run"),
+        (16, 4, "--workers 8 goes on with this run, with other numbers: BatchNorm then normalises over 2 images; --train.micro-batch 2"),
+        (24, 4, "--workers 6 goes on with this run, with other numbers: BatchNorm then normalises over 4 images; --train.micro-batch 3"),
+    ],
+)
+def test_no_advice_leaves_batchnorm_a_single_image(batch: int, workers: int, advised: str) -> None:
+    own = dataclasses.replace(TINY.encoder, batchnorm="per_worker")
+    config = dataclasses.replace(CONFIG, encoder=own, train=dataclasses.replace(CONFIG.train, batch_size=batch))
+    assert retry.less_memory("pretrain", config, workers).removeprefix("the same command with ").startswith(advised)
+
+
+def test_a_frozen_network_has_the_same_numbers_on_more_workers() -> None:
+    frozen = FineTune(encoder=dataclasses.replace(TINY.encoder, batchnorm="per_worker"), train=Train(batch_size=8), linear=True)
+    said = retry.less_memory("finetune", frozen, 4)
+    assert said.startswith("the same command with --workers 8 goes on with this run; --batch-size 4 is for a new run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,10 +88,10 @@ def distill(args: Args) -> Run:
         seen = None if args.alpha == 1 else classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
         ids = seen.ids if seen is not None else None
         config = _config(args, directory, examples, labels.digest(ids) if ids is not None else "")
-        notes = driver.checked(config, manifest, examples, args.resources)
+        driver.require_shares(config, examples, args.resources)
         name = f"distill-{classifiers.recipe_of(directory).removeprefix('finetune-')}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "distill")
-        run = replace(run, notes=notes)
+        run = driver.checked(run, manifest, examples, args.resources)
         run.save()
         if seen is not None:
             classifiers.write_labels(run, seen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -99,11 +99,11 @@ def finetune(args: Args) -> Run:
         if args.class_weights == "balanced":
             say(_weights(loader.labels(data)[ids], classes))
         config = _config(args, directory, len(ids), len(ids) / manifest.examples("train"), labels.digest(ids))
-        notes = driver.checked(config, manifest, len(ids), args.resources)
+        driver.require_shares(config, len(ids), args.resources)
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune")
-        run = replace(run, notes=notes)
+        run = driver.checked(run, manifest, len(ids), args.resources)
         run.save()
         classifiers.write_labels(run, seen)
         if state is not None:

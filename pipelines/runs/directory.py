@@ -93,6 +93,11 @@ class Run:
         return bool(self.start) or bool(getattr(self.config, "encoder_sha256", ""))
 
     @property
+    def under_way(self) -> bool:
+        """Whether it has a checkpoint."""
+        return any(self.checkpoints.glob("step-*"))
+
+    @property
     def origin(self) -> str:
         """The data's address, for people and for a command on another machine."""
         return self.data_at or str(self.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -75,6 +76,12 @@ def pretrain(args: Args) -> Run:
     Raises UserError, before any worker starts, for errors that the user can mend.
     """
     began = time.monotonic()
+    with contextlib.ExitStack() as lock:
+        return driver.train(_job(args, lock), began)
+
+
+def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
+    """The job, with its run directory begun; `lock` then holds `Run.alone`."""
     config = args.config
     groups = config.train.shard_groups
     data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # with groups it fetches none: all may not fit here
@@ -84,10 +91,11 @@ def pretrain(args: Args) -> Run:
     weights, start = _start(args)
     run, home, uri = driver.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri, start=start)
     run = driver.checked(run, manifest, examples, args.resources)
+    lock.enter_context(run.alone())
     if weights and not run.under_way:
         run = warm_start.begin(run, weights, classes)
 
-    job = driver.Job(
+    return driver.Job(
         run=run,
         home=home,
         asked=args.run or run.path,
@@ -96,7 +104,6 @@ def pretrain(args: Args) -> Run:
         resources=args.resources,
         publish=lambda run, method: publish_newest(run, classes, method),
     )
-    return driver.train(job, began)
 
 
 def _start(args: Args) -> tuple[Weights | None, dict[str, Any] | None]:

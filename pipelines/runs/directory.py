@@ -137,8 +137,9 @@ class Run:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """A lock: inside, no other process trains this run, since two would remove each other's checkpoints. It holds on one machine, and
-        on shared disks with locks; it ends with its process. Raises UserError if another process holds it."""
+        """A lock: inside, no other process begins or trains this run, since two would remove each other's checkpoints. It holds on one
+        machine, and on shared disks with locks; it ends with its process. Raises UserError if another process holds it, or has begun a
+        run here since this one was opened."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("w") as file:
             try:
@@ -149,6 +150,8 @@ class Run:
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a shared disk without locks
                     raise
             try:
+                if (self.path / "run.json").is_file() and load_run(self.path).created != self.created:
+                    raise UserError(f"another process has just begun a run in {self.path}; give the command again, or use another --run")
                 yield
             finally:
                 if {p.name for p in self.path.iterdir()} == {_LOCK}:  # the run was refused: no folder stays

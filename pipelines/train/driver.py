@@ -105,15 +105,11 @@ def begin_with(run: Run, state: State) -> None:
 
 
 def train(job: Job, began: float) -> Run:
-    """Train from the newest checkpoint, if any, and leave a run directory with its encoder. The command began at `began`.
+    """Train from the newest checkpoint, if any, and leave a run directory with its encoder. The command began at `began`, and holds
+    `Run.alone` since before it wrote anything there.
 
     Raises UserError, before any worker starts, for errors that the user can mend.
     """
-    with job.run.alone():
-        return _train(job, began)
-
-
-def _train(job: Job, began: float) -> Run:
     run, home, where = job.run, job.home, sync.shown(job.asked)
     done = _steps_done(run)
     if done >= job.total:

@@ -23,9 +23,10 @@ from pipelines.train import driver, messages, retry, warm_start
 from simclr import checkpoint
 from simclr.config import Config, Train
 from simclr.data.manifest import read_manifest
-from simclr.encoder.directory import read_text
+from simclr.encoder.directory import read_text, write_encoder
 from simclr.encoder.export import torchvision_name
 from simclr.errors import UserError
+from simclr.methods.classifier import build_classifier
 from simclr.recipes import recipe
 from simclr.stages import FineTune
 from tests.support import command as commands
@@ -300,6 +301,36 @@ def test_a_complete_run_says_how_to_go_on(parent: Run, capfd: pytest.CaptureFixt
     driver.train(job, 0.0)
     said = " ".join(capfd.readouterr().err.split())
     assert f"3 of 3 steps; nothing to do; {directory.ways_on(parent.path)}" in said and "--extend" in said and "--start" in said
+
+
+def test_a_command_writes_nothing_into_a_run_that_another_trains(
+    simclr: commands.Run, parent: Run, patterns: Path, tmp_path: Path, jobs: list[driver.Job]
+) -> None:
+    """Where two start at once, the second one is refused before it writes run.json, step 0, labels.txt or the teacher."""
+    model = build_classifier(TINY, 10, 0)
+    parts, linear = dict(model.encoder.state_dict()), dict(model.classifier.state_dict())
+    classes = list(read_manifest(patterns).classes)
+    write_encoder(parts, TINY, tmp_path / "teacher", {}, classifier=linear, classes=classes)
+    for words, written in (
+        (("pretrain", "patterns_tiny", *TINY_FLAGS, "--start", parent.path), "checkpoints"),
+        (("finetune", parent.path, "--batch-size", 20, "--workers", 1), "labels.txt"),
+        (("distill", tmp_path / "teacher", "--batch-size", 20, "--workers", 1), "teacher"),
+    ):
+        code, _, said = simclr(*words, "--data", patterns)
+        assert code == 0, said
+        run = jobs[-1].run
+        assert (run.path / written).exists()
+        for path in run.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in ("run.json", ".training"):
+                path.unlink()
+        stamp = (run.path / "run.json").stat().st_mtime_ns
+        with run.alone():
+            refused(simclr(*words, "--data", patterns), "another process is training ", "wait for it, end it, or use another --run")
+        assert {path.name for path in run.path.iterdir()} == {"run.json", ".training"}
+        assert (run.path / "run.json").stat().st_mtime_ns == stamp
+    assert [job.run.stage for job in jobs] == ["pretrain", "finetune", "distill"]
 
 
 # ── Too little memory ──────────────────────────────────────────────────────────────────────────────────────────────

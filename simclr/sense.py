@@ -16,56 +16,64 @@ from simclr.stages import Distill, FineTune
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
 
 
-def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[int] = (1,)) -> tuple[str, ...]:
+def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[int] = (1,), under_way: bool = False) -> tuple[str, ...]:
     """What a run of `config` over `examples` images of `manifest` does otherwise than its settings say, a sentence each. `workers`: the
     numbers of workers that it may be trained with.
 
-    Raises UserError for what cannot be learned from: BatchNorm over a single image, crops of a pixel, a queue longer than an epoch.
+    Raises UserError for what cannot be learned from: BatchNorm over a single image, crops of a pixel, a queue longer than an epoch. Of a
+    run that is `under_way` that is a note too: another config would be another run.
     """
     pretrains = not isinstance(config, FineTune | Distill)
-    _require_crops(config.views, manifest)
-    _require_queue(config, examples)
-    found = [_warmup(config, examples), _enlarged(config.views, manifest)]
-    if not (isinstance(config, FineTune) and config.linear):  # whose statistics stay as they are
-        found.append(_few(_statistics(config, workers), config))
+    refusals = [_crops(config.views, manifest), _queue(config, examples), single_image(config, workers)]
+    found = [f"{what.partition(';')[0]}; this run goes on all the same, and a new one is refused" for what in refusals if what]
+    if found and not under_way:
+        raise UserError(next(filter(None, refusals)))
+    found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(_statistics(config, workers), config)]
     if pretrains:
         found += [_unblurred(config.views), _neighbours(config, manifest)]
     return tuple(note for note in found if note)
 
 
-# ── Refused ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Refused, with what mends it after a semicolon ──────────────────────────────────────────────────────────────────
 
 
-def _statistics(config: Config, workers: Sequence[int]) -> int:
-    """How few images BatchNorm may normalise over. Raises UserError for one: its two views become opposites, its one view 0."""
-    train, shared = config.train, config.encoder.batchnorm == "global"
-    pieces = {count: (train.micro_batch or train.batch_size // count) * (count if shared else 1) for count in workers}
-    count = min(pieces, key=lambda count: pieces[count])
-    if pieces[count] > 1:
-        return pieces[count]
+def single_image(config: Config, workers: Sequence[int]) -> str:
+    """Refuses BatchNorm over a single image, whose two views become opposites, and whose one view 0. "" for more images."""
+    train = config.train
+    if _statistics(config, workers) > 1:
+        return ""
     if train.micro_batch == 1:
-        raise UserError("train.micro_batch 1 leaves BatchNorm a single image; use --train.micro-batch 2 or more")
-    raise UserError(
-        f"encoder.batchnorm per_worker and batch size {train.batch_size} over {count} workers leave BatchNorm a single image; "
+        return "train.micro_batch 1 leaves BatchNorm a single image; use --train.micro-batch 2 or more"
+    return (
+        f"encoder.batchnorm per_worker and batch size {train.batch_size} over {max(workers)} workers leave BatchNorm a single image; "
         f"use --workers {max(train.batch_size // 2, 1)} or fewer, or a larger batch"
     )
 
 
-def _require_crops(views: Views, manifest: Manifest) -> None:
+def _statistics(config: Config, workers: Sequence[int]) -> int:
+    """How few images BatchNorm may normalise over."""
+    train, shared = config.train, config.encoder.batchnorm == "global"
+    if isinstance(config, FineTune) and config.linear:  # whose statistics stay as they are
+        return train.batch_size
+    return min((train.micro_batch or train.batch_size // count) * (count if shared else 1) for count in workers)
+
+
+def _crops(views: Views, manifest: Manifest) -> str:
     """Even the largest image must have crops of more than a pixel."""
     height, width = manifest.height_px[1], manifest.width_px[1]
     side = math.sqrt(views.least_area * height * width)
-    if side < 2:
-        low, high = views.area
-        raise UserError(f"views.area {low:g} {high:g} cuts crops of {side:.2g} px out of {height} × {width} px; give a larger --views.area")
+    if side >= 2:
+        return ""
+    low, high = views.area
+    return f"views.area {low:g} {high:g} cuts crops of {side:.2g} px out of {height} × {width} px; give a larger --views.area"
 
 
-def _require_queue(config: Config, examples: int) -> None:
+def _queue(config: Config, examples: int) -> str:
     """A longer queue holds every image, so each would be its own negative."""
     epoch = 2 * config.train.batch_size * config.steps_per_epoch(examples)
-    if config.loss.memory > epoch:
-        much = f"loss.memory {config.loss.memory:,} exceeds the {epoch:,} projections of an epoch"
-        raise UserError(f"{much}; use --loss.memory {epoch} or less")
+    if config.loss.memory <= epoch:
+        return ""
+    return f"loss.memory {config.loss.memory:,} exceeds the {epoch:,} projections of an epoch; use --loss.memory {epoch} or less"
 
 
 # ── Said ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -83,7 +91,7 @@ def _warmup(config: Config, examples: int) -> str:
 
 
 def _few(images: int, config: Config) -> str:
-    if images >= min(_ENOUGH, config.train.batch_size):
+    if images >= min(_ENOUGH, config.train.batch_size) or images == 1:
         return ""
     return f"BatchNorm normalises over {images} images at a time and trains worse than over {_ENOUGH} or more"
 

@@ -114,10 +114,11 @@ def sweep(args: Args) -> Path:
     uri = mlflow_uri.tracking_address(args.tracking_uri)
     asked = _asked(args)
     asked = dataclasses.replace(asked, path=asked.path.absolute())  # the trials' processes have another current folder
-    require(uri, begun=bool(sweep_dir.trials(asked.path)))
+    begun = bool(sweep_dir.trials(asked.path))
+    require(uri, begun=begun)
     manifest = read_manifest(sync.shards(asked.data))
     asked = dataclasses.replace(asked, labelled=bool(manifest.classes))
-    codes = check(asked, manifest)
+    codes = check(asked, manifest, begun)
     if (asked.path / "sweep.json").is_file():
         asked = _same(sweep_dir.load(asked.path), asked)
         say(f"going on with {asked.path}: {sweep_dir.progress(asked)[0]} trials are over")

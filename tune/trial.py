@@ -154,7 +154,7 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
     flags = [f"--{key.replace('_', '-')}={_word(resolve.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
     manifest, workers = read_manifest(data, look=False), ray_train.Resources(**sweep.resources).counts(config)
-    notes = sense.notes(config, manifest, manifest.examples("train", config.train.shard_groups), workers)
+    notes = sense.notes(config, manifest, manifest.examples("train", config.train.shard_groups), workers, run.under_way)
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]), notes=notes)
     run.save()
     _fill(run)

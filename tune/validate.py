@@ -21,8 +21,9 @@ _ONE_EACH = {"train.batch_size", "encoder.depth", "encoder.width", "head.layers"
 _DURING = {"eval/knn_top1", "health/rankme", "health/align_uniform"}
 
 
-def check(asked: Sweep, manifest: Manifest) -> list[Coded]:
-    """Ray Tune's code of each trial ([] if Tune draws them itself), after checking that every config fits data and workers.
+def check(asked: Sweep, manifest: Manifest, under_way: bool = False) -> list[Coded]:
+    """Ray Tune's code of each trial ([] if Tune draws them itself), after checking that every config fits data and workers. A sweep
+    `under_way` goes on as it began.
 
     Raises UserError for a space, metric, scheduler or search that cannot work.
     """
@@ -49,7 +50,7 @@ def check(asked: Sweep, manifest: Manifest) -> list[Coded]:
         config = resolve.point(space, base, combination, asked.seeds - 1).config
         examples, workers = manifest.examples("train", config.train.shard_groups), ray_train.Resources(**asked.resources).counts(config)
         config.steps_per_epoch(examples)
-        notes += sense.notes(config, manifest, examples, workers)
+        notes += sense.notes(config, manifest, examples, workers, under_way)
     for note in dict.fromkeys(notes):  # often all trials share one
         say(note if (trials := notes.count(note)) == len(every) else f"{trials} of {len(every)} trials: {note}")
     if asked.search == "optuna":

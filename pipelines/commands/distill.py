@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -73,6 +74,12 @@ def distill(args: Args) -> Run:
     Raises UserError, before any worker starts, for errors that the user can mend.
     """
     began = time.monotonic()
+    with contextlib.ExitStack() as lock:
+        return driver.train(_job(args, lock), began)
+
+
+def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
+    """The job, with its run directory begun; `lock` then holds `Run.alone`."""
     with classifiers.published(args.teacher, args.tracking_uri) as (directory, known):
         at = args.data or known
         if at is None:
@@ -88,10 +95,11 @@ def distill(args: Args) -> Run:
         seen = None if args.alpha == 1 else classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
         ids = seen.ids if seen is not None else None
         config = _config(args, directory, examples, labels.digest(ids) if ids is not None else "")
-        notes = driver.checked(config, manifest, examples, args.resources)
+        driver.require_shares(config, examples, args.resources)
         name = f"distill-{classifiers.recipe_of(directory).removeprefix('finetune-')}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "distill")
-        run = replace(run, notes=notes)
+        run = driver.checked(run, manifest, examples, args.resources)
+        lock.enter_context(run.alone())
         run.save()
         if seen is not None:
             classifiers.write_labels(run, seen)
@@ -101,7 +109,7 @@ def distill(args: Args) -> Run:
             (run.path / ".teacher").rename(run.path / "teacher")
 
     about: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
-    job = driver.Job(
+    return driver.Job(
         run=run,
         home=home,
         asked=args.run or run.path,
@@ -111,7 +119,6 @@ def distill(args: Args) -> Run:
         publish=lambda run, method: classifiers.publish(run, classes, 0, about, method),
         given={"labelled": ids},
     )
-    return driver.train(job, began)
 
 
 def _config(args: Args, directory: Path, images: int, labels_sha256: str) -> Distill:

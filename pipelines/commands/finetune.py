@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -84,6 +85,12 @@ def finetune(args: Args) -> Run:
     Raises UserError, before any worker starts, for errors that the user can mend.
     """
     began = time.monotonic()
+    with contextlib.ExitStack() as lock:
+        return driver.train(_job(args, lock), began)
+
+
+def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
+    """The job, with its run directory begun; `lock` then holds `Run.alone`."""
     with classifiers.published(args.start, args.tracking_uri) as (directory, known):
         at = args.data or known
         if at is None:
@@ -99,18 +106,19 @@ def finetune(args: Args) -> Run:
         if args.class_weights == "balanced":
             say(_weights(loader.labels(data)[ids], classes))
         config = _config(args, directory, len(ids), len(ids) / manifest.examples("train"), labels.digest(ids))
-        notes = driver.checked(config, manifest, len(ids), args.resources)
+        driver.require_shares(config, len(ids), args.resources)
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune")
-        run = replace(run, notes=notes)
+        run = driver.checked(run, manifest, len(ids), args.resources)
+        lock.enter_context(run.alone())
         run.save()
         classifiers.write_labels(run, seen)
         if state is not None:
             driver.begin_with(run, state)
 
     about: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
-    job = driver.Job(
+    return driver.Job(
         run=run,
         home=home,
         asked=args.run or run.path,
@@ -120,7 +128,6 @@ def finetune(args: Args) -> Run:
         publish=lambda run, method: classifiers.publish(run, classes, config.tap, about, method),
         given={"ids": ids},
     )
-    return driver.train(job, began)
 
 
 def _weights(y: NDArray[np.int64], classes: tuple[str, ...]) -> str:

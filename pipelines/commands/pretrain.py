@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -75,16 +76,27 @@ def pretrain(args: Args) -> Run:
     Raises UserError, before any worker starts, for errors that the user can mend.
     """
     began = time.monotonic()
+    with contextlib.ExitStack() as lock:
+        return driver.train(_job(args, lock), began)
+
+
+def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
+    """The job, with its run directory begun; `lock` then holds `Run.alone`."""
     config = args.config
     groups = config.train.shard_groups
     data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # with groups it fetches none: all may not fit here
     manifest = read_manifest(data, look=groups == 1)
     examples, classes = manifest.examples("train", groups), manifest.classes
-    notes = driver.checked(config, manifest, examples, args.resources)
-    run, home, uri = _opened(args, data, classes)
+    driver.require_shares(config, examples, args.resources)
+    weights, start = _start(args)
+    run, home, uri = driver.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri, start=start)
+    run = driver.checked(run, manifest, examples, args.resources)
+    lock.enter_context(run.alone())
+    if weights and not run.under_way:
+        run = warm_start.begin(run, weights, classes)
 
-    job = driver.Job(
-        run=replace(run, notes=notes),
+    return driver.Job(
+        run=run,
         home=home,
         asked=args.run or run.path,
         total=config.total_steps(examples),
@@ -92,20 +104,17 @@ def pretrain(args: Args) -> Run:
         resources=args.resources,
         publish=lambda run, method: publish_newest(run, classes, method),
     )
-    return driver.train(job, began)
 
 
-def _opened(args: Args, data: Path, classes: tuple[str, ...]) -> tuple[Run, sync.Home, str]:
-    """As `driver.home_of`; the run's first checkpoint has the weights that the command gives, if any."""
+def _start(args: Args) -> tuple[Weights | None, dict[str, Any] | None]:
+    """(the weights that the command gives to begin with, the run's `start`); None and None where it gives none."""
     if args.start and args.extend:
         raise UserError("--start and --extend both say what to begin with; leave out one of them")
     place = args.extend or args.start
-    weights = weights_at(place, args.tracking_uri) if place else None
-    start = warm_start.described(place, weights, place is args.extend) if place and weights else None
-    run, home, uri = driver.home_of(args.run, args.recipe, args.config, data, args.data, args.tracking_uri, start=start)
-    if weights and not any(run.checkpoints.glob("step-*")):
-        run = warm_start.begin(run, weights, classes)
-    return run, home, uri
+    if place is None:
+        return None, None
+    weights = weights_at(place, args.tracking_uri)
+    return weights, warm_start.described(place, weights, place is args.extend)
 
 
 def weights_at(place: Path, tracking_uri: str | None) -> Weights:

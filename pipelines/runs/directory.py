@@ -93,6 +93,11 @@ class Run:
         return bool(self.start) or bool(getattr(self.config, "encoder_sha256", ""))
 
     @property
+    def under_way(self) -> bool:
+        """Whether it has a checkpoint."""
+        return any(self.checkpoints.glob("step-*"))
+
+    @property
     def origin(self) -> str:
         """The data's address, for people and for a command on another machine."""
         return self.data_at or str(self.data)
@@ -132,8 +137,9 @@ class Run:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """A lock: inside, no other process trains this run, since two would remove each other's checkpoints. It holds on one machine, and
-        on shared disks with locks; it ends with its process. Raises UserError if another process holds it."""
+        """A lock: inside, no other process begins or trains this run, since two would remove each other's checkpoints. It holds on one
+        machine, and on shared disks with locks; it ends with its process. Raises UserError if another process holds it, or has begun a
+        run here since this one was opened."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("w") as file:
             try:
@@ -144,6 +150,8 @@ class Run:
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a shared disk without locks
                     raise
             try:
+                if (self.path / "run.json").is_file() and load_run(self.path).created != self.created:
+                    raise UserError(f"another process has just begun a run in {self.path}; give the command again, or use another --run")
                 yield
             finally:
                 if {p.name for p in self.path.iterdir()} == {_LOCK}:  # the run was refused: no folder stays

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,15 +54,19 @@ class Job:
     """Fields of the loop's `Start` that belong to this stage (see `pipelines.train.worker`)."""
 
 
-def checked(config: Config, manifest: Manifest, examples: int, resources: ray_train.Resources) -> tuple[str, ...]:
-    """Says, and returns, what a run of `config` over `examples` images will do otherwise than its settings say. Raises UserError where
-    the settings do not fit the workers, the data or each other."""
-    counts = resources.counts(config)
+def require_shares(config: Config, examples: int, resources: ray_train.Resources) -> None:
+    """Raise UserError unless the workers can share batches of `examples` images."""
+    resources.counts(config)
     config.steps_per_epoch(examples)
-    notes = sense.notes(config, manifest, examples, counts)
+
+
+def checked(run: Run, manifest: Manifest, examples: int, resources: ray_train.Resources) -> Run:
+    """The run with what it will do over `examples` images otherwise than its settings say, said on the terminal. Raises UserError where the
+    settings of a new run do not fit the data or each other; one under way goes on as it began."""
+    notes = sense.notes(run.config, manifest, examples, resources.counts(run.config), run.under_way)
     for note in notes:
         say(note)
-    return notes
+    return replace(run, notes=notes)
 
 
 def home_of(
@@ -87,7 +91,7 @@ def home_of(
         home.sync_checkpoints()
     shown = sync.shown(asked) if asked is not None else None
     run = open_run(home.path if home else None, name, config, data, str(s3_uri.address(at) or ""), stage, start, shown)
-    require(uri, begun=run.tracking_uri == mlflow_uri.redacted(uri) or any(run.checkpoints.glob("step-*")))
+    require(uri, begun=run.tracking_uri == mlflow_uri.redacted(uri) or run.under_way)
     return run, home or sync.Home(run.path), uri
 
 
@@ -101,15 +105,11 @@ def begin_with(run: Run, state: State) -> None:
 
 
 def train(job: Job, began: float) -> Run:
-    """Train from the newest checkpoint, if any, and leave a run directory with its encoder. The command began at `began`.
+    """Train from the newest checkpoint, if any, and leave a run directory with its encoder. The command began at `began`, and holds
+    `Run.alone` since before it wrote anything there.
 
     Raises UserError, before any worker starts, for errors that the user can mend.
     """
-    with job.run.alone():
-        return _train(job, began)
-
-
-def _train(job: Job, began: float) -> Run:
     run, home, where = job.run, job.home, sync.shown(job.asked)
     done = _steps_done(run)
     if done >= job.total:

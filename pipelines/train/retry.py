@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.train import hang, ray_private
 from pipelines.train.messages import Said, Tell
-from simclr import files
+from simclr import files, sense
 from simclr.data.s3.uri import Refetched, Unreachable
 from simclr.errors import UserError
 
@@ -39,11 +39,14 @@ def non_retryable(failure: BaseException, less_memory: str = "") -> str:
 def less_memory(stage: str, config: Config, workers: int) -> str:
     """Advice for a training of `stage` (its command) that does not fit the memory of its devices: flags that the next command accepts.
 
-    More workers compute the same numbers, so the run goes on. Pieces of a batch change BatchNorm's statistics, and a smaller batch all
-    numbers, so they belong to a new run."""
-    train = config.train
-    more = next((w for w in range(workers + 1, train.batch_size + 1) if shares(config, w)), None)
-    go_on = f"the same command with --workers {more} goes on with this run; " if more and train.micro_batch is None else ""
+    With more workers the run goes on, by the same numbers unless BatchNorm normalises over each worker's images. Pieces of a batch change
+    BatchNorm's statistics, and a smaller batch all numbers, so they belong to a new run."""
+    train, go_on = config.train, ""
+    more = next((w for w in range(workers + 1, train.batch_size + 1) if _learns(config, w)), None)
+    if more and train.micro_batch is None:
+        own = config.encoder.batchnorm == "per_worker" and not getattr(config, "linear", False)
+        other = f", with other numbers: BatchNorm then normalises over {train.batch_size // more} images" if own else ""
+        go_on = f"the same command with --workers {more} goes on with this run{other}; "
     piece = train.micro_batch or config.images_per_rank(workers)
     pieces = (m for m in range(piece - 1, 1, -1) if stage == "pretrain" and _trains(config, workers, "micro_batch", m))
     batches = (n for n in range(train.batch_size // 2, 1, -1) if _trains(config, workers, "batch_size", n))
@@ -66,11 +69,16 @@ def shares(config: Config, workers: int) -> bool:
     return True
 
 
+def _learns(config: Config, workers: int) -> bool:
+    """Whether so many workers can share the work, and BatchNorm has more than an image of each."""
+    return shares(config, workers) and not sense.single_image(config, [workers])
+
+
 def _trains(config: Config, workers: int, name: Literal["micro_batch", "batch_size"], value: int) -> bool:
     """Whether `workers` can train by `config` with another value of this field of its `train`."""
     change: dict[str, Any] = {name: value}
     try:
-        return shares(replace(config, train=replace(config.train, **change)), workers)
+        return _learns(replace(config, train=replace(config.train, **change)), workers)
     except UserError:
         return False
 

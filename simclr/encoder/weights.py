@@ -103,7 +103,8 @@ def of_file(path: Path) -> Weights:
     """The weights in a file of safetensors or in torch's format, by torchvision's names or by those here, behind any one prefix
     ("module.", "state_dict.encoder.").
 
-    Raises UserError for a file that cannot be read without unpickling, with no such network, or with several.
+    Raises UserError for a file that cannot be read without unpickling, with no such network, or with several, and for weights that are
+    not dense or not finite.
     """
     tensors = dict(_flat(_read(path), ""))
     theirs = {name.removesuffix("conv1.weight") for name in tensors if name.endswith("conv1.weight")}
@@ -128,8 +129,21 @@ def of_file(path: Path) -> Weights:
         if own is None:
             unused.append(name)
         elif not own.endswith(_NEVER_USED):
+            _require_numbers(t, name, path)
             encoder[own] = t
     return Weights(encoder=encoder, unused=tuple(unused))
+
+
+def _require_numbers(t: Tensor, name: str, path: Path) -> None:
+    """Raise UserError unless tensor `name` of the file is dense, in memory and finite, as float32 too, which training makes of it."""
+    kind = "quantised" if t.is_quantized else "without numbers" if t.is_meta else "" if t.layout is torch.strided else "sparse"
+    if kind:
+        raise UserError(f"{name} in {path} is {kind}; save dense tensors of floating-point numbers, as model.state_dict() has them")
+    if t.is_floating_point() and (bad := t.numel() - int(t.float().isfinite().sum())):
+        raise UserError(
+            f"{name} in {path} has NaN or infinity in {bad:,} of {t.numel():,} places, and training needs finite numbers; "
+            "give a checkpoint from before they came up"
+        )
 
 
 def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:

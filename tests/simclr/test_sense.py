@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.commands import distill, finetune, pretrain
-from pipelines.runs.directory import Run, load_run
+from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.train import classifiers, driver, ray_train
 from simclr import sense
 from simclr.config import Config, Encoder, Loss, Optim, Train, Views, Watch
@@ -155,6 +155,23 @@ def test_what_cannot_be_learned_from_is_refused(config: Config, workers: tuple[i
         notes(config, PHOTOS, *workers)
 
 
+SINGLE = Config(train=Train(batch_size=8), encoder=Encoder(batchnorm="per_worker"))
+
+
+@pytest.mark.parametrize(
+    ("config", "workers", "said"),
+    [
+        (Config(train=Train(batch_size=8, micro_batch=1)), 1, "train.micro_batch 1 leaves BatchNorm a single image"),
+        (SINGLE, 8, "encoder.batchnorm per_worker and batch size 8 over 8 workers leave BatchNorm a single image"),
+        (Config(views=Views(area=(1e-6, 1e-5))), 1, "views.area 1e-06 1e-05 cuts crops of 1.6 px out of 500 × 500 px"),
+        (Config(loss=Loss(memory=8192 * 313)), 1, "loss.memory 2,564,096 exceeds the 2,555,904 projections of an epoch"),
+    ],
+)
+def test_of_a_run_under_way_it_is_said(config: Config, workers: int, said: str) -> None:
+    found = sense.notes(config, PHOTOS, IMAGENET, (workers,), under_way=True)
+    assert found == (f"{said}; this run goes on all the same, and a new one is refused",)
+
+
 def test_what_can_is_not_refused() -> None:
     notes(Config(train=Train(batch_size=8, micro_batch=1)), PHOTOS, 2, 4)  # BatchNorm sees one image of each worker
     notes(Config(train=Train(batch_size=8), encoder=Encoder(batchnorm="per_worker")), PHOTOS, 4)
@@ -218,6 +235,30 @@ def test_a_student_too(jobs: list[driver.Job], patterns: Path, tmp_path: Path, c
     assert len(jobs[0].run.notes) == 1
 
 
+def test_a_run_under_way_goes_on_with_its_command(jobs: list[driver.Job], patterns: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(recipe("patterns_tiny"), train=Train(batch_size=24, epochs=1), optim=Optim(warmup_epochs=0), loss=Loss(memory=528))
+    args = pretrain.Args(data=patterns, config=config, recipe="patterns_tiny")
+    with pytest.raises(UserError, match=r"loss.memory 528 exceeds the 480 projections of an epoch; use --loss.memory 480 or less"):
+        pretrain.pretrain(args)
+    run = open_run(None, "patterns_tiny", config, patterns)
+    assert not run.path.exists()
+    run.save()
+    with pytest.raises(UserError, match=r"use --loss.memory 480"):  # nothing is trained yet
+        pretrain.pretrain(args)
+    (run.checkpoints / "step-00000003").mkdir(parents=True)
+    said = "loss.memory 528 exceeds the 480 projections of an epoch; this run goes on all the same, and a new one is refused"
+    assert said in pretrain.pretrain(args).notes and said in capsys.readouterr().err
+    assert [job.run.created for job in jobs] == [run.created]
+
+
+def test_a_sweep_under_way_goes_on(patterns: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = a_sweep(tmp_path, "smoke", changes={"train.batch_size": 24, "train.micro_batch": 1})
+    with pytest.raises(UserError, match=r"a single image; use --train.micro-batch 2 or more"):
+        validate.check(sweep, read_manifest(patterns))
+    assert validate.check(sweep, read_manifest(patterns), under_way=True)
+    assert "a single image; this run goes on all the same" in capsys.readouterr().err
+
+
 def test_a_sweep_says_it_once(patterns: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"train.batch_size": 24, "train.epochs": 1}
     validate.check(a_sweep(tmp_path, "smoke", changes=changes), read_manifest(patterns))
@@ -247,4 +288,4 @@ def test_the_quick_table_says_how_many_neighbours_voted(simclr: Command, pattern
 def test_resources_are_checked_first(patterns: Path) -> None:
     config = replace(recipe("patterns_tiny"), train=Train(batch_size=25))
     with pytest.raises(UserError, match="batch_size 25 does not divide over 2 workers"):
-        driver.checked(config, read_manifest(patterns), 240, ray_train.Resources(workers=2))
+        driver.require_shares(config, 240, ray_train.Resources(workers=2))

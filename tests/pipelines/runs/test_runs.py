@@ -116,6 +116,19 @@ def test_a_job_carries_less_than_five_megabytes(tmp_path: Path) -> None:
     assert not any(name.startswith((".venv", ".git/", "runs", "mlruns", "tests")) or name == "core" for name in names)
 
 
+def test_of_two_commands_that_begin_a_run_the_second_is_refused(tmp_path: Path, patterns: Path) -> None:
+    """Its config may be another, and the first one's checkpoint is there."""
+    ours, theirs = (open_run(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns) for _ in range(2))
+    with theirs.alone():
+        theirs.save()
+    begun = (theirs.path / "run.json").read_bytes()
+    with pytest.raises(UserError, match=r"another process has just begun a run in .*run; give the command again"), ours.alone():
+        ours.save()
+    assert (theirs.path / "run.json").read_bytes() == begun
+    with theirs.alone():
+        pass
+
+
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, patterns: Path) -> None:
     """Two processes would remove each other's checkpoints. A killed process leaves no lock."""
     mine = open_run(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns)

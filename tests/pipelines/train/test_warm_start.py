@@ -21,11 +21,12 @@ from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.tracking import card, outbox, registry
 from pipelines.train import driver, messages, retry, warm_start
 from simclr import checkpoint
-from simclr.config import Config
+from simclr.config import Config, Train
 from simclr.data.manifest import read_manifest
-from simclr.encoder.directory import read_text
+from simclr.encoder.directory import read_text, write_encoder
 from simclr.encoder.export import torchvision_name
 from simclr.errors import UserError
+from simclr.methods.classifier import build_classifier
 from simclr.recipes import recipe
 from simclr.stages import FineTune
 from tests.support import command as commands
@@ -302,6 +303,36 @@ def test_a_complete_run_says_how_to_go_on(parent: Run, capfd: pytest.CaptureFixt
     assert f"3 of 3 steps; nothing to do; {directory.ways_on(parent.path)}" in said and "--extend" in said and "--start" in said
 
 
+def test_a_command_writes_nothing_into_a_run_that_another_trains(
+    simclr: commands.Run, parent: Run, patterns: Path, tmp_path: Path, jobs: list[driver.Job]
+) -> None:
+    """Where two start at once, the second one is refused before it writes run.json, step 0, labels.txt or the teacher."""
+    model = build_classifier(TINY, 10, 0)
+    parts, linear = dict(model.encoder.state_dict()), dict(model.classifier.state_dict())
+    classes = list(read_manifest(patterns).classes)
+    write_encoder(parts, TINY, tmp_path / "teacher", {}, classifier=linear, classes=classes)
+    for words, written in (
+        (("pretrain", "patterns_tiny", *TINY_FLAGS, "--start", parent.path), "checkpoints"),
+        (("finetune", parent.path, "--batch-size", 20, "--workers", 1), "labels.txt"),
+        (("distill", tmp_path / "teacher", "--batch-size", 20, "--workers", 1), "teacher"),
+    ):
+        code, _, said = simclr(*words, "--data", patterns)
+        assert code == 0, said
+        run = jobs[-1].run
+        assert (run.path / written).exists()
+        for path in run.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in ("run.json", ".training"):
+                path.unlink()
+        stamp = (run.path / "run.json").stat().st_mtime_ns
+        with run.alone():
+            refused(simclr(*words, "--data", patterns), "another process is training ", "wait for it, end it, or use another --run")
+        assert {path.name for path in run.path.iterdir()} == {"run.json", ".training"}
+        assert (run.path / "run.json").stat().st_mtime_ns == stamp
+    assert [job.run.stage for job in jobs] == ["pretrain", "finetune", "distill"]
+
+
 # ── Too little memory ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -343,3 +374,24 @@ def test_what_an_out_of_memory_sentence_advises_is_accepted(
     assert open_run(tmp_path / "another", "r", changed, patterns, stage=stage).config == changed
     with pytest.raises(UserError, match=rf"train\.{name} .* there, {value} here; use another --run"):
         open_run(run.path, "r", changed, patterns, stage=stage)
+
+
+@pytest.mark.parametrize(
+    ("batch", "workers", "advised"),
+    [
+        (8, 4, "a smaller network is for a new run"),  # 8 workers would have an image each, and so would 4 of a batch of 4
+        (16, 8, "a smaller network is for a new run"),
+        (16, 4, "--workers 8 goes on with this run, with other numbers: BatchNorm then normalises over 2 images; --train.micro-batch 2"),
+        (24, 4, "--workers 6 goes on with this run, with other numbers: BatchNorm then normalises over 4 images; --train.micro-batch 3"),
+    ],
+)
+def test_no_advice_leaves_batchnorm_a_single_image(batch: int, workers: int, advised: str) -> None:
+    own = dataclasses.replace(TINY.encoder, batchnorm="per_worker")
+    config = dataclasses.replace(CONFIG, encoder=own, train=dataclasses.replace(CONFIG.train, batch_size=batch))
+    assert retry.less_memory("pretrain", config, workers).removeprefix("the same command with ").startswith(advised)
+
+
+def test_a_frozen_network_has_the_same_numbers_on_more_workers() -> None:
+    frozen = FineTune(encoder=dataclasses.replace(TINY.encoder, batchnorm="per_worker"), train=Train(batch_size=8), linear=True)
+    said = retry.less_memory("finetune", frozen, 4)
+    assert said.startswith("the same command with --workers 8 goes on with this run; --batch-size 4 is for a new run")

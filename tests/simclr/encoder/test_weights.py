@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,30 @@ def test_files_that_are_no_single_network_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         weights.of_file(tmp_path / "w.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, on saving them
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (Tensor.to_sparse, "is sparse; save dense tensors"),
+        (lambda t: t.flatten(1).to_sparse_csr(), "is sparse; save dense tensors"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "is quantised; save dense"),
+        (lambda t: t.to("meta"), "is without numbers; save dense"),
+        (lambda t: t.index_fill(0, torch.tensor([1]), torch.nan), "has NaN or infinity in 147 of 2,352 places, and training needs finite"),
+        (lambda t: -t / 0, "has NaN or infinity in 2,352 of 2,352 places"),
+        (lambda t: t.double() + 1e300, "has NaN or infinity in 2,352 of 2,352 places"),  # in float32, that it becomes
+    ],
+)
+def test_weights_that_are_no_finite_dense_numbers_are_refused(tmp_path: Path, change: Callable[[Tensor], Tensor], said: str) -> None:
+    encoder = {torchvision_name(name): t for name, t in tensors_of(Encoder(depth=8)).items()}
+    first = torch.full_like(encoder["conv1.weight"], 2.0)
+    queue = {"queue": torch.eye(2).to_sparse(), "fc.weight": torch.full((2,), torch.nan)}  # nobody takes these
+    torch.save(encoder | queue | {"conv1.weight": first}, tmp_path / "w.pth")
+    assert len(weights.of_file(tmp_path / "w.pth").sha256) == 64
+    torch.save(encoder | {"conv1.weight": change(first)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=rf"^conv1\.weight in \S+w\.pth {said}"):
+        weights.of_file(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(

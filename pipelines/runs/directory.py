@@ -140,6 +140,7 @@ class Run:
         """A lock: inside, no other process begins or trains this run, since two would remove each other's checkpoints. It holds on one
         machine, and on shared disks with locks; it ends with its process. Raises UserError if another process holds it, or has begun a
         run here since this one was opened."""
+        made = [folder for folder in self.path.parents if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("w") as file:
             try:
@@ -156,7 +157,9 @@ class Run:
             finally:
                 if {p.name for p in self.path.iterdir()} == {_LOCK}:  # the run was refused: no folder stays
                     (self.path / _LOCK).unlink()
-                    self.path.rmdir()
+                    with contextlib.suppress(OSError):  # other files came meanwhile
+                        for folder in (self.path, *made):
+                            folder.rmdir()
 
     def took(self, phase: str, seconds: float) -> None:
         """Note the seconds that `phase` took. A resumed training adds to its earlier seconds; other phases replace them."""

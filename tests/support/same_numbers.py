@@ -13,7 +13,6 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from simclr.config import Config, Loss
 from simclr.data import labels, loader, shards
 from simclr.data.manifest import read_manifest
 from simclr.data.sources.open import open_source
-from simclr.data.sources.source import Item
 from simclr.encoder.directory import write_encoder
 from simclr.methods.classifier import build_classifier, first_state
 from simclr.methods.simclr import build_model
@@ -34,6 +32,7 @@ from simclr.stages import Distill, FineTune
 from simclr.train import Report, Start, train
 from tests.support.ranks import Ranks
 from tests.support.small import TINY, TUNED
+from tests.support.sources import source_of
 
 _UNSTEADY = ("speed/", "eval/seconds", "memory/")
 replace = dataclasses.replace
@@ -84,12 +83,8 @@ def prepare(folder: Path) -> None:
     for i, image in enumerate(render(np.arange(240), 0, 96, True)[0]):
         Image.fromarray(image[:72]).save(folder / "jpg" / f"{i:03}.jpg", quality=90)
     source = open_source("patterns:train=240,test=60")
-
-    def some() -> Iterator[Item]:
-        for i, item in enumerate(source.items()):
-            yield item if i % 3 else replace(item, label=None)
-
-    partly = replace(source, spec="partly", identity="partly", items=some)
+    some = [item if i % 3 else replace(item, label=None) for i, item in enumerate(source.items())]
+    partly = source_of(some, "partly", identity="partly")
     for name, made in {"photographs": open_source(str(folder / "jpg")), "patterns": source, "partly": partly}.items():
         shards.prepare(made, folder / name, shards.Options(), 2, lambda done: None)
     config = replace(TINY, head=TUNED.head)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -63,15 +63,21 @@ def check(state: State, model: nn.Module, beside: nn.Module | None = None) -> No
     """Raise UserError naming each tensor that is missing, extra or misshapen. The modules may be on the meta device."""
     own, kept = _named(model, beside), _kept(state, model)
     # An optimizer has a tensor for every parameter or, before its first step, for none.
-    wanted = {name: t.shape for name, t in own.items()}
+    wanted = dict(own)
     for key in {key for _, key in kept.values()}:
-        wanted |= {f"optimizer.{name}.{key}": p.shape for name, p in model.named_parameters() if p.requires_grad}
+        wanted |= {f"optimizer.{name}.{key}": p for name, p in model.named_parameters() if p.requires_grad}
     wrong = [f"{name} is missing" for name in wanted if name not in state.tensors]
     wrong += [f"{name} is unknown" for name in state.tensors if name not in wanted]
+    both = [(name, t, wanted[name]) for name, t in state.tensors.items() if name in wanted]
     wrong += [
-        f"{name} has shape {tuple(t.shape)}, expected {tuple(wanted[name])}"
-        for name, t in state.tensors.items()
-        if name in wanted and t.shape != wanted[name] and not (name in kept and not t.ndim)  # a step count is a scalar
+        f"{name} has shape {tuple(t.shape)}, expected {tuple(own.shape)}"
+        for name, t, own in both
+        if t.shape != own.shape and not (name in kept and not t.ndim)  # a step count is a scalar
+    ]
+    wrong += [
+        f"{name} is of {t.dtype}, expected {own.dtype}"
+        for name, t, own in both
+        if t.is_floating_point() != own.is_floating_point() and not (name in kept and not t.ndim)
     ]
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
@@ -128,7 +134,7 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
 
     Raises OSError (no space, for example); then nothing is left behind and the earlier checkpoints are untouched.
     """
-    target = folder / f"step-{state.step:09d}"
+    target = folder / _name(state.step)
     scratch = folder / f".writing-{state.step:09d}-{os.getpid()}"
     aside = folder / f".old-{state.step:09d}-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -206,6 +212,9 @@ def about(path: Path) -> dict[str, Any]:
         raise Damaged(f"checkpoint {path} is not whole ({error})") from None
     if digest != text["sha256"]:
         raise Damaged(f"checkpoint {path} does not match its checksum")
+    if path.name != _name(text["step"]):
+        raise Damaged(f"checkpoint {path} says that it is of step {text['step']:,}")
+    reports(path)  # somebody may have written a damaged file with its checksum
     return text
 
 
@@ -222,10 +231,19 @@ def _renamed(name: str) -> str:
 
 
 def reports(path: Path) -> list[dict[str, Any]]:
-    """The reports in checkpoint `path`; none where an earlier version wrote it."""
-    with safe_open(path / "state.safetensors", "pt") as file:
-        found: list[dict[str, Any]] = json.loads((file.metadata() or {}).get("reports", "[]"))
-    return found
+    """The reports in checkpoint `path`; none where an earlier version wrote it. Raises Damaged if its tensors or reports cannot be read."""
+    try:
+        with safe_open(path / "state.safetensors", "pt") as file:
+            found = json.loads((file.metadata() or {}).get("reports", "[]"))
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise Damaged(f"checkpoint {path} is not whole ({error})") from None
+    if not fields.fits(found, list[dict[str, Any]]) or not all(fields.fits(row.get("step"), int) for row in found):
+        raise Damaged(f"checkpoint {path} is not whole (its reports are none)")
+    return list(found)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 def _sha256(path: Path) -> str:

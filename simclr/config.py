@@ -49,7 +49,7 @@ class Encoder:
     """Whose images the batch statistics cover: all workers' (Sec. 2.1), or each worker's own, which leaks the positive pair."""
 
     def __post_init__(self) -> None:
-        _require(self.width >= 1, f"encoder.width is {self.width}; it multiplies the layers' widths and is at least 1")
+        _require(1 <= self.width <= 32, f"encoder.width is {self.width}; expected 1 to 32, a multiplier of the layers' widths")
         _require(0 <= self.sk_ratio <= 1, f"encoder.sk_ratio is {self.sk_ratio}; expected a share in [0, 1]")
         _require(0 <= self.se_ratio <= 1, f"encoder.se_ratio is {self.se_ratio}; expected a share in [0, 1]")
 
@@ -65,8 +65,8 @@ class Head:
     """Dimension of the projection z."""
 
     def __post_init__(self) -> None:
-        _require(self.layers >= 0, f"head.layers is {self.layers}; expected 2 (v1) or 3 (v2), at least 0")
-        _require(self.d_out >= 1, f"head.d_out is {self.d_out}; expected at least 1, the papers use 128")
+        _require(0 <= self.layers <= 32, f"head.layers is {self.layers}; expected 2 (v1) or 3 (v2), at least 0 and at most 32")
+        _require(1 <= self.d_out <= 2**17, f"head.d_out is {self.d_out}; expected 1 to 131,072, the papers use 128")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +102,7 @@ class Views:
     """Standard deviation by which the pixels are divided after the mean is subtracted. The official code divides by nothing."""
 
     def __post_init__(self) -> None:
-        _require(self.size_px >= 8, f"views.size_px is {self.size_px}; expected at least 8 pixels")
+        _require(8 <= self.size_px <= 4096, f"views.size_px is {self.size_px}; expected 8 to 4096 pixels")
         lo, hi = self.area
         _require(0 < lo <= hi <= 1, f"views.area is {lo} {hi}; expected 0 < smallest <= largest <= 1")
         lo, hi = self.aspect

@@ -20,6 +20,21 @@ from simclr import fields
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 
+_MOST_BYTES = 1 << 30  # of pictures.npz, unpacked; the largest that `evaluate` writes is a tenth
+# Name in pictures.npz → its sides, equal where their names are, and its kind (see `pipelines.html.pictures.write_pictures`).
+_ARRAYS: dict[str, tuple[tuple[str | int, ...], type[np.generic]]] = {
+    "gallery": (("g", 3, "gallery height", "gallery width", 3), np.uint8),
+    "queries": (("m", "height", "width", 3), np.uint8),
+    "query_labels": (("m",), np.int64),
+    "neighbours": (("m", "k", "height", "width", 3), np.uint8),
+    "neighbour_labels": (("m", "k"), np.int64),
+    "similarity": (("m", "k"), np.float32),
+    "map": (("n", 2), np.float32),
+    "map_labels": (("n",), np.int64),
+    "map_predicted": (("n",), np.int64),
+    "thumbs": (("n", "thumb height", "thumb width", 3), np.uint8),
+}
+
 
 @dataclass(frozen=True)
 class Args:
@@ -59,7 +74,7 @@ def gather(run: Run) -> ReportData:
         "data": f"{run.origin} (manifest sha256 {run.data_digest[:12]}…)",
         **run.environment,
     }
-    gallery, neighbours, points = _pictures(run.path / "pictures.npz")
+    gallery, neighbours, points = _pictures(run.path / "pictures.npz", len(manifest.classes) if manifest is not None else 1 << 31)
     return ReportData(
         title=f"SimCLR · {run.recipe}",
         command=run.command,
@@ -104,30 +119,22 @@ def _length(run: Run, history: list[dict[str, float]]) -> dict[str, str]:
     return {"length": f"{last['step']:,.0f} steps of {run.config.train.batch_size:,} images{epochs}{rate}"}
 
 
-def _pictures(path: Path) -> tuple[np.ndarray, Neighbours, FeatureMap]:
-    """Gallery, neighbours and map of pictures.npz; empty ones without that file."""
-    side = 1
-    empty = {
-        "gallery": np.zeros((0, 3, side, side, 3), np.uint8),
-        "queries": np.zeros((0, side, side, 3), np.uint8),
-        "query_labels": np.zeros(0, np.int64),
-        "neighbours": np.zeros((0, 0, side, side, 3), np.uint8),
-        "neighbour_labels": np.zeros((0, 0), np.int64),
-        "similarity": np.zeros((0, 0), np.float32),
-        "map": np.zeros((0, 2), np.float32),
-        "map_labels": np.zeros(0, np.int64),
-        "map_predicted": np.zeros(0, np.int64),
-        "thumbs": np.zeros((0, side, side, 3), np.uint8),
-    }
+def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, FeatureMap]:
+    """Gallery, neighbours and map of pictures.npz, with labels of so many `classes`; empty ones without that file. Raises UserError for a
+    file that `evaluate` did not write."""
+    found = {name: np.zeros([0 if isinstance(side, str) else side for side in shape], kind) for name, (shape, kind) in _ARRAYS.items()}
     if path.is_file():
         try:
+            with zipfile.ZipFile(path) as archive:
+                if (size := sum(entry.file_size for entry in archive.infolist())) > _MOST_BYTES:
+                    raise ValueError(f"it would unpack to {size / 2**20:,.0f} MiB")
             with np.load(path) as file:
-                found = {name: file[name] for name in empty}
-        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:  # errors of the file: nothing here computes
+                found = {name: file[name] for name in found}
+            _require_pictures(found, classes)
+        # Errors of the file: nothing here computes.
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
             again = f"`simclr evaluate {path.parent}` makes it again"
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
-    else:
-        found = empty
     neighbours = Neighbours(
         queries=found["queries"],
         query_labels=found["query_labels"],
@@ -137,3 +144,20 @@ def _pictures(path: Path) -> tuple[np.ndarray, Neighbours, FeatureMap]:
     )
     points = FeatureMap(xy=found["map"], labels=found["map_labels"], predicted=found["map_predicted"], thumbs=found["thumbs"])
     return found["gallery"], neighbours, points
+
+
+def _require_pictures(found: dict[str, np.ndarray], classes: int) -> None:
+    """Raise ValueError unless the arrays are as `pictures.write_pictures` makes them."""
+    sides: dict[str, int] = {}
+    for name, (shape, kind) in _ARRAYS.items():
+        array = found[name]
+        fits = array.ndim == len(shape) and array.dtype.kind == np.dtype(kind).kind
+        if not fits or any(
+            there != (sides.setdefault(side, there) if isinstance(side, str) else side)
+            for side, there in zip(shape, array.shape, strict=True)
+        ):
+            raise ValueError(f"{name} is {array.dtype} {array.shape}")
+        if name.endswith(("labels", "predicted")) and array.size and not -1 <= array.min() <= array.max() < max(classes, 1):
+            raise ValueError(f"{name} has classes from {array.min()} to {array.max()}, the data has {classes}")
+        if array.dtype == np.uint8 and len(array) and not array.size:
+            raise ValueError(f"{name} has no pixels")

@@ -107,7 +107,7 @@ def line(name: str, run_json: str, metrics: str, checkpoints: list[str]) -> Line
     last: dict[str, Any] = {}
     for row in reversed(metrics.splitlines()):
         with contextlib.suppress(UserError):  # half a line of a machine that crashed
-            last = files.json_in(row, "a report", "")
+            last = {name: value for name, value in files.json_in(row, "a report", "").items() if fields.fits(value, float)}
             break
     steps = [int(name.removeprefix("step-")) for name in checkpoints if name.removeprefix("step-").isdigit()]
     note, recipe, total, began = "", "?", None, 0.0

@@ -199,9 +199,14 @@ class Run:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         for number, line in enumerate(lines, 1):
             with contextlib.suppress(json.JSONDecodeError):  # half a line of a machine that crashed
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except RecursionError:
+                    row = None
                 if not isinstance(row, dict) or not fields.fits(row.get("step"), int):
                     raise UserError(f"{path}, line {number}, is no report: it has no step; remove that line")
+                if odd := [name for name, value in row.items() if not _is_reported(name, value)]:
+                    raise UserError(f"{path}, line {number}, is no report: {odd[0]!r} is no number; remove that line")
                 rows[row["step"]] = row
         return [rows[step] for step in sorted(rows)]
 
@@ -218,6 +223,12 @@ class Run:
         for row in text["scores"]:
             fields.require(row, {"name": str, **{key: float for key in row if key != "name"}}, f"a score in {path}", instead)
         return text
+
+
+def _is_reported(name: str, value: Any) -> bool:
+    """Whether a report may say this: a number, NaN too, or a text about stragglers."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, str) if name == "stragglers" else number
 
 
 def environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from simclr import config as configs
 from simclr import fields, files
 from simclr.errors import UserError
 from simclr.networks.heads import Classifier, ProjectionHead, build_head
-from simclr.networks.initial import unfilled
 from simclr.networks.resnet import ResNet, build_encoder
 from simclr.views.preprocessing import Preprocessing
 
@@ -128,8 +128,9 @@ def read_encoder(directory: Path) -> PublishedEncoder:
     """See `simclr.load_encoder`."""
     text = read_text(directory)
     shape = config_of({"encoder": text["encoder"]}).encoder  # an older or newer version may have other fields elsewhere
-    encoder = unfilled(lambda: build_encoder(shape))
-    _load(encoder, directory, "encoder")
+    with torch.device("meta"):
+        encoder = build_encoder(shape)
+    _fill(encoder, read_part(directory, "encoder"), directory)
     return PublishedEncoder(encoder, text).eval()
 
 
@@ -138,12 +139,12 @@ def read_head(directory: Path) -> ProjectionHead | None:
     if not (directory / "head.safetensors").is_file():
         return None
     config = config_of(read_text(directory))
+    tensors = read_part(directory, "head")
     with torch.device("meta"):
-        d_h = build_encoder(config.encoder).d_h
-    head = unfilled(lambda: build_head(config, d_h))
-    layers = [re.match(r"layers\.(\d{1,3})\.", name) for name in read_part(directory, "head")]
+        head = build_head(config, build_encoder(config.encoder).d_h)
+    layers = [re.match(r"layers\.(\d{1,3})\.", name) for name in tensors]
     del head.layers[1 + max((int(found[1]) for found in layers if found), default=0) :]
-    _load(head, directory, "head")
+    _fill(head, tensors, directory)
     return head.eval()
 
 
@@ -156,8 +157,7 @@ def read_classifier(directory: Path) -> tuple[Classifier, list[str]]:
     encoder, head = read_encoder(directory).encoder, read_head(directory)
     with torch.device("meta"):
         model = Classifier(encoder, head, stated["tap"], len(stated["classes"]))
-    model.classifier.to_empty(device="cpu")
-    _load(model.classifier, directory, "classifier")
+    _fill(model.classifier, read_part(directory, "classifier"), directory)
     return model.eval(), stated["classes"]
 
 
@@ -184,16 +184,26 @@ def read_part(directory: Path, name: str) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(directory / f"{name}.safetensors")
     except SafetensorError as error:
-        raise UserError(f"the weights in {directory} do not fit its config.json: {_last_line(error)}; {_INSTEAD}") from None
+        raise UserError(f"the weights in {directory} cannot be read: {str(error).splitlines()[-1].strip()}; {_INSTEAD}") from None
     return tensors
 
 
-def _load(module: nn.Module, directory: Path, name: str) -> None:
-    try:
-        module.load_state_dict(read_part(directory, name))
-    except RuntimeError as error:
-        raise UserError(f"the weights in {directory} do not fit its config.json: {_last_line(error)}; {_INSTEAD}") from None
+def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """How the tensors `given` differ in names, shapes and kind from those that a module wants; [] = they fit."""
+    wrong = [
+        f"{name} has shape {tuple(given[name].shape)}, expected {tuple(t.shape)}"
+        for name, t in wanted.items()
+        if name in given and given[name].shape != t.shape
+    ]
+    wrong += [f"{name} is missing" for name in wanted if name not in given]
+    wrong += [f"{name} is unknown" for name in given if name not in wanted]
+    return wrong + [f"{name} is of {given[name].dtype}" for name in wanted if name in given and not given[name].is_floating_point()]
 
 
-def _last_line(error: Exception) -> str:
-    return str(error).splitlines()[-1].strip()
+def _fill(module: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Put `tensors`, from `directory`, into `module`, which is on the meta device. It gets memory once its shapes are those of the
+    tensors: a damaged config.json may describe a network of any size."""
+    if wrong := differences(module.state_dict(), tensors):
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"the weights in {directory} do not fit its config.json: {'; '.join(wrong[:3])}{more}; {_INSTEAD}")
+    module.to_empty(device="cpu").load_state_dict(tensors)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from simclr import checkpoint, fields
 from simclr.config import Config, Encoder
-from simclr.encoder.directory import config_of, preprocessing_of, read_part, read_text
+from simclr.encoder.directory import config_of, differences, preprocessing_of, read_part, read_text
 from simclr.encoder.export import own_name
 from simclr.errors import UserError
 from simclr.networks.resnet import build_encoder
@@ -144,18 +144,6 @@ def _require_numbers(t: Tensor, name: str, path: Path) -> None:
             f"{name} in {path} has NaN or infinity in {bad:,} of {t.numel():,} places, and training needs finite numbers; "
             "give a checkpoint from before they came up"
         )
-
-
-def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """How the tensors `given` differ in names, shapes and kind from those that a module wants; [] = they fit."""
-    wrong = [
-        f"{name} has shape {tuple(given[name].shape)}, expected {tuple(t.shape)}"
-        for name, t in wanted.items()
-        if name in given and given[name].shape != t.shape
-    ]
-    wrong += [f"{name} is missing" for name in wanted if name not in given]
-    wrong += [f"{name} is unknown" for name in given if name not in wanted]
-    return wrong + [f"{name} is of {given[name].dtype}" for name in wanted if name in given and not given[name].is_floating_point()]
 
 
 def require_fit(encoder: Encoder, weights: Weights, where: object) -> None:

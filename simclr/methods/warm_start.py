@@ -7,7 +7,8 @@ from torch import Tensor
 
 from simclr.checkpoint import State
 from simclr.config import Config
-from simclr.encoder.weights import Weights, differences, require_fit
+from simclr.encoder.directory import differences
+from simclr.encoder.weights import Weights, require_fit
 from simclr.methods.queue import Queue
 from simclr.methods.simclr import build_model
 from simclr.precision import weights_dtype

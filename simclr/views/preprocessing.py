@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr.config import Resize, Views
+from simclr.errors import UserError
 from simclr.to_device import to_device
 from simclr.views.draw import Ints, centre_boxes
 from simclr.views.ops import crop_resize, normalise
@@ -30,6 +31,15 @@ class Preprocessing:
     """Mean, subtracted from pixels in [0, 1]. The official encoders subtract nothing."""
     std: tuple[float, float, float]
     """Standard deviation, by which they are then divided. The official encoders divide by nothing."""
+
+    def __post_init__(self) -> None:
+        for name, value, fits, expected in (
+            ("size_px", self.size_px, 8 <= self.size_px <= 4096, "8 to 4096 pixels"),
+            ("centre_crop", self.centre_crop, 0 < self.centre_crop <= 1, "a share in (0, 1]"),
+            ("std", self.std, min(self.std) > 0, "positive numbers"),
+        ):
+            if not fits:
+                raise UserError(f"preprocessing.{name} is {value}; expected {expected}")
 
     @classmethod
     def of(cls, views: Views) -> Preprocessing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -212,3 +213,58 @@ def test_an_optimizers_tensor_of_nobody_or_of_another_shape_is_refused() -> None
             checkpoint.check(State(1, {}, good | moments | change), model)
     with pytest.raises(UserError, match=r"optimizer.bias.exp_avg is missing"):
         checkpoint.check(State(1, {}, good | {"optimizer.weight.exp_avg": torch.zeros(2, 3)}), model)
+
+
+def _signed(path: Path, **about: Any) -> None:
+    """Give checkpoint `path` the checksum of what is in it now, as somebody would who changed it on purpose."""
+    text = json.loads((path / "checkpoint.json").read_text())
+    text["sha256"] = hashlib.sha256((path / "state.safetensors").read_bytes()).hexdigest()
+    (path / "checkpoint.json").write_text(json.dumps(text | about))
+
+
+def _header(path: Path, change: Any) -> None:
+    """Change the header of the tensors' file in checkpoint `path`."""
+    data = (path / "state.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    (path / "state.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "state.safetensors").write_bytes(b"\xff" * 64),
+        lambda path: (path / "state.safetensors").write_bytes(b""),
+        lambda path: _header(path, lambda header: header["model.weight"].update(shape=[10**12, 10**12])),
+        lambda path: _header(path, lambda header: header["model.weight"].pop("dtype")),
+        lambda path: _header(path, lambda header: header["__metadata__"].update(reports="no JSON")),
+        lambda path: _header(path, lambda header: header["__metadata__"].update(reports='{"step": 2}')),
+        lambda path: _header(path, lambda header: header["__metadata__"].update(reports='[{"loss": 2}]')),
+        lambda path: _header(path, lambda header: header["__metadata__"].update(reports="[" * 100_000)),
+    ],
+)
+def test_damage_with_the_right_checksum_is_damage_and_the_checkpoint_before_is_used(tmp_path: Path, damage: Any) -> None:
+    first, second = (checkpoint.write(tmp_path, state(step), keep=2) for step in (1, 2))
+    damage(second)
+    _signed(second)
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, said.append) == first and "is not whole" in said[0]
+
+
+@pytest.mark.parametrize("step", [-5, 1, 10**12])
+def test_a_step_that_its_name_does_not_have_is_damage(tmp_path: Path, step: int) -> None:
+    """A step beyond the end would make a run complete."""
+    path = checkpoint.write(tmp_path, state(2), keep=2)
+    _signed(path, step=step)
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, said.append) is None and f"says that it is of step {step:,}" in said[0]
+
+
+def test_whole_numbers_in_place_of_weights_are_refused(tmp_path: Path) -> None:
+    found = state(1)
+    model = nn.Linear(3, 2)
+    found.tensors["model.weight"] = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"model.weight is of torch.int64, expected torch.float32"):
+        checkpoint.restore(found, model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))

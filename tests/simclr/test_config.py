@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from simclr.config import Config, Encoder, Loss, Optim, Train, Views, Watch
+from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
 from simclr.errors import UserError
 from simclr.methods.simclr import shapes_only
 from simclr.recipes import RECIPES, recipe
@@ -44,7 +44,11 @@ def test_steps_are_those_of_the_official_code() -> None:
     ("build", "sentence"),
     [
         (lambda: Encoder(width=0), "encoder.width is 0"),
-        (lambda: Views(size_px=4), "views.size_px is 4; expected at least 8 pixels"),
+        (lambda: Encoder(width=100), "encoder.width is 100; expected 1 to 32"),
+        (lambda: Head(layers=10**9), "head.layers is 1000000000; expected .* at most 32"),
+        (lambda: Head(d_out=2**40), "head.d_out is 1099511627776; expected 1 to 131,072"),
+        (lambda: Views(size_px=4), "views.size_px is 4; expected 8 to 4096 pixels"),
+        (lambda: Views(size_px=10**7), "views.size_px is 10000000; expected 8 to 4096 pixels"),
         (lambda: Views(area=(0.5, 0.2)), "views.area is 0.5 0.2"),
         (lambda: Views(flip_p=1.5), r"views.flip_p is 1.5; expected a probability in \[0, 1\]"),
         (lambda: Views(std=(1.0, 0.0, 1.0)), "views.std"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,3 +74,46 @@ def test_a_picture_is_cropped_in_the_middle_and_fine_stripes_of_a_large_one_do_n
     stripes = torch.zeros(1, 630, 630, 3, dtype=torch.uint8)
     stripes[:, :, ::2] = 255
     assert (encoder.prepared(stripes) - 0.5).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"encoder": {"width": 100}}, "encoder.width is 100; expected 1 to 32"),
+        ({"encoder": {"depth": 200, "width": 32, "sk_ratio": 1.0}}, "do not fit its config.json: stem.0.weight has shape"),
+        ({"head": {"layers": 3, "d_out": 2**17}}, "do not fit its config.json: .*has shape"),
+        ({"preprocessing": {"size_px": 10**7}}, "preprocessing.size_px is 10000000; expected 8 to 4096 pixels"),
+        ({"preprocessing": {"centre_crop": 0.0}}, r"preprocessing.centre_crop is 0.0; expected a share in \(0, 1\]"),
+        ({"preprocessing": {"std": [1, 0, 1]}}, "preprocessing.std is .*; expected positive numbers"),
+        ({"classifier": {"tap": 10**9}}, "tap 1000000000 does not exist"),
+        ({"classifier": {"classes": ["a"] * 1000}}, r"bias has shape \(4,\), expected \(1000,\)"),
+    ],
+)
+def test_a_config_that_is_not_of_these_weights_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], sentence: str
+) -> None:
+    """Whatever network it describes: shapes are compared before a module gets memory."""
+    _, directory = published(tmp_path / "encoder")
+    text = json.loads((directory / "config.json").read_text())
+    for part, values in changed.items():
+        text[part] |= values
+    (directory / "config.json").write_text(json.dumps(text))
+    taken, to_empty = [0], torch.nn.Module.to_empty
+
+    def counted(module: torch.nn.Module, **where: Any) -> torch.nn.Module:
+        taken.append(sum(t.nbytes for t in module.state_dict().values()))
+        return to_empty(module, **where)
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", counted)
+    with pytest.raises(UserError, match=sentence):
+        read_classifier(directory)
+        read_head(directory)
+    assert max(taken) < 1 << 20
+
+
+@pytest.mark.parametrize("name", ["encoder", "head", "classifier"])
+def test_a_file_of_weights_that_is_none_is_a_sentence(tmp_path: Path, name: str) -> None:
+    _, directory = published(tmp_path / "encoder")
+    (directory / f"{name}.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(UserError, match=f"the weights in {directory} cannot be read: .*; publish or pull it again"):
+        read_classifier(directory)

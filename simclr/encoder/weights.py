@@ -6,7 +6,6 @@ Nothing is unpickled: torch's own files are read with `weights_only`.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simclr import checkpoint, fields
+from simclr import checkpoint, fields, files
 from simclr.config import Config, Encoder
 from simclr.encoder.directory import config_of, differences, preprocessing_of, read_part, read_text
 from simclr.encoder.export import own_name
@@ -137,6 +136,9 @@ def of_file(path: Path) -> Weights:
 def _require_numbers(t: Tensor, name: str, path: Path) -> None:
     """Raise UserError unless tensor `name` of the file is dense, in memory and finite, as float32 too, which training makes of it."""
     kind = "quantised" if t.is_quantized else "without numbers" if t.is_meta else "" if t.layout is torch.strided else "sparse"
+    # A file of some bytes may state a view of any size.
+    if not kind and t.untyped_storage().nbytes() < t.numel() * t.element_size():
+        kind = f"a view of {tuple(t.shape)} of fewer numbers"
     if kind:
         raise UserError(f"{name} in {path} is {kind}; save dense tensors of floating-point numbers, as model.state_dict() has them")
     if t.is_floating_point() and (bad := t.numel() - int(t.float().isfinite().sum())):
@@ -201,7 +203,9 @@ def _read(path: Path) -> Any:
             raise UserError(f"{path} cannot be read as safetensors ({error}); bring it back from a copy") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except Exception as error:  # for a damaged file torch raises nearly anything; nothing here computes
+        if files.trouble(error):
+            raise
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{path} cannot be read as tensors alone ({reason}), and nothing here unpickles more; "

@@ -25,7 +25,16 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-COUNTS = {"shards": 400, "manifests": 200, "checkpoints": 200, "encoders": 200, "runs": 200, "images": 1500, "archives": 100}
+COUNTS = {
+    "shards": 400,
+    "manifests": 200,
+    "checkpoints": 200,
+    "encoders": 200,
+    "runs": 200,
+    "weights": 200,
+    "images": 1500,
+    "archives": 100,
+}
 MOST_S, MOST_BYTES = 20.0, 2 << 30
 _START_S = 120.0
 _ADDRESSES = 16 << 30  # of a child: a bomb is to end itself, not the machine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from pipelines.clusterfile import rules
 from simclr import files
 from simclr.config import Config
 from simclr.errors import UserError
+
+_MOST_VALUES = 100_000
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,26 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is no YAML{where}: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be a cluster file") from None
+    if (size := _size(content, {})) > _MOST_VALUES:
+        many = "endlessly many" if math.isinf(size) else f"{size:,.0f}"
+        raise UserError(f"the aliases in {path} stand for {many} values; a cluster file has some hundred")
     if isinstance(content, dict) and "apiVersion" in content:
         raise UserError(f"{path} is a Kubernetes manifest; check it with `kubectl apply --dry-run=server -f {path}`")
     if not isinstance(content, dict) or "provider" not in content:
         raise UserError(f"{path} is no cluster file of Ray's (it has no `provider`); cluster/ has the ones to start from")
     return text, content
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """Values in `value` with its aliases written out, which may be more than could ever be read; infinite where one contains itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        known[id(value)] = 1 + sum(_size(inner, known) for inner in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
 
 
 def schema_mistakes(cluster: dict[str, Any]) -> list[str]:

@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         from pipelines import terminal
 
         terminal.set_quiet(quiet)
+        sys.excepthook = lambda kind, error, trace: terminal.bug(error)
         module = importlib.import_module(_ABOVE.get(name, f"pipelines.commands.{name}"))
         words = [a for a in rest if a != "--quiet"]
         if words and hasattr(module, "recipe_for") and Path(words[0]).is_dir():
@@ -82,7 +83,10 @@ def main(argv: list[str] | None = None) -> None:
             raise
         _fail(sentence)
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        from pipelines import terminal
+
+        print(file=sys.stderr)  # the terminal shows ^C in the line
+        terminal.complain("interrupted; run the same command again to go on")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if "ray" in sys.modules:
             from pipelines.train import ray_train
@@ -94,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(sentence: str) -> None:
-    print(f"simclr: {sentence}", file=sys.stderr, flush=True)
+    from pipelines import terminal
+
+    terminal.complain(f"simclr: {sentence}")
     ray_train = sys.modules.get("pipelines.train.ray_train")
     if ray_train is not None and ray_train.lost():
         os._exit(2)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from simclr.errors import UserError
+from simclr.text import printable
 
 # Commands of the rooms above this one. Nothing here may import them, so they are found by name when they are called.
 _ABOVE = {"sweep": "tune.sweep"}
@@ -112,6 +113,9 @@ def parse(name: str, args: type[Any], argv: list[str]) -> Any:
     that recipe's, unless the class finds its `defaults` in the words."""
     import tyro
 
+    # The parser's own complaints repeat such words as they are. A shell's * may bring one, as the name of a file.
+    if odd := next((word for word in argv if word.startswith("-") and printable(word) != word), None):
+        raise UserError(f"{odd}: no option has such characters; name a file ./{odd}, and give a value behind its option, without =")
     fields = {f.name: f for f in dataclasses.fields(args)}
     default: Any = None
     if "config" in fields:

@@ -7,6 +7,7 @@ import difflib
 import importlib.metadata
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -184,7 +185,7 @@ def _download(uri: str, place: str, sizes: dict[str, int | None], to: Path, prog
         except Exception as error:  # raised again below, outside the thread
             trouble.append(error)
 
-    # In a thread: nothing stops MLflow while a server sends more than it listed, without end.
+    # In a thread, since a server may send more than it listed, without end.
     thread = threading.Thread(target=fetch, name="download", daemon=True)
     thread.start()
     most = sum(size for size in sizes.values() if size) if all(size is not None for size in sizes.values()) else None
@@ -193,12 +194,24 @@ def _download(uri: str, place: str, sizes: dict[str, int | None], to: Path, prog
         done = _bytes_in(to)
         progress(done)
         if most is not None and done > most:
+            _cut(to)
             raise UserError(f"{redacted(place)} sends more bytes than the {most:,} that it lists; publish the run again")
     if trouble:
         raise trouble[0]
     for name, size in sizes.items():
         if size is not None and (to / name).is_file() and (to / name).stat().st_size != size:
             raise UserError(f"{name} at {redacted(place)} has {(to / name).stat().st_size:,} bytes, {size:,} are listed; pull it again")
+
+
+def _cut(folder: Path) -> None:
+    """End what writes into `folder` in this process. MLflow has no way to stop a download, and the interpreter waits for its threads: their
+    files become /dev/full, and the next write fails."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # a file that was closed meanwhile
+            if link.readlink().is_relative_to(folder.absolute()):
+                os.dup2(full, int(link.name))
+    os.close(full)
 
 
 def _bytes_in(folder: Path) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from simclr.errors import UserError
+from simclr.text import printable
 
 # Commands of the rooms above this one. Nothing here may import them, so they are found by name when they are called.
 _ABOVE = {"sweep": "tune.sweep"}
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         from pipelines import terminal
 
         terminal.set_quiet(quiet)
+        sys.excepthook = lambda kind, error, trace: terminal.bug(error)
         module = importlib.import_module(_ABOVE.get(name, f"pipelines.commands.{name}"))
         words = [a for a in rest if a != "--quiet"]
         if words and hasattr(module, "recipe_for") and Path(words[0]).is_dir():
@@ -82,7 +84,10 @@ def main(argv: list[str] | None = None) -> None:
             raise
         _fail(sentence)
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        from pipelines import terminal
+
+        print(file=sys.stderr)  # the terminal shows ^C in the line
+        terminal.complain("interrupted; run the same command again to go on")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if "ray" in sys.modules:
             from pipelines.train import ray_train
@@ -94,7 +99,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(sentence: str) -> None:
-    print(f"simclr: {sentence}", file=sys.stderr, flush=True)
+    from pipelines import terminal
+
+    terminal.complain(f"simclr: {sentence}")
     ray_train = sys.modules.get("pipelines.train.ray_train")
     if ray_train is not None and ray_train.lost():
         os._exit(2)
@@ -106,6 +113,9 @@ def parse(name: str, args: type[Any], argv: list[str]) -> Any:
     that recipe's, unless the class finds its `defaults` in the words."""
     import tyro
 
+    # The parser's own complaints repeat such words as they are. A shell's * may bring one, as the name of a file.
+    if odd := next((word for word in argv if word.startswith("-") and printable(word) != word), None):
+        raise UserError(f"{odd}: no option has such characters; name a file ./{odd}, and give a value behind its option, without =")
     fields = {f.name: f for f in dataclasses.fields(args)}
     default: Any = None
     if "config" in fields:

@@ -1,14 +1,22 @@
-"""Progress of a command: on a terminal a bar with ETA and rate, elsewhere a plain line now and then."""
+"""What a command prints, and its progress: on a terminal a bar with ETA and rate, elsewhere a plain line now and then.
+
+Everything that reaches a terminal or a log passes here, and through the filter in `simclr.text`: names of files may hold what a terminal
+obeys.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+import traceback
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from simclr.text import paragraph, printable, printable_lines, redacted
 
 _PLAIN_EVERY_S = 10.0
 _QUIET = False
@@ -23,12 +31,23 @@ def set_quiet(quiet: bool) -> None:
 def say(text: str) -> None:
     """One line of progress, on standard error, so that results on standard output can be piped."""
     if not _QUIET:
-        print(text, file=sys.stderr, flush=True)
+        complain(text)
 
 
-def printable(line: str) -> str:
-    """`line` with line breaks, control characters and bytes of another encoding, as names of files have them, escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+def complain(text: str) -> None:
+    """A message that --quiet does not silence: an error, or the traceback of a bug."""
+    print(paragraph(text), file=sys.stderr, flush=True)
+
+
+def bug(error: BaseException | str) -> None:
+    """The traceback of a bug, or its text as another process sent it, without credentials."""
+    text = error if isinstance(error, str) else "".join(traceback.format_exception(error))
+    complain(re.sub(r"\x1b\[[\d;]*m", "", redacted(text.rstrip())))  # Ray colours what it sends
+
+
+def show(text: str) -> None:
+    """A result, on standard output. The text's line breaks stay, so the names in a table must be `printable` themselves."""
+    print(printable_lines(text))
 
 
 def process_age_s() -> float:
@@ -50,7 +69,7 @@ class Bar:
     """
 
     def __init__(self, name: str, total: int | None, unit: str = "images", rate_unit: str = "images/s") -> None:
-        self.name, self.total, self.unit, self.rate_unit = name, total, unit, rate_unit
+        self.name, self.total, self.unit, self.rate_unit = printable(name), total, unit, rate_unit
         self.done, self.note, self.rate = 0, "", 0.0
         self.began = self.printed = time.monotonic()
         self.started_at = 0
@@ -61,13 +80,13 @@ class Bar:
     def __enter__(self) -> Self:
         if not _QUIET and sys.stderr.isatty():
             self.progress = Progress(
-                TextColumn("{task.description:<10}"),
+                TextColumn("{task.description:<10}", markup=False),
                 BarColumn(bar_width=28),
-                TextColumn("{task.fields[counts]}"),
+                TextColumn("{task.fields[counts]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=Console(stderr=True),
                 refresh_per_second=4,
             )
@@ -91,7 +110,7 @@ class Bar:
     def update(self, done: int, note: str | None = None, rate: float | None = None) -> None:
         """`done` units so far; `rate` in images/s, if the caller measures it better than this clock."""
         self.done = done
-        self.note = self.note if note is None else note
+        self.note = self.note if note is None else printable(note)
         self.first = self.first or (time.monotonic(), done)
         elapsed = time.monotonic() - self.began
         self.rate = rate if rate is not None else (done - self.started_at) / max(elapsed, 1e-9)

@@ -44,6 +44,7 @@ LAYERS = [
         "simclr.to_device",
         "simclr.files",
         "simclr.fields",
+        "simclr.text",
     ),
     ("simclr.errors",),
 ]

@@ -12,6 +12,7 @@ from pipelines.html import charts, page
 from pipelines.html.charts import escape
 from simclr import files
 from simclr.errors import UserError
+from simclr.text import cell
 from tune import drawing, sweep_dir
 from tune.paper_figures import FIGURES, Drawing, Material, each_axis
 from tune.sweep_dir import METRICS, NAMES, Sweep, Trial, shown
@@ -39,7 +40,7 @@ def report(path: Path) -> Path:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["metric", "what", "mean", "lowest_seed", "highest_seed", "n", "published"])
     for metric, drawn in drawings.items():
-        writer.writerows([metric, *row] for row in drawn.rows)
+        writer.writerows(map(cell, (metric, *row)) for row in drawn.rows)
     files.write_text(path / "figures.csv", table.getvalue())
     files.write_text(path / "report.html", render(sweep, found, drawings))
     return path / "report.html"

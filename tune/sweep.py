@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipelines.runs import sync
-from pipelines.terminal import say
+from pipelines.terminal import say, show
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import require
 from pipelines.train import ray_train
@@ -93,17 +93,17 @@ class Args:
 
 def main(args: Args) -> None:
     if args.list:
-        print(spaces.listing())
+        show(spaces.listing())
     elif args.space == "report":
         from tune.report import report
 
         if args.directory is None:
             raise UserError("which sweep? `simclr sweep report DIR`")
-        print(report(args.directory))
+        show(str(report(args.directory)))
     else:
         if args.directory is not None:
             raise UserError(f"{args.directory} is one word too many; a directory goes with `simclr sweep report`, --data or --out")
-        print(os.path.relpath(sweep(args)))
+        show(os.path.relpath(sweep(args)))
 
 
 def sweep(args: Args) -> Path:

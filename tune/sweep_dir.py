@@ -24,6 +24,7 @@ from simclr import fields, files
 from simclr.config import Config
 from simclr.errors import UserError
 from simclr.recipes import recipe
+from simclr.text import cell
 from tune import resolve
 from tune.spaces import Space, space
 
@@ -191,7 +192,8 @@ def write_results(sweep: Sweep) -> list[Trial]:
     for trial in found:
         values = [_cell(trial.values.get(path, "")) for path in varied]
         scores = [_cell(trial.scores.get(name, "")) for name in metrics]
-        table.writerow([trial.name, *values, trial.seed, trial.status, trial.step, trial.total_steps, *scores, trial.reason])
+        row = [trial.name, *values, trial.seed, trial.status, trial.step, trial.total_steps, *scores, trial.reason]
+        table.writerow(map(cell, row))
     files.write_text(sweep.path / "results.csv", text.getvalue())
     order = ranked(found, sweep.metric)
     if order:

@@ -7,16 +7,14 @@ end, and lines still queued at the sweep's end were lost.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines.runs.directory import load_run
-from pipelines.terminal import say
+from pipelines.terminal import bug, say
 from pipelines.tracking import client
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import Outbox, Posted
@@ -62,7 +60,7 @@ class Ledger:
         try:
             self._take()
         except Exception as error:
-            traceback.print_exception(error)
+            bug(error)
             self.bug = error
 
     def _take(self) -> None:
@@ -85,11 +83,13 @@ class Ledger:
         match message:
             case messages.Said(text):
                 say(f"trial {name}: {text}")
-            case messages.TrialFailed(reason=reason, bug=bug):
-                _show(bug)
+            case messages.TrialFailed(reason=reason, bug=trace):
+                if trace:
+                    bug(trace)
                 say(f"trial {name} failed: {reason}")
-            case messages.TrialBeganAgain(reason=reason, bug=bug):
-                _show(bug)
+            case messages.TrialBeganAgain(reason=reason, bug=trace):
+                if trace:
+                    bug(trace)
                 say(f"trial {name} failed: {reason}; it starts again with another seed")
                 if posted := self.posted.pop(name, None):
                     posted.path, posted.status = sweep_dir.first_try(self.sweep.path, name), "FAILED"
@@ -141,8 +141,3 @@ class Ledger:
         for path in artifacts:
             self.parent.artifact(path)
         self.parent.end(status)
-
-
-def _show(bug: str) -> None:
-    if bug:
-        print(bug.rstrip(), file=sys.stderr, flush=True)

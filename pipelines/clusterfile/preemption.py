@@ -28,6 +28,7 @@ from typing import Protocol
 import ray  # noqa: F401  now: a notice leaves no time for it
 
 from pipelines.train import ray_private
+from simclr.text import printable
 
 ASK_EVERY_S = 2.0
 _ANSWER_WITHIN_S, _DRAIN_WITHIN_S, _RAYLET_WITHIN_S = 2.0, 5.0, 60
@@ -187,7 +188,7 @@ def watch(service: Service, node: Raylet, *, alive: Callable[[], bool], sleep: C
 
 def _say(sentence: str) -> None:
     with contextlib.suppress(OSError):  # a full disk must not stop the drain
-        print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} notice: {sentence}", flush=True)
+        print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} notice: {printable(sentence)}", flush=True)
 
 
 def main(words: list[str] | None = None) -> int:

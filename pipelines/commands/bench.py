@@ -14,6 +14,7 @@ import tyro
 
 from pipelines.bench.result import WARM_STEPS, Row, machine, write_json
 from pipelines.runs import sync
+from pipelines.terminal import show
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
@@ -113,7 +114,7 @@ def main(args: Args) -> None:
         from pipelines.bench.all import bench_all
 
         if unfinished := bench_all(args.budget_min, args.out, args.device, args.dry, args.data):
-            print(f"failed or ended early: {', '.join(unfinished)}")
+            show(f"failed or ended early: {', '.join(unfinished)}")
             sys.exit(1)
         return
     for path in (args.json, args.profile):
@@ -129,7 +130,7 @@ def main(args: Args) -> None:
         if args.json is not None:
             write_json(args.json, args.what, setting, n, rows, complete=False)
     for name, value in machine().items():
-        print(f"{name}: {value}")
+        show(f"{name}: {value}")
     if args.json is not None:
         write_json(args.json, args.what, setting, n, rows)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipelines.clusterfile import rules
+from pipelines.terminal import show
 from simclr import files
 from simclr.config import Config
 from simclr.errors import UserError
@@ -49,13 +50,13 @@ def main(args: Args) -> None:
     if found:
         rows = "\n".join(f"  {number}. {sentence}" for number, sentence in enumerate(found, 1))
         raise UserError(f"{args.file} has {len(found)} mistake{'s' if len(found) > 1 else ''}:\n{rows}")
-    print(overview(cluster))
+    show(overview(cluster))
     if batch:
-        print(f"\n{args.recipe}: {batch}")
+        show(f"\n{args.recipe}: {batch}")
     if marked := [(number, line) for number, line in enumerate(text.splitlines(), 1) if re.search(r"# EDIT \d of \d", line)]:
-        print("\nto edit before `ray up`, unless you have:")
+        show("\nto edit before `ray up`, unless you have:")
         for number, line in marked:
-            print(f"  line {number}: {re.sub(' +#', '  #', line.strip())}")
+            show(f"  line {number}: {re.sub(' +#', '  #', line.strip())}")
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.terminal import say
+from pipelines.terminal import say, show
 from pipelines.tracking.card import UNKNOWN_LICENCE, network, write_card
 from simclr import files
 from simclr.errors import UserError
@@ -62,4 +62,4 @@ def main(args: Args) -> None:
     parts.append(f"a head of {len(found.head.layers)} layers" if found.head else "no head")
     if linear is not None:
         parts.append(f"a classifier of {len(linear['bias']):,} classes at tap {tap}")
-    print(f"{args.to}: {', '.join(parts)}")
+    show(f"{args.to}: {', '.join(parts)}")

@@ -16,7 +16,7 @@ import numpy as np
 from pipelines.commands import evaluate, prepare, pretrain, publish, report
 from pipelines.evaluation import quick
 from pipelines.runs.directory import Run, load_run
-from pipelines.terminal import process_age_s, say
+from pipelines.terminal import process_age_s, say, show
 from pipelines.train import ray_train
 from simclr import files
 from simclr.errors import UserError
@@ -49,10 +49,10 @@ class Args:
 def main(args: Args) -> None:
     result = demo(args)
     spent = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in result.timings.items())
-    print(quick.table(result.scores))
-    print(f"\n{result.registered}; {result.pulled}")
-    print(f"report: {result.report}")
-    print(f"total: {process_age_s():.0f} s on {os.cpu_count()} cores ({spent})")
+    show(quick.table(result.scores))
+    show(f"\n{result.registered}; {result.pulled}")
+    show(f"report: {result.report}")
+    show(f"total: {process_age_s():.0f} s on {os.cpu_count()} cores ({spent})")
 
 
 @dataclass(frozen=True)

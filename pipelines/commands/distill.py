@@ -13,6 +13,7 @@ import tyro
 
 from pipelines.runs import sync
 from pipelines.runs.directory import Run
+from pipelines.terminal import show
 from pipelines.train import classifiers, driver, ray_train
 from simclr.config import Optim, Watch
 from simclr.data.manifest import read_manifest
@@ -65,7 +66,7 @@ class Args:
 
 def main(args: Args) -> None:
     run = distill(args)
-    print(classifiers.told(run, sync.shown(args.run or run.path)))
+    show(classifiers.told(run, sync.shown(args.run or run.path)))
 
 
 def distill(args: Args) -> Run:

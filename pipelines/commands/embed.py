@@ -13,7 +13,7 @@ import tyro
 from numpy.typing import NDArray
 
 from pipelines.runs import sync
-from pipelines.terminal import Bar, say
+from pipelines.terminal import Bar, say, show
 from simclr import files
 from simclr.data.depth import Rule
 from simclr.data.pixels import MOST_PIXELS
@@ -94,7 +94,7 @@ def main(args: Args) -> None:
         np.savez(file, features=rows, names=np.array(names))
     if junk:
         say(f"{len(junk):,} files are no images that can be read and were left out; the first: {junk[0]}")
-    print(f"{args.out}: {len(rows)} × {rows.shape[1]} features")
+    show(f"{args.out}: {len(rows)} × {rows.shape[1]} features")
 
 
 def _open(args: Args) -> _Images:

@@ -11,6 +11,7 @@ import tyro
 from pipelines.evaluation import protocols, quick
 from pipelines.evaluation.inputs import default_out, device_of, opened, resolve
 from pipelines.runs import sync
+from pipelines.terminal import show
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def main(args: Args) -> None:
     if not args.suite and (args.root or args.only or args.download or args.fine_tune):
         raise UserError("--root, --only, --fine-tune and --download belong to --suite transfer; add that, or leave them out")
     if not args.suite and not args.protocol:
-        print(quick.table(evaluate(args)))
+        show(quick.table(evaluate(args)))
         return
     _check(args)
     out, name = args.out or default_out(args.encoder), sync.shown(args.encoder)

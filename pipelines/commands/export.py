@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from pipelines.runs import sync
+from pipelines.terminal import show
 from pipelines.tracking.card import preprocessing
 from simclr import files
 from simclr.errors import UserError
@@ -43,10 +44,10 @@ def main(args: Args) -> None:
     size = encoder.preprocessing.size_px
     if args.to.suffix == ".safetensors":
         fixed, plain = export.torchvision(encoder, linear, args.to)
-        print(f"{args.to}: torchvision's resnet{encoder.config['encoder']['depth']}, {'with' if linear else 'without'} fc")
-        print(f"  deviates by {fixed:.1e} after  {export.TORCHVISION_POOL}")
-        print(f"  and by {plain:.1e} without that line: torchvision pads its max-pool otherwise")
-        print(f"  takes {preprocessing(asdict(encoder.preprocessing))}")
+        show(f"{args.to}: torchvision's resnet{encoder.config['encoder']['depth']}, {'with' if linear else 'without'} fc")
+        show(f"  deviates by {fixed:.1e} after  {export.TORCHVISION_POOL}")
+        show(f"  and by {plain:.1e} without that line: torchvision pads its max-pool otherwise")
+        show(f"  takes {preprocessing(asdict(encoder.preprocessing))}")
     else:
         deviation = (export.onnx if args.to.suffix == ".onnx" else export.program)(encoder, args.to)
-        print(f"{args.to}: images (n, 3, {size}, {size}) in [0, 1] → features (n, {encoder.d_h}); deviates by {deviation:.1e}")
+        show(f"{args.to}: images (n, 3, {size}, {size}) in [0, 1] → features (n, {encoder.d_h}); deviates by {deviation:.1e}")

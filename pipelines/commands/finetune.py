@@ -12,7 +12,7 @@ import tyro
 
 from pipelines.runs import sync
 from pipelines.runs.directory import Run
-from pipelines.terminal import say
+from pipelines.terminal import say, show
 from pipelines.train import classifiers, driver, ray_train
 from simclr.config import Optim, Watch
 from simclr.data.manifest import read_manifest
@@ -76,7 +76,7 @@ class Args:
 
 def main(args: Args) -> None:
     run = finetune(args)
-    print(classifiers.told(run, sync.shown(args.run or run.path)))
+    show(classifiers.told(run, sync.shown(args.run or run.path)))
 
 
 def finetune(args: Args) -> Run:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from pipelines.runs import sync
-from pipelines.terminal import Bar, printable, say
+from pipelines.terminal import Bar, say, show
 from simclr.data import shards
 from simclr.data.manifest import LISTS, Manifest
 from simclr.data.options import stated
@@ -22,6 +22,7 @@ from simclr.data.sources.open import betons_at, open_source
 from simclr.data.sources.reading import Reading, rows_of
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
+from simclr.text import printable
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Args:
 
 def main(args: Args) -> None:
     if args.dry_run:
-        print(dry_run(args))
+        show(dry_run(args))
         return
     manifest = prepare(args)
     per_split = ", ".join(f"{split} {manifest.examples(split):,}" for split in manifest.splits)
-    print(f"{sync.shown(_out(args))}: {per_split} images, {len(manifest.classes) or 'no'} classes, {manifest.kind}")
+    show(f"{sync.shown(_out(args))}: {per_split} images, {len(manifest.classes) or 'no'} classes, {manifest.kind}")
 
 
 def prepare(args: Args) -> Manifest:

@@ -14,6 +14,7 @@ import tyro
 from pipelines.evaluation import inputs
 from pipelines.runs import sync
 from pipelines.runs.directory import Run
+from pipelines.terminal import show
 from pipelines.train import driver, ray_train, warm_start
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
@@ -67,7 +68,7 @@ class Args:
 
 def main(args: Args) -> None:
     run = pretrain(args)
-    print(sync.shown(args.run or run.path))
+    show(sync.shown(args.run or run.path))
 
 
 def pretrain(args: Args) -> Run:

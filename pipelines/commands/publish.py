@@ -12,8 +12,8 @@ import tyro
 from pipelines.evaluation.quick import scores_of
 from pipelines.runs import sync
 from pipelines.runs.directory import load_run
-from pipelines.terminal import say
-from pipelines.tracking import registry
+from pipelines.terminal import say, show
+from pipelines.tracking import registry, trust
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.card import UNKNOWN_LICENCE, write_card
 from pipelines.tracking.outbox import catch_up
@@ -32,37 +32,30 @@ class Args:
     """The score that decides the champion; higher is better. Default: knn_top1, for a classifier top1, or rankme for data
     without labels."""
     tracking_uri: str | None = None
-    """MLflow address. Default: the run's."""
+    """MLflow address. Default: $MLFLOW_TRACKING_URI, else the one that the run was logged at, unless it would get credentials of yours."""
     licence: str = UNKNOWN_LICENCE
     """Licence of the weights, for the model card: README.md in the encoder's directory, and the version's description."""
 
 
 def main(args: Args) -> None:
     result = publish(args)
-    print(f"{result['name']}/{result['version']}{' @champion' if result['champion'] else ''}")
+    show(f"{result['name']}/{result['version']}{' @champion' if result['champion'] else ''}")
 
 
 def publish(args: Args) -> dict[str, Any]:
     """Register and, if it beats the present champion, move the alias. Returns name, version, champion, before."""
     with sync.directory(args.run) as run:
-        return _publish(replace(args, run=run))
+        return _publish(replace(args, run=run), args.run)
 
 
-def _publish(args: Args) -> dict[str, Any]:
+def _publish(args: Args, asked: Path) -> dict[str, Any]:
     run, began = load_run(args.run), time.monotonic()
     row = scores_of(args.run)[-1]
     scores = {key: float(value) for key, value in row.items() if key != "name"}
     metric = args.metric or next((name for name in ("knn_top1", "top1") if name in scores), "rankme")
     if metric not in scores:
         raise UserError(f"no score {metric!r}; choose one of {', '.join(scores)}")
-    uri = mlflow_uri.tracking_address(args.tracking_uri)
-    if run.tracking_run and mlflow_uri.redacted(uri) != run.tracking_uri:
-        if args.tracking_uri or "…" in run.tracking_uri:  # run.json has no credentials
-            raise UserError(
-                f"{args.run} is not known at {mlflow_uri.redacted(uri)}: it was logged at {run.tracking_uri}; "
-                "give that address with --tracking-uri"
-            )
-        uri = run.tracking_uri
+    uri = trust.address_for(run, args.tracking_uri, asked)
     mlflow_uri.check(uri)
     if run.unlogged or not run.tracking_run:
         run = catch_up(run, uri)

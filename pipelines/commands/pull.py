@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from pipelines.commands.publish import score_text
-from pipelines.terminal import Bar
+from pipelines.terminal import Bar, show
 from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
 from simclr import files
@@ -40,4 +40,4 @@ def main(args: Args) -> None:
         got = registry.pull(uri, args.model, args.to, progress)
     told = [name for name in got["scores"] if name.endswith("top1")] or list(got["scores"])
     scores = ", ".join(f"{name} {score_text(name, got['scores'][name])}" for name in told)
-    print(f"{args.to}: {got['name']} version {got['version']} ({scores})")
+    show(f"{args.to}: {got['name']} version {got['version']} ({scores})")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from pipelines.terminal import show
 from simclr.recipes import RECIPES, recipe
 
 
@@ -22,9 +23,9 @@ class Args:
 def main(args: Args) -> None:
     if args.name is None:
         for name, function in RECIPES.items():
-            print(f"{name:<26} {(inspect.getdoc(function) or '').splitlines()[0]}")
+            show(f"{name:<26} {(inspect.getdoc(function) or '').splitlines()[0]}")
         return
     config = recipe(args.name)
-    print(f"{args.name}\n\n{inspect.getdoc(RECIPES[args.name])}\n")
+    show(f"{args.name}\n\n{inspect.getdoc(RECIPES[args.name])}\n")
     for path, value in config.flat().items():
-        print(f"  {path:<32} {value}")
+        show(f"  {path:<32} {value}")

@@ -16,6 +16,7 @@ from pipelines.html import page
 from pipelines.html.page import FeatureMap, Neighbours, ReportData, Score
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
+from pipelines.terminal import show
 from simclr import fields
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
@@ -48,7 +49,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    print(report(args))
+    show(str(report(args)))
 
 
 def report(args: Args) -> Path:

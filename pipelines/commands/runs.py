@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipelines.runs.directory import SCHEMA
+from pipelines.terminal import show
 from simclr import fields, files
 from simclr.data.s3.uri import Address, address
 from simclr.errors import UserError
 from simclr.stages import STAGES
+from simclr.text import printable
 
 _INSTEAD = "bring it back from a copy"
 _SILENT_S = 600.0  # a run without a report for longer has stopped; reports come every few seconds
@@ -57,9 +59,9 @@ def main(args: Args) -> None:
     lines = sorted(_lines(args.at), key=lambda line: -line.updated)
     if args.json:
         for line in lines:
-            print(json.dumps(asdict(line)))
+            show(json.dumps(asdict(line)))
     elif lines:
-        print(table(lines))
+        show(table(lines))
 
 
 def _lines(at: Path) -> list[Line]:
@@ -152,14 +154,14 @@ def table(lines: list[Line]) -> str:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated)) if one.updated else "–"
         rows.append(
             (
-                one.run,
-                one.recipe,
+                printable(one.run),
+                printable(one.recipe),
                 one.state,
                 f"{one.step:,}" + (f" / {one.total_steps:,}" if one.total_steps else ""),
                 "–" if one.images_per_s is None else f"{one.images_per_s:,.0f}",
                 "–" if one.checkpoint is None else f"{one.checkpoint:,}",
                 "–" if one.loss is None else f"{one.loss:.3f}",
-                when + (f"  {one.note}" if one.note else ""),
+                when + (f"  {printable(one.note)}" if one.note else ""),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from pipelines.runs import sync
-from pipelines.terminal import Bar
+from pipelines.terminal import Bar, show
 from simclr.data.manifest import read_manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
@@ -40,7 +40,7 @@ def main(args: Args) -> None:
             state = f"damaged: {'; '.join(found.wrong[:_SHOWN])}{more}" if found.wrong else "whole"
             lines.append(f"{found.shard.name}  {found.shard.bytes / 2**20:8,.1f} MiB  {found.shard.samples:9,} images  {state}")
             damaged += bool(found.wrong)
-    print("\n".join(lines))
+    show("\n".join(lines))
     if damaged and s3_uri.address(args.data) is not None:
         (data / "manifest.json").unlink()  # so that the next command checks this copy and fetches damaged shards again
         raise UserError(f"{damaged} of {len(lines)} shards of this machine's copy are damaged; they are fetched again by the next command")

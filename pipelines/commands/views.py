@@ -11,6 +11,7 @@ import tyro
 from numpy.typing import NDArray
 
 from pipelines.runs import sync
+from pipelines.terminal import show
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
@@ -60,7 +61,7 @@ def main(args: Args) -> None:
     rows = gallery(config, data, args.images)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sheet(rows).save(_made(args.out))
-    print(f"{args.out}: {len(rows)} images, each with its two views at {config.views.size_px} px")
+    show(f"{args.out}: {len(rows)} images, each with its two views at {config.views.size_px} px")
 
 
 def _made(path: Path) -> Path:

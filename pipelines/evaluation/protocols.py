@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.evaluation.confusion import confusion_picture
 from pipelines.evaluation.inputs import held_back, require_common_classes
-from pipelines.terminal import Bar, say
+from pipelines.terminal import Bar, say, show
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import Manifest, read_manifest
@@ -79,7 +79,7 @@ def run(
         rows.append(summary(scores, test.y, list(manifest.classes), settings.resamples) | {"settings": told})
         rows[-1]["seconds"] = time.monotonic() - began
         write(rows[-1], list(manifest.classes), out, protocol)
-        print(text(rows[-1], list(manifest.classes)))
+        show(text(rows[-1], list(manifest.classes)))
         say(f"{out / protocol}.json, {out / protocol}.png")
     return rows
 

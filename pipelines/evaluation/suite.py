@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.terminal import Bar, say
+from pipelines.terminal import Bar, say, show
 from simclr import files
 from simclr.errors import UserError
 
@@ -80,9 +80,9 @@ def run(directory: Path, settings: Settings, out: Path, name: str) -> list[dict[
             rows.append(row | {"published": asdict(tasks[task].published), "seconds": time.monotonic() - began})
         text = {"encoder": name, "size_px": encoder.preprocessing.size_px, "rows": rows, "absent": absent}
         files.write_text(out / "transfer.json", json.dumps(text, indent=1) + "\n")
-    print(table(rows))
+    show(table(rows))
     for task, place in absent.items():
-        print(f"absent: {tasks[task].title} ({place})")
+        show(f"absent: {tasks[task].title} ({place})")
     say(str(out / "transfer.json"))
     return rows
 

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simclr.text import printable_lines
+
 Row = tuple[float, float, int, float | None, str]
 """A point of the crosshair: place (0 … 1000 from the left and from the top), step, epoch, value as text."""
 
@@ -28,8 +30,9 @@ _PALETTE = 10  # colours in page.css, --k0 … --k9
 
 
 def escape(text: object) -> str:
-    """`text` as HTML, also inside an attribute. Bytes of a file name that are no UTF-8 (lone surrogates) become "?"."""
-    return html.escape(str(text).encode("utf-8", "replace").decode())
+    """`text` as HTML, also inside an attribute. Control characters, which HTML cannot hold, and marks that turn the order of reading are
+    written out; bytes of a file name that are no UTF-8 (lone surrogates) become "?"."""
+    return html.escape(printable_lines(str(text).encode("utf-8", "replace").decode()))
 
 
 # ── Numbers as text ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -375,4 +375,6 @@ def _run_of(path: Path, text: dict[str, Any]) -> Run:
         text["data_at"], data = str(at), copy_of(at, "shards")
     elif not data.is_absolute():
         data = Path(os.path.relpath(path / data))
-    return fields.build(Run, text, where, _INSTEAD, path=path, config=config, data=data)
+    run = fields.build(Run, text, where, _INSTEAD, path=path, config=config, data=data)
+    # What an earlier version wrote, or another hand, may have credentials in it.
+    return replace(run, tracking_uri=redacted(run.tracking_uri), command=redacted(run.command))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simclr import files
+from simclr.text import printable_lines
 
 UNKNOWN_LICENCE = "unknown: nobody stated one; ask whoever made the encoder, and mind the licence of its training images"
 
@@ -18,7 +19,7 @@ def write_card(directory: Path, name: str, scores: dict[str, float], licence: st
     config = read_text(directory)
     config |= {"published": config.get("published", {}), **config_of(config).to_dict()}  # with defaults for absent fields
     config["preprocessing"] = asdict(preprocessing_of(config))  # an older directory does not state it
-    text = card(config, _parameters(config), name, scores, licence)
+    text = printable_lines(card(config, _parameters(config), name, scores, licence))  # it is read with `cat`, too
     files.write_text(directory / "README.md", text)
     return text
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
+from pipelines.tracking import trust
 from pipelines.tracking.uri import database_file, redacted
 from simclr.errors import UserError
 
@@ -158,6 +159,8 @@ class MLflowRun:
         """Copy file `path`, if there is one, into the run's artifacts."""
         if path.is_file():
             with one_sentence(self._uri):
+                place = self._mlflow.get_run(self.run_id).info.artifact_uri
+                trust.require_same_host(self._uri, place, f"the storage of run {self.run_id}")
                 self._mlflow.log_artifact(self.run_id, str(path))
 
     def end(self, status: str = "FINISHED") -> None:

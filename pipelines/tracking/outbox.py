@@ -11,14 +11,13 @@ import contextlib
 import json
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from pipelines.runs.directory import Run
-from pipelines.terminal import say
+from pipelines.terminal import bug, say
 from pipelines.tracking import client
 from pipelines.tracking import uri as mlflow_uri
 from simclr import fields, files
@@ -199,7 +198,7 @@ class Outbox:
             return True
         except Exception as error:
             if not isinstance(error, UserError | OSError) and type(error) is not type(self.trouble):
-                traceback.print_exception(error)
+                bug(error)
             elif self.trouble is None and not self.closing.is_set():
                 say(f"MLflow does not take the reports ({error}); the training goes on, and the outbox retries")
             self.trouble = error

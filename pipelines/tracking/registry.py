@@ -6,19 +6,27 @@ import contextlib
 import difflib
 import importlib.metadata
 import json
+import math
+import os
 import re
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipelines.terminal import say
+from pipelines.tracking import trust
 from pipelines.tracking.client import ABSENT, EXISTS, connect, locked, one_sentence, unless
-from pipelines.tracking.uri import redacted
+from simclr import files
 from simclr.errors import UserError
+from simclr.text import printable, redacted
 
 _SCORE_TAG = "score."
+FILES = ("encoder.safetensors", "config.json", "head.safetensors", "classifier.safetensors", "README.md")
+"""A published encoder. Nothing else of its directory is registered or pulled."""
+_LOOK_S = 0.25
 
 
 def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, float]) -> int:
@@ -27,17 +35,25 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
     The version is an MLflow model without pickled code: `mlflow.pyfunc.load_model("models:/NAME@champion")` reads it wherever this
     package is installed. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
     """
-    if not re.fullmatch(r"[^/:@'\"\\]+", name) or not name.strip(". "):
-        raise UserError(f"model name {name!r} cannot be registered; expected a name without / : @ \\ and quotes, give one with --name")
+    if not re.fullmatch(r"[^/:@'\"\\]+", name) or not name.strip(". ") or printable(name) != name:
+        raise UserError(
+            f"model name {name!r} cannot be registered; expected one without / : @ \\, quotes and control characters, give it with --name"
+        )
     if not _is_encoder(encoder):
         raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
+    parts = [encoder / name for name in FILES if (encoder / name).exists()]
+    for part in parts:
+        if part.is_symlink() or not part.is_file():  # the directory may be somebody else's, and the link lead to a file of ours
+            raise UserError(f"{part} is no plain file; put the file itself there, and publish again")
     with one_sentence(uri):
         client = connect(uri)
+        trust.require_same_host(uri, client.get_run(run_id).info.artifact_uri, f"the storage of run {run_id}")
         with tempfile.TemporaryDirectory() as scratch:
             # Every version has its own folder: a run that is published twice keeps the files of its first version.
             folder = _describe(Path(scratch), run_id, scores)
             client.log_artifacts(run_id, scratch, folder)
-        client.log_artifacts(run_id, str(encoder), f"{folder}/encoder")
+        for part in parts:
+            client.log_artifact(run_id, str(part), f"{folder}/encoder")
         unless(EXISTS, client.create_registered_model, name)
         source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
         tags = {_SCORE_TAG + metric: repr(float(value)) for metric, value in scores.items()}
@@ -93,7 +109,7 @@ def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = l
     """Download the encoder that `spec` names (NAME@alias or NAME/version) to the directory `to`, which must be new or empty.
 
     `progress` gets (bytes so far, all bytes) now and then. Returns name, version, run_id and scores. If `spec` names nothing, raises
-    UserError with the names that exist. `to` appears whole or not at all.
+    UserError with the names that exist. Files that are no part of an encoder are named and left out. `to` appears whole or not at all.
     """
     match = re.fullmatch(r"([^@/:]+)(?:@([^@/]+)|/(\d+))", spec)
     if not match:
@@ -102,18 +118,26 @@ def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = l
         raise UserError(f"{to} exists and is not empty; pull to a new directory")
     name, alias, number = match.groups()
     with one_sentence(uri):
-        from mlflow.artifacts import download_artifacts
-
         client = connect(uri)
         version = _find(client, uri, name, alias, int(number or 0))
+        what = f"{name}/{version.version}"
         source = client.get_model_version_download_uri(name, version.version)
+        trust.require_same_host(uri, source, what)
+        folder = trust.folder_of(uri, source, what)
+        sizes = _listed(uri, source, what)
+        if folder is not None and any((folder / "encoder" / file).is_symlink() for file in sizes):
+            raise UserError(f"{what} has links among its files at {folder}/encoder; publish the run again")
+        lost = f"{what} has lost its files at {redacted(source)}; publish the run again"
+        if not {"encoder.safetensors", "config.json"} <= sizes.keys():
+            raise UserError(lost)
+        total = sum(size or 0 for size in sizes.values())
+        files.require_space(to, total, f"for {what}", "use another --to")
         to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
+        with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-", ignore_cleanup_errors=True) as scratch:
             found = Path(scratch) / "encoder"
-            with contextlib.suppress(FileNotFoundError), _watched(Path(scratch), _bytes(client, version, source), progress):
-                download_artifacts(artifact_uri=f"{source}/encoder", dst_path=scratch, tracking_uri=uri)
+            _download(uri, f"{source}/encoder", sizes, found, lambda done: progress(done, total))
             if not _is_encoder(found):
-                raise UserError(f"{name}/{version.version} has lost its files at {redacted(source)}; publish the run again")
+                raise UserError(lost)
             if to.exists():  # replacing it would leave a shell whose current folder it is in a deleted one
                 for file in sorted(found.iterdir(), reverse=True):  # the weights first: without config.json it is no encoder
                     file.rename(to / file.name)
@@ -128,36 +152,74 @@ def version_of(uri: str, name: str, alias: str) -> int:
         return int(_find(connect(uri), uri, name, alias, 0).version)
 
 
-def _bytes(client: Any, version: Any, source: str) -> int:
-    """Size of a version's encoder; 0 if its files are not among its run's artifacts."""
-    import requests
-    from mlflow.exceptions import MlflowException
+def _listed(uri: str, source: str, what: str) -> dict[str, int | None]:
+    """The files of an encoder below `source`, with their bytes (None where the store does not say). Says what else lies there."""
+    from mlflow.artifacts import list_artifacts
 
-    folder = source.rpartition("/")[2]
-    try:
-        there = client.list_artifacts(version.run_id, f"{folder}/encoder")
-    except (MlflowException, requests.RequestException, OSError):  # only the bar's end depends on it
-        return 0
-    return sum(int(f.file_size or 0) for f in there)
+    found, others = dict[str, int | None](), []
+    for info in list_artifacts(artifact_uri=f"{source}/encoder", tracking_uri=uri):
+        name = str(info.path).removeprefix("encoder/")
+        if name in FILES and not info.is_dir:
+            found[name] = info.file_size
+        else:
+            others.append(name)
+    if others:
+        more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+        say(f"left out of {what}, since no encoder has such files: {', '.join(others[:3])}{more}")
+    return found
 
 
-@contextlib.contextmanager
-def _watched(folder: Path, total: int, progress: Callable[[int, int], None]) -> Iterator[None]:
-    """Tell `progress`, four times a second, how many bytes are in `folder`: MLflow's own bar counts files."""
-    over = threading.Event()
+def _download(uri: str, place: str, sizes: dict[str, int | None], to: Path, progress: Callable[[int], None]) -> None:
+    """Fetch the files named in `sizes` from `place` into the new folder `to`; `progress` gets the bytes so far, four times a second
+    (MLflow's own bar counts files). Raises UserError as soon as there are more bytes than `sizes` says, and at the end for fewer."""
+    from mlflow.artifacts import download_artifacts
 
-    def look() -> None:
-        while not over.wait(0.25):
-            with contextlib.suppress(OSError):  # a file that was renamed meanwhile
-                progress(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()), total)
+    to.mkdir()
+    trouble: list[Exception] = []
 
-    thread = threading.Thread(target=look, name="download", daemon=True)
+    def fetch() -> None:
+        try:
+            for name in sizes:
+                with contextlib.suppress(FileNotFoundError):
+                    download_artifacts(artifact_uri=f"{place}/{name}", dst_path=str(to), tracking_uri=uri)
+        except Exception as error:  # raised again below, outside the thread
+            trouble.append(error)
+
+    # In a thread, since a server may send more than it listed, without end.
+    thread = threading.Thread(target=fetch, name="download", daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    most = sum(size for size in sizes.values() if size) if all(size is not None for size in sizes.values()) else None
+    while thread.is_alive():
+        thread.join(_LOOK_S)
+        done = _bytes_in(to)
+        progress(done)
+        if most is not None and done > most:
+            _cut(to)
+            raise UserError(f"{redacted(place)} sends more bytes than the {most:,} that it lists; publish the run again")
+    if trouble:
+        raise trouble[0]
+    for name, size in sizes.items():
+        if size is not None and (to / name).is_file() and (to / name).stat().st_size != size:
+            raise UserError(f"{name} at {redacted(place)} has {(to / name).stat().st_size:,} bytes, {size:,} are listed; pull it again")
+
+
+def _cut(folder: Path) -> None:
+    """End what writes into `folder` in this process. MLflow has no way to stop a download, and the interpreter waits for its threads: their
+    files become /dev/full, and the next write fails."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # a file that was closed meanwhile
+            if link.readlink().is_relative_to(folder.absolute()):
+                os.dup2(full, int(link.name))
+    os.close(full)
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # a file that was renamed meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _is_encoder(directory: Path) -> bool:
@@ -165,8 +227,14 @@ def _is_encoder(directory: Path) -> bool:
 
 
 def _scores(version: Any) -> dict[str, float]:
-    """A version's scores, without NaN: no score compares with NaN, so such a champion would stay for ever."""
-    return {k.removeprefix(_SCORE_TAG): float(v) for k, v in version.tags.items() if k.startswith(_SCORE_TAG) and v != "nan"}
+    """A version's scores, without NaN: no score compares with NaN, so such a champion would stay for ever. Other hands may have written
+    the tags: what is no number is no score."""
+    found = {}
+    for key, text in version.tags.items():
+        with contextlib.suppress(ValueError):
+            if key.startswith(_SCORE_TAG) and not math.isnan(value := float(text)):
+                found[key.removeprefix(_SCORE_TAG)] = value
+    return found
 
 
 def _find(client: Any, uri: str, name: str, alias: str | None, number: int) -> Any:

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from simclr.errors import UserError
+from simclr.text import redacted as redacted
 
 _NUMBERS = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR")  # MLflow reads them
 _ANSWER_S = 8.0  # a server's time to answer `check`
@@ -24,11 +25,6 @@ def tracking_address(given: str | None) -> str:
 def default_uri(runs: Path) -> str:
     """The embedded tracking database, `runs`/mlflow.db, with artifacts under `runs`/artifacts: no server needed."""
     return f"sqlite:///{(runs / 'mlflow.db').absolute()}"
-
-
-def redacted(text: str) -> str:
-    """`text` without the user and password of any address in it."""
-    return re.sub(r"(?<!sqlite)://\S*@", "://…@", text)
 
 
 def check(uri: str) -> None:

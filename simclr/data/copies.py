@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simclr.data.ffcv.writer import Note
+from simclr.text import cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,8 @@ def shown(conflicts: Sequence[tuple[Sample, Sample]]) -> str:
 def write_list(path: Path, head: Sequence[str], rows: Sequence[tuple[object, ...]]) -> None:
     """Write a CSV file, if there are rows."""
     if rows:
-        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            csv.writer(file).writerows([head, *rows])
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([head, *(map(cell, row) for row in rows)])
 
 
 def _samples(notes: dict[str, list[Note]]) -> Iterator[tuple[int, Sample]]:

@@ -1,0 +1,110 @@
+"""Which addresses get what the environment holds for MLflow: those that the user names, and none that a file or a server names alone.
+
+MLflow sends its token to every http address that it is given. A run directory may be somebody else's, its run.json too; and whoever may
+write to a shared registry may register a version whose files lie anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from pipelines.runs.directory import Run
+from pipelines.tracking.uri import database_file, tracking_address
+from simclr.errors import UserError
+from simclr.text import redacted
+
+_SECRETS = ("TOKEN", "USERNAME", "PASSWORD", "AUTH", "AWS_SIGV4", "CLIENT_CERT_PATH")  # MLFLOW_TRACKING_…
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+_SERVER = re.compile(r"(\[[0-9a-f:]+\]|[\w.-]+)(?::(\d{1,5}))?", re.IGNORECASE)
+
+
+def address_for(run: Run, given: str | None, asked: Path) -> str:
+    """The MLflow address for `run`, which the user `asked` for: the one that the user names, by the flag's `given` or the environment, or
+    the one in its run.json where following that can give nothing away.
+
+    Raises UserError where the run was logged at another address than the user's, or at one that only run.json names and that would get
+    credentials, or be written to as a database.
+    """
+    uri, there = tracking_address(given), run.tracking_uri
+    if not run.tracking_run or redacted(uri) == there:
+        return uri
+    logged = f"{asked} was logged at {there}, as its run.json says"
+    if given:
+        raise UserError(f"{asked} is not known at {redacted(uri)}: it was logged at {there}; give that address with --tracking-uri")
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError(f"{logged}, and $MLFLOW_TRACKING_URI is {redacted(uri)}; give the one that you trust with --tracking-uri")
+    if "…" in there:  # run.json has no credentials
+        raise UserError(f"{logged}, with credentials that are not written down; give that address with --tracking-uri")
+    if file := database_file(there):
+        if not _holds(file, run.tracking_run):
+            raise UserError(f"{logged}, which is no database of yours with that run in it; give its address with --tracking-uri")
+    elif held := secrets():
+        raise UserError(f"{logged}, which would get what {held} holds; if you trust that address, give it with --tracking-uri")
+    return there
+
+
+def secrets() -> str:
+    """Names of what MLflow would send to any server, or ""."""
+    found = [f"$MLFLOW_TRACKING_{name}" for name in _SECRETS if os.environ.get(f"MLFLOW_TRACKING_{name}")]
+    found += [str(file) for file in [Path("~/.mlflow/credentials").expanduser()] if file.exists()]
+    return " or ".join(found)
+
+
+def require_same_host(uri: str, place: str, what: str) -> None:
+    """Raise UserError if the files of `what`, which MLflow at `uri` says lie at `place`, are on another host that MLflow would send its
+    credentials to. Stores with credentials of their own (s3://, gs://, …) are where a server keeps files."""
+    scheme, ours = place.partition(":")[0].lower(), uri.partition(":")[0].lower()
+    # Of a runs:/ or models:/ address only MLflow knows where it leads; libraries drop spaces and control characters.
+    if scheme in ("runs", "models") or place != place.strip() or not place.isprintable():
+        raise UserError(f"{what} lies at {redacted(place)}, which is no place of files; publish the run again")
+    proxied = scheme == "mlflow-artifacts"
+    if scheme not in ("http", "https", "mlflow-artifacts") or (proxied and re.match(":/(?!/)|:///", place[len(scheme) :])):
+        return  # the last two: a path on MLflow's own server
+    there = _server(place.partition("://")[2], ours if proxied else scheme)
+    here = _server(uri.partition("://")[2].partition("/")[0].rpartition("@")[2], ours)
+    held = secrets()
+    if held and (there is None or there != here or (scheme != ours and not proxied)):
+        raise UserError(
+            f"{what} lies at {redacted(place)}, another server than MLflow's at {redacted(uri)}, and would get what {held} holds; "
+            "put the credentials into the address instead, $MLFLOW_TRACKING_URI=https://USER:PASSWORD@HOST: then no other host gets them"
+        )
+
+
+def folder_of(uri: str, place: str, what: str) -> Path | None:
+    """The folder of this machine that `place` means; None for one elsewhere. Raises UserError where a server on another machine names
+    it."""
+    if not re.match(r"file:|(?![\w+.-]+:)", place, re.IGNORECASE):
+        return None
+    folder = Path(url2pathname(urlsplit(place).path if place[:5].lower() == "file:" else place))
+    if not database_file(uri) and (urlsplit(uri).hostname or "") not in _THIS_MACHINE:
+        raise UserError(
+            f"{what} lies in a folder of its server's machine, {folder}, says {redacted(uri)}. If that is on a disk that you share, use "
+            f"{folder}/encoder as it is; else start the server with --serve-artifacts and publish the run again"
+        )
+    return folder
+
+
+def _server(address: str, scheme: str) -> tuple[str, int] | None:
+    """(host, port) of what follows :// in an address; None with a user or a backslash in it, since libraries read that each in their own
+    way. The `scheme` gives the port where none is written."""
+    found = _SERVER.fullmatch(address.partition("/")[0])
+    return (found[1].lower(), int(found[2] or (443 if scheme == "https" else 80))) if found else None
+
+
+def _holds(file: Path, run_id: str) -> bool:
+    """Whether `file` is a database of this user in which MLflow has the run. It is only read: MLflow writes its tables into whatever
+    database it is given."""
+    if not file.is_file() or file.stat().st_uid != os.geteuid():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            # The name of MLflow's table and its key; the public way is to open the database, which writes.
+            return database.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,)).fetchone() is not None
+    except sqlite3.Error:
+        return False

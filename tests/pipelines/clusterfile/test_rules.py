@@ -112,6 +112,7 @@ def swap(name: str, old: str, new: str) -> tuple[str, Change]:
     return name, change
 
 
+GCP_HEAD = "simclr-head@my-project.iam.gserviceaccount.com"
 TYPES, G6, SAFE = "available_node_types", ("available_node_types", "g6"), "aws-gpu.yaml"
 BROKEN = {
     "g6 has min_workers 5 and max_workers 4": edit(SAFE, *G6, "min_workers", to=5),
@@ -171,6 +172,15 @@ BROKEN = {
     "g6 has a disk that is not encrypted": edit(SAFE, *G6, "node_config", "BlockDeviceMappings", 0, "Ebs", "Encrypted", to=False),
     "head has a disk that is not encrypted": edit(SAFE, TYPES, "head", "node_config", "BlockDeviceMappings", to=None),
     "(IMDSv1)": edit(SAFE, TYPES, "p5", "node_config", "MetadataOptions", to={"HttpTokens": "optional"}),
+    "p5 gives its role to containers": edit(SAFE, TYPES, "p5", "node_config", "MetadataOptions", to={"HttpTokens": "required"}),
+    "g6 uses the template simclr-head": edit(SAFE, *G6, "node_config", "LaunchTemplate", "LaunchTemplateName", to="simclr-head"),
+    "g2 runs as the head's account": edit("gcp-gpu.yaml", TYPES, "g2", "node_config", "serviceAccounts", 0, "email", to=GCP_HEAD),
+    "v4 runs as the head's account": edit("gcp-tpu-pod.yaml", TYPES, "v4", "node_config", "serviceAccounts", 0, "email", to=GCP_HEAD),
+    "the cluster is named mine, and the account simclr-head": edit("gcp-gpu.yaml", "cluster_name", to="mine"),
+    "the cluster is named simclrs, and the account simclr-head": edit("gcp-tpu-pod.yaml", "cluster_name", to="simclrs"),
+    "worker_setup_commands install packages unchecked (pip install torch_tpu)": edit(
+        "gcp-tpu-pod.yaml", "worker_setup_commands", 0, to="cd ~/simclr && .venv/bin/pip install torch_tpu && echo --require-hashes"
+    ),
     "g2 runs as an account with wide rights": edit("gcp-gpu.yaml", TYPES, "g2", "node_config", "serviceAccounts", to=None),
     "v5e is in the default network": edit(
         "gcp-tpu-pod.yaml", TYPES, "v5e", "node_config", "networkConfig", to={"subnetwork": "regions/us-central1/subnetworks/default"}

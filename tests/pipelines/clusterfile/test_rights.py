@@ -57,7 +57,8 @@ def instead(old: str, new: str) -> dict[str, dict[str, str]]:
 
 SHARD, RUN, MODEL = f"{BUCKET}/imagenet/train-00000.beton", f"{BUCKET}/runs/r50/step_1/model.safetensors", f"{BUCKET}/mlflow/1/model"
 ELSEWHERE = {"aws:ResourceAccount": "999999999999"}
-ALLOWED = {
+Request = tuple[str, str, dict[str, dict[str, str]]]
+ALLOWED: dict[str, Request] = {
     "worker lists the bucket": ("WorkerRole", "s3:ListBucket", {BUCKET: OURS}),
     "worker reads a shard": ("WorkerRole", "s3:GetObject", {SHARD: OURS}),
     "worker reads a model": ("WorkerRole", "s3:GetObject", {MODEL: OURS}),
@@ -80,11 +81,13 @@ ALLOWED = {
         {f"arn:aws:ssm:{REGION}::parameter/aws/service/deeplearning/ami/x86_64/base/latest/ami-id": {}},
     ),
 }
-REFUSED = {
+REFUSED: dict[str, Request] = {
     "worker overwrites a shard": ("WorkerRole", "s3:PutObject", {SHARD: OURS}),
     "worker deletes a shard": ("WorkerRole", "s3:DeleteObject", {SHARD: OURS}),
     "worker writes a model": ("WorkerRole", "s3:PutObject", {MODEL: OURS}),
     "worker deletes a model": ("WorkerRole", "s3:DeleteObject", {MODEL: OURS}),
+    "worker reads another bucket of the account": ("WorkerRole", "s3:GetObject", {"arn:aws:s3:::payroll/x": OURS}),
+    "worker lists another bucket of the account": ("WorkerRole", "s3:ListBucket", {"arn:aws:s3:::payroll": OURS}),
     "worker deletes a version of a checkpoint": ("WorkerRole", "s3:DeleteObjectVersion", {RUN: OURS}),
     "worker writes beside runs/": ("WorkerRole", "s3:PutObject", {f"{BUCKET}/runs-of-others/x": OURS}),
     "worker writes to somebody's bucket of that name": ("WorkerRole", "s3:PutObject", {RUN: ELSEWHERE}),
@@ -135,6 +138,15 @@ REFUSED = {
     "head passes the worker's role to a function": ("HeadRole", "iam:PassRole", {WORKER: {"iam:PassedToService": "lambda.amazonaws.com"}}),
     "head reads a secret": ("HeadRole", "ssm:GetParameters", {f"arn:aws:ssm:{REGION}:{ACCOUNT}:parameter/database": {}}),
 }
+# The head may what a worker may, and may not what a worker may not, but for models and machines.
+ALLOWED |= {name.replace("worker", "head", 1): ("HeadRole", *rest) for name, (_, *rest) in ALLOWED.items() if name.startswith("worker")}
+REFUSED |= {
+    name.replace("worker", "head", 1): ("HeadRole", *rest)
+    for name, (_, *rest) in REFUSED.items()
+    if name.startswith("worker") and not name.endswith((" a model", " a machine"))
+}
+ALLOWED |= {"head gives an upload of a model up": ("HeadRole", "s3:AbortMultipartUpload", {MODEL: OURS})}
+REFUSED |= {"head writes models to somebody's bucket of that name": ("HeadRole", "s3:PutObject", {MODEL: ELSEWHERE})}
 
 
 @pytest.mark.parametrize("request_", ALLOWED)

@@ -4,7 +4,7 @@
 # make test-attack     thousands of hostile files, and a second user of the machine (as root), in five minutes; see SECURITY.md
 # make test-compile    tests that compile networks with Inductor and every kernel for every GPU, in minutes
 # make test-torch211   the tests of what touches torch, under the oldest torch that we take, in an environment of its own
-# make lock    renew requirements.lock after a change of pyproject.toml
+# make lock    renew requirements.lock and its kin after a change of pyproject.toml
 
 .PHONY: setup demo test test-cluster test-attack test-compile test-torch211 lock
 .SILENT:
@@ -33,7 +33,13 @@ test-compile: setup
 test-torch211: setup
 	./tests/support/torch211.sh
 
-# Names versions and hashes for Python 3.11 and 3.12, and no address of an index.
+# Names versions and hashes for Python 3.11 and 3.12, and no address of an index. requirements.lock is what nodes install,
+# requirements-dev.lock the same and the tools of a checkout; cluster/*.lock: what FFCV is built with, what only a head or a TPU's host needs.
+lock = .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-header --quiet
 lock: setup
-	.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-emit-find-links --no-header --quiet --output-file requirements.lock
+	$(lock) pyproject.toml --group node --output-file requirements.lock
+	$(lock) pyproject.toml --group node --extra dev --constraints requirements.lock --output-file requirements-dev.lock
+	for group in build head tpu; do \
+		$(lock) --group $$group --constraints requirements-dev.lock --output-file cluster/$$group.lock || exit 1; \
+	done

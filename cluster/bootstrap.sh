@@ -1,9 +1,9 @@
 #!/bin/sh
-# Installs what SimCLR needs on a Debian or Ubuntu machine: system packages, .venv, the locked Python packages.
+# Installs what SimCLR needs on a Debian or Ubuntu machine: system packages, .venv, the locked Python packages (hashes checked).
 # Run it from anywhere, as often as you like: what is there already costs a second. `make demo` and `make test` begin with it.
 #
-#   bootstrap.sh             a checkout
-#   bootstrap.sh node        a cluster's node: the same, and the cache of shards on the node's fast local disks, where it has any
+#   bootstrap.sh             a checkout: what runs, and the tools of the tests
+#   bootstrap.sh node        a cluster's node: what runs, and the cache of shards on the node's fast local disks, where it has any
 #   bootstrap.sh node gcs    the same, and the project's bucket at /mnt/simclr (Google Cloud)
 set -eu
 cd "$(dirname "$0")/.."
@@ -101,8 +101,18 @@ if [ -n "$node" ] && ! grep -qs "$PWD/.venv/bin" ~/.bashrc; then
     echo "export PATH=\"$PWD/.venv/bin:\$PATH\"" >>~/.bashrc
 fi
 if [ "$bucket" = gcs ] && ! mountpoint -q /mnt/simclr; then
-    metadata=http://metadata.google.internal/computeMetadata/v1/project/project-id
-    project=$(curl -sf -H 'Metadata-Flavor: Google' $metadata)
+    ask() { curl -sf -H 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/$1"; }
+    project=$(ask project/project-id) && number=$(ask project/numeric-project-id) ||
+        { say "the metadata service of Google Cloud does not answer; expected a machine there: leave gcs out elsewhere"; exit 1; }
+    name=simclr-$project
+    # Anybody may have made a bucket of this name before us: then shards would be theirs, and they would get our runs.
+    # The token goes by standard input, since a command's words can be read by every user.
+    owner=$(ask instance/service-accounts/default/token | sed -n 's/.*"access_token" *: *"\([^"]*\)".*/Authorization: Bearer \1/p' |
+        curl -sf -H @- "https://storage.googleapis.com/storage/v1/b/$name?fields=projectNumber" | tr -dc 0-9 || true)
+    if [ "$owner" != "$number" ]; then
+        say "bucket gs://$name is of project ${owner:-unknown (this node may not read it)}, expected $project's own number $number; nothing is mounted: run cluster/gcp-project.sh, and see whose the bucket is"
+        exit 1
+    fi
     command -v gcsfuse >/dev/null || { say "gcsfuse is not installed; use an image that has it, or Filestore at /mnt/simclr"; exit 1; }
     $as_root mkdir -p /mnt/simclr
     $as_root chown "$(id -u)" /mnt/simclr
@@ -113,11 +123,13 @@ if [ "$bucket" = gcs ] && ! mountpoint -q /mnt/simclr; then
         $as_root chown "$(id -u)" $fast/gcsfuse
         set -- "$@" --cache-dir=$fast/gcsfuse --file-cache-max-size-mb=-1 --file-cache-cache-file-for-range-read
     fi
-    gcsfuse "$@" "simclr-$project" /mnt/simclr
+    gcsfuse "$@" "$name" /mnt/simclr
 fi
 
-# ── Python packages, as requirements.lock says ─────────────────────────────────────────────────────────────────────
-wanted=$(cat requirements.lock pyproject.toml cluster/bootstrap.sh | sha256sum | cut -d ' ' -f 1)
+# ── Python packages, as the lock says: what runs, and in a checkout the tools of the tests ─────────────────────────
+lock=requirements-dev.lock
+[ -z "$node" ] || lock=requirements.lock
+wanted=$(cat $lock cluster/build.lock pyproject.toml cluster/bootstrap.sh | sha256sum | cut -d ' ' -f 1)
 have=$(cat .venv/installed 2>/dev/null || true)
 if [ -x .venv/bin/simclr ] && [ "$have" = "$wanted $PWD" ]; then
     exit 0
@@ -125,20 +137,22 @@ fi
 # On a shared disk, made for another checkout: as good, since a job brings its code.
 if [ -L .venv ]; then
     [ "${have%% *}" = "$wanted" ] && exit 0
-    say "$(readlink -f .venv) is of another lock than $PWD/requirements.lock; run cluster/bootstrap.sh where it was made"
+    say "$(readlink -f .venv) is of another lock than $PWD/$lock; run cluster/bootstrap.sh${node:+ node} where it was made"
     exit 1
 fi
 say "installing the locked Python packages into .venv (about 6 GB, most of it CUDA)"
 # --clear: what an interrupted set-up left has no pip.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 if [ ! -x .venv/bin/uv ]; then
-    awk '/^uv==/ { on = 1 } on { print } on && !/\\$/ { exit }' requirements.lock >.venv/uv.lock
+    awk '/^uv==/ { on = 1 } on { print } on && !/\\$/ { exit }' cluster/build.lock >.venv/uv.lock
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.lock
 fi
 # Its own cache may lie on another disk: copying is then what happens anyway, without a warning.
 export UV_LINK_MODE="${UV_LINK_MODE:-copy}" VIRTUAL_ENV="$PWD/.venv"
+# The three that have no wheels are built with the setuptools of build.lock; nothing else is built, so nothing else runs here.
 # Compiled now: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every process would do it again, 3 s for torch alone.
-.venv/bin/uv pip install --quiet --compile-bytecode --require-hashes -r requirements.lock
+.venv/bin/uv pip install --quiet --compile-bytecode --require-hashes --build-constraint cluster/build.lock \
+    --only-binary :all: --no-binary ffcv --no-binary fastargs --no-binary assertpy -r $lock
 .venv/bin/uv pip install --quiet --no-deps --no-build-isolation -e .
 echo "$wanted $PWD" >.venv/installed
 say "done"

@@ -81,6 +81,7 @@ def mistakes(cluster: Cluster) -> Iterator[str]:
     yield from _ports(cluster)
     yield from _safe_start(cluster)
     yield from _secrets(cluster)
+    yield from _unchecked(cluster)
     kind = cluster["provider"]["type"]
     if kind == "local":
         yield from _addresses(cluster)
@@ -220,6 +221,15 @@ def _secrets(cluster: Cluster) -> Iterator[str]:
             yield f"file_mounts copy {here} to every node's disk; give the nodes a role instead"
 
 
+def _unchecked(cluster: Cluster) -> Iterator[str]:
+    """Packages that nobody has compared with what was once looked at."""
+    for key in ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"):
+        for command in cluster.get(key, []):
+            for asked in re.findall(r"\bpip3? install\b[^;&|]*", command):
+                if "--require-hashes" not in asked:
+                    yield f"{key} install packages unchecked ({asked.strip()}); write `uv pip install --require-hashes -r FILE.lock`"
+
+
 def _aws(cluster: Cluster) -> Iterator[str]:
     for rule in cluster["provider"].get("security_group", {}).get("IpPermissions", []):
         for wide in (r["CidrIp"] for r in rule.get("IpRanges", []) if ipaddress.ip_network(r["CidrIp"], strict=False).num_addresses > 1):
@@ -234,6 +244,8 @@ def _aws(cluster: Cluster) -> Iterator[str]:
         if name == cluster["head_node_type"] and not config.get("LaunchTemplate") and not config.get("IamInstanceProfile"):
             yield "the head has no instance profile, and Ray would give it every right on EC2 and S3; use the template simclr-head"
         template = config.get("LaunchTemplate", {}).get("LaunchTemplateName")
+        if template == "simclr-head" and name != cluster["head_node_type"]:
+            yield f"{name} uses the template simclr-head, and with it the head's rights; workers use simclr-worker or simclr-efa"
         if template == "simclr-head" and cluster["cluster_name"] != "simclr":
             yield (
                 f"the cluster is named {cluster['cluster_name']}, and the role of template simclr-head may end nodes of `simclr` only, "
@@ -244,12 +256,22 @@ def _aws(cluster: Cluster) -> Iterator[str]:
             yield f"{name} has a disk that is not encrypted; write Encrypted: true for each of its BlockDeviceMappings"
         if config.get("MetadataOptions", {}).get("HttpTokens") != "required":
             yield f"{name} gives its role to anybody who makes it fetch a page (IMDSv1); write MetadataOptions: {{HttpTokens: required}}"
+        if config.get("MetadataOptions", {}).get("HttpPutResponseHopLimit") != 1:
+            yield f"{name} gives its role to containers and proxies on it; write HttpPutResponseHopLimit: 1 beside HttpTokens"
 
 
 def _gcp(cluster: Cluster) -> Iterator[str]:
+    head = _accounts(cluster["available_node_types"][cluster["head_node_type"]])
+    if any(account.startswith("simclr-head@") for account in head) and not re.match(r"simclr(-|$)", cluster["cluster_name"]):
+        yield (
+            f"the cluster is named {cluster['cluster_name']}, and the account simclr-head may make machines of `simclr` and `simclr-…` "
+            "only, so no worker would start; name it so, or change the condition in cluster/gcp-project.sh too"
+        )
     for name, node in cluster["available_node_types"].items():
         config = node["node_config"]
-        accounts = [account.get("email", "") for account in config.get("serviceAccounts", [])]
+        accounts = _accounts(node)
+        if name != cluster["head_node_type"] and set(accounts) & set(head):
+            yield f"{name} runs as the head's account, and with its rights; workers use simclr-worker, which gcp-project.sh makes"
         if not accounts or any(re.search(r"compute@developer|ray-autoscaler|^default$", account) for account in accounts):
             yield f"{name} runs as an account with wide rights; write serviceAccounts with one that cluster/gcp-project.sh makes"
         if any("diskType" not in disk.get("initializeParams", {}) for disk in config.get("disks", [])):
@@ -265,6 +287,11 @@ def _gcp(cluster: Cluster) -> Iterator[str]:
 def _start(cluster: Cluster, role: str) -> str:
     """The commands that start Ray on a head or a worker, without those that only stop it."""
     return "\n".join(command for command in cluster.get(f"{role}_start_ray_commands", []) if "ray start" in command)
+
+
+def _accounts(node: dict[str, Any]) -> list[str]:
+    """Of Google's service accounts, the addresses that a node runs as."""
+    return [account.get("email", "") for account in node["node_config"].get("serviceAccounts", [])]
 
 
 def _is_tpu(node: dict[str, Any]) -> bool:

@@ -54,12 +54,13 @@ def filled(head: str, workers: list[str], key: Path) -> str:
 
 
 def environment(folder: Path) -> None:
-    """This Python environment in `folder`, with bootstrap.sh's mark that it is of this checkout's lock."""
+    """This Python environment in `folder`, with bootstrap.sh's mark that it is a node's of this checkout's lock."""
     folder.mkdir()
     for path in Path(sys.prefix).iterdir():
         if path.name != "installed":
             (folder / path.name).symlink_to(path)
-    lock = b"".join((ROOT / name).read_bytes() for name in ("requirements.lock", "pyproject.toml", "cluster/bootstrap.sh"))
+    made_of = ("requirements.lock", "cluster/build.lock", "pyproject.toml", "cluster/bootstrap.sh")
+    lock = b"".join((ROOT / name).read_bytes() for name in made_of)
     (folder / "installed").write_text(f"{hashlib.sha256(lock).hexdigest()} {ROOT}\n")
 
 

@@ -1,17 +1,17 @@
 #!/bin/sh
 # The tests of what touches torch, under torch 2.11 and torchvision 0.26, the oldest that pyproject.toml takes and what GPU hosts have.
-# In .venv-torch211, made the first time (6 GB): the rest as requirements.lock says, without Ray and MLflow, which those hosts lack too.
+# In .venv-torch211, made the first time (6 GB): the rest as requirements-dev.lock says, without Ray and MLflow, which those hosts lack too.
 #
 #   torch211.sh [ARGUMENTS OF PYTEST]
 set -eu
 cd "$(dirname "$0")/../.."
 there=.venv-torch211
-wanted=$(cat requirements.lock pyproject.toml tests/support/torch211.sh | sha256sum | cut -d ' ' -f 1)
+wanted=$(cat requirements-dev.lock pyproject.toml tests/support/torch211.sh | sha256sum | cut -d ' ' -f 1)
 if [ "$(cat $there/installed 2>/dev/null || true)" != "$wanted" ]; then
     echo "installing torch 2.11 into $there" >&2
     .venv/bin/uv venv --quiet --clear --python .venv/bin/python $there
     # Torch and torchvision want their own CUDA libraries and Triton, and torch an older setuptools than the lock has.
-    sed -n 's/^\([a-z0-9][^ ]*==[^\\]*\).*/\1/p' requirements.lock |
+    sed -n 's/^\([a-z0-9][^ ]*==[^\\]*\).*/\1/p' requirements-dev.lock |
         grep -vE '^(torch|torchvision|triton|setuptools|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*)==' >$there/constraints.txt
     printf 'torch==2.11.0\ntorchvision==0.26.0\n' >>$there/constraints.txt
     printf 'ray\nmlflow\n' >$there/excludes.txt

@@ -7,6 +7,7 @@ run for real in test_ray_up.py, with the provider for your own machines.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.account import ACCOUNT, GIVEN, REGION, allows, ordered, policies
 from tests.support.paths import ROOT
 
 HERE = ROOT / "cluster"
-REGION, ADDRESS = "us-east-1", "203.0.113.7/32"
+ADDRESS = GIVEN["SshFrom"]
 
 
 @pytest.fixture
@@ -36,31 +38,15 @@ def ec2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         yield boto3.client("ec2")
 
 
-def deploy(ec2: Any) -> None:
-    """The resources of aws-account.yaml that EC2 and IAM have, made with the template's own properties."""
+def deploy(ec2: Any) -> dict[str, str]:
+    """The resources of aws-account.yaml that EC2 and IAM have, made with the template's own properties. What their names refer to."""
     import boto3
 
     iam = boto3.client("iam")
     subnet = ec2.describe_subnets(Filters=[{"Name": "availability-zone", "Values": [f"{REGION}a"]}])["Subnets"][0]
-    known = {"Vpc": subnet["VpcId"], "Subnet": subnet["SubnetId"], "Bucket": "photos", "SshFrom": ADDRESS}
-    known |= {"Data": "photos", "AWS::Region": REGION, "AWS::AccountId": "123456789012"}
-
-    def resolved(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "Ref" in value:
-                return known[value["Ref"]]
-            if "Fn::GetAtt" in value:
-                return known[".".join(value["Fn::GetAtt"])]
-            if "Fn::Sub" in value:
-                text = value["Fn::Sub"]
-                for name, said in known.items():
-                    text = text.replace("${" + name + "}", said)
-                return text
-            return {key: resolved(inner) for key, inner in value.items()}
-        return [resolved(inner) for inner in value] if isinstance(value, list) else value
-
-    for name, resource in yaml.safe_load((HERE / "aws-account.yaml").read_text())["Resources"].items():
-        p = resolved(resource["Properties"])
+    known = GIVEN | {"Vpc": subnet["VpcId"], "Subnet": subnet["SubnetId"], "Data": "photos"}
+    for name, resource in ordered(known):
+        p = resource["Properties"]
         match resource["Type"].removeprefix("AWS::"):
             case "EC2::SecurityGroup":
                 made = ec2.create_security_group(GroupName=p["GroupName"], Description=p["GroupDescription"], VpcId=p["VpcId"])
@@ -80,11 +66,47 @@ def deploy(ec2: Any) -> None:
                         RoleName=p["RoleName"], PolicyName=policy["PolicyName"], PolicyDocument=json.dumps(policy["PolicyDocument"])
                     )
             case "IAM::InstanceProfile":
-                iam.create_instance_profile(InstanceProfileName=p["InstanceProfileName"])
+                made = iam.create_instance_profile(InstanceProfileName=p["InstanceProfileName"])
+                known[f"{name}.Arn"] = made["InstanceProfile"]["Arn"]
                 iam.add_role_to_instance_profile(InstanceProfileName=p["InstanceProfileName"], RoleName=p["Roles"][0])
                 known[name] = p["InstanceProfileName"]
             case "EC2::LaunchTemplate":
-                ec2.create_launch_template(LaunchTemplateName=p["LaunchTemplateName"], LaunchTemplateData=p["LaunchTemplateData"])
+                made = ec2.create_launch_template(LaunchTemplateName=p["LaunchTemplateName"], LaunchTemplateData=p["LaunchTemplateData"])
+                known[name] = made["LaunchTemplate"]["LaunchTemplateId"]
+            case _:  # the bucket, what EC2 makes no use of here
+                known.setdefault(name, name)
+    return known
+
+
+def touched(ec2: Any, request: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """ARN → condition keys of what a RunInstances of Ray's touches."""
+    here = f"arn:aws:ec2:{REGION}:{ACCOUNT}:"
+    (template,) = ec2.describe_launch_templates(LaunchTemplateNames=[request["LaunchTemplate"]["LaunchTemplateName"]])["LaunchTemplates"]
+    (tags,) = (spec["Tags"] for spec in request["TagSpecifications"] if spec["ResourceType"] == "instance")
+    found = {
+        f"{here}launch-template/{template['LaunchTemplateId']}": {},
+        # EC2 looks the name up; what lies under /aws/service is Amazon's.
+        f"arn:aws:ec2:{REGION}::image/ami-1": {"ec2:Owner": "amazon" if request["ImageId"].startswith("resolve:ssm:/aws/service/") else ""},
+        f"{here}instance/*": {
+            "ec2:InstanceType": request["InstanceType"],
+            "ec2:InstanceProfile": f"arn:aws:iam::{ACCOUNT}:instance-profile/{request['IamInstanceProfile']['Name']}",
+            "ec2:LaunchTemplate": f"{here}launch-template/{template['LaunchTemplateId']}",
+            "ec2:MetadataHttpTokens": request["MetadataOptions"]["HttpTokens"],
+            "ec2:MetadataHttpPutResponseHopLimit": str(request["MetadataOptions"]["HttpPutResponseHopLimit"]),
+            **{f"aws:RequestTag/{tag['Key']}": tag["Value"] for tag in tags},
+        },
+        f"{here}key-pair/{request['KeyName']}": {},
+    }
+    for disk in request["BlockDeviceMappings"]:
+        found[f"{here}volume/{disk['DeviceName']}"] = {"ec2:Encrypted": str(disk["Ebs"]["Encrypted"]).lower()}
+    for interface in request["NetworkInterfaces"]:
+        found[f"{here}network-interface/{interface['DeviceIndex']}"] = {"ec2:Subnet": f"{here}subnet/{interface['SubnetId']}"}
+        found |= {f"{here}subnet/{interface['SubnetId']}": {}} | {f"{here}security-group/{group}": {} for group in interface["Groups"]}
+    if "Placement" in request:
+        found[f"{here}placement-group/{request['Placement']['GroupName']}"] = {}
+    if "InstanceMarketOptions" in request:
+        found[f"{here}spot-instances-request/*"] = {}
+    return found
 
 
 def start(ec2: Any, cluster: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
@@ -103,6 +125,33 @@ def start(ec2: Any, cluster: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         made = provider.create_node(node["node_config"], {"ray-node-kind": kind, "ray-user-node-type": name}, 1)
         found[name] = [r["Instances"][0] for r in ec2.describe_instances(InstanceIds=list(made))["Reservations"]]
     return cluster, found
+
+
+def test_the_heads_role_starts_each_worker_and_no_second_head(ec2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import botocore.client
+
+    asked, call = list[dict[str, Any]](), botocore.client.BaseClient._make_api_call
+
+    def recorded(client: Any, operation: str, words: dict[str, Any]) -> Any:
+        if operation == "RunInstances":
+            asked.append(copy.deepcopy(words))
+        return call(client, operation, words)
+
+    known = deploy(ec2)
+    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", recorded)
+    start(ec2, yaml.safe_load((HERE / "aws-gpu.yaml").read_text()))
+    may = {words["InstanceType"]: allows(policies("HeadRole", known), "ec2:RunInstances", touched(ec2, words)) for words in asked}
+    assert may == {"m7i.2xlarge": False, "g6.12xlarge": True, "p4d.24xlarge": True, "p5.48xlarge": True}
+
+
+def test_a_template_alone_is_safe(ec2: Any) -> None:
+    """A node that is started by hand from a template, without aws-gpu.yaml."""
+    deploy(ec2)
+    for name in ("simclr-head", "simclr-worker", "simclr-efa"):
+        (version,) = ec2.describe_launch_template_versions(LaunchTemplateName=name)["LaunchTemplateVersions"]
+        data = version["LaunchTemplateData"]
+        assert data["MetadataOptions"] == {"HttpEndpoint": "enabled", "HttpTokens": "required", "HttpPutResponseHopLimit": 1}
+        assert [disk["Ebs"]["Encrypted"] for disk in data["BlockDeviceMappings"]] == [True]
 
 
 def test_ray_creates_what_the_file_says(ec2: Any) -> None:

@@ -133,7 +133,7 @@ def is_own(found: os.stat_result, folder: Path) -> bool:
 
 
 def only_own(found: os.stat_result) -> bool:
-    """Whether nobody but this user and root can have written the file `found`. (A disk that maps several users to one owner cannot tell.)"""
+    """Whether nobody but this user and root can have written the file `found`; on a disk that maps users to one owner, never."""
     return stat.S_ISREG(found.st_mode) and found.st_uid in (os.geteuid(), 0) and not found.st_mode & OTHERS_WRITE
 
 
@@ -226,9 +226,8 @@ def json_in(text: str | bytes, where: object, instead: str) -> dict[str, Any]:
         raise UserError(f"{where} is damaged: it holds no JSON object; {instead}")
     level: list[Any] = [found]
     for _ in range(_MOST_DEEP):  # what copies, shows or writes it calls itself once a level
-        level = [
-            inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, dict | list)
-        ]
+        inside = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [inner for values in inside for inner in values if isinstance(inner, dict | list)]
     if level:
         raise UserError(f"{where} is damaged: it is nested more than {_MOST_DEEP} levels deep; {instead}")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -32,7 +32,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items())
     if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # false for NaN
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
@@ -50,7 +50,7 @@ def require(values: Mapping[str, Any], hints: Mapping[str, Any], where: object, 
         if name not in values:
             raise UserError(f"{where} is damaged: it has no {name!r}; {instead}")
         if not fits(values[name], hint):
-            raise UserError(f"{where} is damaged: {name} is {_short(values[name])}, expected {shown(hint)}; {instead}")
+            raise UserError(f"{where} is damaged: {name} is {short(values[name])}, expected {shown(hint)}; {instead}")
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: object, instead: str, /, **given: Any) -> T:
@@ -59,13 +59,14 @@ def build(kind: type[T], values: Mapping[str, Any], where: object, instead: str,
     hints, known = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise UserError(f"{where} has an unknown field {name!r}; {instead}")
+            raise UserError(f"{where} has an unknown field {short(name)}; {instead}")
     optional = {n for n, f in known.items() if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING}
     require(values, {name: hints[name] for name in known if name not in given and (name in values or name not in optional)}, where, instead)
     tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list) and get_origin(hints[name]) is tuple}
     return kind(**{**values, **tuples, **given})
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value, as messages show it: its beginning."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

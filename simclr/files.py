@@ -1,15 +1,23 @@
-"""Files that are whole under their own name, and a sentence for each error of a disk."""
+"""Files that are whole under their own name and that nobody else has set as a trap, and a sentence for each error of a disk.
+
+A folder may belong to several users, so no name in it is trusted: a link is not followed where we write, nothing is emptied before the
+opened file itself was looked at, and a temporary name cannot be guessed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from simclr.errors import UserError
 
@@ -21,9 +29,15 @@ _REASONS = {
     errno.EPERM: "{name} may not be changed (operation not permitted); give another path",
     errno.ENOTDIR: "a folder in the path {name} is a file; give another path",
     errno.EISDIR: "{name} is a folder where a file is wanted; give another path",
+    errno.ELOOP: "{name} is a link, where a file of our own is wanted; remove it",
     errno.ENAMETOOLONG: "the name {name} is too long for this disk; give another path",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT)
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_MOST_DEEP = 32  # levels of a JSON file
+MOST_JSON_BYTES = 1 << 28
+"""The largest JSON file that is read: a manifest of ten million classes has about half of that."""
 
 
 def trouble(error: BaseException) -> str:
@@ -73,7 +87,7 @@ def require_space(path: Path, needed: int, what: str, instead: str) -> None:
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`. It becomes `path` at the end, or is removed if the writing failed."""
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    scratch = path.with_name(f".{path.name}-{secrets.token_hex(8)}")  # in a shared folder nobody can have made a link of this name
     try:
         yield scratch
         scratch.replace(path)
@@ -87,6 +101,100 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8", errors="replace")
 
 
+# ── Where others may write too ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def plain(path: str | Path, flags: int) -> int:
+    """An `opener` for `open`: no link is followed, and nothing but a plain file is opened; one that has a second name is not emptied."""
+    opened = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    try:
+        found = os.fstat(opened)
+        if not stat.S_ISREG(found.st_mode) or (flags & os.O_TRUNC and found.st_nlink > 1):
+            what = "no plain file" if not stat.S_ISREG(found.st_mode) else "another name of a file that lies elsewhere"
+            raise UserError(f"{path} is {what}, where a file of our own is wanted; remove it")
+        if flags & os.O_TRUNC:
+            os.ftruncate(opened, 0)
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
+
+
+def anew(path: Path, mode: Literal["x", "xb"] = "x", **how: Any) -> IO[Any]:
+    """`path`, opened to be written from its beginning: what had this name, a link too, only loses it."""
+    path.unlink(missing_ok=True)
+    return path.open(mode, **how)
+
+
+def is_own(found: os.stat_result, folder: Path) -> bool:
+    """Whether this user or root owns what was `found` in `folder`. A network disk may give what this user writes to another owner, as to
+    nobody: then that owner counts as this user."""
+    return found.st_uid in (os.geteuid(), 0) or found.st_uid == _owner_on(folder)
+
+
+def only_own(found: os.stat_result) -> bool:
+    """Whether nobody but this user and root can have written the file `found`; on a disk that maps users to one owner, never."""
+    return stat.S_ISREG(found.st_mode) and found.st_uid in (os.geteuid(), 0) and not found.st_mode & OTHERS_WRITE
+
+
+def _owner_on(folder: Path) -> int:
+    """The owner that the disk of `folder` gives to what this user writes."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:
+        return os.geteuid()
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True, own: bool = False) -> Iterator[None]:
+    """Inside, no other process holds the lock file `path`. It is made where it is missing, and its content is left as it is. It holds on
+    one machine, and on shared disks with locks; it ends with its process.
+
+    Raises BlockingIOError where another process holds it and this one does not `wait`, and UserError if `path` is a link or no plain
+    file, or, where it has to be our `own`, if it is somebody else's or has a second name.
+    """
+    for last in (*[False] * 9, True):  # the last: some disks of networks give an open file another number than its name
+        opened = _open_lock(path)
+        try:
+            found = os.fstat(opened)
+            if own and (found.st_nlink > 1 or not is_own(found, path.parent)):
+                raise UserError(f"the lock {path} is not this user's alone (owner {found.st_uid}, {found.st_nlink} names); remove it")
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                if wait:  # two would write the same file
+                    raise UserError(f"the disk of {path} has no locks; use a folder on another disk") from None
+            if last or _is_still(path, found):  # a process that held it may have removed it
+                yield
+                return
+        finally:
+            os.close(opened)
+
+
+def _is_still(path: Path, found: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(found, path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _open_lock(path: Path) -> int:
+    while True:
+        try:
+            return plain(path, os.O_RDWR)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                return plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        except PermissionError:  # another user's, which can be held all the same
+            return plain(path, os.O_RDONLY)
+
+
+# ── Reading ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def read_text(path: Path, instead: str) -> str:
     """The text in `path`. Raises UserError if it is no UTF-8; `instead` tells the user what to do."""
     try:
@@ -95,8 +203,16 @@ def read_text(path: Path, instead: str) -> str:
         raise UserError(f"{path} is damaged: byte {error.start:,} is no UTF-8 text; {instead}") from None
 
 
+def require_small(path: Path, instead: str) -> None:
+    """Raise UserError if `path` has more bytes than any JSON file of ours."""
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise UserError(f"{path} is damaged: it has {size:,} bytes, expected {MOST_JSON_BYTES:,} at most; {instead}")
+
+
 def read_json(path: Path, instead: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError if there is none; `instead` tells the user what to do."""
+    """The JSON object in `path`. Raises UserError if there is none, or a file that is too large for it; `instead` tells the user what to
+    do."""
+    require_small(path, instead)
     return json_in(read_text(path, instead), path, instead)
 
 
@@ -108,4 +224,10 @@ def json_in(text: str | bytes, where: object, instead: str) -> dict[str, Any]:
         raise UserError(f"{where} is damaged: it is no JSON ({error}); {instead}") from None
     if not isinstance(found, dict):
         raise UserError(f"{where} is damaged: it holds no JSON object; {instead}")
+    level: list[Any] = [found]
+    for _ in range(_MOST_DEEP):  # what copies, shows or writes it calls itself once a level
+        inside = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [inner for values in inside for inner in values if isinstance(inner, dict | list)]
+    if level:
+        raise UserError(f"{where} is damaged: it is nested more than {_MOST_DEEP} levels deep; {instead}")
     return found

@@ -54,10 +54,10 @@ PLACE = {name: place for place, names in enumerate(LAYERS) for name in names} | 
 # Library → the files that may import it.
 DOORS = {
     "boto3": {"simclr/data/s3/store.py"},
-    "botocore": {"simclr/data/s3/store.py"},
+    "botocore": {"simclr/data/s3/answers.py", "simclr/data/s3/store.py"},
     "mlflow": {"pipelines/tracking/client.py", "pipelines/tracking/registry.py"},
     # The loader composes what FFCV compiles; the rest of FFCV lies in one room.
-    "ffcv": {f"simclr/data/ffcv/{name}.py" for name in ("writer", "decode", "imports", "baseline")} | {"simclr/data/loader.py"},
+    "ffcv": {f"simclr/data/ffcv/{name}.py" for name in ("writer", "reader", "decode", "imports", "baseline")} | {"simclr/data/loader.py"},
     "ray": {
         *(f"pipelines/train/{n}.py" for n in ("capacity", "elastic", "messages", "overseer", "prometheus")),
         *(f"pipelines/train/{n}.py" for n in ("ray_private", "ray_train", "retry", "tpu", "worker")),

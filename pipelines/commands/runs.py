@@ -20,6 +20,7 @@ from simclr.stages import STAGES
 from simclr.text import printable
 
 _INSTEAD = "bring it back from a copy"
+_MOST_METRICS_BYTES = 1 << 30
 _SILENT_S = 600.0  # a run without a report for longer has stopped; reports come every few seconds
 
 
@@ -92,7 +93,7 @@ def _remote(place: Address) -> list[Line]:
         parts = [PurePosixPath(n).parts for n in names]
         whole = [p[-2] for p in parts if p[:-3] == home.parts and p[-3:-2] == ("checkpoints",) and p[-1] == "checkpoint.json"]
         metrics = str(home / "metrics.jsonl")
-        text = store.read(place / metrics).decode(errors="replace") if metrics in names else ""
+        text = store.read(place / metrics, _MOST_METRICS_BYTES).decode(errors="replace") if metrics in names else ""
         found.append(line(place.name if str(home) == "." else str(home), store.read(place / name).decode(errors="replace"), text, whole))
     return found
 

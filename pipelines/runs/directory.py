@@ -12,8 +12,6 @@ evaluation.json scores; pictures.npz: the report's pictures; report.html
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -142,14 +140,11 @@ class Run:
         run here since this one was opened."""
         made = [folder for folder in self.path.parents if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / _LOCK).open("w") as file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(files.locked(self.path / _LOCK, wait=False))
             except BlockingIOError:
                 raise UserError(f"another process is training {self.path}; wait for it, end it, or use another --run") from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a shared disk without locks
-                    raise
             try:
                 if (self.path / "run.json").is_file() and load_run(self.path).created != self.created:
                     raise UserError(f"another process has just begun a run in {self.path}; give the command again, or use another --run")
@@ -179,7 +174,7 @@ class Run:
     def append(self, metrics: dict[str, Any]) -> None:
         """One report, as a line of metrics.jsonl."""
         line = json.dumps({"time": round(time.time(), 3), **metrics}).encode() + b"\n"
-        with (self.path / "metrics.jsonl").open("ab+") as file:
+        with open(self.path / "metrics.jsonl", "ab+", opener=files.plain) as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 line = b"\n" + line  # a machine that crashed left half a line
             file.write(line)

@@ -51,7 +51,7 @@ def shards(place: str | Path, groups: int = 1, group: int = 0) -> Path:
 
     copy = copy_of(at, "shards")
     with Bar("download", None, "MiB", "MiB/s") as bar:
-        remote.fetch(at, copy, mebibytes(bar), Store(), groups, group)
+        remote.fetch(at, copy, mebibytes(bar), Store(), groups, group, say)
     return copy
 
 
@@ -199,7 +199,7 @@ class Home:
         if not there and not (self.path / "checkpoints").is_dir():
             return
         from simclr import checkpoint
-        from simclr.data.s3.store import Damaged
+        from simclr.data.s3.answers import Damaged
 
         for name in reversed(there):
             try:
@@ -294,7 +294,7 @@ def _created(run_json: bytes, where: object) -> float:
 
 def _sha256(about: bytes, where: object) -> str:
     """sha256 of a checkpoint's weights, from its checkpoint.json `about`. Raises Damaged if it has none."""
-    from simclr.data.s3.store import Damaged
+    from simclr.data.s3.answers import Damaged
 
     instead = "remove this checkpoint"
     try:

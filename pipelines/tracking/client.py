@@ -6,7 +6,6 @@ Every call here takes as long as the server takes. No training step calls anythi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
@@ -17,6 +16,7 @@ from typing import Any
 from pipelines.terminal import say
 from pipelines.tracking import trust
 from pipelines.tracking.uri import database_file, redacted
+from simclr import files
 from simclr.errors import UserError
 
 # Read at each use. With MLflow's defaults a call to a server that is down blocks for four minutes; 30 s is for large encoders.
@@ -41,7 +41,7 @@ def locked(uri: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if file := database_file(uri):
             file.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context((file.parent / ".mlflow.lock").open("w")), fcntl.LOCK_EX)
+            stack.enter_context(files.locked(file.parent / ".mlflow.lock"))
         yield
 
 

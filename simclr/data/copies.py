@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from simclr import files
 from simclr.data.ffcv.writer import Note
 from simclr.text import cell
 
@@ -59,7 +60,7 @@ def shown(conflicts: Sequence[tuple[Sample, Sample]]) -> str:
 def write_list(path: Path, head: Sequence[str], rows: Sequence[tuple[object, ...]]) -> None:
     """Write a CSV file, if there are rows."""
     if rows:
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with files.anew(path, newline="", encoding="utf-8", errors="backslashreplace") as file:
             csv.writer(file).writerows([head, *(map(cell, row) for row in rows)])
 
 

@@ -25,20 +25,19 @@ import torch
 import simclr.data.ffcv.imports  # noqa: F401  (first: it makes the next import fast)
 
 # isort: split
-from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.state import State
-from ffcv.reader import Reader
 from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr import keyed
 from simclr.config import Config
 from simclr.data.ffcv.decode import Crops, read_bytes
+from simclr.data.ffcv.reader import open_shard
 from simclr.data.ffcv.resize import KINDS, REDUCE
-from simclr.data.manifest import Manifest, Shard, read_manifest
+from simclr.data.manifest import read_manifest
 from simclr.data.memory import PAGE, copied, mapped, slots_for
 from simclr.data.s3.uri import Corrupt
 from simclr.telemetry import progress
@@ -48,7 +47,6 @@ from simclr.views.preprocessing import Preprocessing
 
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
-_FIELDS = (RGBImageField, IntField)
 _kept: dict[tuple[type, bool], Callable[..., Any]] = {}
 
 
@@ -212,8 +210,6 @@ class _Split:
         self.examples = manifest.examples(split, groups)  # for an unknown split, raises with the names of all
         whole = manifest.splits[split]
         self.shards = whole[group::groups]
-        before = np.cumsum([0, *(s.samples for s in whole)])[group::groups]
-        self.names = np.concatenate([at + np.arange(s.samples) for at, s in zip(before, self.shards, strict=False)])
         self.raw = manifest.kind == "raw"
         self.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         rows, labels, sizes, bases = [], [], [], [0]
@@ -224,9 +220,11 @@ class _Split:
             labels.append(label)
             sizes.append(size)
             bases.append(bases[-1] + -(-shard.bytes // PAGE) * PAGE)
+        before = np.cumsum([0, *(s.samples for s in whole)])[group::groups]
+        self.names = np.concatenate([at + np.arange(s.samples) for at, s in zip(before, self.shards, strict=False)])
         self.rows, self.labels = np.concatenate(rows), np.concatenate(labels).astype(np.int64)
         by_pointer = np.argsort(self.rows["data_ptr"])
-        region = (copied if own_memory else mapped)([data / s.name for s in self.shards], bases)
+        region = (copied if own_memory else mapped)([(data / s.name, s.bytes) for s in self.shards], bases)
         self.storage = (region, self.rows["data_ptr"][by_pointer], np.concatenate(sizes)[by_pointer])
         self.first_id = np.cumsum([0, *(s.samples for s in self.shards)])
 
@@ -290,65 +288,6 @@ class _Split:
         shard = int(np.searchsorted(self.first_id, sample, side="right")) - 1
         name = self.shards[shard].name
         return f"shard {name}: sample {sample - self.first_id[shard]}", name
-
-
-class Unfit(Exception):
-    """A file that is no FFCV file of images as the loader reads them; the message says why."""
-
-
-def read_rows(path: Path) -> tuple[Any, NDArray[np.int64], Any]:
-    """Metadata rows, labels (−1 where there are none) and rows of the allocation table (ptr, size) of the samples of an FFCV file of one
-    image and at most one whole number a sample, whatever the fields are called and whichever comes first. Raises Unfit for other files;
-    places are not checked."""
-    try:
-        reader = Reader(str(path))
-        stored, table, fields = reader.metadata, reader.alloc_table, reader.handlers
-    except Exception as error:  # FFCV and numpy may raise anything for a damaged header
-        raise Unfit(str(error) or type(error).__name__) from None
-    column = {kind: [n for n, field in zip(stored.dtype.names, fields.values(), strict=True) if type(field) is kind] for kind in _FIELDS}
-    if len(column[RGBImageField]) != 1 or len(column[IntField]) > 1 or sum(map(len, column.values())) < len(fields):
-        kinds = ", ".join(f"{name}: {type(field).__name__}" for name, field in fields.items())
-        raise Unfit(f"its fields are {kinds}, and not one RGBImageField with one IntField")
-    if len(stored) != reader.num_samples:
-        raise Unfit(f"{len(stored)} images")
-    table = table[np.argsort(table["sample_id"], kind="stable")]  # FFCV's own writer notes samples as its processes are done with them
-    image = stored[column[RGBImageField][0]].copy()
-    if not np.array_equal(table["sample_id"], np.arange(len(stored))):
-        raise Unfit("another table of samples")
-    label = stored[column[IntField][0]].copy() if column[IntField] else np.full(len(stored), -1, np.int64)
-    return image, label, table
-
-
-def open_shard(
-    path: Path, shard: Shard, manifest: Manifest, instead: str = "prepare the data again"
-) -> tuple[Any, NDArray[np.int64], NDArray[np.uint64]]:
-    """Metadata rows, labels and bytes of the samples of a shard.
-
-    FFCV reads through raw pointers. A pointer outside the file would crash the process, so it is an error here; `instead` says what to do.
-    """
-    try:
-        image, label, table = read_rows(path)
-        if len(image) != shard.samples:
-            raise Unfit(f"{len(image)} images")
-    except Unfit as error:
-        raise Corrupt(
-            f"shard {path} is damaged: its header does not describe {shard.samples} labelled images ({error}); {instead}", shard.name
-        ) from None
-    at, size, height, width = image["data_ptr"], table["size"], image["height"], image["width"]
-    bad = (at != table["ptr"]) | (size == 0) | (at > shard.bytes) | (size > shard.bytes - np.minimum(at, shard.bytes))
-    for side, (least, most) in ((height, manifest.height_px), (width, manifest.width_px)):
-        bad |= (side < least) | (side > most)
-    raw = image["mode"] == 1
-    bad |= (image["mode"] > 1) | (raw & (3 * height.astype(np.uint64) * width != size))
-    if manifest.kind == "raw":  # other shards may have images as pixels, too: FFCV's writer has such a mode
-        bad |= ~raw
-    bad |= (label < -1) | (label >= max(len(manifest.classes), 1))
-    if bad.any():
-        raise Corrupt(
-            f"shard {path}: sample {int(np.flatnonzero(bad)[0])} is damaged: its place, size or label contradicts the file; {instead}",
-            shard.name,
-        )
-    return image, label, size
 
 
 def _compile(operation: Operation, threads: int, anew: bool = False) -> Callable[..., Any]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from simclr import fields, files
 from simclr.errors import UserError
 
 SCHEMA = 1
+_MOST_BYTES = 1 << 50
+_LEAST_BYTES = 24  # of an image: its row in the file's table
 _INSTEAD = "prepare the data again"
 LISTS = ("skipped.csv", "duplicates.csv", "conflicts.csv", "names-train.txt", "names-test.txt")
 """Files beside the manifest that training does not read: for people, and for lists of labels by name."""
@@ -37,7 +39,7 @@ class Manifest:
     """train, and test where there is one."""
     classes: tuple[str, ...]
     """Sorted names, the label is the index; empty = unlabelled."""
-    kind: str
+    kind: Literal["raw", "jpeg"]
     """raw: pixels of one size, whole; jpeg: photographs."""
     height_px: tuple[int, int]
     """Smallest and largest."""
@@ -97,10 +99,51 @@ class Manifest:
         """The manifest in `text`. Raises UserError, naming `where`, for another schema or a text that is no manifest."""
         values = files.json_in(text, where, _INSTEAD)
         if (schema := values.pop("schema", None)) != SCHEMA:
-            raise UserError(f"{where} has shard schema {schema}, this version reads {SCHEMA}; {_INSTEAD}")
+            raise UserError(f"{where} has shard schema {fields.short(schema)}, this version reads {SCHEMA}; {_INSTEAD}")
         fields.require(values, {"splits": dict[str, list[dict[str, Any]]]}, where, _INSTEAD)
         shards = {split: tuple(fields.build(Shard, s, where, _INSTEAD) for s in rows) for split, rows in values.pop("splits").items()}
-        return fields.build(cls, values, where, _INSTEAD, splits=shards)
+        found = fields.build(cls, values, where, _INSTEAD, splits=shards)
+        for trouble in _troubles(found):
+            raise UserError(f"{where} is damaged: {trouble}; {_INSTEAD}")
+        return found
+
+
+def _troubles(manifest: Manifest) -> Iterator[str]:
+    """What cannot be true of any shards. The manifest may come from somebody else, and all that follows relies on it: names of files,
+    sizes that are mapped, numbers that tables are made of."""
+    names = [shard.name for shard in manifest.shards]
+    for split in manifest.splits:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", split):
+            yield f"it names a split {fields.short(split)}"
+    for shard in manifest.shards:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.beton", shard.name):
+            yield f"it names a shard {fields.short(shard.name)}, which is no file name of a shard"
+        if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+            yield f"sha256 of {shard.name} is {fields.short(shard.sha256)}"
+        if not 0 < shard.bytes < _MOST_BYTES or not 0 < _LEAST_BYTES * shard.samples <= shard.bytes:
+            yield f"{shard.name} is said to hold {fields.short(shard.samples)} images in {fields.short(shard.bytes)} bytes"
+    if not names or len(set(names)) < len(names):
+        yield "it names no shard, or one of them twice"
+    for what, (least, most) in (("height", manifest.height_px), ("width", manifest.width_px)):
+        if not 0 < least <= most < 1 << 16 or (manifest.kind == "raw" and least < most):
+            yield f"the smallest and the largest {what} are {fields.short(least)} and {fields.short(most)} px"
+    if not all(0 <= moment <= 1 for moment in (*manifest.mean, *manifest.std)):
+        yield f"mean and standard deviation of pixels between 0 and 1 are {fields.short(manifest.mean)} and {fields.short(manifest.std)}"
+    if min(manifest.skipped, manifest.duplicates, manifest.conflicts) < 0:
+        yield "a number of images is negative"
+    if not _table_fits(manifest.understood):
+        yield f"understood is {fields.short(manifest.understood)}"
+
+
+def _table_fits(understood: dict[str, Any]) -> bool:
+    """Whether the splits that were `understood` are a table, as the report shows it."""
+    hints = {"notes": list[str], "left_out": dict[str, int], "splits": dict[str, dict[str, Any]], "counted": bool}
+    if not all(fields.fits(understood[name], hint) for name, hint in hints.items() if name in understood):
+        return False
+    row = {"images": int, "labelled": int, "classes": dict[str, int], "examples": list[tuple[str, str | None]]}
+    return all(
+        name in split and fields.fits(split[name], hint) for split in understood.get("splits", {}).values() for name, hint in row.items()
+    )
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -115,7 +158,7 @@ def digest_of(text: bytes) -> str:
 
 def write_names(directory: Path, split: str, names: Iterable[str]) -> None:
     """Write names-SPLIT.txt: the name in the source of each image, one a line, in the order of sample ids."""
-    with (directory / f"names-{split}.txt").open("w", encoding="utf-8", newline="\n") as file:
+    with files.anew(directory / f"names-{split}.txt", encoding="utf-8", newline="\n") as file:
         file.writelines(line_of(name) + "\n" for name in names)
 
 
@@ -159,6 +202,7 @@ def read_manifest(directory: Path, look: bool = True, groups: int = 1, group: in
     path = directory / "manifest.json"
     if not path.is_file():
         raise UserError(f"{directory} has no manifest.json, so it is no (complete) dataset; `simclr prepare --source … --out …` makes one")
+    files.require_small(path, _INSTEAD)
     manifest = Manifest.from_json(files.read_text(path, _INSTEAD), path)
     for shard in manifest.part(groups, group) if look else ():
         file = directory / shard.name

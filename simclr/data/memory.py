@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import weakref
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr.errors import UserError
+from simclr.data.s3.uri import Corrupt
 
 PAGE = 1 << 16
 """A multiple of every page size in use."""
 _LEAST, _MOST = 3, 5  # batches in memory: one being filled, one in the caller's hands, the others ready
 
 
-def mapped(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
-    """Map `files` read-only at offsets `bases` of one reserved range of addresses, as one array of bases[-1] bytes."""
+def mapped(files: list[tuple[Path, int]], bases: list[int]) -> NDArray[np.uint8]:
+    """Map `files` (path, bytes) read-only at offsets `bases` of one reserved range of addresses, as one array of bases[-1] bytes."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -36,29 +37,37 @@ def mapped(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
         return int(result)
 
     start = mapped_at(None, bases[-1], none, private | anonymous | no_reserve, -1)
-    for path, base in zip(files, bases, strict=False):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            mapped_at(start + base, path.stat().st_size, readable, shared | fixed, descriptor)
-        finally:
-            os.close(descriptor)
+    for (path, size), base in zip(files, bases, strict=False):
+        with _opened(path, size) as file:
+            mapped_at(start + base, size, readable, shared | fixed, file.fileno())
     memory = (ctypes.c_uint8 * bases[-1]).from_address(start)
     weakref.finalize(memory, libc.munmap, start, bases[-1]).atexit = False  # at exit a loader thread may still read
     return np.ctypeslib.as_array(memory)
 
 
-def copied(files: list[Path], bases: list[int]) -> NDArray[np.uint8]:
-    """`files` at offsets `bases` of this process's own memory, which other processes' reading does not evict."""
+def copied(files: list[tuple[Path, int]], bases: list[int]) -> NDArray[np.uint8]:
+    """`files` (path, bytes) at offsets `bases` of this process's own memory, which other processes' reading does not evict."""
     memory = np.empty(bases[-1], np.uint8)
-    for path, base in zip(files, bases, strict=False):
-        with path.open("rb", buffering=0) as file:
-            view, at = memory[base : base + path.stat().st_size].data, 0
+    for (path, size), base in zip(files, bases, strict=False):
+        with _opened(path, size) as file:
+            view, at = memory[base : base + size].data, 0
             while at < len(view):
                 got = file.readinto(view[at:])
                 if not got:
-                    raise UserError(f"shard {path} ends early; prepare or fetch the data again")
+                    raise Corrupt(f"shard {path} ends early; prepare or fetch the data again", path.name)
                 at += got
     return memory
+
+
+def _opened(path: Path, size: int) -> FileIO:
+    """The shard `path`. Raises Corrupt if it does not have the `size` of its manifest: a larger one would be mapped over what lies behind
+    it. The opened file is asked, since another may have the name by now."""
+    file = FileIO(path)
+    found = os.fstat(file.fileno()).st_size
+    if found != size:
+        file.close()
+        raise Corrupt(f"shard {path} has {found:,} bytes, the manifest says {size:,}; prepare or fetch the data again", path.name)
+    return file
 
 
 def slots_for(queries: Any, rows: int) -> list[Any]:

@@ -9,7 +9,6 @@ a shard unchanged.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import itertools
@@ -94,15 +93,13 @@ class Again(Exception):
 def _alone(out: Path) -> Iterator[None]:
     """Keep a second prepare out of the same directory."""
     path = out / _LOCK
-    with path.open("w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(files.locked(path, wait=False))
         except BlockingIOError:
             raise UserError(f"another prepare is writing to {out}; wait for it, or use another --out") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        stack.callback(path.unlink, missing_ok=True)
+        yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from simclr.data.ffcv.decode import decode
-from simclr.data.loader import open_shard
+from simclr.data.ffcv.reader import open_shard
 from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.errors import UserError
 

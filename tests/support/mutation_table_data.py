@@ -70,7 +70,7 @@ DATA = (
     ),
     Mutation(
         "the-table-is-taken-for-sorted",
-        "simclr/data/loader.py",
+        "simclr/data/ffcv/reader.py",
         'table = table[np.argsort(table["sample_id"], kind="stable")]',
         "table = table[:]",
         "tests/simclr/data/test_beton.py::test_pixels_are_registered_in_place_and_read",

@@ -141,7 +141,7 @@ class SplitWriter:
     def add(self, encoded: Encoded) -> None:
         """Append an image."""
         if self.file is None:
-            self.file = (self.out / f".writing-{self.split}-{len(self.full):05d}.beton").open("wb")
+            self.file = files.anew(self.out / f".writing-{self.split}-{len(self.full):05d}.beton", "xb")
             self.file.write(bytes(PAGE))
         at, size = self.file.tell(), len(encoded.stored)
         if at % PAGE + size > PAGE:  # an image never lies across two pages

@@ -5,7 +5,10 @@ The manifest is sent last and written last, so the shards beside a manifest, in 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import stat
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -13,7 +16,8 @@ from pathlib import Path
 
 from simclr import files
 from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest
-from simclr.data.s3.store import Damaged, Missing, Progress, Store
+from simclr.data.s3.answers import Missing
+from simclr.data.s3.store import Progress, Store
 from simclr.data.s3.uri import Address, locked
 from simclr.errors import UserError
 
@@ -23,23 +27,32 @@ _AT_ONCE = 4  # shards at a time; each is transferred in parts
 def manifest_at(place: Address, store: Store) -> tuple[Manifest, bytes] | None:
     """The manifest at `place` and its bytes, None if there is none. Raises UserError if S3 refuses or does not answer."""
     try:
-        text = store.read(place / "manifest.json")
+        text = store.read(place / "manifest.json", files.MOST_JSON_BYTES)
     except Missing:
         store.listing(place)  # raises if the bucket is missing
         return None
-    manifest = Manifest.from_json(text.decode(errors="replace"), place / "manifest.json")
-    for shard in manifest.shards:
-        if shard.name in ("", ".", "..") or "/" in shard.name:
-            raise Damaged(f"the manifest at {place} names a shard {shard.name!r}, which is no file name; prepare the data again")
-    return manifest, text
+    return Manifest.from_json(text.decode(errors="replace"), place / "manifest.json"), text
 
 
-def fetch(place: Address, directory: Path, progress: Callable[[int, int], None], store: Store, groups: int = 1, group: int = 0) -> None:
+def fetch(
+    place: Address,
+    directory: Path,
+    progress: Callable[[int, int], None],
+    store: Store,
+    groups: int = 1,
+    group: int = 0,
+    says: Callable[[str], None] = lambda line: None,
+) -> None:
     """Bring the shards at `place` into `directory`: whole ones stay, missing and damaged ones are fetched in parallel.
 
     With training shards in more than one group, only those of `group` are fetched (−1: none); files of other groups stay. Several
-    processes of a machine may call this at once: one fetches, the others wait. progress gets bytes so far and in all. Raises UserError if
-    there are no shards, if they do not match their manifest, or if the disk is too small.
+    processes of a machine may call this at once: one fetches, the others wait. progress gets bytes so far and in all; says gets a sentence
+    where shards that lie here are hashed first. Raises UserError if there are no shards, if they do not match their manifest, or if the
+    disk is too small.
+
+    A shard that lies here is taken as it is if this user fetched it, by this manifest, and nobody else can have written it since: its
+    owner and its permissions say so, which no other user can forge. Else its bytes are hashed; one that somebody else owns, who could
+    change it after that, is fetched.
     """
     with locked(directory):
         found = manifest_at(place, store)
@@ -47,19 +60,29 @@ def fetch(place: Address, directory: Path, progress: Callable[[int, int], None],
             raise UserError(f"there are no shards at {place} (no manifest.json); `simclr prepare --source … --out {place}` puts them there")
         manifest, text = found
         local = directory / "manifest.json"
-        whole = local.is_file() and local.read_bytes() == text
+        whole = local.is_file() and files.is_own(local.lstat(), directory) and local.read_bytes() == text
         if not whole:
             directory.mkdir(parents=True, exist_ok=True)
             local.unlink(missing_ok=True)
         # Without the same manifest, the files come from an interrupted fetch or from other data: then their bytes are hashed.
         mine = manifest.part(groups, group)
-        there = {shard for shard in mine if _intact(directory / shard.name, shard, hashed=not whole)}
+        looked = {shard: _found(directory / shard.name, shard) for shard in mine}
+        unsure = {shard for shard, found in looked.items() if found is not None and not (whole and files.only_own(found))}
+        if unsure:
+            size = sum(shard.bytes for shard in unsure) / 2**20
+            why = "others can have written them" if whole else "no manifest says that they are whole"
+            says(f"hashing {len(unsure):,} shards of {directory} first ({size:,.0f} MiB), since {why}")
+        there = {s for s, found in looked.items() if found is not None and (s not in unsure or _intact(directory / s.name, s))}
         wanted = [shard for shard in mine if shard not in there]
         names = {shard.name for shard in manifest.shards}
         for stray in directory.glob("*.beton"):
             if stray.name not in names:
                 stray.unlink()
-        files.require_space(directory, sum(shard.bytes for shard in wanted), "for the shards", "set SIMCLR_CACHE to another disk")
+        try:
+            files.require_space(directory, sum(shard.bytes for shard in wanted), "for the shards", "set SIMCLR_CACHE to another disk")
+        except UserError:
+            _each(wanted, lambda s: store.require_size(place / s.name, s.bytes), store)  # a manifest may claim what is not there
+            raise
         count = _counter(sum(shard.bytes for shard in mine), progress)
         count(sum(shard.bytes for shard in there))
         _each(wanted, lambda s: store.download(place / s.name, directory / s.name, s.bytes, s.sha256, count), store)
@@ -74,7 +97,7 @@ def refetch(place: Address, directory: Path, name: str, since: float, store: Sto
     with locked(directory):
         (shard,) = (shard for shard in read_manifest(directory, look=False).shards if shard.name == name)
         path = directory / name
-        if _intact(path, shard, hashed=True):
+        if _intact(path, shard):
             return path.stat().st_mtime > since
         path.unlink(missing_ok=True)
         store.download(place / name, path, shard.bytes, shard.sha256)
@@ -105,12 +128,25 @@ def push(directory: Path, place: Address, progress: Callable[[int, int], None], 
             store.upload(directory / name, place / name)
 
 
-def _intact(path: Path, shard: Shard, hashed: bool) -> bool:
-    if not path.is_file() or path.stat().st_size != shard.bytes:
+def _found(path: Path, shard: Shard) -> os.stat_result | None:
+    """The state of the file `path`, if it may be `shard`: a plain file of this user's and of that size."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    fits = stat.S_ISREG(found.st_mode) and found.st_size == shard.bytes
+    return found if fits and files.is_own(found, path.parent) else None
+
+
+def _intact(path: Path, shard: Shard) -> bool:
+    """Whether the file has the bytes of `shard`. From now on nobody else may write to it."""
+    if _found(path, shard) is None:
         return False
-    if not hashed:
-        return True
-    with path.open("rb") as file:
+    with open(path, "rb", opener=files.plain) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if mode & files.OTHERS_WRITE:
+            with contextlib.suppress(PermissionError):  # root's
+                os.fchmod(file.fileno(), stat.S_IMODE(mode) & ~files.OTHERS_WRITE)
         return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
 
 

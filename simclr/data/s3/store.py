@@ -18,9 +18,8 @@ import json
 import logging
 import os
 import random
-import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,10 @@ from urllib.parse import urlsplit
 import boto3
 from botocore import exceptions as boto
 from botocore.config import Config
-from botocore.parsers import ResponseParserError
 
+from simclr import files
+from simclr.data.s3 import answers
+from simclr.data.s3.answers import Changed, Damaged, Missing, Retry, TooLarge
 from simclr.data.s3.uri import Address, Unreachable
 from simclr.errors import UserError
 
@@ -41,42 +42,9 @@ Progress = Callable[[int], None]
 _PAUSE_MOST_S = 20.0
 _MOST_PARTS = 10_000  # of one upload, by S3's rules
 _CHUNK = 1 << 18
-# Error codes to retry. A status of 500 and more is retried in any case.
-_PASSING = (
-    *("SlowDown", "Throttling", "ThrottlingException", "RequestThrottled", "TooManyRequests", "RequestTimeout", "OperationAborted"),
-    *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
-)
-_WORDS: dict[type[Exception], str] = {
-    boto.ReadTimeoutError: "no answer in time",
-    boto.EndpointConnectionError: "no connection",
-    boto.IncompleteReadError: "a body that ended early",
-    boto.ResponseStreamingError: "a body that broke off",
-    boto.ConnectionClosedError: "a connection that was reset",
-    ResponseParserError: "an answer that cannot be read",
-    boto.HTTPClientError: "a connection that failed",
-    boto.ConnectionError: "a connection that failed",
-    ConnectionError: "a connection that was reset",
-    boto.CredentialRetrievalError: "credentials that did not come",  # many ranks ask a node's role for them at once
-}
-_TRANSPORT = tuple(_WORDS)
-_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.TokenRetrievalError, boto.SSOError)
-_HOW_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or run where a role gives them"
-
-
-class Missing(UserError):
-    """There is no such object."""
-
-
-class Damaged(UserError):
-    """An object's bytes do not match its checksum or the manifest."""
-
-
-class _Retry(Exception):
-    """A failure that a retry may mend."""
-
-
-class _Changed(_Retry):
-    """The object has changed since its download began."""
+_MOST_OBJECTS = 1_000_000
+"""In a directory of ours: shards of a gibibyte, or checkpoints, never come near it."""
+_MOST_EMPTY = 1000  # pages of a listing, in a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,29 +87,60 @@ class Store:
         except ValueError:
             raise UserError("the S3 endpoint in the environment is no address; expected AWS_ENDPOINT_URL_S3=http(s)://HOST:PORT") from None
         except boto.BotoCoreError as error:
-            raise UserError(f"boto3 finds no usable AWS settings ({type(error).__name__}); {_HOW_CREDENTIALS}") from None
+            raise UserError(f"boto3 finds no usable AWS settings ({type(error).__name__}); {answers.HOW_CREDENTIALS}") from None
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
 
     # ── Requests ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def listing(self, place: Address) -> list[Object]:
-        """Every object below `place`/, sorted by name. Markers of folders (names that end with a slash) are left out."""
+    def listing(self, place: Address, most: int = _MOST_OBJECTS) -> list[Object]:
+        """Every object below `place`/, sorted by name. Raises UserError for more than `most` of them."""
+        return sorted(self.listed(place, most), key=lambda o: o.name)
+
+    def listed(self, place: Address, most: int) -> Iterator[Object]:
+        """Every object below `place`/, as S3 lists them. Markers of folders (names that end with a slash) are left out.
+
+        Raises UserError for more than `most` objects, and for a listing that does not come to an end: a page again, or page after page
+        with nothing in it.
+        """
         prefix = f"{place.key}/" if place.key else ""
-        found: list[Object] = []
         token: dict[str, str] = {}
+        seen: set[str] = set()  # first key of each page, and where each goes on
+        count = empty = 0
         while True:
-            ask = {"Bucket": place.bucket, "Prefix": prefix, **token}
-            page = self._tried(place, lambda ask=ask: self.client.list_objects_v2(**ask))  # type: ignore[misc]
-            objects = (o for o in page.get("Contents", ()) if not o["Key"].endswith("/"))
-            found += [Object(o["Key"].removeprefix(prefix), o["Size"], o["ETag"]) for o in objects]
-            if not page.get("IsTruncated"):
-                return sorted(found, key=lambda o: o.name)
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+            page = self._tried(place, lambda token=token: self._page(place, prefix, token))  # type: ignore[misc]
+            objects, after = page
+            count, empty = count + len(objects), 0 if objects else empty + 1
+            if count > most:
+                raise UserError(f"{place} holds more than {most:,} objects, which is no such directory; correct the address")
+            marks = {f"key {objects[0].name}"} if objects else set()
+            marks |= {f"token {after}"} if after else set()
+            if marks & seen or empty > _MOST_EMPTY:
+                raise UserError(f"the listing of {place} does not end: the server repeats itself; check the endpoint")
+            seen |= marks
+            yield from (o for o in objects if not o.name.endswith("/"))
+            if not after:
+                return
+            token = {"ContinuationToken": after}
+
+    def _page(self, place: Address, prefix: str, token: dict[str, str]) -> tuple[list[Object], str]:
+        """A page of a listing, and the token of the next; "" after the last."""
+        page = self.client.list_objects_v2(Bucket=place.bucket, Prefix=prefix, **token)
+        objects = [Object(o["Key"].removeprefix(prefix), o["Size"], o["ETag"]) for o in page.get("Contents", ())]
+        return objects, page["NextContinuationToken"] if page.get("IsTruncated") else ""
 
     def look(self, place: Address) -> Object:
         """Size, ETag and sha256 of the object at `place`, without its bytes."""
-        answer = self._tried(place, lambda: self.client.head_object(Bucket=place.bucket, Key=place.key))
-        return Object(place.name, answer["ContentLength"], answer["ETag"], answer.get("Metadata", {}).get("sha256", ""))
+
+        def once() -> Object:
+            answer = self.client.head_object(Bucket=place.bucket, Key=place.key)
+            return Object(place.name, answer["ContentLength"], answer["ETag"], answer.get("Metadata", {}).get("sha256", ""))
+
+        return self._tried(place, once)
+
+    def require_size(self, place: Address, size: int) -> None:
+        """Raise Damaged if the object at `place` does not have this size."""
+        if (found := self.look(place)).bytes != size:
+            raise Damaged(f"{place} has {found.bytes:,} bytes, expected {size:,}; upload it again")
 
     def held(self, place: Address, size: int, sha256: str) -> Object | None:
         """The object at `place`, if it has these bytes and we uploaded it."""
@@ -158,18 +157,22 @@ class Store:
 
     # ── Fetching ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def read(self, place: Address) -> bytes:
-        """A small object's bytes, checked against the sha256 that we uploaded with it, or the MD5 that S3 has of most objects."""
+    def read(self, place: Address, most: int = files.MOST_JSON_BYTES) -> bytes:
+        """A small object's bytes, checked against the sha256 that we uploaded with it, or the MD5 that S3 has of most objects. Raises
+        TooLarge for more than `most` bytes."""
 
         def once() -> bytes:
             answer = self.client.get_object(Bucket=place.bucket, Key=place.key)
             with contextlib.closing(answer["Body"]) as body:
-                data: bytes = body.read()
-            sha256, md5 = answer.get("Metadata", {}).get("sha256", ""), _md5(answer)
-            if len(data) != answer["ContentLength"]:
-                raise _Retry("a body that ended early")
-            if (sha256 and hashlib.sha256(data).hexdigest() != sha256) or (md5 and _md5_of(data).hex() != md5):
-                raise _Retry("bytes that do not match their checksum")
+                size: int = answer["ContentLength"]
+                data: bytes = body.read(most + 1) if size <= most else b""  # the body may be longer than its head says
+            if size > most or len(data) > most:
+                raise TooLarge(f"{place} has {max(size, len(data)):,} bytes or more, expected {most:,} at most; correct the address")
+            sha256, md5 = answer.get("Metadata", {}).get("sha256", ""), answers.md5_in(answer)
+            if len(data) != size:
+                raise Retry("a body that ended early")
+            if (sha256 and hashlib.sha256(data).hexdigest() != sha256) or (md5 and answers.md5_of(data).hex() != md5):
+                raise Retry("bytes that do not match their checksum")
             return data
 
         return self._tried(place, once)
@@ -194,13 +197,16 @@ class Store:
             found = self.look(place)
             if size is not None and found.bytes != size:
                 raise Damaged(f"{place} has {found.bytes:,} bytes, expected {size:,}; upload it again")
+            if size is None:  # else the caller has asked for room, and S3 alone states the size
+                there = partial.lstat().st_blocks * 512 if partial.exists() else 0
+                files.require_space(path, found.bytes - there, f"for {place}", "set SIMCLR_CACHE to another disk")
             try:
                 self._fetch_parts(place, found, partial, log, count)
-            except _Changed as error:
+            except Changed as error:
                 reason = str(error)
                 continue
             expected = sha256 or found.sha256
-            with partial.open("rb") as file:
+            with open(partial, "rb", opener=files.plain) as file:
                 right = not expected or hashlib.file_digest(file, "sha256").hexdigest() == expected
             log.unlink(missing_ok=True)
             if right:
@@ -211,16 +217,17 @@ class Store:
         raise Damaged(f"{place} failed {self.attempts} times, the last time with {reason}; upload it again")
 
     def _fetch_parts(self, place: Address, found: Object, partial: Path, log: Path, progress: Progress) -> None:
-        """Fill `partial` with the parts that `log` does not list. Raises _Changed."""
+        """Fill `partial` with the parts that `log` does not list. Raises Changed."""
         head = json.dumps([found.etag, found.bytes, self.part_bytes])
-        lines = log.read_text().split("\n")[:-1] if log.is_file() and partial.is_file() else []  # the last may be half a line
-        done = {int(line) for line in lines[1:] if line.isdigit()} if lines[:1] == [head] else set()
+        done = _done(partial, log, head)
         if not done:
-            log.write_text(f"{head}\n")
+            partial.unlink(missing_ok=True)
+            with open(log, "w", opener=files.plain) as listed:
+                listed.write(f"{head}\n")
         parts = [(begin, min(begin + self.part_bytes, found.bytes)) for begin in range(0, found.bytes, self.part_bytes)]
         progress(sum(end - begin for i, (begin, end) in enumerate(parts) if i in done))
         lock = threading.Lock()
-        with partial.open("r+b" if done else "w+b") as file, log.open("a") as listed:
+        with open(partial, "r+b" if done else "x+b", opener=files.plain) as file, open(log, "a", opener=files.plain) as listed:
             file.truncate(found.bytes)
 
             def fetch(index: int) -> None:
@@ -240,14 +247,14 @@ class Store:
             answer = self.client.get_object(Bucket=place.bucket, Key=place.key, Range=f"bytes={begin}-{end - 1}", IfMatch=etag)
             with contextlib.closing(answer["Body"]) as body:
                 if not answer.get("ContentRange", "").startswith(f"bytes {begin}-{end - 1}/"):
-                    raise _Retry("another range of bytes than asked for")
+                    raise Retry("another range of bytes than asked for")
                 while begin < end and (chunk := body.read(min(_CHUNK, end - begin))):
                     self._check_over()
                     os.pwrite(file, chunk, begin)
                     begin += len(chunk)
                     progress(len(chunk))
             if begin < end:
-                raise _Retry("a body that ended early")
+                raise Retry("a body that ended early")
 
         self._tried(place, once)
 
@@ -282,13 +289,13 @@ class Store:
 
     def _send(self, place: Address, data: bytes, request: Callable[..., Any]) -> str:
         """Send one body with its MD5, which the server checks, and check the server's answer. Returns the ETag."""
-        md5 = _md5_of(data)
+        md5 = answers.md5_of(data)
 
         def once() -> str:
             self._check_over()
             answer = request(Body=data, ContentMD5=base64.b64encode(md5).decode())
-            if _md5(answer) not in ("", md5.hex()):
-                raise _Retry("a checksum of other bytes than were sent")
+            if answers.md5_in(answer) not in ("", md5.hex()):
+                raise Retry("a checksum of other bytes than were sent")
             return str(answer["ETag"])
 
         return self._tried(place, once)
@@ -323,22 +330,24 @@ class Store:
     # ── Retries ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _tried(self, place: Address, request: Callable[[], T]) -> T:
-        """The result of `request`, tried up to `attempts` times. Raises _Changed if an If-Match does not hold."""
+        """The result of `request`, tried up to `attempts` times. Raises Changed if an If-Match does not hold."""
         reason = ""
         for attempt in range(self.attempts):
             self._pause(attempt)
             try:
                 return request()
-            except _Changed:
+            except Changed:
                 raise
-            except _Retry as error:
+            except Retry as error:
                 reason = str(error)
             except boto.ClientError as error:
-                reason = _status(error, place)
-            except _CREDENTIALS:
-                raise UserError(f"no AWS credentials for {place}; {_HOW_CREDENTIALS}") from None
-            except _TRANSPORT as error:
-                reason = next(words for kind, words in _WORDS.items() if isinstance(error, kind))
+                reason = answers.reason_of(error, place)
+            except answers.CREDENTIALS:
+                raise UserError(f"no AWS credentials for {place}; {answers.HOW_CREDENTIALS}") from None
+            except KeyError as error:
+                reason = f"an answer without {error}"
+            except answers.TRANSPORT as error:
+                reason = next(words for kind, words in answers.WORDS.items() if isinstance(error, kind))
                 if isinstance(error, boto.EndpointConnectionError):
                     reason += f" to {urlsplit(self.client.meta.endpoint_url).hostname}"
             except boto.BotoCoreError as error:
@@ -371,30 +380,13 @@ class Store:
             raise UserError("the transfer was ended")
 
 
-def _status(error: boto.ClientError, place: Address) -> str:
-    """Status and code of an error that a retry may mend. Raises _Changed, Missing or UserError for all others."""
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    code = re.sub(r"\W", "", str(error.response.get("Error", {}).get("Code", "")))[:64]
-    if code in ("PreconditionFailed", "InvalidRange") or status in (412, 416):
-        raise _Changed("an object that changed while it was fetched") from None
-    if status >= 500 or status == 429 or code in _PASSING or status < 300:  # 200 with an error in its body
-        return f"{status} {code}".removesuffix(f" {status}")
-    if code == "NoSuchBucket":
-        raise Missing(f"there is no bucket {place.bucket} for {place}; make it, or correct the address") from None
-    if status == 404:
-        raise Missing(f"there is no {place}; correct the address") from None
-    if status in (401, 403) or "Token" in code:
-        what = f"{status} {code}".removesuffix(f" {status}")
-        raise UserError(f"S3 refuses {place} to these credentials ({what}); get permission for it, or {_HOW_CREDENTIALS}") from None
-    raise UserError(f"S3 refuses the request for {place} ({status} {code}); check the address, the region and the endpoint") from None
-
-
-def _md5(answer: dict[str, Any]) -> str:
-    """The MD5 of an object or a part, in hex; "" if its ETag is none, as for several parts or encryption under another key."""
-    etag = str(answer.get("ETag", "")).strip('"')
-    plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
-    return etag if plain and re.fullmatch(r"[0-9a-f]{32}", etag) else ""
-
-
-def _md5_of(data: bytes) -> bytes:
-    return hashlib.md5(data, usedforsecurity=False).digest()
+def _done(partial: Path, log: Path, head: str) -> set[int]:
+    """The parts of the object of this `head` that `partial` holds, by its `log`. Files that others can have written count for nothing."""
+    try:
+        with open(log, opener=files.plain) as listed, open(partial, opener=files.plain) as file:
+            if not all(files.is_own(os.fstat(opened.fileno()), log.parent) for opened in (listed, file)):
+                return set()
+            lines = listed.read().split("\n")[:-1]  # the last may be half a line
+    except (OSError, UserError, UnicodeDecodeError):
+        return set()
+    return {int(line) for line in lines[1:] if line.isdecimal() and len(line) < 10} if lines[:1] == [head] else set()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from simclr import files
 from simclr.errors import UserError
 
 
@@ -69,19 +70,88 @@ def address(place: str | Path) -> Address | None:
 
 
 def copy_of(place: Address, kind: str) -> Path:
-    """Where this machine keeps its copy of `place`: $SIMCLR_CACHE/KIND/DIGEST/NAME, by default below ~/.cache/simclr.
+    """Where this machine keeps this user's copy of `place`: CACHE/KIND/DIGEST/NAME, with `cache()` as CACHE.
 
     The same address at another endpoint (AWS_ENDPOINT_URL_S3) has another copy.
     """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     digest = hashlib.sha256(f"{place} {endpoint}".encode()).hexdigest()[:16]
-    return Path(os.environ.get("SIMCLR_CACHE") or "~/.cache/simclr").expanduser().absolute() / kind / digest / place.name
+    return cache() / kind / digest / place.name
+
+
+def cache() -> Path:
+    """This user's folder of copies: $SIMCLR_CACHE, by default ~/.cache/simclr. Where that folder is for all users (with a sticky bit, as
+    /tmp), it is one of this user's in it, since a copy that another user may write is no copy."""
+    folder = _asked()
+    shared = folder.is_dir() and folder.stat().st_mode & files.OTHERS_WRITE and folder.stat().st_mode & stat.S_ISVTX
+    return folder / f"uid-{os.geteuid()}" if shared else folder
 
 
 @contextlib.contextmanager
 def locked(copy: Path) -> Iterator[None]:
-    """One process of this machine at a time works on `copy`; the others wait here. The lock ends with its process."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with copy.with_name(f".{copy.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """One process of this machine at a time works on `copy`; the others wait here. The lock ends with its process. Raises UserError where
+    another user may have written there, as `own` does."""
+    own(copy)
+    with files.locked(copy.with_name(f".{copy.name}.lock"), own=True):
         yield
+
+
+def own(copy: Path) -> None:
+    """Make the folders that are to hold `copy`, for this user alone, and see that no other user can have changed what lies there. Raises
+    UserError, with what to do."""
+    mine = cache()
+    if copy.is_relative_to(mine):
+        _require_cache(_asked())
+        folders = [folder for folder in (*reversed(copy.parents), copy) if folder.is_relative_to(mine)]
+    else:
+        folders = [copy.parent, copy]
+    folders[0].parent.mkdir(parents=True, exist_ok=True)
+    for folder in folders[:-1]:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    for folder in folders if copy.is_dir() else folders[:-1]:
+        _require_own(folder)
+
+
+def _asked() -> Path:
+    return Path(os.environ.get("SIMCLR_CACHE") or "~/.cache/simclr").expanduser().absolute()
+
+
+def _require_cache(folder: Path) -> None:
+    """Raise UserError if others can replace what lies in the `folder` of copies. Its own permissions are the user's to change: others may
+    use it on purpose."""
+    if not folder.is_dir():
+        return
+    found = folder.stat()
+    writable, sticky = found.st_mode & files.OTHERS_WRITE, found.st_mode & stat.S_ISVTX
+    if not files.is_own(found, folder):
+        raise UserError(
+            f"{folder} belongs to uid {found.st_uid}, who could change the copies in it; set SIMCLR_CACHE to a folder of your own, as "
+            f"{folder / f'uid-{os.geteuid()}'}, or to one of root's with a sticky bit (`chmod 1777`), in which each user has one"
+        )
+    if writable and not sticky and os.environ.get("SIMCLR_CACHE"):
+        raise UserError(
+            f"other users may replace what lies in {folder} (mode {stat.S_IMODE(found.st_mode):o}); `chmod go-w` it if it is yours alone, "
+            f"`chmod +t` it if others use it too (each user then has a folder in it), or set SIMCLR_CACHE to a folder of your own, as "
+            f"{folder / 'simclr'}"
+        )
+
+
+def _require_own(folder: Path) -> None:
+    """Raise UserError if somebody else owns `folder`, or owns something in it because it was not this user's alone; from now on it is."""
+    found = folder.stat()
+    everything = folder.rglob("*") if found.st_mode & files.OTHERS_WRITE else ()
+    for path in (folder, *everything):
+        try:
+            state = path.lstat() if path != folder else found
+        except FileNotFoundError:  # another process of this user's works here
+            continue
+        if not files.is_own(state, path.parent):
+            raise UserError(
+                f"{path}, in this user's folder of copies, belongs to uid {state.st_uid}, who could change what is read from it; "
+                "remove it, or set SIMCLR_CACHE to a folder of your own"
+            )
+    if found.st_mode & files.OTHERS_WRITE:
+        with contextlib.suppress(PermissionError):
+            folder.chmod(stat.S_IMODE(found.st_mode) & ~files.OTHERS_WRITE)
+        if folder.stat().st_mode & files.OTHERS_WRITE:
+            raise UserError(f"every user may write to {folder}, and its disk keeps no permissions; set SIMCLR_CACHE to a disk that does")

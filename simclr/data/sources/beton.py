@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from simclr import files
 from simclr.data.ffcv.decode import decode
-from simclr.data.loader import Unfit, open_shard, read_rows
+from simclr.data.ffcv.reader import Unfit, open_shard, read_rows
 from simclr.data.manifest import Manifest, Shard, read_manifest, write_manifest
 from simclr.data.sources.members import ends_of
 from simclr.data.sources.reading import Split, Understood

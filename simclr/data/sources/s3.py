@@ -19,18 +19,22 @@ if TYPE_CHECKING:
     from simclr.data.s3.store import Store
 
 _OBJECTS_AT_ONCE = 16
+_MOST_OBJECTS = 1_000_000_000
+_MOST_BYTES = 1 << 30
+"""The largest picture that is read from S3: it is held in memory, and several of them."""
 
 
 def s3_prefix(at: Address) -> Tree:
     """The tree of the objects below a prefix."""
-    from simclr.data.s3.store import Missing, Store
+    from simclr.data.s3.answers import Missing, TooLarge
+    from simclr.data.s3.store import Store
 
     store = Store(threads=_OBJECTS_AT_ONCE)
 
     def one(name: str) -> bytes:
         try:
-            return store.read(at / name)
-        except Missing:  # deleted since the listing: treated as a file that cannot be read
+            return store.read(at / name, _MOST_BYTES)
+        except (Missing, TooLarge):  # deleted or replaced since the listing: treated as a file that cannot be read
             return b""
 
     def read(part: Part) -> Iterator[tuple[str, bytes]]:
@@ -49,12 +53,14 @@ def s3_prefix(at: Address) -> Tree:
                 waiting.cancel()
 
     found = Files()
-    for listed in store.listing(at):
+    for listed in sorted(store.listed(at, _MOST_OBJECTS), key=lambda listed: listed.name):
         junk = next((folder for folder in listed.name.split("/")[:-1] if is_junk(folder)), None)
         if junk is None and is_text(listed.name) and listed.bytes > MOST_TEXT_BYTES:
             found.notes.append(
                 f"{at / listed.name} has {listed.bytes >> 20:,} MiB and was not looked at for classes; fetch it for --labels FILE"
             )
+        elif junk is None and listed.bytes > _MOST_BYTES:
+            found.notes.append(f"{at / listed.name} has {listed.bytes >> 20:,} MiB, too much for a picture in memory, and was left out")
         elif junk is None:
             found.sizes[listed.name] = listed.etag
         else:

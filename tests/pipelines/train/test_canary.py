@@ -71,6 +71,10 @@ ffcv.pipeline.operation: Operation.declare_state_and_memory(self,previous_state)
 ffcv.pipeline.state: State(jit_mode,device,shape,dtype)
 numba.core.types: int64 void
 """,
+    "simclr/data/ffcv/reader.py": """
+ffcv.reader: metadata<Reader.read_metadata alloc_table<Reader.read_allocation_table
+ffcv.types: ALLOC_TABLE_TYPE FieldDescType HeaderType
+""",
     "simclr/data/ffcv/resize.py": """
 numba.core.cgutils: alloca_once_value(builder,value) for_range(builder,count,intp)
 numba.core.types: void int64
@@ -81,7 +85,6 @@ ffcv.fields: RGBImageField.to_binary(self) IntField.to_binary(self)
 """,
     "simclr/data/loader.py": """
 ffcv.fields.rgb_image: SimpleRGBImageDecoder()
-ffcv.reader: metadata<Reader.read_metadata alloc_table<Reader.read_allocation_table
 ffcv.pipeline.compiler: Compiler.num_threads
 numba.core.config: NUMBA_NUM_THREADS
 """,

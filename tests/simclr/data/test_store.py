@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from simclr.data.s3 import store
-from simclr.data.s3.store import Damaged, Missing, Store
+from simclr.data.s3.answers import Damaged, Missing
+from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address, address, copy_of
 from simclr.errors import UserError
 from tests.support.s3 import KEY_ID, REFUSED, SECRET, Proxy

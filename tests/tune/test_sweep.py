@@ -20,7 +20,7 @@ from tests.support.command import Run, refused
 from tests.support.sweeps import a_sweep, trained
 from tune import resolve, spaces, sweep_dir, trial_log, validate
 from tune.sweep_dir import Trial
-from tune.trial import chosen, why
+from tune.trial import why
 
 BASE = ("sweep", "smoke", "--recipe", "patterns_tiny", "--set", "train.batch_size=60", "--data")
 
@@ -76,7 +76,7 @@ def test_what_ray_tune_gets_comes_back_as_the_same_config(tmp_path: Path, patter
         assert [resolve.Coded(**json.loads(json.dumps(dataclasses.asdict(code)))) for code in codes] == codes
         drawn = resolve.samples(sweep.restricted, 5, 0)
         for code, combination in zip(codes, drawn, strict=False):
-            back = {axis.key: chosen(axis, code.axes[axis.key]) for axis in sweep.restricted.axes}
+            back = {axis.key: resolve.chosen(axis, code.axes[axis.key]) for axis in sweep.restricted.axes}
             one, other = (resolve.point(sweep.restricted, sweep.base, given, 0) for given in (back, combination))
             assert one == other
 
@@ -241,8 +241,9 @@ def test_a_trial_is_the_job_of_pretrain(tmp_path: Path, patterns: Path, monkeypa
 
 def test_trial_records_keep_what_they_were_given(tmp_path: Path) -> None:
     trial = Trial(name="x", values={"views.operations": ("crop", "colour")}, seed=1, scores={"eval/knn_top1": 0.5})
-    trial.save(tmp_path)
-    assert sweep_dir.trial_in(tmp_path) == trial and sweep_dir.trial_in(tmp_path / "nothing") is None
+    (tmp_path / "x").mkdir()
+    trial.save(tmp_path / "x")
+    assert sweep_dir.trial_in(tmp_path / "x") == trial and sweep_dir.trial_in(tmp_path / "nothing") is None
 
 
 def test_a_share_of_the_labels_is_of_each_class() -> None:

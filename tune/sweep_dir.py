@@ -149,7 +149,8 @@ def load(path: Path) -> Sweep:
     if text.get("metric") not in METRICS:
         raise UserError(f"{path}/sweep.json is damaged: its metric is {text.get('metric')!r}; {INSTEAD}")
     found = fields.build(Sweep, text, path / "sweep.json", INSTEAD, path=path)
-    fields.build(Resources, found.resources, f"resources in {path}/sweep.json", INSTEAD)
+    resources = fields.build(Resources, found.resources, f"resources in {path}/sweep.json", INSTEAD)
+    found = replace(found, resources=asdict(resources))
     for folder in ("trials", "first_tries"):
         _require_here(path / folder)
     return found

@@ -17,7 +17,7 @@ class Trap:
 
     @property
     def content(self) -> bytes:
-        return pickle.dumps(self)
+        return pickle.dumps(self, 2)
 
     def planted(self, folder: Path, *names: str) -> Path:
         """Write the pickle under each of `names` in `folder`. Returns the file that must not appear."""

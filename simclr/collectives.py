@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from simclr.compiling import compiled
 from simclr.telemetry.device_time import Timestamp, exact, now
 
 # The option's name since torch 2.13, and before.
@@ -93,7 +94,7 @@ def data_parallel(model: nn.Module, bucket_mib: float, compress: bool, compile: 
     `model` itself stays as it is, for evaluation.
     """
     # Compiled inside DDP: torch splits the graph at full buckets either way, and DDP's own Python would be split into ten pieces.
-    inner: Any = torch.compile(model) if compile else model
+    inner: Any = compiled(model) if compile else model
     if world_size() == 1:
         return inner  # type: ignore[no-any-return]
     # DDP's average is the second half of the exact gradient; the sum in `all_gather` is the first.

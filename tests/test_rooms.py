@@ -38,6 +38,7 @@ LAYERS = [
     ("simclr.collectives", "simclr.config", "simclr.precision"),
     (
         "simclr.keyed",
+        "simclr.compiling",
         "simclr.kernels",
         "simclr.telemetry.device_time",
         "simclr.telemetry.progress",
@@ -63,6 +64,7 @@ DOORS = {
         *(f"pipelines/train/{n}.py" for n in ("ray_private", "ray_train", "retry", "tpu", "worker")),
         "pipelines/clusterfile/preemption.py",
         "tune/ray_tune.py",
+        "tune/schedulers.py",
         "tune/trial.py",
     },
     "pyarrow": {"simclr/data/sources/parquet.py"},

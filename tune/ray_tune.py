@@ -1,10 +1,18 @@
-"""A sweep's trials under Ray Tune: concurrency, search, scheduler, and the work at each trial's end. Its imports take seconds."""
+"""A sweep's trials under Ray Tune: concurrency, search, scheduler, and the work at each trial's end. Its imports take seconds.
+
+A sweep that goes on is a new experiment of the trials that are left: see tune.plan.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pipelines.train.ray_train  # noqa: F401  sets variables that Ray reads once, on import
@@ -17,13 +25,14 @@ os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial tha
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, PopulationBasedTraining
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
 from pipelines.terminal import Bar
 from pipelines.train import capacity, messages, ray_train
 from simclr.data.manifest import Manifest
-from tune import resolve, sweep_dir
+from tune import plan, resolve, sweep_dir
 from tune.resolve import Coded
+from tune.schedulers import Population, Remembering
 from tune.spaces import Axis, Between, PeakBetween
 from tune.sweep_dir import METRICS, Sweep
 from tune.trial import drive
@@ -52,38 +61,25 @@ def room(asked: Sweep) -> int:
 
 
 def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest, uri: str) -> Sweep:
-    """Run the unfinished trials under Ray Tune."""
+    """Run the trials that are not over under Ray Tune."""
+    codes = plan.settled(asked, codes)
+    before = plan.records(asked, codes)
+    if before:
+        plan.say_what_stays(asked)
+    scheduler = _scheduler(asked, manifest, {name for name, trial in before.items() if trial.status != "running"})
     reports = messages.make()
     ledger = Ledger(asked, reports, uri)
     private = not ray_train.joins_a_cluster(asked.resources["address"])
-
-    def trial(config: dict[str, Any]) -> None:
-        drive(Coded(**config["trial"]), asked, reports, private)
-
-    # A driver only waits, so it reserves a little memory and no core. A driver with the last core, whose worker needs it, would be
-    # a deadlock.
-    light = tune.with_resources(trial, tune.PlacementGroupFactory([{"memory": float(1 << 20)}]))
     count = len(codes) or asked.trials or 16
     status = "FAILED"
     with Bar("sweep", count, "trials", "trials/s") as bar:
         Follow.followed = (asked, ledger, bar)
-        if tune.Tuner.can_restore(str(asked.path / "tune")):
-            tuner = tune.Tuner.restore(str(asked.path / "tune"), light, resume_unfinished=True, restart_errored=True)
-        else:
-            tuner = tune.Tuner(
-                light,
-                param_space=_parameters(asked, codes),
-                tune_config=_tuning(asked, len(codes), concurrent, manifest),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=str(asked.path),
-                    verbose=0,
-                    callbacks=[Follow()],
-                    failure_config=tune.FailureConfig(max_failures=2),  # retries for a driver that was lost with its node
-                ),
-            )
+        for name in scheduler.ended if isinstance(scheduler, Remembering) else ():
+            Follow().over(name, "stopped", "")  # a sweep that was killed had not recorded it yet
+        left = plan.left(asked, codes)
         try:
-            tuner.fit()
+            if left or sweep_dir.progress(asked)[0] < count:
+                _fit(asked, left, bool(codes), concurrent, scheduler, reports, private)
             over = sweep_dir.progress(asked)[0]
             status = "FINISHED" if over >= count else "KILLED"
         finally:
@@ -96,19 +92,79 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
     return asked
 
 
+def _fit(asked: Sweep, left: list[Coded], coded: bool, concurrent: int, scheduler: Any, reports: Any, private: bool) -> None:
+    """One experiment of Ray Tune's: the trials that are `left` and, if the sweep is not `coded`, those that its search draws."""
+
+    def trial(config: dict[str, Any]) -> None:
+        drive(Coded(**config["trial"]), asked, reports, private)
+
+    # A driver only waits, so it reserves a little memory and no core. A driver with the last core, whose worker needs it, would be
+    # a deadlock.
+    light = tune.with_resources(trial, tune.PlacementGroupFactory([{"memory": float(1 << 20)}]))
+    names = {_key(code.axes): code.name for code in left}
+
+    def name(trial: Any) -> str:
+        """The trial's name, and its directory's."""
+        given = trial.config["trial"]
+        return str(given.get("name") or names.get(_key(given["axes"])) or trial.trial_id)
+
+    with _storage(asked, private) as storage:
+        tune.Tuner(
+            light,
+            param_space={"trial": tune.grid_search([dataclasses.asdict(code) for code in left]) if coded else {"seed": 0}},
+            tune_config=tune.TuneConfig(
+                metric=asked.metric,
+                mode=METRICS[asked.metric],
+                search_alg=None if coded else _search(asked, left),
+                scheduler=scheduler,
+                num_samples=1 if coded else (asked.trials or 16) - sweep_dir.progress(asked)[0],
+                max_concurrent_trials=concurrent,
+                reuse_actors=True,
+                trial_name_creator=name,
+                trial_dirname_creator=name,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(storage),
+                verbose=0,
+                callbacks=[Follow()],
+                failure_config=tune.FailureConfig(max_failures=2),  # retries for a driver that was lost with its node
+            ),
+        ).fit()
+
+
+@contextlib.contextmanager
+def _storage(asked: Sweep, private: bool) -> Iterator[Path]:
+    """A new folder that only this user can enter, for what Ray Tune writes. It is removed at the end, and no other command reads it.
+
+    Ray Tune keeps its state there as pickles. It reads none of them back but a trial's last error, see `Follow`. Trials on other nodes
+    need the folder only for checkpoints, which only pbt asks of them: then it lies in the sweep's directory, which all nodes share.
+    """
+    shared = asked.scheduler == "pbt" and not private
+    for old in asked.path.glob(".tune-*"):  # of a sweep that was killed
+        shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".tune-", dir=asked.path if shared else None, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _key(axes: dict[str, int | float]) -> tuple[tuple[str, float], ...]:
+    return tuple(sorted(axes.items()))
+
+
 class Follow(tune.Callback):
-    """The work of the sweep's driver at each trial's end. It has no state of its own, because Ray Tune pickles its callbacks and restores
-    the copies when a sweep is resumed; the state is in `followed`."""
+    """The work of the sweep's driver at each trial's end. It has no state of its own, because Ray Tune pickles its callbacks; the state is
+    in `followed`."""
 
     followed: ClassVar[tuple[Sweep, Ledger, Bar] | None] = None
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._over(str(trial), "stopped", "")
+        self.over(str(trial), "stopped", "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._over(str(trial), "failed", "its driver was lost too often")
+        trial.run_metadata.pickled_error_filename = None  # else Ray Tune unpickles the error from its folder at the end
+        self.over(str(trial), "failed", "its driver was lost too often")
 
-    def _over(self, name: str, status: Literal["stopped", "failed"], reason: str) -> None:
+    def over(self, name: str, status: Literal["stopped", "failed"], reason: str) -> None:
         assert Follow.followed is not None
         asked, ledger, bar = Follow.followed
         directory = asked.path / "trials" / name
@@ -121,13 +177,6 @@ class Follow(tune.Callback):
         bar.update(*sweep_dir.progress(asked))
 
 
-def _parameters(asked: Sweep, codes: list[Coded]) -> dict[str, Any]:
-    """Ray Tune's search space: the fields of a `Coded`, as a dict, because Tune and its schedulers change values in dicts."""
-    if codes:
-        return {"trial": tune.grid_search([dataclasses.asdict(code) for code in codes])}
-    return {"trial": {"axes": {axis.key: _domain(axis) for axis in asked.restricted.axes}, "seed": 0}}
-
-
 def _domain(axis: Axis) -> Any:
     match axis.values:
         case tuple():
@@ -138,8 +187,10 @@ def _domain(axis: Axis) -> Any:
             return tune.loguniform(low, high)
 
 
-def _tuning(asked: Sweep, coded: int, concurrent: int, manifest: Manifest) -> Any:
-    """Tune's config: search, scheduler and names."""
+def _scheduler(asked: Sweep, manifest: Manifest, over: set[str]) -> Any:
+    """The sweep's scheduler, None without one; of the trials `over` it has heard the end."""
+    if asked.scheduler == "none":
+        return None
     base, space = asked.base, asked.restricted
     examples = manifest.examples("train", base.train.shard_groups)
     by_images = any("train.batch_size" in axis.paths for axis in space.axes)  # then steps are unequal work
@@ -147,39 +198,39 @@ def _tuning(asked: Sweep, coded: int, concurrent: int, manifest: Manifest) -> An
     if not by_images:
         every = resolve.combinations(space) if asked.search == "grid" else resolve.samples(space, asked.trials or 16, base.seed)
         total = max(resolve.point(space, base, c, 0).config.total_steps(examples) for c in every)
-    clock: dict[str, Any] = {"time_attr": "images" if by_images else "step"}
-    scheduler: Any = None
-    if asked.scheduler == "asha":  # its limit is beyond the last step: at that step it would end a trial before its score
-        scheduler = ASHAScheduler(**clock, max_t=100 * total, grace_period=max(total // 4, 1), reduction_factor=3)
-    elif asked.scheduler == "median":
-        scheduler = MedianStoppingRule(**clock, grace_period=max(total // 4, 1), min_samples_required=3)
-    elif asked.scheduler == "pbt":
+    clock, quarter = "images" if by_images else "step", max(total // 4, 1)
+    if asked.scheduler == "pbt":
         changing = {axis.key: _mutation(axis) for axis in space.axes if set(axis.paths) <= set(MID_RUN)}
-        scheduler = PopulationBasedTraining(
-            **clock, perturbation_interval=max(total // 4, 1), hyperparam_mutations={"trial": {"axes": changing}}
-        )
-    algorithm: Any = None
-    if asked.search == "optuna":
-        from ray.tune.search.optuna import OptunaSearch
+        mutations = {"trial": {"axes": changing}}
+        return Population(asked, time_attr=clock, perturbation_interval=quarter, hyperparam_mutations=mutations)
+    about: dict[str, Any] = {"time_attr": clock, "metric": asked.metric, "mode": METRICS[asked.metric], "grace_period": quarter}
+    if asked.scheduler == "asha":  # its limit is beyond the last step: at that step it would end a trial before its score
+        return Remembering(ASHAScheduler(**about, max_t=100 * total, reduction_factor=3), asked, clock, over)
+    return Remembering(MedianStoppingRule(**about, min_samples_required=3), asked, clock, over)
 
-        algorithm = OptunaSearch(seed=base.seed)
-    return tune.TuneConfig(
-        metric=asked.metric,
-        mode=METRICS[asked.metric],
-        search_alg=algorithm,
-        scheduler=scheduler,
-        num_samples=1 if coded else asked.trials or 16,
-        max_concurrent_trials=concurrent,
-        reuse_actors=True,
-        trial_name_creator=_name,
-        trial_dirname_creator=_name,
+
+def _search(asked: Sweep, left: list[Coded]) -> Any:
+    """Optuna, which has learned from the trials that are over, and begins with those that are `left`."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    about: dict[str, Any] = {"metric": asked.metric, "mode": METRICS[asked.metric]}
+    domain = {"trial": {"axes": {axis.key: _domain(axis) for axis in asked.restricted.axes}}}
+    over = plan.scored(asked)
+    search: Any = OptunaSearch(
+        space=OptunaSearch.convert_search_space(domain),
+        points_to_evaluate=[_flat(code.axes) for code in left],
+        seed=asked.base.seed + len(over),  # the same seed would draw the first trials again
+        **about,
     )
+    for axes, score in over:
+        search.add_evaluated_point(_flat(axes), score, pruned=score is None)
+    return search
+
+
+def _flat(axes: dict[str, int | float]) -> dict[str, int | float]:
+    """The codes under Ray Tune's flat names."""
+    return {f"trial/axes/{key}": value for key, value in axes.items()}
 
 
 def _mutation(axis: Axis) -> Any:
     return list(range(len(axis.values))) if isinstance(axis.values, tuple) else _domain(axis)
-
-
-def _name(trial: Any) -> str:
-    """The trial's name, and its directory's."""
-    return str(trial.config["trial"].get("name") or trial.trial_id)

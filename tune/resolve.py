@@ -35,7 +35,7 @@ class Coded:
     """Axis key → number of the value, or the number drawn from a distribution."""
     seed: int
     name: str = ""
-    """The trial's name; "" if Ray Tune draws the combination itself."""
+    """The trial's name; "" if the search draws the combination while the sweep runs."""
 
 
 def restricted(space: Space, recipe: Config, only: dict[str, list[Any]]) -> Space:
@@ -134,13 +134,54 @@ def _resolved(values: dict[str, Any], recipe: Config, trial: Config) -> dict[str
             base = value_of(recipe, path)
             found[path] = max(round(base * value.factor), 1) if isinstance(base, int) else base * value.factor
         elif isinstance(value, Peak):
-            n = recipe.train.batch_size
-            shares = {"linear": n / 256, "sqrt": math.sqrt(n)}
-            lr = recipe.optim.base_lr * shares[recipe.optim.scaling]
-            found[path] = float(f"{value.factor * lr / shares[trial.optim.scaling]:.6g}")
+            found[path] = float(f"{value.factor * _peak(recipe, trial):.6g}")
         else:
             found[path] = value
     return found
+
+
+def _peak(recipe: Config, trial: Config) -> float:
+    """The base_lr with which the recipe's batch gets the recipe's learning rate under the scaling rule of `trial`."""
+    n = recipe.train.batch_size
+    shares = {"linear": n / 256, "sqrt": math.sqrt(n)}
+    return recipe.optim.base_lr * shares[recipe.optim.scaling] / shares[trial.optim.scaling]
+
+
+def code(axis: Axis, value: Any) -> int | float:
+    """The code of an axis' value; `chosen` is the inverse."""
+    if isinstance(axis.values, tuple):
+        return axis.values.index(value)
+    return float(value.factor if isinstance(axis.values, PeakBetween) else value)
+
+
+def chosen(axis: Axis, code: Any) -> Any:
+    """An axis' value from its code: the number of the value, or the number drawn from the distribution."""
+    if isinstance(axis.values, tuple):
+        return axis.values[int(code)]
+    inside = min(max(float(code), axis.values.low), axis.values.high)
+    return Peak(inside) if isinstance(axis.values, PeakBetween) else inside
+
+
+def codes_of(space: Space, recipe: Config, config: Config) -> dict[str, int | float] | None:
+    """The codes that give the values of `config` (`point` is the inverse): a trial's own config says what a search or a scheduler chose.
+    None if no codes do."""
+    found: dict[str, int | float] = {}
+    for axis in space.axes:
+        values = axis.values
+        first = value_of(config, axis.paths[0])
+        if isinstance(values, PeakBetween):
+            found[axis.key] = min(max(first / _peak(recipe, config), values.low), values.high)
+        elif isinstance(values, tuple):
+            parts = [dict(zip(axis.paths, v if len(axis.paths) > 1 else (v,), strict=True)) for v in values]
+            same = [i for i, part in enumerate(parts) if all(value_of(config, k) == v for k, v in _resolved(part, recipe, config).items())]
+            if not same:
+                return None
+            found[axis.key] = same[0]
+        else:
+            found[axis.key] = first
+    back = {axis.key: chosen(axis, found[axis.key]) for axis in space.axes}
+    theirs, ours = config.flat(), point(space, recipe, back, 0).config.flat()
+    return found if all(theirs[path] == ours[path] for axis in space.axes for path in axis.paths) else None
 
 
 def value_of(config: Config, path: str) -> Any:

@@ -145,7 +145,7 @@ def _asked(args: Args) -> Sweep:
     if args.resume is not None:
         if args.space or args.recipe or args.data:
             raise UserError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe and --data")
-        return sweep_dir.load(args.resume)
+        return _resumed(sweep_dir.load(args.resume), args)
     if not args.space:
         raise UserError("which space? `simclr sweep SPACE --recipe NAME --data DIR`; `simclr sweep --list` describes them")
     if not args.recipe or args.data is None:
@@ -190,6 +190,17 @@ def _asked(args: Args) -> Sweep:
     elif s3_uri.address(args.out):
         raise UserError(f"--out {args.out} is in S3; a sweep lives on a disk that all nodes share, its data may lie in S3")
     return found
+
+
+def _resumed(there: Sweep, args: Args) -> Sweep:
+    """The sweep that --resume names. Raises UserError if it ran on a cluster that the user does not name.
+
+    Whoever wrote sweep.json would else choose the cluster: a driver trusts the one that it joins with its environment and its code.
+    """
+    address = there.resources["address"]
+    if args.address is None and address not in (None, "auto"):
+        raise UserError(f"{there.path} was begun on the Ray cluster at {address}; to go on there, add --address {address}")
+    return dataclasses.replace(there, resources=there.resources | {"address": args.address or address})
 
 
 def _key(found: Sweep) -> dict[str, Any]:

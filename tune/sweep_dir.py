@@ -2,9 +2,10 @@
 
 sweep.json      the command's settings: space, recipe, data, flags; the MLflow parent run
 space.json      the space, with all values resolved
+plan.json       the trials: name, codes and seed of each (see tune.plan); none if the search draws them while the sweep runs
 trials/NAME/    a run directory each, as `simclr pretrain` makes one, with trial.json: its values, status and scores
 first_tries/    run directories of trials that started again with another seed
-tune/           Ray Tune's own state, which `--resume` restores
+reports.jsonl   with asha or median: what the scheduler has heard, in order; population.json: what pbt knows (see tune.schedulers)
 results.csv, best_config.json, report.html
 """
 
@@ -14,12 +15,14 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pipelines.runs.directory import load_run
+from pipelines.train.ray_train import Resources
 from simclr import fields, files
 from simclr.config import Config
 from simclr.errors import UserError
@@ -29,7 +32,9 @@ from tune import resolve
 from tune.spaces import Space, space
 
 SCHEMA = 1
-_INSTEAD = "bring it back from a copy, or begin a new sweep with another --out"
+INSTEAD = "bring it back from a copy, or begin a new sweep with another --out"
+_MOST = 100_000  # trials; a larger number is a damaged file
+_PARTS = ("checkpoints", "encoder", "compiled", "ray")  # folders of a trial, which a sweep empties or removes
 METRICS: dict[str, Literal["max", "min"]] = {
     "eval/knn_top1": "max",
     "eval/probe_top1": "max",
@@ -58,8 +63,8 @@ class Sweep:
     only: dict[str, list[Any]]
     changes: dict[str, Any]
     """Fields that differ from the recipe in every trial (--set)."""
-    search: str
-    scheduler: str
+    search: Literal["grid", "random", "optuna"]
+    scheduler: Literal["none", "asha", "median", "pbt"]
     metric: str
     trials: int | None
     seeds: int
@@ -72,6 +77,11 @@ class Sweep:
     labelled: bool = True
     tracking_uri: str = ""
     tracking_run: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in (("trials", 1), ("seeds", 1), ("keep", 1), ("max_concurrent", 0)):
+            if (value := getattr(self, name)) is not None and not least <= value <= _MOST:
+                raise UserError(f"{name} of {self.path} is {value}; expected {least} to {_MOST:,}")
 
     @property
     def base(self) -> Config:
@@ -109,6 +119,8 @@ class Trial:
     seed: int
     status: Literal["running", "finished", "stopped", "failed"] = "running"
     """stopped: by the scheduler, before its end."""
+    donor: str = ""
+    """With pbt: the trial whose weights it took over last."""
     reason: str = ""
     """The reason of a failure; of a finished trial, the failure before it started again with another seed."""
     bug: str = ""
@@ -129,27 +141,51 @@ class Trial:
 
 
 def load(path: Path) -> Sweep:
-    """The sweep in directory `path`. Raises UserError if there is none."""
+    """The sweep in directory `path`, which somebody else may have written. Raises UserError if there is none, or its fields do not fit."""
     if not (path / "sweep.json").is_file():
         raise UserError(f"{path} is no sweep (it has no sweep.json); `simclr sweep SPACE --recipe NAME --data DIR` makes one")
-    text = files.read_json(path / "sweep.json", _INSTEAD)
+    text = files.read_json(path / "sweep.json", INSTEAD)
     if text.pop("schema", None) != SCHEMA:
         raise UserError(f"{path}/sweep.json has another schema than {SCHEMA}; go on with the version that wrote it")
     if text.get("metric") not in METRICS:
-        raise UserError(f"{path}/sweep.json is damaged: its metric is {text.get('metric')!r}; {_INSTEAD}")
-    return fields.build(Sweep, text, path / "sweep.json", _INSTEAD, path=path)
+        raise UserError(f"{path}/sweep.json is damaged: its metric is {text.get('metric')!r}; {INSTEAD}")
+    found = fields.build(Sweep, text, path / "sweep.json", INSTEAD, path=path)
+    resources = fields.build(Resources, found.resources, f"resources in {path}/sweep.json", INSTEAD)
+    found = replace(found, resources=asdict(resources))
+    for folder in ("trials", "first_tries"):
+        _require_here(path / folder)
+    return found
 
 
 def trial_in(directory: Path) -> Trial | None:
-    """The record in a trial's directory, if there is one."""
+    """The record in a trial's directory, if there is one. Raises UserError for a record of another name, since files are removed by it,
+    and for a directory that leads out of the sweep's."""
     path = directory / "trial.json"
+    for folder in (directory, *(directory / part for part in _PARTS)):
+        _require_here(folder)
     if not path.is_file():
         return None
     instead = f"remove {directory}, and the trial is done again"
     text = files.read_json(path, instead)
     fields.require(text, {"values": dict[str, Any]}, path, instead)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in text.pop("values").items()}
-    return fields.build(Trial, text, path, instead, values=values)
+    trial = fields.build(Trial, text, path, instead, values=values)
+    if trial.name != directory.name:
+        raise UserError(f"{path} is damaged: it is of trial {trial.name!r}; {instead}")
+    return trial
+
+
+def _require_here(folder: Path) -> None:
+    """Raise UserError for a symbolic link: whoever made the sweep could have another user's files removed or changed through it."""
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder} is a symbolic link, to {folder.readlink()}; a sweep keeps its files in its own directory: move them here"
+        )
+
+
+def plain(name: str) -> bool:
+    """Whether `name` may be a trial's: a file's name, and no way to another folder."""
+    return bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name))
 
 
 def first_try(path: Path, name: str) -> Path:

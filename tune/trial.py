@@ -23,31 +23,20 @@ from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.terminal import say
 from pipelines.train import ray_private, ray_train, retry
 from pipelines.train.messages import Task, TrialBeganAgain, TrialFailed
-from simclr import sense
+from simclr import fields, files, sense
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.data.s3.uri import address
 from simclr.errors import Diverged, UserError
 from tune import resolve, sweep_dir
-from tune.spaces import Axis, Between, Peak, PeakBetween
+from tune.plan import OTHER_SEED
 from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
 
 # How often Train's controller polls its workers, instead of 2 s: each report waits for it, and so does the next trial.
 os.environ.setdefault(ray_private.HEALTH_INTERVAL, "0.5")
 # A trial that a scheduler stops ends its workers within this time; then its driver's process serves the next one.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "20")
-_OTHER_SEED = 1000
 _STALE = "the checkpoint it should go on from is gone"
-
-
-def chosen(axis: Axis, code: Any) -> Any:
-    """An axis' value from Ray Tune's code: the number of the value, or the number drawn from the distribution."""
-    if isinstance(axis.values, tuple):
-        return axis.values[int(code)]
-    if isinstance(axis.values, PeakBetween):
-        return Peak(min(max(float(code), axis.values.low), axis.values.high))
-    assert isinstance(axis.values, Between)
-    return min(max(float(code), axis.values.low), axis.values.high)
 
 
 def drive(asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None:
@@ -70,7 +59,7 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
 
     began = time.time()
     space = sweep.restricted
-    codes = {axis.key: chosen(axis, asked.axes[axis.key]) for axis in space.axes}
+    codes = {axis.key: resolve.chosen(axis, asked.axes[axis.key]) for axis in space.axes}
     point = resolve.point(space, sweep.base, codes, asked.seed)
     directory = sweep.path / "trials" / name
     before = trial_in(directory)
@@ -78,8 +67,8 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
         if before.score(sweep.metric) is not None:
             tune.report({**_tune_metrics(before.scores), "step": before.step, "images": before.step * point.config.train.batch_size})
         return
-    donor = tune.get_checkpoint()
-    trial = Trial(name=name, values=point.values, seed=point.seed)
+    donor = _donor(tune.get_checkpoint(), name)
+    trial = Trial(name=name, values=point.values, seed=point.seed, donor=donor or (before.donor if before is not None else ""))
     if before is not None and before.reason:  # it had started again with another seed
         trial, point = _again(trial, point, before.reason)
     while True:
@@ -92,12 +81,12 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
         except Exception as error:  # bugs too: the sweep goes on, and prints and stores the traceback
             (reason, again), bug = why(error), retry.bug(error)
             if trial.reason or not again:
-                first = f" (seed {point.seed}; before, on seed {point.seed - _OTHER_SEED}: {trial.reason})" if trial.reason else ""
+                first = f" (seed {point.seed}; before, on seed {point.seed - OTHER_SEED}: {trial.reason})" if trial.reason else ""
                 _failed(directory, trial_in(directory) or trial, reason + first, bug, inbox)
                 return
             _set_aside(directory, sweep_dir.first_try(sweep.path, name))
             inbox.actor.put.remote(TrialBeganAgain(trial=name, reason=reason, bug=bug))
-            donor = None
+            donor = ""
             trial, point = _again(trial, point, reason)
 
 
@@ -124,7 +113,7 @@ def _tune_metrics(scores: dict[str, float]) -> dict[str, Any]:
 
 def _again(trial: Trial, point: resolve.Point, reason: str) -> tuple[Trial, resolve.Point]:
     """The same trial on another seed."""
-    seed = point.seed + _OTHER_SEED
+    seed = point.seed + OTHER_SEED
     config = dataclasses.replace(point.config, seed=seed)
     return dataclasses.replace(trial, seed=seed, reason=reason), dataclasses.replace(point, seed=seed, config=config)
 
@@ -145,12 +134,24 @@ def why(failure: BaseException) -> tuple[str, bool]:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}", not isinstance(error, UserError | OSError)
 
 
-def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
-    """The trial's run directory; under PBT with the weights of the donor trial and with its own new config."""
+def _donor(note: Any, name: str) -> str:
+    """The trial whose weights pbt gives to trial `name`; "" if these are its own. `note` is Ray Tune's checkpoint, see `_forward`."""
+    if note is None:
+        return ""
+    with note.as_directory() as folder:
+        text = files.read_json(Path(folder) / "from.json", "give the command again")
+    fields.require(text, {"trial": str}, "a note of pbt", "give the command again")
+    if not sweep_dir.plain(text["trial"]):
+        raise UserError(f"a note of pbt names the trial {text['trial']!r}, which is no name; give the command again")
+    return "" if text["trial"] == name else str(text["trial"])
+
+
+def _open(sweep: Sweep, directory: Path, config: Config, donor: str) -> Run:
+    """The trial's run directory; under PBT with the weights of the trial `donor` and with its own new config."""
     at = address(sweep.data)
     data = sync.retry_unreachable(lambda: sync.shards(sweep.data), say)
-    if (directory / "run.json").is_file() and donor is not None:
-        dataclasses.replace(load_run(directory), config=config).save()
+    if (directory / "run.json").is_file() and donor:
+        _inherit(load_run(directory), config, sweep.path / "trials" / donor)
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
     flags = [f"--{key.replace('_', '-')}={_word(resolve.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
     manifest, workers = read_manifest(data, look=False), ray_train.Resources(**sweep.resources).counts(config)
@@ -158,9 +159,6 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: Any) -> Run:
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]), notes=notes)
     run.save()
     _fill(run)
-    if donor is not None:
-        with donor.as_directory() as folder:
-            _inherit(run, json.loads((Path(folder) / "from.json").read_text()))
     return run
 
 
@@ -185,19 +183,25 @@ def _differs(sweep: Sweep, config: Config, key: str) -> bool:
     return bool(resolve.value_of(config, key) != resolve.value_of(recipe(sweep.recipe), key))
 
 
-def _inherit(run: Run, source: dict[str, Any]) -> None:
-    """Make the newest checkpoint of the run `source["run"]` this run's only one."""
-    theirs = Path(source["run"])
-    if theirs == run.path.absolute():
-        return
+def _inherit(run: Run, config: Config, donor: Path) -> None:
+    """Make the newest checkpoint of the run `donor` the only one of `run`, with `config`.
+
+    It is copied whole beside the old ones first. A trial that is killed meanwhile goes on with its own weights.
+    """
     from simclr import checkpoint
 
-    newest = checkpoint.latest(theirs / "checkpoints", say)
+    newest = checkpoint.latest(donor / "checkpoints", say)
     if newest is None:
-        raise UserError(f"{_STALE}: {theirs}")
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    run.checkpoints.mkdir(parents=True)
-    shutil.copytree(newest, run.checkpoints / newest.name)
+        raise UserError(f"{_STALE}: {donor}")
+    copy, old = run.path / ".inherited", run.path / ".outlived"
+    for folder in (copy, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(newest, copy / newest.name)
+    dataclasses.replace(run, config=config).save()
+    if run.checkpoints.exists():
+        run.checkpoints.rename(old)
+    copy.rename(run.checkpoints)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, began: float) -> Trial:
@@ -256,8 +260,8 @@ def _forward(sweep: Sweep, run: Run, trial: Trial, began: float) -> Any:
             if sweep.scheduler != "pbt":
                 tune.report(told)
                 return
-            with tempfile.TemporaryDirectory() as folder:  # only a note of its place: the checkpoint itself stays in the run
-                (Path(folder) / "from.json").write_text(json.dumps({"run": str(run.path.absolute()), "step": self.trial.step}))
+            with tempfile.TemporaryDirectory() as folder:  # only a note of its owner: the checkpoint itself stays in the run
+                (Path(folder) / "from.json").write_text(json.dumps({"trial": trial.name}))
                 tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
 
     return Forward()

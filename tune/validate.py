@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 from pipelines.terminal import say
 from pipelines.train import ray_train
@@ -12,7 +11,6 @@ from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 from tune import resolve
 from tune.resolve import Coded
-from tune.spaces import Axis, PeakBetween
 from tune.sweep_dir import Sweep
 
 MID_RUN = ("optim.base_lr", "optim.weight_decay", "loss.temperature", "views.colour_strength")
@@ -22,7 +20,7 @@ _DURING = {"eval/knn_top1", "health/rankme", "health/align_uniform"}
 
 
 def check(asked: Sweep, manifest: Manifest, under_way: bool = False) -> list[Coded]:
-    """Ray Tune's code of each trial ([] if Tune draws them itself), after checking that every config fits data and workers. A sweep
+    """The codes of each trial ([] if the search draws them later), after checking that every config fits data and workers. A sweep
     `under_way` goes on as it began.
 
     Raises UserError for a space, metric, scheduler or search that cannot work.
@@ -55,15 +53,8 @@ def check(asked: Sweep, manifest: Manifest, under_way: bool = False) -> list[Cod
         say(note if (trials := notes.count(note)) == len(every) else f"{trials} of {len(every)} trials: {note}")
     if asked.search == "optuna":
         return []
-    coded = [{axis.key: code(axis, combination[axis.key]) for axis in space.axes} for combination in every]
+    coded = [{axis.key: resolve.code(axis, combination[axis.key]) for axis in space.axes} for combination in every]
     many = len(str(len(coded) - 1))
     return [
         Coded(axes=axes, seed=seed, name=f"{i:0{max(many, 3)}d}-s{seed}") for seed in range(asked.seeds) for i, axes in enumerate(coded)
     ]
-
-
-def code(axis: Axis, value: Any) -> int | float:
-    """The inverse of `trial.chosen`."""
-    if isinstance(axis.values, tuple):
-        return axis.values.index(value)
-    return float(value.factor if isinstance(axis.values, PeakBetween) else value)

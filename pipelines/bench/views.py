@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.bench.result import Row, compared, in_turn
+from simclr.compiling import compiled
 from simclr.config import Views
 from simclr.views.draw import Crop, Drawn, draw_views
 from simclr.views.ops import distort, distort_all, normalise
@@ -87,7 +88,7 @@ def _compiled(crops: Tensor, config: Views) -> Callable[[], Tensor]:
     def made() -> Tensor:
         return normalise(distort_all(_flipped(_planes(crops), block[:, 0] > 0), block), config)
 
-    program: Callable[[], Tensor] = torch.compile(made, dynamic=False)
+    program: Callable[[], Tensor] = compiled(made, dynamic=False)
     return program
 
 

@@ -18,9 +18,10 @@ from simclr.data.manifest import read_manifest
 from simclr.errors import Diverged, UserError
 from tests.support.command import Run, refused
 from tests.support.sweeps import a_sweep, trained
+from tests.support.traps import Trap
 from tune import resolve, spaces, sweep_dir, trial_log, validate
 from tune.sweep_dir import Trial
-from tune.trial import chosen, why
+from tune.trial import why
 
 BASE = ("sweep", "smoke", "--recipe", "patterns_tiny", "--set", "train.batch_size=60", "--data")
 
@@ -76,7 +77,7 @@ def test_what_ray_tune_gets_comes_back_as_the_same_config(tmp_path: Path, patter
         assert [resolve.Coded(**json.loads(json.dumps(dataclasses.asdict(code)))) for code in codes] == codes
         drawn = resolve.samples(sweep.restricted, 5, 0)
         for code, combination in zip(codes, drawn, strict=False):
-            back = {axis.key: chosen(axis, code.axes[axis.key]) for axis in sweep.restricted.axes}
+            back = {axis.key: resolve.chosen(axis, code.axes[axis.key]) for axis in sweep.restricted.axes}
             one, other = (resolve.point(sweep.restricted, sweep.base, given, 0) for given in (back, combination))
             assert one == other
 
@@ -203,10 +204,70 @@ def test_asha_stops_the_worse_and_a_failed_trial_is_no_candidate(tmp_path: Path,
     assert found[1.0].status == "finished" and found[0.1].status == "failed" and "not finite" in found[0.1].reason
     assert {found[0.5].status, found[0.2].status} == {"stopped"} and found[0.2].step < 80
     assert sweep_dir.ranked(list(found.values()), sweep.metric)[0].values["loss.temperature"] == 1.0
-    # A finished sweep is not trained again: Ray Tune's state decides, whatever the objective would do.
+    # A finished sweep is not trained again: the records decide, whatever the objective would do.
     monkeypatch.setattr(ray_tune, "drive", lambda *_: (_ for _ in ()).throw(RuntimeError("trained again")))
     ray_tune.trials(sweep, codes, 1, manifest, "sqlite:///x.db")
     assert {t.name: t.status for t in sweep_dir.trials(sweep.path)} == {t.name: t.status for t in found.values()}
+
+
+@pytest.mark.usefixtures("shared_ray", "no_tracking")
+def test_a_sweep_that_was_interrupted_trains_what_is_left_and_reads_no_pickle(
+    tmp_path: Path, patterns: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Three trials: one is over, one in its midst, one has not begun. What Ray Tune kept is a trap, and it keeps nothing here again."""
+    from tune import ray_tune
+
+    def pretend(asked: Any, sweep: Any, inbox: Any, private: bool) -> None:
+        import dataclasses
+
+        from ray import tune
+
+        from tune.sweep_dir import Trial, trial_in
+
+        name = str(tune.get_context().get_trial_name())
+        directory = sweep.path / "trials" / name
+        trial = trial_in(directory) or Trial(name=name, values={"loss.temperature": asked.axes["loss.temperature"]}, seed=asked.seed)
+        trial = dataclasses.replace(trial, start_s=trial.start_s | {f"began at {trial.step}": 0.0})
+        for step in range(trial.step + 1, 5):
+            trial = dataclasses.replace(trial, step=step, scores={"eval/knn_top1": asked.axes["loss.temperature"] / 10 + step / 100})
+            trial.save(directory)
+            tune.report({**trial.scores, "step": step})
+            if (sweep.path / "interrupt").exists() and name == "001-s0" and step == 2:
+                return
+        dataclasses.replace(trial, status="finished").save(directory)
+
+    monkeypatch.setattr(ray_tune, "drive", pretend)
+    monkeypatch.setattr(terminal, "_QUIET", False)
+    over = ray_tune.Follow.over
+
+    def interrupted(self: Any, name: str, status: Any, reason: str) -> None:
+        if name == "001-s0":
+            raise KeyboardInterrupt
+        over(self, name, status, reason)
+
+    only = {"optim.base_lr": [1], "loss.temperature": [0.1, 0.2, 0.5]}
+    sweep, manifest = a_sweep(tmp_path / "s", "smoke", only=only, changes={"train.batch_size": 60}), read_manifest(patterns)
+    trained(sweep, lambda point: 0.0)
+    for folder in (sweep.path / "trials").iterdir():
+        (folder / "trial.json").unlink()
+    codes = validate.check(sweep, manifest)
+    (sweep.path / "interrupt").touch()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ray_tune.Follow, "over", interrupted)
+        ray_tune.trials(sweep, codes, 1, manifest, "sqlite:///x.db")
+    (sweep.path / "interrupt").unlink()
+    assert [(t.status, t.step) for t in sweep_dir.trials(sweep.path)] == [("finished", 4), ("running", 2)]
+    kept = "tuner.pkl", "experiment_state-2026-11-22_00-00-00.json", "searcher-state-2026-11-22_00-00-00.pkl", "000-s0/error.pkl"
+    marker = Trap(tmp_path / "marker").planted(sweep.path / "tune", *kept)
+    ray_tune.trials(sweep, codes, 1, manifest, "sqlite:///x.db")
+    assert not marker.exists() and "is not read: the trials go on from their own records" in capfd.readouterr().err
+    found = sweep_dir.trials(sweep.path)
+    assert [(t.name, t.status, t.step, t.scores["eval/knn_top1"]) for t in found] == [
+        (f"{i:03}-s0", "finished", 4, i / 10 + 4 / 100) for i in range(3)
+    ]
+    assert [list(t.start_s) for t in found] == [["began at 0"], ["began at 0", "began at 2"], ["began at 0"]]
+    there = {"best_config.json", "plan.json", "results.csv", "sweep.json", "trials"}
+    assert {p.name for p in sweep.path.iterdir()} == there | {"tune"}  # Ray Tune leaves nothing of its own
 
 
 @pytest.mark.usefixtures("shared_ray")
@@ -241,8 +302,9 @@ def test_a_trial_is_the_job_of_pretrain(tmp_path: Path, patterns: Path, monkeypa
 
 def test_trial_records_keep_what_they_were_given(tmp_path: Path) -> None:
     trial = Trial(name="x", values={"views.operations": ("crop", "colour")}, seed=1, scores={"eval/knn_top1": 0.5})
-    trial.save(tmp_path)
-    assert sweep_dir.trial_in(tmp_path) == trial and sweep_dir.trial_in(tmp_path / "nothing") is None
+    (tmp_path / "x").mkdir()
+    trial.save(tmp_path / "x")
+    assert sweep_dir.trial_in(tmp_path / "x") == trial and sweep_dir.trial_in(tmp_path / "nothing") is None
 
 
 def test_a_share_of_the_labels_is_of_each_class() -> None:

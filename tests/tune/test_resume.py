@@ -1,0 +1,372 @@
+"""A sweep that goes on: what its schedulers, its plan and its trials' records bring back, and what of somebody else's sweep is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.runs.directory import load_run
+from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
+from tests.support.command import Run, refused
+from tests.support.sweeps import a_sweep, trained
+from tune import plan, resolve, spaces, sweep_dir, trial, validate
+from tune.sweep_dir import Sweep, Trial
+
+BATCH = {"train.batch_size": 60}
+NAMES = tuple("abcdefghi")
+TOTAL, EVERY, SAVED = 120, 5, 20  # steps: of a trial, between its reports, between its checkpoints
+
+
+class Rule:
+    """asha or median over trials that this class trains: each reports every 5 steps, in a random order over the trials."""
+
+    def __init__(self, name: str, sweep: Sweep, over: dict[str, int]) -> None:
+        pytest.importorskip("ray.tune")
+        sweep.path.mkdir(exist_ok=True)
+        from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
+
+        from tune.schedulers import Remembering
+
+        about: dict[str, Any] = {"time_attr": "step", "metric": sweep.metric, "mode": "max", "grace_period": TOTAL // 4}
+        rule = ASHAScheduler(**about, max_t=100 * TOTAL, reduction_factor=3) if name == "asha" else MedianStoppingRule(**about)
+        self.name, self.sweep, self.over = name, sweep, over
+        self.scheduler = Remembering(rule, sweep, "step", set(over))
+        for each in NAMES:
+            self.scheduler.on_trial_add(Waiting(), each)
+
+    def report(self, name: str, step: int) -> None:
+        """`name` reports; if it is told to stop, or has come to its end, it is over."""
+        score = random.Random(f"{name} {step}").random() * 0.2 + NAMES.index(name) / 10
+        decision = self.scheduler.on_trial_result(Waiting(), name, {"step": step, self.sweep.metric: score})
+        if decision == "STOP" or step == TOTAL:
+            self.over[name] = step
+            self.scheduler.on_trial_complete(Waiting(), name, {})
+
+
+class Waiting:
+    def get_live_trials(self) -> list[Any]:
+        return []
+
+
+def order() -> list[tuple[str, int]]:
+    """All reports of the trials: each trial's in order of its steps, the trials' in one another's midst."""
+    draw, at = random.Random(0), dict.fromkeys(NAMES, 0)
+    found = []
+    while running := [name for name in NAMES if at[name] < TOTAL]:
+        name = draw.choice(running)
+        at[name] += EVERY
+        found.append((name, at[name]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_a_rule_decides_as_if_the_sweep_had_not_stopped(tmp_path: Path, name: str) -> None:
+    """Killed at random points, also between a decision and its record; the trials then repeat the reports since their checkpoints."""
+    whole, broken = (Rule(name, a_sweep(tmp_path / folder, "smoke"), {}) for folder in ("whole", "broken"))
+    for each, step in order():
+        if each not in whole.over:
+            whole.report(each, step)
+    assert 2 <= sum(step < TOTAL for step in whole.over.values()) < len(NAMES)  # some were stopped, some not
+    at, kills = dict.fromkeys(NAMES, 0), set(random.Random(1).sample(range(len(order())), 12))
+    for number, (each, step) in enumerate(order()):
+        if number in kills:
+            lost = dict(list(broken.over.items())[-1:])  # the record of the last trial's end was not written
+            broken = Rule(name, broken.sweep, {n: s for n, s in broken.over.items() if n not in lost})
+            assert broken.scheduler.ended >= {n for n, s in lost.items() if s < TOTAL}
+            broken.over |= lost
+            for again in (n for n in NAMES if n not in broken.over):
+                for repeated in range(at[again] // SAVED * SAVED + EVERY, at[again] + 1, EVERY):
+                    broken.report(again, repeated)
+        if each not in broken.over:
+            broken.report(each, step)
+            at[each] = step
+    assert broken.over == whole.over
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_a_sweep_of_an_earlier_version_is_heard_from_its_runs(tmp_path: Path, name: str) -> None:
+    """It has no reports.jsonl: the order and the scores are in the runs' metrics.jsonl."""
+    sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH)
+    found = trained(sweep, lambda point: 0.5)
+    for number, record in enumerate(found[:4]):
+        folder = sweep.path / "trials" / record.name
+        over = number < 2
+        record = dataclasses.replace(record, status="finished" if over else "running", step=60)
+        record.save(folder)
+        rows = [{"time": 100.0 * step + number, "step": step, "train/loss": 1.0} for step in (10, 30, 60)]
+        for row in rows[1:2]:
+            row["eval/knn_top1"] = 0.25 * number
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for record in found[4:]:
+        (sweep.path / "trials" / record.name / "trial.json").unlink()
+    Rule(name, sweep, {record.name: 60 for record in found[:2]})
+    lines = [json.loads(line) for line in (sweep.path / "reports.jsonl").read_text().splitlines()]
+    a, b, c, d = (record.name for record in found[:4])
+    told = [(line["trial"], line.get("time", "over")) for line in lines]
+    assert told == [(a, 30), (b, 30), (c, 30), (d, 30), (a, 60), (a, "over"), (b, 60), (b, "over"), (c, 60), (d, 60)]
+    assert [line["score"] for line in lines if line.get("time") == 60] == [0, 0.25, 0.5, 0.75]
+    again = (sweep.path / "reports.jsonl").read_text()
+    (sweep.path / "reports.jsonl").write_text(again + '{"trial": "x", "ti')  # a machine crashed while it wrote
+    Rule(name, sweep, {})
+    assert (sweep.path / "reports.jsonl").read_text() == again
+    (sweep.path / "reports.jsonl").write_text('{"trial": "x", "time": "soon", "score": 1}\n' + again)
+    with pytest.raises(UserError, match=r"line 1, is damaged: time is 'soon', expected float; remove .*reports.jsonl"):
+        Rule(name, sweep, {})
+
+
+class Controller:
+    """An experiment of Ray Tune's, as far as pbt asks."""
+
+    def __init__(self, trials: list[Any]) -> None:
+        self.trials, self.search_alg, self.paused = trials, None, list[str]()
+
+    def get_trials(self) -> list[Any]:
+        return self.trials
+
+    def pause_trial(self, trial: Any, should_checkpoint: bool) -> None:
+        self.paused.append(str(trial))
+
+    def _schedule_trial_save(self, trial: Any, result: Any) -> Any:
+        return f"the checkpoint of {trial}"
+
+
+def population(sweep: Sweep) -> tuple[Any, Controller]:
+    """pbt and its four members, which have not reported yet."""
+    from ray.tune.experiment import Trial as Tuned
+
+    from tune.schedulers import Population
+
+    mutations = {"trial": {"axes": {"loss.temperature": [0, 1, 2, 3]}}}
+    made = Population(sweep, time_attr="step", perturbation_interval=10, hyperparam_mutations=mutations, log_config=False)
+    assert made.set_search_properties(sweep.metric, "max")
+    config = {"trial": {"axes": {"loss.temperature": 0}, "seed": 0}}
+    members = [Tuned("pbt", stub=True, trial_name_creator=lambda _, n=n: n, config=config) for n in ("a", "b", "c", "d")]
+    home = Controller(members)
+    for member in members:
+        member.status = "RUNNING"
+        made.on_trial_add(home, member)
+    return made, home
+
+
+def test_pbt_goes_on_with_the_scores_and_times_of_its_members(tmp_path: Path) -> None:
+    """It fails when Ray changes the private state that it sets."""
+    pytest.importorskip("ray.tune")
+    sweep = a_sweep(tmp_path / "s", "smoke", scheduler="pbt")
+    sweep.save()
+    made, home = population(sweep)
+
+    def reports(to: Any, at: Controller, step: int, *numbers: int) -> None:
+        for number in numbers:
+            to.on_trial_result(at, at.trials[number], {"step": step, sweep.metric: number / 10, "training_iteration": 1})
+
+    reports(made, home, 10, 3, 2, 1)  # d, c, b: then the sweep is killed, and the member a has not reported
+    there = json.loads((sweep.path / "population.json").read_text())
+    assert there == {n: {"score": s, "scored": 10, "changed": 10} for n, s in (("b", 0.1), ("c", 0.2), ("d", 0.3))}
+    home.paused.clear()
+    again, resumed = population(sweep)
+    lower, upper = again._quantiles()
+    assert [str(t) for t in lower] == ["b"] and [str(t) for t in upper] == ["d"]
+    reports(again, resumed, 15, 1, 2, 3)  # they repeat steps, and their time has not come
+    assert json.loads((sweep.path / "population.json").read_text()) == there and not resumed.paused
+    reports(again, resumed, 20, 3, 1)  # it has: d has a checkpoint, which b takes
+    assert resumed.paused == ["b"]
+    (sweep.path / "population.json").write_text('{"b": {"score": "high", "scored": 10, "changed": 10}}')
+    with pytest.raises(UserError, match=r"b is {'score': 'high'.*expected dict"):
+        population(sweep)
+
+
+@pytest.mark.parametrize("name", spaces.SPACES)
+def test_codes_are_found_again_in_a_config(tmp_path: Path, name: str) -> None:
+    sweep = a_sweep(tmp_path, name, search="random", trials=4)
+    for number, combination in enumerate(resolve.samples(sweep.restricted, 4, 3)):
+        config = resolve.point(sweep.restricted, sweep.base, combination, number).config
+        codes = resolve.codes_of(sweep.restricted, sweep.base, config)
+        assert codes is not None
+        back = {axis.key: resolve.chosen(axis, codes[axis.key]) for axis in sweep.restricted.axes}
+        assert resolve.point(sweep.restricted, sweep.base, back, number).config == config
+    if name == "smoke":
+        assert resolve.codes_of(sweep.restricted, sweep.base, resolve.changed(sweep.base, {"loss.temperature": 7.0})) is None
+
+
+def member(sweep: Sweep, name: str, **values: Any) -> Trial:
+    """A trial of `sweep` that was killed, with other values than it began with."""
+    folder = sweep.path / "trials" / name
+    run = load_run(folder)
+    config = resolve.changed(run.config, values)
+    dataclasses.replace(run, config=config).save()
+    record = Trial(name=name, values={"loss.temperature": config.loss.temperature, "optim.base_lr": config.optim.base_lr}, seed=config.seed)
+    record.save(folder)
+    return record
+
+
+def test_the_trials_that_are_left(tmp_path: Path, patterns: Path) -> None:
+    manifest = read_manifest(patterns)
+    sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH, scheduler="pbt")
+    names = [trial.name for trial in trained(sweep, lambda point: 0.5)]
+    codes = plan.settled(sweep, validate.check(sweep, manifest))
+    assert [code.name for code in codes] == names and plan.left(sweep, codes) == []
+    (sweep.path / "trials" / names[3] / "trial.json").unlink()  # it had not begun
+    member(sweep, names[0], **{"loss.temperature": 1.0, "seed": 4})  # pbt changed it; its weights are of the trial with this seed
+    first, second = plan.left(sweep, codes)
+    assert (first.name, first.axes["loss.temperature"], first.seed) == (names[0], 3, 4 - sweep.base.seed) and second == codes[3]
+    assert plan.left(dataclasses.replace(sweep, scheduler="none"), codes) == [codes[0], codes[3]]
+    # What the first start drew stays, whatever a later version would draw.
+    assert plan.settled(sweep, list(reversed(codes))) == codes
+
+
+def test_optuna_goes_on_from_scores_and_unfinished_trials(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    from tune import ray_tune
+
+    sweep = a_sweep(tmp_path / "s", "search", search="random", trials=12, changes=BATCH)
+    found = trained(sweep, lambda point: point.config.loss.temperature)
+    sweep = dataclasses.replace(sweep, search="optuna", trials=16)
+    member(sweep, found[0].name)
+    dataclasses.replace(found[1], status="failed", reason="not finite", scores={}).save(sweep.path / "trials" / found[1].name)
+    left = plan.left(sweep, [])
+    assert [code.name for code in left] == [found[0].name]
+    study = ray_tune._search(sweep, left)._ot_study
+    states = [each.state.name for each in study.trials]
+    assert states.count("COMPLETE") == 10 and states.count("PRUNED") == 1 and states.count("WAITING") == 1
+    best = max(found[2:], key=lambda record: record.scores[sweep.metric])
+    assert study.best_value == best.scores[sweep.metric]
+    assert study.best_params["trial/axes/loss.temperature"] == best.values["loss.temperature"]
+    search = ray_tune._search(sweep, left)
+    assert search.suggest("1")["trial"]["axes"] == left[0].axes
+    assert search.suggest("2")["trial"]["axes"] not in [axes for axes, _ in plan.scored(sweep)]
+
+
+# ── Somebody else's sweep ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def planted(sweep: Sweep, file: str, change: Any) -> None:
+    """Change the JSON in `file` of the sweep's directory."""
+    text = json.loads((sweep.path / file).read_text())
+    change(text)
+    (sweep.path / file).write_text(json.dumps(text))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("search", "pickle", "search is 'pickle', expected one of grid, random, optuna"),
+        ("scheduler", "rm", "scheduler is 'rm', expected one of none, asha, median, pbt"),
+        ("space", "../x", "unknown space"),
+        ("seeds", 10**12, "seeds of s is 1000000000000; expected 1 to 100,000"),
+        ("keep", 0, "keep of s is 0; expected 1 to"),
+        ("trials", "many", "trials is 'many'"),
+        ("resources", {"workers": 1, "command": "rm"}, "has an unknown field 'command'"),
+        (
+            "resources",
+            {"workers": 1, "address": "ray://evil:10001"},
+            r"on the Ray cluster at ray://evil:10001; .* add --address ray://evil:10001",
+        ),
+        ("only", {"head.layers": [1]}, "does not vary head.layers"),
+        ("changes", {"__class__": 1}, "the config has no field"),
+    ],
+)
+def test_a_sweep_that_says_something_else_is_refused(
+    simclr: Run, tmp_path: Path, patterns: Path, field: str, value: Any, sentence: str
+) -> None:
+    sweep = a_sweep(Path("s"), "smoke", data=str(patterns), changes=BATCH)
+    trained(sweep, lambda point: 0.5)
+    planted(sweep, "sweep.json", lambda text: text.update({field: value}))
+    refused(simclr("sweep", "--resume", "s"), sentence)
+
+
+def test_records_that_lead_elsewhere_are_refused(tmp_path: Path, patterns: Path) -> None:
+    """Files are removed and written by a trial's name: it must be its directory's, and that must lie in the sweep's."""
+    theirs = tmp_path / "theirs" / "checkpoints" / "step-1"
+    theirs.mkdir(parents=True)
+    sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH, keep=1)
+    found = trained(sweep, lambda point: 0.5)
+    codes = plan.settled(sweep, validate.check(sweep, read_manifest(patterns)))
+    first = sweep.path / "trials" / found[0].name
+    planted(sweep, f"trials/{first.name}/trial.json", lambda text: text.update(name="../../theirs"))
+    with pytest.raises(UserError, match=r"it is of trial '../../theirs'"):
+        sweep_dir.prune(sweep.path, sweep.metric, 1)
+    found[0].save(first)
+    planted(sweep, f"trials/{first.name}/trial.json", lambda text: text["values"].update({"train.epochs": 3}))
+    with pytest.raises(UserError, match=r"a value of train.epochs, which smoke does not vary"):
+        plan.left(sweep, codes)
+    found[0].save(first)
+    (first / "checkpoints").symlink_to(theirs.parent)
+    with pytest.raises(UserError, match="checkpoints is a symbolic link, to"):
+        sweep_dir.prune(sweep.path, sweep.metric, 1)
+    (first / "checkpoints").unlink()
+    (sweep.path / "trials" / "999-s0").symlink_to(theirs.parent.parent)
+    with pytest.raises(UserError, match="999-s0 is a symbolic link"):
+        sweep_dir.prune(sweep.path, sweep.metric, 1)
+    (sweep.path / "trials" / "999-s0").unlink()
+    Trial(name="x", values={}, seed=0).save(first.rename(sweep.path / "trials" / "x"))
+    with pytest.raises(UserError, match="x is no trial of this sweep"):
+        plan.left(sweep, codes)
+    (sweep.path / "trials").rename(tmp_path / "moved")
+    (sweep.path / "trials").symlink_to(tmp_path / "moved")
+    with pytest.raises(UserError, match="trials is a symbolic link"):
+        sweep_dir.load(sweep.path)
+    assert theirs.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../../x"},
+        {"name": ".."},
+        {"axes": {"loss.temperature": 99, "optim.base_lr": 0}},
+        {"axes": {"loss.temperature": 0.5, "optim.base_lr": 0}},
+        {"axes": {"loss.temperature": 0}},
+        {"seed": 5},
+        {"name": "001-s0"},
+    ],
+)
+def test_a_plan_that_names_other_trials_is_refused(tmp_path: Path, patterns: Path, change: dict[str, Any]) -> None:
+    sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH)
+    sweep.save()
+    codes = plan.settled(sweep, validate.check(sweep, read_manifest(patterns)))
+    planted(sweep, "plan.json", lambda text: text["trials"][0].update(change))
+    with pytest.raises(UserError, match=r"plan.json is damaged"):
+        plan.settled(sweep, codes)
+
+
+def test_a_note_of_pbt_names_a_trial(tmp_path: Path) -> None:
+    import contextlib
+
+    class Note:
+        @contextlib.contextmanager
+        def as_directory(self) -> Any:
+            yield tmp_path
+
+    for text, donor in (('{"trial": "a"}', ""), ('{"trial": "b"}', "b")):
+        (tmp_path / "from.json").write_text(text)
+        assert trial._donor(Note(), "a") == donor
+    (tmp_path / "from.json").write_text('{"trial": "../../b"}')
+    with pytest.raises(UserError, match="no name"):
+        trial._donor(Note(), "a")
+
+
+def test_inherited_weights_are_whole_or_the_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that is killed while it takes over another's weights goes on with its own, and with its own values."""
+    from simclr import checkpoint
+
+    sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH)
+    one, two = (load_run(sweep.path / "trials" / record.name) for record in trained(sweep, lambda point: 0.5)[:2])
+    for run, step in ((one, 3), (two, 7)):
+        checkpoint.write(run.checkpoints, checkpoint.State(step, run.config.to_dict(), {}), 1)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.copytree", killed)
+        trial._inherit(one, two.config, two.path)
+    assert [path.name for path in one.checkpoints.iterdir()] == ["step-000000003"] and load_run(one.path).config == one.config
+    trial._inherit(one, two.config, two.path)
+    assert [path.name for path in one.checkpoints.iterdir()] == ["step-000000007"] and load_run(one.path).config == two.config
+    assert not [path.name for path in one.path.glob(".[io]*")]

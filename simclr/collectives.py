@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from simclr.compiling import compiled
 from simclr.telemetry.device_time import Timestamp, exact, now
 
+_MOST_BYTES = 1 << 20  # of a value that ranks exchange as JSON
 # The option's name since torch 2.13, and before.
 _NO_BUFFERS = next(o for o in ("forward_sync_buffers", "broadcast_buffers") if o in inspect.signature(DistributedDataParallel).parameters)
 
@@ -64,12 +66,23 @@ def means_and_rows(values: Tensor, row: list[float]) -> tuple[list[float], list[
 
 
 def every_ranks(value: Any) -> list[Any]:
-    """The `value` of every rank (anything picklable), in rank order, on every rank."""
+    """The `value` of every rank, in rank order, on every rank: what JSON gives back as it was, at most 1 MiB of it.
+
+    Torch's own collectives of objects pickle, and to read a pickle runs the code of whoever sent it. Raises RuntimeError on every rank if
+    one sends too much, or what is no JSON.
+    """
+    mine = _written(value)
     if world_size() == 1:
-        return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
+        return [_read(mine, 0)]
+    sizes = mine.new_empty(world_size(), dtype=torch.int64)
+    dist.all_gather_into_tensor(sizes, mine.new_tensor([mine.numel()], dtype=torch.int64))
+    lengths = _require_small(sizes)
+    padded = mine.new_zeros(max(lengths))
+    padded[: mine.numel()] = mine
+    every = mine.new_empty(world_size() * padded.numel())
+    dist.all_gather_into_tensor(every, padded)
+    rows = zip(every.chunk(world_size()), lengths, strict=True)
+    return [_read(row[:length], sender) for sender, (row, length) in enumerate(rows)]
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -78,12 +91,42 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def from_rank_zero(value: Any) -> Any:
-    """Rank 0's `value` (anything picklable) on every rank."""
+    """Rank 0's `value` on every rank; as in `every_ranks` it is JSON."""
+    mine = _written(value if rank() == 0 else None)
     if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+        return _read(mine, 0)
+    size = mine.new_tensor([mine.numel()], dtype=torch.int64)
+    dist.broadcast(size, src=0)
+    (length,) = _require_small(size)
+    sent = mine if rank() == 0 else mine.new_empty(length)
+    dist.broadcast(sent, src=0)
+    return _read(sent, 0)
+
+
+def _written(value: Any) -> Tensor:
+    """`value` as JSON, in bytes, where the process group's tensors are."""
+    text = json.dumps(value)
+    if json.loads(text) != value:  # a tuple, a key that is a number: other ranks would get something else
+        raise TypeError(f"{value!r} is not what JSON gives back")
+    on_host = not dist.is_initialized() or dist.get_backend() == "gloo"
+    there = None if on_host else torch.accelerator.current_accelerator()
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(there or torch.device("cpu"))
+
+
+def _read(sent: Tensor, sender: int) -> Any:
+    text = bytes(sent.tolist())
+    try:
+        return json.loads(text)
+    except ValueError:  # of its bytes or of its syntax
+        raise RuntimeError(f"rank {sender} sent {text[:40]!r}, {len(text):,} bytes that are no JSON") from None
+
+
+def _require_small(sizes: Tensor) -> list[int]:
+    found: list[int] = sizes.tolist()
+    for sender, size in enumerate(found):
+        if not 0 < size <= _MOST_BYTES:
+            raise RuntimeError(f"rank {sender} sends {size:,} bytes; expected 1 to {_MOST_BYTES:,}")
+    return found
 
 
 def data_parallel(model: nn.Module, bucket_mib: float, compress: bool, compile: bool = False) -> nn.Module:

@@ -16,7 +16,7 @@ from pipelines.runs.directory import Run, open_run, ways_on
 from pipelines.terminal import Bar, process_age_s, say
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import Outbox, catch_up, require
-from pipelines.train import ray_private, ray_train
+from pipelines.train import own_ray, ray_private, ray_train
 from pipelines.train.messages import Saved, Task
 from simclr import files, sense
 from simclr.config import Config
@@ -250,6 +250,7 @@ def _leave() -> None:
     say("interrupted; run the same command again to go on")
     try:
         ray_private.kill_processes()
+        own_ray.end()
     finally:
         os._exit(130)
 

@@ -7,10 +7,13 @@ inside its functions: draining a node needs no trainer, and variables must be se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # ── A process of Ray's ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -33,12 +36,48 @@ def set_variables() -> None:
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "2")
 
 
-def tuned() -> dict[str, Any]:
-    """Private arguments of `ray.init` for a private Ray; they wait for public ones."""
+def tuned(folder: Path) -> dict[str, Any]:
+    """Private arguments of `ray.init` for a private Ray with its sockets and logs in `folder`; they wait for public ones."""
     # Ray lowers the priority of its workers by 15. On cores that no other job uses, this only lets every background process interrupt
     # a step: it cost 7 % of ResNet-18's step at N = 32 on two cores (`simclr bench loop`).
     # Ray would also start a worker process per core in advance, without the environment that Train's workers need.
-    return {"_system_config": {"worker_niceness": 0, "prestart_worker_first_driver": False}}
+    config = {"worker_niceness": 0, "prestart_worker_first_driver": False, "enable_metrics_collection": False}
+    return {"_temp_dir": str(folder), "_system_config": config}
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While a private Ray starts: it listens on the loopback alone, and is without what nobody asked for, which would listen too. Without
+    them it starts a second earlier. It waits for arguments of `ray.init`."""
+    from ray._private import node, ray_constants, utils
+
+    def left_out(self: Any, *arguments: Any, **more: Any) -> None: ...
+
+    changed: list[tuple[Any, str, Any]] = [
+        # Else Ray replaces 127.0.0.1 by the machine's own address, and its processes then listen on all.
+        (ray_constants, "ENABLE_RAY_CLUSTER", False),
+        # An autoscaler and a dashboard, whose metrics answer without a token, and what sends logs to a dashboard.
+        *((node.Node, f"start_{what}", left_out) for what in ("monitor", "log_monitor", "api_server")),
+        # As where Ray's dashboard is not installed: the agent then serves neither metrics nor jobs, and only reports that it lives.
+        (utils, "get_dashboard_dependency_error", lambda: ImportError("a private Ray has no dashboard")),
+    ]
+    before = [(where, name, getattr(where, name)) for where, name, _ in changed]
+    try:
+        for where, name, value in changed:
+            setattr(where, name, value)
+        yield
+    finally:
+        for where, name, value in before:
+            setattr(where, name, value)
+
+
+def read_token_again() -> None:
+    """Let Ray read the variables of its token now. It keeps those of its import, and the token of the Ray before. It waits for a `ray.init`
+    that reads them."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def kill_processes() -> None:
@@ -210,6 +249,32 @@ def elastic_scaling() -> Any:
             return NoopDecision()
 
     return Elastic
+
+
+def torch_config(backend: str, timeout_s: int) -> Any:
+    """TorchConfig for workers that are all on this machine: they meet in a file of Ray's folder. Torch's own store listens on every
+    address, and obeys whoever connects. It waits for an `init_method` that is a file's address."""
+    import ray
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+
+    class Backend(TorchConfig(backend=backend).backend_cls):  # type: ignore[misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(_set_torch_distributed_env_vars)
+            store = f"file://{ray.get_runtime_context().get_temp_dir()}/torch-{uuid.uuid4().hex}"
+            group = {"backend": backend, "world_size": len(worker_group), "init_method": store, "timeout_s": timeout_s}
+            each = [
+                worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **group)
+                for rank in range(len(worker_group))
+            ]
+            ray.get(each)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
+    return Config(backend=backend, timeout_s=timeout_s)
 
 
 # ── The workers, as the controller sees them ───────────────────────────────────────────────────────────────────────

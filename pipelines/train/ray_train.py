@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
-from pipelines.train import capacity, elastic, hang, messages, ray_private, retry, tpu
+from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, retry, tpu
 from pipelines.train.overseer import overseer
 from simclr.config import Config
 from simclr.errors import UserError
@@ -99,27 +99,32 @@ def joins_a_cluster(address: str | None) -> bool:
 
 def connect(resources: Resources) -> bool:
     """Join the cluster, or start a private Ray with as many cores as the workers ask for. False if Ray was connected before."""
-    import ray
-
-    if ray.is_initialized():
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return False
     if not re.fullmatch(r"\d+(\.\d*)?", _START_S):
         raise UserError(f"${ray_private.START_TIMEOUT} is {_START_S!r}; expected a number of seconds")
+    joined, cores = joins_a_cluster(resources.address), max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
+    own_ray.close_token_file()
+    own_ray.require_files(0 if joined else cores)
+    folder = None if joined else own_ray.begin()
+    import ray
+
+    ray_private.read_token_again()
     # These imports take as long as Ray takes to start its processes, so both run at once.
     importing = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
     importing.start()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}
-    if joins_a_cluster(resources.address):
+    if folder is None:
         try:
             ray.init(address=resources.address or os.environ["RAY_ADDRESS"], **quiet)
         except ConnectionError as error:
             where = resources.address or os.environ["RAY_ADDRESS"]
             raise UserError(f"no Ray cluster answers at {where!r} ({error}); start one with `ray up`, or leave out --address") from None
     else:
-        cores = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
-        # "local", else it would join any other Ray that runs on this machine.
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **ray_private.tuned(), **quiet)
+        with ray_private.alone():
+            # "local", else it would join any other Ray that runs on this machine.
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **ray_private.tuned(folder), **quiet)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has replaced it
     importing.join()  # two threads in Ray's circular imports see half a module now and then
@@ -133,14 +138,14 @@ def lost() -> bool:
 
 def disconnect() -> None:
     """Leave the cluster, or end the private Ray, even if it is still starting."""
-    if "ray" not in sys.modules:
-        return
-    if any(job.is_alive() for job in _jobs):
-        # A shutdown while a thread waits in Ray is a segmentation fault now and then. A cluster ends the processes of a driver that
-        # went away; a private Ray's processes are ended from outside.
-        ray_private.kill_processes()
-    else:
-        sys.modules["ray"].shutdown()
+    if "ray" in sys.modules:
+        if any(job.is_alive() for job in _jobs):
+            # A shutdown while a thread waits in Ray is a segmentation fault now and then. A cluster ends the processes of a driver that
+            # went away; a private Ray's processes are ended from outside.
+            ray_private.kill_processes()
+        else:
+            sys.modules["ray"].shutdown()
+    own_ray.end()
 
 
 @dataclass
@@ -309,7 +314,7 @@ def _trainer(
 
     gpus = require(resources)
     accelerator = {"GPU": 1} if gpus else {}
-    torch_config, scaling = TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800), {}
+    torch_config, scaling = (ray_private.torch_config if private else TorchConfig)(backend="nccl" if gpus else "gloo", timeout_s=1800), {}
     if resources.topology and resources.accelerator_type:
         accelerator = {"TPU": 1}
         torch_config, scaling = tpu.torch_config(resources.topology, 1800), tpu.scaling(resources.topology, resources.accelerator_type)

@@ -177,8 +177,8 @@ def test_twenty_steps_are_the_same_on_one_two_and_four_ranks(ranks: Ranks, withi
 def resumed(config: Config, data: str, folder: str, until: int) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and last state of a run from the newest checkpoint in `folder` to step `until`, where it writes one."""
     losses, state = [], {}
-    found = from_rank_zero(checkpoint.latest(Path(folder), print) if Path(folder).exists() else None)
-    for report in train(config, Start(Path(data), checkpoint=found)):
+    found = from_rank_zero(str(checkpoint.latest(Path(folder), print) or "") if Path(folder).exists() else "")
+    for report in train(config, Start(Path(data), checkpoint=Path(found) if found else None)):
         losses.append(report.metrics["train/loss"])
         if report.step == until:
             state = {name: t.clone() for name, t in report.state.tensors.items()}

@@ -18,6 +18,13 @@ from tests.support.paths import ROOT
 RAY = """
 ray._private.worker: _global_node
 ray._private.node: Node.is_head(self) Node.kill_all_processes(self,check_alive,allow_graceful)
+ray._private.node: start_monitor<Node.start_head_processes start_api_server<Node.start_head_processes
+ray._private.node: start_log_monitor<Node.start_ray_processes
+ray._private.services: ENABLE_RAY_CLUSTER<get_node_ip_address get_dashboard_dependency_error<start_raylet
+ray._private.ray_constants: ENABLE_RAY_CLUSTER=True
+ray._private.utils: get_dashboard_dependency_error()
+ray._private.worker: _temp_dir<init
+ray._raylet: Config.initialize(config_list) AuthenticationTokenLoader.instance() AuthenticationTokenLoader.reset_cache(self)
 ray._private.state: state.get_draining_nodes() state.available_resources_per_node()
 ray._private.auto_init_hook: enable_auto_connect
 ray._raylet: GcsClient RAY_NODE_ID_KEY=ray.io/node-id
@@ -29,6 +36,8 @@ ray._private.accelerators.accelerator: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO_ENV_VA
 ray.train.constants: TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S=TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 ray.train: ControllerError(controller_failure) WorkerGroupError(worker_failures) FailureConfig(max_failures,max_preemption_failures)
 ray.train: PreemptionInfo(deadline_ms) PreemptionInfo.preempted_ranks
+ray.train.torch.config: _set_torch_distributed_env_vars()
+ray.train.torch.config: _setup_torch_process_group(backend,world_rank,world_size,init_method,timeout_s)
 ray.train.torch: TorchConfig.backend_cls _create_default_callbacks<TorchTrainer.fit _initialize_and_run_controller<TorchTrainer.fit
 ~.constants: METRICS_ENABLED_ENV_VAR=RAY_TRAIN_METRICS_ENABLED get_env_vars_to_propagate()
 ~.constants: WORKER_GROUP_START_TIMEOUT_S_ENV_VAR=RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
@@ -94,6 +103,8 @@ RAYLET = "core/src/ray/raylet/raylet"
 WRITTEN = [
     ("pipelines/train/ray_private.py", RAYLET, "worker_niceness"),
     ("pipelines/train/ray_private.py", RAYLET, "prestart_worker_first_driver"),
+    ("pipelines/train/ray_private.py", RAYLET, "enable_metrics_collection"),
+    ("pipelines/train/own_ray.py", RAYLET, "RAY_AUTH_TOKEN"),
     ("cluster/onprem.yaml", RAYLET, "enable_autoscaler_v2"),
     ("pipelines/clusterfile/preemption.py", "_private/services.py", "--node_id="),
     ("pipelines/clusterfile/preemption.py", "_private/services.py", "--gcs-address="),

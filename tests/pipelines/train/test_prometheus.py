@@ -67,9 +67,10 @@ def test_the_dashboard_can_be_imported() -> None:
 
 
 @pytest.mark.cluster
-def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
-    """Two workers under Ray Train set them, one report each; a private Ray serves them as a cluster does."""
+def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two workers under Ray Train set them, one report each; a node of a cluster serves them."""
     from pipelines.train import ray_train
+    from tests.support.nodes import Nodes
 
     def worker(task: Task) -> None:
         import time
@@ -91,11 +92,14 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
 
     import ray
 
-    assert ray_train.connect(ray_train.Resources(workers=2))
+    nodes = Nodes(tmp_path_factory.mktemp("n"))
+    nodes.add(cores=2)
+    asked = ray_train.Resources(workers=2, max_failures=0, address=nodes.address)
+    assert ray_train.connect(asked)
     try:
-        (node,) = ray.nodes()
+        (node,) = (node for node in ray.nodes() if node["Resources"].get("CPU"))
         task = Task(stage="pretrain", config=recipe("patterns_tiny"), data="", run=str(tmp_path))
-        running = ray_train.launch(worker, task, ray_train.Resources(workers=2, max_failures=0), tmp_path / "ray")
+        running = ray_train.launch(worker, task, asked, tmp_path / "ray")
         said = next(running.reports())
         assert isinstance(said, Reported) and re.fullmatch(r"rank 1 on \S+", said.stragglers)
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -111,6 +115,7 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path) -> None:
         running.thread.join(60)
     finally:
         ray_train.disconnect()
+        nodes.close()
     of_ranks = {(f"ray_simclr_step_{part}_seconds", "r50", str(r)): v for part, each in _SHOWN.items() for r, v in enumerate(each)}
     of_run = {"step": 70.0, "total_steps": 90.0, "loss": 3.5, "images_per_second": 512.0, "slowest_rank": 1.0}
     assert found == of_ranks | {(f"ray_simclr_{name}", "r50", "0"): value for name, value in of_run.items()}

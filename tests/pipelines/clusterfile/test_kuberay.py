@@ -154,7 +154,7 @@ def test_pods_are_what_the_restricted_standard_allows_and_write_to_volumes_alone
             }
             assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}
             assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in pod["volumes"]}
-    # What a job writes is not what the autoscaler, which holds the token, reads.
+    # What a job writes is not what the autoscaler, which holds the token, reads; but for Ray's logs, a volume that KubeRay adds to both.
     head, autoscaler = ({m["name"] for m in c["volumeMounts"]} for c in pods()["head"][1])
     assert not head & autoscaler
 

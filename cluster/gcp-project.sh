@@ -28,7 +28,8 @@ there gcloud compute firewall-rules describe simclr-between ||
 
 # ── Bucket ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 bucket=simclr-$project
-there gcloud storage buckets describe "gs://$bucket" || gcloud storage buckets create "gs://$bucket" --location="$region"
+there gcloud storage buckets describe "gs://$bucket" ||
+    gcloud storage buckets create "gs://$bucket" --location="$region" --uniform-bucket-level-access --public-access-prevention
 # Names of buckets are the whole world's, and somebody else may have made this one: then shards and runs would be theirs.
 number=$(gcloud projects describe "$project" --format='value(projectNumber)')
 owner=$(gcloud storage buckets describe "gs://$bucket" --raw --format='value(projectNumber)')

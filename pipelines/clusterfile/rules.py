@@ -226,7 +226,8 @@ def _unchecked(cluster: Cluster) -> Iterator[str]:
     for key in ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"):
         for command in cluster.get(key, []):
             for asked in re.findall(r"\bpip3? install\b[^;&|]*", command):
-                if "--require-hashes" not in asked:
+                own_code = re.search(r"--no-deps\b.* [.~/]", asked)
+                if "--require-hashes" not in asked and not own_code:
                     yield f"{key} install packages unchecked ({asked.strip()}); write `uv pip install --require-hashes -r FILE.lock`"
 
 

@@ -218,8 +218,9 @@ def node(folder: Path, owner: str) -> tuple[subprocess.CompletedProcess[str], st
     command(fakes, "curl", CURL)
     command(fakes, "id", "#!/bin/sh\necho 1000\n")
     command(fakes, "mountpoint", "#!/bin/sh\nexit 1\n")
-    command(fakes, "apt-get", "#!/bin/sh\nexit 1\n")
-    for name in ("sudo", "gcsfuse", "rsync"):
+    for name in ("c++", "pkg-config", "python3.11", "rsync"):  # what the script looks for is there
+        command(fakes, name, "#!/bin/sh\n")
+    for name in ("sudo", "gcsfuse"):
         command(fakes, name, RECORDS)
     env = {"PATH": f"{fakes}:{os.environ['PATH']}", "HOME": str(folder), "CALLS": str(folder / "calls"), "OWNER": owner}
     script = ["sh", str(folder / "simclr/cluster/bootstrap.sh"), "node", "gcs"]

@@ -154,7 +154,7 @@ def test_pods_are_what_the_restricted_standard_allows_and_write_to_volumes_alone
             }
             assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}
             assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in pod["volumes"]}
-    # What a job writes is not what the autoscaler, which holds the token, reads.
+    # What a job writes is not what the autoscaler, which holds the token, reads; but for Ray's logs, a volume that KubeRay adds to both.
     head, autoscaler = ({m["name"] for m in c["volumeMounts"]} for c in pods()["head"][1])
     assert not head & autoscaler
 
@@ -172,7 +172,8 @@ def passes(direction: str, pod: dict[str, str], other: dict[str, str] | str, por
     policies = of("NetworkPolicy") + ([*yaml.safe_load_all((HERE / extra).read_text())] if extra else [])
     key, peers = ("ingress", "from") if direction == "Ingress" else ("egress", "to")
     mine = [p["spec"] for p in policies if direction in p["spec"]["policyTypes"] and _matches(p["spec"]["podSelector"], pod)]
-    assert mine, "no policy selects the pod, so everything passes"
+    if not mine:  # what no policy selects is free
+        return True
     for rule in (rule for spec in mine for rule in spec.get(key, [])):
         ports = rule.get("ports")
         if ports is not None and {"protocol": protocol, "port": port} not in ports:

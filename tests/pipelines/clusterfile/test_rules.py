@@ -202,6 +202,13 @@ def test_each_mistake_has_its_sentence(sentence: str) -> None:
     assert any(sentence in line for line in found), found
 
 
+@pytest.mark.parametrize("command", ["uv pip install --require-hashes -r x.lock", "cd ~/simclr && .venv/bin/pip install --no-deps -e ."])
+def test_packages_with_hashes_and_ones_own_code_are_installed_without_a_word(command: str) -> None:
+    sound = load("onprem.yaml")
+    sound["setup_commands"].append(command)
+    assert list(rules.mistakes(sound)) == []
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

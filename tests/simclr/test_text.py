@@ -17,8 +17,9 @@ ORDINARY = ("été 27 °C", "日本\u3000語", "91.3\u00a0%", "Übergröße", "�
 
 
 def test_no_sign_that_a_terminal_obeys_passes() -> None:
-    """Over all of Unicode: what comes out has no control character, no line break, nothing without width and no mark of direction."""
-    for begin in range(0, sys.maxunicode + 1, 1 << 12):
+    """Over all of Unicode but the planes of Han and of nobody: what comes out has no control character, no line break, nothing without
+    width and no mark of direction."""
+    for begin in (*range(0, 0x20000, 1 << 12), 0xE0000, sys.maxunicode + 1 - (1 << 12)):
         out = printable("".join(map(chr, range(begin, begin + (1 << 12)))))
         assert not {unicodedata.category(c) for c in out} & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}, begin
     for text in ORDINARY:

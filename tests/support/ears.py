@@ -33,6 +33,7 @@ class Ears(ThreadingHTTPServer):
         return [authorization for _, authorization in self.heard if authorization]
 
     def stop(self) -> None:
+        self.endless = False
         self.shutdown()
         self.server_close()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from tests.support.mutation import Mutation
 from tests.support.mutation_table_data import DATA
+from tests.support.mutation_table_tracking import TRACKING
 
 MUTATIONS = (
     *DATA,
+    *TRACKING,
     # ── simclr: loss, optimizer, statistics ────────────────────────────────────────────────────────────────────────
     Mutation(
         "positive-not-in-denominator",

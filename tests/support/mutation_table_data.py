@@ -85,8 +85,8 @@ DATA = (
     Mutation(
         "a-dry-run-writes",
         "pipelines/commands/prepare.py",
-        "        print(dry_run(args))\n        return\n",
-        "        print(dry_run(args))\n",
+        "        show(dry_run(args))\n        return\n",
+        "        show(dry_run(args))\n",
         "tests/pipelines/commands/test_prepare.py::test_a_dry_run_says_all_that_was_understood_and_writes_nothing",
     ),
     Mutation(

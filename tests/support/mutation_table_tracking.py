@@ -1,0 +1,57 @@
+"""Ways to give credentials away, and to print what a terminal obeys; the rest stands in `mutation_table`."""
+
+from __future__ import annotations
+
+from tests.support.mutation import Mutation
+
+TRACKING = (
+    Mutation(
+        "an-address-in-a-run-gets-the-token",
+        "pipelines/tracking/trust.py",
+        "    elif held := secrets():\n",
+        "    elif (held := secrets()) and False:\n",
+        "tests/pipelines/tracking/test_trust.py::test_an_address_in_a_run_gets_no_credentials",
+    ),
+    Mutation(
+        "a-database-in-a-run-is-opened",
+        "pipelines/tracking/trust.py",
+        "if not _holds(file, run.tracking_run):",
+        "if False:",
+        "tests/pipelines/tracking/test_trust.py::test_a_database_in_a_run_is_one_that_knows_it",
+    ),
+    Mutation(
+        "the-user-in-an-address-is-dropped-before-hosts-are-compared",
+        "pipelines/tracking/trust.py",
+        'there = _server(place.partition("://")[2], ',
+        'there = _server(place.partition("://")[2].partition("/")[0].rpartition("@")[2], ',
+        "tests/pipelines/tracking/test_trust.py::test_a_version_elsewhere_gets_no_credentials",
+    ),
+    Mutation(
+        "all-files-of-a-version-come",
+        "pipelines/tracking/registry.py",
+        "if name in FILES and not info.is_dir:",
+        "if not info.is_dir:",
+        "tests/pipelines/tracking/test_trust.py::test_only_the_files_of_an_encoder_come",
+    ),
+    Mutation(
+        "a-download-goes-on-after-its-refusal",
+        "pipelines/tracking/registry.py",
+        "            _cut(to)\n",
+        "",
+        "tests/pipelines/tracking/test_trust.py::test_a_stream_without_an_end_is_left",
+    ),
+    Mutation(
+        "c1-control-characters-pass",
+        "simclr/text.py",
+        'if c.isprintable() or unicodedata.category(c) == "Zs"',
+        'if c.isprintable() or c > "\\x7f"',
+        "tests/simclr/test_text.py::test_no_sign_that_a_terminal_obeys_passes",
+    ),
+    Mutation(
+        "a-name-of-an-image-is-a-formula",
+        "simclr/data/copies.py",
+        "*(map(cell, row) for row in rows)",
+        "*rows",
+        "tests/pipelines/test_terminal.py::test_a_folder_of_evil_names",
+    ),
+)

@@ -1,11 +1,12 @@
 # make demo    the whole job on this machine, in about four minutes; installs what is missing
 # make test    lint, format, types, tests; installs what is missing
 # make test-cluster    tests that start clusters of their own: ray up, faults, a TPU slice; as root
+# make test-attack     thousands of hostile files, and a second user of the machine (as root), in five minutes; see SECURITY.md
 # make test-compile    tests that compile networks with Inductor and every kernel for every GPU, in minutes
 # make test-torch211   the tests of what touches torch, under the oldest torch that we take, in an environment of its own
 # make lock    renew requirements.lock after a change of pyproject.toml
 
-.PHONY: setup demo test test-cluster test-compile test-torch211 lock
+.PHONY: setup demo test test-cluster test-attack test-compile test-torch211 lock
 .SILENT:
 
 setup:
@@ -22,6 +23,9 @@ test: setup
 
 test-cluster: setup
 	.venv/bin/pytest -m cluster -rs
+
+test-attack: setup
+	.venv/bin/pytest -m attack -rs tests/attack
 
 test-compile: setup
 	.venv/bin/pytest -m compile tests/simclr/test_compile.py tests/simclr/kernels

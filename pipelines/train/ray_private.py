@@ -51,7 +51,7 @@ def alone() -> Iterator[None]:
     them it starts a second earlier. It waits for arguments of `ray.init`."""
     from ray._private import node, ray_constants, utils
 
-    def left_out(self: Any, *arguments: Any, **more: Any) -> None: ...
+    def left_out(*arguments: Any, **more: Any) -> None: ...
 
     changed: list[tuple[Any, str, Any]] = [
         # Else Ray replaces 127.0.0.1 by the machine's own address, and its processes then listen on all.
@@ -60,6 +60,7 @@ def alone() -> Iterator[None]:
         *((node.Node, f"start_{what}", left_out) for what in ("monitor", "log_monitor", "api_server")),
         # As where Ray's dashboard is not installed: the agent then serves neither metrics nor jobs, and only reports that it lives.
         (utils, "get_dashboard_dependency_error", lambda: ImportError("a private Ray has no dashboard")),
+        (utils, "set_sigterm_handler", left_out),  # a command has its own, which ends it in order
     ]
     before = [(where, name, getattr(where, name)) for where, name, _ in changed]
     try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from tests.support.mutation import Mutation
+from tests.support.mutation_table_attack import ATTACK
 from tests.support.mutation_table_data import DATA
 
 MUTATIONS = (
     *DATA,
+    *ATTACK,
     # ── simclr: loss, optimizer, statistics ────────────────────────────────────────────────────────────────────────
     Mutation(
         "positive-not-in-denominator",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from tests.support.mutation import Mutation
+from tests.support.mutation_table_attack import ATTACK
 from tests.support.mutation_table_data import DATA
 from tests.support.mutation_table_tracking import TRACKING
 
 MUTATIONS = (
     *DATA,
+    *ATTACK,
     *TRACKING,
     # ── simclr: loss, optimizer, statistics ────────────────────────────────────────────────────────────────────────
     Mutation(

@@ -22,8 +22,8 @@ ray._private.node: start_monitor<Node.start_head_processes start_api_server<Node
 ray._private.node: start_log_monitor<Node.start_ray_processes
 ray._private.services: ENABLE_RAY_CLUSTER<get_node_ip_address get_dashboard_dependency_error<start_raylet
 ray._private.ray_constants: ENABLE_RAY_CLUSTER=True
-ray._private.utils: get_dashboard_dependency_error()
-ray._private.worker: _temp_dir<init
+ray._private.utils: get_dashboard_dependency_error() set_sigterm_handler(sigterm_handler)
+ray._private.worker: _temp_dir<init set_sigterm_handler<init
 ray._raylet: Config.initialize(config_list) AuthenticationTokenLoader.instance() AuthenticationTokenLoader.reset_cache(self)
 ray._private.state: state.get_draining_nodes() state.available_resources_per_node()
 ray._private.auto_init_hook: enable_auto_connect

@@ -1,0 +1,29 @@
+"""Ways to break what keeps others out; the rest stands in `mutation_table`."""
+
+from __future__ import annotations
+
+from tests.support.mutation import Mutation
+
+ATTACK = (
+    Mutation(
+        "private-ray-on-every-address",
+        "pipelines/train/ray_private.py",
+        '(ray_constants, "ENABLE_RAY_CLUSTER", False)',
+        '(ray_constants, "ENABLE_RAY_CLUSTER", True)',
+        "tests/pipelines/train/test_own_ray.py::test_the_suites_ray_listens_on_the_loopback_and_its_folder_is_closed",
+    ),
+    Mutation(
+        "living-commands-folder-removed",
+        "pipelines/train/own_ray.py",
+        "            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n        if folder.exists()",
+        "            pass\n        if folder.exists()",
+        "tests/pipelines/train/test_own_ray.py::test_a_start_removes_what_killed_commands_left_and_nothing_else",
+    ),
+    Mutation(
+        "ranks-take-any-size",
+        "simclr/collectives.py",
+        "if not 0 < size <= _MOST_BYTES",
+        "if size < 0",
+        "tests/simclr/test_collectives.py::test_what_is_no_json_is_an_error_on_every_rank_and_never_runs",
+    ),
+)

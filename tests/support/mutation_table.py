@@ -346,6 +346,34 @@ MUTATIONS = (
     ),
     # ── tune ───────────────────────────────────────────────────────────────────────────────────────────────────────
     Mutation(
+        "a-rule-that-hears-steps-twice",
+        "tune/schedulers.py",
+        "if name in self._at and time <= self._at[name][self._clock]:",
+        "if False:",
+        "tests/tune/test_resume.py::test_a_rule_decides_as_if_the_sweep_had_not_stopped",
+    ),
+    Mutation(
+        "a-rule-without-memory",
+        "tune/schedulers.py",
+        'if "score" in line:',
+        "if False:",
+        "tests/tune/test_resume.py::test_a_rule_decides_as_if_the_sweep_had_not_stopped",
+    ),
+    Mutation(
+        "a-trial-whose-name-is-a-path",
+        "tune/sweep_dir.py",
+        "if trial.name != directory.name:",
+        "if False:",
+        "tests/tune/test_resume.py::test_records_that_lead_elsewhere_are_refused",
+    ),
+    Mutation(
+        "torchs-cache-is-anybodys",
+        "simclr/compiling.py",
+        "if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):",
+        "if False:",
+        "tests/pipelines/test_pickles.py::test_torch_has_a_cache_of_this_user_alone",
+    ),
+    Mutation(
         "samples-outside-their-range",
         "tune/resolve.py",
         "return Peak(math.exp(draw.uniform(math.log(low), math.log(high))))",
@@ -355,8 +383,8 @@ MUTATIONS = (
     Mutation(
         "peak-scaled-by-the-wrong-rule",
         "tune/resolve.py",
-        "value.factor * lr / shares[trial.optim.scaling]",
-        "value.factor * lr / shares[recipe.optim.scaling]",
+        "shares[recipe.optim.scaling] / shares[trial.optim.scaling]",
+        "shares[recipe.optim.scaling] / shares[recipe.optim.scaling]",
         "tests/tune/test_spaces.py::test_both_scaling_rules_agree_at_the_recipes_batch",
     ),
     Mutation(

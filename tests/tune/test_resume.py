@@ -26,7 +26,7 @@ TOTAL, EVERY, SAVED = 120, 5, 20  # steps: of a trial, between its reports, betw
 class Rule:
     """asha or median over trials that this class trains: each reports every 5 steps, in a random order over the trials."""
 
-    def __init__(self, name: str, sweep: Sweep, over: dict[str, int]) -> None:
+    def __init__(self, name: str, sweep: Sweep, over: dict[str, int], seed: int = 0) -> None:
         pytest.importorskip("ray.tune")
         sweep.path.mkdir(exist_ok=True)
         from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
@@ -35,14 +35,14 @@ class Rule:
 
         about: dict[str, Any] = {"time_attr": "step", "metric": sweep.metric, "mode": "max", "grace_period": TOTAL // 4}
         rule = ASHAScheduler(**about, max_t=100 * TOTAL, reduction_factor=3) if name == "asha" else MedianStoppingRule(**about)
-        self.name, self.sweep, self.over = name, sweep, over
+        self.sweep, self.over, self.seed = sweep, over, seed
         self.scheduler = Remembering(rule, sweep, "step", set(over))
         for each in NAMES:
             self.scheduler.on_trial_add(Waiting(), each)
 
     def report(self, name: str, step: int) -> None:
         """`name` reports; if it is told to stop, or has come to its end, it is over."""
-        score = random.Random(f"{name} {step}").random() * 0.2 + NAMES.index(name) / 10
+        score = random.Random(f"{self.seed} {name} {step}").random() * 0.4 + NAMES.index(name) / 20
         decision = self.scheduler.on_trial_result(Waiting(), name, {"step": step, self.sweep.metric: score})
         if decision == "STOP" or step == TOTAL:
             self.over[name] = step
@@ -54,9 +54,9 @@ class Waiting:
         return []
 
 
-def order() -> list[tuple[str, int]]:
+def order(seed: int) -> list[tuple[str, int]]:
     """All reports of the trials: each trial's in order of its steps, the trials' in one another's midst."""
-    draw, at = random.Random(0), dict.fromkeys(NAMES, 0)
+    draw, at = random.Random(seed), dict.fromkeys(NAMES, 0)
     found = []
     while running := [name for name in NAMES if at[name] < TOTAL]:
         name = draw.choice(running)
@@ -68,25 +68,28 @@ def order() -> list[tuple[str, int]]:
 @pytest.mark.parametrize("name", ["asha", "median"])
 def test_a_rule_decides_as_if_the_sweep_had_not_stopped(tmp_path: Path, name: str) -> None:
     """Killed at random points, also between a decision and its record; the trials then repeat the reports since their checkpoints."""
-    whole, broken = (Rule(name, a_sweep(tmp_path / folder, "smoke"), {}) for folder in ("whole", "broken"))
-    for each, step in order():
-        if each not in whole.over:
-            whole.report(each, step)
-    assert 2 <= sum(step < TOTAL for step in whole.over.values()) < len(NAMES)  # some were stopped, some not
-    at, kills = dict.fromkeys(NAMES, 0), set(random.Random(1).sample(range(len(order())), 12))
-    for number, (each, step) in enumerate(order()):
-        if number in kills:
-            lost = dict(list(broken.over.items())[-1:])  # the record of the last trial's end was not written
-            broken = Rule(name, broken.sweep, {n: s for n, s in broken.over.items() if n not in lost})
-            assert broken.scheduler.ended >= {n for n, s in lost.items() if s < TOTAL}
-            broken.over |= lost
-            for again in (n for n in NAMES if n not in broken.over):
-                for repeated in range(at[again] // SAVED * SAVED + EVERY, at[again] + 1, EVERY):
-                    broken.report(again, repeated)
-        if each not in broken.over:
-            broken.report(each, step)
-            at[each] = step
-    assert broken.over == whole.over
+    stopped = 0
+    for seed in range(10):
+        whole, broken = (Rule(name, a_sweep(tmp_path / f"{folder} {seed}", "smoke"), {}, seed) for folder in ("whole", "broken"))
+        for each, step in order(seed):
+            if each not in whole.over:
+                whole.report(each, step)
+        stopped += sum(step < TOTAL for step in whole.over.values())
+        at, kills = dict.fromkeys(NAMES, 0), set(random.Random(seed).sample(range(len(order(seed))), 12))
+        for number, (each, step) in enumerate(order(seed)):
+            if number in kills:
+                lost = dict(list(broken.over.items())[-1:])  # the record of the last trial's end was not written
+                broken = Rule(name, broken.sweep, {n: s for n, s in broken.over.items() if n not in lost}, seed)
+                assert broken.scheduler.ended >= {n for n, s in lost.items() if s < TOTAL}
+                broken.over |= lost
+                for again in (n for n in NAMES if n not in broken.over):
+                    for repeated in range(at[again] // SAVED * SAVED + EVERY, at[again] + 1, EVERY):
+                        broken.report(again, repeated)
+            if each not in broken.over:
+                broken.report(each, step)
+                at[each] = step
+        assert broken.over == whole.over
+    assert 10 <= stopped <= 80
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])

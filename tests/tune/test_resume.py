@@ -245,6 +245,21 @@ def test_optuna_goes_on_from_scores_and_unfinished_trials(tmp_path: Path) -> Non
     assert search.suggest("2")["trial"]["axes"] not in [axes for axes, _ in plan.scored(sweep)]
 
 
+def test_a_space_that_has_changed_is_refused(tmp_path: Path) -> None:
+    """A code is a value's number: with other values, trials of two spaces would be in one table."""
+    for name in spaces.SPACES:
+        sweep = a_sweep(tmp_path / name, name)
+        sweep.save()
+        plan.keep_space(sweep)
+        plan.keep_space(sweep)
+    sweep = a_sweep(tmp_path / "smoke", "smoke")
+    planted(sweep, "space.json", lambda text: text["axes"][0]["values"].reverse())
+    with pytest.raises(
+        UserError, match=r"\[1.0, 0.5, 0.2, 0.1\] there, \[0.1, 0.2, 0.5, 1.0\] here\); go on with the version that wrote it"
+    ):
+        plan.keep_space(sweep)
+
+
 # ── Somebody else's sweep ──────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipelines.runs.directory import load_run
 from simclr.data.manifest import read_manifest
-from simclr.errors import UserError
+from simclr.errors import Diverged, UserError
 from tests.support.command import Run, refused
 from tests.support.sweeps import a_sweep, trained
 from tune import plan, resolve, spaces, sweep_dir, trial, validate
@@ -243,6 +244,41 @@ def test_optuna_goes_on_from_scores_and_unfinished_trials(tmp_path: Path) -> Non
     search = ray_tune._search(sweep, left)
     assert search.suggest("1")["trial"]["axes"] == left[0].axes
     assert search.suggest("2")["trial"]["axes"] not in [axes for axes, _ in plan.scored(sweep)]
+
+
+def test_a_trial_that_goes_on_reports_its_last_score_until_there_is_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it did before: else a scheduler would decide at a later step. Another seed, and another trial's weights, have no score yet."""
+    tune = pytest.importorskip("ray.tune")
+    monkeypatch.setattr(tune, "get_context", lambda: SimpleNamespace(get_trial_name=lambda: "000-s0"))
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
+    sent = SimpleNamespace(actor=SimpleNamespace(put=SimpleNamespace(remote=lambda message: None)))
+    began: list[Trial] = []
+
+    def fails_first(sweep: Any, run: Any, record: Trial, *_: Any) -> Trial:
+        began.append(record)
+        if len(began) == 1:
+            raise Diverged("not finite at step 9 on rank 0")
+        return record
+
+    sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH)
+    record = trained(sweep, lambda point: 0.5)[0]
+    folder = sweep.path / "trials" / record.name
+    dataclasses.replace(record, status="running", scores={"eval/knn_top1": 0.25}, donor="001-s0").save(folder)
+    monkeypatch.setattr(trial, "_open", lambda sweep, directory, config, donor: load_run(folder))
+    monkeypatch.setattr(trial, "_set_aside", lambda *_: None)
+    monkeypatch.setattr(trial, "_train", fails_first)
+    asked = resolve.Coded(axes={"loss.temperature": 0, "optim.base_lr": 0}, seed=0)
+    trial.drive(asked, sweep, sent, True)
+    assert [(t.scores, t.seed, t.donor) for t in began] == [
+        ({"eval/knn_top1": 0.25}, record.seed, "001-s0"),
+        ({}, record.seed + 1000, ""),
+    ]
+    began.clear()
+    record.save(folder)
+    dataclasses.replace(record, status="running").save(folder)
+    monkeypatch.setattr(trial, "_donor", lambda note, name: "002-s0")
+    trial.drive(asked, sweep, sent, True)
+    assert (began[0].scores, began[0].donor) == ({}, "002-s0")
 
 
 def test_a_space_that_has_changed_is_refused(tmp_path: Path) -> None:

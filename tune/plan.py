@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from itertools import zip_longest
 from typing import Any
 
 from pipelines.runs.directory import load_run
@@ -52,6 +53,26 @@ def settled(sweep: Sweep, codes: list[Coded]) -> list[Coded]:
     if len({code.name for code in found}) != len(found) or len(found) != len(codes):
         raise UserError(f"{path} is damaged: it has {len(found)} trials, the sweep has {len(codes)} of different names; {INSTEAD}")
     return found
+
+
+def keep_space(sweep: Sweep) -> None:
+    """Write space.json. Raises UserError if it is there with other values: a code is the number of a value, and would mean another one."""
+    path, here = sweep.path / "space.json", json.loads(json.dumps(dataclasses.asdict(sweep.restricted)))
+    if path.is_file():
+        there = files.read_json(path, INSTEAD)
+        fields.require(there, {"axes": list[dict[str, Any]], "fixed": dict[str, Any]}, path, INSTEAD)
+        none: dict[str, Any] = {}
+        for ours, theirs in zip_longest(here["axes"], there["axes"], fillvalue=none):
+            if any(ours.get(name) != theirs.get(name) for name in ("paths", "values")):
+                said = f"{theirs.get('values')} there, {ours.get('values')} here"
+                raise UserError(
+                    f"{path} has another space than this version's {sweep.space} ({said}); go on with the version that wrote it"
+                )
+        if here["fixed"] != there["fixed"]:
+            raise UserError(
+                f"{path} fixes {there['fixed']}, this version's {sweep.space} {here['fixed']}; go on with the version that wrote it"
+            )
+    files.write_text(path, json.dumps(here, indent=1) + "\n")
 
 
 def _known(axis: Axis, code: float) -> bool:
@@ -103,7 +124,7 @@ def _of_run(sweep: Sweep, trial: Trial) -> Coded | None:
     config = load_run(folder).config
     axes = resolve.codes_of(sweep.restricted, sweep.base, config)
     if axes is None:
-        say(f"{folder}/run.json has values that are none of {sweep.space}; the search does not learn from this trial")
+        say(f"{folder}/run.json has values that are none of {sweep.space}; the sweep goes on without them")
         return None
     return Coded(axes=axes, seed=config.seed - sweep.base.seed - (OTHER_SEED if trial.reason else 0), name=trial.name)
 

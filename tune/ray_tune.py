@@ -75,7 +75,8 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
     with Bar("sweep", count, "trials", "trials/s") as bar:
         Follow.followed = (asked, ledger, bar)
         for name in scheduler.ended if isinstance(scheduler, Remembering) else ():
-            Follow().over(name, "stopped", "")  # a sweep that was killed had not recorded it yet
+            if name in before and before[name].status == "running":  # the sweep was killed before it recorded the decision
+                Follow().over(name, "stopped", "")
         left = plan.left(asked, codes)
         try:
             if left or sweep_dir.progress(asked)[0] < count:

@@ -25,7 +25,7 @@ from simclr.data.manifest import read_manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 from simclr.recipes import recipe
-from tune import resolve, spaces, sweep_dir
+from tune import plan, resolve, spaces, sweep_dir
 from tune.sweep_dir import Sweep
 from tune.validate import check
 
@@ -132,7 +132,7 @@ def sweep(args: Args) -> Path:
 
         concurrent = ray_tune.room(asked)
         asked.save()
-        files.write_text(asked.path / "space.json", json.dumps(dataclasses.asdict(asked.restricted), indent=1) + "\n")
+        plan.keep_space(asked)
         asked = ray_tune.trials(asked, codes, concurrent, manifest, uri)
     finally:
         if ours:

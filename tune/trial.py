@@ -68,7 +68,9 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
             tune.report({**_tune_metrics(before.scores), "step": before.step, "images": before.step * point.config.train.batch_size})
         return
     donor = _donor(tune.get_checkpoint(), name)
-    trial = Trial(name=name, values=point.values, seed=point.seed, donor=donor or (before.donor if before is not None else ""))
+    trial = Trial(name=name, values=point.values, seed=point.seed, donor=donor)
+    if before is not None and not donor:  # a scheduler hears a score with every report until there is a newer one
+        trial = dataclasses.replace(trial, donor=before.donor, scores=before.scores)
     if before is not None and before.reason:  # it had started again with another seed
         trial, point = _again(trial, point, before.reason)
     while True:
@@ -87,7 +89,7 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
             _set_aside(directory, sweep_dir.first_try(sweep.path, name))
             inbox.actor.put.remote(TrialBeganAgain(trial=name, reason=reason, bug=bug))
             donor = ""
-            trial, point = _again(trial, point, reason)
+            trial, point = _again(dataclasses.replace(trial, scores={}, donor=""), point, reason)
 
 
 def _failed(directory: Path, trial: Trial, reason: str, bug: str, inbox: Any) -> None:

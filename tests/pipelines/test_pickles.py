@@ -196,8 +196,9 @@ def test_a_run_in_a_bucket(tmp_path: Path, trap: Trap, s3: Any) -> None:
     names["checkpoints/step-000000009/checkpoint.json"] = json.dumps(about).encode()
     names |= {f"encoder/{name}": trap.content for name in ("config.json", "encoder.safetensors", "python_model.pkl")}
     names |= dict.fromkeys(("metrics.jsonl", "outbox.json", "pictures.npz", "tuner.pkl", "compiled/cpu.bin"), trap.content)
+    bucket = Store().client
     for name, content in names.items():
-        Store().client.put_object(Bucket="photos", Key=f"run/{name}", Body=content)
+        bucket.put_object(Bucket="photos", Key=f"run/{name}", Body=content)
     home = sync.Home("s3://photos/run")
     home.fetch()
     run = load_run(home.path)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from tests.support.mutation import Mutation
 from tests.support.mutation_table_attack import ATTACK
 from tests.support.mutation_table_data import DATA
+from tests.support.mutation_table_resume import RESUME
 from tests.support.mutation_table_tracking import TRACKING
 
 MUTATIONS = (
     *DATA,
     *ATTACK,
     *TRACKING,
+    *RESUME,
     # ── simclr: loss, optimizer, statistics ────────────────────────────────────────────────────────────────────────
     Mutation(
         "positive-not-in-denominator",
@@ -359,8 +361,8 @@ MUTATIONS = (
     Mutation(
         "peak-scaled-by-the-wrong-rule",
         "tune/resolve.py",
-        "value.factor * lr / shares[trial.optim.scaling]",
-        "value.factor * lr / shares[recipe.optim.scaling]",
+        "shares[recipe.optim.scaling] / shares[trial.optim.scaling]",
+        "shares[recipe.optim.scaling] / shares[recipe.optim.scaling]",
         "tests/tune/test_spaces.py::test_both_scaling_rules_agree_at_the_recipes_batch",
     ),
     Mutation(

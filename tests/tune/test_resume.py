@@ -6,13 +6,14 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipelines.runs.directory import load_run
 from simclr.data.manifest import read_manifest
-from simclr.errors import UserError
+from simclr.errors import Diverged, UserError
 from tests.support.command import Run, refused
 from tests.support.sweeps import a_sweep, trained
 from tune import plan, resolve, spaces, sweep_dir, trial, validate
@@ -26,7 +27,7 @@ TOTAL, EVERY, SAVED = 120, 5, 20  # steps: of a trial, between its reports, betw
 class Rule:
     """asha or median over trials that this class trains: each reports every 5 steps, in a random order over the trials."""
 
-    def __init__(self, name: str, sweep: Sweep, over: dict[str, int]) -> None:
+    def __init__(self, name: str, sweep: Sweep, over: dict[str, int], seed: int = 0) -> None:
         pytest.importorskip("ray.tune")
         sweep.path.mkdir(exist_ok=True)
         from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
@@ -35,14 +36,14 @@ class Rule:
 
         about: dict[str, Any] = {"time_attr": "step", "metric": sweep.metric, "mode": "max", "grace_period": TOTAL // 4}
         rule = ASHAScheduler(**about, max_t=100 * TOTAL, reduction_factor=3) if name == "asha" else MedianStoppingRule(**about)
-        self.name, self.sweep, self.over = name, sweep, over
+        self.sweep, self.over, self.seed = sweep, over, seed
         self.scheduler = Remembering(rule, sweep, "step", set(over))
         for each in NAMES:
             self.scheduler.on_trial_add(Waiting(), each)
 
     def report(self, name: str, step: int) -> None:
         """`name` reports; if it is told to stop, or has come to its end, it is over."""
-        score = random.Random(f"{name} {step}").random() * 0.2 + NAMES.index(name) / 10
+        score = random.Random(f"{self.seed} {name} {step}").random() * 0.4 + NAMES.index(name) / 20
         decision = self.scheduler.on_trial_result(Waiting(), name, {"step": step, self.sweep.metric: score})
         if decision == "STOP" or step == TOTAL:
             self.over[name] = step
@@ -54,9 +55,9 @@ class Waiting:
         return []
 
 
-def order() -> list[tuple[str, int]]:
+def order(seed: int) -> list[tuple[str, int]]:
     """All reports of the trials: each trial's in order of its steps, the trials' in one another's midst."""
-    draw, at = random.Random(0), dict.fromkeys(NAMES, 0)
+    draw, at = random.Random(seed), dict.fromkeys(NAMES, 0)
     found = []
     while running := [name for name in NAMES if at[name] < TOTAL]:
         name = draw.choice(running)
@@ -68,25 +69,28 @@ def order() -> list[tuple[str, int]]:
 @pytest.mark.parametrize("name", ["asha", "median"])
 def test_a_rule_decides_as_if_the_sweep_had_not_stopped(tmp_path: Path, name: str) -> None:
     """Killed at random points, also between a decision and its record; the trials then repeat the reports since their checkpoints."""
-    whole, broken = (Rule(name, a_sweep(tmp_path / folder, "smoke"), {}) for folder in ("whole", "broken"))
-    for each, step in order():
-        if each not in whole.over:
-            whole.report(each, step)
-    assert 2 <= sum(step < TOTAL for step in whole.over.values()) < len(NAMES)  # some were stopped, some not
-    at, kills = dict.fromkeys(NAMES, 0), set(random.Random(1).sample(range(len(order())), 12))
-    for number, (each, step) in enumerate(order()):
-        if number in kills:
-            lost = dict(list(broken.over.items())[-1:])  # the record of the last trial's end was not written
-            broken = Rule(name, broken.sweep, {n: s for n, s in broken.over.items() if n not in lost})
-            assert broken.scheduler.ended >= {n for n, s in lost.items() if s < TOTAL}
-            broken.over |= lost
-            for again in (n for n in NAMES if n not in broken.over):
-                for repeated in range(at[again] // SAVED * SAVED + EVERY, at[again] + 1, EVERY):
-                    broken.report(again, repeated)
-        if each not in broken.over:
-            broken.report(each, step)
-            at[each] = step
-    assert broken.over == whole.over
+    stopped = 0
+    for seed in range(10):
+        whole, broken = (Rule(name, a_sweep(tmp_path / f"{folder} {seed}", "smoke"), {}, seed) for folder in ("whole", "broken"))
+        for each, step in order(seed):
+            if each not in whole.over:
+                whole.report(each, step)
+        stopped += sum(step < TOTAL for step in whole.over.values())
+        at, kills = dict.fromkeys(NAMES, 0), set(random.Random(seed).sample(range(len(order(seed))), 12))
+        for number, (each, step) in enumerate(order(seed)):
+            if number in kills:
+                lost = dict(list(broken.over.items())[-1:])  # the record of the last trial's end was not written
+                broken = Rule(name, broken.sweep, {n: s for n, s in broken.over.items() if n not in lost}, seed)
+                assert broken.scheduler.ended >= {n for n, s in lost.items() if s < TOTAL}
+                broken.over |= lost
+                for again in (n for n in NAMES if n not in broken.over):
+                    for repeated in range(at[again] // SAVED * SAVED + EVERY, at[again] + 1, EVERY):
+                        broken.report(again, repeated)
+            if each not in broken.over:
+                broken.report(each, step)
+                at[each] = step
+        assert broken.over == whole.over
+    assert 10 <= stopped <= 80
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
@@ -240,6 +244,56 @@ def test_optuna_goes_on_from_scores_and_unfinished_trials(tmp_path: Path) -> Non
     search = ray_tune._search(sweep, left)
     assert search.suggest("1")["trial"]["axes"] == left[0].axes
     assert search.suggest("2")["trial"]["axes"] not in [axes for axes, _ in plan.scored(sweep)]
+
+
+def test_a_trial_that_goes_on_reports_its_last_score_until_there_is_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it did before: else a scheduler would decide at a later step. Another seed, and another trial's weights, have no score yet."""
+    tune = pytest.importorskip("ray.tune")
+    monkeypatch.setattr(tune, "get_context", lambda: SimpleNamespace(get_trial_name=lambda: "000-s0"))
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
+    sent = SimpleNamespace(actor=SimpleNamespace(put=SimpleNamespace(remote=lambda message: None)))
+    began: list[Trial] = []
+
+    def fails_first(sweep: Any, run: Any, record: Trial, *_: Any) -> Trial:
+        began.append(record)
+        if len(began) == 1:
+            raise Diverged("not finite at step 9 on rank 0")
+        return record
+
+    sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH)
+    record = trained(sweep, lambda point: 0.5)[0]
+    folder = sweep.path / "trials" / record.name
+    dataclasses.replace(record, status="running", scores={"eval/knn_top1": 0.25}, donor="001-s0").save(folder)
+    monkeypatch.setattr(trial, "_open", lambda sweep, directory, config, donor: load_run(folder))
+    monkeypatch.setattr(trial, "_set_aside", lambda *_: None)
+    monkeypatch.setattr(trial, "_train", fails_first)
+    asked = resolve.Coded(axes={"loss.temperature": 0, "optim.base_lr": 0}, seed=0)
+    trial.drive(asked, sweep, sent, True)
+    assert [(t.scores, t.seed, t.donor) for t in began] == [
+        ({"eval/knn_top1": 0.25}, record.seed, "001-s0"),
+        ({}, record.seed + 1000, ""),
+    ]
+    began.clear()
+    record.save(folder)
+    dataclasses.replace(record, status="running").save(folder)
+    monkeypatch.setattr(trial, "_donor", lambda note, name: "002-s0")
+    trial.drive(asked, sweep, sent, True)
+    assert (began[0].scores, began[0].donor) == ({}, "002-s0")
+
+
+def test_a_space_that_has_changed_is_refused(tmp_path: Path) -> None:
+    """A code is a value's number: with other values, trials of two spaces would be in one table."""
+    for name in spaces.SPACES:
+        sweep = a_sweep(tmp_path / name, name)
+        sweep.save()
+        plan.keep_space(sweep)
+        plan.keep_space(sweep)
+    sweep = a_sweep(tmp_path / "smoke", "smoke")
+    planted(sweep, "space.json", lambda text: text["axes"][0]["values"].reverse())
+    with pytest.raises(
+        UserError, match=r"\[1.0, 0.5, 0.2, 0.1\] there, \[0.1, 0.2, 0.5, 1.0\] here\); go on with the version that wrote it"
+    ):
+        plan.keep_space(sweep)
 
 
 # ── Somebody else's sweep ──────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import queue
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -268,6 +269,26 @@ def test_a_sweep_that_was_interrupted_trains_what_is_left_and_reads_no_pickle(
     assert [list(t.start_s) for t in found] == [["began at 0"], ["began at 0", "began at 2"], ["began at 0"]]
     there = {"best_config.json", "plan.json", "results.csv", "sweep.json", "trials"}
     assert {p.name for p in sweep.path.iterdir()} == there | {"tune"}  # Ray Tune leaves nothing of its own
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_ray_tune_reads_no_pickle_of_a_failed_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would at the end, from its folder; on a cluster pbt's lies in the sweep's directory, whose owner can exchange it."""
+    from ray.train._internal.storage import StorageContext
+    from ray.tune.experiment import Trial as Tuned
+
+    from tune import ray_tune
+
+    sweep = a_sweep(tmp_path / "s", "smoke")
+    monkeypatch.setattr(ray_tune.Follow, "followed", (sweep, SimpleNamespace(ended=print), SimpleNamespace(update=print)))
+    failed = Tuned("x", stub=True, storage=StorageContext(str(tmp_path), "tune", trial_dir_name="000-s0"))
+    marker = Trap(tmp_path / "marker").planted(Path(failed.storage.trial_fs_path), "error.pkl")
+    failed.run_metadata.pickled_error_filename = "error.pkl"
+    failed.get_pickled_error()
+    assert marker.exists()
+    marker.unlink()
+    ray_tune.Follow().on_trial_error(0, [failed], failed)
+    assert failed.get_pickled_error() is None and not marker.exists()
 
 
 @pytest.mark.usefixtures("shared_ray")

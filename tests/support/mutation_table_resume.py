@@ -1,0 +1,36 @@
+"""Ways to break sweeps that go on, and what keeps pickles from being read: see `tests.support.mutation_table`."""
+
+from __future__ import annotations
+
+from tests.support.mutation import Mutation
+
+RESUME = (
+    Mutation(
+        "a-rule-that-hears-steps-twice",
+        "tune/schedulers.py",
+        "if name in self._at and time <= self._at[name][self._clock]:",
+        "if False:",
+        "tests/tune/test_resume.py::test_a_rule_decides_as_if_the_sweep_had_not_stopped",
+    ),
+    Mutation(
+        "a-rule-without-memory",
+        "tune/schedulers.py",
+        'if "score" in line:',
+        "if False:",
+        "tests/tune/test_resume.py::test_a_rule_decides_as_if_the_sweep_had_not_stopped",
+    ),
+    Mutation(
+        "a-trial-whose-name-is-a-path",
+        "tune/sweep_dir.py",
+        "if trial.name != directory.name:",
+        "if False:",
+        "tests/tune/test_resume.py::test_records_that_lead_elsewhere_are_refused",
+    ),
+    Mutation(
+        "torchs-cache-is-anybodys",
+        "simclr/compiling.py",
+        "if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):",
+        "if False:",
+        "tests/pipelines/test_pickles.py::test_torch_has_a_cache_of_this_user_alone",
+    ),
+)

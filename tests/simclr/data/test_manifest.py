@@ -137,10 +137,13 @@ def test_what_reads_a_shard_that_shrinks_is_killed_and_the_next_look_names_it(ph
     shard = read_manifest(out).shards[0]
     child = os.fork()
     if not child:
-        faulthandler.disable()
-        region = mapped([(out / shard.name, shard.bytes)], [0, -(-shard.bytes // PAGE) * PAGE])
-        os.truncate(out / shard.name, 1 << 21)
-        os._exit(int(region[shard.bytes - 1]) & 0)
+        try:
+            faulthandler.disable()
+            region = mapped([(out / shard.name, shard.bytes)], [0, -(-shard.bytes // PAGE) * PAGE])
+            os.truncate(out / shard.name, 1 << 21)
+            print(region[shard.bytes - 1])
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGBUS
     for look in (lambda: read_manifest(out), lambda: next(loader.batches(CONFIG, out, 0, 0, 1))):  # a worker that is started again
         with pytest.raises(Corrupt, match=f"shard {shard.name} of {out} has 2,097,152 bytes, the manifest says "):

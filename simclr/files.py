@@ -104,9 +104,14 @@ def write_text(path: Path, text: str) -> None:
 # ── Where others may write too ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def plain(path: str | Path, flags: int) -> int:
+def private(path: str | Path, flags: int) -> int:
+    """An `opener` for `open`, as `plain`; a file that it makes is this user's alone."""
+    return plain(path, flags, 0o600)
+
+
+def plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
     """An `opener` for `open`: no link is followed, and nothing but a plain file is opened; one that has a second name is not emptied."""
-    opened = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    opened = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
     try:
         found = os.fstat(opened)
         if not stat.S_ISREG(found.st_mode) or (flags & os.O_TRUNC and found.st_nlink > 1):
@@ -154,7 +159,7 @@ def locked(path: Path, wait: bool = True, own: bool = False) -> Iterator[None]:
     Raises BlockingIOError where another process holds it and this one does not `wait`, and UserError if `path` is a link or no plain
     file, or, where it has to be our `own`, if it is somebody else's or has a second name.
     """
-    for last in (*[False] * 9, True):  # the last: some disks of networks give an open file another number than its name
+    for last in (*[False] * 99, True):  # the last: some disks of networks give an open file another number than its name
         opened = _open_lock(path)
         try:
             found = os.fstat(opened)

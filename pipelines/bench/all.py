@@ -117,7 +117,7 @@ def run(phases: tuple[Phase, ...], out: Path, work: Path, budget_s: float, day: 
         say(f"{time.monotonic() - began:5.0f} s  {said}")
         print(f"===== {said}", file=log, flush=True)
 
-    with (out / "bench.log").open("a", encoding="utf-8") as log, contextlib.ExitStack() as stack:
+    with open(out / "bench.log", "a", encoding="utf-8", opener=files.plain) as log, contextlib.ExitStack() as stack:
         for phase in open_:
             for shards in [s for s, (_, r) in beside.items() if s == phase.needs or r.process.poll() is not None]:
                 maker, running = beside.pop(shards)
@@ -190,7 +190,7 @@ def _day(size: Size, archives: dict[str, Path | None]) -> dict[str, Any]:
 
 def _append(path: Path, line: dict[str, Any]) -> None:
     """Append one line, which is on the disk when this returns: the next phase may crash the machine."""
-    with path.open("a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", opener=files.plain) as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -208,7 +208,7 @@ def _same_day(out: Path, day: dict[str, Any]) -> dict[str, Any]:
     """The day of the results in `out`, written there if it has none. Raises UserError if it is of another machine or plan."""
     path = out / "results.jsonl"
     if path.is_file() and not path.read_text(encoding="utf-8").endswith("\n"):
-        with path.open("a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", opener=files.plain) as file:
             file.write("\n")
     before = [line["day"] for line in _lines(path) if "day" in line]
     if not before:

@@ -17,7 +17,7 @@ from simclr.data import shards
 from simclr.data.manifest import LISTS, Manifest
 from simclr.data.options import stated
 from simclr.data.pixels import unread
-from simclr.data.s3.uri import Address, address, copy_of, locked
+from simclr.data.s3.uri import Address, address, copy_of, locked, own
 from simclr.data.sources.open import betons_at, open_source
 from simclr.data.sources.reading import Reading, rows_of
 from simclr.data.sources.source import Source
@@ -165,6 +165,7 @@ def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
     left = [o.name for o in store.listing(at) if o.name not in LISTS and not o.name.endswith(".beton")]
     if left:
         raise UserError(f"{at} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
+    own(here)
     manifest = shards.existing(source, here, args.options, args.identity) or _write(replace(args, out=here), source)
     with Bar("upload", None, "MiB", "MiB/s") as bar:
         remote.push(here, at, sync.mebibytes(bar), store)

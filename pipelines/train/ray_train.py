@@ -160,6 +160,8 @@ class Running:
     head: _Head
     less_memory: str
     """Advice for the case that a device has too little memory."""
+    data: str
+    """Address of the shards."""
 
     def stop(self) -> None:
         """End the job and its workers at once. Takes at most 3 s."""
@@ -190,7 +192,7 @@ class Running:
         self.thread.join()
         error = self.outcome[0]
         if error is not None:
-            if sentence := retry.non_retryable(error, self.less_memory) or retry.given_up(error):
+            if sentence := retry.non_retryable(error, self.less_memory) or retry.given_up(error, self.data):
                 raise UserError(sentence) from None
             raise error
 
@@ -283,7 +285,7 @@ def launch(worker: Callable[[messages.Task], None], task: messages.Task, resourc
     import ray
 
     head, advice = _Head(ray.get_runtime_context().gcs_address, private), retry.less_memory(task.stage, task.config, resources.workers)
-    return Running(thread, inbox, outcome, controllers, head, advice)
+    return Running(thread, inbox, outcome, controllers, head, advice, task.data)
 
 
 def fit(

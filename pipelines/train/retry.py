@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.train import hang, ray_private
 from pipelines.train.messages import Said, Tell
 from simclr import files, sense
-from simclr.data.s3.uri import Refetched, Unreachable
+from simclr.data.manifest import read_manifest, require_sizes
+from simclr.data.s3.uri import Corrupt, Refetched, Unreachable, address, copy_of
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,20 +85,39 @@ def _trains(config: Config, workers: int, name: Literal["micro_batch", "batch_si
         return False
 
 
-def given_up(failure: BaseException) -> str:
-    """The sentence of a failure that came too often but is no bug: S3 unreachable, a process lost or hung. "" for others: their traceback
-    says more."""
+def given_up(failure: BaseException, data: str = "") -> str:
+    """The sentence of a failure that came too often but is no bug: S3 unreachable, a process lost or hung, and why, if a shard of `data`
+    has shrunk. "" for others: their traceback says more."""
     import ray
 
     for error in causes(failure) if hasattr(failure, "worker_failures") else []:
         if isinstance(error, Unreachable):
             return str(error)
         if isinstance(error, hang.Hung | ray.exceptions.RayActorError):
+            if resized := _resized(data):
+                return resized
             last = str(error).strip().splitlines()[0]
             return (
                 f"workers failed more often in a row than --max-failures allows, the last time so: {last}; "
                 "run the same command again, to go on from the last checkpoint"
             )
+    return ""
+
+
+def _resized(data: str) -> str:
+    """The sentence of a shard of `data` here that has another size than it had, "" if there is none. A worker that reads behind the end of
+    a shard is killed by its kernel, and cannot say so."""
+    if not data:
+        return ""
+    at = address(data)
+    directory = Path(data) if at is None else copy_of(at, "shards")
+    try:
+        shards = read_manifest(directory, look=False).shards
+        require_sizes(directory, [shard for shard in shards if (directory / shard.name).is_file()])
+    except Corrupt as error:
+        return f"workers died as {error}"
+    except UserError:  # no shards on this machine
+        pass
     return ""
 
 

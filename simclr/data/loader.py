@@ -37,7 +37,7 @@ from simclr.config import Config
 from simclr.data.ffcv.decode import Crops, read_bytes
 from simclr.data.ffcv.reader import open_shard
 from simclr.data.ffcv.resize import KINDS, REDUCE
-from simclr.data.manifest import read_manifest
+from simclr.data.manifest import read_manifest, require_sizes
 from simclr.data.memory import PAGE, copied, mapped, slots_for
 from simclr.data.s3.uri import Corrupt
 from simclr.telemetry import progress
@@ -104,6 +104,7 @@ def batches(
         nonlocal order_of, order
         epoch = step // per_epoch
         if epoch != order_of:
+            split.require_sizes()
             order_of, order = epoch, keyed.shuffled(config.seed, epoch, rows)
         first = step % per_epoch * taken + rank * n - group * taken
         mine = order[first : first + n]
@@ -224,12 +225,18 @@ class _Split:
         self.names = np.concatenate([at + np.arange(s.samples) for at, s in zip(before, self.shards, strict=False)])
         self.rows, self.labels = np.concatenate(rows), np.concatenate(labels).astype(np.int64)
         by_pointer = np.argsort(self.rows["data_ptr"])
+        self.data, self.own_memory = data, own_memory
         region = (copied if own_memory else mapped)([(data / s.name, s.bytes) for s in self.shards], bases)
         self.storage = (region, self.rows["data_ptr"][by_pointer], np.concatenate(sizes)[by_pointer])
         self.first_id = np.cumsum([0, *(s.samples for s in self.shards)])
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def require_sizes(self) -> None:
+        """Raise Corrupt if a shard that is mapped has another size by now: another process writes to it."""
+        if not self.own_memory:
+            require_sizes(self.data, self.shards)
 
     def sizes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """(n, 2) height and width in pixels."""

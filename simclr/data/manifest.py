@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from simclr import fields, files
+from simclr.data.s3.uri import Corrupt
 from simclr.errors import UserError
 
 SCHEMA = 1
@@ -204,11 +205,19 @@ def read_manifest(directory: Path, look: bool = True, groups: int = 1, group: in
         raise UserError(f"{directory} has no manifest.json, so it is no (complete) dataset; `simclr prepare --source … --out …` makes one")
     files.require_small(path, _INSTEAD)
     manifest = Manifest.from_json(files.read_text(path, _INSTEAD), path)
-    for shard in manifest.part(groups, group) if look else ():
+    if look:
+        require_sizes(directory, manifest.part(groups, group))
+    return manifest
+
+
+def require_sizes(directory: Path, shards: Iterable[Shard]) -> None:
+    """Raise UserError if one of `shards` is missing, Corrupt if one has another size: a process that reads a mapped shard behind its end
+    is killed without a word (SIGBUS)."""
+    for shard in shards:
         file = directory / shard.name
         if not file.is_file():
             raise UserError(f"shard {shard.name} of {directory} is missing; prepare the data again")
         size = file.stat().st_size
         if size != shard.bytes:
-            raise UserError(f"shard {shard.name} of {directory} has {size:,} bytes, the manifest says {shard.bytes:,}; prepare it again")
-    return manifest
+            said = f"shard {shard.name} of {directory} has {size:,} bytes, the manifest says {shard.bytes:,}; prepare it again"
+            raise Corrupt(said, shard.name)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from simclr.data.ffcv.decode import decode
 from simclr.data.ffcv.reader import open_shard
@@ -55,12 +54,12 @@ def _wrong(path: Path, shard: Shard, manifest: Manifest, pool: ThreadPoolExecuto
         return
     if manifest.kind == "raw":  # any bytes are pixels
         return
-    stored = np.memmap(path, np.uint8, "r")
 
     def damaged(first: int) -> list[int]:
         rows = [row for row in range(first, min(first + _ROWS, len(image))) if image["mode"][row] == 0]  # any bytes are pixels
         starts = [int(image["data_ptr"][row]) for row in rows]
-        files = [bytes(stored[at : at + int(sizes[row])]) for row, at in zip(rows, starts, strict=True)]
+        with path.open("rb") as file:  # read, not mapped: a file that shrinks meanwhile would kill this process
+            files = [os.pread(file.fileno(), int(sizes[row]), at) for row, at in zip(rows, starts, strict=True)]
         return [r for r, data in zip(rows, files, strict=True) if decode(data, int(image["height"][r]), int(image["width"][r])) is None]
 
     for samples in pool.map(damaged, range(0, len(image), _ROWS)):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -46,3 +51,103 @@ def test_a_path_that_cannot_be_made_is_refused_beforehand(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(UserError, match=r"no permission|read-only"):
         files.require_writable(Path("/proc/1/nothing"))
+
+
+# ── Where others may write too ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_lock_is_neither_followed_nor_emptied(tmp_path: Path) -> None:
+    """Another user has made a link of the lock's name to a file of ours."""
+    victim, lock = tmp_path / "victim", tmp_path / "lock"
+    victim.write_text("precious")
+    lock.symlink_to(victim)
+    with pytest.raises(OSError, match="lock") as refused, files.locked(lock):
+        pass
+    assert files.trouble(refused.value) == f"{lock} is a link, where a file of our own is wanted; remove it"
+    lock.unlink()
+    lock.hardlink_to(victim)
+    with files.locked(lock):
+        assert victim.read_text() == "precious"
+    with pytest.raises(UserError, match="is not this user's alone"), files.locked(lock, own=True):
+        pass
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(UserError, match="is no plain file"), files.locked(lock):  # and nobody waits for its other end
+        pass
+    assert victim.read_text() == "precious"
+
+
+def test_a_lock_that_its_holder_removes_is_held_by_one_of_those_who_waited(tmp_path: Path) -> None:
+    inside, most = 0, 0
+    lock = threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with files.locked(tmp_path / "lock"):
+                with lock:
+                    inside += 1
+                    most = max(most, inside)
+                time.sleep(0.0005)
+                with lock:
+                    inside -= 1
+                (tmp_path / "lock").unlink()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    with files.locked(tmp_path / "lock"), pytest.raises(BlockingIOError), files.locked(tmp_path / "lock", wait=False):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, as root can")
+def test_another_users_lock_can_be_held_where_a_run_is_shared(tmp_path: Path) -> None:
+    """The lock of a run that another user made is read-only for this one."""
+    folder = Path(tempfile.mkdtemp(prefix="simclr-shared-"))
+    folder.chmod(0o755)
+    (folder / "lock").touch(mode=0o644)
+    os.seteuid(65534)
+    try:
+        with files.locked(folder / "lock"), pytest.raises(BlockingIOError), files.locked(folder / "lock", wait=False):
+            pass
+        with pytest.raises(PermissionError), files.locked(folder / "none"):
+            pass
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
+    (tmp_path / "lock").touch()
+    os.chown(tmp_path / "lock", 65534, -1)
+    with pytest.raises(UserError, match=r"the lock \S+ is not this user's alone \(owner 65534"), files.locked(tmp_path / "lock", own=True):
+        pass
+
+
+def test_no_link_is_written_through(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / f".a-{os.getpid()}").symlink_to(victim)  # a name that could be guessed
+    files.write_text(tmp_path / "a", "new")
+    (tmp_path / "b").symlink_to(victim)
+    with files.anew(tmp_path / "b") as file:
+        file.write("new")
+    (tmp_path / "c").hardlink_to(victim)
+    for mode in ("w", "r+"):
+        (tmp_path / f"link-{mode}").symlink_to(victim)
+        with pytest.raises(OSError, match="link"):
+            open(tmp_path / f"link-{mode}", mode, opener=files.plain).close()
+    with pytest.raises(UserError, match="is another name of a file that lies elsewhere"):
+        open(tmp_path / "c", "w", opener=files.plain).close()
+    assert victim.read_text() == "precious" and (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "new"
+
+
+def test_a_json_file_that_is_too_large_or_too_deep_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with path.open("wb") as file:
+        file.truncate(40 << 30)  # it takes no room on the disk
+    with pytest.raises(UserError, match=r"a.json is damaged: it has 42,949,672,960 bytes, expected 268,435,456 at most; write it again"):
+        files.read_json(path, "write it again")
+    path.write_text('{"a":' * 40 + "1" + "}" * 40)
+    with pytest.raises(UserError, match=r"a.json is damaged: it is nested more than 32 levels deep; write it again"):
+        files.read_json(path, "write it again")

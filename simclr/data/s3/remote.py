@@ -62,7 +62,7 @@ def fetch(
         local = directory / "manifest.json"
         whole = local.is_file() and files.is_own(local.lstat(), directory) and local.read_bytes() == text
         if not whole:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
             local.unlink(missing_ok=True)
         # Without the same manifest, the files come from an interrupted fetch or from other data: then their bytes are hashed.
         mine = manifest.part(groups, group)

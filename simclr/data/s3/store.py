@@ -44,7 +44,7 @@ _MOST_PARTS = 10_000  # of one upload, by S3's rules
 _CHUNK = 1 << 18
 _MOST_OBJECTS = 1_000_000
 """In a directory of ours: shards of a gibibyte, or checkpoints, never come near it."""
-_MOST_EMPTY = 1000  # pages of a listing, in a row
+_MOST_EMPTY = 100  # pages of a listing, in a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ class Store:
         parts = [(begin, min(begin + self.part_bytes, found.bytes)) for begin in range(0, found.bytes, self.part_bytes)]
         progress(sum(end - begin for i, (begin, end) in enumerate(parts) if i in done))
         lock = threading.Lock()
-        with open(partial, "r+b" if done else "x+b", opener=files.plain) as file, open(log, "a", opener=files.plain) as listed:
+        with open(partial, "r+b" if done else "x+b", opener=files.private) as file, open(log, "a", opener=files.plain) as listed:
             file.truncate(found.bytes)
 
             def fetch(index: int) -> None:

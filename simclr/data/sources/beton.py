@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -164,13 +165,13 @@ def _shard(split: str, path: Path, samples: int) -> Shard:
 def _moments(path: Path, rows: _Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(3,) and (3,): per channel mean and mean square of pixels in [0, 1], of evenly spaced images and evenly spaced pixels of each."""
     image, _, table = rows
-    stored = np.memmap(path, np.uint8, "r")
     moments = []
     for row in np.unique(np.linspace(0, len(image) - 1, min(len(image), _LOOKED_AT)).astype(int)):
         at, height, width = (int(image[name][row]) for name in ("data_ptr", "height", "width"))
-        data = stored[at : at + int(table["size"][row])]
-        pixels = np.asarray(data) if image["mode"][row] == 1 else decode(data.tobytes(), height, width)
-        if pixels is None:
+        with path.open("rb") as file:  # read, not mapped: a file that shrinks meanwhile would kill this process
+            data = os.pread(file.fileno(), int(table["size"][row]), at)
+        pixels = np.frombuffer(data, np.uint8) if image["mode"][row] == 1 else decode(data, height, width)
+        if pixels is None or len(data) < table["size"][row]:
             raise UserError(f"{path}: the JPEG of sample {row} cannot be decoded; {_AGAIN}")
         flat = pixels.reshape(-1, 3)
         some = flat[:: max(len(flat) // _PIXELS, 1)].astype(np.float64) / 255

@@ -13,6 +13,7 @@ import pytest
 
 from pipelines import cli
 from pipelines.runs.directory import open_run
+from simclr import files
 from simclr.errors import UserError
 from simclr.recipes import patterns_tiny
 from tests.support.paths import ROOT
@@ -149,3 +150,23 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, patterns: Pat
     with mine.alone():  # a refused run leaves nothing
         pass
     assert not mine.path.exists()
+
+
+def test_links_that_another_user_made_in_a_run_are_not_written_through(patterns: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious\n")
+    made = open_run(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns)
+    made.save()
+    for name in (".training", "metrics.jsonl"):
+        (made.path / name).symlink_to(victim)
+    with pytest.raises(OSError, match=r"\.training"), made.alone():
+        pass
+    with pytest.raises(OSError, match=r"metrics\.jsonl") as refused:
+        made.append({"step": 1})
+    assert "metrics.jsonl is a link, where a file of our own is wanted" in files.trouble(refused.value)
+    assert victim.read_text() == "precious\n"
+    for name in (".training", "metrics.jsonl"):  # a second name, as a backup with hard links makes it, is no trap
+        (made.path / name).unlink()
+        (made.path / name).hardlink_to(victim)
+    with made.alone():
+        assert victim.read_text() == "precious\n"

@@ -153,6 +153,14 @@ def test_another_process_at_the_database_is_waited_for(uri: str) -> None:
     assert opened[0].run_id
 
 
+def test_a_link_in_place_of_the_databases_lock_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".mlflow.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=r"\.mlflow\.lock"), client.locked(f"sqlite:///{tmp_path}/mlflow.db"):
+        pass
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
 # ── Servers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

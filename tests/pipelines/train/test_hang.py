@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,3 +146,20 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
     assert "than --max-failures allows, the last time so: no progress for 301 s in pid 7 on a" in retry.given_up(hung)
     assert retry.given_up(lost) == ""  # its traceback says more
     assert not tried(WorkerGroupError("failed", {0: UserError("a mistake of the user's")}), saved=120)
+
+
+def test_workers_that_died_because_a_shard_shrank_are_explained(patterns: Path, tmp_path: Path) -> None:
+    """The kernel kills who reads behind the end of a mapped file, so the driver looks: of the shards that this machine has."""
+    from ray.exceptions import RayActorError
+    from ray.train import WorkerGroupError
+
+    failure = WorkerGroupError("failed", {0: RuntimeError("connection closed by peer"), 1: RayActorError()})
+    generic = "workers failed more often in a row than --max-failures allows"
+    out = tmp_path / "shards"
+    shutil.copytree(patterns, out)
+    (out / "test-00000.beton").unlink()  # of a group that other machines read
+    for data in ("", str(out), str(tmp_path / "nowhere"), "s3://photos/not/fetched"):
+        assert retry.given_up(failure, data).startswith(generic)
+    os.truncate(out / "train-00000.beton", 5000)
+    sentence = f"workers died as shard train-00000.beton of {out} has 5,000 bytes, the manifest says "
+    assert retry.given_up(failure, str(out)).startswith(sentence)

@@ -259,6 +259,29 @@ def test_two_prepares_do_not_write_to_one_directory(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "out").examples("train") == 72
 
 
+def test_links_in_a_shared_folder_are_not_written_through(tmp_path: Path) -> None:
+    """Somebody made the folder before us, with links of the names that `prepare` will use."""
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("precious")
+    out.mkdir()
+    (out / ".writing-lock").symlink_to(victim)
+    with pytest.raises(OSError, match=r"\.writing-lock"):
+        prepare(mixed(False), out)
+    (out / ".writing-lock").unlink()
+    links = (".writing-train-00000.beton", ".writing-test-00000.beton")
+    for name in links:
+        (out / name).symlink_to(victim)
+
+    def late(count: int) -> None:
+        for name in ("names-train.txt", "names-test.txt", "duplicates.csv"):
+            if not (out / name).is_symlink():
+                (out / name).symlink_to(victim)
+
+    shards.prepare(mixed(), out, shards.Options(max_skipped_pct=5), 2, late)
+    assert victim.read_text() == "precious" and not any(found.wrong for found in verify(out))
+    assert not [path for path in out.iterdir() if path.is_symlink()]
+
+
 def test_copies_are_listed(tmp_path: Path) -> None:
     prepare(mixed(False), tmp_path / "out")
     with (tmp_path / "out/duplicates.csv").open(newline="") as file:

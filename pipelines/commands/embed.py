@@ -39,8 +39,8 @@ class Args:
     it a sample of these images decides."""
     bands: tuple[int, int, int] | None = None
     """Which bands are red, green and blue, as for `prepare`."""
-    max_pixels: int = 2 * MOST_PIXELS
-    """A picture with more pixels is left out."""
+    max_pixels: int = MOST_PIXELS
+    """A picture with more pixels is left out, as `prepare` does; a JPEG may have twice as many."""
 
 
 class Junk(UserError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +99,7 @@ def main(args: Args) -> None:
 def _open(args: Args) -> _Images:
     paths = args.images
     if len(paths) == 1 and paths[0].suffix == ".npy":
-        return _array(paths[0])
+        return _array(paths[0], args.max_pixels)
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -118,17 +117,22 @@ def _open(args: Args) -> _Images:
     return _Images([str(f) for f in found], lambda i: _read(found[i], rule), frozenset(map(str, paths)))
 
 
-def _array(path: Path) -> _Images:
+def _array(path: Path, most: int) -> _Images:
     if not path.is_file():
         raise UserError(f"no file {path}; expected images")
     try:
         array = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:  # errors of the file: nothing here computes
+    except Exception as error:  # NumPy raises nearly anything for a damaged header; nothing here computes
         raise UserError(f"{path} is no .npy file that can be read ({error}); expected uint8 (n, H, W, 3)") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an .npz file; expected an .npy file of uint8 (n, H, W, 3)")
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not len(array):
         raise UserError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (n, H, W, 3)")
+    if array.shape[1] * array.shape[2] > most:
+        raise UserError(
+            f"{path} holds images of {array.shape[2]:,} × {array.shape[1]:,} pixels, which would fill the memory; "
+            f"--max-pixels {array.shape[1] * array.shape[2]} reads them"
+        )
     return _Images([str(i) for i in range(len(array))], lambda i: np.asarray(array[i]))
 
 

@@ -62,6 +62,13 @@ def opened(data: bytes | Path) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=["HEIF"])
 
 
+def name_formats_for_libraries() -> None:
+    """Have every `Image.open` of this process, also those in other libraries, try FORMATS alone: torchvision's datasets open files
+    themselves, and name no formats. `Image.ID` is the list of what is tried; `init` fills it once."""
+    Image.init()
+    Image.ID[:] = [name for name in Image.ID if name in (*FORMATS, "HEIF")]
+
+
 def upright(image: Image.Image) -> Image.Image:
     """EXIF rotation applied, and decoded. Returns the same object if it was upright. Raises Unreadable if Pillow cannot decode it."""
     with reading():

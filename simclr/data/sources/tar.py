@@ -114,6 +114,8 @@ class _Members:
     junk: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     count: int = 0
+    hollow: int = 0
+    """Bytes of files with holes."""
 
 
 class _Stream:
@@ -150,13 +152,13 @@ class _Stream:
             self.require_sound(0)
         return at
 
-    def require_sound(self, members: int) -> None:
+    def require_sound(self, members: int, holes: int = 0) -> None:
         """Raise UserError if far more was unpacked than pictures would give, or more members than the archive has bytes for."""
-        taken, given = self.file.tell(), self.unpacked.tell()
+        taken, given = self.file.tell(), self.unpacked.tell() + holes
         if given > _BOMB_BYTES + _BOMB_RATIO * taken or members > _MANY + taken // _LEAST_EACH_BYTES:
             raise UserError(
-                f"{self.spec} unpacks to more than {given >> 20:,} MiB and {members:,} files from {taken / 2**20:,.1f} MiB, which no "
-                "pictures do; if it is sound, unpack it, and give the folder"
+                f"{self.spec} unpacks to {given >> 20:,} MiB or more{f' and {members:,} files' if members else ''} from "
+                f"{taken / 2**20:,.1f} MiB, which no pictures do; if it is sound, unpack it, and give the folder"
             )
 
 
@@ -317,8 +319,10 @@ def _scan(stream: _Stream, found: _Members, prefix: str, depth: int, end: int | 
         if end is not None and after > end:
             raise OSError("unexpected end of data")
         found.count += 1
-        if packed:
-            stream.require_sound(found.count)
+        if member.issparse():
+            found.hollow += member.size
+        if packed or found.hollow:
+            stream.require_sound(found.count, found.hollow)
         if too_long(path):
             found.ignored["name too long"] += 1
             continue

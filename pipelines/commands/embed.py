@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say
 from simclr import files
+from simclr.data.arrays import require_plain_headers
 from simclr.data.depth import Rule
 from simclr.data.pixels import MOST_PIXELS
 from simclr.data.sources.folder import in_order, walk
@@ -121,6 +122,7 @@ def _array(path: Path, most: int) -> _Images:
     if not path.is_file():
         raise UserError(f"no file {path}; expected images")
     try:
+        require_plain_headers(path)
         array = np.load(path, mmap_mode="r")
     except Exception as error:  # NumPy raises nearly anything for a damaged header; nothing here computes
         raise UserError(f"{path} is no .npy file that can be read ({error}); expected uint8 (n, H, W, 3)") from None

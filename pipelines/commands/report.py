@@ -17,6 +17,7 @@ from pipelines.html.page import FeatureMap, Neighbours, ReportData, Score
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
 from simclr import fields
+from simclr.data.arrays import require_plain_headers
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 
@@ -121,6 +122,7 @@ def _pictures(path: Path) -> tuple[np.ndarray, Neighbours, FeatureMap]:
     }
     if path.is_file():
         try:
+            require_plain_headers(path)
             with np.load(path) as file:
                 found = {name: file[name] for name in empty}
         except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:  # errors of the file: nothing here computes

@@ -39,9 +39,14 @@ def use(path: Path) -> None:
         images.read(len(images.names) - 1)
         return
     out = Path(tempfile.mkdtemp(dir=path.parent)) / "out"
-    args = prepare.Args(
-        source=str(path), out=out, reading=Reading(), options=Options(max_skipped_pct=100, shard_mib=8), threads=2, dry_run=False
-    )
+    source, options = path, Options(max_skipped_pct=100, shard_mib=8)
+    if path.suffix == ".arrow":  # is read where it lies in a folder
+        source = out.with_name("tables")
+        source.mkdir()
+        (source / path.name).hardlink_to(path)
+    if path.suffix == ".beton":  # is linked as it is
+        options = Options()
+    args = prepare.Args(source=str(source), out=out, reading=Reading(), options=options, threads=2, dry_run=False)
     try:
         with contextlib.suppress(UserError):  # what a forecast refuses, `prepare` must refuse as well
             prepare.dry_run(args)
@@ -243,7 +248,7 @@ def _rows_of_nothing(count: int) -> bytes:
 
 
 def _large_value() -> pyarrow.Table:
-    return pyarrow.table({"image": [*_pictures().values(), bytes(1900 << 20)]})
+    return pyarrow.table({"image": [*_pictures().values(), bytes(600 << 20)]})
 
 
 def _dictionary(values: list[bytes], times: int, column: str = "image") -> bytes:
@@ -251,32 +256,30 @@ def _dictionary(values: list[bytes], times: int, column: str = "image") -> bytes
     some = list(_pictures().values())
     indices = pyarrow.array(np.resize(np.arange(len(values), dtype=np.int32), times))
     kind = pyarrow.binary() if column == "image" else pyarrow.string()
-    large = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(values, kind)).cast(kind) if times < 64 else None
-    if large is None:
-        large = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(values, kind))
-    other = {} if column == "image" else {"image": pyarrow.array(np.resize(np.array(some, object), times).tolist(), pyarrow.binary())}
-    return _parquet(pyarrow.table({column: large, **other}), compression="zstd", dictionary_pagesize_limit=1 << 30, row_group_size=1 << 24)
+    large = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(values, kind))
+    other = {} if column == "image" else {"image": pyarrow.array([some[i % len(some)] for i in range(times)], pyarrow.binary())}
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
+    return _parquet(pyarrow.table({column: large, **other}), **options)
 
 
 def _shard_of(jpeg: bytes, height: int, width: int) -> bytes:
-    """A shard whose first image is another JPEG, in the place of the first."""
+    """A shard whose first image is another JPEG, behind the others."""
     from ffcv.types import ALLOC_TABLE_TYPE
 
-    data = bytearray(_beton())
     from simclr.data.ffcv import writer
 
-    header = np.frombuffer(data[: writer.HeaderType.itemsize], writer.HeaderType)[0]
-    count, table_at = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    data = bytearray(_beton())
+    header = np.frombuffer(data[: writer.HeaderType.itemsize], writer.HeaderType).copy()
+    count, at = int(header["num_samples"][0]), int(header["alloc_table_ptr"][0])
     rows = np.frombuffer(data, writer.METADATA, count, writer._METADATA_AT).copy()
-    table = np.frombuffer(data, ALLOC_TABLE_TYPE, count, table_at).copy()
-    at = len(data)
-    data += jpeg + bytes(-len(jpeg) % 4096)
+    table = np.frombuffer(data, ALLOC_TABLE_TYPE, count, at).copy()
     image = rows[rows.dtype.names[0]]
     image["data_ptr"][0], image["height"][0], image["width"][0], image["mode"][0] = at, height, width, 0
     table["ptr"][0], table["size"][0] = at, len(jpeg)
+    header["alloc_table_ptr"] = at + len(jpeg)
+    data[: header.nbytes] = header.tobytes()
     data[writer._METADATA_AT : writer._METADATA_AT + rows.nbytes] = rows.tobytes()
-    data[table_at : table_at + table.nbytes] = table.tobytes()
-    return bytes(data)
+    return bytes(data[:at]) + jpeg + table.tobytes()
 
 
 def _npy(shape: str, kind: str = "|u1", content: bytes = b"") -> bytes:
@@ -359,9 +362,9 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "dictionary-labels": (".parquet", lambda: _dictionary(["a" * (10 << 20), "b" * (10 << 20)], 5_000, "label")),
     "value": (
         ".parquet",
-        lambda: _parquet({"image": [*_pictures().values(), bytes(1900 << 20)]}, compression="zstd", use_dictionary=False),
+        lambda: _parquet({"image": [*_pictures().values(), bytes(600 << 20)]}, compression="zstd", use_dictionary=False),
     ),
-    "packed-batch": (".arrow", lambda: _arrow(pyarrow.table({"image": [*_pictures().values(), bytes(1900 << 20)]}), True, "zstd")),
+    "packed-batch": (".arrow", lambda: _arrow(pyarrow.table({"image": [*_pictures().values(), bytes(600 << 20)]}), True, "zstd")),
     "declared": (".beton", lambda: _shard_of(_pictures()["train/a/0.jpg"], 65_535, 65_535)),
     "scans": (".beton", lambda: _shard_of(scans(700), 4096, 4096)),
     "declared-npy": (".npy", lambda: _npy("(40000000000, 1, 1, 3)")),

@@ -20,7 +20,8 @@ from simclr.data.sources.splits import KINDS, Kind, split_depth, split_of
 from simclr.errors import UserError
 
 _EXAMPLES = 5
-_MOST_LINES, _MOST_READ_BYTES = 4_000_000, 512 << 20  # each line takes some 200 bytes, and a second reads 20 MB
+_MOST_LINES, _MOST_CELLS = 4_000_000, 10_000_000  # each takes some 150 bytes of memory
+_MOST_READ_BYTES = 512 << 20  # of all texts, some of which are read more than once
 
 
 def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
@@ -76,7 +77,7 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
 
 
 def _modest(texts: Mapping[str, Callable[[], bytes]], notes: list[str]) -> dict[str, Callable[[], bytes]]:
-    """`texts`, of which those with too many lines, and all behind the first bytes of them together, are empty; a note says so."""
+    """`texts`, of which those with too many lines or cells, and all behind the first bytes of them together, are empty; a note says so."""
     spent = 0
 
     def read(path: str) -> bytes:
@@ -86,10 +87,10 @@ def _modest(texts: Mapping[str, Callable[[], bytes]], notes: list[str]) -> dict[
         else:
             data = texts[path]()
             spent += len(data)
-            lines = data.count(b"\n") + data.count(b"\r")
-            if lines <= _MOST_LINES:
+            lines, cells = sum(map(data.count, (b"\n", b"\r"))), sum(map(data.count, (b",", b";", b"\t")))
+            if lines <= _MOST_LINES and cells <= _MOST_CELLS:
                 return data
-            why = f"it has {lines:,} lines"
+            why = f"it has {lines:,} lines and {cells:,} cells"
         note = f"{path} was not looked at for classes, because {why}; --labels FILE takes it"
         if note not in notes:
             notes.append(note)

@@ -358,7 +358,8 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "devkit": (".tar", lambda: _devkit(_mat(4 * _GB))),
     "sample-class": (".tar", lambda: _tar({f"{i}.{e}": d for i in range(4) for e, d in (("jpg", b"a"), ("json", b"[" * (1 << 20)))})),
     "rows-of-nothing": (".parquet", lambda: _rows_of_nothing(50_000_000)),
-    "dictionary": (".parquet", lambda: _dictionary([bytes(100 << 20)], 5_000)),
+    "dictionary": (".parquet", lambda: _dictionary([_pictures()["train/a/0.jpg"] + bytes(60 << 20)], 5_000)),
+    "dictionary-most": (".parquet", lambda: _dictionary([_pictures()["train/a/0.jpg"] + bytes(400 << 20)], 5_000)),
     "dictionary-labels": (".parquet", lambda: _dictionary(["a" * (10 << 20), "b" * (10 << 20)], 5_000, "label")),
     "value": (
         ".parquet",

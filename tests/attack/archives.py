@@ -248,7 +248,7 @@ def _rows_of_nothing(count: int) -> bytes:
 
 
 def _large_value() -> pyarrow.Table:
-    return pyarrow.table({"image": [*_pictures().values(), bytes(600 << 20)]})
+    return pyarrow.table({"image": [*_pictures().values(), bytes(300 << 20)]})
 
 
 def _dictionary(values: list[bytes], times: int, column: str = "image") -> bytes:
@@ -359,13 +359,13 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "sample-class": (".tar", lambda: _tar({f"{i}.{e}": d for i in range(4) for e, d in (("jpg", b"a"), ("json", b"[" * (1 << 20)))})),
     "rows-of-nothing": (".parquet", lambda: _rows_of_nothing(50_000_000)),
     "dictionary": (".parquet", lambda: _dictionary([_pictures()["train/a/0.jpg"] + bytes(60 << 20)], 5_000)),
-    "dictionary-most": (".parquet", lambda: _dictionary([_pictures()["train/a/0.jpg"] + bytes(400 << 20)], 5_000)),
+    "dictionary-most": (".parquet", lambda: _dictionary([_pictures()["train/a/0.jpg"] + bytes(280 << 20)], 5_000)),
     "dictionary-labels": (".parquet", lambda: _dictionary(["a" * (10 << 20), "b" * (10 << 20)], 5_000, "label")),
     "value": (
         ".parquet",
         lambda: _parquet({"image": [*_pictures().values(), bytes(600 << 20)]}, compression="zstd", use_dictionary=False),
     ),
-    "packed-batch": (".arrow", lambda: _arrow(pyarrow.table({"image": [*_pictures().values(), bytes(600 << 20)]}), True, "zstd")),
+    "packed-batch": (".arrow", lambda: _arrow(pyarrow.table({"image": [*_pictures().values(), bytes(300 << 20)]}), True, "zstd")),
     "declared": (".beton", lambda: _shard_of(_pictures()["train/a/0.jpg"], 65_535, 65_535)),
     "scans": (".beton", lambda: _shard_of(scans(700), 4096, 4096)),
     "declared-npy": (".npy", lambda: _npy("(40000000000, 1, 1, 3)")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say, show
 from simclr import files
+from simclr.data.arrays import require_plain_headers
 from simclr.data.depth import Rule
 from simclr.data.pixels import MOST_PIXELS
 from simclr.data.sources.folder import in_order, walk
@@ -39,8 +39,8 @@ class Args:
     it a sample of these images decides."""
     bands: tuple[int, int, int] | None = None
     """Which bands are red, green and blue, as for `prepare`."""
-    max_pixels: int = 2 * MOST_PIXELS
-    """A picture with more pixels is left out."""
+    max_pixels: int = MOST_PIXELS
+    """A picture with more pixels is left out, as `prepare` does; a JPEG may have twice as many."""
 
 
 class Junk(UserError):
@@ -100,7 +100,7 @@ def main(args: Args) -> None:
 def _open(args: Args) -> _Images:
     paths = args.images
     if len(paths) == 1 and paths[0].suffix == ".npy":
-        return _array(paths[0])
+        return _array(paths[0], args.max_pixels)
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -118,17 +118,23 @@ def _open(args: Args) -> _Images:
     return _Images([str(f) for f in found], lambda i: _read(found[i], rule), frozenset(map(str, paths)))
 
 
-def _array(path: Path) -> _Images:
+def _array(path: Path, most: int) -> _Images:
     if not path.is_file():
         raise UserError(f"no file {path}; expected images")
     try:
+        require_plain_headers(path)
         array = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:  # errors of the file: nothing here computes
+    except Exception as error:  # NumPy raises nearly anything for a damaged header; nothing here computes
         raise UserError(f"{path} is no .npy file that can be read ({error}); expected uint8 (n, H, W, 3)") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an .npz file; expected an .npy file of uint8 (n, H, W, 3)")
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not len(array):
         raise UserError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (n, H, W, 3)")
+    if array.shape[1] * array.shape[2] > most:
+        raise UserError(
+            f"{path} holds images of {array.shape[2]:,} × {array.shape[1]:,} pixels, which would fill the memory; "
+            f"--max-pixels {array.shape[1] * array.shape[2]} reads them"
+        )
     return _Images([str(i) for i in range(len(array))], lambda i: np.asarray(array[i]))
 
 

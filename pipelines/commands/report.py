@@ -18,6 +18,7 @@ from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import show
 from simclr import fields
+from simclr.data.arrays import require_plain_headers
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 
@@ -129,6 +130,7 @@ def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, Feature
             with zipfile.ZipFile(path) as archive:
                 if (size := sum(entry.file_size for entry in archive.infolist())) > _MOST_BYTES:
                     raise ValueError(f"it would unpack to {size / 2**20:,.0f} MiB")
+            require_plain_headers(path)
             with np.load(path) as file:
                 found = {name: file[name] for name in found}
             _require_pictures(found, classes)

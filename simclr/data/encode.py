@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,8 @@ from PIL import ExifTags, Image
 
 from simclr.data.depth import Rule, Values
 from simclr.data.ffcv.decode import decode
-from simclr.data.pixels import Unreadable, reading, within
+from simclr.data.limits import ROOM, affordable
+from simclr.data.pixels import Unreadable, reading
 from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, opened_file, pillow_image
 from simclr.data.sources.source import Data, Item
 
@@ -67,21 +68,21 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
     rule, digest = rule or Rule(), 0
     try:
         if isinstance(item.data, np.ndarray):
-            digest, found = _digest(item.data.tobytes()), Rgb(Image.fromarray(item.data))
+            digest, found = _digest(item.data.tobytes()), _reduced(Rgb(Image.fromarray(item.data)), max_side_px)
         else:
             data = file_bytes(item.data, rule)
             digest = _digest(data)
             opened = pillow_image(data)
+            if opened is not None:
+                affordable(opened, data, rule.max_pixels)
             # The loader's decoder gives three channels in their own order.
             as_is = _decoded_as_stored(opened, data, max_side_px) if kind == "jpeg" and opened and rule.bands in (None, (1, 2, 3)) else None
             if as_is is not None:
                 return Encoded(item, data, True, as_is.shape[0], as_is.shape[1], _moments(as_is), digest)
-            _prepare(opened, max_side_px, rule)
-            found = as_rgb(data, opened, rule)
+            with ROOM.for_pixels(_drafted(opened, max_side_px)):
+                found = _reduced(as_rgb(data, opened, rule), max_side_px)
         image = found.image
-        width, height = _fitted(image.width, image.height, max_side_px)
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BOX)
+        width, height = image.size
         pixels = np.asarray(image)
         if kind == "raw":
             stored = pixels.tobytes()
@@ -106,7 +107,11 @@ def decoded(path: Path, rule: Rule) -> NDArray[np.uint8]:
         as_is = _decoded_as_stored(image, data, max(image.size))
         if as_is is not None:
             return as_is
-    return np.asarray(as_rgb(data, image, rule).image)
+    if image is not None and image.width * image.height > rule.max_pixels:  # a JPEG, which is decoded at half its size
+        with reading():
+            image.draft(None, (image.width // 2, image.height // 2))
+    with ROOM.for_pixels(image.width * image.height if image is not None else 0):
+        return np.asarray(as_rgb(data, image, rule).image)
 
 
 def look(item: Item, max_side_px: int, rule: Rule) -> Looked:
@@ -117,8 +122,10 @@ def look(item: Item, max_side_px: int, rule: Rule) -> Looked:
         else:
             data = file_bytes(item.data, rule)
             opened = pillow_image(data)
-            _prepare(opened, max_side_px, rule)
-            height, width, values = measured(data, opened, rule)
+            if opened is not None:
+                affordable(opened, data, rule.max_pixels)
+            with ROOM.for_pixels(_drafted(opened, max_side_px)):
+                height, width, values = measured(data, opened, rule)
     except Unreadable as error:
         return Looked(skipped=str(error))
     width, height = _fitted(width, height, max_side_px)
@@ -133,12 +140,19 @@ def digest_of(data: Data, rule: Rule) -> int:
         return 0
 
 
-def _prepare(opened: Image.Image | None, max_side_px: int, rule: Rule) -> None:
-    """Hold a picture to the limit of its pixels. A far larger JPEG is decoded at a smaller scale, so that it may have twice as many."""
-    if opened is not None:
-        within(opened.width, opened.height, rule.max_pixels * (2 if opened.format in ("JPEG", "MPO") else 1))
-        with reading():
-            opened.draft(None, (max_side_px, max_side_px))
+def _drafted(opened: Image.Image | None, max_side_px: int) -> int:
+    """Have a far larger JPEG decoded at a smaller scale. Returns the pixels that are in memory at once while it is decoded."""
+    if opened is None:
+        return 0
+    whole = opened.width * opened.height
+    with reading():
+        opened.draft(None, (max_side_px, max_side_px))
+    return whole if opened.info.get("progressive") else opened.width * opened.height
+
+
+def _reduced(found: Rgb, max_side_px: int) -> Rgb:
+    size = _fitted(found.image.width, found.image.height, max_side_px)
+    return found if size == found.image.size else replace(found, image=found.image.resize(size, Image.Resampling.BOX))
 
 
 def _fitted(width: int, height: int, max_side_px: int) -> tuple[int, int]:

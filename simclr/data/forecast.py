@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from simclr.data.depth import Rule
 from simclr.data.encode import encode
 from simclr.data.options import Options
 from simclr.data.pixels import Unreadable, opened
+from simclr.data.raster import file_bytes
 from simclr.data.sources.source import Item, Source
 from simclr.data.survey import Choice, survey
 
@@ -94,7 +96,7 @@ def forecast(source: Source, options: Options, threads: int) -> Forecast:
             skipped.append((item.name, found.skipped))
             formats["not readable"] += 1
             continue
-        formats[_format(item)] += 1
+        formats[_format(item, rule)] += 1
         heights.append(found.height)
         widths.append(found.width)
         sizes.append(len(found.stored))
@@ -112,11 +114,11 @@ def forecast(source: Source, options: Options, threads: int) -> Forecast:
     )
 
 
-def _format(item: Item) -> str:
+def _format(item: Item, rule: Rule) -> str:
     if isinstance(item.data, np.ndarray):
         return "pixels"
     try:
-        image = opened(item.data.read_bytes() if isinstance(item.data, Path) else item.data)
+        image = opened(file_bytes(item.data, rule))
     except Unreadable:
         return "TIFF of many bands or bits"
     return f"{image.format}{'' if image.mode == 'RGB' else f' ({image.mode})'}"

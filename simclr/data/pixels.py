@@ -20,8 +20,9 @@ MOST_PIXELS = 89_478_485
 """256 MiB of RGB in each thread."""
 # Pillow's warnings (corrupt EXIF data) do not name the file, so a user cannot act on them.
 warnings.filterwarnings("ignore", module="PIL")
-Image.MAX_IMAGE_PIXELS = None  # `within` has the limit, which a flag moves; Pillow's own is fixed and stops at twice as many
+Image.MAX_IMAGE_PIXELS = None  # `limits` has it, and a flag moves it; Pillow's own is fixed and stops at twice as many
 _ORIENTATION = 0x0112
+_STRIP_PIXELS = 4 << 20
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _EXTRA = "pip install '.[images]'"
 
@@ -61,10 +62,11 @@ def opened(data: bytes | Path) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=["HEIF"])
 
 
-def within(width: int, height: int, most: int) -> None:
-    """Raise Unreadable if a picture has more than `most` pixels."""
-    if width * height > most:
-        raise Unreadable(f"its {width:,} × {height:,} pixels would fill the memory; --max-pixels {width * height} reads it")
+def name_formats_for_libraries() -> None:
+    """Have every `Image.open` of this process, also those in other libraries, try FORMATS alone: torchvision's datasets open files
+    themselves, and name no formats. `Image.ID` is the list of what is tried; `init` fills it once."""
+    Image.init()
+    Image.ID[:] = [name for name in Image.ID if name in (*FORMATS, "HEIF")]
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -86,10 +88,18 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         return image
     with reading():  # the palette or the transparency may be invalid
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, image).convert("RGB")
+            return _over_white(image)
         return image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Some rows at a time: as a whole, the picture would be in memory four times."""
+    whole, rows = Image.new("RGB", image.size), max(_STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", part.size, (255, 255, 255, 255))
+        whole.paste(Image.alpha_composite(white, part).convert("RGB"), (0, top))
+    return whole
 
 
 _RAW = "raw files of a camera; export them as JPEG or PNG"

@@ -7,7 +7,10 @@ import contextlib
 import importlib.util
 import io
 import logging
+import lzma
+import math
 import stat
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from simclr.data.depth import Rule, Values, decided, kind_of, scaled, values_of
-from simclr.data.pixels import Unreadable, opened, reading, upright, upright_rgb, within
+from simclr.data.limits import BYTES_PER_PIXEL, ROOM, affordable, within, within_bytes
+from simclr.data.pixels import Unreadable, opened, reading, upright, upright_rgb
+from simclr.data.sources.source import Unread
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,8 +31,11 @@ _PNG_COLOURS = (2, 4, 6)  # colour types RGB, grey with alpha, RGBA
 _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA, _FORMAT = 258, 262, 274, 277, 338, 339
 _COLOURS = {0: 1, 1: 1, 2: 3}  # TIFF's photometric interpretations: white is zero, black is zero, RGB; others are left to Pillow
 _ALPHA = (1, 2)
-_BYTES_PER_PIXEL = 6  # of the largest file that is read: RGB of 16 bits, uncompressed
 _SIDEWAYS = (5, 6, 7, 8)
+_STRIP_PIXELS = 1 << 20
+_ZLIB, _LZMA = (8, 32946, 50013), 34925  # TIFF's compressions that tifffile unpacks with Python's own libraries, without a limit
+_RATIO = {**dict.fromkeys(_ZLIB, 1032), _LZMA: 10_000}  # the most that a byte unpacks to
+_INFLATED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +62,17 @@ class Rgb:
     """The largest integer before it was rescaled."""
 
 
-def file_bytes(data: bytes | Path, rule: Rule) -> bytes:
+def file_bytes(data: bytes | Path | Unread, rule: Rule) -> bytes:
     """The content of a picture's file. Raises Unreadable for an empty one, for what is no regular file, and, before it is read, for one
     larger than a picture within the rule's limit is."""
+    if isinstance(data, Unread):
+        raise Unreadable(data.reason)
     if isinstance(data, Path):
         try:
             status = data.stat()
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
                 raise Unreadable("it is no regular file")
-            if status.st_size > _BYTES_PER_PIXEL * rule.max_pixels:
-                pixels = -(-status.st_size // _BYTES_PER_PIXEL)
-                raise Unreadable(f"its {status.st_size / 2**20:,.0f} MiB would fill the memory; --max-pixels {pixels} reads it")
+            within_bytes(status.st_size, rule.max_pixels)
             data = data.read_bytes()
         except OSError as error:  # a broken link, a file that may not be read
             raise Unreadable(f"the file cannot be read: {error.strerror}") from None
@@ -125,14 +133,26 @@ def as_rgb(data: bytes, image: Image.Image | None, rule: Rule) -> Rgb:
     values, alpha = _colours(raster, rule)
     grey = values.shape[2] == 1
     found = None if kind_of(values) == "" else scaled(values, rule)
-    pixels = found.pixels if found else values.astype(np.uint8) * (255 if values.dtype == np.bool_ else 1)
+    pixels = found.pixels if found else values.astype(np.uint8) * 255 if values.dtype == np.bool_ else values
     if alpha is not None:
-        opaque = alpha / (np.iinfo(alpha.dtype).max if alpha.dtype.kind in "ui" else 1)
-        pixels = np.rint(np.clip(255 + (pixels.astype(np.float64) - 255) * opaque, 0, 255)).astype(np.uint8)
+        pixels = _over_white(pixels, alpha)
     image = Image.fromarray(np.ascontiguousarray(np.repeat(pixels, 3, 2) if grey else pixels))
     if found is None:
         return Rgb(image, grey)
     return Rgb(image, grey, True, found.clipped, found.high if kind_of(values) == "integers" else 0.0)
+
+
+def _over_white(pixels: NDArray[np.uint8], alpha: NDArray[Any]) -> NDArray[np.uint8]:
+    """(H, W, bands) by the transparency (H, W, 1). Some rows at a time, in doubles."""
+    shades, rows = np.empty(pixels.shape, np.uint8), max(_STRIP_PIXELS // pixels.shape[1], 1)
+    most = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "ui" else 1
+    for at in range(0, len(pixels), rows):
+        part, clear = pixels[at : at + rows], alpha[at : at + rows]
+        if clear.min() == most:
+            shades[at : at + rows] = part
+        else:
+            shades[at : at + rows] = np.rint(np.clip(255 + (part.astype(np.float64) - 255) * (clear / most), 0, 255))
+    return shades
 
 
 def measured(data: bytes, image: Image.Image | None, rule: Rule) -> tuple[int, int, Values | None]:
@@ -163,7 +183,7 @@ def opened_file(path: Path, rule: Rule) -> tuple[bytes, Image.Image | None]:
     data = file_bytes(path, rule)
     image = pillow_image(data)
     if image is not None:
-        within(image.width, image.height, rule.max_pixels)
+        affordable(image, data, rule.max_pixels)
     return data, image
 
 
@@ -194,13 +214,18 @@ def _tiff(data: bytes, rule: Rule) -> Raster:
         tag = page.tags.get(_ORIENTATION)
         turn = int(tag.value) if tag else 1
         inverted = int(page.photometric) == 0
-        ends = [at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True) if count]
+        stored = [(int(at), int(count)) for at, count in zip(page.dataoffsets, page.databytecounts, strict=True) if count]
+        segment, size, packing = page.chunks, int(page.dtype.itemsize if page.dtype else 1), int(page.compression)
     if axes not in ("YX", "YXS", "SYX"):
         raise Unreadable(f"it is no plain picture (axes {axes}, shape {shape})")
-    if 0 in shape or not ends or max(ends) > len(data):  # tifffile gives zeros for what is missing
+    if 0 in shape or not stored or max(at + count for at, count in stored) > len(data):  # tifffile gives zeros for what is missing
         raise Unreadable("it ends early or holds no pixels")
     within(shape[axes.index("X")], shape[axes.index("Y")], rule.max_pixels)
-    with reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
+    within_bytes(max(math.prod(shape), math.prod(segment)) * size, rule.max_pixels)
+    if packing in _RATIO:
+        for at, count in stored:
+            _inflates(data[at : at + count], packing, math.prod(segment) * size)
+    with ROOM.for_pixels(math.prod(shape) * size // BYTES_PER_PIXEL), reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
         values = file.pages.first.asarray()
     if values.shape != shape:
         raise Unreadable(f"its pixels have the shape {values.shape}, its header says {shape}")
@@ -210,6 +235,18 @@ def _tiff(data: bytes, rule: Rule) -> Raster:
         raise Unreadable("white is its zero; save it with black as zero")
     values = values[..., None] if axes == "YX" else np.moveaxis(values, 0, -1) if axes == "SYX" else values
     return Raster(_turned(values, turn), alpha)
+
+
+def _inflates(stored: bytes, packing: int, size: int) -> None:
+    """Raise Unreadable for a strip or tile that unpacks to more than its `size` bytes: tifffile would unpack all of it. Only where it
+    could fill the memory."""
+    if len(stored) * _RATIO[packing] < _INFLATED_BYTES:
+        return
+    unpacker: Any = zlib.decompressobj() if packing in _ZLIB else lzma.LZMADecompressor()
+    with reading():
+        got = len(unpacker.decompress(stored, size + 1))
+    if got > size:
+        raise Unreadable(f"a piece of it unpacks to more than the {size:,} bytes that it should hold")
 
 
 def _png(data: bytes, image: Image.Image) -> Raster:

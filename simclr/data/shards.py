@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import math
 import shutil
@@ -33,7 +32,7 @@ from simclr.data.ffcv.writer import Note, SplitWriter
 from simclr.data.manifest import LISTS, Manifest, Shard, write_manifest, write_names
 from simclr.data.options import Kind, Options, stated
 from simclr.data.sources.reading import counted, essence
-from simclr.data.sources.source import Item, Source
+from simclr.data.sources.source import Item, Source, bundles
 from simclr.data.survey import Choice, Unusable, saved, sizes_differ, survey
 from simclr.errors import UserError
 
@@ -41,6 +40,7 @@ __all__ = ["Identity", "Kind", "Options", "agreed", "existing", "prepare"]
 
 _LOCK = ".writing-lock"
 _CHOICE = ".writing-choice.json"
+_AHEAD_BYTES = 256 << 20  # of encoded files in memory
 _ENOUGH = 1000  # images, from which on the share of unreadable ones counts before the end
 
 
@@ -322,13 +322,15 @@ def _in_order(
     pool: ThreadPoolExecutor, items: Iterator[Item], kind: Literal["raw", "jpeg"], options: Options, rule: Rule, ahead: int
 ) -> Iterator[Encoded]:
     """Encoded images in the order of the source, whichever thread is done first, at most `ahead` chunks in memory."""
-    pending: deque[Future[list[Encoded]]] = deque()
-    size, how = 64 if kind == "raw" else 4, (kind, options.max_side_px, options.jpeg_quality, rule)
-    while True:
-        chunk = list(itertools.islice(items, size))
-        if chunk:
-            pending.append(pool.submit(lambda rows: [encode(row, *how) for row in rows], chunk))
-        if pending and (not chunk or len(pending) >= ahead):
-            yield from pending.popleft().result()
-        if not chunk and not pending:
-            return
+    pending: deque[tuple[Future[list[Encoded]], int]] = deque()
+    how, in_memory = (kind, options.max_side_px, options.jpeg_quality, rule), 0
+    for chunk in bundles(items, 64 if kind == "raw" else 4, _AHEAD_BYTES):
+        size = sum(len(row.data) for row in chunk if isinstance(row.data, bytes))
+        while pending and (len(pending) >= ahead or in_memory + size > _AHEAD_BYTES):
+            done, taken = pending.popleft()
+            yield from done.result()
+            in_memory -= taken
+        pending.append((pool.submit(lambda rows: [encode(row, *how) for row in rows], chunk), size))
+        in_memory += size
+    for done, _ in pending:
+        yield from done.result()

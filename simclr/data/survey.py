@@ -14,13 +14,13 @@ from simclr import fields, files
 from simclr.data.depth import Rule, decided
 from simclr.data.encode import Looked, look
 from simclr.data.options import Options
-from simclr.data.sources.source import Item, Source
+from simclr.data.sources.source import Item, Source, bundles
 from simclr.errors import UserError
 
 SAMPLE = 256
 """Images, evenly spaced over the source where it can be read so."""
 _RAW_SIDE_PX = 64
-_AHEAD = 16  # images of the sample in memory
+_AHEAD, _AHEAD_BYTES = 16, 128 << 20  # images of the sample in memory
 
 
 class Unusable(UserError):
@@ -91,5 +91,5 @@ def _sample(source: Source) -> Iterator[Item]:
 
 
 def _looked(items: Iterator[Item], max_side_px: int, rule: Rule, pool: ThreadPoolExecutor) -> Iterator[tuple[Item, Looked]]:
-    while some := list(itertools.islice(items, _AHEAD)):
+    for some in bundles(items, _AHEAD, _AHEAD_BYTES):
         yield from zip(some, pool.map(lambda item: look(item, max_side_px, rule), some), strict=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from simclr import files
-from simclr.data.pixels import Unreadable, opened, reading
+from simclr.data.pixels import Unreadable, name_formats_for_libraries, opened, reading
 from simclr.errors import UserError
 
 Metric = Literal["top1", "mean_per_class", "map11"]
@@ -190,6 +190,7 @@ def open_task(name: str, root: Path, download: bool) -> dict[str, Rows] | None:
     """
     import torchvision.datasets as library
 
+    name_formats_for_libraries()
     task = TASKS[name]
     here = root / task.folder
     if not here.is_dir() and not (download and task.torchvision):

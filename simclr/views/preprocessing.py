@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from simclr.errors import UserError
 from simclr.to_device import to_device
 from simclr.views.draw import Ints, centre_boxes
 from simclr.views.ops import crop_resize, normalise
+
+_LARGE_PX = 5000  # side of a crop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +61,10 @@ class Preprocessing:
         if x.shape[2:] == (size, size):
             return x.float() / 255
         top, left, side, _ = self.boxes(np.array([x.shape[2:]]))[0].tolist()
-        return self.from_squares(x[:, :, top : top + side, left : left + side].float() / 255)
+        crop = x[:, :, top : top + side, left : left + side]
+        if side > _LARGE_PX:  # one colour at a time: as floats, all three of 90 million pixels are a gigabyte, twice
+            return torch.cat([self.from_squares(colour.float() / 255) for colour in crop.split(1, 1)], 1)
+        return self.from_squares(crop.float() / 255)
 
     def from_squares(self, x: Tensor) -> Tensor:
         """Crops (n, 3, side, side) in [0, 1] → (n, 3, size, size)."""

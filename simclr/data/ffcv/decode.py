@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -26,6 +27,11 @@ from ffcv.pipeline.state import State
 from numpy.typing import NDArray
 
 from simclr.data.ffcv.resize import resize_box
+from simclr.data.limits import MOST_SCANS, scans_in
+from simclr.data.pixels import MOST_PIXELS
+from simclr.errors import UserError
+
+_TOO_MANY_SCANS = -2  # a status beside the decoder's own
 
 
 def _generate_take(context: Any, counter: Any) -> Any:
@@ -41,8 +47,40 @@ def _generate_take(context: Any, counter: Any) -> Any:
 _take: Any = intrinsic(_generate_take)
 
 
+@numba.njit(nogil=True)
+def passes(stored: NDArray[np.uint8]) -> int:
+    """How often the decoder of a JPEG would pass over its pixels: `limits.scans_in`, but for what a picture holds behind its end, which
+    counts too, and never more than one more than is allowed. Only the headers are read of a JPEG that is neither progressive nor has a
+    scan for each colour."""
+    at, colours, several, end = 2, 0, False, len(stored) - 10
+    while at < end:
+        if stored[at] != 0xFF or stored[at + 1] == 0xFF or stored[at + 1] == 0:
+            at += 1
+            continue
+        kind = stored[at + 1]
+        if kind == 0xDA:
+            several = several or stored[at + 4] != colours
+            break
+        if kind == 0xD9:
+            return 1
+        at += 2
+        if kind == 0x01 or 0xD0 <= kind <= 0xD7:
+            continue
+        if 0xC0 <= kind <= 0xCF and kind != 0xC4 and kind != 0xC8 and kind != 0xCC:
+            several, colours = kind == 0xC2 or kind == 0xC6 or kind == 0xCA or kind == 0xCE, stored[at + 7]
+        at += int(stored[at]) << 8 | int(stored[at + 1])  # at least 2, or the decoder stops here
+    scans = 0
+    while several and at < len(stored) - 1 and scans <= MOST_SCANS:
+        scans += stored[at] == 0xFF and stored[at + 1] == 0xDA
+        at += 1
+    return scans if several else 1
+
+
 def decode(data: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
-    """Pixels (height, width, 3) of a JPEG of that size, as `Crops` decodes it; None where it is damaged."""
+    """Pixels (height, width, 3) of a JPEG of that size, as `Crops` decodes it; None where it is damaged, or has too many scans."""
+    # Not `passes`, whose compilation takes half a second; what lies behind the picture's end counts here, too.
+    if scans_in(data) > 1 and data.count(b"\xff\xda") > MOST_SCANS:
+        return None
     pixels = np.empty((height, width, 3), np.uint8)
     status = imdecode(np.frombuffer(data, np.uint8), pixels, height, width, height, width)
     return pixels if status == 0 else None
@@ -62,8 +100,11 @@ class Crops(Operation):  # type: ignore[misc]
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes of the largest decoded image."""
-        return int((self.metadata["height"].astype(np.int64) * self.metadata["width"]).max()) * 3
+        """Bytes of the largest decoded image. Raises UserError where each thread would need more than a picture may take."""
+        pixels = int((self.metadata["height"].astype(np.int64) * self.metadata["width"]).max())
+        if pixels > 2 * MOST_PIXELS:
+            raise UserError(f"an image of the shards has {pixels:,} pixels; expected at most {2 * MOST_PIXELS:,}; prepare the data again")
+        return 3 * pixels
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
         byte = np.dtype("u1")
@@ -88,6 +129,10 @@ class Crops(Operation):  # type: ignore[misc]
                     status[row] = 0
                     if field["mode"] == 0:
                         image = scratch[thread][: 3 * height * width].reshape(height, width, 3)
+                        if passes(stored) > MOST_SCANS:
+                            status[row] = _TOO_MANY_SCANS
+                            row = take(taken)
+                            continue
                         status[row] = decode_jpeg(stored, image, height, width, height, width, 0, 0, 1, 1, False, False)
                     else:
                         image = stored.reshape(height, width, 3)

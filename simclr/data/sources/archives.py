@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from simclr.data.sources.joined import joined
 from simclr.data.sources.members import Listing, below, tree_of
 from simclr.data.sources.source import Tree, is_image
-from simclr.data.sources.tar import ARCHIVES, stems, tar_listing
+from simclr.data.sources.tar import ARCHIVES, is_tar, stems, tar_listing
 from simclr.data.sources.webdataset import are_shards, expand, is_webdataset, unnumbered, webdataset_tree
 from simclr.data.sources.zip import zip_listing
 from simclr.errors import UserError
@@ -25,7 +24,7 @@ def is_archive(name: str) -> bool:
 
 def is_archive_file(path: Path) -> bool:
     """Whether a file is a tar or a zip archive, by its name or its content."""
-    return is_archive(path.name) or tarfile.is_tarfile(path) or zipfile.is_zipfile(path)
+    return is_archive(path.name) or is_tar(path) or zipfile.is_zipfile(path)
 
 
 def archive_tree(path: Path, prefix: str = "", spec: str = "") -> Tree:

@@ -18,6 +18,7 @@ from simclr import files
 from simclr.data.ffcv.decode import decode
 from simclr.data.ffcv.reader import Unfit, open_shard, read_rows
 from simclr.data.manifest import Manifest, Shard, read_manifest, write_manifest
+from simclr.data.pixels import MOST_PIXELS
 from simclr.data.sources.members import ends_of
 from simclr.data.sources.reading import Split, Understood
 from simclr.data.sources.source import Source, digest
@@ -99,7 +100,12 @@ def _all_rows(paths: Mapping[str, Path]) -> dict[str, _Rows]:
     rows = {split: _rows(path) for split, path in paths.items()}
     if len(rows["train"][0]) < 2:
         raise UserError(f"{paths['train']} has {len(rows['train'][0])} images; contrasting needs at least 2")
-    for split, (_, label, _) in rows.items():
+    for split, (image, label, _) in rows.items():
+        pixels = image["height"].astype(np.int64) * image["width"]
+        if len(pixels) and pixels.max() > 2 * MOST_PIXELS:
+            raise UserError(
+                f"{paths[split]}: sample {int(pixels.argmax())} has {pixels.max():,} pixels; expected at most {2 * MOST_PIXELS:,}; {_AGAIN}"
+            )
         if len(label) and label.min() < -1:
             raise UserError(f"{paths[split]} has the label {label.min()}; expected 0 and more, or −1 for an unlabelled image; {_AGAIN}")
         if len(label) and label.max() >= _MOST_CLASSES:

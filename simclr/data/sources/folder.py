@@ -8,8 +8,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simclr.data.sources.source import MOST_TEXT_BYTES, Part, Tree, digest, divided, ending, is_image, is_junk, is_text
+from simclr.data.sources.source import (
+    MOST_DEPTH,
+    MOST_TEXT_BYTES,
+    Part,
+    Tree,
+    digest,
+    divided,
+    ending,
+    is_image,
+    is_junk,
+    is_text,
+    too_long,
+)
 from simclr.errors import UserError
+
+_MOST_TIMES = 100  # that one folder is read, by links to it and to those above
 
 
 @dataclass(slots=True)
@@ -28,11 +42,11 @@ def walk(root: Path) -> Files:
     """Every file below the directory `root`. Links to folders are followed, but not to a folder in which they lie themselves."""
     found = Files()
     states = [folder.stat() for folder in root.resolve().parents]
-    _walk(root, "", found, frozenset((state.st_dev, state.st_ino) for state in states))
+    _walk(root, "", found, frozenset((state.st_dev, state.st_ino) for state in states), Counter())
     return found
 
 
-def _walk(folder: Path, prefix: str, found: Files, above: frozenset[tuple[int, int]]) -> None:
+def _walk(folder: Path, prefix: str, found: Files, above: frozenset[tuple[int, int]], times: Counter[tuple[int, int]]) -> None:
     try:
         state = folder.stat()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -41,6 +55,9 @@ def _walk(folder: Path, prefix: str, found: Files, above: frozenset[tuple[int, i
     here = (state.st_dev, state.st_ino)
     if here in above:
         return
+    times[here] += 1
+    if times[here] > _MOST_TIMES:  # folders that link to each other are reached by more ways than can be counted
+        raise UserError(f"the folder {folder} is reached by more than {_MOST_TIMES} links to folders; give a folder without such links")
     for entry in entries:
         name = prefix + entry.name
         if entry.is_dir():
@@ -48,8 +65,10 @@ def _walk(folder: Path, prefix: str, found: Files, above: frozenset[tuple[int, i
                 count = sum(len(files) for _, _, files in os.walk(entry.path))
                 if count:
                     found.junk[entry.name] += count
+            elif too_long(f"{name}/"):
+                found.notes.append(f"{name[:80]} … is left out with all that lies in it: it is more than {MOST_DEPTH} folders deep")
             else:
-                _walk(Path(entry.path), name + "/", found, above | {here})
+                _walk(Path(entry.path), name + "/", found, above | {here}, times)
             continue
         try:
             state = entry.stat()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ _LABELS = (
 _SPLITS = ("split", "set", "subset", "partition", "phase", "is_test", "is_train")
 _NO_CLASSES = re.compile(r"submission|prediction|partition|bbox|landmark|(?<![a-z])(splits?|folds?|kfold)(?![a-z])", re.IGNORECASE)
 """In the names of files whose values are no classes."""
+_PACKED, _MOST_MAT_BYTES = 15, 64 << 20  # the type of a packed piece in a .mat file
 _FIT = 0.9  # a file is taken for one of labels if it names this share of the pictures that have none
 _NEAR = 0.05
 _MOST_TEXTS = 50  # in a folder; a folder with more has one for each picture: boxes, or captions
@@ -172,6 +175,7 @@ def devkit_classes(data: bytes, where: str) -> dict[int, str]:
     import scipy.io  # takes 0.2 s
 
     try:
+        _require_modest(data)
         rows = scipy.io.loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         found = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows.ravel() if int(row["num_children"]) == 0}
     except Exception as error:  # SciPy raises nearly anything for a damaged file
@@ -179,6 +183,18 @@ def devkit_classes(data: bytes, where: str) -> dict[int, str]:
             f"{where} is no meta.mat of ImageNet's devkit ({type(error).__name__}: {error}); fetch it again, or move it away"
         ) from None
     return found
+
+
+def _require_modest(data: bytes) -> None:
+    """Raise ValueError for a .mat file whose packed pieces unpack to more than `_MOST_MAT_BYTES`; SciPy would unpack them all."""
+    order, at, given = "<" if data[126:128] == b"IM" else ">", 128, 0
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from(f"{order}II", data, at)
+        if kind == _PACKED:
+            given += len(zlib.decompressobj().decompress(data[at + 8 : at + 8 + size], _MOST_MAT_BYTES + 1))
+        if given > _MOST_MAT_BYTES:
+            raise ValueError(f"it unpacks to more than {_MOST_MAT_BYTES >> 20} MiB")
+        at += 8 + size
 
 
 def disagreeing(texts: Texts, pictures: Pictures, folder_of: Callable[[str], str | None]) -> Taken | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from simclr import files
 from simclr.data.sources import label_files
@@ -19,6 +20,8 @@ from simclr.data.sources.splits import KINDS, Kind, split_depth, split_of
 from simclr.errors import UserError
 
 _EXAMPLES = 5
+_MOST_LINES, _MOST_CELLS = 4_000_000, 10_000_000  # each takes some 150 bytes of memory
+_MOST_READ_BYTES = 512 << 20  # of all texts, some of which are read more than once
 
 
 def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
@@ -30,6 +33,7 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         found = f"{left.total()} other files ({', '.join(sorted(left)[:5])})" if left else "nothing"
         raise UserError(f"no images in {tree.spec}, only {found}; expected pictures, as split/class/file, class/file or files alone")
     notes = list(tree.notes)
+    tree = dataclasses.replace(tree, texts=_modest(tree.texts, notes))
     folders: dict[str, int] = Counter(name.rpartition("/")[0] for name in names)
     plan, how_split = _splits(tree, reading, names, folders, notes)
     how_labelled = decide_classes(tree, reading, plan, names, folders, notes)
@@ -70,6 +74,29 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         understood=understood.to_dict() | {"asked": reading.to_dict(), "values": _digest(plan)},
     )
     return source, understood
+
+
+def _modest(texts: Mapping[str, Callable[[], bytes]], notes: list[str]) -> dict[str, Callable[[], bytes]]:
+    """`texts`, of which those with too many lines or cells, and all behind the first bytes of them together, are empty; a note says so."""
+    spent = 0
+
+    def read(path: str) -> bytes:
+        nonlocal spent
+        if spent > _MOST_READ_BYTES:
+            why = f"the texts read for classes have more than {_MOST_READ_BYTES >> 20} MiB in all"
+        else:
+            data = texts[path]()
+            spent += len(data)
+            lines, cells = sum(map(data.count, (b"\n", b"\r"))), sum(map(data.count, (b",", b";", b"\t")))
+            if lines <= _MOST_LINES and cells <= _MOST_CELLS:
+                return data
+            why = f"it has {lines:,} lines and {cells:,} cells"
+        note = f"{path} was not looked at for classes, because {why}; --labels FILE takes it"
+        if note not in notes:
+            notes.append(note)
+        return b""
+
+    return {path: functools.partial(read, path) for path in texts}
 
 
 def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping[str, int], notes: list[str]) -> tuple[Plan, str]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from simclr.data.sources.source import Part, Tree, digest, divided, ending, is_image, is_junk, is_text
+from simclr.data.sources.source import Data, Part, Tree, digest, divided, ending, is_image, is_junk, is_text
 
 _ENDS_BYTES = 1 << 20
-_MOST_TEXT_BYTES, _MOST_PICTURE_BYTES = 64 << 20, 1 << 30
+MOST_PICTURE_BYTES = 512 << 20
+"""What `prepare` reads of a picture's file, if no flag says otherwise: of a larger one in an archive, the memory would hold all."""
+_MOST_TEXT_BYTES = 64 << 20
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,7 +31,7 @@ class Listing:
     """Whether a file is read without all that lie before it."""
     listed: dict[str, Listing] = field(default_factory=dict)
     """Path of an archive in this one, without its ending → its members."""
-    inner: dict[str, Callable[[], Iterator[tuple[str, bytes]]]] = field(default_factory=dict)
+    inner: dict[str, Callable[[], Iterator[tuple[str, Data]]]] = field(default_factory=dict)
     """Path of another archive in this one, without its ending → its pictures, which are known only when they are read."""
     junk: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
@@ -65,17 +67,17 @@ def linked(name: str, target: str) -> str:
 
 def followed(links: Mapping[str, str], known: Mapping[str, object]) -> tuple[dict[str, str], list[str]]:
     """(link → the file among `known` to which it leads, over further links if need be; links that lead to none)."""
-    found, lost = {}, []
+    ends: dict[str, str] = {}  # link → where it leads in the end; "" = round and round
     for link in links:
-        target, passed = links[link], {link}
-        while target in links and target not in passed:
-            passed.add(target)
+        passed, target = [], link
+        while target in links and target not in ends:
+            passed.append(target)
+            ends[target] = ""
             target = links[target]
-        if target in known and target not in links:
-            found[link] = target
-        else:
-            lost.append(link)
-    return found, lost
+        end = ends.get(target, target)
+        ends |= dict.fromkeys(passed, end)
+    found = {link: end for link, end in ends.items() if end in known and end not in links}
+    return found, [link for link in links if link not in found]
 
 
 def oddities(spec: str, lost: Sequence[str], twice: Sequence[str]) -> list[str]:
@@ -94,16 +96,17 @@ def below(prefix: str, path: str) -> str:
 
 def tree_of(listing: Listing, prefix: str = "", pictures: Mapping[str, str] | None = None, texts: bool = True) -> Tree:
     """The tree of an archive, with `prefix` as the folder above. `pictures` (name in the tree → path in the archive) are all pictures in
-    it, if they are not given. Pictures of more than 1 GiB are left out."""
+    it, if they are not given. Pictures of more than 512 MiB are left out."""
     ignored, notes = listing.ignored + Counter(ending(path) for path in listing.sizes if not is_image(path)), list(listing.notes)
     if pictures is None:
         pictures = {below(prefix, path): path for path in listing.sizes if is_image(path)}
-    if huge := [name for name, path in pictures.items() if listing.sizes[path] > _MOST_PICTURE_BYTES]:
-        gib = listing.sizes[pictures[huge[0]]] / 2**30
+    if huge := [name for name, path in pictures.items() if listing.sizes[path] > MOST_PICTURE_BYTES]:
+        mib = listing.sizes[pictures[huge[0]]] / 2**20
         notes.append(
-            f"{len(huge):,} pictures of {listing.spec} are left out: {huge[0]} has {gib:,.1f} GiB, more than a picture may have (1)"
+            f"{len(huge):,} pictures of {listing.spec} are left out: {huge[0]} has {mib:,.0f} MiB, more than a picture in an archive may "
+            f"have ({MOST_PICTURE_BYTES >> 20}); unpack it, and give the folder"
         )
-        ignored["over 1 GiB"] += len(huge)
+        ignored[f"over {MOST_PICTURE_BYTES >> 20} MiB"] += len(huge)
         pictures = {name: path for name, path in pictures.items() if name not in set(huge)}
     inner = {below(prefix, path): read for path, read in listing.inner.items()}
     tables = [path for path in listing.sizes if is_text(path)] if texts else []
@@ -114,7 +117,7 @@ def tree_of(listing: Listing, prefix: str = "", pictures: Mapping[str, str] | No
             "unpack it and give it as --labels FILE"
         )
 
-    def read(part: Part) -> Iterator[tuple[str, bytes]]:
+    def read(part: Part) -> Iterator[tuple[str, Data]]:
         if not part.names:
             for path, data in inner[part.name]():
                 yield f"{part.name}/{path}", data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from simclr.data.sources.members import ends_of
-from simclr.data.sources.source import Data, Part, Tree, digest, is_image, is_junk
+from simclr.data.sources.members import MOST_PICTURE_BYTES, ends_of
+from simclr.data.sources.source import Data, Part, Tree, Unread, digest, is_image, is_junk, too_long
 from simclr.data.sources.webdataset import unnumbered
 from simclr.errors import UserError
 
@@ -22,6 +23,11 @@ TABLES = (".parquet", ".arrow")
 _IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "jpg", "png", "image_bytes", "bytes", "data", "content")
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_name", "class_label", "target", "category", "cls", "y", "coarse_label")
 _ROWS, _BUFFER_BYTES = 64, 1 << 20  # read at a time
+_BOMB_BYTES, _BOMB_RATIO = 256 << 20, 200  # of a column in a row group: unpacked, and as a multiple of its bytes in the file
+_MANY = 1_000_000  # rows that a table may have, whatever its size
+_BATCH_BYTES = 128 << 20  # where each row may be the whole dictionary
+_MOST_LABEL = 1000  # letters
+_DICTIONARY, _BATCH = 2, 3  # kinds of Arrow messages
 _KINDS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif", b"RIFF": ".webp"}
 
 
@@ -64,22 +70,43 @@ class _Table:
         with _sound(self.path):
             if isinstance(self.content, list):
                 found = self.content[group].column(column)
+                found.validate(full=True)  # a place outside the file would crash the process
                 yield found.field(inner) if inner else found
                 return
             # Without a buffer all of a row group would be read at once, which may be the whole file.
             with pyarrow.parquet.ParquetFile(self.path, metadata=self.content, buffer_size=_BUFFER_BYTES) as file:
                 columns = [f"{column}.{inner}" if inner else column]
-                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
+                rows = self._rows_at_once(group, columns[0])
+                for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
                     yield batch.column(0).field(0) if inner else batch.column(0)
 
-    def values(self, column: str, inner: str = "") -> list[Any]:
+    def _rows_at_once(self, group: int, column: str) -> int:
+        """As many rows as fit the memory if each is the column's largest value. Raises UserError for a column that unpacks to far more
+        than pictures do."""
+        rows, of = _ROWS, self.content.row_group(group)
+        for chunk in (of.column(number) for number in range(of.num_columns)):
+            if chunk.path_in_schema != column and not chunk.path_in_schema.startswith(f"{column}."):
+                continue
+            dictionary = _dictionary_bytes(self.path, chunk.dictionary_page_offset) if chunk.has_dictionary_page else 0
+            unpacked = max(chunk.total_uncompressed_size, dictionary)
+            if unpacked > _BOMB_BYTES + _BOMB_RATIO * chunk.total_compressed_size:
+                raise UserError(
+                    f"{self.path}: {chunk.total_compressed_size:,} bytes of the column {column} unpack to {unpacked >> 20:,} MiB, which no "
+                    "pictures do; write it again without compression"
+                )
+            rows = max(min(rows, _BATCH_BYTES // max(dictionary, 1)), 1)
+        return rows
+
+    def values(self, column: str, inner: str = "") -> Iterator[Any]:
         """All values of a small column."""
-        return [value for group in range(len(self.groups)) for batch in self.batches(group, column, inner) for value in batch.to_pylist()]
+        for group in range(len(self.groups)):
+            for batch in self.batches(group, column, inner):
+                yield from batch.to_pylist()
 
     def features(self) -> dict[str, dict[str, Any]]:
         """What Hugging Face's `datasets` noted on each column."""
         noted = (self.schema.metadata or {}).get(b"huggingface")
-        with contextlib.suppress(ValueError, AttributeError, TypeError):
+        with contextlib.suppress(ValueError, AttributeError, TypeError, KeyError, RecursionError):
             return {name: about for name, about in json.loads(noted or b"")["info"]["features"].items() if isinstance(about, dict)}
         return {}
 
@@ -112,7 +139,7 @@ def tables_tree(spec: str, tables: Mapping[str, Path]) -> Tree:
         named = tuple(places[name])
         if columns.label and columns.label in table.schema.names:
             classes = _class_names(table, columns.label)
-            labels = (_class(value, classes) for value in table.values(columns.label))
+            labels = (_class(value, classes, table.path) for value in table.values(columns.label))
             stated |= {picture: label for picture, label in zip(named, labels, strict=True) if label is not None}
         begin = 0
         for group, count in enumerate(table.groups):
@@ -153,6 +180,57 @@ def _sound(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> _Table:
+    table = _opened(path)
+    if sum(table.groups) > _MANY + path.stat().st_size:
+        raise UserError(
+            f"{path} states {sum(table.groups):,} rows in {path.stat().st_size:,} bytes, in which no pictures fit; fetch it again"
+        )
+    return table
+
+
+def _dictionary_bytes(path: Path, at: int) -> int:
+    """The unpacked size of the dictionary at `at`, which stands in its header: the second number of a Thrift struct, zigzag-coded."""
+    with path.open("rb") as file:
+        file.seek(at)
+        head = file.read(16)
+    numbers, place = [], 0
+    for _ in range(2):
+        place, value, shift = place + 1, 0, 0
+        while place < len(head):
+            value |= (head[place] & 0x7F) << shift
+            place, shift = place + 1, shift + 7
+            if not head[place - 1] & 0x80:
+                break
+        numbers.append(value >> 1)
+    return numbers[1]
+
+
+def _is_packed(message: Any) -> bool:
+    """Whether the body of an Arrow message is compressed: its header is a flatbuffer, in which a table begins with the distance back to
+    the list of its fields' places. Arrow itself tells only by unpacking."""
+    head = message.metadata.to_pybytes()
+
+    def place(table: int, number: int) -> int:
+        """Of a table's field; 0 where it is left out."""
+        fields = table - struct.unpack_from("<i", head, table)[0]
+        inside = 4 + 2 * number < struct.unpack_from("<H", head, fields)[0]
+        found: int = struct.unpack_from("<H", head, fields + 4 + 2 * number)[0] if inside else 0
+        return table + found if found else 0
+
+    def below(at: int) -> int:
+        return at + int(struct.unpack_from("<I", head, at)[0])
+
+    try:
+        root = below(0)
+        if (kind := head[place(root, 1)]) not in (_DICTIONARY, _BATCH):
+            return False
+        batch = below(place(root, 2))
+        return bool(place(below(place(batch, 1)) if kind == _DICTIONARY else batch, 3))
+    except (struct.error, IndexError):
+        raise pyarrow.ArrowInvalid("a header is damaged") from None
+
+
+def _opened(path: Path) -> _Table:
     with _sound(path):
         if path.suffix.lower() == ".parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -160,6 +238,11 @@ def _open(path: Path) -> _Table:
                 return _Table(path, file.schema_arrow, groups, file.metadata)
         mapped = pyarrow.memory_map(str(path))
         random_access = mapped.read(6) == b"ARROW1"
+        mapped.seek(8 if random_access else 0)
+        if any(map(_is_packed, pyarrow.ipc.MessageReader.open_stream(mapped))):
+            raise UserError(
+                f"{path} is compressed, so that all of it would be in memory at once; write it without compression, or as Parquet"
+            )
         mapped.seek(0)
         reader = pyarrow.ipc.open_file(mapped) if random_access else pyarrow.ipc.open_stream(mapped)
         batches = reader.read_all().to_batches()
@@ -220,7 +303,7 @@ def _label_column(tables: Sequence[_Table], first: _Table) -> tuple[str | None, 
     for name in pool:
         classes = _class_names(first, name)
         values = (value for table in tables if name in table.schema.names for value in table.values(name))
-        sizes[name] = len(classes) if classes else len({_class(value, None) for value in values} - {None})
+        sizes[name] = len(classes) if classes else len({_class(value, None, first.path) for value in values} - {None})
     named = {name: bool(_class_names(first, name)) or not types.is_integer(first.schema.field(name).type) for name in pool}
     best = max(pool, key=lambda name: (sizes[name], named[name]))
     others = ", ".join(f"{name} ({sizes[name]:,})" for name in pool if name != best)
@@ -232,8 +315,13 @@ def _class_names(table: _Table, column: str) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
-def _class(value: Any, classes: list[str] | None) -> str | None:
-    """The class that a value of a label's column states. −1 is Hugging Face's mark of an unlabelled picture."""
+def _class(value: Any, classes: list[str] | None, path: Path) -> str | None:
+    """The class that a value of a label's column states. −1 is Hugging Face's mark of an unlabelled picture. Raises UserError for a text
+    that is no name."""
+    if isinstance(value, str) and len(value) > _MOST_LABEL:
+        raise UserError(
+            f"{path} has a label of {len(value):,} letters, {value[:40]!r} …; expected names of classes; call that column otherwise"
+        )
     if value is None or value == -1 or (isinstance(value, str) and not value.strip()):
         return None
     if classes and isinstance(value, int) and 0 <= value < len(classes):
@@ -245,9 +333,14 @@ def _names(table: _Table, columns: _Columns) -> list[str]:
     """The pictures' own file names, if all have one and no two the same; else the numbers of their rows."""
     rows = sum(table.groups)
     if "path" in columns.fields:
-        paths = [str(path or "").replace("\\", "/").rpartition("/")[2] for path in table.values(columns.image, "path")]
-        if len(set(paths)) == rows and all(map(is_image, paths)):
-            return paths
+        paths: dict[str, None] = {}
+        for path in table.values(columns.image, "path"):
+            name = str(path or "").replace("\\", "/").rpartition("/")[2]
+            if name in paths or not is_image(name) or too_long(name):
+                break
+            paths[name] = None
+        if len(paths) == rows:
+            return list(paths)
     inner = "bytes" if columns.fields else ""
     batch: Any = next((batch for group in range(len(table.groups)) for batch in table.batches(group, columns.image, inner)), ())
     ending = next((_kind(data) for value in batch if (data := value.as_py())), "")
@@ -258,6 +351,12 @@ def _kind(data: bytes) -> str:
     return next((ending for magic, ending in _KINDS.items() if data.startswith(magic)), "")
 
 
+def _size_of(value: Any) -> int:
+    """Bytes of a picture, which are not copied for that."""
+    held = value.get("bytes") if isinstance(value, pyarrow.StructScalar) and value.is_valid and "bytes" in value else value
+    return held.as_buffer().size if isinstance(held, pyarrow.BinaryScalar | pyarrow.LargeBinaryScalar) and held.is_valid else 0
+
+
 def _pictures(table: _Table, columns: _Columns, group: int, rows: Sequence[int]) -> Iterator[Data]:
     """The pictures of some rows, ascending, of a row group. One that is only named, not held, is read where it lies below the table."""
     wanted, begin = iter([*rows, -1]), 0
@@ -265,7 +364,13 @@ def _pictures(table: _Table, columns: _Columns, group: int, rows: Sequence[int])
     here = table.path.parent.resolve()
     for batch in table.batches(group, columns.image):
         while begin <= row < begin + len(batch):
-            value = batch[row - begin].as_py()
+            value = batch[row - begin]
+            size = _size_of(value)
+            if size > MOST_PICTURE_BYTES:
+                yield Unread(f"it has {size / 2**20:,.0f} MiB, more than a picture in a table may have")
+                row = next(wanted)
+                continue
+            value = value.as_py()
             held = value if isinstance(value, bytes) or value is None else value.get("bytes")
             if held is None and isinstance(value, dict) and value.get("path"):
                 path = (here / str(value["path"])).resolve()

@@ -14,6 +14,7 @@ from simclr.errors import UserError
 
 HOW = ("auto", "folder", "parent", "path", "none")
 SPLIT_HOW = ("auto", "folder", "none")
+_MOST_LABELS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,11 @@ class Reading:
 
     def __post_init__(self) -> None:
         given = [value for value in (self.labels, self.split_from) if value not in (*HOW, *SPLIT_HOW) and files.user_path(value).is_file()]
+        for path in map(files.user_path, given):
+            if (size := path.stat().st_size) > _MOST_LABELS_BYTES:
+                raise UserError(
+                    f"{path} has {size / 2**20:,.0f} MiB; expected a file of names and values of at most 1,024; leave columns out"
+                )
         if self.label_columns and not given:
             raise UserError("--label-columns names columns of a file, and neither --labels nor --split-from is one; leave it out")
         if self.labels not in HOW and not files.user_path(self.labels).is_file():

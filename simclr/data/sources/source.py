@@ -17,8 +17,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-Data = bytes | Path | NDArray[np.uint8]
-"""A picture: an encoded file, its path, or pixels (H, W, 3)."""
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A picture that was not read from its source."""
+
+    reason: str
+
+
+Data = bytes | Path | NDArray[np.uint8] | Unread
+"""A picture: an encoded file, its path, or pixels (H, W, 3); or why there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +130,8 @@ TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".jsonl", ".mat"})
 _JUNK = frozenset({"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "__pycache__"})
 MOST_TEXT_BYTES = 64 << 20
 """A larger text is not looked at for classes."""
+MOST_DEPTH, MOST_NAME = 64, 4096
+"""Folders above a picture, and letters of its path: no disk holds longer ones."""
 PART_IMAGES = 1024
 """Pictures of a part, where they can be divided at will."""
 
@@ -148,6 +158,25 @@ def ending(name: str) -> str:
         return "hidden"
     stem, dot, suffix = file.rpartition(".")
     return f".{suffix.lower()}" if stem and dot and suffix else "none"
+
+
+def too_long(path: str) -> bool:
+    """Whether a path in a source has more letters or folders than one on a disk may have. Each folder costs time and memory."""
+    return len(path) > MOST_NAME or path.count("/") > MOST_DEPTH
+
+
+def bundles(items: Iterator[Item], count: int, most_bytes: int) -> Iterator[list[Item]]:
+    """`items` in lists of at most `count`, and of at most `most_bytes` if they are several: encoded files are in memory."""
+    bundle: list[Item] = []
+    size = 0
+    for item in items:
+        bundle.append(item)
+        size += len(item.data) if isinstance(item.data, bytes) else 0
+        if len(bundle) == count or size >= most_bytes:
+            yield bundle
+            bundle, size = [], 0
+    if bundle:
+        yield bundle
 
 
 def divided(name: str, names: Sequence[str], most: int = PART_IMAGES) -> list[Part]:

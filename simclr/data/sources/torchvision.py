@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from simclr.data.pixels import name_formats_for_libraries
 from simclr.data.sources.reading import Split, Understood
 from simclr.data.sources.source import Item, Part, Source, divided
 from simclr.errors import UserError
@@ -120,6 +121,7 @@ def torchvision_source(spec: str, name: str) -> Source:
     each, or one that cannot be had."""
     import torchvision.datasets as library
 
+    name_formats_for_libraries()
     classes = {n: c for n, c in vars(library).items() if isinstance(c, type)}
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=3, cutoff=0.3)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from simclr.data.sources.members import Listing, ends_of, followed, junk_in, linked, oddities, path_in
-from simclr.data.sources.source import is_image, is_text
+from simclr.data.sources.source import MOST_NAME, is_image, is_text, too_long
 from simclr.errors import UserError
 
 _KNOWN = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}
 _UNIX = 3
-_DAMAGE = (zipfile.BadZipFile, EOFError, OSError, zlib.error, ValueError, NotImplementedError)
+_PIECE_BYTES = 4096
+_BOMB_BYTES, _BOMB_RATIO = 256 << 20, 200  # unpacked pictures and texts, and as a multiple of the archive
+_MANY, _LEAST_EACH_BYTES = 500_000, 80  # members, and what one takes in an archive, with its two headers
 
 
 def zip_listing(path: Path, spec: str = "") -> Listing:
@@ -23,13 +25,13 @@ def zip_listing(path: Path, spec: str = "") -> Listing:
 
     Raises UserError for an archive that is damaged, or whose pictures are encrypted or packed by a method that Python lacks."""
     spec = spec or str(path)
-    try:
+    with _sound(spec):
         archive = zipfile.ZipFile(path)  # its handle is shared by all readers, under a lock of its own
-    except _DAMAGE as error:
-        raise UserError(f"{spec} ends early or is damaged ({error}); fetch it again") from None
+    size = path.stat().st_size
+    _require_modest(archive.infolist(), size, spec)
     members: dict[str, zipfile.ZipInfo] = {}
     links: dict[str, str] = {}
-    junk: Counter[str] = Counter()
+    junk, ignored = Counter[str](), Counter[str]()
     twice: list[str] = []
     for member in archive.infolist():
         if member.is_dir():
@@ -39,11 +41,17 @@ def zip_listing(path: Path, spec: str = "") -> Listing:
         if folder := junk_in(name):
             junk[folder] += 1
             continue
+        if too_long(name):
+            ignored["name too long"] += 1
+            continue
         link = member.create_system == _UNIX and stat.S_ISLNK(member.external_attr >> 16)
         if link or is_image(name) or is_text(name):
             _require_readable(member, name, spec)
         if link:
-            links[name] = linked(name, _content(archive, member, spec).decode(errors="surrogateescape"))
+            if member.file_size <= MOST_NAME:
+                links[name] = linked(name, _content(archive, member, spec).decode(errors="surrogateescape"))
+            else:
+                ignored["link"] += 1
             continue
         if name in members:
             twice.append(name)
@@ -61,7 +69,7 @@ def zip_listing(path: Path, spec: str = "") -> Listing:
         sizes={name: members[name].file_size for name in in_order},
         read=read,
         junk=junk,
-        ignored=Counter({"link": len(lost)} if lost else {}),
+        ignored=ignored + Counter({"link": len(lost)} if lost else {}),
         notes=oddities(spec, lost, twice),
         identity=ends_of(path),
         times=str(path.stat().st_mtime_ns),
@@ -78,13 +86,38 @@ def _require_readable(member: zipfile.ZipInfo, name: str, spec: str) -> None:
         )
 
 
-def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, spec: str) -> bytes:
+def _require_modest(members: Sequence[zipfile.ZipInfo], size: int, spec: str) -> None:
+    """Raise UserError for an archive of `size` bytes whose members share bytes, unpack to far more than pictures do, or are more than it
+    has bytes for."""
+    wanted = sum(member.file_size for member in members if is_image(member.filename) or is_text(member.filename))
+    packed = sum(member.compress_size for member in members)
+    if packed <= size and wanted <= _BOMB_BYTES + _BOMB_RATIO * size and len(members) <= _MANY + size // _LEAST_EACH_BYTES:
+        return
+    raise UserError(
+        f"{spec} has {size / 2**20:,.1f} MiB and states {len(members):,} files of {packed / 2**20:,.1f} MiB that unpack to "
+        f"{wanted / 2**20:,.0f} MiB, which no pictures do; if it is sound, unpack it, and give the folder"
+    )
+
+
+@contextlib.contextmanager
+def _sound(spec: str) -> Iterator[None]:
+    """zipfile and its unpackers raise nearly anything for a damaged archive (BadZipFile, struct.error, LZMAError …)."""
     try:
-        with archive.open(member) as file:
-            # Asked for its stated size alone, so that a file which unpacks to more than it says does not fill the memory.
-            data = file.read(member.file_size)
-    except _DAMAGE as error:
+        yield
+    except Exception as error:
         raise UserError(f"{spec} ends early or is damaged ({error}); fetch it again") from None
+
+
+def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, spec: str) -> bytes:
+    # Asked for its stated size alone, so that a file which unpacks to more than it says does not fill the memory. Of what bzip2 and LZMA
+    # packed, zipfile unpacks as many packed bytes as it is asked for.
+    step = member.file_size if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else _PIECE_BYTES
+    pieces, left = [], member.file_size
+    with _sound(spec), archive.open(member) as file:
+        while left > 0 and (piece := file.read(min(left, step))):
+            pieces.append(piece)
+            left -= len(piece)
+    data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
     if len(data) != member.file_size:
         raise UserError(f"{spec} is damaged: {member.filename} has {len(data):,} bytes and not {member.file_size:,}; fetch it again")
     return data

@@ -250,10 +250,10 @@ def test_what_a_zip_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     tree = archive_tree(path)
     assert read(tree) == {"train/cat/a.jpg": b"a", "b.jpg": b"b" * 100} and tree.ignored == {".zip": 1}
     with monkeypatch.context() as patched:
-        patched.setattr(members, "_MOST_PICTURE_BYTES", 99)
+        patched.setattr(members, "MOST_PICTURE_BYTES", 99)
         bomb = archive_tree(path)
-    assert read(bomb) == {"train/cat/a.jpg": b"a"} and bomb.ignored["over 1 GiB"] == 1
-    assert "1 pictures of" in bomb.notes[0] and "b.jpg has 0.0 GiB, more than a picture may have" in bomb.notes[0]
+    assert read(bomb) == {"train/cat/a.jpg": b"a"} and bomb.ignored["over 0 MiB"] == 1
+    assert "1 pictures of" in bomb.notes[0] and "b.jpg has 0 MiB, more than a picture in an archive may have (0)" in bomb.notes[0]
     raw = bytearray(path.read_bytes())
     at = raw.rindex(b"PK\1\2")  # the directory's entry of b.jpg
     for offset, value, sentence in ((8, 1, "b.jpg in .* is encrypted; unpack it"), (10, 9, r"packed by method 9 \(deflate64\)")):

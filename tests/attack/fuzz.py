@@ -4,8 +4,8 @@
     python -m tests.attack.fuzz KIND COUNT SEED      one kind; the same seed makes the same files
 
 A kind is a module here with `cases(seed, count)`, which makes (name, content), `place(folder, name, content)`, which puts it where a
-command would find it, and `use(path)`, which does with it what commands do. A case is right if `use` returns or raises UserError, within
-20 s and 2 GiB. The memory is the process' own peak during the case, with its libraries.
+command would find it (else it is a file of that name), and `use(path)`, which does with it what commands do. A case is right if `use`
+returns or raises UserError, within 20 s of all cores together and 2 GiB. The memory is the peak of the process, with its libraries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ COUNTS = {
     "archives": 100,
 }
 MOST_S, MOST_BYTES = 20.0, 2 << 30
+_PATIENCE = 4.0  # times MOST_S by the clock: other processes may have the cores
 _START_S = 120.0
+_COMMAND = (sys.executable, "-m", "tests.attack.fuzz")
 _ADDRESSES = 16 << 30  # of a child: a bomb is to end itself, not the machine
 
 
@@ -48,6 +50,7 @@ class Outcome:
     end: str
     """used, sentence (a UserError), traceback, signal or hang."""
     seconds: float
+    """Of all cores; of the clock for a signal and a hang."""
     peak: int
     """Bytes."""
     text: str
@@ -61,19 +64,32 @@ class Outcome:
 def attack(kind: str, count: int, seed: int) -> list[Outcome]:
     """The outcomes of `count` cases of `kind`. A child that dies or hangs is replaced, and the next case is tried."""
     found: list[Outcome] = []
-    while len(found) < count:
-        at = len(found)
-        found += _children(kind, count, seed, at)
-        if len(found) == at:
-            raise RuntimeError(f"the cases of {kind} cannot be made: a child ended before its first case")
+    with tempfile.TemporaryDirectory(prefix="attack-") as folder:
+        # In a process of its own: a bomb may need more memory to be made than to be refused.
+        subprocess.run([*_COMMAND, "--make", kind, str(count), str(seed), folder], check=True)
+        while len(found) < count:
+            at = len(found)
+            found += _outcomes(kind, Path(folder), at)
+            if len(found) == at:
+                raise RuntimeError(f"a child of {kind} ended before its first case")
     return found
 
 
-def _children(kind: str, count: int, seed: int, begin: int) -> list[Outcome]:
+def _make(kind: str, count: int, seed: int, folder: Path) -> None:
+    """Write the cases into `folder`: a file each, and their names."""
+    names = []
+    for number, (name, content) in enumerate(importlib.import_module(f"tests.attack.{kind}").cases(seed, count)):
+        (folder / str(number)).write_bytes(content)
+        names.append(name)
+    assert len(names) == count, f"{kind} makes {len(names)} cases of {count}"
+    (folder / "names.json").write_text(json.dumps(names))
+
+
+def _outcomes(kind: str, folder: Path, begin: int) -> list[Outcome]:
     """The outcomes from case `begin` until the end, or until the child has died or hung."""
-    command = [sys.executable, "-m", "tests.attack.fuzz", "--child", kind, str(count), str(seed), str(begin)]
     found: list[Outcome] = []
     with tempfile.TemporaryFile() as errors:
+        command = [*_COMMAND, "--child", kind, str(folder), str(begin)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert child.stdout is not None
         current, since, patience = "", time.monotonic(), _START_S
@@ -94,18 +110,18 @@ def _children(kind: str, count: int, seed: int, begin: int) -> list[Outcome]:
                     found.append(Outcome(**text))
                     current, patience = "", _START_S
                 else:
-                    current, patience = text["name"], MOST_S + 5
+                    current, patience = text["name"], _PATIENCE * MOST_S
                 since = time.monotonic()
+        errors.seek(0)
+        said = errors.read().decode(errors="replace")[-3000:]
         if current:
-            errors.seek(0)
-            found.append(Outcome(current, "signal", time.monotonic() - since, 0, f"exit {child.returncode}: {errors.read()[-2000:]!r}"))
+            found.append(Outcome(current, "signal", time.monotonic() - since, 0, f"exit {child.returncode}: {said}"))
         elif child.returncode:
-            errors.seek(0)
-            raise RuntimeError(f"the child of {kind} ended between two cases:\n{errors.read().decode(errors='replace')[-4000:]}")
+            raise RuntimeError(f"a child of {kind} ended between two cases:\n{said}")
     return found
 
 
-def _child(kind: str, count: int, seed: int, begin: int) -> None:
+def _child(kind: str, folder: Path, begin: int) -> None:
     """Run the cases from `begin` on, and print a line at the beginning and the end of each."""
     # What the code under attack prints is not ours to read.
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -115,23 +131,29 @@ def _child(kind: str, count: int, seed: int, begin: int) -> None:
     from simclr.errors import UserError
 
     module = importlib.import_module(f"tests.attack.{kind}")
-    for number, (name, content) in enumerate(module.cases(seed, count)):
-        if number < begin:
-            continue
-        with tempfile.TemporaryDirectory(prefix="attack-") as folder:
-            path = module.place(Path(folder), name, content)
-            print(json.dumps({"name": name}), file=lines, flush=True)
+    place = getattr(module, "place", _as_a_file)
+    names = json.loads((folder / "names.json").read_text())
+    for number in range(begin, len(names)):
+        with tempfile.TemporaryDirectory(prefix="attack-") as scratch:
+            path = place(Path(scratch), names[number], (folder / str(number)).read_bytes())
+            print(json.dumps({"name": names[number]}), file=lines, flush=True)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            began, end, text = time.monotonic(), "used", ""
+            began, end, text = time.process_time(), "used", ""
             try:
                 module.use(path)
             except UserError as error:
                 end, text = "sentence", str(error)
             except Exception:
                 end, text = "traceback", traceback.format_exc()
-            seconds = time.monotonic() - began
+            seconds = time.process_time() - began
             peak = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) << 10
-            print(json.dumps(asdict(Outcome(name, end, seconds, peak, text))), file=lines, flush=True)
+            print(json.dumps(asdict(Outcome(names[number], end, seconds, peak, text))), file=lines, flush=True)
+
+
+def _as_a_file(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
 
 
 def row(kind: str, found: list[Outcome]) -> str:
@@ -160,7 +182,10 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        _child(sys.argv[2], *map(int, sys.argv[3:]))
-    else:
-        sys.exit(main(sys.argv[1:]))
+    match sys.argv[1:]:
+        case ["--make", kind, count, seed, folder]:
+            _make(kind, int(count), int(seed), Path(folder))
+        case ["--child", kind, folder, begin]:
+            _child(kind, Path(folder), int(begin))
+        case words:
+            sys.exit(main(words))

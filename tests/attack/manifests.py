@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.attack.use import KINDS, base
+from tests.attack.use import KINDS, base, use
 
+__all__ = ["cases", "place", "use"]
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 10**12, 10**18, 2**63, -(2**63), 10**40, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")),
     *("", "x", "0", "\u0000", "\ud800", "../../etc/passwd", "/etc/passwd", "a/b", ".", "..", "manifest.json", "a" * 5000, "\x1b[2J"),
@@ -41,11 +42,12 @@ def cases(seed: int, count: int) -> Iterator[tuple[str, bytes]]:
         yield f"{kind}-{number:04}-{what}", text
 
 
-def place(case: tuple[str, bytes], directory: Path) -> None:
-    """Make `directory` from a case: the manifest, and the sound shards that it was of."""
-    name, text = case
+def place(folder: Path, name: str, content: bytes) -> Path:
+    """A directory of the manifest, and the sound shards that it was of."""
+    directory = folder / "shards"
     shutil.copytree(base(name.partition("-")[0]), directory, symlinks=True)
-    (directory / "manifest.json").write_bytes(text)
+    (directory / "manifest.json").write_bytes(content)
+    return directory
 
 
 def _mutated(text: bytes, chance: random.Random) -> tuple[str, bytes]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.attack.use import KINDS, base, with_digests
+from tests.attack.use import KINDS, base, use, with_digests
 
+__all__ = ["cases", "place", "use"]
 _HEADER = np.dtype(
     [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table_ptr", "<u8")], align=True
 )
@@ -27,13 +28,14 @@ def cases(seed: int, count: int) -> Iterator[tuple[str, bytes]]:
         yield f"{kind}-{number:04}-{what}", content
 
 
-def place(case: tuple[str, bytes], directory: Path) -> None:
-    """Make `directory` from a case: the altered shard among the sound ones, and a manifest with its size and its sha256."""
-    name, content = case
+def place(folder: Path, name: str, content: bytes) -> Path:
+    """A directory of the altered shard among the sound ones, and a manifest with its size and its sha256."""
+    directory = folder / "shards"
     shutil.copytree(base(name.partition("-")[0]), directory, symlinks=True)
     (directory / _first(directory)).write_bytes(content)
     path = directory / "manifest.json"
     path.write_bytes(with_digests(path.read_bytes(), directory))
+    return directory
 
 
 def _first(directory: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from simclr.data.pixels import MOST_PIXELS, Unreadable
+from simclr.data.pixels import MOST_PIXELS, Unreadable, reading
 
 BYTES_PER_PIXEL = 6
 """Of the largest picture that is read: RGB of 16 bits, uncompressed."""
@@ -116,15 +116,15 @@ def _counted(data: bytes, at: int) -> int:
 def _tiff(image: Image.Image, data: bytes, most: int) -> None:
     """A tile may be declared larger than its picture, and each pixel may have thousands of values."""
     tags = image.tag_v2  # type: ignore[attr-defined]
-    width, height = (int(tags.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
+    with reading():  # a damaged tag may have several values, or none
+        width, height = (int(tags.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
+        bytes_each = int(tags.get(_SAMPLES, 1)) * -(-max(map(int, tags.get(_BITS, (1,)))) // 8)
+        pieces = len(tags.get(_STRIPS, tags.get(_TILES, (0,))))
     within(width, height, most)
-    bits = max(map(int, tags.get(_BITS, (1,))))
-    bytes_each = int(tags.get(_SAMPLES, 1)) * -(-bits // 8)
     within_bytes(max(image.width * image.height, width * height) * bytes_each, most)
     if tags.get(_PACKING) in _TIFF_JPEG:
-        pieces = len(tags.get(_STRIPS, tags.get(_TILES, (0,))))
         scans = data.count(b"\xff\xda")
-        _few_scans(-(-scans // pieces) if scans > MOST_SCANS else scans, image.width * image.height, most)
+        _few_scans(-(-scans // max(pieces, 1)) if scans > MOST_SCANS else scans, image.width * image.height, most)
 
 
 @dataclass(slots=True)

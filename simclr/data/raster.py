@@ -215,16 +215,16 @@ def _tiff(data: bytes, rule: Rule) -> Raster:
         turn = int(tag.value) if tag else 1
         inverted = int(page.photometric) == 0
         stored = [(int(at), int(count)) for at, count in zip(page.dataoffsets, page.databytecounts, strict=True) if count]
-        segment, size, packing = page.chunks, int(page.dtype.itemsize if page.dtype else 1), int(page.compression)
+        segment, size, packing = math.prod(map(int, page.chunks)), int(page.dtype.itemsize if page.dtype else 1), int(page.compression)
     if axes not in ("YX", "YXS", "SYX"):
         raise Unreadable(f"it is no plain picture (axes {axes}, shape {shape})")
     if 0 in shape or not stored or max(at + count for at, count in stored) > len(data):  # tifffile gives zeros for what is missing
         raise Unreadable("it ends early or holds no pixels")
     within(shape[axes.index("X")], shape[axes.index("Y")], rule.max_pixels)
-    within_bytes(max(math.prod(shape), math.prod(segment)) * size, rule.max_pixels)
+    within_bytes(max(math.prod(shape), segment) * size, rule.max_pixels)
     if packing in _RATIO:
         for at, count in stored:
-            _inflates(data[at : at + count], packing, math.prod(segment) * size)
+            _inflates(data[at : at + count], packing, segment * size)
     with ROOM.for_pixels(math.prod(shape) * size // BYTES_PER_PIXEL), reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
         values = file.pages.first.asarray()
     if values.shape != shape:

@@ -29,8 +29,8 @@ DATA = (
     Mutation(
         "an-inner-tar-goes-on-in-the-next",
         "simclr/data/sources/tar.py",
-        "if end is not None and archive.offset > end:",
-        "if end is None and archive.offset < 0:",
+        "if end is not None and after > end:",
+        "if end is None and after < 0:",
         "tests/simclr/data/test_archives.py::test_an_inner_archive_that_is_cut_does_not_go_on_in_the_next",
     ),
     Mutation(

@@ -57,18 +57,18 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
     """Raises UserError if none of the sample can be read, or if raw was asked for and they have several sizes."""
     rule = options.rule({})
     tried, first = 0, ""
-    seen: list[tuple[Item, Looked]] = []
+    seen: list[tuple[str, Looked]] = []  # without the files, which may be in memory
     for item, looked in _looked(_sample(source), options.max_side_px, rule, pool):
         tried += 1
         first = first or (f"; the first: {item.name}: {looked.skipped}" if looked.skipped else "")
         if not looked.skipped:
-            seen.append((item, looked))
+            seen.append((item.name, looked))
     if not seen:
         raise UserError(f"{source.spec} has no image that can be read ({tried} tried{first}); expected JPEG, PNG or other pictures")
     height, width = seen[0][1].height, seen[0][1].width
-    other = next(((item, looked) for item, looked in seen if (looked.height, looked.width) != (height, width)), None)
+    other = next(((name, looked) for name, looked in seen if (looked.height, looked.width) != (height, width)), None)
     if options.kind == "raw" and other:
-        raise UserError(sizes_differ(other[0].name, (other[1].height, other[1].width), (height, width)))
+        raise UserError(sizes_differ(other[0], (other[1].height, other[1].width), (height, width)))
     small = other is None and max(height, width) <= _RAW_SIDE_PX
     raw = options.kind == "raw" or (options.kind == "auto" and small)
     ranges = {} if options.value_range else decided([looked.values for _, looked in seen if looked.values])

@@ -97,6 +97,11 @@ class _Table:
             rows = max(min(rows, _BATCH_BYTES // max(dictionary, 1)), 1)
         return rows
 
+    @property
+    def most_bytes(self) -> int:
+        """Of the pictures of a row group: a column may hold one and name it in every row."""
+        return _BOMB_BYTES + _BOMB_RATIO * self.path.stat().st_size
+
     def values(self, column: str, inner: str = "") -> Iterator[Any]:
         """All values of a small column."""
         for group in range(len(self.groups)):
@@ -359,7 +364,7 @@ def _size_of(value: Any) -> int:
 
 def _pictures(table: _Table, columns: _Columns, group: int, rows: Sequence[int]) -> Iterator[Data]:
     """The pictures of some rows, ascending, of a row group. One that is only named, not held, is read where it lies below the table."""
-    wanted, begin = iter([*rows, -1]), 0
+    wanted, begin, left = iter([*rows, -1]), 0, table.most_bytes
     row = next(wanted)
     here = table.path.parent.resolve()
     for batch in table.batches(group, columns.image):
@@ -370,6 +375,11 @@ def _pictures(table: _Table, columns: _Columns, group: int, rows: Sequence[int])
                 yield Unread(f"it has {size / 2**20:,.0f} MiB, more than a picture in a table may have")
                 row = next(wanted)
                 continue
+            left -= size
+            if left < 0:
+                raise UserError(
+                    f"{table.path} names the same pictures again and again, far more of them than it holds; give it without the copies"
+                )
             value = value.as_py()
             held = value if isinstance(value, bytes) or value is None else value.get("bytes")
             if held is None and isinstance(value, dict) and value.get("path"):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines.runs.directory import load_run
+from simclr import checkpoint
 from simclr.data.manifest import read_manifest
 from simclr.errors import Diverged, UserError
 from tests.support.command import Run, refused
@@ -281,6 +282,25 @@ def test_a_trial_that_goes_on_reports_its_last_score_until_there_is_a_newer_one(
     assert (began[0].scores, began[0].donor) == ({}, "002-s0")
 
 
+def test_what_a_killed_driver_has_not_heard_is_told_by_the_trial_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers went on for some seconds, and their reports came back with the checkpoint."""
+    tune, told = pytest.importorskip("ray.tune"), list[dict[str, Any]]()
+    monkeypatch.setattr(tune, "report", told.append)
+    sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH, scheduler="asha")
+    record = trained(sweep, lambda point: 0.5)[0]
+    run = load_run(sweep.path / "trials" / record.name)
+    for step in range(1, 11):
+        run.append({"step": step, "train/loss": 1.0} | ({"eval/knn_top1": step / 100} if step in (2, 6, 10) else {}))
+    checkpoint.write(run.checkpoints, checkpoint.State(8, run.config.to_dict(), {}), 1)
+    found = trial._caught_up(sweep, run, record)
+    assert [(line["step"], line["images"], line["eval/knn_top1"]) for line in told] == [
+        (step, 60 * step, 0.02 if step < 6 else 0.06) for step in range(2, 9)
+    ]
+    assert found.scores == record.scores | {"eval/knn_top1": 0.06}
+    told.clear()
+    assert trial._caught_up(dataclasses.replace(sweep, scheduler="pbt"), run, record) == found and not told
+
+
 def test_a_space_that_has_changed_is_refused(tmp_path: Path) -> None:
     """A code is a value's number: with other values, trials of two spaces would be in one table."""
     for name in spaces.SPACES:
@@ -407,8 +427,6 @@ def test_a_note_of_pbt_names_a_trial(tmp_path: Path) -> None:
 
 def test_inherited_weights_are_whole_or_the_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial that is killed while it takes over another's weights goes on with its own, and with its own values."""
-    from simclr import checkpoint
-
     sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH)
     one, two = (load_run(sweep.path / "trials" / record.name) for record in trained(sweep, lambda point: 0.5)[:2])
     for run, step in ((one, 3), (two, 7)):

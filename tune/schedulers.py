@@ -129,17 +129,11 @@ def _of_runs(sweep: Sweep, clock: str) -> list[dict[str, Any]]:
 def _of_run(sweep: Sweep, trial: Trial, clock: str) -> list[tuple[float, dict[str, Any]]]:
     run = load_run(sweep.path / "trials" / trial.name)
     each = run.config.train.batch_size if clock == "images" else 1
-    found, at, score = [], run.created, None
-    for row in run.history():
-        at = row["time"] if fields.fits(row.get("time"), float) else at
-        if {"health/alignment", "health/uniformity"} <= row.keys():
-            row["health/align_uniform"] = row["health/alignment"] + row["health/uniformity"]
-        if fields.fits(row.get(sweep.metric), float):
-            score = row[sweep.metric]
-        if score is not None:
-            found.append((at, {"trial": trial.name, "time": each * int(row["step"]), "score": score}))
+    found: list[tuple[float, dict[str, Any]]] = [
+        (at, {"trial": trial.name, "time": each * step, "score": score}) for at, step, score in sweep_dir.told(run, sweep.metric)
+    ]
     if trial.status != "running" and found:
-        found.append((at, {"trial": trial.name, "over": True}))
+        found.append((found[-1][0], {"trial": trial.name, "over": True}))
     return found
 
 

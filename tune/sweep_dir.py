@@ -17,11 +17,12 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pipelines.runs.directory import load_run
+from pipelines.runs.directory import Run, load_run
 from pipelines.train.ray_train import Resources
 from simclr import fields, files
 from simclr.config import Config
@@ -186,6 +187,19 @@ def _require_here(folder: Path) -> None:
 def plain(name: str) -> bool:
     """Whether `name` may be a trial's: a file's name, and no way to another folder."""
     return bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name))
+
+
+def told(run: Run, metric: str) -> Iterator[tuple[float, int, float]]:
+    """(Unix time, step, score) of the reports in metrics.jsonl: with each, a scheduler hears the newest score."""
+    at, score = run.created, None
+    for row in run.history():
+        at = row["time"] if fields.fits(row.get("time"), float) else at
+        if {"health/alignment", "health/uniformity"} <= row.keys():
+            row["health/align_uniform"] = row["health/alignment"] + row["health/uniformity"]
+        if fields.fits(row.get(metric), float):
+            score = row[metric]
+        if score is not None:
+            yield at, int(row["step"]), score
 
 
 def first_try(path: Path, name: str) -> Path:

@@ -77,6 +77,8 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
         try:
             run = _open(sweep, directory, point.config, donor)
             trial.save(directory)
+            if before is not None and not donor:
+                trial = _caught_up(sweep, run, trial)
             trial = _train(sweep, run, trial, inbox, private, began)
             dataclasses.replace(trial, status="finished").save(directory)
             return
@@ -88,7 +90,7 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
                 return
             _set_aside(directory, sweep_dir.first_try(sweep.path, name))
             inbox.actor.put.remote(TrialBeganAgain(trial=name, reason=reason, bug=bug))
-            donor = ""
+            before, donor = None, ""
             trial, point = _again(dataclasses.replace(trial, scores={}, donor=""), point, reason)
 
 
@@ -173,6 +175,23 @@ def _fill(run: Run) -> None:
     newest = checkpoint.latest(run.checkpoints, say)
     reports = checkpoint.reports(newest) if newest is not None else []
     run.fill([report for report in reports if report.pop("mark", "") == run.path.name])
+
+
+def _caught_up(sweep: Sweep, run: Run, trial: Trial) -> Trial:
+    """The record with the score of the checkpoint that the trial goes on from. asha and median are told the reports up to it: a driver that
+    was killed has not heard the last of them, and they do not come again. The scheduler leaves out those that it has heard."""
+    from ray import tune
+
+    from simclr import checkpoint
+
+    newest = checkpoint.latest(run.checkpoints, say) if run.checkpoints.exists() else None
+    last = int(checkpoint.about(newest)["step"]) if newest is not None else 0
+    for _, step, score in sweep_dir.told(run, sweep.metric):
+        if step <= last:
+            trial = dataclasses.replace(trial, scores=trial.scores | {sweep.metric: score})
+            if sweep.scheduler in ("asha", "median"):
+                tune.report({sweep.metric: score, "step": step, "images": step * run.config.train.batch_size})
+    return trial
 
 
 def _word(value: Any) -> str:

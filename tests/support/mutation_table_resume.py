@@ -24,7 +24,7 @@ RESUME = (
         "tune/sweep_dir.py",
         "if trial.name != directory.name:",
         "if False:",
-        "tests/tune/test_resume.py::test_records_that_lead_elsewhere_are_refused",
+        "tests/tune/test_strangers.py::test_records_that_lead_elsewhere_are_refused",
     ),
     Mutation(
         "torchs-cache-is-anybodys",

@@ -18,7 +18,7 @@ from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import show
 from simclr import fields
-from simclr.data.arrays import require_plain_headers
+from simclr.data.arrays import require_plain_headers, require_small
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 
@@ -127,9 +127,7 @@ def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, Feature
     found = {name: np.zeros([0 if isinstance(side, str) else side for side in shape], kind) for name, (shape, kind) in _ARRAYS.items()}
     if path.is_file():
         try:
-            with zipfile.ZipFile(path) as archive:
-                if (size := sum(entry.file_size for entry in archive.infolist())) > _MOST_BYTES:
-                    raise ValueError(f"it would unpack to {size / 2**20:,.0f} MiB")
+            require_small(path, _MOST_BYTES)
             require_plain_headers(path)
             with np.load(path) as file:
                 found = {name: file[name] for name in found}

@@ -22,6 +22,14 @@ def require_plain_headers(path: Path) -> None:
                 _require_plain(member)
 
 
+def require_small(path: Path, most: int) -> None:
+    """Raise ValueError for an .npz file whose arrays have more than `most` bytes; BadZipFile for another file."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > most:
+        raise ValueError(f"it would unpack to {size / 2**20:,.0f} MiB")
+
+
 def _require_plain(file: IO[bytes]) -> None:
     start = file.read(12 + _MOST_HEADER_BYTES)
     begin = 10 if start[6:7] == b"\1" else 12

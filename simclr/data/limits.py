@@ -31,7 +31,7 @@ _SLOW = {"bmp_rle": "run lengths", "ppm": "values of another range than 0 to 255
 """Pillow's decoders that are written in Python and take a microsecond a value."""
 _BITS, _PACKING, _SAMPLES, _STRIPS, _TILE_WIDTH, _TILE_HEIGHT, _TILES = 258, 259, 277, 273, 322, 323, 324
 _TIFF_JPEG = (6, 7)
-_PNG_VALUES = {2: 3, 4: 2, 6: 4}  # colour type → values of a pixel, of 16 bits where these are read as such
+_PNG_VALUES = {2: 3, 4: 3, 6: 6}  # colour type → values of a pixel, of 16 bits where these are read as such; alpha needs a second copy
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 _NO_FRAMES = (0xC4, 0xC8, 0xCC)
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")

@@ -323,7 +323,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "palette": (".png", lambda: _png(_SIDE, _SIDE, 1, 3, more=chunk(b"PLTE", bytes(6)) + chunk(b"tRNS", b"\x80"))),
     "rgba": (".png", lambda: _png(_SIDE, _SIDE, 8, 6)),
     "rgba-sixteen": (".png", lambda: _png(_SIDE, _SIDE, 16, 6)),
-    "rgba-sixteen-within": (".png", lambda: _png(8190, 8190, 16, 6)),
+    "rgba-sixteen-within": (".png", lambda: _png(6680, 6680, 16, 6)),
     "grey-sixteen": (".png", lambda: _png(_SIDE, _SIDE, 16, 0)),
     "grey-alpha": (".png", lambda: _png(_SIDE, _SIDE, 8, 4)),
     "declared": (".png", lambda: _png(8, 8, 8, 2).replace(struct.pack(">II", 8, 8), struct.pack(">II", 1 << 30, 1 << 30))),

@@ -137,7 +137,7 @@ def test_a_thread_of_the_loader_has_room_for_one_picture_at_most() -> None:
         (lambda: images.strip(64, 64, images.zeros(300 << 20), packing=8, bits=16, samples=3, photometric=2), "unpacks to more than"),
         (lambda: images.strip(4096, 4096, images.zeros(1 << 20), packing=8, samples=100), "its 1,600 MiB would fill the memory"),
         (lambda: images.strip(9459, 9459, images.zeros(1 << 20), packing=8, bits=64, format=3), "its 683 MiB would fill the memory"),
-        (lambda: images._png(9459, 9459, 16, 6, b""), "its 683 MiB would fill the memory; --max-pixels 119296908 reads it"),
+        (lambda: images._png(9459, 9459, 16, 6, b""), "its 1,024 MiB would fill the memory; --max-pixels 178945362 reads it"),
         (lambda: images._bmp_rle(9459, 9459, b"\1\0\0\0" * 99), "stand in it as run lengths, which takes minutes"),
         (lambda: b"P3 9459 9459 255 1 2 3", "stand in it as numbers in letters"),
         (lambda: b"P6 9459 9459 1023 ", "stand in it as values of another range"),

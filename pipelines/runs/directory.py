@@ -38,6 +38,7 @@ from simclr.stages import STAGES
 SCHEMA = 1
 _INSTEAD = "bring it back from a copy, or begin a new run with another --run"
 _LOCK = ".training"
+_LATEST_S = 1e11  # a Unix time beyond it has no date on some systems
 _PHASES = ("render and shard", "start", "pretrain", "finetune", "distill", "evaluate", "publish", "pull and compare")
 # These fields change how often a run reports, not its numbers: a resumed run may change them.
 _OPERATIONAL = (

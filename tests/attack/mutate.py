@@ -8,8 +8,29 @@ import random
 from typing import Any
 
 _VALUES: tuple[Any, ...] = (
-    *(None, True, False, -1, 0, 1, 7, 100, 10**6, 10**12, 2**63, -(2**63), 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf")),
-    *("", "x", "../../elsewhere", "/etc/passwd", "a\x1b[2Jb", "\ud800", "x" * 100_000, "jpeg", "1"),
+    *(
+        None,
+        True,
+        False,
+        -1,
+        0,
+        1,
+        7,
+        100,
+        10**6,
+        10**12,
+        2**63,
+        -(2**63),
+        10**40,
+        10**400,
+        0.5,
+        -0.0,
+        1e-300,
+        1e308,
+        float("nan"),
+        float("inf"),
+    ),
+    *("", "x", "\0", "..", "../../elsewhere", "/etc/passwd", "a\x1b[2Jb", "\ud800", "x" * 100_000, "jpeg", "1"),
     *([], [1], [None] * 50, ["a"] * 10_000, {}, {"": {}}, {"a": 1}, [[[[[[]]]]]]),
 )
 
@@ -21,6 +42,8 @@ def damaged_json(text: str, draw: random.Random) -> bytes:
         return damaged(text.encode(), draw)
     if kind < 0.13:
         return b"[" * 100_000
+    if kind < 0.14:
+        return draw.choice((b"", b"[]", b"null", b"{}", b'{"schema": 1}', text.encode() * 2, text.encode() + b" " * (1 << 20)))
     if kind < 0.15:
         return text.encode().replace(b"{", b'{"schema": 1, "schema": [],', 1)  # the same name twice
     value = copy.deepcopy(json.loads(text))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipelines.runs.directory import SCHEMA
+from pipelines.runs.directory import LATEST_S, SCHEMA
 from pipelines.terminal import show
 from simclr import fields, files
 from simclr.data.s3.uri import Address, address
@@ -128,6 +128,8 @@ def line(name: str, run_json: str, metrics: str, checkpoints: list[str]) -> Line
         note = f"run.json cannot be read: {error}"
     step, total = last.get("step", max(steps, default=0)), last.get("total_steps", total)
     updated = last.get("time", began)
+    if not 0 <= updated < LATEST_S:
+        updated, note = 0.0, note or "its times are no Unix times"
     if total is not None and step >= total:
         state = "complete"
     elif time.time() - updated < _SILENT_S:

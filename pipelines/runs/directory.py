@@ -38,7 +38,8 @@ from simclr.stages import STAGES
 SCHEMA = 1
 _INSTEAD = "bring it back from a copy, or begin a new run with another --run"
 _LOCK = ".training"
-_LATEST_S = 1e11  # a Unix time beyond it has no date on some systems
+LATEST_S = 1e11
+"""A Unix time beyond it, thousands of years ahead, has no date on some systems."""
 _PHASES = ("render and shard", "start", "pretrain", "finetune", "distill", "evaluate", "publish", "pull and compare")
 # These fields change how often a run reports, not its numbers: a resumed run may change them.
 _OPERATIONAL = (
@@ -223,8 +224,9 @@ class Run:
 
 def _is_reported(name: str, value: Any) -> bool:
     """Whether a report may say this: a number, NaN too, or a text about stragglers."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, str) if name == "stragglers" else number
+    if name == "stragglers":
+        return isinstance(value, str)
+    return isinstance(value, float) or fields.fits(value, float)  # of whole numbers those that a float can hold
 
 
 def environment() -> dict[str, str]:
@@ -372,5 +374,7 @@ def _run_of(path: Path, text: dict[str, Any]) -> Run:
     elif not data.is_absolute():
         data = Path(os.path.relpath(path / data))
     run = fields.build(Run, text, where, _INSTEAD, path=path, config=config, data=data)
+    if not 0 <= run.created < LATEST_S:
+        raise UserError(f"{where} is damaged: created is {run.created:g}, expected a Unix time; {_INSTEAD}")
     # What an earlier version wrote, or another hand, may have credentials in it.
     return replace(run, tracking_uri=redacted(run.tracking_uri), command=redacted(run.command))

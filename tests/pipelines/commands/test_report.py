@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.commands import report
+from pipelines.commands import report, runs
 from pipelines.commands.report import _ARRAYS, _pictures
 from pipelines.runs.directory import load_run
 from simclr.errors import UserError
@@ -74,3 +74,15 @@ def test_a_line_that_is_no_report_is_named(tmp_path: Path, line: str) -> None:
         file.write(line + "\n")
     with pytest.raises(UserError, match=r"metrics.jsonl, line 3, is no report: .*; remove that line"):
         run.history()
+
+
+@pytest.mark.parametrize("created", [-1, 1e300, 2**63])
+def test_times_that_have_no_date_are_said(tmp_path: Path, created: float) -> None:
+    with tarfile.open(GOLDEN / "before.tar.xz") as archive:
+        archive.extract("before/pretrained/run.json", tmp_path, filter="data")
+    path = tmp_path / "before" / "pretrained" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"created": created}))
+    with pytest.raises(UserError, match="run.json is damaged: created is .*, expected a Unix time"):
+        load_run(path.parent)
+    one = runs.line("pretrained", path.read_text(), "", [])
+    assert one.note == "its times are no Unix times" and runs.table([one])

@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 # CHANGELOG.md is history: it may name what is gone, but not link to it.
 HISTORY = ROOT / "CHANGELOG.md"
 PAGES = [
-    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
+    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "cluster").glob("*.md")),
     *(ROOT / "tests" / name / "README.md" for name in ("benchmarks", "golden")),

@@ -82,7 +82,7 @@ def test_times_that_have_no_date_are_said(tmp_path: Path, created: float) -> Non
         archive.extract("before/pretrained/run.json", tmp_path, filter="data")
     path = tmp_path / "before" / "pretrained" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"created": created}))
-    with pytest.raises(UserError, match="run.json is damaged: created is .*, expected a Unix time"):
+    with pytest.raises(UserError, match=r"run.json is damaged: created is .*, expected a Unix time"):
         load_run(path.parent)
     one = runs.line("pretrained", path.read_text(), "", [])
     assert one.note == "its times are no Unix times" and runs.table([one])

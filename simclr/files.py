@@ -208,10 +208,10 @@ def read_text(path: Path, instead: str) -> str:
         raise UserError(f"{path} is damaged: byte {error.start:,} is no UTF-8 text; {instead}") from None
 
 
-def require_small(path: Path, instead: str) -> None:
-    """Raise UserError if `path` has more bytes than any JSON file of ours."""
-    if (size := path.stat().st_size) > MOST_JSON_BYTES:
-        raise UserError(f"{path} is damaged: it has {size:,} bytes, expected {MOST_JSON_BYTES:,} at most; {instead}")
+def require_small(path: Path, instead: str, most: int = MOST_JSON_BYTES) -> None:
+    """Raise UserError if `path` has more than `most` bytes, by default more than any JSON file of ours."""
+    if (size := path.stat().st_size) > most:
+        raise UserError(f"{path} is damaged: it has {size:,} bytes, expected {most:,} at most; {instead}")
 
 
 def read_json(path: Path, instead: str) -> dict[str, Any]:

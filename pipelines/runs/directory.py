@@ -38,6 +38,7 @@ from simclr.stages import STAGES
 SCHEMA = 1
 _INSTEAD = "bring it back from a copy, or begin a new run with another --run"
 _LOCK = ".training"
+_MOST_METRICS = 1 << 30  # bytes of metrics.jsonl; a million reports
 LATEST_S = 1e11
 """A Unix time beyond it, thousands of years ahead, has no date on some systems."""
 _PHASES = ("render and shard", "start", "pretrain", "finetune", "distill", "evaluate", "publish", "pull and compare")
@@ -187,18 +188,22 @@ class Run:
         known = {row["step"] for row in self.history()}
         for report in reports:
             if report["step"] not in known:
-                self.append(report)
+                self.append({name: value for name, value in report.items() if name != "mark"})  # a sweep's, on whose trial it is of
 
     def history(self) -> list[dict[str, float]]:
         """All reports in order of steps. Of a step that was repeated after a failure, the last report counts."""
         path = self.path / "metrics.jsonl"
         rows: dict[int, dict[str, float]] = {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        for number, line in enumerate(lines, 1):
+        if not path.exists():
+            return []
+        files.require_small(path, "remove its first lines", _MOST_METRICS)
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             with contextlib.suppress(json.JSONDecodeError):  # half a line of a machine that crashed
                 try:
                     row = json.loads(line)
-                except RecursionError:
+                except json.JSONDecodeError:
+                    raise
+                except (ValueError, RecursionError):  # a number of thousands of digits, or brackets
                     row = None
                 if not isinstance(row, dict) or not fields.fits(row.get("step"), int):
                     raise UserError(f"{path}, line {number}, is no report: it has no step; remove that line")

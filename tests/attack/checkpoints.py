@@ -7,11 +7,11 @@ import hashlib
 import json
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.attack import mutate
 from tests.attack.mutate import damaged, damaged_json
 
 _STEP = "step-000000002"
@@ -40,7 +40,7 @@ def _sound() -> Path:
         optimizer.step()
     state = checkpoint.capture(2, {"seed": 0}, model, optimizer)
     reports = [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.5}]
-    return checkpoint.write(Path(tempfile.mkdtemp(prefix="sound-")), checkpoint.State(2, state.config, state.tensors, reports), keep=1)
+    return checkpoint.write(mutate.folder(), checkpoint.State(2, state.config, state.tensors, reports), keep=1)
 
 
 def _optimizer(model: Any) -> Any:

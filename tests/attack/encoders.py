@@ -6,12 +6,12 @@ import functools
 import json
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from tests.attack import mutate
 from tests.attack.mutate import damaged, damaged_json
 
 _NAMED = (
@@ -42,7 +42,7 @@ def _sound() -> Path:
     config = Config(encoder=Encoder(depth=8, cifar_stem=True), head=Head(layers=2, d_out=16), views=Views(size_px=16))
     model = build_model(config)
     parts = {"head": dict(model.head.state_dict()), "classifier": dict(Classifier(model.encoder, model.head, 1, 3).classifier.state_dict())}
-    directory = Path(tempfile.mkdtemp(prefix="sound-")) / "encoder"
+    directory = mutate.folder() / "encoder"
     write_encoder(dict(model.encoder.state_dict()), config, directory, {"recipe": "none"}, **parts, tap=1, classes=["a", "b", "c"])
     return directory
 

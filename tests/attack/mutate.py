@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import random
+import tempfile
+from pathlib import Path
 from typing import Any
 
 _VALUES: tuple[Any, ...] = (
@@ -35,6 +37,15 @@ _VALUES: tuple[Any, ...] = (
 )
 
 
+_held: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def folder() -> Path:
+    """A new folder, which goes with the process."""
+    _held.append(tempfile.TemporaryDirectory(prefix="simclr-attack-"))
+    return Path(_held[-1].name)
+
+
 def damaged_json(text: str, draw: random.Random) -> bytes:
     """The JSON `text` with one to three values replaced, removed or added at any depth; now and then with its bytes damaged."""
     kind = draw.random()
@@ -43,7 +54,18 @@ def damaged_json(text: str, draw: random.Random) -> bytes:
     if kind < 0.13:
         return b"[" * 100_000
     if kind < 0.14:
-        return draw.choice((b"", b"[]", b"null", b"{}", b'{"schema": 1}', text.encode() * 2, text.encode() + b" " * (1 << 20)))
+        return draw.choice(
+            (
+                b"",
+                b"[]",
+                b"null",
+                b"{}",
+                b'{"schema": 1}',
+                text.encode() * 2,
+                text.encode().replace(b": 1", b": 1" + b"0" * 5000),
+                text.encode() + b" " * (1 << 20),
+            )
+        )
     if kind < 0.15:
         return text.encode().replace(b"{", b'{"schema": 1, "schema": [],', 1)  # the same name twice
     value = copy.deepcopy(json.loads(text))

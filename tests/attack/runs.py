@@ -8,12 +8,12 @@ import json
 import random
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from tests.attack import mutate
 from tests.attack.mutate import damaged, damaged_json
 from tests.support.paths import GOLDEN
 
@@ -23,7 +23,7 @@ _ENTRIES = ("gallery", "queries", "query_labels", "neighbours", "neighbour_label
 @functools.cache
 def _sound() -> Path:
     """The run of 22 November, with pictures and an outbox."""
-    folder = Path(tempfile.mkdtemp(prefix="sound-"))
+    folder = mutate.folder()
     with tarfile.open(GOLDEN / "before.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     run = folder / "before" / "pretrained"
@@ -47,7 +47,7 @@ def _pictures(draw: random.Random, sound: bool = False) -> bytes:
             case 2:
                 arrays[name] = arrays[name].astype(draw.choice((np.float64, np.int8, "S3", bool)))
             case 3:
-                arrays[name] = arrays[name] + np.array(draw.choice((-1, 100)), arrays[name].dtype.type if draw.random() < 0 else np.int64)
+                arrays[name] = arrays[name] + draw.choice((-1, 100))
             case _:
                 arrays[name] = np.full(arrays[name].shape, np.nan)
     file = io.BytesIO()

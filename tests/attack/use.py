@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,9 @@ from simclr.data.sources.patterns import render
 from simclr.data.sources.reading import essence
 from simclr.data.verify import verify
 from simclr.views.preprocessing import Preprocessing
+from tests.attack import mutate
 
 KINDS = ("raw", "jpeg")
-_HELD: list[tempfile.TemporaryDirectory[str]] = []  # removed with the process
 
 
 @functools.cache
@@ -31,8 +30,7 @@ def base(kind: str) -> Path:
     """Sound shards of the `kind`, 60 training images in two shards and 12 test images with three classes, made once a process."""
     from PIL import Image
 
-    _HELD.append(tempfile.TemporaryDirectory(prefix="simclr-attack-"))
-    folder, size = Path(_HELD[-1].name), 32 if kind == "raw" else 96
+    folder, size = mutate.folder(), 32 if kind == "raw" else 96
     images, _ = render(np.arange(72), 0, size, kind == "jpeg")
     for i, image in enumerate(images):
         of = folder / "images" / ("train" if i < 60 else "test") / f"class{i % 3}"

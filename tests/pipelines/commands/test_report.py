@@ -62,7 +62,10 @@ def test_pictures_that_unpack_to_gigabytes_are_not_unpacked(tmp_path: Path, monk
         _pictures(path, 3)
 
 
-@pytest.mark.parametrize("line", ['{"step": 1, "train/loss": "low"}', '{"step": 1, "epoch": [1]}', '{"step": true}', "[" * 100_000, "3"])
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 1, "train/loss": "low"}', '{"step": 1, "epoch": [1]}', '{"step": true}', "[" * 100_000, "3", '{"step": ' + "9" * 5000 + "}"],
+)
 def test_a_line_that_is_no_report_is_named(tmp_path: Path, line: str) -> None:
     with tarfile.open(GOLDEN / "before.tar.xz") as archive:
         archive.extract("before/pretrained/run.json", tmp_path, filter="data")
@@ -70,8 +73,9 @@ def test_a_line_that_is_no_report_is_named(tmp_path: Path, line: str) -> None:
     rows = [{"step": 1, "train/loss": float("nan"), "stragglers": "rank 1 on a host"}, {"step": 2, "train/loss": 3}]
     (run.path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     assert [row["step"] for row in run.history()] == [1, 2]
-    with (run.path / "metrics.jsonl").open("a") as file:
-        file.write(line + "\n")
+    run.fill([{"step": 2, "train/loss": 9.0}, {"step": 3, "train/loss": 1.0, "mark": "000-s0"}])
+    assert [row["train/loss"] for row in run.history()[1:]] == [3, 1.0]
+    (run.path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n" + line + "\n")
     with pytest.raises(UserError, match=r"metrics.jsonl, line 3, is no report: .*; remove that line"):
         run.history()
 

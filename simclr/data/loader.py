@@ -264,10 +264,8 @@ class _Split:
                 try:
                     code(*given)
                 except KeyError as error:
-                    # From numba, seen in some whole runs of the tests, last while it resolved a call: a key is missing in one of its
-                    # tables, and a table made anew has it. The cause is not known. Ruled out (numba 0.68.1): hash seeds, a second thread
-                    # that compiles, garbage collection, overloads registered meanwhile, dtype pointers, dispatchers' finalizers. The
-                    # suspect, np.searchsorted, is gone from `read_bytes` since; if none is reported any more, this can go too.
+                    # From numba, now and then: see `ffcv.signatures`, which leaves it no place that is known to raise it. If none is
+                    # reported any more, this can go.
                     place = "".join(traceback.format_exception(error)).rstrip()
                     warnings.warn(f"numba lost a key, and the decoder is compiled anew; please report this:\n{place}", RuntimeWarning, 2)
                     operation.accept_globals(self.rows, Compiler.compile(read_bytes))

@@ -90,7 +90,7 @@ def test_prepare_into_something_else_is_refused(simclr: Run, tmp_path: Path, pat
         (("--train.batch-size", "61"), "batch_size 61 does not divide over 2 workers; use 60 or 62, or --workers 1"),
         (("--train.batch-size", "242"), r"batch_size 242 is larger than the training split \(240 images\).*--train.batch-size 240"),
         (("--train.epochs", "0"), "train.epochs is 0.0; expected more than 0"),
-        (("--views.size-px", "4"), "views.size_px is 4; expected at least 8 pixels"),
+        (("--views.size-px", "4"), "views.size_px is 4; expected 8 to 4096 pixels"),
         (("--workers", "0"), "--workers is 0; expected at least 1"),
         (("--device", "gpu"), "--device is 'gpu'; expected auto, cpu, cuda or tpu"),
         (("--tracking-uri", "htp://nowhere"), "htp://nowhere is no MLflow address"),

@@ -155,7 +155,7 @@ def test_a_runs_own_files(tmp_path: Path, trap: Trap, form: str) -> None:
     assert posted._note()["bytes"] == 0
     tried(lambda: list(posted.batches()))
     with pytest.raises(UserError, match="is damaged"):
-        report._pictures(run.path / "pictures.npz")
+        report._pictures(run.path / "pictures.npz", 3)
     (run.path / "run.json").write_bytes(content)
     tried(lambda: load_run(run.path))
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numba.typed
 import torch
 
+import simclr.data.ffcv.signatures  # noqa: F401  (for its effect)
+
 _threads = torch.get_num_threads()  # which FFCV sets to 1 when it is imported
 _typed_dict = numba.typed.Dict
 numba.typed.Dict = dict

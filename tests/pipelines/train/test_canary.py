@@ -70,6 +70,7 @@ ray.train.torch: TorchConfig.backend_cls _create_default_callbacks<TorchTrainer.
 USED = {
     "pipelines/train/ray_private.py": RAY.replace("~", "ray.train.v2._internal"),
     "simclr/data/ffcv/imports.py": "ffcv.fields.rgb_image: IMAGE_MODES Dict\nnumba.typed: Dict",
+    "simclr/data/ffcv/signatures.py": "numba.core.dispatcher: Dispatcher.nopython_signatures",
     "simclr/data/ffcv/decode.py": """
 ffcv.libffcv: imdecode(source,dst,source_height,source_width,crop_height,crop_width)
 ffcv.libffcv: imdecode(offset_x,offset_y,scale_factor_num,scale_factor_denom,enable_crop,do_flip)

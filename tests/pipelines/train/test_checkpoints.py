@@ -122,7 +122,7 @@ def test_a_checkpoint_has_the_reports_that_nobody_may_have_heard(tmp_path: Path,
         kept.save(report(6, due=True))
         kept.close()
         since = run.checkpoints / "step-000000006"
-    for row in ({"step": 1, "train/loss": 1 / 3}, {"step": 2, "train/loss": 0.5, "heard": True}):  # and no more
+    for row in ({"step": 1, "train/loss": 1 / 3}, {"step": 2, "train/loss": 0.5, "heard": 1}):  # and no more
         run.append(row)
     run.fill(checkpoint.read(since).reports)
     rows = run.history()

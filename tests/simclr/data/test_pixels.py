@@ -49,6 +49,8 @@ def test_what_is_called_like_a_picture_never_reaches_ghostscript(tmp_path: Path,
     page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 80 80\n%%EndComments\n(%pipe%touch gone) (w) file\n%%EOF\n"
     ran = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **named: ran.append(given) or Image.new("RGB", (80, 80)).im)
+    Image.init()
+    monkeypatch.setattr(Image, "ID", [*Image.OPEN])  # as it is before `name_formats_for_libraries`
     Image.open(io.BytesIO(page)).load()
     assert len(ran) == 1  # so Pillow would, by itself
     good = saved(Image.fromarray(rgb()), "PNG")

@@ -154,7 +154,7 @@ def load(path: Path) -> Sweep:
     resources = fields.build(Resources, found.resources, f"resources in {path}/sweep.json", INSTEAD)
     found = replace(found, resources=asdict(resources))
     for folder in ("trials", "first_tries"):
-        _require_here(path / folder)
+        require_here(path / folder)
     return found
 
 
@@ -163,7 +163,7 @@ def trial_in(directory: Path) -> Trial | None:
     and for a directory that leads out of the sweep's."""
     path = directory / "trial.json"
     for folder in (directory, *(directory / part for part in _PARTS)):
-        _require_here(folder)
+        require_here(folder)
     if not path.is_file():
         return None
     instead = f"remove {directory}, and the trial is done again"
@@ -176,7 +176,7 @@ def trial_in(directory: Path) -> Trial | None:
     return trial
 
 
-def _require_here(folder: Path) -> None:
+def require_here(folder: Path) -> None:
     """Raise UserError for a symbolic link: whoever made the sweep could have another user's files removed or changed through it."""
     if folder.is_symlink():
         raise UserError(

@@ -28,7 +28,7 @@ from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.data.s3.uri import address
 from simclr.errors import Diverged, UserError
-from tune import resolve, sweep_dir
+from tune import inherit, resolve, sweep_dir
 from tune.plan import OTHER_SEED
 from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
 
@@ -36,7 +36,6 @@ from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
 os.environ.setdefault(ray_private.HEALTH_INTERVAL, "0.5")
 # A trial that a scheduler stops ends its workers within this time; then its driver's process serves the next one.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "20")
-_STALE = "the checkpoint it should go on from is gone"
 
 
 def drive(asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None:
@@ -68,8 +67,9 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
             tune.report({**_tune_metrics(before.scores), "step": before.step, "images": before.step * point.config.train.batch_size})
         return
     donor = _donor(tune.get_checkpoint(), name)
-    trial = Trial(name=name, values=point.values, seed=point.seed, donor=donor)
-    if before is not None and not donor:  # a scheduler hears a score with every report until there is a newer one
+    taken = donor or inherit.settle(directory)  # also if it was killed before it recorded whose weights it took
+    trial = Trial(name=name, values=point.values, seed=point.seed, donor=taken)
+    if before is not None and not taken:  # a scheduler hears a score with every report until there is a newer one
         trial = dataclasses.replace(trial, donor=before.donor, scores=before.scores)
     if before is not None and before.reason:  # it had started again with another seed
         trial, point = _again(trial, point, before.reason)
@@ -77,7 +77,8 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
         try:
             run = _open(sweep, directory, point.config, donor)
             trial.save(directory)
-            if before is not None and not donor:
+            inherit.settle(directory)
+            if before is not None and not taken:
                 trial = _caught_up(sweep, run, trial)
             trial = _train(sweep, run, trial, inbox, private, began)
             dataclasses.replace(trial, status="finished").save(directory)
@@ -155,7 +156,7 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: str) -> Run:
     at = address(sweep.data)
     data = sync.retry_unreachable(lambda: sync.shards(sweep.data), say)
     if (directory / "run.json").is_file() and donor:
-        _inherit(load_run(directory), config, sweep.path / "trials" / donor)
+        inherit.take(load_run(directory), config, sweep.path / "trials" / donor)
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
     flags = [f"--{key.replace('_', '-')}={_word(resolve.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
     manifest, workers = read_manifest(data, look=False), ray_train.Resources(**sweep.resources).counts(config)
@@ -202,27 +203,6 @@ def _differs(sweep: Sweep, config: Config, key: str) -> bool:
     from simclr.recipes import recipe
 
     return bool(resolve.value_of(config, key) != resolve.value_of(recipe(sweep.recipe), key))
-
-
-def _inherit(run: Run, config: Config, donor: Path) -> None:
-    """Make the newest checkpoint of the run `donor` the only one of `run`, with `config`.
-
-    It is copied whole beside the old ones first. A trial that is killed meanwhile goes on with its own weights.
-    """
-    from simclr import checkpoint
-
-    newest = checkpoint.latest(donor / "checkpoints", say)
-    if newest is None:
-        raise UserError(f"{_STALE}: {donor}")
-    copy, old = run.path / ".inherited", run.path / ".outlived"
-    for folder in (copy, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(newest, copy / newest.name)
-    dataclasses.replace(run, config=config).save()
-    if run.checkpoints.exists():
-        run.checkpoints.rename(old)
-    copy.rename(run.checkpoints)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, began: float) -> Trial:

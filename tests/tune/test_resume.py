@@ -298,22 +298,3 @@ def test_what_a_killed_driver_has_not_heard_is_told_by_the_trial_that_goes_on(tm
     assert found.scores == record.scores | {"eval/knn_top1": 0.06}
     told.clear()
     assert trial._caught_up(dataclasses.replace(sweep, scheduler="pbt"), run, record) == found and not told
-
-
-def test_inherited_weights_are_whole_or_the_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial that is killed while it takes over another's weights goes on with its own, and with its own values."""
-    sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH)
-    one, two = (load_run(sweep.path / "trials" / record.name) for record in trained(sweep, lambda point: 0.5)[:2])
-    for run, step in ((one, 3), (two, 7)):
-        checkpoint.write(run.checkpoints, checkpoint.State(step, run.config.to_dict(), {}), 1)
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("shutil.copytree", killed)
-        trial._inherit(one, two.config, two.path)
-    assert [path.name for path in one.checkpoints.iterdir()] == ["step-000000003"] and load_run(one.path).config == one.config
-    trial._inherit(one, two.config, two.path)
-    assert [path.name for path in one.checkpoints.iterdir()] == ["step-000000007"] and load_run(one.path).config == two.config
-    assert not [path.name for path in one.path.glob(".[io]*")]

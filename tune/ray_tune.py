@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -102,13 +102,7 @@ def _fit(asked: Sweep, left: list[Coded], coded: bool, concurrent: int, schedule
     # A driver only waits, so it reserves a little memory and no core. A driver with the last core, whose worker needs it, would be
     # a deadlock.
     light = tune.with_resources(trial, tune.PlacementGroupFactory([{"memory": float(1 << 20)}]))
-    names = {_key(code.axes): code.name for code in left}
-
-    def name(trial: Any) -> str:
-        """The trial's name, and its directory's."""
-        given = trial.config["trial"]
-        return str(given.get("name") or names.get(_key(given["axes"])) or trial.trial_id)
-
+    name = _naming(left)
     with _storage(asked, private) as storage:
         tune.Tuner(
             light,
@@ -148,8 +142,23 @@ def _storage(asked: Sweep, private: bool) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _key(axes: dict[str, int | float]) -> tuple[tuple[str, float], ...]:
-    return tuple(sorted(axes.items()))
+def _naming(left: list[Coded]) -> Callable[[Any], str]:
+    """A function from Ray Tune's trials to their names, which are their directories', too.
+
+    Of trials that a search has drawn, the first one with the codes of a trial that is `left` takes its name; a later one with the same
+    codes is another trial. The function is asked more than once for a trial."""
+    waiting, given = list(left), dict[str, str]()
+
+    def name(trial: Any) -> str:
+        asked = trial.config["trial"]
+        if trial.trial_id not in given:
+            own = None if asked.get("name") else next((code for code in waiting if code.axes == asked["axes"]), None)
+            if own is not None:
+                waiting.remove(own)
+            given[trial.trial_id] = asked.get("name") or (own.name if own is not None else trial.trial_id)
+        return given[trial.trial_id]
+
+    return name
 
 
 class Follow(tune.Callback):

@@ -246,6 +246,27 @@ def test_optuna_goes_on_from_scores_and_unfinished_trials(tmp_path: Path) -> Non
     assert search.suggest("2")["trial"]["axes"] not in [axes for axes, _ in plan.scored(sweep)]
 
 
+def test_a_name_is_of_one_trial(tmp_path: Path) -> None:
+    """Two trials of one name would train in one directory. A search may draw the codes of an unfinished trial again, or twice."""
+    pytest.importorskip("ray.tune")
+    from ray.tune.experiment import Trial as Tuned
+
+    from tune import ray_tune
+
+    def drawn(temperature: int, **more: Any) -> str:
+        config = {"trial": {"axes": {"loss.temperature": temperature, "optim.base_lr": 0.5}, "seed": 0, **more}}
+        made = Tuned("sweep", stub=True, config=config, trial_name_creator=name, trial_dirname_creator=name)
+        assert str(made) == made.custom_dirname == name(made)
+        return str(made)
+
+    left = [resolve.Coded(axes={"loss.temperature": t, "optim.base_lr": 0.5}, seed=0, name=n) for n, t in (("a", 1), ("b", 2), ("c", 1))]
+    name = ray_tune._naming(left)
+    assert [drawn(1), drawn(2), drawn(1)] == ["a", "b", "c"]
+    others = [drawn(1), drawn(1), drawn(2), drawn(3)]
+    assert len({*others, "a", "b", "c"}) == 7
+    assert drawn(1, name="012-s0") == "012-s0"
+
+
 def test_a_trial_that_goes_on_reports_its_last_score_until_there_is_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it did before: else a scheduler would decide at a later step. Another seed, and another trial's weights, have no score yet."""
     tune = pytest.importorskip("ray.tune")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support.command import Run, refused
 from tests.support.sweeps import a_sweep, trained
 from tune import plan, spaces, sweep_dir, trial, validate
 from tune.sweep_dir import Sweep, Trial
+from tune.trial_log import Ledger
 
 BATCH = {"train.batch_size": 60}
 
@@ -101,6 +103,28 @@ def test_records_that_lead_elsewhere_are_refused(tmp_path: Path, patterns: Path)
     with pytest.raises(UserError, match="trials is a symbolic link"):
         sweep_dir.load(sweep.path)
     assert theirs.exists()
+
+
+def test_first_tries_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
+    """Another user's run would be sent to MLflow, and marked as sent."""
+    sweep, mine = a_sweep(tmp_path / "s", "smoke", changes=BATCH), a_sweep(tmp_path / "mine", "smoke", changes=BATCH)
+    sweep.save()
+    first = trained(mine, lambda point: 0.5)[0].name
+    sweep_dir.first_try(sweep.path, first).parent.mkdir()
+    sweep_dir.load(sweep.path)
+    sweep_dir.first_try(sweep.path, first).symlink_to(mine.path / "trials" / first)
+    with pytest.raises(UserError, match=f"{first} is a symbolic link, to"):
+        sweep_dir.load(sweep.path)
+    with pytest.raises(UserError, match=f"{first} is a symbolic link, to"):  # it came while the sweep ran
+        Ledger(sweep, queue.Queue(), "sqlite:///x.db").close("FINISHED", [], {})
+
+
+def test_a_password_in_the_record_of_a_sweep_is_not_read(tmp_path: Path) -> None:
+    words = "simclr sweep smoke --tracking-uri http://ada:{}@host"
+    sweep = a_sweep(tmp_path / "s", "smoke", command=words.format("lovelace"), tracking_uri="http://ada:lovelace@host")
+    sweep.save()
+    found = sweep_dir.load(sweep.path)
+    assert "lovelace" not in f"{found}" and found.command.startswith("simclr sweep smoke")
 
 
 @pytest.mark.parametrize(

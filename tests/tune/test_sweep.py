@@ -55,6 +55,21 @@ def test_a_sweep_that_cannot_work_is_refused(simclr: Run, patterns: Path, words:
     refused(simclr(*(patterns if word == "DATA" else word for word in words)), sentence)
 
 
+def test_two_commands_do_not_run_one_sweep(simclr: Run, tmp_path: Path, patterns: Path) -> None:
+    """Each would train the same trials in the same directories. What is refused leaves nothing behind."""
+    sweep = a_sweep(tmp_path / "s", "smoke", data=str(patterns), changes={"train.batch_size": 60})
+    trained(sweep, lambda point: 0.5)
+    before = sorted(path.name for path in sweep.path.iterdir())
+    with sweep.alone():
+        refused(simclr("sweep", "--resume", str(sweep.path)), "another process is running .*/s; wait for it, end it, or use another --out")
+    with pytest.raises(UserError, match="another process has just begun a sweep in"), a_sweep(sweep.path, "smoke", created=1.0).alone():
+        pass
+    with pytest.raises(UserError, match="do not fit"), a_sweep(tmp_path / "runs" / "new", "smoke").alone():
+        raise UserError("its workers do not fit")
+    assert not (tmp_path / "runs").exists()
+    assert sorted(path.name for path in sweep.path.iterdir()) == [sweep_dir.LOCK, *before]
+
+
 def test_spaces_are_listed(simclr: Run) -> None:
     code, out, _ = simclr("sweep", "--list")
     assert code == 0 and all(space.why in out and space.repeats in out for space in spaces.SPACES.values())

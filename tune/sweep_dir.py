@@ -98,6 +98,11 @@ class Sweep:
         return resolve.restricted(space(self.space), self.base, self.only)
 
     @property
+    def clock(self) -> Literal["step", "images"]:
+        """A scheduler's time: images where trials have several batch sizes, since steps are then unequal work."""
+        return "images" if any("train.batch_size" in axis.paths for axis in self.restricted.axes) else "step"
+
+    @property
     def best_is(self) -> Literal["max", "min"]:
         return METRICS[self.metric]
 

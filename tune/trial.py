@@ -38,8 +38,9 @@ os.environ.setdefault(ray_private.HEALTH_INTERVAL, "0.5")
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "20")
 
 
-def drive(asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None:
-    """Train and score the trial that Ray Tune `asked` for. Runs in an actor of Tune's.
+def drive(asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool, heard: dict[str, float]) -> None:
+    """Train and score the trial that Ray Tune `asked` for. Runs in an actor of Tune's. `heard` has the time of each trial's last report
+    that the scheduler heard before this command.
 
     A final failure is recorded in trial.json and not raised: a trial without a score is no candidate.
     """
@@ -47,13 +48,13 @@ def drive(asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None
 
     name = str(tune.get_context().get_trial_name())
     try:
-        _drive(name, asked, sweep, inbox, private)
+        _drive(name, asked, sweep, inbox, private, heard.get(name, 0))
     except Exception as error:  # before the training started, or while recording it
         directory, trial = sweep.path / "trials" / name, Trial(name=name, values={}, seed=asked.seed)
-        _failed(directory, trial, why(error)[0], retry.bug(error), inbox)
+        _failed(directory, trial, why(error, sweep.data)[0], retry.bug(error), inbox)
 
 
-def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None:
+def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool, heard: float) -> None:
     from ray import tune
 
     began = time.time()
@@ -78,13 +79,14 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
             run = _open(sweep, directory, point.config, donor)
             trial.save(directory)
             inherit.settle(directory)
+            newest = _newest(run)
             if before is not None and not taken:
-                trial = _caught_up(sweep, run, trial)
+                trial = _caught_up(sweep, run, trial, newest, heard)
             trial = _train(sweep, run, trial, inbox, private, began)
             dataclasses.replace(trial, status="finished").save(directory)
             return
         except Exception as error:  # bugs too: the sweep goes on, and prints and stores the traceback
-            (reason, again), bug = why(error), retry.bug(error)
+            (reason, again), bug = why(error, sweep.data), retry.bug(error)
             if trial.reason or not again:
                 first = f" (seed {point.seed}; before, on seed {point.seed - OTHER_SEED}: {trial.reason})" if trial.reason else ""
                 _failed(directory, trial_in(directory) or trial, reason + first, bug, inbox)
@@ -123,8 +125,8 @@ def _again(trial: Trial, point: resolve.Point, reason: str) -> tuple[Trial, reso
     return dataclasses.replace(trial, seed=seed, reason=reason), dataclasses.replace(point, seed=seed, config=config)
 
 
-def why(failure: BaseException) -> tuple[str, bool]:
-    """(reason in a sentence, whether another seed may help).
+def why(failure: BaseException, data: str) -> tuple[str, bool]:
+    """(reason in a sentence, whether another seed may help). `data` is the address of the shards.
 
     A loss that is not finite follows from seed and config: the same seed would repeat it, another may not. Wrong input and too little
     memory on the device fail with every seed. After lost processes and nodes, Ray Train has retried from the last checkpoint as often
@@ -136,6 +138,11 @@ def why(failure: BaseException) -> tuple[str, bool]:
         return f"out of memory on the device: {text}", False
     if isinstance(error, Diverged):
         return text.partition(";")[0], True  # the rest is advice for a single run
+    if lost := retry.given_up(failure):
+        if shrunk := retry.resized(data):
+            return shrunk, False
+        if not isinstance(error, UserError):
+            return lost.partition("; run the same command again")[0], True  # the same
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}", not isinstance(error, UserError | OSError)
 
 
@@ -163,35 +170,32 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: str) -> Run:
     notes = sense.notes(config, manifest, manifest.examples("train", config.train.shard_groups), workers, run.under_way)
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]), notes=notes)
     run.save()
-    _fill(run)
     return run
 
 
-def _fill(run: Run) -> None:
-    """Add the checkpoint's reports that a killed sweep missed. Reports of another trial, which a checkpoint may have too, are left out."""
-    if not run.checkpoints.exists():
-        return
-    from simclr import checkpoint
-
-    newest = checkpoint.latest(run.checkpoints, say)
-    reports = checkpoint.reports(newest) if newest is not None else []
-    run.fill([report for report in reports if report.pop("mark", "") == run.path.name])
-
-
-def _caught_up(sweep: Sweep, run: Run, trial: Trial) -> Trial:
-    """The record with the score of the checkpoint that the trial goes on from. asha and median are told the reports up to it: a driver that
-    was killed has not heard the last of them, and they do not come again. The scheduler leaves out those that it has heard."""
-    from ray import tune
-
+def _newest(run: Run) -> int:
+    """The step of the checkpoint that the run goes on from, 0 without one. Its reports that a killed sweep missed are added to the run's.
+    Those of another trial, which a checkpoint may have too, are left out."""
     from simclr import checkpoint
 
     newest = checkpoint.latest(run.checkpoints, say) if run.checkpoints.exists() else None
-    last = int(checkpoint.about(newest)["step"]) if newest is not None else 0
+    if newest is None:
+        return 0
+    run.fill([report for report in checkpoint.reports(newest) if report.pop("mark", "") == run.path.name])
+    return int(newest.name.removeprefix("step-"))  # `latest` has read all of it: the name is true
+
+
+def _caught_up(sweep: Sweep, run: Run, trial: Trial, newest: int, heard: float) -> Trial:
+    """The record with the score of the checkpoint, of step `newest`, that the trial goes on from. asha and median are told the reports up
+    to it that they have not `heard`: a driver that was killed has not heard the last of them, and they do not come again."""
+    from ray import tune
+
     for _, step, score in sweep_dir.told(run, sweep.metric):
-        if step <= last:
+        if step <= newest:
             trial = dataclasses.replace(trial, scores=trial.scores | {sweep.metric: score})
-            if sweep.scheduler in ("asha", "median"):
-                tune.report({sweep.metric: score, "step": step, "images": step * run.config.train.batch_size})
+            report = {sweep.metric: score, "step": step, "images": step * run.config.train.batch_size}
+            if sweep.scheduler in ("asha", "median") and report[sweep.clock] > heard:
+                tune.report(report)
     return trial
 
 

@@ -123,8 +123,8 @@ def test_a_trial_says_whose_weights_it_took_before_it_was_killed(tmp_path: Path,
     monkeypatch.setattr(trial, "_open", lambda *_: load_run(own.path))
     monkeypatch.setattr(trial, "_train", lambda sweep, run, record, *_: began.append(record) or record)
     asked = resolve.Coded(axes=resolve.codes_of(sweep.restricted, sweep.base, other.config) or {}, seed=0)
-    trial.drive(asked, sweep, None, True)
+    trial.drive(asked, sweep, None, True, {})
     later = dataclasses.replace(began[0], scores={"eval/knn_top1": 0.75})
     later.save(own.path)
-    trial.drive(asked, sweep, None, True)
+    trial.drive(asked, sweep, None, True, {})
     assert [(t.donor, t.scores) for t in began] == [(other.path.name, {}), (other.path.name, later.scores)]

@@ -28,7 +28,7 @@ from simclr.recipes import recipe
 from tune import plan, resolve, spaces, sweep_dir
 from tune.resolve import Coded
 from tune.sweep_dir import Sweep
-from tune.validate import check
+from tune.validate import check, require_closed
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ def sweep(args: Args) -> Path:
         raise UserError(f"{asked.path} exists and is no sweep (it has no sweep.json); use another --out")
     files.require_writable(asked.path)
     with asked.alone():
+        require_closed(asked)
         asked = _run(asked, codes, manifest, uri)
     return _finish(asked, args.publish, uri)
 

@@ -128,6 +128,36 @@ def test_a_password_in_the_record_of_a_sweep_is_not_read(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("mode", "scheduler", "address", "is_refused"),
+    [
+        (0o777, "pbt", "auto", True),
+        (0o1777, "pbt", "auto", False),
+        (0o2775, "pbt", "auto", False),
+        (0o777, "asha", "auto", False),
+        (0o777, "pbt", None, False),
+    ],
+)
+def test_pbt_on_a_cluster_needs_a_directory_that_is_not_everybodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, scheduler: str, address: str | None, is_refused: bool
+) -> None:
+    """Ray Tune's folder lies in it, and another user could exchange it. A group that shares a directory may."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    sweep = a_sweep(tmp_path / "s", "smoke", scheduler=scheduler, resources={"workers": 1, "address": address})
+    sweep.save()
+    sweep.path.chmod(mode)
+    with pytest.raises(UserError, match=r"every user may write in .* `chmod o-w ") if is_refused else contextlib.nullcontext():
+        validate.require_closed(sweep)
+
+
+def test_such_a_directory_is_refused_before_the_cluster_is_joined(simclr: Run, tmp_path: Path, patterns: Path) -> None:
+    resources = {"workers": 1, "address": "auto"}
+    sweep = a_sweep(tmp_path / "s", "smoke", data=str(patterns), changes=BATCH, scheduler="pbt", resources=resources)
+    trained(sweep, lambda point: 0.5)
+    sweep.path.chmod(0o777)
+    refused(simclr("sweep", "--resume", "s", "--address", "auto"), "every user may write in .*/s, where pbt on a cluster keeps")
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"name": "../../x"},

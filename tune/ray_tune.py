@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -66,7 +66,8 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
     before = plan.records(asked, codes)
     if before:
         plan.say_what_stays(asked)
-    scheduler = _scheduler(asked, manifest, {name for name, trial in before.items() if trial.status != "running"})
+    names = {code.name for code in codes} | before.keys()
+    scheduler = _scheduler(asked, manifest, names, {name for name, trial in before.items() if trial.status != "running"})
     reports = messages.make()
     ledger = Ledger(asked, reports, uri)
     private = not ray_train.joins_a_cluster(asked.resources["address"])
@@ -96,19 +97,15 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
 def _fit(asked: Sweep, left: list[Coded], coded: bool, concurrent: int, scheduler: Any, reports: Any, private: bool) -> None:
     """One experiment of Ray Tune's: the trials that are `left` and, if the sweep is not `coded`, those that its search draws."""
 
+    heard = scheduler.heard if isinstance(scheduler, Remembering) else {}
+
     def trial(config: dict[str, Any]) -> None:
-        drive(Coded(**config["trial"]), asked, reports, private)
+        drive(Coded(**config["trial"]), asked, reports, private, heard)
 
     # A driver only waits, so it reserves a little memory and no core. A driver with the last core, whose worker needs it, would be
     # a deadlock.
     light = tune.with_resources(trial, tune.PlacementGroupFactory([{"memory": float(1 << 20)}]))
-    names = {_key(code.axes): code.name for code in left}
-
-    def name(trial: Any) -> str:
-        """The trial's name, and its directory's."""
-        given = trial.config["trial"]
-        return str(given.get("name") or names.get(_key(given["axes"])) or trial.trial_id)
-
+    name = _naming(left)
     with _storage(asked, private) as storage:
         tune.Tuner(
             light,
@@ -148,8 +145,23 @@ def _storage(asked: Sweep, private: bool) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _key(axes: dict[str, int | float]) -> tuple[tuple[str, float], ...]:
-    return tuple(sorted(axes.items()))
+def _naming(left: list[Coded]) -> Callable[[Any], str]:
+    """A function from Ray Tune's trials to their names, which are their directories', too.
+
+    Of trials that a search has drawn, the first one with the codes of a trial that is `left` takes its name; a later one with the same
+    codes is another trial. The function is asked more than once for a trial."""
+    waiting, given = list(left), dict[str, str]()
+
+    def name(trial: Any) -> str:
+        asked = trial.config["trial"]
+        if trial.trial_id not in given:
+            own = None if asked.get("name") else next((code for code in waiting if code.axes == asked["axes"]), None)
+            if own is not None:
+                waiting.remove(own)
+            given[trial.trial_id] = asked.get("name") or (own.name if own is not None else trial.trial_id)
+        return given[trial.trial_id]
+
+    return name
 
 
 class Follow(tune.Callback):
@@ -188,26 +200,26 @@ def _domain(axis: Axis) -> Any:
             return tune.loguniform(low, high)
 
 
-def _scheduler(asked: Sweep, manifest: Manifest, over: set[str]) -> Any:
-    """The sweep's scheduler, None without one; of the trials `over` it has heard the end."""
+def _scheduler(asked: Sweep, manifest: Manifest, names: set[str], over: set[str]) -> Any:
+    """The scheduler of a sweep with trials of these `names`, None without one; of the trials `over` it has heard the end."""
     if asked.scheduler == "none":
         return None
     base, space = asked.base, asked.restricted
     examples = manifest.examples("train", base.train.shard_groups)
-    by_images = any("train.batch_size" in axis.paths for axis in space.axes)  # then steps are unequal work
-    total = base.total_steps(examples) * (base.train.batch_size if by_images else 1)
-    if not by_images:
+    clock = asked.clock
+    total = base.total_steps(examples) * (base.train.batch_size if clock == "images" else 1)
+    if clock == "step":
         every = resolve.combinations(space) if asked.search == "grid" else resolve.samples(space, asked.trials or 16, base.seed)
         total = max(resolve.point(space, base, c, 0).config.total_steps(examples) for c in every)
-    clock, quarter = "images" if by_images else "step", max(total // 4, 1)
+    quarter = max(total // 4, 1)
     if asked.scheduler == "pbt":
         changing = {axis.key: _mutation(axis) for axis in space.axes if set(axis.paths) <= set(MID_RUN)}
         mutations = {"trial": {"axes": changing}}
         return Population(asked, time_attr=clock, perturbation_interval=quarter, hyperparam_mutations=mutations)
     about: dict[str, Any] = {"time_attr": clock, "metric": asked.metric, "mode": METRICS[asked.metric], "grace_period": quarter}
     if asked.scheduler == "asha":  # its limit is beyond the last step: at that step it would end a trial before its score
-        return Remembering(ASHAScheduler(**about, max_t=100 * total, reduction_factor=3), asked, clock, over)
-    return Remembering(MedianStoppingRule(**about, min_samples_required=3), asked, clock, over)
+        return Remembering(ASHAScheduler(**about, max_t=100 * total, reduction_factor=3), asked, clock, names, over)
+    return Remembering(MedianStoppingRule(**about, min_samples_required=3), asked, clock, names, over)
 
 
 def _search(asked: Sweep, left: list[Coded]) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
 from pipelines.runs.directory import load_run
+from pipelines.terminal import say
 from simclr import fields, files
 from simclr.errors import UserError
 from tune import sweep_dir
@@ -40,18 +41,23 @@ class _Nobody:
 
 
 class Remembering(FIFOScheduler):
-    """`rule`, asha's or median's, over a sweep that may have stopped and gone on. `clock` is the rule's time.
+    """`rule`, asha's or median's, over a sweep that may have stopped and gone on, with trials of these `names`, of which some are `over`.
+    `clock` is the rule's time.
 
     A trial that goes on from its last checkpoint reports some steps again; the rule has heard these.
     """
 
-    def __init__(self, rule: Any, sweep: Sweep, clock: str, over: set[str]) -> None:
+    def __init__(self, rule: Any, sweep: Sweep, clock: str, names: set[str], over: set[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._rule, self._sweep_metric, self._clock, self._path = rule, sweep.metric, clock, sweep.path / "reports.jsonl"
         self._at: dict[str, dict[str, Any]] = {}  # the newest report of each trial
         self.ended: set[str] = set()
         """The trials that the rule has stopped."""
         lines = _lines(self._path) if self._path.is_file() else _of_runs(sweep, clock)
+        others = {line["trial"] for line in lines} - names
+        if others:
+            say(f"{self._path} has reports of trials that this sweep does not have, {len(others)}, as {min(others)[:99]!r}: left out")
+            lines = [line for line in lines if line["trial"] in names]
         self._hear(lines, over)
         text = "".join(json.dumps(line) + "\n" for line in lines)
         files.write_text(self._path, text)  # without the half line of a machine that crashed
@@ -73,6 +79,11 @@ class Remembering(FIFOScheduler):
         if decision == TrialScheduler.STOP:
             self.ended.add(name)
         return decision
+
+    @property
+    def heard(self) -> dict[str, float]:
+        """The time of each trial's newest report."""
+        return {name: report[self._clock] for name, report in self._at.items()}
 
     def _note(self, line: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
@@ -103,7 +114,8 @@ class Remembering(FIFOScheduler):
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The lines of reports.jsonl. Raises UserError for a line of another kind."""
     found = []
-    texts = files.read_text(path, instead := f"remove {path}, and the scheduler hears the trials' own reports").splitlines()
+    files.require_small(path, instead := f"remove {path}, and the scheduler hears the trials' own reports")
+    texts = files.read_text(path, instead).splitlines()
     for number, text in enumerate(texts, 1):
         try:
             line = files.json_in(text, f"{path}, line {number},", instead)

@@ -21,13 +21,14 @@ from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import require
 from pipelines.train import ray_train
 from simclr import files
-from simclr.data.manifest import read_manifest
+from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 from simclr.recipes import recipe
 from tune import plan, resolve, spaces, sweep_dir
+from tune.resolve import Coded
 from tune.sweep_dir import Sweep
-from tune.validate import check
+from tune.validate import check, require_closed
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,17 @@ def sweep(args: Args) -> Path:
     if (asked.path / "sweep.json").is_file():
         asked = _same(sweep_dir.load(asked.path), asked)
         say(f"going on with {asked.path}: {sweep_dir.progress(asked)[0]} trials are over")
-    elif asked.path.exists() and (not asked.path.is_dir() or any(asked.path.iterdir())):
+    elif asked.path.exists() and (not asked.path.is_dir() or {p.name for p in asked.path.iterdir()} - {sweep_dir.LOCK}):
         raise UserError(f"{asked.path} exists and is no sweep (it has no sweep.json); use another --out")
     files.require_writable(asked.path)
+    with asked.alone():
+        require_closed(asked)
+        asked = _run(asked, codes, manifest, uri)
+    return _finish(asked, args.publish, uri)
+
+
+def _run(asked: Sweep, codes: list[Coded], manifest: Manifest, uri: str) -> Sweep:
+    """Connect to Ray and run the trials that are left."""
     resources = ray_train.Resources(**asked.resources)
     ours = ray_train.connect(resources)
     try:
@@ -133,11 +142,10 @@ def sweep(args: Args) -> Path:
         concurrent = ray_tune.room(asked)
         asked.save()
         plan.keep_space(asked)
-        asked = ray_tune.trials(asked, codes, concurrent, manifest, uri)
+        return ray_tune.trials(asked, codes, concurrent, manifest, uri)
     finally:
         if ours:
             ray_train.disconnect()
-    return _finish(asked, args.publish, uri)
 
 
 def _asked(args: Args) -> Sweep:

@@ -6,11 +6,12 @@ plan.json       the trials: name, codes and seed of each (see tune.plan); none i
 trials/NAME/    a run directory each, as `simclr pretrain` makes one, with trial.json: its values, status and scores
 first_tries/    run directories of trials that started again with another seed
 reports.jsonl   with asha or median: what the scheduler has heard, in order; population.json: what pbt knows (see tune.schedulers)
-results.csv, best_config.json, report.html
+results.csv, best_config.json, report.html; .sweep: the lock of the process that runs it
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pipelines.runs.directory import Run, load_run
+from pipelines.tracking.uri import redacted
 from pipelines.train.ray_train import Resources
 from simclr import fields, files
 from simclr.config import Config
@@ -34,6 +36,7 @@ from tune.spaces import Space, space
 
 SCHEMA = 1
 INSTEAD = "bring it back from a copy, or begin a new sweep with another --out"
+LOCK = ".sweep"
 _MOST = 100_000  # trials; a larger number is a damaged file
 _PARTS = ("checkpoints", "encoder", "compiled", "ray")  # folders of a trial, which a sweep empties or removes
 METRICS: dict[str, Literal["max", "min"]] = {
@@ -95,6 +98,11 @@ class Sweep:
         return resolve.restricted(space(self.space), self.base, self.only)
 
     @property
+    def clock(self) -> Literal["step", "images"]:
+        """A scheduler's time: images where trials have several batch sizes, since steps are then unequal work."""
+        return "images" if any("train.batch_size" in axis.paths for axis in self.restricted.axes) else "step"
+
+    @property
     def best_is(self) -> Literal["max", "min"]:
         return METRICS[self.metric]
 
@@ -103,6 +111,29 @@ class Sweep:
         del text["path"]
         self.path.mkdir(parents=True, exist_ok=True)
         files.write_text(self.path / "sweep.json", json.dumps(text, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """A lock: inside, no other process runs this sweep, since two would train the same trials in the same directories. It holds on one
+        machine, and on shared disks with locks; it ends with its process. Raises UserError if another process holds it, or has begun a
+        sweep here since this one was described."""
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(files.locked(self.path / LOCK, wait=False))
+            except BlockingIOError:
+                raise UserError(f"another process is running {self.path}; wait for it, end it, or use another --out") from None
+            try:
+                if (self.path / "sweep.json").is_file() and load(self.path).created != self.created:
+                    raise UserError(f"another process has just begun a sweep in {self.path}; give the command again, or use another --out")
+                yield
+            finally:
+                if {p.name for p in self.path.iterdir()} == {LOCK}:  # the sweep was refused: no folder stays
+                    (self.path / LOCK).unlink()
+                    with contextlib.suppress(OSError):  # other files came meanwhile
+                        for folder in made:
+                            folder.rmdir()
 
     def noted(self, **fields: str) -> Self:
         sweep = replace(self, **fields)  # type: ignore[arg-type]
@@ -153,9 +184,10 @@ def load(path: Path) -> Sweep:
     found = fields.build(Sweep, text, path / "sweep.json", INSTEAD, path=path)
     resources = fields.build(Resources, found.resources, f"resources in {path}/sweep.json", INSTEAD)
     found = replace(found, resources=asdict(resources))
-    for folder in ("trials", "first_tries"):
-        _require_here(path / folder)
-    return found
+    require_here(path / "trials")
+    first_tries(path)
+    # What an earlier version wrote, or another hand, may have credentials in it.
+    return replace(found, command=redacted(found.command), tracking_uri=redacted(found.tracking_uri))
 
 
 def trial_in(directory: Path) -> Trial | None:
@@ -163,7 +195,7 @@ def trial_in(directory: Path) -> Trial | None:
     and for a directory that leads out of the sweep's."""
     path = directory / "trial.json"
     for folder in (directory, *(directory / part for part in _PARTS)):
-        _require_here(folder)
+        require_here(folder)
     if not path.is_file():
         return None
     instead = f"remove {directory}, and the trial is done again"
@@ -176,7 +208,7 @@ def trial_in(directory: Path) -> Trial | None:
     return trial
 
 
-def _require_here(folder: Path) -> None:
+def require_here(folder: Path) -> None:
     """Raise UserError for a symbolic link: whoever made the sweep could have another user's files removed or changed through it."""
     if folder.is_symlink():
         raise UserError(
@@ -205,6 +237,15 @@ def told(run: Run, metric: str) -> Iterator[tuple[float, int, float]]:
 def first_try(path: Path, name: str) -> Path:
     """The new place of trial `name`'s directory when it starts again with another seed."""
     return path / "first_tries" / name
+
+
+def first_tries(path: Path) -> list[Path]:
+    """The directories of all trials that started again. Raises UserError if one leads out of the sweep's."""
+    require_here(path / "first_tries")
+    found = sorted((path / "first_tries").glob("*"))
+    for directory in found:
+        require_here(directory)
+    return found
 
 
 def trials(path: Path) -> list[Trial]:

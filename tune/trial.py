@@ -28,7 +28,7 @@ from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.data.s3.uri import address
 from simclr.errors import Diverged, UserError
-from tune import resolve, sweep_dir
+from tune import inherit, resolve, sweep_dir
 from tune.plan import OTHER_SEED
 from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
 
@@ -36,11 +36,11 @@ from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
 os.environ.setdefault(ray_private.HEALTH_INTERVAL, "0.5")
 # A trial that a scheduler stops ends its workers within this time; then its driver's process serves the next one.
 os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "20")
-_STALE = "the checkpoint it should go on from is gone"
 
 
-def drive(asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None:
-    """Train and score the trial that Ray Tune `asked` for. Runs in an actor of Tune's.
+def drive(asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool, heard: dict[str, float]) -> None:
+    """Train and score the trial that Ray Tune `asked` for. Runs in an actor of Tune's. `heard` has the time of each trial's last report
+    that the scheduler heard before this command.
 
     A final failure is recorded in trial.json and not raised: a trial without a score is no candidate.
     """
@@ -48,13 +48,13 @@ def drive(asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None
 
     name = str(tune.get_context().get_trial_name())
     try:
-        _drive(name, asked, sweep, inbox, private)
+        _drive(name, asked, sweep, inbox, private, heard.get(name, 0))
     except Exception as error:  # before the training started, or while recording it
         directory, trial = sweep.path / "trials" / name, Trial(name=name, values={}, seed=asked.seed)
-        _failed(directory, trial, why(error)[0], retry.bug(error), inbox)
+        _failed(directory, trial, why(error, sweep.data)[0], retry.bug(error), inbox)
 
 
-def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool) -> None:
+def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: bool, heard: float) -> None:
     from ray import tune
 
     began = time.time()
@@ -68,8 +68,9 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
             tune.report({**_tune_metrics(before.scores), "step": before.step, "images": before.step * point.config.train.batch_size})
         return
     donor = _donor(tune.get_checkpoint(), name)
-    trial = Trial(name=name, values=point.values, seed=point.seed, donor=donor)
-    if before is not None and not donor:  # a scheduler hears a score with every report until there is a newer one
+    taken = donor or inherit.settle(directory)  # also if it was killed before it recorded whose weights it took
+    trial = Trial(name=name, values=point.values, seed=point.seed, donor=taken)
+    if before is not None and not taken:  # a scheduler hears a score with every report until there is a newer one
         trial = dataclasses.replace(trial, donor=before.donor, scores=before.scores)
     if before is not None and before.reason:  # it had started again with another seed
         trial, point = _again(trial, point, before.reason)
@@ -77,13 +78,15 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
         try:
             run = _open(sweep, directory, point.config, donor)
             trial.save(directory)
-            if before is not None and not donor:
-                trial = _caught_up(sweep, run, trial)
+            inherit.settle(directory)
+            newest = _newest(run)
+            if before is not None and not taken:
+                trial = _caught_up(sweep, run, trial, newest, heard)
             trial = _train(sweep, run, trial, inbox, private, began)
             dataclasses.replace(trial, status="finished").save(directory)
             return
         except Exception as error:  # bugs too: the sweep goes on, and prints and stores the traceback
-            (reason, again), bug = why(error), retry.bug(error)
+            (reason, again), bug = why(error, sweep.data), retry.bug(error)
             if trial.reason or not again:
                 first = f" (seed {point.seed}; before, on seed {point.seed - OTHER_SEED}: {trial.reason})" if trial.reason else ""
                 _failed(directory, trial_in(directory) or trial, reason + first, bug, inbox)
@@ -122,8 +125,8 @@ def _again(trial: Trial, point: resolve.Point, reason: str) -> tuple[Trial, reso
     return dataclasses.replace(trial, seed=seed, reason=reason), dataclasses.replace(point, seed=seed, config=config)
 
 
-def why(failure: BaseException) -> tuple[str, bool]:
-    """(reason in a sentence, whether another seed may help).
+def why(failure: BaseException, data: str) -> tuple[str, bool]:
+    """(reason in a sentence, whether another seed may help). `data` is the address of the shards.
 
     A loss that is not finite follows from seed and config: the same seed would repeat it, another may not. Wrong input and too little
     memory on the device fail with every seed. After lost processes and nodes, Ray Train has retried from the last checkpoint as often
@@ -135,6 +138,11 @@ def why(failure: BaseException) -> tuple[str, bool]:
         return f"out of memory on the device: {text}", False
     if isinstance(error, Diverged):
         return text.partition(";")[0], True  # the rest is advice for a single run
+    if lost := retry.given_up(failure):
+        if shrunk := retry.resized(data):
+            return shrunk, False
+        if not isinstance(error, UserError):
+            return lost.partition("; run the same command again")[0], True  # the same
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}", not isinstance(error, UserError | OSError)
 
 
@@ -155,42 +163,39 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: str) -> Run:
     at = address(sweep.data)
     data = sync.retry_unreachable(lambda: sync.shards(sweep.data), say)
     if (directory / "run.json").is_file() and donor:
-        _inherit(load_run(directory), config, sweep.path / "trials" / donor)
+        inherit.take(load_run(directory), config, sweep.path / "trials" / donor)
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
     flags = [f"--{key.replace('_', '-')}={_word(resolve.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
     manifest, workers = read_manifest(data, look=False), ray_train.Resources(**sweep.resources).counts(config)
     notes = sense.notes(config, manifest, manifest.examples("train", config.train.shard_groups), workers, run.under_way)
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]), notes=notes)
     run.save()
-    _fill(run)
     return run
 
 
-def _fill(run: Run) -> None:
-    """Add the checkpoint's reports that a killed sweep missed. Reports of another trial, which a checkpoint may have too, are left out."""
-    if not run.checkpoints.exists():
-        return
-    from simclr import checkpoint
-
-    newest = checkpoint.latest(run.checkpoints, say)
-    reports = checkpoint.reports(newest) if newest is not None else []
-    run.fill([report for report in reports if report.pop("mark", "") == run.path.name])
-
-
-def _caught_up(sweep: Sweep, run: Run, trial: Trial) -> Trial:
-    """The record with the score of the checkpoint that the trial goes on from. asha and median are told the reports up to it: a driver that
-    was killed has not heard the last of them, and they do not come again. The scheduler leaves out those that it has heard."""
-    from ray import tune
-
+def _newest(run: Run) -> int:
+    """The step of the checkpoint that the run goes on from, 0 without one. Its reports that a killed sweep missed are added to the run's.
+    Those of another trial, which a checkpoint may have too, are left out."""
     from simclr import checkpoint
 
     newest = checkpoint.latest(run.checkpoints, say) if run.checkpoints.exists() else None
-    last = int(checkpoint.about(newest)["step"]) if newest is not None else 0
+    if newest is None:
+        return 0
+    run.fill([report for report in checkpoint.reports(newest) if report.pop("mark", "") == run.path.name])
+    return int(newest.name.removeprefix("step-"))  # `latest` has read all of it: the name is true
+
+
+def _caught_up(sweep: Sweep, run: Run, trial: Trial, newest: int, heard: float) -> Trial:
+    """The record with the score of the checkpoint, of step `newest`, that the trial goes on from. asha and median are told the reports up
+    to it that they have not `heard`: a driver that was killed has not heard the last of them, and they do not come again."""
+    from ray import tune
+
     for _, step, score in sweep_dir.told(run, sweep.metric):
-        if step <= last:
+        if step <= newest:
             trial = dataclasses.replace(trial, scores=trial.scores | {sweep.metric: score})
-            if sweep.scheduler in ("asha", "median"):
-                tune.report({sweep.metric: score, "step": step, "images": step * run.config.train.batch_size})
+            report = {sweep.metric: score, "step": step, "images": step * run.config.train.batch_size}
+            if sweep.scheduler in ("asha", "median") and report[sweep.clock] > heard:
+                tune.report(report)
     return trial
 
 
@@ -202,27 +207,6 @@ def _differs(sweep: Sweep, config: Config, key: str) -> bool:
     from simclr.recipes import recipe
 
     return bool(resolve.value_of(config, key) != resolve.value_of(recipe(sweep.recipe), key))
-
-
-def _inherit(run: Run, config: Config, donor: Path) -> None:
-    """Make the newest checkpoint of the run `donor` the only one of `run`, with `config`.
-
-    It is copied whole beside the old ones first. A trial that is killed meanwhile goes on with its own weights.
-    """
-    from simclr import checkpoint
-
-    newest = checkpoint.latest(donor / "checkpoints", say)
-    if newest is None:
-        raise UserError(f"{_STALE}: {donor}")
-    copy, old = run.path / ".inherited", run.path / ".outlived"
-    for folder in (copy, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(newest, copy / newest.name)
-    dataclasses.replace(run, config=config).save()
-    if run.checkpoints.exists():
-        run.checkpoints.rename(old)
-    copy.rename(run.checkpoints)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, began: float) -> Trial:

@@ -109,7 +109,7 @@ class Ledger:
     def _follow_unlogged(self) -> None:
         """Send the undelivered reports of trials that ended under a driver that was killed."""
         over = {self.sweep.path / "trials" / t.name: t.status for t in sweep_dir.trials(self.sweep.path) if t.status != "running"}
-        over |= dict.fromkeys(sorted(sweep_dir.first_try(self.sweep.path, "").glob("*")), "failed")
+        over |= dict.fromkeys(sweep_dir.first_tries(self.sweep.path), "failed")
         sent = {posted.path for posted in list(self.outbox.posted)}
         for folder, status in over.items():
             # A trial may fail before it has a run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import stat
 
 from pipelines.terminal import say
 from pipelines.train import ray_train
@@ -58,3 +59,15 @@ def check(asked: Sweep, manifest: Manifest, under_way: bool = False) -> list[Cod
     return [
         Coded(axes=axes, seed=seed, name=f"{i:0{max(many, 3)}d}-s{seed}") for seed in range(asked.seeds) for i, axes in enumerate(coded)
     ]
+
+
+def require_closed(asked: Sweep) -> None:
+    """Raise UserError for pbt on a cluster in a directory where every user may exchange what others have: Ray Tune's own folder lies there
+    meanwhile (`ray_tune._storage`). The members of a group who share one trust each other with the trials' weights, too."""
+    mode = asked.path.stat().st_mode
+    shared = asked.scheduler == "pbt" and ray_train.joins_a_cluster(asked.resources["address"])
+    if shared and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise UserError(
+            f"every user may write in {asked.path}, where pbt on a cluster keeps Ray Tune's state; `chmod o-w {asked.path}`, "
+            "or use another --out"
+        )

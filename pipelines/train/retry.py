@@ -94,8 +94,8 @@ def given_up(failure: BaseException, data: str = "") -> str:
         if isinstance(error, Unreachable):
             return str(error)
         if isinstance(error, hang.Hung | ray.exceptions.RayActorError):
-            if resized := _resized(data):
-                return resized
+            if shrunk := resized(data):
+                return shrunk
             last = str(error).strip().splitlines()[0]
             return (
                 f"workers failed more often in a row than --max-failures allows, the last time so: {last}; "
@@ -104,7 +104,7 @@ def given_up(failure: BaseException, data: str = "") -> str:
     return ""
 
 
-def _resized(data: str) -> str:
+def resized(data: str) -> str:
     """The sentence of a shard of `data` here that has another size than it had, "" if there is none. A worker that reads behind the end of
     a shard is killed by its kernel, and cannot say so."""
     if not data:
@@ -123,12 +123,12 @@ def _resized(data: str) -> str:
 
 def bug(failure: BaseException) -> str:
     """The traceback of a failure that is a bug. "" for a failure that the user can mend, and for a process that was lost, hung or out of
-    memory."""
+    memory, be it of another worker: without it the others fail in ways that look like bugs."""
     import ray
 
     error = causes(failure)[0]
     lost = isinstance(error, ray.exceptions.RayError | hang.Hung | hang.Leave | Refetched) or hasattr(failure, "controller_failure")
-    if lost or isinstance(error, UserError | OSError) or type(error).__name__ == "OutOfMemoryError":
+    if lost or isinstance(error, UserError | OSError) or type(error).__name__ == "OutOfMemoryError" or given_up(failure):
         return ""
     errors = getattr(failure, "worker_failures", {})
     # A worker's exception comes without its traceback, but Ray Train's wrapper prints it.

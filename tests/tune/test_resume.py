@@ -27,7 +27,7 @@ TOTAL, EVERY, SAVED = 120, 5, 20  # steps: of a trial, between its reports, betw
 class Rule:
     """asha or median over trials that this class trains: each reports every 5 steps, in a random order over the trials."""
 
-    def __init__(self, name: str, sweep: Sweep, over: dict[str, int], seed: int = 0) -> None:
+    def __init__(self, name: str, sweep: Sweep, over: dict[str, int], seed: int = 0, names: tuple[str, ...] = ()) -> None:
         pytest.importorskip("ray.tune")
         sweep.path.mkdir(exist_ok=True)
         from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
@@ -37,7 +37,7 @@ class Rule:
         about: dict[str, Any] = {"time_attr": "step", "metric": sweep.metric, "mode": "max", "grace_period": TOTAL // 4}
         rule = ASHAScheduler(**about, max_t=100 * TOTAL, reduction_factor=3) if name == "asha" else MedianStoppingRule(**about)
         self.sweep, self.over, self.seed = sweep, over, seed
-        self.scheduler = Remembering(rule, sweep, "step", set(over))
+        self.scheduler = Remembering(rule, sweep, "step", {*NAMES, *over, *names}, set(over))
         for each in NAMES:
             self.scheduler.on_trial_add(Waiting(), each)
 
@@ -109,19 +109,35 @@ def test_a_sweep_of_an_earlier_version_is_heard_from_its_runs(tmp_path: Path, na
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for record in found[4:]:
         (sweep.path / "trials" / record.name / "trial.json").unlink()
-    Rule(name, sweep, {record.name: 60 for record in found[:2]})
+    names = tuple(record.name for record in found[:4])
+    Rule(name, sweep, dict.fromkeys(names[:2], 60), names=names)
     lines = [json.loads(line) for line in (sweep.path / "reports.jsonl").read_text().splitlines()]
-    a, b, c, d = (record.name for record in found[:4])
+    a, b, c, d = names
     told = [(line["trial"], line.get("time", "over")) for line in lines]
     assert told == [(a, 30), (b, 30), (c, 30), (d, 30), (a, 60), (a, "over"), (b, 60), (b, "over"), (c, 60), (d, 60)]
     assert [line["score"] for line in lines if line.get("time") == 60] == [0, 0.25, 0.5, 0.75]
     again = (sweep.path / "reports.jsonl").read_text()
     (sweep.path / "reports.jsonl").write_text(again + '{"trial": "x", "ti')  # a machine crashed while it wrote
-    Rule(name, sweep, {})
+    Rule(name, sweep, {}, names=names)
     assert (sweep.path / "reports.jsonl").read_text() == again
     (sweep.path / "reports.jsonl").write_text('{"trial": "x", "time": "soon", "score": 1}\n' + again)
     with pytest.raises(UserError, match=r"line 1, is damaged: time is 'soon', expected float; remove .*reports.jsonl"):
         Rule(name, sweep, {})
+
+
+def test_reports_of_other_trials_and_of_no_size_are_not_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A stranger's lines of trials that this sweep does not have would stop those that it has."""
+    rule, lines = Rule("asha", sweep := a_sweep(tmp_path / "s", "smoke"), {}), sweep.path / "reports.jsonl"
+    for step in (30, 60):
+        rule.report("a", step)
+    text = lines.read_text()
+    lines.write_text(text + "".join(json.dumps({"trial": f"x{i}", "time": 30, "score": 1e6}) + "\n" for i in range(9)))
+    again = Rule("asha", sweep, {})
+    assert lines.read_text() == text and again.scheduler.heard == {"a": 60}
+    assert "has reports of trials that this sweep does not have, 9, as 'x0'" in capsys.readouterr().err
+    monkeypatch.setattr("simclr.files.MOST_JSON_BYTES", len(text) - 1)
+    with pytest.raises(UserError, match=r"reports.jsonl is damaged: it has \d+ bytes, expected .* remove .*reports.jsonl"):
+        Rule("asha", sweep, {})
 
 
 class Controller:
@@ -246,6 +262,27 @@ def test_optuna_goes_on_from_scores_and_unfinished_trials(tmp_path: Path) -> Non
     assert search.suggest("2")["trial"]["axes"] not in [axes for axes, _ in plan.scored(sweep)]
 
 
+def test_a_name_is_of_one_trial(tmp_path: Path) -> None:
+    """Two trials of one name would train in one directory. A search may draw the codes of an unfinished trial again, or twice."""
+    pytest.importorskip("ray.tune")
+    from ray.tune.experiment import Trial as Tuned
+
+    from tune import ray_tune
+
+    def drawn(temperature: int, **more: Any) -> str:
+        config = {"trial": {"axes": {"loss.temperature": temperature, "optim.base_lr": 0.5}, "seed": 0, **more}}
+        made = Tuned("sweep", stub=True, config=config, trial_name_creator=name, trial_dirname_creator=name)
+        assert str(made) == made.custom_dirname == name(made)
+        return str(made)
+
+    left = [resolve.Coded(axes={"loss.temperature": t, "optim.base_lr": 0.5}, seed=0, name=n) for n, t in (("a", 1), ("b", 2), ("c", 1))]
+    name = ray_tune._naming(left)
+    assert [drawn(1), drawn(2), drawn(1)] == ["a", "b", "c"]
+    others = [drawn(1), drawn(1), drawn(2), drawn(3)]
+    assert len({*others, "a", "b", "c"}) == 7
+    assert drawn(1, name="012-s0") == "012-s0"
+
+
 def test_a_trial_that_goes_on_reports_its_last_score_until_there_is_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it did before: else a scheduler would decide at a later step. Another seed, and another trial's weights, have no score yet."""
     tune = pytest.importorskip("ray.tune")
@@ -268,7 +305,7 @@ def test_a_trial_that_goes_on_reports_its_last_score_until_there_is_a_newer_one(
     monkeypatch.setattr(trial, "_set_aside", lambda *_: None)
     monkeypatch.setattr(trial, "_train", fails_first)
     asked = resolve.Coded(axes={"loss.temperature": 0, "optim.base_lr": 0}, seed=0)
-    trial.drive(asked, sweep, sent, True)
+    trial.drive(asked, sweep, sent, True, {})
     assert [(t.scores, t.seed, t.donor) for t in began] == [
         ({"eval/knn_top1": 0.25}, record.seed, "001-s0"),
         ({}, record.seed + 1000, ""),
@@ -277,13 +314,13 @@ def test_a_trial_that_goes_on_reports_its_last_score_until_there_is_a_newer_one(
     record.save(folder)
     dataclasses.replace(record, status="running").save(folder)
     monkeypatch.setattr(trial, "_donor", lambda note, name: "002-s0")
-    trial.drive(asked, sweep, sent, True)
+    trial.drive(asked, sweep, sent, True, {})
     assert (began[0].scores, began[0].donor) == ({}, "002-s0")
 
 
 def test_what_a_killed_driver_has_not_heard_is_told_by_the_trial_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its workers went on for some seconds, and their reports came back with the checkpoint."""
-    tune, told = pytest.importorskip("ray.tune"), list[dict[str, Any]]()
+    tune, told, read = pytest.importorskip("ray.tune"), list[dict[str, Any]](), list[str]()
     monkeypatch.setattr(tune, "report", told.append)
     sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH, scheduler="asha")
     record = trained(sweep, lambda point: 0.5)[0]
@@ -291,29 +328,15 @@ def test_what_a_killed_driver_has_not_heard_is_told_by_the_trial_that_goes_on(tm
     for step in range(1, 11):
         run.append({"step": step, "train/loss": 1.0} | ({"eval/knn_top1": step / 100} if step in (2, 6, 10) else {}))
     checkpoint.write(run.checkpoints, checkpoint.State(8, run.config.to_dict(), {}), 1)
-    found = trial._caught_up(sweep, run, record)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "about", lambda path, real=checkpoint.about: read.append(path.name) or real(path))
+        found = trial._caught_up(sweep, run, record, trial._newest(run), 0)
+    assert read == ["step-000000008"]  # once: it may have gigabytes
     assert [(line["step"], line["images"], line["eval/knn_top1"]) for line in told] == [
         (step, 60 * step, 0.02 if step < 6 else 0.06) for step in range(2, 9)
     ]
     assert found.scores == record.scores | {"eval/knn_top1": 0.06}
     told.clear()
-    assert trial._caught_up(dataclasses.replace(sweep, scheduler="pbt"), run, record) == found and not told
-
-
-def test_inherited_weights_are_whole_or_the_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial that is killed while it takes over another's weights goes on with its own, and with its own values."""
-    sweep = a_sweep(tmp_path / "s", "smoke", changes=BATCH)
-    one, two = (load_run(sweep.path / "trials" / record.name) for record in trained(sweep, lambda point: 0.5)[:2])
-    for run, step in ((one, 3), (two, 7)):
-        checkpoint.write(run.checkpoints, checkpoint.State(step, run.config.to_dict(), {}), 1)
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("shutil.copytree", killed)
-        trial._inherit(one, two.config, two.path)
-    assert [path.name for path in one.checkpoints.iterdir()] == ["step-000000003"] and load_run(one.path).config == one.config
-    trial._inherit(one, two.config, two.path)
-    assert [path.name for path in one.checkpoints.iterdir()] == ["step-000000007"] and load_run(one.path).config == two.config
-    assert not [path.name for path in one.path.glob(".[io]*")]
+    assert trial._caught_up(sweep, run, record, 8, 6) == found and [line["step"] for line in told] == [7, 8]  # the others were heard
+    told.clear()
+    assert trial._caught_up(dataclasses.replace(sweep, scheduler="pbt"), run, record, 8, 0) == found and not told

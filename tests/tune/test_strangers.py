@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support.command import Run, refused
 from tests.support.sweeps import a_sweep, trained
 from tune import plan, spaces, sweep_dir, trial, validate
 from tune.sweep_dir import Sweep, Trial
+from tune.trial_log import Ledger
 
 BATCH = {"train.batch_size": 60}
 
@@ -101,6 +103,58 @@ def test_records_that_lead_elsewhere_are_refused(tmp_path: Path, patterns: Path)
     with pytest.raises(UserError, match="trials is a symbolic link"):
         sweep_dir.load(sweep.path)
     assert theirs.exists()
+
+
+def test_first_tries_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
+    """Another user's run would be sent to MLflow, and marked as sent."""
+    sweep, mine = a_sweep(tmp_path / "s", "smoke", changes=BATCH), a_sweep(tmp_path / "mine", "smoke", changes=BATCH)
+    sweep.save()
+    first = trained(mine, lambda point: 0.5)[0].name
+    sweep_dir.first_try(sweep.path, first).parent.mkdir()
+    sweep_dir.load(sweep.path)
+    sweep_dir.first_try(sweep.path, first).symlink_to(mine.path / "trials" / first)
+    with pytest.raises(UserError, match=f"{first} is a symbolic link, to"):
+        sweep_dir.load(sweep.path)
+    with pytest.raises(UserError, match=f"{first} is a symbolic link, to"):  # it came while the sweep ran
+        Ledger(sweep, queue.Queue(), "sqlite:///x.db").close("FINISHED", [], {})
+
+
+def test_a_password_in_the_record_of_a_sweep_is_not_read(tmp_path: Path) -> None:
+    words = "simclr sweep smoke --tracking-uri http://ada:{}@host"
+    sweep = a_sweep(tmp_path / "s", "smoke", command=words.format("lovelace"), tracking_uri="http://ada:lovelace@host")
+    sweep.save()
+    found = sweep_dir.load(sweep.path)
+    assert "lovelace" not in f"{found}" and found.command.startswith("simclr sweep smoke")
+
+
+@pytest.mark.parametrize(
+    ("mode", "scheduler", "address", "is_refused"),
+    [
+        (0o777, "pbt", "auto", True),
+        (0o1777, "pbt", "auto", False),
+        (0o2775, "pbt", "auto", False),
+        (0o777, "asha", "auto", False),
+        (0o777, "pbt", None, False),
+    ],
+)
+def test_pbt_on_a_cluster_needs_a_directory_that_is_not_everybodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, scheduler: str, address: str | None, is_refused: bool
+) -> None:
+    """Ray Tune's folder lies in it, and another user could exchange it. A group that shares a directory may."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    sweep = a_sweep(tmp_path / "s", "smoke", scheduler=scheduler, resources={"workers": 1, "address": address})
+    sweep.save()
+    sweep.path.chmod(mode)
+    with pytest.raises(UserError, match=r"every user may write in .* `chmod o-w ") if is_refused else contextlib.nullcontext():
+        validate.require_closed(sweep)
+
+
+def test_such_a_directory_is_refused_before_the_cluster_is_joined(simclr: Run, tmp_path: Path, patterns: Path) -> None:
+    resources = {"workers": 1, "address": "auto"}
+    sweep = a_sweep(tmp_path / "s", "smoke", data=str(patterns), changes=BATCH, scheduler="pbt", resources=resources)
+    trained(sweep, lambda point: 0.5)
+    sweep.path.chmod(0o777)
+    refused(simclr("sweep", "--resume", "s", "--address", "auto"), "every user may write in .*/s, where pbt on a cluster keeps")
 
 
 @pytest.mark.parametrize(

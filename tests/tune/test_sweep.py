@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import queue
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -55,6 +57,21 @@ def test_a_sweep_that_cannot_work_is_refused(simclr: Run, patterns: Path, words:
     refused(simclr(*(patterns if word == "DATA" else word for word in words)), sentence)
 
 
+def test_two_commands_do_not_run_one_sweep(simclr: Run, tmp_path: Path, patterns: Path) -> None:
+    """Each would train the same trials in the same directories. What is refused leaves nothing behind."""
+    sweep = a_sweep(tmp_path / "s", "smoke", data=str(patterns), changes={"train.batch_size": 60})
+    trained(sweep, lambda point: 0.5)
+    before = sorted(path.name for path in sweep.path.iterdir())
+    with sweep.alone():
+        refused(simclr("sweep", "--resume", str(sweep.path)), "another process is running .*/s; wait for it, end it, or use another --out")
+    with pytest.raises(UserError, match="another process has just begun a sweep in"), a_sweep(sweep.path, "smoke", created=1.0).alone():
+        pass
+    with pytest.raises(UserError, match="do not fit"), a_sweep(tmp_path / "runs" / "new", "smoke").alone():
+        raise UserError("its workers do not fit")
+    assert not (tmp_path / "runs").exists()
+    assert sorted(path.name for path in sweep.path.iterdir()) == [sweep_dir.LOCK, *before]
+
+
 def test_spaces_are_listed(simclr: Run) -> None:
     code, out, _ = simclr("sweep", "--list")
     assert code == 0 and all(space.why in out and space.repeats in out for space in spaces.SPACES.values())
@@ -89,12 +106,28 @@ def test_a_failure_is_tried_again_only_where_another_seed_may_help() -> None:
             self.worker_failures = {0: error}
 
     oom = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})
-    assert why(Group(Diverged("not finite at step 3 on rank 0"))) == ("not finite at step 3 on rank 0", True)
-    assert why(Group(UserError("a shard is damaged"))) == ("a shard is damaged", False)
-    assert why(Group(oom("tried to allocate 3 GiB"))) == ("out of memory on the device: tried to allocate 3 GiB", False)
-    reason, again = why(Group(RuntimeError("the actor died")))
+    assert why(Group(Diverged("not finite at step 3 on rank 0")), "") == ("not finite at step 3 on rank 0", True)
+    assert why(Group(UserError("a shard is damaged")), "") == ("a shard is damaged", False)
+    assert why(Group(oom("tried to allocate 3 GiB")), "") == ("out of memory on the device: tried to allocate 3 GiB", False)
+    reason, again = why(Group(RuntimeError("the actor died")), "")
     assert again and reason == "RuntimeError: the actor died"
     assert "out of memory" in retry.non_retryable(Group(oom("tried to allocate 3 GiB")))  # given up at once, not three times
+
+
+def test_a_shard_that_shrank_under_a_trial_is_explained(tmp_path: Path, patterns: Path) -> None:
+    """The other worker's error looks like a bug, and the lost one's says nothing; another seed would not help."""
+    from ray.exceptions import RayActorError
+
+    class Group(Exception):
+        worker_failures: ClassVar = {0: RuntimeError("connection closed by peer"), 1: RayActorError()}
+
+    shutil.copytree(patterns, out := tmp_path / "shards")
+    reason, again = why(Group(), str(out))
+    assert again and reason.startswith("workers failed more often in a row than --max-failures allows, the last time so: ")
+    assert "run the same command" not in reason and retry.bug(Group()) == ""
+    os.truncate(out / "train-00000.beton", 5000)
+    reason, again = why(Group(), str(out))
+    assert not again and reason.startswith(f"workers died as shard train-00000.beton of {out} has 5,000 bytes, the manifest says ")
 
 
 def test_the_best_keep_their_checkpoints(tmp_path: Path) -> None:
@@ -166,7 +199,7 @@ def test_asha_stops_the_worse_and_a_failed_trial_is_no_candidate(tmp_path: Path,
     """The best trial's driver is lost in mid-run, and is started again."""
     from tune import ray_tune
 
-    def pretend(asked: Any, sweep: Any, inbox: Any, private: bool) -> None:
+    def pretend(asked: Any, sweep: Any, inbox: Any, private: bool, heard: Any) -> None:
         import dataclasses
         import os
         import signal
@@ -218,7 +251,7 @@ def test_a_sweep_that_was_interrupted_trains_what_is_left_and_reads_no_pickle(
     """Three trials: one is over, one in its midst, one has not begun. What Ray Tune kept is a trap, and it keeps nothing here again."""
     from tune import ray_tune
 
-    def pretend(asked: Any, sweep: Any, inbox: Any, private: bool) -> None:
+    def pretend(asked: Any, sweep: Any, inbox: Any, private: bool, heard: Any) -> None:
         import dataclasses
 
         from ray import tune

@@ -113,7 +113,9 @@ def parse(name: str, args: type[Any], argv: list[str]) -> Any:
     that recipe's, unless the class finds its `defaults` in the words."""
     import tyro
 
-    # The parser's own complaints repeat such words as they are. A shell's * may bring one, as the name of a file.
+    from pipelines import terminal
+
+    # A shell's * may bring such a word, as the name of a file.
     if odd := next((word for word in argv if word.startswith("-") and printable(word) != word), None):
         raise UserError(f"{odd}: no option has such characters; name a file ./{odd}, and give a value behind its option, without =")
     fields = {f.name: f for f in dataclasses.fields(args)}
@@ -128,7 +130,8 @@ def parse(name: str, args: type[Any], argv: list[str]) -> Any:
         default = default or args(recipe=named or "patterns_tiny", data=tyro.MISSING, config=recipe(named or "patterns_tiny"))
         argv = argv[1:] if named else argv
     description = f"{inspect.getdoc(args)}\n\n--quiet: errors and results only."
-    return tyro.cli(args, args=argv, default=default, prog=f"simclr {name}", description=description)
+    with terminal.filtered():  # its complaints repeat words as they are, its help the defaults
+        return tyro.cli(args, args=argv, default=default, prog=f"simclr {name}", description=description)
 
 
 if __name__ == "__main__":

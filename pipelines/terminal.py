@@ -6,19 +6,23 @@ obeys.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from simclr.text import paragraph, printable, printable_lines, redacted
+from simclr.text import cut, paragraph, printable, printable_lines, redacted
 
 _PLAIN_EVERY_S = 10.0
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _QUIET = False
 
 
@@ -42,12 +46,29 @@ def complain(text: str) -> None:
 def bug(error: BaseException | str) -> None:
     """The traceback of a bug, or its text as another process sent it, without credentials."""
     text = error if isinstance(error, str) else "".join(traceback.format_exception(error))
-    complain(re.sub(r"\x1b\[[\d;]*m", "", redacted(text.rstrip())))  # Ray colours what it sends
+    complain(_COLOUR.sub("", cut(redacted(text.rstrip()))))  # Ray colours what it sends
 
 
 def show(text: str) -> None:
     """A result, on standard output. The text's line breaks stay, so the names in a table must be `printable` themselves."""
     print(printable_lines(text))
+
+
+class _Held(io.StringIO):
+    encoding = ""  # the parser draws its boxes by it
+
+
+@contextlib.contextmanager
+def filtered() -> Iterator[None]:
+    """What a library prints meanwhile comes out at the end, through the filter. It goes without colours: a word of others may have some."""
+    out, err = _Held(), _Held()
+    out.encoding, err.encoding = sys.stdout.encoding, sys.stderr.encoding
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        for held, stream in ((out, sys.stdout), (err, sys.stderr)):
+            print(printable_lines(_COLOUR.sub("", held.getvalue())), end="", file=stream, flush=True)
 
 
 def process_age_s() -> float:

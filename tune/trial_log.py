@@ -124,7 +124,7 @@ class Ledger:
     def _open_parent(self) -> client.MLflowRun:
         sweep = self.sweep
         params: dict[str, object] = {k: getattr(sweep, k) for k in ("space", "recipe", "data", "search", "scheduler", "metric", "seeds")}
-        same = sweep.tracking_run if sweep.tracking_uri == mlflow_uri.redacted(self.uri) else ""
+        same = sweep.tracking_run if mlflow_uri.same_server(sweep.tracking_uri, self.uri) else ""
         tags = {"sweep_directory": str(sweep.path.absolute()), "command": sweep.command}
 
         def known(run_id: str) -> None:

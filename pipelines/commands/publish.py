@@ -13,7 +13,7 @@ from pipelines.evaluation.quick import scores_of
 from pipelines.runs import sync
 from pipelines.runs.directory import load_run
 from pipelines.terminal import say, show
-from pipelines.tracking import registry, trust
+from pipelines.tracking import client, registry, trust
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.card import UNKNOWN_LICENCE, write_card
 from pipelines.tracking.outbox import catch_up
@@ -55,11 +55,14 @@ def _publish(args: Args, asked: Path) -> dict[str, Any]:
     metric = args.metric or next((name for name in ("knn_top1", "top1") if name in scores), "rankme")
     if metric not in scores:
         raise UserError(f"no score {metric!r}; choose one of {', '.join(scores)}")
-    uri = trust.address_for(run, args.tracking_uri, asked)
+    name = args.name or run.data.resolve().name
+    registry.require_name(name)
+    uri = trust.address_for(run, args.tracking_uri, asked, client.has_run)
     mlflow_uri.check(uri)
+    if run.tracking_run and not mlflow_uri.same_server(uri, run.tracking_uri):
+        run = run.noted(tracking_uri=mlflow_uri.redacted(uri))  # the server has moved
     if run.unlogged or not run.tracking_run:
         run = catch_up(run, uri)
-    name = args.name or run.data.resolve().name
     write_card(run.encoder, name, scores, args.licence)
     version = registry.register(uri, run.tracking_run, run.encoder, name, scores)
     moved, before = registry.promote(uri, name, version, metric)

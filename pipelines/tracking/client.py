@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.terminal import say
 from pipelines.tracking import trust
-from pipelines.tracking.uri import database_file, redacted
+from pipelines.tracking.uri import check, database_file, redacted
 from simclr import files
 from simclr.errors import UserError
 
@@ -82,6 +82,14 @@ def connect(uri: str) -> Any:
         return MlflowClient(uri, uri)  # creates the tables, if need be
 
 
+def has_run(uri: str, run_id: str) -> bool:
+    """Whether the MLflow server at `uri` has the run. Raises UserError if there is none, or it refuses."""
+    check(uri)
+    with one_sentence(uri):
+        found = unless(ABSENT, connect(uri).get_run, run_id)
+    return found is not None and found.info.run_id == run_id
+
+
 def _experiment(client: Any, uri: str, name: str) -> str:
     """The id of experiment `name`, which is made if absent and restored if deleted."""
     if client.get_experiment_by_name(name) is None:
@@ -118,6 +126,7 @@ class MLflowRun:
             run = unless(ABSENT, self._mlflow.get_run, run_id) if run_id else None
             if run is None or run.info.lifecycle_stage == "deleted":
                 run = self._mlflow.create_run(_experiment(self._mlflow, uri, experiment), run_name=run_name)
+                trust.say_folder(uri, run.info.artifact_uri)
             else:
                 self._mlflow.update_run(run_id, status="RUNNING")
             self.run_id = str(run.info.run_id)

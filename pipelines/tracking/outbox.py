@@ -51,7 +51,7 @@ def open_run(run: Run, uri: str, tags: dict[str, str], known: Callable[[str], ob
         **({"notes": "; ".join(run.notes)} if run.notes else {}),
         **tags,
     }
-    same = run.tracking_run if run.tracking_uri == mlflow_uri.redacted(uri) else ""
+    same = run.tracking_run if mlflow_uri.same_server(run.tracking_uri, uri) else ""
     return client.MLflowRun(uri, run.recipe, run.path.name, params, tags, same or None, known)
 
 

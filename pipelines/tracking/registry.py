@@ -35,10 +35,7 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
     The version is an MLflow model without pickled code: `mlflow.pyfunc.load_model("models:/NAME@champion")` reads it wherever this
     package is installed. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
     """
-    if not re.fullmatch(r"[^/:@'\"\\]+", name) or not name.strip(". ") or printable(name) != name:
-        raise UserError(
-            f"model name {name!r} cannot be registered; expected one without / : @ \\, quotes and control characters, give it with --name"
-        )
+    require_name(name)
     if not _is_encoder(encoder):
         raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
     parts = [encoder / name for name in FILES if (encoder / name).exists()]
@@ -47,7 +44,9 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
             raise UserError(f"{part} is no plain file; put the file itself there, and publish again")
     with one_sentence(uri):
         client = connect(uri)
-        trust.require_same_host(uri, client.get_run(run_id).info.artifact_uri, f"the storage of run {run_id}")
+        place = client.get_run(run_id).info.artifact_uri
+        trust.require_same_host(uri, place, f"the storage of run {run_id}")
+        trust.say_folder(uri, place)
         with tempfile.TemporaryDirectory() as scratch:
             # Every version has its own folder: a run that is published twice keeps the files of its first version.
             folder = _describe(Path(scratch), run_id, scores)
@@ -59,6 +58,18 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
         tags = {_SCORE_TAG + metric: repr(float(value)) for metric, value in scores.items()}
         card = (encoder / "README.md").read_text() if (encoder / "README.md").is_file() else None
         return int(client.create_model_version(name, source, run_id=run_id, tags=tags, description=card).version)
+
+
+def require_name(name: str) -> None:
+    """Raise UserError, with the signs at fault, for the name of a model that the registry cannot hold or a terminal does not show."""
+    odd = [c for c in "/:@'\"\\" if c in name]
+    unseen = ["signs that are not seen"] if printable(name) != name else []
+    if odd or unseen or not name.strip(". "):
+        found = " ".join(odd + unseen) or "no letter and no digit"
+        raise UserError(
+            f"model name {name!r} cannot be registered, it has {found}; expected one without / : @ \\, quotes and signs that are not seen "
+            "(control characters, line breaks, signs without width), give it with --name"
+        )
 
 
 def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:

@@ -10,33 +10,42 @@ import contextlib
 import os
 import re
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from pipelines.runs.directory import Run
-from pipelines.tracking.uri import database_file, tracking_address
+from pipelines.terminal import say
+from pipelines.tracking.uri import database_file, same_server, tracking_address
 from simclr.errors import UserError
-from simclr.text import redacted
+from simclr.text import cut, redacted
 
 _SECRETS = ("TOKEN", "USERNAME", "PASSWORD", "AUTH", "AWS_SIGV4", "CLIENT_CERT_PATH")  # MLFLOW_TRACKING_…
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _SERVER = re.compile(r"(\[[0-9a-f:]+\]|[\w.-]+)(?::(\d{1,5}))?", re.IGNORECASE)
 
 
-def address_for(run: Run, given: str | None, asked: Path) -> str:
+def address_for(run: Run, given: str | None, asked: Path, knows: Callable[[str, str], bool]) -> str:
     """The MLflow address for `run`, which the user `asked` for: the one that the user names, by the flag's `given` or the environment, or
-    the one in its run.json where following that can give nothing away.
+    the one in its run.json where following that can give nothing away. `knows(address, run id)` asks the server at an address that the
+    user gave: it may have moved since the run was logged.
 
     Raises UserError where the run was logged at another address than the user's, or at one that only run.json names and that would get
     credentials, or be written to as a database.
     """
     uri, there = tracking_address(given), run.tracking_uri
-    if not run.tracking_run or redacted(uri) == there:
+    if not run.tracking_run or same_server(uri, there):
         return uri
     logged = f"{asked} was logged at {there}, as its run.json says"
     if given:
-        raise UserError(f"{asked} is not known at {redacted(uri)}: it was logged at {there}; give that address with --tracking-uri")
+        file = database_file(given)
+        if _has(file, run.tracking_run) if file else knows(given, run.tracking_run):
+            return given
+        raise UserError(
+            f"{asked} is not known at {redacted(given)}, which has no run {run.tracking_run}: it was logged at {there}; give with "
+            "--tracking-uri the address where that server, or a copy of its database, is today"
+        )
     if os.environ.get("MLFLOW_TRACKING_URI"):
         raise UserError(f"{logged}, and $MLFLOW_TRACKING_URI is {redacted(uri)}; give the one that you trust with --tracking-uri")
     if "…" in there:  # run.json has no credentials
@@ -62,32 +71,51 @@ def require_same_host(uri: str, place: str, what: str) -> None:
     scheme, ours = place.partition(":")[0].lower(), uri.partition(":")[0].lower()
     # Of a runs:/ or models:/ address only MLflow knows where it leads; libraries drop spaces and control characters.
     if scheme in ("runs", "models") or place != place.strip() or not place.isprintable():
-        raise UserError(f"{what} lies at {redacted(place)}, which is no place of files; publish the run again")
+        raise UserError(f"{what} lies at {cut(redacted(place))}, which is no place of files; publish the run again")
     proxied = scheme == "mlflow-artifacts"
-    if scheme not in ("http", "https", "mlflow-artifacts") or (proxied and re.match(":/(?!/)|:///", place[len(scheme) :])):
-        return  # the last two: a path on MLflow's own server
+    if scheme not in ("http", "https", "mlflow-artifacts") or (proxied and re.match(":(?!//)|:///", place[len(scheme) :])):
+        return  # the last: a path on MLflow's own server
     there = _server(place.partition("://")[2], ours if proxied else scheme)
     here = _server(uri.partition("://")[2].partition("/")[0].rpartition("@")[2], ours)
     held = secrets()
     if held and (there is None or there != here or (scheme != ours and not proxied)):
-        raise UserError(
-            f"{what} lies at {redacted(place)}, another server than MLflow's at {redacted(uri)}, and would get what {held} holds; "
-            "put the credentials into the address instead, $MLFLOW_TRACKING_URI=https://USER:PASSWORD@HOST: then no other host gets them"
-        )
+        out = "put the credentials into the address instead, $MLFLOW_TRACKING_URI=https://USER:PASSWORD@HOST: then no other host gets them"
+        if any(name in held for name in ("_TOKEN", "_AUTH", "_AWS_SIGV4", "_CERT_PATH")):  # these fit into no address
+            out = "start MLflow's server with --serve-artifacts, so that it hands the files out itself, and log the run there anew"
+        shown = cut(redacted(place))
+        raise UserError(f"{what} lies at {shown}, another server than MLflow's at {redacted(uri)}, and would get what {held} holds; {out}")
 
 
 def folder_of(uri: str, place: str, what: str) -> Path | None:
     """The folder of this machine that `place` means; None for one elsewhere. Raises UserError where a server on another machine names
     it."""
-    if not re.match(r"file:|(?![\w+.-]+:)", place, re.IGNORECASE):
-        return None
-    folder = Path(url2pathname(urlsplit(place).path if place[:5].lower() == "file:" else place))
-    if not database_file(uri) and (urlsplit(uri).hostname or "") not in _THIS_MACHINE:
+    if (folder := _folder(place)) is not None and not _here(uri):
+        shown = cut(str(folder))
         raise UserError(
-            f"{what} lies in a folder of its server's machine, {folder}, says {redacted(uri)}. If that is on a disk that you share, use "
-            f"{folder}/encoder as it is; else start the server with --serve-artifacts and publish the run again"
+            f"{what} lies in a folder of its server's machine, {shown}, says {redacted(uri)}. If that is on a disk that you share, use "
+            f"{shown}/encoder as it is; else start the server with --serve-artifacts and publish the run again"
         )
     return folder
+
+
+def say_folder(uri: str, place: str) -> None:
+    """Say so where a server on another machine has its clients write files to a folder: that is this machine's folder of the name, which
+    only a shared disk makes the server's too."""
+    if (folder := _folder(place)) is not None and not _here(uri):
+        shown = cut(str(folder))
+        say(f"{redacted(uri)} has files written to {shown} of this machine; if that is no disk of both, start it with --serve-artifacts")
+
+
+def _folder(place: str) -> Path | None:
+    """The folder that the place of files is, None for one with another scheme than file:."""
+    if not re.match(r"file:|(?![\w+.-]+:)", place, re.IGNORECASE):
+        return None
+    return Path(url2pathname(urlsplit(place).path if place[:5].lower() == "file:" else place))
+
+
+def _here(uri: str) -> bool:
+    """Whether MLflow is a database, or a server on this machine."""
+    return bool(database_file(uri)) or (urlsplit(uri).hostname or "") in _THIS_MACHINE
 
 
 def _server(address: str, scheme: str) -> tuple[str, int] | None:
@@ -98,10 +126,12 @@ def _server(address: str, scheme: str) -> tuple[str, int] | None:
 
 
 def _holds(file: Path, run_id: str) -> bool:
-    """Whether `file` is a database of this user in which MLflow has the run. It is only read: MLflow writes its tables into whatever
-    database it is given."""
-    if not file.is_file() or file.stat().st_uid != os.geteuid():
-        return False
+    """Whether `file` is a database of this user in which MLflow has the run."""
+    return file.is_file() and file.stat().st_uid == os.geteuid() and _has(file, run_id)
+
+
+def _has(file: Path, run_id: str) -> bool:
+    """Whether MLflow has the run in the database `file`. It is only read: MLflow writes its tables into whatever database it is given."""
     try:
         with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
             # The name of MLflow's table and its key; the public way is to open the database, which writes.

@@ -55,6 +55,19 @@ def check(uri: str) -> None:
         raise UserError(f"no MLflow server at {redacted(uri)} ({trouble[-1]}); start it, correct the address, or {_HINT}")
 
 
+def same_server(one: str, other: str) -> bool:
+    """Whether two addresses are one as text: a login, case of the host, a port that goes without saying and a last slash change nothing."""
+    return _normal(redacted(one)) == _normal(redacted(other))
+
+
+def _normal(address: str) -> str:
+    found = re.fullmatch(r"(https?)://([^/?#]*)(.*)", address, re.IGNORECASE | re.DOTALL)
+    if not found:
+        return address
+    scheme, host = found[1].lower(), found[2].lower().removeprefix("…@")
+    return f"{scheme}://{host.removesuffix(':443' if scheme == 'https' else ':80')}{found[3].rstrip('/')}"
+
+
 def database_file(uri: str) -> Path | None:
     """The file of an embedded database, None for a server."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None

@@ -91,7 +91,7 @@ def home_of(
         home.sync_checkpoints()
     shown = sync.shown(asked) if asked is not None else None
     run = open_run(home.path if home else None, name, config, data, str(s3_uri.address(at) or ""), stage, start, shown)
-    require(uri, begun=run.tracking_uri == mlflow_uri.redacted(uri) or run.under_way)
+    require(uri, begun=mlflow_uri.same_server(run.tracking_uri, uri) or run.under_way)
     return run, home or sync.Home(run.path), uri
 
 

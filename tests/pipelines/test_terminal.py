@@ -71,6 +71,26 @@ def test_a_folder_of_evil_names(simclr: Run, tmp_path: Path) -> None:
     assert not any(obeyed(field) for row in rows for field in row)
 
 
+@pytest.mark.parametrize("words", [("cluster", EVIL, "f"), ("prepare", EVIL), ("pull", "a", EVIL), ("bench", EVIL), ("runs", "a", EVIL)])
+def test_a_word_that_the_parser_complains_of(simclr: Run, words: tuple[str, ...]) -> None:
+    code, out, err = simclr(*words)
+    assert code == 2 and obeyed(out + err) == [] and "\\x1b]0;owned" in err and "│" in err
+
+
+def test_a_default_in_the_help(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """With --extend the defaults are those of a run, which may be somebody else's."""
+    from pipelines import cli
+    from pipelines.commands import pretrain
+    from simclr.recipes import recipe
+
+    theirs = pretrain.Args(data=Path(f"data{EVIL}"), config=recipe("patterns_tiny"), recipe="patterns_tiny")
+    monkeypatch.setattr(pretrain.Args, "defaults", lambda named, words: theirs)
+    with pytest.raises(SystemExit) as end:
+        cli.parse("pretrain", pretrain.Args, ["--help"])
+    out, err = capfd.readouterr()
+    assert end.value.code == 0 and "\\x1b]0;owned" in out and obeyed(out + err) == []
+
+
 def test_evil_runs_and_evil_bugs(simclr: Run, tmp_path: Path, patterns: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from pipelines.runs.directory import open_run
     from simclr.recipes import recipe

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import sys
+import time
 import unicodedata
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -62,6 +65,20 @@ def test_no_cell_is_a_formula_and_numbers_stay_numbers() -> None:
         ("with url: /search?max_results=1&page_token=secret (Caused by", "with url: /search?max_results=1&page_token=… (Caused by"),
         ("in header value: 'Bearer secret.secret\\n'", "in header value: 'Bearer …\\n'"),
         ("in header value: 'Basic c2VjcmV0'", "in header value: 'Basic …'"),
+        ("https://h/?x&token=secret", "https://h/?x&token=…"),
+        ("https://h/?&token=secret#&key=secret", "https://h/?&token=…#&key=…"),
+        ("?flag&token=secret", "?flag&token=…"),
+        ("?a=secret?b=secret", "?a=…?b=…"),
+        ("Authorization: Token secret12", "Authorization: …"),
+        ("{'Authorization': 'AWS4-HMAC-SHA256 Credential=secret/x, Signature=secret', 'a': 1}", "{'Authorization': '…', 'a': 1}"),
+        ("bearer secret12, Token secret12, BASIC secret12", "bearer …, Token …, BASIC …"),
+        ("X-Api-Key: secret", "X-Api-Key: …"),
+        ("{'token': 'secret', 'n': 1}", "{'token': '…', 'n': 1}"),
+        ('{\\"client_secret\\": \\"secret\\"} {"password":"se cret"}', '{\\"client_secret\\": \\"…\\"} {"password":"…"}'),
+        ("AWS_SECRET_ACCESS_KEY=secret MLFLOW_TRACKING_PASSWORD=secret", "AWS_SECRET_ACCESS_KEY=… MLFLOW_TRACKING_PASSWORD=…"),
+        ("https://u:p secret@h/x", "https://…@h/x"),
+        ("http://h:5000 says: ask me@x, or http://[::1]:5000 a@b", "http://h:5000 says: ask me@x, or http://[::1]:5000 a@b"),
+        ("the token expired; no such tokenizer: x", "the token expired; no such tokenizer: x"),
         ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
         ("which data? give --data=DIR", "which data? give --data=DIR"),
         ("patterns:train=9,test=3", "patterns:train=9,test=3"),
@@ -70,3 +87,36 @@ def test_no_cell_is_a_formula_and_numbers_stay_numbers() -> None:
 def test_credentials_are_taken_out(text: str, without: str) -> None:
     assert redacted(text) == without
     assert redacted(without) == without  # run.json is compared by it
+
+
+def test_no_text_takes_long() -> None:
+    """Time in proportion to the length: with a square in it, each of these would take seconds to minutes."""
+    began = time.process_time()
+    for part in ("://", "a", "?a", "?a=", "token", 'token: \\"', "Authorization:", "bearer a", "://a:b ", "token ", "; "):
+        text = part * (60_000 // len(part))
+        for begin in ("", "?", "://"):
+            redacted(begin + text)
+        cell(text)
+    assert time.process_time() - began < 3
+
+
+def test_joiners_stay_where_they_show() -> None:
+    for name in ("می\u200cخواهم", "क्\u200dष", "👩\u200d🔬", "🏳\ufe0f\u200d🌈", "👩🏽\u200d🚀"):
+        assert printable(name) == name == cell(name)
+    for hidden in ("pay\u200cpal", "\u200cمی", "می\u200c", "می\u200c\u200dخ", "می\u200c x", "кот\u200dик", "می\u200bخ"):
+        assert printable(hidden).isprintable() and "\\u200" in printable(hidden)
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_no_cell_is_a_formula_where_another_sign_separates(quoting: Literal[0, 1]) -> None:
+    """A spreadsheet that cuts lines at ; begins a quoted cell only behind one: quotes in the middle of a line protect nothing."""
+    names = ('a;=HYPERLINK("http://e")', "a; +1", 'a;"=1"', "a;'-1", "a|@x", "b;;=1")
+    for name in names:
+        out = io.StringIO()
+        csv.writer(out, quoting=quoting).writerow(map(cell, ("train", 3, name, -0.3, name)))
+        for separator in ";|":
+            for found in next(csv.reader(io.StringIO(out.getvalue()), delimiter=separator)):
+                assert not re.match(r"[\s\"]*[=+@-]", found), (name, found)
+        (_, _, back, *_) = next(csv.reader(io.StringIO(out.getvalue())))
+        assert re.sub(r"([;|])'", r"\1", str(back)) == name  # one apostrophe more, which a reader takes off again
+    assert cell("a;b|c") == "a;b|c"

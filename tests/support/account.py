@@ -63,8 +63,10 @@ _KNOWN |= {"WorkerProfile.Arn": f"arn:aws:iam::{ACCOUNT}:instance-profile/simclr
 
 def policies(role: str, known: dict[str, str] = _KNOWN) -> list[dict[str, Any]]:
     """The statements of a role, for an account with `known` names of templates, groups and roles."""
-    properties = resolved(resources()[role]["Properties"], known)
-    return [statement for policy in properties["Policies"] for statement in policy["PolicyDocument"]["Statement"]]
+    own = resources()[role]["Properties"]
+    managed = [resources()[shared["Ref"]]["Properties"] for shared in own["ManagedPolicyArns"]]
+    documents = resolved([policy["PolicyDocument"] for policy in (*managed, *own.get("Policies", []))], known)
+    return [statement for document in documents for statement in document["Statement"]]
 
 
 def allows(statements: list[dict[str, Any]], action: str, touched: dict[str, dict[str, str]]) -> bool:

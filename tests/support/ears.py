@@ -23,6 +23,7 @@ class Ears(ThreadingHTTPServer):
         self.source, self.elsewhere = source, elsewhere
         self.files: dict[str, tuple[int | None, bytes]] = {}
         self.tags: dict[str, str] = {}
+        self.runs: list[str] = []
         self.endless, self.sent = False, 0
         self.uri = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -63,6 +64,12 @@ class _Answer(BaseHTTPRequestHandler):
                     self.wfile.write(bytes(1 << 16))
                     ears.sent += 1
                     time.sleep(0.001)
+        elif at.path.endswith("runs/get"):
+            asked = parse_qs(at.query)["run_id"][0]
+            if asked in ears.runs:
+                self.reply({"run": {"info": {"run_id": asked, "artifact_uri": ears.source}, "data": {}}})
+            else:
+                self.reply({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such run"}, 404)
         elif at.path.endswith("registered-models/get"):
             self.reply({"registered_model": {"name": "m"}})
         elif at.path.endswith("model-versions/get"):
@@ -76,9 +83,9 @@ class _Answer(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.do_GET()
 
-    def reply(self, content: dict[str, Any]) -> None:
+    def reply(self, content: dict[str, Any], status: int = 200) -> None:
         text = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()

@@ -43,7 +43,7 @@ TRACKING = (
     Mutation(
         "c1-control-characters-pass",
         "simclr/text.py",
-        'if c.isprintable() or unicodedata.category(c) == "Zs"',
+        'if c.isprintable() or unicodedata.category(c) == "Zs" or _joins(line, i)',
         'if c.isprintable() or c > "\\x7f"',
         "tests/simclr/test_text.py::test_no_sign_that_a_terminal_obeys_passes",
     ),

@@ -61,10 +61,15 @@ def deploy(ec2: Any) -> dict[str, str]:
             case "IAM::Role":
                 made = iam.create_role(RoleName=p["RoleName"], AssumeRolePolicyDocument=json.dumps(p["AssumeRolePolicyDocument"]))
                 known[name], known[f"{name}.Arn"] = p["RoleName"], made["Role"]["Arn"]
-                for policy in p["Policies"]:
+                for arn in p["ManagedPolicyArns"]:
+                    iam.attach_role_policy(RoleName=p["RoleName"], PolicyArn=arn)
+                for policy in p.get("Policies", []):
                     iam.put_role_policy(
                         RoleName=p["RoleName"], PolicyName=policy["PolicyName"], PolicyDocument=json.dumps(policy["PolicyDocument"])
                     )
+            case "IAM::ManagedPolicy":
+                made = iam.create_policy(PolicyName=name, PolicyDocument=json.dumps(p["PolicyDocument"]))
+                known[name] = made["Policy"]["Arn"]
             case "IAM::InstanceProfile":
                 made = iam.create_instance_profile(InstanceProfileName=p["InstanceProfileName"])
                 known[f"{name}.Arn"] = made["InstanceProfile"]["Arn"]

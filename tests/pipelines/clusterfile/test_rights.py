@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.support.account import ACCOUNT, REGION, allows, policies
+from tests.support.paths import ROOT
 
 EC2 = f"arn:aws:ec2:{REGION}:{ACCOUNT}:"
 BUCKET = "arn:aws:s3:::photos"
@@ -169,3 +172,12 @@ def test_each_refusal_is_one_step_from_what_is_allowed() -> None:
             changed = {arn for arn in sound if touched.get(arn) != sound[arn]}
             assert len(changed) == 1, (name, changed)
     assert allows(policies("HeadRole"), "ec2:RunInstances", sound)
+
+
+def test_cloudformation_takes_the_file() -> None:
+    """It refuses any alias of YAML in a template. A role's inline policies may have 10,240 characters, a managed policy 6,144."""
+    with (ROOT / "cluster/aws-account.yaml").open() as file:
+        events = list(yaml.parse(file))
+    assert [event for event in events if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None)] == []
+    size = {name: len(json.dumps(policies(name), separators=(",", ":"))) for name in ("HeadRole", "WorkerRole")}
+    assert size["HeadRole"] < 10_240 and size["WorkerRole"] < 6_144

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.runs.directory import load_run, open_run
-from pipelines.tracking import registry
+from pipelines.tracking import registry, trust
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.client import MLflowRun
 from simclr.errors import UserError
@@ -118,6 +118,39 @@ def test_an_address_that_the_user_gives_gets_them(simclr: Run, ears: Ears, token
     assert set(ears.told) == {f"Bearer {TOKEN}"}
 
 
+def test_a_server_that_has_moved(simclr: Run, ears: Ears, tmp_path: Path, patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address that the user gives is asked for the run; what it has goes on there, and is noted."""
+    run = a_run(tmp_path / "run", patterns, "http://10.0.0.5:5000")
+    ears.runs = ["other"]
+    refused(simclr("publish", run, "--tracking-uri", ears.uri), "which has no run ab12: it was logged at http://10.0.0.5:5000; give")
+    assert load_run(run).tracking_uri == "http://10.0.0.5:5000"
+    ears.runs = ["ab12"]
+    refused(simclr("publish", run, "--tracking-uri", f"{ears.uri}/"), "no published encoder")  # the next check
+    assert load_run(run).tracking_uri == f"{ears.uri}/"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", ears.uri)  # the same address, which needs no question
+    ears.heard.clear()
+    refused(simclr("publish", run), "no published encoder")
+    assert [path for path, _ in ears.heard if "runs/get" in path] == []
+
+
+def test_an_address_in_another_spelling_is_the_same() -> None:
+    for one, other in (
+        ("http://Host:80/", "http://host"),
+        ("HTTPS://me:pw@host:443/mlflow/", "https://host/mlflow"),
+        ("http://…@host:5000", "http://host:5000"),
+        ("sqlite:////x/mlflow.db", "sqlite:////x/mlflow.db"),
+    ):
+        assert mlflow_uri.same_server(one, other)
+    for one, other in (
+        ("http://host", "https://host"),
+        ("http://host:443", "http://host"),
+        ("http://host/a", "http://host/A"),
+        ("http://host:50000", "http://host:5000"),
+        ("sqlite:////x/M.db", "sqlite:////x/m.db"),
+    ):
+        assert not mlflow_uri.same_server(one, other)
+
+
 def test_no_other_command_asks_the_address_in_a_run(simclr: Run, ears: Ears, token: None, tmp_path: Path, patterns: Path) -> None:
     from pipelines.evaluation import inputs
     from pipelines.train import driver
@@ -201,14 +234,61 @@ def test_a_version_elsewhere_is_fetched_without_credentials(ears: Ears, tmp_path
 
 
 def test_a_folder_that_a_server_elsewhere_names_is_not_read(tmp_path: Path) -> None:
-    from pipelines.tracking import trust
-
     for place in ("/home/me/secret", "file:///home/me/secret", "FILE:/home/me/secret"):
         with pytest.raises(UserError, match=r"a folder of its server's machine, /home/me/secret.*use /home/me/secret/encoder as it is"):
             trust.folder_of("https://me:pw@mlflow.example", place, "m/1")
         assert trust.folder_of("http://127.0.0.1:5000", place, "m/1") == Path("/home/me/secret")
     assert trust.folder_of("https://mlflow.example", "s3://bucket/key", "m/1") is None
     assert trust.folder_of("sqlite:////x/mlflow.db", "file:///runs%20of%2050%20%25", "m/1") == Path("/runs of 50 %")
+
+
+def test_a_path_on_mlflows_own_server_needs_no_slash(ears: Ears, token: None, tmp_path: Path) -> None:
+    ears.source, ears.files = "mlflow-artifacts:x", {"encoder.safetensors": (3, b"abc"), "config.json": (2, b"{}")}
+    registry.pull(ears.uri, "m/1", tmp_path / "new")
+    assert (tmp_path / "new" / "config.json").read_bytes() == b"{}"
+
+
+def test_the_way_out_fits_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "http://files.example/x"
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    with pytest.raises(UserError, match=r"put the credentials into the address instead"):
+        trust.require_same_host("http://mlflow.example", place, "m/1")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
+    with pytest.raises(UserError, match=r"start MLflow's server with --serve-artifacts"):
+        trust.require_same_host("http://mlflow.example", place, "m/1")
+
+
+def test_a_folder_that_a_server_elsewhere_has_written_to_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    trust.say_folder("https://me:pw@mlflow.example", "file:///srv/mlruns/1")
+    assert "https://…@mlflow.example has files written to /srv/mlruns/1 of this machine; if that is no disk" in capsys.readouterr().err
+    for uri, place in (("http://127.0.0.1:5000", "/srv/1"), ("sqlite:////x/mlflow.db", "/srv/1"), ("https://mlflow.example", "s3://b/k")):
+        trust.say_folder(uri, place)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_line_of_a_server_may_be_long() -> None:
+    from mlflow.exceptions import MlflowException
+
+    from pipelines.tracking.client import one_sentence
+
+    began = time.process_time()
+    with pytest.raises(UserError) as refusal, one_sentence("http://host"):
+        raise MlflowException("://" * 30_000)
+    with pytest.raises(UserError) as elsewhere:
+        trust.require_same_host("http://host", "runs:" + "/x" * 30_000, "m/1")
+    assert len(str(refusal.value)) < 500 and len(str(elsewhere.value)) < 4_200 and time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(("name", "found"), [("a@b", "it has @;"), ("m\x1b[2J", "it has signs that are not seen;"), ("..", "no letter")])
+def test_the_name_of_a_model_says_what_is_wrong_with_it(name: str, found: str) -> None:
+    with pytest.raises(UserError, match=rf"cannot be registered, it has {found}|{found}"):
+        registry.require_name(name)
+
+
+def test_names_of_every_script_name_models(mine: MLflowRun, tmp_path: Path) -> None:
+    name = "می\u200cخواهم 👩\u200d🔬"
+    assert registry.register(mine._uri, mine.run_id, an_encoder(tmp_path / "encoder"), name, {}) == 1
+    assert registry.pull(mine._uri, f"{name}/1", tmp_path / "new")["name"] == name
 
 
 def test_only_the_files_of_an_encoder_come(ears: Ears, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def _made_up() -> Iterator[tuple[str, Any]]:
     """Values that torch reads and no network has."""
     import torch
 
+    warnings.filterwarnings("ignore", message="Sparse invariant checks")
     nested: Any = {}
     for _ in range(300):
         nested = {"a": nested}

@@ -15,7 +15,8 @@ import pytest
 
 from pipelines.train import own_ray
 from simclr.errors import UserError
-from tests.support.listeners import addresses, below
+from tests.support.listeners import addresses
+from tests.support.processes import children
 
 
 @pytest.fixture
@@ -41,10 +42,10 @@ def test_the_suites_ray_listens_on_the_loopback_and_its_folder_is_closed(shared_
     token = os.environ["RAY_AUTH_TOKEN"]
     assert mode(own.folder) == 0o700 and own.folder.stat().st_uid == os.geteuid()
     assert os.environ["RAY_AUTH_MODE"] == "token" and len(token) == 64
-    processes = [pid for pid in below(os.getpid()) if str(own.folder) in _read(pid, "cmdline")]
+    processes = [pid for pid in children(os.getpid()) if str(own.folder) in _read(pid, "cmdline")]
     servers = [pid for pid in processes if _read(pid, "cmdline").split("\0")[0].endswith(("/gcs_server", "/raylet"))]
     assert len(servers) == 2 and all(f"RAY_AUTH_TOKEN={token}" in _read(pid, "environ") for pid in servers)
-    processes += [child for pid in processes for child in below(pid)]
+    processes += [child for pid in processes for child in children(pid)]
     assert not any(token in _read(pid, "cmdline") for pid in [os.getpid(), *processes])
     assert not [path for path in own.folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
     found = addresses([os.getpid(), *processes])

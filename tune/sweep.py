@@ -126,7 +126,8 @@ def sweep(args: Args) -> Path:
         raise UserError(f"{asked.path} exists and is no sweep (it has no sweep.json); use another --out")
     files.require_writable(asked.path)
     resources = ray_train.Resources(**asked.resources)
-    ours = ray_train.connect(resources)
+    at_once = (os.cpu_count() or 1) // (resources.workers * resources.cpus_per_worker) or 1
+    ours = ray_train.connect(resources, asked.max_concurrent or at_once)
     try:
         from tune import ray_tune  # Ray Tune's imports take seconds
 

@@ -15,9 +15,30 @@ ATTACK = (
     Mutation(
         "living-commands-folder-removed",
         "pipelines/train/own_ray.py",
-        "            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n        if folder.exists()",
-        "            pass\n        if folder.exists()",
+        "        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "        pass",
         "tests/pipelines/train/test_own_ray.py::test_a_start_removes_what_killed_commands_left_and_nothing_else",
+    ),
+    Mutation(
+        "folder-used-that-another-start-removes",
+        "pipelines/train/own_ray.py",
+        "    except BlockingIOError:\n        return False",
+        "    except BlockingIOError:\n        return True",
+        "tests/pipelines/train/test_own_ray.py::test_a_folder_that_another_start_takes_away_is_not_used",
+    ),
+    Mutation(
+        "any-connected-ray-is-private",
+        "pipelines/train/ray_train.py",
+        "private = own_ray.begun()",
+        "private = True",
+        "tests/pipelines/train/test_connect.py::test_only_the_ray_that_we_started_is_private",
+    ),
+    Mutation(
+        "groups-meet-in-one-file",
+        "pipelines/train/ray_private.py",
+        "torch-{uuid.uuid4().hex}",
+        "torch",
+        "tests/pipelines/train/test_connect.py::test_each_group_of_workers_meets_in_a_file_of_its_own",
     ),
     Mutation(
         "ranks-take-any-size",

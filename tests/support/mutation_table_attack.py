@@ -41,6 +41,13 @@ ATTACK = (
         "tests/pipelines/train/test_connect.py::test_each_group_of_workers_meets_in_a_file_of_its_own",
     ),
     Mutation(
+        "ranks-wait-for-one-that-has-raised",
+        "simclr/collectives.py",
+        "        if world_size() == 1:\n            raise\n        return",
+        "        if world_size() > 0:\n            raise\n        return",
+        "tests/simclr/test_collectives.py::test_one_ranks_value_that_is_no_json_is_an_error_on_every_rank",
+    ),
+    Mutation(
         "ranks-take-any-size",
         "simclr/collectives.py",
         "if not 0 < size <= _MOST_BYTES",

@@ -116,8 +116,11 @@ def connect(resources: Resources, trials: int = 1) -> bool:
     except BaseException as error:
         ending = threading.Thread(target=disconnect, daemon=True)
         ending.start()
-        for thread in (ending, *_imports):
-            thread.join(None if isinstance(error, Exception) else _STOP_S / 2)  # after Ctrl-C the command has to be over soon
+        if isinstance(error, Exception):
+            ending.join()
+            while _imports:
+                _imports.pop().join()
+        ending.join(_STOP_S / 2)  # after Ctrl-C the command has to be over soon; another start waits for the imports
         raise
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -69,13 +69,15 @@ def every_ranks(value: Any) -> list[Any]:
     """The `value` of every rank, in rank order, on every rank: what JSON gives back as it was, at most 1 MiB of it.
 
     Torch's own collectives of objects pickle, and to read a pickle runs the code of whoever sent it. Raises RuntimeError on every rank if
-    one sends too much, or what is no JSON.
+    one sends too much, or what is no JSON; the rank that has such a value raises the reason, as a TypeError.
     """
-    mine = _written(value)
+    mine, wrong = _mine(value)
     if world_size() == 1:
         return [_read(mine, 0)]
     sizes = mine.new_empty(world_size(), dtype=torch.int64)
     dist.all_gather_into_tensor(sizes, mine.new_tensor([mine.numel()], dtype=torch.int64))
+    if wrong is not None:
+        raise wrong
     lengths = _require_small(sizes)
     padded = mine.new_zeros(max(lengths))
     padded[: mine.numel()] = mine
@@ -91,26 +93,49 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def from_rank_zero(value: Any) -> Any:
-    """Rank 0's `value` on every rank; as in `every_ranks` it is JSON."""
-    mine = _written(value if rank() == 0 else None)
+    """Rank 0's `value` on every rank; as in `every_ranks` it is JSON, and an error on every rank if it is none."""
+    mine, wrong = _mine(value if rank() == 0 else None)
     if world_size() == 1:
         return _read(mine, 0)
     size = mine.new_tensor([mine.numel()], dtype=torch.int64)
     dist.broadcast(size, src=0)
+    if wrong is not None:
+        raise wrong
     (length,) = _require_small(size)
     sent = mine if rank() == 0 else mine.new_empty(length)
     dist.broadcast(sent, src=0)
     return _read(sent, 0)
 
 
+def _mine(value: Any) -> tuple[Tensor, Exception | None]:
+    """`value` as it is sent. If it cannot be sent, nothing is, which every rank refuses, and why: the other ranks already wait for a size.
+    Without other ranks that is raised."""
+    try:
+        return _written(value), None
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        return _bytes(b""), error
+
+
 def _written(value: Any) -> Tensor:
-    """`value` as JSON, in bytes, where the process group's tensors are."""
-    text = json.dumps(value)
-    if json.loads(text) != value:  # a tuple, a key that is a number: other ranks would get something else
+    """`value` as JSON, in bytes."""
+    try:
+        text = json.dumps(value)
+        same = json.loads(text) == value
+    except (ValueError, RecursionError) as error:  # it contains itself
+        raise TypeError(f"a value is not what JSON gives back: {error}") from None
+    if not same:  # a tuple, a key that is a number, a NaN: other ranks would get something else
         raise TypeError(f"{value!r} is not what JSON gives back")
+    return _bytes(text.encode())
+
+
+def _bytes(text: bytes) -> Tensor:
+    """(length of `text`,), where the process group's tensors are."""
     on_host = not dist.is_initialized() or dist.get_backend() == "gloo"
     there = None if on_host else torch.accelerator.current_accelerator()
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(there or torch.device("cpu"))
+    found = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+    return found.to(there or torch.device("cpu"))
 
 
 def _read(sent: Tensor, sender: int) -> Any:

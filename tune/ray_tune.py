@@ -28,7 +28,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
 from pipelines.terminal import Bar
-from pipelines.train import capacity, messages, ray_train
+from pipelines.train import capacity, messages, own_ray, ray_train
 from simclr.data.manifest import Manifest
 from tune import plan, resolve, sweep_dir
 from tune.resolve import Coded
@@ -50,7 +50,7 @@ def room(asked: Sweep) -> int:
     """
     resources = ray_train.Resources(**asked.resources)
     gpus = ray_train.require(resources)
-    slots = capacity.slots(ray_train.joins_a_cluster(resources.address), resources.cpus_per_worker, gpus)
+    slots = capacity.slots(not own_ray.begun(), resources.cpus_per_worker, gpus)
     if math.isinf(slots):
         return asked.max_concurrent or _UNBOUNDED
     fits = int(slots) // resources.workers
@@ -70,7 +70,7 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
     scheduler = _scheduler(asked, manifest, names, {name for name, trial in before.items() if trial.status != "running"})
     reports = messages.make()
     ledger = Ledger(asked, reports, uri)
-    private = not ray_train.joins_a_cluster(asked.resources["address"])
+    private = own_ray.begun()
     count = len(codes) or asked.trials or 16
     status = "FAILED"
     with Bar("sweep", count, "trials", "trials/s") as bar:

@@ -135,7 +135,8 @@ def sweep(args: Args) -> Path:
 def _run(asked: Sweep, codes: list[Coded], manifest: Manifest, uri: str) -> Sweep:
     """Connect to Ray and run the trials that are left."""
     resources = ray_train.Resources(**asked.resources)
-    ours = ray_train.connect(resources)
+    at_once = (os.cpu_count() or 1) // (resources.workers * resources.cpus_per_worker) or 1
+    ours = ray_train.connect(resources, asked.max_concurrent or at_once)
     try:
         from tune import ray_tune  # Ray Tune's imports take seconds
 

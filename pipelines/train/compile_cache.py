@@ -78,8 +78,14 @@ def remembered(reports: Iterator[T], home: sync.Home, config: Config, device: to
     """`reports` of a training on `device`. If the config compiles, the run at `home` keeps the compiled code, signed with `key`; without
     a key, or for a run in S3, nothing is kept. Every rank must call it."""
     from simclr.collectives import every_ranks, rank, world_size
+    from simclr.compiling import own_cache
 
-    if not config.train.compile or home.at is not None or not key:
+    if not config.train.compile:
+        return reports
+    sentence = own_cache()  # ahead of torch's first look into its cache, which the loading below is
+    if sentence and os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
+        tell(sentence)
+    if home.at is not None or not key:
         return reports
     # Code names its device, so there is a file per device. All ranks with that device read it; the first of them writes it and reports.
     name = str(device)

@@ -29,6 +29,7 @@ _START_S = os.environ.get(ray_private.START_TIMEOUT, "300")
 _STOP_S = 2.0
 _HEAD_S = 30.0  # to wait for a cluster's head, which may come back; after 60 s Ray ends the process without a message
 _RESIZE_S = 60.0  # between two checks for room for more workers
+_imports: list[threading.Thread] = []  # of Ray's modules, under way
 _jobs: list[threading.Thread] = []  # threads that may be inside Ray's core worker
 _lost: list[str] = []  # lost heads: at the end of the process Ray tries to reach them for a minute, or crashes
 
@@ -92,43 +93,62 @@ class Resources:
         return [count for count in fits if count >= least]
 
 
-def joins_a_cluster(address: str | None) -> bool:
-    """Whether to join a Ray cluster, at `address` or $RAY_ADDRESS, rather than to start a private Ray for this command."""
-    return bool(address or os.environ.get("RAY_ADDRESS"))
+def connect(resources: Resources, trials: int = 1) -> bool:
+    """Join the cluster, or start a private Ray with as many cores as the workers ask for. False if Ray was connected before.
 
-
-def connect(resources: Resources) -> bool:
-    """Join the cluster, or start a private Ray with as many cores as the workers ask for. False if Ray was connected before."""
+    `trials` is how many trainings with these resources may run at a time. If it fails, nothing of a private Ray stays in this process.
+    """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        if own_ray.begun() and sys.modules["ray"].get_runtime_context().get_temp_dir() != str(own_ray.folder()):
+            own_ray.end()  # somebody has ended that Ray, and connected this process to another
         return False
     if not re.fullmatch(r"\d+(\.\d*)?", _START_S):
         raise UserError(f"${ray_private.START_TIMEOUT} is {_START_S!r}; expected a number of seconds")
-    joined, cores = joins_a_cluster(resources.address), max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
+    while _imports:
+        _imports.pop().join()  # of a start that was interrupted
+    address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
     own_ray.close_token_file()
-    own_ray.require_files(0 if joined else cores)
-    folder = None if joined else own_ray.begin()
+    own_ray.require_files(trials * (resources.workers + 1) if address == "local" else 0)  # each training has a controller
+    own_ray.end()  # a cluster must not see the token and the interface of a private Ray
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        _init(address, max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker))
+    except BaseException as error:
+        ending = threading.Thread(target=disconnect, daemon=True)
+        ending.start()
+        if isinstance(error, Exception):
+            ending.join()
+            while _imports:
+                _imports.pop().join()
+        ending.join(_STOP_S / 2)  # after Ctrl-C the command has to be over soon; another start waits for the imports
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has replaced it
+    _imports.pop().join()  # two threads in Ray's circular imports see half a module now and then
+    return True
+
+
+def _init(address: str, cores: int) -> None:
+    """Import Ray and start it. "local" is a private Ray."""
+    folder = own_ray.begin() if address == "local" else None
     import ray
 
     ray_private.read_token_again()
     # These imports take as long as Ray takes to start its processes, so both run at once.
     importing = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
     importing.start()
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    _imports.append(importing)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}
-    if folder is None:
-        try:
-            ray.init(address=resources.address or os.environ["RAY_ADDRESS"], **quiet)
-        except ConnectionError as error:
-            where = resources.address or os.environ["RAY_ADDRESS"]
-            raise UserError(f"no Ray cluster answers at {where!r} ({error}); start one with `ray up`, or leave out --address") from None
-    else:
+    if folder is not None:
         with ray_private.alone():
             # "local", else it would join any other Ray that runs on this machine.
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, **ray_private.tuned(folder), **quiet)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has replaced it
-    importing.join()  # two threads in Ray's circular imports see half a module now and then
-    return True
+            ray.init(address=address, num_cpus=cores, include_dashboard=False, **ray_private.tuned(folder), **quiet)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster answers at {address!r} ({error}); start one with `ray up`, or leave out --address") from None
 
 
 def lost() -> bool:
@@ -235,11 +255,12 @@ class _Head:
             raise UserError(f"the head of the Ray cluster at {self.address} has not answered for {away:.0f} s; once it does, {again}")
 
 
-def require(resources: Resources) -> bool:
-    """Whether the workers get GPUs. Raises UserError if the connected cluster cannot give what they ask for."""
+def require(resources: Resources, private: bool | None = None) -> bool:
+    """Whether the workers get GPUs. Raises UserError if the connected Ray cannot give what they ask for. The process that has connected
+    knows whether that Ray is `private`; a trial's process is told."""
     if resources.topology and resources.accelerator_type:
         tpu.require(resources.topology, resources.accelerator_type)
-    joined = joins_a_cluster(resources.address)
+    joined = not (own_ray.begun() if private is None else private)
     workers, each = resources.min_workers or resources.workers, resources.cpus_per_worker
     has = capacity.reachable(joined).get("GPU", 0)
     gpus = has >= workers and resources.device in ("auto", "cuda")
@@ -265,7 +286,7 @@ def launch(worker: Callable[[messages.Task], None], task: messages.Task, resourc
     """
     inbox = messages.make()
     controllers: list[Any] = []
-    private = not joins_a_cluster(resources.address)
+    private = own_ray.begun()
     forward, tell = [_forwarder(inbox)], inbox.put
     trainer = _trainer(worker, replace(task, inbox=inbox), resources, storage, forward, private, tell, controllers)
     outcome: list[BaseException | None] = []
@@ -314,7 +335,7 @@ def _trainer(
 
     train: Any = ray.train  # Any: a type checker finds older classes of the same names there
 
-    gpus = require(resources)
+    gpus = require(resources, private)
     accelerator = {"GPU": 1} if gpus else {}
     torch_config, scaling = (ray_private.torch_config if private else TorchConfig)(backend="nccl" if gpus else "gloo", timeout_s=1800), {}
     if resources.topology and resources.accelerator_type:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.listeners import below
 from tests.support.paths import ROOT
+from tests.support.processes import alive, children
 
 pytestmark = pytest.mark.attack
 _SECOND_UID = 65534
@@ -73,21 +73,14 @@ def test_an_ended_command_leaves_no_folder_and_no_process(short: Path, tmp_path:
     while not (list(short.glob(".simclr-ray-*/r/session_*")) if ended == "while Ray starts" else (tmp_path / "run/metrics.jsonl").exists()):
         assert command.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
         time.sleep(0.05)
-    processes = below(command.pid)
+    processes = children(command.pid)
     until = time.monotonic() + 15
     while command.poll() is None and time.monotonic() < until:
         command.send_signal(by)  # once is not enough where Ray forks: Python ignores the exception of a signal just then
         time.sleep(5)
     assert command.poll() == 130, (tmp_path / "log").read_text()
     until = time.monotonic() + 10
-    while (living := [pid for pid in processes if _runs(pid)]) and time.monotonic() < until:
+    while (living := [pid for pid in processes if alive(pid)]) and time.monotonic() < until:
         time.sleep(0.1)
     assert not living and processes
     assert not list(short.iterdir())
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False

@@ -14,7 +14,8 @@ from pathlib import Path
 from pipelines.train import ray_train
 from pipelines.train.messages import Reported, Task
 from simclr.recipes import recipe
-from tests.support.listeners import addresses, below
+from tests.support.listeners import addresses
+from tests.support.processes import children
 
 
 def worker(task: Task) -> None:
@@ -42,7 +43,7 @@ def main(folder: Path) -> None:
         task = Task(stage="pretrain", config=recipe("patterns_tiny"), data="", run=str(folder))
         running = ray_train.launch(worker, task, resources, folder / "ray")
         assert next(running.reports()).step == 2
-        pids = [os.getpid(), *below(os.getpid())]
+        pids = [os.getpid(), *children(os.getpid())]
         context = ray.get_runtime_context()
         found = {"gcs": context.gcs_address, "folder": context.get_temp_dir(), "pids": pids, "listens": sorted(addresses(pids))}
         print(json.dumps(found | {"token": os.environ.get("RAY_AUTH_TOKEN", "")}), flush=True)

@@ -12,12 +12,9 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import pickle
 import re
 import shutil
-import stat
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -276,38 +273,6 @@ def test_compiled_code(tmp_path: Path, trap: Trap, monkeypatch: pytest.MonkeyPat
     list(compile_cache.kept(iter([1]), path, fits, key, False, lines.append))
     assert trap.marker.exists()  # this is what the signature keeps from torch
     trap.marker.unlink()
-
-
-@pytest.mark.parametrize("kind", ["new", "own", "writable", "foreign", "link"])
-def test_torch_has_a_cache_of_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Torch's own choice is a name in /tmp that anybody can make first, with pickles and libraries in it."""
-    from simclr.compiling import own_cache
-
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setenv("LOGNAME", "victim")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torchinductor_victim"))  # torch notes its choice there itself
-    usual = tmp_path / "torchinductor_victim"
-    if kind == "link":
-        (tmp_path / "theirs").mkdir()
-        usual.symlink_to(tmp_path / "theirs")
-    elif kind != "new":
-        usual.mkdir(mode=0o700)
-        usual.chmod(0o777 if kind == "writable" else 0o755)
-    if kind == "foreign":
-        uid = os.geteuid()
-        monkeypatch.setattr("os.geteuid", lambda: uid + 1)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        own_cache()
-    chosen = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    if kind in ("new", "own"):
-        assert chosen == usual and not said
-    else:
-        assert chosen != usual and "is not this user's alone" in str(said[0].message)
-    assert not chosen.is_symlink() and not chosen.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")  # chosen by the user
-    own_cache()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/else"
 
 
 def test_torchvisions_pickles_are_the_published_ones(tmp_path: Path, trap: Trap, monkeypatch: pytest.MonkeyPatch) -> None:

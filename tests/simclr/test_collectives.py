@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from pathlib import Path
@@ -65,10 +66,38 @@ def test_what_is_no_json_is_an_error_on_every_rank_and_never_runs(ranks: Ranks, 
     assert not (tmp_path / "planted").exists()
 
 
-@pytest.mark.parametrize("value", [("a", "tuple"), {1: "a number as key"}, Path("run"), b"bytes"])
+_ITSELF: list[Any] = []
+_ITSELF.append(_ITSELF)
+_NO_JSON = [("a", "tuple"), {1: "a number as key"}, Path("run"), b"bytes", math.nan, [math.nan], _ITSELF]
+
+
+@pytest.mark.parametrize("value", _NO_JSON, ids=lambda value: str(value)[:12])
 def test_what_json_does_not_give_back_is_refused_where_it_is_sent(value: Any) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="JSON"):
         every_ranks(value)
+
+
+def refused(values: list[Any], liar: int) -> list[str]:
+    """The errors of this rank where only the rank `liar` has a value that is no JSON; then what a later exchange gives."""
+    errors = []
+    for value in values:
+        for exchange in (every_ranks, from_rank_zero):
+            try:
+                exchange(value if rank() == liar else "step-00012")
+            except (TypeError, RuntimeError) as error:
+                errors.append(f"{type(error).__name__}: {error}")
+    return [*errors, *every_ranks(str(rank()))]
+
+
+@pytest.mark.parametrize("liar", [0, 1])
+def test_one_ranks_value_that_is_no_json_is_an_error_on_every_rank(ranks: Ranks, liar: int) -> None:
+    """The others would wait half an hour in the collective. Rank 0 alone has a value for `from_rank_zero`."""
+    values = [*_NO_JSON[:2], _NO_JSON[4]]
+    for me, told in enumerate(ranks(2, refused, values, liar)):
+        *errors, zero, one = told
+        assert (zero, one) == ("0", "1") and len(errors) == len(values) * (2 if liar == 0 else 1)
+        for error in errors:
+            assert error.startswith("TypeError: ") and "JSON" in error if me == liar else f"rank {liar} sends 0 bytes" in error, error
 
 
 def test_no_code_unpickles_what_others_sent() -> None:

@@ -10,15 +10,6 @@ from pathlib import Path
 _LISTENS = "0A"
 
 
-def below(pid: int) -> list[int]:
-    """Processes below `pid`, all the way down."""
-    try:
-        own = [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
-    except OSError:
-        return []
-    return [found for child in own for found in (child, *below(child))]
-
-
 def addresses(pids: Iterable[int]) -> set[tuple[str, int]]:
     """(address, port) of every TCP socket that one of these processes listens on."""
     sockets = {link for pid in pids for link in _links(pid)}

@@ -57,8 +57,8 @@ RESUME = (
     Mutation(
         "torchs-cache-is-anybodys",
         "simclr/compiling.py",
-        "if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):",
-        "if False:",
-        "tests/pipelines/test_pickles.py::test_torch_has_a_cache_of_this_user_alone",
+        "return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & files.OTHERS_WRITE",
+        "return True",
+        "tests/simclr/test_compiling.py::test_torch_has_a_cache_of_this_user_alone",
     ),
 )

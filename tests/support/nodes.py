@@ -13,6 +13,8 @@ from typing import Any
 import ray._private.parameter
 import ray._private.utils
 
+from tests.support.processes import children
+
 _SHIM = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -109,23 +111,6 @@ class Nodes:
     def close(self) -> None:
         for node in [*self.others, self.head]:
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
-
-
-def children(pid: int) -> list[int]:
-    """Processes below `pid`, all the way down."""
-    try:
-        own = [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
-    except OSError:
-        return []
-    return [found for child in own for found in (child, *children(child))]
-
-
-def alive(pid: int) -> bool:
-    """Whether `pid` runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def _signal(pid: int, number: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from pipelines.runs.directory import load_run
 from simclr import checkpoint
-from tests.support.nodes import alive, children
+from tests.support.processes import alive, children
 from tests.support.traps import Trap
 from tune import sweep_dir
 

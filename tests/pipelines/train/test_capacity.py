@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.train import capacity, ray_train
+from pipelines.train import capacity, own_ray, ray_train
 from simclr.errors import UserError
 from tests.support.paths import ROOT
 
@@ -21,6 +22,7 @@ def only_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster of which only the head runs; it offers no cores."""
     import ray
 
+    monkeypatch.setattr(own_ray, "_own", [])  # the suite's Ray is private
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e10})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 1e10}}])
 
@@ -39,6 +41,7 @@ def test_a_cluster_that_scales_to_zero_can_have_what_its_file_says(
     assert capacity.slots(False, 12, True) == 0
     sixteen = ray_train.Resources(workers=16, cpus_per_worker=12, address="auto")
     assert ray_train.require(sixteen) is True
+    assert ray_train.require(dataclasses.replace(sixteen, address=None)) is True  # a notebook has joined it by itself
     assert "0 of 192 CPUs and 0 of 16 GPUs" in capsys.readouterr().err
     with pytest.raises(UserError, match="needs as many GPUs; the cluster has 16"):
         ray_train.require(ray_train.Resources(workers=17, device="cuda", address="auto"))

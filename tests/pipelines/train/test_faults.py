@@ -34,8 +34,9 @@ from simclr.errors import UserError
 from simclr.recipes import recipe
 from tests.conftest import Figures, Within
 from tests.support import faults
-from tests.support.nodes import Nodes, alive, children, clock
+from tests.support.nodes import Nodes, clock
 from tests.support.paths import ROOT
+from tests.support.processes import alive, children
 from tune import sweep_dir
 
 pytestmark = pytest.mark.cluster

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,8 @@ import pytest
 
 from pipelines.train import own_ray
 from simclr.errors import UserError
-from tests.support.listeners import addresses, below
+from tests.support.listeners import addresses
+from tests.support.processes import children
 
 
 @pytest.fixture
@@ -37,14 +41,17 @@ def mode(path: Path) -> int:
 
 def test_the_suites_ray_listens_on_the_loopback_and_its_folder_is_closed(shared_ray: None) -> None:
     """Its processes inherit a token that no list of processes shows, and no file."""
+    from pipelines.train import ray_train
+
+    assert not ray_train.connect(ray_train.Resources()) and own_ray.begun()  # it stays what it is
     (own,) = own_ray._own
     token = os.environ["RAY_AUTH_TOKEN"]
     assert mode(own.folder) == 0o700 and own.folder.stat().st_uid == os.geteuid()
     assert os.environ["RAY_AUTH_MODE"] == "token" and len(token) == 64
-    processes = [pid for pid in below(os.getpid()) if str(own.folder) in _read(pid, "cmdline")]
+    processes = [pid for pid in children(os.getpid()) if str(own.folder) in _read(pid, "cmdline")]
     servers = [pid for pid in processes if _read(pid, "cmdline").split("\0")[0].endswith(("/gcs_server", "/raylet"))]
     assert len(servers) == 2 and all(f"RAY_AUTH_TOKEN={token}" in _read(pid, "environ") for pid in servers)
-    processes += [child for pid in processes for child in below(pid)]
+    processes += [child for pid in processes for child in children(pid)]
     assert not any(token in _read(pid, "cmdline") for pid in [os.getpid(), *processes])
     assert not [path for path in own.folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
     found = addresses([os.getpid(), *processes])
@@ -66,7 +73,8 @@ def test_each_has_a_token_and_a_folder_and_leaves_neither(place: Path, monkeypat
     for _ in range(2):
         folder = own_ray.begin()
         assert folder.parent.parent == place and mode(folder.parent) == 0o700 and not folder.exists()
-        assert os.environ["RAY_AUTH_MODE"] == "token" and os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")  # NCCL: a name, else a prefix
         tokens.add(os.environ["RAY_AUTH_TOKEN"])
         (folder / "session/logs").mkdir(parents=True)
         own_ray.end()
@@ -101,6 +109,86 @@ def test_a_start_removes_what_killed_commands_left_and_nothing_else(place: Path)
         assert set(place.iterdir()) == kept
         living.stdin.close()
     assert living.returncode == 1 and not lives.exists()  # it ended by an exception, and cleaned up
+
+
+def test_a_folder_that_another_start_takes_away_is_not_used(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commands begin at once: one takes the other's new folder for a leftover, before it is locked."""
+    makes, made, taken = tempfile.mkdtemp, list[Path](), list[int]()
+
+    def meanwhile(**where: str) -> str:
+        made.append(Path(makes(**where)))
+        if len(made) == 1:  # it is about to be removed
+            taken.append(os.open(made[0], os.O_RDONLY))
+            fcntl.flock(taken[0], fcntl.LOCK_EX)
+        elif len(made) == 2:  # it is gone
+            made[1].rmdir()
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", meanwhile)
+    assert own_ray.begin().parent == made[2] and len(made) == 3
+    assert list(place.iterdir()) == [made[2]]
+    os.close(taken.pop())
+
+
+@pytest.mark.parametrize(("number", "works"), [(errno.ENOLCK, True), (errno.EBADF, True), (errno.EIO, False)])
+def test_only_a_disk_without_locks_is_used_without_one(place: Path, monkeypatch: pytest.MonkeyPatch, number: int, works: bool) -> None:
+    def locks(lock: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", locks)
+    if works:
+        assert own_ray.begin().parent.is_dir()
+        return
+    with pytest.raises(UserError, match=r"cannot be made in .*Input/output error"):
+        own_ray.begin()
+
+
+_ENDS = """
+import sys, types
+from pipelines.train import own_ray
+own_ray._RAYS_BYTES = 0
+own_ray.begin()
+ray = sys.modules["ray"] = types.ModuleType("ray")
+ray.shutdown = lambda: print("its folder is there:", folder.is_dir())
+folder = own_ray.begin().parent
+"""
+
+
+def test_rays_folder_goes_after_ray_at_the_end_of_a_process(place: Path) -> None:
+    """Also from the second start on: whatever is registered later for the end runs earlier."""
+    done = subprocess.run([sys.executable, "-c", _ENDS], stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "its folder is there: True\n" and not list(place.iterdir())
+
+
+def test_an_interface_that_the_user_has_chosen_stays_and_is_said(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    own_ray.begin()
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("eth0", "=lo")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith("connections are not on the loopback alone: $GLOO_SOCKET_IFNAME is eth0; unset it, or say lo")
+    own_ray.end()
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("eth0", "lo")
+
+
+@pytest.mark.parametrize(("name", "works"), [("a b", True), ("a%23b;c", True), ("a#b", False), ("a?b", False)])
+def test_workers_can_meet_in_the_folder_or_it_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, name: str, works: bool) -> None:
+    """Torch reads the address of the file where they meet, and takes what is behind a # or a ? for no part of the name."""
+    import torch.distributed as dist
+
+    monkeypatch.setenv("RAY_TMPDIR", str(place / name))
+    if not works:
+        with pytest.raises(UserError, match=r"its name has a # or a \?; set RAY_TMPDIR=/tmp"):
+            own_ray.begin()
+        assert not list(place.iterdir())
+        return
+    folder = own_ray.begin()
+    folder.mkdir()
+    store, _, _ = next(dist.rendezvous(f"file://{folder}/torch-1", rank=0, world_size=1))
+    store.set("met", "1")
+    assert [path.name for path in folder.iterdir()] == ["torch-1"]
 
 
 def test_where_there_can_be_no_folder_it_says_so(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +226,7 @@ def test_too_few_open_files_are_a_sentence_and_a_soft_limit_is_raised(monkeypatc
     limits, told = [(64, 64)], list[tuple[int, int]]()
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits[0])
     monkeypatch.setattr(resource, "setrlimit", lambda which, found: told.append(found))
-    with pytest.raises(UserError, match=r"may open 64 files here \(ulimit -Hn\), Ray on 2 cores needs 264; start a shell with a higher"):
+    with pytest.raises(UserError, match=r"64 files here \(ulimit -Hn\), Ray with 2 processes needs 264; start a shell with a higher"):
         own_ray.require_files(2)
     with pytest.raises(UserError, match=r"Ray needs 256"):
         own_ray.require_files(0)

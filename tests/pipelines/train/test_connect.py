@@ -1,0 +1,138 @@
+"""What stays in a process whose Ray did not start, or was started by somebody else. No Ray is started here."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from pipelines.train import messages, own_ray, ray_private, ray_train
+from tests.support.small import TINY
+
+_PRIVATE = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+Seen = list[tuple[str, dict[str, str]]]
+
+
+@pytest.fixture
+def place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for Ray's; this process is connected to none, and none of Ray's variables is set."""
+    found = tmp_path_factory.mktemp("p")
+    monkeypatch.setattr(own_ray, "_own", [])
+    monkeypatch.setattr(own_ray, "_RAYS_BYTES", 0)  # pytest's folders have long names
+    monkeypatch.setattr(ray_private, "read_token_again", lambda: None)  # the suite's own Ray keeps its token
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    for name in (*_PRIVATE, "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(found))
+    yield found
+    own_ray.end()
+
+
+@pytest.fixture
+def imports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The imports that are over; each takes a moment."""
+    over: list[str] = []
+
+    def slow(name: str) -> None:
+        time.sleep(0.2)
+        over.append(name)
+
+    monkeypatch.setattr(ray_train, "importlib", SimpleNamespace(import_module=slow))
+    return over
+
+
+def starts(monkeypatch: pytest.MonkeyPatch, failure: Callable[[str], BaseException | None]) -> Seen:
+    """Let `ray.init` at an address fail so; returns the addresses and the private variables that it will see."""
+    seen: Seen = []
+
+    def init(address: str, **_: Any) -> None:
+        seen.append((address, {name: os.environ[name] for name in _PRIVATE if name in os.environ}))
+        if error := failure(address):
+            raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    return seen
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the raylet died"), KeyboardInterrupt()])
+def test_a_cluster_sees_nothing_of_a_private_ray_that_did_not_start(
+    place: Path, imports: list[str], monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Else the job joined with another token, and NCCL used the loopback on several nodes."""
+    seen = starts(monkeypatch, lambda address: error if address == "local" else None)
+    with pytest.raises(type(error)):
+        ray_train.connect(ray_train.Resources())
+    assert set(seen[0][1]) >= {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} and seen[0][0] == "local"
+    assert not own_ray.begun() and not list(place.iterdir()) and not {*_PRIVATE} & {*os.environ}
+    assert ray_train.connect(ray_train.Resources(address="10.0.0.1:6379"))
+    assert seen[1] == ("10.0.0.1:6379", {})
+    assert len(imports) == 2 and not ray_train._imports, "a thread still imports Ray's modules"
+
+
+def test_a_cluster_sees_nothing_of_a_private_ray_that_was_not_disconnected(
+    place: Path, imports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = starts(monkeypatch, lambda address: None)
+    own_ray.begin()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert ray_train.connect(ray_train.Resources())
+    assert seen == [("auto", {})] and not list(place.iterdir())
+
+
+def test_no_cluster_there_is_a_sentence_and_no_thread_goes_on(place: Path, imports: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    starts(monkeypatch, lambda address: ConnectionError("refused"))
+    with pytest.raises(ray_train.UserError, match=r"no Ray cluster answers at '10\.0\.0\.1:6379' \(refused\)"):
+        ray_train.connect(ray_train.Resources(address="10.0.0.1:6379"))
+    assert len(imports) == 1
+
+
+@pytest.mark.parametrize("started_by", ["us", "the user", "the user, after us"])
+def test_only_the_ray_that_we_started_is_private(place: Path, monkeypatch: pytest.MonkeyPatch, started_by: str) -> None:
+    """A notebook that has joined a cluster of several nodes by itself: its workers do not meet in a file of one node."""
+    ours = str(own_ray.begin()) if started_by != "the user" else ""
+    folder = ours if started_by == "us" else "/tmp/ray"
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:9", get_temp_dir=lambda: folder))
+    monkeypatch.setattr(messages, "make", queue.Queue)
+    given: list[Any] = []
+    monkeypatch.setattr(ray_train, "_trainer", lambda *all_: given.extend(all_) or SimpleNamespace(fit=lambda: None))
+    resources = ray_train.Resources()
+    assert not ray_train.connect(resources)
+    assert ("RAY_AUTH_TOKEN" in os.environ) == (started_by == "us")
+    running = ray_train.launch(lambda task: None, messages.Task(stage="pretrain", config=TINY, data="", run=""), resources, place)
+    running.thread.join()
+    assert given[5] is (started_by == "us") and running.head.patience_s == (0 if started_by == "us" else 30)
+
+
+def test_each_group_of_workers_meets_in_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's store reads what a killed group has left in its file, so no other group may have the same."""
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_temp_dir=lambda: str(tmp_path)))
+    monkeypatch.setattr(ray, "get", lambda pending: pending)
+
+    class Group:
+        def __init__(self) -> None:
+            self.told: list[tuple[int, str]] = []
+
+        def __len__(self) -> int:
+            return 2
+
+        def execute(self, function: Any) -> None: ...
+
+        def execute_single_async(self, rank: int, function: Any, world_rank: int, init_method: str, **_: Any) -> None:
+            self.told.append((world_rank, init_method))
+
+    backend, groups = ray_private.torch_config("gloo", 5).backend_cls(), (Group(), Group(), Group())
+    for group in groups:
+        backend.on_start(group, None)
+    for group in groups:
+        ((first, store), (second, same)) = group.told
+        assert (first, second) == (0, 1) and store == same and store.startswith(f"file://{tmp_path}/")
+    assert len({group.told[0][1] for group in groups}) == 3

@@ -59,7 +59,7 @@ def _runs() -> Any:
         """Fill `pixels` from `stored`; the number of bytes that were written."""
         at, done = 0, 0
         while at + 1 < len(stored) and done < len(pixels):
-            head = np.int64(stored[at])
+            head = int(stored[at])
             at += 1
             if head < 128:  # the next head + 1 bytes as they are
                 for _ in range(min(head + 1, len(stored) - at, len(pixels) - done)):

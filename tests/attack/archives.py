@@ -262,6 +262,24 @@ def _dictionary(values: list[bytes], times: int, column: str = "image") -> bytes
     return _parquet(pyarrow.table({column: large, **other}), **options)
 
 
+def lying_footer(values: list[bytes]) -> bytes:
+    """A table of pictures and large values in one page, whose footer says that it unpacks to 100 bytes."""
+    data = _parquet({"image": [*list(_pictures().values())[:3], *values]}, compression="zstd", use_dictionary=False)
+    stated = pyarrow.parquet.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(0).total_uncompressed_size
+    coded = bytes((2 * stated >> shift) & 0x7F | 0x80 for shift in range(0, (2 * stated).bit_length(), 7))
+    coded = coded[:-1] + bytes([coded[-1] & 0x7F])
+    lie = b"\xc8\x81" + b"\x80" * (len(coded) - 3) + b"\0"
+    assert data.count(coded) >= 1
+    return data.replace(coded, lie)
+
+
+def prefixes(size: int, times: int) -> bytes:
+    """A table in which each row repeats the large one before it, and stores nothing."""
+    value = _pictures()["train/a/0.jpg"] + bytes(size)
+    options = {"compression": "zstd", "use_dictionary": False, "column_encoding": {"image": "DELTA_BYTE_ARRAY"}}
+    return _parquet({"image": [value] * times}, **options)
+
+
 def _shard_of(jpeg: bytes, height: int, width: int) -> bytes:
     """A shard whose first image is another JPEG, behind the others."""
     from ffcv.types import ALLOC_TABLE_TYPE
@@ -361,6 +379,8 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "dictionary": (".parquet", lambda: _dictionary([_pictures()["train/a/0.jpg"] + bytes(60 << 20)], 5_000)),
     "dictionary-most": (".parquet", lambda: _dictionary([_pictures()["train/a/0.jpg"] + bytes(280 << 20)], 5_000)),
     "dictionary-labels": (".parquet", lambda: _dictionary(["a" * (10 << 20), "b" * (10 << 20)], 5_000, "label")),
+    "lying-footer": (".parquet", lambda: lying_footer([bytes(400 << 20)] * 2)),
+    "prefixes": (".parquet", lambda: prefixes(60 << 20, 40)),
     "value": (
         ".parquet",
         lambda: _parquet({"image": [*_pictures().values(), bytes(600 << 20)]}, compression="zstd", use_dictionary=False),

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import itertools
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from pipelines.commands import embed
 from simclr.data.encode import encode
-from simclr.data.sources import label_files, layout, reading
+from simclr.data.sources import label_files, layout, parquet, parquet_pages, reading
 from simclr.data.sources.archives import archive_tree, is_archive_file
 from simclr.data.sources.folder import walk
 from simclr.data.sources.members import followed
@@ -141,6 +144,12 @@ def test_a_large_picture_in_an_inner_archive_has_a_reason(tmp_path: Path, monkey
             lambda: archives._dictionary([bytes(9 << 20)], 9),
             r"bytes of the column image unpack to 9 MiB, which no pictures",
         ),
+        (
+            "a.parquet",
+            lambda: archives.lying_footer([bytes(5 << 20)] * 2),
+            r"bytes of the column image unpack to 10 MiB, which no pictures",
+        ),
+        ("a.parquet", lambda: archives.lying_footer([b"a"])[:-400] + bytes(400), "is damaged"),
         ("a.parquet", lambda: archives._dictionary(["a" * 2000, "b"], 9, "label"), r"has a label of 2,000 letters"),
         ("a.arrow", lambda: archives._arrow(pyarrow.table({"image": [b"a" * 9999]}), True, "zstd"), "is compressed, so that all of it"),
         ("a.arrow", lambda: archives._arrow(pyarrow.table({"image": [b"a" * 9999]}), False, "lz4"), "is compressed, so that all of it"),
@@ -153,6 +162,43 @@ def test_a_table_that_is_a_bomb_is_one_sentence(
     (tmp_path / name).write_bytes(make())
     with pytest.raises(UserError, match=sentence):
         parquet_tree(tmp_path)
+
+
+def test_the_pages_of_a_table_are_known_by_their_own_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every form that pyarrow writes, against the sums that a sound footer states."""
+    rows = [bytes([65 + i % 9]) * (900 + i) for i in range(700)]
+    path = tmp_path / "a.parquet"
+    for version, compression, dictionary in itertools.product(("1.0", "2.0"), ("zstd", "none"), (True, False)):
+        table = pyarrow.table({"image": rows, "label": [f"class {i % 3}" for i in range(len(rows))]})
+        written = {"data_page_version": version, "compression": compression, "use_dictionary": dictionary, "write_page_checksum": True}
+        pyarrow.parquet.write_table(table, path, data_page_size=4096, write_batch_size=16, row_group_size=300, **written)
+        metadata = pyarrow.parquet.ParquetFile(path).metadata
+        for chunk in (metadata.row_group(group).column(column) for group in range(3) for column in range(2)):
+            begin = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+            found = list(parquet_pages.pages(path, begin, chunk.total_compressed_size))
+            heads = chunk.total_compressed_size - sum(page.stored for page in found)
+            assert sum(page.unpacked for page in found) + heads == chunk.total_uncompressed_size
+            assert [page.repeats for page in found] == [dictionary] + [False] * (len(found) - 1)
+    with pytest.raises(UserError, match=r"a.parquet ends early or is damaged"):
+        list(parquet_pages.pages(path, 4, path.stat().st_size))
+    path.write_bytes(archives.prefixes(1 << 20, 90))
+    chunk = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    assert [page.repeats for page in parquet_pages.pages(path, chunk.data_page_offset, chunk.total_compressed_size)] == [True]
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 3 << 20)
+    assert [len(batch) for batch in parquet._open(path).batches(0, "image")][:3] == [2, 2, 2]
+
+
+def test_values_that_are_too_large_count_among_what_a_table_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(archives._dictionary([archives._pictures()["train/a/0.jpg"] + np.random.default_rng(0).bytes(1 << 20)], 50))
+    monkeypatch.setattr(parquet, "MOST_PICTURE_BYTES", 1 << 20)
+    tree = parquet_tree(path)
+    (part,) = tree.parts
+    assert {type(data) for _, data in tree.read(part)} == {Unread}
+    monkeypatch.setattr(parquet, "_BOMB_BYTES", 9 << 20)
+    monkeypatch.setattr(parquet, "_BOMB_RATIO", 1)
+    with pytest.raises(UserError, match="names the same pictures again and again"):
+        list(tree.read(part))
 
 
 def test_texts_with_too_many_lines_or_bytes_are_not_looked_at_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

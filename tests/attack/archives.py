@@ -226,6 +226,19 @@ def overlapping(count: int, name: str, data: bytes) -> bytes:
     return one[:at] + entries + one[end : end + 8] + tail
 
 
+def entries(count: int, long: bool = False) -> bytes:
+    """A zip whose directory has so many entries of 47 bytes, all of one file, and states that there is one; `long`: as zip64."""
+    one = _zip({"a": b""})
+    at, end = one.rindex(b"PK\1\2"), one.rindex(b"PK\5\6")
+    listed = one[at:end] * count
+    if not long:
+        return one[:at] + listed + one[end : end + 8] + struct.pack("<HHIIH", 1, 1, len(listed), at, 0)
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, len(listed), at)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, at + len(listed), 1)
+    tail = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    return one[:at] + listed + record + locator + tail
+
+
 def _lying_zip(method: int, data: bytes) -> bytes:
     """A zip of a picture that unpacks to far more than it says."""
     whole = bytearray(_zip({"a.jpg": data, **_pictures()}, method))
@@ -366,6 +379,8 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "zip-lies": (".zip", lambda: _lying_zip(zipfile.ZIP_DEFLATED, bytes(600 << 20))),
     "zip-lies-bz2": (".zip", lambda: _lying_zip(zipfile.ZIP_BZIP2, bytes(600 << 20))),
     "zip-members": (".zip", lambda: overlapping(9_999, ".jpg", b"a") * 1),
+    "zip-entries": (".zip", lambda: entries(2_000_000)),
+    "zip64-entries": (".zip", lambda: entries(4_000_000, True)),
     "zip-link": (".zip", lambda: _zip_link(bytes(200 << 20))),
     "table-rows": (".tar.gz", lambda: _with_text("labels.csv", b"a,b\n" * (15 << 20))),
     "table-cells": (".tar.gz", lambda: _with_text("labels.csv", b"ab," * (20 << 20))),

@@ -19,13 +19,14 @@ import pytest
 from pipelines.commands import embed
 from simclr.data.encode import encode
 from simclr.data.sources import label_files, layout, parquet, parquet_pages, reading
+from simclr.data.sources import zip as zip_file
 from simclr.data.sources.archives import archive_tree, is_archive_file
 from simclr.data.sources.folder import walk
 from simclr.data.sources.members import followed
 from simclr.data.sources.open import open_source
 from simclr.data.sources.parquet import parquet_tree
 from simclr.data.sources.reading import Reading
-from simclr.data.sources.source import Item, Unread
+from simclr.data.sources.source import Item, Tree, Unread
 from simclr.errors import UserError
 from tests.attack import archives
 
@@ -65,6 +66,20 @@ def test_a_packed_tar_has_no_more_members_than_bytes_for_them(tmp_path: Path, mo
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"".join(archives._header(f"{i}.jpg", 0) for i in range(5000)) + archives._END))
     with pytest.raises(UserError, match=r"and [\d,]+ files from 0.0 MiB"):
         archive_tree(tmp_path / "a.tar.gz")
+
+
+def test_entries_of_a_zip_are_counted_before_they_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their number is stated to be, and however the pieces lie in which they are counted."""
+    monkeypatch.setattr(zip_file, "_MANY", 999)
+    monkeypatch.setattr(zip_file, "_COUNTED_BYTES", 1001)
+    path = tmp_path / "a.zip"
+    for long in (False, True):
+        path.write_bytes(b"#!/bin/sh\n" + archives.entries(990, long))  # what lies ahead of an archive is allowed
+        assert len(zipfile.ZipFile(path).infolist()) == 990 and not archive_tree(path).parts
+        path.write_bytes(archives.entries(3000, long))
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"has 0.1 MiB and states 3,000 files, more than pictures fit"):
+            patch.setattr(zipfile, "ZipFile", lambda *given: pytest.fail("parsed"))
+            archive_tree(path)
 
 
 def test_a_zip_that_says_less_than_it_holds_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,11 +225,34 @@ def test_texts_with_too_many_lines_or_bytes_are_not_looked_at_and_said(tmp_path:
     assert (
         "labels.csv was not looked at for classes, because it has 9 lines and 9 cells; --labels FILE takes it" in source.understood["notes"]
     )  # type: ignore[operator]
+    (tmp_path / "other.csv").write_text("file,label\n" + "".join(f"{i}.jpg,{i % 2}\n" for i in range(8)))
+    said = [note for note in open_source(str(tmp_path)).understood["notes"] if "not looked at" in note]  # type: ignore[attr-defined]
+    assert said == [
+        "labels.csv was not looked at for classes, because it has 9 lines and 9 cells, nor 1 other text; --labels FILE takes it"
+    ]
     monkeypatch.setattr(layout, "_MOST_READ_BYTES", -1)
     assert "because the texts read for classes have more than" in str(open_source(str(tmp_path)).understood["notes"])
     monkeypatch.setattr(reading, "_MOST_LABELS_BYTES", 9)
     with pytest.raises(UserError, match=r"labels.csv has 0 MiB; expected a file of names and values of at most 1,024"):
         Reading(labels=str(tmp_path / "labels.csv"))
+
+
+def test_texts_are_counted_once_and_readings_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_MOST_READ_BYTES", 10)
+    modest = layout._Modest({"a": lambda: b"12345678", "b": lambda: b"abcdefgh", "c": lambda: b"1"})
+    assert [modest.read("a") for _ in range(8)] == [b"12345678"] * 8 and modest.read("b") == b"abcdefgh" and not modest.notes()
+    assert modest.read("c") == b"" and [*modest.passed_over] == ["c"]
+    often = layout._Modest({"a": lambda: b"12345678"})
+    assert [bool(often.read("a")) for _ in range(13)] == [True] * 11 + [False] * 2
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv", ".jsonl"])
+def test_a_folder_with_a_text_for_each_picture_has_no_labels_in_them(suffix: str) -> None:
+    texts = {f"boxes/{i}{suffix}": bytes for i in range(51)} | {
+        f"boxes/labels{other}": bytes for other in (".csv", ".txt") if other != suffix
+    }
+    tree = Tree(spec="", parts=[], read=lambda part: iter(()), texts={**texts, f"labels{suffix}": bytes})
+    assert set(label_files.few_texts(tree)) == {f"labels{suffix}"} | {path for path in texts if "labels" in path}
 
 
 def test_a_devkit_that_unpacks_to_gigabytes_is_refused() -> None:

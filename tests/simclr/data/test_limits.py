@@ -21,6 +21,7 @@ from simclr.data import limits, pixels, raster, tasks
 from simclr.data.depth import Rule
 from simclr.data.encode import decoded, encode
 from simclr.data.ffcv import decode
+from simclr.data.options import Options
 from simclr.data.pixels import MOST_PIXELS, Unreadable
 from simclr.data.sources import beton
 from simclr.data.sources.source import Item, bundles
@@ -132,6 +133,18 @@ def test_a_thread_of_the_loader_has_room_for_one_picture_at_most() -> None:
     crops = decode.Crops(((1, 8),))
     crops.metadata = np.array([(65_535, 65_535)], [("height", "<u2"), ("width", "<u2")])
     with pytest.raises(UserError, match="an image of the shards has 4,294,836,225 pixels"):
+        crops.scratch_bytes  # noqa: B018
+
+
+def test_no_option_makes_shards_that_the_loader_refuses() -> None:
+    crops = decode.Crops(((1, 8),))
+    side = Options(max_side_px=13_377, max_pixels=400_000_000).max_side_px
+    crops.metadata = np.array([(side, side)], [("height", "<u2"), ("width", "<u2")])
+    assert crops.scratch_bytes == 3 * 13_377**2
+    with pytest.raises(UserError, match="--max-side-px is 13378; expected at most 13377"):
+        Options(max_side_px=13_378)
+    crops.metadata = np.array([(side + 1, side + 1)], [("height", "<u2"), ("width", "<u2")])
+    with pytest.raises(UserError, match="prepare the data again, with --max-side-px 13377 or less"):
         crops.scratch_bytes  # noqa: B018
 
 

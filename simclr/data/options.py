@@ -41,6 +41,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.max_side_px < 8:
             raise UserError(f"--max-side-px is {self.max_side_px}; expected at least 8 pixels")
+        if self.max_side_px**2 > 2 * MOST_PIXELS:  # which the loader would refuse
+            most = math.isqrt(2 * MOST_PIXELS)
+            raise UserError(f"--max-side-px is {self.max_side_px}; expected at most {most}: training has room for {most}² pixels an image")
         if not 1 <= self.jpeg_quality <= 100:
             raise UserError(f"--jpeg-quality is {self.jpeg_quality}; expected 1 to 100")
         if self.shard_mib < 1:

@@ -7,10 +7,8 @@ import contextlib
 import importlib.util
 import io
 import logging
-import lzma
 import math
 import stat
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from simclr.data.depth import Rule, Values, decided, kind_of, scaled, values_of
 from simclr.data.limits import BYTES_PER_PIXEL, ROOM, affordable, within, within_bytes
 from simclr.data.pixels import Unreadable, opened, reading, upright, upright_rgb
 from simclr.data.sources.source import Unread
+from simclr.data.unpack import inflated, unlzma, unpacked_bits
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -33,9 +32,8 @@ _COLOURS = {0: 1, 1: 1, 2: 3}  # TIFF's photometric interpretations: white is ze
 _ALPHA = (1, 2)
 _SIDEWAYS = (5, 6, 7, 8)
 _STRIP_PIXELS = 1 << 20
-_ZLIB, _LZMA = (8, 32946, 50013), 34925  # TIFF's compressions that tifffile unpacks with Python's own libraries, without a limit
-_RATIO = {**dict.fromkeys(_ZLIB, 1032), _LZMA: 10_000}  # the most that a byte unpacks to
-_INFLATED_BYTES = 256 << 20
+_CODECS = {**dict.fromkeys((8, 32946, 50013), inflated), 34925: unlzma, 32773: unpacked_bits}  # by TIFF's numbers of compressions
+_MOST_PIECES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +205,7 @@ def _tiff(data: bytes, rule: Rule) -> Raster:
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says of a damaged file does not name the file
+    _unpack_within_limits(tifffile)
     with reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         axes, shape = page.axes, tuple(int(side) for side in page.shape)
@@ -215,16 +214,17 @@ def _tiff(data: bytes, rule: Rule) -> Raster:
         turn = int(tag.value) if tag else 1
         inverted = int(page.photometric) == 0
         stored = [(int(at), int(count)) for at, count in zip(page.dataoffsets, page.databytecounts, strict=True) if count]
-        segment, size, packing = math.prod(map(int, page.chunks)), int(page.dtype.itemsize if page.dtype else 1), int(page.compression)
+        pieces, segment = math.prod(page.chunked), math.prod(map(int, page.chunks))
+        size, packed = int(page.dtype.itemsize if page.dtype else 1), int(page.compression) != 1
     if axes not in ("YX", "YXS", "SYX"):
         raise Unreadable(f"it is no plain picture (axes {axes}, shape {shape})")
     if 0 in shape or not stored or max(at + count for at, count in stored) > len(data):  # tifffile gives zeros for what is missing
         raise Unreadable("it ends early or holds no pixels")
     within(shape[axes.index("X")], shape[axes.index("Y")], rule.max_pixels)
-    within_bytes(max(math.prod(shape), segment) * size, rule.max_pixels)
-    if packing in _RATIO:
-        for at, count in stored:
-            _inflates(data[at : at + count], packing, segment * size)
+    # Tiles stand over two edges of the picture, and have at most four times its pixels where there are several each way.
+    within_bytes(max(math.prod(shape), segment, pieces * segment // 4) * size, rule.max_pixels)
+    if pieces > _MOST_PIECES or (packed and sum(count for _, count in stored) > len(data)):
+        raise Unreadable(f"its {pieces:,} pieces share bytes, or are far too many; save it again")
     with ROOM.for_pixels(math.prod(shape) * size // BYTES_PER_PIXEL), reading(), tifffile.TiffFile(io.BytesIO(data)) as file:
         values = file.pages.first.asarray()
     if values.shape != shape:
@@ -237,16 +237,13 @@ def _tiff(data: bytes, rule: Rule) -> Raster:
     return Raster(_turned(values, turn), alpha)
 
 
-def _inflates(stored: bytes, packing: int, size: int) -> None:
-    """Raise Unreadable for a strip or tile that unpacks to more than its `size` bytes: tifffile would unpack all of it. Only where it
-    could fill the memory."""
-    if len(stored) * _RATIO[packing] < _INFLATED_BYTES:
-        return
-    unpacker: Any = zlib.decompressobj() if packing in _ZLIB else lzma.LZMADecompressor()
-    with reading():
-        got = len(unpacker.decompress(stored, size + 1))
-    if got > size:
-        raise Unreadable(f"a piece of it unpacks to more than the {size:,} bytes that it should hold")
+def _unpack_within_limits(tifffile: Any) -> None:
+    """Have tifffile unpack by `unpack`, which is told how many bytes a piece has, where its own codecs do not heed that.
+
+    imagecodecs heeds it. `_codecs` is tifffile's own name for its table, from which it takes what is already there. A public way to
+    register a codec would do."""
+    if importlib.util.find_spec("imagecodecs") is None:
+        tifffile.TIFF.DECOMPRESSORS._codecs.update(_CODECS)
 
 
 def _png(data: bytes, image: Image.Image) -> Raster:

@@ -236,6 +236,15 @@ def tile(width: int, height: int, side: int, stored: bytes, **more: int) -> byte
     return directory([(tag, *value) for tag, value in tags.items()], stored)
 
 
+def shared(width: int, height: int, stored: bytes, **more: int) -> bytes:
+    """A TIFF of a strip for each row, all of which are the same bytes."""
+    tags = _plane(width, height, rows=1, **more)
+    at = 8 + 2 + 12 * (len(tags) + 2) + 4
+    places = struct.pack(f"<{height}I", *[at + 8 * height] * height) + struct.pack(f"<{height}I", *[len(stored)] * height)
+    tags |= {273: (4, height, at), 279: (4, height, at + 4 * height)}
+    return directory([(tag, *value) for tag, value in tags.items()], places + stored)
+
+
 def zeros(count: int) -> bytes:
     """`count` zeros, deflated: one block of them again and again, which is faster than to deflate them all."""
     packer = zlib.compressobj(9)
@@ -359,6 +368,12 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "giant-tile-floats": (".tif", lambda: tile(64, 64, 19_200, zeros(1_600_000_000), packing=8, bits=32, format=3)),
     "lying-strip": (".tif", lambda: strip(64, 64, zeros(4 << 30), packing=8, bits=16, samples=3, photometric=2)),
     "lying-strip-8": (".tif", lambda: strip(64, 64, zeros(4 << 30), packing=8)),
+    "shared-strips": (".tif", lambda: shared(10, 200, zeros(240 << 20), packing=8, samples=4)),
+    "lying-strips": (".tif", lambda: strip(10, 1, zeros(240 << 20), packing=8, samples=4)),
+    "wide-tiles": (".tif", lambda: tile(1, MOST_PIXELS, 20_000, zeros(1 << 20), packing=8, samples=2)),
+    "runs": (".tif", lambda: strip(9400, 9400, b"\x81\0" * (9400**2 * 6 // 128), packing=32773, samples=6)),
+    "runs-of-nothing": (".tif", lambda: strip(64, 64, b"\x80" * (400 << 20), packing=32773, samples=4)),
+    "runs-of-one": (".tif", lambda: strip(9400, 9400, b"\0a" * (9400**2 * 2), packing=32773, samples=2)),
     "samples": (".tif", lambda: strip(4096, 4096, zeros(4096 * 4096 * 100), packing=8, samples=100)),
     "samples-most": (".tif", lambda: strip(4096, 4096, zeros(1 << 20), packing=8, samples=65_535, bits=64)),
     "floats": (".tif", lambda: strip(_SIDE, _SIDE, zeros(8 * _SIDE**2), packing=8, bits=64, format=3)),

@@ -6,6 +6,7 @@ no seed reaches. Here the caller draws the boxes, which come with each batch's m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -103,7 +104,10 @@ class Crops(Operation):  # type: ignore[misc]
         """Bytes of the largest decoded image. Raises UserError where each thread would need more than a picture may take."""
         pixels = int((self.metadata["height"].astype(np.int64) * self.metadata["width"]).max())
         if pixels > 2 * MOST_PIXELS:
-            raise UserError(f"an image of the shards has {pixels:,} pixels; expected at most {2 * MOST_PIXELS:,}; prepare the data again")
+            raise UserError(
+                f"an image of the shards has {pixels:,} pixels; expected at most {2 * MOST_PIXELS:,}; prepare the data again, with "
+                f"--max-side-px {math.isqrt(2 * MOST_PIXELS)} or less"
+            )
         return 3 * pixels
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from simclr.data.sources.name_tables import Found, Pictures, Table, decoded, plain, read_table
-from simclr.data.sources.source import Tree
+from simclr.data.sources.source import Tree, ending
 from simclr.data.sources.splits import Kind, split_of
 from simclr.errors import UserError
 
@@ -26,7 +26,7 @@ _NO_CLASSES = re.compile(r"submission|prediction|partition|bbox|landmark|(?<![a-
 _PACKED, _MOST_MAT_BYTES = 15, 64 << 20  # the type of a packed piece in a .mat file
 _FIT = 0.9  # a file is taken for one of labels if it names this share of the pictures that have none
 _NEAR = 0.05
-_MOST_TEXTS = 50  # in a folder; a folder with more has one for each picture: boxes, or captions
+_MOST_TEXTS = 50  # of one ending in a folder; a folder with more has one for each picture: boxes, or captions
 
 Texts = Mapping[str, Callable[[], bytes]]
 
@@ -275,12 +275,12 @@ def splits_of(path: str, data: bytes, pictures: Pictures, columns: tuple[str, st
 
 def few_texts(tree: Tree) -> dict[str, Callable[[], bytes]]:
     """Files that may hold labels, without those of folders that have one for each picture: boxes, or captions."""
-    crowded = Counter(path.rpartition("/")[0] for path in tree.texts if path.lower().endswith(".txt"))
-    return {
-        path: text
-        for path, text in tree.texts.items()
-        if not path.lower().endswith(".txt") or crowded[path.rpartition("/")[0]] <= _MOST_TEXTS
-    }
+    crowded = Counter(map(_folder_and_ending, tree.texts))
+    return {path: text for path, text in tree.texts.items() if crowded[_folder_and_ending(path)] <= _MOST_TEXTS}
+
+
+def _folder_and_ending(path: str) -> tuple[str, str]:
+    return path.rpartition("/")[0], ending(path)
 
 
 def of_which(path: str, kinds: Collection[Kind]) -> set[Kind]:

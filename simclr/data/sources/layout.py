@@ -21,7 +21,7 @@ from simclr.errors import UserError
 
 _EXAMPLES = 5
 _MOST_LINES, _MOST_CELLS = 4_000_000, 10_000_000  # each takes some 150 bytes of memory
-_MOST_READ_BYTES = 512 << 20  # of all texts, some of which are read more than once
+_MOST_READ_BYTES, _READINGS = 512 << 20, 8  # of all texts, and how often they may be read again on average
 
 
 def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
@@ -33,11 +33,13 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         found = f"{left.total()} other files ({', '.join(sorted(left)[:5])})" if left else "nothing"
         raise UserError(f"no images in {tree.spec}, only {found}; expected pictures, as split/class/file, class/file or files alone")
     notes = list(tree.notes)
-    tree = dataclasses.replace(tree, texts=_modest(tree.texts, notes))
+    modest = _Modest(tree.texts)
+    tree = dataclasses.replace(tree, texts={path: functools.partial(modest.read, path) for path in tree.texts})
     folders: dict[str, int] = Counter(name.rpartition("/")[0] for name in names)
     plan, how_split = _splits(tree, reading, names, folders, notes)
     how_labelled = decide_classes(tree, reading, plan, names, folders, notes)
     splits = _judged(plan, names, notes)
+    notes += modest.notes()
 
     def read(part: Part) -> Iterator[Item]:
         for name, data in tree.read(part):
@@ -76,27 +78,44 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
     return source, understood
 
 
-def _modest(texts: Mapping[str, Callable[[], bytes]], notes: list[str]) -> dict[str, Callable[[], bytes]]:
-    """`texts`, of which those with too many lines or cells, and all behind the first bytes of them together, are empty; a note says so."""
-    spent = 0
+@dataclasses.dataclass(slots=True)
+class _Modest:
+    """Texts of a tree, of which those with too many lines or cells, and all behind the first bytes of them together, read as empty."""
 
-    def read(path: str) -> bytes:
-        nonlocal spent
-        if spent > _MOST_READ_BYTES:
-            why = f"the texts read for classes have more than {_MOST_READ_BYTES >> 20} MiB in all"
-        else:
-            data = texts[path]()
-            spent += len(data)
-            lines, cells = sum(map(data.count, (b"\n", b"\r"))), sum(map(data.count, (b",", b";", b"\t")))
-            if lines <= _MOST_LINES and cells <= _MOST_CELLS:
-                return data
-            why = f"it has {lines:,} lines and {cells:,} cells"
-        note = f"{path} was not looked at for classes, because {why}; --labels FILE takes it"
-        if note not in notes:
-            notes.append(note)
+    texts: Mapping[str, Callable[[], bytes]]
+    first_bytes: int = 0
+    """Of the texts that were read, each once."""
+    all_bytes: int = 0
+    """Of all readings."""
+    seen: set[str] = dataclasses.field(default_factory=set)
+    passed_over: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Text → why it reads as empty, in the order in which that was found."""
+
+    def read(self, path: str) -> bytes:
+        if path in self.passed_over:
+            return b""
+        if self.first_bytes > _MOST_READ_BYTES or self.all_bytes > _READINGS * _MOST_READ_BYTES:
+            self.passed_over[path] = f"the texts read for classes have more than {_MOST_READ_BYTES >> 20} MiB in all"
+            return b""
+        data = self.texts[path]()
+        self.all_bytes += len(data)
+        if path not in self.seen:
+            self.seen.add(path)
+            self.first_bytes += len(data)
+        lines, cells = sum(map(data.count, (b"\n", b"\r"))), sum(map(data.count, (b",", b";", b"\t")))
+        if lines <= _MOST_LINES and cells <= _MOST_CELLS:
+            return data
+        self.passed_over[path] = f"it has {lines:,} lines and {cells:,} cells"
         return b""
 
-    return {path: functools.partial(read, path) for path in texts}
+    def notes(self) -> list[str]:
+        """What was passed over, in one sentence; none where nothing was."""
+        if not self.passed_over:
+            return []
+        path, why = next(iter(self.passed_over.items()))
+        more = len(self.passed_over) - 1
+        others = f", nor {more:,} other text{'s' * (more > 1)}" if more else ""
+        return [f"{path} was not looked at for classes, because {why}{others}; --labels FILE takes it"]
 
 
 def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping[str, int], notes: list[str]) -> tuple[Plan, str]:

@@ -15,6 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from simclr.data.sources.members import MOST_PICTURE_BYTES, ends_of
+from simclr.data.sources.parquet_pages import pages
 from simclr.data.sources.source import Data, Part, Tree, Unread, digest, is_image, is_junk, too_long
 from simclr.data.sources.webdataset import unnumbered
 from simclr.errors import UserError
@@ -85,16 +86,22 @@ class _Table:
         than pictures do."""
         rows, of = _ROWS, self.content.row_group(group)
         for chunk in (of.column(number) for number in range(of.num_columns)):
-            if chunk.path_in_schema != column and not chunk.path_in_schema.startswith(f"{column}."):
+            of_column = chunk.path_in_schema == column or chunk.path_in_schema.startswith(f"{column}.")
+            if not of_column or not chunk.num_values:
                 continue
-            dictionary = _dictionary_bytes(self.path, chunk.dictionary_page_offset) if chunk.has_dictionary_page else 0
-            unpacked = max(chunk.total_uncompressed_size, dictionary)
-            if unpacked > _BOMB_BYTES + _BOMB_RATIO * chunk.total_compressed_size:
-                raise UserError(
-                    f"{self.path}: {chunk.total_compressed_size:,} bytes of the column {column} unpack to {unpacked >> 20:,} MiB, which no "
-                    "pictures do; write it again without compression"
-                )
-            rows = max(min(rows, _BATCH_BYTES // max(dictionary, 1)), 1)
+            begin, unpacked, largest = chunk.data_page_offset, 0, 0
+            if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < begin:
+                begin = chunk.dictionary_page_offset
+            for page in pages(self.path, begin, chunk.total_compressed_size):
+                unpacked += page.unpacked
+                bomb = page.unpacked > max(MOST_PICTURE_BYTES, 2 * page.stored)
+                if bomb or unpacked > _BOMB_BYTES + _BOMB_RATIO * chunk.total_compressed_size:
+                    raise UserError(
+                        f"{self.path}: {chunk.total_compressed_size:,} bytes of the column {column} unpack to {unpacked >> 20:,} MiB, "
+                        "which no pictures do; write it again without compression"
+                    )
+                largest = max(largest, page.unpacked * page.repeats)
+            rows = max(min(rows, _BATCH_BYTES // max(largest, 1)), 1)
         return rows
 
     @property
@@ -191,23 +198,6 @@ def _open(path: Path) -> _Table:
             f"{path} states {sum(table.groups):,} rows in {path.stat().st_size:,} bytes, in which no pictures fit; fetch it again"
         )
     return table
-
-
-def _dictionary_bytes(path: Path, at: int) -> int:
-    """The unpacked size of the dictionary at `at`, which stands in its header: the second number of a Thrift struct, zigzag-coded."""
-    with path.open("rb") as file:
-        file.seek(at)
-        head = file.read(16)
-    numbers, place = [], 0
-    for _ in range(2):
-        place, value, shift = place + 1, 0, 0
-        while place < len(head):
-            value |= (head[place] & 0x7F) << shift
-            place, shift = place + 1, shift + 7
-            if not head[place - 1] & 0x80:
-                break
-        numbers.append(value >> 1)
-    return numbers[1]
 
 
 def _is_packed(message: Any) -> bool:
@@ -371,15 +361,15 @@ def _pictures(table: _Table, columns: _Columns, group: int, rows: Sequence[int])
         while begin <= row < begin + len(batch):
             value = batch[row - begin]
             size = _size_of(value)
-            if size > MOST_PICTURE_BYTES:
-                yield Unread(f"it has {size / 2**20:,.0f} MiB, more than a picture in a table may have")
-                row = next(wanted)
-                continue
             left -= size
             if left < 0:
                 raise UserError(
                     f"{table.path} names the same pictures again and again, far more of them than it holds; give it without the copies"
                 )
+            if size > MOST_PICTURE_BYTES:
+                yield Unread(f"it has {size / 2**20:,.0f} MiB, more than a picture in a table may have")
+                row = next(wanted)
+                continue
             value = value.as_py()
             held = value if isinstance(value, bytes) or value is None else value.get("bytes")
             if held is None and isinstance(value, dict) and value.get("path"):

@@ -8,6 +8,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from simclr.data.sources.members import Listing, ends_of, followed, junk_in, linked, oddities, path_in
 from simclr.data.sources.source import MOST_NAME, is_image, is_text, too_long
@@ -17,7 +18,11 @@ _KNOWN = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.Z
 _UNIX = 3
 _PIECE_BYTES = 4096
 _BOMB_BYTES, _BOMB_RATIO = 256 << 20, 200  # unpacked pictures and texts, and as a multiple of the archive
-_MANY, _LEAST_EACH_BYTES = 500_000, 80  # members, and what one takes in an archive, with its two headers
+_MANY, _LEAST_EACH_BYTES = 200_000, 300  # members, and what a small picture takes in an archive, with its two headers
+_LONG_END_BYTES = 76  # of zip64's records, between the directory and the last record
+_ENTRY = b"PK\1\2"
+_LENGTH, _AT = 5, 9  # in what zipfile says of the last record: the directory's bytes, the record's place
+_COUNTED_BYTES = 1 << 20  # at a time
 
 
 def zip_listing(path: Path, spec: str = "") -> Listing:
@@ -25,6 +30,7 @@ def zip_listing(path: Path, spec: str = "") -> Listing:
 
     Raises UserError for an archive that is damaged, or whose pictures are encrypted or packed by a method that Python lacks."""
     spec = spec or str(path)
+    _require_few(path, spec)
     with _sound(spec):
         archive = zipfile.ZipFile(path)  # its handle is shared by all readers, under a lock of its own
     size = path.stat().st_size
@@ -87,16 +93,37 @@ def _require_readable(member: zipfile.ZipInfo, name: str, spec: str) -> None:
 
 
 def _require_modest(members: Sequence[zipfile.ZipInfo], size: int, spec: str) -> None:
-    """Raise UserError for an archive of `size` bytes whose members share bytes, unpack to far more than pictures do, or are more than it
-    has bytes for."""
+    """Raise UserError for an archive of `size` bytes whose members share bytes, or unpack to far more than pictures do."""
     wanted = sum(member.file_size for member in members if is_image(member.filename) or is_text(member.filename))
     packed = sum(member.compress_size for member in members)
-    if packed <= size and wanted <= _BOMB_BYTES + _BOMB_RATIO * size and len(members) <= _MANY + size // _LEAST_EACH_BYTES:
+    if packed <= size and wanted <= _BOMB_BYTES + _BOMB_RATIO * size:
         return
     raise UserError(
         f"{spec} has {size / 2**20:,.1f} MiB and states {len(members):,} files of {packed / 2**20:,.1f} MiB that unpack to "
         f"{wanted / 2**20:,.0f} MiB, which no pictures do; if it is sound, unpack it, and give the folder"
     )
+
+
+def _require_few(path: Path, spec: str) -> None:
+    """Raise UserError for an archive with far more entries in its directory than it has bytes for files. zipfile takes ten microseconds
+    for each, before anything of them is known, and goes by the directory's size alone, not by the number that the record states."""
+    size = path.stat().st_size
+    with path.open("rb") as file, _sound(spec):
+        # zipfile's own name for how it finds the last record: another search could find another one. A public count of entries would do.
+        record: Any = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+        if record is None:
+            return  # which is damaged
+        end = record[_AT] - (_LONG_END_BYTES if record[0] == b"PK\6\6" else 0)
+        place, found, last = max(end - record[_LENGTH], 0), 0, b""
+        file.seek(place)
+        while place < end and (piece := file.read(min(_COUNTED_BYTES, end - place))):
+            found += (last + piece).count(_ENTRY)
+            place, last = place + len(piece), piece[1 - len(_ENTRY) :]
+    if found > _MANY + size // _LEAST_EACH_BYTES:
+        raise UserError(
+            f"{spec} has {size / 2**20:,.1f} MiB and states {found:,} files, more than pictures fit; if it is sound, unpack it, and give "
+            "the folder"
+        )
 
 
 @contextlib.contextmanager

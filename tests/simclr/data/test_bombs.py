@@ -5,24 +5,28 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import itertools
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from pipelines.commands import embed
 from simclr.data.encode import encode
-from simclr.data.sources import label_files, layout, reading
+from simclr.data.sources import label_files, layout, parquet, parquet_pages, reading
+from simclr.data.sources import zip as zip_file
 from simclr.data.sources.archives import archive_tree, is_archive_file
 from simclr.data.sources.folder import walk
 from simclr.data.sources.members import followed
 from simclr.data.sources.open import open_source
 from simclr.data.sources.parquet import parquet_tree
 from simclr.data.sources.reading import Reading
-from simclr.data.sources.source import Item, Unread
+from simclr.data.sources.source import Item, Tree, Unread
 from simclr.errors import UserError
 from tests.attack import archives
 
@@ -62,6 +66,20 @@ def test_a_packed_tar_has_no_more_members_than_bytes_for_them(tmp_path: Path, mo
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"".join(archives._header(f"{i}.jpg", 0) for i in range(5000)) + archives._END))
     with pytest.raises(UserError, match=r"and [\d,]+ files from 0.0 MiB"):
         archive_tree(tmp_path / "a.tar.gz")
+
+
+def test_entries_of_a_zip_are_counted_before_they_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their number is stated to be, and however the pieces lie in which they are counted."""
+    monkeypatch.setattr(zip_file, "_MANY", 999)
+    monkeypatch.setattr(zip_file, "_COUNTED_BYTES", 1001)
+    path = tmp_path / "a.zip"
+    for long in (False, True):
+        path.write_bytes(b"#!/bin/sh\n" + archives.entries(990, long))  # what lies ahead of an archive is allowed
+        assert len(zipfile.ZipFile(path).infolist()) == 990 and not archive_tree(path).parts
+        path.write_bytes(archives.entries(3000, long))
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"has 0.1 MiB and states 3,000 files, more than pictures fit"):
+            patch.setattr(zipfile, "ZipFile", lambda *given: pytest.fail("parsed"))
+            archive_tree(path)
 
 
 def test_a_zip_that_says_less_than_it_holds_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +159,12 @@ def test_a_large_picture_in_an_inner_archive_has_a_reason(tmp_path: Path, monkey
             lambda: archives._dictionary([bytes(9 << 20)], 9),
             r"bytes of the column image unpack to 9 MiB, which no pictures",
         ),
+        (
+            "a.parquet",
+            lambda: archives.lying_footer([bytes(5 << 20)] * 2),
+            r"bytes of the column image unpack to 10 MiB, which no pictures",
+        ),
+        ("a.parquet", lambda: archives.lying_footer([b"a"])[:-400] + bytes(400), "is damaged"),
         ("a.parquet", lambda: archives._dictionary(["a" * 2000, "b"], 9, "label"), r"has a label of 2,000 letters"),
         ("a.arrow", lambda: archives._arrow(pyarrow.table({"image": [b"a" * 9999]}), True, "zstd"), "is compressed, so that all of it"),
         ("a.arrow", lambda: archives._arrow(pyarrow.table({"image": [b"a" * 9999]}), False, "lz4"), "is compressed, so that all of it"),
@@ -155,6 +179,43 @@ def test_a_table_that_is_a_bomb_is_one_sentence(
         parquet_tree(tmp_path)
 
 
+def test_the_pages_of_a_table_are_known_by_their_own_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every form that pyarrow writes, against the sums that a sound footer states."""
+    rows = [bytes([65 + i % 9]) * (900 + i) for i in range(700)]
+    path = tmp_path / "a.parquet"
+    for version, compression, dictionary in itertools.product(("1.0", "2.0"), ("zstd", "none"), (True, False)):
+        table = pyarrow.table({"image": rows, "label": [f"class {i % 3}" for i in range(len(rows))]})
+        written = {"data_page_version": version, "compression": compression, "use_dictionary": dictionary, "write_page_checksum": True}
+        pyarrow.parquet.write_table(table, path, data_page_size=4096, write_batch_size=16, row_group_size=300, **written)
+        metadata = pyarrow.parquet.ParquetFile(path).metadata
+        for chunk in (metadata.row_group(group).column(column) for group in range(3) for column in range(2)):
+            begin = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+            found = list(parquet_pages.pages(path, begin, chunk.total_compressed_size))
+            heads = chunk.total_compressed_size - sum(page.stored for page in found)
+            assert sum(page.unpacked for page in found) + heads == chunk.total_uncompressed_size
+            assert [page.repeats for page in found] == [dictionary] + [False] * (len(found) - 1)
+    with pytest.raises(UserError, match=r"a.parquet ends early or is damaged"):
+        list(parquet_pages.pages(path, 4, path.stat().st_size))
+    path.write_bytes(archives.prefixes(1 << 20, 90))
+    chunk = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    assert [page.repeats for page in parquet_pages.pages(path, chunk.data_page_offset, chunk.total_compressed_size)] == [True]
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 3 << 20)
+    assert [len(batch) for batch in parquet._open(path).batches(0, "image")][:3] == [2, 2, 2]
+
+
+def test_values_that_are_too_large_count_among_what_a_table_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(archives._dictionary([archives._pictures()["train/a/0.jpg"] + np.random.default_rng(0).bytes(1 << 20)], 50))
+    monkeypatch.setattr(parquet, "MOST_PICTURE_BYTES", 1 << 20)
+    tree = parquet_tree(path)
+    (part,) = tree.parts
+    assert {type(data) for _, data in tree.read(part)} == {Unread}
+    monkeypatch.setattr(parquet, "_BOMB_BYTES", 9 << 20)
+    monkeypatch.setattr(parquet, "_BOMB_RATIO", 1)
+    with pytest.raises(UserError, match="names the same pictures again and again"):
+        list(tree.read(part))
+
+
 def test_texts_with_too_many_lines_or_bytes_are_not_looked_at_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "_MOST_LINES", 5)
     for name in archives._pictures():
@@ -164,11 +225,34 @@ def test_texts_with_too_many_lines_or_bytes_are_not_looked_at_and_said(tmp_path:
     assert (
         "labels.csv was not looked at for classes, because it has 9 lines and 9 cells; --labels FILE takes it" in source.understood["notes"]
     )  # type: ignore[operator]
+    (tmp_path / "other.csv").write_text("file,label\n" + "".join(f"{i}.jpg,{i % 2}\n" for i in range(8)))
+    said = [note for note in open_source(str(tmp_path)).understood["notes"] if "not looked at" in note]  # type: ignore[attr-defined]
+    assert said == [
+        "labels.csv was not looked at for classes, because it has 9 lines and 9 cells, nor 1 other text; --labels FILE takes it"
+    ]
     monkeypatch.setattr(layout, "_MOST_READ_BYTES", -1)
     assert "because the texts read for classes have more than" in str(open_source(str(tmp_path)).understood["notes"])
     monkeypatch.setattr(reading, "_MOST_LABELS_BYTES", 9)
     with pytest.raises(UserError, match=r"labels.csv has 0 MiB; expected a file of names and values of at most 1,024"):
         Reading(labels=str(tmp_path / "labels.csv"))
+
+
+def test_texts_are_counted_once_and_readings_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_MOST_READ_BYTES", 10)
+    modest = layout._Modest({"a": lambda: b"12345678", "b": lambda: b"abcdefgh", "c": lambda: b"1"})
+    assert [modest.read("a") for _ in range(8)] == [b"12345678"] * 8 and modest.read("b") == b"abcdefgh" and not modest.notes()
+    assert modest.read("c") == b"" and [*modest.passed_over] == ["c"]
+    often = layout._Modest({"a": lambda: b"12345678"})
+    assert [bool(often.read("a")) for _ in range(13)] == [True] * 11 + [False] * 2
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv", ".jsonl"])
+def test_a_folder_with_a_text_for_each_picture_has_no_labels_in_them(suffix: str) -> None:
+    texts = {f"boxes/{i}{suffix}": bytes for i in range(51)} | {
+        f"boxes/labels{other}": bytes for other in (".csv", ".txt") if other != suffix
+    }
+    tree = Tree(spec="", parts=[], read=lambda part: iter(()), texts={**texts, f"labels{suffix}": bytes})
+    assert set(label_files.few_texts(tree)) == {f"labels{suffix}"} | {path for path in texts if "labels" in path}
 
 
 def test_a_devkit_that_unpacks_to_gigabytes_is_refused() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import ast
 import io
+import lzma
+import resource
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +21,11 @@ from simclr.data import limits, pixels, raster, tasks
 from simclr.data.depth import Rule
 from simclr.data.encode import decoded, encode
 from simclr.data.ffcv import decode
+from simclr.data.options import Options
 from simclr.data.pixels import MOST_PIXELS, Unreadable
 from simclr.data.sources import beton
 from simclr.data.sources.source import Item, bundles
+from simclr.data.unpack import unpacked_bits
 from simclr.errors import UserError
 from simclr.views.preprocessing import Preprocessing
 from tests.attack import archives, images
@@ -28,6 +33,7 @@ from tests.support.paths import ROOT
 from tests.support.pictures import saved
 
 RULE = Rule(ranges={"integers": (0.0, 255.0)}, stated=True)
+BANDED = Rule(ranges=RULE.ranges, stated=True, bands=(1, 1, 1))
 
 
 def reason(data: bytes, rule: Rule = RULE) -> str:
@@ -130,6 +136,18 @@ def test_a_thread_of_the_loader_has_room_for_one_picture_at_most() -> None:
         crops.scratch_bytes  # noqa: B018
 
 
+def test_no_option_makes_shards_that_the_loader_refuses() -> None:
+    crops = decode.Crops(((1, 8),))
+    side = Options(max_side_px=13_377, max_pixels=400_000_000).max_side_px
+    crops.metadata = np.array([(side, side)], [("height", "<u2"), ("width", "<u2")])
+    assert crops.scratch_bytes == 3 * 13_377**2
+    with pytest.raises(UserError, match="--max-side-px is 13378; expected at most 13377"):
+        Options(max_side_px=13_378)
+    crops.metadata = np.array([(side + 1, side + 1)], [("height", "<u2"), ("width", "<u2")])
+    with pytest.raises(UserError, match="prepare the data again, with --max-side-px 13377 or less"):
+        crops.scratch_bytes  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -152,6 +170,52 @@ def test_a_picture_is_left_out_before_it_is_decoded(make: Callable[[], bytes], w
     data = make()
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     assert why in reason(data)
+
+
+def test_strips_that_share_bytes_are_refused_and_each_is_unpacked_to_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All strips of a TIFF may point at the same bytes, and each may unpack to far more than its row."""
+    large = images.zeros(64 << 20)
+    assert "its 20 pieces share bytes" in reason(images.shared(10, 20, large, packing=8, samples=4))
+    packer = lzma.compress(bytes(32 << 20), preset=0)
+    for packing, stored in ((8, large), (34925, packer)):
+        one, peak = images.strip(10, 1, stored, packing=packing, samples=4), _peak_bytes()
+        assert "a piece of it unpacks to more than the 40 bytes that it should hold" in reason(one, BANDED)
+        assert _peak_bytes() - peak < 8 << 20
+    sound = np.random.default_rng(0).integers(0, 9, (5, 7, 4), dtype=np.uint8)
+    for packing, packed in ((8, zlib.compress(sound.tobytes() + bytes(999))), (34925, lzma.compress(sound.tobytes() + bytes(999)))):
+        found = raster.raster_of(images.strip(7, 5, packed, packing=packing, samples=4), None, BANDED)
+        assert found is not None
+        np.testing.assert_array_equal(found.values, sound)  # rows behind the picture's end are no damage
+        for damaged in (packed[:-1], packed[: len(packed) // 2]):
+            assert "ends early" in reason(images.strip(7, 5, damaged, packing=packing, samples=4), BANDED)
+    monkeypatch.setattr(raster, "_MOST_PIECES", 19)
+    assert "its 20 pieces share bytes, or are far too many" in reason(images.shared(10, 20, b"\0\0", samples=4))
+
+
+def test_runs_of_bytes_are_unpacked_as_libtiff_does_and_within_their_piece() -> None:
+    draw = np.random.default_rng(3)
+    picture = np.repeat(draw.integers(0, 256, (40, 30), dtype=np.uint8), draw.integers(1, 9, 30), axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "TIFF", compression="packbits")
+    with Image.open(io.BytesIO(buffer.getvalue())) as image:
+        places, counts = image.tag_v2[273], image.tag_v2[279]
+    pieces = b"".join(buffer.getvalue()[at : at + count] for at, count in zip(places, counts, strict=True))
+    np.testing.assert_array_equal(unpacked_bits(pieces, out=picture.size).reshape(picture.shape), picture)
+    np.testing.assert_array_equal(unpacked_bits(pieces, out=99), picture.reshape(-1)[:99])
+    assert unpacked_bits(b"\x80" * 9 + b"\xfea\x02bc", out=9).tobytes() == b"aaabc"
+    side = 3000  # tifffile alone makes a list of 36 million numbers
+    peak = _peak_bytes()
+    found = raster.raster_of(images.strip(side, side, b"\x81\x07" * (side**2 * 4 // 128), packing=32773, samples=4), None, BANDED)
+    assert found is not None and found.values.shape == (side, side, 4) and (found.values == 7).all()
+    assert _peak_bytes() - peak < 5 * side**2 * 4
+
+
+def test_tiles_far_wider_than_the_picture_are_refused() -> None:
+    assert "would fill the memory" in reason(images.tile(1, 1 << 20, 4096, images.zeros(1 << 10), packing=8, samples=2), BANDED)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def test_a_damaged_tile_size_is_a_reason() -> None:

@@ -134,7 +134,7 @@ def anew(path: Path, mode: Literal["x", "xb"] = "x", **how: Any) -> IO[Any]:
 def is_own(found: os.stat_result, folder: Path) -> bool:
     """Whether this user or root owns what was `found` in `folder`. A network disk may give what this user writes to another owner, as to
     nobody: then that owner counts as this user."""
-    return found.st_uid in (os.geteuid(), 0) or found.st_uid == _owner_on(folder)
+    return found.st_uid in (os.geteuid(), 0) or found.st_uid == owner_on(folder)
 
 
 def only_own(found: os.stat_result) -> bool:
@@ -142,13 +142,24 @@ def only_own(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_uid in (os.geteuid(), 0) and not found.st_mode & OTHERS_WRITE
 
 
-def _owner_on(folder: Path) -> int:
+def owner_on(folder: Path) -> int:
     """The owner that the disk of `folder` gives to what this user writes."""
+    found = _written_on(folder)
+    return found.st_uid if found is not None else os.geteuid()
+
+
+def clock_on(folder: Path) -> int:
+    """The time on the disk of `folder`, in nanoseconds as its files have it; 0 where nothing can be written there."""
+    found = _written_on(folder)
+    return found.st_ctime_ns if found is not None else 0
+
+
+def _written_on(folder: Path) -> os.stat_result | None:
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            return os.fstat(file.fileno()).st_uid
+            return os.fstat(file.fileno())
     except OSError:
-        return os.geteuid()
+        return None
 
 
 @contextlib.contextmanager
@@ -156,8 +167,8 @@ def locked(path: Path, wait: bool = True, own: bool = False) -> Iterator[None]:
     """Inside, no other process holds the lock file `path`. It is made where it is missing, and its content is left as it is. It holds on
     one machine, and on shared disks with locks; it ends with its process.
 
-    Raises BlockingIOError where another process holds it and this one does not `wait`, and UserError if `path` is a link or no plain
-    file, or, where it has to be our `own`, if it is somebody else's or has a second name.
+    Raises BlockingIOError where another process holds it and this one does not `wait`, PermissionError where this user may not hold it,
+    and UserError if `path` is a link or no plain file, or, where it has to be our `own`, if it is somebody else's or has a second name.
     """
     for last in (*[False] * 99, True):  # the last: some disks of networks give an open file another number than its name
         opened = _open_lock(path)
@@ -168,6 +179,8 @@ def locked(path: Path, wait: bool = True, own: bool = False) -> Iterator[None]:
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
+                if error.errno == errno.EBADF:  # NFS locks for writing alone, and this user may only read the file
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
                 if error.errno not in _NO_LOCKS:
                     raise
                 if wait:  # two would write the same file
@@ -192,9 +205,20 @@ def _open_lock(path: Path) -> int:
             return plain(path, os.O_RDWR)
         except FileNotFoundError:
             with contextlib.suppress(FileExistsError):  # another process was faster
-                return plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                opened = plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                _share_lock(opened, path.parent.stat())
+                return opened
         except PermissionError:  # another user's, which can be held all the same
             return plain(path, os.O_RDONLY)
+
+
+def _share_lock(opened: int, folder: os.stat_result) -> None:
+    """Whoever may write to the folder may hold the lock: NFS asks for permission to write."""
+    group = stat.S_IRGRP | stat.S_IWGRP
+    if folder.st_mode & group == group:
+        with contextlib.suppress(OSError):  # this user is not in the folder's group; or the disk keeps no permissions
+            os.fchown(opened, -1, folder.st_gid)
+            os.fchmod(opened, stat.S_IMODE(os.fstat(opened).st_mode) | group)
 
 
 # ── Reading ────────────────────────────────────────────────────────────────────────────────────────────────────────

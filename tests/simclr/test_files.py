@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -122,6 +124,39 @@ def test_another_users_lock_can_be_held_where_a_run_is_shared(tmp_path: Path) ->
     os.chown(tmp_path / "lock", 65534, -1)
     with pytest.raises(UserError, match=r"the lock \S+ is not this user's alone \(owner 65534"), files.locked(tmp_path / "lock", own=True):
         pass
+
+
+def test_a_lock_that_may_only_be_read_is_refused_in_a_sentence_where_nfs_wants_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS stands on fcntl's locks, which refuse an exclusive lock on a file that is open for reading. They take flock's place here."""
+    monkeypatch.setattr(files.fcntl, "flock", lambda opened, how: fcntl.lockf(opened, how))
+    (tmp_path / "lock").touch()
+    with files.locked(tmp_path / "lock"):
+        pass
+    monkeypatch.setattr(files, "_open_lock", lambda path: files.plain(path, os.O_RDONLY))
+    for wait in (True, False):
+        with pytest.raises(PermissionError) as refused, files.locked(tmp_path / "lock", wait=wait):
+            pass
+        assert files.trouble(refused.value) == f"no permission for {tmp_path / 'lock'}; change its permissions, or give another path"
+
+
+@pytest.mark.parametrize(
+    ("umask", "folder", "lock"), [(0o022, 0o755, 0o644), (0o022, 0o2775, 0o664), (0o077, 0o770, 0o660), (0o077, 0o700, 0o600)]
+)
+def test_whoever_may_write_to_a_folder_may_write_to_its_locks(tmp_path: Path, umask: int, folder: int, lock: int) -> None:
+    (tmp_path / "run").mkdir()
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "run", -1, 4242)  # the group of a project
+    (tmp_path / "run").chmod(folder)
+    old = os.umask(umask)
+    try:
+        with files.locked(tmp_path / "run/lock"):
+            found = (tmp_path / "run/lock").stat()
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(found.st_mode) == lock
+    assert not lock & 0o020 or found.st_gid == (tmp_path / "run").stat().st_gid
 
 
 def test_no_link_is_written_through(tmp_path: Path) -> None:

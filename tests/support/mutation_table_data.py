@@ -111,6 +111,27 @@ DATA = (
         "tests/simclr/data/test_shared_cache.py::test_a_shard_that_somebody_else_owns_is_fetched_again",
     ),
     Mutation(
+        "a-link-in-the-cache-is-followed",
+        "simclr/data/s3/uri.py",
+        "_is_closed(folder, folder.lstat())",
+        "_is_closed(folder, folder.stat())",
+        "tests/simclr/data/test_shared_cache.py::test_no_link_below_the_folder_of_copies_is_followed",
+    ),
+    Mutation(
+        "a-hash-is-noted-where-others-write",
+        "simclr/data/s3/hashed.py",
+        "state.st_uid == os.geteuid() and not state.st_mode & files.OTHERS_WRITE",
+        "state.st_uid == os.geteuid()",
+        "tests/simclr/data/test_shared_cache.py::test_without_a_home_folder_of_its_own_each_process_hashes_and_says_so",
+    ),
+    Mutation(
+        "a-changed-shard-keeps-its-hash",
+        "simclr/data/s3/hashed.py",
+        "found.st_mtime_ns, found.st_ctime_ns]",
+        "found.st_mtime_ns, 0]",
+        "tests/simclr/data/test_shared_cache.py::test_where_users_have_one_owner_one_process_hashes_for_all",
+    ),
+    Mutation(
         "a-lock-follows-a-link",
         "simclr/files.py",
         "flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC",

@@ -17,11 +17,13 @@ from pathlib import Path
 from simclr import files
 from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest
 from simclr.data.s3.answers import Missing
+from simclr.data.s3.hashed import Hashed, stamp
 from simclr.data.s3.store import Progress, Store
 from simclr.data.s3.uri import Address, locked
 from simclr.errors import UserError
 
 _AT_ONCE = 4  # shards at a time; each is transferred in parts
+_CHUNK = 1 << 20
 
 
 def manifest_at(place: Address, store: Store) -> tuple[Manifest, bytes] | None:
@@ -46,13 +48,13 @@ def fetch(
     """Bring the shards at `place` into `directory`: whole ones stay, missing and damaged ones are fetched in parallel.
 
     With training shards in more than one group, only those of `group` are fetched (−1: none); files of other groups stay. Several
-    processes of a machine may call this at once: one fetches, the others wait. progress gets bytes so far and in all; says gets a sentence
-    where shards that lie here are hashed first. Raises UserError if there are no shards, if they do not match their manifest, or if the
-    disk is too small.
+    processes of a machine may call this at once: one fetches, the others wait. progress gets bytes so far, fetched or hashed, and in all;
+    says gets a sentence where shards that lie here are hashed first. Raises UserError if there are no shards, if they do not match their
+    manifest, or if the disk is too small.
 
     A shard that lies here is taken as it is if this user fetched it, by this manifest, and nobody else can have written it since: its
-    owner and its permissions say so, which no other user can forge. Else its bytes are hashed; one that somebody else owns, who could
-    change it after that, is fetched.
+    owner and its permissions say so, which no other user can forge. Else its bytes are hashed, which is noted for this user's other
+    processes where the disk does not tell users apart; one that somebody else owns, who could change it after that, is fetched.
     """
     with locked(directory):
         found = manifest_at(place, store)
@@ -65,14 +67,25 @@ def fetch(
             directory.mkdir(mode=0o700, exist_ok=True)
             local.unlink(missing_ok=True)
         # Without the same manifest, the files come from an interrupted fetch or from other data: then their bytes are hashed.
+        sure = whole and not directory.stat().st_mode & files.OTHERS_WRITE
         mine = manifest.part(groups, group)
-        looked = {shard: _found(directory / shard.name, shard) for shard in mine}
-        unsure = {shard for shard, found in looked.items() if found is not None and not (whole and files.only_own(found))}
-        if unsure:
+        hashed = Hashed(directory)
+        here = {shard: state for shard in mine if (state := _found(directory / shard.name, shard)) is not None}
+        there = {s for s, state in here.items() if (sure and files.only_own(state)) or hashed.has(directory / s.name, s.sha256)}
+        count = _counter(sum(shard.bytes for shard in mine), progress)
+        count(sum(shard.bytes for shard in there))
+        if unsure := [shard for shard in here if shard not in there]:
             size = sum(shard.bytes for shard in unsure) / 2**20
             why = "others can have written them" if whole else "no manifest says that they are whole"
             says(f"hashing {len(unsure):,} shards of {directory} first ({size:,.0f} MiB), since {why}")
-        there = {s for s, found in looked.items() if found is not None and (s not in unsure or _intact(directory / s.name, s))}
+            there |= _hash(unsure, directory, hashed, count, store)
+            open_dir = directory.stat().st_mode & files.OTHERS_WRITE
+            again = any(open_dir or not files.only_own((directory / s.name).lstat()) for s in unsure if s in there)
+            if again and not hashed.keep({shard.name for shard in manifest.shards}):
+                says(
+                    f"each process hashes them anew, since the disk of {directory} does not tell users apart, and {hashed.place}, where "
+                    "it would be noted, cannot be written or is not surely this user's alone"
+                )
         wanted = [shard for shard in mine if shard not in there]
         names = {shard.name for shard in manifest.shards}
         for stray in directory.glob("*.beton"):
@@ -83,8 +96,6 @@ def fetch(
         except UserError:
             _each(wanted, lambda s: store.require_size(place / s.name, s.bytes), store)  # a manifest may claim what is not there
             raise
-        count = _counter(sum(shard.bytes for shard in mine), progress)
-        count(sum(shard.bytes for shard in there))
         _each(wanted, lambda s: store.download(place / s.name, directory / s.name, s.bytes, s.sha256, count), store)
         with files.whole(local) as scratch:
             scratch.write_bytes(text)
@@ -138,16 +149,38 @@ def _found(path: Path, shard: Shard) -> os.stat_result | None:
     return found if fits and files.is_own(found, path.parent) else None
 
 
-def _intact(path: Path, shard: Shard) -> bool:
+def _hash(shards: list[Shard], directory: Path, hashed: Hashed, count: Progress, store: Store) -> set[Shard]:
+    """Those of `shards` whose files are intact; count gets the bytes of each, and takes back those of one that is not."""
+    found: set[Shard] = set()
+
+    def look(shard: Shard) -> None:
+        if _intact(directory / shard.name, shard, hashed, count):
+            found.add(shard)
+
+    _each(shards, look, store)
+    return found
+
+
+def _intact(path: Path, shard: Shard, hashed: Hashed | None = None, count: Progress = lambda amount: None) -> bool:
     """Whether the file has the bytes of `shard`. From now on nobody else may write to it."""
     if _found(path, shard) is None:
         return False
-    with open(path, "rb", opener=files.plain) as file:
+    with open(path, "rb", buffering=0, opener=files.plain) as file:
         mode = os.fstat(file.fileno()).st_mode
         if mode & files.OTHERS_WRITE:
             with contextlib.suppress(PermissionError):  # root's
                 os.fchmod(file.fileno(), stat.S_IMODE(mode) & ~files.OTHERS_WRITE)
-        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+        before, digest, done, part = stamp(os.fstat(file.fileno())), hashlib.sha256(), 0, memoryview(bytearray(_CHUNK))
+        while size := file.readinto(part):
+            digest.update(part[:size])
+            done += size
+            count(size)
+        if digest.hexdigest() != shard.sha256:
+            count(-done)
+            return False
+        if hashed is not None and stamp(os.fstat(file.fileno())) == before:
+            hashed.add(path, before, shard.sha256)
+        return True
 
 
 def _counter(total: int, progress: Callable[[int, int], None]) -> Progress:

@@ -7,12 +7,21 @@ import hashlib
 import os
 import re
 import stat
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from simclr import files
 from simclr.errors import UserError
+
+_NO_FOLDER = (
+    "{folder} is a link or a file, where this user's folder of copies is wanted; remove it, or set SIMCLR_CACHE to a folder of your own"
+)
+_FOREIGN = (
+    "{path}, in this user's folder of copies, belongs to uid {uid}, who could change what is read from it; "
+    "remove it, or set SIMCLR_CACHE to a folder of your own"
+)
 
 
 class Unreachable(UserError):
@@ -98,60 +107,113 @@ def locked(copy: Path) -> Iterator[None]:
 
 def own(copy: Path) -> None:
     """Make the folders that are to hold `copy`, for this user alone, and see that no other user can have changed what lies there. Raises
-    UserError, with what to do."""
-    mine = cache()
-    if copy.is_relative_to(mine):
-        _require_cache(_asked())
-        folders = [folder for folder in (*reversed(copy.parents), copy) if folder.is_relative_to(mine)]
-    else:
-        folders = [copy.parent, copy]
-    folders[0].parent.mkdir(parents=True, exist_ok=True)
-    for folder in folders[:-1]:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    for folder in folders if copy.is_dir() else folders[:-1]:
-        _require_own(folder)
+    UserError, with what to do.
+
+    The folder of copies itself may be a link that the user made. One below it is refused: who made it could turn it elsewhere later.
+    """
+    top = _asked() if copy.is_relative_to(cache()) else copy.parent
+    top.parent.mkdir(parents=True, exist_ok=True)
+    _make(top)
+    if not top.is_dir():
+        raise UserError(_NO_FOLDER.format(folder=top))
+    open_still = [] if _is_closed_top(top) else [top]
+    for folder in (folder for folder in (*reversed(copy.parents), copy) if folder != top and folder.is_relative_to(top)):
+        if folder != copy:
+            _make(folder)
+        elif not folder.is_dir() and not folder.is_symlink():  # an archive's copy, or nothing yet
+            break
+        if not _is_closed(folder, folder.lstat()):
+            open_still.append(folder)
+    if open_still:
+        warnings.warn(
+            f"every user may write to {open_still[0]}, and its disk keeps no permissions: shards there are hashed before they are read, "
+            "runs and archives are not; if others use this machine, set SIMCLR_CACHE to a disk that keeps them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _asked() -> Path:
     return Path(os.environ.get("SIMCLR_CACHE") or "~/.cache/simclr").expanduser().absolute()
 
 
-def _require_cache(folder: Path) -> None:
-    """Raise UserError if others can replace what lies in the `folder` of copies. Its own permissions are the user's to change: others may
-    use it on purpose."""
-    if not folder.is_dir():
-        return
+def _make(folder: Path) -> None:
+    with contextlib.suppress(FileExistsError):  # of whatever kind: it is looked at next
+        folder.mkdir(mode=0o700)
+
+
+def _is_closed_top(folder: Path) -> bool:
+    """Whether others cannot replace what lies in the `folder` of copies. One that is this user's, with nothing of anybody else's in it, is
+    closed, which is said; one with a sticky bit stays as it is, since others use it on purpose. False where the disk keeps no
+    permissions. Raises UserError where others can."""
     found = folder.stat()
-    writable, sticky = found.st_mode & files.OTHERS_WRITE, found.st_mode & stat.S_ISVTX
+    mode, mine = stat.S_IMODE(found.st_mode), folder / "simclr"
     if not files.is_own(found, folder):
         raise UserError(
             f"{folder} belongs to uid {found.st_uid}, who could change the copies in it; set SIMCLR_CACHE to a folder of your own, as "
             f"{folder / f'uid-{os.geteuid()}'}, or to one of root's with a sticky bit (`chmod 1777`), in which each user has one"
         )
-    if writable and not sticky and os.environ.get("SIMCLR_CACHE"):
+    if mode & stat.S_ISVTX or not mode & files.OTHERS_WRITE:
+        return True
+    if found.st_uid != os.geteuid() and found.st_uid != files.owner_on(folder):
         raise UserError(
-            f"other users may replace what lies in {folder} (mode {stat.S_IMODE(found.st_mode):o}); `chmod go-w` it if it is yours alone, "
-            f"`chmod +t` it if others use it too (each user then has a folder in it), or set SIMCLR_CACHE to a folder of your own, as "
-            f"{folder / 'simclr'}"
+            f"other users may replace what lies in {folder} (mode {mode:o}), which is root's; set SIMCLR_CACHE to a folder of your own, as "
+            f"{mine}, or let root put a sticky bit on it (`chmod +t`; each user then has a folder in it)"
         )
+    if (foreign := _foreign(folder)) is not None:
+        raise UserError(
+            f"other users may replace what lies in {folder} (mode {mode:o}), and {foreign} is not yours; `chmod +t` it if others use it "
+            f"too (each user then has a folder in it), or set SIMCLR_CACHE to a folder of your own, as {mine}"
+        )
+    closed = _is_closed(folder, found)
+    if closed and os.environ.get("SIMCLR_CACHE"):
+        warnings.warn(
+            f"{folder} was open to other users (mode {mode:o}) and is closed now, as a folder of copies has to be; for one that several "
+            "users share, let root make it with a sticky bit (`chmod 1777`)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return closed
 
 
-def _require_own(folder: Path) -> None:
-    """Raise UserError if somebody else owns `folder`, or owns something in it because it was not this user's alone; from now on it is."""
-    found = folder.stat()
-    everything = folder.rglob("*") if found.st_mode & files.OTHERS_WRITE else ()
-    for path in (folder, *everything):
-        try:
-            state = path.lstat() if path != folder else found
-        except FileNotFoundError:  # another process of this user's works here
-            continue
-        if not files.is_own(state, path.parent):
-            raise UserError(
-                f"{path}, in this user's folder of copies, belongs to uid {state.st_uid}, who could change what is read from it; "
-                "remove it, or set SIMCLR_CACHE to a folder of your own"
-            )
-    if found.st_mode & files.OTHERS_WRITE:
-        with contextlib.suppress(PermissionError):
-            folder.chmod(stat.S_IMODE(found.st_mode) & ~files.OTHERS_WRITE)
-        if folder.stat().st_mode & files.OTHERS_WRITE:
-            raise UserError(f"every user may write to {folder}, and its disk keeps no permissions; set SIMCLR_CACHE to a disk that does")
+def _is_closed(folder: Path, found: os.stat_result) -> bool:
+    """Whether nobody else may write to `folder`, whose state was `found`, from now on; False where its disk keeps no permissions. Raises
+    UserError if it is no folder, or if somebody else owns it, or owns something in it because it was open."""
+    if not stat.S_ISDIR(found.st_mode):
+        raise UserError(_NO_FOLDER.format(folder=folder))
+    if not files.is_own(found, folder.parent):
+        raise UserError(_FOREIGN.format(path=folder, uid=found.st_uid))
+    if not found.st_mode & files.OTHERS_WRITE:
+        return True
+    began = files.clock_on(folder)
+    _require_nothing_foreign(folder)
+    with contextlib.suppress(PermissionError):
+        folder.chmod(stat.S_IMODE(found.st_mode) & ~files.OTHERS_WRITE)
+    if folder.stat().st_mode & files.OTHERS_WRITE:
+        return False
+    try:
+        _require_nothing_foreign(folder)  # put there between the look and the closing
+    except UserError:
+        folder.chmod(stat.S_IMODE(found.st_mode))  # else the next command would trust it
+        raise
+    # Others may have put this user's own files under each other's names, so no manifest vouches for shards any more: they are hashed. A
+    # newer one is of another process of this user's, which has found the folder closed.
+    for manifest in folder.rglob("manifest.json"):
+        with contextlib.suppress(FileNotFoundError):
+            if manifest.is_relative_to(cache() / "shards") and manifest.lstat().st_ctime_ns < began:
+                manifest.unlink()
+    return True
+
+
+def _require_nothing_foreign(folder: Path) -> None:
+    if (path := _foreign(folder)) is not None:
+        raise UserError(_FOREIGN.format(path=path, uid=path.lstat().st_uid))
+
+
+def _foreign(folder: Path) -> Path | None:
+    """Something in `folder` that is somebody else's."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process of this user's works here
+            if not files.is_own(path.lstat(), path.parent):
+                return path
+    return None

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from simclr import files
 from simclr.data.manifest import read_manifest
-from simclr.data.s3 import remote
+from simclr.data.s3 import hashed, remote
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address, cache, copy_of, locked
 from simclr.errors import UserError
@@ -32,7 +33,10 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of copies, which every user of the machine can reach."""
     folder = Path(tempfile.mkdtemp(prefix="simclr-shared-"))
     monkeypatch.setenv("SIMCLR_CACHE", str(folder))
+    home = Path(tempfile.mkdtemp(prefix="simclr-home-"))
+    monkeypatch.setenv("HOME", str(home))
     yield folder
+    shutil.rmtree(home)
     shutil.rmtree(folder)
 
 
@@ -92,21 +96,103 @@ def test_each_user_of_a_shared_folder_has_a_copy_that_no_other_can_change(s3: Pr
 @pytest.mark.parametrize(
     ("mode", "owner", "sentence"),
     [
-        (0o777, 0, r"other users may replace what lies in \S+ \(mode 777\); `chmod go-w` it if it is yours alone"),
-        (0o775, 0, r"other users may replace what lies in \S+ \(mode 775\)"),
+        (0o777, 0, r"other users may replace what lies in \S+ \(mode 777\), and \S+/theirs is not yours; `chmod \+t` it"),
+        (0o2775, 0, r"other users may replace what lies in \S+ \(mode 2775\)"),
         (0o755, OTHER, rf"\S+ belongs to uid {OTHER}, who could change the copies in it; set SIMCLR_CACHE to"),
         (0o1777, OTHER, rf"belongs to uid {OTHER}"),
     ],
 )
 def test_a_folder_whose_content_others_can_replace_is_refused(shared: Path, mode: int, owner: int, sentence: str) -> None:
-    shared.chmod(mode)
     os.chown(shared, owner, -1)
+    shared.chmod(mode)
+    (shared / "theirs").touch()
+    os.chown(shared / "theirs", OTHER, -1)
     with pytest.raises(UserError, match=sentence), locked(copy_of(PLACE, "shards")):
         pass
     assert stat.S_IMODE(shared.stat().st_mode) == mode
     if owner == 0:  # the advice helps
-        shared.chmod(mode & ~0o022)
+        shared.chmod(mode | stat.S_ISVTX)
         with locked(copy_of(PLACE, "shards")):
+            pass
+
+
+@as_root
+def test_a_folder_of_roots_that_all_may_write_is_not_this_users_to_close(shared: Path) -> None:
+    shared.chmod(0o777)
+    sentence = r"other users may replace what lies in \S+ \(mode 777\), which is root's; set SIMCLR_CACHE to a folder of your own"
+    with another_user(), pytest.raises(UserError, match=sentence), locked(copy_of(PLACE, "shards")):
+        pass
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o2775, 0o777])
+def test_a_folder_that_is_this_users_alone_is_closed_with_a_word(shared: Path, mode: int) -> None:
+    """As `mkdir` makes it under umask 002, or within a project's folder."""
+    shared.chmod(mode)
+    said = rf"{shared} was open to other users \(mode {mode:o}\) and is closed now"
+    with pytest.warns(RuntimeWarning, match=said), locked(copy_of(PLACE, "shards")):
+        pass
+    assert stat.S_IMODE(shared.stat().st_mode) == mode & ~0o022
+    with warnings.catch_warnings(), locked(copy_of(PLACE, "shards")):
+        warnings.simplefilter("error")
+
+
+def test_what_lies_in_a_folder_that_was_open_is_hashed(s3: Proxy, patterns: Path, shared: Path) -> None:
+    """Others may have put this user's own shards under each other's names."""
+    remote.push(patterns, PLACE, silent, _store())
+    copy, _ = fetched()
+    shared.chmod(0o777)
+    altered(copy / "train-00000.beton")  # this user's own file, of the right size
+    with pytest.warns(RuntimeWarning, match="is closed now"):
+        _, said = fetched()
+    assert said == [f"hashing 2 shards of {copy} first ({_mib(copy)} MiB), since no manifest says that they are whole"]
+    assert same(patterns, copy) and fetched()[1] == []
+
+
+def test_a_disk_that_keeps_no_permissions_is_said_and_its_shards_are_hashed(
+    s3: Proxy, patterns: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As exFAT, CIFS or WSL's /mnt/c: everything may be written by everybody, whatever is asked. None can be mounted in a test."""
+    remote.push(patterns, PLACE, silent, _store())
+    monkeypatch.setattr(hashed, "_SETTLED_NS", 0)
+    real = os.mkdir
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "mkdir", lambda path, mode=0o777, **more: (real(path, **more), real_chmod(path, 0o777))[0])
+        real_chmod = os.chmod
+        disk.setattr(os, "chmod", lambda *args, **more: None)
+        disk.setattr(os, "fchmod", lambda *args: None)
+        real_chmod(shared, 0o777)
+        with pytest.warns(RuntimeWarning, match=rf"every user may write to {shared}, and its disk keeps no permissions: shards there are"):
+            copy, said = fetched()
+        assert said == [] and same(patterns, copy) and copy.stat().st_mode & 0o022
+        real_chmod(Path.home(), 0o700)
+        for folder in (".cache", ".cache/simclr-hashed"):  # on another disk
+            (Path.home() / folder).mkdir()
+            real_chmod(Path.home() / folder, 0o700)
+        altered(copy / "train-00000.beton")  # only the folder is open: a file of this user's may have come from elsewhere
+        with pytest.warns(RuntimeWarning, match="keeps no permissions"):
+            assert len(fetched()[1]) == 1 and same(patterns, copy)
+            assert len(fetched()[1]) == 1 and fetched()[1] == []
+
+
+@as_root
+@pytest.mark.parametrize("at", ["user", "shards", "copy"])
+def test_no_link_below_the_folder_of_copies_is_followed(shared: Path, tmp_path: Path, at: str) -> None:
+    """Its owner may turn it to a folder of theirs later, when it has been looked at."""
+    shared.chmod(0o1777)
+    copy = copy_of(PLACE, "shards")
+    link = {"user": cache(), "shards": cache() / "shards", "copy": copy}[at]
+    for target in (tmp_path / "ours", tmp_path / "nothing"):
+        (tmp_path / "ours").mkdir(exist_ok=True)
+        link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        link.symlink_to(target)
+        os.lchown(link, OTHER, -1)
+        with pytest.raises(UserError, match=rf"{link} is a link or a file, where this user's folder of copies is wanted"), locked(copy):
+            pass
+        assert list((tmp_path / "ours").iterdir()) == [] and not (tmp_path / "nothing").exists()
+        link.unlink()
+    if at != "copy":
+        link.touch()
+        with pytest.raises(UserError, match=rf"{link} is a link or a file"), locked(copy):
             pass
 
 
@@ -178,19 +264,65 @@ def test_shards_that_others_may_have_written_are_hashed_once(s3: Proxy, patterns
     assert not [shard for shard in copy.glob("*.beton") if shard.stat().st_mode & 0o022]
 
 
-def test_on_a_disk_that_gives_all_users_one_owner_shards_are_hashed_each_time(
-    s3: Proxy, patterns: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As NFS does where it squashes: here another owner stands for ours, as no such disk can be had in a test."""
+@pytest.fixture
+def squashed(s3: Proxy, patterns: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy on a disk that gives all users one owner, as NFS does where it squashes: another owner stands for ours there, as no such
+    disk can be had in a test."""
     remote.push(patterns, PLACE, silent, _store())
     copy, _ = fetched()
-    owner, user = shared.stat().st_uid, os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
-    monkeypatch.setattr(files, "_owner_on", lambda folder: owner)
-    monkeypatch.setattr(files, "only_own", lambda found: found.st_uid == user + 1)
-    altered(copy / "train-00000.beton")
-    for _ in range(2):
-        assert len(fetched()[1]) == 1 and same(patterns, copy)
+    for path in (shared, *shared.rglob("*")):
+        os.chown(path, OTHER, -1)
+    monkeypatch.setattr(files, "owner_on", lambda folder: OTHER)
+    monkeypatch.setattr(hashed, "_SETTLED_NS", 0)
+    return copy
+
+
+@as_root
+def test_where_users_have_one_owner_one_process_hashes_for_all(squashed: Path, patterns: Path) -> None:
+    said = [f"hashing 2 shards of {squashed} first ({_mib(squashed)} MiB), since others can have written them"]
+    done: list[tuple[int, int]] = []
+    lines: list[str] = []
+    remote.fetch(PLACE, squashed, lambda *of: done.append(of), _store(), says=lines.append)
+    total = sum(shard.bytes for shard in read_manifest(squashed).shards)
+    assert lines == said and done[0] == (0, total) and done[-1] == (total, total)  # the bar goes as bytes are hashed
+    assert len(done) > 2
+    (note,) = (Path.home() / ".cache/simclr-hashed").iterdir()
+    assert stat.S_IMODE(note.stat().st_mode) == 0o600 and stat.S_IMODE(note.parent.stat().st_mode) == 0o700
+    assert fetched()[1] == []
+    shard = squashed / "train-00000.beton"
+    times = shard.stat().st_atime_ns, shard.stat().st_mtime_ns
+    altered(shard)
+    os.utime(shard, ns=times)  # the time of the file itself tells
+    (one,) = fetched()[1]
+    assert one.startswith("hashing 1 shards") and same(patterns, squashed)
+    os.chown(shard, OTHER, -1)
+    fetched()
+    note.write_text("{")  # damaged: it is made anew
+    assert fetched()[1] == said and fetched()[1] == []
+    os.chown(note, OTHER, -1)  # of somebody else's: it says nothing
+    assert fetched()[1] == said and fetched()[1] == []
+
+
+@as_root
+def test_without_a_home_folder_of_its_own_each_process_hashes_and_says_so(squashed: Path) -> None:
+    for mode, owner in ((0o775, 0), (0o755, OTHER)):
+        Path.home().chmod(mode)
+        os.chown(Path.home(), owner, -1)
+        first, second = fetched()[1]
+        assert first.startswith("hashing 2 shards") and second.startswith("each process hashes them anew, since the disk of ")
+    assert not (Path.home() / ".cache/simclr-hashed").is_dir() or not list((Path.home() / ".cache/simclr-hashed").iterdir())
+
+
+def test_a_shard_that_has_just_changed_is_not_noted(shared: Path) -> None:
+    """It may change once more within the tick of the disk's clock, and have the same times."""
+    word, shard = hashed.Hashed(shared), shared / "train-00000.beton"
+    shard.touch()
+    word.add(shard, found := hashed.stamp(shard.stat()), "0" * 64)
+    assert word.known == {}
+    word.add(shard, [*found[:-1], found[-1] - 3_000_000_000], "0" * 64)
+    assert list(word.known) == [shard.name] and not word.has(shard, "0" * 64)  # the times are others than the file has
+    word.known[shard.name] = [*found, "0" * 64]
+    assert word.has(shard, "0" * 64) and not word.has(shard, "1" * 64)
 
 
 def test_a_download_that_somebody_else_began_is_not_gone_on_with(s3: Proxy, tmp_path: Path) -> None:

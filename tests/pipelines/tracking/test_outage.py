@@ -119,6 +119,19 @@ def test_a_run_that_goes_on_does_not_need_the_server_and_a_new_one_does(
     run, _, uri = driver.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
     assert uri == nobody and run.tracking_run == "ab12"
     assert "the training goes on without it" in capsys.readouterr().err
+    driver.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, f"{nobody}/")  # the same address
+    assert "the training goes on without it" in capsys.readouterr().err
+
+
+def test_another_spelling_of_the_address_goes_on_in_the_same_mlflow_run(
+    patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, opened = begin(tmp_path / "run", patterns).noted(tracking_uri="http://host:5000", tracking_run="ab12"), list[object]()
+    monkeypatch.setattr(outbox.mlflow_uri, "check", lambda uri: None)
+    monkeypatch.setattr(outbox.client, "MLflowRun", lambda *words: opened.append(words[5]))
+    for uri in ("http://host:5000", "http://me:secret@Host:5000/", "http://host:5001"):
+        outbox.open_run(run, uri, {}, lambda run_id: None)
+    assert opened == ["ab12", "ab12", None]
 
 
 def test_a_shard_that_is_corrupt_on_a_machine_is_fetched_once_more_else_refused(

@@ -9,7 +9,7 @@ import zipfile
 import pyarrow
 import pyarrow.parquet
 
-_JPEG = b"\xff\xd8\xff"  # as far as a table's column is known by
+_PICTURE = b"\x89PNG"  # as far as a table's column is known by
 
 
 def entries(count: int, long: bool = False) -> bytes:
@@ -30,7 +30,7 @@ def entries(count: int, long: bool = False) -> bytes:
 
 def lying_footer(values: list[bytes]) -> bytes:
     """A table of pictures and large values in one page, whose footer says that it unpacks to 100 bytes."""
-    data = _table({"image": [*[_JPEG] * 3, *values]}, compression="zstd", use_dictionary=False)
+    data = _table({"image": [*[_PICTURE] * 3, *values]}, compression="zstd", use_dictionary=False)
     stated = pyarrow.parquet.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(0).total_uncompressed_size
     coded = bytes((2 * stated >> shift) & 0x7F | 0x80 for shift in range(0, (2 * stated).bit_length(), 7))
     coded = coded[:-1] + bytes([coded[-1] & 0x7F])
@@ -41,7 +41,7 @@ def lying_footer(values: list[bytes]) -> bytes:
 
 def prefixes(size: int, times: int) -> bytes:
     """A table in which each row repeats the large one before it, and stores nothing."""
-    value = _JPEG + bytes(size)
+    value = _PICTURE + bytes(size)
     options = {"compression": "zstd", "use_dictionary": False, "column_encoding": {"image": "DELTA_BYTE_ARRAY"}}
     return _table({"image": [value] * times}, **options)
 

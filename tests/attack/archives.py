@@ -29,6 +29,7 @@ from simclr.data.options import Options
 from simclr.data.sources.patterns import patterns_source
 from simclr.data.sources.reading import Reading
 from simclr.errors import UserError
+from tests.attack import lies
 from tests.attack.images import _HOW, scans, zeros
 
 
@@ -226,19 +227,6 @@ def overlapping(count: int, name: str, data: bytes) -> bytes:
     return one[:at] + entries + one[end : end + 8] + tail
 
 
-def entries(count: int, long: bool = False) -> bytes:
-    """A zip whose directory has so many entries of 47 bytes, all of one file, and states that there is one; `long`: as zip64."""
-    one = _zip({"a": b""})
-    at, end = one.rindex(b"PK\1\2"), one.rindex(b"PK\5\6")
-    listed = one[at:end] * count
-    if not long:
-        return one[:at] + listed + one[end : end + 8] + struct.pack("<HHIIH", 1, 1, len(listed), at, 0)
-    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, len(listed), at)
-    locator = struct.pack("<4sIQI", b"PK\6\7", 0, at + len(listed), 1)
-    tail = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
-    return one[:at] + listed + record + locator + tail
-
-
 def _lying_zip(method: int, data: bytes) -> bytes:
     """A zip of a picture that unpacks to far more than it says."""
     whole = bytearray(_zip({"a.jpg": data, **_pictures()}, method))
@@ -273,24 +261,6 @@ def _dictionary(values: list[bytes], times: int, column: str = "image") -> bytes
     other = {} if column == "image" else {"image": pyarrow.array([some[i % len(some)] for i in range(times)], pyarrow.binary())}
     options = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
     return _parquet(pyarrow.table({column: large, **other}), **options)
-
-
-def lying_footer(values: list[bytes]) -> bytes:
-    """A table of pictures and large values in one page, whose footer says that it unpacks to 100 bytes."""
-    data = _parquet({"image": [*list(_pictures().values())[:3], *values]}, compression="zstd", use_dictionary=False)
-    stated = pyarrow.parquet.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(0).total_uncompressed_size
-    coded = bytes((2 * stated >> shift) & 0x7F | 0x80 for shift in range(0, (2 * stated).bit_length(), 7))
-    coded = coded[:-1] + bytes([coded[-1] & 0x7F])
-    lie = b"\xc8\x81" + b"\x80" * (len(coded) - 3) + b"\0"
-    assert data.count(coded) >= 1
-    return data.replace(coded, lie)
-
-
-def prefixes(size: int, times: int) -> bytes:
-    """A table in which each row repeats the large one before it, and stores nothing."""
-    value = _pictures()["train/a/0.jpg"] + bytes(size)
-    options = {"compression": "zstd", "use_dictionary": False, "column_encoding": {"image": "DELTA_BYTE_ARRAY"}}
-    return _parquet({"image": [value] * times}, **options)
 
 
 def _shard_of(jpeg: bytes, height: int, width: int) -> bytes:
@@ -379,8 +349,8 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "zip-lies": (".zip", lambda: _lying_zip(zipfile.ZIP_DEFLATED, bytes(600 << 20))),
     "zip-lies-bz2": (".zip", lambda: _lying_zip(zipfile.ZIP_BZIP2, bytes(600 << 20))),
     "zip-members": (".zip", lambda: overlapping(9_999, ".jpg", b"a") * 1),
-    "zip-entries": (".zip", lambda: entries(2_000_000)),
-    "zip64-entries": (".zip", lambda: entries(4_000_000, True)),
+    "zip-entries": (".zip", lambda: lies.entries(2_000_000)),
+    "zip64-entries": (".zip", lambda: lies.entries(4_000_000, True)),
     "zip-link": (".zip", lambda: _zip_link(bytes(200 << 20))),
     "table-rows": (".tar.gz", lambda: _with_text("labels.csv", b"a,b\n" * (15 << 20))),
     "table-cells": (".tar.gz", lambda: _with_text("labels.csv", b"ab," * (20 << 20))),
@@ -394,8 +364,8 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "dictionary": (".parquet", lambda: _dictionary([_pictures()["train/a/0.jpg"] + bytes(60 << 20)], 5_000)),
     "dictionary-most": (".parquet", lambda: _dictionary([_pictures()["train/a/0.jpg"] + bytes(280 << 20)], 5_000)),
     "dictionary-labels": (".parquet", lambda: _dictionary(["a" * (10 << 20), "b" * (10 << 20)], 5_000, "label")),
-    "lying-footer": (".parquet", lambda: lying_footer([bytes(400 << 20)] * 2)),
-    "prefixes": (".parquet", lambda: prefixes(60 << 20, 40)),
+    "lying-footer": (".parquet", lambda: lies.lying_footer([bytes(400 << 20)] * 2)),
+    "prefixes": (".parquet", lambda: lies.prefixes(60 << 20, 40)),
     "value": (
         ".parquet",
         lambda: _parquet({"image": [*_pictures().values(), bytes(600 << 20)]}, compression="zstd", use_dictionary=False),

@@ -28,7 +28,7 @@ from simclr.data.sources.parquet import parquet_tree
 from simclr.data.sources.reading import Reading
 from simclr.data.sources.source import Item, Tree, Unread
 from simclr.errors import UserError
-from tests.attack import archives
+from tests.attack import archives, lies
 
 # ---------------------------------------------------------------- archives
 
@@ -74,9 +74,9 @@ def test_entries_of_a_zip_are_counted_before_they_are_parsed(tmp_path: Path, mon
     monkeypatch.setattr(zip_file, "_COUNTED_BYTES", 1001)
     path = tmp_path / "a.zip"
     for long in (False, True):
-        path.write_bytes(b"#!/bin/sh\n" + archives.entries(990, long))  # what lies ahead of an archive is allowed
+        path.write_bytes(b"#!/bin/sh\n" + lies.entries(990, long))  # what lies ahead of an archive is allowed
         assert len(zipfile.ZipFile(path).infolist()) == 990 and not archive_tree(path).parts
-        path.write_bytes(archives.entries(3000, long))
+        path.write_bytes(lies.entries(3000, long))
         with monkeypatch.context() as patch, pytest.raises(UserError, match=r"has 0.1 MiB and states 3,000 files, more than pictures fit"):
             patch.setattr(zipfile, "ZipFile", lambda *given: pytest.fail("parsed"))
             archive_tree(path)
@@ -161,10 +161,10 @@ def test_a_large_picture_in_an_inner_archive_has_a_reason(tmp_path: Path, monkey
         ),
         (
             "a.parquet",
-            lambda: archives.lying_footer([bytes(5 << 20)] * 2),
+            lambda: lies.lying_footer([bytes(5 << 20)] * 2),
             r"bytes of the column image unpack to 10 MiB, which no pictures",
         ),
-        ("a.parquet", lambda: archives.lying_footer([b"a"])[:-400] + bytes(400), "is damaged"),
+        ("a.parquet", lambda: lies.lying_footer([b"a"])[:-400] + bytes(400), "is damaged"),
         ("a.parquet", lambda: archives._dictionary(["a" * 2000, "b"], 9, "label"), r"has a label of 2,000 letters"),
         ("a.arrow", lambda: archives._arrow(pyarrow.table({"image": [b"a" * 9999]}), True, "zstd"), "is compressed, so that all of it"),
         ("a.arrow", lambda: archives._arrow(pyarrow.table({"image": [b"a" * 9999]}), False, "lz4"), "is compressed, so that all of it"),
@@ -196,7 +196,7 @@ def test_the_pages_of_a_table_are_known_by_their_own_headers(tmp_path: Path, mon
             assert [page.repeats for page in found] == [dictionary] + [False] * (len(found) - 1)
     with pytest.raises(UserError, match=r"a.parquet ends early or is damaged"):
         list(parquet_pages.pages(path, 4, path.stat().st_size))
-    path.write_bytes(archives.prefixes(1 << 20, 90))
+    path.write_bytes(lies.prefixes(1 << 20, 90))
     chunk = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
     assert [page.repeats for page in parquet_pages.pages(path, chunk.data_page_offset, chunk.total_compressed_size)] == [True]
     monkeypatch.setattr(parquet, "_BATCH_BYTES", 3 << 20)

@@ -198,10 +198,11 @@ def _is_closed(folder: Path, found: os.stat_result) -> bool:
         raise
     # Others may have put this user's own files under each other's names, so no manifest vouches for shards any more: they are hashed. A
     # newer one is of another process of this user's, which has found the folder closed.
-    for manifest in folder.rglob("manifest.json"):
+    for path in _within(folder):
         with contextlib.suppress(FileNotFoundError):
-            if manifest.is_relative_to(cache() / "shards") and manifest.lstat().st_ctime_ns < began:
-                manifest.unlink()
+            shards = path.name == "manifest.json" and path.is_relative_to(cache() / "shards")
+            if shards and path.lstat().st_ctime_ns < began:
+                path.unlink()
     return True
 
 
@@ -212,8 +213,14 @@ def _require_nothing_foreign(folder: Path) -> None:
 
 def _foreign(folder: Path) -> Path | None:
     """Something in `folder` that is somebody else's."""
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # another process of this user's works here
+    for path in _within(folder):
+        with contextlib.suppress(FileNotFoundError):
             if not files.is_own(path.lstat(), path.parent):
                 return path
     return None
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    """Everything below `folder`; what another process of this user's removes meanwhile is passed over, and no link is followed."""
+    for inside, folders, names in os.walk(folder):
+        yield from (Path(inside, name) for name in (*folders, *names))

@@ -65,7 +65,7 @@ def require_closed(asked: Sweep) -> None:
     """Raise UserError for pbt on a cluster in a directory where every user may exchange what others have: Ray Tune's own folder lies there
     meanwhile (`ray_tune._storage`). The members of a group who share one trust each other with the trials' weights, too."""
     mode = asked.path.stat().st_mode
-    shared = asked.scheduler == "pbt" and ray_train.joins_a_cluster(asked.resources["address"])
+    shared = asked.scheduler == "pbt" and ray_train.address_of(asked.resources["address"]) != "local"
     if shared and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         raise UserError(
             f"every user may write in {asked.path}, where pbt on a cluster keeps Ray Tune's state; `chmod o-w {asked.path}`, "

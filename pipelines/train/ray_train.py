@@ -93,6 +93,11 @@ class Resources:
         return [count for count in fits if count >= least]
 
 
+def address_of(asked: str | None) -> str:
+    """The cluster to join: the one `asked` for or $RAY_ADDRESS; "local" = a private Ray."""
+    return asked or os.environ.get("RAY_ADDRESS") or "local"
+
+
 def connect(resources: Resources, trials: int = 1) -> bool:
     """Join the cluster, or start a private Ray with as many cores as the workers ask for. False if Ray was connected before.
 
@@ -106,7 +111,7 @@ def connect(resources: Resources, trials: int = 1) -> bool:
         raise UserError(f"${ray_private.START_TIMEOUT} is {_START_S!r}; expected a number of seconds")
     while _imports:
         _imports.pop().join()  # of a start that was interrupted
-    address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = address_of(resources.address)
     own_ray.close_token_file()
     own_ray.require_files(trials * (resources.workers + 1) if address == "local" else 0)  # each training has a controller
     own_ray.end()  # a cluster must not see the token and the interface of a private Ray

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -383,22 +382,6 @@ def test_batches_arrive_on_the_device_whole(raw: Path) -> None:
             and torch.equal(batch.ids, ours.ids)
         )
     stream.close()
-
-
-def test_a_key_that_numba_lost_is_said_and_does_no_harm() -> None:
-    """As in some whole runs of these tests: `overloads.values()` raises KeyError, in that dispatcher from then on."""
-    inner = numba.njit(lambda x: x + 1)
-    inner(np.zeros(2, np.uint8))
-    inner(np.zeros(2, np.uint16))
-    types = next(iter(inner.overloads))
-    version = dict.pop(inner.overloads, types)  # the dict's own: OrderedDict keeps its node
-    with pytest.raises(KeyError):
-        list(inner.overloads.values())
-    with pytest.warns(RuntimeWarning, match="numba lost a key, please report this"):
-        assert len(inner.nopython_signatures) == 1
-    assert version not in inner.overloads.values() and len(inner.overloads) == 1  # the order is whole again
-    outer = numba.njit(lambda x: inner(x)[0])
-    assert outer(np.full(2, 7, np.uint8)) == 8 and len(inner.overloads) == 2
 
 
 def test_a_compiler_that_loses_its_table_compiles_anew(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

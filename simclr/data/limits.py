@@ -43,13 +43,13 @@ def within(width: int, height: int, most: int, share: float = 1) -> None:
     """Raise Unreadable if a picture has more than `most` pixels, or than that share of them."""
     if width * height > share * most:
         needed = math.ceil(width * height / share)
-        raise Unreadable(f"its {width:,} × {height:,} pixels would fill the memory; --max-pixels {needed} reads it")
+        raise Unreadable(f"its {width:,} × {height:,} pixels would fill the memory: --max-pixels {needed} reads it")
 
 
 def within_bytes(size: int, most: int) -> None:
     """Raise Unreadable if the pixels of a picture, or its file, have more bytes than those of `most` pixels may have."""
     if size > BYTES_PER_PIXEL * most:
-        raise Unreadable(f"its {size / 2**20:,.0f} MiB would fill the memory; --max-pixels {-(-size // BYTES_PER_PIXEL)} reads it")
+        raise Unreadable(f"its {size / 2**20:,.0f} MiB would fill the memory: --max-pixels {-(-size // BYTES_PER_PIXEL)} reads it")
 
 
 def affordable(image: Image.Image, data: bytes, most: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ Image.MAX_IMAGE_PIXELS = None  # `limits` has it, and a flag moves it; Pillow's 
 _ORIENTATION = 0x0112
 _STRIP_PIXELS = 4 << 20
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+_ALONE = frozenset(bytes([kind]) for kind in (0x01, *range(0xD0, 0xD8)))  # markers without a length
+_START_OF_SCAN = b"\xda"
+_MOST_SEGMENTS, _MOST_BETWEEN = 1 << 16, 1 << 16
 _EXTRA = "pip install '.[images]'"
 
 
@@ -48,6 +53,8 @@ def opened(data: bytes | Path) -> Image.Image:
     if isinstance(data, Path):
         with reading():
             data = data.read_bytes()
+    if data[:3] == b"\xff\xd8\xff":
+        _require_segments(data)
     with reading():
         try:
             return Image.open(io.BytesIO(data), formats=FORMATS)
@@ -60,6 +67,21 @@ def opened(data: bytes | Path) -> Image.Image:
 
         pillow_heif.register_heif_opener()
         return Image.open(io.BytesIO(data), formats=["HEIF"])
+
+
+def _require_segments(data: bytes) -> None:
+    """Raise Unreadable for a JPEG of thousands of segments, or with much between two: Pillow looks for the first scan byte by byte."""
+    at = 2
+    for _ in range(_MOST_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if (found.end() if found else len(data)) - at > _MOST_BETWEEN:
+            break
+        if found is None or found[1] == _START_OF_SCAN:
+            return
+        at = found.end()
+        if found[1] not in _ALONE:
+            at += max(int.from_bytes(data[at : at + 2]), 2)
+    raise Unreadable("its segments are no JPEG's")
 
 
 def name_formats_for_libraries() -> None:

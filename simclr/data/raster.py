@@ -194,7 +194,7 @@ def _colours(raster: Raster, rule: Rule) -> tuple[NDArray[Any], NDArray[Any] | N
         return values[..., [band - 1 for band in rule.bands]], None
     colours = values[..., :-1] if raster.alpha else values
     if colours.shape[2] not in (1, 3):
-        raise Unreadable(f"it has {count} bands; --bands 3 2 1 would take the third, second and first as red, green and blue")
+        raise Unreadable(f"it has {count} bands: --bands 3 2 1 would take the third, second and first as red, green and blue")
     return colours, values[..., -1:] if raster.alpha else None
 
 

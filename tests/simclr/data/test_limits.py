@@ -136,6 +136,16 @@ def test_a_thread_of_the_loader_has_room_for_one_picture_at_most() -> None:
         crops.scratch_bytes  # noqa: B018
 
 
+@pytest.mark.parametrize("between", [bytes(4 << 20), b"\xff" * (4 << 20), b"\xff\xd0" * (2 << 20), b"\xff\xe0\0\2" * (1 << 20)])
+def test_a_jpeg_without_a_picture_is_not_searched_byte_by_byte(monkeypatch: pytest.MonkeyPatch, between: bytes) -> None:
+    sound = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(sound, "JPEG")
+    assert pixels.opened(sound.getvalue()).size == (40, 40)
+    monkeypatch.setattr(Image, "open", lambda *given, **named: pytest.fail("Pillow got it"))
+    with pytest.raises(pixels.Unreadable, match="its segments are no JPEG's"):
+        pixels.opened(b"\xff\xd8\xff\xe0\0\2" + between + sound.getvalue()[2:])
+
+
 def test_no_option_makes_shards_that_the_loader_refuses() -> None:
     crops = decode.Crops(((1, 8),))
     side = Options(max_side_px=13_377, max_pixels=400_000_000).max_side_px
@@ -155,11 +165,11 @@ def test_no_option_makes_shards_that_the_loader_refuses() -> None:
         (lambda: images.strip(64, 64, images.zeros(300 << 20), packing=8, bits=16, samples=3, photometric=2), "unpacks to more than"),
         (lambda: images.strip(4096, 4096, images.zeros(1 << 20), packing=8, samples=100), "its 1,600 MiB would fill the memory"),
         (lambda: images.strip(9459, 9459, images.zeros(1 << 20), packing=8, bits=64, format=3), "its 683 MiB would fill the memory"),
-        (lambda: images._png(9459, 9459, 16, 6, b""), "its 1,024 MiB would fill the memory; --max-pixels 178945362 reads it"),
+        (lambda: images._png(9459, 9459, 16, 6, b""), "its 1,024 MiB would fill the memory: --max-pixels 178945362 reads it"),
         (lambda: images._bmp_rle(9459, 9459, b"\1\0\0\0" * 99), "stand in it as run lengths, which takes minutes"),
         (lambda: b"P3 9459 9459 255 1 2 3", "stand in it as numbers in letters"),
         (lambda: b"P6 9459 9459 1023 ", "stand in it as values of another range"),
-        (lambda: images._webp(16_383, 5_000), "its 16,383 × 5,000 pixels would fill the memory; --max-pixels 131064000 reads it"),
+        (lambda: images._webp(16_383, 5_000), "its 16,383 × 5,000 pixels would fill the memory: --max-pixels 131064000 reads it"),
         (lambda: images._jp2_lies(9459, 9459, 9459), "its 9,459 × 9,459 pixels would fill the memory"),
         (lambda: images._gif(65_535, 65_535), "its 65,535 × 65,535 pixels would fill the memory"),
         (lambda: images._EPS, "cannot identify image file"),

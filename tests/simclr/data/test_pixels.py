@@ -353,9 +353,9 @@ def test_large_pictures_and_files_are_named_with_the_flag(tmp_path: Path, monkey
     }
     prepared(tmp_path / "out", files, max_skipped_pct=60, max_pixels=72 * 96)
     assert reasons(tmp_path / "out") == {
-        "huge.tif": f"its 3,072 MiB would fill the memory; --max-pixels {(3 << 30) // 6} reads it",
-        "wide.png": "its 200 × 80 pixels would fill the memory; --max-pixels 16000 reads it",
-        "wide.tif": "its 200 × 80 pixels would fill the memory; --max-pixels 16000 reads it",
+        "huge.tif": f"its 3,072 MiB would fill the memory: --max-pixels {(3 << 30) // 6} reads it",
+        "wide.png": "its 200 × 80 pixels would fill the memory: --max-pixels 16000 reads it",
+        "wide.tif": "its 200 × 80 pixels would fill the memory: --max-pixels 16000 reads it",
     }
     bomb = saved(Image.new("1", (16_000, 12_000)), "PNG")
     assert look(Item("train", None, "bomb", bomb), 50, Options(max_pixels=16_000 * 12_000).rule({})) == Looked(38, 50)

@@ -232,7 +232,7 @@ def test_a_damaged_tile_size_is_a_reason() -> None:
     """Of 4,518 mutated pictures one ended in a TypeError: its tile's width had become several numbers."""
     tiff = images._sound()["tiles.tif"]
     at = tiff.index(b"\x42\x01") + 4  # the count of tag 322
-    assert reason(tiff) == "it has 4 bands; --bands 3 2 1 would take the third, second and first as red, green and blue"
+    assert reason(tiff) == "it has 4 bands: --bands 3 2 1 would take the third, second and first as red, green and blue"
     assert reason(tiff[:at] + b"\2" + tiff[at + 1 :])
 
 

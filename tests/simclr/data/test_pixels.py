@@ -244,7 +244,7 @@ def test_bands_are_counted_and_picked(tmp_path: Path) -> None:
     two = tiff(bands[..., :2], **plain)
     three = tiff(bands[..., :3], **plain)
     with pytest.raises(
-        UserError, match=r"no image that can be read \(4 tried; the first: six.tif: it has 6 bands; --bands 3 2 1 would take"
+        UserError, match=r"no image that can be read \(4 tried; the first: six.tif: it has 6 bands: --bands 3 2 1 would take"
     ):
         prepared(tmp_path / "out", files)
     _, found = prepared(tmp_path / "out", files | {"two.tif": two, "three.tif": three}, bands=(4, 3, 1), max_skipped_pct=50)

@@ -232,8 +232,9 @@ def read_text(path: Path, instead: str) -> str:
         raise UserError(f"{path} is damaged: byte {error.start:,} is no UTF-8 text; {instead}") from None
 
 
-def require_small(path: Path, instead: str, most: int = MOST_JSON_BYTES) -> None:
+def require_small(path: Path, instead: str, most: int | None = None) -> None:
     """Raise UserError if `path` has more than `most` bytes, by default more than any JSON file of ours."""
+    most = MOST_JSON_BYTES if most is None else most
     if (size := path.stat().st_size) > most:
         raise UserError(f"{path} is damaged: it has {size:,} bytes, expected {most:,} at most; {instead}")
 

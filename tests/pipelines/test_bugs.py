@@ -231,7 +231,7 @@ def test_a_bug_in_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, patte
         sweep.save()
         with monkeypatch.context() as patched:
             patched.setattr(f"tune.trial.{target}", fails)
-            trial.drive(asked, sweep, told(sent), True)
+            trial.drive(asked, sweep, told(sent), True, {})
         record = sweep_dir.trial_in(sweep.path / "trials" / "000")
         assert record is not None and record.status == "failed" and record.bug == sent[-1].bug
         assert is_bug(record.bug) == (fails is misshapen) and (record.reason == SENTENCE) == (fails is mistaken)

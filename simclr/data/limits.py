@@ -118,7 +118,8 @@ def _tiff(image: Image.Image, data: bytes, most: int) -> None:
     tags = image.tag_v2  # type: ignore[attr-defined]
     with reading():  # a damaged tag may have several values, or none
         width, height = (int(tags.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_HEIGHT))
-        bytes_each = int(tags.get(_SAMPLES, 1)) * -(-max(map(int, tags.get(_BITS, (1,)))) // 8)
+        samples, bits = int(tags.get(_SAMPLES, 1)), max(map(int, tags.get(_BITS, (1,))))
+        bytes_each = 8 if (samples, bits) == (1, 32) else samples * -(-bits // 8)  # numbers of 32 bits are copied once more
         pieces = len(tags.get(_STRIPS, tags.get(_TILES, (0,))))
     within(width, height, most)
     within_bytes(max(image.width * image.height, width * height) * bytes_each, most)

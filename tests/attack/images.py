@@ -378,7 +378,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "samples-most": (".tif", lambda: strip(4096, 4096, zeros(1 << 20), packing=8, samples=65_535, bits=64)),
     "floats": (".tif", lambda: strip(_SIDE, _SIDE, zeros(8 * _SIDE**2), packing=8, bits=64, format=3)),
     "deep-rgb": (".tif", lambda: strip(_SIDE, _SIDE, zeros(_SIDE**2 * 6), packing=8, bits=16, samples=3, photometric=2)),
-    "integers": (".tif", lambda: strip(_SIDE, _SIDE, zeros(_SIDE**2 * 4), packing=8, bits=32)),
+    "integers": (".tif", lambda: strip(8190, 8190, zeros(8190**2 * 4), packing=8, bits=32)),
     "script": (".jpg", lambda: _EPS),
     "script-png": (".png", lambda: _EPS),
     "script-tiff": (".tif", lambda: b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, len(_EPS)) + bytes(20) + _EPS),

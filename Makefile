@@ -25,7 +25,7 @@ test-cluster: setup
 	.venv/bin/pytest -m cluster -rs
 
 test-attack: setup
-	.venv/bin/pytest -m attack -rs tests/attack
+	.venv/bin/pytest --numprocesses 2 -m attack -rsP tests/attack
 
 test-compile: setup
 	.venv/bin/pytest -m compile tests/simclr/test_compile.py tests/simclr/kernels

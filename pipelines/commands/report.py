@@ -17,7 +17,7 @@ from pipelines.html.page import FeatureMap, Neighbours, ReportData, Score
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import show
-from simclr import fields
+from simclr import fields, files
 from simclr.data.arrays import require_plain_headers, require_small
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
@@ -134,6 +134,8 @@ def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, Feature
             _require_pictures(found, classes)
         # Errors of the file: nothing here computes.
         except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+            if files.trouble(error):  # of the disk
+                raise
             again = f"`simclr evaluate {path.parent}` makes it again"
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
     neighbours = Neighbours(

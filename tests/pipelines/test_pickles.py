@@ -67,8 +67,8 @@ FORMS = ("pickle", "pt", "old pt", "npy", "npz")
 
 
 def tried(work: Callable[[], Any]) -> None:
-    """Do `work`, which may refuse the file in any way."""
-    with contextlib.suppress(Exception):
+    """Do `work`, which may refuse the file in a sentence."""
+    with contextlib.suppress(UserError):
         work()
 
 

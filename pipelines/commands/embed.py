@@ -17,7 +17,7 @@ from simclr import files
 from simclr.data.arrays import require_plain_headers
 from simclr.data.depth import Rule
 from simclr.data.pixels import MOST_PIXELS
-from simclr.data.sources.folder import in_order, walk
+from simclr.data.sources.folder import walk
 from simclr.errors import UserError
 
 _BATCH = 64
@@ -105,7 +105,7 @@ def _open(args: Args) -> _Images:
     for path in paths:
         if path.is_dir():
             files_in = walk(path)
-            found += [path / name for name in in_order(files_in.sizes)]
+            found += [path / name for names in files_in.parts for name in names]
             if files_in.junk:
                 say(f"{files_in.junk.total():,} files in {', '.join(sorted(files_in.junk)[:3])} are left out")
         elif path.is_file():

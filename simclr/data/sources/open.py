@@ -80,20 +80,20 @@ def _folder(root: Path) -> Tree:
     loose = folder_tree(root, listed)
     if loose.parts:
         # Beside loose pictures no archive is opened but ImageNet's devkit, which says what their classes are.
-        named = stems((name for name in listed.sizes if is_archive(name) and "devkit" in PurePosixPath(name).name), str(root))
+        named = stems((name for name in listed.others if is_archive(name) and "devkit" in PurePosixPath(name).name), str(root))
         devkits = {prefix: root / name for prefix, name in named.items()}
-        closed = [name for name in sorted(listed.sizes) if name not in named.values() and (is_archive(name) or name.endswith(".parquet"))]
+        closed = [name for name in sorted(listed.others) if name not in named.values() and (is_archive(name) or name.endswith(".parquet"))]
         if closed:
             many = f"{closed[0]} and {len(closed) - 1:,} more archives or tables" if len(closed) > 1 else closed[0]
             note = f"{many} beside loose pictures: not opened; to read that instead, give it, or its folder, as the source"
             loose = dataclasses.replace(loose, notes=(*loose.notes, note))
         return joined(str(root), [loose, archives_tree(str(root), devkits)]) if devkits else loose
-    if any(name.lower().endswith((".parquet", ".arrow")) for name in listed.sizes):
+    if any(name.lower().endswith((".parquet", ".arrow")) for name in listed.others):
         from simclr.data.sources.parquet import is_parquet_folder, parquet_tree
 
-        if is_parquet_folder(listed.sizes):
+        if is_parquet_folder(listed.others):
             return parquet_tree(root)
-    archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(listed.sizes)), str(root)).items()}
+    archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(listed.others)), str(root)).items()}
     if not archives:
         return loose
     opened = archives_tree(str(root), archives)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from simclr.data.s3.uri import Address, copy_of, locked
 from simclr.data.sources.folder import Files, tree_of
-from simclr.data.sources.source import MOST_TEXT_BYTES, Data, Part, Tree, is_junk, is_text
+from simclr.data.sources.names import Sorted
+from simclr.data.sources.source import MOST_TEXT_BYTES, Data, Part, Tree, ending, is_image, is_junk, is_text
 
 if TYPE_CHECKING:
-    from simclr.data.s3.store import Store
+    from simclr.data.s3.store import Object, Store
 
 _OBJECTS_AT_ONCE = 16
 _MOST_OBJECTS = 1_000_000_000
@@ -24,12 +25,13 @@ _MOST_BYTES = 1 << 30
 """The largest picture that is read from S3: it is held in memory, and several of them."""
 
 
-def s3_prefix(at: Address) -> Tree:
+def s3_prefix(at: Address, store: Store | None = None) -> Tree:
     """The tree of the objects below a prefix."""
     from simclr.data.s3.answers import Missing, TooLarge
+    from simclr.data.s3.listing import Disordered
     from simclr.data.s3.store import Store
 
-    store = Store(threads=_OBJECTS_AT_ONCE)
+    store = store or Store(threads=_OBJECTS_AT_ONCE)
 
     def one(name: str) -> bytes:
         try:
@@ -52,20 +54,44 @@ def s3_prefix(at: Address) -> Tree:
             for _, waiting in ahead:
                 waiting.cancel()
 
-    found = Files()
-    for listed in sorted(store.listed(at, _MOST_OBJECTS), key=lambda listed: listed.name):
-        junk = next((folder for folder in listed.name.split("/")[:-1] if is_junk(folder)), None)
-        if junk is None and is_text(listed.name) and listed.bytes > MOST_TEXT_BYTES:
-            found.notes.append(
-                f"{at / listed.name} has {listed.bytes >> 20:,} MiB and was not looked at for classes; fetch it for --labels FILE"
-            )
-        elif junk is None and listed.bytes > _MOST_BYTES:
-            found.notes.append(f"{at / listed.name} has {listed.bytes >> 20:,} MiB, too much for a picture in memory, and was left out")
-        elif junk is None:
-            found.sizes[listed.name] = listed.etag
-        else:
-            found.junk[junk] += 1
+    try:
+        found = _gathered(at, store.listed_side_by_side(at, _MOST_OBJECTS))
+    except Disordered:
+        found = _gathered(at, store.listed(at, _MOST_OBJECTS))
     return tree_of(str(at), found, read, one)
+
+
+def _gathered(at: Address, objects: Iterator[Object]) -> Files:
+    """The files among `objects`, which come in any order; what is said of them is in the order of their names."""
+    found, pictures = Files(), Sorted()
+    notes: list[tuple[str, str]] = []
+    junk_at: dict[str, str] = {}  # folder of junk → the first name in it
+    other_at: dict[str, str] = {}  # ending → the first name of another file
+    for listed in objects:
+        name = listed.name
+        junk = next((folder for folder in name.split("/")[:-1] if is_junk(folder)), None)
+        if junk is not None:
+            found.junk[junk] += 1
+            junk_at[junk] = min(name, junk_at.get(junk, name))
+        elif is_text(name) and listed.bytes > MOST_TEXT_BYTES:
+            mib = listed.bytes >> 20
+            notes.append((name, f"{at / name} has {mib:,} MiB and was not looked at for classes; fetch it for --labels FILE"))
+        elif listed.bytes > _MOST_BYTES:
+            mib = listed.bytes >> 20
+            notes.append((name, f"{at / name} has {mib:,} MiB, too much for a picture in memory, and was left out"))
+        elif is_image(name):
+            pictures.add((name, listed.etag, ""))
+        else:
+            found.add_other(name, listed.bytes)
+            other_at[ending(name)] = min(name, other_at.get(ending(name), name))
+    for name, etag, _ in pictures:
+        found.add_picture(name, etag)
+    found.end()
+    found.others = dict(sorted(found.others.items()))
+    found.ignored = Counter({kind: found.ignored[kind] for kind in sorted(other_at, key=lambda kind: other_at[kind])})
+    found.junk = Counter({folder: found.junk[folder] for folder in sorted(junk_at, key=lambda folder: junk_at[folder])})
+    found.notes = [note for _, note in sorted(notes)]
+    return found
 
 
 class _Fetched:

@@ -113,7 +113,7 @@ def side_by_side(store: Store, place: Address, most: int) -> Iterator[list[Objec
         asked[store.pool.submit(store.page, place, after=of.after, behind="" if of.after else of.start or "")] = of
 
     try:
-        for of, _ in zip(ranges, range(store.threads), strict=False):
+        for of in itertools.islice(ranges, store.threads):
             ask(of)
         while asked:
             for done in wait(asked, return_when=FIRST_COMPLETED).done:

@@ -103,12 +103,12 @@ class Store:
         with nothing in it.
         """
         for page in one_after_the_other(self, place, most):
-            yield from (o for o in page if not o.name.endswith("/"))
+            yield from filter(_is_no_marker, page)
 
     def listed_side_by_side(self, place: Address, most: int) -> Iterator[Object]:
         """As `listed`, in no order, with many requests at once. Raises Disordered where the server cannot do it: list anew then."""
         for page in side_by_side(self, place, most):
-            yield from (o for o in page if not o.name.endswith("/"))
+            yield from filter(_is_no_marker, page)
 
     def page(self, place: Address, below: str = "", *, after: str = "", behind: str = "", folders: bool = False) -> Page:
         """A page of the listing of `place`/`below`: the one that the token `after` stands for, or the first, of keys `behind` one.
@@ -379,6 +379,11 @@ class Store:
     def _check_over(self) -> None:
         if self.over.is_set():
             raise UserError("the transfer was ended")
+
+
+def _is_no_marker(found: Object) -> bool:
+    """Whether an object is none of those that consoles make for folders: the listed one's own has no name in it."""
+    return bool(found.name) and not found.name.endswith("/")
 
 
 def _done(partial: Path, log: Path, head: str) -> set[int]:

@@ -133,12 +133,17 @@ def _walk(folder: Path, prefix: str, found: Files, above: frozenset[tuple[int, i
 
 def folder_tree(root: Path, files: Files) -> Tree:
     """The tree of the loose pictures among `files` of the directory `root`."""
+    return tree_of(str(root), files, folder_reader(root), lambda name: (root / name).read_bytes())
+
+
+def folder_reader(root: Path) -> Callable[[Part], Iterator[tuple[str, Path]]]:
+    """Gives the pictures of a part as paths: they are read where they are encoded."""
 
     def read(part: Part) -> Iterator[tuple[str, Path]]:
         for name in part.names:
-            yield name, root / name  # read where they are encoded
+            yield name, root / name
 
-    return tree_of(str(root), files, read, lambda name: (root / name).read_bytes())
+    return read
 
 
 def tree_of(spec: str, files: Files, read: Callable[[Part], Iterator[tuple[str, Path | bytes]]], text: Callable[[str], bytes]) -> Tree:
@@ -153,4 +158,5 @@ def tree_of(spec: str, files: Files, read: Callable[[Part], Iterator[tuple[str, 
         identity=files.identity,
         times=files.times,
         notes=tuple(files.notes),
+        loose=True,
     )

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from simclr import files
 from simclr.data.s3.uri import address
 from simclr.data.sources.archives import archive_tree, archives_tree, braces_tree, is_archive, is_archive_file
-from simclr.data.sources.folder import folder_tree, walk
+from simclr.data.sources.folder import folder_reader, folder_tree, walk
 from simclr.data.sources.joined import joined
 from simclr.data.sources.layout import understand
 from simclr.data.sources.patterns import patterns_source
 from simclr.data.sources.reading import Reading
-from simclr.data.sources.s3 import s3_archive, s3_prefix
-from simclr.data.sources.source import Source, Tree
+from simclr.data.sources.s3 import s3_archive, s3_prefix, s3_reader
+from simclr.data.sources.source import Data, Part, Source, Tree
 from simclr.data.sources.splits import split_of
 from simclr.data.sources.tar import ARCHIVES, stems
 from simclr.data.sources.torchvision import DATASETS, torchvision_source
@@ -37,7 +38,7 @@ def open_source(spec: str, reading: Reading | None = None) -> Source:
         own = patterns_source(spec, options)
     elif spec in ("torchvision", "torchvision:"):
         raise UserError("which torchvision dataset? torchvision:NAME, as in torchvision:CIFAR10")
-    elif name == "torchvision" or (spec in DATASETS and DATASETS[spec].torchvision):
+    elif is_named_set(spec):
         if Path(spec).is_dir() and not (Path(spec) / "manifest.json").exists():
             raise UserError(f"{spec} is a dataset's name and a folder here; say torchvision:{DATASETS[spec].torchvision} or ./{spec}")
         own = torchvision_source(spec, options or DATASETS[spec].torchvision)
@@ -46,6 +47,11 @@ def open_source(spec: str, reading: Reading | None = None) -> Source:
     if reading not in (None, Reading()):
         raise UserError(f"{spec} has splits and classes of its own; leave out --labels and --split-from")
     return own
+
+
+def is_named_set(spec: str) -> bool:
+    """Whether `spec` names pictures that lie at no place of the user's: rendered ones, or a set of torchvision's."""
+    return spec.partition(":")[0] in ("patterns", "torchvision") or bool(spec in DATASETS and DATASETS[spec].torchvision)
 
 
 def _tree(spec: str) -> Tree:
@@ -72,6 +78,14 @@ def _tree(spec: str) -> Tree:
     near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"give a folder, an archive or one of {', '.join(known)}"
     raise UserError(f"no source at {spec}: there is no such file or folder and no dataset of that name; {hint}")
+
+
+def reads(spec: str, loose: bool) -> Callable[[Part], Iterator[tuple[str, Data]]]:
+    """What reads the parts of the tree that another process has listed. `loose` pictures are read without a listing."""
+    if loose:
+        remote = address(spec)
+        return s3_reader(remote) if remote is not None else folder_reader(files.user_path(spec))
+    return _tree(spec).read
 
 
 def _folder(root: Path) -> Tree:

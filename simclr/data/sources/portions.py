@@ -1,13 +1,27 @@
-"""Runs of a source's pictures in plain values, which another process can read: what a job by parts hands out."""
+"""Runs of a source's pictures in plain values, which another process can read: what a job by parts hands out.
+
+One process lists a source and cuts it into portions. A portion carries its names, splits and classes, so that who reads it neither lists
+a folder or a prefix nor asks for files of classes. An archive or a table is opened by each process, once.
+"""
 
 from __future__ import annotations
 
+import base64
+import functools
+import os
+import socket
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
+from simclr import files
+from simclr.data.s3.uri import address
+from simclr.data.sources.names import pack, unpack
+from simclr.data.sources.open import is_named_set, open_source, reads
 from simclr.data.sources.reading import Reading
-from simclr.data.sources.source import Item, Part, Source
+from simclr.data.sources.source import Data, Item, Part, Source
+from simclr.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +39,18 @@ class Portion:
     splits: tuple[str, ...] = ()
     """Of each name; () = the source says it when it is read."""
     labels: tuple[str | None, ...] = ()
+    loose: bool = False
+    """As in `Source`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """In plain values."""
-        return asdict(self)
+        """In plain values; names, splits and classes are one packed text, of some twelve letters a picture."""
+        packed = base64.b64encode(pack([self.names, self.splits, self.labels])).decode()
+        return {"number": self.number, "first": self.first, "part": self.part, "pictures": packed, "loose": self.loose}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        lists = {name: tuple(values[name]) for name in ("names", "splits", "labels")}
-        return cls(values["number"], values["first"], values["part"], **lists)
+        names, splits, labels = map(tuple, unpack(base64.b64decode(values["pictures"])))
+        return cls(values["number"], values["first"], values["part"], names, splits, labels, values["loose"])
 
 
 def portions(source: Source, images: int) -> Iterator[Portion]:
@@ -45,22 +62,66 @@ def portions(source: Source, images: int) -> Iterator[Portion]:
             yield Portion(number, first if known else None, part.name)
             number, known = number + 1, False
             continue
-        for begin in range(0, len(part.names), images):
-            names = part.names[begin : begin + images]
+        whole = tuple(part.names)
+        for begin in range(0, len(whole), images):
+            names = whole[begin : begin + images]
             placed = [source.place(name) for name in names] if source.place else []
             splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
-            yield Portion(number, first if known else None, part.name, tuple(names), splits, labels)
+            yield Portion(number, first if known else None, part.name, names, splits, labels, source.loose)
             number, first = number + 1, first + len(names)
 
 
-def reader(spec: str, reading: Reading) -> Callable[[Portion], Iterator[Item]]:
-    """A function that reads portions of the source that another process has opened as `open_source(spec, reading)`. Raises UserError
-    where this machine does not see the source."""
-    from simclr.data.sources.open import open_source
+def elsewhere(spec: str) -> str:
+    """`spec` for a process with another working directory: paths become whole."""
+    if address(spec) is not None or is_named_set(spec):
+        return spec
+    return str(files.user_path(spec).absolute())
 
-    source = open_source(spec, reading)
+
+def reader(spec: str, reading: Reading | None = None) -> Callable[[Portion], Iterator[Item]]:
+    """A function that reads portions of the source that another process has opened as `open_source(spec, reading)`. Nothing is opened
+    before it is asked for; `reading` counts for parts whose names are not known alone, for which it names no files.
+
+    The function raises UserError where this machine does not see the source.
+    """
+
+    @functools.cache
+    def read_by(loose: bool) -> Callable[[Part], Iterator[tuple[str, Data]]]:
+        _require_seen(spec)
+        return reads(spec, loose)
+
+    @functools.cache
+    def source() -> Source:
+        _require_seen(spec)
+        return open_source(spec, reading)
 
     def read(portion: Portion) -> Iterator[Item]:
-        yield from source.read(Part(portion.part, portion.names))
+        part = Part(portion.part, portion.names)
+        if not portion.splits:
+            yield from source().read(part)
+            return
+        pictures = read_by(portion.loose)(part)
+        if portion.loose and address(spec) is None:
+            _require_some(files.user_path(spec), portion)
+        for (name, data), split, label in zip(pictures, portion.splits, portion.labels, strict=True):
+            yield Item(split, label, name, data)
 
     return read
+
+
+def _require_seen(spec: str) -> None:
+    if address(spec) is not None or is_named_set(spec) or "{" in spec or files.user_path(spec).exists():
+        return
+    raise UserError(
+        f"{socket.gethostname()} does not see {files.user_path(spec)}, where the pictures are read by several machines; give a folder that "
+        "all of them see under one path, or s3://, or run without --address"
+    )
+
+
+def _require_some(root: Path, portion: Portion) -> None:
+    """Raise UserError where none of a portion's files is there: the folder is another one than that which was listed."""
+    if not any(os.path.lexists(root / name) for name in portion.names):
+        raise UserError(
+            f"{socket.gethostname()} sees none of {len(portion.names):,} files in {root} that were listed, as {portion.names[0]}; give a "
+            "folder that all machines see under one path, or s3://, or list it anew: run the command again"
+        )

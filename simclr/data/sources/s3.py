@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simclr.data.s3.uri import Address, copy_of, locked
+from simclr import files
+from simclr.data.s3.uri import Address, copy_of, own
 from simclr.data.sources.folder import Files, tree_of
 from simclr.data.sources.names import Sorted
-from simclr.data.sources.source import MOST_TEXT_BYTES, Data, Part, Tree, ending, is_image, is_junk, is_text
+from simclr.data.sources.source import MOST_TEXT_BYTES, Data, Part, Tree, digest, ending, is_image, is_junk, is_text
 
 if TYPE_CHECKING:
     from simclr.data.s3.store import Object, Store
@@ -27,23 +30,28 @@ _MOST_BYTES = 1 << 30
 
 def s3_prefix(at: Address, store: Store | None = None) -> Tree:
     """The tree of the objects below a prefix."""
-    from simclr.data.s3.answers import Missing, TooLarge
     from simclr.data.s3.listing import Disordered
     from simclr.data.s3.store import Store
 
     store = store or Store(threads=_OBJECTS_AT_ONCE)
+    try:
+        found = _gathered(at, store.listed_side_by_side(at, _MOST_OBJECTS))
+    except Disordered:
+        found = _gathered(at, store.listed(at, _MOST_OBJECTS))
+    return tree_of(str(at), found, s3_reader(at, store), partial(_one, store, at))
 
-    def one(name: str) -> bytes:
-        try:
-            return store.read(at / name, _MOST_BYTES)
-        except (Missing, TooLarge):  # deleted or replaced since the listing: treated as a file that cannot be read
-            return b""
+
+def s3_reader(at: Address, store: Store | None = None) -> Callable[[Part], Iterator[tuple[str, bytes]]]:
+    """Fetches the pictures of a part, which are objects below `at`, many at once."""
+    from simclr.data.s3.store import Store
+
+    store = store or Store(threads=_OBJECTS_AT_ONCE)
 
     def read(part: Part) -> Iterator[tuple[str, bytes]]:
         ahead: deque[tuple[str, Future[bytes]]] = deque()
         try:
             for name in part.names:
-                ahead.append((name, store.pool.submit(one, name)))
+                ahead.append((name, store.pool.submit(_one, store, at, name)))
                 if len(ahead) == 4 * _OBJECTS_AT_ONCE:
                     first, waiting = ahead.popleft()
                     yield first, waiting.result()
@@ -54,11 +62,16 @@ def s3_prefix(at: Address, store: Store | None = None) -> Tree:
             for _, waiting in ahead:
                 waiting.cancel()
 
+    return read
+
+
+def _one(store: Store, at: Address, name: str) -> bytes:
+    from simclr.data.s3.answers import Missing, TooLarge
+
     try:
-        found = _gathered(at, store.listed_side_by_side(at, _MOST_OBJECTS))
-    except Disordered:
-        found = _gathered(at, store.listed(at, _MOST_OBJECTS))
-    return tree_of(str(at), found, read, one)
+        return store.read(at / name, _MOST_BYTES)
+    except (Missing, TooLarge):  # deleted or replaced since the listing: treated as a file that cannot be read
+        return b""
 
 
 def _gathered(at: Address, objects: Iterator[Object]) -> Files:
@@ -95,19 +108,34 @@ def _gathered(at: Address, objects: Iterator[Object]) -> Files:
 
 
 class _Fetched:
-    """An archive's copy on this machine, which is removed with the last reference to it, or with the process."""
+    """An archive's copy on this machine, which its processes share. It is removed with the last reference to it, by the last of them; one
+    that a killed process left is taken over by the next."""
 
-    def __init__(self, at: Address, store: Store) -> None:
-        self.path = copy_of(at, "archives")
-        self.lock = locked(self.path)
-        self.lock.__enter__()
-        weakref.finalize(self, _removed, self.path, self.lock)
-        store.download(at, self.path)
+    def __init__(self, at: Address, store: Store, etag: str) -> None:
+        self.path = copy_of(at, f"archives/{digest(etag)}")
+        own(self.path)
+        with files.locked(_lock(self.path), own=True):
+            if not self.path.exists():  # a copy has its name when it is whole
+                store.download(at, self.path)
+            used = files.locked(_uses(self.path), own=True, shared=True)
+            used.__enter__()
+        weakref.finalize(self, _left, self.path, used)
 
 
-def _removed(path: Path, lock: AbstractContextManager[None]) -> None:
-    path.unlink(missing_ok=True)
-    lock.__exit__(None, None, None)
+def _lock(copy: Path) -> Path:
+    return copy.with_name(f".{copy.name}.lock")
+
+
+def _uses(copy: Path) -> Path:
+    return copy.with_name(f".{copy.name}.uses")
+
+
+def _left(copy: Path, used: AbstractContextManager[None]) -> None:
+    used.__exit__(None, None, None)
+    # Whoever holds either lock is using the copy or about to, and removes it later.
+    locks = [files.locked(path, wait=False, own=True) for path in (_lock(copy), _uses(copy))]
+    with contextlib.suppress(BlockingIOError), locks[0], locks[1]:
+        copy.unlink(missing_ok=True)
 
 
 def s3_archive(at: Address, tree: Callable[[Path, str], Tree]) -> Tree:
@@ -116,7 +144,7 @@ def s3_archive(at: Address, tree: Callable[[Path, str], Tree]) -> Tree:
 
     store = Store()
     etag = store.look(at).etag
-    fetched = _Fetched(at, store)
+    fetched = _Fetched(at, store, etag)
     listed = tree(fetched.path, str(at))
 
     def read(part: Part, _kept: _Fetched = fetched) -> Iterator[tuple[str, Data]]:

@@ -96,6 +96,8 @@ class Tree:
     """A hash of the files' modification times, or what else changes with content of the same size (an ETag); "" = unknown."""
     notes: tuple[str, ...] = ()
     """Sentences about what was found, for the user."""
+    loose: bool = False
+    """Whether each picture is a file of its own, called by its name below `spec`: then it can be read without a listing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +109,8 @@ class Source:
     read: Callable[[Part], Iterator[Item]]
     place: Callable[[str], tuple[str, str | None]] | None = None
     """Name of a picture → its split and class; None = they are known only when it is read."""
+    loose: bool = False
+    """As in `Tree`."""
     total: int | None = None
     """Number of images, if it is known without reading."""
     identity: str = ""

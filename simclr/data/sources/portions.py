@@ -54,21 +54,33 @@ class Portion:
 
 
 def portions(source: Source, images: int) -> Iterator[Portion]:
-    """The pictures of `source` in its order, at most `images` in each portion. Parts without names are one portion each."""
+    """The pictures of `source` in its order, at most `images` in each portion. Parts without names are one portion each; loose pictures of
+    several parts may be in one."""
     number, first = 0, 0
     known = True
-    for part in source.parts:
+    for part in _runs(source, images):
         if not part.names:
             yield Portion(number, first if known else None, part.name)
             number, known = number + 1, False
             continue
-        whole = tuple(part.names)
-        for begin in range(0, len(whole), images):
-            names = whole[begin : begin + images]
-            placed = [source.place(name) for name in names] if source.place else []
-            splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
-            yield Portion(number, first if known else None, part.name, names, splits, labels, source.loose)
-            number, first = number + 1, first + len(names)
+        placed = [source.place(name) for name in part.names] if source.place else []
+        splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
+        yield Portion(number, first if known else None, part.name, tuple(part.names), splits, labels, source.loose)
+        number, first = number + 1, first + len(part.names)
+
+
+def _runs(source: Source, images: int) -> Iterator[Part]:
+    """The source's parts, divided and, where a part is no more than a number of files, put together."""
+    left: list[str] = []
+    for part in source.parts:
+        names = [*left, *part.names]
+        end = len(names) // images * images if source.loose else len(names)
+        yield from (Part(part.name, tuple(names[begin : begin + images])) for begin in range(0, end, images))
+        left = names[end:]
+        if not part.names:
+            yield part
+    if left:
+        yield Part(source.parts[-1].name, tuple(left))
 
 
 def elsewhere(spec: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -18,16 +19,16 @@ from simclr.errors import UserError
 _PAGE, _IN_A_FOLDER = 1000, 1300  # keys of an answer, and of a class, as S3 and ImageNet have them
 
 
-def listing(keys: Sequence[int], latency_ms: float) -> list[Row]:
+def listing(keys: Sequence[int], answer_ms: float, trials: int) -> list[Row]:
     """Print and return, for each number of keys, seconds and MiB of listing a prefix, of understanding its names, and of cutting it into
     portions of 1,024, each in a process of its own; and keys/s of the listing alone, one page after the other and side by side, where
-    each answer takes `latency_ms`."""
+    each answer takes `answer_ms`. Each trial anew."""
     if min(keys, default=0) < 1:
         raise UserError(f"--keys is {' '.join(map(str, keys)) or 'empty'}; expected numbers of keys, at least 1")
     rows: list[Row] = []
-    print(f"{'keys':>12} {'latency':>8} {'listing':>16} {'seconds':>9} {'keys/s':>10} {'peak, MiB':>10}")
-    for count in keys:
-        for how, latency in (("planned", 0.0), ("one after the other", latency_ms), ("side by side", latency_ms)):
+    print(f"{'keys':>12} {'answer':>8} {'listing':>20} {'seconds':>9} {'keys/s':>10} {'peak, MiB':>10}")
+    for count, trial in itertools.product(keys, range(trials)):
+        for how, latency in (("planned", 0.0), ("one after the other", answer_ms), ("side by side", answer_ms)):
             done = subprocess.run(
                 [sys.executable, "-m", "pipelines.bench.listing", str(count), str(latency), how], capture_output=True, text=True
             )
@@ -35,7 +36,7 @@ def listing(keys: Sequence[int], latency_ms: float) -> list[Row]:
                 raise RuntimeError(done.stderr)
             row = json.loads(done.stdout.splitlines()[-1])
             print(f"{count:>12,} {latency:>5g} ms {how:>20} {row['seconds']:>9.1f} {row['keys_per_s']:>10,.0f} {row['peak_mib']:>10,.0f}")
-            rows.append({"name": how, "keys": count, "latency_ms": latency} | row)
+            rows.append({"name": how, "keys": count, "trial": trial, "answer_ms": latency} | row)
     return rows
 
 
@@ -43,10 +44,10 @@ class _Keys(Sequence[str]):
     """Ascending keys of `count` pictures in folders of classes, made when they are asked for."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self.many = count
 
     def __len__(self) -> int:
-        return self.count
+        return self.many
 
     def __getitem__(self, at: Any) -> Any:
         folder = f"n{at // _IN_A_FOLDER:08}"
@@ -78,7 +79,7 @@ class _Bucket:
         return {"Contents": contents, "CommonPrefixes": folders, "IsTruncated": more, "NextContinuationToken": str(at)}
 
 
-def _measured(count: int, latency_ms: float, how: str) -> dict[str, Any]:
+def _measured(count: int, answer_ms: float, how: str) -> dict[str, Any]:
     from simclr.data.s3.store import Store
     from simclr.data.s3.uri import Address
     from simclr.data.sources.layout import understand
@@ -87,7 +88,7 @@ def _measured(count: int, latency_ms: float, how: str) -> dict[str, Any]:
     from simclr.data.sources.s3 import s3_prefix
 
     store, place = Store(threads=16), Address("pretended", "photos")
-    store.client = _Bucket(_Keys(count), latency_ms / 1e3)
+    store.client = _Bucket(_Keys(count), answer_ms / 1e3)
     before, began = _kib("VmRSS"), time.perf_counter()
     more: dict[str, Any] = {}
     if how == "planned":

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from simclr.data.s3.uri import Address
 from simclr.errors import UserError
-
-if TYPE_CHECKING:
-    from simclr.data.s3.store import Object, Store
-    from simclr.data.s3.uri import Address
 
 _MOST_EMPTY = 100  # pages of a listing, in a row
 _RANGES, _ENOUGH = 256, 64  # that are listed, and folders from which on none are looked for deeper
@@ -31,6 +28,17 @@ class Disordered(Exception):
     """A server whose listings are not in the order of their keys, or do not begin behind a key: they cannot be cut."""
 
 
+@dataclass(frozen=True, slots=True)
+class Object:
+    """An object, as a listing or `look` describes it; `name` is relative to the address that was asked for."""
+
+    name: str
+    bytes: int
+    etag: str
+    sha256: str = ""
+    """Known if we uploaded the object, and from `look` alone."""
+
+
 @dataclass(slots=True)
 class Page:
     """A page of a listing."""
@@ -40,6 +48,12 @@ class Page:
     """Prefixes, as keys below the place, where the listing stops at slashes."""
     after: str
     """Token of the next page; "" = this is the last."""
+
+
+class Asks(Protocol):
+    """Asks for a page of the listing of a place, as `Store.page` does."""
+
+    def __call__(self, below: str = "", *, after: str = "", behind: str = "", folders: bool = False) -> Page: ...
 
 
 @dataclass(slots=True)
@@ -65,15 +79,15 @@ class Pages:
         self.seen |= marks
 
 
-def one_after_the_other(store: Store, place: Address, most: int, first: Page | None = None) -> Iterator[list[Object]]:
+def one_after_the_other(page_of: Asks, place: Address, most: int, first: Page | None = None) -> Iterator[list[Object]]:
     """Every object below `place`/, a page at a time, as S3 lists them; the `first` page may be there already."""
-    watched, page = Pages(place, most), first or store.page(place)
+    watched, page = Pages(place, most), first or page_of()
     while True:
         watched.see(page)
         yield page.objects
         if not page.after:
             return
-        page = store.page(place, after=page.after)
+        page = page_of(after=page.after)
 
 
 @dataclass(slots=True)
@@ -98,22 +112,22 @@ class _Range:
         return page.objects, bool(page.after)
 
 
-def side_by_side(store: Store, place: Address, most: int) -> Iterator[list[Object]]:
-    """Every object below `place`/, a page at a time, in no order: `store.threads` pages are asked for at once. A listing of one page, or
-    without folders, is asked for as one. Raises Disordered for a server that cannot do it; then nothing that was given counts."""
-    first = store.page(place)
-    if not first.after or place.bucket.endswith(_NO_ORDER) or not (cuts := _cuts(store, place)):
-        yield from one_after_the_other(store, place, most, first)
+def side_by_side(page_of: Asks, place: Address, most: int, pool: ThreadPoolExecutor, at_once: int) -> Iterator[list[Object]]:
+    """Every object below `place`/, a page at a time, in no order: `at_once` pages are asked for in the threads of `pool`. A listing of one
+    page, or without folders, is asked for as one. Raises Disordered for a server that cannot do it; then nothing that was given counts."""
+    first = page_of()
+    if not first.after or place.bucket.endswith(_NO_ORDER) or not (cuts := _cuts(page_of, pool)):
+        yield from one_after_the_other(page_of, place, most, first)
         return
     ranges = iter([_Range(start, end, Pages(place, most)) for start, end in itertools.pairwise([None, *cuts, None])])
     asked: dict[Future[Page], _Range] = {}
     count = 0
 
     def ask(of: _Range) -> None:
-        asked[store.pool.submit(store.page, place, after=of.after, behind="" if of.after else of.start or "")] = of
+        asked[pool.submit(page_of, after=of.after, behind="" if of.after else of.start or "")] = of
 
     try:
-        for of in itertools.islice(ranges, store.threads):
+        for of in itertools.islice(ranges, at_once):
             ask(of)
         while asked:
             for done in wait(asked, return_when=FIRST_COMPLETED).done:
@@ -131,7 +145,7 @@ def side_by_side(store: Store, place: Address, most: int) -> Iterator[list[Objec
             waiting.cancel()
 
 
-def _cuts(store: Store, place: Address) -> list[str]:
+def _cuts(page_of: Asks, pool: ThreadPoolExecutor) -> list[str]:
     """Names of folders at which the listing is cut, ascending: of the first levels that have enough, evenly chosen."""
     found: set[str] = set()
     level = [""]
@@ -139,7 +153,7 @@ def _cuts(store: Store, place: Address) -> list[str]:
         if len(found) >= _ENOUGH:
             break
         pages = _MOST_PAGES // len(level)
-        level = [name for names in store.together([partial(_folders, store, place, folder, pages) for folder in level]) for name in names]
+        level = [name for names in list(pool.map(partial(_folders, page_of, pages), level)) for name in names]
         if not level:
             break
         found |= set(level)
@@ -147,12 +161,12 @@ def _cuts(store: Store, place: Address) -> list[str]:
     return every if len(every) < _RANGES else [every[at * len(every) // _RANGES] for at in range(_RANGES)]
 
 
-def _folders(store: Store, place: Address, folder: str, pages: int) -> list[str]:
+def _folders(page_of: Asks, pages: int, folder: str) -> list[str]:
     """The folders directly below one, or the first of very many; none behind a page of objects alone."""
     found: list[str] = []
     after = ""
     for _ in range(pages):
-        page = store.page(place, folder, after=after, folders=True)
+        page = page_of(folder, after=after, folders=True)
         found += page.folders
         if not page.folders or not (after := page.after):
             break

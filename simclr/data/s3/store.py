@@ -19,9 +19,9 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -33,7 +33,7 @@ from botocore.config import Config
 from simclr import files
 from simclr.data.s3 import answers
 from simclr.data.s3.answers import Changed, Damaged, Missing, Retry, TooLarge
-from simclr.data.s3.listing import Page, one_after_the_other, side_by_side
+from simclr.data.s3.listing import Object, Page, one_after_the_other, side_by_side
 from simclr.data.s3.uri import Address, Unreachable
 from simclr.errors import UserError
 
@@ -45,17 +45,6 @@ _MOST_PARTS = 10_000  # of one upload, by S3's rules
 _CHUNK = 1 << 18
 _MOST_OBJECTS = 1_000_000
 """In a directory of ours: shards of a gibibyte, or checkpoints, never come near it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Object:
-    """An object, as a listing or `look` describes it; `name` is relative to the address that was asked for."""
-
-    name: str
-    bytes: int
-    etag: str
-    sha256: str = ""
-    """Known if we uploaded the object, and from `look` alone."""
 
 
 class Store:
@@ -102,12 +91,12 @@ class Store:
         Raises UserError for more than `most` objects, and for a listing that does not come to an end: a page again, or page after page
         with nothing in it.
         """
-        for page in one_after_the_other(self, place, most):
+        for page in one_after_the_other(partial(self.page, place), place, most):
             yield from filter(_is_no_marker, page)
 
     def listed_side_by_side(self, place: Address, most: int) -> Iterator[Object]:
         """As `listed`, in no order, with many requests at once. Raises Disordered where the server cannot do it: list anew then."""
-        for page in side_by_side(self, place, most):
+        for page in side_by_side(partial(self.page, place), place, most, self.pool, self.threads):
             yield from filter(_is_no_marker, page)
 
     def page(self, place: Address, below: str = "", *, after: str = "", behind: str = "", folders: bool = False) -> Page:
@@ -124,10 +113,6 @@ class Store:
             return Page(objects, within, page["NextContinuationToken"] if page.get("IsTruncated") else "")
 
         return self._tried(place, once)
-
-    def together(self, requests: Sequence[Callable[[], T]]) -> list[T]:
-        """The results of several requests, made at once."""
-        return self._all([self.pool.submit(request) for request in requests])
 
     def look(self, place: Address) -> Object:
         """Size, ETag and sha256 of the object at `place`, without its bytes."""

@@ -20,7 +20,8 @@ from simclr.data.sources.names import Sorted
 from simclr.data.sources.source import MOST_TEXT_BYTES, Data, Part, Tree, digest, ending, is_image, is_junk, is_text
 
 if TYPE_CHECKING:
-    from simclr.data.s3.store import Object, Store
+    from simclr.data.s3.listing import Object
+    from simclr.data.s3.store import Store
 
 _OBJECTS_AT_ONCE = 16
 _MOST_OBJECTS = 1_000_000_000

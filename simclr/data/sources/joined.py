@@ -39,7 +39,7 @@ def joined(spec: str, trees: Sequence[Tree]) -> Tree:
             twice += [name for name in part.names if name in holder] if len(new) < len(part.names) else []
             holder.update(dict.fromkeys(new, index))
             if new:
-                parts.append(part if len(new) == len(part.names) else Part(part.name, new))
+                parts.append(part if len(new) == len(part.names) else dataclasses.replace(part, names=new))
         texts = dict(tree.texts) | texts
         stated = dict(tree.stated) | stated
         ignored, junk = ignored + tree.ignored, junk + tree.junk

@@ -43,7 +43,7 @@ def open_source(spec: str, reading: Reading | None = None) -> Source:
             raise UserError(f"{spec} is a dataset's name and a folder here; say torchvision:{DATASETS[spec].torchvision} or ./{spec}")
         own = torchvision_source(spec, options or DATASETS[spec].torchvision)
     if own is None:
-        return understand(_tree(spec), reading or Reading())[0]
+        return understand(listed(spec), reading or Reading())[0]
     if reading not in (None, Reading()):
         raise UserError(f"{spec} has splits and classes of its own; leave out --labels and --split-from")
     return own
@@ -54,7 +54,8 @@ def is_named_set(spec: str) -> bool:
     return spec.partition(":")[0] in ("patterns", "torchvision") or bool(spec in DATASETS and DATASETS[spec].torchvision)
 
 
-def _tree(spec: str) -> Tree:
+def listed(spec: str) -> Tree:
+    """The tree of what `spec` names."""
     remote = address(spec)
     if remote is not None:
         if is_archive(remote.name):
@@ -80,34 +81,32 @@ def _tree(spec: str) -> Tree:
     raise UserError(f"no source at {spec}: there is no such file or folder and no dataset of that name; {hint}")
 
 
-def reads(spec: str, loose: bool) -> Callable[[Part], Iterator[tuple[str, Data]]]:
-    """What reads the parts of the tree that another process has listed. `loose` pictures are read without a listing."""
-    if loose:
-        remote = address(spec)
-        return s3_reader(remote) if remote is not None else folder_reader(files.user_path(spec))
-    return _tree(spec).read
+def loose_reader(spec: str) -> Callable[[Part], Iterator[tuple[str, Data]]]:
+    """What reads the parts of a tree of loose pictures that another process has listed."""
+    remote = address(spec)
+    return s3_reader(remote) if remote is not None else folder_reader(files.user_path(spec))
 
 
 def _folder(root: Path) -> Tree:
     """The tree of a folder: of its tables, else of its loose pictures, else of its archives."""
-    listed = walk(root)
-    loose = folder_tree(root, listed)
+    found = walk(root)
+    loose = folder_tree(root, found)
     if loose.parts:
         # Beside loose pictures no archive is opened but ImageNet's devkit, which says what their classes are.
-        named = stems((name for name in listed.others if is_archive(name) and "devkit" in PurePosixPath(name).name), str(root))
+        named = stems((name for name in found.others if is_archive(name) and "devkit" in PurePosixPath(name).name), str(root))
         devkits = {prefix: root / name for prefix, name in named.items()}
-        closed = [name for name in sorted(listed.others) if name not in named.values() and (is_archive(name) or name.endswith(".parquet"))]
+        closed = [name for name in sorted(found.others) if name not in named.values() and (is_archive(name) or name.endswith(".parquet"))]
         if closed:
             many = f"{closed[0]} and {len(closed) - 1:,} more archives or tables" if len(closed) > 1 else closed[0]
             note = f"{many} beside loose pictures: not opened; to read that instead, give it, or its folder, as the source"
             loose = dataclasses.replace(loose, notes=(*loose.notes, note))
         return joined(str(root), [loose, archives_tree(str(root), devkits)]) if devkits else loose
-    if any(name.lower().endswith((".parquet", ".arrow")) for name in listed.others):
+    if any(name.lower().endswith((".parquet", ".arrow")) for name in found.others):
         from simclr.data.sources.parquet import is_parquet_folder, parquet_tree
 
-        if is_parquet_folder(listed.others):
+        if is_parquet_folder(found.others):
             return parquet_tree(root)
-    archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(listed.others)), str(root)).items()}
+    archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(found.others)), str(root)).items()}
     if not archives:
         return loose
     opened = archives_tree(str(root), archives)

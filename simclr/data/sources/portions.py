@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,9 +20,9 @@ from typing import Any, Self
 from simclr import files
 from simclr.data.s3.uri import address
 from simclr.data.sources.names import pack, unpack
-from simclr.data.sources.open import is_named_set, open_source, reads
+from simclr.data.sources.open import is_named_set, listed, loose_reader, open_source
 from simclr.data.sources.reading import Reading
-from simclr.data.sources.source import Data, Item, Part, Source
+from simclr.data.sources.source import Data, Item, Part, Source, Tree
 from simclr.errors import UserError
 
 
@@ -96,29 +98,81 @@ def reader(spec: str, reading: Reading | None = None) -> Callable[[Portion], Ite
 
     The function raises UserError where this machine does not see the source.
     """
+    return _Reader(spec, reading).read
 
-    @functools.cache
-    def read_by(loose: bool) -> Callable[[Part], Iterator[tuple[str, Data]]]:
-        _require_seen(spec)
-        return reads(spec, loose)
 
-    @functools.cache
-    def source() -> Source:
-        _require_seen(spec)
-        return open_source(spec, reading)
+class _Reader:
+    """What a process keeps open of a source while it reads portions."""
 
-    def read(portion: Portion) -> Iterator[Item]:
+    def __init__(self, spec: str, reading: Reading | None) -> None:
+        self.spec, self.reading = spec, reading
+        self.passing: _Passing | None = None
+
+    def read(self, portion: Portion) -> Iterator[Item]:
         part = Part(portion.part, portion.names)
         if not portion.splits:
-            yield from source().read(part)
+            yield from self.source.read(part)
             return
-        pictures = read_by(portion.loose)(part)
-        if portion.loose and address(spec) is None:
-            _require_some(files.user_path(spec), portion)
+        pictures: Iterator[tuple[str, Data]]
+        if portion.loose:
+            pictures = self.loose(part)
+            if address(self.spec) is None:
+                _require_some(files.user_path(self.spec), portion)
+        elif portion.part in self.one_pass:
+            pictures = self._passed(part)
+        else:
+            pictures = self.tree.read(part)
         for (name, data), split, label in zip(pictures, portion.splits, portion.labels, strict=True):
             yield Item(split, label, name, data)
 
-    return read
+    @functools.cached_property
+    def loose(self) -> Callable[[Part], Iterator[tuple[str, Data]]]:
+        _require_seen(self.spec)
+        return loose_reader(self.spec)
+
+    @functools.cached_property
+    def tree(self) -> Tree:
+        _require_seen(self.spec)
+        return listed(self.spec)
+
+    @functools.cached_property
+    def one_pass(self) -> frozenset[str]:
+        return frozenset(part.name for part in self.tree.parts if part.one_pass)
+
+    @functools.cached_property
+    def source(self) -> Source:
+        _require_seen(self.spec)
+        return open_source(self.spec, self.reading)
+
+    def _passed(self, part: Part) -> Iterator[tuple[str, Data]]:
+        """The pictures of a portion of a compressed archive. Each portion behind the last goes on where that one ended: else all that lies
+        before would be unpacked anew for each."""
+        passing, self.passing = self.passing, None
+        if passing is None or passing.part != part.name:
+            passing = _Passing(part.name)
+            passing.pictures = self.tree.read(Part(part.name, passing))
+        passing.waiting.extend(part.names)
+        yield from itertools.islice(passing.pictures, len(part.names))
+        self.passing = passing  # all were read: another portion may follow
+
+
+class _Passing(Sequence[str]):
+    """Names of a part that are asked for one by one; more may be added behind."""
+
+    pictures: Iterator[tuple[str, Data]]
+
+    def __init__(self, part: str) -> None:
+        self.part, self.waiting = part, deque[str]()
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.waiting[at]
+
+    def __iter__(self) -> Iterator[str]:
+        while self.waiting:
+            yield self.waiting.popleft()
 
 
 def _require_seen(spec: str) -> None:

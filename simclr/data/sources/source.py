@@ -52,6 +52,8 @@ class Part:
     names: Sequence[str] = ()
     """Its pictures, in the order in which they are read, by their paths in the source: a tuple, or `Packed`. () = known only when they are
     read, and then they lie below `name`/."""
+    one_pass: bool = False
+    """Whether a picture is read only behind all that lie before it, as in a compressed archive."""
 
 
 class Together(Collection[str]):

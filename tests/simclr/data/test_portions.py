@@ -145,21 +145,21 @@ def test_a_prefix_and_an_archive_in_s3_are_read_by_portions(s3: Proxy, tmp_path:
     names = [name for name in PHOTOS if int(name[-5]) < 3]
     made(tmp_path / "pets", names)
     for name in names:
-        store.upload(tmp_path / "pets" / name, bucket / "pets" / name)
-    store.upload(packed(tmp_path / "pets.tar", PHOTOS), bucket / "pets.tar")
-    there, archive = open_source("s3://photos/pets"), open_source("s3://photos/pets.tar")
+        store.upload(tmp_path / "pets" / name, bucket / "portions" / name)
+    store.upload(packed(tmp_path / "pets.tar", PHOTOS), bucket / "portions.tar")
+    there, archive = open_source("s3://photos/portions"), open_source("s3://photos/portions.tar")
     plan, of_archive = [Portion.from_dict(json.loads(json.dumps(p.to_dict()))) for p in portions(there, 5)], list(portions(archive, 5))
     expected = told(there.items())
     s3.log.clear()
-    read = reader("s3://photos/pets")
+    read = reader("s3://photos/portions")
     assert told(item for portion in plan for item in read(portion)) == expected
     assert len(s3.log) == len(names) and not any("list-type" in path for _, path, _ in s3.log)
     s3.log.clear()
-    readers = [reader("s3://photos/pets.tar") for _ in range(2)]  # each opens it, as two processes do
+    readers = [reader("s3://photos/portions.tar") for _ in range(2)]  # each opens it, as two processes do
     read_by_each = [told(item for portion in of_archive for item in one(portion)) for one in readers]
     assert read_by_each == [told(archive.items())] * 2
     assert not [path for method, path, _ in s3.log if method == "GET"]
-    (copy,) = Path(os.environ["SIMCLR_CACHE"]).rglob("pets.tar")
+    (copy,) = Path(os.environ["SIMCLR_CACHE"]).rglob("portions.tar")
     del archive
     del readers[0]
     assert copy.exists()
@@ -189,16 +189,38 @@ def test_a_large_archive_is_listed_once_by_a_process(tmp_path: Path, monkeypatch
     plan = list(portions(open_source(str(packed(tmp_path / "a.tar", PHOTOS))), 3))
     opened: list[str] = []
 
-    def counted(spec: str, tree: Callable[[str], Any] = opening._tree) -> Any:
+    def counted(spec: str, tree: Callable[[str], Any] = opening.listed) -> Any:
         opened.append(spec)
         return tree(spec)
 
-    monkeypatch.setattr(opening, "_tree", counted)
+    monkeypatch.setattr("simclr.data.sources.portions.listed", counted)
     read = reader(str(tmp_path / "a.tar"))
     assert not opened
     for portion in plan:
         assert len(list(read(portion))) == len(portion.names)
     assert len(plan) > 4 and len(opened) == 1
+
+
+def test_a_compressed_archive_is_unpacked_once_for_its_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process that reads all of them, some, or one again; and where somebody stops within one."""
+    source = open_source(str(packed(tmp_path / "a.tar.gz", PHOTOS)))
+    plan, expected = list(portions(source, 3)), told(source.items())
+    read = reader(str(tmp_path / "a.tar.gz"))
+    list(read(plan[0]))
+    opened: list[object] = []
+
+    class Counted(tar._Stream):
+        def __init__(self, *given: Any) -> None:
+            opened.append(given)
+            super().__init__(*given)
+
+    monkeypatch.setattr(tar, "_Stream", Counted)
+    assert [row for portion in plan[1:] for row in told(read(portion))] == expected[3:]
+    assert len(plan) > 8 and not opened
+    assert told(read(plan[2])) == expected[6:9]
+    next(half := read(plan[4]))
+    half.close()
+    assert told(read(plan[1])) + told(read(plan[5])) == expected[3:6] + expected[15:18]
 
 
 def test_a_machine_that_does_not_see_the_source_says_which(tmp_path: Path) -> None:

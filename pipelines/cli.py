@@ -33,7 +33,7 @@ COMMANDS = {
     "evaluate": "encoder + data → kNN, linear probes, the papers' protocols, the transfer suite",
     "publish": "run → a version in the model registry, `champion` if it is the best",
     "pull": "registry → an encoder directory",
-    "embed": "encoder + images → features.npz",
+    "embed": "encoder + images → features, as Parquet parts or one file, on one machine or many",
     "export": "encoder → a torch program, ONNX, or torchvision's names",
     "convert": "official TensorFlow checkpoint → an encoder directory",
     "report": "run → report.html",

@@ -171,17 +171,6 @@ def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 240 + 60 pattern images in a MiB each."""
-    from simclr.data import shards
-    from simclr.data.sources.open import open_source
-
-    out = tmp_path_factory.mktemp("small") / "shards"
-    shards.prepare(open_source("patterns:train=240,test=60"), out, shards.Options(shard_mib=1), 2, lambda done: None)
-    return out
-
-
-@pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder with a head of three layers, as pretraining publishes it."""
     from simclr.encoder.directory import write_encoder

@@ -24,7 +24,7 @@ from simclr.errors import UserError
 KINDS = ("shards", "features")
 """Kinds of copies that S3 has as they are here: they may be evicted. A run's copy may hold checkpoints that were not sent yet."""
 GONE = ".evicted-"
-"""An evicted copy is renamed to a name that begins so, which nothing reads, and then removed."""
+"""An evicted copy first gets a name that begins so, which nothing reads: a reader finds all of it or nothing, also after a kill."""
 _INSTEAD = "it is not read"
 _held = contextlib.ExitStack()  # until this process ends: it may read what it has mapped at any time
 _mine: dict[Path, Path] = {}  # copy → the pin of this process
@@ -55,7 +55,7 @@ def all_locked(copy: Path) -> Iterator[None]:
     with files.locked(uri.cache() / ".evicting.lock", own=True):
         for kind in KINDS:
             for rest in (uri.cache() / kind).glob(f"*/{GONE}*"):
-                shutil.rmtree(rest, ignore_errors=True)  # which follows no link
+                _remove(rest)
         yield
 
 
@@ -120,9 +120,12 @@ def pins(copy: Path) -> list[Pin]:
     return found
 
 
-def forget(copy: Path) -> None:
-    """Remove the mark of an evicted copy."""
+def evict(copy: Path) -> None:
+    """Remove `copy`. Inside `all_locked`."""
+    gone = copy.with_name(f"{GONE}{secrets.token_hex(8)}")
+    copy.rename(gone)
     _mark(copy).unlink(missing_ok=True)
+    _remove(gone)
 
 
 def is_copy(place: Path) -> bool:
@@ -130,6 +133,15 @@ def is_copy(place: Path) -> bool:
     top = uri.cache()
     parts = place.relative_to(top).parts if place.is_relative_to(top) else ()
     return len(parts) == 3 and parts[0] in KINDS
+
+
+def _remove(gone: Path) -> None:
+    """Remove a file or a folder, and follow no link. What cannot be removed stays for the next start."""
+    with contextlib.suppress(OSError):
+        if gone.is_symlink() or not gone.is_dir():
+            gone.unlink()
+        else:
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _mark(copy: Path) -> Path:

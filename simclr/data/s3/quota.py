@@ -1,14 +1,10 @@
-"""Room for the copies of datasets on this machine: what was used least recently goes, unless a process uses it.
-
-A copy that is evicted first loses its name, then its files. So a reader finds all of it or nothing, also after a kill in between.
-"""
+"""Room for the copies of datasets on this machine: what was used least recently goes, unless a process uses it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import secrets
 import shutil
 import time
 import warnings
@@ -94,10 +90,11 @@ def make_room(path: Path, needed: int, what: str, says: Callable[[str], None] = 
                 f"{_mib(needed)} MiB more are needed {what}"
             )
             raise UserError(f"{lacks}{_in_use(beside)}; free some, {instead if short >= over else f'set {VARIABLE} higher, or {instead}'}")
+        gone = ", ".join(_last(copy) for copy in chosen)
         for copy in chosen:
-            _evict(copy.path)
+            pins.evict(copy.path)
         if chosen:
-            says(f"evicted from {top}, to make room {what}: {', '.join(_last(copy) for copy in chosen)}")
+            says(f"evicted from {top}, to make room {what}: {gone}")
             files.require_space(path, needed, what, instead)  # a disk may have more users than we know
         pins.reserve(path, needed + sum(copy.bytes for copy in copies if copy.path == path))
 
@@ -114,30 +111,25 @@ def _chosen(free: list[_Copy], wanted: int, locks: contextlib.ExitStack) -> list
     return found if sum(one.bytes for one in found) >= wanted else None
 
 
-def _evict(copy: Path) -> None:
-    gone = copy.with_name(f"{pins.GONE}{secrets.token_hex(8)}")
-    copy.rename(gone)
-    pins.forget(copy)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
 def _copies(top: Path) -> tuple[list[_Copy], int]:
     """The copies in `top` that may be evicted, and the bytes of all else there. No link is followed."""
     found, others = [], 0
     for inside, folders, names in os.walk(top):
         parts = Path(inside).relative_to(top).parts
         if len(parts) == 2 and parts[0] in pins.KINDS:
-            mine = [Path(inside, name) for name in folders if not name.startswith(".")]
+            mine = [Path(inside, name) for name in (*folders, *names) if not name.startswith(".")]
             copies = [path for path in mine if not path.is_symlink() and files.is_own(path.lstat(), path.parent)]
             found += [_Copy(path, _below(path), pins.pins(path), pins.used(path)) for path in copies]
-            folders[:] = [name for name in folders if Path(inside, name) not in copies]
+            folders[:], names = ([name for name in some if Path(inside, name) not in copies] for some in (folders, names))
         others += sum(_bytes(Path(inside, name)) for name in names)
     return [copy for copy in found if copy.bytes or copy.users], others
 
 
-def _below(folder: Path) -> int:
-    """Bytes of the files below `folder`, but for a manifest: a copy that holds nothing else is worth keeping, and takes no room."""
-    return sum(_bytes(Path(inside, name)) for inside, _, names in os.walk(folder) for name in names if name != "manifest.json")
+def _below(copy: Path) -> int:
+    """Bytes of a file, or of those below a folder. A manifest does not count: a copy that holds nothing else takes no room, and stays."""
+    if not copy.is_dir():
+        return _bytes(copy)
+    return sum(_bytes(Path(inside, name)) for inside, _, names in os.walk(copy) for name in names if name != "manifest.json")
 
 
 def _bytes(path: Path) -> int:

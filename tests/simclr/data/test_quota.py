@@ -29,12 +29,12 @@ RUN = "s3://lab/runs/one"
 
 
 @pytest.fixture
-def size(s3: Proxy, small: Path) -> int:
+def size(s3: Proxy, patterns: Path) -> int:
     """Bytes of each of three datasets in S3."""
     store = _store()
     for place in (OLD, NEW, THIRD):
-        remote.push(small, place, silent, store)
-    return sum(shard.bytes for shard in read_manifest(small).shards)
+        remote.push(patterns, place, silent, store)
+    return sum(shard.bytes for shard in read_manifest(patterns).shards)
 
 
 @functools.cache
@@ -79,13 +79,13 @@ def used(place: Address) -> Iterator[subprocess.Popen[str]]:
         found.communicate()
 
 
-def test_the_dataset_that_nobody_uses_goes(size: int, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dataset_that_nobody_uses_goes(size: int, patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allow(size / 0.6, monkeypatch)
     assert fetched(OLD, last_used=1e9) == []
     (said,) = fetched(NEW)
     assert f"evicted from {uri.cache()}, to make room for the shards of {NEW}: {copy_of(OLD, 'shards')} (" in said
     assert "last used on 09 September 2001" in said
-    assert not copy_of(OLD, "shards").exists() and same(small, copy_of(NEW, "shards"))
+    assert not copy_of(OLD, "shards").exists() and same(patterns, copy_of(NEW, "shards"))
     assert fetched(NEW) == []  # nothing is needed: nothing goes
 
 
@@ -142,7 +142,7 @@ def test_nothing_goes_for_what_would_not_fit_all_the_same(size: int, monkeypatch
     assert here(OLD)
 
 
-def test_a_kill_in_the_middle_of_an_eviction_leaves_no_half_dataset(size: int, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_in_the_middle_of_an_eviction_leaves_no_half_dataset(size: int, patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allow(size / 0.6, monkeypatch)
     fetched(OLD)
     old = copy_of(OLD, "shards")
@@ -160,7 +160,7 @@ def test_a_kill_in_the_middle_of_an_eviction_leaves_no_half_dataset(size: int, s
     fetched(NEW)
     assert here(NEW) and not rest.exists() and not old.exists()  # the next start has removed the rest
     fetched(OLD)
-    assert same(small, old)
+    assert same(patterns, old)
 
 
 def test_several_that_need_room_at_once_do_not_fight(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_several_that_need_room_at_once_do_not_fight(size: int, monkeypatch: pyt
 
 
 def test_a_full_disk_ends_no_job_whose_neighbours_dataset_can_go(
-    size: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int, patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real file system of 1.6 datasets, if the machine lets us mount it, and no quota that would tell earlier."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size)}", "tmpfs", str(tmp_path)]
@@ -192,7 +192,7 @@ def test_a_full_disk_ends_no_job_whose_neighbours_dataset_can_go(
         monkeypatch.setenv("SIMCLR_CACHE_GIB", "1000")
         fetched(OLD)
         fetched(NEW)
-        assert same(small, copy_of(NEW, "shards")) and not copy_of(OLD, "shards").exists()
+        assert same(patterns, copy_of(NEW, "shards")) and not copy_of(OLD, "shards").exists()
         with used(NEW), pytest.raises(UserError, match=rf"no space left on the disk of \S+: \d MiB free, .* in use by {RUN}"):
             fetched(OLD)
     finally:
@@ -209,7 +209,7 @@ def test_a_quota_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         assert quota.limit(tmp_path) == found
 
 
-def test_no_link_is_followed_and_no_run_goes(size: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_link_is_followed_and_no_run_goes(size: int, patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched(OLD, last_used=1e9)
     old, run = copy_of(OLD, "shards"), copy_of(Address("lab", "runs/one"), "runs")
     (run / "checkpoints").mkdir(parents=True)
@@ -225,3 +225,20 @@ def test_no_link_is_followed_and_no_run_goes(size: int, small: Path, tmp_path: P
     assert "evicted" in fetched(NEW)[0]
     assert not old.exists() and (outside / "large.beton").exists() and (linked / "set").is_symlink()
     assert (run / "checkpoints" / "state").exists()
+
+
+def test_features_go_as_shards_do(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, file = (copy_of(Address("photos", name), "features") for name in ("features", "all.parquet"))
+    for path in (parts / "part-00000.parquet", file):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(size // 2))
+    with pins.all_locked(file):
+        pins._touch(file, "s3://photos/all.parquet")
+    os.utime(parts, (1e9, 1e9))
+    allow(1.6 * size, monkeypatch)
+    assert str(parts) in fetched(NEW)[0] and not parts.exists() and file.exists()
+    allow(1.2 * size, monkeypatch)
+    pins.hold(copy_of(NEW, "shards"), NEW, RUN)
+    said: list[str] = []
+    quota.make_room(parts, size // 8, "for a test", said.append)
+    assert "s3://photos/all.parquet" in said[0] and not file.exists() and here(NEW)

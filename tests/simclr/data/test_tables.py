@@ -25,7 +25,7 @@ def fetched_bytes(s3: Proxy) -> int:
     return sum(int(found[2]) + 1 - int(found[1]) for found in ranges if found is not None)  # a GET without a range is none of these
 
 
-@pytest.mark.parametrize("which", ["small", "photographs"])
+@pytest.mark.parametrize("which", ["patterns", "photographs"])
 def test_labels_are_those_of_the_shards_and_no_picture_is_fetched(s3: Proxy, which: str, request: pytest.FixtureRequest) -> None:
     data: Path = request.getfixturevalue(which)
     remote.push(data, PLACE, silent, store := Store())
@@ -39,9 +39,9 @@ def test_labels_are_those_of_the_shards_and_no_picture_is_fetched(s3: Proxy, whi
     assert 0 < fetched_bytes(s3) <= 2 * (len(manifest.shards) * 4096 + samples * (tables.SAMPLE_BYTES + 24))
 
 
-def test_bytes_that_change_on_their_way_are_fetched_again(s3: Proxy, small: Path) -> None:
-    remote.push(small, PLACE, silent, store := quick())
-    manifest, expected = read_manifest(small), loader.labels(small)
+def test_bytes_that_change_on_their_way_are_fetched_again(s3: Proxy, patterns: Path) -> None:
+    remote.push(patterns, PLACE, silent, store := quick())
+    manifest, expected = read_manifest(patterns), loader.labels(patterns)
     s3.quiet()
     s3.rate, s3.kinds = 0.3, ("flipped",)
     for _ in range(8):
@@ -49,11 +49,11 @@ def test_bytes_that_change_on_their_way_are_fetched_again(s3: Proxy, small: Path
     assert s3.faults["flipped"] >= 3
 
 
-def test_tables_that_contradict_the_manifest_are_a_sentence(s3: Proxy, small: Path, tmp_path: Path) -> None:
-    remote.push(small, PLACE, silent, store := quick())
-    manifest = read_manifest(small)
+def test_tables_that_contradict_the_manifest_are_a_sentence(s3: Proxy, patterns: Path, tmp_path: Path) -> None:
+    remote.push(patterns, PLACE, silent, store := quick())
+    manifest = read_manifest(patterns)
     (shard,) = manifest.splits["train"]
-    broken = bytearray((small / shard.name).read_bytes())
+    broken = bytearray((patterns / shard.name).read_bytes())
     broken[8:16] = (1 << 40).to_bytes(8, "little")  # the number of samples
     (tmp_path / shard.name).write_bytes(broken)
     store.upload(tmp_path / shard.name, PLACE / shard.name)

@@ -161,7 +161,7 @@ def _donor(note: Any, name: str) -> str:
 def _open(sweep: Sweep, directory: Path, config: Config, donor: str) -> Run:
     """The trial's run directory; under PBT with the weights of the trial `donor` and with its own new config."""
     at = address(sweep.data)
-    data, manifest = sync.retry_unreachable(lambda: sync.manifest(sweep.data, look=False), say)
+    data, manifest = sync.retry_unreachable(lambda: sync.manifest(sweep.data, look=False, by=str(directory)), say)
     if (directory / "run.json").is_file() and donor:
         inherit.take(load_run(directory), config, sweep.path / "trials" / donor)
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))

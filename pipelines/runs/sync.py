@@ -63,9 +63,10 @@ def shards(place: str | Path, groups: int = 1, group: int = 0, by: str = "", tel
     return copy
 
 
-def manifest(place: str | Path, look: bool = True) -> tuple[Path, Manifest]:
+def manifest(place: str | Path, look: bool = True, by: str = "") -> tuple[Path, Manifest]:
     """The directory of shards at `place` and their manifest, for a process that reads no shard: of s3://… this machine gets the manifest
-    alone. On disk there is a `look` at the size of each shard. Raises UserError if there are no shards."""
+    alone, which is kept as `shards` keeps a copy. On disk there is a `look` at the size of each shard. Raises UserError if there are no
+    shards."""
     at = address(place)
     if at is None:
         return Path(place), read_manifest(Path(place), look)
@@ -73,7 +74,7 @@ def manifest(place: str | Path, look: bool = True) -> tuple[Path, Manifest]:
     from simclr.data.s3.store import Store
 
     copy = copy_of(at, "shards")
-    pins.hold(copy, at, _command())
+    pins.hold(copy, at, by or _command())
     return copy, remote.fetch_manifest(at, copy, Store())
 
 

@@ -150,7 +150,7 @@ DATA = (
         "simclr/data/s3/tables.py",
         "if os.pread(file.fileno(), end - begin, begin) != first:",
         "if not first:",
-        "tests/simclr/data/test_tables.py::test_bytes_that_change_on_their_way_are_fetched_again",
+        "tests/simclr/data/test_labels_in_s3.py::test_bytes_that_change_on_their_way_are_fetched_again",
     ),
     Mutation(
         "a-driver-fetches-the-shards",

@@ -45,13 +45,7 @@ _COLUMNS = {
     "height": pyarrow.int32(),
 }
 _COMPRESSED = dict.fromkeys(_COLUMNS, "zstd")  # the features have no order that a compressor would find
-_FAILED = {
-    "id": pyarrow.int64(),
-    "split": pyarrow.string(),
-    "path": pyarrow.string(),
-    "label": pyarrow.string(),
-    "reason": pyarrow.string(),
-}
+_FAILED = {"id": pyarrow.int64(), **dict.fromkeys(("split", "path", "label", "reason"), pyarrow.string())}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

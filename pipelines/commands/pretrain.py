@@ -17,7 +17,6 @@ from pipelines.runs.directory import Run
 from pipelines.terminal import show
 from pipelines.train import driver, ray_train, warm_start
 from simclr.config import Config
-from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,8 +84,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
     """The job, with its run directory begun; `lock` then holds `Run.alone`."""
     config = args.config
     groups = config.train.shard_groups
-    data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # with groups it fetches none: all may not fit here
-    manifest = read_manifest(data, look=groups == 1)
+    data, manifest = sync.manifest(args.data, look=groups == 1)  # with groups not all shards may lie here
     examples, classes = manifest.examples("train", groups), manifest.classes
     driver.require_shares(config, examples, args.resources)
     weights, start = _start(args)

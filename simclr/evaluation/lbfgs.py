@@ -89,8 +89,8 @@ def fit(
 
 
 def _axes(h: Tensor, mean: Tensor) -> Tensor:
-    """(d, r) principal axes of the centred rows x = h − mean (n, d), without those along which x is rounding alone: with more features than rows there
-    are many, and under a weak penalty the fit would follow them."""
+    """(d, r) principal axes of the centred rows x = h − mean (n, d), without those along which x is rounding alone: with more features
+    than rows there are many, and under a weak penalty the fit would follow them."""
     gram = h.new_zeros(h.shape[1], h.shape[1], dtype=torch.float64)
     for part in h.split(_ROWS):
         rows = (part - mean).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ class Regression:
         blocks = -(-self.n // step)
         count = max(min(cores.count, blocks), 1)
         cuts = [blocks * i // count * step for i in range(count)] + [self.n]
-        self.spans = [_Span(rows.between(a, b), y[a:b], scale, classes, step) for a, b in zip(cuts, cuts[1:], strict=False)]
+        self.spans = [_Span(rows.between(a, b), y[a:b], scale, classes, step) for a, b in itertools.pairwise(cuts)]
 
     def __call__(self, weights: Tensor, decay: float) -> tuple[Tensor, Tensor]:
         """(the objective as a float32 scalar, its gradient, shaped like weights)."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from simclr.data.limits import memory_bytes
 
 _NEAR = 1 << 18  # numbers of a block that stay in a core's cache between two products
 _FAR = 1 << 24  # numbers of a block on a GPU, whose launches are dear
@@ -67,6 +72,24 @@ class Rows:
         for _, x in self.blocks(self.rows_at_once(1)):
             total += (x - mean).square_().sum(0, dtype=torch.float64)
         return mean, (total / (len(self) - 1)).sqrt().float()
+
+
+def matrix(n: int, d: int) -> Tensor:
+    """(n, d) float32 to be filled, in the host's memory or, where it would be more than a quarter of the machine's, in a mapped file
+    without a name in the temporary folder, which the system may write out."""
+    wanted = n * d * 4
+    if wanted <= memory_bytes() // 4:
+        return torch.empty(n, d)
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, wanted)  # a full disk is an error now, and not a signal later
+        return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(n, d)))
+
+
+def placed(h: Tensor, device: torch.device) -> Rows:
+    """The rows of h on `device`; a GPU without room for them gets block after block."""
+    if device.type == "cuda" and h.numel() * 4 <= torch.cuda.mem_get_info(device)[0] // 2:
+        return Rows(h.to(device))
+    return Rows(h, None, device)
 
 
 def rows_of(h: Tensor | Rows) -> Rows:

@@ -1,4 +1,4 @@
-"""What a sample of a source decides for all of it: raw or JPEG, and the range of pixels of more than 8 bits."""
+"""What a sample of a source decides for all of it: raw or JPEG, the range of pixels of more than 8 bits, how many make a shard."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import itertools
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from simclr import fields, files
 from simclr.data.depth import Rule, decided
-from simclr.data.encode import Looked, look
+from simclr.data.encode import Looked, encode, look
 from simclr.data.options import Options
 from simclr.data.sources.source import Item, Source, bundles
 from simclr.errors import UserError
 
 SAMPLE = 256
 """Images, evenly spaced over the source where it can be read so."""
+ENCODED = 128
+"""Images of it that are encoded, for their mean size."""
 _RAW_SIDE_PX = 64
 _AHEAD, _AHEAD_BYTES = 16, 128 << 20  # images of the sample in memory
 
@@ -38,6 +40,12 @@ class Choice:
     """Kind of pixels → black and white (`depth.Rule`)."""
     times: str
     """`Source.times` at that time."""
+    size_px: tuple[int, int] | None = None
+    """Height and width that all images have; None where they may differ."""
+    mean_bytes: float = 0.0
+    """Of an image, as stored: how many make about a shard."""
+    images_unnamed: int = 0
+    """Images of the first part of the source whose names are known only when it is read, or so many as make a shard."""
 
     def save(self, path: Path, key: str) -> None:
         """`key` identifies the source, but for its times, and the options."""
@@ -58,7 +66,7 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
     rule = options.rule({})
     tried, first = 0, ""
     seen: list[tuple[str, Looked]] = []  # without the files, which may be in memory
-    for item, looked in _looked(_sample(source), options.max_side_px, rule, pool):
+    for item, looked in _looked(_sample(source, SAMPLE), options.max_side_px, rule, pool):
         tried += 1
         first = first or (f"; the first: {item.name}: {looked.skipped}" if looked.skipped else "")
         if not looked.skipped:
@@ -72,7 +80,30 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
     small = other is None and max(height, width) <= _RAW_SIDE_PX
     raw = options.kind == "raw" or (options.kind == "auto" and small)
     ranges = {} if options.value_range else decided([looked.values for _, looked in seen if looked.values])
-    return Choice("raw" if raw else "jpeg", 3 * height * width if raw else 1 << 8, ranges, source.times)
+    size = (height, width) if raw else None
+    choice = Choice("raw" if raw else "jpeg", 3 * height * width if raw else 1 << 8, ranges, source.times, size)
+    return measured(source, options, choice, pool)
+
+
+def chosen_again(source: Source, options: Options, choice: Choice, pool: ThreadPoolExecutor) -> Choice:
+    """The `choice`, whose kind or ranges an image has contradicted, with all that follows from it: the same as a sample with that image
+    would have given."""
+    if choice.kind == "jpeg":
+        choice = replace(choice, bytes_each=1 << 8, size_px=None)
+    return measured(source, options, choice, pool)
+
+
+def measured(source: Source, options: Options, choice: Choice, pool: ThreadPoolExecutor) -> Choice:
+    """The `choice` with the mean size of a sample as it will be stored, and the number of images of the first part without names."""
+    rule, sizes = options.rule(choice.ranges), [choice.bytes_each] if choice.kind == "raw" else []
+    for some in bundles(_sample(source, ENCODED) if not sizes else iter(()), _AHEAD, _AHEAD_BYTES):
+        encoded = pool.map(lambda item: encode(item, choice.kind, options.max_side_px, options.jpeg_quality, rule), some)
+        sizes += [len(one.stored) for one in encoded if not one.skipped]
+    mean = sum(sizes) / len(sizes) if sizes else float(choice.bytes_each)
+    unnamed = [part for part in source.parts if not part.names]
+    each = int((options.shard_mib << 20) / mean) + 1
+    images = sum(1 for _ in itertools.islice(source.read(unnamed[0]), each)) if len(unnamed) > 1 else 0
+    return replace(choice, mean_bytes=mean, images_unnamed=images)
 
 
 def sizes_differ(name: str, size: tuple[int, int], before: tuple[int, int]) -> str:
@@ -80,14 +111,14 @@ def sizes_differ(name: str, size: tuple[int, int], before: tuple[int, int]) -> s
     return f"{name} has {size[1]} × {size[0]} px, the images before it {before[1]} × {before[0]}; raw shards hold one size: use --kind jpeg"
 
 
-def _sample(source: Source) -> Iterator[Item]:
+def _sample(source: Source, most: int) -> Iterator[Item]:
     """Images from all over the source; where an archive does not know its names beforehand, those at its beginning too."""
     count = 0
-    for item in source.sample(SAMPLE):
+    for item in source.sample(most):
         count += 1
         yield item
-    if count < SAMPLE and not all(part.names for part in source.parts):
-        yield from itertools.islice(source.items(), SAMPLE)
+    if count < most and not all(part.names for part in source.parts):
+        yield from itertools.islice(source.items(), most)
 
 
 def _looked(items: Iterator[Item], max_side_px: int, rule: Rule, pool: ThreadPoolExecutor) -> Iterator[tuple[Item, Looked]]:

@@ -74,7 +74,7 @@ class About:
 
     def of(self, split: str) -> list[Shard]:
         """The shards of a split."""
-        return [Shard(*rest) for of, *rest in self.shards if of == split]
+        return [Shard(name, size, sha256, samples) for of, name, size, sha256, samples in self.shards if of == split]
 
     def whole(self) -> list[Shard]:
         """The shards of both splits."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from simclr import files
 from simclr.data import agreement, note
+from simclr.data.agreement import NOTES, SHARD
 from simclr.data.manifest import LISTS, Manifest, Shard
 from simclr.data.note import Note
 from simclr.data.options import Options
@@ -25,10 +25,9 @@ from simclr.data.s3.uri import Address, address, copy_of, own
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
 
-_LOCK, _CHOICE, _NOTES = ".writing-lock", ".writing-choice.json", ".writing-part-"
+_LOCK, CHOICE = ".writing-lock", ".writing-choice.json"
 _PARTS = ".parts"
 _SIGN_S, _GONE_S = 15.0, 60.0  # how often a driver gives a sign in S3, and after how long without one it counts as dead
-_SHARD = re.compile(r"(train|test)-\d{5,}(-\d+)?\.beton")
 _MOST_SMALL_BYTES = 1 << 20
 _AT_ONCE = 8
 
@@ -51,22 +50,21 @@ class Folder:
         """Keep a second prepare out, and leave no folder behind that nothing came into."""
         made = not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
-        try:
-            with contextlib.ExitStack() as stack:
-                try:
-                    stack.enter_context(files.locked(self.out / _LOCK, wait=False))
-                except BlockingIOError:
-                    raise UserError(f"another prepare is writing to {self.out}; wait for it, or use another --out") from None
-                stack.callback((self.out / _LOCK).unlink, missing_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(files.locked(self.out / _LOCK, wait=False))
+            except BlockingIOError:
+                raise UserError(f"another prepare is writing to {self.out}; wait for it, or use another --out") from None
+            stack.callback((self.out / _LOCK).unlink, missing_ok=True)
+            try:
                 yield
-        finally:
-            if made and not (self.out / "manifest.json").exists() and not list(self.out.glob(f"{_NOTES}*.parquet")):
-                with contextlib.suppress(BlockingIOError), files.locked(self.out / _LOCK, wait=False):
+            finally:
+                if made and not (self.out / "manifest.json").exists() and not list(self.out.glob(f"{NOTES}*.parquet")):
                     shutil.rmtree(self.out)
 
     def choice(self) -> Path:
         """The file with what a sample decided, which may not be there."""
-        return self.out / _CHOICE
+        return self.out / CHOICE
 
     def keep_choice(self) -> None:
         """Called when `choice` was written."""
@@ -81,7 +79,7 @@ class Folder:
 
     def keep_note(self, number: int) -> Path:
         """Where the note of a part is to be written; `sent` is to be called then."""
-        return self.out / f"{_NOTES}{number:05d}.parquet"
+        return self.out / f"{NOTES}{number:05d}.parquet"
 
     def sent(self, number: int) -> None:
         """Called when the note of a part was written."""
@@ -118,11 +116,11 @@ class Folder:
 
     def has_shards(self) -> bool:
         """Whether an unfinished prepare, also one of an earlier version, had finished a part."""
-        return any(self.out.glob(f"{_NOTES}*.parquet")) or any(self.out.glob(".writing-*.beton.json"))
+        return any(self.out.glob(f"{NOTES}*.parquet")) or any(self.out.glob(".writing-*.beton.json"))
 
     def clear(self, kept: Mapping[int, Note], everything: bool = False) -> None:
         """Remove what an unfinished prepare left, but for the notes and shards of `kept`; or everything, the choice too."""
-        keep = {_LOCK} if everything else {_LOCK, _CHOICE}
+        keep = {_LOCK} if everything else {_LOCK, CHOICE}
         for number, one in kept.items():
             keep |= {self.keep_note(number).name} | {self._path(shard).name for shard in one.about.whole()}
         for path in agreement.unfinished(self.out):
@@ -215,14 +213,14 @@ class Prefix:
         """The file with what a sample decided, which may not be there."""
         from simclr.data.s3.answers import Missing
 
-        path = self.scratch / _CHOICE
+        path = self.scratch / CHOICE
         with contextlib.suppress(Missing):
             path.write_bytes(self.store.read(self.at / _PARTS / "choice.json", _MOST_SMALL_BYTES))
         return path
 
     def keep_choice(self) -> None:
         """Called when `choice` was written."""
-        self.store.upload(self.scratch / _CHOICE, self.at / _PARTS / "choice.json")
+        self.store.upload(self.scratch / CHOICE, self.at / _PARTS / "choice.json")
 
     def require_space(self, needed: int) -> None:
         """A bucket has room."""
@@ -276,7 +274,7 @@ class Prefix:
 
     def has_shards(self) -> bool:
         """Whether an unfinished prepare, also one of an earlier version, had sent something."""
-        return any(_SHARD.fullmatch(o.name) for o in self.store.listing(self.at))
+        return any(SHARD.fullmatch(o.name) for o in self.store.listing(self.at))
 
     def clear(self, kept: Mapping[int, Note], everything: bool = False) -> None:
         """Remove what an unfinished prepare sent, but for the notes and shards of `kept`; or everything, the choice too."""
@@ -298,7 +296,7 @@ class Prefix:
 
     def _remove(self, keep: set[str]) -> None:
         for o in self.store.listing(self.at):
-            if o.name not in keep and (o.name.startswith(f"{_PARTS}/") or _SHARD.fullmatch(o.name)):
+            if o.name not in keep and (o.name.startswith(f"{_PARTS}/") or SHARD.fullmatch(o.name)):
                 self.store.delete(self.at / o.name)
 
 

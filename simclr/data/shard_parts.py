@@ -124,12 +124,17 @@ class Making:
     @classmethod
     def from_dict(cls, values: Plain) -> Making:
         """What `to_dict` gave, also after it went through JSON."""
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in values["options"].items()}
+        options: Plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values["options"].items()}
         choice = dict(values["choice"])
         choice["ranges"] = {kind: tuple(found) for kind, found in choice["ranges"].items()}
-        choice["size_px"] = choice["size_px"] and tuple(choice["size_px"])
-        given = {"options": Options(**options), "choice": Choice(**choice), "classes": tuple(values["classes"])}
-        return cls(source=values["source"], key=values["key"], **given)
+        choice["size_px"] = tuple(choice["size_px"])
+        return cls(
+            source=values["source"],
+            key=values["key"],
+            options=Options(**options),
+            choice=Choice(**choice),
+            classes=tuple(values["classes"]),
+        )
 
 
 class Again(Exception):
@@ -156,16 +161,18 @@ class Maker:
         self.ranks: dict[str | None, int] = {name: rank for rank, name in enumerate(classes)}
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
 
-    def make(self, number: int, items: Iterator[Item]) -> Plain:
-        """Make a part. Returns what the driver is told: rows, skipped, first, reasons; or, in `again`, `refused` or `full`, why it cannot
-        be made so."""
+    def make(self, number: int, items: Iterator[Item], judge: Callable[[note.Writer], None] = lambda written: None) -> Plain:
+        """Make a part. judge gets what there is of its note, behind each image that could not be used, and may raise. Returns what the
+        driver is told: rows, skipped, first, reasons. Raises Again and Refused for an image that contradicts the sample."""
         written = note.Writer(note.About(key=self.making.key, number=number, ranked=self.ranked))
         most = int((self.making.options.shard_mib << 20) * _MOST_LARGER)
         writers = {split: SplitWriter(self.output.scratch, split, number, most, self.output.keep) for split in note.SPLITS}
         try:
             for encoded in self._in_order(items):
                 written.add(encoded)
-                if not encoded.skipped:
+                if encoded.skipped:
+                    judge(written)
+                else:
                     self._require_expected(encoded)
                     writers[encoded.item.split].add(encoded, self.ranks.get(encoded.item.label, -1))
                 self.progress()
@@ -184,7 +191,7 @@ class Maker:
     def _require_expected(self, encoded: Encoded) -> None:
         """Raise Again, or Refused, for an image that contradicts the sample."""
         choice, name, size = self.making.choice, encoded.item.name, (encoded.height, encoded.width)
-        if choice.kind == "raw" and choice.size_px is not None and choice.size_px != size:
+        if choice.size_px and choice.size_px != size:
             height, width = choice.size_px
             if self.making.options.kind == "raw":
                 raise Refused(sizes_differ(name, size, (height, width)))
@@ -263,10 +270,10 @@ def make_parts(settings: Plain) -> Callable[[Plain], Plain]:
     return make
 
 
-def told(maker: Maker, number: int, items: Iterator[Item]) -> Plain:
-    """`Maker.make`, with what ends a prepare in plain values."""
+def told(maker: Maker, number: int, items: Iterator[Item], judge: Callable[[note.Writer], None] = lambda written: None) -> Plain:
+    """`Maker.make`, or in `again`, `refused` or `full` why the part cannot be made so, in plain values."""
     try:
-        return maker.make(number, items)
+        return maker.make(number, items, judge)
     except Again as again:
         return {"again": {"sentence": str(again), "kind": again.kind, "ranges": again.ranges}}
     except Refused as refused:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +20,9 @@ from simclr.errors import UserError
 
 SAMPLE = 256
 """Images, evenly spaced over the source where it can be read so."""
-ENCODED = 128
-"""Images of it that are encoded, for their mean size."""
 _RAW_SIDE_PX = 64
 _AHEAD, _AHEAD_BYTES = 16, 128 << 20  # images of the sample in memory
+_EVERY, _MOST_BYTES = 2, 256 << 20  # of the sample, those whose size is measured: they are held in memory
 
 
 class Unusable(UserError):
@@ -40,8 +40,8 @@ class Choice:
     """Kind of pixels → black and white (`depth.Rule`)."""
     times: str
     """`Source.times` at that time."""
-    size_px: tuple[int, int] | None = None
-    """Height and width that all images have; None where they may differ."""
+    size_px: tuple[int, ...] = ()
+    """Height and width that all images have; () where they may differ."""
     mean_bytes: float = 0.0
     """Of an image, as stored: how many make about a shard."""
     images_unnamed: int = 0
@@ -66,7 +66,8 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
     rule = options.rule({})
     tried, first = 0, ""
     seen: list[tuple[str, Looked]] = []  # without the files, which may be in memory
-    for item, looked in _looked(_sample(source, SAMPLE), options.max_side_px, rule, pool):
+    some = _Some()  # an archive is unpacked once for the sample
+    for item, looked in _looked(some.of(_sample(source)), options.max_side_px, rule, pool):
         tried += 1
         first = first or (f"; the first: {item.name}: {looked.skipped}" if looked.skipped else "")
         if not looked.skipped:
@@ -80,25 +81,43 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
     small = other is None and max(height, width) <= _RAW_SIDE_PX
     raw = options.kind == "raw" or (options.kind == "auto" and small)
     ranges = {} if options.value_range else decided([looked.values for _, looked in seen if looked.values])
-    size = (height, width) if raw else None
+    size = (height, width) if raw else ()
     choice = Choice("raw" if raw else "jpeg", 3 * height * width if raw else 1 << 8, ranges, source.times, size)
-    return measured(source, options, choice, pool)
+    return _measured(source, some.items, options, choice, pool)
 
 
 def chosen_again(source: Source, options: Options, choice: Choice, pool: ThreadPoolExecutor) -> Choice:
     """The `choice`, whose kind or ranges an image has contradicted, with all that follows from it: the same as a sample with that image
     would have given."""
     if choice.kind == "jpeg":
-        choice = replace(choice, bytes_each=1 << 8, size_px=None)
-    return measured(source, options, choice, pool)
+        choice = replace(choice, bytes_each=1 << 8, size_px=())
+    some = _Some()
+    deque(some.of(_sample(source)), maxlen=0)
+    return _measured(source, some.items, options, choice, pool)
 
 
-def measured(source: Source, options: Options, choice: Choice, pool: ThreadPoolExecutor) -> Choice:
-    """The `choice` with the mean size of a sample as it will be stored, and the number of images of the first part without names."""
+class _Some:
+    """Images of a sample that are kept while it passes."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+
+    def of(self, sample: Iterator[Item]) -> Iterator[Item]:
+        """The `sample`."""
+        size = 0
+        for place, item in enumerate(sample):
+            if place % _EVERY == 0 and size < _MOST_BYTES:
+                self.items.append(item)
+                size += len(item.data) if isinstance(item.data, bytes) else getattr(item.data, "nbytes", 0)
+            yield item
+
+
+def _measured(source: Source, some: Sequence[Item], options: Options, choice: Choice, pool: ThreadPoolExecutor) -> Choice:
+    """The `choice` with the mean size of `some` images as they will be stored, and the number of images of the first part without names."""
     rule, sizes = options.rule(choice.ranges), [choice.bytes_each] if choice.kind == "raw" else []
-    for some in bundles(_sample(source, ENCODED) if not sizes else iter(()), _AHEAD, _AHEAD_BYTES):
+    if not sizes:
         encoded = pool.map(lambda item: encode(item, choice.kind, options.max_side_px, options.jpeg_quality, rule), some)
-        sizes += [len(one.stored) for one in encoded if not one.skipped]
+        sizes = [len(one.stored) for one in encoded if not one.skipped]
     mean = sum(sizes) / len(sizes) if sizes else float(choice.bytes_each)
     unnamed = [part for part in source.parts if not part.names]
     each = int((options.shard_mib << 20) / mean) + 1
@@ -111,14 +130,14 @@ def sizes_differ(name: str, size: tuple[int, int], before: tuple[int, int]) -> s
     return f"{name} has {size[1]} × {size[0]} px, the images before it {before[1]} × {before[0]}; raw shards hold one size: use --kind jpeg"
 
 
-def _sample(source: Source, most: int) -> Iterator[Item]:
+def _sample(source: Source) -> Iterator[Item]:
     """Images from all over the source; where an archive does not know its names beforehand, those at its beginning too."""
     count = 0
-    for item in source.sample(most):
+    for item in source.sample(SAMPLE):
         count += 1
         yield item
-    if count < most and not all(part.names for part in source.parts):
-        yield from itertools.islice(source.items(), most)
+    if count < SAMPLE and not all(part.names for part in source.parts):
+        yield from itertools.islice(source.items(), SAMPLE)
 
 
 def _looked(items: Iterator[Item], max_side_px: int, rule: Rule, pool: ThreadPoolExecutor) -> Iterator[tuple[Item, Looked]]:

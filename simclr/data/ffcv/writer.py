@@ -33,12 +33,12 @@ METADATA: Any = get_metadata_type([f for _, _, f in _FIELDS])
 _IMAGE, _LABEL = METADATA.names
 # The metadata comes before the images, but its length is known only after them: it gets the rest of the first page.
 _METADATA_AT = HeaderType.itemsize + len(_FIELDS) * FieldDescType.itemsize
-MOST_SAMPLES = (PAGE - _METADATA_AT) // METADATA.itemsize
+MOST_SAMPLES: int = (PAGE - _METADATA_AT) // METADATA.itemsize
 """Of a shard: so many rows fit the first page."""
 
 
 class SplitWriter:
-    """Appends the images of a part that are of one split to shards named `{split}-{number:05d}.beton`, then `{split}-{number:05d}-1.beton` …
+    """Appends the images of a part that are of one split to shards called train-00003.beton, then train-00003-1.beton, and so on.
 
     finished gets each that is whole and on the disk of `folder`, under a temporary name there, and puts it where it belongs."""
 

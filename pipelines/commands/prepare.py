@@ -144,14 +144,6 @@ def _register(betons: dict[str, Path], args: Args, out: Path) -> Manifest:
     return manifest
 
 
-def _elsewhere(args: Args) -> shards.Elsewhere | None:
-    """The processes that make the parts; None = this one."""
-    if args.where.here:
-        return None
-    threads = args.where.cpus_per_worker or 1
-    return shards.Elsewhere(run=functools.partial(run, where=args.where), reading=args.reading, threads=threads)
-
-
 def _write(args: Args, source: Source) -> Manifest:
     out = _out(args)
     say(told(source))
@@ -170,7 +162,7 @@ def _write(args: Args, source: Source) -> Manifest:
             resumed,
             identity=args.identity,
             says=say,
-            elsewhere=_elsewhere(args),
+            elsewhere=None if args.where.here else shards.Elsewhere(run=functools.partial(run, where=args.where), reading=args.reading),
         )
     if manifest.duplicates:
         copies = "image is a copy" if manifest.duplicates == 1 else "images are copies"

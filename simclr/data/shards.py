@@ -45,11 +45,10 @@ class Elsewhere:
     """Other processes that make parts."""
 
     run: Callable[[Callable[[Plain], Callable[[Plain], Plain]], Plain, Sequence[Plain]], Iterator[tuple[Plain, Plain]]]
-    """A function that makes the function for parts (called once in each process), its settings, the parts → (part, result) of each."""
+    """What makes the function for parts (called once in each process), its settings, parts → (part, result) of each. It adds `threads` to
+    the settings: of each process."""
     reading: Reading
     """How the source was opened."""
-    threads: int
-    """Of each process."""
 
 
 def prepare(
@@ -209,7 +208,7 @@ class _Job:
             finally:
                 maker.close(wait=False)  # Ctrl-C does not wait for pictures
             return
-        settings = {"making": making.to_dict(), "out": str(self.output), "threads": self.elsewhere.threads}
+        settings = {"making": making.to_dict(), "out": str(self.output)}
         settings |= {"reading": {name: getattr(self.elsewhere.reading, name) for name in Reading.__dataclass_fields__}}
         plain = [{"number": number, "portions": [run.portion(self.source) for run in runs]} for number, runs in parts.items()]
         for part, result in self.elsewhere.run(make_parts, settings, plain):

@@ -1,20 +1,33 @@
-"""`simclr prepare` on several processes: the bytes of one, on a disk and in S3, also where one of them is killed."""
+"""`simclr prepare` by several processes: the bytes of one, on a disk and in S3, also where one of them is killed."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipelines.commands import prepare
-from pipelines.parts.run import Where
+from pipelines.parts.run import Where, run
+from simclr.data import note, shards
 from simclr.data.manifest import Manifest
 from simclr.data.options import Options
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import address
+from simclr.data.sources.open import open_source
+from simclr.data.sources.reading import Reading
 from tests.support.s3 import Proxy
+
+Plain = dict[str, Any]
+Shards = tuple[Manifest, dict[str, bytes]]
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +45,33 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def args(source: Path, out: Path | str, workers: int | None = None) -> prepare.Args:
-    return prepare.Args(str(source), Path(out), options=Options(shard_mib=1), threads=2, where=Where(workers=workers))
+def by_one(source: Path, out: Path | str) -> Manifest:
+    return prepare.prepare(prepare.Args(str(source), Path(out), options=Options(shard_mib=1), threads=2))
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def by(run: Any, source: Path, out: Path | str, told: list[int] | None = None) -> Manifest:
+    """By the processes, or what stands for them, of `run`."""
+    elsewhere = shards.Elsewhere(run=run, reading=Reading())
+    resumed = (told if told is not None else []).append
+    return shards.prepare(open_source(str(source)), Path(out), Options(shard_mib=1), 2, lambda done: None, resumed, elsewhere=elsewhere)
+
+
+def lies_at(out: Path | str) -> dict[str, bytes]:
+    at = address(out)
+    if at is None:
+        return {path.name: path.read_bytes() for path in Path(out).iterdir()}
+    store = Store()
+    return {o.name: store.read(at / o.name) for o in store.listing(at)}
 
 
 @pytest.fixture(scope="module")
-def one(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, dict[str, bytes]]:
+def one(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """What one process makes of them."""
     out = tmp_path_factory.mktemp("one") / "shards"
-    manifest = prepare.prepare(args(pictures, out))
-    return manifest, files(out)
+    return by_one(pictures, out), lies_at(out)
 
 
-def test_one_process_makes_several_parts(one: tuple[Manifest, dict[str, bytes]]) -> None:
+def test_one_process_makes_several_parts(one: Shards) -> None:
     manifest, found = one
     assert len(manifest.splits["train"]) >= 3 and manifest.skipped == 2 and (manifest.duplicates, manifest.conflicts) == (2, 2)
     assert {name for name in found if not name.endswith(".beton")} == {
@@ -56,18 +79,55 @@ def test_one_process_makes_several_parts(one: tuple[Manifest, dict[str, bytes]])
     }
 
 
-def test_two_processes_make_the_bytes_of_one(
-    shared_ray: None, pictures: Path, one: tuple[Manifest, dict[str, bytes]], tmp_path: Path
-) -> None:
-    assert prepare.prepare(args(pictures, tmp_path / "two", 2)) == one[0]
-    assert files(tmp_path / "two") == one[1]
+def backwards(most: int, make: Callable[[Plain], Any], settings: Plain, parts: Sequence[Plain]) -> Iterator[tuple[Plain, Plain]]:
+    """Two makers by turns in this process, the last part first; ends like a killed driver behind `most` parts."""
+    makers = [make(json.loads(json.dumps(settings)) | {"threads": 1}) for _ in range(2)]
+    for i, part in enumerate(reversed(parts)):
+        if i == most:
+            raise KeyboardInterrupt
+        yield part, json.loads(json.dumps(makers[i % 2](json.loads(json.dumps(part)))))
 
 
-def test_in_s3_lie_the_same_bytes(
-    shared_ray: None, s3: Proxy, pictures: Path, one: tuple[Manifest, dict[str, bytes]], tmp_path: Path
+@pytest.mark.parametrize("place", ["{}/out", "s3://photos/{}"])
+def test_parts_come_in_any_order_and_a_killed_driver_goes_on(s3: Proxy, pictures: Path, one: Shards, tmp_path: Path, place: str) -> None:
+    out = place.format(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        by(functools.partial(backwards, 2), pictures, out)
+    there = lies_at(out)
+    assert "manifest.json" not in there and sum(name.endswith(".parquet") for name in there) == 2
+    went_on: list[int] = []
+    assert by(functools.partial(backwards, -1), pictures, out, went_on) == one[0]
+    assert lies_at(out) == one[1] and 50 < went_on[0] < 300
+    s3.log.clear()
+    assert by_one(pictures, out) == one[0] and not [path for method, path, _ in s3.log if method in ("PUT", "POST", "DELETE")]
+
+
+def dying(environment: dict[str, str], grave: str, make: Callable[[Plain], Any], settings: Plain) -> Callable[[Plain], Plain]:
+    """The function for parts. The process that is the first to take the second part is killed in the middle of it."""
+    os.environ.update(environment)
+    work, add, rows = make(settings), note.Writer.add, itertools.count()
+
+    def killed(self: note.Writer, encoded: Any) -> None:
+        if next(rows) == 20:
+            Path(grave).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, encoded)
+
+    def works(part: Plain) -> Plain:
+        if part["number"] == 1 and not Path(grave).exists():
+            note.Writer.add = killed  # type: ignore[method-assign]
+        return work(part)
+
+    return works
+
+
+def test_two_processes_of_ray_make_the_bytes_of_one_though_one_is_killed(
+    shared_ray: None, s3: Proxy, pictures: Path, one: Shards, tmp_path: Path
 ) -> None:
-    for workers in (None, 2):
-        out = f"s3://photos/by/{workers or 1}"
-        assert prepare.prepare(args(pictures, out, workers)) == one[0]
-        at, store = address(out), Store()
-        assert at is not None and {o.name: store.read(at / o.name) for o in store.listing(at)} == one[1]
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "SIMCLR_"))}
+
+    def on_ray(make: Any, settings: Plain, parts: Sequence[Plain]) -> Iterator[tuple[Plain, Plain]]:
+        return run(functools.partial(dying, environment, str(tmp_path / "grave"), make), settings, parts, Where(workers=2))
+
+    assert by(on_ray, pictures, "s3://photos/ray") == one[0]
+    assert lies_at("s3://photos/ray") == one[1] and (tmp_path / "grave").exists()

@@ -6,6 +6,20 @@ from tests.support.mutation import Mutation
 
 DATA = (
     Mutation(
+        "a-part-of-other-options-is-done",
+        "simclr/data/note.py",
+        "(about.key, about.number, about.rows) != (key, number, rows)",
+        "(about.number, about.rows) != (number, rows)",
+        "tests/simclr/data/test_agreement.py::test_an_interrupted_prepare_of_other_classes_or_times_is_not_resumed",
+    ),
+    Mutation(
+        "classes-that-were-not-listed-keep-old-ranks",
+        "simclr/data/shards.py",
+        "note.about.shards and note.about.ranked != ranked_by(found.names)",
+        "not note.about.shards",
+        "tests/simclr/data/test_shards.py::test_labels_are_ranks_of_class_names_that_come_in_any_order",
+    ),
+    Mutation(
         "each-image-has-its-own-range",
         "simclr/data/depth.py",
         "black, white = rule.ranges[kind]\n    if values",
@@ -14,9 +28,9 @@ DATA = (
     ),
     Mutation(
         "skipped-images-are-counted-at-the-end",
-        "simclr/data/shards.py",
-        "            self._require_readable(skipped, seen - 1)\n",
-        "",
+        "simclr/data/shard_parts.py",
+        "                    judge(written)\n",
+        "                    pass\n",
         "tests/simclr/data/test_goes_on.py::test_too_many_damaged_files_stop_it_at_once_and_more_are_allowed_later",
     ),
     Mutation(

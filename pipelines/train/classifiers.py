@@ -17,10 +17,10 @@ from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import say
 from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
-from pipelines.train import driver
+from pipelines.train import driver, subset
 from simclr import files
 from simclr.config import Config, Encoder, Train
-from simclr.data.manifest import Manifest, read_names
+from simclr.data.manifest import Manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 
@@ -101,14 +101,8 @@ def choose_labels(data: Path, at: Path, share: float, file: Path | None, seed: i
     """The images that `file` lists, else `share` of each class. The shards lie in `data`, which may be a copy of those `at` s3://…"""
     from simclr.data import labels, loader
 
-    remote = s3_uri.address(at)
-    if remote is not None:
-        from simclr.data.s3.remote import fetch_names
-        from simclr.data.s3.store import Store
-
-        fetch_names(remote, data, "train", Store())
     every = loader.labels(data)
-    names = read_names(data, "train", len(every))
+    names = subset.names_at(data, at, len(every))
     if file is not None:
         return Labels(labels.read(file, every, names), names, {"label file": file})
     return Labels(labels.subset(every, share, seed), names, {"share of each class": share, "seed": seed})

@@ -70,6 +70,7 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         spec=tree.spec,
         parts=parts,
         read=read,
+        place=lambda name: (str(plan.split[plan.kind(name)]), plan.label(name)),
         total=sum(len(part.names) for part in parts) if counted else None,
         identity=tree.identity,
         times=tree.times,

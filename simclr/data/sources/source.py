@@ -87,6 +87,8 @@ class Source:
     spec: str
     parts: Sequence[Part]
     read: Callable[[Part], Iterator[Item]]
+    place: Callable[[str], tuple[str, str | None]] | None = None
+    """Name of a picture → its split and class; None = they are known only when it is read."""
     total: int | None = None
     """Number of images, if it is known without reading."""
     identity: str = ""

@@ -1,0 +1,247 @@
+"""Embeddings of images as Parquet parts. The door to pyarrow for them.
+
+part-00000.parquet …     one row an image: `id, split, path, sha256, label, width, height, feature`
+failed-00000.parquet …   images that could not be embedded: `id, split, path, label, reason`
+
+The schema's metadata has, under `simclr`, a JSON object: which encoder made the features, with which preprocessing, of which source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from simclr import files
+from simclr.data.s3.place import Place
+from simclr.data.s3.uri import copy_of, locked
+from simclr.errors import UserError
+
+SCHEMA = 1
+DTYPES: dict[str, Any] = {"float32": pa.float32(), "float16": pa.float16()}
+PART = re.compile(r"part-\d{5,}\.parquet")
+FAILED = re.compile(r"failed-\d{5,}\.parquet")
+_KEY = b"simclr"
+_INSTEAD = "embed the images again"
+_MOST_D = 1 << 20
+_COLUMNS = {
+    "id": pa.int64(),
+    "split": pa.string(),
+    "path": pa.string(),
+    "sha256": pa.string(),
+    "label": pa.string(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+}
+_COMPRESSED = dict.fromkeys(_COLUMNS, "zstd")  # the features have no order that a compressor would find
+_FAILED = {"id": pa.int64(), "split": pa.string(), "path": pa.string(), "label": pa.string(), "reason": pa.string()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class About:
+    """What made the features of a table, from its schema's metadata."""
+
+    encoder: str
+    """Digest of the encoder's weights (hex)."""
+    preprocessing: dict[str, Any]
+    source: str
+    """The images, as the user named them."""
+    d: int
+    """Numbers of a feature."""
+    dtype: Literal["float32", "float16"] = "float32"
+    key: str = ""
+    """A hash of all on which the rows depend: features with another key are of another job."""
+    schema: int = SCHEMA
+
+    def to_json(self) -> bytes:
+        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
+
+
+def write_part(file: Path, about: About, rows: dict[str, Sequence[Any]], features: NDArray[np.floating[Any]]) -> None:
+    """Write a part to `file`: the columns but for `feature` as `rows` (a value per image), and `features` (n, d)."""
+    dtype = DTYPES[about.dtype]
+    flat = pa.array(np.ascontiguousarray(features, about.dtype).reshape(-1), dtype)
+    columns = [pa.array(list(rows[name]), kind) for name, kind in _COLUMNS.items()]
+    columns.append(pa.FixedSizeListArray.from_arrays(flat, about.d))
+    fields = [*_COLUMNS.items(), ("feature", pa.list_(dtype, about.d))]
+    schema = pa.schema(fields, metadata={_KEY: about.to_json()})
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), file, compression=_COMPRESSED, use_dictionary=False)
+
+
+def write_failed(file: Path, about: About, rows: Sequence[tuple[int, str, str, str | None, str]]) -> None:
+    """Write the images that could not be embedded to `file`: id, split, path, label and reason of each."""
+    columns = [pa.array([row[i] for row in rows], kind) for i, kind in enumerate(_FAILED.values())]
+    schema = pa.schema(list(_FAILED.items()), metadata={_KEY: about.to_json()})
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), file)
+
+
+def about_in(file: Path) -> About:
+    """What made the features in `file`. Raises UserError if it is no such part."""
+    try:
+        return _about(pq.read_schema(file), file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} is no Parquet file that can be read ({_short(error)}); {_INSTEAD}") from None
+
+
+def merge(parts: Sequence[Path], file: Path) -> None:
+    """Write the rows of all `parts`, in their order, to one `file`; a part's rows are in memory at a time."""
+    with files.whole(file) as scratch, contextlib.ExitStack() as stack:
+        writer = None
+        for part in parts:
+            opened = stack.enter_context(pq.ParquetFile(part))
+            writer = writer or stack.enter_context(
+                pq.ParquetWriter(scratch, opened.schema_arrow, compression=_COMPRESSED, use_dictionary=False)
+            )
+            for group in range(opened.num_row_groups):
+                writer.write_table(opened.read_row_group(group))
+        stack.close()
+
+
+class FeatureParts:
+    """A table of features: a folder of parts, or one file. Rows are numbered from 0, in the order of the parts' names."""
+
+    def __init__(self, parts: Sequence[Path], failed: Sequence[Path] = ()) -> None:
+        self.parts = list(parts)
+        self.failed = list(failed)
+        self.counts: list[int] = []
+        for part in self.parts:
+            try:
+                with pq.ParquetFile(part) as opened:
+                    about, count = _about(opened.schema_arrow, part), opened.metadata.num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{part} is no Parquet file that can be read ({_short(error)}); {_INSTEAD}") from None
+            if not self.counts:
+                self.about = about
+            elif (about.encoder, about.key, about.d) != (self.about.encoder, self.about.key, self.about.d):
+                raise UserError(f"{part} has features of another job than {self.parts[0].name} beside it; embed into a folder of its own")
+            self.counts.append(count)
+        self.d = self.about.d
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def table(self, columns: Sequence[str]) -> dict[str, list[Any]]:
+        """The values of small columns, each a list with one value a row."""
+        if unknown := set(columns) - set(_COLUMNS):
+            raise UserError(f"features have no column {', '.join(sorted(unknown))}; expected {', '.join(_COLUMNS)}")
+        found: dict[str, list[Any]] = {name: [] for name in columns}
+        for part in self.parts:
+            read = self._read(part, list(columns))
+            for name in columns:
+                found[name] += read.column(name).to_pylist()
+        return found
+
+    def blocks(self, rows: int = 1 << 14) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(number of the first row, features (n, d) float32) of at most `rows` rows at a time, in order. Raises UserError for features that
+        are not finite numbers."""
+        first = 0
+        for part in self.parts:
+            with pq.ParquetFile(part) as opened:
+                for batch in opened.iter_batches(rows, columns=["feature"]):
+                    yield first, self._dense(batch.column(0), part)
+                    first += len(batch)
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(len(rows), d) features of these rows, in the order asked for. Each part that has some is read once."""
+        found = np.empty((len(rows), self.d), np.float32)
+        before = np.cumsum([0, *self.counts])
+        where = np.searchsorted(before, rows, side="right") - 1
+        for part in np.unique(where):
+            chosen = np.flatnonzero(where == part)
+            column = self._read(self.parts[part], ["feature"]).column("feature").take(pa.array(rows[chosen] - before[part]))
+            found[chosen] = np.concatenate([self._dense(chunk, self.parts[part]) for chunk in column.chunks])
+        return found
+
+    def failures(self) -> list[dict[str, Any]]:
+        """The images that could not be embedded: id, split, path, label, reason."""
+        return [row for part in self.failed for row in self._read(part, list(_FAILED)).to_pylist()]
+
+    def _read(self, part: Path, columns: list[str]) -> Any:
+        try:
+            return pq.read_table(part, columns=columns, partitioning=None)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{part} is no Parquet file that can be read ({_short(error)}); {_INSTEAD}") from None
+
+    def _dense(self, column: Any, part: Path) -> NDArray[np.float32]:
+        flat = column.flatten()
+        if column.null_count or flat.null_count or len(flat) != len(column) * self.d:
+            raise UserError(f"{part} has rows without a feature; {_INSTEAD}")
+        dense: NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, self.d)
+        if not np.isfinite(dense).all():
+            raise UserError(f"{part} has features that are no finite numbers; {_INSTEAD}")
+        return dense
+
+
+def open_features(place: str | Path) -> FeatureParts:
+    """The table of features at `place`: a folder of parts, one .parquet file, or s3://prefix, whose parts are fetched to this machine's
+    cache. Raises UserError if there is none, or if its parts are of several jobs."""
+    there = Place(place)
+    if there.at is not None:
+        return _fetched(there)
+    path = files.user_path(str(place))
+    if path.is_file():
+        return FeatureParts([path])
+    found = {name: path / name for name in sorted(Place(path).names())}
+    return _opened(found, path)
+
+
+def _opened(found: dict[str, Path], place: object) -> FeatureParts:
+    parts = [path for name, path in found.items() if PART.fullmatch(name)]
+    if not parts:
+        raise UserError(
+            f"there are no features at {place} (no part-00000.parquet); `simclr embed ENCODER IMAGES --out {place}` puts them there"
+        )
+    return FeatureParts(sorted(parts, key=_number), [path for name, path in found.items() if FAILED.fullmatch(name)])
+
+
+def _fetched(there: Place) -> FeatureParts:
+    assert there.at is not None
+    if there.at.name.endswith(".parquet"):
+        copy = copy_of(there.at, "features")
+        with locked(copy):
+            there.store.download(there.at, copy)
+        return FeatureParts([copy])
+    copy = copy_of(there.at, "features")
+    with locked(copy):
+        copy.mkdir(mode=0o700, exist_ok=True)
+        wanted = {o.name: o for o in there.store.listing(there.at) if PART.fullmatch(o.name) or FAILED.fullmatch(o.name)}
+        for name, found in wanted.items():
+            mark = copy / f".{name}.etag"
+            if not ((copy / name).is_file() and mark.is_file() and mark.read_text() == found.etag):
+                there.store.download(there.at / name, copy / name, found.bytes)
+                files.write_text(mark, found.etag)
+    return _opened({name: copy / name for name in sorted(wanted)}, there)
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
+def _about(schema: Any, file: Path) -> About:
+    from simclr import fields
+
+    text = (schema.metadata or {}).get(_KEY)
+    if text is None or not (set(_COLUMNS) <= set(schema.names) or "reason" in schema.names):
+        raise UserError(f"{file} has no features of `simclr embed` (no such metadata); {_INSTEAD}")
+    values = files.json_in(text, f"the metadata of {file}", _INSTEAD)
+    if values.get("schema") != SCHEMA:
+        raise UserError(f"{file} has feature schema {fields.short(values.get('schema'))}, this version reads {SCHEMA}; {_INSTEAD}")
+    about = fields.build(About, values, f"the metadata of {file}", _INSTEAD)
+    if about.dtype not in DTYPES or not 0 < about.d <= _MOST_D:
+        raise UserError(f"{file} is said to hold {fields.short(about.dtype)} features of {fields.short(about.d)} numbers; {_INSTEAD}")
+    if "feature" in schema.names and schema.field("feature").type != pa.list_(DTYPES[about.dtype], about.d):
+        raise UserError(f"{file} holds other features than its metadata says ({schema.field('feature').type}); {_INSTEAD}")
+    return about
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

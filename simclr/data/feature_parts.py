@@ -84,6 +84,12 @@ def write_failed(file: Path, about: About, rows: Sequence[tuple[int, str, str, s
     pq.write_table(pa.Table.from_arrays(columns, schema=schema), file)
 
 
+def write_table(file: Path, columns: dict[str, list[Any]]) -> None:
+    """Write columns of plain values to a Parquet file."""
+    with files.whole(file) as scratch:
+        pq.write_table(pa.table(columns), scratch)
+
+
 def about_in(file: Path) -> About:
     """What made the features in `file`. Raises UserError if it is no such part."""
     try:

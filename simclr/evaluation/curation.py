@@ -107,7 +107,8 @@ def farthest_first(bank: Bank, count: int, first: int, progress: Progress = lamb
         order = np.argsort(nearest, kind="stable")
         pool = np.sort(order[:_POOL])
         others = float(nearest[order[_POOL]]) if len(order) > _POOL else np.inf
-        features, near, chosen = bank.take(pool), torch.from_numpy(nearest[pool]), []
+        features, near = bank.take(pool), torch.from_numpy(nearest[pool])
+        chosen: list[int] = []
         while len(rows) < count:
             i = int(near.argmin())
             if near[i] > 1 - _SAME or (chosen and near[i] >= others):
@@ -128,17 +129,19 @@ class Isolation:
     """(rows,) mean cosine distance to the k nearest other rows."""
     nearest: NDArray[np.int64]
     """(rows,) the nearest other row."""
+    cosine: NDArray[np.float32]
+    """(rows,) cosine of the two."""
 
 
 @torch.no_grad()
 def isolation(bank: Bank, k: int, progress: Progress = lambda rows: None) -> Isolation:
     """The mean cosine distance of each row to its k nearest others. Every pair is compared: n² d products, in a pass over the blocks for
     each block."""
-    distance, nearest = np.empty(bank.rows, np.float32), np.empty(bank.rows, np.int64)
+    distance, cosine, nearest = np.empty(bank.rows, np.float32), np.empty(bank.rows, np.float32), np.empty(bank.rows, np.int64)
     for first, block in bank.blocks():
         some = slice(first, first + len(block))
         found = search(block, bank, k, own=np.arange(first, first + len(block)))
         distance[some] = (1 - found.similarity.mean(1)).cpu().numpy()
-        nearest[some] = found.index[:, 0].cpu().numpy()
+        nearest[some], cosine[some] = found.index[:, 0].cpu().numpy(), found.similarity[:, 0].cpu().numpy()
         progress(first + len(block))
-    return Isolation(distance, nearest)
+    return Isolation(distance, nearest, cosine)

@@ -36,10 +36,13 @@ class Found:
 
 
 @torch.no_grad()
-def search(queries: Tensor, bank: Bank, k: int, own: NDArray[np.int64] | None = None) -> Found:
+def search(
+    queries: Tensor, bank: Bank, k: int, own: NDArray[np.int64] | None = None, progress: Callable[[int], None] = lambda rows: None
+) -> Found:
     """The k rows of `bank` nearest to each of `queries` (m, d), unit vectors, in one pass over its blocks.
 
-    `own` (m,) are rows that the queries themselves are, and that are left out. k is at most the number of rows that remain.
+    `own` (m,) are rows that the queries themselves are, and that are left out; −1: it is none. k is at most the number of rows that
+    remain for each.
     """
     k = min(k, bank.rows - (own is not None))
     keep = k + (own is not None)  # a query's own row is among them, or is further away than all
@@ -52,6 +55,7 @@ def search(queries: Tensor, bank: Bank, k: int, own: NDArray[np.int64] | None = 
         if similarity.shape[1] > keep:
             similarity, kept = similarity.topk(keep, dim=1)
             index = index.gather(1, kept)
+        progress(first + len(block))
     order = index.argsort(1)
     index, similarity = index.gather(1, order), similarity.gather(1, order)
     if own is not None:

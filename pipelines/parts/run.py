@@ -25,7 +25,8 @@ Plain = dict[str, Any]
 """Values that JSON can hold."""
 Work = Callable[[Plain], Plain]
 """A part → what the driver is told of it, once its output is written."""
-CARRIED = "carried"
+CARRIED, THREADS = "carried", "threads"
+"""Names in a process's settings: the folder of the carried files, and the CPU cores that it has."""
 _LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 
 
@@ -39,7 +40,7 @@ class Where:
     """Processes that do parts, in the cluster or on this machine. Nothing: with --address one for each GPU or, without GPUs, for each
     CPU; else this process alone."""
     cpus_per_worker: int | None = None
-    """CPU cores of each worker, for its threads; nothing = 1, and beside a GPU an equal share of the cluster's."""
+    """CPU cores of each worker, for its threads. Nothing: 1, beside a GPU an equal share of the cluster's, and all for this process."""
 
     def __post_init__(self) -> None:
         for name, value in (("workers", self.workers), ("cpus-per-worker", self.cpus_per_worker)):
@@ -63,12 +64,14 @@ def run(
     """(part, result) of each of `parts`, in the order in which they are done.
 
     `make(settings)` is called once in each process; it must be a function of a module. What it returns does a part. `settings` and parts
-    are plain values. The files of the folder `carry` are brought to every process, where settings["carried"] names their folder. device
-    cpu, cuda, or auto: a worker gets a GPU where the cluster has one. Raises UserError where a part's function does.
+    are plain values. The files of the folder `carry` are brought to every process, where settings["carried"] names their folder;
+    settings["threads"] is the number of its cores. device cpu, cuda, or auto: a worker gets a GPU where the cluster has one. Raises
+    UserError where a part's function does.
     """
     if not parts:
         return
     if where.here:
+        settings = {THREADS: where.cpus_per_worker or os.cpu_count() or 1, **settings}
         work = make(settings | ({CARRIED: str(carry)} if carry else {}))
         for part in parts:
             yield part, work(part)
@@ -121,7 +124,7 @@ def _spread(
     )
     done = rows.map_batches(
         _Actor,
-        fn_constructor_args=(make, json.dumps(settings), carried),
+        fn_constructor_args=(make, json.dumps(settings | {THREADS: cpus}), carried),
         batch_size=1,
         num_cpus=cpus,
         num_gpus=gpus,

@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow
+import pyarrow.parquet
 from numpy.typing import NDArray
 
 from simclr import files
@@ -27,23 +27,29 @@ from simclr.data.s3.uri import copy_of, locked
 from simclr.errors import UserError
 
 SCHEMA = 1
-DTYPES: dict[str, Any] = {"float32": pa.float32(), "float16": pa.float16()}
+DTYPES: dict[str, Any] = {"float32": pyarrow.float32(), "float16": pyarrow.float16()}
 PART = re.compile(r"part-\d{5,}\.parquet")
 FAILED = re.compile(r"failed-\d{5,}\.parquet")
 _KEY = b"simclr"
 _INSTEAD = "embed the images again"
 _MOST_D = 1 << 20
 _COLUMNS = {
-    "id": pa.int64(),
-    "split": pa.string(),
-    "path": pa.string(),
-    "sha256": pa.string(),
-    "label": pa.string(),
-    "width": pa.int32(),
-    "height": pa.int32(),
+    "id": pyarrow.int64(),
+    "split": pyarrow.string(),
+    "path": pyarrow.string(),
+    "sha256": pyarrow.string(),
+    "label": pyarrow.string(),
+    "width": pyarrow.int32(),
+    "height": pyarrow.int32(),
 }
 _COMPRESSED = dict.fromkeys(_COLUMNS, "zstd")  # the features have no order that a compressor would find
-_FAILED = {"id": pa.int64(), "split": pa.string(), "path": pa.string(), "label": pa.string(), "reason": pa.string()}
+_FAILED = {
+    "id": pyarrow.int64(),
+    "split": pyarrow.string(),
+    "path": pyarrow.string(),
+    "label": pyarrow.string(),
+    "reason": pyarrow.string(),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,22 +72,22 @@ class About:
         return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
 
 
-def write_part(file: Path, about: About, rows: dict[str, Sequence[Any]], features: NDArray[np.floating[Any]]) -> None:
+def write_part(file: Path, about: About, rows: Mapping[str, Sequence[Any]], features: NDArray[np.floating[Any]]) -> None:
     """Write a part to `file`: the columns but for `feature` as `rows` (a value per image), and `features` (n, d)."""
     dtype = DTYPES[about.dtype]
-    flat = pa.array(np.ascontiguousarray(features, about.dtype).reshape(-1), dtype)
-    columns = [pa.array(list(rows[name]), kind) for name, kind in _COLUMNS.items()]
-    columns.append(pa.FixedSizeListArray.from_arrays(flat, about.d))
-    fields = [*_COLUMNS.items(), ("feature", pa.list_(dtype, about.d))]
-    schema = pa.schema(fields, metadata={_KEY: about.to_json()})
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), file, compression=_COMPRESSED, use_dictionary=False)
+    flat = pyarrow.array(np.ascontiguousarray(features, about.dtype).reshape(-1), dtype)
+    columns = [pyarrow.array(list(rows[name]), kind) for name, kind in _COLUMNS.items()]
+    columns.append(pyarrow.FixedSizeListArray.from_arrays(flat, about.d))
+    fields = [*_COLUMNS.items(), ("feature", pyarrow.list_(dtype, about.d))]
+    schema = pyarrow.schema(fields, metadata={_KEY: about.to_json()})
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, schema=schema), file, compression=_COMPRESSED, use_dictionary=False)
 
 
 def write_failed(file: Path, about: About, rows: Sequence[tuple[int, str, str, str | None, str]]) -> None:
     """Write the images that could not be embedded to `file`: id, split, path, label and reason of each."""
-    columns = [pa.array([row[i] for row in rows], kind) for i, kind in enumerate(_FAILED.values())]
-    schema = pa.schema(list(_FAILED.items()), metadata={_KEY: about.to_json()})
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), file)
+    columns = [pyarrow.array([row[i] for row in rows], kind) for i, kind in enumerate(_FAILED.values())]
+    schema = pyarrow.schema(list(_FAILED.items()), metadata={_KEY: about.to_json()})
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, schema=schema), file)
 
 
 def write_table(file: Path, columns: dict[str, list[Any]]) -> None:
@@ -93,8 +99,8 @@ def write_table(file: Path, columns: dict[str, list[Any]]) -> None:
 def about_in(file: Path) -> About:
     """What made the features in `file`. Raises UserError if it is no such part."""
     try:
-        return _about(pq.read_schema(file), file)
-    except (pa.ArrowException, OSError) as error:
+        return _about(pyarrow.parquet.read_schema(file), file)
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} is no Parquet file that can be read ({_short(error)}); {_INSTEAD}") from None
 
 
@@ -103,9 +109,9 @@ def merge(parts: Sequence[Path], file: Path) -> None:
     with files.whole(file) as scratch, contextlib.ExitStack() as stack:
         writer = None
         for part in parts:
-            opened = stack.enter_context(pq.ParquetFile(part))
+            opened = stack.enter_context(pyarrow.parquet.ParquetFile(part))
             writer = writer or stack.enter_context(
-                pq.ParquetWriter(scratch, opened.schema_arrow, compression=_COMPRESSED, use_dictionary=False)
+                pyarrow.parquet.ParquetWriter(scratch, opened.schema_arrow, compression=_COMPRESSED, use_dictionary=False)
             )
             for group in range(opened.num_row_groups):
                 writer.write_table(opened.read_row_group(group))
@@ -121,9 +127,9 @@ class FeatureParts:
         self.counts: list[int] = []
         for part in self.parts:
             try:
-                with pq.ParquetFile(part) as opened:
+                with pyarrow.parquet.ParquetFile(part) as opened:
                     about, count = _about(opened.schema_arrow, part), opened.metadata.num_rows
-            except (pa.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{part} is no Parquet file that can be read ({_short(error)}); {_INSTEAD}") from None
             if not self.counts:
                 self.about = about
@@ -141,7 +147,7 @@ class FeatureParts:
             raise UserError(f"features have no column {', '.join(sorted(unknown))}; expected {', '.join(_COLUMNS)}")
         found: dict[str, list[Any]] = {name: [] for name in columns}
         for part in self.parts:
-            read = self._read(part, list(columns))
+            read = _read(part, list(columns))
             for name in columns:
                 found[name] += read.column(name).to_pylist()
         return found
@@ -151,7 +157,7 @@ class FeatureParts:
         are not finite numbers."""
         first = 0
         for part in self.parts:
-            with pq.ParquetFile(part) as opened:
+            with pyarrow.parquet.ParquetFile(part) as opened:
                 for batch in opened.iter_batches(rows, columns=["feature"]):
                     yield first, self._dense(batch.column(0), part)
                     first += len(batch)
@@ -163,19 +169,13 @@ class FeatureParts:
         where = np.searchsorted(before, rows, side="right") - 1
         for part in np.unique(where):
             chosen = np.flatnonzero(where == part)
-            column = self._read(self.parts[part], ["feature"]).column("feature").take(pa.array(rows[chosen] - before[part]))
+            column = _read(self.parts[part], ["feature"]).column("feature").take(pyarrow.array(rows[chosen] - before[part]))
             found[chosen] = np.concatenate([self._dense(chunk, self.parts[part]) for chunk in column.chunks])
         return found
 
     def failures(self) -> list[dict[str, Any]]:
         """The images that could not be embedded: id, split, path, label, reason."""
-        return [row for part in self.failed for row in self._read(part, list(_FAILED)).to_pylist()]
-
-    def _read(self, part: Path, columns: list[str]) -> Any:
-        try:
-            return pq.read_table(part, columns=columns, partitioning=None)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{part} is no Parquet file that can be read ({_short(error)}); {_INSTEAD}") from None
+        return failures(self.failed)
 
     def _dense(self, column: Any, part: Path) -> NDArray[np.float32]:
         flat = column.flatten()
@@ -185,6 +185,11 @@ class FeatureParts:
         if not np.isfinite(dense).all():
             raise UserError(f"{part} has features that are no finite numbers; {_INSTEAD}")
         return dense
+
+
+def failures(parts: Sequence[Path]) -> list[dict[str, Any]]:
+    """The images in parts of failures."""
+    return [row for part in parts for row in _read(part, list(_FAILED)).to_pylist()]
 
 
 def open_features(place: str | Path) -> FeatureParts:
@@ -198,6 +203,13 @@ def open_features(place: str | Path) -> FeatureParts:
         return FeatureParts([path])
     found = {name: path / name for name in sorted(Place(path).names())}
     return _opened(found, path)
+
+
+def _read(part: Path, columns: list[str]) -> Any:
+    try:
+        return pyarrow.parquet.read_table(part, columns=columns, partitioning=None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{part} is no Parquet file that can be read ({_short(error)}); {_INSTEAD}") from None
 
 
 def _opened(found: dict[str, Path], place: object) -> FeatureParts:
@@ -244,7 +256,7 @@ def _about(schema: Any, file: Path) -> About:
     about = fields.build(About, values, f"the metadata of {file}", _INSTEAD)
     if about.dtype not in DTYPES or not 0 < about.d <= _MOST_D:
         raise UserError(f"{file} is said to hold {fields.short(about.dtype)} features of {fields.short(about.d)} numbers; {_INSTEAD}")
-    if "feature" in schema.names and schema.field("feature").type != pa.list_(DTYPES[about.dtype], about.d):
+    if "feature" in schema.names and schema.field("feature").type != pyarrow.list_(DTYPES[about.dtype], about.d):
         raise UserError(f"{file} holds other features than its metadata says ({schema.field('feature').type}); {_INSTEAD}")
     return about
 

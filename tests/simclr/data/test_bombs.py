@@ -16,7 +16,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipelines.commands import embed
 from simclr.data.encode import encode
 from simclr.data.sources import label_files, layout, parquet, parquet_pages, reading
 from simclr.data.sources import zip as zip_file
@@ -29,6 +28,7 @@ from simclr.data.sources.reading import Reading
 from simclr.data.sources.source import Item, Tree, Unread
 from simclr.errors import UserError
 from tests.attack import archives, lies
+from tests.support.embedding import pictures
 
 # ---------------------------------------------------------------- archives
 
@@ -265,7 +265,7 @@ def test_an_array_whose_header_lies_is_one_sentence(name: str, tmp_path: Path) -
     path = tmp_path / "a.npy"
     path.write_bytes(archives.BOMBS[name][1]())
     with pytest.raises(UserError, match=r"a.npy (is no .npy file that can be read|holds)"):
-        embed._open(embed.Args(encoder=path, images=(path,)))
+        next(pictures(path))
 
 
 def test_an_array_of_images_larger_than_the_memory_is_named_with_the_flag(tmp_path: Path) -> None:
@@ -275,4 +275,4 @@ def test_an_array_of_images_larger_than_the_memory_is_named_with_the_flag(tmp_pa
         file.write(head)
         file.truncate(len(head) + 3 * 40_000**2)
     with pytest.raises(UserError, match=r"40,000 × 40,000 pixels, which would fill the memory; --max-pixels 1600000000 reads them"):
-        embed._open(embed.Args(encoder=path, images=(path,)))
+        next(pictures(path))

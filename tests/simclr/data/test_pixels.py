@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from pipelines.commands import embed
 from simclr.data import pixels, shards, survey
 from simclr.data.encode import Looked, encode, look
 from simclr.data.manifest import Manifest
 from simclr.data.options import Options
+from simclr.data.pixels import Unreadable
 from simclr.data.sources.source import Data, Item, is_image
 from simclr.errors import UserError
+from tests.support.embedding import pictures
 from tests.support.paths import ROOT
 from tests.support.pictures import SHAPE, png, prepared, ramp, reasons, rgb, saved, tiff
 from tests.support.sources import source_of, source_of_files
@@ -120,14 +120,11 @@ def test_embed_reads_them_by_one_rule_too(tmp_path: Path) -> None:
     """By a sample of its own files, or as stated for the training images."""
     (tmp_path / "a.png").write_bytes(png(ramp(0, 4095)))
     (tmp_path / "b.png").write_bytes(png(ramp(0, 400)))
-    args = embed.Args(encoder=tmp_path, images=(tmp_path,))
-    found = embed._open(args)
-    np.testing.assert_array_equal(found.read(1)[..., 0], np.rint(ramp(0, 400) * (255 / 4095)))
-    found = embed._open(replace(args, value_range=(0.0, 400.0)))
-    np.testing.assert_array_equal(found.read(1)[..., 2], np.rint(ramp(0, 400) * (255 / 400)))
-    found = embed._open(replace(args, bands=(1, 1, 2)))
-    with pytest.raises(embed.Junk, match=r"a\.png is no image that can be read \(it has 1 band, and --bands asks for band 2\)"):
-        found.read(0)
+    np.testing.assert_array_equal(dict(pictures(tmp_path))["b.png"][..., 0], np.rint(ramp(0, 400) * (255 / 4095)))
+    found = dict(pictures(tmp_path, Options(value_range=(0.0, 400.0))))
+    np.testing.assert_array_equal(found["b.png"][..., 2], np.rint(ramp(0, 400) * (255 / 400)))
+    with pytest.raises(Unreadable, match="it has 1 band, and --bands asks for band 2"):
+        next(pictures(tmp_path / "a.png", Options(bands=(1, 1, 2))))
 
 
 def test_a_stated_range_holds_for_all(tmp_path: Path) -> None:

@@ -94,14 +94,14 @@ def near_duplicates(features: Features, above: float, device: torch.device) -> C
         return found
 
     keep = np.setdiff1d(np.arange(len(features)), repeats)
-    rest = f"of {len(features):,} pictures repeat another, in {len(number):,} groups: the cosine of two is {above:g} or more."
+    rest = f"among {len(features):,} pictures, in {len(number):,} groups: the cosine of two is {above:g} or more, and one of each stays."
     if len(by_size) > len(cases):
         rest += f" The {len(cases)} largest groups are shown."
     return Curated(
         keep=keep,
         told=f"{len(repeats):,} of {len(features):,} pictures repeat another (cosine {above:g} or more, {len(number):,} groups); "
         f"list.txt has the other {len(keep):,}",
-        lead=f"{len(repeats):,} repeats",
+        lead=f"{len(repeats):,} near duplicates",
         rest=rest,
         heading="Groups",
         note="<p>Left: the picture of a group that stays in the list, the largest one or, of equal ones, the first. Right: the others, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ _STYLE = """
 .tile img { width: 100%; height: 100%; object-fit: contain; border-radius: 0; }
 .tile > .gone { padding: 8px; font-size: 12px; line-height: 1.35; text-align: center; color: var(--soft); border-style: dashed; }
 .tile figcaption { margin-top: 6px; font-size: 12.5px; line-height: 1.35; overflow-wrap: anywhere; }
-.tile figcaption b { display: block; font-weight: 600; }
+.tile figcaption b { display: block; font-weight: 500; }
 .tile figcaption small { display: block; font-size: 12px; color: var(--soft); }
 .tile.chosen > span { border: 2px solid var(--accent); }
 .tile.odd figcaption small:last-child { color: var(--wrong); }
@@ -75,10 +76,15 @@ def page(
     return document(title, lead, rest, "", sections, _STYLE, {"curves": [], "map": None})
 
 
+def _broken(name: str) -> str:
+    """A name that may break into lines behind the signs that divide it."""
+    return re.sub(r"(?<=[/_-])(?=[^/_-])", "<wbr>", escape(name))
+
+
 def _tile(tile: Tile) -> str:
     drawn = '<span class="gone">not to be read here</span>'
     if tile.picture is not None:
         drawn = f"<span>{picture(tile.picture, tile.name, 192)}</span>"
     notes = "".join(f"<small>{escape(note)}</small>" for note in tile.notes)
     sort = " chosen" * tile.chosen + " odd" * tile.odd
-    return f'<figure class="tile{sort}">{drawn}<figcaption><b>{escape(tile.name)}</b>{notes}</figcaption></figure>'
+    return f'<figure class="tile{sort}">{drawn}<figcaption><b>{_broken(tile.name)}</b>{notes}</figcaption></figure>'

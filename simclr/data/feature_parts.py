@@ -60,7 +60,7 @@ class About:
     """Digest of the encoder's weights (hex)."""
     preprocessing: dict[str, Any]
     source: str
-    """The images, as the user named them."""
+    """The images, as the user named them in a shell."""
     d: int
     """Numbers of a feature."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -93,7 +93,7 @@ def write_failed(file: Path, about: About, rows: Sequence[tuple[int, str, str, s
 def write_table(file: Path, columns: dict[str, list[Any]]) -> None:
     """Write columns of plain values to a Parquet file."""
     with files.whole(file) as scratch:
-        pq.write_table(pa.table(columns), scratch)
+        pyarrow.parquet.write_table(pyarrow.table(columns), scratch)
 
 
 def about_in(file: Path) -> About:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> About:
     about = About(
         encoder=stated["encoder"],
         preprocessing=preprocessing,
-        source=" ".join(args.images),
+        source=shlex.join(args.images),
         d=width_of(text),
         dtype=args.dtype,
         key=key,

@@ -17,10 +17,10 @@ from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import say
 from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
-from pipelines.train import driver
+from pipelines.train import driver, subset
 from simclr import files
 from simclr.config import Config, Encoder, Train
-from simclr.data.manifest import Manifest, read_names
+from simclr.data.manifest import Manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 
@@ -107,14 +107,12 @@ def choose_labels(data: Path, at: Path, manifest: Manifest, share: float, file: 
     remote = s3_uri.address(at)
     if remote is not None:
         from simclr.data.s3 import tables
-        from simclr.data.s3.remote import fetch_names
         from simclr.data.s3.store import Store
 
-        fetch_names(remote, data, "train", store := Store())
-        every = tables.labels(remote, manifest, "train", store)
+        every = tables.labels(remote, manifest, "train", Store())
     else:
         every = loader.labels(data)
-    names = read_names(data, "train", len(every))
+    names = subset.names_at(data, at, len(every))
     chosen: dict[str, object] = {"label file": file} if file is not None else {"share of each class": share, "seed": seed}
     ids = labels.read(file, every, names) if file is not None else labels.subset(every, share, seed)
     return Labels(ids, every[ids], names, chosen)

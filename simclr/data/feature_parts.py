@@ -56,7 +56,7 @@ class About:
     """Digest of the encoder's weights (hex)."""
     preprocessing: dict[str, Any]
     source: str
-    """The images, as the user named them."""
+    """The images, as the user named them in a shell."""
     d: int
     """Numbers of a feature."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -84,6 +84,12 @@ def write_failed(file: Path, about: About, rows: Sequence[tuple[int, str, str, s
     columns = [pyarrow.array([row[i] for row in rows], kind) for i, kind in enumerate(_FAILED.values())]
     schema = pyarrow.schema(list(_FAILED.items()), metadata={_KEY: about.to_json()})
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, schema=schema), file)
+
+
+def write_table(file: Path, columns: dict[str, list[Any]]) -> None:
+    """Write columns of plain values to a Parquet file."""
+    with files.whole(file) as scratch:
+        pyarrow.parquet.write_table(pyarrow.table(columns), scratch)
 
 
 def about_in(file: Path) -> About:

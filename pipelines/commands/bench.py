@@ -24,7 +24,7 @@ from simclr.recipes import recipe
 if TYPE_CHECKING:
     import torch
 
-Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "embed"]
+Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "embed", "listing"]
 Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory"]
 
 
@@ -47,7 +47,8 @@ class Args:
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
     prepare: images/s of writing shards, for the others.
-    embed: images/s of `simclr embed`, and with two workers ÷ one picture after the other, as it was before."""
+    embed: images/s of `simclr embed`, and with two workers ÷ one picture after the other, as it was before.
+    listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side."""
     data: Path | None = None
     """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for docs/benchmarks.md.
     loader: shards of photographs, of which the first is read; none = 300 rendered photographs, 500 × 375 px.
@@ -87,6 +88,10 @@ class Args:
     """scale: microseconds of one message, for the expected table; nothing = as measured."""
     batches: tuple[int, ...] = (1024, 2048, 4096)
     """loss: values of N to time: images in the global batch, each with two views."""
+    keys: tuple[int, ...] = (100_000, 1_000_000)
+    """listing: numbers of keys in the bucket."""
+    answer_ms: float = 50.0
+    """listing: how long each answer of the bucket takes where keys/s are compared."""
     epochs: int = 50
     """memory, cifar: passes over the data."""
     kind: Literal["small", "photographs"] = "photographs"
@@ -176,6 +181,10 @@ def measure(args: Args) -> Iterable[Row]:
             from pipelines.bench.embed import embed
 
             return embed(args.recipe, args.data, args.images, args.trials)
+        case "listing":
+            from pipelines.bench.listing import listing
+
+            return listing(args.keys, args.answer_ms, args.trials)
         case _:
             return _of_shards(args, plan)
 

@@ -24,7 +24,7 @@ from simclr.recipes import recipe
 if TYPE_CHECKING:
     import torch
 
-Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "listing"]
+Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "embed", "listing"]
 Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory"]
 
 
@@ -47,14 +47,15 @@ class Args:
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
     prepare: images/s of writing shards, for the others.
+    embed: images/s of `simclr embed`, and with two workers ÷ one picture after the other, as it was before.
     listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side."""
     data: Path | None = None
     """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for docs/benchmarks.md.
     loader: shards of photographs, of which the first is read; none = 300 rendered photographs, 500 × 375 px.
-    memory: any shards. prepare: archive or folder of images. all: folder with cifar10-jpeg.tar.xz and imagenet-photos-256.tar, or
-    archives of such names; absent ones are rendered."""
+    memory: any shards. prepare, embed: archive or folder of images, none = rendered photographs. all: folder with cifar10-jpeg.tar.xz
+    and imagenet-photos-256.tar, or archives of such names; absent ones are rendered."""
     recipe: str = "cifar10_resnet18"
-    """step, train, scale, loop, agreement, cifar: recipe whose step is timed."""
+    """step, train, scale, loop, agreement, cifar: recipe whose step is timed. embed: recipe whose encoder sees the photographs."""
     batch_size: int = 32
     """Images per step; scale: of each rank; views: images of which each gives two views."""
     steps: int = 30
@@ -96,7 +97,7 @@ class Args:
     kind: Literal["small", "photographs"] = "photographs"
     """prepare: small = labelled images in splits and classes, as CIFAR-10's."""
     images: int = 2048
-    """prepare: number of photographs, which repeat if there are fewer; of small images the number to render."""
+    """prepare, embed: number of photographs, which repeat if there are fewer; of small images the number to render."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """all, device, agreement, step, scale, loss, optim, views, cifar: the device."""
     budget_min: float = 9.0
@@ -176,6 +177,10 @@ def measure(args: Args) -> Iterable[Row]:
             if args.out is None:
                 raise UserError("where to? `simclr bench prepare --out DIR`, a folder for the shards")
             return prepare(args.kind, args.data, args.out, args.images, args.threads)
+        case "embed":
+            from pipelines.bench.embed import embed
+
+            return embed(args.recipe, args.data, args.images, args.trials)
         case "listing":
             from pipelines.bench.listing import listing
 

@@ -34,6 +34,7 @@ from simclr import files
 from simclr.data.s3 import answers
 from simclr.data.s3.answers import Changed, Damaged, Missing, Retry, TooLarge
 from simclr.data.s3.listing import Object, Page, one_after_the_other, side_by_side
+from simclr.data.s3.quota import make_room, warned
 from simclr.data.s3.uri import Address, Unreachable
 from simclr.errors import UserError
 
@@ -59,6 +60,7 @@ class Store:
         """`pause_s`: the first pause, doubled with each retry; `answer_s`: timeout of an answer; `part_bytes`: of a request; `threads`:
         parts at a time."""
         self.attempts, self.pause_s, self.part_bytes, self.threads = attempts, pause_s, part_bytes, threads
+        self.says: Callable[[str], None] = warned  # gets a sentence where a download evicts datasets from the cache
         self.over = threading.Event()  # set it to end the transfers of other threads
         # At DEBUG botocore logs signatures and headers, also if another library has set the root logger's level.
         logging.getLogger("botocore").setLevel(logging.WARNING)
@@ -184,8 +186,7 @@ class Store:
             if size is not None and found.bytes != size:
                 raise Damaged(f"{place} has {found.bytes:,} bytes, expected {size:,}; upload it again")
             if size is None:  # else the caller has asked for room, and S3 alone states the size
-                there = partial.lstat().st_blocks * 512 if partial.exists() else 0
-                files.require_space(path, found.bytes - there, f"for {place}", "set SIMCLR_CACHE to another disk")
+                make_room(path, found.bytes - begun(path), f"for {place}", self.says)
             try:
                 self._fetch_parts(place, found, partial, log, count)
             except Changed as error:
@@ -217,7 +218,7 @@ class Store:
             file.truncate(found.bytes)
 
             def fetch(index: int) -> None:
-                self._fetch_part(place, found.etag, *parts[index], file.fileno(), progress)
+                self.fetch_part(place, found.etag, *parts[index], file.fileno(), progress)
                 with lock:
                     listed.write(f"{index}\n")
                     listed.flush()
@@ -225,7 +226,7 @@ class Store:
             self._all([self.pool.submit(fetch, i) for i in range(len(parts)) if i not in done])
             os.fsync(file.fileno())
 
-    def _fetch_part(self, place: Address, etag: str, begin: int, end: int, file: int, progress: Progress) -> None:
+    def fetch_part(self, place: Address, etag: str, begin: int, end: int, file: int, progress: Progress) -> None:
         """Bytes begin … end − 1 of the object into `file`; a retry continues after the last byte that came."""
 
         def once() -> None:
@@ -364,6 +365,12 @@ class Store:
     def _check_over(self) -> None:
         if self.over.is_set():
             raise UserError("the transfer was ended")
+
+
+def begun(path: Path) -> int:
+    """Bytes on the disk of a download to `path` that was interrupted."""
+    partial = path.with_name(f".{path.name}.partial")
+    return partial.lstat().st_blocks * 512 if partial.exists() else 0
 
 
 def _is_no_marker(found: Object) -> bool:

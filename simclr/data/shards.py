@@ -30,6 +30,7 @@ from simclr.data.note import Note, Writer
 from simclr.data.options import Kind, Options, stated
 from simclr.data.outputs import Output
 from simclr.data.shard_parts import Again, Maker, Making, Plain, Refused, Run, make_parts, make_ranks, plan, ranked_again, ranked_by, told
+from simclr.data.sources import portions
 from simclr.data.sources.reading import Reading, essence
 from simclr.data.sources.source import Source
 from simclr.data.survey import Choice, Unusable, chosen_again, saved, survey
@@ -209,6 +210,7 @@ class _Job:
                 maker.close(wait=False)  # Ctrl-C does not wait for pictures
             return
         settings = {"making": making.to_dict(), "out": str(self.output)}
+        settings |= {"source": portions.elsewhere(self.source.spec)}  # another process may have another working directory
         settings |= {"reading": {name: getattr(self.elsewhere.reading, name) for name in Reading.__dataclass_fields__}}
         plain = [{"number": number, "portions": [run.portion(self.source) for run in runs]} for number, runs in parts.items()]
         for part, result in self.elsewhere.run(make_parts, settings, plain):

@@ -93,6 +93,12 @@ def test_a_prefix_listed_side_by_side_is_the_one_listed_page_by_page(run: int, o
     assert (alone.identity, named(alone)) == (tree.identity, expected)
 
 
+def test_ranges_give_each_object_once() -> None:
+    store = store_of(Bucket(keys()))
+    found = [listed.name for listed in store.listed_side_by_side(PLACE, 10**6)]
+    assert sorted(found) == [listed.name for listed in store.listing(PLACE)] and len(found) > 370
+
+
 def test_a_short_listing_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = Bucket({f"pets/{c}/{i}.jpg": (1, "x") for c in "ab" for i in range(4)})
     assert len(named(s3_prefix(PLACE, store_of(bucket)))) == 8

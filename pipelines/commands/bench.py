@@ -24,7 +24,7 @@ from simclr.recipes import recipe
 if TYPE_CHECKING:
     import torch
 
-Alone = Literal["device", "scale", "loss", "optim", "views", "prepare"]
+Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "order"]
 Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory"]
 
 
@@ -46,7 +46,8 @@ class Args:
     views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
-    prepare: images/s of writing shards, for the others."""
+    prepare: images/s of writing shards, for the others.
+    order: what an image of a large dataset costs a rank: ms and MiB of a batch's ids at 1e6 to 1e12 images; bytes of its own an image."""
     data: Path | None = None
     """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for docs/benchmarks.md.
     loader: shards of photographs, of which the first is read; none = 300 rendered photographs, 500 × 375 px.
@@ -91,7 +92,8 @@ class Args:
     kind: Literal["small", "photographs"] = "photographs"
     """prepare: small = labelled images in splits and classes, as CIFAR-10's."""
     images: int = 2048
-    """prepare: number of photographs, which repeat if there are fewer; of small images the number to render."""
+    """prepare: number of photographs, which repeat if there are fewer; of small images the number to render.
+    order: images of the shards that two processes read, in portions of 20,000."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """all, device, agreement, step, scale, loss, optim, views, cifar: the device."""
     budget_min: float = 9.0
@@ -171,6 +173,10 @@ def measure(args: Args) -> Iterable[Row]:
             if args.out is None:
                 raise UserError("where to? `simclr bench prepare --out DIR`, a folder for the shards")
             return prepare(args.kind, args.data, args.out, args.images, args.threads)
+        case "order":
+            from pipelines.bench.order import order
+
+            return order(args.images, args.batch_size, **plan)
         case _:
             return _of_shards(args, plan)
 

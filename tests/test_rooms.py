@@ -63,11 +63,12 @@ DOORS = {
         *(f"pipelines/train/{n}.py" for n in ("capacity", "elastic", "messages", "overseer", "prometheus")),
         *(f"pipelines/train/{n}.py" for n in ("ray_private", "ray_train", "retry", "tpu", "worker")),
         "pipelines/clusterfile/preemption.py",
+        "pipelines/parts/run.py",
         "tune/ray_tune.py",
         "tune/schedulers.py",
         "tune/trial.py",
     },
-    "pyarrow": {"simclr/data/sources/parquet.py"},
+    "pyarrow": {"simclr/data/sources/parquet.py", "simclr/data/feature_parts.py", "simclr/data/note.py"},
     # The last for its networks alone.
     "torchvision": {"simclr/data/sources/torchvision.py", "simclr/data/tasks.py", "simclr/encoder/export.py"},
     "cv2": {"simclr/data/raster.py"},

@@ -38,7 +38,7 @@ def order(images: int, batch_size: int, steps: int, trials: int, threads: int) -
             f"--images is {images} and --batch-size {batch_size}; expected at least {_SHARD} images, and batches of at most that"
         )
     rows: list[Row] = []
-    print(print(f"ids of a batch of {batch_size:,}, n = {trials}: an epoch's first batch, for which a sort sorts all, and later ones"))
+    print(f"ids of a batch of {batch_size:,}, n = {trials}: an epoch's first batch, for which a sort sorts all, and later ones")
     print(f"{'images':>18} {'way':<8} {'first, ms':>11} {'later, ms':>11} {'peak, MiB':>11}")
     for size, (name, rule) in itertools.product(SIZES, (("sort", "sort"), ("entries", "by size"))):
         if name == "entries" or size <= _MOST_SORTED:

@@ -24,7 +24,7 @@ from simclr.recipes import recipe
 if TYPE_CHECKING:
     import torch
 
-Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "order"]
+Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "embed", "listing", "order"]
 Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory"]
 
 
@@ -47,14 +47,16 @@ class Args:
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
     prepare: images/s of writing shards, for the others.
+    embed: images/s of `simclr embed`, and with two workers ÷ one picture after the other, as it was before.
+    listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side.
     order: what an image of a large dataset costs a rank: ms and MiB of a batch's ids at 1e6 to 1e12 images; bytes of its own an image."""
     data: Path | None = None
     """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for docs/benchmarks.md.
     loader: shards of photographs, of which the first is read; none = 300 rendered photographs, 500 × 375 px.
-    memory: any shards. prepare: archive or folder of images. all: folder with cifar10-jpeg.tar.xz and imagenet-photos-256.tar, or
-    archives of such names; absent ones are rendered."""
+    memory: any shards. prepare, embed: archive or folder of images, none = rendered photographs. all: folder with cifar10-jpeg.tar.xz
+    and imagenet-photos-256.tar, or archives of such names; absent ones are rendered."""
     recipe: str = "cifar10_resnet18"
-    """step, train, scale, loop, agreement, cifar: recipe whose step is timed."""
+    """step, train, scale, loop, agreement, cifar: recipe whose step is timed. embed: recipe whose encoder sees the photographs."""
     batch_size: int = 32
     """Images per step; scale: of each rank; views: images of which each gives two views."""
     steps: int = 30
@@ -87,12 +89,16 @@ class Args:
     """scale: microseconds of one message, for the expected table; nothing = as measured."""
     batches: tuple[int, ...] = (1024, 2048, 4096)
     """loss: values of N to time: images in the global batch, each with two views."""
+    keys: tuple[int, ...] = (100_000, 1_000_000)
+    """listing: numbers of keys in the bucket."""
+    answer_ms: float = 50.0
+    """listing: how long each answer of the bucket takes where keys/s are compared."""
     epochs: int = 50
     """memory, cifar: passes over the data."""
     kind: Literal["small", "photographs"] = "photographs"
     """prepare: small = labelled images in splits and classes, as CIFAR-10's."""
     images: int = 2048
-    """prepare: number of photographs, which repeat if there are fewer; of small images the number to render.
+    """prepare, embed: number of photographs, which repeat if there are fewer; of small images the number to render.
     order: images of the shards that two processes read, in portions of 20,000."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """all, device, agreement, step, scale, loss, optim, views, cifar: the device."""
@@ -177,6 +183,14 @@ def measure(args: Args) -> Iterable[Row]:
             from pipelines.bench.order import order
 
             return order(args.images, args.batch_size, **plan)
+        case "embed":
+            from pipelines.bench.embed import embed
+
+            return embed(args.recipe, args.data, args.images, args.trials)
+        case "listing":
+            from pipelines.bench.listing import listing
+
+            return listing(args.keys, args.answer_ms, args.trials)
         case _:
             return _of_shards(args, plan)
 

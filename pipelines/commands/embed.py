@@ -1,39 +1,60 @@
-"""`simclr embed`: encoder + images → features.npz."""
+"""`simclr embed`: encoder + images → features, as Parquet parts or in one file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import hashlib
+import json
+import shlex
+import shutil
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import tyro
-from numpy.typing import NDArray
 
+from pipelines.evaluation.inputs import opened
+from pipelines.parts.run import Plain, Where, run
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say, show
 from simclr import files
-from simclr.data.arrays import require_plain_headers
-from simclr.data.depth import Rule
+from simclr.data.options import Options
 from simclr.data.pixels import MOST_PIXELS
-from simclr.data.sources.folder import in_order, walk
+from simclr.data.s3.place import Place
+from simclr.data.s3.uri import address
+from simclr.data.sources.reading import Reading
 from simclr.errors import UserError
 
-_BATCH = 64
-_SAMPLE = 256  # files that decide how pixels of more than 8 bits are scaled
+if TYPE_CHECKING:
+    from simclr.data.feature_parts import About
+
+_PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
 class Args:
-    """Features of image files, with the preprocessing of the encoder's training."""
+    """Features of images, with the preprocessing of the encoder's training. The same command goes on after any death."""
 
     encoder: Annotated[Path, tyro.conf.Positional]
-    """A published encoder's directory (`simclr pull`, or RUN/encoder), or s3://bucket/prefix of one."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, folders of them, or an .npy file of uint8 images (n, H, W, 3)."""
+    """A published encoder's directory (`simclr pull`, or RUN/encoder), s3://bucket/prefix of one, or NAME@alias of the registry."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Image files, and all that `simclr prepare` reads: folders, archives, Parquet, WebDataset, s3://bucket/prefix, prepared shards, a
+    dataset's name; or an .npy file of uint8 images (n, H, W, 3)."""
     out: Path = Path("features.npz")
-    """File to write: features (n, d) float32 and names (n,)."""
+    """Directory or s3://bucket/prefix for Parquet parts (id, path, sha256, label, width, height, feature …), FILE.parquet, or, for few
+    images, FILE.npz: features (n, d) and names (n,)."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = field(default_factory=Where)
+    reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU for each worker where there is one."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """How the encoder multiplies; tf32 and bfloat16 are faster on GPUs, and change features in the third digit."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Number format of the features in Parquet parts."""
+    batch_size: int = 64
+    """Images that the encoder sees at a time."""
     value_range: tuple[float, float] | None = None
     """Black and white point of pixels of more than 8 bits and of floats, as `prepare` said or was told for the training images; without
     it a sample of these images decides."""
@@ -41,117 +62,147 @@ class Args:
     """Which bands are red, green and blue, as for `prepare`."""
     max_pixels: int = MOST_PIXELS
     """A picture with more pixels is left out, as `prepare` does; a JPEG may have twice as many."""
+    tracking_uri: str | None = None
+    """MLflow address, for an encoder of the registry. Default: $MLFLOW_TRACKING_URI, else the database under runs/."""
 
-
-class Junk(UserError):
-    """A file that is no image."""
-
-
-@dataclass(frozen=True)
-class _Images:
-    names: list[str]
-    read: Callable[[int], NDArray[np.uint8]]
-    """Index → (H, W, 3). Raises Junk if the file is no image."""
-    given: frozenset[str] = frozenset()
-    """Names that the user gave: these must be images. Files found in a folder may be junk."""
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
 
 
 def main(args: Args) -> None:
     if not args.images:
-        raise UserError("which images? give files, folders or an .npy file")
-    files.require_writable(args.out)
-    images = _open(args)
-    import torch
-
-    import simclr
-
-    with sync.directory(args.encoder) as directory:
-        encoder = simclr.load_encoder(directory)
-    features: list[NDArray[np.float32]] = []
-    names: list[str] = []
-    junk: list[str] = []
-    with Bar("embed", len(images.names)) as bar, torch.inference_mode():
-        for begin in range(0, len(images.names), _BATCH):
-            ready = []
-            for i in range(begin, min(begin + _BATCH, len(images.names))):
-                try:
-                    pixels = images.read(i)
-                except Junk as error:
-                    if images.names[i] in images.given:
-                        raise
-                    junk.append(str(error))
-                    continue
-                ready.append(encoder.prepared(pixels[None]))  # one by one: 64 photographs at full size take gigabytes
-                names.append(images.names[i])
-            if ready:
-                features.append(encoder(torch.cat(ready)).float().numpy())
-            bar.update(len(names) + len(junk))
-    if not features:
-        raise UserError(f"none of the {len(junk)} files can be read as an image; the first: {junk[0]}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = np.concatenate(features)
-    with files.whole(args.out) as scratch, scratch.open("wb") as file:
-        np.savez(file, features=rows, names=np.array(names))
-    if junk:
-        say(f"{len(junk):,} files are no images that can be read and were left out; the first: {junk[0]}")
-    show(f"{args.out}: {len(rows)} × {rows.shape[1]} features")
+        raise UserError("which images? give files, folders, archives, s3://bucket/prefix, shards or an .npy file")
+    one_file = args.out.suffix.lower() in (".npz", ".parquet")
+    if address(args.out) is not None and one_file:
+        raise UserError(f"{sync.shown(args.out)}: in S3 features are parts below a prefix; leave out {args.out.suffix}")
+    if address(args.out) is None:
+        files.require_writable(args.out)
+    place = Place(args.out.with_name(f".{args.out.name}.parts") if one_file else args.out)
+    with opened(args.encoder, args.tracking_uri) as directory:
+        about = _embed(args, directory, place, one_file)
+    failed = _failed(place)
+    count = _count(place)
+    if failed:
+        first = f"{failed[0]['path']} ({failed[0]['reason']})"
+        if count == 0:
+            raise UserError(f"none of the {len(failed)} files can be read as an image; the first: {first}")
+        say(f"{len(failed):,} files are no images that can be read and were left out; the first: {first}")
+    if one_file:
+        _join(place, args.out)
+        shutil.rmtree(place.path)
+    show(f"{sync.shown(args.out)}: {count if count is not None else 'all'} × {about.d} features")
 
 
-def _open(args: Args) -> _Images:
-    paths = args.images
-    if len(paths) == 1 and paths[0].suffix == ".npy":
-        return _array(paths[0], args.max_pixels)
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files_in = walk(path)
-            found += [path / name for name in in_order(files_in.sizes)]
-            if files_in.junk:
-                say(f"{files_in.junk.total():,} files in {', '.join(sorted(files_in.junk)[:3])} are left out")
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise UserError(f"no file or folder {path}; expected images")
-    if not found:
-        raise UserError(f"no images in {', '.join(map(str, paths))}")
-    rule = _rule(found, args)
-    return _Images([str(f) for f in found], lambda i: _read(found[i], rule), frozenset(map(str, paths)))
+def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> About:
+    """Do the parts that `place` does not have; for `one_file` it is a folder of our own."""
+    from pipelines.parts import embedding
+    from pipelines.parts.plan import plan
+    from simclr.data.feature_parts import PART, About
+    from simclr.encoder.directory import preprocessing_of, read_text, weights_digest, width_of
 
-
-def _array(path: Path, most: int) -> _Images:
-    if not path.is_file():
-        raise UserError(f"no file {path}; expected images")
-    try:
-        require_plain_headers(path)
-        array = np.load(path, mmap_mode="r")
-    except Exception as error:  # NumPy raises nearly anything for a damaged header; nothing here computes
-        raise UserError(f"{path} is no .npy file that can be read ({error}); expected uint8 (n, H, W, 3)") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} is an .npz file; expected an .npy file of uint8 (n, H, W, 3)")
-    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not len(array):
-        raise UserError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (n, H, W, 3)")
-    if array.shape[1] * array.shape[2] > most:
-        raise UserError(
-            f"{path} holds images of {array.shape[2]:,} × {array.shape[1]:,} pixels, which would fill the memory; "
-            f"--max-pixels {array.shape[1] * array.shape[2]} reads them"
-        )
-    return _Images([str(i) for i in range(len(array))], lambda i: np.asarray(array[i]))
-
-
-def _read(path: Path, rule: Rule) -> NDArray[np.uint8]:
-    from simclr.data.encode import decoded
-    from simclr.data.pixels import Unreadable
-
-    try:
-        return decoded(path, rule)
-    except Unreadable as error:
-        raise Junk(f"{path} is no image that can be read ({error}); leave it out") from None
-
-
-def _rule(paths: list[Path], args: Args) -> Rule:
-    """How pictures of more than 8 bits become 8-bit RGB: as stated, or by a sample of these files."""
-    from simclr.data.options import Options
-    from simclr.data.raster import ranges_of
-
+    text = read_text(directory)
     options = Options(value_range=args.value_range, bands=args.bands, max_pixels=args.max_pixels)
-    return options.rule({} if args.value_range else ranges_of(paths[:: max(len(paths) // _SAMPLE, 1)], options.rule({})))
+    planned = plan(args.images, args.reading, options)
+    preprocessing = dataclasses.asdict(preprocessing_of(text))
+    stated: Plain = {
+        "encoder": weights_digest(directory),
+        "preprocessing": preprocessing,
+        "images": planned.key,
+        "options": [options.value_range, options.bands, options.max_pixels, planned.ranges],
+        "precision": args.precision,
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+    }
+    key = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+    about = About(
+        encoder=stated["encoder"],
+        preprocessing=preprocessing,
+        source=shlex.join(args.images),
+        d=width_of(text),
+        dtype=args.dtype,
+        key=key,
+    )
+    there = place.names()
+    done = {name for name in there if PART.fullmatch(name)}
+    differ = _different(place, json.loads(json.dumps(stated))) if done else []
+    if differ and one_file:
+        shutil.rmtree(place.path)  # left by another command that did not end
+        done = set()
+    elif differ:
+        words = {"images": "images (or they have changed since)"}
+        raise UserError(
+            f"{place} holds features with another {', another '.join(words.get(name, name) for name in differ)}; use another --out, or "
+            "remove it"
+        )
+    elif not done and (left := sorted(name for name in there if name != _PLAN and not name.startswith((".", "failed-")))):
+        raise UserError(f"{place} is not empty and has no features (it holds {', '.join(left[:3])}); use another --out")
+    parts = [part for part in planned.parts if f"part-{part['number']:05d}.parquet" not in done]
+    if not parts:
+        say(f"{place} holds these features already; nothing to do")
+        return about
+    place.write(_PLAN, json.dumps(stated).encode())
+    if len(parts) < len(planned.parts):
+        say(f"going on with {place}: {len(planned.parts) - len(parts):,} of {len(planned.parts):,} parts are there")
+    settings: Plain = {
+        "sources": planned.sources,
+        "reading": {f.name: getattr(args.reading, f.name) for f in dataclasses.fields(args.reading)},
+        "options": {"value_range": options.value_range, "bands": options.bands, "max_pixels": options.max_pixels},
+        "ranges": planned.ranges,
+        "out": str(place),
+        "about": {name: getattr(about, name) for name in about.__slots__},
+        "device": args.device,
+        "precision": args.precision,
+        "batch_size": args.batch_size,
+    }
+    waited = computed = 0.0
+    device = "cpu"
+    with Bar("embed", planned.total) as bar:
+        for _, told in run(embedding.make, settings, parts, args.where, args.device, carry=directory):
+            bar.advance(told["images"] + told["failed"])
+            waited, computed, device = waited + told["waited_s"], computed + told["computed_s"], told["device"]
+            if told["failed"]:
+                bar.update(bar.done, f"left out: {told['first']}")
+    say(f"{device} waited for pictures {100 * waited / max(waited + computed, 1e-9):.0f} % of the time")
+    there = place.names()
+    if missing := [part["number"] for part in parts if f"part-{part['number']:05d}.parquet" not in there]:
+        raise UserError(
+            f"{len(missing):,} parts were written where this machine does not see them (part {missing[0]} is not in {place}); "
+            "give --out a folder on a disk that all nodes see, or s3://bucket/prefix"
+        )
+    return about
+
+
+def _different(place: Place, stated: Plain) -> list[str]:
+    """What of the features in `place` was otherwise than `stated`."""
+    text = place.read(_PLAN)
+    before = files.json_in(text, f"{place}/{_PLAN}", "use another --out") if text is not None else {}
+    return [name for name, value in stated.items() if before.get(name) != value]
+
+
+def _failed(place: Place) -> list[Plain]:
+    """The images that were left out."""
+    from simclr.data.feature_parts import FAILED, failures
+
+    with tempfile.TemporaryDirectory(prefix="simclr-") as scratch:
+        return failures([place.get(name, Path(scratch)) for name in sorted(place.names()) if FAILED.fullmatch(name)])
+
+
+def _count(place: Place) -> int | None:
+    """Rows of the parts; None in S3, where every part would be fetched for it."""
+    from simclr.data.feature_parts import open_features
+
+    return len(open_features(place.path)) if place.at is None else None
+
+
+def _join(place: Place, out: Path) -> None:
+    """One file of all parts."""
+    from simclr.data.feature_parts import merge, open_features
+
+    table = open_features(place.path)
+    if out.suffix.lower() == ".parquet":
+        merge(table.parts, out)
+        return
+    names = table.table(["path"])["path"]
+    with files.whole(out) as scratch, scratch.open("wb") as file:
+        np.savez(file, features=np.concatenate([rows for _, rows in table.blocks()]), names=np.array(names))

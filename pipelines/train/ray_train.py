@@ -98,10 +98,11 @@ def address_of(asked: str | None) -> str:
     return asked or os.environ.get("RAY_ADDRESS") or "local"
 
 
-def connect(resources: Resources, trials: int = 1) -> bool:
+def connect(resources: Resources, trials: int = 1, imports: str = "ray.train.torch") -> bool:
     """Join the cluster, or start a private Ray with as many cores as the workers ask for. False if Ray was connected before.
 
-    `trials` is how many trainings with these resources may run at a time. If it fails, nothing of a private Ray stays in this process.
+    `trials` is how many trainings with these resources may run at a time; `imports` is the part of Ray that is imported meanwhile. If it
+    fails, nothing of a private Ray stays in this process.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         if own_ray.begun() and sys.modules["ray"].get_runtime_context().get_temp_dir() != str(own_ray.folder()):
@@ -117,7 +118,7 @@ def connect(resources: Resources, trials: int = 1) -> bool:
     own_ray.end()  # a cluster must not see the token and the interface of a private Ray
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        _init(address, max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker))
+        _init(address, max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker), imports)
     except BaseException as error:
         ending = threading.Thread(target=disconnect, daemon=True)
         ending.start()
@@ -134,14 +135,14 @@ def connect(resources: Resources, trials: int = 1) -> bool:
     return True
 
 
-def _init(address: str, cores: int) -> None:
+def _init(address: str, cores: int, imports: str) -> None:
     """Import Ray and start it. "local" is a private Ray."""
     folder = own_ray.begin() if address == "local" else None
     import ray
 
     ray_private.read_token_again()
     # These imports take as long as Ray takes to start its processes, so both run at once.
-    importing = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
+    importing = threading.Thread(target=importlib.import_module, args=(imports,), daemon=True)
     importing.start()
     _imports.append(importing)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}

@@ -99,10 +99,10 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
     return Encoded(item, stored, kind == "jpeg", height, width, _moments(pixels), digest, "", *done)
 
 
-def decoded(path: Path, rule: Rule) -> NDArray[np.uint8]:
+def decoded(file: bytes | Path, rule: Rule) -> NDArray[np.uint8]:
     """Pixels (H, W, 3) of an image file, upright, 8-bit RGB by `rule`: by the loader's decoder where a shard would hold the file as it is,
     which is a level or two from Pillow's. Raises Unreadable."""
-    data, image = opened_file(path, rule)
+    data, image = opened_file(file, rule)
     if image is not None and rule.bands in (None, (1, 2, 3)):
         as_is = _decoded_as_stored(image, data, max(image.size))
         if as_is is not None:

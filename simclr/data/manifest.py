@@ -90,9 +90,9 @@ class Manifest:
         return tuple(shard for shards in self.splits.values() for shard in shards)
 
     def part(self, groups: int = 1, group: int = 0) -> tuple[Shard, ...]:
-        """The training shards of `group` of `groups` (−1: none), and all shards of other splits."""
+        """The training shards of `group` of `groups`, and all shards of other splits."""
         others = [shard for split, shards in self.splits.items() if split != "train" for shard in shards]
-        return (*(self.splits.get("train", ())[group::groups] if group >= 0 else ()), *others)
+        return (*self.splits.get("train", ())[group::groups], *others)
 
     def examples(self, split: str, groups: int = 1) -> int:
         """Images in `split`. With more than one shard group, those of the smallest group times the number of groups: all that an epoch

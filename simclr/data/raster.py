@@ -176,9 +176,9 @@ def ranges_of(paths: Iterable[Path], rule: Rule) -> dict[str, tuple[float, float
     return decided([values for values in sample if values])
 
 
-def opened_file(path: Path, rule: Rule) -> tuple[bytes, Image.Image | None]:
+def opened_file(file: bytes | Path, rule: Rule) -> tuple[bytes, Image.Image | None]:
     """The bytes of a file, and the picture as `pillow_image` gives it. Raises Unreadable."""
-    data = file_bytes(path, rule)
+    data = file_bytes(file, rule)
     image = pillow_image(data)
     if image is not None:
         affordable(image, data, rule.max_pixels)

@@ -9,6 +9,7 @@ config.json              schema, the run's config, `preprocessing`, `published` 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -177,6 +178,18 @@ def read_text(directory: Path) -> dict[str, Any]:
     if "classifier" in text:
         fields.require(text["classifier"], {"tap": int, "classes": list[str]}, f"the classifier in {path}", _INSTEAD)
     return text
+
+
+def weights_digest(directory: Path) -> str:
+    """sha256 (hex) of a published encoder's weights, as its features state it."""
+    with (directory / "encoder.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def width_of(text: dict[str, Any]) -> int:
+    """Numbers of a feature of the encoder that a config.json describes."""
+    with torch.device("meta"):
+        return build_encoder(config_of({"encoder": text["encoder"]}).encoder).d_h
 
 
 def read_part(directory: Path, name: str) -> dict[str, Tensor]:

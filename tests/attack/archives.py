@@ -24,20 +24,21 @@ import pyarrow.parquet
 import scipy.io
 from PIL import Image
 
-from pipelines.commands import embed, prepare
+from pipelines.commands import prepare
 from simclr.data.options import Options
 from simclr.data.sources.patterns import patterns_source
 from simclr.data.sources.reading import Reading
 from simclr.errors import UserError
 from tests.attack import lies
 from tests.attack.images import _HOW, scans, zeros
+from tests.support.embedding import pictures
 
 
 def use(path: Path) -> None:
     """Listing, sample, forecast and a small `prepare` of an archive, table or shard; of an .npy file, `embed`'s reading."""
     if path.suffix == ".npy":
-        images = embed._open(embed.Args(encoder=path, images=(path,)))
-        images.read(len(images.names) - 1)
+        for _ in pictures(path):
+            pass
         return
     out = Path(tempfile.mkdtemp(dir=path.parent)) / "out"
     source, options = path, Options(max_skipped_pct=100, shard_mib=8)

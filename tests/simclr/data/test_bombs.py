@@ -16,7 +16,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipelines.commands import embed
 from simclr.data.encode import encode
 from simclr.data.sources import label_files, layout, parquet, parquet_pages, reading
 from simclr.data.sources import zip as zip_file
@@ -29,6 +28,7 @@ from simclr.data.sources.reading import Reading
 from simclr.data.sources.source import Item, Tree, Unread
 from simclr.errors import UserError
 from tests.attack import archives, lies
+from tests.support.embedding import pictures
 
 # ---------------------------------------------------------------- archives
 
@@ -103,7 +103,7 @@ def test_paths_of_a_thousand_folders_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "disk" / ("a/" * 70)).mkdir(parents=True)
     (tmp_path / "disk" / ("a/" * 70) / "b.jpg").write_bytes(b"a")
     found = walk(tmp_path / "disk")
-    assert not found.sizes and "is left out with all that lies in it: it is more than 64 folders deep" in found.notes[0]
+    assert not found.parts and "is left out with all that lies in it: it is more than 64 folders deep" in found.notes[0]
 
 
 def test_folders_that_link_to_each_other_are_not_walked_for_ever(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_an_array_whose_header_lies_is_one_sentence(name: str, tmp_path: Path) -
     path = tmp_path / "a.npy"
     path.write_bytes(archives.BOMBS[name][1]())
     with pytest.raises(UserError, match=r"a.npy (is no .npy file that can be read|holds)"):
-        embed._open(embed.Args(encoder=path, images=(path,)))
+        next(pictures(path))
 
 
 def test_an_array_of_images_larger_than_the_memory_is_named_with_the_flag(tmp_path: Path) -> None:
@@ -275,4 +275,4 @@ def test_an_array_of_images_larger_than_the_memory_is_named_with_the_flag(tmp_pa
         file.write(head)
         file.truncate(len(head) + 3 * 40_000**2)
     with pytest.raises(UserError, match=r"40,000 × 40,000 pixels, which would fill the memory; --max-pixels 1600000000 reads them"):
-        embed._open(embed.Args(encoder=path, images=(path,)))
+        next(pictures(path))

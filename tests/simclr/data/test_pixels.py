@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from pipelines.commands import embed
 from simclr.data import pixels, shards, survey
 from simclr.data.encode import Looked, encode, look
 from simclr.data.manifest import Manifest
 from simclr.data.options import Options
+from simclr.data.pixels import Unreadable
 from simclr.data.sources.source import Data, Item, is_image
 from simclr.errors import UserError
+from tests.support.embedding import pictures
 from tests.support.paths import ROOT
 from tests.support.pictures import SHAPE, png, prepared, ramp, reasons, rgb, saved, tiff
 from tests.support.sources import source_of, source_of_files
@@ -120,14 +120,11 @@ def test_embed_reads_them_by_one_rule_too(tmp_path: Path) -> None:
     """By a sample of its own files, or as stated for the training images."""
     (tmp_path / "a.png").write_bytes(png(ramp(0, 4095)))
     (tmp_path / "b.png").write_bytes(png(ramp(0, 400)))
-    args = embed.Args(encoder=tmp_path, images=(tmp_path,))
-    found = embed._open(args)
-    np.testing.assert_array_equal(found.read(1)[..., 0], np.rint(ramp(0, 400) * (255 / 4095)))
-    found = embed._open(replace(args, value_range=(0.0, 400.0)))
-    np.testing.assert_array_equal(found.read(1)[..., 2], np.rint(ramp(0, 400) * (255 / 400)))
-    found = embed._open(replace(args, bands=(1, 1, 2)))
-    with pytest.raises(embed.Junk, match=r"a\.png is no image that can be read \(it has 1 band, and --bands asks for band 2\)"):
-        found.read(0)
+    np.testing.assert_array_equal(dict(pictures(tmp_path))["b.png"][..., 0], np.rint(ramp(0, 400) * (255 / 4095)))
+    found = dict(pictures(tmp_path, Options(value_range=(0.0, 400.0))))
+    np.testing.assert_array_equal(found["b.png"][..., 2], np.rint(ramp(0, 400) * (255 / 400)))
+    with pytest.raises(Unreadable, match="it has 1 band, and --bands asks for band 2"):
+        next(pictures(tmp_path / "a.png", Options(bands=(1, 1, 2))))
 
 
 def test_a_stated_range_holds_for_all(tmp_path: Path) -> None:
@@ -194,12 +191,12 @@ def test_deep_pictures_are_upright(orientation: int) -> None:
 
 
 def test_a_sample_that_misled_about_the_depth_is_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first picture of an archive has 10 bits, a later one 14: the same shards as if it had been known. What was decided is kept."""
+    """The pictures of the sample have 10 bits, another one 14: the same shards as if it had been known. What was decided is kept."""
     files = {f"{i}.tif": tiff(ramp(0, 9000 if i == 150 else 1000)) for i in range(200)}
     items = [Item("train", None, name, data) for name, data in files.items()]
     said: list[str] = []
     monkeypatch.setattr(survey, "SAMPLE", 50)
-    manifest, found = prepared(tmp_path / "misled", source_of(items, known=False), said.append, shard_mib=1)
+    manifest, found = prepared(tmp_path / "misled", source_of(items), said.append, shard_mib=1)
     assert manifest.pixels["ranges"] == {"integers": [0, 16383]} and manifest.pixels["rescaled"] == 200
     assert said[0] == "150.tif has pixels up to 9,000, the images of the sample none above 1,023; it begins again with white at 16,383"
     assert found["0.tif"].max() == round(1000 * 255 / 16383)
@@ -215,10 +212,10 @@ def test_a_sample_that_misled_about_the_depth_is_corrected(tmp_path: Path, monke
     before = len(said)
     options, out = Options(kind="raw", shard_mib=1), tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        shards.prepare(source_of(items, known=False), out, options, 2, stop, says=said.append)
+        shards.prepare(source_of(items), out, options, 2, stop, says=said.append)
     went_on: list[int] = []
     monkeypatch.setattr(shards, "survey", None)
-    again = shards.prepare(source_of(items, known=False), out, options, 2, lambda done: None, went_on.append)
+    again = shards.prepare(source_of(items), out, options, 2, lambda done: None, went_on.append)
     assert again == manifest and went_on and went_on[0] > 40
 
 

@@ -1,0 +1,97 @@
+"""A process of `simclr embed`: pictures of a part → a Parquet part of features."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.parts.plan import id_of, reader
+from pipelines.parts.run import CARRIED, THREADS, Plain, Work
+from simclr.data.options import Options
+from simclr.data.s3.place import Place
+from simclr.data.sources.reading import Reading
+from simclr.errors import UserError
+
+
+def make(settings: Plain) -> Work:
+    """The function that embeds parts. settings: sources, reading, options, ranges, out, about, device, precision, batch_size, strict."""
+    import torch
+
+    import simclr
+    from simclr.data.feature_parts import About, write_failed, write_part
+    from simclr.evaluation.embedding import Clock, Picture, embedded
+    from simclr.precision import set_backends
+
+    threads = settings[THREADS]
+    device = torch.device(settings["device"] if settings["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    set_backends(settings["precision"], device)
+    encoder = simclr.load_encoder(Path(settings[CARRIED])).to(device).to(memory_format=torch.channels_last)
+    reading = Reading(**_tuples(settings["reading"]))
+    rule = Options(**_tuples(settings["options"])).rule(_tuples(settings["ranges"]))
+    about = About(**settings["about"])
+    scratch = tempfile.TemporaryDirectory(prefix="simclr-embed-")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    readers: dict[int, Callable[..., Any]] = {}
+    out = Place(settings["out"])
+
+    def work(part: Plain) -> Plain:
+        from simclr.data.sources.portions import Portion
+
+        index = part["source"]
+        source = settings["sources"][index]
+        if index not in readers:
+            readers[index] = reader(source, reading, Path(scratch.name))
+        clock, place = Clock(), 0
+        rows: dict[str, list[Any]] = {name: [] for name in ("id", "split", "path", "sha256", "label", "width", "height")}
+        features: list[NDArray[np.float32]] = [np.empty((0, about.d), np.float32)]
+        failed: list[tuple[int, str, str, str | None, str]] = []
+
+        def note(found: Picture, number: int) -> None:
+            item = found.item
+            if found.reason and source["kind"] == "files":  # the user named this very file
+                raise UserError(f"{item.name} is no image that can be read ({found.reason}); leave it out")
+            if found.reason:
+                failed.append((number, item.split, item.name, item.label, found.reason))
+                return
+            values = (number, item.split, item.name, found.sha256, item.label, found.width, found.height)
+            for name, value in zip(rows, values, strict=True):
+                rows[name].append(value)
+
+        items = readers[index](Portion.from_dict(part["portion"]))
+        how = (encoder.preprocessing, rule, device, pool, threads, settings["batch_size"], settings["precision"], clock)
+        for pictures, h in embedded(encoder, items, *how):
+            for found in pictures:
+                note(found, id_of(part, place))
+                place += 1
+            if h.size:
+                features.append(h)
+        dense = np.concatenate(features)
+        if not np.isfinite(dense).all():
+            raise UserError(f"the encoder's features of part {part['number']} are no finite numbers; try --precision float32")
+        name, folder = f"{part['number']:05d}.parquet", Path(scratch.name)
+        if failed:
+            write_failed(folder / f"failed-{name}", about, failed)
+            out.put(f"failed-{name}", folder / f"failed-{name}")
+        write_part(folder / f"part-{name}", about, rows, dense)
+        out.put(f"part-{name}", folder / f"part-{name}")  # last: a part that lies there is done
+        return {
+            "images": len(rows["id"]),
+            "failed": len(failed),
+            "first": f"{failed[0][2]} ({failed[0][4]})" if failed else "",
+            "waited_s": clock.waited_s,
+            "computed_s": clock.computed_s,
+            "device": device.type,
+        }
+
+    return work
+
+
+def _tuples(values: Plain) -> Plain:
+    """`values` with tuples in place of JSON's lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

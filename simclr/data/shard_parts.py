@@ -256,10 +256,12 @@ def ranked_again(output: Output, number: int, key: str, classes: Sequence[str]) 
 
 def make_parts(settings: Plain) -> Callable[[Plain], Plain]:
     """A function that makes parts (their number and their portions) of the source that `settings` name."""
+    outputs.enter(settings["from"])
     making = Making.from_dict(settings["making"])
     opened = contextlib.ExitStack()
     output = opened.enter_context(outputs.opened(settings["out"]))
     atexit.register(opened.close)
+    output.require_seen()
     read = reader(making.source, Reading(**settings["reading"]))
     maker = Maker(making, output, settings["threads"])
 
@@ -286,6 +288,7 @@ def told(maker: Maker, number: int, items: Iterator[Item], judge: Callable[[note
 
 def make_ranks(settings: Plain) -> Callable[[Plain], Plain]:
     """A function that ranks the labels of a part anew."""
+    outputs.enter(settings["from"])
     opened = contextlib.ExitStack()
     output = opened.enter_context(outputs.opened(settings["out"]))
     atexit.register(opened.close)

@@ -68,30 +68,27 @@ def plan(source: Source, choice: Choice, options: Options) -> list[tuple[Run, ..
     each = pictures_of_a_part(choice, options)
     unnamed = sum(not part.names for part in source.parts)
     together = max(each // max(choice.images_unnamed, 1), -(-unnamed // _MOST_UNNAMED_PARTS), 1)
-    parts: list[tuple[Run, ...]] = []
-    runs: list[Run] = []
-    count = 0  # of pictures, or what stands for them
+    room, most = 0, each * together  # a picture takes `together` of it, a part without names `each`
+    parts: list[list[Run]] = []
     for part in source.parts:
         begin, size = 0, len(part.names)
-        divisible = 0 < size <= PART_IMAGES
-        while divisible and begin < size:
-            if count >= each:
-                parts, runs, count = _ended(parts, runs)
-            end = min(size, begin + each - count)
-            runs.append(Run(part, begin, end))
-            count, begin = count + end - begin, end
-        if not divisible:
-            stands_for = size or -(-each // together)
-            if runs and count + stands_for > each:
-                parts, runs, count = _ended(parts, runs)
-            runs.append(Run(part, 0, size))
-            count += stands_for
-    return _ended(parts, runs)[0] if runs else parts
-
-
-def _ended(parts: list[tuple[Run, ...]], runs: list[Run]) -> tuple[list[tuple[Run, ...]], list[Run], int]:
-    parts.append(tuple(runs))
-    return parts, [], 0
+        if not 0 < size <= PART_IMAGES:
+            takes = size * together or each
+            if takes > room:
+                parts.append([])
+                room = most
+            parts[-1].append(Run(part, 0, size))
+            room -= takes
+            continue
+        while begin < size:
+            if room < together:
+                parts.append([])
+                room = most
+            end = min(size, begin + room // together)
+            parts[-1].append(Run(part, begin, end))
+            room -= (end - begin) * together
+            begin = end
+    return [tuple(runs) for runs in parts]
 
 
 def pictures_of_a_part(choice: Choice, options: Options) -> int:

@@ -88,6 +88,7 @@ def test_a_node_that_does_not_see_the_shards_does_not_call_them_damaged(
 ) -> None:
     from simclr.data.verify import make_verified
 
+    monkeypatch.chdir(tmp_path)
     settings = {"data": "gone", "manifest": "", "from": str(tmp_path), "threads": 1}
     with pytest.raises(UserError, match=r".* does not see gone; give a folder on a disk that all nodes share, or s3://bucket/prefix"):
         make_verified(settings)

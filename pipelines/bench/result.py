@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.runs.directory import environment
+from pipelines.runs.environment import environment
 from pipelines.terminal import say
 from simclr import files
 
@@ -105,7 +105,7 @@ def busiest(samples: str) -> list[float]:
 
 @functools.cache
 def machine() -> dict[str, str]:
-    """`pipelines.runs.directory.environment()`, with the GPUs that nvidia-smi lists."""
+    """`pipelines.runs.environment.environment()`, with the GPUs that nvidia-smi lists."""
     found = environment()
     if tool := shutil.which("nvidia-smi"):
         query = [tool, "--query-gpu=name", "--format=csv,noheader"]

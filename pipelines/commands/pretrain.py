@@ -15,9 +15,8 @@ from pipelines.evaluation import inputs
 from pipelines.runs import sync
 from pipelines.runs.directory import Run
 from pipelines.terminal import show
-from pipelines.train import driver, ray_train, warm_start
+from pipelines.train import driver, ray_train, subset, warm_start
 from simclr.config import Config
-from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +36,9 @@ class Args:
     run: Path | None = None
     """Run directory or s3://bucket/prefix, for checkpoints too; a run there goes on, on any machine.
     Default: runs/RECIPE-DIGEST, the same for the same config and data."""
+    subset: Path | None = None
+    """A list of the only images to train on, one a line, by file name or sample id: what `simclr curate` writes. They need no labels. The
+    run keeps it as subset.txt. Default: all images; with --extend those of the run."""
     start: Path | None = None
     """Weights to begin with: a run, a published encoder, s3://bucket/prefix of either, NAME@alias in the registry, or a .safetensors or
     .pth file of a ResNet by torchvision's names. Optimizer and schedule begin anew. Default: initial weights drawn by the seed."""
@@ -63,7 +65,8 @@ class Args:
         config, flags = warm_start.extension(run), {word.partition("=")[0] for word in words}
         if "--train.epochs" in flags and "--train.steps" not in flags:  # else the run's number of steps would count
             config = replace(config, train=replace(config.train, steps=None))
-        return cls(data=Path(run.origin), config=config, recipe=run.recipe)
+        kept = run.path / subset.FILE if run.subset else None
+        return cls(data=Path(run.origin), config=config, recipe=run.recipe, subset=kept)
 
 
 def main(args: Args) -> None:
@@ -85,14 +88,18 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
     """The job, with its run directory begun; `lock` then holds `Run.alone`."""
     config = args.config
     groups = config.train.shard_groups
-    data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # with groups it fetches none: all may not fit here
-    manifest = read_manifest(data, look=groups == 1)
-    examples, classes = manifest.examples("train", groups), manifest.classes
+    data, manifest = sync.manifest(args.data, look=groups == 1)  # with groups not all shards may lie here
+    classes = manifest.classes
+    only = subset.read(args.subset, data, args.data, manifest, config) if args.subset is not None else None
+    examples = len(only.ids) if only is not None else manifest.examples("train", groups)
     driver.require_shares(config, examples, args.resources)
     weights, start = _start(args)
-    run, home, uri = driver.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri, start=start)
+    described = only.described if only is not None else None
+    run, home, uri = driver.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri, start=start, subset=described)
     run = driver.checked(run, manifest, examples, args.resources)
     lock.enter_context(run.alone())
+    if only is not None:
+        subset.write(run, only)
     if weights and not run.under_way:
         run = warm_start.begin(run, weights, classes)
 
@@ -104,6 +111,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         uri=uri,
         resources=args.resources,
         publish=lambda run, method: publish_newest(run, classes, method),
+        given={} if only is None else {"ids": only.ids},
     )
 
 
@@ -135,6 +143,8 @@ def publish_newest(run: Run, classes: Sequence[str], method: Method | None = Non
 
     step, parts = driver.newest_tensors(run, method)
     published: dict[str, object] = {"recipe": run.recipe, "step": step, "data": run.data.name}
+    if run.subset:
+        published["subset"] = run.subset | {"from": Path(run.subset["from"]).name}
     if run.start:
         published["start"] = run.start | {"from": Path(run.start["from"]).name}  # the whole path concerns no user of the encoder
     write_encoder(

@@ -15,7 +15,7 @@ import tyro
 from pipelines.html import page
 from pipelines.html.page import FeatureMap, Neighbours, ReportData, Score
 from pipelines.runs import sync
-from pipelines.runs.directory import Run, load_run
+from pipelines.runs.directory import Run, load_run, subset_described
 from pipelines.terminal import show
 from simclr import fields, files
 from simclr.data.arrays import require_plain_headers, require_small
@@ -68,6 +68,7 @@ def gather(run: Run) -> ReportData:
         "run": str(run.path),
         "began": time.strftime("%d %B %Y, %H:%M", time.localtime(run.created)),
         **({"extends" if run.start["extends"] else "began with": f"{run.began_with}: {run.start['taken']}"} if run.start else {}),
+        **({"images": subset_described(run.subset)} if run.subset else {}),
         **_length(run, history),
         **({"notes": "; ".join(run.notes)} if run.notes else {}),
         **facts,

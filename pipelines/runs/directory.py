@@ -1,6 +1,7 @@
 """A run's directory: its files, the run that it belongs to, and how the same command finds it again.
 
 run.json        recipe, config, data, command, environment, tracking address and run id, registered version
+subset.txt      the only images that it sees, where there are such; labels.txt: those whose labels a later stage sees
 metrics.jsonl   one line per report; outbox.json: how many of its bytes MLflow has (see pipelines.tracking.outbox)
 checkpoints/    step-…/ (see simclr.checkpoint)
 encoder/        the published form of the newest checkpoint's encoder
@@ -13,11 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import shlex
 import sys
 import threading
@@ -27,6 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from pipelines.runs.environment import environment
 from pipelines.tracking.uri import redacted
 from simclr import fields, files
 from simclr.config import ADDED, RENAMED, Config
@@ -47,6 +46,7 @@ _OPERATIONAL = (
     *("train.report_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints", "train.compile", "train.cache"),
     "watch.",
 )
+_SUBSET = {"from": str, "images": int, "sha256": str}
 _START = {"from": str, "step": int | None, "sha256": str, "extends": bool, "taken": str}
 _NOTING = threading.Lock()  # one thread at a time reads run.json, changes a field and writes it
 
@@ -83,6 +83,10 @@ class Run:
     """The weights that a pretraining began with, {} = those of its seed: `from`, `step` (null = unknown), `sha256`, `extends` (whether it
     extends that run), `taken` (which parts, in a sentence)."""
 
+    subset: dict[str, Any] = field(default_factory=dict)
+    """The only images that a pretraining sees, {} = all: the list that they come `from`, which the run keeps as subset.txt, their number
+    `images`, and the `sha256` of their sample ids."""
+
     @property
     def began_with(self) -> str:
         """`start` in a sentence, "" if it is empty."""
@@ -118,8 +122,9 @@ class Run:
         data = self.data if self.data.is_absolute() else os.path.relpath(self.data, self.path)
         text = asdict(self) | {"schema": SCHEMA, "config": self.config.to_dict(), "data": self.data_at or str(data)}
         del text["path"], text["data_at"]
-        if not self.start:
-            del text["start"]
+        for name in ("start", "subset"):
+            if not text[name]:
+                del text[name]
         if not self.notes:
             del text["notes"]  # earlier versions do not know it
         files.write_text(self.path / "run.json", json.dumps(text, indent=1) + "\n")
@@ -234,42 +239,6 @@ def _is_reported(name: str, value: Any) -> bool:
     return isinstance(value, float) or fields.fits(value, float)  # of whole numbers those that a float can hold
 
 
-def environment() -> dict[str, str]:
-    """This machine and the versions that matter, for people. A missing package is listed as absent: it must not end a measurement of
-    hours."""
-    models = [line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-    cpu = models[0] if models else platform.processor()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = [f"{name} {version(name) or 'absent'}" for name in ("torch", "ray", "mlflow", "ffcv")]
-    versions += [f"{name} {found}" for name in ("torchvision", "triton") if (found := version(name))]
-    return {
-        "machine": f"{os.cpu_count()} cores, {cpu or platform.machine()}, {memory:.0f} GiB",
-        "versions": ", ".join([f"Python {platform.python_version()}", *versions, *_gpu_versions()]),
-    }
-
-
-def version(package: str) -> str:
-    """The installed version of `package`, without its build; "" where it is not installed."""
-    try:
-        return importlib.metadata.version(package).partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _gpu_versions() -> list[str]:
-    """CUDA's and the driver's, if NVIDIA's driver is loaded."""
-    driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", "\n".join(_lines(Path("/proc/driver/nvidia/version"))))
-    if driver is None:
-        return []
-    import torch  # takes seconds, so only on a machine with a GPU
-
-    return [f"CUDA {torch.version.cuda or 'absent'}", f"driver {driver[1]}"]
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
-
-
 def manifest_digest(data: Path) -> str:
     """sha256 of `data`/manifest.json, but for the modification times in it."""
     return digest_of((data / "manifest.json").read_bytes())
@@ -279,6 +248,13 @@ def described(start: dict[str, Any]) -> str:
     """The origin of a run's first weights, from its `start`."""
     at = f", step {start['step']:,}" if start["step"] is not None else ""
     return f"{start['from']}{at} (sha256 {start['sha256'][:12]}…)"
+
+
+def subset_described(subset: dict[str, Any]) -> str:
+    """The images that a run sees, from its `subset`."""
+    if not subset:
+        return "all of the training split"
+    return f"{subset['images']:,} of {subset['from']} (sha256 {subset['sha256'][:12]}…)"
 
 
 def ways_on(run: object) -> str:
@@ -298,20 +274,22 @@ def open_run(
     stage: str = "pretrain",
     start: dict[str, Any] | None = None,
     asked: object = None,
+    subset: dict[str, Any] | None = None,
 ) -> Run:
-    """The run of this config and data (`data` may be a copy of `data_at`) that began with the weights `start`: a new one, or the one to go
-    on with. `path` may be a copy of the directory that was `asked` for.
+    """The run of this config and data (`data` may be a copy of `data_at`), or of a `subset` of its images, that began with the weights
+    `start`: a new one, or the one to go on with. `path` may be a copy of the directory that was `asked` for.
 
     Without `path` the directory is runs/RECIPE-DIGEST, so the same command finds its run again. Raises UserError if `path` holds a
-    run of another config, data or start, with the first differences, or no run.
+    run of another config, data, subset or start, with the first differences, or no run.
     """
-    start = start or {}
+    start, subset = start or {}, subset or {}
     digest = manifest_digest(data)
     if path is None:
         old = {new: name for name, new in RENAMED.items()}  # old field names in the key, so that the same command finds older runs
         known = {k: v for k, v in config.flat().items() if k not in ADDED or v != ADDED[k]}
         key = {old.get(k, k): v for k, v in known.items() if not k.startswith(_OPERATIONAL)}
-        given = [start["sha256"]] if start else []  # no entry without: such runs stay where they were
+        # No entries without: such runs stay where they were.
+        given = [*([start["sha256"]] if start else []), *([f"subset {subset['sha256']}"] if subset else [])]
         name = hashlib.sha256(json.dumps([key, digest, *given], sort_keys=True).encode()).hexdigest()[:8]
         path = Path("runs") / f"{recipe}-{name}"
     if (path / "run.json").exists():
@@ -325,6 +303,8 @@ def open_run(
         if run.start.get("sha256") != start.get("sha256"):
             there, here = (described(given) if given else "those of its seed" for given in (run.start, start))
             different.insert(0, f"first weights {there} there, {here} here")
+        if run.subset.get("sha256") != subset.get("sha256"):
+            different.insert(0, f"images {subset_described(run.subset)} there, {subset_described(subset)} here")
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             further = f"; {ways_on(asked or path)}" if stage == "pretrain" else ""
@@ -346,6 +326,7 @@ def open_run(
             environment=environment(),
             stage=stage,
             start=start,
+            subset=subset,
         )
     files.require_writable(path)
     return run
@@ -366,9 +347,10 @@ def _run_of(path: Path, text: dict[str, Any]) -> Run:
     fields.require(text, {"data": str, "config": dict[str, Any]}, where, _INSTEAD)
     stage = text.setdefault("stage", "pretrain")
     fields.require(text, {"stage": Literal[tuple(STAGES)]}, where, _INSTEAD)
-    if "start" in text:
-        fields.require(text, {"start": dict[str, Any]}, where, _INSTEAD)
-        fields.require(text["start"], _START, f"start in {where}", _INSTEAD)
+    for name, hints in (("start", _START), ("subset", _SUBSET)):
+        if name in text:
+            fields.require(text, {name: dict[str, Any]}, where, _INSTEAD)
+            fields.require(text[name], hints, f"{name} in {where}", _INSTEAD)
     try:
         config = STAGES[stage].from_dict(text.pop("config"))
     except UserError as error:

@@ -36,6 +36,8 @@ def card(config: dict[str, Any], parameters: int, name: str, scores: dict[str, f
         "Steps": f"{published['step']:,}" if published.get("step") is not None else "unknown",
         "Projection head": f"{head['layers']} layers, z has {head['d_out']} numbers",
     }
+    if subset := published.get("subset"):
+        rows["Images"] = f"{subset['images']:,} of the data's, listed in {subset['from']} (sha256 {subset['sha256'][:12]}…)"
     if start := published.get("start"):
         rows["Began with"] = f"{start['from']} (weights of sha256 {start['sha256'][:12]}…)"
     if "classifier" in config:

@@ -44,7 +44,8 @@ def open_run(run: Run, uri: str, tags: dict[str, str], known: Callable[[str], ob
     mlflow_uri.check(uri)  # finds a silent server in seconds; MLflow's own first request takes minutes
     lr = lr_peak(run.config.optim.base_lr, run.config.train.batch_size, run.config.optim.scaling)
     params: dict[str, object] = {**run.config.flat(), "recipe": run.recipe, "data": run.origin, "lr": lr}
-    tags = {f"start_{name}": str(value) for name, value in run.start.items() if value is not None} | tags
+    given = {"start": run.start, "subset": run.subset}
+    tags = {f"{kind}_{key}": str(v) for kind, about in given.items() for key, v in about.items() if v is not None} | tags
     tags = {
         "run_directory": str(run.path.absolute()),
         "command": run.command,

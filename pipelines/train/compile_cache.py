@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.runs.directory import version
+from pipelines.runs.environment import version
 from simclr import files
 from simclr.config import Config
 from simclr.errors import UserError

@@ -78,9 +78,10 @@ def home_of(
     tracking_uri: str | None,
     stage: str = "pretrain",
     start: dict[str, Any] | None = None,
+    subset: dict[str, Any] | None = None,
 ) -> tuple[Run, sync.Home, str]:
     """(run, its home, MLflow address). The run directory is `asked` (default runs/NAME-DIGEST). The shards lie in `data`, which may be a
-    copy of those `at` s3://… The flag or the environment gives the address. `start` is the run's (see `Run`).
+    copy of those `at` s3://… The flag or the environment gives the address. `start` and `subset` are the run's (see `Run`).
 
     Raises UserError if no MLflow answers there. A run with a checkpoint, or one that was logged there before, goes on without it.
     """
@@ -90,7 +91,7 @@ def home_of(
         home.fetch()
         home.sync_checkpoints()
     shown = sync.shown(asked) if asked is not None else None
-    run = open_run(home.path if home else None, name, config, data, str(s3_uri.address(at) or ""), stage, start, shown)
+    run = open_run(home.path if home else None, name, config, data, str(s3_uri.address(at) or ""), stage, start, shown, subset)
     require(uri, begun=mlflow_uri.same_server(run.tracking_uri, uri) or run.under_way)
     return run, home or sync.Home(run.path), uri
 

@@ -1,7 +1,8 @@
-"""The labels that fine-tuning may use: class-balanced, keyed subsets of a split, and label files.
+"""The labels that fine-tuning may use, and the images that pretraining may see: class-balanced, keyed subsets of a split, and lists.
 
-A label file is text: lines that begin with # are notes, every other line is one image, by its sample id or, if the
-shards have their files' names, by its file name (as in the published 1 % and 10 % lists of ImageNet).
+A list is text: lines that begin with # are notes, every other line is one image, by its sample id or, if the
+shards have their files' names, by its file name (as in the published 1 % and 10 % lists of ImageNet). A label file is a list of
+labelled images.
 """
 
 from __future__ import annotations
@@ -64,23 +65,37 @@ def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
     """Sample ids, ascending, of the images that a label file lists.
 
     A name may be a whole path in the source (train/cat/12.jpg), or its end (12.jpg), if only one image's path has this end. Raises
-    UserError naming the first line that fits no image, more than one, or one without a label.
+    UserError naming the first line that fits no image or more than one, or one without a label.
     """
+    found = _listed(path, "label file", len(labels), names)
+    for sample, (number, line) in found.items():
+        if labels[sample] < 0:
+            raise UserError(f"{path}, line {number}: image {line!r} has no label; leave it out")
+    return np.sort(np.fromiter(found, np.int64))
+
+
+def read_subset(path: Path, images: int, names: Sequence[str] | None) -> Ids:
+    """Sample ids, ascending, of those of `images` training images that a list names, as in `read`; they need no labels."""
+    return np.sort(np.fromiter(_listed(path, "list of images", images, names), np.int64))
+
+
+def _listed(path: Path, kind: str, images: int, names: Sequence[str] | None) -> dict[int, tuple[int, str]]:
+    """Sample id → (number, text) of its line in the list `path`, which messages call a `kind`."""
     if not path.is_file():
-        raise UserError(f"there is no label file {path}; expected text, one file name or sample id a line")
+        raise UserError(f"there is no {kind} {path}; expected text, one file name or sample id a line")
     text = files.read_text(path, "save it as UTF-8").removeprefix("\ufeff")  # the mark with which Windows begins a text
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     lines = [(number, name_in(line)) for number, line in lines if line and not line.startswith("#")]
     if not lines:
         raise UserError(f"{path} lists no image; expected one file name or sample id a line")
     ends = _ends(names, {len(PurePosixPath(line).parts) for _, line in lines if not line.isdigit()}) if names else {}
-    found: dict[int, int] = {}
+    found: dict[int, tuple[int, str]] = {}
     for number, line in lines:
         where = f"{path}, line {number}"
         if line.isdigit() and line not in ends:
             sample = int(line)
-            if sample >= len(labels):
-                raise UserError(f"{where}: there is no sample {sample}; the training split has {len(labels):,} images")
+            if sample >= images:
+                raise UserError(f"{where}: there is no sample {sample}; the training split has {images:,} images")
         elif names is None:
             raise UserError(
                 f"{where} is a name, {line!r}, and these shards have no file names; give sample ids, "
@@ -91,24 +106,25 @@ def read(path: Path, labels: Ids, names: Sequence[str] | None) -> Ids:
             if sample < 0:
                 many = "more than one image has" if sample == _MANY else "no image of the training split has"
                 raise UserError(f"{where}: {many} the name {line!r}; expected a file name as in the source, {names[0]!r} for one")
-        if labels[sample] < 0:
-            raise UserError(f"{where}: image {line!r} has no label; leave it out")
         if sample in found:
-            raise UserError(f"{where}: {line!r} is listed already, in line {found[sample]}")
-        found[sample] = number
-    return np.sort(np.fromiter(found, np.int64))
+            raise UserError(f"{where}: {line!r} is listed already, in line {found[sample][0]}")
+        found[sample] = number, line
+    return found
 
 
 _MANY = -2
 
 
 def _ends(names: Sequence[str], lengths: set[int]) -> dict[str, int]:
-    """The last parts of each name, as many as `lengths` says → its sample id; _MANY if several names have the same end."""
+    """The last parts of each name, as many as `lengths` says → its sample id; _MANY if several names have the same end. What is one
+    image's whole name means that image, also where it is the end of another's."""
     ends: dict[str, int] = {}
+    whole: dict[str, int] = {}
     for sample, name in enumerate(names):
         parts = PurePosixPath(name).parts
         for length in lengths:
-            end = "/".join(parts[-length:])
+            known = whole if length == len(parts) else ends
             if length <= len(parts):
-                ends[end] = _MANY if end in ends else sample
-    return ends
+                end = "/".join(parts[-length:])
+                known[end] = _MANY if end in known else sample
+    return ends | whole

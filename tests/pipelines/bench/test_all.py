@@ -24,7 +24,7 @@ from pipelines.bench.plan import Phase, Size, plan
 from pipelines.bench.result import Row
 from pipelines.cli import parse
 from pipelines.commands import bench
-from pipelines.runs import directory
+from pipelines.runs import environment
 from simclr.errors import UserError
 
 DAY = {"what": "all", "size": "dry", "machine": "one", "versions": "1", "absent": [], "data": {}, "date": "2026-11-26T12:00:00+00:00"}
@@ -239,15 +239,15 @@ def test_the_environment_names_what_is_absent(monkeypatch: pytest.MonkeyPatch) -
             raise importlib.metadata.PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(directory.importlib.metadata, "version", version)
-    found = directory.environment()["versions"]
+    monkeypatch.setattr(environment.importlib.metadata, "version", version)
+    found = environment.environment()["versions"]
     assert "ray absent, mlflow absent, ffcv " in found and "torchvision " in found and "triton" not in found
 
 
 def test_cuda_and_driver_are_versions_too(monkeypatch: pytest.MonkeyPatch) -> None:
     says = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version:  gcc 13"
-    monkeypatch.setattr(directory, "_lines", lambda path: says.splitlines() if path.name == "version" else [])
-    assert re.search(r"CUDA (\d+\.\d+|absent), driver 580\.65\.06$", directory.environment()["versions"])
+    monkeypatch.setattr(environment, "_lines", lambda path: says.splitlines() if path.name == "version" else [])
+    assert re.search(r"CUDA (\d+\.\d+|absent), driver 580\.65\.06$", environment.environment()["versions"])
 
 
 def test_an_outcome_is_a_line(tmp_path: Path) -> None:

@@ -244,16 +244,20 @@ def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
     command += ["--train.batch-size", "60", "--train.steps", "12", "--train.checkpoint-every-steps", "6"]
     command += ["--train.report-every-steps", "1", "--train.keep-checkpoints", "2"]
     s3.quiet()
-    s3.rate = 0.05
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    assert "after step 6 of 12" in done.stderr and done.stdout.strip() == str(at) and s3.faults.total() > 0
+    s3.rate, s3.asked_by = 0.05, []
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = driver.communicate(timeout=150)
+    assert driver.returncode == 0, err
+    assert "after step 6 of 12" in err and out.strip() == str(at) and s3.faults.total() > 0
+    askers = {pid for _, pid in s3.asked_by}
+    assert askers and driver.pid not in askers and None not in askers  # the worker fetches the shards, the driver none of them
+    assert f"fetching {data}: 0 of " in err
     s3.quiet()
     steps = [json.loads(line)["step"] for line in Store().read(at / "metrics.jsonl").splitlines()]
     assert steps == list(range(1, 13))
     text = Store().read(at / "run.json").decode()
     assert json.loads(text)["data"] == data
-    for said_there in (text, done.stderr, (tmp_path / "runs" / "mlflow.db").read_bytes().decode(errors="replace")):
+    for said_there in (text, err, (tmp_path / "runs" / "mlflow.db").read_bytes().decode(errors="replace")):
         assert KEY_ID not in said_there and SECRET not in said_there
 
     # A third one, which has nothing either, finds both checkpoints whole, scores the encoder and writes the page.

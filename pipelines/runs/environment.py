@@ -1,0 +1,45 @@
+"""The machine and the versions that a run began on, for people."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+
+def environment() -> dict[str, str]:
+    """This machine and the versions that matter, for people. A missing package is listed as absent: it must not end a measurement of
+    hours."""
+    models = [line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    cpu = models[0] if models else platform.processor()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = [f"{name} {version(name) or 'absent'}" for name in ("torch", "ray", "mlflow", "ffcv")]
+    versions += [f"{name} {found}" for name in ("torchvision", "triton") if (found := version(name))]
+    return {
+        "machine": f"{os.cpu_count()} cores, {cpu or platform.machine()}, {memory:.0f} GiB",
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions, *_gpu_versions()]),
+    }
+
+
+def version(package: str) -> str:
+    """The installed version of `package`, without its build; "" where it is not installed."""
+    try:
+        return importlib.metadata.version(package).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _gpu_versions() -> list[str]:
+    """CUDA's and the driver's, if NVIDIA's driver is loaded."""
+    driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", "\n".join(_lines(Path("/proc/driver/nvidia/version"))))
+    if driver is None:
+        return []
+    import torch  # takes seconds, so only on a machine with a GPU
+
+    return [f"CUDA {torch.version.cuda or 'absent'}", f"driver {driver[1]}"]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []

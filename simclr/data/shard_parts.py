@@ -56,14 +56,14 @@ class Run:
         names = tuple(self.part.names[self.begin : self.end])
         placed = [source.place(name) for name in names] if source.place else []
         splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
-        return Portion(0, None, self.part.name, names, splits, labels).to_dict()
+        return Portion(0, None, self.part.name, names, splits, labels, source.loose).to_dict()
 
 
 def plan(source: Source, choice: Choice, options: Options) -> list[tuple[Run, ...]]:
     """The parts, in the source's order; the place of each is its number.
 
-    Parts of the source with at most as many names as `PART_IMAGES` can be divided at will. Larger ones cannot (a compressed tar is read
-    from its beginning), and stay whole, as those without names do.
+    Files of their own are divided at will, and so are small parts of archives and tables. Others stay whole: a compressed tar is read from
+    its beginning, a table by its groups of rows, and what has no names is not known yet.
     """
     each = pictures_of_a_part(choice, options)
     unnamed = sum(not part.names for part in source.parts)
@@ -72,7 +72,7 @@ def plan(source: Source, choice: Choice, options: Options) -> list[tuple[Run, ..
     parts: list[list[Run]] = []
     for part in source.parts:
         begin, size = 0, len(part.names)
-        if not 0 < size <= PART_IMAGES:
+        if not size or part.one_pass or (size > PART_IMAGES and not source.loose):
             takes = size * together or each
             if takes > room:
                 parts.append([])

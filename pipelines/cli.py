@@ -33,7 +33,7 @@ COMMANDS = {
     "evaluate": "encoder + data → kNN, linear probes, the papers' protocols, the transfer suite",
     "publish": "run → a version in the model registry, `champion` if it is the best",
     "pull": "registry → an encoder directory",
-    "embed": "encoder + images → features.npz",
+    "embed": "encoder + images → features, as Parquet parts or one file, on one machine or many",
     "neighbours": "features + pictures → the nearest rows, exactly, and a page of them",
     "curate": "features → near duplicates, a diverse choice or outliers: a list to train on, with reasons",
     "export": "encoder → a torch program, ONNX, or torchvision's names",

@@ -163,9 +163,9 @@ def _written_on(folder: Path) -> os.stat_result | None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True, own: bool = False) -> Iterator[None]:
-    """Inside, no other process holds the lock file `path`. It is made where it is missing, and its content is left as it is. It holds on
-    one machine, and on shared disks with locks; it ends with its process.
+def locked(path: Path, wait: bool = True, own: bool = False, shared: bool = False) -> Iterator[None]:
+    """Inside, no other process holds the lock file `path`; if it is `shared`, none but those that share it too. It is made where it is
+    missing, and its content is left as it is. It holds on one machine, and on shared disks with locks; it ends with its process.
 
     Raises BlockingIOError where another process holds it and this one does not `wait`, PermissionError where this user may not hold it,
     and UserError if `path` is a link or no plain file, or, where it has to be our `own`, if it is somebody else's or has a second name.
@@ -177,7 +177,7 @@ def locked(path: Path, wait: bool = True, own: bool = False) -> Iterator[None]:
             if own and (found.st_nlink > 1 or not is_own(found, path.parent)):
                 raise UserError(f"the lock {path} is not this user's alone (owner {found.st_uid}, {found.st_nlink} names); remove it")
             try:
-                fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(opened, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
                 if error.errno == errno.EBADF:  # NFS locks for writing alone, and this user may only read the file
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None

@@ -68,7 +68,7 @@ DOORS = {
         "tune/schedulers.py",
         "tune/trial.py",
     },
-    "pyarrow": {"simclr/data/sources/parquet.py", "simclr/data/feature_parts.py"},
+    "pyarrow": {"simclr/data/sources/parquet.py", "simclr/data/feature_parts.py", "simclr/data/note.py"},
     # The last for its networks alone.
     "torchvision": {"simclr/data/sources/torchvision.py", "simclr/data/tasks.py", "simclr/encoder/export.py"},
     "cv2": {"simclr/data/raster.py"},

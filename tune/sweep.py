@@ -21,7 +21,7 @@ from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import require
 from pipelines.train import ray_train
 from simclr import files
-from simclr.data.manifest import Manifest, read_manifest
+from simclr.data.manifest import Manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 from simclr.recipes import recipe
@@ -117,7 +117,7 @@ def sweep(args: Args) -> Path:
     asked = dataclasses.replace(asked, path=asked.path.absolute())  # the trials' processes have another current folder
     begun = bool(sweep_dir.trials(asked.path))
     require(uri, begun=begun)
-    manifest = read_manifest(sync.shards(asked.data))
+    _, manifest = sync.manifest(asked.data)
     asked = dataclasses.replace(asked, labelled=bool(manifest.classes))
     codes = check(asked, manifest, begun)
     if (asked.path / "sweep.json").is_file():

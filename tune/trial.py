@@ -161,12 +161,12 @@ def _donor(note: Any, name: str) -> str:
 def _open(sweep: Sweep, directory: Path, config: Config, donor: str) -> Run:
     """The trial's run directory; under PBT with the weights of the trial `donor` and with its own new config."""
     at = address(sweep.data)
-    data = sync.retry_unreachable(lambda: sync.shards(sweep.data), say)
+    data, manifest = sync.retry_unreachable(lambda: sync.manifest(sweep.data, look=False, by=str(directory)), say)
     if (directory / "run.json").is_file() and donor:
         inherit.take(load_run(directory), config, sweep.path / "trials" / donor)
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
     flags = [f"--{key.replace('_', '-')}={_word(resolve.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
-    manifest, workers = read_manifest(data, look=False), ray_train.Resources(**sweep.resources).counts(config)
+    workers = ray_train.Resources(**sweep.resources).counts(config)
     notes = sense.notes(config, manifest, manifest.examples("train", config.train.shard_groups), workers, run.under_way)
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]), notes=notes)
     run.save()
@@ -287,7 +287,7 @@ def train_and_score(task: Task, shares: tuple[float, ...]) -> None:
     run, context = load_run(Path(task.run)), ray.train.get_context()
     groups = run.config.train.shard_groups
     group = run.config.group_of(context.get_world_rank(), context.get_world_size())
-    data = sync.shards(task.data, groups, group)
+    data = sync.shards(task.data, groups, group, task.run)
     manifest = read_manifest(data, groups=groups, group=group)
     total = run.config.total_steps(manifest.examples("train", groups))
     scores: dict[str, float] = {}

@@ -43,7 +43,7 @@ def prepare(kind: Kind, data: Path | None, out: Path, images: int, threads: int)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="simclr-bench-", dir=out.absolute().parent) as folder:
         if kind == "photographs":
-            different = _photographs(data, Path(folder), images)
+            different = photographs(data, Path(folder), images)
             source = str(Path(folder) / "many")
             of = f"{images:,} photographs, {'rendered, ' if data is None else ''}{different} different ones"
         elif data is None:
@@ -62,7 +62,7 @@ def prepare(kind: Kind, data: Path | None, out: Path, images: int, threads: int)
     return [row | {"seconds": seconds, "images_per_s": count / seconds}]
 
 
-def _photographs(data: Path | None, folder: Path, images: int) -> int:
+def photographs(data: Path | None, folder: Path, images: int) -> int:
     """Write `images` files to folder/many; returns the number of different ones."""
     found = folder / "found"
     if data is None:

@@ -24,7 +24,7 @@ from simclr.recipes import recipe
 if TYPE_CHECKING:
     import torch
 
-Alone = Literal["device", "scale", "loss", "optim", "views", "prepare"]
+Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "embed", "listing"]
 Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory"]
 
 
@@ -46,14 +46,16 @@ class Args:
     views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
-    prepare: images/s of writing shards, for the others."""
+    prepare: images/s of writing shards, for the others.
+    embed: images/s of `simclr embed`, and with two workers ÷ one picture after the other, as it was before.
+    listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side."""
     data: Path | None = None
     """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for docs/benchmarks.md.
     loader: shards of photographs, of which the first is read; none = 300 rendered photographs, 500 × 375 px.
-    memory: any shards. prepare: archive or folder of images. all: folder with cifar10-jpeg.tar.xz and imagenet-photos-256.tar, or
-    archives of such names; absent ones are rendered."""
+    memory: any shards. prepare, embed: archive or folder of images, none = rendered photographs. all: folder with cifar10-jpeg.tar.xz
+    and imagenet-photos-256.tar, or archives of such names; absent ones are rendered."""
     recipe: str = "cifar10_resnet18"
-    """step, train, scale, loop, agreement, cifar: recipe whose step is timed."""
+    """step, train, scale, loop, agreement, cifar: recipe whose step is timed. embed: recipe whose encoder sees the photographs."""
     batch_size: int = 32
     """Images per step; scale: of each rank; views: images of which each gives two views."""
     steps: int = 30
@@ -86,12 +88,16 @@ class Args:
     """scale: microseconds of one message, for the expected table; nothing = as measured."""
     batches: tuple[int, ...] = (1024, 2048, 4096)
     """loss: values of N to time: images in the global batch, each with two views."""
+    keys: tuple[int, ...] = (100_000, 1_000_000)
+    """listing: numbers of keys in the bucket."""
+    answer_ms: float = 50.0
+    """listing: how long each answer of the bucket takes where keys/s are compared."""
     epochs: int = 50
     """memory, cifar: passes over the data."""
     kind: Literal["small", "photographs"] = "photographs"
     """prepare: small = labelled images in splits and classes, as CIFAR-10's."""
     images: int = 2048
-    """prepare: number of photographs, which repeat if there are fewer; of small images the number to render."""
+    """prepare, embed: number of photographs, which repeat if there are fewer; of small images the number to render."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """all, device, agreement, step, scale, loss, optim, views, cifar: the device."""
     budget_min: float = 9.0
@@ -171,6 +177,14 @@ def measure(args: Args) -> Iterable[Row]:
             if args.out is None:
                 raise UserError("where to? `simclr bench prepare --out DIR`, a folder for the shards")
             return prepare(args.kind, args.data, args.out, args.images, args.threads)
+        case "embed":
+            from pipelines.bench.embed import embed
+
+            return embed(args.recipe, args.data, args.images, args.trials)
+        case "listing":
+            from pipelines.bench.listing import listing
+
+            return listing(args.keys, args.answer_ms, args.trials)
         case _:
             return _of_shards(args, plan)
 

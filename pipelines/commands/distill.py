@@ -16,7 +16,6 @@ from pipelines.runs.directory import Run
 from pipelines.terminal import show
 from pipelines.train import classifiers, driver, ray_train
 from simclr.config import Optim, Watch
-from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.stages import Distill
 
@@ -85,15 +84,14 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         at = args.data or known
         if at is None:
             raise UserError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
-        data = sync.shards(at)
-        manifest = read_manifest(data)
+        data, manifest = sync.manifest(at)
         examples = manifest.examples("train")
         from simclr.data import labels
         from simclr.methods.distill import require_teacher
 
         classes = require_teacher(directory, manifest.classes)
         seed = args.seed if args.label_seed is None else args.label_seed
-        seen = None if args.alpha == 1 else classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
+        seen = None if args.alpha == 1 else classifiers.choose_labels(data, at, manifest, args.labels, args.label_file, seed)
         ids = seen.ids if seen is not None else None
         config = _config(args, directory, examples, labels.digest(ids) if ids is not None else "")
         driver.require_shares(config, examples, args.resources)

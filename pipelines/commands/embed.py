@@ -125,16 +125,17 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> About:
     )
     there = place.names()
     done = {name for name in there if PART.fullmatch(name)}
-    if done and (differ := _different(place, json.loads(json.dumps(stated)))) and one_file:
+    differ = _different(place, json.loads(json.dumps(stated))) if done else []
+    if differ and one_file:
         shutil.rmtree(place.path)  # left by another command that did not end
         done = set()
-    elif done and differ:
+    elif differ:
         words = {"images": "images (or they have changed since)"}
         raise UserError(
             f"{place} holds features with another {', another '.join(words.get(name, name) for name in differ)}; use another --out, or "
             "remove it"
         )
-    elif left := sorted(name for name in there if name != _PLAN and not name.startswith((".", "failed-"))):
+    elif not done and (left := sorted(name for name in there if name != _PLAN and not name.startswith((".", "failed-")))):
         raise UserError(f"{place} is not empty and has no features (it holds {', '.join(left[:3])}); use another --out")
     parts = [part for part in planned.parts if f"part-{part['number']:05d}.parquet" not in done]
     if not parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -71,8 +72,8 @@ class Args:
     """Suite, --fine-tune: weight decays to try, each divided by the learning rate. Default: 0 and 7 from 1e-6 to 1e-3."""
     download: bool = False
     """Suite: let torchvision download absent datasets."""
-    threads: int = 1
-    """Threads that read and decode images."""
+    threads: int | None = None
+    """Threads that read and decode images. Default: all cores."""
     out: Path | None = None
     """Directory for JSON and pictures of --protocol and --suite. Default: evaluation/ in a run or encoder directory on disk, else
     runs/evaluation/NAME."""
@@ -114,7 +115,7 @@ def _suite(args: Args, directory: Path, out: Path, name: str) -> None:
         rates=args.rates,
         decays=args.decays,
         download=args.download,
-        threads=args.threads,
+        threads=_threads(args),
         resamples=args.resamples,
         limit=args.limit,
         device=args.device,
@@ -134,7 +135,7 @@ def _protocols(args: Args, directory: Path, out: Path, name: str) -> None:
         batch_size=args.batch_size,
         resamples=args.resamples,
         limit=args.limit,
-        threads=args.threads,
+        threads=_threads(args),
     )
     encoder = simclr.load_encoder(published)
     protocols.run(tuple(dict.fromkeys(args.protocol)), encoder, data, config, device, settings, out, name)
@@ -143,9 +144,13 @@ def _protocols(args: Args, directory: Path, out: Path, name: str) -> None:
 def evaluate(args: Args) -> list[dict[str, Any]]:
     """The rows of the quick table (`quick.run`). In a run directory they are also written, with the report's pictures."""
     _check(args)
-    settings = quick.Settings(k=args.k, baselines=args.baselines, limit=args.limit, device=args.device)
+    settings = quick.Settings(k=args.k, baselines=args.baselines, limit=args.limit, device=args.device, threads=_threads(args))
     with opened(args.encoder, args.tracking_uri) as directory:
         return quick.run(directory, args.data, settings)
+
+
+def _threads(args: Args) -> int:
+    return args.threads or os.cpu_count() or 1
 
 
 def _check(args: Args) -> None:

@@ -15,7 +15,6 @@ from pipelines.runs.directory import Run
 from pipelines.terminal import say, show
 from pipelines.train import classifiers, driver, ray_train
 from simclr.config import Optim, Watch
-from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.stages import FineTune
 
@@ -95,16 +94,16 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         at = args.data or known
         if at is None:
             raise UserError("which data? give --data DIR (a run directory knows its own, a published encoder does not)")
-        data = sync.shards(at)
-        classes = classifiers.require_classes(manifest := read_manifest(data), data)
-        from simclr.data import labels, loader
+        data, manifest = sync.manifest(at)
+        classes = classifiers.require_classes(manifest, data)
+        from simclr.data import labels
         from simclr.methods.classifier import first_state
 
         seed = args.seed if args.label_seed is None else args.label_seed
-        seen = classifiers.choose_labels(data, at, args.labels, args.label_file, seed)
+        seen = classifiers.choose_labels(data, at, manifest, args.labels, args.label_file, seed)
         ids = seen.ids
         if args.class_weights == "balanced":
-            say(_weights(loader.labels(data)[ids], classes))
+            say(_weights(seen.y, classes))
         config = _config(args, directory, len(ids), len(ids) / manifest.examples("train"), labels.digest(ids))
         driver.require_shares(config, len(ids), args.resources)
         state = None if args.from_scratch else first_state(config, directory, len(classes))

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
-import shutil
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from pipelines.parts.run import Where, run
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say, show
 from simclr.data import shards
-from simclr.data.manifest import LISTS, Manifest
-from simclr.data.options import stated
+from simclr.data.manifest import Manifest
 from simclr.data.pixels import unread
-from simclr.data.s3.uri import Address, address, copy_of, locked, own
+from simclr.data.s3.uri import address
 from simclr.data.sources.open import betons_at, open_source
 from simclr.data.sources.reading import Reading, rows_of
 from simclr.data.sources.source import Source
@@ -41,7 +40,8 @@ class Args:
     """What tells that a source is still the one that shards were made from. times: names, sizes and modification times; names: names and
     sizes, for files that were copied; content: their bytes too, which are all read."""
     threads: int = os.cpu_count() or 1
-    """Threads that decode and encode."""
+    """Threads that decode and encode in this process; of other processes --cpus-per-worker says it."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = field(default_factory=Where)
     dry_run: bool = False
     """Say what was understood, what would be written and how long it would take, and write nothing."""
 
@@ -61,12 +61,9 @@ def prepare(args: Args) -> Manifest:
     if betons := betons_at(args.source):
         return _register(betons, args, out)
     source = open_source(args.source, args.reading)
-    at = address(out)
-    if at is not None:
-        return _prepare_in_s3(args, source, at)
-    found = shards.existing(source, out, args.options, args.identity)
+    found = shards.held(source, out, args.options, args.identity)
     if found is not None:
-        say(f"{out} holds these shards already; nothing to do")
+        say(f"{sync.shown(out)} holds these shards already; nothing to do")
         return found
     return _write(args, source)
 
@@ -147,34 +144,6 @@ def _register(betons: dict[str, Path], args: Args, out: Path) -> Manifest:
     return manifest
 
 
-def _prepare_in_s3(args: Args, source: Source, at: Address) -> Manifest:
-    """Write to a directory of this machine's cache, send it, and keep it as the copy that training reads."""
-    from simclr.data.s3 import remote
-    from simclr.data.s3.store import Store
-
-    store = Store()
-    made_from = hashlib.sha256(f"{source.spec} {stated(args.options)} {args.reading}".encode()).hexdigest()[:8]
-    here, copy = copy_of(at, f"staging/{made_from}"), copy_of(at, "shards")
-    found = remote.manifest_at(at, store)
-    if found is not None:
-        manifest = shards.agreed(found[0], source, at, args.options, args.identity)
-        shutil.rmtree(here, ignore_errors=True)  # left by a prepare that was killed after sending everything
-        say(f"{at} holds these shards already; nothing to do")
-        return manifest
-    # Shards without a manifest are ours, from an incomplete send.
-    left = [o.name for o in store.listing(at) if o.name not in LISTS and not o.name.endswith(".beton")]
-    if left:
-        raise UserError(f"{at} is not empty and no dataset (it holds {', '.join(left[:3])}); use another --out")
-    own(here)
-    manifest = shards.existing(source, here, args.options, args.identity) or _write(replace(args, out=here), source)
-    with Bar("upload", None, "MiB", "MiB/s") as bar:
-        remote.push(here, at, sync.mebibytes(bar), store)
-    with locked(copy):
-        shutil.rmtree(copy, ignore_errors=True)
-        here.rename(copy)
-    return manifest
-
-
 def _write(args: Args, source: Source) -> Manifest:
     out = _out(args)
     say(told(source))
@@ -182,7 +151,7 @@ def _write(args: Args, source: Source) -> Manifest:
 
         def resumed(done: int) -> None:
             bar.resume_at(done)
-            say(f"going on with {out} behind the {done:,} images that it holds already")
+            say(f"going on with {sync.shown(out)} behind the {done:,} images that it holds already")
 
         manifest = shards.prepare(
             source,
@@ -191,13 +160,13 @@ def _write(args: Args, source: Source) -> Manifest:
             max(args.threads, 1),
             bar.update,
             resumed,
-            lambda done, of: bar.update(bar.done, f"sealing {done >> 20:,} of {of >> 20:,} MiB"),
             identity=args.identity,
             says=say,
+            elsewhere=None if args.where.here else shards.Elsewhere(run=functools.partial(run, where=args.where), reading=args.reading),
         )
     if manifest.duplicates:
         copies = "image is a copy" if manifest.duplicates == 1 else "images are copies"
-        say(f"{manifest.duplicates:,} {copies} of others, and so each other's negatives; {out}/duplicates.csv lists them")
+        say(f"{manifest.duplicates:,} {copies} of others, and so each other's negatives; {sync.shown(out)}/duplicates.csv lists them")
     if manifest.skipped:
         say(f"skipped, because they could not be read: {manifest.skipped:,}; {sync.shown(out)}/skipped.csv names them")
     return manifest

@@ -17,7 +17,6 @@ from pipelines.runs.directory import Run
 from pipelines.terminal import show
 from pipelines.train import driver, ray_train, subset, warm_start
 from simclr.config import Config
-from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,8 +88,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
     """The job, with its run directory begun; `lock` then holds `Run.alone`."""
     config = args.config
     groups = config.train.shard_groups
-    data = sync.shards(args.data, groups, 0 if groups == 1 else -1)  # with groups it fetches none: all may not fit here
-    manifest = read_manifest(data, look=groups == 1)
+    data, manifest = sync.manifest(args.data, look=groups == 1)  # with groups not all shards may lie here
     classes = manifest.classes
     only = subset.read(args.subset, data, args.data, manifest, config) if args.subset is not None else None
     examples = len(only.ids) if only is not None else manifest.examples("train", groups)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from simclr.evaluation.features import Features
 
+_MOVED = 4096  # rows at a time
+
 
 def default_out(encoder: Path) -> Path:
     """The directory for results without --out: inside a directory on disk; for S3 and the registry, whose copy is temporary, runs/."""
@@ -99,11 +101,17 @@ def require_common_classes(data: Path, manifest: Manifest) -> None:
 
 
 def held_back(train: Features) -> tuple[Features, Features]:
-    """(the rest, a tenth), split alike for every encoder."""
+    """(the rest, a tenth), split alike for every encoder. The rest moves up in the memory of `train`, which is gone then: a bank of
+    features may not fit twice."""
     import torch
 
     from simclr import keyed
+    from simclr.evaluation.features import Features
 
     order = torch.from_numpy(keyed.permutation(0, 1, len(train.ids))).to(train.h.device)
     tenth = max(len(order) // 10, 1)
-    return train[order[tenth:].sort().values], train[order[:tenth].sort().values]
+    rest, test = order[tenth:].sort().values, train[order[:tenth].sort().values]
+    for first in range(0, len(rest), _MOVED):
+        part = rest[first : first + _MOVED]
+        train.h[first : first + len(part)] = train.h[part]  # each row moves up or stays, so none is written over before it is read
+    return Features(train.h[: len(rest)], train.y[rest], train.ids[rest]), test

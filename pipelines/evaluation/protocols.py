@@ -90,7 +90,7 @@ def features(
     """The labelled rows of the training and the test split; if `parts` has only one of them, that one twice. Without a test split, a
     tenth is held back."""
     from simclr.data.loader import in_order
-    from simclr.evaluation.features import embed
+    from simclr.evaluation.features import Features, embed_each
     from simclr.evaluation.frozen import Unchanged
 
     found = {}
@@ -99,7 +99,9 @@ def features(
     with Bar("embed", images) as bar, Unchanged(encoder):
         for part in splits:
             batches = in_order(data, part, seen, _BATCH, settings.limit, settings.threads)
-            found[part] = embed(encoder, batches, seen, device, progress=bar.advance)
+            count = min(settings.limit or manifest.examples(part), manifest.examples(part))
+            (on_host,) = embed_each([encoder], batches, count, seen, device, bar.advance)
+            found[part] = Features(on_host.h.to(device), on_host.y.to(device), on_host.ids.to(device))
     train, test = (found.get("train", found["test"]), found["test"]) if "test" in found else held_back(found["train"])
     return train.labelled(), test.labelled()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import Bar, say
 from simclr import files
 from simclr.config import Config
-from simclr.data.manifest import read_manifest
+from simclr.data.manifest import Manifest, read_manifest
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Settings:
     """Images of each split, at most; None = all."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    threads: int = 1
+    """Threads that read and decode images."""
 
 
 def run(encoder_or_run: Path, data_at: Path | None, settings: Settings) -> list[dict[str, Any]]:
@@ -59,20 +62,18 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings) -> list[
             encoders["raw pixels"] = _Pixels() if manifest.kind == "jpeg" else pixels
         encoders["untrained encoder"] = build_model(config).encoder.eval().to(device)
     encoders["trained encoder"] = published.encoder.to(device)
-    images = sum(min(settings.limit or manifest.examples(s), manifest.examples(s)) for s in manifest.splits) * len(encoders)
+    images = sum(_count(manifest, split, settings.limit) for split in manifest.splits)
     rows: list[dict[str, Any]] = []
     kept = None
     began = time.monotonic()
     with Bar("evaluate", images) as bar:
-        for name, encoder in encoders.items():
-            train = _features(encoder, data, "train", published.preprocessing, settings.limit, device, bar)
-            if "test" in manifest.splits:
-                test = _features(encoder, data, "test", published.preprocessing, settings.limit, device, bar)
-            else:
-                train, test = held_back(train)
-            rows.append({"name": name, **_scores(train, test, config, settings.k)})
+        embedded = _features(
+            encoders, data, manifest, published.preprocessing, settings.limit, settings.limit, device, bar, settings.threads
+        )
+        for name in encoders:
+            train, test = kept = embedded.pop(name)
+            rows.append({"name": name, **_scores(train, test, config, settings.k, device)})
             bar.update(bar.done, f"{name}: {_score_text(rows[-1])}")
-            kept = (train, test)
     assert kept is not None
     k, voters = settings.k or config.watch.k, len(kept[0].labelled().y)
     if 0 < voters < k:
@@ -81,7 +82,7 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings) -> list[
     if (encoder_or_run / "run.json").is_file():
         from pipelines.html.pictures import write_pictures
 
-        write_pictures(encoder_or_run / "pictures.npz", config, data, *kept, query_split=sorted(manifest.splits)[0])
+        write_pictures(encoder_or_run / "pictures.npz", config, data, *kept, query_split=sorted(manifest.splits)[0], device=device)
         shown = sync.shown(data_at or load_run(encoder_or_run).origin)
         text = {"scores": rows, "data": shown, "k": k, "time": time.time()}
         files.write_text(encoder_or_run / "evaluation.json", json.dumps(text, indent=1) + "\n")
@@ -89,26 +90,63 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings) -> list[
     return rows
 
 
-def _features(encoder: Any, data: Path, split: str, seen: Preprocessing, limit: int | None, device: torch.device, bar: Bar) -> Features:
+def _count(manifest: Manifest, split: str, limit: int | None) -> int:
+    return min(limit or manifest.examples(split), manifest.examples(split))
+
+
+def _features(
+    encoders: Mapping[str, Any],
+    data: Path,
+    manifest: Manifest,
+    seen: Preprocessing,
+    most_train: int | None,
+    most_test: int | None,
+    device: torch.device,
+    bar: Bar,
+    threads: int,
+) -> dict[str, tuple[Features, Features]]:
+    """(training, test) features under each encoder. An image is decoded once for all of them."""
     from simclr.data.loader import in_order
-    from simclr.evaluation.features import embed
+    from simclr.evaluation.features import embed_each
 
-    return embed(encoder, in_order(data, split, seen, 256, limit), seen, device, progress=bar.advance)
+    # A batch's activations stay in a CPU's cache; a GPU needs more rows to be busy.
+    batch = 256 if device.type == "cuda" else 64
+    found = []
+    for split, limit in (("train", most_train), ("test", most_test)):
+        if split in manifest.splits:
+            batches = in_order(data, split, seen, batch, limit, threads)
+            found.append(embed_each(list(encoders.values()), batches, _count(manifest, split, limit), seen, device, bar.advance))
+    if len(found) == 1:
+        return {name: held_back(train) for name, train in zip(encoders, found[0], strict=True)}
+    return dict(zip(encoders, zip(*found, strict=True), strict=True))
 
 
-def _scores(train: Features, test: Features, config: Config, k: int | None) -> dict[str, float]:
-    from simclr.evaluation.knn import knn
-    from simclr.evaluation.linear import linear_probe
+def _scores(train: Features, test: Features, config: Config, k: int | None, device: torch.device) -> dict[str, float]:
     from simclr.evaluation.representation import rankme
 
-    health = {"rankme": float(rankme(test.h[:_RANKED]))}
-    train, test = train.labelled(), test.labelled()
-    if not len(train.y) or not len(test.y):
-        return health
-    votes = knn(train.h, train.y, test.h, test.y, k or config.watch.k, config.watch.temperature)
-    probe = linear_probe(train.h, train.y, test.h, test.y)
-    scores = {f"knn_{name}": value for name, value in votes.items()}
-    return scores | {f"probe_{name}": value for name, value in probe.items()} | health
+    health = {"rankme": float(rankme(test.h[:_RANKED].to(device)))}
+    return scored(train, test, k or config.watch.k, config.watch.temperature, device) | health
+
+
+def scored(train: Features, test: Features, k: int, temperature: float, device: torch.device) -> dict[str, float]:
+    """knn_top1, probe_top1, … of the labelled rows; nothing where a split has none."""
+    import torch
+
+    from simclr.evaluation.knn import knn
+    from simclr.evaluation.linear import linear_probe
+    from simclr.evaluation.rows import placed
+
+    at, among = (torch.nonzero(part.y >= 0)[:, 0] for part in (train, test))
+    if not len(at) or not len(among):
+        return {}
+    # Whole splits without an index, which would copy each block.
+    bank, queries = (
+        placed(part.h, device) if len(chosen) == len(part.y) else placed(part.h, device).chosen(chosen)
+        for part, chosen in ((train, at), (test, among))
+    )
+    votes = knn(bank, train.y[at], queries, test.y[among], k, temperature)
+    probe = linear_probe(bank, train.y[at], queries, test.y[among])
+    return {f"knn_{name}": value for name, value in votes.items()} | {f"probe_{name}": value for name, value in probe.items()}
 
 
 def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] = ()) -> dict[str, float]:
@@ -120,20 +158,18 @@ def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] 
     require_common_classes(data, read_manifest(data))
     import simclr
     from simclr.evaluation.linear import linear_probe
+    from simclr.evaluation.rows import placed
 
     published, watch = simclr.load_encoder(run.encoder), run.config.watch
     encoder, seen = published.encoder.to(device), published.preprocessing
+    encoders = {"trained encoder": encoder}
     with Bar("evaluate", None) as bar:
-        train = _features(encoder, data, "train", seen, watch.bank, device, bar)
-        if "test" in read_manifest(data).splits:
-            test = _features(encoder, data, "test", seen, watch.queries, device, bar)
-        else:
-            train, test = held_back(train)
-    row = _scores(train, test, run.config, None)
+        (train, test), *_ = _features(encoders, data, read_manifest(data), seen, watch.bank, watch.queries, device, bar, 1).values()
+    row = _scores(train, test, run.config, None, device)
     train, test = train.labelled(), test.labelled()
     for share in shares if len(train.y) and len(test.y) else ():
         some = _share(train, share)
-        row[f"probe_top1_at_{share:g}"] = linear_probe(some.h, some.y, test.h, test.y)["top1"]
+        row[f"probe_top1_at_{share:g}"] = linear_probe(placed(some.h, device), some.y, test.h, test.y)["top1"]
     k = min(watch.k, len(train.y) or watch.k)
     text = {"scores": [{"name": "trained encoder", **row}], "data": run.origin, "k": k, "time": time.time()}
     files.write_text(run.path / "evaluation.json", json.dumps(text, indent=1) + "\n")

@@ -14,6 +14,7 @@ from simclr.config import Config
 from simclr.data.loader import Batch, batches, in_order
 from simclr.evaluation.features import Features
 from simclr.evaluation.knn import nearest
+from simclr.evaluation.rows import placed
 from simclr.views.preprocessing import Preprocessing
 from simclr.views.two_views import raw_views
 
@@ -23,7 +24,7 @@ _POINTS = 1000
 _THUMB_PX = 32
 
 
-def write_pictures(path: Path, config: Config, data: Path, train: Features, test: Features, query_split: str) -> None:
+def write_pictures(path: Path, config: Config, data: Path, train: Features, test: Features, query_split: str, device: torch.device) -> None:
     """Gallery (8, 3, H, W, 3): original and two views; neighbours of 8 test images; a 2-D map of up to 1,000 test features.
 
     `query_split` is the split of the test features; it is train if a part of that was held back.
@@ -31,7 +32,7 @@ def write_pictures(path: Path, config: Config, data: Path, train: Features, test
     # Queries spread over the classes: first one test image of each class, then a second one, …
     order = np.argsort(_rank_in_class(test.y.cpu().numpy()), kind="stable")
     queries = np.sort(order[:_SHOWN])
-    found = nearest(train.h, train.y, test.h, config.watch.k, config.watch.temperature)
+    found = nearest(placed(train.h, device), train.y, test.h, config.watch.k, config.watch.temperature)
     predicted = found.votes.argmax(1).cpu().numpy()
     index = found.index[queries][:, :_NEIGHBOURS].cpu().numpy()
     points = np.sort(keyed.permutation(0, 0, len(test.h))[:_POINTS])

@@ -75,7 +75,9 @@ def plan(words: Sequence[str], reading: Reading, options: Options) -> Plan:
     ranges = {} if options.value_range else _ranges([item for one in opened for item in one.sample()], options.rule({}))
     about = [[one.kind, one.spec, one.total, one.identity] for one in opened]
     key = hashlib.sha256(json.dumps([about, images, reading.to_dict()]).encode()).hexdigest()
-    return Plan(parts, [{"kind": one.kind, "spec": one.spec} for one in opened], total, ranges, key)
+    # Another process may have another working directory.
+    sources: list[Plain] = [{"kind": one.kind, "spec": one.spec if one.kind == "files" else portions.elsewhere(one.spec)} for one in opened]
+    return Plan(parts, sources, total, ranges, key)
 
 
 def id_of(part: Plain, place: int) -> int:

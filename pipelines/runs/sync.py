@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +20,9 @@ from typing import Any, TypeVar
 
 from pipelines.terminal import Bar, say
 from simclr import fields, files
-from simclr.data.s3.uri import Corrupt, Refetched, Unreachable, address, copy_of, locked
+from simclr.data.manifest import Manifest, read_manifest
+from simclr.data.s3 import pins
+from simclr.data.s3.uri import Address, Corrupt, Refetched, Unreachable, address, copy_of, locked
 from simclr.errors import UserError
 
 T = TypeVar("T")
@@ -29,7 +34,7 @@ _FILES = (
     *("evaluation.json", "pictures.npz", "report.html", *_PUBLISHED),
 )
 _NOTES = ".s3.json"
-_PATIENCE_S, _AGAIN_S = 1800.0, 20.0
+_PATIENCE_S, _AGAIN_S, _TOLD_S = 1800.0, 20.0, 60.0
 
 
 def shown(place: str | Path) -> str:
@@ -37,22 +42,58 @@ def shown(place: str | Path) -> str:
     return str(address(place) or place)
 
 
-def shards(place: str | Path, groups: int = 1, group: int = 0) -> Path:
+def shards(place: str | Path, groups: int = 1, group: int = 0, by: str = "", tell: Callable[[str], None] = say) -> Path:
     """The directory of shards at `place`; for s3://… this machine's copy, after fetching what is missing. With several `groups` only
-    the training shards of `group` are fetched (−1: none).
+    the training shards of `group` are fetched. Until this process ends the copy is not evicted from the cache; `by`, by default this
+    command, is who needs it, for the message to others. `tell` gets sentences: what is evicted for it, what is hashed first.
 
-    Raises UserError if there are no shards, or S3 does not give them.
+    Raises UserError if there are no shards, S3 does not give them, or there is no room for them.
     """
     at = address(place)
     if at is None:
+        pins.hold(Path(place).absolute(), place, by or _command())
         return Path(place)
     from simclr.data.s3 import remote
     from simclr.data.s3.store import Store
 
     copy = copy_of(at, "shards")
+    pins.hold(copy, at, by or _command())
     with Bar("download", None, "MiB", "MiB/s") as bar:
-        remote.fetch(at, copy, mebibytes(bar), Store(), groups, group, say)
+        remote.fetch(at, copy, mebibytes(bar) if tell is say else _minutely(at, tell), Store(), groups, group, tell)
     return copy
+
+
+def manifest(place: str | Path, look: bool = True, by: str = "") -> tuple[Path, Manifest]:
+    """The directory of shards at `place` and their manifest, for a process that reads no shard: of s3://… this machine gets the manifest
+    alone, which is kept as `shards` keeps a copy. On disk there is a `look` at the size of each shard. Raises UserError if there are no
+    shards."""
+    at = address(place)
+    if at is None:
+        return Path(place), read_manifest(Path(place), look)
+    from simclr.data.s3 import remote
+    from simclr.data.s3.store import Store
+
+    copy = copy_of(at, "shards")
+    pins.hold(copy, at, by or _command())
+    return copy, remote.fetch_manifest(at, copy, Store())
+
+
+def _command() -> str:
+    """The command of this process, without its words, which may hold what is secret."""
+    return f"simclr {sys.argv[1]}" if len(sys.argv) > 1 and sys.argv[1].isalpha() else "a process"
+
+
+def _minutely(at: Address, tell: Callable[[str], None]) -> Callable[[int, int], None]:
+    """progress(done, total) in bytes of what is fetched from `at`, told once a minute by a process that has no terminal."""
+    told = -math.inf
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if done < total and time.monotonic() - told >= _TOLD_S:
+            told = time.monotonic()
+            tell(f"fetching {at}: {done >> 20:,} of {total >> 20:,} MiB are on {socket.gethostname()}")
+
+    return progress
 
 
 def retry_unreachable(work: Callable[[], T], tell: Callable[[str], None], within_s: float = _PATIENCE_S) -> T:
@@ -72,11 +113,10 @@ def retry_unreachable(work: Callable[[], T], tell: Callable[[str], None], within
 def repaired(reports: Iterator[T], place: str | Path) -> Iterator[T]:
     """`reports` of a training on the shards at `place`. If a shard of s3://… is corrupt in this machine's copy, it is fetched again, and
     Refetched is raised in place of Corrupt: a retry may succeed. On disk, or if S3's shard is corrupt too, Corrupt is raised."""
-    began = time.time()
+    began, at = time.time(), address(place)
     try:
         yield from reports
     except Corrupt as error:
-        at = address(place)
         if at is None:
             raise
         from simclr.data.s3 import remote
@@ -85,6 +125,9 @@ def repaired(reports: Iterator[T], place: str | Path) -> Iterator[T]:
         if not remote.refetch(at, copy_of(at, "shards"), error.shard, began, Store()):
             raise
         raise Refetched(f"{error.shard} was corrupt on this machine and was fetched again from {at}") from None
+    finally:
+        if at is not None:
+            pins.touch(copy_of(at, "shards"))  # weeks may have passed since it was fetched
 
 
 def mebibytes(bar: Bar) -> Callable[[int, int], None]:
@@ -125,6 +168,7 @@ class Home:
             from simclr.data.s3.store import Store
 
             self.path, self.store = copy_of(self.at, "runs"), Store()
+            self.store.says = say
             self.sender = ThreadPoolExecutor(1, thread_name_prefix="to S3")
 
     # ── Files ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -91,21 +91,31 @@ class Labels:
 
     ids: NDArray[np.int64]
     """Sample ids, ascending."""
+    y: NDArray[np.int64]
+    """Their labels."""
     names: list[str] | None
     """Names of all training images; None if the shards have no names."""
     chosen: dict[str, object]
     """How they were chosen, for labels.txt."""
 
 
-def choose_labels(data: Path, at: Path, share: float, file: Path | None, seed: int) -> Labels:
-    """The images that `file` lists, else `share` of each class. The shards lie in `data`, which may be a copy of those `at` s3://…"""
+def choose_labels(data: Path, at: Path, manifest: Manifest, share: float, file: Path | None, seed: int) -> Labels:
+    """The images that `file` lists, else `share` of each class. The shards lie in `data`; of those `at` s3://…, whose copy it is, only the
+    tables and the names are fetched."""
     from simclr.data import labels, loader
 
-    every = loader.labels(data)
+    remote = s3_uri.address(at)
+    if remote is not None:
+        from simclr.data.s3 import tables
+        from simclr.data.s3.store import Store
+
+        every = tables.labels(remote, manifest, "train", Store())
+    else:
+        every = loader.labels(data)
     names = subset.names_at(data, at, len(every))
-    if file is not None:
-        return Labels(labels.read(file, every, names), names, {"label file": file})
-    return Labels(labels.subset(every, share, seed), names, {"share of each class": share, "seed": seed})
+    chosen: dict[str, object] = {"label file": file} if file is not None else {"share of each class": share, "seed": seed}
+    ids = labels.read(file, every, names) if file is not None else labels.subset(every, share, seed)
+    return Labels(ids, every[ids], names, chosen)
 
 
 def write_labels(run: Run, seen: Labels) -> None:

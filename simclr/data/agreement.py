@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from simclr.data.sources.reading import essence, rows_of
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
 
+NOTES = ".writing-part-"
+SHARD = re.compile(r"(train|test)-\d{5,}(-\d+)?\.beton")
 Identity = Literal["times", "names", "content"]
 """What tells that a source is the same: names, sizes and modification times; names and sizes; or, beside these, every byte."""
 
@@ -77,15 +80,27 @@ def content(digests: Iterable[tuple[str, int]]) -> str:
     of: defaultdict[str, Any] = defaultdict(hashlib.sha256)
     for split, digest in digests:
         of[split].update(digest.to_bytes(8, "little"))
-    return hashlib.sha256(json.dumps(sorted((split, found.hexdigest()) for split, found in of.items())).encode()).hexdigest()
+    return joined_content({split: found.hexdigest() for split, found in of.items()})
+
+
+def joined_content(of: Mapping[str, str]) -> str:
+    """One hash of the splits' hashes of their digests, each of 8 bytes, the lowest first."""
+    return hashlib.sha256(json.dumps(sorted(of.items())).encode()).hexdigest()
 
 
 def unfinished(out: Path) -> list[Path]:
     """Files of an unfinished prepare: temporary files, and shards that have their final name but no manifest yet."""
-    waiting = [p for p in out.iterdir() if ".writing-" in p.name]
-    named = [out / p.name.removeprefix(".writing-").removesuffix(".json") for p in waiting if p.name.endswith(".beton.json")]
-    lists = [out / name for name in LISTS if named]
-    return [*waiting, *(p for p in (*named, *lists) if p.exists())]
+    waiting, named, lists = [], [], []
+    for path in out.iterdir():
+        if ".writing-" in path.name:
+            waiting.append(path)
+        elif SHARD.fullmatch(path.name):
+            named.append(path)
+        elif path.name in LISTS:
+            lists.append(path)
+    # An earlier version had a note beside each shard.
+    ours = any(path.name.startswith(NOTES) or path.name.endswith(".beton.json") for path in waiting)
+    return [*waiting, *named, *lists] if ours else waiting
 
 
 def _require_understood_alike(manifest: Manifest, source: Source, out: object) -> None:

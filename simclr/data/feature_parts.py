@@ -22,7 +22,9 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from simclr import files
+from simclr.data.s3 import pins
 from simclr.data.s3.place import Place
+from simclr.data.s3.quota import make_room
 from simclr.data.s3.uri import copy_of, locked
 from simclr.errors import UserError
 
@@ -43,13 +45,7 @@ _COLUMNS = {
     "height": pyarrow.int32(),
 }
 _COMPRESSED = dict.fromkeys(_COLUMNS, "zstd")  # the features have no order that a compressor would find
-_FAILED = {
-    "id": pyarrow.int64(),
-    "split": pyarrow.string(),
-    "path": pyarrow.string(),
-    "label": pyarrow.string(),
-    "reason": pyarrow.string(),
-}
+_FAILED = {"id": pyarrow.int64(), **dict.fromkeys(("split", "path", "label", "reason"), pyarrow.string())}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,20 +219,22 @@ def _opened(found: dict[str, Path], place: object) -> FeatureParts:
 
 def _fetched(there: Place) -> FeatureParts:
     assert there.at is not None
+    copy = copy_of(there.at, "features")
+    pins.hold(copy, there.at, "a command that reads its features")
     if there.at.name.endswith(".parquet"):
-        copy = copy_of(there.at, "features")
         with locked(copy):
             there.store.download(there.at, copy)
         return FeatureParts([copy])
-    copy = copy_of(there.at, "features")
     with locked(copy):
         copy.mkdir(mode=0o700, exist_ok=True)
         wanted = {o.name: o for o in there.store.listing(there.at) if PART.fullmatch(o.name) or FAILED.fullmatch(o.name)}
-        for name, found in wanted.items():
-            mark = copy / f".{name}.etag"
-            if not ((copy / name).is_file() and mark.is_file() and mark.read_text() == found.etag):
-                there.store.download(there.at / name, copy / name, found.bytes)
-                files.write_text(mark, found.etag)
+        marks = {name: copy / f".{name}.etag" for name in wanted}
+        held = {n for n, m in marks.items() if (copy / n).is_file() and m.is_file() and m.read_text() == wanted[n].etag}
+        fetch = [found for name, found in wanted.items() if name not in held]
+        make_room(copy, sum(found.bytes for found in fetch), f"for the features of {there}")
+        for found in fetch:
+            there.store.download(there.at / found.name, copy / found.name, found.bytes)
+            files.write_text(marks[found.name], found.etag)
     return _opened({name: copy / name for name in sorted(wanted)}, there)
 
 

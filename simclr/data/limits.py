@@ -157,7 +157,7 @@ _SMALL = 4 << 20  # pixels: photographs wait for nothing
 _BYTES_EACH = 16  # of a pixel, while it is decoded and converted
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Of this machine, or of the container that the process runs in."""
     known = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -166,4 +166,4 @@ def _memory_bytes() -> int:
     return min(known)
 
 
-ROOM = Room(max(_memory_bytes() // 4 // _BYTES_EACH, 2 * MOST_PIXELS))
+ROOM = Room(max(memory_bytes() // 4 // _BYTES_EACH, 2 * MOST_PIXELS))

@@ -80,10 +80,10 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """Endless training batches of `rank` from `start_step` on, prepared in advance; closing the iterator ends the loader's thread.
 
-    Step s lies in epoch s // (examples // N). The global batch is N consecutive entries of the epoch's keyed permutation; a rank's share
-    is n = N / W consecutive entries of the batch. So the images of step s depend on config, s and the data alone. With G shard groups,
-    each group has its own permutation and gives N / G consecutive entries: then the images depend on G too, and are the same for every
-    number of workers that G divides. Raises UserError for damaged shards, naming shard and sample.
+    Step s lies in epoch s // (examples // N). The global batch is N consecutive entries of the epoch's keyed order (`keyed.order`, by the
+    manifest's rule); a rank's share is n = N / W consecutive entries of the batch. So the images of step s depend on config, s and the
+    data alone. With G shard groups, each group has its own order and gives N / G consecutive entries: then the images depend on G too,
+    and are the same for every number of workers that G divides. Raises UserError for damaged shards, naming shard and sample.
 
     `ids`, ascending, restrict training to a subset, of ungrouped shards. `crops` are cut from JPEG shards; by default the two of
     `config.views`.
@@ -91,23 +91,23 @@ def batches(
     groups, group = config.train.shard_groups, config.group_of(rank, world)
     split = _Split(data, "train", threads, groups, group, config.train.cache == "process")
     assert ids is None or groups == 1, "a subset of grouped shards"
-    rows = np.arange(len(split), dtype=np.int64) if ids is None else ids
+    rows = len(split) if ids is None else ids
     per_epoch = config.steps_per_epoch(split.examples if ids is None else len(ids))
     n = config.images_per_rank(world)
     taken = config.train.batch_size // groups  # from each group, in a step
     crops = crops or (Crop(views=config.views),)
     assert all(crop.views.resize == config.views.resize for crop in crops), "one decode resizes all its crops alike"
     read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), KINDS.index(config.views.resize))
-    order_of, order = -1, np.empty(0, np.int64)
+    order_of, order = -1, keyed.order(0, 0, 0, "sort")
 
     def batch(step: int) -> Batch:
         nonlocal order_of, order
         epoch = step // per_epoch
         if epoch != order_of:
             split.require_sizes()
-            order_of, order = epoch, keyed.shuffled(config.seed, epoch, rows)
+            order_of, order = epoch, keyed.order(config.seed, epoch, rows, split.order)
         first = step % per_epoch * taken + rank * n - group * taken
-        mine = order[first : first + n]
+        mine = order(np.arange(first, first + n))
         names, sizes = split.names[mine], split.sizes(mine)
         boxes = None if split.raw else boxes_of(crops, config.seed, epoch, names, sizes)
         drawn = draw_batch(crops, config.seed, epoch, names, sizes if split.raw else None)
@@ -138,7 +138,9 @@ def in_order(
     groups = groups if split == "train" else 1
     rows = _Split(data, split, threads, groups, rank * groups // world)
     total = min((limit or len(rows) * groups) // groups, len(rows))
-    ids = np.sort(keyed.permutation(0, 0, len(rows))[:total]) if total < len(rows) else np.arange(total, dtype=np.int64)
+    ids = np.arange(total, dtype=np.int64)
+    if total < len(rows):
+        ids = np.sort(keyed.order(0, 0, len(rows), rows.order)(ids))
     here, own = world // groups, rank % (world // groups)  # the number of ranks in this group, and this rank's index among them
     ids = ids[total * own // here : total * (own + 1) // here]
     most, size = min(batch_size, max(len(ids), 1)), preprocessing.size_px
@@ -211,7 +213,7 @@ class _Split:
         self.examples = manifest.examples(split, groups)  # for an unknown split, raises with the names of all
         whole = manifest.splits[split]
         self.shards = whole[group::groups]
-        self.raw = manifest.kind == "raw"
+        self.raw, self.order = manifest.kind == "raw", manifest.order
         self.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         rows, labels, sizes, bases = [], [], [], [0]
         for shard in self.shards:

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from simclr import fields, files
+from simclr import fields, files, keyed
 from simclr.data.s3.uri import Corrupt
 from simclr.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of a dataset with more images in a split than an epoch's order sorts (`keyed.SORTED_UP_TO`): their order is `keyed.entries`. Smaller ones
+are written as schema 1, in which every order is sorted: it is the same order, and versions that know schema 1 alone read them too."""
 _MOST_BYTES = 1 << 50
 _LEAST_BYTES = 24  # of an image: its row in the file's table
 _INSTEAD = "prepare the data again"
@@ -36,6 +38,8 @@ class Shard:
 class Manifest:
     """A prepared dataset."""
 
+    schema: int = 0
+    """1 or 2, see `SCHEMA`; 0 = as the size of the splits wants it."""
     splits: dict[str, tuple[Shard, ...]]
     """train, and test where there is one."""
     classes: tuple[str, ...]
@@ -70,15 +74,25 @@ class Manifest:
     sample), and the number of images that are `rescaled`, `clipped` (more than 1 % of the pixels outside) and `grey` (one channel)."""
     versions: dict[str, str]
 
+    def __post_init__(self) -> None:
+        if self.schema == 0:
+            large = any(sum(shard.samples for shard in shards) > keyed.SORTED_UP_TO for shards in self.splits.values())
+            object.__setattr__(self, "schema", SCHEMA if large else 1)
+
+    @property
+    def order(self) -> keyed.Rule:
+        """How the images of an epoch are put in order. Data that was prepared before schema 2 keeps its order at every size."""
+        return "sort" if self.schema == 1 else "by size"
+
     @property
     def shards(self) -> tuple[Shard, ...]:
         """The shards of every split."""
         return tuple(shard for shards in self.splits.values() for shard in shards)
 
     def part(self, groups: int = 1, group: int = 0) -> tuple[Shard, ...]:
-        """The training shards of `group` of `groups` (−1: none), and all shards of other splits."""
+        """The training shards of `group` of `groups`, and all shards of other splits."""
         others = [shard for split, shards in self.splits.items() if split != "train" for shard in shards]
-        return (*(self.splits.get("train", ())[group::groups] if group >= 0 else ()), *others)
+        return (*self.splits.get("train", ())[group::groups], *others)
 
     def examples(self, split: str, groups: int = 1) -> int:
         """Images in `split`. With more than one shard group, those of the smallest group times the number of groups: all that an epoch
@@ -93,14 +107,14 @@ class Manifest:
         return groups * min(sum(shard.samples for shard in self.splits[split][group::groups]) for group in range(groups))
 
     def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: object = "the manifest") -> Self:
         """The manifest in `text`. Raises UserError, naming `where`, for another schema or a text that is no manifest."""
         values = files.json_in(text, where, _INSTEAD)
-        if (schema := values.pop("schema", None)) != SCHEMA:
-            raise UserError(f"{where} has shard schema {fields.short(schema)}, this version reads {SCHEMA}; {_INSTEAD}")
+        if (schema := values.get("schema")) not in range(1, SCHEMA + 1):
+            raise UserError(f"{where} has shard schema {fields.short(schema)}, this version reads 1 to {SCHEMA}; {_INSTEAD}")
         fields.require(values, {"splits": dict[str, list[dict[str, Any]]]}, where, _INSTEAD)
         shards = {split: tuple(fields.build(Shard, s, where, _INSTEAD) for s in rows) for split, rows in values.pop("splits").items()}
         found = fields.build(cls, values, where, _INSTEAD, splits=shards)

@@ -1,18 +1,19 @@
-"""What a sample of a source decides for all of it: raw or JPEG, and the range of pixels of more than 8 bits."""
+"""What a sample of a source decides for all of it: raw or JPEG, the range of pixels of more than 8 bits, how many make a shard."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from simclr import fields, files
 from simclr.data.depth import Rule, decided
-from simclr.data.encode import Looked, look
+from simclr.data.encode import Looked, encode, look
 from simclr.data.options import Options
 from simclr.data.sources.source import Item, Source, bundles
 from simclr.errors import UserError
@@ -21,6 +22,7 @@ SAMPLE = 256
 """Images, evenly spaced over the source where it can be read so."""
 _RAW_SIDE_PX = 64
 _AHEAD, _AHEAD_BYTES = 16, 128 << 20  # images of the sample in memory
+_EVERY, _MOST_BYTES = 2, 256 << 20  # of the sample, those whose size is measured: they are held in memory
 
 
 class Unusable(UserError):
@@ -38,6 +40,12 @@ class Choice:
     """Kind of pixels → black and white (`depth.Rule`)."""
     times: str
     """`Source.times` at that time."""
+    size_px: tuple[int, ...] = ()
+    """Height and width that all images have; () where they may differ."""
+    mean_bytes: float = 0.0
+    """Of an image, as stored: how many make about a shard."""
+    images_unnamed: int = 0
+    """Images of the first part of the source whose names are known only when it is read, or so many as make a shard."""
 
     def save(self, path: Path, key: str) -> None:
         """`key` identifies the source, but for its times, and the options."""
@@ -58,7 +66,8 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
     rule = options.rule({})
     tried, first = 0, ""
     seen: list[tuple[str, Looked]] = []  # without the files, which may be in memory
-    for item, looked in _looked(_sample(source), options.max_side_px, rule, pool):
+    some = _Some()  # an archive is unpacked once for the sample
+    for item, looked in _looked(some.of(_sample(source)), options.max_side_px, rule, pool):
         tried += 1
         first = first or (f"; the first: {item.name}: {looked.skipped}" if looked.skipped else "")
         if not looked.skipped:
@@ -72,7 +81,48 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
     small = other is None and max(height, width) <= _RAW_SIDE_PX
     raw = options.kind == "raw" or (options.kind == "auto" and small)
     ranges = {} if options.value_range else decided([looked.values for _, looked in seen if looked.values])
-    return Choice("raw" if raw else "jpeg", 3 * height * width if raw else 1 << 8, ranges, source.times)
+    size = (height, width) if raw else ()
+    choice = Choice("raw" if raw else "jpeg", 3 * height * width if raw else 1 << 8, ranges, source.times, size)
+    return _measured(source, some.items, options, choice, pool)
+
+
+def chosen_again(source: Source, options: Options, choice: Choice, pool: ThreadPoolExecutor) -> Choice:
+    """The `choice`, whose kind or ranges an image has contradicted, with all that follows from it: the same as a sample with that image
+    would have given."""
+    if choice.kind == "jpeg":
+        choice = replace(choice, bytes_each=1 << 8, size_px=())
+    some = _Some()
+    deque(some.of(_sample(source)), maxlen=0)
+    return _measured(source, some.items, options, choice, pool)
+
+
+class _Some:
+    """Images of a sample that are kept while it passes."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+
+    def of(self, sample: Iterator[Item]) -> Iterator[Item]:
+        """The `sample`."""
+        size = 0
+        for place, item in enumerate(sample):
+            if place % _EVERY == 0 and size < _MOST_BYTES:
+                self.items.append(item)
+                size += len(item.data) if isinstance(item.data, bytes) else getattr(item.data, "nbytes", 0)
+            yield item
+
+
+def _measured(source: Source, some: Sequence[Item], options: Options, choice: Choice, pool: ThreadPoolExecutor) -> Choice:
+    """The `choice` with the mean size of `some` images as they will be stored, and the number of images of the first part without names."""
+    rule, sizes = options.rule(choice.ranges), [choice.bytes_each] if choice.kind == "raw" else []
+    if not sizes:
+        encoded = pool.map(lambda item: encode(item, choice.kind, options.max_side_px, options.jpeg_quality, rule), some)
+        sizes = [len(one.stored) for one in encoded if not one.skipped]
+    mean = sum(sizes) / len(sizes) if sizes else float(choice.bytes_each)
+    unnamed = [part for part in source.parts if not part.names]
+    each = int((options.shard_mib << 20) / mean) + 1
+    images = sum(1 for _ in itertools.islice(source.read(unnamed[0]), each)) if len(unnamed) > 1 else 0
+    return replace(choice, mean_bytes=mean, images_unnamed=images)
 
 
 def sizes_differ(name: str, size: tuple[int, int], before: tuple[int, int]) -> str:

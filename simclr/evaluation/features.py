@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from simclr.collectives import all_gather, rank, world_size
 from simclr.data import loader
 from simclr.evaluation.frozen import Frozen
+from simclr.evaluation.rows import matrix
 from simclr.views.preprocessing import Preprocessing
 
 
@@ -29,7 +30,7 @@ class Features:
 
     def labelled(self) -> Features:
         """Without the rows that have no label."""
-        return self[self.y >= 0]
+        return self if bool((self.y >= 0).all()) else self[self.y >= 0]
 
 
 @torch.no_grad()
@@ -47,17 +48,54 @@ def embed(
     is used in the mode it is in: put it in evaluation mode first.
     """
     h, y, ids = [], [], []
+    for (rows,), batch in _embedded([encoder], batches, preprocessing, device, dtype, progress):
+        h.append(rows)
+        y.append(batch.labels)
+        ids.append(batch.ids)
+    empty = torch.zeros(0, dtype=torch.int64)
+    every = torch.cat(h) if h else torch.zeros(0, 1, device=device)
+    return Features(_gather_rows(every), _gather_rows(torch.cat([empty, *y]).to(device)), _gather_rows(torch.cat([empty, *ids]).to(device)))
+
+
+@torch.no_grad()
+def embed_each(
+    encoders: Sequence[Callable[[Tensor], Tensor]],
+    batches: Iterator[loader.Batch],
+    count: int,
+    preprocessing: Preprocessing,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> list[Features]:
+    """Features of the `count` images in `batches` under each encoder: an image is decoded once. They lie on the host (`rows.matrix`)."""
+    kept: list[Tensor] = []
+    y, ids = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+    done = 0
+    for embedded, batch in _embedded(encoders, batches, preprocessing, device, torch.float32, progress):
+        kept = kept or [matrix(count, h.shape[1]) for h in embedded]
+        at = slice(done, done + len(batch.ids))
+        y[at], ids[at] = batch.labels, batch.ids
+        for whole, h in zip(kept, embedded, strict=True):
+            whole[at] = h
+        done = at.stop
+    assert done == count, f"{done} images of {count}"
+    return [Features(h, y, ids) for h in kept]
+
+
+def _embedded(
+    encoders: Sequence[Callable[[Tensor], Tensor]],
+    batches: Iterator[loader.Batch],
+    preprocessing: Preprocessing,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[list[Tensor], loader.Batch]]:
+    """For each batch its rows under each encoder, (n, d) float32 on `device`, and the batch."""
     for batch in batches:
         x = preprocessing(batch.images[0].to(device))  # waits for the copy: the loader reuses the memory
         x = x.to(dtype, memory_format=torch.channels_last)
-        h.append(encoder(x).float())
-        y.append(batch.labels)
-        ids.append(batch.ids)
+        yield [encoder(x).float() for encoder in encoders], batch
         if progress is not None:
             progress(len(batch.ids))
-    empty = torch.zeros(0, dtype=torch.int64)
-    rows = torch.cat(h) if h else torch.zeros(0, 1, device=device)
-    return Features(_gather_rows(rows), _gather_rows(torch.cat([empty, *y]).to(device)), _gather_rows(torch.cat([empty, *ids]).to(device)))
 
 
 def _gather_rows(x: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr.evaluation.metrics import accuracy
+from simclr.evaluation.rows import Rows, rows_of
+
+_BANK = 1 << 25  # numbers of a block of the bank
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,37 +28,56 @@ class Neighbours:
 
 @torch.no_grad()
 def nearest(
-    train_h: Tensor, train_y: Tensor, test_h: Tensor, k: int, temperature: float, block: int = 1024, bank_block: int = 1 << 18
+    train_h: Tensor | Rows,
+    train_y: Tensor,
+    test_h: Tensor | Rows,
+    k: int,
+    temperature: float,
+    block: int = 1024,
+    bank_block: int | None = None,
 ) -> Neighbours:
     """Exact cosine neighbours of test_h (m, d) among train_h (n, d); k is at most n.
 
-    `block` queries are compared with `bank_block` rows at a time and keep the k nearest so far: 1 GiB of cosines at most.
+    The bank is read once, `bank_block` rows at a time (None = 128 MiB of them), each block normalised on its own; `block` queries at a
+    time keep their k nearest so far. Beside the bank it takes the queries, normalised, and 12 k bytes for each of them.
     """
-    bank = F.normalize(train_h.float(), dim=1)
-    k = min(k, len(bank))
+    bank, tests = rows_of(train_h), rows_of(test_h)
+    device, k = bank.at, min(k, len(bank))
     classes = int(train_y.max()) + 1 if len(train_y) and int(train_y.max()) >= 0 else 1
-    index, similarity, votes = [], [], []
-    for queries in test_h.split(block):
-        q = F.normalize(queries.float(), dim=1)
-        s, i = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
-        for first in range(0, len(bank), bank_block):
-            cosines = q @ bank[first : first + bank_block].T
-            best = cosines.topk(min(k, cosines.shape[1]), dim=1)
-            s, i = torch.cat([s, best.values], 1), torch.cat([i, best.indices + first], 1)
-            if s.shape[1] > k:
-                s, kept = s.topk(k, dim=1)
-                i = i.gather(1, kept)
+    queries = torch.empty(len(tests), tests.d, device=device)
+    for at, x in tests.blocks(block):
+        queries[at] = F.normalize(x, dim=1)
+    similarity = queries.new_empty(len(tests), 0)
+    index = torch.empty(len(tests), 0, dtype=torch.int64, device=device)
+    for among, x in bank.blocks(bank_block or max(_BANK // max(bank.d, 1), 1024)):
+        rows = F.normalize(x, dim=1)
+        parts = [
+            _merged(s, i, q @ rows.T, among.start, k)
+            for q, s, i in zip(queries.split(block), similarity.split(block), index.split(block), strict=True)
+        ]
+        similarity, index = (torch.cat([part[place] for part in parts]) for place in range(2))
+    y, votes = train_y.to(device), []
+    for s, i in zip(similarity.split(block), index.split(block), strict=True):
         # The largest cosine is subtracted before exp: the ranking of votes is the same and a small temperature cannot overflow.
-        weight = ((s - s[:, :1]) / temperature).exp() * (train_y[i] >= 0)
-        votes.append(weight.new_zeros(len(queries), classes).scatter_add_(1, train_y[i].clamp_min(0), weight))
-        index.append(i)
-        similarity.append(s)
-    return Neighbours(torch.cat(index), torch.cat(similarity), torch.cat(votes))
+        weight = ((s - s[:, :1]) / temperature).exp() * (y[i] >= 0)
+        votes.append(weight.new_zeros(len(s), classes).scatter_add_(1, y[i].clamp_min(0), weight))
+    return Neighbours(index, similarity, torch.cat(votes))
 
 
-def knn(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k: int, temperature: float) -> dict[str, float]:
+def _merged(s: Tensor, i: Tensor, cosines: Tensor, first: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of those kept so far, s and i, and of the bank's next rows, which begin at `first`."""
+    best = cosines.topk(min(k, cosines.shape[1]), dim=1)
+    s, i = torch.cat([s, best.values], 1), torch.cat([i, best.indices + first], 1)
+    if s.shape[1] > k:
+        s, kept = s.topk(k, dim=1)
+        i = i.gather(1, kept)
+    return s, i
+
+
+def knn(train_h: Tensor | Rows, train_y: Tensor, test_h: Tensor | Rows, test_y: Tensor, k: int, temperature: float) -> dict[str, float]:
     """Weighted kNN accuracy (arXiv:1805.01978, Sec. 3.4): {"top1", "top5"}, shares in [0, 1].
 
     Each of the k nearest training rows by cosine votes for its class with weight exp(cosine / temperature).
     """
-    return accuracy(nearest(train_h, train_y, test_h, k, temperature).votes, test_y)
+    votes = nearest(train_h, train_y, test_h, k, temperature).votes
+    return accuracy(votes, test_y.to(votes.device))

@@ -16,6 +16,7 @@ from torch import Tensor
 _HISTORY = 10
 _TRIALS = 25
 _ARMIJO, _CURVATURE = 1e-4, 0.9
+_ROWS = 1 << 16  # centred and turned at a time
 _LOGITS = 1 << 24  # logits that exist at a time
 _STATE_BYTES = 8 << 30  # of weights, gradients and histories; problems beyond that wait for the next batch
 
@@ -67,9 +68,10 @@ def fit(
     if len(h) != len(y) or not len(h):
         raise ValueError(f"{len(h)} features and {len(y)} labels; expected as many, and at least one")
     mean = h.mean(0)
-    x = h - mean
-    axes = _axes(x)
-    x = x @ axes
+    axes = _axes(h, mean)
+    x = h.new_empty(len(h), axes.shape[1])
+    for part, rows in zip(h.split(_ROWS), x.split(_ROWS), strict=True):
+        torch.mm(part - mean, axes, out=rows)
     # A class that no row shows has no minimum: its free bias falls for ever. The bias of a class that every row shows rises for ever.
     certain = _certain(y, classes)
     fitted = torch.nonzero(certain.isnan())[:, 0]
@@ -86,16 +88,16 @@ def fit(
     return Fits(weights, loss, gradient, taken, gradient <= tolerance)
 
 
-def _axes(x: Tensor) -> Tensor:
-    """(d, r) principal axes of centred rows x (n, d), without those along which x is rounding alone: with more features than rows there
-    are many, and under a weak penalty the fit would follow them."""
-    gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for part in x.split(1 << 16):
-        rows = part.double()
+def _axes(h: Tensor, mean: Tensor) -> Tensor:
+    """(d, r) principal axes of the centred rows x = h − mean (n, d), without those along which x is rounding alone: with more features
+    than rows there are many, and under a weak penalty the fit would follow them."""
+    gram = h.new_zeros(h.shape[1], h.shape[1], dtype=torch.float64)
+    for part in h.split(_ROWS):
+        rows = (part - mean).double()
         gram += rows.T @ rows
     squares, axes = torch.linalg.eigh(gram)
-    rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * x.shape[1]
-    kept: Tensor = axes[:, squares > rounding * squares[-1].clamp_min(1e-300)].to(x.dtype)
+    rounding = (8 * torch.finfo(h.dtype).eps) ** 2 * h.shape[1]
+    kept: Tensor = axes[:, squares > rounding * squares[-1].clamp_min(1e-300)].to(h.dtype)
     return kept
 
 

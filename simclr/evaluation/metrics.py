@@ -13,7 +13,16 @@ RESAMPLES = 1000
 
 def accuracy(scores: Tensor, y: Tensor) -> dict[str, float]:
     """Shares of the rows of scores (m, classes) whose label y (m,) is the highest, or among the five highest: {"top1", "top5"}."""
-    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices.eq(y[:, None])
+    return shares(highest(scores, y))
+
+
+def highest(scores: Tensor, y: Tensor) -> Tensor:
+    """(m, ≤ 5) bool: whether the label of a row is its highest score, its second highest, …"""
+    return scores.topk(min(5, scores.shape[1]), dim=1).indices.eq(y[:, None])
+
+
+def shares(ranked: Tensor) -> dict[str, float]:
+    """`accuracy` from what `highest` says, of one block of rows or of several one behind the other."""
     return {"top1": ranked[:, 0].float().mean().item(), "top5": ranked.any(1).float().mean().item()}
 
 

@@ -78,7 +78,7 @@ PLACES = {
     "prepare": (["prepare", "--source", "patterns:train=20", "--out", "out"], "pipelines.commands.prepare.open_source"),
     "prepare, a pool's thread": (["prepare", "--source", "{photos}", "--out", "out"], "simclr.data.encode._moments"),
     "prepare, what reads photographs": (["prepare", "--source", "{photos}", "--out", "out"], "simclr.data.raster.upright_rgb"),
-    "prepare, a shard's writer": (["prepare", "--source", "patterns:train=20", "--out", "out"], "simclr.data.ffcv.writer._flush"),
+    "prepare, what writes a shard": (["prepare", "--source", "patterns:train=20", "--out", "out"], "simclr.data.ffcv.writer.flush"),
     "verify, a pool's thread": (["verify", "{photographs}"], "simclr.data.verify.decode"),
     "views, the loader's thread": (["views", "patterns_tiny", "--data", "{patterns}"], "simclr.keyed.shuffled"),
     "evaluate": (["evaluate", "{published}", "--data", "{patterns}", "--limit", "40", "--no-baselines"], "simclr.evaluation.knn.knn"),

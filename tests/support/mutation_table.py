@@ -146,15 +146,15 @@ MUTATIONS = (
     Mutation(
         "slice-off-by-one",
         "simclr/data/loader.py",
-        "mine = order[first : first + n]",
-        "mine = order[first + 1 : first + 1 + n]",
+        "mine = order(np.arange(first, first + n))",
+        "mine = order(np.arange(first + 1, first + 1 + n))",
         "tests/simclr/data/test_loader.py::test_an_epoch_is_the_keyed_permutation_and_its_images_are_those_of_the_source",
     ),
     Mutation(
         "order-ignores-the-seed",
         "simclr/data/loader.py",
-        "keyed.shuffled(config.seed, epoch, rows)",
-        "keyed.shuffled(0, epoch, rows)",
+        "keyed.order(config.seed, epoch, rows, split.order)",
+        "keyed.order(0, epoch, rows, split.order)",
         "tests/simclr/data/test_loader.py::test_an_epoch_is_the_keyed_permutation_and_its_images_are_those_of_the_source",
     ),
     Mutation(

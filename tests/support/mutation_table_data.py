@@ -6,6 +6,20 @@ from tests.support.mutation import Mutation
 
 DATA = (
     Mutation(
+        "a-part-of-other-options-is-done",
+        "simclr/data/note.py",
+        "(about.key, about.number, about.rows) != (key, number, rows)",
+        "(about.number, about.rows) != (number, rows)",
+        "tests/simclr/data/test_agreement.py::test_an_interrupted_prepare_of_other_classes_or_times_is_not_resumed",
+    ),
+    Mutation(
+        "classes-that-were-not-listed-keep-old-ranks",
+        "simclr/data/shards.py",
+        "note.about.shards and note.about.ranked != ranked_by(found.names)",
+        "not note.about.shards",
+        "tests/simclr/data/test_shards.py::test_labels_are_ranks_of_class_names_that_come_in_any_order",
+    ),
+    Mutation(
         "each-image-has-its-own-range",
         "simclr/data/depth.py",
         "black, white = rule.ranges[kind]\n    if values",
@@ -14,9 +28,9 @@ DATA = (
     ),
     Mutation(
         "skipped-images-are-counted-at-the-end",
-        "simclr/data/shards.py",
-        "            self._require_readable(skipped, seen - 1)\n",
-        "",
+        "simclr/data/shard_parts.py",
+        "                    judge(written)\n",
+        "                    pass\n",
         "tests/simclr/data/test_goes_on.py::test_too_many_damaged_files_stop_it_at_once_and_more_are_allowed_later",
     ),
     Mutation(
@@ -109,6 +123,55 @@ DATA = (
         "return found if fits and files.is_own(found, path.parent) else None",
         "return found if fits else None",
         "tests/simclr/data/test_shared_cache.py::test_a_shard_that_somebody_else_owns_is_fetched_again",
+    ),
+    Mutation(
+        "a-dataset-in-use-is-evicted",
+        "simclr/data/s3/quota.py",
+        "[copy for copy in beside if not copy.users]",
+        "beside",
+        "tests/simclr/data/test_quota.py::test_a_dataset_in_use_stays_and_its_run_is_named",
+    ),
+    Mutation(
+        "the-dataset-used-last-goes-first",
+        "simclr/data/s3/quota.py",
+        "key=lambda copy: copy.last)",
+        "key=lambda copy: -copy.last)",
+        "tests/simclr/data/test_quota.py::test_the_least_recently_used_goes_first_and_no_more_than_is_needed",
+    ),
+    Mutation(
+        "an-eviction-goes-file-by-file",
+        "simclr/data/s3/pins.py",
+        "    copy.rename(gone)",
+        "    gone = copy",
+        "tests/simclr/data/test_quota.py::test_a_kill_in_the_middle_of_an_eviction_leaves_no_half_dataset",
+    ),
+    Mutation(
+        "no-room-is-left-for-what-another-fetches",
+        "simclr/data/s3/quota.py",
+        "        pins.reserve(path, ",
+        "        (path, ",
+        "tests/simclr/data/test_quota.py::test_room_is_left_for_what_another_process_fetches",
+    ),
+    Mutation(
+        "shards-of-other-data-are-taken-for-a-groups",
+        "simclr/data/s3/remote.py",
+        "            _set_aside(directory, manifest, set())",
+        "            _set_aside(directory, manifest, set(manifest.shards))",
+        "tests/simclr/data/test_remote.py::test_a_process_that_reads_no_shard_gets_the_manifest_alone",
+    ),
+    Mutation(
+        "labels-that-changed-on-their-way-are-believed",
+        "simclr/data/s3/tables.py",
+        "if os.pread(file.fileno(), end - begin, begin) != first:",
+        "if not first:",
+        "tests/simclr/data/test_labels_in_s3.py::test_bytes_that_change_on_their_way_are_fetched_again",
+    ),
+    Mutation(
+        "a-driver-fetches-the-shards",
+        "pipelines/commands/pretrain.py",
+        "data, manifest = sync.manifest(args.data, look=groups == 1)",
+        "data, manifest = sync.shards(args.data), sync.manifest(args.data)[1]",
+        "tests/pipelines/runs/test_light_drivers.py::test_pretrain_and_sweep_ask_for_no_shard",
     ),
     Mutation(
         "a-link-in-the-cache-is-followed",

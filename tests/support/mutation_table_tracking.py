@@ -78,8 +78,8 @@ TRACKING = (
     Mutation(
         "a-name-of-an-image-is-a-formula",
         "simclr/data/copies.py",
-        "*(map(cell, row) for row in rows)",
-        "*rows",
+        "[*map(cell, row)]",
+        "[*row]",
         "tests/pipelines/test_terminal.py::test_a_folder_of_evil_names",
     ),
 )

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import psutil
+
 KEY_ID, SECRET = "AKIDOFTHETESTS12", "a/secret+that/no+message/may/hold"
 _STALL_S = 0.05
 _ANSWERS = {
@@ -47,13 +49,15 @@ def serve() -> Iterator[str]:
 
 class Proxy:
     """Forwards to `upstream`. With a `rate`, that share of the requests fails in one of the ways above, or stalls; the choice is
-    drawn from `seed`. `faults` counts the faults, `log` holds (method, path, Range header) of every request."""
+    drawn from `seed`. `faults` counts the faults, `log` holds (method, path, Range header) of every request; `asked_by`, where it is a
+    list, gets (path, pid of the process) of every GET of a shard."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
         self.rate, self.kinds, self.cut_after = 0.0, (*ANY, *WITH_BODY), -1
         self.faults: Counter[str] = Counter()
         self.log: list[tuple[str, str, str]] = []
+        self.asked_by: list[tuple[str, int | None]] | None = None
         self.random, self.lock = random.Random(0), threading.Lock()
         proxy = self
 
@@ -74,6 +78,7 @@ class Proxy:
         self.rate, self.kinds, self.cut_after = 0.0, (*ANY, *WITH_BODY), -1
         self.faults.clear()
         self.log.clear()
+        self.asked_by = None
         self.random.seed(0)
 
     def fault(self, method: str, path: str, body: bytes) -> str:
@@ -104,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.owner.lock:
             self.owner.log.append((self.command, self.path, self.headers.get("Range", "")))
+        if self.owner.asked_by is not None and self.command == "GET" and ".beton" in self.path:
+            self.owner.asked_by.append((self.path, _process_at(self.client_address)))
         kind = self.owner.fault(self.command, self.path, body)
         if kind == "stall":
             time.sleep(_STALL_S)
@@ -148,6 +155,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST instead of FIN
         self.connection.close()
         self.close_connection = True
+
+
+def _process_at(address: Any) -> int | None:
+    """The process on this machine whose connection has this address."""
+    for _ in range(5):  # a connection may be younger than the list of its process's files
+        for found in psutil.net_connections("tcp"):
+            if found.laddr == address and found.pid is not None:
+                return int(found.pid)
+    return None
 
 
 def _flipped(data: bytes, chance: random.Random) -> bytes:

@@ -43,8 +43,8 @@ def breaking(items: Sequence[Item], after: int, error: Callable[[], Exception], 
 
     def read(part: Part) -> Iterator[Item]:
         breaks = next(reads) > 0
-        for i, item in enumerate(whole.read(part)):
-            if i == after and breaks:
+        for item in whole.read(part):
+            if item is items[after] and breaks:
                 raise error()
             yield item
 

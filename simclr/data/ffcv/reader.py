@@ -15,7 +15,7 @@ import simclr.data.ffcv.imports  # noqa: F401  (first: it makes the next import 
 # isort: split
 from ffcv.fields import IntField, RGBImageField
 from ffcv.reader import Reader
-from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType
+from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_handlers, get_metadata_type
 from numpy.typing import NDArray
 
 from simclr.data.manifest import Manifest, Shard
@@ -23,6 +23,9 @@ from simclr.data.pixels import MOST_PIXELS
 from simclr.data.s3.uri import Corrupt
 
 _FIELDS = (RGBImageField, IntField)
+HEAD_BYTES = HeaderType.itemsize + len(_FIELDS) * FieldDescType.itemsize
+SAMPLE_BYTES: int = get_metadata_type([RGBImageField(), IntField()]).itemsize
+"""Of the files of our writer: bytes in front of the samples' rows, and of a row."""
 
 
 class Unfit(Exception):
@@ -62,6 +65,19 @@ def _require_room_for_what_it_states(path: Path) -> None:
     least = fields * FieldDescType.itemsize + samples * ALLOC_TABLE_TYPE.itemsize
     if least > size or not 0 < table <= size or (size - table) // ALLOC_TABLE_TYPE.itemsize > fields * samples:
         raise Unfit(f"{samples:,} images of {fields} fields and a table at byte {table:,}, in {size:,} bytes")
+
+
+def tables_at(path: Path, shard: Shard) -> tuple[int, int]:
+    """(end of the rows of samples, begin of the allocation table) in an FFCV file, by its header, which may be all that is there so far.
+    Raises Corrupt if it has no such header."""
+    try:
+        _require_room_for_what_it_states(path)
+        header = np.fromfile(path, HeaderType, 1)[0]
+        fields = np.fromfile(path, FieldDescType, int(header["num_fields"]), offset=HeaderType.itemsize)
+        row = get_metadata_type(get_handlers(fields)).itemsize
+    except Exception as error:  # FFCV and numpy may raise anything for a damaged header
+        raise Corrupt(f"shard {path} is damaged: it has no header of an FFCV file ({error})", shard.name) from None
+    return HeaderType.itemsize + fields.nbytes + row * int(header["num_samples"]), int(header["alloc_table_ptr"])
 
 
 def open_shard(

@@ -18,12 +18,14 @@ from simclr import files
 from simclr.data.manifest import LISTS, Manifest, Shard, read_manifest
 from simclr.data.s3.answers import Missing
 from simclr.data.s3.hashed import Hashed, stamp
-from simclr.data.s3.store import Progress, Store
+from simclr.data.s3.quota import make_room
+from simclr.data.s3.store import Progress, Store, begun
 from simclr.data.s3.uri import Address, locked
 from simclr.errors import UserError
 
 _AT_ONCE = 4  # shards at a time; each is transferred in parts
 _CHUNK = 1 << 20
+_ASIDE = ".unsure-"  # before the name of a shard that is not known to be whole; no manifest may name one so
 
 
 def manifest_at(place: Address, store: Store) -> tuple[Manifest, bytes] | None:
@@ -47,22 +49,19 @@ def fetch(
 ) -> None:
     """Bring the shards at `place` into `directory`: whole ones stay, missing and damaged ones are fetched in parallel.
 
-    With training shards in more than one group, only those of `group` are fetched (−1: none); files of other groups stay. Several
-    processes of a machine may call this at once: one fetches, the others wait. progress gets bytes so far, fetched or hashed, and in all;
-    says gets a sentence where shards that lie here are hashed first. Raises UserError if there are no shards, if they do not match their
-    manifest, or if the disk is too small.
+    With training shards in more than one group, only those of `group` are fetched; files of other groups stay. Several processes of a
+    machine may call this at once: one fetches, the others wait. progress gets bytes so far, fetched or hashed, and in all; says gets a
+    sentence where shards that lie here are hashed first, and where other datasets are evicted to make room. Raises UserError if there are
+    no shards, if they do not match their manifest, or if there is too little room.
 
     A shard that lies here is taken as it is if this user fetched it, by this manifest, and nobody else can have written it since: its
     owner and its permissions say so, which no other user can forge. Else its bytes are hashed, which is noted for this user's other
     processes where the disk does not tell users apart; one that somebody else owns, who could change it after that, is fetched.
     """
     with locked(directory):
-        found = manifest_at(place, store)
-        if found is None:
-            raise UserError(f"there are no shards at {place} (no manifest.json); `simclr prepare --source … --out {place}` puts them there")
-        manifest, text = found
+        manifest, text = _required(place, store)
         local = directory / "manifest.json"
-        whole = local.is_file() and files.is_own(local.lstat(), directory) and local.read_bytes() == text
+        whole = _holds(local, text)
         if not whole:
             directory.mkdir(mode=0o700, exist_ok=True)
             local.unlink(missing_ok=True)
@@ -86,19 +85,76 @@ def fetch(
                     f"each process hashes them anew, since the disk of {directory} does not tell users apart, and {hashed.place}, where "
                     "it would be noted, cannot be written or is not surely this user's alone"
                 )
+        if not whole:
+            _set_aside(directory, manifest, set(mine))
+        if aside := [shard for shard in mine if shard not in there and (directory / f"{_ASIDE}{shard.name}").exists()]:
+            says(f"hashing {len(aside):,} shards of {directory} first, since no manifest says that they are whole")
+            there |= _taken_back(aside, directory, count, store)
         wanted = [shard for shard in mine if shard not in there]
-        names = {shard.name for shard in manifest.shards}
-        for stray in directory.glob("*.beton"):
-            if stray.name not in names:
-                stray.unlink()
-        try:
-            files.require_space(directory, sum(shard.bytes for shard in wanted), "for the shards", "set SIMCLR_CACHE to another disk")
-        except UserError:
-            _each(wanted, lambda s: store.require_size(place / s.name, s.bytes), store)  # a manifest may claim what is not there
-            raise
+
+        def confirm() -> None:  # a manifest may claim what is not there
+            _each(wanted, lambda s: store.require_size(place / s.name, s.bytes), store)
+
+        needed = sum(shard.bytes - begun(directory / shard.name) for shard in wanted)
+        make_room(directory, needed, f"for the shards of {place}", says, confirm)
         _each(wanted, lambda s: store.download(place / s.name, directory / s.name, s.bytes, s.sha256, count), store)
         with files.whole(local) as scratch:
             scratch.write_bytes(text)
+
+
+def fetch_manifest(place: Address, directory: Path, store: Store) -> Manifest:
+    """Bring the manifest of the shards at `place` into `directory`, and no shard: for a process that reads none. Shards that lie here stay.
+    Raises UserError if there are no shards at `place`."""
+    with locked(directory):
+        manifest, text = _required(place, store)
+        local = directory / "manifest.json"
+        if not _holds(local, text):
+            directory.mkdir(mode=0o700, exist_ok=True)
+            local.unlink(missing_ok=True)
+            _set_aside(directory, manifest, set())
+            with files.whole(local) as scratch:
+                scratch.write_bytes(text)
+        return manifest
+
+
+def _required(place: Address, store: Store) -> tuple[Manifest, bytes]:
+    found = manifest_at(place, store)
+    if found is None:
+        raise UserError(f"there are no shards at {place} (no manifest.json); `simclr prepare --source … --out {place}` puts them there")
+    return found
+
+
+def _holds(local: Path, text: bytes) -> bool:
+    """Whether the manifest `local` is this `text`, written by this user."""
+    return local.is_file() and files.is_own(local.lstat(), local.parent) and local.read_bytes() == text
+
+
+def _set_aside(directory: Path, manifest: Manifest, known: set[Shard]) -> None:
+    """Remove what is no shard of `manifest`, and give all shards but the `known` ones another name: no manifest has said that they are
+    whole, and this one is about to lie beside them."""
+    names = {shard.name for shard in manifest.shards}
+    for path in directory.glob("*.beton"):
+        if path.name.removeprefix(_ASIDE) not in names:
+            path.unlink()
+    for shard in manifest.shards:
+        if shard not in known:
+            with contextlib.suppress(FileNotFoundError):
+                (directory / shard.name).replace(directory / f"{_ASIDE}{shard.name}")
+
+
+def _taken_back(shards: list[Shard], directory: Path, count: Progress, store: Store) -> set[Shard]:
+    """Those of `shards` that were set aside and turn out to be intact; others are removed."""
+    found: set[Shard] = set()
+
+    def look(shard: Shard) -> None:
+        aside = directory / f"{_ASIDE}{shard.name}"
+        if _intact(aside, shard, count=count):
+            aside.replace(directory / shard.name)
+            found.add(shard)
+        aside.unlink(missing_ok=True)
+
+    _each(shards, look, store)
+    return found
 
 
 def refetch(place: Address, directory: Path, name: str, since: float, store: Store) -> bool:

@@ -21,7 +21,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -33,6 +33,8 @@ from botocore.config import Config
 from simclr import files
 from simclr.data.s3 import answers
 from simclr.data.s3.answers import Changed, Damaged, Missing, Retry, TooLarge
+from simclr.data.s3.listing import Object, Page, one_after_the_other, side_by_side
+from simclr.data.s3.quota import make_room, warned
 from simclr.data.s3.uri import Address, Unreachable
 from simclr.errors import UserError
 
@@ -44,18 +46,6 @@ _MOST_PARTS = 10_000  # of one upload, by S3's rules
 _CHUNK = 1 << 18
 _MOST_OBJECTS = 1_000_000
 """In a directory of ours: shards of a gibibyte, or checkpoints, never come near it."""
-_MOST_EMPTY = 100  # pages of a listing, in a row
-
-
-@dataclass(frozen=True, slots=True)
-class Object:
-    """An object, as a listing or `look` describes it; `name` is relative to the address that was asked for."""
-
-    name: str
-    bytes: int
-    etag: str
-    sha256: str = ""
-    """Known if we uploaded the object, and from `look` alone."""
 
 
 class Store:
@@ -69,7 +59,8 @@ class Store:
     ) -> None:
         """`pause_s`: the first pause, doubled with each retry; `answer_s`: timeout of an answer; `part_bytes`: of a request; `threads`:
         parts at a time."""
-        self.attempts, self.pause_s, self.part_bytes = attempts, pause_s, part_bytes
+        self.attempts, self.pause_s, self.part_bytes, self.threads = attempts, pause_s, part_bytes, threads
+        self.says: Callable[[str], None] = warned  # gets a sentence where a download evicts datasets from the cache
         self.over = threading.Event()  # set it to end the transfers of other threads
         # At DEBUG botocore logs signatures and headers, also if another library has set the root logger's level.
         logging.getLogger("botocore").setLevel(logging.WARNING)
@@ -102,31 +93,28 @@ class Store:
         Raises UserError for more than `most` objects, and for a listing that does not come to an end: a page again, or page after page
         with nothing in it.
         """
-        prefix = f"{place.key}/" if place.key else ""
-        token: dict[str, str] = {}
-        seen: set[str] = set()  # first key of each page, and where each goes on
-        count = empty = 0
-        while True:
-            page = self._tried(place, lambda token=token: self._page(place, prefix, token))  # type: ignore[misc]
-            objects, after = page
-            count, empty = count + len(objects), 0 if objects else empty + 1
-            if count > most:
-                raise UserError(f"{place} holds more than {most:,} objects, which is no such directory; correct the address")
-            marks = {f"key {objects[0].name}"} if objects else set()
-            marks |= {f"token {after}"} if after else set()
-            if marks & seen or empty > _MOST_EMPTY:
-                raise UserError(f"the listing of {place} does not end: the server repeats itself; check the endpoint")
-            seen |= marks
-            yield from (o for o in objects if not o.name.endswith("/"))
-            if not after:
-                return
-            token = {"ContinuationToken": after}
+        for page in one_after_the_other(partial(self.page, place), place, most):
+            yield from filter(_is_no_marker, page)
 
-    def _page(self, place: Address, prefix: str, token: dict[str, str]) -> tuple[list[Object], str]:
-        """A page of a listing, and the token of the next; "" after the last."""
-        page = self.client.list_objects_v2(Bucket=place.bucket, Prefix=prefix, **token)
-        objects = [Object(o["Key"].removeprefix(prefix), o["Size"], o["ETag"]) for o in page.get("Contents", ())]
-        return objects, page["NextContinuationToken"] if page.get("IsTruncated") else ""
+    def listed_side_by_side(self, place: Address, most: int) -> Iterator[Object]:
+        """As `listed`, in no order, with many requests at once. Raises Disordered where the server cannot do it: list anew then."""
+        for page in side_by_side(partial(self.page, place), place, most, self.pool, self.threads):
+            yield from filter(_is_no_marker, page)
+
+    def page(self, place: Address, below: str = "", *, after: str = "", behind: str = "", folders: bool = False) -> Page:
+        """A page of the listing of `place`/`below`: the one that the token `after` stands for, or the first, of keys `behind` one.
+        `folders`: what lies in folders is not listed, only they are."""
+        prefix = f"{place.key}/" if place.key else ""
+        asked = {"ContinuationToken": after} if after else {"StartAfter": prefix + behind} if behind else {}
+        asked |= {"Delimiter": "/"} if folders else {}
+
+        def once() -> Page:
+            page = self.client.list_objects_v2(Bucket=place.bucket, Prefix=prefix + below, **asked)
+            objects = [Object(o["Key"].removeprefix(prefix), o["Size"], o["ETag"]) for o in page.get("Contents", ())]
+            within = [found["Prefix"].removeprefix(prefix) for found in page.get("CommonPrefixes", ())]
+            return Page(objects, within, page["NextContinuationToken"] if page.get("IsTruncated") else "")
+
+        return self._tried(place, once)
 
     def look(self, place: Address) -> Object:
         """Size, ETag and sha256 of the object at `place`, without its bytes."""
@@ -198,8 +186,7 @@ class Store:
             if size is not None and found.bytes != size:
                 raise Damaged(f"{place} has {found.bytes:,} bytes, expected {size:,}; upload it again")
             if size is None:  # else the caller has asked for room, and S3 alone states the size
-                there = partial.lstat().st_blocks * 512 if partial.exists() else 0
-                files.require_space(path, found.bytes - there, f"for {place}", "set SIMCLR_CACHE to another disk")
+                make_room(path, found.bytes - begun(path), f"for {place}", self.says)
             try:
                 self._fetch_parts(place, found, partial, log, count)
             except Changed as error:
@@ -231,7 +218,7 @@ class Store:
             file.truncate(found.bytes)
 
             def fetch(index: int) -> None:
-                self._fetch_part(place, found.etag, *parts[index], file.fileno(), progress)
+                self.fetch_part(place, found.etag, *parts[index], file.fileno(), progress)
                 with lock:
                     listed.write(f"{index}\n")
                     listed.flush()
@@ -239,7 +226,7 @@ class Store:
             self._all([self.pool.submit(fetch, i) for i in range(len(parts)) if i not in done])
             os.fsync(file.fileno())
 
-    def _fetch_part(self, place: Address, etag: str, begin: int, end: int, file: int, progress: Progress) -> None:
+    def fetch_part(self, place: Address, etag: str, begin: int, end: int, file: int, progress: Progress) -> None:
         """Bytes begin … end − 1 of the object into `file`; a retry continues after the last byte that came."""
 
         def once() -> None:
@@ -378,6 +365,17 @@ class Store:
     def _check_over(self) -> None:
         if self.over.is_set():
             raise UserError("the transfer was ended")
+
+
+def begun(path: Path) -> int:
+    """Bytes on the disk of a download to `path` that was interrupted."""
+    partial = path.with_name(f".{path.name}.partial")
+    return partial.lstat().st_blocks * 512 if partial.exists() else 0
+
+
+def _is_no_marker(found: Object) -> bool:
+    """Whether an object is none of those that consoles make for folders: the listed one's own has no name in it."""
+    return bool(found.name) and not found.name.endswith("/")
 
 
 def _done(partial: Path, log: Path, head: str) -> set[int]:

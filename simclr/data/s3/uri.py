@@ -101,8 +101,13 @@ def locked(copy: Path) -> Iterator[None]:
     """One process of this machine at a time works on `copy`; the others wait here. The lock ends with its process. Raises UserError where
     another user may have written there, as `own` does."""
     own(copy)
-    with files.locked(copy.with_name(f".{copy.name}.lock"), own=True):
+    with files.locked(lock_of(copy), own=True):
         yield
+
+
+def lock_of(copy: Path) -> Path:
+    """The file whose lock a process holds while it works on `copy`."""
+    return copy.with_name(f".{copy.name}.lock")
 
 
 def own(copy: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from simclr import files
 from simclr.data.sources import label_files
 from simclr.data.sources.label_files import few_texts
 from simclr.data.sources.name_tables import Pictures
+from simclr.data.sources.names import Filtered
 from simclr.data.sources.plan import Plan, above_of, labelled
 from simclr.data.sources.reading import HOW, Reading, pictures, some
 from simclr.data.sources.source import Tree
@@ -23,7 +25,7 @@ _DRAWERS = frozenset(
 )
 
 
-def decide_classes(tree: Tree, reading: Reading, plan: Plan, names: Sequence[str], folders: Mapping[str, int], notes: list[str]) -> str:
+def decide_classes(tree: Tree, reading: Reading, plan: Plan, names: Collection[str], folders: Mapping[str, int], notes: list[str]) -> str:
     """Decide where classes come from; returns how, in words."""
     if reading.labels == "none":
         plan.how = "none"
@@ -42,13 +44,13 @@ def decide_classes(tree: Tree, reading: Reading, plan: Plan, names: Sequence[str
 
 
 def _from_the_users_file(
-    tree: Tree, reading: Reading, plan: Plan, names: Sequence[str], folders: Mapping[str, int], notes: list[str]
+    tree: Tree, reading: Reading, plan: Plan, names: Collection[str], folders: Mapping[str, int], notes: list[str]
 ) -> str:
     """Classes from --labels FILE. Splits of which it names no picture have those of their folders."""
     require_names(tree, "--labels FILE")
     path = files.user_path(reading.labels)
     which = label_files.of_which(path.name, {plan.kind(name) for name in names})
-    taken = label_files.given(str(path), path.read_bytes(), Pictures(n for n in names if plan.kind(n) in which), reading.label_columns)
+    taken = label_files.given(str(path), path.read_bytes(), Pictures([n for n in names if plan.kind(n) in which]), reading.label_columns)
     _say_several(taken, notes)
     spoken = {plan.kind(name) for name in (*taken.values, *taken.several)}
     words = f"{path.name}, by {taken.by}"
@@ -146,9 +148,9 @@ def _telling(folders: Mapping[Folders, int]) -> int | None:
     return None
 
 
-def _instead_of_drawers(tree: Tree, plan: Plan, names: Sequence[str], words: str, notes: list[str]) -> str:
+def _instead_of_drawers(tree: Tree, plan: Plan, names: Collection[str], words: str, notes: list[str]) -> str:
     """Folders that differ by a number only (part_1, part_2) may be drawers: a file that gives their pictures other classes counts then."""
-    train = [name for name in names if plan.kind(name) == "train" and not name.endswith("/")]
+    train = Filtered.of(names, lambda name: plan.kind(name) == "train" and not name.endswith("/"))
     classes = {label for name in train if (label := plan.label(name)) is not None}
     alike = {re.sub(r"\d+", "", label) for label in classes}
     if len(classes) < 2 or len(alike) > 1 or all(_WNID.fullmatch(label) for label in classes):
@@ -165,26 +167,28 @@ def _instead_of_drawers(tree: Tree, plan: Plan, names: Sequence[str], words: str
     return f"{taken.path}, by {taken.by}"
 
 
-def _from_files(tree: Tree, plan: Plan, names: Sequence[str], folders: Mapping[str, int], words: str, notes: list[str]) -> str:
+def _from_files(tree: Tree, plan: Plan, names: Collection[str], folders: Mapping[str, int], words: str, notes: list[str]) -> str:
     """Classes of the kinds that have none by their folders, from files beside them."""
     texts = few_texts(tree)
     if not texts:
         return words
     everything = Pictures(names)
-    by_kind: dict[Kind, list[str]] = {}
+    of_kind, bare = Counter[Kind](), Counter[Kind]()
     labelled_by: dict[Kind, set[str]] = {}
     for name in names:
         kind, label = plan.kind(name), plan.label(name)
+        of_kind[kind] += 1
         if label is None:
-            by_kind.setdefault(kind, []).append(name)
+            bare[kind] += 1
         else:
             labelled_by.setdefault(kind, set()).add(label)
-    for kind in sorted(by_kind, key=lambda kind: kind != "train"):
-        if kind in labelled_by and len(by_kind[kind]) < 0.5 * sum(1 for name in names if plan.kind(name) == kind):
+    before = plan.copy()
+    for kind in sorted(bare, key=lambda kind: kind != "train"):
+        if kind in labelled_by and bare[kind] < 0.5 * of_kind[kind]:
             continue
         classes = labelled_by.get("train", set()) if kind != "train" else set()
-        own = [name for name in by_kind[kind] if not name.endswith("/")]
-        meant = _Meant(plan, kind, frozenset(by_kind.keys() | labelled_by.keys()), everything, Pictures(own))
+        own = Filtered.of(names, partial(_is_bare, before, kind))
+        meant = _Meant(plan, kind, frozenset(of_kind), everything, Pictures(own))
         taken, near = label_files.guessed(texts, own, meant, classes)
         if taken is None:
             notes.extend([near] if near else [])
@@ -198,6 +202,11 @@ def _from_files(tree: Tree, plan: Plan, names: Sequence[str], folders: Mapping[s
             _levels_by_classes(plan, _by_kind(plan, folders), labelled_by["train"], None)
         words += f"; of {kind} {taken.path}, by {taken.by}"
     return words
+
+
+def _is_bare(plan: Plan, kind: Kind, name: str) -> bool:
+    """Whether `name` is a picture of this kind without a class."""
+    return plan.kind(name) == kind and plan.label(name) is None and not name.endswith("/")
 
 
 @dataclass(frozen=True, slots=True)

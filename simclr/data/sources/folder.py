@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+from simclr.data.sources.archives import is_archive
+from simclr.data.sources.names import Kept, Packed
 from simclr.data.sources.source import (
     MOST_DEPTH,
     MOST_TEXT_BYTES,
+    MOST_TEXTS,
+    PART_IMAGES,
+    Digest,
     Part,
     Tree,
-    digest,
-    divided,
     ending,
     is_image,
     is_junk,
@@ -23,19 +27,63 @@ from simclr.data.sources.source import (
 )
 from simclr.errors import UserError
 
+_TABLES = (".parquet", ".arrow")
 _MOST_TIMES = 100  # that one folder is read, by links to it and to those above
 
 
-@dataclass(slots=True)
 class Files:
-    """Files below a folder: path in it → a mark that changes with the content, and another that does so more finely."""
+    """Files below a folder. Of a picture only its place among the packed names remains, and its share of two hashes; other files are kept
+    by name where they may matter: texts, archives, tables."""
 
-    sizes: dict[str, object] = field(default_factory=dict)
-    """Size in bytes, of a broken link −1; in S3 the ETag."""
-    times: dict[str, int] = field(default_factory=dict)
-    """Modification time in ns; empty where the size above says all."""
-    junk: Counter[str] = field(default_factory=Counter)
-    notes: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.parts: list[Sequence[str]] = []
+        """Names of pictures, `PART_IMAGES` at a time."""
+        self.others: dict[str, int] = {}
+        """Name → bytes, of files that are no pictures."""
+        self.ignored = Counter[str]()
+        self.junk = Counter[str]()
+        self.notes: list[str] = []
+        self._kept, self._new = Kept(), list[str]()
+        self._identity, self._times, self._timed = Digest(), Digest(), False
+        self._texts = Counter[tuple[str, str]]()
+
+    def add_picture(self, name: str, mark: object, time: object = "") -> None:
+        """Names come in the order of their paths' parts. `mark` changes with the content, `time` does so more finely where it is known."""
+        self._identity.add(f"{name} {mark}")
+        if time != "":
+            self._times.add(str(time))
+            self._timed = True
+        self._new.append(name)
+        if len(self._new) == PART_IMAGES:
+            self._end_part()
+
+    def add_other(self, name: str, size: int) -> None:
+        """Of texts only so many of one ending are kept by folder as show that there are many: those are about a picture each."""
+        self.ignored[ending(name)] += 1
+        if is_text(name):
+            crowd = name.rpartition("/")[0], ending(name)
+            self._texts[crowd] += 1
+            if self._texts[crowd] > MOST_TEXTS + 1:
+                return
+        if is_text(name) or is_archive(name) or name.lower().endswith(_TABLES):
+            self.others[name] = size
+
+    def _end_part(self) -> None:
+        self.parts.append(Packed(self._new, self._kept))
+        self._new = []
+
+    def end(self) -> None:
+        """The last picture was added."""
+        if self._new:
+            self._end_part()
+
+    @property
+    def identity(self) -> str:
+        return str(self._identity)
+
+    @property
+    def times(self) -> str:
+        return str(self._times) if self._timed else ""
 
 
 def walk(root: Path) -> Files:
@@ -43,6 +91,7 @@ def walk(root: Path) -> Files:
     found = Files()
     states = [folder.stat() for folder in root.resolve().parents]
     _walk(root, "", found, frozenset((state.st_dev, state.st_ino) for state in states), Counter())
+    found.end()
     return found
 
 
@@ -70,50 +119,44 @@ def _walk(folder: Path, prefix: str, found: Files, above: frozenset[tuple[int, i
             else:
                 _walk(Path(entry.path), name + "/", found, above | {here}, times)
             continue
-        try:
+        size, time = -1, 0  # a broken link is a picture that will be skipped
+        with contextlib.suppress(OSError):
             state = entry.stat()
-            found.sizes[name], found.times[name] = state.st_size, state.st_mtime_ns
-            if is_text(name) and state.st_size > MOST_TEXT_BYTES:
-                mib = state.st_size / 2**20
-                found.notes.append(f"{name} has {mib:,.0f} MiB and was not looked at for classes; --labels {name} does it")
-        except OSError:  # a broken link is a picture that will be skipped
-            found.sizes[name], found.times[name] = -1, 0
+            size, time = state.st_size, state.st_mtime_ns
+        if is_image(name):
+            found.add_picture(name, size, time)
+            continue
+        found.add_other(name, size)
+        if is_text(name) and size > MOST_TEXT_BYTES:
+            found.notes.append(f"{name} has {size / 2**20:,.0f} MiB and was not looked at for classes; --labels {name} does it")
 
 
 def folder_tree(root: Path, files: Files) -> Tree:
     """The tree of the loose pictures among `files` of the directory `root`."""
+    return tree_of(str(root), files, folder_reader(root), lambda name: (root / name).read_bytes())
+
+
+def folder_reader(root: Path) -> Callable[[Part], Iterator[tuple[str, Path]]]:
+    """Gives the pictures of a part as paths: they are read where they are encoded."""
 
     def read(part: Part) -> Iterator[tuple[str, Path]]:
         for name in part.names:
-            yield name, root / name  # read where they are encoded
+            yield name, root / name
 
-    return tree_of(str(root), files, read, lambda name: (root / name).read_bytes())
+    return read
 
 
 def tree_of(spec: str, files: Files, read: Callable[[Part], Iterator[tuple[str, Path | bytes]]], text: Callable[[str], bytes]) -> Tree:
     """The tree of `files`. `read` gives a part's pictures, `text` the bytes of another file."""
-    images = in_order(files.sizes)
     return Tree(
         spec=spec,
-        parts=divided(spec, images),
+        parts=[Part(spec, names) for names in files.parts],
         read=read,
-        texts={name: _reader(text, name) for name, size in files.sizes.items() if is_text(name) and _small(size)},
-        ignored=Counter(ending(name) for name in files.sizes if not is_image(name)),
+        texts={name: partial(text, name) for name, size in files.others.items() if is_text(name) and size <= MOST_TEXT_BYTES},
+        ignored=files.ignored,
         junk=files.junk,
-        identity=digest(*(f"{name} {files.sizes[name]}" for name in images)),
-        times=digest(*(str(files.times[name]) for name in images)) if files.times else "",
+        identity=files.identity,
+        times=files.times,
         notes=tuple(files.notes),
+        loose=True,
     )
-
-
-def in_order(names: Mapping[str, object]) -> list[str]:
-    """The pictures among `names`, in the order of their paths' parts."""
-    return sorted((name for name in names if is_image(name)), key=lambda name: name.split("/"))
-
-
-def _small(size: object) -> bool:
-    return not isinstance(size, int) or size <= MOST_TEXT_BYTES
-
-
-def _reader(text: Callable[[str], bytes], name: str) -> Callable[[], bytes]:
-    return lambda: text(name)

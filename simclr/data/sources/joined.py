@@ -19,6 +19,7 @@ def joined(spec: str, trees: Sequence[Tree]) -> Tree:
         return dataclasses.replace(trees[0], spec=spec)
     parts: list[Part] = []
     holder: dict[str, int] = {}  # a picture, or a part without names → its tree
+    alone = [tree for tree in trees if tree.parts]  # one alone shares no name with others, and its names stay packed
     notes = [note for tree in trees for note in tree.notes]
     texts: dict[str, Callable[[], bytes]] = {}
     stated: dict[str, str] = {}
@@ -26,6 +27,9 @@ def joined(spec: str, trees: Sequence[Tree]) -> Tree:
     twice: list[str] = []
     for index, tree in enumerate(trees):
         for part in tree.parts:
+            if len(alone) == 1:
+                parts.append(part)
+                continue
             if not part.names:
                 if holder.setdefault(f"{part.name}/", index) != index:
                     raise UserError(f"{spec} has two archives {part.name}; give the folder of one of them, or move one away")
@@ -35,7 +39,7 @@ def joined(spec: str, trees: Sequence[Tree]) -> Tree:
             twice += [name for name in part.names if name in holder] if len(new) < len(part.names) else []
             holder.update(dict.fromkeys(new, index))
             if new:
-                parts.append(part if len(new) == len(part.names) else Part(part.name, new))
+                parts.append(part if len(new) == len(part.names) else dataclasses.replace(part, names=new))
         texts = dict(tree.texts) | texts
         stated = dict(tree.stated) | stated
         ignored, junk = ignored + tree.ignored, junk + tree.junk
@@ -51,7 +55,7 @@ def joined(spec: str, trees: Sequence[Tree]) -> Tree:
     return Tree(
         spec=spec,
         parts=parts,
-        read=read,
+        read=alone[0].read if len(alone) == 1 else read,
         stated=stated,
         texts=texts,
         ignored=ignored,
@@ -59,4 +63,5 @@ def joined(spec: str, trees: Sequence[Tree]) -> Tree:
         identity=digest(*(tree.identity for tree in trees)),
         times=digest(*(tree.times for tree in trees)) if all(tree.times for tree in trees) else "",
         notes=tuple(dict.fromkeys(notes)),
+        loose=len(alone) == 1 and alone[0].loose,
     )

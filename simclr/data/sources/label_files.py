@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from simclr.data.sources.name_tables import Found, Pictures, Table, decoded, plain, read_table
-from simclr.data.sources.source import Tree, ending
+from simclr.data.sources.source import MOST_TEXTS, Tree, ending
 from simclr.data.sources.splits import Kind, split_of
 from simclr.errors import UserError
 
@@ -26,7 +26,6 @@ _NO_CLASSES = re.compile(r"submission|prediction|partition|bbox|landmark|(?<![a-
 _PACKED, _MOST_MAT_BYTES = 15, 64 << 20  # the type of a packed piece in a .mat file
 _FIT = 0.9  # a file is taken for one of labels if it names this share of the pictures that have none
 _NEAR = 0.05
-_MOST_TEXTS = 50  # of one ending in a folder; a folder with more has one for each picture: boxes, or captions
 
 Texts = Mapping[str, Callable[[], bytes]]
 
@@ -55,7 +54,9 @@ def _taken(path: str, found: Found, table: Table | None = None) -> Taken:
     return Taken(path, found.values, found.several, (other,) if other else (), found.by + column)
 
 
-def guessed(texts: Texts, names: Sequence[str], pictures: Callable[[str], Pictures | None], classes: set[str]) -> tuple[Taken | None, str]:
+def guessed(
+    texts: Texts, names: Collection[str], pictures: Callable[[str], Pictures | None], classes: set[str]
+) -> tuple[Taken | None, str]:
     """The classes of the pictures `names`, from one of the files `texts`, None if no file fits; and a sentence about one that nearly fits.
 
     `pictures`: a file's path → all those that it may mean, of which `names` are some; None = it is of others. `classes`: those of the
@@ -63,8 +64,9 @@ def guessed(texts: Texts, names: Sequence[str], pictures: Callable[[str], Pictur
     there are any. Numbers count the classes in the order of a list of them, or sorted, from 0.
     """
     fitting: list[Taken] = []
-    near, among = "", set(names)
-    for path in sorted(texts, key=lambda path: (-_shared(path, names[0]), path) if names else (0, path)):
+    near, first = "", next(iter(names), "")
+    among: set[str] | None = None  # the names in memory, from the first table on that has enough rows
+    for path in sorted(texts, key=lambda path: (-_shared(path, first), path)):
         meant = pictures(path)
         if not names or meant is None or not _may_have_classes(path):
             continue
@@ -72,8 +74,9 @@ def guessed(texts: Texts, names: Sequence[str], pictures: Callable[[str], Pictur
         taken = _one_a_line(path, data, texts, names, classes)
         if taken is None:
             table = read_table(path, data, _LABELS)
-            if table is None:
+            if table is None or len(table.values) + len(table.several) <= _NEAR * len(names):
                 continue
+            among = set(names) if among is None else among
             found = meant.find(table, among)
             if found.named < _FIT * len(names) or not table.known:
                 if found.named > _NEAR * len(names) and table.column.lower() not in _SPLITS:
@@ -148,7 +151,7 @@ def _order(text: str, classes: set[str]) -> dict[int, str]:
     return order if set(order.values()) == classes else {}
 
 
-def _one_a_line(path: str, data: bytes, texts: Texts, names: Sequence[str], classes: set[str]) -> Taken | None:
+def _one_a_line(path: str, data: bytes, texts: Texts, names: Collection[str], classes: set[str]) -> Taken | None:
     """A list with one class a line, for the pictures in the order of their names: ImageNet's validation. Its ground truth has numbers of
     the devkit, whose meta.mat says which class is which; they do not count the sorted classes."""
     lines = [line.strip() for line in decoded(data).splitlines() if line.strip()]
@@ -203,8 +206,10 @@ def disagreeing(texts: Texts, pictures: Pictures, folder_of: Callable[[str], str
         if not _may_have_classes(path):
             continue
         table = read_table(path, texts[path](), _LABELS)
-        found = pictures.find(table) if table is not None and table.known else None
-        if found is None or found.named < _FIT * len(pictures.names):
+        if table is None or not table.known or len(table.values) + len(table.several) < _FIT * len(pictures):
+            continue
+        found = pictures.find(table)
+        if found.named < _FIT * len(pictures):
             continue
         pairs = {(folder_of(name), value) for name, value in found.values.items()}
         values, folders = {value for _, value in pairs}, {folder for folder, _ in pairs}
@@ -252,7 +257,7 @@ def lists_of_splits(texts: Texts, pictures: Pictures) -> dict[Kind, list[Taken]]
         if kind is None or not only or PurePosixPath(path).suffix.lower() not in (".txt", ".csv", ".tsv"):
             continue
         taken = _listed(path, texts[path](), pictures, kind)
-        if taken is not None and (kind == "train" or len(taken.values) < _FIT * len(pictures.names)):
+        if taken is not None and (kind == "train" or len(taken.values) < _FIT * len(pictures)):
             found.setdefault(kind, []).append(taken)
     return found
 
@@ -276,7 +281,7 @@ def splits_of(path: str, data: bytes, pictures: Pictures, columns: tuple[str, st
 def few_texts(tree: Tree) -> dict[str, Callable[[], bytes]]:
     """Files that may hold labels, without those of folders that have one for each picture: boxes, or captions."""
     crowded = Counter(map(_folder_and_ending, tree.texts))
-    return {path: text for path, text in tree.texts.items() if crowded[_folder_and_ending(path)] <= _MOST_TEXTS}
+    return {path: text for path, text in tree.texts.items() if crowded[_folder_and_ending(path)] <= MOST_TEXTS}
 
 
 def _folder_and_ending(path: str) -> tuple[str, str]:

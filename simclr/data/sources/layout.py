@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from simclr import files
 from simclr.data.sources import label_files
@@ -13,9 +13,10 @@ from simclr.data.sources.classes import decide_classes, require_names
 from simclr.data.sources.label_files import few_texts
 from simclr.data.sources.masks import without_masks
 from simclr.data.sources.name_tables import Pictures
+from simclr.data.sources.names import chosen
 from simclr.data.sources.plan import Plan, above_of
 from simclr.data.sources.reading import Reading, Split, Understood, pictures, some
-from simclr.data.sources.source import Item, Part, Source, Tree, digest, ending
+from simclr.data.sources.source import Item, Part, Source, Together, Tree, digest, ending
 from simclr.data.sources.splits import KINDS, Kind, split_depth, split_of
 from simclr.errors import UserError
 
@@ -27,7 +28,7 @@ _MOST_READ_BYTES, _READINGS = 512 << 20, 8  # of all texts, and how often they m
 def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
     """The source of a tree's pictures, each with its split and class, and what was understood. Raises UserError if there is no picture."""
     tree = tree if reading.keep_masks else without_masks(tree)
-    names = [name for part in tree.parts for name in part.names or (f"{part.name}/",)]
+    names = Together(tree.parts)
     if not names:
         left = tree.ignored + tree.junk
         found = f"{left.total()} other files ({', '.join(sorted(left)[:5])})" if left else "nothing"
@@ -53,7 +54,7 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         parts = [
             dataclasses.replace(part, names=wanted) if part.names else part
             for part in tree.parts
-            if (wanted := tuple(name for name in part.names if plan.kind(name) not in left_out))
+            if (wanted := chosen(part.names, lambda name: plan.kind(name) not in left_out))
             or (not part.names and plan.kind(f"{part.name}/") not in left_out)
         ]
     counted = all(part.names for part in tree.parts)
@@ -71,6 +72,7 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         parts=parts,
         read=read,
         place=lambda name: (str(plan.split[plan.kind(name)]), plan.label(name)),
+        loose=tree.loose,
         total=sum(len(part.names) for part in parts) if counted else None,
         identity=tree.identity,
         times=tree.times,
@@ -119,7 +121,7 @@ class _Modest:
         return [f"{path} was not looked at for classes, because {why}{others}; --labels FILE takes it"]
 
 
-def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping[str, int], notes: list[str]) -> tuple[Plan, str]:
+def _splits(tree: Tree, reading: Reading, names: Collection[str], folders: Mapping[str, int], notes: list[str]) -> tuple[Plan, str]:
     if reading.split_from == "none":
         return Plan(None), "none: all pictures train, as --split-from says"
     depth, words, doubtful = split_depth({above_of(folder): count for folder, count in folders.items()})
@@ -158,7 +160,7 @@ def _splits(tree: Tree, reading: Reading, names: Sequence[str], folders: Mapping
     return plan, f"{plan.share:g} of the training pictures are held out, chosen by a hash of their names"
 
 
-def _listed(tree: Tree, names: Sequence[str], notes: list[str]) -> tuple[Plan, str]:
+def _listed(tree: Tree, names: Collection[str], notes: list[str]) -> tuple[Plan, str]:
     """Splits by lists of names beside the pictures, as Food-101's meta/test.txt; without such, all train."""
     plan = Plan(None)
     if tree.stated:
@@ -180,7 +182,7 @@ def _listed(tree: Tree, names: Sequence[str], notes: list[str]) -> tuple[Plan, s
     return plan, "list: " + ", ".join(f"{of.path} = {kind} ({len(of.values):,})" for kind, of in taken.items()) + "; the rest trains"
 
 
-def _judged(plan: Plan, names: Sequence[str], notes: list[str]) -> dict[str, Split]:
+def _judged(plan: Plan, names: Collection[str], notes: list[str]) -> dict[str, Split]:
     """Decide which kinds are the test split; the splits that result."""
     classes: dict[Kind, Counter[str | None]] = {}
     examples: dict[Kind, list[tuple[str, str | None]]] = {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 
+from simclr.data.sources.names import chosen
 from simclr.data.sources.source import Tree
 
 _FOLDERS = frozenset(
@@ -35,15 +37,14 @@ def without_masks(tree: Tree) -> Tree:
         return tree
     kept = {folder for folder in folders if folder not in masks}
     found: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    others: dict[str, set[str]] = defaultdict(set)  # stem → endings
-    for part in tree.parts:
-        for name in part.names:
-            folder, _, file = name.rpartition("/")
-            stem, _, ending = file.rpartition(".")
-            if folder in masks:
-                found[folder].add((stem, ending.lower()))
-            else:
-                others[_SUFFIX.sub("", stem)].add(ending.lower())
+    for folder, stem, ending in _files(tree):
+        if folder in masks:
+            found[folder].add((stem, ending))
+    called = {_SUFFIX.sub("", stem) for files in found.values() for stem, _ in files}
+    others: dict[str, set[str]] = defaultdict(set)  # stem → endings, of those that a mask is called like
+    for folder, stem, ending in _files(tree):
+        if folder not in masks and (short := _SUFFIX.sub("", stem)) in called:
+            others[short].add(ending)
     drop = {folder for folder in masks if _belongs(folder, masks[folder], kept, found[folder], others)}
     if not drop:
         return tree
@@ -51,7 +52,7 @@ def without_masks(tree: Tree) -> Tree:
     parts = [
         dataclasses.replace(part, names=names) if part.names else part
         for part in tree.parts
-        if (names := tuple(name for name in part.names if name.rpartition("/")[0] not in drop)) or not part.names
+        if (names := chosen(part.names, lambda name: name.rpartition("/")[0] not in drop)) or not part.names
     ]
     some, more = min(drop), f" and {len(drop) - 1:,} folders more" if len(drop) > 1 else ""
     note = f"{left.total():,} pictures in {some}{more} are called like others and are left out as their masks; --keep-masks reads them"
@@ -59,6 +60,15 @@ def without_masks(tree: Tree) -> Tree:
     for folder in drop:
         junk[folder.split("/")[masks[folder]]] += left[folder]
     return dataclasses.replace(tree, parts=parts, junk=tree.junk + junk, notes=(*tree.notes, note))
+
+
+def _files(tree: Tree) -> Iterator[tuple[str, str, str]]:
+    """Folder, stem and ending of every picture."""
+    for part in tree.parts:
+        for name in part.names:
+            folder, _, file = name.rpartition("/")
+            stem, _, ending = file.rpartition(".")
+            yield folder, stem, ending.lower()
 
 
 def _mask_at(folder: str) -> int | None:

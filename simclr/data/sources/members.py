@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,8 @@ class Listing:
     """The archive, for messages."""
     sizes: dict[str, int]
     """Path of each file → bytes, in the order in which files are read fastest."""
-    read: Callable[[Sequence[str]], Iterator[tuple[str, bytes]]]
-    """(path, content) of some files, in the order given. Many threads may read."""
+    read: Callable[[Iterable[str]], Iterator[tuple[str, bytes]]]
+    """(path, content) of some files, in the order given, each asked for when it is read. Many threads may read."""
     seekable: bool = True
     """Whether a file is read without all that lie before it."""
     listed: dict[str, Listing] = field(default_factory=dict)
@@ -122,15 +123,15 @@ def tree_of(listing: Listing, prefix: str = "", pictures: Mapping[str, str] | No
             for path, data in inner[part.name]():
                 yield f"{part.name}/{path}", data
             return
-        contents = listing.read([pictures[name] for name in part.names])
-        for name, (_, data) in zip(part.names, contents, strict=True):
+        asked, named = itertools.tee(part.names)
+        for name, (_, data) in zip(named, listing.read(pictures[name] for name in asked), strict=True):
             yield name, data
 
     names = list(pictures)
     return Tree(
         spec=listing.spec,
         parts=[
-            *(divided(listing.spec, names) if listing.seekable else divided(listing.spec, names, len(names) or 1)),
+            *(divided(listing.spec, names) if listing.seekable else [Part(listing.spec, tuple(names), True)] if names else []),
             *(Part(name) for name in inner),
         ],
         read=read,

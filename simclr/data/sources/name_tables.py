@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -148,9 +149,17 @@ class Pictures:
     """Pictures by their paths in the source, to be found by what a table calls them: the whole path, the path below the table's folder,
     or the end of the path, also without its ending, where no other picture has the same end."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = list(names)
+    def __init__(self, names: Collection[str]) -> None:
+        self._given = names
         self._ends: dict[str, dict[str, str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """All in memory, from the first table on in which they are looked up."""
+        return list(self._given)
 
     def find(self, table: Table, among: Collection[str] | None = None) -> Found:
         """What `table` says of the pictures, or of those `among` them."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from simclr import files
 from simclr.data.s3.uri import address
 from simclr.data.sources.archives import archive_tree, archives_tree, braces_tree, is_archive, is_archive_file
-from simclr.data.sources.folder import folder_tree, walk
+from simclr.data.sources.folder import folder_reader, folder_tree, walk
 from simclr.data.sources.joined import joined
 from simclr.data.sources.layout import understand
 from simclr.data.sources.patterns import patterns_source
 from simclr.data.sources.reading import Reading
-from simclr.data.sources.s3 import s3_archive, s3_prefix
-from simclr.data.sources.source import Source, Tree
+from simclr.data.sources.s3 import s3_archive, s3_prefix, s3_reader
+from simclr.data.sources.source import Data, Part, Source, Tree
 from simclr.data.sources.splits import split_of
 from simclr.data.sources.tar import ARCHIVES, stems
 from simclr.data.sources.torchvision import DATASETS, torchvision_source
@@ -37,18 +38,24 @@ def open_source(spec: str, reading: Reading | None = None) -> Source:
         own = patterns_source(spec, options)
     elif spec in ("torchvision", "torchvision:"):
         raise UserError("which torchvision dataset? torchvision:NAME, as in torchvision:CIFAR10")
-    elif name == "torchvision" or (spec in DATASETS and DATASETS[spec].torchvision):
+    elif is_named_set(spec):
         if Path(spec).is_dir() and not (Path(spec) / "manifest.json").exists():
             raise UserError(f"{spec} is a dataset's name and a folder here; say torchvision:{DATASETS[spec].torchvision} or ./{spec}")
         own = torchvision_source(spec, options or DATASETS[spec].torchvision)
     if own is None:
-        return understand(_tree(spec), reading or Reading())[0]
+        return understand(listed(spec), reading or Reading())[0]
     if reading not in (None, Reading()):
         raise UserError(f"{spec} has splits and classes of its own; leave out --labels and --split-from")
     return own
 
 
-def _tree(spec: str) -> Tree:
+def is_named_set(spec: str) -> bool:
+    """Whether `spec` names pictures that lie at no place of the user's: rendered ones, or a set of torchvision's."""
+    return spec.partition(":")[0] in ("patterns", "torchvision") or bool(spec in DATASETS and DATASETS[spec].torchvision)
+
+
+def listed(spec: str) -> Tree:
+    """The tree of what `spec` names."""
     remote = address(spec)
     if remote is not None:
         if is_archive(remote.name):
@@ -74,26 +81,32 @@ def _tree(spec: str) -> Tree:
     raise UserError(f"no source at {spec}: there is no such file or folder and no dataset of that name; {hint}")
 
 
+def loose_reader(spec: str) -> Callable[[Part], Iterator[tuple[str, Data]]]:
+    """What reads the parts of a tree of loose pictures that another process has listed."""
+    remote = address(spec)
+    return s3_reader(remote) if remote is not None else folder_reader(files.user_path(spec))
+
+
 def _folder(root: Path) -> Tree:
     """The tree of a folder: of its tables, else of its loose pictures, else of its archives."""
-    listed = walk(root)
-    loose = folder_tree(root, listed)
+    found = walk(root)
+    loose = folder_tree(root, found)
     if loose.parts:
         # Beside loose pictures no archive is opened but ImageNet's devkit, which says what their classes are.
-        named = stems((name for name in listed.sizes if is_archive(name) and "devkit" in PurePosixPath(name).name), str(root))
+        named = stems((name for name in found.others if is_archive(name) and "devkit" in PurePosixPath(name).name), str(root))
         devkits = {prefix: root / name for prefix, name in named.items()}
-        closed = [name for name in sorted(listed.sizes) if name not in named.values() and (is_archive(name) or name.endswith(".parquet"))]
+        closed = [name for name in sorted(found.others) if name not in named.values() and (is_archive(name) or name.endswith(".parquet"))]
         if closed:
             many = f"{closed[0]} and {len(closed) - 1:,} more archives or tables" if len(closed) > 1 else closed[0]
             note = f"{many} beside loose pictures: not opened; to read that instead, give it, or its folder, as the source"
             loose = dataclasses.replace(loose, notes=(*loose.notes, note))
         return joined(str(root), [loose, archives_tree(str(root), devkits)]) if devkits else loose
-    if any(name.lower().endswith((".parquet", ".arrow")) for name in listed.sizes):
+    if any(name.lower().endswith((".parquet", ".arrow")) for name in found.others):
         from simclr.data.sources.parquet import is_parquet_folder, parquet_tree
 
-        if is_parquet_folder(listed.sizes):
+        if is_parquet_folder(found.others):
             return parquet_tree(root)
-    archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(listed.sizes)), str(root)).items()}
+    archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(found.others)), str(root)).items()}
     if not archives:
         return loose
     opened = archives_tree(str(root), archives)

@@ -155,7 +155,7 @@ def tables_tree(spec: str, tables: Mapping[str, Path]) -> Tree:
             stated |= {picture: label for picture, label in zip(named, labels, strict=True) if label is not None}
         begin = 0
         for group, count in enumerate(table.groups):
-            part = Part(f"{table.path}, rows {begin:,} to {begin + count - 1:,}", named[begin : begin + count])
+            part = Part(f"{name or table.path.name}, rows {begin:,} to {begin + count - 1:,}", named[begin : begin + count])
             if count:
                 parts.append(part)
                 pieces[part.name] = table, group, {picture: row for row, picture in enumerate(part.names)}

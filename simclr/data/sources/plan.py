@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from simclr.data.sources.source import digest
 from simclr.data.sources.splits import Folders, Kind, split_of
@@ -34,6 +34,10 @@ class Plan:
     )
     """Kind → split; None = left out."""
     known: dict[str, tuple[Kind, Folders]] = field(default_factory=dict)
+
+    def copy(self) -> Plan:
+        """The decisions so far, which later ones do not change."""
+        return replace(self, level=dict(self.level), values=dict(self.values), only_values=set(self.only_values), split=dict(self.split))
 
     def divided(self, folder: str) -> tuple[Kind, Folders]:
         """(kind, folders without that of the split) of the pictures in `folder`."""

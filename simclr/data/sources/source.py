@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,9 +49,29 @@ class Part:
 
     name: str
     """What it is called in messages: a folder, an archive, a table."""
-    names: tuple[str, ...] = ()
-    """Its pictures, in the order in which they are read, by their paths in the source; () = known only when they are read, and then they
-    lie below `name`/."""
+    names: Sequence[str] = ()
+    """Its pictures, in the order in which they are read, by their paths in the source: a tuple, or `Packed`. () = known only when they are
+    read, and then they lie below `name`/."""
+    one_pass: bool = False
+    """Whether a picture is read only behind all that lie before it, as in a compressed archive."""
+
+
+class Together(Collection[str]):
+    """The names of all `parts`, one part after the other, unpacked anew in each pass; of a part whose pictures are not known its own, with
+    a slash behind."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts, self.count = parts, sum(len(part.names) or 1 for part in parts)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[str]:
+        for part in self.parts:
+            yield from part.names or (f"{part.name}/",)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == other for other in self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +98,8 @@ class Tree:
     """A hash of the files' modification times, or what else changes with content of the same size (an ETag); "" = unknown."""
     notes: tuple[str, ...] = ()
     """Sentences about what was found, for the user."""
+    loose: bool = False
+    """Whether each picture is a file of its own, called by its name below `spec`: then it can be read without a listing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +111,8 @@ class Source:
     read: Callable[[Part], Iterator[Item]]
     place: Callable[[str], tuple[str, str | None]] | None = None
     """Name of a picture → its split and class; None = they are known only when it is read."""
+    loose: bool = False
+    """As in `Tree`."""
     total: int | None = None
     """Number of images, if it is known without reading."""
     identity: str = ""
@@ -132,6 +156,8 @@ TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".jsonl", ".mat"})
 _JUNK = frozenset({"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "__pycache__"})
 MOST_TEXT_BYTES = 64 << 20
 """A larger text is not looked at for classes."""
+MOST_TEXTS = 50
+"""Of one ending in a folder; a folder with more has one for each picture: boxes, or captions."""
 MOST_DEPTH, MOST_NAME = 64, 4096
 """Folders above a picture, and letters of its path: no disk holds longer ones."""
 PART_IMAGES = 1024
@@ -186,9 +212,22 @@ def divided(name: str, names: Sequence[str], most: int = PART_IMAGES) -> list[Pa
     return [Part(name, tuple(names[begin : begin + most])) for begin in range(0, len(names), most)]
 
 
+class Digest:
+    """16 hex digits of parts that come one after the other."""
+
+    def __init__(self) -> None:
+        self._hashed = hashlib.sha256()
+
+    def add(self, part: str | bytes) -> None:
+        self._hashed.update((part if isinstance(part, bytes) else part.encode(errors="surrogateescape")) + b"\0")
+
+    def __str__(self) -> str:
+        return self._hashed.hexdigest()[:16]
+
+
 def digest(*parts: str | bytes) -> str:
     """16 hex digits of `parts`."""
-    hashed = hashlib.sha256()
+    whole = Digest()
     for part in parts:
-        hashed.update((part if isinstance(part, bytes) else part.encode(errors="surrogateescape")) + b"\0")
-    return hashed.hexdigest()[:16]
+        whole.add(part)
+    return str(whole)

@@ -12,7 +12,7 @@ import sys
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -256,7 +256,7 @@ def _listing(spec: str, opened: _Opened, room: int = 0, depth: int = 0) -> Listi
     places = members.files | {link: members.files[target] for link, target in found.items()}
     sizes = {name: size for name, (_, size) in sorted(places.items(), key=lambda kv: kv[1][0])}
 
-    def read(names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    def read(names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         with opened(_READ_AHEAD_BYTES) as file, _sound(spec):
             stream = _Stream(file, spec)
             before, data = None, b""

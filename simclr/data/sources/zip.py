@@ -6,7 +6,7 @@ import contextlib
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def zip_listing(path: Path, spec: str = "") -> Listing:
     members |= {link: members[target] for link, target in found.items()}
     in_order = sorted(members, key=lambda name: members[name].header_offset)
 
-    def read(names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    def read(names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         for name in names:
             yield name, _content(archive, members[name], spec)
 

@@ -24,6 +24,7 @@ from simclr.errors import UserError
 from simclr.views.two_views import two_views
 
 bench_loader, bench_memory, bench_views = (importlib.import_module(f"pipelines.bench.{name}") for name in ("loader", "memory", "views"))
+bench_listing = importlib.import_module("pipelines.bench.listing")
 
 
 class Clock:
@@ -151,3 +152,10 @@ def test_bench_memory_looks_at_the_ends_of_epochs(patterns: Path, cache: Literal
         memory(patterns, 24, 0, 1)
     with pytest.raises(UserError, match="has 240 training images; use that or less"):
         memory(patterns, 241, 1, 1)
+
+
+@pytest.mark.parametrize("how", ["planned", "one after the other", "side by side"])
+def test_bench_listing_lists_every_key_of_its_bucket(how: str) -> None:
+    row = bench_listing._measured(30_000, 0.0, how)  # which counts them
+    assert 0 < row["peak_mib"] < 300 and row["keys_per_s"] > 0
+    assert row.get("portions", 30) == 30

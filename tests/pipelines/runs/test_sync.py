@@ -59,8 +59,8 @@ def test_prepare_into_s3(s3: Proxy, machine: Machine, tmp_path: Path, capfd: pyt
     s3.log.clear()
     assert prepare.prepare(args).examples("train") == 60
     assert written(s3) == [] and "holds these shards already" in capfd.readouterr().err
+    assert not list(tmp_path.rglob("*.beton"))  # a worker keeps no shard that it has sent
     copy = sync.shards(out)
-    assert not [part for _, _, part in s3.log if part]  # shards that were made here are not fetched
     machine("two")
     other = sync.shards(Path(out))
     assert other != copy and other.name == "patterns" and damaged(other) == []
@@ -244,16 +244,20 @@ def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
     command += ["--train.batch-size", "60", "--train.steps", "12", "--train.checkpoint-every-steps", "6"]
     command += ["--train.report-every-steps", "1", "--train.keep-checkpoints", "2"]
     s3.quiet()
-    s3.rate = 0.05
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    assert "after step 6 of 12" in done.stderr and done.stdout.strip() == str(at) and s3.faults.total() > 0
+    s3.rate, s3.asked_by = 0.05, []
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = driver.communicate(timeout=150)
+    assert driver.returncode == 0, err
+    assert "after step 6 of 12" in err and out.strip() == str(at) and s3.faults.total() > 0
+    askers = {pid for _, pid in s3.asked_by}
+    assert askers and driver.pid not in askers and None not in askers  # the worker fetches the shards, the driver none of them
+    assert f"fetching {data}: 0 of " in err
     s3.quiet()
     steps = [json.loads(line)["step"] for line in Store().read(at / "metrics.jsonl").splitlines()]
     assert steps == list(range(1, 13))
     text = Store().read(at / "run.json").decode()
     assert json.loads(text)["data"] == data
-    for said_there in (text, done.stderr, (tmp_path / "runs" / "mlflow.db").read_bytes().decode(errors="replace")):
+    for said_there in (text, err, (tmp_path / "runs" / "mlflow.db").read_bytes().decode(errors="replace")):
         assert KEY_ID not in said_there and SECRET not in said_there
 
     # A third one, which has nothing either, finds both checkpoints whole, scores the encoder and writes the page.

@@ -103,7 +103,7 @@ def test_paths_of_a_thousand_folders_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "disk" / ("a/" * 70)).mkdir(parents=True)
     (tmp_path / "disk" / ("a/" * 70) / "b.jpg").write_bytes(b"a")
     found = walk(tmp_path / "disk")
-    assert not found.sizes and "is left out with all that lies in it: it is more than 64 folders deep" in found.notes[0]
+    assert not found.parts and "is left out with all that lies in it: it is more than 64 folders deep" in found.notes[0]
 
 
 def test_folders_that_link_to_each_other_are_not_walked_for_ever(tmp_path: Path) -> None:

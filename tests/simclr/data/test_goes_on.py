@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr.data import shards, survey
+from simclr.data import shard_parts, shards, survey
 from simclr.data.options import Options
 from simclr.data.sources.source import Item
 from simclr.errors import UserError
@@ -31,13 +31,13 @@ def prepare(source: Any, out: Path, **more: Any) -> Any:
 
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
-    real = shards.encode
+    real = shard_parts.encode
 
     def counted(item: Item, *rest: Any) -> Any:
         names.append(item.name)
         return real(item, *rest)
 
-    monkeypatch.setattr(shards, "encode", counted)
+    monkeypatch.setattr(shard_parts, "encode", counted)
     return names
 
 
@@ -54,7 +54,7 @@ def test_too_many_damaged_files_stop_it_at_once_and_more_are_allowed_later(tmp_p
     with pytest.raises(UserError, match=sentence):
         prepare(source_of(items), out)
     assert 250 <= len(names) < 300
-    done = len(list(out.glob(".writing-*.beton.json")))
+    done = len(list(out.glob(".writing-part-*.parquet")))
     assert done >= 2
     with pytest.raises(UserError, match="5 of the first 250"):  # nothing changed
         prepare(source_of(items), out)

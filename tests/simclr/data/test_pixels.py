@@ -191,12 +191,12 @@ def test_deep_pictures_are_upright(orientation: int) -> None:
 
 
 def test_a_sample_that_misled_about_the_depth_is_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first picture of an archive has 10 bits, a later one 14: the same shards as if it had been known. What was decided is kept."""
+    """The pictures of the sample have 10 bits, another one 14: the same shards as if it had been known. What was decided is kept."""
     files = {f"{i}.tif": tiff(ramp(0, 9000 if i == 150 else 1000)) for i in range(200)}
     items = [Item("train", None, name, data) for name, data in files.items()]
     said: list[str] = []
     monkeypatch.setattr(survey, "SAMPLE", 50)
-    manifest, found = prepared(tmp_path / "misled", source_of(items, known=False), said.append, shard_mib=1)
+    manifest, found = prepared(tmp_path / "misled", source_of(items), said.append, shard_mib=1)
     assert manifest.pixels["ranges"] == {"integers": [0, 16383]} and manifest.pixels["rescaled"] == 200
     assert said[0] == "150.tif has pixels up to 9,000, the images of the sample none above 1,023; it begins again with white at 16,383"
     assert found["0.tif"].max() == round(1000 * 255 / 16383)
@@ -212,10 +212,10 @@ def test_a_sample_that_misled_about_the_depth_is_corrected(tmp_path: Path, monke
     before = len(said)
     options, out = Options(kind="raw", shard_mib=1), tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        shards.prepare(source_of(items, known=False), out, options, 2, stop, says=said.append)
+        shards.prepare(source_of(items), out, options, 2, stop, says=said.append)
     went_on: list[int] = []
     monkeypatch.setattr(shards, "survey", None)
-    again = shards.prepare(source_of(items, known=False), out, options, 2, lambda done: None, went_on.append)
+    again = shards.prepare(source_of(items), out, options, 2, lambda done: None, went_on.append)
     assert again == manifest and went_on and went_on[0] > 40
 
 

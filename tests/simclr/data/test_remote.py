@@ -158,14 +158,58 @@ def _shard(name: str) -> dict[str, object]:
 def test_a_node_fetches_its_own_groups_shards(s3: Proxy, several: Path, tmp_path: Path) -> None:
     remote.push(several, PLACE, silent, quick())
     manifest = read_manifest(several)
-    for group in (-1, 0, 1):
+    for group in (0, 1):
         s3.log.clear()
         copy = tmp_path / str(group)
         remote.fetch(PLACE, copy, silent, quick(), 2, group)
         expected = {shard.name for shard in manifest.part(2, group)}
         assert {p.name for p in copy.glob("*.beton")} == expected and expected >= {s.name for s in manifest.splits["test"]}
         assert set(gets(s3)) - {"manifest.json"} == expected
-        if group >= 0:
-            assert read_manifest(copy, groups=2, group=group) == manifest
+        assert read_manifest(copy, groups=2, group=group) == manifest
     remote.fetch(PLACE, tmp_path / "0", silent, quick(), 2, 1)  # a node with workers of both groups: its shards stay
     assert damaged(tmp_path / "0") == []
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other shards than `several`, of the same names and sizes."""
+    out = tmp_path_factory.mktemp("other") / "shards"
+    shards.prepare(open_source("patterns:train=900,test=60,size=32,seed=1"), out, shards.Options(shard_mib=1), 2, lambda done: None)
+    return out
+
+
+def test_shards_of_other_data_are_never_taken_for_a_groups(s3: Proxy, several: Path, other: Path, tmp_path: Path) -> None:
+    """A node with workers of both groups, and other data at the address since."""
+    remote.push(several, PLACE, silent, store := quick())
+    copy = tmp_path / "copy"
+    for group in (0, 1):
+        remote.fetch(PLACE, copy, silent, store, 2, group)
+    remote.push(other, PLACE, silent, store)
+    assert [shard.bytes for shard in read_manifest(other).shards] == [shard.bytes for shard in read_manifest(several).shards]
+    for group in (0, 1):
+        remote.fetch(PLACE, copy, silent, store, 2, group)
+    assert damaged(copy) == [] and same(other, copy)
+
+
+def test_a_process_that_reads_no_shard_gets_the_manifest_alone(s3: Proxy, several: Path, other: Path, tmp_path: Path) -> None:
+    remote.push(several, PLACE, silent, store := quick())
+    copy = tmp_path / "copy"
+    s3.quiet()
+    assert remote.fetch_manifest(PLACE, copy, store) == read_manifest(several)
+    assert gets(s3) == ["manifest.json"] and [path.name for path in copy.iterdir()] == ["manifest.json"]
+    remote.fetch(PLACE, copy, silent, store)
+    assert same(several, copy)
+    s3.quiet()
+    remote.fetch_manifest(PLACE, copy, store)  # whole shards stay
+    remote.fetch(PLACE, copy, silent, store)
+    assert gets(s3) == ["manifest.json"]
+    remote.push(other, PLACE, silent, store)
+    first = read_manifest(other).shards[0].name
+    (copy / first).write_bytes((other / first).read_bytes())  # by chance one is right already
+    s3.quiet()
+    assert remote.fetch_manifest(PLACE, copy, store) == read_manifest(other)
+    said: list[str] = []
+    remote.fetch(PLACE, copy, silent, store, says=said.append)  # the manifest alone says nothing of shards that lie beside it
+    assert same(other, copy) and first not in gets(s3) and "hashing 5 shards" in said[0].replace(str(len(read_manifest(other).shards)), "5")
+    with pytest.raises(UserError, match=r"there are no shards at s3://photos/none \(no manifest.json\)"):
+        remote.fetch_manifest(Address("photos", "none"), tmp_path / "none", store)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr.data import shards
+from simclr.data import merge, shard_parts, shards
 from simclr.data.ffcv import writer
 from simclr.data.ffcv.decode import decode
 from simclr.data.manifest import Manifest, read_manifest
@@ -156,7 +156,6 @@ def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
         ([b"no image"] * 3, {}, r"no image that can be read \(3 tried; the first: 0.jpg: cannot identify"),
         ([], {}, r"no image that can be read \(0 tried\)"),
         ([encoded(noise(9, 9))], {}, "has 1 usable image to train on"),
-        ([encoded(noise(90, 90))] * 50 + [b""], {}, r"1 of 51 images of made cannot be read, more than 1 %; .* 50.jpg.*--max-skipped"),
         ([encoded(noise(9, 9))] * 40 + [encoded(noise(9, 8))], {"kind": "raw"}, "40.jpg has 8 × 9 px, the images before it 9 × 9"),
         ([encoded(noise(900, 900))] * 3, {"kind": "raw", "max_side_px": 900}, "exceed a page"),
     ],
@@ -165,6 +164,16 @@ def test_bad_sources_are_a_user_error_and_leave_nothing(tmp_path: Path, files: l
     with pytest.raises(UserError, match=sentence):
         prepare(source_of_files(files), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_done_stays_where_more_images_cannot_be_read_than_may_be(tmp_path: Path) -> None:
+    what = source_of_files([encoded(noise(90, 90))] * 50 + [b""])
+    with pytest.raises(UserError, match=r"1 of 51 images of made cannot be read, more than 1 %; .* 50.jpg.*behind the 51 images that are"):
+        prepare(what, tmp_path / "out")
+    went_on: list[int] = []
+    options = shards.Options(max_skipped_pct=2)
+    assert shards.prepare(what, tmp_path / "out", options, 2, lambda count: None, went_on.append).skipped == 1
+    assert went_on == [51]
 
 
 def test_small_images_of_several_sizes_are_photographs(tmp_path: Path) -> None:
@@ -199,8 +208,8 @@ def mixed(skips: bool = True, **more: Any) -> Source:
     return source_of(items, "mixed", **more)
 
 
-@pytest.mark.parametrize("stop", [40, 75, "sealing", "naming"])
-def test_an_interrupted_prepare_goes_on_behind_its_full_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | str) -> None:
+@pytest.mark.parametrize("stop", [40, 75, "ranking", "merging", "naming"])
+def test_an_interrupted_prepare_goes_on_behind_its_finished_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | str) -> None:
     """At any time: the bytes are those of an uninterrupted prepare, and finished work is not repeated."""
     options = shards.Options(shard_mib=1, max_skipped_pct=5)
     whole = shards.prepare(mixed(), tmp_path / "whole", options, 2, lambda count: None)
@@ -211,25 +220,25 @@ def test_an_interrupted_prepare_goes_on_behind_its_full_shards(tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        if stop == "naming":
-            patch.setattr(shards, "write_manifest", stopped)
-        sealing = stopped if stop == "sealing" else lambda done, of: None
-        shards.prepare(mixed(), out, options, 2, interrupt(stop) if isinstance(stop, int) else lambda count: None, sealing=sealing)
-    assert list(out.glob(".writing-*.json")) and not (out / "manifest.json").exists()
+        if isinstance(stop, str):
+            place = {"ranking": (shard_parts, "relabel"), "merging": (merge, "write_copies"), "naming": (shards, "write_manifest")}[stop]
+            patch.setattr(*place, stopped)
+        shards.prepare(mixed(), out, options, 2, interrupt(stop) if isinstance(stop, int) else lambda count: None)
+    assert list(out.glob(".writing-part-*.parquet")) and not (out / "manifest.json").exists()
     for thread in threading.enumerate():
         if thread.name.startswith("encode"):  # Ctrl-C does not wait for them
             thread.join()
     encoded_again: list[str] = []
-    real = shards.encode
+    real = shard_parts.encode
 
     def counted(item: Item, *rest: Any) -> Any:
         encoded_again.append(item.name)
         return real(item, *rest)
 
-    monkeypatch.setattr(shards, "encode", counted)
+    monkeypatch.setattr(shard_parts, "encode", counted)
     went_on: list[int] = []
     assert shards.prepare(mixed(), out, options, 3, lambda count: None, resumed=went_on.append) == whole
-    assert went_on and went_on[0] > 10 and len(encoded_again) <= 90 - went_on[0] + 1  # one decides between raw and jpeg
+    assert went_on and went_on[0] > 10 and len(encoded_again) == 90 - went_on[0]
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name

@@ -1,0 +1,292 @@
+"""The parts of a prepare: consecutive pictures of a source that make about a shard, encoded by whoever takes them.
+
+A part that is made has left its shards, and then its note; the same part gives the same bytes wherever it is made. A source is read
+strictly in its order, so that an archive is not read once for each split: a part that holds pictures of both splits makes shards of both.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import itertools
+import json
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from simclr import files
+from simclr.data import note, outputs
+from simclr.data.depth import Rule, deeper
+from simclr.data.encode import Encoded, encode
+from simclr.data.ffcv.writer import MOST_SAMPLES, SplitWriter, relabel
+from simclr.data.options import Options
+from simclr.data.outputs import Output
+from simclr.data.sources.portions import Portion, reader
+from simclr.data.sources.reading import Reading
+from simclr.data.sources.source import PART_IMAGES, Item, Part, Source, bundles
+from simclr.data.survey import Choice, sizes_differ
+
+Plain = dict[str, Any]
+_AHEAD_BYTES = 256 << 20  # of encoded files in memory
+_MOST_LARGER = 1.25  # than asked for: a shard that would be larger is divided
+_MOST_UNNAMED_PARTS = 1024  # of a source whose pictures are counted when they are read
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Some consecutive pictures of a part of a source; all of them where their names are not known, or cannot be told apart cheaply."""
+
+    part: Part
+    begin: int
+    end: int
+
+    def read(self, source: Source) -> Iterator[Item]:
+        """The pictures, in this process."""
+        whole = not self.part.names or self.end - self.begin == len(self.part.names)
+        return source.read(self.part if whole else Part(self.part.name, tuple(self.part.names[self.begin : self.end])))
+
+    def portion(self, source: Source) -> Plain:
+        """In plain values, for another process."""
+        names = tuple(self.part.names[self.begin : self.end])
+        placed = [source.place(name) for name in names] if source.place else []
+        splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
+        return Portion(0, None, self.part.name, names, splits, labels).to_dict()
+
+
+def plan(source: Source, choice: Choice, options: Options) -> list[tuple[Run, ...]]:
+    """The parts, in the source's order; the place of each is its number.
+
+    Parts of the source with at most as many names as `PART_IMAGES` can be divided at will. Larger ones cannot (a compressed tar is read
+    from its beginning), and stay whole, as those without names do.
+    """
+    each = pictures_of_a_part(choice, options)
+    unnamed = sum(not part.names for part in source.parts)
+    together = max(each // max(choice.images_unnamed, 1), -(-unnamed // _MOST_UNNAMED_PARTS), 1)
+    parts: list[tuple[Run, ...]] = []
+    runs: list[Run] = []
+    count = 0  # of pictures, or what stands for them
+    for part in source.parts:
+        begin, size = 0, len(part.names)
+        divisible = 0 < size <= PART_IMAGES
+        while divisible and begin < size:
+            if count >= each:
+                parts, runs, count = _ended(parts, runs)
+            end = min(size, begin + each - count)
+            runs.append(Run(part, begin, end))
+            count, begin = count + end - begin, end
+        if not divisible:
+            stands_for = size or -(-each // together)
+            if runs and count + stands_for > each:
+                parts, runs, count = _ended(parts, runs)
+            runs.append(Run(part, 0, size))
+            count += stands_for
+    return _ended(parts, runs)[0] if runs else parts
+
+
+def _ended(parts: list[tuple[Run, ...]], runs: list[Run]) -> tuple[list[tuple[Run, ...]], list[Run], int]:
+    parts.append(tuple(runs))
+    return parts, [], 0
+
+
+def pictures_of_a_part(choice: Choice, options: Options) -> int:
+    """How many pictures make about a shard."""
+    return min(max(int((options.shard_mib << 20) / max(choice.mean_bytes, 1.0)), 1), MOST_SAMPLES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Making:
+    """What holds for every part."""
+
+    source: str
+    """`Source.spec`, for messages."""
+    key: str
+    """Identifies source, options, choice and versions."""
+    options: Options
+    choice: Choice
+    classes: tuple[str, ...]
+    """Class names that the listing has; labels are the ranks of these. With fewer than two, nothing is told apart."""
+
+    @property
+    def rule(self) -> Rule:
+        """How pixels become 8-bit RGB."""
+        return self.options.rule(self.choice.ranges)
+
+    def to_dict(self) -> Plain:
+        """In plain values, for another process."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Plain) -> Making:
+        """What `to_dict` gave, also after it went through JSON."""
+        options: Plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values["options"].items()}
+        choice = dict(values["choice"])
+        choice["ranges"] = {kind: tuple(found) for kind, found in choice["ranges"].items()}
+        choice["size_px"] = tuple(choice["size_px"])
+        return cls(
+            source=values["source"],
+            key=values["key"],
+            options=Options(**options),
+            choice=Choice(**choice),
+            classes=tuple(values["classes"]),
+        )
+
+
+class Again(Exception):
+    """An image does not fit what the sample decided; the message says what is done instead."""
+
+    def __init__(self, sentence: str, kind: Literal["raw", "jpeg"], ranges: dict[str, tuple[float, float]]) -> None:
+        super().__init__(sentence)
+        self.kind, self.ranges = kind, ranges
+
+
+def ranked_by(classes: Sequence[str]) -> str:
+    """A hash of the class names whose ranks labels are."""
+    return hashlib.sha256(json.dumps(list(classes) if len(classes) > 1 else []).encode()).hexdigest()
+
+
+class Maker:
+    """Makes parts in this process."""
+
+    def __init__(self, making: Making, output: Output, threads: int, progress: Callable[[], None] = lambda: None) -> None:
+        """`progress` is called for each picture."""
+        self.making, self.output, self.progress, self.ahead = making, output, progress, 4 * threads
+        self.rule, self.ranked = making.rule, ranked_by(making.classes)
+        classes = making.classes if len(making.classes) > 1 else ()
+        self.ranks: dict[str | None, int] = {name: rank for rank, name in enumerate(classes)}
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+
+    def make(self, number: int, items: Iterator[Item], judge: Callable[[note.Writer], None] = lambda written: None) -> Plain:
+        """Make a part. judge gets what there is of its note, behind each image that could not be used, and may raise. Returns what the
+        driver is told: rows, skipped, first, reasons. Raises Again and Refused for an image that contradicts the sample."""
+        written = note.Writer(note.About(key=self.making.key, number=number, ranked=self.ranked))
+        most = int((self.making.options.shard_mib << 20) * _MOST_LARGER)
+        writers = {split: SplitWriter(self.output.scratch, split, number, most, self.output.keep) for split in note.SPLITS}
+        try:
+            for encoded in self._in_order(items):
+                written.add(encoded)
+                if encoded.skipped:
+                    judge(written)
+                else:
+                    self._require_expected(encoded)
+                    writers[encoded.item.split].add(encoded, self.ranks.get(encoded.item.label, -1))
+                self.progress()
+            for writer in writers.values():
+                writer.end()
+            shards = [(split, s.name, s.bytes, s.sha256, s.samples) for split, writer in writers.items() for s in writer.shards]
+            written.about.shards = shards
+            written.write(self.output.keep_note(number))
+            self.output.sent(number)
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+        about = written.about
+        return {"rows": about.rows, "skipped": about.skipped, "first": about.first, "reasons": about.reasons}
+
+    def _require_expected(self, encoded: Encoded) -> None:
+        """Raise Again, or Refused, for an image that contradicts the sample."""
+        choice, name, size = self.making.choice, encoded.item.name, (encoded.height, encoded.width)
+        if choice.size_px and choice.size_px != size:
+            height, width = choice.size_px
+            if self.making.options.kind == "raw":
+                raise Refused(sizes_differ(name, size, (height, width)))
+            said = f"{name} has {size[1]} × {size[0]} px, the images before it {width} × {height}; it begins again and stores JPEG"
+            raise Again(said, "jpeg", choice.ranges)
+        if encoded.rescaled and (ranges := deeper(self.rule, encoded.high)):
+            said = (
+                f"{name} has pixels up to {encoded.high:,.0f}, the images of the sample none above "
+                f"{self.rule.ranges['integers'][1]:,.0f}; it begins again with white at {ranges['integers'][1]:,.0f}"
+            )
+            raise Again(said, choice.kind, ranges)
+
+    def _in_order(self, items: Iterator[Item]) -> Iterator[Encoded]:
+        """Encoded images in the order of the source, whichever thread is done first, at most `ahead` chunks in memory."""
+        pending: deque[tuple[Future[list[Encoded]], int]] = deque()
+        options, kind, in_memory = self.making.options, self.making.choice.kind, 0
+        how = (kind, options.max_side_px, options.jpeg_quality, self.rule)
+        for chunk in bundles(items, 64 if kind == "raw" else 4, _AHEAD_BYTES):
+            size = sum(len(row.data) for row in chunk if isinstance(row.data, bytes))
+            while pending and (len(pending) >= self.ahead or in_memory + size > _AHEAD_BYTES):
+                done, taken = pending.popleft()
+                yield from done.result()
+                in_memory -= taken
+            pending.append((self.pool.submit(lambda rows: [encode(row, *how) for row in rows], chunk), size))
+            in_memory += size
+        for done, _ in pending:
+            yield from done.result()
+
+    def close(self, wait: bool = True) -> None:
+        """End the threads."""
+        self.pool.shutdown(wait=wait, cancel_futures=True)
+
+
+class Refused(Exception):
+    """The source cannot be trained on; the message says why, and what to do."""
+
+
+def ranked_again(output: Output, number: int, key: str, classes: Sequence[str]) -> Plain:
+    """Write the labels of a part's shards again, as ranks of `classes`."""
+    known = output.notes(key, [number]).get(number)
+    assert known is not None, f"the note of part {number} is gone"
+    ranks = {name: rank for rank, name in enumerate(classes if len(classes) > 1 else ())}
+    split, label, reason = known.columns("split", "label", "reason")
+    of_label = np.array([ranks.get(name, -1) for name in known.about.labels] + [-1], np.int64)  # the last is that of −1
+    used = np.array([not text for text in reason], bool)
+    shards = []
+    for place, name in enumerate(note.SPLITS):
+        labels, at = of_label[label[used & (split == place)]], 0
+        for shard in known.about.of(name):
+            with output.changing(shard) as path:
+                changed = relabel(path, labels[at : at + shard.samples], shard)
+                output.kept(changed)
+            shards.append((name, changed))
+            at += shard.samples
+    known.ranked_anew(ranked_by(classes), shards)
+    output.sent(number)
+    return {}
+
+
+# ── In another process ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_parts(settings: Plain) -> Callable[[Plain], Plain]:
+    """A function that makes parts (their number and their portions) of the source that `settings` name."""
+    making = Making.from_dict(settings["making"])
+    opened = contextlib.ExitStack()
+    output = opened.enter_context(outputs.opened(settings["out"]))
+    atexit.register(opened.close)
+    read = reader(making.source, Reading(**settings["reading"]))
+    maker = Maker(making, output, settings["threads"])
+
+    def make(part: Plain) -> Plain:
+        items = itertools.chain.from_iterable(read(Portion.from_dict(portion)) for portion in part["portions"])
+        return told(maker, part["number"], items)
+
+    return make
+
+
+def told(maker: Maker, number: int, items: Iterator[Item], judge: Callable[[note.Writer], None] = lambda written: None) -> Plain:
+    """`Maker.make`, or in `again`, `refused` or `full` why the part cannot be made so, in plain values."""
+    try:
+        return maker.make(number, items, judge)
+    except Again as again:
+        return {"again": {"sentence": str(again), "kind": again.kind, "ranges": again.ranges}}
+    except Refused as refused:
+        return {"refused": str(refused)}
+    except OSError as error:
+        if error.errno not in files.FULL:
+            raise
+        return {"full": str(maker.output.scratch), "on": socket.gethostname()}
+
+
+def make_ranks(settings: Plain) -> Callable[[Plain], Plain]:
+    """A function that ranks the labels of a part anew."""
+    opened = contextlib.ExitStack()
+    output = opened.enter_context(outputs.opened(settings["out"]))
+    atexit.register(opened.close)
+    return lambda part: ranked_again(output, part["number"], settings["key"], settings["classes"])

@@ -1,0 +1,167 @@
+"""`simclr embed`: each picture once, whoever embeds it and whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simclr.data.feature_parts import FeatureParts, open_features
+from simclr.data.s3.store import Store
+from simclr.data.s3.uri import Address
+from tests.support.command import Run
+from tests.support.paths import ROOT
+from tests.support.processes import alive, children
+from tests.support.s3 import Proxy
+
+COLUMNS = ("id", "split", "path", "sha256", "label", "width", "height")
+
+
+def photos(folder: Path, count: int, classes: int = 2) -> Path:
+    """Pictures of several sizes, class by class."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / "train" / f"class{i % classes}" / f"{i:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24 + i % 5, 32 + i % 3, 3), np.uint8)).save(path)
+    return folder
+
+
+def rows(table: FeatureParts) -> dict[int, tuple[Any, ...]]:
+    """id → the other small columns and the feature."""
+    small = table.table(COLUMNS)
+    features = np.concatenate([block for _, block in table.blocks()])
+    return {one[0]: (*one[1:], feature) for *one, feature in zip(*(small[name] for name in COLUMNS), features, strict=True)}
+
+
+def same(a: dict[Any, tuple[Any, ...]], b: dict[Any, tuple[Any, ...]]) -> float:
+    """The largest difference of features; all else must be equal."""
+    assert a.keys() == b.keys() and all(a[i][:-1] == b[i][:-1] for i in a)
+    return max(float(np.abs(a[i][-1] - b[i][-1]).max()) for i in a)
+
+
+def test_parts_files_shards_and_archives_give_the_same_rows(simclr: Run, published: Path, tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 150)
+    assert simclr("embed", published, "photos", "--out", "parts")[0] == 0
+    table = open_features(tmp_path / "parts")
+    found = rows(table)
+    assert list(found) == list(range(150)) and len(table.parts) == 3 and table.about.encoder and table.about.preprocessing["size_px"] == 32
+    assert {row[3] for row in found.values()} == {"class0", "class1"} and found[0][4:6] == (32, 24)
+    assert simclr("embed", published, "photos", "--out", "one.parquet")[0] == 0
+    assert same(found, rows(open_features(tmp_path / "one.parquet"))) == 0 and not (tmp_path / ".one.parquet.parts").exists()
+    subprocess.run(["tar", "cf", tmp_path / "photos.tar", "-C", tmp_path / "photos", "train"], check=True)
+    assert simclr("embed", published, "photos.tar", "--out", "tar")[0] == 0
+    packed = {row[1]: row[2:] for row in rows(open_features(tmp_path / "tar")).values()}  # in the archive's own order
+    assert same({row[1]: row[2:] for row in found.values()}, packed) < 1e-6
+    assert simclr("prepare", "--source", "photos", "--out", "shards", "--kind", "jpeg", "--jpeg-quality", "100")[0] == 0
+    assert simclr("embed", published, "shards", "--out", "again")[0] == 0
+    stored = rows(open_features(tmp_path / "again"))  # other bytes of the same pictures
+    assert {i: (*row[:2], *row[3:6]) for i, row in stored.items()} == {i: (*row[:2], *row[3:6]) for i, row in found.items()}
+    assert simclr("embed", published, "photos", "--out", "half", "--dtype", "float16")[0] == 0
+    half = open_features(tmp_path / "half")
+    assert half.about.dtype == "float16" and 0 < same(found, rows(half)) < 1e-2
+
+
+def test_the_same_command_goes_on_and_another_one_is_refused(simclr: Run, published: Path, tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 150)
+    (tmp_path / "photos/train/class0/bad.png").write_bytes(b"\x89PNG no picture")
+    command = ("embed", published, "photos", "--out", "parts")
+    code, out, err = simclr(*command)
+    assert code == 0 and "parts: 150 × 64 features" in out and "1 files are no images that can be read" in err and "bad.png" in err
+    assert "cpu waited for pictures" in err
+    whole, states = rows(open_features(tmp_path / "parts")), {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()}
+    assert open_features(tmp_path / "parts").failures()[0]["path"] == "train/class0/bad.png"
+    code, _, err = simclr(*command)
+    assert code == 0 and "holds these features already; nothing to do" in err
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()} == states
+    (tmp_path / "parts/part-00001.parquet").unlink()
+    assert "going on with parts: 2 of 3 parts are there" in simclr(*command)[2]
+    assert same(whole, rows(open_features(tmp_path / "parts"))) == 0
+    code, _, err = simclr(*command, "--dtype", "float16")
+    assert code == 2 and "parts holds features with another dtype; use another --out" in err
+    Image.new("RGB", (40, 40)).save(tmp_path / "photos/train/class1/new.png")
+    code, _, err = simclr(*command)
+    assert code == 2 and "with another images (or they have changed since)" in err
+    code, _, err = simclr("embed", published, "photos", "--out", "photos")
+    assert code == 0 or "is not empty" in err
+    code, _, err = simclr("embed", published, "photos", "--out", "s3://photos/x.npz")
+    assert code == 2 and "in S3 features are parts below a prefix" in err
+
+
+# ── On Ray's actors, with everything killed ────────────────────────────────────────────────────────────────────────
+
+
+def started(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", *words], cwd=log.parent, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+
+
+def waited(process: subprocess.Popen[bytes], log: Path, when: Callable[[], bool]) -> None:
+    until = time.monotonic() + 200
+    while not when():
+        assert process.poll() is None and time.monotonic() < until, log.read_text()
+        time.sleep(0.05)
+
+
+def actors(pid: int) -> list[int]:
+    """Processes below `pid` that embed."""
+    found = []
+    for child in children(pid):
+        try:
+            title = Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"MapWorker" in title or b"_Actor" in title:
+            found.append(child)
+    return found
+
+
+@pytest.mark.cluster
+def test_two_thousand_objects_with_a_worker_and_then_the_driver_killed(s3: Proxy, published: Path, tmp_path: Path) -> None:
+    store = Store(threads=8)
+    local = photos(tmp_path / "photos", 2000)
+    paths = sorted(path for path in local.rglob("*.png"))
+    list(store.pool.map(lambda path: store.upload(path, Address("photos", f"bucket/{path.relative_to(local)}")), paths))
+
+    def parts() -> int:
+        return sum(o.name.startswith("part-") for o in store.listing(Address("photos", "features")))
+
+    words = ["embed", str(published), "s3://photos/bucket", "--out", "s3://photos/features", "--workers", "2"]
+    log = tmp_path / "log"
+    process = started(words, log)
+    waited(process, log, lambda: parts() >= 3)
+    below = children(process.pid)
+    embedding = actors(process.pid)
+    assert embedding, log.read_text()
+    os.kill(embedding[0], 9)
+    now = parts()
+    waited(process, log, lambda: parts() >= min(now + 6, 30))
+    done = parts()
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 100
+    while any(alive(pid) for pid in below):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert done < 32 == -(-2000 // 64)
+    again = started(words, log)
+    assert again.wait(300) == 0 and "parts are there" in log.read_text(), log.read_text()
+    found = rows(open_features("s3://photos/features"))
+    assert list(found) == list(range(2000))
+    assert started(["embed", str(published), str(local), "--out", "here"], log).wait(300) == 0, log.read_text()
+    assert same(found, rows(open_features(tmp_path / "here"))) < 1e-6
+    s3.log.clear()
+    third = started(words, log)
+    assert third.wait(100) == 0 and "nothing to do" in log.read_text()
+    assert not [path for method, path, _ in s3.log if method in ("PUT", "POST", "DELETE")]

@@ -24,7 +24,7 @@ from simclr.recipes import recipe
 if TYPE_CHECKING:
     import torch
 
-Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "embed", "listing"]
+Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "embed", "listing", "order"]
 Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory"]
 
 
@@ -48,7 +48,8 @@ class Args:
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
     prepare: images/s of writing shards, for the others.
     embed: images/s of `simclr embed`, and with two workers ÷ one picture after the other, as it was before.
-    listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side."""
+    listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side.
+    order: what an image of a large dataset costs a rank: ms and MiB of a batch's ids at 1e6 to 1e12 images; bytes of its own an image."""
     data: Path | None = None
     """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for docs/benchmarks.md.
     loader: shards of photographs, of which the first is read; none = 300 rendered photographs, 500 × 375 px.
@@ -97,7 +98,8 @@ class Args:
     kind: Literal["small", "photographs"] = "photographs"
     """prepare: small = labelled images in splits and classes, as CIFAR-10's."""
     images: int = 2048
-    """prepare, embed: number of photographs, which repeat if there are fewer; of small images the number to render."""
+    """prepare, embed: number of photographs, which repeat if there are fewer; of small images the number to render.
+    order: images of the shards that two processes read, in portions of 20,000."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """all, device, agreement, step, scale, loss, optim, views, cifar: the device."""
     budget_min: float = 9.0
@@ -177,6 +179,10 @@ def measure(args: Args) -> Iterable[Row]:
             if args.out is None:
                 raise UserError("where to? `simclr bench prepare --out DIR`, a folder for the shards")
             return prepare(args.kind, args.data, args.out, args.images, args.threads)
+        case "order":
+            from pipelines.bench.order import order
+
+            return order(args.images, args.batch_size, **plan)
         case "embed":
             from pipelines.bench.embed import embed
 

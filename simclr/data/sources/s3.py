@@ -112,11 +112,12 @@ class _Fetched:
     """An archive's copy on this machine, which its processes share. It is removed with the last reference to it, by the last of them; one
     that a killed process left is taken over by the next."""
 
-    def __init__(self, at: Address, store: Store, etag: str) -> None:
-        self.path = copy_of(at, f"archives/{digest(etag)}")
+    def __init__(self, at: Address, store: Store, found: Object) -> None:
+        self.path = copy_of(at, f"archives/{digest(found.etag)}")
         own(self.path)
         with files.locked(_lock(self.path), own=True):
-            if not self.path.exists():  # a copy has its name when it is whole
+            # A copy has its name when it is whole.
+            if not self.path.exists() or self.path.stat().st_size != found.bytes:
                 store.download(at, self.path)
             used = files.locked(_uses(self.path), own=True, shared=True)
             used.__enter__()
@@ -144,11 +145,11 @@ def s3_archive(at: Address, tree: Callable[[Path, str], Tree]) -> Tree:
     from simclr.data.s3.store import Store
 
     store = Store()
-    etag = store.look(at).etag
-    fetched = _Fetched(at, store, etag)
+    found = store.look(at)
+    fetched = _Fetched(at, store, found)
     listed = tree(fetched.path, str(at))
 
     def read(part: Part, _kept: _Fetched = fetched) -> Iterator[tuple[str, Data]]:
         return listed.read(part)
 
-    return replace(listed, read=read, identity=etag, times="")
+    return replace(listed, read=read, identity=found.etag, times="")

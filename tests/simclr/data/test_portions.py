@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import socket
@@ -121,14 +120,6 @@ def test_portions_read_elsewhere_are_the_items_of_the_source(tmp_path: Path, mon
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
-def test_portions_of_a_named_set() -> None:
-    source = open_source("torchvision:FakeData")
-    plan = list(portions(source, 7))
-    read = reader(elsewhere("torchvision:FakeData"))
-    assert told(item for portion in plan[:3] for item in read(portion)) == told(itertools.islice(source.items(), 21))
-    assert plan[-1].first == 994 and elsewhere("patterns:train=2") == "patterns:train=2"
-
-
 def test_a_prefix_and_an_archive_in_s3_are_read_by_portions(s3: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prefix is not listed again; the archive is fetched once for all who read it on this machine, and gone behind the last."""
     bucket, store = Address("photos"), Store(pause_s=0)
@@ -155,6 +146,14 @@ def test_a_prefix_and_an_archive_in_s3_are_read_by_portions(s3: Proxy, tmp_path:
     assert copy.exists()
     del readers
     assert not copy.exists()
+    for left, gets in (((tmp_path / "pets.tar").read_bytes(), False), (b"another size", True)):
+        copy.write_bytes(left)  # by a process that was killed
+        s3.log.clear()
+        after = open_source("s3://photos/portions.tar")
+        assert told(after.items()) == read_by_each[0]
+        assert any(method == "GET" for method, _, _ in s3.log) == gets
+        del after
+        assert not copy.exists()
 
 
 @pytest.fixture

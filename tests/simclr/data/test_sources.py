@@ -17,9 +17,11 @@ from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address
 from simclr.data.sources.open import betons_at, open_source
 from simclr.data.sources.patterns import CLASSES, render
-from simclr.data.sources.source import Source
+from simclr.data.sources.portions import elsewhere, portions, reader
+from simclr.data.sources.source import Part, Source
 from simclr.data.sources.torchvision import DATASETS
 from simclr.errors import UserError
+from tests.support.items import told
 from tests.support.s3 import Proxy
 
 NAMES = ("test/cat/b.png", "train/cat/a.png", "train/dog/c.png", "train/dog/._c.png", "train/.DS_Store", "train/dog/notes.txt")
@@ -131,6 +133,9 @@ def test_a_torchvision_dataset_is_read_by_its_name() -> None:
     source = open_source("torchvision:FakeData")  # random images made by torchvision itself: no download
     first = next(source.items())
     assert (source.total, first.split, np.asarray(first.data).shape) == (1000, "train", (224, 224, 3))
+    *_, last = portions(source, 7)
+    assert last.first == 994
+    assert told(reader(elsewhere("torchvision:FakeData"))(last)) == told(source.read(Part("train", source.parts[-1].names[-6:])))
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ class _Job:
             finally:
                 maker.close(wait=False)  # Ctrl-C does not wait for pictures
             return
-        settings = {"making": making.to_dict(), "out": str(self.output)}
+        settings = {"making": making.to_dict(), "out": str(self.output), "from": str(Path.cwd())}
         settings |= {"reading": {name: getattr(self.elsewhere.reading, name) for name in Reading.__dataclass_fields__}}
         plain = [{"number": number, "portions": [run.portion(self.source) for run in runs]} for number, runs in parts.items()]
         for part, result in self.elsewhere.run(make_parts, settings, plain):
@@ -287,7 +287,7 @@ class _Job:
             with ThreadPoolExecutor(self.threads, thread_name_prefix="rank") as pool:
                 list(pool.map(lambda number: ranked_again(self.output, number, key, classes), numbers))
             return
-        settings: dict[str, Any] = {"out": str(self.output), "key": key, "classes": list(classes)}
+        settings: dict[str, Any] = {"out": str(self.output), "from": str(Path.cwd()), "key": key, "classes": list(classes)}
         for _ in self.elsewhere.run(make_ranks, settings, [{"number": number} for number in numbers]):
             pass
 

@@ -32,8 +32,8 @@ _WARM = 3
 
 
 def order(images: int, batch_size: int, steps: int, trials: int, threads: int) -> list[Row]:
-    """Print and return, for ranges of a million to 1e12, ms and MiB of a batch's ids, always sorted and by size (`keyed.order`); and, of two processes
-    that read the same shards of `images` images of 4 × 4 px, bytes an image that are each one's own, and images/s."""
+    """Print and return, for ranges of a million to 1e12, ms and MiB of a batch's ids, always sorted and by size (`keyed.order`); and, of
+    two processes that read the same shards of `images` images of 4 × 4 px, bytes an image that are each one's own, and images/s."""
     if images < _SHARD or batch_size > _SHARD:
         raise UserError(
             f"--images is {images} and --batch-size {batch_size}; expected at least {_SHARD} images, and batches of at most that"

@@ -24,7 +24,7 @@ from simclr.recipes import recipe
 if TYPE_CHECKING:
     import torch
 
-Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "embed", "listing", "order"]
+Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "probe", "embed", "listing", "order"]
 Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory"]
 
 
@@ -46,6 +46,7 @@ class Args:
     views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
+    probe: bytes that kNN and the quick probe take for a row of ImageNet's features, and GiB for all.
     prepare: images/s of writing shards, for the others.
     embed: images/s of `simclr embed`, and with two workers ÷ one picture after the other, as it was before.
     listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side.
@@ -131,7 +132,7 @@ def main(args: Args) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
     machine()  # an error in it should come now, not after the measurement
     setting = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items() if k not in ("what", "json")}
-    n = 1 if args.what in ("agreement", "cifar", "memory", "prepare") else args.trials
+    n = 1 if args.what in ("agreement", "cifar", "memory", "prepare", "probe") else args.trials
     rows: list[Row] = []
     for row in measure(args):
         rows.append(row)
@@ -169,6 +170,10 @@ def measure(args: Args) -> Iterable[Row]:
             from pipelines.bench.optim import optim
 
             return optim(device=_device(args), **plan)
+        case "probe":
+            from pipelines.bench.probe import probe
+
+            return probe((8_000, 24_000), 2048, 1000)
         case "views":
             from pipelines.bench.views import views
 

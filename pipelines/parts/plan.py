@@ -86,7 +86,7 @@ def id_of(part: Plain, place: int) -> int:
     return first + place if first is not None else (int(part["number"]) + 1 << 32) + place
 
 
-def reader(source: Plain, reading: Reading, scratch: Path) -> Callable[[Portion], Iterator[Item]]:
+def reader(source: Plain, reading: Reading | Plain, scratch: Path) -> Callable[[Portion], Iterator[Item]]:
     """A function that gives the pictures of a portion, in this process. It may put files into the folder `scratch`."""
     match source["kind"]:
         case "shards":

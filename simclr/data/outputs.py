@@ -339,9 +339,10 @@ def scratch_for(at: Address) -> Path:
     above = copy_of(at, "staging")
     own(above)
     above.mkdir(mode=0o700, exist_ok=True)
-    for left in above.iterdir():
-        if (pid := left.name.partition("-")[0]).isdecimal() and not Path(f"/proc/{pid}").exists():
+    here = socket.gethostname()  # several machines may share a cache
+    for left in above.glob(f"{here}.*.*"):
+        if (pid := left.name.split(".")[-2]).isdecimal() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)
-    scratch = above / f"{os.getpid()}-{secrets.token_hex(4)}"
+    scratch = above / f"{here}.{os.getpid()}.{secrets.token_hex(4)}"
     scratch.mkdir(mode=0o700)
     return scratch

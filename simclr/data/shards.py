@@ -7,6 +7,7 @@ the parts that have no note, and one process gives the bytes of a hundred.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -15,7 +16,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,14 +186,16 @@ class _Job:
             # A lower bound: if more is needed, a write fails later.
             self.output.require_space((self.source.total - tally.rows) * choice.bytes_each)
         self._require_readable(tally)
-        for number, result in self._made(making, {n: parts[n] for n in range(len(parts)) if n not in notes}, tally):
-            self._require_made(choice, result)
-            tally.add(number, result["rows"], result["skipped"], result["first"], result["reasons"])
-            self._require_readable(tally)
+        # What ends this ends the workers, before another begin.
+        with contextlib.closing(self._made(making, {n: parts[n] for n in range(len(parts)) if n not in notes}, tally)) as made:
+            for number, result in made:
+                self._require_made(choice, result)
+                tally.add(number, result["rows"], result["skipped"], result["first"], result["reasons"])
+                self._require_readable(tally)
         self._require_readable(tally, ended=True)
         return self._finished(making, self._notes(key, len(parts)))
 
-    def _made(self, making: Making, parts: dict[int, tuple[Run, ...]], tally: _Tally) -> Iterator[tuple[int, Plain]]:
+    def _made(self, making: Making, parts: dict[int, tuple[Run, ...]], tally: _Tally) -> Generator[tuple[int, Plain]]:
         """(number, result) of each part that is made."""
         count = tally.rows
         if self.elsewhere is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -210,6 +211,18 @@ def test_a_compressed_archive_is_unpacked_once_for_its_portions(tmp_path: Path, 
     next(half := read(plan[4]))
     half.close()
     assert told(read(plan[1])) + told(read(plan[5])) == expected[3:6] + expected[15:18]
+
+
+def test_who_reads_needs_no_file_of_labels(tmp_path: Path) -> None:
+    """The driver read it, and the machine of a worker may not have it."""
+    (labels := tmp_path / "mine.csv").write_text("".join(f"{i}.jpg,{'ab'[i % 2]}\n" for i in range(4)))
+    made(tmp_path / "photos", [f"{i}.jpg" for i in range(4)])
+    reading = Reading(labels=str(labels))
+    source = open_source(str(tmp_path / "photos"), reading)
+    plain = json.loads(json.dumps(dataclasses.asdict(reading)))
+    (portion,), expected = portions(source, 4), told(source.items())
+    labels.unlink()
+    assert told(reader(source.spec, plain)(portion)) == expected and expected[1][1] == "b"
 
 
 def test_a_machine_that_does_not_see_the_source_says_which(tmp_path: Path) -> None:

@@ -153,6 +153,17 @@ def test_what_an_earlier_version_left_begins_again(tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
 
 
+def test_a_sample_of_an_earlier_version_is_taken_again(tmp_path: Path) -> None:
+    """It did not say how many pictures make a shard."""
+    source, out = source_of(photos(90)), tmp_path / "out"
+    stopped(source, out)
+    known = json.loads((out / ".writing-choice.json").read_text())
+    for name in ("size_px", "mean_bytes", "images_unnamed"):
+        del known[name]
+    (out / ".writing-choice.json").write_text(json.dumps(known))
+    assert prepare(source, out) == prepare(source, tmp_path / "whole")
+
+
 def test_a_node_with_another_disk_says_so(tmp_path: Path) -> None:
     source = source_of(photos(4))
     settings: dict[str, Any] = {}

@@ -159,3 +159,19 @@ def test_bench_listing_lists_every_key_of_its_bucket(how: str) -> None:
     row = bench_listing._measured(30_000, 0.0, how)  # which counts them
     assert 0 < row["peak_mib"] < 300 and row["keys_per_s"] > 0
     assert row.get("portions", 30) == 30
+
+
+def test_bench_order_takes_the_peak_of_an_epochs_first_batch() -> None:
+    from pipelines.bench.order import _ids
+
+    sort, walk = (_ids(200_000, "sort", 64, 1), _ids(10**9, "by size", 64, 1))
+    assert sort["peak_mib"] > 200_000 * 8 / 2**20 and walk["peak_mib"] < 1
+    assert (sort["images"], walk["images"]) == (200_000, 10**9)
+
+
+def test_bench_order_reads_a_made_up_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.bench import order
+    from simclr.data.loader import labels
+
+    monkeypatch.setattr(order, "_SHARD", 200)
+    assert (labels(order.made(tmp_path / "made", 3)) == -1).sum() == 600

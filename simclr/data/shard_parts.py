@@ -27,8 +27,7 @@ from simclr.data.ffcv.writer import MOST_SAMPLES, SplitWriter, relabel
 from simclr.data.manifest import Shard
 from simclr.data.options import Options
 from simclr.data.outputs import Output
-from simclr.data.sources.portions import Portion, reader
-from simclr.data.sources.reading import Reading
+from simclr.data.sources.portions import Portion, portion_of, reader
 from simclr.data.sources.source import PART_IMAGES, Item, Part, Source, bundles
 from simclr.data.survey import Choice, sizes_differ
 
@@ -53,10 +52,7 @@ class Run:
 
     def portion(self, source: Source) -> Plain:
         """In plain values, for another process."""
-        names = tuple(self.part.names[self.begin : self.end])
-        placed = [source.place(name) for name in names] if source.place else []
-        splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
-        return Portion(0, None, self.part.name, names, splits, labels, source.loose).to_dict()
+        return portion_of(source, Part(self.part.name, self.part.names[self.begin : self.end])).to_dict()
 
 
 def plan(source: Source, choice: Choice, options: Options) -> list[tuple[Run, ...]]:
@@ -270,7 +266,7 @@ def make_parts(settings: Plain) -> Callable[[Plain], Plain]:
     output = opened.enter_context(outputs.opened(settings["out"]))
     atexit.register(opened.close)
     output.require_seen()
-    read = reader(making.source, Reading(**settings["reading"]))
+    read = reader(making.source, settings["reading"])
     maker = Maker(making, output, settings["threads"])
 
     def make(part: Plain) -> Plain:

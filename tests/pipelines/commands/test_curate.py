@@ -118,7 +118,7 @@ def test_shards_without_names_are_listed_by_sample_id_and_one_split_at_a_time(si
     assert "1 rows of other splits than train are left out" in said
     assert listed(tmp_path / "near-duplicates/list.txt") == ["0", "2"]
     assert labels.read_subset(tmp_path / "near-duplicates/list.txt", 3, None).tolist() == [0, 2]
-    write(tmp_path / "mixed", at_angles([0, 90, 90, 1]), ["a", "b", "c", "d"], splits=["train", "test", "train", "train"])
+    write(tmp_path / "mixed", at_angles([0, 1, 90, 1]), ["a", "b", "c", "d"], splits=["train", "test", "train", "train"], parts=1)
     curate(simclr, tmp_path / "mixed", "--near-duplicates", "0.9")
     assert listed(tmp_path / "near-duplicates/list.txt") == ["a", "c"]
     refused(

@@ -85,6 +85,9 @@ class Folder:
         """Take a whole shard from the scratch folder."""
         path.replace(self.out / f".writing-{shard.name}")
 
+    def end(self) -> None:
+        """End transfers."""
+
     def keep_note(self, number: int) -> Path:
         """Where the note of a part is to be written; `sent` is to be called then."""
         return self.out / f"{NOTES}{number:05d}.parquet"
@@ -240,6 +243,10 @@ class Prefix:
         """Send a whole shard from the scratch folder, and remove it there."""
         self.store.upload(path, self.at / shard.name, shard.sha256)
         path.unlink()
+
+    def end(self) -> None:
+        """End transfers."""
+        self.store.over.set()
 
     def keep_note(self, number: int) -> Path:
         """Where the note of a part is to be written; `sent` is to be called then."""

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from simclr.data import note, outputs
 from simclr.data.depth import Rule, deeper
 from simclr.data.encode import Encoded, encode
 from simclr.data.ffcv.writer import MOST_SAMPLES, SplitWriter, relabel
+from simclr.data.manifest import Shard
 from simclr.data.options import Options
 from simclr.data.outputs import Output
 from simclr.data.sources.portions import Portion, portion_of, reader
@@ -153,13 +153,18 @@ class Maker:
         classes = making.classes if len(making.classes) > 1 else ()
         self.ranks: dict[str | None, int] = {name: rank for rank, name in enumerate(classes)}
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self.behind = ThreadPoolExecutor(1, thread_name_prefix="flush")  # in order: a note is written behind its shards
 
-    def make(self, number: int, items: Iterator[Item], judge: Callable[[note.Writer], None] = lambda written: None) -> Plain:
-        """Make a part. judge gets what there is of its note, behind each image that could not be used, and may raise. Returns what the
-        driver is told: rows, skipped, first, reasons. Raises Again and Refused for an image that contradicts the sample."""
+    def make(
+        self, number: int, items: Iterator[Item], judge: Callable[[note.Writer], None] = lambda written: None
+    ) -> tuple[note.Writer, Future[Plain]]:
+        """Make a part. judge gets what there is of its note, behind each image that could not be used, and may raise.
+
+        Returns the note, and, for when all is on the disk or in S3, what the driver is told: rows, skipped, first, reasons. Raises Again
+        and Refused for an image that contradicts the sample."""
         written = note.Writer(note.About(key=self.making.key, number=number, ranked=self.ranked))
         most = int((self.making.options.shard_mib << 20) * _MOST_LARGER)
-        writers = {split: SplitWriter(self.output.scratch, split, number, most, self.output.keep) for split in note.SPLITS}
+        writers = {split: SplitWriter(self.output.scratch, split, number, most, self.output.keep, self.behind) for split in note.SPLITS}
         try:
             for encoded in self._in_order(items):
                 written.add(encoded)
@@ -171,14 +176,17 @@ class Maker:
                 self.progress()
             for writer in writers.values():
                 writer.end()
-            shards = [(split, s.name, s.bytes, s.sha256, s.samples) for split, writer in writers.items() for s in writer.shards]
-            written.about.shards = shards
-            written.write(self.output.keep_note(number))
-            self.output.sent(number)
         finally:
             for writer in writers.values():
                 writer.abandon()
-        about = written.about
+        return written, self.behind.submit(self._noted, number, written, {split: writer.shards for split, writer in writers.items()})
+
+    def _noted(self, number: int, written: note.Writer, shards: dict[str, list[Future[Shard]]]) -> Plain:
+        """Write the note of a part whose shards are done, or raise what ended one of them."""
+        about, whole = written.about, [(split, shard.result()) for split, of in shards.items() for shard in of]
+        about.shards = [(split, s.name, s.bytes, s.sha256, s.samples) for split, s in whole]
+        written.write(self.output.keep_note(number))
+        self.output.sent(number)
         return {"rows": about.rows, "skipped": about.skipped, "first": about.first, "reasons": about.reasons}
 
     def _require_expected(self, encoded: Encoded) -> None:
@@ -213,9 +221,12 @@ class Maker:
         for done, _ in pending:
             yield from done.result()
 
-    def close(self, wait: bool = True) -> None:
-        """End the threads."""
-        self.pool.shutdown(wait=wait, cancel_futures=True)
+    def close(self, at_once: bool = False) -> None:
+        """End the threads. What they have begun to put where it belongs is waited for, but transfers end where this is to be `at_once`."""
+        if at_once:
+            self.output.end()
+        self.pool.shutdown(wait=not at_once, cancel_futures=True)
+        self.behind.shutdown(wait=True, cancel_futures=at_once)
 
 
 class Refused(Exception):
@@ -260,15 +271,15 @@ def make_parts(settings: Plain) -> Callable[[Plain], Plain]:
 
     def make(part: Plain) -> Plain:
         items = itertools.chain.from_iterable(read(Portion.from_dict(portion)) for portion in part["portions"])
-        return told(maker, part["number"], items)
+        return told(maker, lambda: maker.make(part["number"], items)[1].result())
 
     return make
 
 
-def told(maker: Maker, number: int, items: Iterator[Item], judge: Callable[[note.Writer], None] = lambda written: None) -> Plain:
-    """`Maker.make`, or in `again`, `refused` or `full` why the part cannot be made so, in plain values."""
+def told(maker: Maker, make: Callable[[], Plain]) -> Plain:
+    """What `make` returns, or in `again`, `refused` or `full` why the part cannot be made so, in plain values."""
     try:
-        return maker.make(number, items, judge)
+        return make()
     except Again as again:
         return {"again": {"sentence": str(again), "kind": again.kind, "ranges": again.ranges}}
     except Refused as refused:
@@ -276,7 +287,7 @@ def told(maker: Maker, number: int, items: Iterator[Item], judge: Callable[[note
     except OSError as error:
         if error.errno not in files.FULL:
             raise
-        return {"full": str(maker.output.scratch), "on": socket.gethostname()}
+        return {"full": str(maker.output.scratch)}
 
 
 def make_ranks(settings: Plain) -> Callable[[Plain], Plain]:

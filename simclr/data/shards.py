@@ -32,7 +32,7 @@ from simclr.data.options import Kind, Options, stated
 from simclr.data.outputs import Output
 from simclr.data.shard_parts import Again, Maker, Making, Plain, Refused, Run, make_parts, make_ranks, plan, ranked_again, ranked_by, told
 from simclr.data.sources.reading import Reading, essence
-from simclr.data.sources.source import Source
+from simclr.data.sources.source import Item, Source
 from simclr.data.survey import Choice, Unusable, chosen_again, saved, survey
 from simclr.errors import UserError
 
@@ -115,6 +115,10 @@ class _Tally:
     first: dict[int, Sequence[str]] = field(default_factory=dict)
     """Number of a part → name and reason of its first one."""
     reasons: Counter[str] = field(default_factory=Counter)
+
+    def copy(self) -> _Tally:
+        """The same, to which more can be added."""
+        return _Tally(self.rows, self.skipped, dict(self.first), Counter(self.reasons))
 
     def add(self, number: int, rows: int, skipped: int, first: Sequence[Sequence[str]], reasons: Mapping[str, int]) -> None:
         """Count a part."""
@@ -201,15 +205,23 @@ class _Job:
         if self.elsewhere is None:
             counted = itertools.count(count + 1)
             maker = Maker(making, self.output, self.threads, lambda: self.told.progress(next(counted)))
+            encoded = tally.copy()
+            waiting: tuple[int, Callable[[], Plain]] | None = None  # a part that is being flushed while the next is encoded
             try:
                 for number, runs in parts.items():
-                    judge = functools.partial(self._judge, tally, number)
-                    yield number, told(maker, number, itertools.chain.from_iterable(run.read(self.source) for run in runs), judge)
-            except Exception:
-                maker.close()
+                    items = itertools.chain.from_iterable(run.read(self.source) for run in runs)
+                    begun = told(maker, functools.partial(self._begun, maker, number, items, encoded))
+                    if waiting is not None:
+                        yield waiting[0], told(maker, waiting[1])
+                    if "future" not in begun:
+                        yield number, begun
+                    waiting = number, begun["future"].result
+                if waiting is not None:
+                    yield waiting[0], told(maker, waiting[1])
+            except BaseException as error:
+                maker.close(at_once=not isinstance(error, Exception | GeneratorExit))
                 raise
-            finally:
-                maker.close(wait=False)  # Ctrl-C does not wait for pictures
+            maker.close()
             return
         settings = {"making": making.to_dict(), "out": str(self.output), "from": str(Path.cwd())}
         settings |= {"reading": {name: getattr(self.elsewhere.reading, name) for name in Reading.__dataclass_fields__}}
@@ -217,6 +229,12 @@ class _Job:
         for part, result in self.elsewhere.run(make_parts, settings, plain):
             self.told.progress(count := count + result.get("rows", 0))
             yield part["number"], result
+
+    def _begun(self, maker: Maker, number: int, items: Iterator[Item], encoded: _Tally) -> Plain:
+        """A part whose images are encoded, and which is on its way to the disk or to S3."""
+        written, future = maker.make(number, items, functools.partial(self._judge, encoded, number))
+        encoded.add(number, written.about.rows, written.about.skipped, written.about.first, written.reasons)
+        return {"future": future}
 
     def _require_made(self, choice: Choice, result: Plain) -> None:
         """Raise what ended a part."""
@@ -235,7 +253,7 @@ class _Job:
 
     def _judge(self, tally: _Tally, number: int, written: Writer) -> None:
         """`_require_readable` of the parts that are done and of what there is of another one."""
-        about, seen = written.about, _Tally(tally.rows, tally.skipped, dict(tally.first), Counter(tally.reasons))
+        about, seen = written.about, tally.copy()
         seen.add(number, about.rows, about.skipped, about.first, written.reasons)
         self._require_readable(seen, done=tally.rows)
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,11 +41,15 @@ MOST_SAMPLES: int = (PAGE - _METADATA_AT) // METADATA.itemsize
 class SplitWriter:
     """Appends the images of a part that are of one split to shards called train-00003.beton, then train-00003-1.beton, and so on.
 
-    finished gets each that is whole and on the disk of `folder`, under a temporary name there, and puts it where it belongs."""
+    finished gets each that is whole and on the disk of `folder`, under a temporary name there, and puts it where it belongs. That, and
+    what goes before it, is done by `behind`, while the next images are encoded."""
 
-    def __init__(self, folder: Path, split: str, number: int, most_bytes: int, finished: Callable[[Path, Shard], None]) -> None:
+    def __init__(
+        self, folder: Path, split: str, number: int, most_bytes: int, finished: Callable[[Path, Shard], None], behind: ThreadPoolExecutor
+    ) -> None:
         self.folder, self.split, self.number, self.most_bytes, self.finished = folder, split, number, most_bytes, finished
-        self.shards: list[Shard] = []
+        self.behind = behind
+        self.shards: list[Future[Shard]] = []
         self.file: IO[bytes] | None = None
         self.rows: list[tuple[int, int, int, int, int, int]] = []
         """Rows of the shard being written: mode, width, height, pointer, bytes, label."""
@@ -66,7 +71,7 @@ class SplitWriter:
         """End the shard that is being written, if there is one, and hand it on."""
         if self.file is None:
             return
-        file, path, table = self.file, Path(self.file.name), np.array(self.rows, np.int64)
+        file, table = self.file, np.array(self.rows, np.int64)
         metadata = np.zeros(len(table), METADATA)
         image = metadata[_IMAGE]
         image["mode"], image["width"], image["height"], image["data_ptr"] = table[:, :4].T
@@ -86,14 +91,21 @@ class SplitWriter:
         size = file.tell()
         file.seek(0)
         file.write(header.tobytes() + descriptors.tobytes() + metadata.tobytes())
-        flush(file)
-        file.close()
-        digest = _sha256(path)
         roll = f"-{len(self.shards)}" if self.shards else ""
-        shard = Shard(f"{self.split}-{self.number:05d}{roll}.beton", size, digest, len(table))
-        self.finished(path, shard)
-        self.shards.append(shard)
+        name = f"{self.split}-{self.number:05d}{roll}.beton"
+        self.shards.append(self.behind.submit(self._finish, file, name, size, len(table)))
         self.file, self.rows = None, []
+
+    def _finish(self, file: IO[bytes], name: str, size: int, samples: int) -> Shard:
+        path = Path(file.name)
+        try:
+            with file:
+                flush(file)
+            shard = Shard(name, size, _sha256(path), samples)
+            self.finished(path, shard)
+        finally:
+            path.unlink(missing_ok=True)  # where it was not put elsewhere
+        return shard
 
     def abandon(self) -> None:
         """Close and remove the shard that is being written, also on a full disk, where closing fails again."""

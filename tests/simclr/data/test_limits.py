@@ -50,7 +50,7 @@ DOORS = {
     "imdecode": {"simclr/data/ffcv/decode.py"},
     "tarfile.TarFile": {"simclr/data/sources/tar.py"},
     "zipfile.ZipFile": {"simclr/data/sources/zip.py", "simclr/data/arrays.py"},
-    "pyarrow.parquet.ParquetFile": {"simclr/data/sources/parquet.py", "simclr/data/feature_parts.py"},
+    "pyarrow.parquet.ParquetFile": {"simclr/data/sources/parquet.py", "simclr/data/feature_parts.py", "simclr/data/note.py"},
     "pyarrow.ipc.open_file": {"simclr/data/sources/parquet.py"},
     "pyarrow.ipc.open_stream": {"simclr/data/sources/parquet.py"},
     "scipy.io.loadmat": {"simclr/data/sources/label_files.py"},

@@ -17,8 +17,10 @@ _QUERIES, _K = 200, 200
 
 def probe(sizes: tuple[int, int], d: int, classes: int, iterations: int = 3) -> list[Row]:
     """Print and return, for kNN and the probe, the peak of the process's own memory at two numbers of rows, the bytes of a further row,
-    and what follows for ImageNet's. The features, which the caller has, are not in it. Both numbers should be more than a block's. `iterations` are few, and what L-BFGS keeps
-    of twenty steps and gradients is added to ImageNet's.
+    and what follows for ImageNet's.
+
+    The features, which the caller has, are not in it. Both numbers should be more than a block's. `iterations` are few, and what L-BFGS
+    keeps of twenty steps and gradients is added to ImageNet's.
     """
     rows = []
     for name, work in (("kNN", _knn), ("probe", _probe)):

@@ -15,16 +15,19 @@ _TRAIN = 1_281_167
 _QUERIES, _K = 200, 200
 
 
-def probe(sizes: tuple[int, int], d: int, classes: int, iterations: int = 11) -> list[Row]:
+def probe(sizes: tuple[int, int], d: int, classes: int, iterations: int = 3) -> list[Row]:
     """Print and return, for kNN and the probe, the peak of the process's own memory at two numbers of rows, the bytes of a further row,
-    and what follows for ImageNet's. The features, which the caller has, are not in it; `iterations` fill L-BFGS's history.
+    and what follows for ImageNet's.
+
+    The features, which the caller has, are not in it. Both numbers should be more than a block's. `iterations` are few, and what L-BFGS
+    keeps of twenty steps and gradients is added to ImageNet's.
     """
     rows = []
     for name, work in (("kNN", _knn), ("probe", _probe)):
         few, many = (_peak(work, n, d, classes, iterations) for n in sizes)
         per_row = (many - few) / (sizes[1] - sizes[0])
         # kNN also keeps its queries of unit length, and twice, where it merges, 12 bytes for each neighbour.
-        queries = (4 * d + 24 * _K) * _TEST if name == "kNN" else 4 * classes * _TEST
+        queries = (4 * d + 24 * _K) * _TEST if name == "kNN" else 4 * classes * (_TEST + 20 * (d + 1))
         imagenet = 4 * d * (_TRAIN + _TEST) + queries + max(few + per_row * (_TRAIN - sizes[0]), few)
         row: Row = {"name": name, "d": d, "classes": classes, "bytes_per_row": per_row, "feature_bytes": 4 * d}
         row |= {f"peak_mib_{n}": peak / 2**20 for n, peak in zip(sizes, (few, many), strict=True)} | {"imagenet_gib": imagenet / 2**30}

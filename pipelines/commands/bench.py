@@ -173,7 +173,7 @@ def measure(args: Args) -> Iterable[Row]:
         case "probe":
             from pipelines.bench.probe import probe
 
-            return probe((8_000, 24_000), 2048, 1000)
+            return probe((20_000, 40_000), 2048, 1000)
         case "views":
             from pipelines.bench.views import views
 

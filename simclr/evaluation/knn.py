@@ -51,11 +51,7 @@ def nearest(
     similarity = queries.new_empty(len(tests), 0)
     index = torch.empty(len(tests), 0, dtype=torch.int64, device=device)
     for among, x in bank.blocks(bank_block or min(max(_BANK // max(bank.d, 1), 1024), max(_COSINES // block, 1))):
-        rows = F.normalize(x, dim=1)
-        parts = [
-            _merged(s, i, q @ rows.T, among.start, k)
-            for q, s, i in zip(queries.split(block), similarity.split(block), index.split(block), strict=True)
-        ]
+        parts = _compared(queries, similarity, index, x, among.start, k, block)
         similarity, index = (torch.cat([part[place] for part in parts]) for place in range(2))
     y, votes = train_y.to(device), []
     for s, i in zip(similarity.split(block), index.split(block), strict=True):
@@ -63,6 +59,13 @@ def nearest(
         weight = ((s - s[:, :1]) / temperature).exp() * (y[i] >= 0)
         votes.append(weight.new_zeros(len(s), classes).scatter_add_(1, y[i].clamp_min(0), weight))
     return Neighbours(index, similarity, torch.cat(votes))
+
+
+def _compared(queries: Tensor, similarity: Tensor, index: Tensor, x: Tensor, first: int, k: int, block: int) -> list[tuple[Tensor, Tensor]]:
+    """The k best of each block of queries after the bank's next rows x, which begin at `first`."""
+    rows = F.normalize(x, dim=1)
+    kept = zip(queries.split(block), similarity.split(block), index.split(block), strict=True)
+    return [_merged(s, i, q @ rows.T, first, k) for q, s, i in kept]
 
 
 def _merged(s: Tensor, i: Tensor, cosines: Tensor, first: int, k: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from simclr.recipes import recipe
 if TYPE_CHECKING:
     import torch
 
-Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "embed", "listing"]
+Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "probe", "embed", "listing", "order"]
 Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory"]
 
 
@@ -46,9 +46,11 @@ class Args:
     views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
+    probe: bytes that kNN and the quick probe take for a row of ImageNet's features, and GiB for all.
     prepare: images/s of writing shards, for the others.
     embed: images/s of `simclr embed`, and with two workers ÷ one picture after the other, as it was before.
-    listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side."""
+    listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side.
+    order: what an image of a large dataset costs a rank: ms and MiB of a batch's ids at 1e6 to 1e12 images; bytes of its own an image."""
     data: Path | None = None
     """loop, train, step, agreement, cifar: directory or s3://bucket/prefix of prepared shards, CIFAR-10's for docs/benchmarks.md.
     loader: shards of photographs, of which the first is read; none = 300 rendered photographs, 500 × 375 px.
@@ -97,7 +99,8 @@ class Args:
     kind: Literal["small", "photographs"] = "photographs"
     """prepare: small = labelled images in splits and classes, as CIFAR-10's."""
     images: int = 2048
-    """prepare, embed: number of photographs, which repeat if there are fewer; of small images the number to render."""
+    """prepare, embed: number of photographs, which repeat if there are fewer; of small images the number to render.
+    order: images of the shards that two processes read, in portions of 20,000."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """all, device, agreement, step, scale, loss, optim, views, cifar: the device."""
     budget_min: float = 9.0
@@ -129,7 +132,7 @@ def main(args: Args) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
     machine()  # an error in it should come now, not after the measurement
     setting = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items() if k not in ("what", "json")}
-    n = 1 if args.what in ("agreement", "cifar", "memory", "prepare") else args.trials
+    n = 1 if args.what in ("agreement", "cifar", "memory", "prepare", "probe") else args.trials
     rows: list[Row] = []
     for row in measure(args):
         rows.append(row)
@@ -167,6 +170,10 @@ def measure(args: Args) -> Iterable[Row]:
             from pipelines.bench.optim import optim
 
             return optim(device=_device(args), **plan)
+        case "probe":
+            from pipelines.bench.probe import probe
+
+            return probe((8_000, 24_000), 2048, 1000)
         case "views":
             from pipelines.bench.views import views
 
@@ -177,6 +184,10 @@ def measure(args: Args) -> Iterable[Row]:
             if args.out is None:
                 raise UserError("where to? `simclr bench prepare --out DIR`, a folder for the shards")
             return prepare(args.kind, args.data, args.out, args.images, args.threads)
+        case "order":
+            from pipelines.bench.order import order
+
+            return order(args.images, args.batch_size, **plan)
         case "embed":
             from pipelines.bench.embed import embed
 

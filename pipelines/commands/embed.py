@@ -149,7 +149,7 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> About:
         "reading": {f.name: getattr(args.reading, f.name) for f in dataclasses.fields(args.reading)},
         "options": {"value_range": options.value_range, "bands": options.bands, "max_pixels": options.max_pixels},
         "ranges": planned.ranges,
-        "out": str(place),
+        "out": str(place.at or place.path.absolute()),
         "about": {name: getattr(about, name) for name in about.__slots__},
         "device": args.device,
         "precision": args.precision,

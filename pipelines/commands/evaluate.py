@@ -27,11 +27,15 @@ class Args:
     label gets the effective rank of its features (RankMe).
 
     --protocol asks for the papers' protocols instead: top-1 with its 95 % bootstrap interval, top-5, every class, and the
-    confusion table as a picture. --suite transfer runs the twelve datasets of the paper's Table 8.
+    confusion table as a picture. --features takes features from disk instead of an encoder. --suite transfer runs the twelve datasets
+    of the paper's Table 8.
     """
 
-    encoder: Annotated[Path, tyro.conf.Positional]
+    encoder: Annotated[Path | None, tyro.conf.Positional] = None
     """Run directory, or a published encoder's directory; s3://bucket/prefix of one; or NAME@alias, NAME/version of the registry."""
+    features: tuple[str, ...] = ()
+    """TRAIN or TRAIN TEST instead of an encoder: features that `simclr embed` wrote (a folder of parts, one .parquet, s3://bucket/prefix).
+    One place is cut by its column `split`; of two, each is a split as a whole."""
     data: Path | None = None
     """Directory or s3://bucket/prefix of prepared shards. Default: the data of the run."""
     k: int | None = None
@@ -88,16 +92,40 @@ def main(args: Args) -> None:
         raise UserError("expected --tuning-steps of at least 1, --rates above 0 and --decays of 0 or more")
     if not args.suite and (args.root or args.only or args.download or args.fine_tune):
         raise UserError("--root, --only, --fine-tune and --download belong to --suite transfer; add that, or leave them out")
+    if args.features:
+        _features(args)
+        return
     if not args.suite and not args.protocol:
         show(quick.table(evaluate(args)))
         return
     _check(args)
-    out, name = args.out or default_out(args.encoder), sync.shown(args.encoder)
-    with opened(args.encoder, args.tracking_uri) as directory:
+    encoder = _encoder(args)
+    out, name = args.out or default_out(encoder), sync.shown(encoder)
+    with opened(encoder, args.tracking_uri) as directory:
         if args.suite:
             _suite(args, directory, out, name)
         else:
             _protocols(args, directory, out, name)
+
+
+def _encoder(args: Args) -> Path:
+    if args.encoder is None:
+        raise UserError("what is to be evaluated? give a run, an encoder's directory or NAME@alias, or --features TRAIN [TEST]")
+    return args.encoder
+
+
+def _features(args: Args) -> None:
+    from pipelines.evaluation import tables
+
+    if args.encoder is not None:
+        raise UserError(f"--features are an encoder's already; leave out {args.encoder}, or give it after the command alone, without them")
+    if args.suite or args.data or "sgd" in args.protocol:
+        raise UserError("--features have no pictures, which --suite, --data and --protocol sgd read; leave those out")
+    if len(args.features) > 2:
+        raise UserError(f"--features has {len(args.features)} places; expected TRAIN, or TRAIN TEST")
+    _check(args)
+    settings = _protocol_settings(args)
+    tables.run(args.features, tuple(dict.fromkeys(args.protocol)), device_of(args.device), settings, args.out)
 
 
 def _suite(args: Args, directory: Path, out: Path, name: str) -> None:
@@ -128,7 +156,13 @@ def _protocols(args: Args, directory: Path, out: Path, name: str) -> None:
     import simclr
 
     device = device_of(args.device)
-    settings = protocols.Settings(
+    settings = _protocol_settings(args)
+    encoder = simclr.load_encoder(published)
+    protocols.run(tuple(dict.fromkeys(args.protocol)), encoder, data, config, device, settings, out, name)
+
+
+def _protocol_settings(args: Args) -> protocols.Settings:
+    return protocols.Settings(
         k=args.k,
         temperature=args.temperature,
         epochs=args.epochs,
@@ -137,15 +171,13 @@ def _protocols(args: Args, directory: Path, out: Path, name: str) -> None:
         limit=args.limit,
         threads=_threads(args),
     )
-    encoder = simclr.load_encoder(published)
-    protocols.run(tuple(dict.fromkeys(args.protocol)), encoder, data, config, device, settings, out, name)
 
 
 def evaluate(args: Args) -> list[dict[str, Any]]:
     """The rows of the quick table (`quick.run`). In a run directory they are also written, with the report's pictures."""
     _check(args)
     settings = quick.Settings(k=args.k, baselines=args.baselines, limit=args.limit, device=args.device, threads=_threads(args))
-    with opened(args.encoder, args.tracking_uri) as directory:
+    with opened(_encoder(args), args.tracking_uri) as directory:
         return quick.run(directory, args.data, settings)
 
 

@@ -124,7 +124,7 @@ def _described(betons: dict[str, Path], args: Args) -> Source:
 
     idle = [
         f"--{f.name.replace('_', '-')}"
-        for given, usual in ((args.reading, Reading()), (args.options, shards.Options()))
+        for given, usual in ((args.reading, Reading()), (args.options, shards.Options()), (args.where, Where()))
         for f in fields(usual)
         if getattr(given, f.name) != getattr(usual, f.name)
     ] + ["--identity"] * (args.identity != "times")

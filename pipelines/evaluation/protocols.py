@@ -73,15 +73,23 @@ def run(
         if protocol == "sgd":
             scores, told = _sgd(encoder, data, config, device, settings, len(manifest.classes), test)
         else:
-            scores, told = _FITTED[protocol](train, test, config, settings, len(manifest.classes))
+            scores, told = FITTED[protocol](train, test, config, settings, len(manifest.classes))
         fitted = manifest.examples("train") if protocol == "sgd" else len(train.y)
         told = {"protocol": protocol, "encoder": name, "train": fitted, "test": len(test.y), **told}
-        rows.append(summary(scores, test.y, list(manifest.classes), settings.resamples) | {"settings": told})
-        rows[-1]["seconds"] = time.monotonic() - began
-        write(rows[-1], list(manifest.classes), out, protocol)
-        show(text(rows[-1], list(manifest.classes)))
-        say(f"{out / protocol}.json, {out / protocol}.png")
+        rows.append(finish(scores, test.y, list(manifest.classes), settings, told, out, began))
     return rows
+
+
+def finish(
+    scores: torch.Tensor, y: torch.Tensor, classes: list[str], settings: Settings, told: dict[str, Any], out: Path, began: float
+) -> dict[str, Any]:
+    """The result of a protocol's scores, written and shown; `told` are the settings that were used, `began` is when it began."""
+    row = summary(scores, y, classes, settings.resamples) | {"settings": told}
+    row["seconds"] = time.monotonic() - began
+    write(row, classes, out, told["protocol"])
+    show(text(row, classes))
+    say(f"{out / told['protocol']}.json, {out / told['protocol']}.png")
+    return row
 
 
 def features(
@@ -141,7 +149,7 @@ def _lbfgs(train: Features, test: Features, config: Config, settings: Settings, 
     return swept.scores, told | {"refit_converged": swept.refit_converged, "validation_top1": list(swept.validation.items())}
 
 
-_FITTED = {"knn": _knn, "probe": _probe, "lbfgs": _lbfgs}
+FITTED = {"knn": _knn, "probe": _probe, "lbfgs": _lbfgs}
 
 
 def _sgd(

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from simclr.views.preprocessing import Preprocessing
 
 
-_RANKED = 2048  # features for RankMe's singular values
+_BATCH = 256
+RANKED = 2048  # features for RankMe's singular values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,12 +110,10 @@ def _features(
     from simclr.data.loader import in_order
     from simclr.evaluation.features import embed_each
 
-    # A batch's activations stay in a CPU's cache; a GPU needs more rows to be busy.
-    batch = 256 if device.type == "cuda" else 64
     found = []
     for split, limit in (("train", most_train), ("test", most_test)):
         if split in manifest.splits:
-            batches = in_order(data, split, seen, batch, limit, threads)
+            batches = in_order(data, split, seen, _BATCH, limit, threads)
             found.append(embed_each(list(encoders.values()), batches, _count(manifest, split, limit), seen, device, bar.advance))
     if len(found) == 1:
         return {name: held_back(train) for name, train in zip(encoders, found[0], strict=True)}
@@ -124,7 +123,7 @@ def _features(
 def _scores(train: Features, test: Features, config: Config, k: int | None, device: torch.device) -> dict[str, float]:
     from simclr.evaluation.representation import rankme
 
-    health = {"rankme": float(rankme(test.h[:_RANKED].to(device)))}
+    health = {"rankme": float(rankme(test.h[:RANKED].to(device)))}
     return scored(train, test, k or config.watch.k, config.watch.temperature, device) | health
 
 

@@ -15,7 +15,6 @@ from pipelines.parts.plan import id_of, reader
 from pipelines.parts.run import CARRIED, THREADS, Plain, Work
 from simclr.data.options import Options
 from simclr.data.s3.place import Place
-from simclr.data.sources.reading import Reading
 from simclr.errors import UserError
 
 
@@ -32,7 +31,6 @@ def make(settings: Plain) -> Work:
     device = torch.device(settings["device"] if settings["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     set_backends(settings["precision"], device)
     encoder = simclr.load_encoder(Path(settings[CARRIED])).to(device).to(memory_format=torch.channels_last)
-    reading = Reading(**_tuples(settings["reading"]))
     rule = Options(**_tuples(settings["options"])).rule(_tuples(settings["ranges"]))
     about = About(**settings["about"])
     scratch = tempfile.TemporaryDirectory(prefix="simclr-embed-")
@@ -46,7 +44,7 @@ def make(settings: Plain) -> Work:
         index = part["source"]
         source = settings["sources"][index]
         if index not in readers:
-            readers[index] = reader(source, reading, Path(scratch.name))
+            readers[index] = reader(source, settings["reading"], Path(scratch.name))
         clock, place = Clock(), 0
         rows: dict[str, list[Any]] = {name: [] for name in ("id", "split", "path", "sha256", "label", "width", "height")}
         features: list[NDArray[np.float32]] = [np.empty((0, about.d), np.float32)]

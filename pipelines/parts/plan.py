@@ -76,7 +76,7 @@ def plan(words: Sequence[str], reading: Reading, options: Options) -> Plan:
     about = [[one.kind, one.spec, one.total, one.identity] for one in opened]
     key = hashlib.sha256(json.dumps([about, images, reading.to_dict()]).encode()).hexdigest()
     # Another process may have another working directory.
-    sources: list[Plain] = [{"kind": one.kind, "spec": one.spec if one.kind == "files" else portions.elsewhere(one.spec)} for one in opened]
+    sources: list[Plain] = [{"kind": one.kind, "spec": portions.elsewhere(one.spec)} for one in opened]
     return Plan(parts, sources, total, ranges, key)
 
 
@@ -86,13 +86,14 @@ def id_of(part: Plain, place: int) -> int:
     return first + place if first is not None else (int(part["number"]) + 1 << 32) + place
 
 
-def reader(source: Plain, reading: Reading, scratch: Path) -> Callable[[Portion], Iterator[Item]]:
+def reader(source: Plain, reading: Reading | Plain, scratch: Path) -> Callable[[Portion], Iterator[Item]]:
     """A function that gives the pictures of a portion, in this process. It may put files into the folder `scratch`."""
     match source["kind"]:
         case "shards":
             return prepared.reader(source["spec"], scratch)
         case "files":
-            return lambda portion: (Item("train", None, name, Path(name)) for name in portion.names)
+            folder = Path(source["spec"])
+            return lambda portion: (Item("train", None, name, folder / name) for name in portion.names)
         case "array":
             array = _array(Path(source["spec"]))
             return lambda portion: (Item("train", None, name, np.array(array[int(name)])) for name in portion.names)
@@ -123,7 +124,7 @@ def _opened(words: Sequence[str], reading: Reading, options: Options) -> list[_O
     if single:
         states = [Path(name).stat() for name in single]
         marks = [[name, s.st_size, s.st_mtime_ns] for name, s in zip(single, states, strict=True)]
-        found.insert(0, _Opened("files", "files", len(single), marks, lambda n: _of_names(single, n), lambda: _of_files(single)))
+        found.insert(0, _Opened("files", ".", len(single), marks, lambda n: _of_names(single, n), lambda: _of_files(single)))
     return found
 
 

@@ -26,6 +26,7 @@ from simclr.data.s3 import pins
 from simclr.data.s3.place import Place
 from simclr.data.s3.quota import make_room
 from simclr.data.s3.uri import copy_of, locked
+from simclr.data.sources.parquet_pages import require_modest
 from simclr.errors import UserError
 
 SCHEMA = 1
@@ -124,6 +125,7 @@ class FeatureParts:
         for part in self.parts:
             try:
                 with pyarrow.parquet.ParquetFile(part) as opened:
+                    require_modest(part, opened.metadata)
                     about, count = _about(opened.schema_arrow, part), opened.metadata.num_rows
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{part} is no Parquet file that can be read ({_short(error)}); {_INSTEAD}") from None

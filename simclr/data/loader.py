@@ -1,7 +1,7 @@
 """Batches from shards: keyed order, one decode per image, resumed at any step. The door to the FFCV reader.
 
 FFCV reads one file per Loader. Here every shard of a split is mapped into one range of addresses, back to back, and the
-samples' pointers are shifted to match, so that FFCV's compiled operations see one file and nothing is copied. FFCV's own
+samples' pointers are shifted to match (`samples`), so that FFCV's compiled operations see one file and nothing is copied. FFCV's own
 epoch iterator is not used: it hangs when its thread fails, drains at the end of each epoch, and knows no step.
 """
 
@@ -35,11 +35,11 @@ from torch import Tensor
 from simclr import keyed
 from simclr.config import Config
 from simclr.data.ffcv.decode import Crops, read_bytes
-from simclr.data.ffcv.reader import open_shard
 from simclr.data.ffcv.resize import KINDS, REDUCE
 from simclr.data.manifest import read_manifest, require_sizes
-from simclr.data.memory import PAGE, copied, mapped, slots_for
+from simclr.data.memory import slots_for
 from simclr.data.s3.uri import Corrupt
+from simclr.data.samples import Samples, Shards
 from simclr.telemetry import progress
 from simclr.to_device import to_device
 from simclr.views.draw import Crop, Drawn, boxes_of, draw_batch
@@ -47,6 +47,7 @@ from simclr.views.preprocessing import Preprocessing
 
 # numba's workqueue layer aborts the process when two threads enter parallel regions at once.
 _compiled_code = threading.Lock()
+_LOOKED_UP = 4096  # samples at a time: a look-up of 64 costs a third of one of 4,096
 _kept: dict[tuple[type, bool], Callable[..., Any]] = {}
 
 
@@ -98,20 +99,25 @@ def batches(
     crops = crops or (Crop(views=config.views),)
     assert all(crop.views.resize == config.views.resize for crop in crops), "one decode resizes all its crops alike"
     read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), KINDS.index(config.views.resize))
+    at_once = max(_LOOKED_UP // n, 1)  # steps
     order_of, order = -1, keyed.order(0, 0, 0, "sort")
+    found_of, found = (-1, -1), split.shards.find(np.empty(0, np.int64))
 
     def batch(step: int) -> Batch:
-        nonlocal order_of, order
-        epoch = step // per_epoch
+        nonlocal order_of, order, found_of, found
+        epoch, place = divmod(step, per_epoch)
         if epoch != order_of:
             split.require_sizes()
             order_of, order = epoch, keyed.order(config.seed, epoch, rows, split.order)
-        first = step % per_epoch * taken + rank * n - group * taken
-        mine = order(np.arange(first, first + n))
-        names, sizes = split.names[mine], split.sizes(mine)
-        boxes = None if split.raw else boxes_of(crops, config.seed, epoch, names, sizes)
-        drawn = draw_batch(crops, config.seed, epoch, names, sizes if split.raw else None)
-        return replace(split.batch(read, step, epoch, mine, boxes), drawn=drawn)
+        if (epoch, place // at_once) != found_of:
+            found_of = epoch, place // at_once
+            steps = np.arange(place - place % at_once, min(place - place % at_once + at_once, per_epoch))
+            first = steps * taken + rank * n - group * taken
+            found = split.shards.find(order((first[:, None] + np.arange(n)).ravel()))
+        mine = found[place % at_once * n : (place % at_once + 1) * n]
+        boxes = None if split.raw else boxes_of(crops, config.seed, epoch, mine.ids, mine.sizes)
+        drawn = draw_batch(crops, config.seed, epoch, mine.ids, mine.sizes if split.raw else None)
+        return replace(_batch(read, step, epoch, mine, boxes), drawn=drawn)
 
     return _prefetched(batch, itertools.count(start_step), ahead, training=True)
 
@@ -144,19 +150,19 @@ def in_order(
     here, own = world // groups, rank % (world // groups)  # the number of ranks in this group, and this rank's index among them
     ids = ids[total * own // here : total * (own + 1) // here]
     most, size = min(batch_size, max(len(ids), 1)), preprocessing.size_px
-    boxes = preprocessing.boxes(rows.sizes(ids))
-    large = boxes[:, 2] > 2 * size
     read, ahead = rows.reader(most, ((1, size),), KINDS.index(preprocessing.resize))
-    reduce = rows.reader(most, ((1, 2 * size),), REDUCE)[0] if not rows.raw and large.any() else None
+    largest = preprocessing.boxes(np.full((1, 2), rows.shards.short_px))[0, 2]
+    reduce = rows.reader(most, ((1, 2 * size),), REDUCE)[0] if not rows.raw and largest > 2 * size else None
 
     def batch(number: int) -> Batch:
-        part = slice(number * batch_size, (number + 1) * batch_size)
+        mine = rows.shards.find(ids[number * batch_size : (number + 1) * batch_size])
         if rows.raw:
-            return rows.batch(read, number, 0, ids[part], None)
-        batch = rows.batch(read, number, 0, ids[part], boxes[part, None])
-        images, some = batch.images[0][:, 0], np.flatnonzero(large[part])
+            return _batch(read, number, 0, mine, None)
+        boxes = preprocessing.boxes(mine.sizes)
+        batch = _batch(read, number, 0, mine, boxes[:, None])
+        images, some = batch.images[0][:, 0], np.flatnonzero(boxes[:, 2] > 2 * size)
         if reduce is not None and len(some):
-            (halved,) = rows.batch(reduce, number, 0, ids[part][some], boxes[part][some, None]).images
+            (halved,) = _batch(reduce, number, 0, mine[some], boxes[some, None]).images
             x = preprocessing.from_squares(halved[:, 0].permute(0, 3, 1, 2).float() / 255)
             images[some] = (x * 255).round().byte().permute(0, 2, 3, 1)
         return replace(batch, images=(images,))
@@ -166,7 +172,7 @@ def in_order(
 
 def labels(data: Path, split: str = "train") -> NDArray[np.int64]:
     """(n,) label of every image of a split, in the order of sample ids; −1 = unlabelled."""
-    return _Split(data, split, 1).labels
+    return np.concatenate([samples.labels for samples in _Split(data, split, 1).shards.all()])
 
 
 def on_device(stream: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
@@ -206,60 +212,42 @@ def _after_copy(batch: Batch, done: torch.cuda.Event, device: torch.device) -> B
 
 
 class _Split:
-    """All shards of a split, or those of one group, as one dataset. Rows are numbered from 0; `names` gives positions in the split."""
+    """The shards of a split, or those of one group, as one dataset. Rows are numbered from 0; `Samples.ids` are positions in the split."""
 
     def __init__(self, data: Path, split: str, threads: int, groups: int = 1, group: int = 0, own_memory: bool = False) -> None:
         manifest = read_manifest(data, groups=groups, group=group)
         self.examples = manifest.examples(split, groups)  # for an unknown split, raises with the names of all
-        whole = manifest.splits[split]
-        self.shards = whole[group::groups]
         self.raw, self.order = manifest.kind == "raw", manifest.order
         self.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        rows, labels, sizes, bases = [], [], [], [0]
-        for shard in self.shards:
-            image, label, size = open_shard(data / shard.name, shard, manifest)
-            image["data_ptr"] += np.uint64(bases[-1])
-            rows.append(image)
-            labels.append(label)
-            sizes.append(size)
-            bases.append(bases[-1] + -(-shard.bytes // PAGE) * PAGE)
-        before = np.cumsum([0, *(s.samples for s in whole)])[group::groups]
-        self.names = np.concatenate([at + np.arange(s.samples) for at, s in zip(before, self.shards, strict=False)])
-        self.rows, self.labels = np.concatenate(rows), np.concatenate(labels).astype(np.int64)
-        by_pointer = np.argsort(self.rows["data_ptr"])
         self.data, self.own_memory = data, own_memory
-        region = (copied if own_memory else mapped)([(data / s.name, s.bytes) for s in self.shards], bases)
-        self.storage = (region, self.rows["data_ptr"][by_pointer], np.concatenate(sizes)[by_pointer])
-        self.first_id = np.cumsum([0, *(s.samples for s in self.shards)])
+        self.shards = Shards(data, manifest, split, groups, group, own_memory)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.shards)
 
     def require_sizes(self) -> None:
         """Raise Corrupt if a shard that is mapped has another size by now: another process writes to it."""
         if not self.own_memory:
-            require_sizes(self.data, self.shards)
+            require_sizes(self.data, self.shards.shards)
 
-    def sizes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n, 2) height and width in pixels."""
-        rows = self.rows[ids]
-        return np.stack([rows["height"], rows["width"]], 1).astype(np.int64)
-
-    def reader(self, most: int, shapes: tuple[tuple[int, int], ...], kind: int) -> tuple[Callable[[Any, Any], tuple[Tensor, ...]], int]:
-        """A function (metadata rows, ids) → images, compiled by FFCV, for up to `most` rows at a time; and the number of batches that may
-        be ready before the memory of the caller's batch is reused. `shapes`: (count, size) of crops; `kind`: see `ffcv.resize`."""
+    def reader(self, most: int, shapes: tuple[tuple[int, int], ...], kind: int) -> tuple[Callable[[Any, Samples], tuple[Tensor, ...]], int]:
+        """A function (metadata rows, their samples) → images, compiled by FFCV, for up to `most` rows at a time; and the number of batches
+        that may be ready before the memory of the caller's batch is reused. `shapes`: (count, size) of crops; `kind`: see
+        `ffcv.resize`."""
         operation = SimpleRGBImageDecoder() if self.raw else Crops(shapes)
-        operation.accept_globals(self.rows, Compiler.compile(read_bytes))
+        operation.accept_globals(self.shards.largest, Compiler.compile(read_bytes))
         _, queries = operation.declare_state_and_memory(State(jit_mode=True, device=torch.device("cpu"), shape=(), dtype=np.dtype("u1")))
         code = _compile(operation, self.threads)
         memory = slots_for(queries, most)
         slots = itertools.cycle(memory)
         scratch = None if self.raw else np.empty((self.threads, operation.scratch_bytes), np.uint8)
 
-        def read(rows: Any, ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        def read(rows: Any, samples: Samples) -> tuple[Tensor, ...]:
             nonlocal code
             slot = next(slots)
-            given = (np.arange(len(rows)), slot if self.raw else (slot[:-1], slot[-1], scratch, kind), rows, self.storage)
+            by_pointer = np.argsort(samples.images["data_ptr"])
+            storage = self.shards.region, samples.images["data_ptr"][by_pointer], samples.bytes[by_pointer]
+            given = (np.arange(len(rows)), slot if self.raw else (slot[:-1], slot[-1], scratch, kind), rows, storage)
             with _compiled_code:
                 if self.threads > 1:
                     numba.set_num_threads(self.threads)
@@ -270,31 +258,29 @@ class _Split:
                     # reported any more, this can go.
                     place = "".join(traceback.format_exception(error)).rstrip()
                     warnings.warn(f"numba lost a key, and the decoder is compiled anew; please report this:\n{place}", RuntimeWarning, 2)
-                    operation.accept_globals(self.rows, Compiler.compile(read_bytes))
+                    operation.accept_globals(self.shards.largest, Compiler.compile(read_bytes))
                     code = _compile(operation, self.threads, anew=True)
                     code(*given)
             if not self.raw and (bad := np.flatnonzero(slot[-1][: len(rows)])).size:
-                where, shard = self._where(int(ids[bad[0]]))
-                raise Corrupt(f"{where} is damaged: its JPEG cannot be decoded; prepare the data again", shard)
+                shard, sample = self.shards.where(int(samples.rows[bad[0]]))
+                said = f"shard {shard.name}: sample {sample} is damaged: its JPEG cannot be decoded; prepare the data again"
+                raise Corrupt(said, shard.name)
             return tuple(torch.from_numpy(part[: len(rows)]) for part in ((slot,) if self.raw else slot[:-1]))
 
         return read, len(memory) - 2
 
-    def batch(
-        self, read: Callable[[Any, Any], tuple[Tensor, ...]], step: int, epoch: int, ids: NDArray[np.int64], boxes: NDArray[np.int64] | None
-    ) -> Batch:
-        rows: Any = self.rows[ids]
-        if boxes is not None:
-            rows = np.empty(len(ids), [*self.rows.dtype.descr, ("box", "<i4", boxes.shape[1:])])
-            for name in self.rows.dtype.names or ():
-                rows[name] = self.rows[name][ids]
-            rows["box"] = boxes
-        return Batch(step, epoch, read(rows, ids), torch.from_numpy(self.names[ids]), torch.from_numpy(self.labels[ids]))
 
-    def _where(self, sample: int) -> tuple[str, str]:
-        shard = int(np.searchsorted(self.first_id, sample, side="right")) - 1
-        name = self.shards[shard].name
-        return f"shard {name}: sample {sample - self.first_id[shard]}", name
+def _batch(
+    read: Callable[[Any, Samples], tuple[Tensor, ...]], step: int, epoch: int, samples: Samples, boxes: NDArray[np.int64] | None
+) -> Batch:
+    """The images of `samples`; `boxes` (n, crops, 4) of photographs."""
+    rows: Any = samples.images
+    if boxes is not None:
+        rows = np.empty(len(boxes), [*rows.dtype.descr, ("box", "<i4", boxes.shape[1:])])
+        for name in samples.images.dtype.names:
+            rows[name] = samples.images[name]
+        rows["box"] = boxes
+    return Batch(step, epoch, read(rows, samples), torch.from_numpy(samples.ids), torch.from_numpy(samples.labels))
 
 
 def _compile(operation: Operation, threads: int, anew: bool = False) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import weakref
 from io import FileIO
@@ -15,14 +16,20 @@ import torch
 from numpy.typing import NDArray
 
 from simclr.data.s3.uri import Corrupt
+from simclr.errors import UserError
 
-PAGE = 1 << 16
-"""A multiple of every page size in use."""
+PAGE = mmap.PAGESIZE
+"""Shards begin at multiples of it. At those of a larger number there would be a gap behind each, which counts as a mapping of its own."""
+_LIMIT, _IN_USE = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
+_SPARE_MAPPINGS = 4096  # for what the process maps later: threads, blocks of memory, another split's shards
 _LEAST, _MOST = 3, 5  # batches in memory: one being filled, one in the caller's hands, the others ready
 
 
 def mapped(files: list[tuple[Path, int]], bases: list[int]) -> NDArray[np.uint8]:
-    """Map `files` (path, bytes) read-only at offsets `bases` of one reserved range of addresses, as one array of bases[-1] bytes."""
+    """Map `files` (path, bytes) read-only at offsets `bases` of one reserved range of addresses, as one array of bases[-1] bytes.
+
+    Raises UserError where they are more than the system maps into one process."""
+    _require_mappings(len(files))
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -57,6 +64,20 @@ def copied(files: list[tuple[Path, int]], bases: list[int]) -> NDArray[np.uint8]
                     raise Corrupt(f"shard {path} ends early; prepare or fetch the data again", path.name)
                 at += got
     return memory
+
+
+def _require_mappings(count: int) -> None:
+    """Raise UserError if this process may not have `count` mappings more."""
+    if not _LIMIT.is_file():
+        return
+    limit, used = int(_LIMIT.read_text()), _IN_USE.read_bytes().count(b"\n")
+    needed = used + count + _SPARE_MAPPINGS
+    if needed > limit:
+        raise UserError(
+            f"{count:,} shards are too many to map: this system allows a process {limit:,} mappings (vm.max_map_count), of which {used:,} "
+            f"are in use and {_SPARE_MAPPINGS:,} are kept for what comes later; prepare with a larger --shard-mib, train with more "
+            f"--train.shard-groups, or let root raise the limit (`sysctl vm.max_map_count={2 * needed}`)"
+        )
 
 
 def _opened(path: Path, size: int) -> FileIO:

@@ -200,6 +200,10 @@ def _bytes(text: str) -> bytes:
 
 
 def _array(column: Any) -> NDArray[Any]:
-    if column.type == pyarrow.binary():
-        return np.array([(value or b"").decode("utf-8", "surrogatepass") for value in column.to_pylist()], object)
-    return column.combine_chunks().to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+    if column.type != pyarrow.binary():
+        return column.combine_chunks().to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+    texts = np.full(len(column), "", object)
+    there = np.flatnonzero(column.is_valid().combine_chunks().to_numpy(zero_copy_only=False))
+    if len(there):  # of reasons there are few
+        texts[there] = [value.decode("utf-8", "surrogatepass") for value in column.drop_null().to_pylist()]
+    return texts

@@ -62,6 +62,14 @@ class Folder:
                 if made and not (self.out / "manifest.json").exists() and not list(self.out.glob(f"{NOTES}*.parquet")):
                     shutil.rmtree(self.out)
 
+    def require_seen(self) -> None:
+        """Raise UserError where the process that runs the prepare sees another folder: it holds a lock in its own."""
+        if not (self.out / _LOCK).exists():
+            raise UserError(
+                f"{socket.gethostname()} does not see {self.out} as the node does that runs this; give --out on a disk that all nodes "
+                "share, or s3://bucket/prefix"
+            )
+
     def choice(self) -> Path:
         """The file with what a sample decided, which may not be there."""
         return self.out / CHOICE
@@ -209,6 +217,9 @@ class Prefix:
                 f"use another --out; if it was killed, try again in {_GONE_S:.0f} s"
             )
 
+    def require_seen(self) -> None:
+        """A bucket is the same everywhere."""
+
     def choice(self) -> Path:
         """The file with what a sample decided, which may not be there."""
         from simclr.data.s3.answers import Missing
@@ -317,14 +328,21 @@ def opened(out: str | Path) -> Iterator[Output]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def enter(folder: str) -> None:
+    """Make `folder` the working directory, as it is of the process that runs the job, where this machine has it: paths may be relative."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+
+
 def scratch_for(at: Address) -> Path:
     """A new folder of this process in this machine's cache. Those that processes left that were killed are removed."""
     above = copy_of(at, "staging")
     own(above)
     above.mkdir(mode=0o700, exist_ok=True)
-    for left in above.iterdir():
-        if (pid := left.name.partition("-")[0]).isdecimal() and not Path(f"/proc/{pid}").exists():
+    here = socket.gethostname()  # several machines may share a cache
+    for left in above.glob(f"{here}.*.*"):
+        if (pid := left.name.split(".")[-2]).isdecimal() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)
-    scratch = above / f"{os.getpid()}-{secrets.token_hex(4)}"
+    scratch = above / f"{here}.{os.getpid()}.{secrets.token_hex(4)}"
     scratch.mkdir(mode=0o700)
     return scratch

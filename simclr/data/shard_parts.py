@@ -27,8 +27,7 @@ from simclr.data.encode import Encoded, encode
 from simclr.data.ffcv.writer import MOST_SAMPLES, SplitWriter, relabel
 from simclr.data.options import Options
 from simclr.data.outputs import Output
-from simclr.data.sources.portions import Portion, reader
-from simclr.data.sources.reading import Reading
+from simclr.data.sources.portions import Portion, portion_of, reader
 from simclr.data.sources.source import PART_IMAGES, Item, Part, Source, bundles
 from simclr.data.survey import Choice, sizes_differ
 
@@ -53,45 +52,39 @@ class Run:
 
     def portion(self, source: Source) -> Plain:
         """In plain values, for another process."""
-        names = tuple(self.part.names[self.begin : self.end])
-        placed = [source.place(name) for name in names] if source.place else []
-        splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
-        return Portion(0, None, self.part.name, names, splits, labels).to_dict()
+        return portion_of(source, Part(self.part.name, self.part.names[self.begin : self.end])).to_dict()
 
 
 def plan(source: Source, choice: Choice, options: Options) -> list[tuple[Run, ...]]:
     """The parts, in the source's order; the place of each is its number.
 
-    Parts of the source with at most as many names as `PART_IMAGES` can be divided at will. Larger ones cannot (a compressed tar is read
-    from its beginning), and stay whole, as those without names do.
+    Files of their own are divided at will, and so are small parts of archives and tables. Others stay whole: a compressed tar is read from
+    its beginning, a table by its groups of rows, and what has no names is not known yet.
     """
     each = pictures_of_a_part(choice, options)
     unnamed = sum(not part.names for part in source.parts)
     together = max(each // max(choice.images_unnamed, 1), -(-unnamed // _MOST_UNNAMED_PARTS), 1)
-    parts: list[tuple[Run, ...]] = []
-    runs: list[Run] = []
-    count = 0  # of pictures, or what stands for them
+    room, most = 0, each * together  # a picture takes `together` of it, a part without names `each`
+    parts: list[list[Run]] = []
     for part in source.parts:
         begin, size = 0, len(part.names)
-        divisible = 0 < size <= PART_IMAGES
-        while divisible and begin < size:
-            if count >= each:
-                parts, runs, count = _ended(parts, runs)
-            end = min(size, begin + each - count)
-            runs.append(Run(part, begin, end))
-            count, begin = count + end - begin, end
-        if not divisible:
-            stands_for = size or -(-each // together)
-            if runs and count + stands_for > each:
-                parts, runs, count = _ended(parts, runs)
-            runs.append(Run(part, 0, size))
-            count += stands_for
-    return _ended(parts, runs)[0] if runs else parts
-
-
-def _ended(parts: list[tuple[Run, ...]], runs: list[Run]) -> tuple[list[tuple[Run, ...]], list[Run], int]:
-    parts.append(tuple(runs))
-    return parts, [], 0
+        if not size or part.one_pass or (size > PART_IMAGES and not source.loose):
+            takes = size * together or each
+            if takes > room:
+                parts.append([])
+                room = most
+            parts[-1].append(Run(part, 0, size))
+            room -= takes
+            continue
+        while begin < size:
+            if room < together:
+                parts.append([])
+                room = most
+            end = min(size, begin + room // together)
+            parts[-1].append(Run(part, begin, end))
+            room -= (end - begin) * together
+            begin = end
+    return [tuple(runs) for runs in parts]
 
 
 def pictures_of_a_part(choice: Choice, options: Options) -> int:
@@ -256,11 +249,13 @@ def ranked_again(output: Output, number: int, key: str, classes: Sequence[str]) 
 
 def make_parts(settings: Plain) -> Callable[[Plain], Plain]:
     """A function that makes parts (their number and their portions) of the source that `settings` name."""
+    outputs.enter(settings["from"])
     making = Making.from_dict(settings["making"])
     opened = contextlib.ExitStack()
     output = opened.enter_context(outputs.opened(settings["out"]))
     atexit.register(opened.close)
-    read = reader(making.source, Reading(**settings["reading"]))
+    output.require_seen()
+    read = reader(making.source, settings["reading"])
     maker = Maker(making, output, settings["threads"])
 
     def make(part: Plain) -> Plain:
@@ -286,6 +281,7 @@ def told(maker: Maker, number: int, items: Iterator[Item], judge: Callable[[note
 
 def make_ranks(settings: Plain) -> Callable[[Plain], Plain]:
     """A function that ranks the labels of a part anew."""
+    outputs.enter(settings["from"])
     opened = contextlib.ExitStack()
     output = opened.enter_context(outputs.opened(settings["out"]))
     atexit.register(opened.close)

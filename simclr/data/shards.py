@@ -7,6 +7,7 @@ the parts that have no note, and one process gives the bytes of a hundred.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -15,7 +16,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,14 +186,16 @@ class _Job:
             # A lower bound: if more is needed, a write fails later.
             self.output.require_space((self.source.total - tally.rows) * choice.bytes_each)
         self._require_readable(tally)
-        for number, result in self._made(making, {n: parts[n] for n in range(len(parts)) if n not in notes}, tally):
-            self._require_made(choice, result)
-            tally.add(number, result["rows"], result["skipped"], result["first"], result["reasons"])
-            self._require_readable(tally)
+        # What ends this ends the workers, before another begin.
+        with contextlib.closing(self._made(making, {n: parts[n] for n in range(len(parts)) if n not in notes}, tally)) as made:
+            for number, result in made:
+                self._require_made(choice, result)
+                tally.add(number, result["rows"], result["skipped"], result["first"], result["reasons"])
+                self._require_readable(tally)
         self._require_readable(tally, ended=True)
         return self._finished(making, self._notes(key, len(parts)))
 
-    def _made(self, making: Making, parts: dict[int, tuple[Run, ...]], tally: _Tally) -> Iterator[tuple[int, Plain]]:
+    def _made(self, making: Making, parts: dict[int, tuple[Run, ...]], tally: _Tally) -> Generator[tuple[int, Plain]]:
         """(number, result) of each part that is made."""
         count = tally.rows
         if self.elsewhere is None:
@@ -208,7 +211,7 @@ class _Job:
             finally:
                 maker.close(wait=False)  # Ctrl-C does not wait for pictures
             return
-        settings = {"making": making.to_dict(), "out": str(self.output)}
+        settings = {"making": making.to_dict(), "out": str(self.output), "from": str(Path.cwd())}
         settings |= {"reading": {name: getattr(self.elsewhere.reading, name) for name in Reading.__dataclass_fields__}}
         plain = [{"number": number, "portions": [run.portion(self.source) for run in runs]} for number, runs in parts.items()]
         for part, result in self.elsewhere.run(make_parts, settings, plain):
@@ -287,7 +290,7 @@ class _Job:
             with ThreadPoolExecutor(self.threads, thread_name_prefix="rank") as pool:
                 list(pool.map(lambda number: ranked_again(self.output, number, key, classes), numbers))
             return
-        settings: dict[str, Any] = {"out": str(self.output), "key": key, "classes": list(classes)}
+        settings: dict[str, Any] = {"out": str(self.output), "from": str(Path.cwd()), "key": key, "classes": list(classes)}
         for _ in self.elsewhere.run(make_ranks, settings, [{"number": number} for number in numbers]):
             pass
 

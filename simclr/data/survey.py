@@ -40,11 +40,11 @@ class Choice:
     """Kind of pixels → black and white (`depth.Rule`)."""
     times: str
     """`Source.times` at that time."""
-    size_px: tuple[int, ...] = ()
+    size_px: tuple[int, ...]
     """Height and width that all images have; () where they may differ."""
-    mean_bytes: float = 0.0
+    mean_bytes: float
     """Of an image, as stored: how many make about a shard."""
-    images_unnamed: int = 0
+    images_unnamed: int
     """Images of the first part of the source whose names are known only when it is read, or so many as make a shard."""
 
     def save(self, path: Path, key: str) -> None:
@@ -82,7 +82,9 @@ def survey(source: Source, options: Options, pool: ThreadPoolExecutor) -> Choice
     raw = options.kind == "raw" or (options.kind == "auto" and small)
     ranges = {} if options.value_range else decided([looked.values for _, looked in seen if looked.values])
     size = (height, width) if raw else ()
-    choice = Choice("raw" if raw else "jpeg", 3 * height * width if raw else 1 << 8, ranges, source.times, size)
+    choice = Choice(
+        "raw" if raw else "jpeg", 3 * height * width if raw else 1 << 8, ranges, source.times, size, mean_bytes=0.0, images_unnamed=0
+    )
     return _measured(source, some.items, options, choice, pool)
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import os
+import shutil
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from simclr.data.ffcv.decode import decode
 from simclr.data.ffcv.reader import open_shard
 from simclr.data.manifest import Manifest, Shard, read_manifest
+from simclr.data.outputs import enter, scratch_for
+from simclr.data.s3.uri import address
 from simclr.errors import UserError
 
 _ROWS = 256  # images that a thread takes at a time
@@ -65,6 +72,62 @@ def _wrong(path: Path, shard: Shard, manifest: Manifest, pool: ThreadPoolExecuto
     for samples in pool.map(damaged, range(0, len(image), _ROWS)):
         for sample in samples:
             yield f"sample {sample}: its JPEG cannot be decoded"
+
+
+# ── In another process ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def manifest_of(data: str) -> Manifest:
+    """The manifest of shards in a directory or at s3://bucket/prefix. Raises UserError where there is none."""
+    at = address(data)
+    if at is None:
+        return read_manifest(Path(data), look=False)
+    from simclr.data.s3 import remote
+    from simclr.data.s3.store import Store
+
+    found = remote.manifest_at(at, Store())
+    if found is None:
+        raise UserError(f"there are no shards at {at} (no manifest.json); give the address that `simclr prepare --out` had")
+    return found[0]
+
+
+def make_verified(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A function that verifies a shard, by its place in the manifest. One in S3 is fetched for that, and removed again. Raises UserError
+    where this machine does not see the shards: they are not damaged."""
+    enter(settings["from"])
+    data, at = Path(settings["data"]), address(settings["data"])
+    if at is None and not data.is_dir():
+        raise UserError(f"{socket.gethostname()} does not see {data}; give a folder on a disk that all nodes share, or s3://bucket/prefix")
+    manifest = manifest_of(settings["data"])
+    if hashlib.sha256(manifest.to_json().encode()).hexdigest() != settings["manifest"]:
+        raise UserError(f"{socket.gethostname()} sees other shards in {data}; give a folder on a disk that all nodes share")
+    pool = ThreadPoolExecutor(settings["threads"], thread_name_prefix="verify")
+    if at is None:
+        return lambda part: {
+            "wrong": list(_wrong(data / manifest.shards[part["shard"]].name, manifest.shards[part["shard"]], manifest, pool))
+        }
+    from simclr.data.s3.answers import Damaged, Missing
+    from simclr.data.s3.store import Store
+
+    scratch, store = scratch_for(at), Store()
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+
+    def fetched(part: dict[str, Any]) -> dict[str, Any]:
+        shard = manifest.shards[part["shard"]]
+        path = scratch / shard.name
+        try:
+            store.download(at / shard.name, path, shard.bytes)  # checked against what was sent; below, against the manifest
+            return {"wrong": list(_wrong(path, shard, manifest, pool))}
+        except Missing:
+            return {"wrong": ["it is missing"]}
+        except Damaged as error:
+            return {"wrong": [str(error)]}
+        finally:
+            for left in (path, *scratch.glob(f".{shard.name}.*")):
+                with contextlib.suppress(FileNotFoundError):
+                    left.unlink()
+
+    return fetched
 
 
 def damaged(directory: Path) -> list[str]:

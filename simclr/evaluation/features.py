@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from simclr.collectives import all_gather, rank, world_size
 from simclr.data import loader
+from simclr.evaluation.cores import Cores
 from simclr.evaluation.frozen import Frozen
 from simclr.evaluation.rows import matrix
 from simclr.views.preprocessing import Preprocessing
+
+_PIECE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,14 @@ def embed(
     is used in the mode it is in: put it in evaluation mode first.
     """
     h, y, ids = [], [], []
-    for (rows,), batch in _embedded([encoder], batches, preprocessing, device, dtype, progress):
-        h.append(rows)
+    for batch in batches:
+        x = preprocessing(batch.images[0].to(device))  # waits for the copy: the loader reuses the memory
+        x = x.to(dtype, memory_format=torch.channels_last)
+        h.append(encoder(x).float())
         y.append(batch.labels)
         ids.append(batch.ids)
+        if progress is not None:
+            progress(len(batch.ids))
     empty = torch.zeros(0, dtype=torch.int64)
     every = torch.cat(h) if h else torch.zeros(0, 1, device=device)
     return Features(_gather_rows(every), _gather_rows(torch.cat([empty, *y]).to(device)), _gather_rows(torch.cat([empty, *ids]).to(device)))
@@ -69,33 +76,30 @@ def embed_each(
     """Features of the `count` images in `batches` under each encoder: an image is decoded once. They lie on the host (`rows.matrix`)."""
     kept: list[Tensor] = []
     y, ids = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
-    done = 0
-    for embedded, batch in _embedded(encoders, batches, preprocessing, device, torch.float32, progress):
-        kept = kept or [matrix(count, h.shape[1]) for h in embedded]
-        at = slice(done, done + len(batch.ids))
-        y[at], ids[at] = batch.labels, batch.ids
-        for whole, h in zip(kept, embedded, strict=True):
-            whole[at] = h
-        done = at.stop
+    done, device = 0, torch.device(device)
+    with Cores(device) as cores:
+        for batch in batches:
+            x = preprocessing(batch.images[0].to(device)).to(memory_format=torch.channels_last)
+            # A few images at a time, whose activations stay in a core's cache.
+            pieces = x.split(_PIECE) if device.type == "cpu" else (x,)
+            found = cores.map(_encoded, [(encoder, piece) for encoder in encoders for piece in pieces])
+            embedded = [torch.cat(found[i : i + len(pieces)]) for i in range(0, len(found), len(pieces))]
+            kept = kept or [matrix(count, h.shape[1]) for h in embedded]
+            at = slice(done, done + len(batch.ids))
+            y[at], ids[at] = batch.labels, batch.ids
+            for whole, h in zip(kept, embedded, strict=True):
+                whole[at] = h
+            done = at.stop
+            if progress is not None:
+                progress(len(batch.ids))
     assert done == count, f"{done} images of {count}"
     return [Features(h, y, ids) for h in kept]
 
 
-def _embedded(
-    encoders: Sequence[Callable[[Tensor], Tensor]],
-    batches: Iterator[loader.Batch],
-    preprocessing: Preprocessing,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    progress: Callable[[int], None] | None,
-) -> Iterator[tuple[list[Tensor], loader.Batch]]:
-    """For each batch its rows under each encoder, (n, d) float32 on `device`, and the batch."""
-    for batch in batches:
-        x = preprocessing(batch.images[0].to(device))  # waits for the copy: the loader reuses the memory
-        x = x.to(dtype, memory_format=torch.channels_last)
-        yield [encoder(x).float() for encoder in encoders], batch
-        if progress is not None:
-            progress(len(batch.ids))
+def _encoded(given: tuple[Callable[[Tensor], Tensor], Tensor]) -> Tensor:
+    """(n, d) float32 of some images."""
+    with torch.no_grad():  # the mode is a thread's own
+        return given[0](given[1]).float()
 
 
 def _gather_rows(x: Tensor) -> Tensor:

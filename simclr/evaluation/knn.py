@@ -12,6 +12,7 @@ from simclr.evaluation.metrics import accuracy
 from simclr.evaluation.rows import Rows, rows_of
 
 _BANK = 1 << 25  # numbers of a block of the bank
+_COSINES = 1 << 25  # in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ def nearest(
 ) -> Neighbours:
     """Exact cosine neighbours of test_h (m, d) among train_h (n, d); k is at most n.
 
-    The bank is read once, `bank_block` rows at a time (None = 128 MiB of them), each block normalised on its own; `block` queries at a
-    time keep their k nearest so far. Beside the bank it takes the queries, normalised, and 12 k bytes for each of them.
+    The bank is read once, `bank_block` rows at a time (None = 128 MiB of them, and of cosines), each block normalised on its own;
+    `block` queries at a time keep their k nearest so far. Beside the bank it takes the queries, normalised, and 12 k bytes for each.
     """
     bank, tests = rows_of(train_h), rows_of(test_h)
     device, k = bank.at, min(k, len(bank))
@@ -49,7 +50,7 @@ def nearest(
         queries[at] = F.normalize(x, dim=1)
     similarity = queries.new_empty(len(tests), 0)
     index = torch.empty(len(tests), 0, dtype=torch.int64, device=device)
-    for among, x in bank.blocks(bank_block or max(_BANK // max(bank.d, 1), 1024)):
+    for among, x in bank.blocks(bank_block or min(max(_BANK // max(bank.d, 1), 1024), max(_COSINES // block, 1))):
         rows = F.normalize(x, dim=1)
         parts = [
             _merged(s, i, q @ rows.T, among.start, k)

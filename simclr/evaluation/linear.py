@@ -17,9 +17,10 @@ from simclr.config import Config
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.evaluation import lbfgs
+from simclr.evaluation.cores import Cores
 from simclr.evaluation.frozen import Unchanged
 from simclr.evaluation.metrics import accuracy, highest, shares
-from simclr.evaluation.regression import Cores, Regression, Scale, logits
+from simclr.evaluation.regression import Regression, Scale, logits
 from simclr.evaluation.rows import Rows, rows_of
 from simclr.optim import lr_peak, warmup_cosine
 from simclr.views.draw import Crop

@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simclr.evaluation.cores import Cores
 from simclr.evaluation.rows import Rows
-
-
-class Cores:
-    """This machine's cores, each with a part of the rows; torch itself uses a single thread meanwhile.
-
-    A product of a block is too small to be shared among cores: they would meet after each, and spin where another process has one of
-    them. So each core takes a span of the rows, and they meet once in an evaluation of the objective. With a GPU it is the caller's
-    thread alone.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.count = torch.get_num_threads() if device.type == "cpu" else 1
-        self.pool = ThreadPoolExecutor(self.count, "probe") if self.count > 1 else None
-
-    def __enter__(self) -> Cores:
-        if self.pool is not None:
-            torch.set_num_threads(1)
-            started = threading.Barrier(self.count)
-
-            def alone(_: int) -> None:
-                torch.get_num_threads()  # torch gives a new thread its number at the first question; a later one would undo the next line
-                torch.set_num_threads(1)
-                started.wait()
-
-            list(self.pool.map(alone, range(self.count)))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.pool is not None:
-            self.pool.shutdown()
-            torch.set_num_threads(self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +36,7 @@ class Regression:
     def __call__(self, weights: Tensor, decay: float) -> tuple[Tensor, Tensor]:
         """(the objective as a float32 scalar, its gradient, shaped like weights)."""
         scaled = _scaled(weights, self.scale)
-        pool = self.cores.pool
-        if pool is None or len(self.spans) == 1:
-            found = [span(*scaled) for span in self.spans]
-        else:
-            found = list(pool.map(lambda span: span(*scaled), self.spans))
+        found = self.cores.map(lambda span: span(*scaled), self.spans)
         loss, kernel_gradient, bias_gradient = (sum(part[i] for part in found[1:]) + found[0][i] for i in range(3))
         kernel = weights[:, :-1]
         gradient = torch.cat([kernel_gradient / self.scale.std / self.n + decay * kernel, bias_gradient[:, None] / self.n], dim=1)

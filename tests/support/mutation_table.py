@@ -146,8 +146,8 @@ MUTATIONS = (
     Mutation(
         "slice-off-by-one",
         "simclr/data/loader.py",
-        "mine = order(np.arange(first, first + n))",
-        "mine = order(np.arange(first + 1, first + 1 + n))",
+        "order((first[:, None] + np.arange(n)).ravel())",
+        "order((first[:, None] + 1 + np.arange(n)).ravel())",
         "tests/simclr/data/test_loader.py::test_an_epoch_is_the_keyed_permutation_and_its_images_are_those_of_the_source",
     ),
     Mutation(

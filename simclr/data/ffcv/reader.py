@@ -5,6 +5,7 @@ FFCV's own code believes what a file states: how many samples it has, where each
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from simclr.data.pixels import MOST_PIXELS
 from simclr.data.s3.uri import Corrupt
 
 _FIELDS = (RGBImageField, IntField)
+IMAGE: Any = RGBImageField().metadata_type
+"""Type of an image's row: mode, width, height, data_ptr."""
+ALLOCATION_BYTES = ALLOC_TABLE_TYPE.itemsize
 HEAD_BYTES = HeaderType.itemsize + len(_FIELDS) * FieldDescType.itemsize
 SAMPLE_BYTES: int = get_metadata_type([RGBImageField(), IntField()]).itemsize
 """Of the files of our writer: bytes in front of the samples' rows, and of a row."""
@@ -32,10 +36,30 @@ class Unfit(Exception):
     """A file that is no FFCV file of images as the loader reads them; the message says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a file states what it has: the byte of sample 0's row, label and bytes, for who looks them up in the file itself."""
+
+    image_at: int
+    step: int
+    """Bytes from one sample's row, or label, to the next one's."""
+    label_at: int
+    """−1: no sample has a label."""
+    size_at: int
+    """In the allocation table, whose rows are `ALLOCATION_BYTES` long."""
+    place: NDArray[np.uint32] | None
+    """Per sample, its row in that table; None where this is its own number, as in files of ours."""
+
+
 def read_rows(path: Path) -> tuple[Any, NDArray[np.int64], Any]:
     """Metadata rows, labels (−1 where there are none) and rows of the allocation table (ptr, size) of the samples of an FFCV file of one
     image and at most one whole number a sample, whatever the fields are called and whichever comes first. Raises Unfit for other files;
     places are not checked."""
+    image, label, table, _ = _read(path)
+    return image, label, table
+
+
+def _read(path: Path) -> tuple[Any, NDArray[np.int64], Any, Layout]:
     try:
         _require_room_for_what_it_states(path)
         reader = Reader(str(path))
@@ -48,12 +72,22 @@ def read_rows(path: Path) -> tuple[Any, NDArray[np.int64], Any]:
         raise Unfit(f"its fields are {kinds}, and not one RGBImageField with one IntField")
     if len(stored) != reader.num_samples:
         raise Unfit(f"{len(stored)} images")
-    table = table[np.argsort(table["sample_id"], kind="stable")]  # FFCV's own writer notes samples as its processes are done with them
-    image = stored[column[RGBImageField][0]].copy()
-    if not np.array_equal(table["sample_id"], np.arange(len(stored))):
-        raise Unfit("another table of samples")
-    label = stored[column[IntField][0]].copy() if column[IntField] else np.full(len(stored), -1, np.int64)
-    return image, label, table
+    samples, place = np.arange(len(stored)), None
+    if not np.array_equal(table["sample_id"], samples):  # FFCV's own writer notes samples as its processes are done with them
+        place = np.argsort(table["sample_id"], kind="stable").astype(np.uint32)
+        table = table[place]
+        if not np.array_equal(table["sample_id"], samples):
+            raise Unfit("another table of samples")
+    (image,), labels = column[RGBImageField], column[IntField]
+    first, offset = HeaderType.itemsize + reader.field_descriptors.nbytes, {name: field[1] for name, field in stored.dtype.fields.items()}
+    layout = Layout(
+        image_at=first + offset[image],
+        step=stored.dtype.itemsize,
+        label_at=first + offset[labels[0]] if labels else -1,
+        size_at=int(reader.header["alloc_table_ptr"]) + ALLOC_TABLE_TYPE.fields["size"][1],
+        place=place,
+    )
+    return stored[image].copy(), stored[labels[0]].copy() if labels else np.full(len(stored), -1, np.int64), table, layout
 
 
 def _require_room_for_what_it_states(path: Path) -> None:
@@ -87,16 +121,37 @@ def open_shard(
 
     FFCV reads through raw pointers. A pointer outside the file would crash the process, so it is an error here; `instead` says what to do.
     """
+    return open_in_place(path, shard, manifest, instead)[:3]
+
+
+def open_in_place(
+    path: Path, shard: Shard, manifest: Manifest, instead: str = "prepare the data again"
+) -> tuple[Any, NDArray[np.int64], NDArray[np.uint64], Layout]:
+    """As `open_shard`, and where the shard has all that."""
     try:
-        image, label, table = read_rows(path)
+        image, label, table, layout = _read(path)
         if len(image) != shard.samples:
             raise Unfit(f"{len(image)} images")
     except Unfit as error:
         raise Corrupt(
             f"shard {path} is damaged: its header does not describe {shard.samples} labelled images ({error}); {instead}", shard.name
         ) from None
-    at, size, height, width = image["data_ptr"], table["size"], image["height"], image["width"]
-    bad = (at != table["ptr"]) | (size == 0) | (at > shard.bytes) | (size > shard.bytes - np.minimum(at, shard.bytes))
+    at, size = image["data_ptr"], table["size"]
+    bad = (at != table["ptr"]) | contradicting(image, label, size, shard.bytes, manifest)
+    # The loader finds a sample's size by its place: of two samples in one place both have to have the same.
+    order = np.argsort(at, kind="stable")
+    bad[order[1:]] |= (at[order][1:] == at[order][:-1]) & (size[order][1:] != size[order][:-1])
+    if bad.any():
+        raise contradiction(path, shard, int(np.flatnonzero(bad)[0]), instead)
+    return image, label, size, layout
+
+
+def contradicting(
+    image: Any, label: NDArray[np.int64], size: NDArray[np.uint64], shard_bytes: NDArray[np.uint64] | int, manifest: Manifest
+) -> NDArray[np.bool_]:
+    """(n,) samples whose place leaves their shard of `shard_bytes`, or whose place, size or label the manifest excludes."""
+    at, height, width = image["data_ptr"], image["height"], image["width"]
+    bad: NDArray[np.bool_] = (size == 0) | (at > shard_bytes) | (size > shard_bytes - np.minimum(at, shard_bytes))
     for side, (least, most) in ((height, manifest.height_px), (width, manifest.width_px)):
         bad |= (side < least) | (side > most)
     raw = image["mode"] == 1
@@ -104,13 +159,9 @@ def open_shard(
     bad |= (image["mode"] > 1) | (raw & (3 * pixels != size)) | (~raw & (pixels > 2 * MOST_PIXELS))  # twice: see `Options.max_pixels`
     if manifest.kind == "raw":  # other shards may have images as pixels, too: FFCV's writer has such a mode
         bad |= ~raw
-    # The loader finds a sample's size by its place: of two samples in one place both have to have the same.
-    order = np.argsort(at, kind="stable")
-    bad[order[1:]] |= (at[order][1:] == at[order][:-1]) & (size[order][1:] != size[order][:-1])
-    bad |= (label < -1) | (label >= max(len(manifest.classes), 1))
-    if bad.any():
-        raise Corrupt(
-            f"shard {path}: sample {int(np.flatnonzero(bad)[0])} is damaged: its place, size or label contradicts the file; {instead}",
-            shard.name,
-        )
-    return image, label, size
+    return bad | (label < -1) | (label >= max(len(manifest.classes), 1))
+
+
+def contradiction(path: Path, shard: Shard, sample: int, instead: str = "prepare the data again") -> Corrupt:
+    """The error for a sample that is `contradicting`."""
+    return Corrupt(f"shard {path}: sample {sample} is damaged: its place, size or label contradicts the file; {instead}", shard.name)

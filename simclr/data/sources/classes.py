@@ -84,7 +84,7 @@ def _folder_levels(plan: Plan, folders: Mapping[str, int], guess: bool, notes: l
     """Decide at which depth the class's folder lies, in each split."""
     found = _by_kind(plan, folders)
     level = _telling(found.get("train", Counter()))
-    if level is None and plan.how == "parent" and found.get("train"):
+    if level is None and plan.how == "parent" and any(found.get("train", ())):
         level = 0
     plan.level = dict.fromkeys(found, level)
     if level is None:

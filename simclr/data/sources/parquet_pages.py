@@ -16,6 +16,7 @@ _ENCODING, _ENCODING_V2 = 2, 4  # of the struct for data in it
 _DICTIONARY, _FROM_BEFORE = 2, 7  # a type of page; the encoding in which a value repeats the beginning of the one before
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BYTES, _LIST, _SET, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
 _NUMBERS = (4, 5, 6)
+_BOMB_BYTES, _BOMB_RATIO = 256 << 20, 200
 _MOST_DEEP, _HEAD_BYTES, _MOST_HEAD_BYTES = 8, 256, 16 << 20  # statistics in a header hold two values of the column
 
 
@@ -47,6 +48,23 @@ def pages(path: Path, begin: int, size: int) -> Iterator[Page]:
             from_before = _FROM_BEFORE in (data.get(_ENCODING), data_v2.get(_ENCODING_V2))
             yield Page(unpacked, stored, header.get(_TYPE) == _DICTIONARY or from_before)
             at += length + stored
+
+
+def require_modest(path: Path, metadata: Any) -> None:
+    """Raise UserError for a table of ours, of `metadata` as pyarrow has it, in which a column unpacks to far more than numbers and names
+    do."""
+    for chunk in (
+        metadata.row_group(group).column(number) for group in range(metadata.num_row_groups) for number in range(metadata.num_columns)
+    ):
+        begin = chunk.data_page_offset
+        if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < begin:
+            begin = chunk.dictionary_page_offset
+        unpacked = sum(page.unpacked for page in pages(path, begin, chunk.total_compressed_size)) if chunk.num_values else 0
+        if unpacked > _BOMB_BYTES + _BOMB_RATIO * chunk.total_compressed_size or chunk.num_values > _BOMB_BYTES + _BOMB_RATIO * unpacked:
+            raise UserError(
+                f"{path}: {chunk.total_compressed_size:,} bytes of the column {chunk.path_in_schema} unpack to {unpacked >> 20:,} MiB and "
+                f"{chunk.num_values:,} values, which no features do; embed the images again"
+            )
 
 
 def _header(file: IO[bytes], at: int) -> tuple[dict[int, Any], int]:

@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -65,10 +65,16 @@ def portions(source: Source, images: int) -> Iterator[Portion]:
             yield Portion(number, first if known else None, part.name)
             number, known = number + 1, False
             continue
-        placed = [source.place(name) for name in part.names] if source.place else []
-        splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
-        yield Portion(number, first if known else None, part.name, tuple(part.names), splits, labels, source.loose)
+        yield portion_of(source, part, number, first if known else None)
         number, first = number + 1, first + len(part.names)
+
+
+def portion_of(source: Source, part: Part, number: int = 0, first: int | None = None) -> Portion:
+    """A part of the source, or some pictures of one, with the split and class of each name."""
+    names = tuple(part.names)
+    placed = [source.place(name) for name in names] if source.place else []
+    splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
+    return Portion(number, first, part.name, names, splits, labels, source.loose)
 
 
 def _runs(source: Source, images: int) -> Iterator[Part]:
@@ -92,9 +98,10 @@ def elsewhere(spec: str) -> str:
     return str(files.user_path(spec).absolute())
 
 
-def reader(spec: str, reading: Reading | None = None) -> Callable[[Portion], Iterator[Item]]:
+def reader(spec: str, reading: Reading | Mapping[str, Any] | None = None) -> Callable[[Portion], Iterator[Item]]:
     """A function that reads portions of the source that another process has opened as `open_source(spec, reading)`. Nothing is opened
-    before it is asked for; `reading` counts for parts whose names are not known alone, for which it names no files.
+    before it is asked for. `reading`, or its fields in plain values, counts for parts whose names are not known alone; for these it names
+    no files, and for others its files need not be on this machine, if it is given in plain values.
 
     The function raises UserError where this machine does not see the source.
     """
@@ -104,7 +111,7 @@ def reader(spec: str, reading: Reading | None = None) -> Callable[[Portion], Ite
 class _Reader:
     """What a process keeps open of a source while it reads portions."""
 
-    def __init__(self, spec: str, reading: Reading | None) -> None:
+    def __init__(self, spec: str, reading: Reading | Mapping[str, Any] | None) -> None:
         self.spec, self.reading = spec, reading
         self.passing: _Passing | None = None
 
@@ -142,7 +149,11 @@ class _Reader:
     @functools.cached_property
     def source(self) -> Source:
         _require_seen(self.spec)
-        return open_source(self.spec, self.reading)
+        given = self.reading
+        if isinstance(given, Mapping):
+            fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+            given = Reading(**fields)
+        return open_source(self.spec, given)
 
     def _passed(self, part: Part) -> Iterator[tuple[str, Data]]:
         """The pictures of a portion of a compressed archive. Each portion behind the last goes on where that one ended: else all that lies

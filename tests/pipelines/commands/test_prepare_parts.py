@@ -7,6 +7,9 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,12 +83,12 @@ def test_one_process_makes_several_parts(one: Shards) -> None:
 
 
 def backwards(most: int, make: Callable[[Plain], Any], settings: Plain, parts: Sequence[Plain]) -> Iterator[tuple[Plain, Plain]]:
-    """Two makers by turns in this process, the last part first; ends like a killed driver behind `most` parts."""
-    makers = [make(json.loads(json.dumps(settings)) | {"threads": 1}) for _ in range(2)]
+    """Makers by turns in this process, the last part first; ends like a killed driver behind `most` parts."""
+    makers = [make(json.loads(json.dumps(settings)) | {"threads": 1}) for _ in range(1 if "s3" in settings["out"] else 2)]
     for i, part in enumerate(reversed(parts)):
         if i == most:
             raise KeyboardInterrupt
-        yield part, json.loads(json.dumps(makers[i % 2](json.loads(json.dumps(part)))))
+        yield part, json.loads(json.dumps(makers[i % len(makers)](json.loads(json.dumps(part)))))
 
 
 @pytest.mark.parametrize("place", ["{}/out", "s3://photos/{}"])
@@ -121,6 +124,7 @@ def dying(environment: dict[str, str], grave: str, make: Callable[[Plain], Any],
     return works
 
 
+@pytest.mark.cluster
 def test_two_processes_of_ray_make_the_bytes_of_one_though_one_is_killed(
     shared_ray: None, s3: Proxy, pictures: Path, one: Shards, tmp_path: Path
 ) -> None:
@@ -131,3 +135,22 @@ def test_two_processes_of_ray_make_the_bytes_of_one_though_one_is_killed(
 
     assert by(on_ray, pictures, "s3://photos/ray") == one[0]
     assert lies_at("s3://photos/ray") == one[1] and (tmp_path / "grave").exists()
+
+
+@pytest.mark.cluster
+def test_a_command_that_was_killed_goes_on_with_the_parts_that_are_left(pictures: Path, one: Shards, tmp_path: Path) -> None:
+    """SIGKILL for the command, with two processes of a Ray of its own, behind its first part; then the same command again."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pipelines.cli", "prepare", "--source", str(pictures), "--out", str(out), "--shard-mib", "1"]
+    killed = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        ended = time.monotonic() + 120
+        while not list(out.glob(".writing-part-*.parquet")):
+            assert killed.poll() is None and time.monotonic() < ended
+            time.sleep(0.02)
+    finally:
+        killed.kill()
+        killed.wait()
+    assert not (out / "manifest.json").exists()
+    again = subprocess.run([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True, check=True, timeout=120)
+    assert "going on with" in again.stderr and lies_at(out) == one[1]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.parts.plan import plan
 from simclr.data.feature_parts import FeatureParts, open_features
+from simclr.data.options import Options
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address
+from simclr.data.sources import prepared
+from simclr.data.sources.portions import Portion
+from simclr.data.sources.reading import Reading
+from tests.support.bucket import Bucket, store_of
 from tests.support.command import Run
 from tests.support.paths import ROOT
 from tests.support.processes import alive, children
@@ -94,6 +101,22 @@ def test_the_same_command_goes_on_and_another_one_is_refused(simclr: Run, publis
     assert code == 0 or "is not empty" in err
     code, _, err = simclr("embed", published, "photos", "--out", "s3://photos/x.npz")
     assert code == 2 and "in S3 features are parts below a prefix" in err
+
+
+def test_the_driver_keeps_a_few_bytes_of_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So its memory is as good as the same at ten times the pictures."""
+    sizes = {}
+    for count in (1_000, 10_000):
+        keys = {f"photos/n{i // 1300:08}/n{i // 1300:08}_{i:09}.JPEG": (110_000, f'"{i:032x}"') for i in range(count)}
+        store = store_of(Bucket(keys, page=1000))
+        monkeypatch.setattr("simclr.data.s3.store.Store", lambda store=store, **_: store)
+        monkeypatch.setattr(prepared, "manifest_of", lambda spec: None)
+        tracemalloc.start()
+        planned = plan(["s3://pretended/photos"], Reading(), Options())
+        sizes[count] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert planned.total == count and sum(len(Portion.from_dict(p["portion"]).names) for p in planned.parts) == count
+    assert sizes[10_000] - sizes[1_000] < 9_000 * 40
 
 
 # ── On Ray's actors, with everything killed ────────────────────────────────────────────────────────────────────────

@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipelines.commands import prepare
 from pipelines.html.data import data_table
+from pipelines.parts.run import Where
 from simclr.config import Config, Train, Views
 from simclr.data.loader import batches, in_order, labels
 from simclr.data.manifest import read_manifest
@@ -263,6 +264,7 @@ def test_flags_that_would_change_nothing_about_a_file_are_refused(tmp_path: Path
         "--labels, --split-from": prepare.Args(path, reading=Reading(labels="folder", split_from="0.1")),
         "--kind, --max-side-px": prepare.Args(path, options=Options(max_side_px=64, kind="raw")),
         "--identity": prepare.Args(path, identity="content"),
+        "--workers": prepare.Args(path, where=Where(workers=2)),
     }
     for flags, args in odd.items():
         for call in (prepare.dry_run, prepare.prepare):

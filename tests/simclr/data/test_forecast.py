@@ -85,7 +85,7 @@ def test_time_is_said_in_its_unit(seconds_each: float, threads: int, said: str) 
 
 def test_a_range_of_deep_pixels_is_said() -> None:
     found = forecast(source_of_files(FILES), Options(), 1)
-    choice = Choice("jpeg", 256, {"integers": (0.0, 4095.0)}, "")
+    choice = Choice("jpeg", 256, {"integers": (0.0, 4095.0)}, "", (), 1000.0, 0)
     assert "  integers of more than 8 bits: 0 becomes black, 4095 white, in all pictures" in dataclasses.replace(
         found, choice=choice
     ).lines(6)

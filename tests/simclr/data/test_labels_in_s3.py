@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 from simclr.data import loader
+from simclr.data.ffcv.reader import HEAD_BYTES
 from simclr.data.manifest import read_manifest
 from simclr.data.s3 import remote, tables
 from simclr.data.s3.answers import Damaged
-from simclr.data.s3.store import Store
+from simclr.data.s3.store import Progress, Store
 from simclr.data.s3.uri import Address
 from tests.simclr.data.test_remote import quick, silent
 from tests.support.s3 import Proxy
@@ -39,14 +41,26 @@ def test_labels_are_those_of_the_shards_and_no_picture_is_fetched(s3: Proxy, whi
     assert 0 < fetched_bytes(s3) <= 2 * (len(manifest.shards) * 4096 + samples * (tables.SAMPLE_BYTES + 24))
 
 
+class Noisy(Store):
+    """The second time that the rows of samples come, a label of 4 has become a 5: nothing in the tables contradicts that."""
+
+    times = 0
+
+    def fetch_part(self, place: Address, etag: str, begin: int, end: int, file: int, progress: Progress) -> None:
+        super().fetch_part(place, etag, begin, end, file, progress)
+        self.times += begin == 0
+        if begin == 0 and self.times == 2:
+            labels = np.frombuffer(os.pread(file, end, 0)[HEAD_BYTES:], np.int64)[2::3]  # of rows of 24 bytes
+            os.pwrite(file, b"\5", HEAD_BYTES + 24 * int(np.flatnonzero(labels == 4)[0]) + 16)
+
+
 def test_bytes_that_change_on_their_way_are_fetched_again(s3: Proxy, patterns: Path) -> None:
-    remote.push(patterns, PLACE, silent, store := quick())
+    store = Noisy(pause_s=0)
+    remote.push(patterns, PLACE, silent, store)
     manifest, expected = read_manifest(patterns), loader.labels(patterns)
-    s3.quiet()
-    s3.rate, s3.kinds = 0.3, ("flipped",)
-    for _ in range(8):
-        assert np.array_equal(tables.labels(PLACE, manifest, "train", store), expected)
-    assert s3.faults["flipped"] >= 3
+    assert np.array_equal(tables.labels(PLACE, manifest, "train", store), expected) and store.times == 4
+    s3.rate, s3.kinds = 0.3, ("flipped", "reset in body", "truncated")
+    assert np.array_equal(tables.labels(PLACE, manifest, "train", quick()), expected)
 
 
 def test_tables_that_contradict_the_manifest_are_a_sentence(s3: Proxy, patterns: Path, tmp_path: Path) -> None:

@@ -185,3 +185,9 @@ def test_names_and_sizes_alike_but_other_times(tmp_path: Path) -> None:
     (tmp_path / "a/1.jpg").write_bytes(b"other.p")
     after = folder_tree(tmp_path, walk(tmp_path))
     assert before.identity == after.identity and before.times != after.times
+
+
+@pytest.mark.parametrize("names", [["1.jpg", "2.jpg"], ["train/1.jpg", "train/2.jpg", "test/cat/3.jpg"]])
+def test_pictures_that_lie_in_no_folder_have_no_class_of_their_parent(tmp_path: Path, names: list[str]) -> None:
+    found, said, _ = read(made(tmp_path, names), labels="parent")
+    assert found["train"] == {None: 2} and "none: no folder tells training pictures apart" in said

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from simclr.data.s3.listing import Disordered
+from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address
 from simclr.data.sources import layout, names
 from simclr.data.sources.folder import folder_tree, walk
@@ -22,16 +23,11 @@ from simclr.data.sources.reading import Reading
 from simclr.data.sources.s3 import s3_prefix
 from simclr.errors import UserError
 from tests.support.bucket import Bucket, store_of
+from tests.support.s3 import Proxy
 
 PLACE = Address("photos", "pets")
 # S3 sorts whole keys, where - and . stand before /; a source sorts by the parts of a path.
 FOLDERS = ("a", "a-1", "a.b", "a/b", "ab", "train/cat", "train/cat-2", "train/dog", "val/é", "日本")
-
-
-@pytest.fixture(autouse=True)
-def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "of-the-tests")
 
 
 def keys(each: int = 37) -> dict[str, tuple[int, str]]:
@@ -91,6 +87,25 @@ def test_a_prefix_listed_side_by_side_is_the_one_listed_page_by_page(run: int, o
     assert len(starts) >= len(FOLDERS) or not obeys_start  # more ranges than threads
     alone = s3_prefix(PLACE, store_of(Bucket(given, page=1000)))
     assert (alone.identity, named(alone)) == (tree.identity, expected)
+
+
+def test_ranges_give_each_object_once() -> None:
+    store = store_of(Bucket(keys()))
+    found = [listed.name for listed in store.listed_side_by_side(PLACE, 10**6)]
+    assert sorted(found) == [listed.name for listed in store.listing(PLACE)] and len(found) > 370
+
+
+def test_ranges_of_a_real_endpoint_give_each_object_once(s3: Proxy) -> None:
+    """moto's server, asked for pages of seven keys."""
+    store, place = Store(threads=4, pause_s=0), Address("photos", "ranges")
+    listed = [f"{folder}/{i}.jpg" for folder in FOLDERS[:8] for i in range(6)]
+    for name in (*listed, "", "a/"):
+        store.client.put_object(Bucket="photos", Key=f"ranges/{name}", Body=b"x")
+    whole = store.client.list_objects_v2
+    store.client.list_objects_v2 = lambda **asked: whole(MaxKeys=7, **asked)
+    s3.log.clear()
+    assert sorted(found.name for found in store.listed_side_by_side(place, 10**6)) == sorted(listed)
+    assert len([path for _, path, _ in s3.log if "start-after" in path]) >= 8
 
 
 def test_a_short_listing_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:

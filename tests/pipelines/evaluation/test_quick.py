@@ -1,0 +1,70 @@
+"""The quick table: one decode for all its encoders, and the numbers that each would have alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import simclr
+from pipelines.evaluation import quick
+from pipelines.evaluation.inputs import held_back
+from simclr.data import loader
+from simclr.data.manifest import read_manifest
+from simclr.encoder.directory import config_of, read_text
+from simclr.evaluation.features import Features, embed, pixels
+from simclr.evaluation.knn import knn
+from simclr.evaluation.linear import linear_probe
+from simclr.methods.simclr import build_model
+
+
+def test_each_split_is_decoded_once_and_each_encoder_has_its_own_scores(
+    patterns: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[str] = Counter()
+    in_order = loader.in_order
+
+    def counted(data: Path, split: str, *others: Any, **named: Any) -> Any:
+        read[split] += 1
+        return in_order(data, split, *others, **named)
+
+    monkeypatch.setattr(loader, "in_order", counted)
+    rows = quick.run(published, patterns, quick.Settings(device="cpu"))
+    assert read == {"train": 1, "test": 1}
+    encoder, config = simclr.load_encoder(published), config_of(read_text(published))
+    encoders = {"raw pixels": pixels, "untrained encoder": build_model(config).encoder.eval(), "trained encoder": encoder.encoder}
+    assert [row["name"] for row in rows] == list(encoders)
+    for row, (name, module) in zip(rows, encoders.items(), strict=True):
+        train, test = (embed(module, in_order(patterns, s, encoder.preprocessing, 256), encoder.preprocessing) for s in ("train", "test"))
+        voted = knn(train.h, train.y, test.h, test.y, config.watch.k, config.watch.temperature)["top1"]
+        probed = linear_probe(train.h, train.y, test.h, test.y)["top1"]
+        assert (row["knn_top1"], row["probe_top1"]) == (pytest.approx(voted, abs=1 / 60), pytest.approx(probed, abs=1 / 60)), name
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_features_of_several_encoders_in_one_pass_are_bitwise_those_of_each(patterns: Path, published: Path, threads: int) -> None:
+    from simclr.evaluation.features import embed_each
+
+    encoder = simclr.load_encoder(published)
+    seen, count = encoder.preprocessing, read_manifest(patterns).examples("train")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    raw, own = embed_each([pixels, encoder.encoder], loader.in_order(patterns, "train", seen, 100), count, seen)
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    for module, found in ((pixels, raw), (encoder.encoder, own)):
+        alone = embed(module, loader.in_order(patterns, "train", seen, 100), seen)
+        assert torch.equal(found.h, alone.h) and torch.equal(found.y, alone.y) and torch.equal(found.ids, alone.ids)
+        assert not found.h.requires_grad
+
+
+def test_the_rest_of_a_held_back_tenth_moves_up_in_place() -> None:
+    h = torch.randn(9000, 3)
+    train = Features(h.clone(), torch.arange(9000), torch.arange(9000))
+    rest, test = held_back(train)
+    assert len(test.y) == 900 and len(rest.y) == 8100 and rest.h.data_ptr() == train.h.data_ptr()
+    assert sorted([*rest.y.tolist(), *test.y.tolist()]) == list(range(9000))
+    assert torch.equal(rest.h, h[rest.y]) and torch.equal(test.h, h[test.y]) and torch.equal(rest.ids, rest.y)

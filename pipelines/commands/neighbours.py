@@ -186,7 +186,7 @@ def _page(features: Features, queries: list[_Query], found: Found) -> str:
         others = []
         for row, cosine in zip(found.index[i].tolist(), found.similarity[i].tolist(), strict=True):
             other = columns["label"][row]
-            notes = (f"cosine {cosine:.3f}", *([other] if other is not None else []))
+            notes = (f"cosine {cosine:.4f}", *([other] if other is not None else []))
             odd = None not in (label, other) and label != other
             others.append(Tile(name=features.called(row), picture=small.get(row), notes=notes, odd=odd))
         own = query.picture if query.row is None else small.get(query.row)
@@ -197,7 +197,7 @@ def _page(features: Features, queries: list[_Query], found: Found) -> str:
     if len(shown) < len(queries):
         rest += f" The first {len(shown):,} queries are shown."
     note = (
-        "<p>Left: the query. Right: the rows nearest to it. The number is the cosine of the two features, 1 for the same direction. "
+        "<p>First the query, then the rows nearest to it. The number is the cosine of the two features, 1 for the same direction. "
         "A label in another colour is another than the query's.</p>"
     )
     facts = {"features": features.place, "source": features.about.source, "encoder": f"sha256 {features.about.encoder[:12]}…"}

@@ -104,7 +104,7 @@ def near_duplicates(features: Features, above: float, device: torch.device) -> C
         lead=f"{len(repeats):,} near duplicates",
         rest=rest,
         heading="Groups",
-        note="<p>Left: the picture of a group that stays in the list, the largest one or, of equal ones, the first. Right: the others, "
+        note="<p>First the picture of a group that stays in the list, the largest one or, of equal ones, the first; then the others, "
         "most alike first, with the cosine of their feature and that of the one that stays. What pairs of near duplicates connect is one "
         "group, so a cosine may lie below the limit.</p>",
         columns=("group", "repeats", "repeats_id", "cosine", "reason"),
@@ -191,7 +191,7 @@ def outliers(features: Features, count: int, k: int, device: torch.device) -> Cu
         rest=f"of {len(features):,} pictures: their mean cosine distance to the {k} nearest others is {least:.3f} or more; "
         f"the median of all is {middle:.3f}." + (f" The first {len(shown):,} are shown." if len(shown) < count else ""),
         heading="Outliers",
-        note="<p>Left: the outlier, the farthest first, with its mean distance (1 − cosine). Right: the picture that is nearest to it.</p>",
+        note="<p>The outliers, the farthest first, with the mean distance (1 − cosine); beside each the picture that is nearest to it.</p>",
         columns=("distance", "nearest", "nearest_id", "cosine", "reason"),
         reasons=reasons,
         shown=sorted({*shown, *found.nearest[shown].tolist()}),
@@ -202,7 +202,7 @@ def outliers(features: Features, count: int, k: int, device: torch.device) -> Cu
 def _beside(features: Features, row: int, pictures: Pictures, cosine: float, label: str | None) -> Tile:
     """A picture beside another one of this `label`."""
     own = features.columns["label"][row]
-    notes = (f"cosine {cosine:.3f}", _size(features, row), *([own] if own is not None else []))
+    notes = (f"cosine {cosine:.4f}", _size(features, row), *([own] if own is not None else []))
     return Tile(name=features.called(row), picture=pictures.get(row), notes=notes, odd=None not in (own, label) and own != label)
 
 

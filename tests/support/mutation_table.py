@@ -7,12 +7,14 @@ from tests.support.mutation_table_attack import ATTACK
 from tests.support.mutation_table_data import DATA
 from tests.support.mutation_table_resume import RESUME
 from tests.support.mutation_table_tracking import TRACKING
+from tests.support.mutation_table_uses import USES
 
 MUTATIONS = (
     *DATA,
     *ATTACK,
     *TRACKING,
     *RESUME,
+    *USES,
     # ── simclr: loss, optimizer, statistics ────────────────────────────────────────────────────────────────────────
     Mutation(
         "positive-not-in-denominator",
@@ -302,8 +304,8 @@ MUTATIONS = (
     Mutation(
         "given-weights-not-in-the-runs-name",
         "pipelines/runs/directory.py",
-        'given = [start["sha256"]] if start else []',
-        "given = list[str]()",
+        '*([start["sha256"]] if start else [])',
+        "*list[str]()",
         "tests/pipelines/train/test_warm_start.py::test_the_directory_tells_starts_apart",
     ),
     Mutation(

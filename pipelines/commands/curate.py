@@ -62,15 +62,16 @@ def main(args: Args) -> None:
     from pipelines.evaluation import curated
     from pipelines.evaluation.bank import Features
 
+    out = args.out or Path("near-duplicates" if args.near_duplicates is not None else "diverse" if args.diverse is not None else "outliers")
+    files.require_writable(out)
     features = Features(args.features, args.split)
     if args.near_duplicates is not None:
-        out, found = args.out or Path("near-duplicates"), curated.near_duplicates(features, args.near_duplicates, device)
+        found = curated.near_duplicates(features, args.near_duplicates, device)
     elif args.diverse is not None:
-        out, found = args.out or Path("diverse"), curated.diverse(features, args.diverse, args.seed, device)
+        found = curated.diverse(features, args.diverse, args.seed, device)
     else:
         assert args.outliers is not None
-        out, found = args.out or Path("outliers"), curated.outliers(features, args.outliers, args.k, device)
-    files.require_writable(out)
+        found = curated.outliers(features, args.outliers, args.k, device)
     features.tell_zeros()
     curated.write(out, features, found)
     show(f"{out}: {found.told}")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.parts import plan
+from pipelines.terminal import say
 from simclr.data import encode
 from simclr.data.depth import Rule
 from simclr.data.options import Options
@@ -36,7 +37,13 @@ def thumbnails(source: str, wanted: Sequence[tuple[int, str, str]]) -> dict[int,
     path) of rows. Pictures that are not there any more, that cannot be read, or that lie in archives within archives, are left out."""
     rule = Options().rule({})
     found: dict[int, NDArray[np.uint8]] = {}
-    for word in shlex.split(source):
+    try:
+        words = shlex.split(source)
+    except ValueError:  # features may come from others
+        return {}
+    if words and wanted:
+        say(f"pictures for the page are read from {source}, which the features name")
+    for word in words:
         open_still = {i: row for i, row in enumerate(wanted) if i not in found}
         with contextlib.suppress(UserError, OSError):  # the source has gone, or others may not read it
             for i, data in _files(word, open_still):
@@ -78,7 +85,8 @@ def _files(word: str, wanted: dict[int, tuple[int, str, str]]) -> Iterator[tuple
             if _below(path) and (local / path).is_file():
                 yield i, local / path
                 del apart[i]
-        if apart:
+        # A folder without archives is not walked: the features, which may come from others, may name any.
+        if apart and any(is_archive(inside.name) or inside.suffix == ".parquet" for inside in local.iterdir()):
             yield from _members(word, apart)
     elif at is None and any(path == word for _, _, path in wanted.values()):
         yield from ((i, local) for i, (_, _, path) in wanted.items() if path == word)

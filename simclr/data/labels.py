@@ -89,11 +89,17 @@ def _listed(path: Path, kind: str, images: int, names: Sequence[str] | None) -> 
     if not lines:
         raise UserError(f"{path} lists no image; expected one file name or sample id a line")
     ends = _ends(names, {len(PurePosixPath(line).parts) for _, line in lines if not line.isdigit()}) if names else {}
+    numbers = {name: sample for sample, name in enumerate(names or ()) if name.isdigit()}  # names that look like ids
     found: dict[int, tuple[int, str]] = {}
     for number, line in lines:
         where = f"{path}, line {number}"
-        if line.isdigit() and line not in ends:
+        if line.isdigit():
             sample = int(line)
+            if numbers.get(line, sample) != sample:
+                raise UserError(
+                    f"{where}: {line} is a sample id, and the name of image {numbers[line]}; give sample ids alone, and prepare the "
+                    "images under other names where names are wanted"
+                )
             if sample >= images:
                 raise UserError(f"{where}: there is no sample {sample}; the training split has {images:,} images")
         elif names is None:

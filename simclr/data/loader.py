@@ -100,7 +100,8 @@ def batches(
     assert all(crop.views.resize == config.views.resize for crop in crops), "one decode resizes all its crops alike"
     read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), KINDS.index(config.views.resize))
     at_once = max(_LOOKED_UP // n, 1)  # steps
-    order_of, order = -1, keyed.order(0, 0, 0, "sort")
+    order_of = -1
+    order: Callable[[NDArray[np.int64]], NDArray[np.int64]] = np.empty(0, np.int64).__getitem__
     found_of, found = (-1, -1), split.shards.find(np.empty(0, np.int64))
 
     def batch(step: int) -> Batch:

@@ -87,9 +87,8 @@ def matrix(n: int, d: int) -> Tensor:
 
 def placed(h: Tensor, device: torch.device) -> Rows:
     """The rows of h on `device`; a GPU without room for them gets block after block."""
-    if device.type == "cuda" and h.numel() * 4 <= torch.cuda.mem_get_info(device)[0] // 2:
-        return Rows(h.to(device))
-    return Rows(h, None, device)
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
+    return Rows(h.to(device)) if h.numel() * 4 <= room else Rows(h, None, device)
 
 
 def rows_of(h: Tensor | Rows) -> Rows:

@@ -52,12 +52,12 @@ def search(
         parts = [_best(some @ block.T, min(keep, len(block)), first) for some in queries.split(_QUERIES)]
         similarity = torch.cat([similarity, torch.cat([values for values, _ in parts])], 1)
         index = torch.cat([index, torch.cat([rows for _, rows in parts])], 1)
+        order = index.argsort(1)
+        index, similarity = index.gather(1, order), similarity.gather(1, order)
         if similarity.shape[1] > keep:
-            similarity, kept = similarity.topk(keep, dim=1)
-            index = index.gather(1, kept)
+            kept = similarity.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(1).values
+            index, similarity = index.gather(1, kept), similarity.gather(1, kept)
         progress(first + len(block))
-    order = index.argsort(1)
-    index, similarity = index.gather(1, order), similarity.gather(1, order)
     if own is not None:
         similarity = similarity.masked_fill(index == torch.from_numpy(own).to(device)[:, None], -torch.inf)
     order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
@@ -65,5 +65,11 @@ def search(
 
 
 def _best(cosines: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row; of equal ones the earlier. `topk` alone takes any of those that equal the smallest that it takes."""
     values, rows = cosines.topk(k, dim=1)
+    least = values[:, -1:]
+    tied = torch.nonzero((cosines == least).sum(1) > (values == least).sum(1))[:, 0]
+    if len(tied):
+        rows[tied] = cosines[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+        values[tied] = cosines[tied].gather(1, rows[tied])
     return values, rows + first

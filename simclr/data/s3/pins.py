@@ -7,6 +7,7 @@ however that ends, and it is seen from every container that shares the disk.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import secrets
@@ -106,7 +107,7 @@ def place_of(copy: Path) -> str:
 def pins(copy: Path) -> list[Pin]:
     """The processes that use `copy`. What dead ones left is removed. Inside `all_locked`."""
     found = []
-    for path in sorted(copy.parent.glob(f".{copy.name}.pin-*")):
+    for path in sorted(copy.parent.glob(f".{glob.escape(copy.name)}.pin-*")):
         if path.suffix == ".json":
             continue
         try:

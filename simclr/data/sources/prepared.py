@@ -37,7 +37,7 @@ def manifest_of(spec: str) -> Manifest | None:
 def portions(spec: str, manifest: Manifest, images: int) -> Iterator[Portion]:
     """At most `images` of a shard in each portion; of shards in S3 a whole one, since a portion's reader fetches it."""
     number, first = 0, 0
-    for split, shards in manifest.splits.items():
+    for split, shards in sorted(manifest.splits.items(), key=lambda of: of[0] != "train"):  # so a train image's id is its sample id
         within = 0
         for shard in shards:
             each = shard.samples if address(spec) is not None else images

@@ -147,6 +147,7 @@ def test_pictures_of_any_source_are_found_again(made: Path, tmp_path: Path, phot
         assert list(found) == [0] and np.abs(found[0] - pixels).max() < 8, source
     raw = thumbnails(str(patterns), [(0, "train", "train/0"), (240, "test", "test/0"), (1, "train", "train/7")])
     assert sorted(raw) == [0, 1] and raw[0].shape == raw[1].shape == (32, 32, 3) and not np.array_equal(raw[0], raw[1])
+    assert thumbnails("it's", [(0, "train", "a.jpg")]) == {}  # damaged, or another's
     assert thumbnails("torchvision:CIFAR10 /nowhere", [(0, "train", "a.jpg")]) == {}  # nothing is downloaded for a page
     assert (
         thumbnails(str(made / "photos/dog"), [(0, "train", "../cat/003.jpg"), (0, "train", str(one))]) == {}

@@ -68,12 +68,21 @@ def test_a_label_file_is_read_back_by_id_and_by_name(tmp_path: Path) -> None:
         ("same.JPEG\n", ["a/same.JPEG", "b/same.JPEG", "c", "d", "e"], "more than one image has the name"),
         ("1\n# again\n1\n", None, "line 3: '1' is listed already, in line 1"),
         ("3\n", None, "has no label; leave it out"),
+        ("2\n", ["7", "6", "5", "4", "2"], r"line 1: 2 is a sample id, and the name of image 4; give sample ids alone"),
     ],
 )
 def test_invalid_label_files_are_refused(tmp_path: Path, text: str, names: list[str] | None, error: str) -> None:
     (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(UserError, match=error):
         labels.read(tmp_path / "labels.txt", np.array([0, 0, 1, -1, 2]), names)
+
+
+def test_what_a_number_means_does_not_depend_on_the_rest_of_a_list(tmp_path: Path) -> None:
+    """Rows of tables are called by their numbers, so that the end of a name may be one."""
+    names = ["rows/4", "rows/3", "a.jpg", "rows/1", "rows/0"]
+    for text, ids in (("1\n", [1]), ("1\na.jpg\n", [1, 2]), ("rows/1\n", [3])):
+        (tmp_path / "list.txt").write_text(text)
+        assert labels.read_subset(tmp_path / "list.txt", 5, names).tolist() == ids
 
 
 def test_a_subset_has_the_order_of_the_whole_set() -> None:

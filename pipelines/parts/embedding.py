@@ -34,7 +34,7 @@ def make(settings: Plain) -> Work:
     rule = Options(**_tuples(settings["options"])).rule(_tuples(settings["ranges"]))
     about = About(**settings["about"])
     scratch = tempfile.TemporaryDirectory(prefix="simclr-embed-")
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=_single)
     readers: dict[int, Callable[..., Any]] = {}
     out = Place(settings["out"])
 
@@ -88,6 +88,14 @@ def make(settings: Plain) -> Work:
         }
 
     return work
+
+
+def _single() -> None:
+    """Let this thread compute alone: each of several threads would else have all cores for its pictures."""
+    import torch
+
+    torch.get_num_threads()  # else torch's own choice comes later, and counts
+    torch.set_num_threads(1)
 
 
 def _tuples(values: Plain) -> Plain:

@@ -16,7 +16,8 @@ from tests.support.command import Run
 from tests.support.ranks import Ranks
 from tests.support.s3 import KEY_ID, SECRET, Proxy, serve
 
-_WITH_RAY = {"test_bugs", "test_cli", "test_demo", "test_distill", "test_own_ray", "test_page", "test_storage", "test_sweep"}
+_WITH_RAY = {"test_bugs", "test_cli", "test_demo", "test_distill", "test_own_ray", "test_page", "test_quick", "test_run", "test_storage"}
+_WITH_RAY |= {"test_sweep"}
 _WORST: dict[tuple[str, str], tuple[float, float]] = {}
 Within = Callable[[str, float, float], None]
 """within(what, deviation, bound) fails where the deviation is larger; the largest of each test are listed at the end."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from pipelines.evaluation import protocols, quick
 from pipelines.evaluation.inputs import default_out, device_of, opened, resolve
+from pipelines.parts.run import Where
 from pipelines.runs import sync
 from pipelines.terminal import show
+from simclr.data.s3.uri import address
 from simclr.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Args:
     """Images of each split, at most; every run takes the same ones. Default: all."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    where: Annotated[Where, tyro.conf.arg(name="")] = field(default_factory=Where)
     protocol: tuple[protocols.Protocol, ...] = ()
     """knn: weighted votes. probe: the quick table's. lbfgs: the transfer protocol's 45 penalties, chosen on a fifth of every class,
     then fitted again (arXiv:2002.05709, App. B.8). sgd: linear evaluation on random crops and flips (App. B.6). Default: the
@@ -92,6 +92,8 @@ def main(args: Args) -> None:
         raise UserError("expected --tuning-steps of at least 1, --rates above 0 and --decays of 0 or more")
     if not args.suite and (args.root or args.only or args.download or args.fine_tune):
         raise UserError("--root, --only, --fine-tune and --download belong to --suite transfer; add that, or leave them out")
+    if not args.where.here and (args.suite or args.protocol or args.features):
+        raise UserError("--address and --workers are the quick table's; leave them out with --suite, --protocol and --features")
     if args.features:
         _features(args)
         return
@@ -176,9 +178,12 @@ def _protocol_settings(args: Args) -> protocols.Settings:
 def evaluate(args: Args) -> list[dict[str, Any]]:
     """The rows of the quick table (`quick.run`). In a run directory they are also written, with the report's pictures."""
     _check(args)
-    settings = quick.Settings(k=args.k, baselines=args.baselines, limit=args.limit, device=args.device, threads=_threads(args))
-    with opened(_encoder(args), args.tracking_uri) as directory:
-        return quick.run(directory, args.data, settings)
+    settings = quick.Settings(
+        k=args.k, baselines=args.baselines, limit=args.limit, device=args.device, threads=_threads(args), where=args.where
+    )
+    encoder = _encoder(args)
+    with opened(encoder, args.tracking_uri) as directory:
+        return quick.run(directory, args.data, settings, encoder if address(encoder) is not None else None)
 
 
 def _threads(args: Args) -> int:
@@ -187,9 +192,9 @@ def _threads(args: Args) -> int:
 
 def _check(args: Args) -> None:
     least = {"k": 1, "limit": 2, "epochs": 0.0, "temperature": 0.0, "batch_size": 2, "resamples": 100, "threads": 1}
-    for field, value in ((name, getattr(args, name)) for name in least):
-        strictly = isinstance(least[field], float)
-        if value is not None and (value < least[field] or (strictly and value == least[field])):
-            raise UserError(f"--{field.replace('_', '-')} is {value}; expected {'more than' if strictly else 'at least'} {least[field]:g}")
+    for name, value in ((name, getattr(args, name)) for name in least):
+        strictly = isinstance(least[name], float)
+        if value is not None and (value < least[name] or (strictly and value == least[name])):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected {'more than' if strictly else 'at least'} {least[name]:g}")
     if args.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device is {args.device!r}; expected auto, cpu or cuda")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.evaluation import spread
 from pipelines.evaluation.inputs import device_of, held_back, require_common_classes, resolve
+from pipelines.parts.run import Where
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import Bar, say
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import Manifest, read_manifest
+from simclr.data.s3.uri import address
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
     from simclr.views.preprocessing import Preprocessing
 
 
-_BATCH = 256
 RANKED = 2048  # features for RankMe's singular values
 
 
@@ -43,34 +45,41 @@ class Settings:
     """auto, cpu or cuda."""
     threads: int = 1
     """Threads that read and decode images."""
+    where: Where = field(default_factory=Where)
+    """Which processes embed the images; kNN and probes are this one's."""
 
 
-def run(encoder_or_run: Path, data_at: Path | None, settings: Settings) -> list[dict[str, Any]]:
+def run(encoder_or_run: Path, data_at: Path | None, settings: Settings, home: Path | None = None) -> list[dict[str, Any]]:
     """The score rows of the encoder (or run) in a directory, weakest method first: name, rankme, and, if there are labels,
-    knn_top1, probe_top1, …. In a run directory they are also written, with the report's pictures."""
+    knn_top1, probe_top1, …. In a run directory they are also written, with the report's pictures. `home`: its address, if the directory is
+    a copy, where other processes leave their features."""
     directory, config, data = resolve(encoder_or_run, data_at)
     manifest = read_manifest(data)
     require_common_classes(data, manifest)
     import simclr
-    from simclr.evaluation.features import pixels
-    from simclr.methods.simclr import build_model
 
-    device = device_of(settings.device)
+    device = device_of(settings.device) if settings.where.here else device_of("auto")
     published = simclr.load_encoder(directory)
-    encoders: dict[str, Any] = {}
-    if settings.baselines:
-        if manifest.classes:
-            encoders["raw pixels"] = _Pixels() if manifest.kind == "jpeg" else pixels
-        encoders["untrained encoder"] = build_model(config).encoder.eval().to(device)
-    encoders["trained encoder"] = published.encoder.to(device)
+    encoders = spread.encoders_of(published, config, manifest, settings.baselines, device)
     images = sum(_count(manifest, split, settings.limit) for split in manifest.splits)
     rows: list[dict[str, Any]] = []
     kept = None
     began = time.monotonic()
     with Bar("evaluate", images) as bar:
-        embedded = _features(
-            encoders, data, manifest, published.preprocessing, settings.limit, settings.limit, device, bar, settings.threads
-        )
+        if settings.where.here:
+            embedded = _features(
+                encoders, data, manifest, published.preprocessing, settings.limit, settings.limit, device, bar, settings.threads
+            )
+        else:
+            asked = {"limit": settings.limit, "baselines": settings.baselines, "device": settings.device}
+            origin = data_at or load_run(encoder_or_run).origin
+            there = str(origin) if address(origin) is not None else str(data.absolute())
+            counts: dict[str, int] = {
+                split: _count(manifest, split, settings.limit) for split in ("train", "test") if split in manifest.splits
+            }
+            at = sync.shown(home or encoder_or_run)
+            found = spread.features(directory, at, there, counts, asked, settings.where, bar.advance)
+            embedded = _paired(encoders, list(found.values()))
         for name in encoders:
             train, test = kept = embedded.pop(name)
             rows.append({"name": name, **_scores(train, test, config, settings.k, device)})
@@ -113,11 +122,16 @@ def _features(
     found = []
     for split, limit in (("train", most_train), ("test", most_test)):
         if split in manifest.splits:
-            batches = in_order(data, split, seen, _BATCH, limit, threads)
+            batches = in_order(data, split, seen, spread.BATCH, limit, threads)
             found.append(embed_each(list(encoders.values()), batches, _count(manifest, split, limit), seen, device, bar.advance))
+    return _paired(encoders, found)
+
+
+def _paired(names: Iterable[str], found: list[list[Features]]) -> dict[str, tuple[Features, Features]]:
+    """Name → (training, test) of the features of one or two splits under each encoder."""
     if len(found) == 1:
-        return {name: held_back(train) for name, train in zip(encoders, found[0], strict=True)}
-    return dict(zip(encoders, zip(*found, strict=True), strict=True))
+        return {name: held_back(train) for name, train in zip(names, found[0], strict=True)}
+    return dict(zip(names, zip(*found, strict=True), strict=True))
 
 
 def _scores(train: Features, test: Features, config: Config, k: int | None, device: torch.device) -> dict[str, float]:
@@ -184,15 +198,6 @@ def _share(train: Features, share: float) -> Features:
     order = torch.from_numpy(keyed.permutation(0, 2, len(train.y))).to(train.y.device)
     chosen = [found[: max(round(share * len(found)), 1)] for c in train.y.unique() for found in [order[train.y[order] == c]]]
     return train[torch.cat(chosen).sort().values]
-
-
-class _Pixels:
-    """Photographs as rows of 32 × 32 pixels: rows of 150,528 numbers would need a larger machine than training."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        import torch.nn.functional as F
-
-        return F.interpolate(x, (32, 32), mode="area").flatten(1)
 
 
 def scores_of(run: Path) -> list[dict[str, Any]]:

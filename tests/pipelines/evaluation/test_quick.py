@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 import simclr
-from pipelines.evaluation import quick
+from pipelines.evaluation import quick, spread
 from pipelines.evaluation.inputs import held_back
+from pipelines.parts.run import Where
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.encoder.directory import config_of, read_text
@@ -42,6 +44,40 @@ def test_each_split_is_decoded_once_and_each_encoder_has_its_own_scores(
         voted = knn(train.h, train.y, test.h, test.y, config.watch.k, config.watch.temperature)["top1"]
         probed = linear_probe(train.h, train.y, test.h, test.y)["top1"]
         assert (row["knn_top1"], row["probe_top1"]) == (pytest.approx(voted, abs=1 / 60), pytest.approx(probed, abs=1 / 60)), name
+
+
+def test_workers_give_the_table_of_one_process(patterns: Path, published: Path, tmp_path: Path, shared_ray: None) -> None:
+    directory = tmp_path / "encoder"
+    shutil.copytree(published, directory)
+    alone = quick.run(directory, patterns, quick.Settings(device="cpu", limit=50))
+    together = quick.run(directory, patterns, quick.Settings(device="cpu", limit=50, where=Where(workers=2)))
+    assert [row["name"] for row in together] == [row["name"] for row in alone]
+    for row, one in zip(together, alone, strict=True):
+        assert row == {key: value if key == "name" else pytest.approx(value, abs=1e-5) for key, value in one.items()}
+    assert {path.name for path in directory.iterdir()} == {path.name for path in published.iterdir()}
+
+
+def test_parts_of_a_split_are_its_images_in_order(patterns: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every picture is decoded once for all encoders, by whichever part has it."""
+    read: Counter[tuple[str, int, int]] = Counter()
+    in_order = loader.in_order
+
+    def counted(data: Path, split: str, seen: Any, batch: int, limit: Any, threads: int, rank: int = 0, world: int = 1) -> Any:
+        read[split, rank, world] += 1
+        return in_order(data, split, seen, batch, limit, threads, rank, world)
+
+    monkeypatch.setattr(loader, "in_order", counted)
+    monkeypatch.setattr(spread, "_IMAGES", 70)
+    asked = {"limit": None, "baselines": True, "device": "cpu"}
+    done: list[int] = []
+    found = spread.features(published, str(tmp_path), str(patterns), {"train": 240, "test": 60}, asked, Where(), done.append)
+    assert read == {("train", part, 3): 1 for part in range(3)} | {("test", 0, 1): 1} and sum(done) == 300
+    encoder = simclr.load_encoder(published)
+    for split, each in found.items():
+        whole = embed(encoder.encoder, in_order(patterns, split, encoder.preprocessing, 256), encoder.preprocessing)
+        assert len(each) == 3 and torch.equal(each[-1].y, whole.y) and torch.equal(each[-1].ids, whole.ids)
+        torch.testing.assert_close(each[-1].h, whole.h, rtol=1e-5, atol=1e-6)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -92,7 +92,7 @@ def test_evaluate_embed_and_pyfunc_see_the_same_pixels_of_photographs(
     within("pyfunc", apart(torch.cat([torch.from_numpy(served.predict(image)) for image in decoded]), h), 4e-3)
     for i, file in enumerate(files):
         (tmp_path / f"{i}.jpg").write_bytes(file)
-    embed.main(embed.Args(tmp_path / "encoder", tuple(tmp_path / f"{i}.jpg" for i in range(len(files))), tmp_path / "features.npz"))
+    embed.main(embed.Args(tmp_path / "encoder", tuple(str(tmp_path / f"{i}.jpg") for i in range(len(files))), tmp_path / "features.npz"))
     within("embed", apart(torch.from_numpy(np.load(tmp_path / "features.npz")["features"]), h), 4e-3)
 
 
@@ -104,7 +104,7 @@ def test_evaluate_embed_and_pyfunc_see_the_same_pixels_of_raw_shards(
     published(tmp_path / "encoder", size_px)
     h = evaluated(tmp_path / "encoder", prepared(tmp_path / "shards", images, "raw"), monkeypatch)
     np.save(tmp_path / "images.npy", np.stack(images))
-    embed.main(embed.Args(tmp_path / "encoder", (tmp_path / "images.npy",), tmp_path / "features.npz"))
+    embed.main(embed.Args(tmp_path / "encoder", (str(tmp_path / "images.npy"),), tmp_path / "features.npz"))
     # The images go through the encoder one by one and together, which changes the order of sums.
     within("embed", apart(torch.from_numpy(np.load(tmp_path / "features.npz")["features"]), h), 1e-5)
     within("pyfunc", apart(torch.from_numpy(EncoderModel(tmp_path / "encoder").predict(np.stack(images))), h), 1e-5)

@@ -78,7 +78,7 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings, home: Pa
                 split: _count(manifest, split, settings.limit) for split in ("train", "test") if split in manifest.splits
             }
             at = sync.shown(home or encoder_or_run)
-            found = spread.features(directory, at, there, counts, asked, settings.where, bar.advance)
+            found = spread.features(directory, at, there, manifest, counts, asked, settings.where, bar.advance)
             embedded = _paired(encoders, list(found.values()))
         for name in encoders:
             train, test = kept = embedded.pop(name)

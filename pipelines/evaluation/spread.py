@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import secrets
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -52,6 +54,7 @@ def features(
     directory: Path,
     home: str,
     data: str,
+    manifest: Manifest,
     counts: Mapping[str, int],
     asked: Plain,
     where: Where,
@@ -60,7 +63,7 @@ def features(
     """Split → features under each encoder, of `counts` images of each split, in sample order, on the host.
 
     The published encoder lies in `directory`, which every process gets; parts leave their features below `home`, the run's own address or
-    folder, for as long as this takes. `data` is the shards' address, which each node fetches for itself. `asked`: limit, baselines, device.
+    folder, for as long as this takes. `data` is the shards' address, which each node fetches for itself, and `manifest` theirs. `asked`: limit, baselines, device.
     Raises UserError where this machine does not see what the others write.
     """
     parts = [
@@ -70,7 +73,7 @@ def features(
         for part in range(of)
     ]
     with _below(home) as place:
-        settings = {**asked, "data": data, "out": str(place.at or place.path)}
+        settings = {**asked, "data": data, "shards": _shards(manifest), "out": str(place.at or place.path)}
         for _, told in run(make, settings, parts, where, asked["device"], carry=directory):
             progress(told["images"])
         there = place.names()
@@ -80,6 +83,11 @@ def features(
                 "evaluate a run at s3://bucket/prefix, or on a disk that all nodes see"
             )
         return {split: _joined(place, [part for part in parts if part["split"] == split], count) for split, count in counts.items()}
+
+
+def _shards(manifest: Manifest) -> str:
+    """A hash of the shards' content."""
+    return hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -143,6 +151,10 @@ def make(settings: Plain) -> Work:
 
     data = sync.shards(settings["data"])
     manifest, device = read_manifest(data), device_of(settings["device"])
+    if _shards(manifest) != settings["shards"]:
+        raise UserError(
+            f"{sync.shown(settings['data'])} on {socket.gethostname()} are other shards than the driver's; use s3:// or one disk"
+        )
     directory = Path(settings[CARRIED])
     published = simclr.load_encoder(directory)
     encoders = encoders_of(published, config_of(read_text(directory)), manifest, settings["baselines"], device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipelines.parts.run import Where
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.encoder.directory import config_of, read_text
+from simclr.errors import UserError
 from simclr.evaluation.features import Features, embed, pixels
 from simclr.evaluation.knn import knn
 from simclr.evaluation.linear import linear_probe
@@ -70,13 +72,17 @@ def test_parts_of_a_split_are_its_images_in_order(patterns: Path, published: Pat
     monkeypatch.setattr(spread, "_IMAGES", 70)
     asked = {"limit": None, "baselines": True, "device": "cpu"}
     done: list[int] = []
-    found = spread.features(published, str(tmp_path), str(patterns), {"train": 240, "test": 60}, asked, Where(), done.append)
+    manifest = read_manifest(patterns)
+    found = spread.features(published, str(tmp_path), str(patterns), manifest, {"train": 240, "test": 60}, asked, Where(), done.append)
     assert read == {("train", part, 3): 1 for part in range(3)} | {("test", 0, 1): 1} and sum(done) == 300
     encoder = simclr.load_encoder(published)
     for split, each in found.items():
         whole = embed(encoder.encoder, in_order(patterns, split, encoder.preprocessing, 256), encoder.preprocessing)
         assert len(each) == 3 and torch.equal(each[-1].y, whole.y) and torch.equal(each[-1].ids, whole.ids)
         torch.testing.assert_close(each[-1].h, whole.h, rtol=1e-5, atol=1e-6)
+    other = replace(manifest, splits=manifest.splits | {"test": ()})
+    with pytest.raises(UserError, match="are other shards than the driver's; use s3:// or one disk"):
+        spread.features(published, str(tmp_path), str(patterns), other, {"train": 240}, asked, Where(), done.append)
     assert list(tmp_path.iterdir()) == []
 
 

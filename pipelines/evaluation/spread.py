@@ -63,7 +63,8 @@ def features(
     """Split → features under each encoder, of `counts` images of each split, in sample order, on the host.
 
     The published encoder lies in `directory`, which every process gets; parts leave their features below `home`, the run's own address or
-    folder, for as long as this takes. `data` is the shards' address, which each node fetches for itself, and `manifest` theirs. `asked`: limit, baselines, device.
+    folder, for as long as this takes. `data` is the address of the shards of `manifest`, which each node fetches for itself. `asked`:
+    limit, baselines, device.
     Raises UserError where this machine does not see what the others write.
     """
     parts = [

@@ -125,9 +125,7 @@ def dying(environment: dict[str, str], grave: str, make: Callable[[Plain], Any],
 
 
 @pytest.mark.cluster
-def test_two_processes_of_ray_make_the_bytes_of_one_though_one_is_killed(
-    shared_ray: None, s3: Proxy, pictures: Path, one: Shards, tmp_path: Path
-) -> None:
+def test_two_processes_of_ray_make_the_bytes_of_one_though_one_is_killed(s3: Proxy, pictures: Path, one: Shards, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "SIMCLR_"))}
 
     def on_ray(make: Any, settings: Plain, parts: Sequence[Plain]) -> Iterator[tuple[Plain, Plain]]:

@@ -155,12 +155,12 @@ def test_two_thousand_objects_with_a_worker_and_then_the_driver_killed(s3: Proxy
     store = Store(threads=8)
     local = photos(tmp_path / "photos", 2000)
     paths = sorted(path for path in local.rglob("*.png"))
-    list(store.pool.map(lambda path: store.upload(path, Address("photos", f"bucket/{path.relative_to(local)}")), paths))
+    list(store.pool.map(lambda path: store.upload(path, Address("photos", f"two-thousand/photos/{path.relative_to(local)}")), paths))
 
     def parts() -> int:
-        return sum(o.name.startswith("part-") for o in store.listing(Address("photos", "features")))
+        return sum(o.name.startswith("part-") for o in store.listing(Address("photos", "two-thousand/features")))
 
-    words = ["embed", str(published), "s3://photos/bucket", "--out", "s3://photos/features", "--workers", "2"]
+    words = ["embed", str(published), "s3://photos/two-thousand/photos", "--out", "s3://photos/two-thousand/features", "--workers", "2"]
     log = tmp_path / "log"
     process = started(words, log)
     waited(process, log, lambda: parts() >= 3)
@@ -180,7 +180,7 @@ def test_two_thousand_objects_with_a_worker_and_then_the_driver_killed(s3: Proxy
     assert done < 32 == -(-2000 // 64)
     again = started(words, log)
     assert again.wait(300) == 0 and "parts are there" in log.read_text(), log.read_text()
-    found = rows(open_features("s3://photos/features"))
+    found = rows(open_features("s3://photos/two-thousand/features"))
     assert list(found) == list(range(2000))
     assert started(["embed", str(published), str(local), "--out", "here"], log).wait(300) == 0, log.read_text()
     assert same(found, rows(open_features(tmp_path / "here"))) < 1e-6

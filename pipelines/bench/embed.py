@@ -73,6 +73,8 @@ def _before(folder: Path) -> float:
 def _now(folder: Path, d: int, where: Where) -> float:
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    (out / embedding.PLAN).touch()
     planned = plan([str(folder / "many")], Reading(), Options())
     preprocessing = dataclasses.asdict(simclr.load_encoder(folder / "encoder").preprocessing)
     about = About(encoder="", preprocessing=preprocessing, source="", d=d)
@@ -84,6 +86,7 @@ def _now(folder: Path, d: int, where: Where) -> float:
         "out": str(out),
         "about": {name: getattr(about, name) for name in about.__slots__},
         "device": "cpu",
+        "plan": "",
         "precision": "float32",
         "batch_size": _BATCH,
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shlex
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +18,7 @@ import numpy as np
 import tyro
 
 from pipelines.evaluation.inputs import opened
+from pipelines.parts.embedding import PLAN
 from pipelines.parts.run import Plain, Where, run
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say, show
@@ -30,7 +33,7 @@ from simclr.errors import UserError
 if TYPE_CHECKING:
     from simclr.data.feature_parts import About
 
-_PLAN = "plan.json"
+_LOCK = ".embedding-lock"
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,13 @@ def main(args: Args) -> None:
     if address(args.out) is None:
         files.require_writable(args.out)
     place = Place(args.out.with_name(f".{args.out.name}.parts") if one_file else args.out)
-    with opened(args.encoder, args.tracking_uri) as directory:
-        about = _embed(args, directory, place, one_file)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(opened(args.encoder, args.tracking_uri))
+        if place.at is None:
+            stack.enter_context(_alone(place))
+        about, total = _embed(args, directory, place, one_file)
     failed = _failed(place)
-    count = _count(place)
+    count = _count(place, total - len(failed) if total is not None else None)
     if failed:
         first = f"{failed[0]['path']} ({failed[0]['reason']})"
         if count == 0:
@@ -94,11 +100,25 @@ def main(args: Args) -> None:
     show(f"{sync.shown(args.out)}: {count if count is not None else 'all'} × {about.d} features")
 
 
-def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> About:
-    """Do the parts that `place` does not have; for `one_file` it is a folder of our own."""
+@contextlib.contextmanager
+def _alone(place: Place) -> Iterator[None]:
+    """Keep another embed out of a folder."""
+    place.path.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(place.path / _LOCK, wait=False))
+        except BlockingIOError:
+            raise UserError(f"another embed is writing to {place}; wait for it, or use another --out") from None
+        stack.callback((place.path / _LOCK).unlink, missing_ok=True)
+        yield
+
+
+def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> tuple[About, int | None]:
+    """Do the parts that `place` does not have; for `one_file` it is a folder of our own. Returns what the features are, and the number of
+    images, if it is known."""
     from pipelines.parts import embedding
     from pipelines.parts.plan import plan
-    from simclr.data.feature_parts import PART, About
+    from simclr.data.feature_parts import FAILED, PART, About
     from simclr.encoder.directory import preprocessing_of, read_text, weights_digest, width_of
 
     text = read_text(directory)
@@ -127,21 +147,25 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> About:
     done = {name for name in there if PART.fullmatch(name)}
     differ = _different(place, json.loads(json.dumps(stated))) if done else []
     if differ and one_file:
-        shutil.rmtree(place.path)  # left by another command that did not end
-        done = set()
+        done = set()  # left by another command that did not end
     elif differ:
         words = {"images": "images (or they have changed since)"}
         raise UserError(
             f"{place} holds features with another {', another '.join(words.get(name, name) for name in differ)}; use another --out, or "
             "remove it"
         )
-    elif not done and (left := sorted(name for name in there if name != _PLAN and not name.startswith((".", "failed-")))):
+    elif not done and (left := sorted(name for name in there if name != PLAN and not name.startswith((".", "failed-")))):
         raise UserError(f"{place} is not empty and has no features (it holds {', '.join(left[:3])}); use another --out")
+    if not done:
+        for name in there:
+            if PART.fullmatch(name) or FAILED.fullmatch(name):
+                place.remove(name)
     parts = [part for part in planned.parts if f"part-{part['number']:05d}.parquet" not in done]
     if not parts:
         say(f"{place} holds these features already; nothing to do")
-        return about
-    place.write(_PLAN, json.dumps(stated).encode())
+        return about, planned.total
+    told_plan = json.dumps(stated)
+    place.write(PLAN, told_plan.encode())
     if len(parts) < len(planned.parts):
         say(f"going on with {place}: {len(planned.parts) - len(parts):,} of {len(planned.parts):,} parts are there")
     settings: Plain = {
@@ -150,6 +174,7 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> About:
         "options": {"value_range": options.value_range, "bands": options.bands, "max_pixels": options.max_pixels},
         "ranges": planned.ranges,
         "out": str(place.at or place.path.absolute()),
+        "plan": told_plan,
         "about": {name: getattr(about, name) for name in about.__slots__},
         "device": args.device,
         "precision": args.precision,
@@ -170,13 +195,13 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> About:
             f"{len(missing):,} parts were written where this machine does not see them (part {missing[0]} is not in {place}); "
             "give --out a folder on a disk that all nodes see, or s3://bucket/prefix"
         )
-    return about
+    return about, planned.total
 
 
 def _different(place: Place, stated: Plain) -> list[str]:
     """What of the features in `place` was otherwise than `stated`."""
-    text = place.read(_PLAN)
-    before = files.json_in(text, f"{place}/{_PLAN}", "use another --out") if text is not None else {}
+    text = place.read(PLAN)
+    before = files.json_in(text, f"{place}/{PLAN}", "use another --out") if text is not None else {}
     return [name for name, value in stated.items() if before.get(name) != value]
 
 
@@ -188,11 +213,11 @@ def _failed(place: Place) -> list[Plain]:
         return failures([place.get(name, Path(scratch)) for name in sorted(place.names()) if FAILED.fullmatch(name)])
 
 
-def _count(place: Place) -> int | None:
-    """Rows of the parts; None in S3, where every part would be fetched for it."""
+def _count(place: Place, expected: int | None) -> int | None:
+    """Rows of the parts; in S3, where every part would be fetched for it, as many as are `expected`."""
     from simclr.data.feature_parts import open_features
 
-    return len(open_features(place.path)) if place.at is None else None
+    return len(open_features(place.path)) if place.at is None else expected
 
 
 def _join(place: Place, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ from pipelines.parts.run import CARRIED, THREADS, Plain, Work
 from simclr.data.options import Options
 from simclr.data.s3.place import Place
 from simclr.errors import UserError
+
+PLAN = "plan.json"
+"""In the output: on what its features depend."""
 
 
 def make(settings: Plain) -> Work:
@@ -37,6 +41,11 @@ def make(settings: Plain) -> Work:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=_single)
     readers: dict[int, Callable[..., Any]] = {}
     out = Place(settings["out"])
+    if out.read(PLAN) != settings["plan"].encode():
+        raise UserError(
+            f"{out} on {socket.gethostname()} is another folder than the command's; give --out a folder on a disk that all nodes see, or "
+            "s3://bucket/prefix"
+        )
 
     def work(part: Plain) -> Plain:
         from simclr.data.sources.portions import Portion
@@ -44,7 +53,9 @@ def make(settings: Plain) -> Work:
         index = part["source"]
         source = settings["sources"][index]
         if index not in readers:
-            readers[index] = reader(source, settings["reading"], Path(scratch.name))
+            own = Path(scratch.name) / f"source-{index}"  # files of two sources may be called alike
+            own.mkdir()
+            readers[index] = reader(source, settings["reading"], own)
         clock, place = Clock(), 0
         rows: dict[str, list[Any]] = {name: [] for name in ("id", "split", "path", "sha256", "label", "width", "height")}
         features: list[NDArray[np.float32]] = [np.empty((0, about.d), np.float32)]
@@ -76,6 +87,8 @@ def make(settings: Plain) -> Work:
         if failed:
             write_failed(folder / f"failed-{name}", about, failed)
             out.put(f"failed-{name}", folder / f"failed-{name}")
+        else:  # of another try
+            out.remove(f"failed-{name}")
         write_part(folder / f"part-{name}", about, rows, dense)
         out.put(f"part-{name}", folder / f"part-{name}")  # last: a part that lies there is done
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from simclr.data.sources.reading import Reading
 from simclr.data.sources.source import Item, Source
 from simclr.errors import UserError
 
+_RULE = 1  # how sources are divided; another rule gives other parts
 _LEAST, _MOST, _PARTS = 64, 8192, 256
 _SAMPLE = 256  # pictures that decide how pixels of more than 8 bits are scaled
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -72,9 +73,9 @@ def plan(words: Sequence[str], reading: Reading, options: Options) -> Plan:
             at = first + portion.first if first is not None and portion.first is not None else None
             parts.append({"number": len(parts), "first": at, "source": index, "portion": portion.to_dict()})
         first = first + one.total if first is not None and one.total is not None else None
-    ranges = {} if options.value_range else _ranges([item for one in opened for item in one.sample()], options.rule({}))
+    ranges = {} if options.value_range else _ranges((item for one in opened for item in one.sample()), options.rule({}))
     about = [[one.kind, one.spec, one.total, one.identity] for one in opened]
-    key = hashlib.sha256(json.dumps([about, images, reading.to_dict()]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([_RULE, about, images, reading.to_dict()]).encode()).hexdigest()
     # Another process may have another working directory.
     sources: list[Plain] = [{"kind": one.kind, "spec": portions.elsewhere(one.spec)} for one in opened]
     return Plan(parts, sources, total, ranges, key)
@@ -162,7 +163,7 @@ def _sample(source: Source) -> Iterator[Item]:
     yield from source.sample(_SAMPLE)
 
 
-def _ranges(sample: Sequence[Item], rule: Rule) -> dict[str, tuple[float, float]]:
+def _ranges(sample: Iterable[Item], rule: Rule) -> dict[str, tuple[float, float]]:
     from simclr.data.encode import look
 
     seen = [look(item, 1 << 14, rule).values for item in sample if not item.name.lower().endswith(_JPEG)]

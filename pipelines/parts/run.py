@@ -27,6 +27,7 @@ Work = Callable[[Plain], Plain]
 """A part → what the driver is told of it, once its output is written."""
 CARRIED, THREADS = "carried", "threads"
 """Names in a process's settings: the folder of the carried files, and the CPU cores that it has."""
+_TRIES = 4
 _LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 
 
@@ -40,7 +41,7 @@ class Where:
     """Processes that do parts, in the cluster or on this machine. Nothing: with --address one for each GPU or, without GPUs, for each
     CPU; else this process alone."""
     cpus_per_worker: int | None = None
-    """CPU cores of each worker, for its threads. Nothing: 1, beside a GPU an equal share of the cluster's, and all for this process."""
+    """CPU cores of each worker, for its threads. Nothing: 1, beside a GPU an equal share of its node's, and all for this process."""
 
     def __post_init__(self) -> None:
         for name, value in (("workers", self.workers), ("cpus-per-worker", self.cpus_per_worker)):
@@ -128,10 +129,21 @@ def _spread(
         batch_size=1,
         num_cpus=cpus,
         num_gpus=gpus,
+        max_task_retries=_TRIES - 1,  # Ray Data would try a part that kills its process for ever
         # One part at a time: what an actor has been given waits for it while others are idle.
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=1),
     )
-    for row in done.iter_rows():
+    results = iter(done.iter_rows())
+    while True:
+        try:
+            row = next(results, None)
+        except ray.exceptions.RayError as error:
+            raise UserError(
+                f"processes that did one part died {_TRIES} times ({type(error).__name__}): out of memory, or a picture that crashes its "
+                "decoder; the same command goes on with the parts that are left, with fewer --workers each has more memory"
+            ) from None
+        if row is None:
+            return
         if row["error"]:
             raise UserError(row["error"])
         if row["bug"]:
@@ -149,8 +161,7 @@ def _sizes(where: Where, device: str, parts: int) -> tuple[int, int, int]:
     gpus = 1 if device != "cpu" and has.get("GPU", 0) >= 1 else 0
     if device == "cuda" and not gpus:
         raise UserError("--device cuda, but the cluster has no GPU; leave it out to use CPUs")
-    share = has["CPU"] / has["GPU"] if gpus and math.isfinite(has["CPU"]) and math.isfinite(has["GPU"]) else 1
-    cpus = where.cpus_per_worker or max(int(share), 1)
+    cpus = where.cpus_per_worker or (_beside_a_gpu() if gpus else 1)
     room = capacity.slots(joined, cpus, bool(gpus))
     if room < 1:
         raise UserError(f"a worker with {cpus} CPUs{' and a GPU' if gpus else ''} fits on no node; use fewer --cpus-per-worker")
@@ -164,6 +175,14 @@ def _sizes(where: Where, device: str, parts: int) -> tuple[int, int, int]:
     workers = where.workers or int(room)
     capacity.announce({"CPU": workers * cpus, "GPU": workers * gpus})
     return max(min(workers, parts), 1), cpus, gpus
+
+
+def _beside_a_gpu() -> int:
+    """Cores for each GPU of the node that has the fewest; 1 where the nodes are still to start."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    return max(min((int(node.get("CPU", 1) // node["GPU"]) for node in nodes), default=1), 1)
 
 
 class _Actor:

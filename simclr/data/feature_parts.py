@@ -73,7 +73,7 @@ def write_part(file: Path, about: About, rows: Mapping[str, Sequence[Any]], feat
     """Write a part to `file`: the columns but for `feature` as `rows` (a value per image), and `features` (n, d)."""
     dtype = DTYPES[about.dtype]
     flat = pyarrow.array(np.ascontiguousarray(features, about.dtype).reshape(-1), dtype)
-    columns = [pyarrow.array(list(rows[name]), kind) for name, kind in _COLUMNS.items()]
+    columns = [pyarrow.array(list(map(_text, rows[name])), kind) for name, kind in _COLUMNS.items()]
     columns.append(pyarrow.FixedSizeListArray.from_arrays(flat, about.d))
     fields = [*_COLUMNS.items(), ("feature", pyarrow.list_(dtype, about.d))]
     schema = pyarrow.schema(fields, metadata={_KEY: about.to_json()})
@@ -82,7 +82,7 @@ def write_part(file: Path, about: About, rows: Mapping[str, Sequence[Any]], feat
 
 def write_failed(file: Path, about: About, rows: Sequence[tuple[int, str, str, str | None, str]]) -> None:
     """Write the images that could not be embedded to `file`: id, split, path, label and reason of each."""
-    columns = [pyarrow.array([row[i] for row in rows], kind) for i, kind in enumerate(_FAILED.values())]
+    columns = [pyarrow.array([_text(row[i]) for row in rows], kind) for i, kind in enumerate(_FAILED.values())]
     schema = pyarrow.schema(list(_FAILED.items()), metadata={_KEY: about.to_json()})
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, schema=schema), file)
 
@@ -91,6 +91,11 @@ def write_table(file: Path, columns: dict[str, list[Any]]) -> None:
     """Write columns of plain values to a Parquet file."""
     with files.whole(file) as scratch:
         pyarrow.parquet.write_table(pyarrow.table(columns), scratch)
+
+
+def _text(value: Any) -> Any:
+    """A text without what UTF-8 cannot hold: names of files may be bytes of any encoding."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def about_in(file: Path) -> About:
@@ -106,12 +111,12 @@ def merge(parts: Sequence[Path], file: Path) -> None:
     with files.whole(file) as scratch, contextlib.ExitStack() as stack:
         writer = None
         for part in parts:
-            opened = stack.enter_context(pyarrow.parquet.ParquetFile(part))
-            writer = writer or stack.enter_context(
-                pyarrow.parquet.ParquetWriter(scratch, opened.schema_arrow, compression=_COMPRESSED, use_dictionary=False)
-            )
-            for group in range(opened.num_row_groups):
-                writer.write_table(opened.read_row_group(group))
+            with pyarrow.parquet.ParquetFile(part) as opened:
+                writer = writer or stack.enter_context(
+                    pyarrow.parquet.ParquetWriter(scratch, opened.schema_arrow, compression=_COMPRESSED, use_dictionary=False)
+                )
+                for group in range(opened.num_row_groups):
+                    writer.write_table(opened.read_row_group(group))
         stack.close()
 
 

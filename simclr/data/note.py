@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from simclr import fields, files
 from simclr.data.encode import Encoded
 from simclr.data.manifest import Shard
+from simclr.data.sources.parquet_pages import require_modest
 from simclr.errors import UserError
 
 SPLITS = ("train", "test")
@@ -155,6 +156,7 @@ def opened(path: Path, key: str, number: int) -> Note | None:
             head = (found.schema_arrow.metadata or {}).get(_HEAD, b"")
             if not found.schema_arrow.equals(_SCHEMA) or len(head) > _MOST_HEAD_BYTES or found.metadata.num_rows > _MOST_ROWS:
                 return None
+            require_modest(path, found.metadata)
             rows = found.metadata.num_rows
         about = fields.build(About, files.json_in(head, path, "it is made again"), path, "it is made again")
         note = Note(path, about)
@@ -170,6 +172,14 @@ def opened(path: Path, key: str, number: int) -> Note | None:
 def _holds(about: About, split: NDArray[Any], reason: NDArray[Any]) -> bool:
     """Whether the shards are called as they should be, and have as many samples as rows tell."""
     used = np.array([not text for text in reason], bool)
+    numbers = [*about.counts.values(), about.rows, about.skipped, *about.reasons.values()]
+    sides = (about.height_px, about.width_px)
+    if about.counts.keys() != About(key="", number=0, ranked="").counts.keys() or min(numbers) < 0 or about.skipped != int((~used).sum()):
+        return False
+    if [len(row) for row in about.sums] != [3, 3] or any(len(side) != (2 if used.any() else 0) for side in sides):
+        return False
+    if len(about.first) != bool(about.skipped):
+        return False
     for place, name in enumerate(SPLITS):
         shards = about.of(name)
         called = [f"{name}-{about.number:05d}{f'-{roll}' if roll else ''}.beton" for roll in range(len(shards))]

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from simclr.data.outputs import Output
 from simclr.data.sources.portions import Portion, portion_of, reader
 from simclr.data.sources.source import PART_IMAGES, Item, Part, Source, bundles
 from simclr.data.survey import Choice, sizes_differ
+from simclr.errors import UserError
 
 Plain = dict[str, Any]
 _AHEAD_BYTES = 256 << 20  # of encoded files in memory
@@ -236,7 +238,10 @@ class Refused(Exception):
 def ranked_again(output: Output, number: int, key: str, classes: Sequence[str]) -> Plain:
     """Write the labels of a part's shards again, as ranks of `classes`."""
     known = output.notes(key, [number]).get(number)
-    assert known is not None, f"the note of part {number} is gone"
+    if known is None:
+        raise UserError(
+            f"part {number} is not seen in {output} on {socket.gethostname()}; use a disk that all nodes share, or --out s3://…"
+        )
     ranks = {name: rank for rank, name in enumerate(classes if len(classes) > 1 else ())}
     split, label, reason = known.columns("split", "label", "reason")
     of_label = np.array([ranks.get(name, -1) for name in known.about.labels] + [-1], np.int64)  # the last is that of −1

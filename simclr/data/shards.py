@@ -82,6 +82,8 @@ def prepare(
         if found is not None:
             return found
         with output.alone():
+            if (found := output.existing(source, options, identity)) is not None:  # another prepare has ended meanwhile
+                return found
             job = _Job(source, output, options, threads, identity, _Told(progress, resumed, says), elsewhere)
             while True:
                 try:

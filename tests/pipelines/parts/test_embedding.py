@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from pipelines.parts.plan import plan
-from simclr.data.feature_parts import FeatureParts, open_features
+from simclr import files
+from simclr.data.feature_parts import About, FeatureParts, open_features, write_failed
 from simclr.data.options import Options
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address
@@ -101,6 +102,28 @@ def test_the_same_command_goes_on_and_another_one_is_refused(simclr: Run, publis
     assert code == 0 or "is not empty" in err
     code, _, err = simclr("embed", published, "photos", "--out", "s3://photos/x.npz")
     assert code == 2 and "in S3 features are parts below a prefix" in err
+
+
+def test_two_datasets_whose_shards_are_called_alike(simclr: Run, s3: Proxy, published: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        assert simclr("prepare", "--source", f"patterns:train=20,test=4,seed={seed}", "--out", f"s3://photos/twins/{seed}")[0] == 0
+    code, out, _ = simclr("embed", published, "s3://photos/twins/1", "s3://photos/twins/2", "--out", "twins")
+    assert code == 0 and "48 × 64 features" in out
+    found = rows(open_features(tmp_path / "twins"))
+    assert list(found) == list(range(48)) and len({row[2] for row in found.values()}) == 48
+
+
+def test_one_embed_at_a_time_and_nothing_of_an_earlier_one_stays(simclr: Run, published: Path, tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 3)
+    (tmp_path / "out").mkdir()
+    with files.locked(tmp_path / "out/.embedding-lock"):
+        code, _, err = simclr("embed", published, "photos", "--out", "out")
+    assert code == 2 and "another embed is writing to out; wait for it, or use another --out" in err
+    about = About(encoder="x", preprocessing={}, source="", d=64, key="of another job that was killed")
+    for number in (0, 7):
+        write_failed(tmp_path / f"out/failed-{number:05d}.parquet", about, [(9, "train", "old.png", None, "the file is empty")])
+    assert simclr("embed", published, "photos", "--out", "out")[0] == 0
+    assert open_features(tmp_path / "out").failures() == [] and len(open_features(tmp_path / "out")) == 3
 
 
 def test_the_driver_keeps_a_few_bytes_of_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ def make(settings: dict[str, Any]) -> Any:
         if part["n"] == settings.get("kill") and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if part["n"] == settings.get("deadly"):
+            os.kill(os.getpid(), signal.SIGKILL)
         if part["n"] == settings.get("wrong"):
             raise UserError("part 5 has no pictures")
         if part["n"] == settings.get("bug"):
@@ -67,6 +69,13 @@ def test_actors_do_them_and_one_that_is_killed_is_replaced(tmp_path: Path, carry
     assert os.getpid() not in {t["pid"] for t in told} and {t["carried"] for t in told} == {"w"}
     assert (tmp_path / "killed").exists() and {t["threads"] for t in told} == {1}
     assert {path.name for path in tmp_path.glob("done-*")} == {f"done-{n}" for n in range(9)}
+
+
+def test_a_part_that_kills_each_process_is_not_tried_for_ever(tmp_path: Path, shared_ray: None) -> None:
+    with pytest.raises(
+        UserError, match=r"processes that did one part died 4 times \(.*out of memory, or a picture that crashes its decoder"
+    ):
+        squares(Where(workers=1), tmp_path, deadly=0)
 
 
 def test_what_a_user_can_mend_is_a_sentence_and_a_bug_is_a_traceback(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,27 @@ def test_rows_come_back_in_order(parts: Path) -> None:
     np.testing.assert_array_equal(open_features(parts / "all.parquet").take(np.arange(10)), H)
     with pytest.raises(UserError, match="features have no column class; expected id, split"):
         table.table(["class"])
+
+
+def test_names_of_any_bytes_are_written_out(tmp_path: Path) -> None:
+    strange = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    write_part(tmp_path / "part-00000.parquet", ABOUT, columns(0, 1) | {"path": [strange], "label": [strange]}, H[:1])
+    write_failed(tmp_path / "failed-00000.parquet", ABOUT, [(1, "train", strange, None, strange)])
+    table = open_features(tmp_path)
+    assert table.table(["path"])["path"] == ["caf\\udce9.png"] and table.failures()[0]["reason"] == "caf\\udce9.png"
+
+
+def test_many_parts_are_merged_with_few_open_files(tmp_path: Path) -> None:
+    paths = [tmp_path / f"part-{i:05d}.parquet" for i in range(40)]
+    for i, path in enumerate(paths):
+        write_part(path, ABOUT, columns(i, 1), H[:1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 12, hard))
+    try:
+        merge(paths, tmp_path / "all.parquet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_features(tmp_path / "all.parquet").table(["id"])["id"] == list(range(40))
 
 
 def test_other_tools_read_them(parts: Path) -> None:

@@ -109,8 +109,15 @@ def _alone(place: Place) -> Iterator[None]:
             stack.enter_context(files.locked(place.path / _LOCK, wait=False))
         except BlockingIOError:
             raise UserError(f"another embed is writing to {place}; wait for it, or use another --out") from None
-        stack.callback((place.path / _LOCK).unlink, missing_ok=True)
+        stack.callback(_leave, place.path)
         yield
+
+
+def _leave(folder: Path) -> None:
+    """Remove the lock, and a folder that nothing came into."""
+    (folder / _LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> tuple[About, int | None]:
@@ -118,7 +125,7 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> tuple[A
     images, if it is known."""
     from pipelines.parts import embedding
     from pipelines.parts.plan import plan
-    from simclr.data.feature_parts import FAILED, PART, About
+    from simclr.data.feature_parts import About
     from simclr.encoder.directory import preprocessing_of, read_text, weights_digest, width_of
 
     text = read_text(directory)
@@ -143,23 +150,7 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> tuple[A
         dtype=args.dtype,
         key=key,
     )
-    there = place.names()
-    done = {name for name in there if PART.fullmatch(name)}
-    differ = _different(place, json.loads(json.dumps(stated))) if done else []
-    if differ and one_file:
-        done = set()  # left by another command that did not end
-    elif differ:
-        words = {"images": "images (or they have changed since)"}
-        raise UserError(
-            f"{place} holds features with another {', another '.join(words.get(name, name) for name in differ)}; use another --out, or "
-            "remove it"
-        )
-    elif not done and (left := sorted(name for name in there if name != PLAN and not name.startswith((".", "failed-")))):
-        raise UserError(f"{place} is not empty and has no features (it holds {', '.join(left[:3])}); use another --out")
-    if not done:
-        for name in there:
-            if PART.fullmatch(name) or FAILED.fullmatch(name):
-                place.remove(name)
+    done = _done(place, json.loads(json.dumps(stated)), one_file)
     parts = [part for part in planned.parts if f"part-{part['number']:05d}.parquet" not in done]
     if not parts:
         say(f"{place} holds these features already; nothing to do")
@@ -196,6 +187,30 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> tuple[A
             "give --out a folder on a disk that all nodes see, or s3://bucket/prefix"
         )
     return about, planned.total
+
+
+def _done(place: Place, stated: Plain, one_file: bool) -> set[str]:
+    """Names of the parts that are done. What another command left in a folder of our own goes; elsewhere it is refused."""
+    from simclr.data.feature_parts import FAILED, PART
+
+    there = place.names()
+    done = {name for name in there if PART.fullmatch(name)}
+    differ = _different(place, stated) if done else []
+    if differ and one_file:
+        done = set()  # left by another command that did not end
+    elif differ:
+        words = {"images": "images (or they have changed since)"}
+        raise UserError(
+            f"{place} holds features with another {', another '.join(words.get(name, name) for name in differ)}; use another --out, or "
+            "remove it"
+        )
+    elif not done and (left := sorted(name for name in there if name != PLAN and not name.startswith((".", "failed-")))):
+        raise UserError(f"{place} is not empty and has no features (it holds {', '.join(left[:3])}); use another --out")
+    if not done:
+        for name in there:
+            if PART.fullmatch(name) or FAILED.fullmatch(name):
+                place.remove(name)
+    return done
 
 
 def _different(place: Place, stated: Plain) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,13 @@ def _loader(rows: list[Row]) -> str:
 
 def _optim(rows: list[Row]) -> str:
     return f"LARS takes {rows[0]['ratio']:.2f} × SGD, foreach; {rows[1]['ratio']:.2f} × fused"
+
+
+def _embed(rows: list[Row]) -> str:
+    own = rows[1]
+    return (
+        f"{own['median']:,.0f} images/s, {own['ratio']:.2f} × one after the other, {100 * statistics.median(own['waited']):.0f} % waiting"
+    )
 
 
 def _train(rows: list[Row]) -> str:
@@ -258,6 +266,14 @@ _PLAN = (
         dry=Run(f"{_TOY} --micro-batch 2", 6, 180),
     ),
     Line(
+        name="embed",
+        what="embed",
+        figure=_embed,
+        gpu=Run("--recipe imagenet_resnet50 --precision bfloat16 --images 1536", 60, 100),
+        cpu=Run("--images 512", 60, 120),
+        dry=Run(f"{_TINY} --images 256 --trials 1", 25, 180),
+    ),
+    Line(
         name="train, under Ray",
         what="train --data photographs",
         needs="photographs",
@@ -293,7 +309,7 @@ def plan(size: Size, threads: int, archives: dict[str, Path | None], tests: tupl
 def _phase(line: Line, size: Size, threads: int, archives: dict[str, Path | None], ray: bool) -> Phase:
     run = {"gpu": line.gpu, "cpu": line.cpu, "dry": line.dry}[size]
     lacks = run if isinstance(run, str) else ""
-    if line.what.startswith("train") and not ray:
+    if not ray and (line.what.startswith("train") or (line.what == "embed" and size != "gpu")):
         lacks = "ray is not installed"
     run = line.gpu if isinstance(run, str) else run
     under_ray = line.what.startswith("train") and threads > 1  # a core for Ray's own processes

@@ -48,7 +48,7 @@ class Args:
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
     probe: bytes that kNN and the quick probe take for a row of ImageNet's features, and GiB for all.
     prepare: images/s of writing shards, for the others.
-    embed: images/s of `simclr embed`, and with two workers ÷ one picture after the other, as it was before.
+    embed: images/s of `simclr embed` ÷ one picture after the other, as it was before; on CPUs also with two workers.
     listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side.
     order: what an image of a large dataset costs a rank: ms and MiB of a batch's ids at 1e6 to 1e12 images; bytes of its own an image."""
     data: Path | None = None
@@ -70,7 +70,8 @@ class Args:
     """CPU threads of the one worker. As many threads as cores leave no core for Ray's own processes. Their time then counts, and more
     than once, because a worker's threads wait for one another."""
     precision: Literal["recipe", "float32", "tf32", "bfloat16"] = "recipe"
-    """step, train, scale, loop, cifar: as in the config's `train.precision`; recipe = the recipe's. loss: bfloat16 = z as a step has it."""
+    """step, train, scale, loop, cifar, embed: as in the config's `train.precision`; recipe = the recipe's. loss: bfloat16 = z as a step has
+    it."""
     compile: bool = False
     """step, train, scale, loop, cifar: torch.compile on both sides; step then counts graph breaks."""
     micro_batch: int | None = None
@@ -102,7 +103,7 @@ class Args:
     """prepare, embed: number of photographs, which repeat if there are fewer; of small images the number to render.
     order: images of the shards that two processes read, in portions of 20,000."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """all, device, agreement, step, scale, loss, optim, views, cifar: the device."""
+    """all, device, agreement, step, scale, loss, optim, views, cifar, embed: the device."""
     budget_min: float = 9.0
     """all: minutes; a phase that would not end within them is skipped, with a line."""
     out: Path | None = None
@@ -191,7 +192,7 @@ def measure(args: Args) -> Iterable[Row]:
         case "embed":
             from pipelines.bench.embed import embed
 
-            return embed(args.recipe, args.data, args.images, args.trials)
+            return embed(args.recipe, args.data, args.images, args.trials, args.threads, _device(args), _config(args).train.precision)
         case "listing":
             from pipelines.bench.listing import listing
 

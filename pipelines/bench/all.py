@@ -250,6 +250,8 @@ class _Running:
     at: float
     """Unix time."""
     limit_s: float
+    ask: signal.Signals = signal.SIGTERM
+    """What asks it to end. SIGTERM: Ray's processes are in other groups, and end with the process that started them."""
 
     def ended(self) -> tuple[int | Literal["timeout"], float]:
         """(code, seconds) once it is over; at its limit it is ended, with all its children."""
@@ -263,7 +265,7 @@ class _Running:
     def end(self) -> None:
         """End its whole process group, so that no child of a crashed phase holds the GPU of the next."""
         if self.process.poll() is None:
-            self._signal(signal.SIGTERM)  # Ray's processes are in other groups, and end with the process that started them
+            self._signal(self.ask)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_LEAVE_S)
         left = self._signal(signal.SIGKILL)
@@ -295,14 +297,14 @@ def _started(phase: Phase, out: Path, work: Path, log: IO[str], limit_s: float, 
     process = subprocess.Popen(
         [sys.executable, *_PROGRAMS[program], *words, *to],
         cwd=ROOT if phase.in_checkout else work,
-        env={**inherited, **caches, **hidden, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        env={**inherited, **caches, **hidden, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
         preexec_fn=end_with_parent,
     )
-    running = _Running(process, time.monotonic(), time.time(), limit_s)
+    running = _Running(process, time.monotonic(), time.time(), limit_s, signal.SIGINT if program == "pytest" else signal.SIGTERM)
     try:
         yield running
     finally:

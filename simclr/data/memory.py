@@ -95,7 +95,7 @@ def slots_for(queries: Any, rows: int) -> list[Any]:
     """Memory for three to five batches of `rows`: each an array or, for several `queries`, a tuple of arrays."""
     if isinstance(queries, tuple):
         return list(zip(*(slots_for(query, rows) for query in queries), strict=False))
-    shape = (rows, *queries.shape)
+    shape = (rows, *map(int, queries.shape))  # FFCV gives the sides of raw images as uint16, whose products overflow
     if queries.dtype != np.uint8 or not torch.cuda.is_available():
         return [np.empty(shape, queries.dtype) for _ in range(_MOST)]
     # Page-locked memory, which a GPU reads by itself. torch rounds such blocks up to powers of two, so all slots share one block, and

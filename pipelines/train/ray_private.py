@@ -89,6 +89,28 @@ def kill_processes() -> None:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
+# ── A job's package ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def packed(folder: Path) -> list[tuple[str, int]]:
+    """(name in `folder`, bytes) of each file that `ray job submit --working-dir` would send, by its own walk through .gitignore and
+    .rayignore. It waits for a dry run of that command."""
+    import logging
+
+    from ray._private.runtime_env import packaging
+
+    found: list[Path] = []
+    packaging._dir_travel(folder.absolute(), [], found.append, include_gitignore=True, logger=logging.Logger("quiet", logging.WARNING))
+    return [(str(path.relative_to(folder.absolute())), path.stat().st_size) for path in found if path.is_file()]
+
+
+def largest_package() -> int:
+    """The bytes that the job API takes. It waits for a public constant."""
+    from ray._private import ray_constants
+
+    return int(ray_constants.DASHBOARD_CLIENT_MAX_SIZE)
+
+
 # ── Nodes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

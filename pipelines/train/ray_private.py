@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 import uuid
@@ -89,7 +90,7 @@ def kill_processes() -> None:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
-# ── A job's package ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── A submitted job ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def packed(folder: Path) -> list[tuple[str, int]]:
@@ -109,6 +110,12 @@ def largest_package() -> int:
     from ray._private import ray_constants
 
     return int(ray_constants.DASHBOARD_CLIENT_MAX_SIZE)
+
+
+def submission_id() -> str:
+    """The id by which `ray job` knows this process's job, "" for another process. It waits for `ray.get_runtime_context()` to tell it."""
+    given = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return str((given.get("metadata") or {}).get("job_submission_id", ""))
 
 
 # ── Nodes ──────────────────────────────────────────────────────────────────────────────────────────────────────────

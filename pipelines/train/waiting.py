@@ -29,6 +29,8 @@ _ANSWER_S = 60.0  # for the actor's first answer: its process has to start
 Ticket = dict[str, Any]
 """`id`; `who` it is, for people; `workers`, at least; what `each` of them takes; the `most` of each resource that the cluster may have,
 where it grows; `silent_s` after which it is forgotten; `place` in the line, 0 = none yet; whether it `goes`."""
+Look = Callable[[], tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]]
+"""Gives node → its resources, and node → what is free of them."""
 
 
 class Line:
@@ -40,22 +42,27 @@ class Line:
     def ask(self, ticket: Ticket) -> Ticket:
         """Remember the ticket; returns it with its `place`, whether it `goes`, and who it waits for: `holding` and `before`, as
         sentences' parts."""
-        import ray
+        return self.decide(ticket, _look, time.monotonic())
 
-        alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        gone = ray_private.draining()
-        return self.decide(ticket, {node: has for node, has in alive.items() if node not in gone}, ray_private.free(), time.monotonic())
+    def stay(self, ticket: Ticket) -> None:
+        """Remember a ticket that goes."""
+        self._remember(ticket, time.monotonic())
 
-    def decide(self, ticket: Ticket, nodes: dict[str, dict[str, float]], free: dict[str, dict[str, float]], now: float) -> Ticket:
-        """`ask` at time `now`, on `nodes` with these resources, of which some are `free`."""
+    def decide(self, ticket: Ticket, look: Look, now: float) -> Ticket:
+        """`ask` at time `now`; `look()` is asked only for the first in the line."""
+        mine = self._remember(ticket, now)
+        going = [other for other in self.tickets.values() if other["goes"] and other is not mine]
+        before = [other for other in self.tickets.values() if not other["goes"] and other["place"] < mine["place"]]
+        mine["goes"] = mine["goes"] or (not before and _has_room(mine, going, *look()))
+        return mine | {"holding": [_needs(other) for other in going], "before": [_needs(other) for other in before]}
+
+    def _remember(self, ticket: Ticket, now: float) -> Ticket:
         self.tickets = {name: other for name, other in self.tickets.items() if now - other["heard"] < other["silent_s"]}
         known = self.tickets.get(ticket["id"], ticket)
         place = known["place"] or 1 + max((other["place"] for other in self.tickets.values()), default=0)
-        mine = self.tickets[ticket["id"]] = ticket | {"place": place, "goes": known["goes"] or ticket["goes"], "heard": now}
-        going = [other for other in self.tickets.values() if other["goes"] and other is not mine]
-        before = [other for other in self.tickets.values() if not other["goes"] and other["place"] < place]
-        mine["goes"] = mine["goes"] or (not before and _has_room(mine, going, nodes, free))
-        return mine | {"holding": [_needs(other) for other in going], "before": [_needs(other) for other in before]}
+        mine = ticket | {"place": place, "goes": known["goes"] or ticket["goes"], "heard": now}
+        self.tickets[ticket["id"]] = mine
+        return mine
 
     def leave(self, name: str) -> None:
         """Forget the ticket."""
@@ -65,6 +72,14 @@ class Line:
         """Whether somebody waits."""
         now = time.monotonic()
         return any(not ticket["goes"] and now - ticket["heard"] < ticket["silent_s"] for ticket in self.tickets.values())
+
+
+def _look() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    import ray
+
+    gone = ray_private.draining()
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone}
+    return nodes, ray_private.free()
 
 
 def _has_room(mine: Ticket, going: list[Ticket], nodes: dict[str, dict[str, float]], free: dict[str, dict[str, float]]) -> bool:
@@ -168,7 +183,7 @@ def _stay(ticket: Ticket, over: threading.Event) -> None:
     """Send the ticket until it is `over`."""
     while not over.wait(_ALIVE_S):
         with contextlib.suppress(Exception):
-            _line().ask.remote(ticket)
+            _line().stay.remote(ticket)
 
 
 def _line() -> Any:
@@ -179,7 +194,8 @@ def _line() -> Any:
         return ray.get_actor(_NAME, namespace=_NAMESPACE)
     except ValueError:  # the first job of this cluster
         actor: Any = ray.remote(num_cpus=0, max_restarts=-1, resources={"node:__internal_head__": 0.001})(Line)
-        return actor.options(name=_NAME, namespace=_NAMESPACE, lifetime="detached", get_if_exists=True).remote()
+        apart = {"scheduling_strategy": "DEFAULT"}  # a sweep's trial asks from a placement group, which would hold it
+        return actor.options(name=_NAME, namespace=_NAMESPACE, lifetime="detached", get_if_exists=True, **apart).remote()
 
 
 def _user() -> str:

@@ -30,55 +30,56 @@ def ticket(name: str, workers: int, cpus: float = 1, **more: Any) -> waiting.Tic
     } | more
 
 
-def free(a: float, b: float) -> dict[str, dict[str, float]]:
-    return {"a": {"CPU": a}, "b": {"CPU": b}}
+def free(a: float, b: float) -> waiting.Look:
+    """Two nodes of two cores, of which so many are free."""
+    return lambda: (TWO, {"a": {"CPU": a}, "b": {"CPU": b}})
 
 
 def test_who_asked_first_goes_first() -> None:
     line = waiting.Line()
-    assert line.decide(ticket("one", 1), TWO, free(2, 2), 0)["goes"]
-    big = line.decide(ticket("big", 4), TWO, free(1, 2), 1)
+    assert line.decide(ticket("one", 1), free(2, 2), 0)["goes"]
+    big = line.decide(ticket("big", 4), free(1, 2), 1)
     assert not big["goes"] and big["holding"] == ["one (1 CPUs)"] and big["before"] == []
-    small = line.decide(ticket("small", 1), TWO, free(1, 2), 2)  # three cores are free
+    small = line.decide(ticket("small", 1), free(1, 2), 2)  # three cores are free
     assert not small["goes"] and small["before"] == ["big (4 CPUs)"]
     line.leave("one")
-    assert not line.decide(ticket("small", 1), TWO, free(2, 2), 3)["goes"]
-    assert line.decide(ticket("big", 4), TWO, free(2, 2), 3)["goes"]
-    assert not line.decide(ticket("small", 1), TWO, free(2, 2), 4)["goes"]  # the big one's workers are about to start
+    assert not line.decide(ticket("small", 1), free(2, 2), 3)["goes"]
+    assert line.decide(ticket("big", 4), free(2, 2), 3)["goes"]
+    assert not line.decide(ticket("small", 1), free(2, 2), 4)["goes"]  # the big one's workers are about to start
     line.leave("big")
-    assert line.decide(ticket("small", 1), TWO, free(2, 2), 5)["goes"]
+    assert line.decide(ticket("small", 1), free(2, 2), 5)["goes"]
 
 
 def test_a_group_that_starts_again_keeps_its_room() -> None:
     line = waiting.Line()
-    assert line.decide(ticket("runs", 4), TWO, free(2, 2), 0)["goes"]
-    assert not line.decide(ticket("next", 1), TWO, free(2, 2), 20)["goes"]  # its workers have failed, and all is free for a moment
-    assert line.decide(ticket("next", 1), TWO, free(2, 2), 40)["goes"]  # it was killed, and its ticket is silent
+    assert line.decide(ticket("runs", 4), free(2, 2), 0)["goes"]
+    assert not line.decide(ticket("next", 1), free(2, 2), 20)["goes"]  # its workers have failed, and all is free for a moment
+    assert line.decide(ticket("next", 1), free(2, 2), 40)["goes"]  # it was killed, and its ticket is silent
 
 
 def test_a_worker_is_on_one_node() -> None:
     line = waiting.Line()
-    assert not line.decide(ticket("wide", 1, cpus=2), TWO, free(1, 1), 0)["goes"]  # others than our jobs hold the rest
-    assert line.decide(ticket("wide", 1, cpus=2), TWO, free(2, 0), 1)["goes"]
+    assert not line.decide(ticket("wide", 1, cpus=2), free(1, 1), 0)["goes"]  # others than our jobs hold the rest
+    assert line.decide(ticket("wide", 1, cpus=2), free(2, 0), 1)["goes"]
 
 
 def test_an_autoscaler_hears_of_workers_that_it_can_start_nodes_for() -> None:
     line = waiting.Line()
-    assert line.decide(ticket("one", 4, most={"CPU": 8.0}), TWO, free(2, 2), 0)["goes"]
-    assert line.decide(ticket("two", 4, most={"CPU": 8.0}), TWO, free(0, 0), 0)["goes"]
-    assert not line.decide(ticket("three", 1, most={"CPU": 8.0}), TWO, free(0, 0), 0)["goes"]
-    assert line.decide(ticket("four", 4, most={"CPU": float("inf")}), TWO, free(0, 0), 0)["before"] == ["three (1 CPUs)"]
+    assert line.decide(ticket("one", 4, most={"CPU": 8.0}), free(2, 2), 0)["goes"]
+    assert line.decide(ticket("two", 4, most={"CPU": 8.0}), free(0, 0), 0)["goes"]
+    assert not line.decide(ticket("three", 1, most={"CPU": 8.0}), free(0, 0), 0)["goes"]
+    assert line.decide(ticket("four", 4, most={"CPU": float("inf")}), free(0, 0), 0)["before"] == ["three (1 CPUs)"]
 
 
 def test_a_new_actor_learns_the_order_from_the_tickets() -> None:
     line, after = waiting.Line(), waiting.Line()
     sent = {}
     for name, workers in (("runs", 3), ("first", 4), ("second", 1)):
-        sent[name] = ticket(name, workers) | {k: line.decide(ticket(name, workers), TWO, free(2, 2), 0)[k] for k in ("place", "goes")}
+        sent[name] = ticket(name, workers) | {k: line.decide(ticket(name, workers), free(2, 2), 0)[k] for k in ("place", "goes")}
     for name in ("second", "runs", "first"):
-        answer = after.decide(sent[name], TWO, free(0, 0), 1)
+        answer = after.decide(sent[name], free(0, 0), 1)
         assert answer["place"] == sent[name]["place"] and answer["goes"] == sent[name]["goes"]
-    assert after.decide(sent["second"], TWO, free(1, 0), 2)["before"] == ["first (4 CPUs)"]
+    assert after.decide(sent["second"], free(1, 0), 2)["before"] == ["first (4 CPUs)"]
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def _waited(ticket: Ticket, tell: Callable[[str], object], ended: threading.Even
             answer = ray.get(_line().ask.remote(ticket), timeout=_ANSWER_S)
         except ray.exceptions.RayError as error:
             tell(f"jobs start in no order now: the process that orders them does not answer ({type(error).__name__})")
-            return ticket
+            return ticket | {"goes": True}
         ticket = ticket | {"place": answer["place"], "goes": answer["goes"]}
         if ticket["goes"]:
             if said:

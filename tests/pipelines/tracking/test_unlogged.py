@@ -21,7 +21,7 @@ from pipelines.train.messages import Reported, TrialBeganAgain, TrialFailed
 from simclr.errors import UserError
 from tests.support.mlflow_server import Answer, Server
 from tests.support.sweeps import a_sweep, trained
-from tune import sweep, sweep_dir, trial, trial_log
+from tune import sweep, trial, trial_log
 from tune.sweep_dir import Sweep
 
 

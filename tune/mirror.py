@@ -74,14 +74,21 @@ class Mirror:
         with locked(self.path):
             notes = self._notes()
             before = dict(notes)
-            for name in sorted(path.relative_to(self.path).as_posix() for path in self._files()):
-                stamp = _stamp(self.path / name)  # before sending: what is written meanwhile goes with the next send
-                if notes.get(name, [])[1:] == stamp:
-                    continue
-                with contextlib.suppress(FileNotFoundError):  # a trial that begins again moves its directory
-                    notes[name] = [self.store.upload(self.path / name, self.at / name).etag, *stamp]
+            # The time of a file is asked before it is sent: what is written meanwhile goes with the next send.
+            stamps = {path.relative_to(self.path).as_posix(): _stamp(path) for path in self._files()}
+            changed = sorted(name for name, stamp in stamps.items() if notes.get(name, [])[1:] != stamp)
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for name, etag in zip(changed, pool.map(self._upload, changed), strict=True):
+                    if etag:
+                        notes[name] = [etag, *stamps[name]]
             if notes != before:
                 self._note(notes)
+
+    def _upload(self, name: str) -> str:
+        """The ETag of what was sent; "" if the file is gone: a trial that begins again moves its directory."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.store.upload(self.path / name, self.at / name).etag
+        return ""
 
     def _files(self) -> Iterator[Path]:
         for pattern in (*_OWN, *(f"{room}/*/{name}" for room in ("trials", "first_tries") for name in _OF_TRIAL)):

@@ -24,6 +24,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that failed has no score
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
+import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
@@ -31,6 +32,7 @@ from pipelines.terminal import Bar
 from pipelines.train import capacity, messages, own_ray, ray_train
 from simclr.data.manifest import Manifest
 from tune import plan, resolve, sweep_dir
+from tune.mirror import Mirror
 from tune.resolve import Coded
 from tune.schedulers import Population, Remembering
 from tune.spaces import Axis, Between, PeakBetween
@@ -39,6 +41,7 @@ from tune.trial import drive
 from tune.trial_log import Ledger
 from tune.validate import MID_RUN
 
+_LOOK_S = 60.0  # for a node's first process to say what it sees
 _UNBOUNDED = 4  # trials at a time on a cluster that grows to an unknown size, without --max-concurrent
 
 
@@ -60,8 +63,26 @@ def room(asked: Sweep) -> int:
     return asked.max_concurrent or fits
 
 
-def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest, uri: str) -> Sweep:
-    """Run the trials that are not over under Ray Tune."""
+def require_seen(asked: Sweep) -> None:
+    """Raise UserError if the sweep lies on a disk that a node of the cluster does not see: its trials may run there."""
+    here = ray.get_runtime_context().get_node_id()
+    others = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here}
+    if own_ray.begun() or asked.at or not others:
+        return
+    look: Any = ray.remote(num_cpus=0)(os.path.isfile)
+    with tempfile.NamedTemporaryFile(prefix=".seen-", dir=asked.path) as mark:
+        answers = {look.options(label_selector={"ray.io/node-id": node}).remote(mark.name): host for node, host in others.items()}
+        for answer in ray.wait(list(answers), num_returns=len(answers), timeout=_LOOK_S)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):  # the node is gone
+                if not ray.get(answer):
+                    raise UserError(
+                        f"{answers[answer]}, a node of the cluster, does not see {asked.path}, where trials on it would write; "
+                        "use --out s3://bucket/prefix, or a directory on a disk that all nodes share"
+                    )
+
+
+def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest, uri: str, mirror: Mirror | None = None) -> Sweep:
+    """Run the trials that are not over under Ray Tune. `mirror` keeps the sweep in S3."""
     codes = plan.settled(asked, codes)
     before = plan.records(asked, codes)
     if before:
@@ -74,7 +95,7 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
     count = len(codes) or asked.trials or 16
     status = "FAILED"
     with Bar("sweep", count, "trials", "trials/s") as bar:
-        Follow.followed = (asked, ledger, bar)
+        Follow.followed, Follow.mirror = (asked, ledger, bar), mirror
         for name in scheduler.ended if isinstance(scheduler, Remembering) else ():
             if name in before and before[name].status == "running":  # the sweep was killed before it recorded the decision
                 Follow().over(name, "stopped", "")
@@ -104,7 +125,9 @@ def _fit(asked: Sweep, left: list[Coded], coded: bool, concurrent: int, schedule
 
     # A driver only waits, so it reserves a little memory and no core. A driver with the last core, whose worker needs it, would be
     # a deadlock.
-    light = tune.with_resources(trial, tune.PlacementGroupFactory([{"memory": float(1 << 20)}]))
+    # In S3 they run beside the sweep's driver, whose copy of the records they share; their workers run anywhere.
+    where: dict[str, Any] = {"bundle_label_selector": [{"ray.io/node-id": ray.get_runtime_context().get_node_id()}]} if asked.at else {}
+    light = tune.with_resources(trial, tune.PlacementGroupFactory([{"memory": float(1 << 20)}], **where))
     name = _naming(left)
     with _storage(asked, private) as storage:
         tune.Tuner(
@@ -169,6 +192,7 @@ class Follow(tune.Callback):
     in `followed`."""
 
     followed: ClassVar[tuple[Sweep, Ledger, Bar] | None] = None
+    mirror: ClassVar[Mirror | None] = None
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.over(str(trial), "stopped", "")
@@ -186,7 +210,9 @@ class Follow(tune.Callback):
             record = dataclasses.replace(record, status=status, reason=reason or record.reason)
             record.save(directory)
         ledger.ended(name, "FAILED" if record is not None and record.status == "failed" else "FINISHED")
-        sweep_dir.prune(asked.path, asked.metric, asked.keep)
+        losers = sweep_dir.prune(asked.path, asked.metric, asked.keep)
+        if Follow.mirror is not None:
+            Follow.mirror.ended(losers)
         bar.update(*sweep_dir.progress(asked))
 
 

@@ -13,7 +13,7 @@ from pipelines.html.charts import escape
 from simclr import files
 from simclr.errors import UserError
 from simclr.text import cell
-from tune import drawing, sweep_dir
+from tune import drawing, mirror, sweep_dir
 from tune.paper_figures import FIGURES, Drawing, Material, each_axis
 from tune.sweep_dir import METRICS, NAMES, Sweep, Trial, shown
 
@@ -26,15 +26,16 @@ UNITS = {
 
 
 def report(path: Path) -> Path:
-    """Write results.csv, figures.csv and report.html into the sweep's directory; returns the page's path.
+    """Write results.csv, figures.csv and report.html into the sweep's directory, or its copy of one in S3; returns the page's path.
 
     Raises UserError if there is no sweep, or none of its trials has finished.
     """
-    sweep = sweep_dir.load(path)
+    path, at = mirror.opened(path)
+    sweep = sweep_dir.load(path, at)
     sweep_dir.write_results(sweep)
     found = sweep_dir.trials(path)
     if not any(trial.status == "finished" for trial in found):
-        raise UserError(f"no trial of {path} has finished yet; `simclr sweep --resume {path}` goes on with it")
+        raise UserError(f"no trial of {sweep.shown} has finished yet; `simclr sweep --resume {sweep.shown}` goes on with it")
     drawings = _drawings(sweep, found)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -43,6 +44,7 @@ def report(path: Path) -> Path:
         writer.writerows(map(cell, (metric, *row)) for row in drawn.rows)
     files.write_text(path / "figures.csv", table.getvalue())
     files.write_text(path / "report.html", render(sweep, found, drawings))
+    mirror.sent(path, at)
     return path / "report.html"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from simclr.data.manifest import Manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 from simclr.recipes import recipe
-from tune import plan, resolve, spaces, sweep_dir
+from tune import mirror, plan, resolve, spaces, sweep_dir
 from tune.resolve import Coded
 from tune.sweep_dir import Sweep
 from tune.validate import check, require_closed
@@ -48,7 +49,8 @@ class Args:
     data: Path | None = None
     """Directory or s3://bucket/prefix of prepared shards."""
     out: Path | None = None
-    """The sweep's directory, on a disk that all nodes share. Default: runs/sweep-SPACE-DIGEST, the same for the same command."""
+    """The sweep's directory; on a cluster s3://bucket/prefix, or one on a disk that all nodes share. Default: runs/sweep-SPACE-DIGEST, the
+    same for the same command."""
     resume: Path | None = None
     """A sweep's directory: go on with the same settings. Finished trials stay, the others go on from their last checkpoint."""
     trials: int | None = None
@@ -104,11 +106,11 @@ def main(args: Args) -> None:
     else:
         if args.directory is not None:
             raise UserError(f"{args.directory} is one word too many; a directory goes with `simclr sweep report`, --data or --out")
-        show(os.path.relpath(sweep(args)))
+        show(sweep(args))
 
 
-def sweep(args: Args) -> Path:
-    """Check everything, run the trials, draw the report. Returns the sweep's directory.
+def sweep(args: Args) -> str:
+    """Check everything, run the trials, draw the report. Returns the sweep's directory or address.
 
     Raises UserError, before any trial starts, for errors that the user can mend.
     """
@@ -121,8 +123,8 @@ def sweep(args: Args) -> Path:
     asked = dataclasses.replace(asked, labelled=bool(manifest.classes))
     codes = check(asked, manifest, begun)
     if (asked.path / "sweep.json").is_file():
-        asked = _same(sweep_dir.load(asked.path), asked)
-        say(f"going on with {asked.path}: {sweep_dir.progress(asked)[0]} trials are over")
+        asked = _same(sweep_dir.load(asked.path, asked.at), asked)
+        say(f"going on with {asked.shown}: {sweep_dir.progress(asked)[0]} trials are over")
     elif asked.path.exists() and (not asked.path.is_dir() or {p.name for p in asked.path.iterdir()} - {sweep_dir.LOCK}):
         raise UserError(f"{asked.path} exists and is no sweep (it has no sweep.json); use another --out")
     files.require_writable(asked.path)
@@ -141,9 +143,13 @@ def _run(asked: Sweep, codes: list[Coded], manifest: Manifest, uri: str) -> Swee
         from tune import ray_tune  # Ray Tune's imports take seconds
 
         concurrent = ray_tune.room(asked)
+        ray_tune.require_seen(asked)
         asked.save()
         plan.keep_space(asked)
-        return ray_tune.trials(asked, codes, concurrent, manifest, uri)
+        at = s3_uri.address(asked.at) if asked.at else None
+        copy = mirror.Mirror(at) if at is not None else None
+        with copy.kept() if copy is not None else contextlib.nullcontext():
+            return ray_tune.trials(asked, codes, concurrent, manifest, uri, copy)
     finally:
         if ours:
             ray_train.disconnect()
@@ -154,7 +160,7 @@ def _asked(args: Args) -> Sweep:
     if args.resume is not None:
         if args.space or args.recipe or args.data:
             raise UserError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe and --data")
-        return _resumed(sweep_dir.load(args.resume), args)
+        return _resumed(sweep_dir.load(*mirror.opened(args.resume)), args)
     if not args.space:
         raise UserError("which space? `simclr sweep SPACE --recipe NAME --data DIR`; `simclr sweep --list` describes them")
     if not args.recipe or args.data is None:
@@ -176,7 +182,7 @@ def _asked(args: Args) -> Sweep:
     )
     at = s3_uri.address(args.data)
     found = Sweep(
-        path=args.out or Path(),
+        path=Path(),
         space=args.space,
         recipe=args.recipe,
         data=str(at or args.data.absolute()),
@@ -195,10 +201,9 @@ def _asked(args: Args) -> Sweep:
     )
     if args.out is None:
         digest = hashlib.sha256(json.dumps(_key(found), sort_keys=True).encode()).hexdigest()[:8]
-        found = dataclasses.replace(found, path=Path("runs") / f"sweep-{args.space}-{digest}")
-    elif s3_uri.address(args.out):
-        raise UserError(f"--out {args.out} is in S3; a sweep lives on a disk that all nodes share, its data may lie in S3")
-    return found
+        return dataclasses.replace(found, path=Path("runs") / f"sweep-{args.space}-{digest}")
+    path, at_out = mirror.opened(args.out)
+    return dataclasses.replace(found, path=path, at=at_out)
 
 
 def _resumed(there: Sweep, args: Args) -> Sweep:
@@ -208,7 +213,7 @@ def _resumed(there: Sweep, args: Args) -> Sweep:
     """
     address = there.resources["address"]
     if args.address is None and address not in (None, "auto"):
-        raise UserError(f"{there.path} was begun on the Ray cluster at {address}; to go on there, add --address {address}")
+        raise UserError(f"{there.shown} was begun on the Ray cluster at {address}; to go on there, add --address {address}")
     return dataclasses.replace(there, resources=there.resources | {"address": args.address or address})
 
 
@@ -224,18 +229,18 @@ def _same(there: Sweep, asked: Sweep) -> Sweep:
     theirs, ours = _key(there), _key(asked)
     different = [f"{name} {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
     if different:
-        raise UserError(f"{asked.path} belongs to another sweep: {'; '.join(different[:3])}; use another --out")
+        raise UserError(f"{asked.shown} belongs to another sweep: {'; '.join(different[:3])}; use another --out")
     return dataclasses.replace(there, path=asked.path, resources=asked.resources, max_concurrent=asked.max_concurrent, keep=asked.keep)
 
 
-def _finish(asked: Sweep, publish: str | None, uri: str) -> Path:
+def _finish(asked: Sweep, publish: str | None, uri: str) -> str:
     """Print the best trial, draw the report, and publish the best trial if asked."""
     order = sweep_dir.write_results(asked)
     if not order:
         failed = [trial for trial in sweep_dir.trials(asked.path) if trial.reason]
         if bugs := [trial for trial in failed if trial.bug]:
-            raise RuntimeError(f"no trial of {asked.path} has a score; trial {bugs[0].name} failed by a bug:\n\n{bugs[0].bug}")
-        raise UserError(f"no trial of {asked.path} has a score in {asked.metric}; {failed[0].reason if failed else 'none finished'}")
+            raise RuntimeError(f"no trial of {asked.shown} has a score; trial {bugs[0].name} failed by a bug:\n\n{bugs[0].bug}")
+        raise UserError(f"no trial of {asked.shown} has a score in {asked.metric}; {failed[0].reason if failed else 'none finished'}")
     best = order[0]
     if took := sweep_dir.start_up(sweep_dir.trials(asked.path)):
         say(took)
@@ -243,11 +248,11 @@ def _finish(asked: Sweep, publish: str | None, uri: str) -> Path:
     say(f"best: trial {best.name} with {sweep_dir.shown(asked.metric, best.score(asked.metric))}: {values}, seed {best.seed}")
     from tune.report import report
 
-    report(asked.path)
+    report(Path(asked.shown))
     if publish:
         from pipelines.commands.publish import Args as PublishArgs
         from pipelines.commands.publish import publish as register
 
-        result = register(PublishArgs(asked.path / "trials" / best.name, name=publish, tracking_uri=uri))
+        result = register(PublishArgs(Path(asked.shown) / "trials" / best.name, name=publish, tracking_uri=uri))
         say(f"published as {result['name']}/{result['version']}{' @champion' if result['champion'] else ''}")
-    return asked.path
+    return asked.at or os.path.relpath(asked.path)

@@ -81,11 +81,18 @@ class Sweep:
     labelled: bool = True
     tracking_uri: str = ""
     tracking_run: str = ""
+    at: str = ""
+    """s3://bucket/prefix, if `path` is this machine's copy of it (see tune.mirror); else "". Not in sweep.json, like `path`."""
 
     def __post_init__(self) -> None:
         for name, least in (("trials", 1), ("seeds", 1), ("keep", 1), ("max_concurrent", 0)):
             if (value := getattr(self, name)) is not None and not least <= value <= _MOST:
                 raise UserError(f"{name} of {self.path} is {value}; expected {least} to {_MOST:,}")
+
+    @property
+    def shown(self) -> str:
+        """The sweep's place, for people."""
+        return self.at or str(self.path)
 
     @property
     def base(self) -> Config:
@@ -108,7 +115,7 @@ class Sweep:
 
     def save(self) -> None:
         text = asdict(self) | {"schema": SCHEMA}
-        del text["path"]
+        del text["path"], text["at"]
         self.path.mkdir(parents=True, exist_ok=True)
         files.write_text(self.path / "sweep.json", json.dumps(text, indent=1) + "\n")
 
@@ -172,16 +179,17 @@ class Trial:
         return value if value is not None and math.isfinite(value) and self.status != "failed" else None
 
 
-def load(path: Path) -> Sweep:
-    """The sweep in directory `path`, which somebody else may have written. Raises UserError if there is none, or its fields do not fit."""
+def load(path: Path, at: str = "") -> Sweep:
+    """The sweep in directory `path`, which may be a copy of the one `at` s3://…, and which somebody else may have written. Raises UserError
+    if there is none, or its fields do not fit."""
     if not (path / "sweep.json").is_file():
-        raise UserError(f"{path} is no sweep (it has no sweep.json); `simclr sweep SPACE --recipe NAME --data DIR` makes one")
+        raise UserError(f"{at or path} is no sweep (it has no sweep.json); `simclr sweep SPACE --recipe NAME --data DIR` makes one")
     text = files.read_json(path / "sweep.json", INSTEAD)
     if text.pop("schema", None) != SCHEMA:
         raise UserError(f"{path}/sweep.json has another schema than {SCHEMA}; go on with the version that wrote it")
     if text.get("metric") not in METRICS:
         raise UserError(f"{path}/sweep.json is damaged: its metric is {text.get('metric')!r}; {INSTEAD}")
-    found = fields.build(Sweep, text, path / "sweep.json", INSTEAD, path=path)
+    found = fields.build(Sweep, text, path / "sweep.json", INSTEAD, path=path, at=at)
     resources = fields.build(Resources, found.resources, f"resources in {path}/sweep.json", INSTEAD)
     found = replace(found, resources=asdict(resources))
     require_here(path / "trials")

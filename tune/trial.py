@@ -26,9 +26,10 @@ from pipelines.train.messages import Task, TrialBeganAgain, TrialFailed
 from simclr import fields, files, sense
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
-from simclr.data.s3.uri import address
+from simclr.data.s3.store import Store
+from simclr.data.s3.uri import Address, address
 from simclr.errors import Diverged, UserError
-from tune import inherit, resolve, sweep_dir
+from tune import inherit, mirror, resolve, sweep_dir
 from tune.plan import OTHER_SEED
 from tune.sweep_dir import METRICS, Sweep, Trial, trial_in
 
@@ -79,7 +80,7 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
             run = _open(sweep, directory, point.config, donor)
             trial.save(directory)
             inherit.settle(directory)
-            newest = _newest(run)
+            newest = _newest(sweep, run)
             if before is not None and not taken:
                 trial = _caught_up(sweep, run, trial, newest, heard)
             trial = _train(sweep, run, trial, inbox, private, began)
@@ -91,7 +92,7 @@ def _drive(name: str, asked: resolve.Coded, sweep: Sweep, inbox: Any, private: b
                 first = f" (seed {point.seed}; before, on seed {point.seed - OTHER_SEED}: {trial.reason})" if trial.reason else ""
                 _failed(directory, trial_in(directory) or trial, reason + first, bug, inbox)
                 return
-            _set_aside(directory, sweep_dir.first_try(sweep.path, name))
+            _set_aside(sweep, directory)
             inbox.actor.put.remote(TrialBeganAgain(trial=name, reason=reason, bug=bug))
             before, donor = None, ""
             trial, point = _again(dataclasses.replace(trial, scores={}, donor=""), point, reason)
@@ -104,8 +105,11 @@ def _failed(directory: Path, trial: Trial, reason: str, bug: str, inbox: Any) ->
     inbox.actor.put.remote(TrialFailed(trial=trial.name, reason=reason, bug=bug))
 
 
-def _set_aside(directory: Path, to: Path) -> None:
+def _set_aside(sweep: Sweep, directory: Path) -> None:
     """Keep the reports of a first try, since MLflow may lack some. The directory is renamed, because the ledger still writes in it."""
+    to = sweep_dir.first_try(sweep.path, directory.name)
+    if at := _address(sweep, directory.name):  # the next try must not go on from its checkpoints
+        sync.retry_unreachable(lambda: mirror.remove(at, Store()), say)
     if directory.is_dir():
         to.parent.mkdir(exist_ok=True)
         shutil.rmtree(to, ignore_errors=True)
@@ -173,12 +177,21 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: str) -> Run:
     return run
 
 
-def _newest(run: Run) -> int:
+def _address(sweep: Sweep, name: str) -> Address | None:
+    """The address of trial `name`'s run, for a sweep in S3."""
+    return address(f"{sweep.at}/trials/{name}") if sweep.at else None
+
+
+def _newest(sweep: Sweep, run: Run) -> int:
     """The step of the checkpoint that the run goes on from, 0 without one. Its reports that a killed sweep missed are added to the run's.
     Those of another trial, which a checkpoint may have too, are left out."""
     from simclr import checkpoint
 
-    newest = checkpoint.latest(run.checkpoints, say) if run.checkpoints.exists() else None
+    home = sync.Home(str(_address(sweep, run.path.name) or run.path))
+    home.belongs_to(run.created)
+    sync.retry_unreachable(home.sync_checkpoints, say)
+    folder = home.path / "checkpoints"
+    newest = checkpoint.latest(folder, say) if folder.exists() else None
     if newest is None:
         return 0
     run.fill([report for report in checkpoint.reports(newest) if report.pop("mark", "") == run.path.name])
@@ -218,14 +231,14 @@ def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, bega
         stage=run.stage,
         config=run.config,
         data=data,
-        run=str(run.path.absolute()),
+        run=str(_address(sweep, trial.name) or run.path.absolute()),
         created=run.created,
         trial=trial.name,
         inbox=inbox,
     )
     forward = _forward(sweep, run, trial, began)
     try:
-        ray_train.fit(partial(train_and_score, shares=shares), task, resources, run.path / "ray", [forward], private)
+        ray_train.fit(partial(train_and_score, run=run, shares=shares), task, resources, run.path / "ray", [forward], private)
     finally:
         shutil.rmtree(run.path / "ray", ignore_errors=True)
     found: Trial = forward.trial
@@ -247,6 +260,8 @@ def _forward(sweep: Sweep, run: Run, trial: Trial, began: float) -> Any:
 
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
             new = dict(metrics[0])
+            if "at/workers" in new and (rows := [row for row in run.history() if row["time"] > new["at/workers"]]):  # of the last group
+                new["at/first_step"] = rows[0]["time"]
             starts = {key: new.pop(key) - began for key in list(new) if key.startswith("at/")}
             if "health/alignment" in new:
                 new["health/align_uniform"] = new["health/alignment"] + new["health/uniformity"]
@@ -272,9 +287,9 @@ def _forward(sweep: Sweep, run: Run, trial: Trial, began: float) -> Any:
     return Forward()
 
 
-def train_and_score(task: Task, shares: tuple[float, ...]) -> None:
-    """The function of each worker of a trial: `train_worker`, then rank 0 scores the encoder, also with `shares` of the labels, and all
-    ranks report once more."""
+def train_and_score(task: Task, run: Run, shares: tuple[float, ...]) -> None:
+    """The function of each worker of a trial, of the run that `task` names: `train_worker`, then rank 0 scores the encoder, also with
+    `shares` of the labels, and all ranks report once more."""
     times = {"at/workers": time.time()}
     import ray.train
     import ray.train.torch
@@ -284,7 +299,8 @@ def train_and_score(task: Task, shares: tuple[float, ...]) -> None:
     from pipelines.train.worker import train_worker
 
     train_worker(task)
-    run, context = load_run(Path(task.run)), ray.train.get_context()
+    home, context = sync.Home(task.run), ray.train.get_context()
+    run = dataclasses.replace(run, path=home.path)
     groups = run.config.train.shard_groups
     group = run.config.group_of(context.get_world_rank(), context.get_world_size())
     data = sync.shards(task.data, groups, group, task.run)
@@ -295,6 +311,7 @@ def train_and_score(task: Task, shares: tuple[float, ...]) -> None:
         publish_newest(run, manifest.classes)
         found = score(run, data, ray.train.torch.get_device(), shares)
         scores = {f"health/{k}" if k == "rankme" else f"eval/{k}": v for k, v in found.items()}
-    if rows := [row for row in run.history() if row["time"] > times["at/workers"]]:  # without rows from before a restart
-        times["at/first_step"] = rows[0]["time"]
+        sync.retry_unreachable(home.send, say)
+        if home.at is not None:
+            shutil.rmtree(run.checkpoints)  # they are in S3, and a node sees many trials
     ray.train.report({**scores, **times, "step": total, "total_steps": total})

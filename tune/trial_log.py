@@ -119,13 +119,14 @@ class Ledger:
     def _tags(self, name: str) -> dict[str, str]:
         """The tags that put a trial's MLflow run below the parent; opens the parent if needed. Raises UserError if MLflow refuses."""
         self.parent = self.parent or self._open_parent()
-        return {"mlflow.parentRunId": self.parent.run_id, "sweep": self.sweep.path.name, "trial": name}
+        place = {"run_directory": f"{self.sweep.at}/trials/{name}"} if self.sweep.at else {}
+        return {"mlflow.parentRunId": self.parent.run_id, "sweep": self.sweep.path.name, "trial": name, **place}
 
     def _open_parent(self) -> client.MLflowRun:
         sweep = self.sweep
         params: dict[str, object] = {k: getattr(sweep, k) for k in ("space", "recipe", "data", "search", "scheduler", "metric", "seeds")}
         same = sweep.tracking_run if mlflow_uri.same_server(sweep.tracking_uri, self.uri) else ""
-        tags = {"sweep_directory": str(sweep.path.absolute()), "command": sweep.command}
+        tags = {"sweep_directory": sweep.at or str(sweep.path.absolute()), "command": sweep.command}
 
         def known(run_id: str) -> None:
             self.sweep = sweep.noted(tracking_uri=mlflow_uri.redacted(self.uri), tracking_run=run_id)

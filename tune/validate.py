@@ -34,6 +34,8 @@ def check(asked: Sweep, manifest: Manifest, under_way: bool = False) -> list[Cod
         other = "eval/knn_top1" if watched else "health/align_uniform"
         raise UserError(f"--scheduler {asked.scheduler} decides while trials run, and {asked.metric} is known at their end; use {other}")
     varied = [axis for axis in space.axes if set(axis.paths) <= set(MID_RUN)]
+    if asked.scheduler == "pbt" and asked.at:
+        raise UserError(f"--scheduler pbt copies checkpoints between trials on a disk, and {asked.at} is in S3; use asha, or a shared disk")
     if asked.scheduler == "pbt" and not varied:
         raise UserError(f"--scheduler pbt changes a run that goes on: {', '.join(MID_RUN)}; {space.name} varies none of them")
     if asked.scheduler == "pbt" and _ONE_EACH & {path for axis in space.axes for path in axis.paths}:

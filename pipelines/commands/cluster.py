@@ -14,6 +14,7 @@ import tyro
 
 from pipelines.clusterfile import rules
 from pipelines.terminal import show
+from pipelines.train import ray_private
 from simclr import files
 from simclr.config import Config
 from simclr.errors import UserError
@@ -57,6 +58,25 @@ def main(args: Args) -> None:
         show("\nto edit before `ray up`, unless you have:")
         for number, line in marked:
             show(f"  line {number}: {re.sub(' +#', '  #', line.strip())}")
+    if (Path.cwd() / "simclr/__init__.py").is_file():  # a checkout, which a job takes along
+        show(f"\n{package(Path.cwd())}")
+
+
+def package(folder: Path) -> str:
+    """What a job takes along of `folder`, in a sentence. Raises UserError if that is more than Ray takes, or has not the code."""
+    found = sorted(ray_private.packed(folder), key=lambda file: (-file[1], file[0]))
+    size, most = sum(size for _, size in found), ray_private.largest_package()
+    most_of_it = ", ".join(f"{name} {_mib(size)}" for name, size in found[:3])
+    has = f"`ray job submit --working-dir .` sends {_mib(size)} of {folder} in {len(found):,} files"
+    if size >= most:
+        raise UserError(f"{has}, and Ray takes less than {_mib(most)}; the largest are {most_of_it}: name them in .rayignore")
+    if missing := {"simclr/train.py", "pipelines/cli.py", "tune/sweep.py"} - {name for name, _ in found}:
+        raise UserError(f"{has}, but not {min(missing)}; bring back .rayignore, and see what .gitignore names")
+    return f"{has}, of {_mib(most)} that Ray takes"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:

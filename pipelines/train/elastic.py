@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.train import capacity, hang, ray_private
+from pipelines.train import capacity, hang, ray_private, waiting
 from pipelines.train.messages import Said, Tell
 
 _SAY_EVERY_S, _LOOK_EVERY_S = 60.0, 0.5
@@ -38,6 +38,8 @@ def scaling_policy(config: Any, counts: list[int], private: bool, tell: Tell) ->
             # are a bound. Right after a group's end its own do not show as free yet, so the first try has no such bound.
             if self.running or self.tried:
                 most = min(most, self.running + _free(self.scaling_config.resources_per_worker, alive))
+            if self.running and most > self.running and not private and waiting.somebody():
+                most = self.running  # that room is for the job that waits
             return max((count for count in counts if count <= most), default=0)
 
         def idle(self) -> None:

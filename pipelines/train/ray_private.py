@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 import uuid
@@ -87,6 +88,34 @@ def kill_processes() -> None:
     node = sys.modules["ray"]._private.worker._global_node
     if node is not None and node.is_head():
         node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+# ── A submitted job ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def packed(folder: Path) -> list[tuple[str, int]]:
+    """(name in `folder`, bytes) of each file that `ray job submit --working-dir` would send, by its own walk through .gitignore and
+    .rayignore. It waits for a dry run of that command."""
+    import logging
+
+    from ray._private.runtime_env import packaging
+
+    found: list[Path] = []
+    packaging._dir_travel(folder.absolute(), [], found.append, include_gitignore=True, logger=logging.Logger("quiet", logging.WARNING))
+    return [(str(path.relative_to(folder.absolute())), path.stat().st_size) for path in found if path.is_file()]
+
+
+def largest_package() -> int:
+    """The bytes that the job API takes. It waits for a public constant."""
+    from ray._private import ray_constants
+
+    return int(ray_constants.DASHBOARD_CLIENT_MAX_SIZE)
+
+
+def submission_id() -> str:
+    """The id by which `ray job` knows this process's job, "" for another process. It waits for `ray.get_runtime_context()` to tell it."""
+    given = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return str((given.get("metadata") or {}).get("job_submission_id", ""))
 
 
 # ── Nodes ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
-from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, retry, tpu
+from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, retry, tpu, waiting
 from pipelines.train.overseer import overseer
 from simclr.config import Config
 from simclr.errors import UserError
@@ -183,6 +183,7 @@ class Running:
     outcome: list[BaseException | None]
     controllers: list[Any]
     """The handle of Ray's controller actor, once there is one."""
+    ended: threading.Event
     head: _Head
     less_memory: str
     """Advice for the case that a device has too little memory."""
@@ -193,6 +194,7 @@ class Running:
         """End the job and its workers at once. Takes at most 3 s."""
         import ray
 
+        self.ended.set()
         if not (self.controllers and self.thread.is_alive() and self.head.answers()):
             return  # without a head its processes end by themselves, and Ray would wait for the head for a minute
         self.controllers[0].abort.remote()  # frees the workers' cores for the next job of this process
@@ -296,10 +298,13 @@ def launch(worker: Callable[[messages.Task], None], task: messages.Task, resourc
     forward, tell = [_forwarder(inbox)], inbox.put
     trainer = _trainer(worker, replace(task, inbox=inbox), resources, storage, forward, private, tell, controllers)
     outcome: list[BaseException | None] = []
+    ended = threading.Event()
 
     def fit() -> None:
         try:
-            trainer.fit()
+            with waiting.turn(trainer, task, private, tell, ended) as ours:
+                if ours:
+                    trainer.fit()
             outcome.append(None)
         except BaseException as error:  # raised again in the thread that iterates the reports
             outcome.append(error)
@@ -312,7 +317,7 @@ def launch(worker: Callable[[messages.Task], None], task: messages.Task, resourc
     import ray
 
     head, advice = _Head(ray.get_runtime_context().gcs_address, private), retry.less_memory(task.stage, task.config, resources.workers)
-    return Running(thread, inbox, outcome, controllers, head, advice, task.data)
+    return Running(thread, inbox, outcome, controllers, ended, head, advice, task.data)
 
 
 def fit(
@@ -323,7 +328,9 @@ def fit(
     Train's controller runs in this process, which waits anyway; its own process would import everything again. So `callbacks` are called
     here. `task` has the queue. Raises Ray's error if workers failed too often.
     """
-    _trainer(worker, task, resources, storage, callbacks, private, lambda message: None, None).fit()
+    trainer = _trainer(worker, task, resources, storage, callbacks, private, lambda message: None, None)
+    with waiting.turn(trainer, task, private, task.inbox.actor.put.remote):
+        trainer.fit()
 
 
 def _trainer(

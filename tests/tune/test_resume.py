@@ -330,7 +330,7 @@ def test_what_a_killed_driver_has_not_heard_is_told_by_the_trial_that_goes_on(tm
     checkpoint.write(run.checkpoints, checkpoint.State(8, run.config.to_dict(), {}), 1)
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "about", lambda path, real=checkpoint.about: read.append(path.name) or real(path))
-        found = trial._caught_up(sweep, run, record, trial._newest(run), 0)
+        found = trial._caught_up(sweep, run, record, trial._newest(sweep, run), 0)
     assert read == ["step-000000008"]  # once: it may have gigabytes
     assert [(line["step"], line["images"], line["eval/knn_top1"]) for line in told] == [
         (step, 60 * step, 0.02 if step < 6 else 0.06) for step in range(2, 9)

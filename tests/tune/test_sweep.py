@@ -47,7 +47,6 @@ BASE = ("sweep", "smoke", "--recipe", "patterns_tiny", "--set", "train.batch_siz
         (("sweep", "temperature-lr", *BASE[2:], "DATA", "--scheduler", "pbt"), "use asha"),
         (("sweep", "search", *BASE[2:], "DATA", "--search", "grid"), "no grid covers"),
         ((*BASE, "DATA", "--seeds", "0"), "--seeds is 0"),
-        ((*BASE, "DATA", "--out", "s3://lab/sweep"), "is in S3"),
         (("sweep", "report", "nothing"), "nothing is no sweep"),
         (("sweep", "report"), r"which sweep\?"),
         (("sweep", "--resume", "nothing"), "nothing is no sweep"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -91,30 +92,52 @@ def test_a_place_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytes
     assert ended.value.code == 2 and "is no directory; expected one that holds runs" in capsys.readouterr().err
 
 
-def test_a_job_carries_less_than_five_megabytes(tmp_path: Path) -> None:
-    """The files that `ray job submit --working-dir .` would pack from a used checkout."""
-    from ray._private.runtime_env.packaging import create_package
-
-    root = ROOT
-    checkout = tmp_path / "checkout"
-    ask = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(ask, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines():
-        if (root / name).is_file():
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            (checkout / name).write_bytes((root / name).read_bytes())
-    big = b"\0" * (6 << 20)
-    left = ("runs/x/state.safetensors", ".venv/lib/torch.so", ".venv-gpu/lib/x.so", ".git/objects/pack", "mlruns/1", "a.beton", "core")
-    for name in (*left, "mlflow.db", ".cache/simclr/a", "node_modules/a.js", "encoder.onnx", "model.pt"):
-        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / name).write_bytes(big)
-    create_package(str(checkout), tmp_path / "job.zip", include_gitignore=True)
+def test_a_job_carries_the_code_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that `ray job submit --working-dir .` would pack from a used checkout: with them alone a job trains."""
     import zipfile
 
+    from ray._private.runtime_env.packaging import create_package
+
+    from pipelines.commands import cluster
+
+    checkout = tmp_path / "checkout"
+    ask = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in (name for name in listed if (ROOT / name).is_file()):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_bytes((ROOT / name).read_bytes())
+    left = ("runs/x/state.safetensors", ".venv/lib/torch.so", ".venv-gpu/lib/x.so", ".git/objects/pack", "mlruns/1", "a.beton", "core")
+    mine = ("photos/cats/1.jpg", "datasets/all.tar.gz", "encoder/encoder.safetensors", "notes/simclr/train.py", "simclr/photos.tar.gz")
+    for name in (*left, *mine, "mlflow.db", ".cache/simclr/a", "node_modules/a.js", "encoder.onnx", "model.pt"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        with (checkout / name).open("wb") as file:  # of no bytes on the disk
+            file.truncate(150 << 20 if name.startswith("photos") else 6 << 20)
+    (checkout / "ids.txt").write_text("1\n")  # for --subset
+    create_package(str(checkout), tmp_path / "job.zip", include_gitignore=True)
     packed = zipfile.ZipFile(tmp_path / "job.zip")
     names = set(packed.namelist())
     assert sum(entry.file_size for entry in packed.infolist()) < 5e6
-    assert {"simclr/train.py", "pipelines/cli.py", "pyproject.toml"} <= names
-    assert not any(name.startswith((".venv", ".git/", "runs", "mlruns", "tests")) or name == "core" for name in names)
+    assert {name for name in listed if name.startswith(("simclr/", "pipelines/", "tune/", "cluster/"))} <= names
+    assert {name.partition("/")[0] for name in names if "/" in name} == {"simclr", "pipelines", "tune", "cluster"}
+    assert {"pyproject.toml", "ids.txt"} <= names
+    packed.extractall(tmp_path / "node")
+    job = [sys.executable, "-c", "import pipelines, sys; print(pipelines.__file__); from pipelines.cli import main; main(sys.argv[1:])"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run(
+        [*job, "pretrain", "patterns_tiny", "--help"], cwd=tmp_path / "node", env=env, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0 and ended.stdout.startswith(str(tmp_path / "node/pipelines")), ended
+    assert "--train.batch-size" in ended.stdout
+
+    assert "sends 2." in cluster.package(checkout)
+    with (checkout / "simclr/big").open("wb") as file:
+        file.truncate(100 << 20)
+    with pytest.raises(UserError, match=r"sends 102\.\d MiB .*Ray takes less than 100\.0 MiB; the largest are simclr/big 100\.0 MiB"):
+        cluster.package(checkout)
+    (checkout / "simclr/big").unlink()
+    (checkout / ".rayignore").write_text("*\n!/.\n!/simclr\n")
+    with pytest.raises(UserError, match=r"files, but not pipelines/cli\.py; bring back \.rayignore"):
+        cluster.package(checkout)
 
 
 def test_of_two_commands_that_begin_a_run_the_second_is_refused(tmp_path: Path, patterns: Path) -> None:

@@ -21,7 +21,7 @@ from pipelines.train.messages import Reported, TrialBeganAgain, TrialFailed
 from simclr.errors import UserError
 from tests.support.mlflow_server import Answer, Server
 from tests.support.sweeps import a_sweep, trained
-from tune import sweep, sweep_dir, trial, trial_log
+from tune import sweep, trial, trial_log
 from tune.sweep_dir import Sweep
 
 
@@ -324,7 +324,7 @@ def test_what_a_trial_reported_before_it_began_again_is_not_lost(mlflow: MLflow,
         kept.inbox.put(reported(names[0], step))
     until(lambda: lines(found, names[0]) == [1, 2, 3])
     run = load_run(directory)
-    trial._set_aside(directory, sweep_dir.first_try(found.path, names[0]))
+    trial._set_aside(found, directory)
     kept.inbox.put(TrialBeganAgain(trial=names[0], reason="the loss is not finite"))
     replace(run, created=run.created + 1, tracking_run="", unlogged="").save()
     kept.inbox.put(reported(names[0], 1))

@@ -26,6 +26,8 @@ ray._private.utils: get_dashboard_dependency_error() set_sigterm_handler(sigterm
 ray._private.worker: _temp_dir<init set_sigterm_handler<init
 ray._raylet: Config.initialize(config_list) AuthenticationTokenLoader.instance() AuthenticationTokenLoader.reset_cache(self)
 ray._private.state: state.get_draining_nodes() state.available_resources_per_node()
+ray._private.runtime_env.packaging: _dir_travel(path,excludes,handler,include_gitignore,logger) _dir_travel<_zip_files
+ray._private.ray_constants: DASHBOARD_CLIENT_MAX_SIZE=104857600
 ray._private.auto_init_hook: enable_auto_connect
 ray._raylet: GcsClient RAY_NODE_ID_KEY=ray.io/node-id
 ray._raylet: InnerGcsClient.drain_node(self,node_id,reason,reason_message,deadline_timestamp_ms,timeout)

@@ -26,6 +26,12 @@ ADDED = {"class_weights": "none"}
 """Fields that came later, and what older runs did: with this value they are left out of the name of a default run directory."""
 
 
+def share(total: int, rank: int, world: int) -> slice:
+    """Which of `total` consecutive things (images of a batch, in its order) `rank` of `world` gets: all ranks' shares, one behind the
+    other, are all of them, and their sizes differ by one at most."""
+    return slice(rank * total // world, (rank + 1) * total // world)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)

@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr.compiling import compiled
-from simclr.config import share
+from simclr.shares import share, shares
 from simclr.telemetry.device_time import Timestamp, exact, now
 
 _MOST_BYTES = 1 << 20  # of a value that ranks exchange as JSON
@@ -57,13 +57,14 @@ def first_row(x: Tensor, images: int | None = None) -> int:
     """Where this rank's rows `x` begin among those that `all_gather` joins."""
     if images is None or images % world_size() == 0:
         return rank() * len(x)
-    return _rows_per_image(x, images) * share(images, rank(), world_size()).start
+    before: int = share(images, rank(), world_size()).start
+    return _rows_per_image(x, images) * before
 
 
 def share_of_mean(mean: Tensor, own: int, images: int | None = None) -> Tensor:
     """A `mean` over the `own` of `images` images that this rank holds → its share of the mean over all, W · own / images of it: the mean
     of all ranks' shares is the mean over all images. The mean itself where W divides the images, or None are said."""
-    return mean if images is None or own * world_size() == images else mean * (own * world_size() / images)
+    return mean if images is None or images % world_size() == 0 else mean * (own * world_size() / images)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -240,8 +241,7 @@ def _wait_ends(x: Tensor, began: Timestamp | None) -> None:
 
 
 def _rows_per_image(x: Tensor, images: int) -> int:
-    mine = share(images, rank(), world_size())
-    own = mine.stop - mine.start
+    own = shares(images, world_size())[rank()]
     if not own or len(x) % own:
         raise ValueError(f"{len(x)} rows on rank {rank()} of {world_size()}; expected as many for each of its {own} of {images} images")
     return len(x) // own
@@ -271,7 +271,7 @@ class _AllGatherUneven(torch.autograd.Function):
         return out.index_select(0, ctx.places)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         filled = grad.new_zeros((world_size() * ctx.most, *grad.shape[1:])).index_copy_(0, ctx.places, grad)
         mine = grad.new_empty((ctx.most, *grad.shape[1:]))
         began = _wait_begins(grad)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import tempfile
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +16,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr.collectives import all_gather, first_row, share_of_mean, world_size
-from simclr.config import share
+from simclr.config import Config
+from simclr.data import loader
+from simclr.data.manifest import read_manifest, write_manifest
 from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
+from simclr.shares import share
+from simclr.views.preprocessing import Preprocessing
 from tests.conftest import Within
 from tests.support.ranks import Ranks
-from tests.support.small import mine
+from tests.support.small import TINY, mine
 
 N = 8
 
@@ -95,3 +105,61 @@ def test_a_gather_of_uneven_rows_is_in_the_order_of_ranks_and_its_gradient_the_s
         assert torch.equal(every, expected) and first == 2 * shares[rank].start
         assert torch.equal(gradient[1:], torch.full_like(gradient[1:], 3))
         assert weight == pytest.approx((shares[rank].stop - shares[rank].start) * 3 / N)
+
+
+# ── The loader ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def five_shards(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five times the patterns' 240 training images, in a shard each."""
+    out = tmp_path_factory.mktemp("five")
+    manifest = read_manifest(patterns)
+    (one,) = manifest.splits["train"]
+    links = tuple(replace(one, name=f"train-{number:05}.beton") for number in range(5))
+    for link in (*links, *manifest.splits["test"]):
+        os.link(patterns / (one.name if link in links else link.name), out / link.name)
+    write_manifest(out, replace(manifest, splits={**manifest.splits, "train": links}))
+    return out
+
+
+def grouped(groups: int) -> Config:
+    return replace(TINY, train=replace(TINY.train, batch_size=N, shard_groups=groups))
+
+
+def drawn(groups: int, data: Path, rank: int, world: int, steps: int) -> list[list[int]]:
+    """Ids of this rank's images of some steps, from a folder with no training shards but those of its groups."""
+    with tempfile.TemporaryDirectory() as node:
+        whole, held = read_manifest(data), grouped(groups).groups_of(rank, world)
+        for name in {"manifest.json", *(shard.name for group in held for shard in whole.part(groups, group))}:
+            os.link(data / name, Path(node) / name)
+        with closing(loader.batches(grouped(groups), Path(node), 0, rank, world)) as stream:
+            return [batch.ids.tolist() for batch in itertools.islice(stream, steps)]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_step_has_the_same_images_on_three_ranks_of_two_groups(five_shards: Path, groups: int) -> None:
+    """Rank 1 of 3 reads both groups; two ranks, which divide batch and groups, have the slices of before."""
+    assert [list(grouped(2).groups_of(rank, 3)) for rank in range(3)] == [[0], [0, 1], [1]]
+    of = {world: [drawn(groups, five_shards, rank, world, 5) for rank in range(world)] for world in (2, 3, 5)}
+    steps = {world: [list(itertools.chain.from_iterable(step)) for step in zip(*every, strict=True)] for world, every in of.items()}
+    assert steps[2] == steps[3] == steps[5] and all(len(set(step)) == N for step in steps[2])
+    assert [len(rank[0]) for rank in of[3]] == [2, 3, 3]
+    group_of = [[i // 240 % groups for i in step] for step in steps[3]]
+    assert all(found == sorted(found) and found.count(0) == N // groups for found in group_of)
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+def test_three_ranks_of_two_groups_evaluate_what_two_do(five_shards: Path, limit: int | None) -> None:
+    """In the same order, each image once, and no rank more than its part."""
+    seen = Preprocessing.of(TINY.views)
+
+    def every(world: int) -> list[list[int]]:
+        streams = [loader.in_order(five_shards, "train", seen, 64, limit, 1, rank, world, 2) for rank in range(world)]
+        return [[i for batch in stream for i in batch.ids.tolist()] for stream in streams]
+
+    two, three = every(2), every(3)
+    whole = list(itertools.chain.from_iterable(three))
+    assert whole == list(itertools.chain.from_iterable(two)) and len(set(whole)) == len(whole) == (limit or 5 * 240)
+    if limit:
+        assert max(map(len, three)) - min(map(len, three)) <= 2

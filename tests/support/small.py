@@ -10,7 +10,8 @@ from torch import Tensor
 
 from simclr import checkpoint
 from simclr.collectives import rank, world_size
-from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch, share
+from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
+from simclr.shares import share
 from simclr.stages import FineTune
 from simclr.train import Report, Start, train
 

@@ -79,16 +79,21 @@ class Resources:
             raise UserError(f"--hang-timeout-s is {self.hang_timeout_s}; expected a positive number of seconds")
 
     def counts(self, config: Config) -> list[int]:
-        """Numbers of workers, ascending, that `config` may be trained with: all from --min-workers to --workers. Raises UserError if they
-        cannot share its batch, or its groups of shards."""
+        """Numbers of workers, ascending, that `config` may be trained with: from --min-workers to --workers, all that its groups allow.
+        Raises UserError if --workers or --min-workers is not among them."""
         config.images_per_rank(self.workers)
         config.groups_of(0, self.workers)
         if self.device == "tpu":
             tpu.require_equal(config.train.batch_size, self.workers)
         least = self.min_workers or self.workers
-        if not retry.shares(config, least):
-            raise UserError(f"--min-workers {least} is less than train.shard_groups {config.train.shard_groups}; use that many or more")
-        return list(range(least, self.workers + 1))
+        fits = [count for count in range(1, self.workers + 1) if retry.shares(config, count)]
+        if least not in fits:
+            near = sorted(sorted(fits, key=lambda count: abs(count - least))[:2])
+            raise UserError(
+                f"--min-workers is {least}, and so few workers cannot have the groups that the config asks for; "
+                f"use {' or '.join(map(str, near))}, or leave it out"
+            )
+        return [count for count in fits if count >= least]
 
 
 def address_of(asked: str | None) -> str:

@@ -9,24 +9,34 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.collectives import all_gather, first_row, share_of_mean, world_size
+from simclr import checkpoint
+from simclr.collectives import all_gather, first_row, from_rank_zero, rank, share_of_mean, world_size
 from simclr.config import Config
 from simclr.data import loader
 from simclr.data.manifest import read_manifest, write_manifest
+from simclr.errors import Diverged
 from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
-from simclr.shares import share
+from simclr.shares import share, shares
+from simclr.stages import Distill
+from simclr.telemetry.guards import Health
+from simclr.telemetry.straggler import Stragglers
+from simclr.telemetry.timing import Pace
+from simclr.train import Start, train
 from simclr.views.preprocessing import Preprocessing
 from tests.conftest import Within
 from tests.support.ranks import Ranks
-from tests.support.small import TINY, mine
+from tests.support.small import TINY, TUNED, mine
 
 N = 8
+State = dict[str, Tensor]
 
 
 def test_shares_are_the_whole_in_order_and_differ_by_one_at_most() -> None:
@@ -163,3 +173,105 @@ def test_three_ranks_of_two_groups_evaluate_what_two_do(five_shards: Path, limit
     assert whole == list(itertools.chain.from_iterable(two)) and len(set(whole)) == len(whole) == (limit or 5 * 240)
     if limit:
         assert max(map(len, three)) - min(map(len, three)) <= 2
+
+
+# ── The loop ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+EIGHT = replace(TINY, train=replace(TINY.train, batch_size=N, steps=6, checkpoint_every_steps=3))
+TUNES = replace(TUNED, train=replace(TUNED.train, batch_size=N, steps=3))
+DISTILLS = Distill(
+    **{name: getattr(TUNED, name) for name in ("encoder", "views", "optim", "train", "watch")}, head=replace(TUNED.head, layers=0)
+)
+METHODS: dict[str, Config] = {
+    "SimCLR": EIGHT,
+    "with a queue": replace(EIGHT, loss=replace(TINY.loss, memory=4 * N)),
+    "logistic": replace(EIGHT, loss=replace(TINY.loss, name="nt_logistic", semi_hard=True)),
+    "classifier": TUNES,
+    "classifier, classes weigh alike": replace(TUNES, class_weights="balanced"),
+}
+METRICS = (
+    "train/loss",
+    "train/linear_loss",
+    "train/linear_top1",
+    "train/top1",
+    "train/contrastive_top1",
+    "health/alignment",
+    "eval/knn_top1",
+)
+
+
+def trained(name: str, data: str, resumes: str = "", change: dict[str, Any] | None = None) -> list[tuple[dict[str, float], State]]:
+    """Metrics and state of every report; from a checkpoint where one is given."""
+    config = METHODS[name]
+    config = replace(config, train=replace(config.train, **(change or {})))
+    start = Start(Path(data), checkpoint=Path(resumes) if resumes else None)
+    found = []
+    for report in train(config, start):
+        kept = {metric: report.metrics[metric] for metric in METRICS if metric in report.metrics}
+        found.append((kept, {key: t.clone() for key, t in report.state.tensors.items()}))
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_three_ranks_train_as_one_process_does(ranks: Ranks, within: Within, patterns: Path, name: str) -> None:
+    """Eight images a step: 2, 3 and 3. Every metric that is a mean over images, the weights and moments after some steps."""
+    expected = trained(name, str(patterns))
+    for found in ranks(3, trained, name, str(patterns)):
+        for (metrics, state), (others, whole) in zip(found, expected, strict=True):
+            assert metrics.keys() == others.keys() and "train/loss" in metrics
+            for metric, value in others.items():
+                within(metric, abs(metrics[metric] - value), 1e-6 if metric == "health/alignment" else 1e-9)  # that one is float32
+            assert state.keys() == whole.keys()
+        within("weights, moments, statistics", max(float((state[key] - t).abs().max()) for key, t in whole.items()), 1e-9)
+
+
+def resumed(data: str, folder: str) -> bool:
+    """Whether three steps behind a checkpoint of this very run are those of the run that went on, bit for bit."""
+    config = METHODS["SimCLR"]
+    for report in train(config, Start(Path(data))):
+        if report.step == 3 and rank() == 0:
+            checkpoint.write(Path(folder), report.state, 1)
+    whole = report.state.tensors
+    place = from_rank_zero(str(checkpoint.latest(Path(folder), print)))
+    for report in train(config, Start(Path(data), checkpoint=Path(place))):
+        pass
+    return report.step == 6 and all(torch.equal(t, whole[key]) for key, t in report.state.tensors.items())
+
+
+def test_three_ranks_resume_to_the_bit(ranks: Ranks, patterns: Path, tmp_path: Path) -> None:
+    assert all(ranks(3, resumed, str(patterns), str(tmp_path)))
+
+
+def test_pieces_of_three_ranks_meet_and_agree(ranks: Ranks, within: Within, patterns: Path) -> None:
+    """Two images at a time: a rank of three images has two pieces, like a rank of two, whose pieces are of one image. Every rank's
+    statistics and weights stay the same."""
+    first, *others = ranks(3, trained, "SimCLR", str(patterns), "", {"micro_batch": 2, "steps": 3})
+    for other in others:
+        for (metrics, state), (same, whole) in zip(other, first, strict=True):
+            assert metrics == same and all(torch.equal(state[key], t) for key, t in whole.items())
+    assert all(np.isfinite(metrics["train/loss"]) for metrics, _ in first)
+
+
+def refused(data: str) -> str:
+    with pytest.raises(Diverged) as raised:
+        health = Health(nn.Linear(1, 1), torch.device("cpu"), N, Path(data), 1.0, "stop")
+        own = shares(N, 3)[rank()]
+        z = torch.full((2 * own, 2), float("nan"))
+        health.see(1, torch.arange(own) + 3 * rank(), z, torch.tensor(float("nan")))
+        health.report(1, {"train/loss": torch.tensor(float("nan"))}, Pace(1, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0))
+    return str(raised.value)
+
+
+def test_all_images_of_a_step_of_three_ranks_are_known_to_be_all(ranks: Ranks, patterns: Path) -> None:
+    for said in ranks(3, refused, str(patterns)):
+        assert "on rank 0, 1, 2" in said and "(every image of the step: BatchNorm or the weights spread the fault of one image)" in said
+
+
+def test_a_rank_with_an_image_more_is_no_straggler_for_it() -> None:
+    """Of eight images, 2, 3 and 3: times in proportion name nobody, nor does time that is the same for all; half again as long does."""
+    for own_s, named in (([2.0, 3.0, 3.0], []), ([1.0, 1.0, 1.0], []), ([2.0, 3.0, 5.6], [2]), ([4.0, 3.0, 3.0], [0])):
+        watch = Stragglers(3, N)
+        watch.see(own_s, 50)
+        assert watch.named() == named, own_s
+    watch = Stragglers(4, N)  # two each
+    assert watch.see([1.0, 1.0, 1.0, 1.25], 50)["speed/straggle"] == 1.25 and watch.named() == [3]

@@ -25,7 +25,6 @@ from simclr.data.manifest import read_manifest, write_manifest
 from simclr.errors import Diverged
 from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
 from simclr.shares import share, shares
-from simclr.stages import Distill
 from simclr.telemetry.guards import Health
 from simclr.telemetry.straggler import Stragglers
 from simclr.telemetry.timing import Pace
@@ -109,12 +108,12 @@ def gathered(dtype: torch.dtype) -> tuple[Tensor, int, Tensor, float]:
 def test_a_gather_of_uneven_rows_is_in_the_order_of_ranks_and_its_gradient_the_sum(ranks: Ranks, dtype: torch.dtype) -> None:
     """Exactly: rows are moved and never added to others' (their gradients are, W alike ones here)."""
     x = torch.arange(4.0 * N).view(2, N, 2).to(dtype)
-    shares = [share(N, rank, 3) for rank in range(3)]
-    expected = torch.cat([x[:, one].flatten(0, 1) for one in shares])
-    for rank, (every, first, gradient, weight) in enumerate(ranks(3, gathered, dtype)):
-        assert torch.equal(every, expected) and first == 2 * shares[rank].start
+    slices = [share(N, me, 3) for me in range(3)]
+    expected = torch.cat([x[:, one].flatten(0, 1) for one in slices])
+    for one, (every, first, gradient, weight) in zip(slices, ranks(3, gathered, dtype), strict=True):
+        assert torch.equal(every, expected) and first == 2 * one.start
         assert torch.equal(gradient[1:], torch.full_like(gradient[1:], 3))
-        assert weight == pytest.approx((shares[rank].stop - shares[rank].start) * 3 / N)
+        assert weight == pytest.approx((one.stop - one.start) * 3 / N)
 
 
 # ── The loader ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,9 +178,6 @@ def test_three_ranks_of_two_groups_evaluate_what_two_do(five_shards: Path, limit
 
 EIGHT = replace(TINY, train=replace(TINY.train, batch_size=N, steps=6, checkpoint_every_steps=3))
 TUNES = replace(TUNED, train=replace(TUNED.train, batch_size=N, steps=3))
-DISTILLS = Distill(
-    **{name: getattr(TUNED, name) for name in ("encoder", "views", "optim", "train", "watch")}, head=replace(TUNED.head, layers=0)
-)
 METHODS: dict[str, Config] = {
     "SimCLR": EIGHT,
     "with a queue": replace(EIGHT, loss=replace(TINY.loss, memory=4 * N)),
@@ -233,9 +229,8 @@ def resumed(data: str, folder: str) -> bool:
             checkpoint.write(Path(folder), report.state, 1)
     whole = report.state.tensors
     place = from_rank_zero(str(checkpoint.latest(Path(folder), print)))
-    for report in train(config, Start(Path(data), checkpoint=Path(place))):
-        pass
-    return report.step == 6 and all(torch.equal(t, whole[key]) for key, t in report.state.tensors.items())
+    *_, again = train(config, Start(Path(data), checkpoint=Path(place)))
+    return again.step == report.step == 6 and all(torch.equal(t, whole[key]) for key, t in again.state.tensors.items())
 
 
 def test_three_ranks_resume_to_the_bit(ranks: Ranks, patterns: Path, tmp_path: Path) -> None:

@@ -204,7 +204,10 @@ def trained(name: str, data: str, resumes: str = "", change: dict[str, Any] | No
     found = []
     for report in train(config, start):
         kept = {metric: report.metrics[metric] for metric in METRICS if metric in report.metrics}
-        found.append((kept, {key: t.clone() for key, t in report.state.tensors.items()}))
+        state = {key: t.clone() for key, t in report.state.tensors.items()}
+        if (queue := state.pop("state.rows", None)) is not None:  # a batch's rows are in the order of ranks, which is of no account
+            state["queue"] = torch.stack([rows[rows[:, 0].argsort()] for rows in queue.split(2 * N)])
+        found.append((kept, state))
     return found
 
 

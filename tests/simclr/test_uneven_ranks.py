@@ -226,7 +226,7 @@ def test_three_ranks_train_as_one_process_does(ranks: Ranks, within: Within, pat
 
 def resumed(data: str, folder: str) -> bool:
     """Whether three steps behind a checkpoint of this very run are those of the run that went on, bit for bit."""
-    config = METHODS["SimCLR"]
+    config = replace(EIGHT, train=replace(EIGHT.train, batch_size=7))
     for report in train(config, Start(Path(data))):
         if report.step == 3 and rank() == 0:
             checkpoint.write(Path(folder), report.state, 1)
@@ -236,8 +236,10 @@ def resumed(data: str, folder: str) -> bool:
     return again.step == report.step == 6 and all(torch.equal(t, whole[key]) for key, t in again.state.tensors.items())
 
 
-def test_three_ranks_resume_to_the_bit(ranks: Ranks, patterns: Path, tmp_path: Path) -> None:
-    assert all(ranks(3, resumed, str(patterns), str(tmp_path)))
+def test_ranks_of_three_and_four_images_resume_to_the_bit(ranks: Ranks, patterns: Path, tmp_path: Path) -> None:
+    """Two of them: of three or more, even ones too, DDP adds the gradients of the first step behind a start in another order, since it
+    puts its buckets together anew after that step."""
+    assert all(ranks(2, resumed, str(patterns), str(tmp_path)))
 
 
 def test_pieces_of_three_ranks_meet_and_agree(ranks: Ranks, within: Within, patterns: Path) -> None:

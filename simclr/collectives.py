@@ -53,20 +53,6 @@ def all_gather(x: Tensor, images: int | None = None) -> Tensor:
     return gathered
 
 
-def first_row(x: Tensor, images: int | None = None) -> int:
-    """Where this rank's rows `x` begin among those that `all_gather` joins."""
-    if images is None or images % world_size() == 0:
-        return rank() * len(x)
-    before: int = share(images, rank(), world_size()).start
-    return _rows_per_image(x, images) * before
-
-
-def share_of_mean(mean: Tensor, own: int, images: int | None = None) -> Tensor:
-    """A `mean` over the `own` of `images` images that this rank holds → its share of the mean over all, W · own / images of it: the mean
-    of all ranks' shares is the mean over all images. The mean itself where W divides the images, or None are said."""
-    return mean if images is None or images % world_size() == 0 else mean * (own * world_size() / images)
-
-
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of `x` over ranks; `x` needs no gradient. In place if there is a process group; returns it."""
     if world_size() > 1:
@@ -113,6 +99,20 @@ def every_ranks(value: Any) -> list[Any]:
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean over ranks of a detached copy of `values`."""
     return all_reduce_sum(values.detach().clone()) / world_size()
+
+
+def first_row(x: Tensor, images: int | None = None) -> int:
+    """Where this rank's rows `x` begin among those that `all_gather` joins."""
+    if images is None or images % world_size() == 0:
+        return rank() * len(x)
+    before: int = share(images, rank(), world_size()).start
+    return _rows_per_image(x, images) * before
+
+
+def share_of_mean(mean: Tensor, own: int, images: int | None = None) -> Tensor:
+    """A `mean` over the `own` of `images` images that this rank holds → its share of the mean over all, W · own / images of it: the mean
+    of all ranks' shares is the mean over all images. The mean itself where W divides the images, or None are said."""
+    return mean if images is None or images % world_size() == 0 else mean * (own * world_size() / images)
 
 
 def from_rank_zero(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from typing import Any
@@ -14,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr.compiling import compiled
+from simclr.shares import share, shares
 from simclr.telemetry.device_time import Timestamp, exact, now
 
 _MOST_BYTES = 1 << 20  # of a value that ranks exchange as JSON
@@ -31,16 +33,23 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def all_gather(x: Tensor) -> Tensor:
+def all_gather(x: Tensor, images: int | None = None) -> Tensor:
     """(n, ...) on each rank → (W n, ...) on every rank, in rank order.
 
+    Where W does not divide a batch, say how many `images` it has, of which each rank holds its `share`: x has as many rows for each image
+    of this rank (two views: two), and the result for all. Without them, every rank has as many rows as this one.
+
     The gradient of a rank's rows is the *sum* of the gradients from every rank's loss. With a loss that is a mean over the local rows,
-    and DDP's average over ranks, the parameters then get the exact gradient of the global mean. (`torch.distributed.all_gather` has no
-    gradient: built on it, a loss has the right value and 1/W of the cross terms.)
+    weighted by `share_of_mean`, and DDP's average over ranks, the parameters then get the exact gradient of the global mean.
+    (`torch.distributed.all_gather` has no gradient: built on it, a loss has the right value and 1/W of the cross terms.)
     """
     if world_size() == 1:
         return x
-    gathered: Tensor = _AllGather.apply(x)
+    gathered: Tensor
+    if images is None or images % world_size() == 0:
+        gathered = _AllGather.apply(x)
+    else:
+        gathered = _AllGatherUneven.apply(x, images, _rows_per_image(x, images))
     return gathered
 
 
@@ -90,6 +99,20 @@ def every_ranks(value: Any) -> list[Any]:
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean over ranks of a detached copy of `values`."""
     return all_reduce_sum(values.detach().clone()) / world_size()
+
+
+def first_row(x: Tensor, images: int | None = None) -> int:
+    """Where this rank's rows `x` begin among those that `all_gather` joins."""
+    if images is None or images % world_size() == 0:
+        return rank() * len(x)
+    before: int = share(images, rank(), world_size()).start
+    return _rows_per_image(x, images) * before
+
+
+def share_of_mean(mean: Tensor, own: int, images: int | None = None) -> Tensor:
+    """A `mean` over the `own` of `images` images that this rank holds → its share of the mean over all, W · own / images of it: the mean
+    of all ranks' shares is the mean over all images. The mean itself where W divides the images, or None are said."""
+    return mean if images is None or images % world_size() == 0 else mean * (own * world_size() / images)
 
 
 def from_rank_zero(value: Any) -> Any:
@@ -215,6 +238,46 @@ def _wait_begins(x: Tensor) -> Timestamp | None:
 def _wait_ends(x: Tensor, began: Timestamp | None) -> None:
     if began is not None and _waits is not None:
         _waits.append((began, now(x.device)))
+
+
+def _rows_per_image(x: Tensor, images: int) -> int:
+    own = shares(images, world_size())[rank()]
+    if not own or len(x) % own:
+        raise ValueError(f"{len(x)} rows on rank {rank()} of {world_size()}; expected as many for each of its {own} of {images} images")
+    return len(x) // own
+
+
+@functools.lru_cache(maxsize=16)
+def _places(images: int, each: int, world: int, device: torch.device) -> Tensor:
+    """(images · each,) where every row stands in the ranks' rows, one behind the other, each rank's filled up to the most that one has."""
+    row = torch.arange(images * each, device=device)
+    of = ((row // each + 1) * world - 1) // images  # the last rank whose share begins at the row's image or before it
+    return row + of * (each * -(-images // world)) - each * (of * images // world)
+
+
+class _AllGatherUneven(torch.autograd.Function):
+    """NCCL's and gloo's all-gather and reduce-scatter want as many rows of every rank. So those with one image fewer send zeros in its
+    place: at most W images more on the way, no call more, and no other sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, images: int, each: int) -> Tensor:
+        ctx.places, ctx.own, ctx.most = _places(images, each, world_size(), x.device), len(x), each * -(-images // world_size())
+        filled = x.new_zeros((ctx.most, *x.shape[1:]))
+        filled[: len(x)] = x
+        out = x.new_empty((world_size() * ctx.most, *x.shape[1:]))
+        began = _wait_begins(x)
+        dist.all_gather_into_tensor(out, filled)
+        _wait_ends(x, began)
+        return out.index_select(0, ctx.places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        filled = grad.new_zeros((world_size() * ctx.most, *grad.shape[1:])).index_copy_(0, ctx.places, grad)
+        mine = grad.new_empty((ctx.most, *grad.shape[1:]))
+        began = _wait_begins(grad)
+        dist.reduce_scatter_tensor(mine, filled)
+        _wait_ends(grad, began)
+        return mine[: ctx.own], None, None
 
 
 class _AllGather(torch.autograd.Function):

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 
 from simclr.errors import UserError
 from simclr.fields import fits, shown
+from simclr.shares import groups_of, share
 
 Resize = Literal["bicubic", "bilinear", "area"]
 Operation = Literal["crop", "cutout", "colour", "sobel", "noise", "blur", "rotate"]
@@ -185,7 +186,7 @@ class Train:
     batch_size: int = 4096
     """N: images per step over all workers. Each gives two views, so the loss sees 2 N."""
     micro_batch: int | None = None
-    """Images that a worker embeds at a time; nothing = all of its N / W. The gradient stays that of the whole batch, memory use is that
+    """Most images that a worker embeds at a time; nothing = all its N / W. The gradient stays that of the whole batch, memory use is that
     of a piece; it costs a second forward pass (`simclr bench step --micro-batch`). BatchNorm then normalises over one piece of every
     worker."""
     epochs: float = 100.0
@@ -210,8 +211,8 @@ class Train:
     """Where shards stay between epochs: in the page cache, which the system frees when memory is short, or read once into each worker's
     own memory, for a slow or shared disk."""
     shard_groups: int = 1
-    """For data larger than a node's disk: shard i belongs to group i mod G, worker r to group r * G // W, and a worker reads its
-    group's training shards only. Every step then draws N / G images from each group."""
+    """For data larger than a node's disk: shard i belongs to group i mod G, and every step draws N / G images from each group. A worker
+    reads the training shards of group r * G // W only; where G does not divide W, some workers read two groups."""
     report_every_steps: int = 10
     """Steps between two reports (metrics, progress). The host does not wait for the device in between."""
     checkpoint_every_steps: int | None = None
@@ -312,33 +313,33 @@ class Config:
         return step == total or (every is not None and step % every == 0)
 
     def images_per_rank(self, workers: int) -> int:
-        """n = N / W. Raises UserError naming the nearest batches that divide."""
+        """n = ⌈N / W⌉, the most images of a worker: where W does not divide N, some have one fewer (`share`). Raises UserError if a worker
+        would have none."""
         n = self.train.batch_size
-        if n % workers:
-            low = max(n // workers * workers, workers)
-            fits = next(w for w in range(workers, 0, -1) if n % w == 0)
-            raise UserError(
-                f"batch_size {n} does not divide over {workers} workers; "
-                f"use {low} or {n // workers * workers + workers}, or --workers {fits}"
-            )
-        micro = self.train.micro_batch
-        if micro is not None and n // workers % micro:
-            nearest = [m for m in range(1, n // workers + 1) if n // workers % m == 0]
-            near = sorted(nearest, key=lambda m: abs(m - micro))[:2]
-            raise UserError(
-                f"micro_batch {micro} does not divide the {n // workers} images of a worker; use {' or '.join(map(str, sorted(near)))}"
-            )
-        return n // workers
+        if workers > n:
+            raise UserError(f"batch_size {n} has no image for each of {workers} workers; use --workers {n} or fewer, or a larger batch")
+        return -(-n // workers)
 
-    def group_of(self, rank: int, workers: int) -> int:
-        """The shard group that worker `rank` reads. Raises UserError where the groups do not divide workers and batch."""
-        groups = self.train.shard_groups
-        if workers % groups or self.train.batch_size % groups:
-            raise UserError(
-                f"train.shard_groups {groups} does not divide {workers} workers and batch_size {self.train.batch_size}; "
-                "use a divisor of both, or more workers"
-            )
-        return rank * groups // workers
+    def images_of(self, rank: int, workers: int) -> slice:
+        """The images of a batch, in its order, that worker `rank` has. Raises UserError if a worker would have none."""
+        self.images_per_rank(workers)
+        return share(self.train.batch_size, rank, workers)
+
+    def pieces(self, workers: int) -> int:
+        """In how many pieces every worker embeds its images: as many on each, since BatchNorm's sums are over a piece of every worker. They
+        have `train.micro_batch` images at most; but one image at a time are two where a worker has one more than others."""
+        most, fewest = self.images_per_rank(workers), self.train.batch_size // workers
+        return 1 if self.train.micro_batch is None else min(-(-most // self.train.micro_batch), fewest)
+
+    def groups_of(self, rank: int, workers: int) -> range:
+        """The shard groups that worker `rank` reads, one or two. Raises UserError where the groups do not divide the batch, or are more
+        than the workers."""
+        groups, n = self.train.shard_groups, self.train.batch_size
+        if n % groups:
+            raise UserError(f"train.shard_groups {groups} does not divide batch_size {n}, of which each group gives as much; use a divisor")
+        if groups > workers:
+            raise UserError(f"train.shard_groups {groups} is more than {workers} workers; use {workers} or fewer, or more workers")
+        return groups_of(groups, rank, workers)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for JSON; `from_dict` is the inverse."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr.networks.batchnorm import BatchNorm
+from simclr.shares import share
 
 Rows = dict[str, Tensor]
 """Name → (crops, n, …), rows of n images: pieces are cut along n and joined along n. Tensors alone, so that DDP and compile take them."""
@@ -32,19 +33,20 @@ def cached_gradient(
     targets: Callable[[Rows], Rows],
     loss: Callable[[Rows, Rows], Loss],
     images: int,
-    piece: int,
+    pieces: int,
 ) -> tuple[Rows, Rows, Tensor, Rows]:
-    """Leave the gradient of the loss of this rank's `images` in the parameters of `network`, with `piece` images at a time.
+    """Leave the gradient of the loss of this rank's `images` in the parameters of `network`, in so many `pieces`, which are alike or differ
+    by one image. Every rank has as many pieces, whose collectives meet.
 
     Rows are (crops, n, …), pieces are cut along n. inputs(images) → input rows, the same at every call; forward(input rows) → output
     rows, through `network`; targets(input rows) → target rows; loss(outputs, targets) of all images → (loss, sums). Returns (outputs,
     targets, loss, sums). Autocast belongs inside `forward`: gradients are computed here.
     """
-    pieces = [slice(at, min(at + piece, images)) for at in range(0, images, piece)]
+    cuts = [share(images, piece, pieces) for piece in range(pieces)]
     statistics = [b for m in network.modules() if isinstance(m, BatchNorm) and m.training for b in (m.running_mean, m.running_var)]
     before = [b.clone() for b in statistics]
     outputs, wanted_of = [], []
-    for rows in pieces:
+    for rows in cuts:
         given = inputs(rows)
         with torch.no_grad():
             outputs.append(forward(given))
@@ -57,8 +59,8 @@ def cached_gradient(
     found, sums = loss(whole, taught)
     gradients = dict(zip(whole, torch.autograd.grad(found, list(whole.values()), allow_unused=True), strict=True))
     moved = [torch.zeros_like(b) for b in statistics]
-    for rows in pieces:
-        waits = isinstance(network, DistributedDataParallel) and rows is not pieces[-1]  # ranks exchange gradients once, at the end
+    for rows in cuts:
+        waits = isinstance(network, DistributedDataParallel) and rows is not cuts[-1]  # ranks exchange gradients once, at the end
         with network.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
             again = forward(inputs(rows))
             shares = [(again[name] * g[:, rows]).sum() for name, g in gradients.items() if g is not None]
@@ -69,7 +71,7 @@ def cached_gradient(
     # Running statistics move once in a step, by the mean over pieces. (A momentum for each piece would do it too, but would be compiled
     # anew each time.)
     if statistics:
-        torch._foreach_copy_(statistics, torch._foreach_div(moved, float(len(pieces))))
+        torch._foreach_copy_(statistics, torch._foreach_div(moved, float(pieces)))
     return {name: x.detach() for name, x in whole.items()}, taught, found.detach(), {name: x.detach() for name, x in sums.items()}
 
 

@@ -3,7 +3,8 @@
 
 Each takes z (2n, d): this rank's projections, rows [view 0 of n images; view 1 of the same n], any scale, and returns the
 mean over these 2n rows, a scalar. The other 2N − 1 views of the global batch, from every rank, are the candidates. The mean
-over ranks is the loss of the global batch, and with DDP its gradient is exact. Each raises ValueError for an odd number of
+over ranks is the loss of the global batch, and with DDP its gradient is exact. Where W does not divide N, say N as `images`: ranks
+then hold n and n + 1 images (`simclr.config.share`), and the value is weighted by n W / N. Each raises ValueError for an odd number of
 rows. A check for NaN would make the host wait for the device at every step: the loop checks when it reports, and names rank and step.
 """
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr.collectives import all_gather, rank, world_size
+from simclr.collectives import all_gather, first_row, share_of_mean, world_size
 from simclr.kernels.nt_xent import streamed
 from simclr.kernels.nt_xent_tiles import in_tiles
 
@@ -22,7 +23,7 @@ STREAMED_FROM = 1 << 22
 GPU."""
 
 
-def nt_xent(z: Tensor, temperature: float, memory: Tensor | None = None) -> Tensor:
+def nt_xent(z: Tensor, temperature: float, memory: Tensor | None = None, images: int | None = None) -> Tensor:
     """The normalised temperature-scaled cross entropy of the global batch, seen from this rank's rows (2n, d) (Eq. 1). Unit rows (m, d)
     of a queue, `memory`, the same on every rank, are negatives too, without gradient (`simclr.methods.queue`).
 
@@ -32,56 +33,61 @@ def nt_xent(z: Tensor, temperature: float, memory: Tensor | None = None) -> Tens
     with torch.autocast(z.device.type, enabled=False):
         stored = 0 if memory is None else len(memory)
         if z.is_cuda or len(z) * (len(z) * world_size() + stored) > STREAMED_FROM:
-            unit, keys = _unit_rows(z, memory)
+            unit, keys = _unit_rows(z, memory, images)
             if z.dtype in (torch.bfloat16, torch.float16) and in_tiles(z):  # the tensor cores multiply this dtype; sums are float32
                 rows = unit.to(z.dtype)
                 unit, keys = rows, rows if keys is unit else keys.to(z.dtype)
-            return streamed(unit, keys, rank() * len(z), temperature)
-        cosines, own = _cosines(z, memory)
+            return _share(streamed(unit, keys, first_row(z, images), temperature), z, images)
+        cosines, own = _cosines(z, memory, images)
         logits = cosines / temperature
         logits = logits.scatter(1, own[:, None], float("-inf"))  # a view is no candidate for itself
-        return F.cross_entropy(logits, _partner(own))
+        return _share(F.cross_entropy(logits, _partner(own)), z, images)
 
 
-def nt_xent_dot(z: Tensor, temperature: float) -> Tensor:
+def nt_xent_dot(z: Tensor, temperature: float, images: int | None = None) -> Tensor:
     """NT-Xent with the similarity u·v of projections as they are, without ℓ2 normalisation (Table 5, lower half, where τ is 10 or
     100). An ablation: it tells more pairs apart than the normalised loss, and its representation is worse."""
     with torch.autocast(z.device.type, enabled=False):
         z = _rows(z)
-        own = rank() * len(z) + torch.arange(len(z), device=z.device)
-        logits = (z @ all_gather(z).T / temperature).scatter(1, own[:, None], float("-inf"))
-        return F.cross_entropy(logits, _partner(own))
+        own = first_row(z, images) + torch.arange(len(z), device=z.device)
+        logits = (z @ all_gather(z, images).T / temperature).scatter(1, own[:, None], float("-inf"))
+        return _share(F.cross_entropy(logits, _partner(own)), z, images)
 
 
-def nt_logistic(z: Tensor, temperature: float, semi_hard: bool = False) -> Tensor:
+def nt_logistic(z: Tensor, temperature: float, semi_hard: bool = False, images: int | None = None) -> Tensor:
     """−log σ(u·v⁺ / τ) − log σ(−u·v⁻ / τ) (Table 2, second row), averaged over the anchor's negatives v⁻ and the rows u.
 
     With `semi_hard` an anchor's one negative is the closest of those further away than its positive; without such a
     negative only the positive's term is left.
     """
     with torch.autocast(z.device.type, enabled=False):
-        cosines, own = _cosines(z)
+        cosines, own = _cosines(z, images=images)
         positive, weights = _pairs(cosines, own, float("inf") if semi_hard else None)
-        return -(F.logsigmoid(positive / temperature)[:, 0] + (weights * F.logsigmoid(-cosines / temperature)).sum(1)).mean()
+        loss = -(F.logsigmoid(positive / temperature)[:, 0] + (weights * F.logsigmoid(-cosines / temperature)).sum(1)).mean()
+        return _share(loss, z, images)
 
 
-def margin_triplet(z: Tensor, margin: float, semi_hard: bool = False) -> Tensor:
+def margin_triplet(z: Tensor, margin: float, semi_hard: bool = False, images: int | None = None) -> Tensor:
     """max(u·v⁻ − u·v⁺ + m, 0) (Table 2, third row), averaged over the anchor's negatives v⁻ and the rows u.
 
     With `semi_hard` an anchor's one negative is the closest of those further away than its positive by less than the
     margin m (a difference of cosines, arXiv:1503.03832, Sec. 3.2); an anchor without one counts as 0.
     """
     with torch.autocast(z.device.type, enabled=False):
-        cosines, own = _cosines(z)
+        cosines, own = _cosines(z, images=images)
         positive, weights = _pairs(cosines, own, margin if semi_hard else None)
-        return (weights * F.relu(cosines - positive + margin)).sum(1).mean()
+        return _share((weights * F.relu(cosines - positive + margin)).sum(1).mean(), z, images)
 
 
-def _unit_rows(z: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _share(mean: Tensor, z: Tensor, images: int | None) -> Tensor:
+    return share_of_mean(mean, len(z) // 2, images)
+
+
+def _unit_rows(z: Tensor, memory: Tensor | None, images: int | None) -> tuple[Tensor, Tensor]:
     """This rank's rows (2n, d) and those of all ranks (2N, d), in the order of ranks, of length 1, in float32 at least; behind them the
     rows of the queue."""
     z = F.normalize(_rows(z), dim=1)
-    keys = all_gather(z)
+    keys = all_gather(z, images)
     return z, keys if memory is None else torch.cat([keys, memory.to(keys.dtype)])
 
 
@@ -92,10 +98,10 @@ def _rows(z: Tensor) -> Tensor:
     return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
 
 
-def _cosines(z: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _cosines(z: Tensor, memory: Tensor | None = None, images: int | None = None) -> tuple[Tensor, Tensor]:
     """(2n, 2N) cosines of this rank's rows with all ranks' (and the queue's), and (2n,) the column of each row itself."""
-    unit, keys = _unit_rows(z, memory)
-    return unit @ keys.T, rank() * len(z) + torch.arange(len(z), device=z.device)
+    unit, keys = _unit_rows(z, memory, images)
+    return unit @ keys.T, first_row(z, images) + torch.arange(len(z), device=z.device)
 
 
 def _partner(own: Tensor) -> Tensor:

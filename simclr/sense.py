@@ -55,7 +55,12 @@ def _statistics(config: Config, workers: Sequence[int]) -> int:
     train, shared = config.train, config.encoder.batchnorm == "global"
     if isinstance(config, FineTune) and config.linear:  # whose statistics stay as they are
         return train.batch_size
-    return min((train.micro_batch or train.batch_size // count) * (count if shared else 1) for count in workers)
+    found = []
+    for count in workers:
+        pieces = config.pieces(count)
+        own = train.batch_size // count // pieces  # of the smallest piece of a worker
+        found.append(train.batch_size if shared and pieces == 1 else own * count if shared else own)
+    return min(found)
 
 
 def _crops(views: Views, manifest: Manifest) -> str:

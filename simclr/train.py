@@ -2,7 +2,7 @@
 
 It knows no Ray, no MLflow and no argv. The caller decides what a report means: a Ray worker sends it to the driver, a test collects
 losses, a sweep stops early by no longer iterating. In a process group it trains data-parallel; W ranks compute what one would, up to the
-order of float summation.
+order of float summation, also where W does not divide the batch.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
     first step, and Diverged if the loss is not finite (it names step, ranks and images) or grows without bound.
     """
     # ── The plan ───────────────────────────────────────────────────────────────────────────────────────────────────
-    groups = config.train.shard_groups
-    manifest = read_manifest(start.data, groups=groups, group=config.group_of(rank(), world_size()))
+    for group in config.groups_of(rank(), world_size()):
+        manifest = read_manifest(start.data, groups=config.train.shard_groups, group=group)
     examples = examples_of(config, start, manifest)
     per_epoch, total, watch_every = config.steps_per_epoch(examples), config.total_steps(examples), config.watch_steps(examples)
-    per_rank, device, precision = config.images_per_rank(world_size()), start.device, config.train.precision
+    images, device, precision = config.train.batch_size, start.device, config.train.precision
     set_backends(precision, device)
 
     # ── Method and optimizer, fresh or from a checkpoint ───────────────────────────────────────────────────────────
@@ -77,7 +77,7 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
     stream = loader.batches(config, start.data, step, rank(), world_size(), start.loader_threads, start.ids, method.crops)
     batches = loader.on_device(stream, device)
     since, sums = Clock(step, device, config.train.compile), Sums(device)
-    health = Health(method.network, device, per_rank, start.data, method.chance, ADVICE)
+    health = Health(method.network, device, images, start.data, method.chance, ADVICE)
     try:
         while step < total:
             batch = since.next(batches)
@@ -97,7 +97,7 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
             pace, means = since.pace(), sums.means(step - since.step)
             metrics, ranks = health.report(step, means | method.report(outputs, targets), pace)
             metrics = shares(metrics) | {"epoch": step / per_epoch, "train/lr": optimizer.param_groups[0]["lr"]}
-            metrics |= since.speed(step, per_rank * world_size())
+            metrics |= since.speed(step, images)
             if watch:
                 metrics |= method.evaluate()
             state = checkpoint.capture(step, config.to_dict(), method.network, optimizer, method.state)
@@ -124,6 +124,7 @@ def take_step(
     """Optimizer step `step` (0-based) on this rank's `batch`; `network` is `method.network`, wrapped for ranks. Returns its outputs,
     targets, loss and sums, on the device. `enters` is called as a forward pass begins, `leaves` when all gradients are complete."""
     device, precision, images = next(method.network.parameters()).device, config.train.precision, len(batch.ids)
+    pieces = config.pieces(world_size())
 
     def forward(rows: Rows) -> Rows:
         enters()
@@ -137,7 +138,7 @@ def take_step(
 
     method.before(step)
     optimizer.zero_grad(set_to_none=True)
-    if config.train.micro_batch in (None, images):
+    if pieces == 1:
         inputs = method.inputs(batch, slice(0, images))
         outputs, targets = forward(inputs), targets_of(inputs)
         loss, sums = method.loss(outputs, targets, step)
@@ -151,7 +152,7 @@ def take_step(
             targets_of,
             lambda outputs, targets: method.loss(outputs, targets, step),
             images,
-            config.train.micro_batch,
+            pieces,
         )
     leaves()
     method.gradients(step)

@@ -38,6 +38,7 @@ LAYERS = [
     ("simclr.collectives", "simclr.config", "simclr.precision"),
     (
         "simclr.keyed",
+        "simclr.shares",
         "simclr.compiling",
         "simclr.kernels",
         "simclr.telemetry.device_time",

@@ -302,9 +302,9 @@ def train_and_score(task: Task, run: Run, shares: tuple[float, ...]) -> None:
     home, context = sync.Home(task.run), ray.train.get_context()
     run = dataclasses.replace(run, path=home.path)
     groups = run.config.train.shard_groups
-    group = run.config.group_of(context.get_world_rank(), context.get_world_size())
-    data = sync.shards(task.data, groups, group, task.run)
-    manifest = read_manifest(data, groups=groups, group=group)
+    for group in run.config.groups_of(context.get_world_rank(), context.get_world_size()):
+        data = sync.shards(task.data, groups, group, task.run)
+        manifest = read_manifest(data, groups=groups, group=group)
     total = run.config.total_steps(manifest.examples("train", groups))
     scores: dict[str, float] = {}
     if context.get_world_rank() == 0:

@@ -92,8 +92,8 @@ def _sides(
     config: Config, device: torch.device, threads: int, data: Path | None, asked: tuple[Side, ...], stack: contextlib.ExitStack
 ) -> dict[str, Call]:
     """Name → one step, for each side asked for. `stack` ends the loader's thread."""
-    n, micro = config.images_per_rank(1), config.train.micro_batch
-    there: tuple[Side, ...] = ("resident", "plain", *(("cached",) if micro not in (None, n) else ()))
+    n = config.images_per_rank(1)
+    there: tuple[Side, ...] = ("resident", "plain", *(("cached",) if config.pieces(1) > 1 else ()))
     there += ("fed", "views", "loader") if data is not None else ()
     if missing := [side for side in asked if side not in (*there, *FORMS)]:
         needs = "--micro-batch" if missing[0] == "cached" else "--data"

@@ -167,7 +167,7 @@ def batch_over(cluster: dict[str, Any], config: Config) -> str:
     said = []
     for workers in counts:
         said.append(f"N = {config.train.batch_size} over {workers} workers, {config.images_per_rank(workers)} images each")
-        config.group_of(0, workers)
+        config.groups_of(0, workers)
     return "; ".join(said)
 
 

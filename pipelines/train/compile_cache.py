@@ -1,6 +1,7 @@
 """Compiled code of torch.compile, kept in the run directory, so that a restarted worker need not compile it again.
 
-    compiled/DEVICE.bin     a signature, a line of JSON with the facts it fits, then the bytes of torch.compiler.save_cache_artifacts
+    compiled/DEVICE.bin     a signature, a line of JSON with the facts it fits, then the bytes of torch.compiler.save_cache_artifacts;
+                            DEVICE-n.bin, where workers hold n and n + 1 images
 
 Dynamo traces the network anew in every process. The file keeps the work of Inductor with Triton's binaries and, in a run of one worker,
 of AOTAutograd: torch does not keep AOTAutograd's work if BatchNorm sums over ranks. C++ for a CPU is kept as text and compiled again,
@@ -87,8 +88,10 @@ def remembered(reports: Iterator[T], home: sync.Home, config: Config, device: to
         tell(sentence)
     if home.at is not None or not key:
         return reports
-    # Code names its device, so there is a file per device. All ranks with that device read it; the first of them writes it and reports.
-    name = str(device)
+    # Code names its device and is for one number of images, so there is a file for each. All ranks with them read it; the first of them
+    # writes it and reports.
+    images, own = config.train.batch_size, config.images_of(rank(), world_size())
+    name = str(device) if images % world_size() == 0 else f"{device}-{own.stop - own.start}"
     writes = every_ranks(name).index(name) == rank()
     path = home.path / FOLDER / f"{name.replace(':', '-')}.bin"
     return kept(reports, path, facts(config, world_size(), device), key, writes, tell if writes else lambda text: None)

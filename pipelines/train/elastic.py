@@ -24,7 +24,7 @@ def listens(host: str, port: int) -> bool:
 
 def scaling_policy(config: Any, counts: list[int], private: bool, tell: Tell) -> Any:
     class Elastic(ray_private.elastic_scaling()):  # type: ignore[misc]
-        """As many workers as fit and as the batch divides over. When there is room for more, the running group is asked to leave with
+        """As many workers as fit. When there is room for more, the running group is asked to leave with
         a checkpoint, and the next group is larger."""
 
         asked, say_at = 0.0, 0.0

@@ -55,7 +55,7 @@ class Resources:
     notice do not count."""
     min_workers: int | None = None
     """Go on with as few workers as this while nodes are missing, and with more when they are back; nothing = always --workers.
-    The batch size stays the same. Only numbers that divide it are used."""
+    The batch size stays the same; the workers need not divide it."""
     hang_timeout_s: float = 300.0
     """Seconds without progress after which the blocking rank is ended, and training goes on from the last checkpoint; at least five
     times the longest step."""
@@ -79,16 +79,19 @@ class Resources:
             raise UserError(f"--hang-timeout-s is {self.hang_timeout_s}; expected a positive number of seconds")
 
     def counts(self, config: Config) -> list[int]:
-        """Numbers of workers, ascending, that `config` may be trained with. Raises UserError if --workers or
-        --min-workers is not among them."""
+        """Numbers of workers, ascending, that `config` may be trained with: from --min-workers to --workers, all that its groups allow.
+        Raises UserError if --workers or --min-workers is not among them."""
         config.images_per_rank(self.workers)
-        config.group_of(0, self.workers)
+        config.groups_of(0, self.workers)
+        if self.device == "tpu":
+            tpu.require_equal(config.train.batch_size, self.workers)
         least = self.min_workers or self.workers
         fits = [count for count in range(1, self.workers + 1) if retry.shares(config, count)]
         if least not in fits:
+            near = sorted(sorted(fits, key=lambda count: abs(count - least))[:2])
             raise UserError(
-                f"--min-workers {least} does not divide batch_size {config.train.batch_size} as the config asks; "
-                f"use {', '.join(map(str, fits[:-1]))} or leave it out"
+                f"--min-workers is {least}, and so few workers cannot have the groups that the config asks for; "
+                f"use {' or '.join(map(str, near))}, or leave it out"
             )
         return [count for count in fits if count >= least]
 

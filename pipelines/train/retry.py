@@ -44,12 +44,13 @@ def less_memory(stage: str, config: Config, workers: int) -> str:
     With more workers the run goes on, by the same numbers unless BatchNorm normalises over each worker's images. Pieces of a batch change
     BatchNorm's statistics, and a smaller batch all numbers, so they belong to a new run."""
     train, go_on = config.train, ""
-    more = next((w for w in range(workers + 1, train.batch_size + 1) if _learns(config, w)), None)
+    most = config.images_per_rank(workers)
+    more = next((w for w in range(workers + 1, train.batch_size + 1) if config.images_per_rank(w) < most and _learns(config, w)), None)
     if more and train.micro_batch is None:
         own = config.encoder.batchnorm == "per_worker" and not getattr(config, "linear", False)
         other = f", with other numbers: BatchNorm then normalises over {train.batch_size // more} images" if own else ""
         go_on = f"the same command with --workers {more} goes on with this run{other}; "
-    piece = train.micro_batch or config.images_per_rank(workers)
+    piece = min(train.micro_batch or most, most)
     pieces = (m for m in range(piece - 1, 1, -1) if stage == "pretrain" and _trains(config, workers, "micro_batch", m))
     batches = (n for n in range(train.batch_size // 2, 1, -1) if _trains(config, workers, "batch_size", n))
     if found := next(pieces, None):
@@ -65,7 +66,7 @@ def shares(config: Config, workers: int) -> bool:
     """Whether so many workers can share the batch and the groups of shards that `config` asks for."""
     try:
         config.images_per_rank(workers)
-        config.group_of(0, workers)
+        config.groups_of(0, workers)
     except UserError:
         return False
     return True

@@ -39,6 +39,16 @@ def check(workers: int, topology: str | None, kind: str | None) -> None:
         )
 
 
+def require_equal(images: int, workers: int) -> None:
+    """Raises UserError if the workers would not hold as many of a batch's `images` each. On GPUs and CPUs they need not."""
+    if images % workers:
+        low = images // workers * workers
+        raise UserError(
+            f"batch_size {images} does not divide over the {workers} chips of a TPU slice, whose workers run one program, compiled for one "
+            f"number of images; use {f'{low} or ' if low else ''}{low + workers}"
+        )
+
+
 def require(topology: str, kind: str) -> None:
     """Raises UserError if the cluster has no such slice with all of its hosts."""
     import ray

@@ -48,7 +48,8 @@ def train_worker(task: Task) -> None:
         send(Said(f"rank {me}: {text}", task.trial))
 
     retried = partial(sync.retry_unreachable, tell=tell)
-    data = retried(lambda: sync.shards(task.data, config.train.shard_groups, config.group_of(me, world), task.run, tell))
+    for group in config.groups_of(me, world):
+        data = retried(partial(sync.shards, task.data, config.train.shard_groups, group, task.run, tell))
     home.belongs_to(task.created)
     # One rank looks: a shared disk may be slow to show a rename, and two ranks might see different checkpoints.
     name = retried(home.newest) if first else ""

@@ -13,7 +13,7 @@ import queue
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from simclr.data.manifest import read_manifest, require_sizes
 from simclr.data.memory import slots_for
 from simclr.data.s3.uri import Corrupt
 from simclr.data.samples import Samples, Shards
+from simclr.shares import groups_of
 from simclr.telemetry import progress
 from simclr.to_device import to_device
 from simclr.views.draw import Crop, Drawn, boxes_of, draw_batch
@@ -82,39 +83,45 @@ def batches(
     """Endless training batches of `rank` from `start_step` on, prepared in advance; closing the iterator ends the loader's thread.
 
     Step s lies in epoch s // (examples // N). The global batch is N consecutive entries of the epoch's keyed order (`keyed.order`, by the
-    manifest's rule); a rank's share is n = N / W consecutive entries of the batch. So the images of step s depend on config, s and the
-    data alone. With G shard groups, each group has its own order and gives N / G consecutive entries: then the images depend on G too,
-    and are the same for every number of workers that G divides. Raises UserError for damaged shards, naming shard and sample.
+    manifest's rule); a rank's `share` is consecutive entries of the batch. So the images of step s depend on config, s and the data alone.
+    With G shard groups, each group has its own order and gives N / G consecutive entries: then the images depend on G too. Raises UserError
+    for damaged shards, naming shard and sample.
 
     `ids`, ascending, restrict training to a subset, of ungrouped shards. `crops` are cut from JPEG shards; by default the two of
     `config.views`.
     """
-    groups, group = config.train.shard_groups, config.group_of(rank, world)
-    split = _Split(data, "train", threads, groups, group, config.train.cache == "process")
+    groups, held = config.train.shard_groups, config.groups_of(rank, world)
+    split = _Split(data, "train", threads, groups, held, config.train.cache == "process")
     assert ids is None or groups == 1, "a subset of grouped shards"
-    rows = len(split) if ids is None else ids
     per_epoch = config.steps_per_epoch(split.examples if ids is None else len(ids))
-    n = config.images_per_rank(world)
-    taken = config.train.batch_size // groups  # from each group, in a step
+    mine, taken = config.images_of(rank, world), config.train.batch_size // groups  # from each group, in a step
+    n = mine.stop - mine.start
+    # Of each group this rank's entries, among those that the group gives in a step; and the numbers of the group's samples.
+    entries = [np.arange(max(mine.start - group * taken, 0), min(mine.stop - group * taken, taken)) for group in held]
+    numbers = [split.shards.rows_of[group] for group in held]
     crops = crops or (Crop(views=config.views),)
     assert all(crop.views.resize == config.views.resize for crop in crops), "one decode resizes all its crops alike"
     read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), KINDS.index(config.views.resize))
     at_once = max(_LOOKED_UP // n, 1)  # steps
     order_of = -1
-    order: Callable[[NDArray[np.int64]], NDArray[np.int64]] = np.empty(0, np.int64).__getitem__
+    orders: list[Callable[[NDArray[np.int64]], NDArray[np.int64]]] = []
     found_of, found = (-1, -1), split.shards.find(np.empty(0, np.int64))
 
     def batch(step: int) -> Batch:
-        nonlocal order_of, order, found_of, found
+        nonlocal order_of, orders, found_of, found
         epoch, place = divmod(step, per_epoch)
         if epoch != order_of:
             split.require_sizes()
-            order_of, order = epoch, keyed.order(config.seed, epoch, rows, split.order)
+            order_of = epoch
+            orders = [keyed.order(config.seed, epoch, len(rows) if ids is None else ids, split.order) for rows in numbers]
         if (epoch, place // at_once) != found_of:
             found_of = epoch, place // at_once
             steps = np.arange(place - place % at_once, min(place - place % at_once + at_once, per_epoch))
-            first = steps * taken + rank * n - group * taken
-            found = split.shards.find(order((first[:, None] + np.arange(n)).ravel()))
+            of_groups = [
+                rows.start + order((steps[:, None] * taken + own).ravel()).reshape(len(steps), len(own))
+                for order, own, rows in zip(orders, entries, numbers, strict=True)
+            ]
+            found = split.shards.find(np.concatenate(of_groups, 1).ravel())
         mine = found[place % at_once * n : (place % at_once + 1) * n]
         boxes = None if split.raw else boxes_of(crops, config.seed, epoch, mine.ids, mine.sizes)
         drawn = draw_batch(crops, config.seed, epoch, mine.ids, mine.sizes if split.raw else None)
@@ -135,7 +142,7 @@ def in_order(
     groups: int = 1,
 ) -> Generator[Batch, None, None]:
     """Every image of a split once, or `limit` of them, in order; a rank gets its consecutive share. With training shards in more than one
-    group, it gets a share of its own group.
+    group, it gets a share of its own group, or of two.
 
     The `limit` images are drawn once, the same for every caller. (Evenly spaced ones would be of a single class where classes take turns
     in the split.)
@@ -143,13 +150,9 @@ def in_order(
     Raw shards give whole images, JPEG shards what `preprocessing` leaves of them, (n, size, size, 3) in whole numbers.
     """
     groups = groups if split == "train" else 1
-    rows = _Split(data, split, threads, groups, rank * groups // world)
-    total = min((limit or len(rows) * groups) // groups, len(rows))
-    ids = np.arange(total, dtype=np.int64)
-    if total < len(rows):
-        ids = np.sort(keyed.order(0, 0, len(rows), rows.order)(ids))
-    here, own = world // groups, rank % (world // groups)  # the number of ranks in this group, and this rank's index among them
-    ids = ids[total * own // here : total * (own + 1) // here]
+    held = groups_of(groups, rank, world)
+    rows = _Split(data, split, threads, groups, held)
+    ids = np.concatenate([_portion(rows, group, limit // groups if limit else None, rank, world) for group in held])
     most, size = min(batch_size, max(len(ids), 1)), preprocessing.size_px
     read, ahead = rows.reader(most, ((1, size),), KINDS.index(preprocessing.resize))
     largest = preprocessing.boxes(np.full((1, 2), rows.shards.short_px))[0, 2]
@@ -169,6 +172,18 @@ def in_order(
         return replace(batch, images=(images,))
 
     return _prefetched(batch, range(-(-len(ids) // batch_size)), ahead)
+
+
+def _portion(split: _Split, group: int, limit: int | None, rank: int, world: int) -> NDArray[np.int64]:
+    """The samples of `group`, at most `limit` of them, that are this rank's."""
+    numbers = split.shards.rows_of[group]
+    total = len(numbers) if limit is None else min(limit, len(numbers))
+    ids = np.arange(total, dtype=np.int64)
+    if total < len(numbers):
+        ids = np.sort(keyed.order(0, 0, len(numbers), split.order)(ids))
+    # The ranks lie side by side over all groups: from this one's beginning, a rank's borders are at so many W-ths of it.
+    first, last = (min(max(total * (edge * split.groups - group * world) // world, 0), total) for edge in (rank, rank + 1))
+    return numbers.start + ids[first:last]
 
 
 def labels(data: Path, split: str = "train") -> NDArray[np.int64]:
@@ -213,15 +228,17 @@ def _after_copy(batch: Batch, done: torch.cuda.Event, device: torch.device) -> B
 
 
 class _Split:
-    """The shards of a split, or those of one group, as one dataset. Rows are numbered from 0; `Samples.ids` are positions in the split."""
+    """The shards of a split, or those of some groups, as one dataset. Rows are numbered from 0; `Samples.ids` are places in the split."""
 
-    def __init__(self, data: Path, split: str, threads: int, groups: int = 1, group: int = 0, own_memory: bool = False) -> None:
-        manifest = read_manifest(data, groups=groups, group=group)
+    def __init__(self, data: Path, split: str, threads: int, groups: int = 1, held: Sequence[int] = (0,), own_memory: bool = False) -> None:
+        for group in held:
+            manifest = read_manifest(data, groups=groups, group=group)
+        self.groups = groups
         self.examples = manifest.examples(split, groups)  # for an unknown split, raises with the names of all
         self.raw, self.order = manifest.kind == "raw", manifest.order
         self.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         self.data, self.own_memory = data, own_memory
-        self.shards = Shards(data, manifest, split, groups, group, own_memory)
+        self.shards = Shards(data, manifest, split, groups, held, own_memory)
 
     def __len__(self) -> int:
         return len(self.shards)

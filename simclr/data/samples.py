@@ -6,7 +6,7 @@ page cache, and none has a copy of its own: a process keeps a few numbers for ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,15 @@ class Samples:
 
 
 class Shards:
-    """The shards of a split, or those of one group of them, mapped back to back. Their samples are numbered from 0.
+    """The shards of a split, or those of some of `groups` of them, mapped back to back. Their samples are numbered from 0, group by group.
 
     Every row of every shard is held against the manifest once, here, and again when it is looked up: another process may have written to
     the file since. Raises Corrupt, which names shard and sample, both times.
     """
 
-    def __init__(self, data: Path, manifest: Manifest, split: str, groups: int, group: int, own_memory: bool) -> None:
+    def __init__(self, data: Path, manifest: Manifest, split: str, groups: int, held: Sequence[int], own_memory: bool) -> None:
         whole = manifest.splits[split]
-        self.data, self.manifest, self.shards = data, manifest, whole[group::groups]
+        self.data, self.manifest, self.shards = data, manifest, tuple(shard for group in held for shard in whole[group::groups])
         largest, layouts, bases, short_px = [], [], [0], 0
         for shard in self.shards:
             image, _, _, layout = open_in_place(data / shard.name, shard, manifest)
@@ -69,10 +69,14 @@ class Shards:
         """The longest shorter side of an image."""
         self.first = np.cumsum([0, *(shard.samples for shard in self.shards)])
         """(shards + 1,) number of the first sample of each."""
+        ends = np.cumsum([sum(shard.samples for shard in whole[group::groups]) for group in held]).tolist()
+        self.rows_of = {group: range(first, end) for group, first, end in zip(held, [0, *ends], ends, strict=False)}
+        """Group → the numbers of its samples."""
         self.region = (copied if own_memory else mapped)([(data / s.name, s.bytes) for s in self.shards], bases)
         """(bytes,) uint8: all shards, each at a multiple of a page."""
         self._bases, self._bytes = np.array(bases[:-1]), np.array([shard.bytes for shard in self.shards], np.uint64)
-        self._to_id = np.cumsum([0, *(shard.samples for shard in whole)])[:-1][group::groups] - self.first[:-1]
+        ids = np.cumsum([0, *(shard.samples for shard in whole)])[:-1]
+        self._to_id = np.concatenate([ids[group::groups] for group in held]) - self.first[:-1]
         self._image_at, self._step, self._label_at, self._size_at = np.array(list(map(_numbers, layouts)), np.int64).T
         self._places = {at: layout.place for at, layout in enumerate(layouts) if layout.place is not None}
         self._labelled = bool((self._label_at >= 0).all())

@@ -8,30 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr.collectives import all_gather, rank
+from simclr.collectives import all_gather, first_row
 
 _BLOCK = 1 << 24  # cosines in memory at a time
 
 
 @torch.no_grad()
-def contrastive_top1(z: Tensor) -> Tensor:
+def contrastive_top1(z: Tensor, images: int | None = None) -> Tensor:
     """Share of view-0 rows whose most similar view-1 row of the global batch is their own image's (chance: 1 / N).
 
     z (2n, d): this rank's rows, as in `nt_xent`. The candidates are the other view's N rows, as the official metric has
-    it. Returns a scalar tensor, this rank's mean, so that the host does not wait for the device.
+    it. `images`: N, where W does not divide it. Returns a scalar tensor, this rank's mean, so that the host does not wait for the device.
     """
     first, second = F.normalize(z.detach().float(), dim=1).chunk(2)
-    own = rank() * len(first) + torch.arange(len(first), device=z.device)
-    keys = all_gather(second)
+    own = first_row(first, images) + torch.arange(len(first), device=z.device)
+    keys = all_gather(second, images)
     nearest = [(rows @ keys.T).argmax(1) for rows in first.split(_rows(keys))]
     return torch.cat(nearest).eq(own).float().mean()
 
 
 @torch.no_grad()
-def contrastive_entropy(z: Tensor, temperature: float) -> Tensor:
+def contrastive_entropy(z: Tensor, temperature: float, images: int | None = None) -> Tensor:
     """Mean entropy, in nats, of view 0's softmax over the other view's N rows (ln N at chance level)."""
     first, second = F.normalize(z.detach().float(), dim=1).chunk(2)
-    keys = all_gather(second)
+    keys = all_gather(second, images)
     found = []
     for rows in first.split(_rows(keys)):
         log_p = F.log_softmax(rows @ keys.T / temperature, dim=1)

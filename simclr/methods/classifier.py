@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr import checkpoint
-from simclr.collectives import all_reduce_sum, world_size
+from simclr.collectives import all_reduce_sum, share_of_mean, world_size
 from simclr.config import Config
 from simclr.data import labels, loader
 from simclr.data.loader import Batch
@@ -63,7 +63,10 @@ def classifier(config: FineTune, start: Start, manifest: Manifest) -> Method:
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
         scores, y = single(outputs["scores"]), targets["labels"][0]
-        loss = F.cross_entropy(scores, y) if weights is None else weighted_cross_entropy(scores, y, weights)
+        if weights is None:
+            loss = share_of_mean(F.cross_entropy(scores, y), len(y), config.train.batch_size)
+        else:
+            loss = weighted_cross_entropy(scores, y, weights)
         return loss, {"train/loss": loss, "train/top1": hits(scores, y)}
 
     model = begun(lambda: build_classifier(config, len(manifest.classes), config.tap, config.linear), start)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simclr.collectives import share_of_mean
 from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
 from simclr.encoder.directory import read_classifier, read_text
@@ -59,6 +60,7 @@ def distill(config: Distill, start: Start, manifest: Manifest) -> Method:
         scores = single(outputs["scores"])
         taught = targets["taught"][0].to(scores.dtype)
         loss = distillation_loss(scores, taught, targets["seen"][0], config.temperature, config.alpha)
+        loss = share_of_mean(loss, len(scores), config.train.batch_size)
         return loss, {"train/loss": loss, "train/top1": hits(scores, targets["labels"][0])}
 
     model = begun(lambda: build_classifier(config, len(classes), 0), start)

@@ -127,7 +127,7 @@ class Method:
     """(inputs, targets, step), after the optimizer, without gradient and under autocast: enqueue, recentre, average. With a batch in
     pieces, inputs are {}."""
     report: Callable[[Rows, Rows], dict[str, Tensor]] = nothing_seen
-    """Metrics of a step's outputs and targets, computed only when a report is due, as means over ranks."""
+    """Metrics of a step's outputs and targets, computed only when a report is due: shares of means, as of the loss."""
     evaluate: Callable[[], dict[str, float]] = no_evaluation
     """Online evaluation. It leaves the network as it was."""
     chance: float = 0.0

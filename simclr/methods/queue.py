@@ -36,12 +36,12 @@ class Queue(nn.Module):
         return self.rows[: min(step * batch, len(self.rows))]
 
     @torch.no_grad()
-    def enqueue(self, views: Tensor, encoder: nn.Module, head: nn.Module, step: int) -> None:
+    def enqueue(self, views: Tensor, encoder: nn.Module, head: nn.Module, step: int, images: int | None = None) -> None:
         """Move the average towards `encoder` and `head` as step `step` left them, then store its projections of that step's views
-        (2n, 3, H, W), and those of the other ranks: the oldest 2N give way."""
+        (2n, 3, H, W), and those of the other ranks, of N `images`: the oldest 2N give way."""
         for average, module in ((self.encoder, encoder), (self.head, head)):
             torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - self.decay)
         z = nn.functional.normalize(self.head(self.encoder(views))[-1].to(self.rows.dtype), dim=1)
-        z = all_gather(z)
+        z = all_gather(z, images)
         at = step * len(z) % len(self.rows)
         self.rows[at : at + len(z)] = z

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simclr.collectives import share_of_mean
 from simclr.config import Config, Loss
 from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
@@ -77,7 +78,8 @@ def shapes_only(config: Config, classes: int = 0) -> SimCLR:
 def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Method:
     """SimCLR on the images of `manifest`; without one there are neither labels nor online evaluation."""
     device, precision, loss = start.device, config.train.precision, config.loss
-    crops, rows = (Crop(views=config.views),), 2 * config.train.batch_size
+    crops, images = (Crop(views=config.views),), config.train.batch_size
+    rows = 2 * images
     classes = len(manifest.classes) if manifest is not None else 0
     model = placed(begun(lambda: SimCLR(config, classes), start), start, precision)
     queue: Queue | None = None
@@ -91,15 +93,15 @@ def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Me
         return found if model.classifier is None else {**found, "labels": to_device(batch.labels[some], device)[None]}
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
-        contrasted = contrast(outputs["z"].flatten(0, 1), loss, queue.negatives(step, rows) if queue is not None else None)
+        contrasted = contrast(outputs["z"].flatten(0, 1), loss, queue.negatives(step, rows) if queue is not None else None, images)
         if model.classifier is None:
             return contrasted, {"train/loss": contrasted}
-        classified, hits = classify(outputs["logits"].flatten(0, 1), targets["labels"][0])
+        classified, hits = classify(outputs["logits"].flatten(0, 1), targets["labels"][0], images)
         return contrasted + classified, {"train/loss": contrasted, "train/linear_loss": classified, "train/linear_top1": hits}
 
     def enqueue(inputs: Rows, targets: Rows, step: int) -> None:
         assert queue is not None
-        queue.enqueue(inputs["views"].flatten(0, 1), model.encoder, model.head, step)
+        queue.enqueue(inputs["views"].flatten(0, 1), model.encoder, model.head, step, images)
 
     tested = manifest is not None and bool(classes) and "test" in manifest.splits
     examples = examples_of(config, start, manifest) if manifest is not None else config.train.batch_size
@@ -112,7 +114,7 @@ def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Me
         targets=labels_of if model.classifier is not None else no_rows,
         loss=objective,
         after=enqueue if queue is not None else nothing_after,
-        report=partial(diagnosed, temperature=loss.temperature),
+        report=partial(diagnosed, temperature=loss.temperature, images=images),
         groups=parameter_groups(model, config.optim.weight_decay, schedule(config, examples)),
         published=parts | ({"classifier": model.classifier} if model.classifier is not None else {}),
         evaluate=partial(knn_of, model.encoder, config, start.data, device, start.loader_threads) if tested else no_evaluation,
@@ -120,38 +122,39 @@ def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Me
     )
 
 
-def contrast(z: Tensor, loss: Loss, negatives: Tensor | None = None) -> Tensor:
-    """The configured loss of this rank's projections z (2n, d), with further negatives (m, d)."""
+def contrast(z: Tensor, loss: Loss, negatives: Tensor | None = None, images: int | None = None) -> Tensor:
+    """The configured loss of this rank's projections z (2n, d), with further negatives (m, d), of so many `images` over all ranks."""
     if loss.name == "nt_logistic":
-        return nt_logistic(z, loss.temperature, loss.semi_hard)
+        return nt_logistic(z, loss.temperature, loss.semi_hard, images)
     if loss.name == "margin_triplet":
-        return margin_triplet(z, loss.margin, loss.semi_hard)
+        return margin_triplet(z, loss.margin, loss.semi_hard, images)
     if loss.name == "nt_xent_dot":
-        return nt_xent_dot(z, loss.temperature)
-    return nt_xent(z, loss.temperature, negatives)
+        return nt_xent_dot(z, loss.temperature, images)
+    return nt_xent(z, loss.temperature, negatives, images)
 
 
-def classify(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def classify(logits: Tensor, labels: Tensor, images: int | None = None) -> tuple[Tensor, Tensor]:
     """Cross entropy of the linear evaluation, logits (2n, classes), labels (n,), and (2,) its hits and the labelled views.
 
-    An image without a label (−1) adds nothing, and the divisor stays 2n: so the mean over ranks
-    is the global batch's, however labels are spread.
+    An image without a label (−1) adds nothing, and the divisor stays 2n, of 2N over all ranks where `images` says N: so the mean over
+    ranks is the global batch's, however labels are spread.
     """
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     labels = labels.repeat(2)
     loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
     hits = torch.stack([(logits.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
-    return loss / len(labels), hits.to(loss.dtype)
+    return share_of_mean(loss / len(labels), len(labels) // 2, images), hits.to(loss.dtype)
 
 
-def diagnosed(outputs: Rows, targets: Rows, temperature: float) -> dict[str, Tensor]:
-    """The measures of `evaluation.representation` on a step's projections."""
+def diagnosed(outputs: Rows, targets: Rows, temperature: float, images: int | None = None) -> dict[str, Tensor]:
+    """The measures of `evaluation.representation` on a step's projections, weighted by this rank's share of `images`."""
     z = outputs["z"].detach().flatten(0, 1)
-    return {
-        "train/contrastive_top1": representation.contrastive_top1(z),
-        "train/contrastive_entropy": representation.contrastive_entropy(z, temperature),
+    found = {
+        "train/contrastive_top1": representation.contrastive_top1(z, images),
+        "train/contrastive_entropy": representation.contrastive_entropy(z, temperature, images),
         "health/alignment": representation.alignment(z),
         "health/uniformity": representation.uniformity(z[:4096]),
         "health/spread": representation.spread(z),
         "health/dimension": representation.effective_dimension(z),
     }
+    return {name: share_of_mean(mean, len(z) // 2, images) for name, mean in found.items()}

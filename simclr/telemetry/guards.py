@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from simclr.collectives import means_and_rows, world_size
+from simclr.collectives import means_and_rows, rank, world_size
 from simclr.data.manifest import read_manifest, read_names
 from simclr.errors import Diverged
+from simclr.shares import shares
 from simclr.telemetry.straggler import Stragglers
 from simclr.telemetry.timing import Pace
 
@@ -34,14 +35,15 @@ class Health:
     """Checks every step of this rank; `report` gives the metrics, or stops the run."""
 
     def __init__(self, model: nn.Module, device: torch.device, images: int, data: Path, chance: float, advice: str) -> None:
-        """`images` per step on this rank, of the training split in `data`; `chance`: the chance-level loss, 0 = not known; `advice` ends
+        """`images` per step on all ranks, of the training split in `data`; `chance`: the chance-level loss, 0 = not known; `advice` ends
         the error's sentence."""
         self.model, self.device, self.data, self.chance, self.advice = model, device, data, chance, advice
         self.bad_at = torch.full((), math.inf, device=device, dtype=torch.float64)
-        self.bad = torch.zeros(images, dtype=torch.bool, device=device)
+        self.images = images
+        self.bad = torch.zeros(shares(images, world_size())[rank()], dtype=torch.bool, device=device)
         self.ids: dict[int, Tensor] = {}
         self.reference, self.above = 0.0, 0
-        self.stragglers = Stragglers(world_size())
+        self.stragglers = Stragglers(world_size(), images)
 
     def see(self, step: int, ids: Tensor, rows: Tensor, loss: Tensor) -> None:
         """Step `step` (1-based) of images `ids` (n,) gave `rows` (crops · n, …) and `loss`, the whole objective."""
@@ -102,7 +104,7 @@ class Health:
             raise Diverged(f"{where}, though all projections are finite; {self.advice}")
         ids = sorted(int(i) - 1 for r in whose for i in bad[r][2:] if i)[:NAMED]
         named = ", ".join(places(self.data, ids)) + (f" and {count - len(ids):,} more" if count > len(ids) else "")
-        every = count == len(self.bad) * world_size()
+        every = count == self.images
         why = " (every image of the step: BatchNorm or the weights spread the fault of one image)" if every and count > 1 else ""
         raise Diverged(f"{where}, of image{'s' if count > 1 else ''} {named}{why}; {self.advice}")
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from simclr.shares import shares
+
 LIMIT = 1.2
 """A rank is slow above this many times the median over ranks."""
 STEPS = 50
@@ -25,7 +27,12 @@ SLOW = f"keeps the others waiting: over {LIMIT} times the median of a step's own
 class Stragglers:
     """For how many steps each of `ranks` has been slow."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, images: int | None = None) -> None:
+        """`images` of a step, that the ranks share; None = equally many each."""
+        counts = shares(images or ranks, ranks)
+        # A rank with one image more than others may take as much longer. Its time for as many as they have counts. Theirs stays as it is:
+        # part of it does not depend on the images.
+        self.weights = [min(counts) / count for count in counts]
         self.slow = [0] * ranks
 
     def see(self, own_s: Sequence[float], steps: int) -> dict[str, float]:
@@ -38,6 +45,7 @@ class Stragglers:
         median = statistics.median(own_s)
         if len(own_s) < 2 or median <= 0:
             return {}
+        own_s = [own * weight for own, weight in zip(own_s, self.weights, strict=True)]
         self.slow = [before + steps if own > LIMIT * median else 0 for before, own in zip(self.slow, own_s, strict=True)]
         slowest = max(range(len(own_s)), key=lambda r: own_s[r])
         return {

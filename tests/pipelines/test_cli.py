@@ -87,7 +87,7 @@ def test_prepare_into_something_else_is_refused(simclr: Run, tmp_path: Path, pat
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--train.batch-size", "61"), "batch_size 61 does not divide over 2 workers; use 60 or 62, or --workers 1"),
+        (("--train.batch-size", "4", "--workers", "5"), "batch_size 4 has no image for each of 5 workers; use --workers 4 or fewer"),
         (("--train.batch-size", "242"), r"batch_size 242 is larger than the training split \(240 images\).*--train.batch-size 240"),
         (("--train.epochs", "0"), "train.epochs is 0.0; expected more than 0"),
         (("--views.size-px", "4"), "views.size_px is 4; expected 8 to 4096 pixels"),

@@ -72,10 +72,15 @@ def test_a_config_cannot_be_changed() -> None:
         Config().seed = 1  # type: ignore[misc]
 
 
-def test_batches_that_do_not_divide_name_those_that_do() -> None:
+def test_every_worker_has_an_image() -> None:
     config = Config(train=Train(batch_size=500))
-    with pytest.raises(UserError, match="batch_size 500 does not divide over 8 workers; use 496 or 504, or --workers 5"):
-        config.images_per_rank(8)
+    assert config.images_per_rank(8) == 63 and config.images_of(7, 8) == slice(437, 500)
+    with pytest.raises(
+        UserError, match="batch_size 500 has no image for each of 501 workers; use --workers 500 or fewer, or a larger batch"
+    ):
+        config.images_per_rank(501)
+    with pytest.raises(UserError, match="shard_groups 3 does not divide batch_size 500, of which each group gives as much; use a divisor"):
+        dataclasses.replace(config, train=Train(batch_size=500, shard_groups=3)).groups_of(0, 3)
 
 
 def test_unknown_names_get_the_nearest() -> None:

@@ -287,5 +287,6 @@ def test_the_quick_table_says_how_many_neighbours_voted(simclr: Command, pattern
 
 def test_resources_are_checked_first(patterns: Path) -> None:
     config = replace(recipe("patterns_tiny"), train=Train(batch_size=25))
-    with pytest.raises(UserError, match="batch_size 25 does not divide over 2 workers"):
-        driver.require_shares(config, 240, ray_train.Resources(workers=2))
+    driver.require_shares(config, 240, ray_train.Resources(workers=2))
+    with pytest.raises(UserError, match="batch_size 25 has no image for each of 26 workers"):
+        driver.require_shares(config, 240, ray_train.Resources(workers=26))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.support.mutation import Mutation
 from tests.support.mutation_table_attack import ATTACK
 from tests.support.mutation_table_data import DATA
+from tests.support.mutation_table_ranks import RANKS
 from tests.support.mutation_table_resume import RESUME
 from tests.support.mutation_table_tracking import TRACKING
 from tests.support.mutation_table_uses import USES
@@ -13,13 +14,14 @@ MUTATIONS = (
     *DATA,
     *ATTACK,
     *TRACKING,
+    *RANKS,
     *RESUME,
     *USES,
     # ── simclr: loss, optimizer, statistics ────────────────────────────────────────────────────────────────────────
     Mutation(
         "positive-not-in-denominator",
         "simclr/loss.py",
-        'float("-inf"))  # a view is no candidate for itself\n        return F.cross_entropy(logits, _partner(own))',
+        'float("-inf"))  # a view is no candidate for itself\n        return _share(F.cross_entropy(logits, _partner(own)), z, images)',
         'float("-inf"))\n        positive = logits.gather(1, _partner(own)[:, None])\n'
         '        return (logits.scatter(1, _partner(own)[:, None], float("-inf")).logsumexp(1) - positive[:, 0]).mean()',
         "tests/simclr/test_loss.py::test_equals_the_naive_double_loop",
@@ -76,8 +78,8 @@ MUTATIONS = (
     Mutation(
         "statistics-move-by-the-sum-of-the-pieces",
         "simclr/gradient_cache.py",
-        "torch._foreach_copy_(statistics, torch._foreach_div(moved, float(len(pieces))))",
-        "torch._foreach_copy_(statistics, torch._foreach_sub(moved, torch._foreach_mul(before, float(len(pieces) - 1))))",
+        "torch._foreach_copy_(statistics, torch._foreach_div(moved, float(pieces)))",
+        "torch._foreach_copy_(statistics, torch._foreach_sub(moved, torch._foreach_mul(before, float(pieces - 1))))",
         "tests/simclr/test_gradient_cache.py::test_statistics_are_those_of_a_piece_and_move_once",
     ),
     # ── simclr: views ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -148,15 +150,15 @@ MUTATIONS = (
     Mutation(
         "slice-off-by-one",
         "simclr/data/loader.py",
-        "order((first[:, None] + np.arange(n)).ravel())",
-        "order((first[:, None] + 1 + np.arange(n)).ravel())",
+        "order((steps[:, None] * taken + own).ravel())",
+        "order((steps[:, None] * taken + 1 + own).ravel())",
         "tests/simclr/data/test_loader.py::test_an_epoch_is_the_keyed_permutation_and_its_images_are_those_of_the_source",
     ),
     Mutation(
         "order-ignores-the-seed",
         "simclr/data/loader.py",
-        "keyed.order(config.seed, epoch, rows, split.order)",
-        "keyed.order(0, epoch, rows, split.order)",
+        "keyed.order(config.seed, epoch, len(rows) if ids is None else ids, split.order)",
+        "keyed.order(0, epoch, len(rows) if ids is None else ids, split.order)",
         "tests/simclr/data/test_loader.py::test_an_epoch_is_the_keyed_permutation_and_its_images_are_those_of_the_source",
     ),
     Mutation(
@@ -309,11 +311,11 @@ MUTATIONS = (
         "tests/pipelines/train/test_warm_start.py::test_the_directory_tells_starts_apart",
     ),
     Mutation(
-        "elastic-counts-that-do-not-divide",
+        "fewer-workers-than-groups-of-shards",
         "pipelines/train/ray_train.py",
         "if retry.shares(config, count)]",
         "if count]",
-        "tests/pipelines/train/test_hang.py::test_numbers_of_workers_that_the_batch_divides_over",
+        "tests/pipelines/train/test_hang.py::test_every_number_of_workers_between_two_may_share_a_batch",
     ),
     Mutation(
         "checkpoint-shares-memory-with-the-training",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_MOST = 4
+_MOST = 5
 _PATIENCE_S = 120
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from simclr import checkpoint
 from simclr.collectives import rank, world_size
 from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
+from simclr.shares import share
 from simclr.stages import FineTune
 from simclr.train import Report, Start, train
 
@@ -38,7 +39,7 @@ TUNED = FineTune(
 
 def mine(x: Tensor, views: int = 1) -> Tensor:
     """This rank's rows of x, which is a stack of `views` blocks."""
-    return torch.cat([block.chunk(world_size())[rank()] for block in x.chunk(views)])
+    return torch.cat([block[share(len(block), rank(), world_size())] for block in x.chunk(views)])
 
 
 def run(config: Config, patterns: Path, folder: Path, until: int | None = None, resume: bool = True) -> dict[int, Report]:

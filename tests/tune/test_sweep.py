@@ -40,7 +40,7 @@ BASE = ("sweep", "smoke", "--recipe", "patterns_tiny", "--set", "train.batch_siz
         ((*BASE, "DATA", "--only", "loss.temperature"), "is no assignment; expected FIELD=VALUE"),
         (("sweep", "smoke", "--recipe", "patterns_tiny", "--data", "DATA", "--set", "train.epoch=3"), "nearest: train.epochs"),
         (("sweep", "smoke", "--recipe", "patterns_tiny", "--data", "DATA", "--set", "train.batch_size=many"), "expected int"),
-        ((*BASE, "DATA", "--workers-per-trial", "7"), "batch_size 60 does not divide over 7 workers"),
+        ((*BASE, "DATA", "--workers-per-trial", "61"), "batch_size 60 has no image for each of 61 workers"),
         (("sweep", "batch-epochs", *BASE[2:], "DATA", "--set", "train.batch_size=200"), r"batch_size 400 is larger than the training"),
         ((*BASE, "DATA", "--scheduler", "asha", "--metric", "eval/probe_top1"), "asha decides while trials run"),
         (("sweep", "losses", *BASE[2:], "DATA", "--scheduler", "pbt"), "losses varies none of them"),

@@ -119,8 +119,8 @@ def test_bench_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a folder in the path .* is a file"):
         (tmp_path / "file").touch()
         bench.main(bench.Args(what="step", json=tmp_path / "file" / "step.json"))
-    with pytest.raises(UserError, match="micro_batch 3 does not divide"):
-        bench.main(bench.Args(what="step", recipe="patterns_tiny", batch_size=4, micro_batch=3))
+    with pytest.raises(UserError, match="--sides cached needs --micro-batch"):
+        bench.main(bench.Args(what="step", recipe="patterns_tiny", batch_size=4, micro_batch=4, sides=("cached",)))
     with pytest.raises(UserError, match="--window-s is -1"):
         bench.main(bench.Args(what="step", window_s=-1))
     with pytest.raises(UserError, match="which data"):

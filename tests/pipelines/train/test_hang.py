@@ -98,16 +98,19 @@ def test_a_process_says_where_its_thread_is(monkeypatch: pytest.MonkeyPatch) -> 
     assert not progress.read().watched
 
 
-def test_numbers_of_workers_that_the_batch_divides_over() -> None:
+def test_every_number_of_workers_between_two_may_share_a_batch() -> None:
     config = Config(train=Train(batch_size=96))
     assert ray_train.Resources(workers=4).counts(config) == [4]
-    assert ray_train.Resources(workers=8, min_workers=2).counts(config) == [2, 3, 4, 6, 8]
+    assert ray_train.Resources(workers=7, min_workers=2).counts(config) == [2, 3, 4, 5, 6, 7]
     grouped = Config(train=Train(batch_size=96, shard_groups=2))
-    assert ray_train.Resources(workers=8, min_workers=2).counts(grouped) == [2, 4, 6, 8]
-    with pytest.raises(UserError, match=r"--min-workers 5 does not divide batch_size 96 .*use 1, 2, 3, 4, 6 or leave it out"):
-        ray_train.Resources(workers=8, min_workers=5).counts(config)
-    with pytest.raises(UserError, match="batch_size 96 does not divide over 7 workers"):
-        ray_train.Resources(workers=7, min_workers=1).counts(config)
+    assert ray_train.Resources(workers=5, min_workers=2).counts(grouped) == [2, 3, 4, 5]
+    with pytest.raises(UserError, match=r"--min-workers is 1, .* groups that the config asks for; use 2 or 3, or leave it out"):
+        ray_train.Resources(workers=5, min_workers=1).counts(grouped)
+    with pytest.raises(UserError, match="batch_size 96 has no image for each of 97 workers; use --workers 96 or fewer"):
+        ray_train.Resources(workers=97, min_workers=1).counts(config)
+    with pytest.raises(UserError, match=r"batch_size 100 does not divide over the 16 chips of a TPU slice, .*; use 96 or 112"):
+        slice_ = ray_train.Resources(workers=16, device="tpu", topology="4x4", accelerator_type="TPU-V5LITEPOD")
+        slice_.counts(Config(train=Train(batch_size=100)))
     with pytest.raises(UserError, match="--min-workers is 9; expected 1 to --workers 8"):
         ray_train.Resources(workers=8, min_workers=9)
     with pytest.raises(UserError, match="--hang-timeout-s is 0"):

@@ -366,7 +366,7 @@ def test_what_an_out_of_memory_sentence_advises_is_accepted(
     other = re.search(r"--(?:train\.)?(micro-batch|batch-size) (\d+) is for a new run: add another --run, or leave --run out$", said)
     assert other
     name, value = other[1].replace("-", "_"), int(other[2])
-    assert (name == "micro_batch") == (stage == "pretrain" and not config.loss.memory and config.train.batch_size != 6)
+    assert (name == "micro_batch") == (stage == "pretrain" and not config.loss.memory)
     assert value < (config.train.micro_batch or config.images_per_rank(workers) if name == "micro_batch" else config.train.batch_size)
     changed = dataclasses.replace(config, train=dataclasses.replace(config.train, **{name: value}))
     assert retry.shares(changed, workers)
@@ -381,8 +381,8 @@ def test_what_an_out_of_memory_sentence_advises_is_accepted(
     [
         (8, 4, "a smaller network is for a new run"),  # 8 workers would have an image each, and so would 4 of a batch of 4
         (16, 8, "a smaller network is for a new run"),
-        (16, 4, "--workers 8 goes on with this run, with other numbers: BatchNorm then normalises over 2 images; --train.micro-batch 2"),
-        (24, 4, "--workers 6 goes on with this run, with other numbers: BatchNorm then normalises over 4 images; --train.micro-batch 3"),
+        (16, 4, "--workers 6 goes on with this run, with other numbers: BatchNorm then normalises over 2 images; --train.micro-batch 3"),
+        (24, 4, "--workers 5 goes on with this run, with other numbers: BatchNorm then normalises over 4 images; --train.micro-batch 5"),
     ],
 )
 def test_no_advice_leaves_batchnorm_a_single_image(batch: int, workers: int, advised: str) -> None:

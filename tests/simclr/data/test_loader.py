@@ -274,7 +274,7 @@ def test_two_loaders_on_two_threads_each_do_not_collide(raw: Path, jpeg: Path) -
     ("call", "sentence"),
     [
         (lambda data: loader.batches(config(RAW + 1), data, 0, 0, 1), "batch_size 901 is larger than the training split"),
-        (lambda data: loader.batches(config(10), data, 0, 0, 4), "batch_size 10 does not divide over 4 workers"),
+        (lambda data: loader.batches(config(10), data, 0, 0, 11), "batch_size 10 has no image for each of 11 workers"),
         (lambda data: loader.batches(config(10), data / "no", 0, 0, 1), "no directory"),
     ],
 )
@@ -343,7 +343,7 @@ def test_a_worker_reads_its_own_groups_shards_and_the_batch_is_the_same_for_any_
 
 
 def test_groups_that_do_not_fit_are_a_user_error(five_shards: Path) -> None:
-    with pytest.raises(UserError, match="shard_groups 2 does not divide 1 workers and batch_size 8"):
+    with pytest.raises(UserError, match="shard_groups 2 is more than 1 workers; use 1 or fewer, or more workers"):
         next(loader.batches(grouped(2), five_shards, 0, 0, 1))
     with pytest.raises(UserError, match="make no 40 groups; prepare with a smaller --shard-mib"):
         read_manifest(five_shards).examples("train", 40)

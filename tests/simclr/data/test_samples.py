@@ -30,7 +30,7 @@ def copy_of(data: Path, out: Path) -> Path:
 
 
 def opened(data: Path, groups: int = 1, group: int = 0) -> Shards:
-    return Shards(data, read_manifest(data), "train", groups, group, False)
+    return Shards(data, read_manifest(data), "train", groups, (group,), False)
 
 
 @pytest.fixture(scope="module")

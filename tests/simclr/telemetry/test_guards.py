@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.train.prometheus import with_last_checkpoint
 from simclr import checkpoint
-from simclr.collectives import rank
+from simclr.collectives import rank, world_size
 from simclr.errors import Diverged
 from simclr.telemetry.guards import Health, places
 from simclr.telemetry.timing import Pace
@@ -47,7 +47,7 @@ def rows(images: int, *bad: int) -> Tensor:
 
 def spoilt(data: str, bad: list[dict[int, tuple[int, ...]]], images: int) -> str:
     """Five steps of `images` a rank, with ids 100 · step + 10 · rank + position; `bad`: of each rank, step → rows."""
-    seen = health(Path(data), images)
+    seen = health(Path(data), images * world_size())
     for step in range(1, 6):
         mine = bad[rank()].get(step, ())
         loss = torch.tensor(math.nan if any(step in steps for steps in bad) else 1.0)

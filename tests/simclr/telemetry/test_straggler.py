@@ -108,7 +108,7 @@ def test_of_two_ranks_one_must_be_half_again_as_slow() -> None:
 
 
 def seen(paces: list[Pace], data: str) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
-    health = Health(torch.nn.Linear(1, 1), torch.device("cpu"), 1, Path(data), 0.0, "stop")
+    health = Health(torch.nn.Linear(1, 1), torch.device("cpu"), 2, Path(data), 0.0, "stop")
     return health.report(10, {"train/loss": torch.tensor(1.0 + rank())}, paces[rank()])
 
 

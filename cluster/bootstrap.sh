@@ -5,6 +5,8 @@
 #   bootstrap.sh             a checkout: what runs, and the tools of the tests
 #   bootstrap.sh node        a cluster's node: what runs, and the cache of shards on the node's fast local disks, where it has any
 #   bootstrap.sh node gcs    the same, and the project's bucket at /mnt/simclr (Google Cloud)
+#   bootstrap.sh node s3://BUCKET/environments    the same as node; .venv comes from there, if another node has kept it
+#   bootstrap.sh keep s3://BUCKET/environments    keeps this node's .venv there, unless it is there
 #   bootstrap.sh packages NAME …    system packages alone
 set -eu
 cd "$(dirname "$0")/.."
@@ -12,8 +14,8 @@ cd "$(dirname "$0")/.."
 say() { echo "setup: $*" >&2; }
 node=${1:-} bucket=${2:-}
 case "$node $bucket" in
-    " " | "node " | "node gcs" | "packages "[a-z]*) ;;
-    *) say "expected no argument, node, node gcs, or packages NAME …; got: $*"; exit 2 ;;
+    " " | "node " | "node gcs" | "node s3://"?*/?* | "keep s3://"?*/?* | "packages "[a-z]*) ;;
+    *) say "expected no argument, node, node gcs, node or keep s3://BUCKET/environments, or packages NAME …; got: $*"; exit 2 ;;
 esac
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 log=$(mktemp)
@@ -74,6 +76,7 @@ if [ -n "$python" ]; then
     "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || missing="$missing python3-dev"
 fi
 [ -z "$node" ] || command -v rsync >/dev/null || missing="$missing rsync"
+[ "${bucket#s3://}" = "$bucket" ] || command -v zstd >/dev/null || missing="$missing zstd"
 if [ -n "$missing" ]; then
     # shellcheck disable=SC2086
     install_packages $missing
@@ -160,7 +163,11 @@ lock=requirements-dev.lock
 [ -z "$node" ] || lock=requirements.lock
 wanted=$(cat $lock cluster/build.lock pyproject.toml cluster/bootstrap.sh | sha256sum | cut -d ' ' -f 1)
 have=$(cat .venv/installed 2>/dev/null || true)
+# Of what a kept environment is made besides: its scripts name this folder and this Python, FFCV is compiled against these libraries.
+key=$({ echo "$wanted $PWD $(uname -m)"; cat /etc/os-release; command -v "$python"; "$python" -VV; pkg-config --modversion opencv4 libturbojpeg; } | sha256sum | cut -d ' ' -f 1)
 if [ -x .venv/bin/simclr ] && [ "$have" = "$wanted $PWD" ]; then
+    # What cannot be kept is installed all the same.
+    [ "$node" != keep ] || .venv/bin/python cluster/environment.py keep "$bucket" "$key" .venv || true
     exit 0
 fi
 # On a shared disk, made for another checkout: as good, since a job brings its code.
@@ -168,6 +175,19 @@ if [ -L .venv ]; then
     [ "${have%% *}" = "$wanted" ] && exit 0
     say "$(readlink -f .venv) is of another lock than $PWD/$lock; run cluster/bootstrap.sh${node:+ node} where it was made"
     exit 1
+fi
+if [ "$node" = keep ]; then
+    say "there is no environment of $PWD/$lock to keep; run bootstrap.sh node first"
+    exit 1
+fi
+if [ "$node" = node ] && [ "${bucket#s3://}" != "$bucket" ]; then
+    # boto3 alone, for as long as this takes.
+    "$python" -m venv --clear .fetch
+    awk '/^(boto3|botocore|jmespath|python-dateutil|s3transfer|six|urllib3)==/ { on = 1 } on { print } /^ .*[0-9a-f]$/ { on = 0 }' $lock >.fetch/boto3.lock
+    .fetch/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .fetch/boto3.lock &&
+        .fetch/bin/python cluster/environment.py fetch "$bucket" "$key" .venv && found=yes || found=""
+    rm -rf .fetch
+    [ -z "$found" ] || exit 0
 fi
 say "installing the locked Python packages into .venv (about 6 GB, most of it CUDA)"
 # --clear: what an interrupted set-up left has no pip.

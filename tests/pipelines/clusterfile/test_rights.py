@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.account import ACCOUNT, REGION, allows, policies
+from tests.support.account import ACCOUNT, KNOWN, REGION, allows, policies
 from tests.support.paths import ROOT
 
 EC2 = f"arn:aws:ec2:{REGION}:{ACCOUNT}:"
@@ -186,3 +186,10 @@ def test_cloudformation_takes_the_file() -> None:
     assert [event for event in events if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None)] == []
     size = {name: len(json.dumps(policies(name), separators=(",", ":"))) for name in ("HeadRole", "WorkerRole")}
     assert size["HeadRole"] < 10_240 and size["WorkerRole"] < 6_144
+
+
+def test_a_private_subnet_opens_itself_alone_and_only_where_there_is_one() -> None:
+    nodes = launch("lt-efa-p5", network_interface={"ec2:Subnet": f"{EC2}subnet/subnet-9"})
+    nodes[f"{EC2}subnet/subnet-9"] = {}
+    assert allows(policies("HeadRole"), "ec2:RunInstances", nodes)
+    assert not allows(policies("HeadRole", KNOWN | {"PrivateSubnet": ""}), "ec2:RunInstances", nodes)

@@ -1,4 +1,4 @@
-"""`simclr cluster check`: the nodes that a cluster file would start, and its mistakes. Needs no cloud account."""
+"""`simclr cluster check`: the nodes that a cluster file would start, its mistakes, and the AWS account's quotas. Needs no cloud account."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _MOST_VALUES = 100_000
 
 @dataclass(frozen=True)
 class Args:
-    """Check one of Ray's cluster files against its schema, the classic mistakes and the rules of safety; show the nodes it would start."""
+    """Check one of Ray's cluster files against its schema, the classic mistakes and the rules of safety; show the nodes it would start.
+    For EC2, with credentials, it asks whether the account's quotas suffice."""
 
     what: Annotated[Literal["check"], tyro.conf.Positional]
     """check: read the file, start nothing."""
@@ -54,6 +55,11 @@ def main(args: Args) -> None:
     show(overview(cluster))
     if batch:
         show(f"\n{args.recipe}: {batch}")
+    if cluster["provider"]["type"] == "aws":
+        from pipelines.clusterfile import quotas  # boto3 takes half a second
+
+        for line in quotas.lines(rules.groups(cluster), cluster["provider"]["region"]):
+            show(f"\n{line}")
     if marked := [(number, line) for number, line in enumerate(text.splitlines(), 1) if re.search(r"# EDIT \d of \d", line)]:
         show("\nto edit before `ray up`, unless you have:")
         for number, line in marked:

@@ -20,6 +20,9 @@ from tests.support.paths import ROOT
 
 REGION, ACCOUNT = "us-east-1", "123456789012"
 GIVEN = {"Vpc": "vpc-1", "Subnet": "subnet-1", "Bucket": "photos", "SshFrom": "203.0.113.7/32"}
+GIVEN |= {"RouteTable": "rtb-1", "PrivateSubnet": "subnet-9"}
+NO_VALUE = "AWS::NoValue"
+GIVEN |= {NO_VALUE: NO_VALUE}
 GIVEN |= {"AWS::Region": REGION, "AWS::AccountId": ACCOUNT}
 
 
@@ -38,8 +41,11 @@ def resolved(value: Any, known: dict[str, str]) -> Any:
             return known[".".join(value["Fn::GetAtt"])]
         if "Fn::Sub" in value:
             return re.sub(r"\$\{([^}]*)\}", lambda name: known[name[1]], value["Fn::Sub"])
+        if "Fn::If" in value:  # each condition is that a parameter is given
+            condition, yes, no = value["Fn::If"]
+            return resolved(yes if known[condition.removeprefix("Has")] else no, known)
         return {key: resolved(inner, known) for key, inner in value.items()}
-    return [resolved(inner, known) for inner in value] if isinstance(value, list) else value
+    return [inner for each in value if (inner := resolved(each, known)) != NO_VALUE] if isinstance(value, list) else value
 
 
 def ordered(known: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -56,12 +62,12 @@ def ordered(known: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ready.items()
 
 
-_KNOWN = GIVEN | {"Worker": "lt-worker", "Efa": "lt-efa", "Nodes": "sg-1", "Nodes.GroupId": "sg-1"}
-_KNOWN |= {"WorkerRole.Arn": f"arn:aws:iam::{ACCOUNT}:role/simclr-worker"}
-_KNOWN |= {"WorkerProfile.Arn": f"arn:aws:iam::{ACCOUNT}:instance-profile/simclr-worker"}
+KNOWN = GIVEN | {"Worker": "lt-worker", "Efa": "lt-efa", "EfaP5": "lt-efa-p5", "Nodes": "sg-1", "Nodes.GroupId": "sg-1"}
+KNOWN |= {"WorkerRole.Arn": f"arn:aws:iam::{ACCOUNT}:role/simclr-worker"}
+KNOWN |= {"WorkerProfile.Arn": f"arn:aws:iam::{ACCOUNT}:instance-profile/simclr-worker"}
 
 
-def policies(role: str, known: dict[str, str] = _KNOWN) -> list[dict[str, Any]]:
+def policies(role: str, known: dict[str, str] = KNOWN) -> list[dict[str, Any]]:
     """The statements of a role, for an account with `known` names of templates, groups and roles."""
     own = resources()[role]["Properties"]
     managed = [resources()[shared["Ref"]]["Properties"] for shared in own["ManagedPolicyArns"]]

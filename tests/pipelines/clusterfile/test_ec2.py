@@ -44,7 +44,10 @@ def deploy(ec2: Any) -> dict[str, str]:
 
     iam = boto3.client("iam")
     subnet = ec2.describe_subnets(Filters=[{"Name": "availability-zone", "Values": [f"{REGION}a"]}])["Subnets"][0]
-    known = GIVEN | {"Vpc": subnet["VpcId"], "Subnet": subnet["SubnetId"], "Data": "photos"}
+    private = ec2.create_subnet(VpcId=subnet["VpcId"], AvailabilityZone=f"{REGION}a", CidrBlock="172.31.240.0/24")["Subnet"]
+    # Ray passes over subnets without this; EC2 gives no address all the same to a node of several interfaces.
+    ec2.modify_subnet_attribute(SubnetId=private["SubnetId"], MapPublicIpOnLaunch={"Value": True})
+    known = GIVEN | {"Vpc": subnet["VpcId"], "Subnet": subnet["SubnetId"], "PrivateSubnet": private["SubnetId"], "Data": "photos"}
     for name, resource in ordered(known):
         p = resource["Properties"]
         match resource["Type"].removeprefix("AWS::"):
@@ -204,3 +207,33 @@ def test_without_the_account_ray_stops_and_opens_nothing(ec2: Any) -> None:
         start(ec2, yaml.safe_load((HERE / "aws-gpu.yaml").read_text()))
     assert len(ec2.describe_security_groups()["SecurityGroups"]) == before
     assert not ec2.describe_instances()["Reservations"]
+
+
+def test_a_p5_may_have_efa_on_all_of_its_cards(ec2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the template simclr-efa-p5 Ray asks for 32 interfaces, in a form that EC2's own description accepts (botocore checks each
+    request against it), and the head's role allows them. Whether EC2 then starts it needs an account with a quota for p5."""
+    import botocore.client
+
+    asked, call = list[dict[str, Any]](), botocore.client.BaseClient._make_api_call
+
+    def recorded(client: Any, operation: str, words: dict[str, Any]) -> Any:
+        if operation == "RunInstances" and words["InstanceType"] == "p5.48xlarge":
+            asked.append(copy.deepcopy(words))
+        return call(client, operation, words)
+
+    known = deploy(ec2)
+    cluster = yaml.safe_load((HERE / "aws-gpu.yaml").read_text())
+    types = cluster["available_node_types"]
+    types["p5"]["node_config"]["LaunchTemplate"]["LaunchTemplateName"] = "simclr-efa-p5"
+    cluster["available_node_types"] = {name: types[name] for name in ("head", "p5")}
+    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", recorded)
+    start(ec2, cluster)
+    (words,) = asked
+    interfaces = words["NetworkInterfaces"]
+    assert [(i["NetworkCardIndex"], i["DeviceIndex"], i["InterfaceType"]) for i in interfaces] == [
+        (0, 0, "efa"),
+        *((card, 1, "efa-only") for card in range(1, 32)),
+    ]
+    # EC2 gives no public address to a node of several interfaces, and refuses to be asked for one.
+    assert {i["SubnetId"] for i in interfaces} == {known["PrivateSubnet"]} and not any("AssociatePublicIpAddress" in i for i in interfaces)
+    assert allows(policies("HeadRole", known), "ec2:RunInstances", touched(ec2, words))

@@ -190,7 +190,11 @@ def _flag(words: list[str], name: str) -> str:
 
 CURL = """#!/bin/sh
 printf '%s ' "$@" >>"$CALLS"; echo >>"$CALLS"
-for url; do :; done
+to=/dev/stdout before=""
+for url; do [ "$before" != -o ] || to=$url; before=$url; done
+case "$*" in
+    *https://packages.cloud.google.com/apt/doc/apt-key.gpg*) printf -- "$KEY" >"$to"; exit 0 ;;
+esac
 case "$url" in
     *metadata*/project/project-id) printf my-project ;;
     *metadata*/project/numeric-project-id) printf 111 ;;
@@ -202,10 +206,28 @@ case "$url" in
 esac
 """
 RECORDS = '#!/bin/sh\necho "$(basename "$0") $*" >>"$CALLS"\n'
+# Keeps what the script would write as root.
+SUDO = (
+    RECORDS
+    + """case "$*" in "install "*) cp "$4" "$CALLS.$(basename "$5")" ;; "env "*) shift; exec env "$@" ;; esac
+"""
+)
+APT = (
+    RECORDS
+    + """[ "$(cat "$CALLS.simclr-gcsfuse.list" 2>/dev/null)" ] || exit 0
+case "$*" in
+    *update*) touch "$CALLS.updated" ;;
+    *gcsfuse*)
+        [ -e "$CALLS.updated" ] || { echo "E: Unable to locate package gcsfuse"; exit 100; }
+        cp "$(dirname "$0")/records" "$(dirname "$0")/gcsfuse" ;;
+esac
+"""
+)
+KEY = "-----BEGIN PGP PUBLIC KEY BLOCK-----\n"
 
 
-def node(folder: Path, owner: str) -> tuple[subprocess.CompletedProcess[str], str]:
-    """(the end of `bootstrap.sh node gcs` where the packages are installed already, what it called)."""
+def node(folder: Path, owner: str, gcsfuse: bool = True, key: str = KEY) -> tuple[subprocess.CompletedProcess[str], str]:
+    """(the end of `bootstrap.sh node gcs` where the packages are installed already, but for gcsfuse unless so; what it called)."""
     made_of = ("requirements.lock", "cluster/build.lock", "pyproject.toml", "cluster/bootstrap.sh")
     (folder / "simclr/cluster").mkdir(parents=True)
     for name in made_of:
@@ -220,9 +242,9 @@ def node(folder: Path, owner: str) -> tuple[subprocess.CompletedProcess[str], st
     command(fakes, "mountpoint", "#!/bin/sh\nexit 1\n")
     for name in ("c++", "pkg-config", "python3.11", "rsync"):  # what the script looks for is there
         command(fakes, name, "#!/bin/sh\n")
-    for name in ("sudo", "gcsfuse"):
-        command(fakes, name, RECORDS)
-    env = {"PATH": f"{fakes}:{os.environ['PATH']}", "HOME": str(folder), "CALLS": str(folder / "calls"), "OWNER": owner}
+    for name, text in {"sudo": SUDO, "apt-get": APT, "gcsfuse" if gcsfuse else "records": RECORDS}.items():
+        command(fakes, name, text)
+    env = {"PATH": f"{fakes}:{os.environ['PATH']}", "HOME": str(folder), "CALLS": str(folder / "calls"), "OWNER": owner, "KEY": key}
     script = ["sh", str(folder / "simclr/cluster/bootstrap.sh"), "node", "gcs"]
     done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=60)
     return done, (folder / "calls").read_text()
@@ -241,3 +263,24 @@ def test_a_node_does_not_mount_somebody_elses(owner: str, tmp_path: Path) -> Non
     assert done.returncode == 1
     assert f"gs://simclr-my-project is of project {owner or 'unknown'}" in done.stderr and "nothing is mounted" in done.stderr
     assert "gcsfuse" not in calls
+
+
+def test_a_stock_ubuntu_gets_gcsfuse_from_googles_repository(tmp_path: Path) -> None:
+    """The key signs this repository alone. Google's servers are not asked: this machine has no way to them."""
+    done, calls = node(tmp_path, NUMBER, gcsfuse=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "calls.simclr-google.asc").read_text() == "-----BEGIN PGP PUBLIC KEY BLOCK-----\n"
+    release = re.search(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.MULTILINE)
+    assert release is not None
+    (line,) = (tmp_path / "calls.simclr-gcsfuse.list").read_text().splitlines()
+    keyring = "/usr/share/keyrings/simclr-google.asc"
+    assert line == f"deb [signed-by={keyring}] https://packages.cloud.google.com/apt gcsfuse-{release[1]} main"
+    # As on a machine whose index does not have the new repository yet: installed at the second try.
+    assert re.findall(r"^apt-get (update|install)", calls, re.MULTILINE) == ["install", "update", "install"]
+    assert calls.endswith("gcsfuse --implicit-dirs simclr-my-project /mnt/simclr\n")
+
+
+def test_an_answer_that_is_no_key_is_not_trusted(tmp_path: Path) -> None:
+    done, calls = node(tmp_path, NUMBER, gcsfuse=False, key="<html>captive portal</html>")
+    assert done.returncode == 1 and "the key of Google's packages cannot be fetched" in done.stderr
+    assert "apt-get" not in calls and "gcsfuse --" not in calls

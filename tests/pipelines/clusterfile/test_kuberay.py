@@ -241,3 +241,17 @@ def test_the_clouds_identity_opens_its_own_address_alone() -> None:
     assert passes("Egress", WORKER, "169.254.169.252", 988, extra="identity/gke.yaml")
     assert passes("Egress", WORKER, METADATA, 80, extra="identity/gke.yaml")
     assert not passes("Egress", WORKER, METADATA, 443, extra="identity/gke.yaml")
+
+
+# ── The end of a pod ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_worker_has_time_to_leave_and_ray_less_than_the_pod() -> None:
+    """The variable is Ray's own (`tests/cluster/test_drain.py` drains by it); the pod's time is longer than Ray's."""
+    from ray._private import ray_constants
+
+    pod, (worker,) = pods()["gpu"]
+    (drain,) = (entry["value"] for entry in worker["env"] if entry["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+    assert ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S < float(drain) <= pod["terminationGracePeriodSeconds"] - 30
+    head = {entry["name"]: entry for entry in pods()["head"][1][0]["env"]}
+    assert {name: entry for entry in worker["env"] if (name := entry["name"]) in head} == head

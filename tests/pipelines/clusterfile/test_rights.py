@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.account import ACCOUNT, REGION, allows, policies
+from tests.support.account import ACCOUNT, KNOWN, REGION, allows, policies
 from tests.support.paths import ROOT
 
 EC2 = f"arn:aws:ec2:{REGION}:{ACCOUNT}:"
@@ -59,12 +59,14 @@ def instead(old: str, new: str) -> dict[str, dict[str, str]]:
 
 
 SHARD, RUN, MODEL = f"{BUCKET}/imagenet/train-00000.beton", f"{BUCKET}/runs/r50/step_1/model.safetensors", f"{BUCKET}/mlflow/1/model"
+ENVIRONMENT = f"{BUCKET}/environments/0123.json"
 ELSEWHERE = {"aws:ResourceAccount": "999999999999"}
 Request = tuple[str, str, dict[str, dict[str, str]]]
 ALLOWED: dict[str, Request] = {
     "worker lists the bucket": ("WorkerRole", "s3:ListBucket", {BUCKET: OURS}),
     "worker reads a shard": ("WorkerRole", "s3:GetObject", {SHARD: OURS}),
     "worker reads a model": ("WorkerRole", "s3:GetObject", {MODEL: OURS}),
+    "worker fetches an environment": ("WorkerRole", "s3:GetObject", {ENVIRONMENT: OURS}),
     "worker writes a checkpoint": ("WorkerRole", "s3:PutObject", {RUN: OURS}),
     "worker deletes an old checkpoint": ("WorkerRole", "s3:DeleteObject", {RUN: OURS}),
     "worker gives an upload up": ("WorkerRole", "s3:AbortMultipartUpload", {RUN: OURS}),
@@ -149,6 +151,9 @@ REFUSED |= {
     if name.startswith("worker") and not name.endswith((" a model", " a machine"))
 }
 ALLOWED |= {"head gives an upload of a model up": ("HeadRole", "s3:AbortMultipartUpload", {MODEL: OURS})}
+ALLOWED |= {"head keeps an environment": ("HeadRole", "s3:PutObject", {ENVIRONMENT: OURS})}
+REFUSED |= {"worker keeps an environment": ("WorkerRole", "s3:PutObject", {ENVIRONMENT: OURS})}
+REFUSED |= {"head deletes an environment": ("HeadRole", "s3:DeleteObject", {ENVIRONMENT: OURS})}
 REFUSED |= {"head writes models to somebody's bucket of that name": ("HeadRole", "s3:PutObject", {MODEL: ELSEWHERE})}
 
 
@@ -181,3 +186,10 @@ def test_cloudformation_takes_the_file() -> None:
     assert [event for event in events if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None)] == []
     size = {name: len(json.dumps(policies(name), separators=(",", ":"))) for name in ("HeadRole", "WorkerRole")}
     assert size["HeadRole"] < 10_240 and size["WorkerRole"] < 6_144
+
+
+def test_a_private_subnet_opens_itself_alone_and_only_where_there_is_one() -> None:
+    nodes = launch("lt-efa-p5", network_interface={"ec2:Subnet": f"{EC2}subnet/subnet-9"})
+    nodes[f"{EC2}subnet/subnet-9"] = {}
+    assert allows(policies("HeadRole"), "ec2:RunInstances", nodes)
+    assert not allows(policies("HeadRole", KNOWN | {"PrivateSubnet": ""}), "ec2:RunInstances", nodes)

@@ -39,6 +39,7 @@ LAYERS = [
     (
         "simclr.keyed",
         "simclr.compiling",
+        "simclr.cores",
         "simclr.kernels",
         "simclr.telemetry.device_time",
         "simclr.telemetry.progress",

@@ -55,8 +55,8 @@ PLACE = {name: place for place, names in enumerate(LAYERS) for name in names} | 
 
 # Library → the files that may import it.
 DOORS = {
-    "boto3": {"simclr/data/s3/store.py"},
-    "botocore": {"simclr/data/s3/answers.py", "simclr/data/s3/store.py"},
+    "boto3": {"simclr/data/s3/access.py"},
+    "botocore": {"simclr/data/s3/access.py", "simclr/data/s3/answers.py", "simclr/data/s3/store.py"},
     "mlflow": {"pipelines/tracking/client.py", "pipelines/tracking/registry.py"},
     # The loader composes what FFCV compiles; the rest of FFCV lies in one room.
     "ffcv": {f"simclr/data/ffcv/{name}.py" for name in ("writer", "reader", "decode", "imports", "baseline")} | {"simclr/data/loader.py"},

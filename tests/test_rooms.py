@@ -46,6 +46,7 @@ LAYERS = [
         "simclr.to_device",
         "simclr.files",
         "simclr.fields",
+        "simclr.proxy",
         "simclr.text",
     ),
     ("simclr.errors",),

@@ -16,6 +16,7 @@ from botocore import UNSIGNED
 from botocore import exceptions as boto
 from botocore.config import Config
 
+from simclr import proxy
 from simclr.data.s3 import answers
 from simclr.data.s3.uri import Address
 from simclr.errors import UserError
@@ -45,6 +46,7 @@ class Access:
             response_checksum_validation="when_required",
         )
         self.lock = threading.Lock()
+        proxy.spare_this_machine()
         self.works = False
         """Whether S3 has granted a request with these credentials."""
         self.signs = True
@@ -62,11 +64,14 @@ class Access:
 
         Raises boto3's error where there are no other credentials.
         """
+        public = ""
         for _ in range(_SESSIONS):
             used = self.client
             try:
                 result = request()
                 self.works = True
+                if public:
+                    says(public)
                 return result
             except boto.ClientError as error:
                 if not (answers.refuses(error) and self._renewed(used)):
@@ -76,7 +81,7 @@ class Access:
                     continue
                 if not (isinstance(error, boto.NoCredentialsError) and self._unsigned(used)):
                     raise
-                says(f"no AWS credentials: s3://{place.bucket} is read without a signature, as a public bucket")
+                public = f"no AWS credentials: s3://{place.bucket} is read without a signature, as a public bucket"
             except RuntimeError as error:  # boto3's own, where a role's new credentials have ended too
                 if "credentials" not in str(error):
                     raise

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
 
-from simclr import files
+from simclr import files, proxy
 from simclr.data.s3 import answers
 from simclr.data.s3.access import Access
 from simclr.data.s3.answers import Changed, Damaged, Missing, Retry, TooLarge
@@ -330,9 +330,12 @@ class Store:
             except boto.BotoCoreError as error:
                 raise UserError(f"{place} cannot be asked for ({type(error).__name__}); check the address and the AWS settings") from None
         raise Unreachable(
-            f"{place} failed {self.attempts} times, the last time with {reason}; {answers.cure_of(reason)}, "
+            f"{place} failed {self.attempts} times, the last time with {reason}{self._by_proxy()}; {answers.cure_of(reason)}, "
             "then run the same command again: it goes on where it stopped"
         )
+
+    def _by_proxy(self) -> str:
+        return proxy.hint(self.client.meta.endpoint_url)
 
     def _all(self, futures: list[Future[T]]) -> list[T]:
         """The results of `futures`. If one fails, those that have not begun are cancelled, and running ones are waited for."""

@@ -40,12 +40,14 @@ LAYERS = [
         "simclr.keyed",
         "simclr.shares",
         "simclr.compiling",
+        "simclr.cores",
         "simclr.kernels",
         "simclr.telemetry.device_time",
         "simclr.telemetry.progress",
         "simclr.to_device",
         "simclr.files",
         "simclr.fields",
+        "simclr.proxy",
         "simclr.text",
     ),
     ("simclr.errors",),
@@ -56,8 +58,8 @@ PLACE = {name: place for place, names in enumerate(LAYERS) for name in names} | 
 # Library → the files that may import it.
 DOORS = {
     # The last asks for an account's quotas, not for S3.
-    "boto3": {"simclr/data/s3/store.py", "pipelines/clusterfile/quotas.py"},
-    "botocore": {"simclr/data/s3/answers.py", "simclr/data/s3/store.py", "pipelines/clusterfile/quotas.py"},
+    "boto3": {"simclr/data/s3/access.py", "pipelines/clusterfile/quotas.py"},
+    "botocore": {"simclr/data/s3/access.py", "simclr/data/s3/answers.py", "simclr/data/s3/store.py", "pipelines/clusterfile/quotas.py"},
     "mlflow": {"pipelines/tracking/client.py", "pipelines/tracking/registry.py"},
     # The loader composes what FFCV compiles; the rest of FFCV lies in one room.
     "ffcv": {f"simclr/data/ffcv/{name}.py" for name in ("writer", "reader", "decode", "imports", "baseline")} | {"simclr/data/loader.py"},

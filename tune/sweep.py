@@ -22,6 +22,7 @@ from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import require
 from pipelines.train import ray_train
 from simclr import files
+from simclr.cores import cores
 from simclr.data.manifest import Manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
@@ -137,7 +138,7 @@ def sweep(args: Args) -> str:
 def _run(asked: Sweep, codes: list[Coded], manifest: Manifest, uri: str) -> Sweep:
     """Connect to Ray and run the trials that are left."""
     resources = ray_train.Resources(**asked.resources)
-    at_once = (os.cpu_count() or 1) // (resources.workers * resources.cpus_per_worker) or 1
+    at_once = cores() // (resources.workers * resources.cpus_per_worker) or 1
     ours = ray_train.connect(resources, asked.max_concurrent or at_once)
     try:
         from tune import ray_tune  # Ray Tune's imports take seconds

@@ -30,6 +30,7 @@ from pipelines.bench.plan import Phase, Size, plan
 from pipelines.bench.result import Row, machine
 from pipelines.terminal import say
 from simclr import files
+from simclr.cores import cores
 from simclr.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -74,9 +75,9 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
     out = out or Path("runs") / f"bench-{datetime.now(UTC):%Y-%m-%d}"
     files.require_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    cores = os.cpu_count() or 1
+    usable = cores()
     # As many threads as cores would leave no core for other processes, and a CPU's threads wait for one another.
-    threads = 1 if dry else min(cores if size == "gpu" else max(cores - 1, 1), _MOST_THREADS)
+    threads = 1 if dry else min(usable if size == "gpu" else max(usable - 1, 1), _MOST_THREADS)
     given = {shards: archive and Path(archive.name) for shards, archive in archives.items()}
     phases = plan(size, threads, given, _gpu_tests(), ray=importlib.util.find_spec("ray") is not None)
     day = _day(size, archives)

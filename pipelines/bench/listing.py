@@ -88,7 +88,7 @@ def _measured(count: int, answer_ms: float, how: str) -> dict[str, Any]:
     from simclr.data.sources.s3 import s3_prefix
 
     store, place = Store(threads=16), Address("pretended", "photos")
-    store.client = _Bucket(_Keys(count), answer_ms / 1e3)
+    store.access.client = _Bucket(_Keys(count), answer_ms / 1e3)
     before, began = _kib("VmRSS"), time.perf_counter()
     more: dict[str, Any] = {}
     if how == "planned":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import process_age_s, say, show
 from pipelines.train import ray_train
 from simclr import files
+from simclr.cores import cores
 from simclr.errors import UserError
 from simclr.recipes import recipe
 
@@ -52,7 +52,7 @@ def main(args: Args) -> None:
     show(quick.table(result.scores))
     show(f"\n{result.registered}; {result.pulled}")
     show(f"report: {result.report}")
-    show(f"total: {process_age_s():.0f} s on {os.cpu_count()} cores ({spent})")
+    show(f"total: {process_age_s():.0f} s on {cores()} cores ({spent})")
 
 
 @dataclass(frozen=True)

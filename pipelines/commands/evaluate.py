@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +13,7 @@ from pipelines.evaluation.inputs import default_out, device_of, opened, resolve
 from pipelines.parts.run import Where
 from pipelines.runs import sync
 from pipelines.terminal import show
+from simclr.cores import cores
 from simclr.data.s3.uri import address
 from simclr.errors import UserError
 
@@ -187,7 +187,7 @@ def evaluate(args: Args) -> list[dict[str, Any]]:
 
 
 def _threads(args: Args) -> int:
-    return args.threads or os.cpu_count() or 1
+    return args.threads or cores()
 
 
 def _check(args: Args) -> None:

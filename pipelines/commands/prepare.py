@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import tyro
 from pipelines.parts.run import Where, run
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say, show
+from simclr.cores import cores
 from simclr.data import shards
 from simclr.data.manifest import Manifest
 from simclr.data.pixels import unread
@@ -39,7 +39,7 @@ class Args:
     identity: shards.Identity = "times"
     """What tells that a source is still the one that shards were made from. times: names, sizes and modification times; names: names and
     sizes, for files that were copied; content: their bytes too, which are all read."""
-    threads: int = os.cpu_count() or 1
+    threads: int = cores()
     """Threads that decode and encode in this process; of other processes --cpus-per-worker says it."""
     where: Annotated[Where, tyro.conf.arg(name="")] = field(default_factory=Where)
     dry_run: bool = False

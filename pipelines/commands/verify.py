@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import tyro
 from pipelines.parts.run import Where, run
 from pipelines.runs import sync
 from pipelines.terminal import Bar, show
+from simclr.cores import cores
 from simclr.data.manifest import Manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
@@ -28,7 +28,7 @@ class Args:
     data: Annotated[Path, tyro.conf.Positional]
     """Directory of prepared shards, or s3://bucket/prefix. Of the latter this machine's copy is verified, and fetched where there is none;
     with --address or --workers, what lies in S3: each worker fetches a shard at a time, and keeps none."""
-    threads: int = os.cpu_count() or 1
+    threads: int = cores()
     """Threads that decode in this process; of other processes --cpus-per-worker says it."""
     where: Annotated[Where, tyro.conf.arg(name="")] = field(default_factory=Where)
 

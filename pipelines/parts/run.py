@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import terminal
+from simclr.cores import cores
 from simclr.errors import UserError
 
 Plain = dict[str, Any]
@@ -72,7 +73,7 @@ def run(
     if not parts:
         return
     if where.here:
-        settings = {THREADS: where.cpus_per_worker or os.cpu_count() or 1, **settings}
+        settings = {THREADS: where.cpus_per_worker or cores(), **settings}
         work = make(settings | ({CARRIED: str(carry)} if carry else {}))
         for part in parts:
             yield part, work(part)

@@ -8,6 +8,8 @@ import platform
 import re
 from pathlib import Path
 
+from simclr.cores import cores, of_machine
+
 
 def environment() -> dict[str, str]:
     """This machine and the versions that matter, for people. A missing package is listed as absent: it must not end a measurement of
@@ -18,9 +20,15 @@ def environment() -> dict[str, str]:
     versions = [f"{name} {version(name) or 'absent'}" for name in ("torch", "ray", "mlflow", "ffcv")]
     versions += [f"{name} {found}" for name in ("torchvision", "triton") if (found := version(name))]
     return {
-        "machine": f"{os.cpu_count()} cores, {cpu or platform.machine()}, {memory:.0f} GiB",
+        "machine": f"{_cores()}, {cpu or platform.machine()}, {memory:.0f} GiB",
         "versions": ", ".join([f"Python {platform.python_version()}", *versions, *_gpu_versions()]),
     }
+
+
+def _cores() -> str:
+    """The machine's, and how many of them this process may use where that is fewer."""
+    usable, all_ = cores(), of_machine()
+    return f"{all_} cores" if usable >= all_ else f"{usable} of {all_} cores"
 
 
 def version(package: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from pipelines.terminal import say
 from pipelines.tracking import trust
 from pipelines.tracking.uri import check, database_file, redacted
-from simclr import files
+from simclr import files, proxy
 from simclr.errors import UserError
 
 # Read at each use. With MLflow's defaults a call to a server that is down blocks for four minutes; 30 s is for large encoders.
@@ -75,6 +75,7 @@ def connect(uri: str) -> Any:
     from mlflow.tracking import MlflowClient
 
     if not database_file(uri):
+        proxy.spare_this_machine()
         return MlflowClient(uri, uri)
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401  its import takes a second: not under the lock
 

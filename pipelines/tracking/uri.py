@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from pathlib import Path
 
+from simclr import proxy
 from simclr.errors import UserError
 from simclr.text import redacted as redacted
 
@@ -32,6 +33,7 @@ def check(uri: str) -> None:
     if file := database_file(uri):
         _check_database(file, uri)
         return
+    proxy.spare_this_machine()
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", uri):
         raise UserError(f"{redacted(uri)} is no MLflow address; expected http(s)://HOST:PORT or sqlite:///FILE")
     for name in _NUMBERS:
@@ -52,7 +54,7 @@ def check(uri: str) -> None:
     if isinstance(trouble[-1], Exception):
         raise trouble[-1]
     if trouble[-1]:
-        raise UserError(f"no MLflow server at {redacted(uri)} ({trouble[-1]}); start it, correct the address, or {_HINT}")
+        raise UserError(f"no MLflow server at {redacted(uri)} ({trouble[-1]}{proxy.hint(uri)}); start it, correct the address, or {_HINT}")
 
 
 def same_server(one: str, other: str) -> bool:

@@ -21,6 +21,7 @@ from pipelines.terminal import say
 from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, retry, tpu, waiting
 from pipelines.train.overseer import overseer
 from simclr.config import Config
+from simclr.cores import cores
 from simclr.errors import UserError
 
 ray_private.set_variables()
@@ -121,7 +122,7 @@ def connect(resources: Resources, trials: int = 1, imports: str = "ray.train.tor
     own_ray.end()  # a cluster must not see the token and the interface of a private Ray
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        _init(address, max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker), imports)
+        _init(address, max(cores(), resources.workers * resources.cpus_per_worker), imports)
     except BaseException as error:
         ending = threading.Thread(target=disconnect, daemon=True)
         ending.start()

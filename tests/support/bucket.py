@@ -42,7 +42,7 @@ class Bucket:
 def store_of(bucket: Bucket) -> Store:
     """One for all tests of a process: boto3 takes half a second for a client."""
     store = _store()
-    store.client = bucket
+    store.access.client = bucket
     return store
 
 

@@ -28,6 +28,7 @@ from torch._dynamo.utils import counters
 
 from pipelines.train import compile_cache
 from simclr.config import Config, Encoder, Views
+from simclr.cores import cores
 from simclr.loss import nt_xent
 from simclr.methods.simclr import build_model
 
@@ -67,7 +68,7 @@ def main() -> None:
         print(json.dumps(first_step(Path(sys.argv[2]))))
         return
     ratios: dict[str, list[float]] = {"seconds": [], "cpu_s": []}
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"torch {torch.__version__}, {cores()} cores, load {os.getloadavg()[0]:.1f}")
     for pair in range(int(sys.argv[1]) if len(sys.argv) > 1 else 3):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "compiled", "cpu.bin")

@@ -285,4 +285,18 @@ DATA = (
         "locks = [files.locked(path, wait=False, own=True) for path in (_lock(copy), _lock(copy.with_name('other')))]",
         "tests/simclr/data/test_portions.py::test_a_prefix_and_an_archive_in_s3_are_read_by_portions",
     ),
+    Mutation(
+        "credentials-are-found-once",
+        "simclr/data/s3/access.py",
+        "if not (answers.refuses(error) and self._renewed(used)):",
+        "if True:",
+        "tests/simclr/data/test_access.py::test_a_new_session_is_tried_before_a_run_stops",
+    ),
+    Mutation(
+        "written-without-credentials",
+        "simclr/data/s3/access.py",
+        "if model.name not in _READS:",
+        "if False:",
+        "tests/simclr/data/test_access.py::test_a_public_bucket_is_read_without_credentials_and_nothing_is_written",
+    ),
 )

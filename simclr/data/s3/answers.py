@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import time
 from typing import Any
 
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from simclr.data.s3.uri import Address
+from simclr.data.s3.uri import Address, Unreachable
 from simclr.errors import UserError
+from simclr.text import printable
 
 # Error codes to retry. A status of 500 and more is retried in any case.
 _PASSING = (
@@ -31,6 +34,19 @@ WORDS: dict[type[Exception], str] = {
 }
 TRANSPORT = tuple(WORDS)
 CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.TokenRetrievalError, boto.SSOError)
+_ENDED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
+_OVER = "credentials that have ended"
+_RENEW = "renew them where boto3 finds them (a role, a profile, `aws sso login`; those in AWS_* variables need a new start)"
+_RIGHTS = {
+    "ListObjectsV2": "s3:ListBucket",
+    **dict.fromkeys(("HeadObject", "GetObject"), "s3:GetObject"),
+    **dict.fromkeys(("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"), "s3:PutObject"),
+    "DeleteObject": "s3:DeleteObject",
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
+}
+"""The right that a request needs, by its name."""
+REQUESTER_PAYS = "SIMCLR_S3_REQUESTER_PAYS"
+"""Environment variable: names of buckets, with commas between them, whose requests this account pays."""
 HOW_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or run where a role gives them"
 
 
@@ -54,8 +70,11 @@ class Changed(Retry):
     """The object has changed since its download began."""
 
 
-def reason_of(error: boto.ClientError, place: Address) -> str:
-    """Status and code of an error that a retry may mend. Raises Changed, Missing or UserError for all others."""
+def reason_of(error: boto.ClientError, place: Address, signs: bool = True, works: bool = False) -> str:
+    """Status and code of an error that a retry may mend. Raises Changed, Missing, Unreachable or UserError for all others.
+
+    `signs`: whether the request had credentials; `works`: whether S3 has granted an earlier one with them.
+    """
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     code = re.sub(r"\W", "", str(error.response.get("Error", {}).get("Code", "")))[:64]
     if code in ("PreconditionFailed", "InvalidRange") or status in (412, 416):
@@ -66,10 +85,62 @@ def reason_of(error: boto.ClientError, place: Address) -> str:
         raise Missing(f"there is no bucket {place.bucket} for {place}; make it, or correct the address") from None
     if status == 404:
         raise Missing(f"there is no {place}; correct the address") from None
+    what = f"{status} {code}".removesuffix(f" {status}")
+    if code in _ENDED or (works and code == "InvalidAccessKeyId"):
+        return _ended(what, place, works)
+    if code == "RequestTimeTooSkewed":
+        raise UserError(f"S3 refuses {place} ({what}): this machine's clock is wrong, {time.strftime('%F %T %Z')}; set it (NTP)") from None
     if status in (401, 403) or "Token" in code:
-        what = f"{status} {code}".removesuffix(f" {status}")
-        raise UserError(f"S3 refuses {place} to these credentials ({what}); get permission for it, or {HOW_CREDENTIALS}") from None
-    raise UserError(f"S3 refuses the request for {place} ({status} {code}); check the address, the region and the endpoint") from None
+        raise UserError(_refusal(error, place, code, what, signs)) from None
+    if region := error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region", ""):
+        raise UserError(f"the bucket of {place} is in region {printable(region)[:40]} ({what}); set AWS_DEFAULT_REGION to that") from None
+    raise UserError(f"S3 refuses the request for {place} ({what}); check the address, the region and the endpoint") from None
+
+
+def refuses(error: boto.ClientError) -> bool:
+    """Whether S3 wants other credentials; of a HEAD, whose answer has no body, whether it may."""
+    status, code = (int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)), error.response.get("Error", {}).get("Code"))
+    return status in (401, 403) or code in _ENDED or (status == 400 and error.operation_name == "HeadObject")
+
+
+def lacking(error: Exception, place: Address, works: bool) -> str:
+    """The reason why there are no credentials, if a retry may mend it. Raises UserError, and Unreachable where they have ended."""
+    if isinstance(error, boto.TokenRetrievalError | boto.SSOError):
+        return _ended(type(error).__name__, place, works)
+    raise UserError(f"no AWS credentials for {place}; {HOW_CREDENTIALS}") from None
+
+
+def cure_of(reason: str) -> str:
+    """What a user can do against the `reason` of a retry."""
+    return _RENEW if reason.startswith(_OVER) else "check the network and the endpoint"
+
+
+def payers() -> frozenset[str]:
+    """Buckets whose requests this account pays, since their owner does not."""
+    return frozenset(os.environ.get(REQUESTER_PAYS, "").replace(",", " ").split())
+
+
+def _ended(what: str, place: Address, works: bool) -> str:
+    """The reason for a retry where credentials have ended that have worked: others may come. Raises Unreachable if they never have."""
+    if not works:
+        raise Unreachable(f"S3 refuses {place}: {_OVER} ({what}); {_RENEW}, then run the same command again") from None
+    return f"{_OVER} ({what})"
+
+
+def _refusal(error: boto.ClientError, place: Address, code: str, what: str, signs: bool) -> str:
+    """The sentence for a request that these credentials may not make, with the right that they lack as S3 or the request tells it."""
+    if not signs:
+        return f"no AWS credentials for {place}, and it is not public ({what}); {HOW_CREDENTIALS}"
+    told = re.search(r"\b(?:s3|kms):[A-Z][A-Za-z]{2,40}\b", str(error.response.get("Error", {}).get("Message", "")))
+    right = told[0] if told else _RIGHTS.get(error.operation_name, "")
+    if code not in ("AccessDenied", str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode"))) or not right:
+        return f"S3 refuses {place} to these credentials ({what}); get permission for it, or {HOW_CREDENTIALS}"
+    if right == "s3:ListBucket":
+        right += f" for the bucket {place.bucket}"
+    elif right == "s3:GetObject":  # S3 tells nobody that an object is missing who may not list
+        right += f", or, if there is no such object, s3:ListBucket for the bucket {place.bucket}"
+    pay = f"; if its readers pay for it, name the bucket in {REQUESTER_PAYS}" if place.bucket not in payers() and "kms" not in right else ""
+    return f"S3 refuses {place} to these credentials ({what}): they lack {right}; get that right, or {HOW_CREDENTIALS}{pay}"
 
 
 def md5_in(answer: dict[str, Any]) -> str:

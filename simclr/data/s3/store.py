@@ -1,4 +1,4 @@
-"""s3:// ⇄ disk: parallel, resumable, checksummed, atomic. The door to boto3.
+"""s3:// ⇄ disk: parallel, resumable, checksummed, atomic. With `access` the door to boto3.
 
 One object at a time; directories of shards are in `remote`. A server answers 503, a connection is reset, a body ends early, a byte is
 wrong: boto3 retries requests but not bodies, and reports neither its tries nor their errors. So its retries are off, and every request is
@@ -15,7 +15,6 @@ import base64
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import random
 import threading
@@ -26,12 +25,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import boto3
 from botocore import exceptions as boto
-from botocore.config import Config
 
-from simclr import files
+from simclr import files, proxy
 from simclr.data.s3 import answers
+from simclr.data.s3.access import Access
 from simclr.data.s3.answers import Changed, Damaged, Missing, Retry, TooLarge
 from simclr.data.s3.listing import Object, Page, one_after_the_other, side_by_side
 from simclr.data.s3.quota import make_room, warned
@@ -62,24 +60,13 @@ class Store:
         self.attempts, self.pause_s, self.part_bytes, self.threads = attempts, pause_s, part_bytes, threads
         self.says: Callable[[str], None] = warned  # gets a sentence where a download evicts datasets from the cache
         self.over = threading.Event()  # set it to end the transfers of other threads
-        # At DEBUG botocore logs signatures and headers, also if another library has set the root logger's level.
-        logging.getLogger("botocore").setLevel(logging.WARNING)
-        settings = Config(
-            retries={"total_max_attempts": 1},
-            connect_timeout=min(answer_s, 5.0),
-            read_timeout=answer_s,
-            max_pool_connections=4 * threads,
-            # Every upload has an MD5. All stores check it, also those that do not know the newer checksums.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        try:
-            self.client: Any = boto3.session.Session().client("s3", config=settings)
-        except ValueError:
-            raise UserError("the S3 endpoint in the environment is no address; expected AWS_ENDPOINT_URL_S3=http(s)://HOST:PORT") from None
-        except boto.BotoCoreError as error:
-            raise UserError(f"boto3 finds no usable AWS settings ({type(error).__name__}); {answers.HOW_CREDENTIALS}") from None
+        self.access = Access(answer_s, 4 * threads)
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
+
+    @property
+    def client(self) -> Any:
+        """boto3's, with the credentials of now."""
+        return self.access.client
 
     # ── Requests ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -120,7 +107,10 @@ class Store:
         """Size, ETag and sha256 of the object at `place`, without its bytes."""
 
         def once() -> Object:
-            answer = self.client.head_object(Bucket=place.bucket, Key=place.key)
+            try:
+                answer = self.client.head_object(Bucket=place.bucket, Key=place.key)
+            except boto.ClientError as error:
+                raise self.access.worded(place, error) from None
             return Object(place.name, answer["ContentLength"], answer["ETag"], answer.get("Metadata", {}).get("sha256", ""))
 
         return self._tried(place, once)
@@ -322,15 +312,15 @@ class Store:
         for attempt in range(self.attempts):
             self._pause(attempt)
             try:
-                return request()
+                return self.access.ask(request, place, self.says)
             except Changed:
                 raise
             except Retry as error:
                 reason = str(error)
             except boto.ClientError as error:
-                reason = answers.reason_of(error, place)
-            except answers.CREDENTIALS:
-                raise UserError(f"no AWS credentials for {place}; {answers.HOW_CREDENTIALS}") from None
+                reason = answers.reason_of(error, place, self.access.signs, self.access.works)
+            except answers.CREDENTIALS as error:
+                reason = answers.lacking(error, place, self.access.works)
             except KeyError as error:
                 reason = f"an answer without {error}"
             except answers.TRANSPORT as error:
@@ -340,9 +330,12 @@ class Store:
             except boto.BotoCoreError as error:
                 raise UserError(f"{place} cannot be asked for ({type(error).__name__}); check the address and the AWS settings") from None
         raise Unreachable(
-            f"{place} failed {self.attempts} times, the last time with {reason}; check the network and the endpoint, "
+            f"{place} failed {self.attempts} times, the last time with {reason}{self._by_proxy()}; {answers.cure_of(reason)}, "
             "then run the same command again: it goes on where it stopped"
         )
+
+    def _by_proxy(self) -> str:
+        return proxy.hint(self.client.meta.endpoint_url)
 
     def _all(self, futures: list[Future[T]]) -> list[T]:
         """The results of `futures`. If one fails, those that have not begun are cancelled, and running ones are waited for."""

@@ -28,7 +28,7 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     found = [f"{what.partition(';')[0]}; this run goes on all the same, and a new one is refused" for what in refusals if what]
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
-    found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(_statistics(config, workers), config)]
+    found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
     if pretrains:
         found += [_unblurred(config.views), _neighbours(config, manifest)]
     return tuple(note for note in found if note)
@@ -40,22 +40,25 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
 def single_image(config: Config, workers: Sequence[int]) -> str:
     """Refuses BatchNorm over a single image, whose two views become opposites, and whose one view 0. "" for more images."""
     train = config.train
-    if _statistics(config, workers) > 1:
+    if normalised_over(config, workers) > 1:
         return ""
     if train.micro_batch == 1:
         return "train.micro_batch 1 leaves BatchNorm a single image; use --train.micro-batch 2 or more"
     return (
-        f"encoder.batchnorm per_worker and batch size {train.batch_size} over {max(workers)} workers leave BatchNorm a single image; "
-        f"use --workers {max(train.batch_size // 2, 1)} or fewer, or a larger batch"
+        f"encoder.batchnorm {config.encoder.batchnorm} and batch size {train.batch_size} over {max(workers)} workers leave BatchNorm a "
+        f"single image; use --workers {max(train.batch_size // 2, 1)} or fewer, or a larger batch"
     )
 
 
-def _statistics(config: Config, workers: Sequence[int]) -> int:
+def normalised_over(config: Config, workers: Sequence[int]) -> int:
     """How few images BatchNorm may normalise over."""
-    train, shared = config.train, config.encoder.batchnorm == "global"
+    train = config.train
     if isinstance(config, FineTune) and config.linear:  # whose statistics stay as they are
         return train.batch_size
-    return min((train.micro_batch or train.batch_size // count) * (count if shared else 1) for count in workers)
+    together = {count: config.statistics_over(count) for count in workers}
+    if train.micro_batch is not None:
+        return train.micro_batch * min(together.values())
+    return min(train.batch_size if count == each else train.batch_size // count * each for count, each in together.items())
 
 
 def _crops(views: Views, manifest: Manifest) -> str:

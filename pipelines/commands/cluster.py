@@ -146,6 +146,7 @@ def batch_over(cluster: dict[str, Any], config: Config) -> str:
         return f"N = {config.train.batch_size}; no accelerators are listed in the file to divide it over"
     said = []
     for workers in counts:
+        config.statistics_over(workers)
         said.append(f"N = {config.train.batch_size} over {workers} workers, {config.images_per_rank(workers)} images each")
         config.group_of(0, workers)
     return "; ".join(said)

@@ -81,6 +81,9 @@ class Resources:
     def counts(self, config: Config) -> list[int]:
         """Numbers of workers, ascending, that `config` may be trained with. Raises UserError if --workers or
         --min-workers is not among them."""
+        over = config.statistics_over(self.workers)
+        if self.device == "tpu" and 1 < over < self.workers:
+            raise UserError(f"encoder.batchnorm is {over}; on TPUs expected global or per_worker")
         config.images_per_rank(self.workers)
         config.group_of(0, self.workers)
         least = self.min_workers or self.workers

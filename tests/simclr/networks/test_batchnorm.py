@@ -152,6 +152,24 @@ def test_sums_have_process_groups_of_their_own_with_the_timeout_of_all(ranks: Ra
         assert text == "BatchNorm over 2 of 4 ranks has no group of them: call share_statistics first"
 
 
+def from_another_running_mean() -> bool:
+    """Whether a group's outputs and statistics of 7 images are the same to the bit, whatever the running mean was."""
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(5))[rows_of(rank(), world_size(), 7)]
+    found = []
+    for mean in (0.0, 3.0):
+        norm = BatchNorm(3, ranks=2)
+        share_statistics([norm], 7)
+        norm.running_mean.fill_(mean)
+        y = norm(x)
+        found.append((y, norm.running_var))
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_group_does_not_read_the_running_mean(ranks: Ranks) -> None:
+    """A checkpoint has the first group's, which another group would resume with."""
+    assert all(ranks(4, from_another_running_mean))
+
+
 def compiled_groups() -> float:
     """How far the compiled layers' output and gradients are from the eager ones', of 7 images on 4 ranks."""
     x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))[rows_of(rank(), world_size(), 7)]

@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr.compiling import compiled
+from simclr.errors import UserError
 from simclr.telemetry.device_time import Timestamp, exact, now
 
 _GROUPED = {"nccl": "cuda", "gloo": "cpu"}  # backends whose ranks may have further groups, and where their tensors are
@@ -75,7 +76,7 @@ def own_group(size: int) -> dist.ProcessGroup | None:
         return None
     backend = dist.get_backend()
     if world % size or (size < world and backend not in _GROUPED):
-        raise ValueError(f"groups of {size} of {world} ranks on {backend}; expected a divisor, and {' or '.join(_GROUPED)}")
+        raise UserError(f"BatchNorm over groups of {size} of {world} ranks on {backend}; expected a divisor, on {' or '.join(_GROUPED)}")
     if backend not in _GROUPED:
         return None
     # Without a timeout a new group has the backend's default, on NCCL ten minutes. Torch has no public name for that of a group.

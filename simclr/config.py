@@ -46,23 +46,20 @@ class Encoder:
     cifar_stem: bool = False
     """A 3 x 3 convolution with stride 1 and no max-pool, for images of about 32 px (App. B.9)."""
     batchnorm: Literal["global", "per_worker"] | int = "global"
-    """Whose images the batch statistics cover: all workers' (Sec. 2.1); those of so many workers in a row, as 8 for a node's GPUs, which
-    then wait for each other and for no other node; or each worker's own, which leaks the positive pair. Only with global statistics are
-    the numbers the same for any number of workers; a group larger than all workers is global."""
+    """Whose images the batch statistics cover: all workers' (Sec. 2.1), those of so many workers in a row, as 8 for a node's GPUs, or each
+    worker's own, which leaks the positive pair. But for all workers', the numbers depend on how many workers there are."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.width <= 32, f"encoder.width is {self.width}; expected 1 to 32, a multiplier of the layers' widths")
         _require(0 <= self.sk_ratio <= 1, f"encoder.sk_ratio is {self.sk_ratio}; expected a share in [0, 1]")
         _require(0 <= self.se_ratio <= 1, f"encoder.se_ratio is {self.se_ratio}; expected a share in [0, 1]")
-        fits = self.batchnorm in ("global", "per_worker") or (isinstance(self.batchnorm, int) and self.batchnorm >= 2)
-        _require(fits, f"encoder.batchnorm is {self.batchnorm}; expected global, per_worker, or 2 or more workers in a row, as 8")
+        known = self.batchnorm in ("global", "per_worker") or (isinstance(self.batchnorm, int) and self.batchnorm >= 2)
+        _require(known, f"encoder.batchnorm is {self.batchnorm}; expected global, per_worker, or 2 or more workers in a row, as 8")
 
     @property
     def norm_ranks(self) -> int | None:
         """How many ranks in a row share the statistics; None = all."""
-        if isinstance(self.batchnorm, int):
-            return self.batchnorm
-        return None if self.batchnorm == "global" else 1
+        return self.batchnorm if isinstance(self.batchnorm, int) else {"global": None, "per_worker": 1}[self.batchnorm]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,17 +347,6 @@ class Config:
                 "use a divisor of both, or more workers"
             )
         return rank * groups // workers
-
-    def statistics_over(self, workers: int) -> int:
-        """How many of so many workers share the statistics of BatchNorm. Raises UserError where groups do not divide the workers: the last
-        would normalise over fewer images than the others."""
-        group = self.encoder.norm_ranks or workers
-        if workers > group and workers % group:
-            low = workers // group * group
-            raise UserError(
-                f"encoder.batchnorm {group} wants groups of {group} workers, and there are {workers}; use --workers {low} or {low + group}"
-            )
-        return min(group, workers)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for JSON; `from_dict` is the inverse."""

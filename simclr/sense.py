@@ -29,6 +29,7 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
+    found += [_elastic(config, workers)]
     if pretrains:
         found += [_unblurred(config.views), _neighbours(config, manifest)]
     return tuple(note for note in found if note)
@@ -50,12 +51,24 @@ def single_image(config: Config, workers: Sequence[int]) -> str:
     )
 
 
+def statistics_over(config: Config, workers: int) -> int:
+    """How many of so many workers share BatchNorm's statistics. Raises UserError where groups do not divide the workers: the last group
+    would normalise over fewer images than the others."""
+    group = config.encoder.norm_ranks or workers
+    if isinstance(config, FineTune) and config.linear:  # whose statistics stay as they are
+        return workers
+    if workers > group and workers % group:
+        low = workers // group * group
+        raise UserError(
+            f"encoder.batchnorm {group} wants groups of {group} workers, and there are {workers}; use --workers {low} or {low + group}"
+        )
+    return min(group, workers)
+
+
 def normalised_over(config: Config, workers: Sequence[int]) -> int:
     """How few images BatchNorm may normalise over."""
     train = config.train
-    if isinstance(config, FineTune) and config.linear:  # whose statistics stay as they are
-        return train.batch_size
-    together = {count: config.statistics_over(count) for count in workers}
+    together = {count: statistics_over(config, count) for count in workers}
     if train.micro_batch is not None:
         return train.micro_batch * min(together.values())
     return min(train.batch_size if count == each else train.batch_size // count * each for count, each in together.items())
@@ -97,6 +110,14 @@ def _few(images: int, config: Config) -> str:
     if images >= min(_ENOUGH, config.train.batch_size) or images == 1:
         return ""
     return f"BatchNorm normalises over {images} images at a time and trains worse than over {_ENOUGH} or more"
+
+
+def _elastic(config: Config, workers: Sequence[int]) -> str:
+    images = [normalised_over(config, [count]) for count in workers]
+    few, many = min(images), max(images)
+    if few == many:
+        return ""
+    return f"BatchNorm normalises over {few} to {many} images at a time, by the number of workers, and so the weights depend on it"
 
 
 def _enlarged(views: Views, manifest: Manifest) -> str:

@@ -44,10 +44,6 @@ class FineTune(Config):
         _require(0 <= self.tap <= self.head.layers, f"tap is {self.tap}; the projection head has {self.head.layers} layers, 0 is h")
         _require_plain(self)
 
-    def statistics_over(self, workers: int) -> int:
-        """As in `Config`; frozen parts take no statistics, whoever trained them."""
-        return workers if self.linear else Config.statistics_over(self, workers)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Distill(Config):

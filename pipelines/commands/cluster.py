@@ -14,7 +14,7 @@ import tyro
 
 from pipelines.clusterfile import rules
 from pipelines.terminal import show
-from simclr import files
+from simclr import files, sense
 from simclr.config import Config
 from simclr.errors import UserError
 
@@ -146,7 +146,7 @@ def batch_over(cluster: dict[str, Any], config: Config) -> str:
         return f"N = {config.train.batch_size}; no accelerators are listed in the file to divide it over"
     said = []
     for workers in counts:
-        config.statistics_over(workers)
+        sense.statistics_over(config, workers)
         said.append(f"N = {config.train.batch_size} over {workers} workers, {config.images_per_rank(workers)} images each")
         config.group_of(0, workers)
     return "; ".join(said)

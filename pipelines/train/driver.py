@@ -141,10 +141,6 @@ def train(job: Job, began: float) -> Run:
         raise
     if done:
         say(f"going on with {where} after step {done:,} of {job.total:,}")
-    if run.config.train.micro_batch and job.resources.min_workers:
-        say("BatchNorm normalises over --train.micro-batch images of every worker: with fewer workers, over fewer images")
-    if job.resources.min_workers and run.config.statistics_over(job.resources.workers) < job.resources.workers:
-        say(f"encoder.batchnorm {run.config.encoder.batchnorm}: with fewer workers BatchNorm normalises over more images, to other numbers")
     status, running = "FAILED", None
     overdue = threading.Timer(_INTERRUPTED_S, _leave)
     overdue.daemon = True

@@ -46,7 +46,7 @@ def less_memory(stage: str, config: Config, workers: int) -> str:
     train, go_on = config.train, ""
     more = next((w for w in range(workers + 1, train.batch_size + 1) if _learns(config, w)), None)
     if more and train.micro_batch is None:
-        some = config.statistics_over(more) < more
+        some = sense.statistics_over(config, more) < more
         other = f", with other numbers: BatchNorm then normalises over {sense.normalised_over(config, [more])} images" if some else ""
         go_on = f"the same command with --workers {more} goes on with this run{other}; "
     piece = train.micro_batch or config.images_per_rank(workers)
@@ -64,7 +64,7 @@ def less_memory(stage: str, config: Config, workers: int) -> str:
 def shares(config: Config, workers: int) -> bool:
     """Whether so many workers can share the batch and the groups of shards and of statistics that `config` asks for."""
     try:
-        config.statistics_over(workers)
+        sense.statistics_over(config, workers)
         config.images_per_rank(workers)
         config.group_of(0, workers)
     except UserError:

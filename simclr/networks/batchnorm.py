@@ -106,7 +106,9 @@ def share_statistics(networks: Iterable[nn.Module], batch_size: int) -> None:
 def take_first_ranks(network: nn.Module) -> None:
     """Give every rank the running statistics of rank 0, which are those that a checkpoint has, for an evaluation that ranks share. Where
     all share statistics they have them already. Training does not read them: `_GlobalBatchNorm` says how groups do without."""
-    norms = [module for module in network.modules() if isinstance(module, BatchNorm) and module.over().ranks < world_size()]
+    norms = [
+        module for module in network.modules() if isinstance(module, BatchNorm) and module.training and module.over().ranks < world_size()
+    ]
     buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
     if buffers:
         first = broadcast(torch.cat(buffers))

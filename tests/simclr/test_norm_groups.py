@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr import checkpoint
+from pipelines.train import ray_train, retry
+from simclr import checkpoint, sense
 from simclr.collectives import rank
-from simclr.config import Config
+from simclr.config import Config, Encoder, Train
+from simclr.errors import UserError
 from simclr.evaluation.online import knn_of
 from simclr.methods.classifier import build_classifier
 from simclr.methods.simclr import build_model
 from simclr.networks.batchnorm import BatchNorm
+from simclr.stages import FineTune
 from simclr.train import Start, train
 from tests.conftest import Within
+from tests.simclr.test_sense import IMAGENET, PHOTOS
 from tests.support.ranks import Ranks
 from tests.support.small import TINY
 
@@ -27,8 +32,8 @@ STEPS = 4
 
 
 def over(batchnorm: str | int) -> Config:
-    plan = dataclasses.replace(TINY.train, steps=STEPS, checkpoint_every_steps=STEPS // 2)
-    return dataclasses.replace(TINY, train=plan, encoder=dataclasses.replace(TINY.encoder, batchnorm=batchnorm))
+    plan = replace(TINY.train, steps=STEPS, checkpoint_every_steps=STEPS // 2)
+    return replace(TINY, train=plan, encoder=replace(TINY.encoder, batchnorm=batchnorm))
 
 
 def trained(config: Config, data: str, folder: str) -> tuple[list[float], dict[str, float], dict[str, Tensor]]:
@@ -99,3 +104,72 @@ def test_encoder_and_head_of_every_method_follow_the_field(batchnorm: str | int,
     config = over(batchnorm)
     for model in (build_model(config), build_classifier(config, 10, tap=1)):
         assert {norm.ranks for norm in model.modules() if isinstance(norm, BatchNorm)} == {ranks}
+
+
+# ── The field ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("batchnorm", ["global", "per_worker", 2, 8])
+def test_a_config_of_the_field_is_read_as_it_was_written(batchnorm: str | int) -> None:
+    config = Config(encoder=Encoder(batchnorm=batchnorm))  # type: ignore[arg-type]
+    assert Config.from_dict(config.to_dict()) == config and config.flat()["encoder.batchnorm"] == batchnorm
+
+
+@pytest.mark.parametrize("batchnorm", [0, 1, -8, 8.0, True, "8", "two", None])
+def test_what_is_no_group_is_refused(batchnorm: object) -> None:
+    with pytest.raises(UserError, match=r"encoder\.batchnorm"):
+        Config.from_dict({"encoder": {"batchnorm": batchnorm}})
+
+
+@pytest.mark.parametrize(
+    ("batchnorm", "over"),
+    [
+        ("global", [1, 2, 5, 8, 12]),
+        ("per_worker", [1, 1, 1, 1, 1]),
+        (4, [1, 2, None, 4, 4]),
+        (8, [1, 2, 5, 8, None]),
+        (16, [1, 2, 5, 8, 12]),
+    ],
+)
+def test_groups_divide_the_workers_or_hold_them_all(batchnorm: str | int, over: list[int | None]) -> None:
+    config = Config(encoder=Encoder(batchnorm=batchnorm))  # type: ignore[arg-type]
+    for workers, expected in zip((1, 2, 5, 8, 12), over, strict=True):
+        if expected is not None:
+            assert sense.statistics_over(config, workers) == expected
+            continue
+        sentence = f"encoder.batchnorm {batchnorm} wants groups of {batchnorm} workers, and there are {workers}; use --workers "
+        with pytest.raises(UserError, match=re.escape(sentence) + ("4 or 8" if batchnorm == 4 else "8 or 16")):
+            sense.statistics_over(config, workers)
+    assert sense.statistics_over(FineTune(encoder=config.encoder, linear=True), 5) == 5  # frozen statistics
+
+
+def test_numbers_of_workers_are_those_that_are_whole_groups() -> None:
+    config = Config(encoder=Encoder(batchnorm=4), train=Train(batch_size=96))
+    assert ray_train.Resources(workers=16, min_workers=4).counts(config) == [4, 8, 12, 16]
+    with pytest.raises(UserError, match="groups of 4 workers, and there are 6; use --workers 4 or 8"):
+        ray_train.Resources(workers=6).counts(config)
+    tpu = ray_train.Resources(workers=16, device="tpu", topology="4x4", accelerator_type="TPU-V5LITEPOD")
+    with pytest.raises(UserError, match=r"encoder\.batchnorm is 4; on TPUs expected global or per_worker"):
+        tpu.counts(config)
+    assert tpu.counts(replace(config, encoder=Encoder(batchnorm=16))) == [16]
+    said = retry.less_memory("pretrain", config, 4)
+    assert said.startswith(
+        "the same command with --workers 8 goes on with this run, with other numbers: BatchNorm then normalises over 48 images"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "workers", "images"),
+    [
+        (Config(train=Train(batch_size=64)), (4, 8), ""),
+        (Config(train=Train(batch_size=64), encoder=Encoder(batchnorm=4)), (8,), ""),
+        (Config(train=Train(batch_size=64), encoder=Encoder(batchnorm=4)), (4, 8), "32 to 64"),
+        (Config(train=Train(batch_size=64), encoder=Encoder(batchnorm="per_worker")), (1, 4), "16 to 64"),
+        (Config(train=Train(batch_size=64, micro_batch=8)), (2, 4), "16 to 32"),
+        (Config(train=Train(batch_size=64, micro_batch=8), encoder=Encoder(batchnorm=2)), (2, 4), ""),
+    ],
+)
+def test_it_is_said_where_numbers_depend_on_the_workers(config: Config, workers: tuple[int, ...], images: str) -> None:
+    said = f"BatchNorm normalises over {images} images at a time, by the number of workers, and so the weights depend on it"
+    found = [note for note in sense.notes(config, PHOTOS, IMAGENET, workers) if "by the number of workers" in note]
+    assert found == ([said] if images else [])

@@ -15,9 +15,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr.compiling import compiled
+from simclr.errors import UserError
 from simclr.shares import share, shares
 from simclr.telemetry.device_time import Timestamp, exact, now
 
+_GROUPED = {"nccl": "cuda", "gloo": "cpu"}  # backends whose ranks may have further groups, and where their tensors are
 _MOST_BYTES = 1 << 20  # of a value that ranks exchange as JSON
 # The option's name since torch 2.13, and before.
 _NO_BUFFERS = next(o for o in ("forward_sync_buffers", "broadcast_buffers") if o in inspect.signature(DistributedDataParallel).parameters)
@@ -53,11 +55,52 @@ def all_gather(x: Tensor, images: int | None = None) -> Tensor:
     return gathered
 
 
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of `x` over ranks; `x` needs no gradient. In place if there is a process group; returns it."""
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum of `x` over the ranks of `group`, or over all; `x` needs no gradient. In place if there is a process group; returns it."""
     if world_size() > 1:
         began = _wait_begins(x)
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=group)
+        _wait_ends(x, began)
+    return x
+
+
+def rows_of_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(m,) on each rank of `group` → (ranks, m), a row for each; `x` needs no gradient."""
+    out = x.new_empty((group.size(), len(x)))
+    began = _wait_begins(x)
+    dist.all_gather_into_tensor(out, x[None], group=group)
+    _wait_ends(x, began)
+    return out
+
+
+def own_group(size: int) -> dist.ProcessGroup | None:
+    """A new process group of this rank and its neighbours, `size` ranks in a row, whose collectives do not wait behind those of others:
+    NCCL runs the calls of one group one after another, so sums that backward needs at once would wait for the gradients before them.
+
+    It has the timeout of the group of all ranks, and ends with it. Every rank must call this, in the same order. None where there is nobody
+    to exchange with, and on backends other than NCCL and gloo, where all ranks share their one group.
+    """
+    world, whole = world_size(), dist.group.WORLD
+    if size == 1 or whole is None or world == 1:
+        return None
+    backend = dist.get_backend()
+    if world % size or (size < world and backend not in _GROUPED):
+        raise UserError(f"BatchNorm over groups of {size} of {world} ranks on {backend}; expected a divisor, on {' or '.join(_GROUPED)}")
+    if backend not in _GROUPED:
+        return None
+    # Without a timeout a new group has the backend's default, on NCCL ten minutes. Torch has no public name for that of a group.
+    timeout = whole._get_backend(torch.device(_GROUPED[backend])).options._timeout
+    first = rank() // size * size
+    group = dist.new_group(range(first, first + size), timeout=timeout, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)  # this rank is a member
+    return group
+
+
+def broadcast(x: Tensor) -> Tensor:
+    """Rank 0's `x`, which needs no gradient, on every rank: in place if there is a process group; returns it."""
+    if world_size() > 1:
+        began = _wait_begins(x)
+        dist.broadcast(x, src=0)
         _wait_ends(x, began)
     return x
 

@@ -46,13 +46,21 @@ class Encoder:
     """Squeeze-and-excitation reduction ratio (arXiv:1709.01507); 0 = none."""
     cifar_stem: bool = False
     """A 3 x 3 convolution with stride 1 and no max-pool, for images of about 32 px (App. B.9)."""
-    batchnorm: Literal["global", "per_worker"] = "global"
-    """Whose images the batch statistics cover: all workers' (Sec. 2.1), or each worker's own, which leaks the positive pair."""
+    batchnorm: Literal["global", "per_worker"] | int = "global"
+    """Whose images the batch statistics cover: all workers' (Sec. 2.1), those of so many workers in a row, as 8 for a node's GPUs, or each
+    worker's own, which leaks the positive pair. But for all workers', the numbers depend on how many workers there are."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.width <= 32, f"encoder.width is {self.width}; expected 1 to 32, a multiplier of the layers' widths")
         _require(0 <= self.sk_ratio <= 1, f"encoder.sk_ratio is {self.sk_ratio}; expected a share in [0, 1]")
         _require(0 <= self.se_ratio <= 1, f"encoder.se_ratio is {self.se_ratio}; expected a share in [0, 1]")
+        known = self.batchnorm in ("global", "per_worker") or (isinstance(self.batchnorm, int) and self.batchnorm >= 2)
+        _require(known, f"encoder.batchnorm is {self.batchnorm}; expected global, per_worker, or 2 or more workers in a row, as 8")
+
+    @property
+    def norm_ranks(self) -> int | None:
+        """How many ranks in a row share the statistics; None = all."""
+        return self.batchnorm if isinstance(self.batchnorm, int) else {"global": None, "per_worker": 1}[self.batchnorm]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

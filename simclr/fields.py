@@ -40,6 +40,8 @@ def shown(hint: Any) -> str:
     """A type, as messages show it."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("None" if choice is types.NoneType else shown(choice) for choice in get_args(hint))
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
 
 

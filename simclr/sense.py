@@ -28,7 +28,8 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     found = [f"{what.partition(';')[0]}; this run goes on all the same, and a new one is refused" for what in refusals if what]
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
-    found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(_statistics(config, workers), config)]
+    found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
+    found += [_elastic(config, workers)]
     if pretrains:
         found += [_unblurred(config.views), _neighbours(config, manifest)]
     return tuple(note for note in found if note)
@@ -40,26 +41,39 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
 def single_image(config: Config, workers: Sequence[int]) -> str:
     """Refuses BatchNorm over a single image, whose two views become opposites, and whose one view 0. "" for more images."""
     train = config.train
-    if _statistics(config, workers) > 1:
+    if normalised_over(config, workers) > 1:
         return ""
     if train.micro_batch == 1:
         return "train.micro_batch 1 leaves BatchNorm a single image; use --train.micro-batch 2 or more"
     return (
-        f"encoder.batchnorm per_worker and batch size {train.batch_size} over {max(workers)} workers leave BatchNorm a single image; "
-        f"use --workers {max(train.batch_size // 2, 1)} or fewer, or a larger batch"
+        f"encoder.batchnorm {config.encoder.batchnorm} and batch size {train.batch_size} over {max(workers)} workers leave BatchNorm a "
+        f"single image; use --workers {max(train.batch_size // 2, 1)} or fewer, or a larger batch"
     )
 
 
-def _statistics(config: Config, workers: Sequence[int]) -> int:
-    """How few images BatchNorm may normalise over."""
-    train, shared = config.train, config.encoder.batchnorm == "global"
+def statistics_over(config: Config, workers: int) -> int:
+    """How many of so many workers share BatchNorm's statistics. Raises UserError where groups do not divide the workers: the last group
+    would normalise over fewer images than the others."""
+    group = config.encoder.norm_ranks or workers
     if isinstance(config, FineTune) and config.linear:  # whose statistics stay as they are
+        return workers
+    if workers > group and workers % group:
+        low = workers // group * group
+        raise UserError(
+            f"encoder.batchnorm {group} wants groups of {group} workers, and there are {workers}; use --workers {low} or {low + group}"
+        )
+    return min(group, workers)
+
+
+def normalised_over(config: Config, workers: Sequence[int]) -> int:
+    """How few images BatchNorm may normalise over."""
+    train, found = config.train, []
+    if isinstance(config, FineTune) and config.linear:
         return train.batch_size
-    found = []
     for count in workers:
-        pieces = config.pieces(count)
+        each, pieces = statistics_over(config, count), config.pieces(count)
         own = train.batch_size // count // pieces  # of the smallest piece of a worker
-        found.append(train.batch_size if shared and pieces == 1 else own * count if shared else own)
+        found.append(train.batch_size if each == count and pieces == 1 else own * each)
     return min(found)
 
 
@@ -99,6 +113,14 @@ def _few(images: int, config: Config) -> str:
     if images >= min(_ENOUGH, config.train.batch_size) or images == 1:
         return ""
     return f"BatchNorm normalises over {images} images at a time and trains worse than over {_ENOUGH} or more"
+
+
+def _elastic(config: Config, workers: Sequence[int]) -> str:
+    images = [normalised_over(config, [count]) for count in workers]
+    few, many = min(images), max(images)
+    if few == many:
+        return ""
+    return f"BatchNorm normalises over {few} to {many} images at a time, by the number of workers, and so the weights depend on it"
 
 
 def _enlarged(views: Views, manifest: Manifest) -> str:

@@ -21,6 +21,7 @@ from simclr.data.manifest import read_manifest
 from simclr.gradient_cache import cached_gradient
 from simclr.methods.choice import method_of
 from simclr.methods.method import Method, Rows, Start, examples_of, no_evaluation
+from simclr.networks.batchnorm import share_statistics, take_first_ranks
 from simclr.optim import build_optimizer, set_schedules
 from simclr.precision import autocast, set_backends
 from simclr.telemetry.guards import Health
@@ -65,6 +66,7 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
 
     # ── Method and optimizer, fresh or from a checkpoint ───────────────────────────────────────────────────────────
     method = method or method_of(config, start, manifest)
+    share_statistics((method.network, method.state), config.train.batch_size)
     optimizer = build_optimizer(method.groups, config.optim)
     step = first = 0
     if start.checkpoint is not None:
@@ -99,6 +101,7 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
             metrics = shares(metrics) | {"epoch": step / per_epoch, "train/lr": optimizer.param_groups[0]["lr"]}
             metrics |= since.speed(step, images)
             if watch:
+                take_first_ranks(method.network)
                 metrics |= method.evaluate()
             state = checkpoint.capture(step, config.to_dict(), method.network, optimizer, method.state)
             yield Report(step, total, metrics, state, due, ranks, tuple(health.stragglers.named()))

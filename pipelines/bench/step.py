@@ -23,7 +23,7 @@ from simclr.data.loader import Batch, batches, on_device
 from simclr.errors import UserError
 from simclr.methods.method import Start, views_for
 from simclr.methods.simclr import SimCLR, build_model, simclr
-from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.batchnorm import BatchNorm, share_statistics
 from simclr.networks.norm_forms import Form, give_form
 from simclr.optim import build_optimizer, lr_peak, parameter_groups, warmup_cosine
 from simclr.precision import autocast, set_backends, views_dtype, weights_dtype
@@ -218,6 +218,7 @@ def our_step(config: Config, device: torch.device, form: Form | None = None) -> 
     this form. It takes the views and returns the loss on the device, without waiting for it."""
     n, taken = config.images_per_rank(world_size()), 0
     made = simclr(config, Start(Path(), device))
+    share_statistics((made.network, made.state), config.train.batch_size)
     if form is not None:
         give_form(made.network, form)
     peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)

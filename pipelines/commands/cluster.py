@@ -15,7 +15,7 @@ import tyro
 from pipelines.clusterfile import rules
 from pipelines.terminal import show
 from pipelines.train import ray_private
-from simclr import files
+from simclr import files, sense
 from simclr.config import Config
 from simclr.errors import UserError
 
@@ -172,6 +172,7 @@ def batch_over(cluster: dict[str, Any], config: Config) -> str:
         return f"N = {config.train.batch_size}; no accelerators are listed in the file to divide it over"
     said = []
     for workers in counts:
+        sense.statistics_over(config, workers)
         said.append(f"N = {config.train.batch_size} over {workers} workers, {config.images_per_rank(workers)} images each")
         config.groups_of(0, workers)
     return "; ".join(said)

@@ -141,8 +141,6 @@ def train(job: Job, began: float) -> Run:
         raise
     if done:
         say(f"going on with {where} after step {done:,} of {job.total:,}")
-    if run.config.train.micro_batch and job.resources.min_workers:
-        say("BatchNorm normalises over --train.micro-batch images of every worker: with fewer workers, over fewer images")
     status, running = "FAILED", None
     overdue = threading.Timer(_INTERRUPTED_S, _leave)
     overdue.daemon = True

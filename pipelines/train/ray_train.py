@@ -20,6 +20,7 @@ from typing import Any
 from pipelines.terminal import say
 from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, retry, tpu, waiting
 from pipelines.train.overseer import overseer
+from simclr import sense
 from simclr.config import Config
 from simclr.cores import cores
 from simclr.errors import UserError
@@ -82,6 +83,9 @@ class Resources:
     def counts(self, config: Config) -> list[int]:
         """Numbers of workers, ascending, that `config` may be trained with: from --min-workers to --workers, all that its groups allow.
         Raises UserError if --workers or --min-workers is not among them."""
+        over = sense.statistics_over(config, self.workers)
+        if self.device == "tpu" and 1 < over < self.workers:
+            raise UserError(f"encoder.batchnorm is {over}; on TPUs expected global or per_worker")
         config.images_per_rank(self.workers)
         config.groups_of(0, self.workers)
         if self.device == "tpu":

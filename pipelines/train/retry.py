@@ -41,14 +41,14 @@ def non_retryable(failure: BaseException, less_memory: str = "") -> str:
 def less_memory(stage: str, config: Config, workers: int) -> str:
     """Advice for a training of `stage` (its command) that does not fit the memory of its devices: flags that the next command accepts.
 
-    With more workers the run goes on, by the same numbers unless BatchNorm normalises over each worker's images. Pieces of a batch change
+    With more workers the run goes on, by the same numbers unless BatchNorm normalises over some workers' images. Pieces of a batch change
     BatchNorm's statistics, and a smaller batch all numbers, so they belong to a new run."""
     train, go_on = config.train, ""
     most = config.images_per_rank(workers)
     more = next((w for w in range(workers + 1, train.batch_size + 1) if config.images_per_rank(w) < most and _learns(config, w)), None)
     if more and train.micro_batch is None:
-        own = config.encoder.batchnorm == "per_worker" and not getattr(config, "linear", False)
-        other = f", with other numbers: BatchNorm then normalises over {train.batch_size // more} images" if own else ""
+        some = sense.statistics_over(config, more) < more
+        other = f", with other numbers: BatchNorm then normalises over {sense.normalised_over(config, [more])} images" if some else ""
         go_on = f"the same command with --workers {more} goes on with this run{other}; "
     piece = min(train.micro_batch or most, most)
     pieces = (m for m in range(piece - 1, 1, -1) if stage == "pretrain" and _trains(config, workers, "micro_batch", m))
@@ -63,8 +63,9 @@ def less_memory(stage: str, config: Config, workers: int) -> str:
 
 
 def shares(config: Config, workers: int) -> bool:
-    """Whether so many workers can share the batch and the groups of shards that `config` asks for."""
+    """Whether so many workers can share the batch and the groups of shards and of statistics that `config` asks for."""
     try:
+        sense.statistics_over(config, workers)
         config.images_per_rank(workers)
         config.groups_of(0, workers)
     except UserError:

@@ -14,17 +14,17 @@ from simclr.networks.resnet import ResNet
 class ProjectionHead(nn.Module):
     """The head g: every layer but the last is as wide as h, with BatchNorm and ReLU; the last is linear with a BatchNorm
     without shift. v1 has 2 layers, v2 has 3; in the ablation, 1 is linear and 0 is no head. Linear maps have no bias: the BatchNorm after
-    them would subtract it. Initial weights are N(0, 0.01²), keyed by `seed` (`simclr.networks.initial`).
+    them would subtract it. Initial weights are N(0, 0.01²), keyed by `seed` (`simclr.networks.initial`). `norm_ranks`: see `BatchNorm`.
     """
 
-    def __init__(self, d_in: int, layers: int = 2, d_out: int = 128, per_worker_norm: bool = False, seed: int = 0) -> None:
+    def __init__(self, d_in: int, layers: int = 2, d_out: int = 128, norm_ranks: int | None = None, seed: int = 0) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
         self.widths = [d_in] * layers + [d_out]  # of the outputs
         for index in range(layers):
             last = index == layers - 1
             linear = Linear(d_in, d_out if last else d_in, bias=False)
-            norm = BatchNorm(linear.out_features, beta=not last, per_worker=per_worker_norm)
+            norm = BatchNorm(linear.out_features, beta=not last, ranks=norm_ranks)
             self.layers.append(nn.Sequential(linear, norm) if last else nn.Sequential(linear, norm, nn.ReLU(inplace=True)))
         draw(self, seed, "head")
 
@@ -38,7 +38,7 @@ class ProjectionHead(nn.Module):
 
 def build_head(config: configs.Config, d_h: int) -> ProjectionHead:
     """The projection head that `config` describes for an encoder of width `d_h`, with initial weights keyed by its seed."""
-    return ProjectionHead(d_h, config.head.layers, config.head.d_out, config.encoder.batchnorm == "per_worker", config.seed)
+    return ProjectionHead(d_h, config.head.layers, config.head.d_out, config.encoder.norm_ranks, config.seed)
 
 
 def linear_classifier(d_in: int, classes: int, seed: int) -> nn.Linear:

@@ -42,23 +42,23 @@ def resnet(
     sk_ratio: float = 0.0,
     se_ratio: float = 0.0,
     cifar_stem: bool = False,
-    per_worker_norm: bool = False,
+    norm_ranks: int | None = None,
     seed: int = 0,
 ) -> ResNet:
     """The encoder f: images (n, 3, H, W) → representations h (n, d_h), with d_h in `.d_h`.
 
     `depth` 18 to 200 are the official networks; 8, 14 and 20 the small three-stage ones. Raises ValueError for other depths.
-    Its initial weights are keyed by `seed` (`simclr.networks.initial`), the same on every machine.
+    Its initial weights are keyed by `seed` (`simclr.networks.initial`), the same on every machine. `norm_ranks`: see `BatchNorm`.
     """
     if depth not in _STAGES:
         raise ValueError(f"no ResNet of depth {depth}; choose one of {', '.join(map(str, sorted(_STAGES)))}")
-    return ResNet(depth, width, sk_ratio, se_ratio, cifar_stem, partial(BatchNorm, per_worker=per_worker_norm), seed)
+    return ResNet(depth, width, sk_ratio, se_ratio, cifar_stem, partial(BatchNorm, ranks=norm_ranks), seed)
 
 
 def build_encoder(config: Encoder, seed: int = 0) -> ResNet:
     """The encoder that `config` describes, with initial weights keyed by `seed`."""
     c = config
-    return resnet(c.depth, c.width, c.sk_ratio, c.se_ratio, c.cifar_stem, c.batchnorm == "per_worker", seed)
+    return resnet(c.depth, c.width, c.sk_ratio, c.se_ratio, c.cifar_stem, c.norm_ranks, seed)
 
 
 class ResNet(nn.Module):

@@ -92,11 +92,11 @@ def test_four_replicas_have_the_official_losses_and_gradients(ranks: Ranks, with
 # ── BatchNorm ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def normalised(shape: tuple[int, ...], offset: float, per_worker: bool, device: str = "cpu") -> dict[str, Tensor]:
+def normalised(shape: tuple[int, ...], offset: float, over: int | None, device: str = "cpu") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(shape, dtype=torch.float64, generator=generator) + offset
     target = torch.randn(shape, dtype=torch.float64, generator=generator)
-    norm = BatchNorm(shape[1], per_worker=per_worker).to(device, torch.float64)
+    norm = BatchNorm(shape[1], ranks=over).to(device, torch.float64)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, shape[1]))
         assert norm.bias is not None
@@ -119,12 +119,12 @@ def normalised(shape: tuple[int, ...], offset: float, per_worker: bool, device: 
 @pytest.mark.parametrize(("shape", "offset"), [((8, 3), 0.0), ((8, 3, 5, 4), 0.0), ((8, 3, 5, 4), 1000.0)])
 def test_batchnorm_is_that_of_the_whole_batch(ranks: Ranks, within: Within, world: int, shape: tuple[int, ...], offset: float) -> None:
     """Output, all gradients and the running statistics; also where the mean is far larger than the standard deviation."""
-    expected = normalised(shape, offset, False)
+    expected = normalised(shape, offset, None)
     reference = nn.functional.batch_norm  # the definition, so that one process is right too
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + offset
     y = reference(x, None, None, torch.linspace(0.5, 2, 3).double(), torch.linspace(-1, 1, 3).double(), True, 0.1, 1e-5)
     torch.testing.assert_close(expected["y"], y, rtol=0, atol=1e-9)
-    for found in ranks(world, normalised, shape, offset, False):
+    for found in ranks(world, normalised, shape, offset, None):
         for name, value in expected.items():
             # Where the mean is a thousand standard deviations, 16 digits leave this precision.
             scale, bound = float(value.abs().max().clamp_min(1)), 1e-8 if offset else 1e-10
@@ -135,14 +135,14 @@ def test_batchnorm_is_that_of_the_whole_batch(ranks: Ranks, within: Within, worl
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("world", [1, 2])
 def test_batchnorm_on_cuda_is_that_of_the_whole_batch(ranks: Ranks, within: Within, world: int) -> None:
-    expected = normalised((8, 3, 5, 4), 0.0, False)
-    for found in ranks(world, normalised, (8, 3, 5, 4), 0.0, False, "cuda"):
+    expected = normalised((8, 3, 5, 4), 0.0, None)
+    for found in ranks(world, normalised, (8, 3, 5, 4), 0.0, None, "cuda"):
         for name, value in expected.items():
             within(name, float((found[name] - value).abs().max()), 1e-10)
 
 
 def test_per_worker_batchnorm_differs_on_purpose(ranks: Ranks) -> None:
-    together, apart = (ranks(2, normalised, (8, 3), 0.0, per_worker)[0]["y"] for per_worker in (False, True))
+    together, apart = (ranks(2, normalised, (8, 3), 0.0, over)[0]["y"] for over in (None, 1))
     assert (together - apart).abs().max() > 0.1
 
 

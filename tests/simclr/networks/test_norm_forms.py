@@ -22,9 +22,9 @@ from tests.support.small import mine
 FORMS: list[Form] = ["sums", "kernels"]
 
 
-def norm_of(form: Form, channels: int, relu: bool, beta: bool = True, per_worker: bool = False) -> BatchNorm:
+def norm_of(form: Form, channels: int, relu: bool, beta: bool = True, over: int | None = None) -> BatchNorm:
     """In float64, with weights, shifts and running statistics that tell channels apart."""
-    norm = BatchNorm(channels, beta=beta, per_worker=per_worker)
+    norm = BatchNorm(channels, beta=beta, ranks=over)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(-0.5, 2, channels))
         if norm.bias is not None:
@@ -39,9 +39,9 @@ def data(shape: tuple[int, ...], offset: float = 0.0) -> list[Tensor]:
     return [x + offset, residual, target]
 
 
-def through(form: Form, shape: tuple[int, ...], offset: float, end: bool, relu: bool, per_worker: bool = False) -> dict[str, Tensor]:
+def through(form: Form, shape: tuple[int, ...], offset: float, end: bool, relu: bool, over: int | None = None) -> dict[str, Tensor]:
     """This rank's share of a batch through a norm; the whole batch's results."""
-    norm = norm_of(form, shape[1], relu, per_worker=per_worker)
+    norm = norm_of(form, shape[1], relu, over=over)
     x, residual, target = (mine(t) for t in data(shape, offset))
     x.requires_grad_(), residual.requires_grad_()
     if isinstance(norm, KernelNorm) and end:
@@ -111,7 +111,7 @@ def test_a_form_is_batchnorm_of_the_whole_batch(ranks: Ranks, within: Within, wo
 
 
 def test_per_worker_differs_on_purpose(ranks: Ranks) -> None:
-    together, apart = (ranks(2, through, "kernels", (8, 3), 0.0, False, False, alone)[0]["y"] for alone in (False, True))
+    together, apart = (ranks(2, through, "kernels", (8, 3), 0.0, False, False, alone)[0]["y"] for alone in (None, 1))
     assert (together - apart).abs().max() > 0.1
 
 

@@ -220,7 +220,7 @@ class Train:
     own memory, for a slow or shared disk."""
     shard_groups: int = 1
     """For data larger than a node's disk: shard i belongs to group i mod G, and every step draws N / G images from each group. A worker
-    reads the training shards of group r * G // W only; where G does not divide W, some workers read two groups."""
+    reads the training shards of group r * G // W only; where G does not divide W, some read the next one too."""
     report_every_steps: int = 10
     """Steps between two reports (metrics, progress). The host does not wait for the device in between."""
     checkpoint_every_steps: int | None = None

@@ -14,7 +14,7 @@ import tyro
 
 from pipelines.clusterfile import rules
 from pipelines.terminal import show
-from pipelines.train import ray_private
+from pipelines.train import ray_private, tpu
 from simclr import files, sense
 from simclr.config import Config
 from simclr.errors import UserError
@@ -32,7 +32,7 @@ class Args:
     file: Annotated[Path, tyro.conf.Positional]
     """The file, as cluster/aws-gpu.yaml."""
     recipe: str | None = None
-    """Also check that this recipe's batch divides over all accelerators."""
+    """Also check that all accelerators can share this recipe's batch."""
     set: tuple[str, ...] = ()
     """Fields of the recipe, as train.batch_size=1024."""
 
@@ -165,15 +165,20 @@ def changed(name: str, assignments: tuple[str, ...]) -> Config:
 
 
 def batch_over(cluster: dict[str, Any], config: Config) -> str:
-    """How the recipe's batch divides over the most and the fewest accelerators. Raises UserError if it does not."""
+    """How the most and the fewest accelerators share the recipe's batch. Raises UserError if they cannot: GPUs need an image each, a TPU's
+    chips as many each."""
     found = rules.groups(cluster)
     counts = sorted({sum(g.accelerators * n for g, n in zip(found, counts, strict=True)) for counts in _sizes(found)} - {0})
     if not counts:
-        return f"N = {config.train.batch_size}; no accelerators are listed in the file to divide it over"
+        return f"N = {config.train.batch_size}; no accelerators are listed in the file to share it"
     said = []
     for workers in counts:
         sense.statistics_over(config, workers)
-        said.append(f"N = {config.train.batch_size} over {workers} workers, {config.images_per_rank(workers)} images each")
+        most, fewest = config.images_per_rank(workers), config.train.batch_size // workers
+        if any(g.what.startswith("TPU") for g in found):
+            tpu.require_equal(config.train.batch_size, workers)
+        each = f"{most} images each" if most == fewest else f"{fewest} or {most} images each"
+        said.append(f"N = {config.train.batch_size} over {workers} workers, {each}")
         config.groups_of(0, workers)
     return "; ".join(said)
 

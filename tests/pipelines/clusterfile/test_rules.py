@@ -79,11 +79,15 @@ def test_what_would_be_started() -> None:
     assert re.search(r"v5e +v5litepod-16, spot, 4 hosts +1 +16 × TPU v5e 16 GB$", slices, re.MULTILINE)
 
 
-def test_a_batch_that_does_not_divide_is_told_before_a_node_is_paid_for() -> None:
+def test_a_batch_that_does_not_fit_is_told_before_a_node_is_paid_for() -> None:
     config = cluster.changed("imagenet_resnet50", ("train.batch_size=4096",))
     assert cluster.batch_over(load("aws-gpu.yaml"), config) == "N = 4096 over 16 workers, 256 images each"
-    with pytest.raises(UserError, match="batch_size 1000 does not divide over 16 workers"):
-        cluster.batch_over(load("aws-gpu.yaml"), cluster.changed("imagenet_resnet50", ("train.batch_size=1000",)))
+    uneven = cluster.changed("imagenet_resnet50", ("train.batch_size=1000",))
+    assert cluster.batch_over(load("aws-gpu.yaml"), uneven) == "N = 1000 over 16 workers, 62 or 63 images each"
+    with pytest.raises(UserError, match=r"batch_size 1000 does not divide over the 16 chips of a TPU slice, .*; use 992 or 1008"):
+        cluster.batch_over(load("gcp-tpu-pod.yaml"), uneven)
+    with pytest.raises(UserError, match="batch_size 10 has no image for each of 16 workers"):
+        cluster.batch_over(load("aws-gpu.yaml"), cluster.changed("imagenet_resnet50", ("train.batch_size=10",)))
     with pytest.raises(UserError, match="expected FIELD=VALUE"):
         cluster.changed("imagenet_resnet50", ("train.batchsize=1",))
 

@@ -28,7 +28,7 @@ TAUGHT = Distill(
     encoder=TINY.encoder,
     views=TINY.views,
     optim=Optim(base_lr=0.005, scaling="sqrt", warmup_epochs=0, weight_decay=1e-4),
-    train=Train(batch_size=24, steps=4, precision="float64", report_every_steps=1, checkpoint_every_steps=4),
+    train=Train(batch_size=22, steps=4, precision="float64", report_every_steps=1, checkpoint_every_steps=4),
     watch=Watch(every_epochs=0),
     temperature=0.5,
     alpha=0.7,
@@ -118,14 +118,15 @@ def steps(config: Distill, data: Path, teacher: Path, ids: np.ndarray | None) ->
     return [r.metrics["train/loss"] for r in reports], reports[-1].state.tensors
 
 
-def test_a_student_on_two_ranks_is_that_of_one(patterns: Path, teacher: Path, ranks: Ranks, within: Within) -> None:
+def test_a_student_on_two_and_on_three_ranks_is_that_of_one(patterns: Path, teacher: Path, ranks: Ranks, within: Within) -> None:
     """Eq. 3, with a label for every fourth image. A smaller network than the teacher's would do as well."""
     ids = np.arange(0, 240, 4)
     losses, tensors = steps(TAUGHT, patterns, teacher, ids)
     assert losses[-1] < losses[0] and not any(name.startswith("model.head") for name in tensors)
-    for found, theirs in ranks(2, steps, TAUGHT, patterns, teacher, ids):
-        within("loss", max(abs(a - b) for a, b in zip(losses, found, strict=True)), 1e-9)
-        within("weights", max(float((theirs[name] - tensors[name]).abs().max()) for name in tensors), 1e-9)
+    for world in (2, 3):  # of 22 images three have 7, 7 and 8
+        for found, theirs in ranks(world, steps, TAUGHT, patterns, teacher, ids):
+            within(f"loss, W = {world}", max(abs(a - b) for a, b in zip(losses, found, strict=True)), 1e-9)
+            within(f"weights, W = {world}", max(float((theirs[name] - tensors[name]).abs().max()) for name in tensors), 1e-9)
     # Without the labels it is Eq. 2: another loss from the first step on.
     assert steps(dataclasses.replace(TAUGHT, alpha=1.0), patterns, teacher, None)[0][0] != losses[0]
 

@@ -1,4 +1,4 @@
-"""`simclr bench scale`: the step on one and on two ranks, its share of communication, and a model's expectation for more ranks."""
+"""`simclr bench scale`: the step on one and on two ranks, its share of communication, and what `scale_model` expects of more ranks."""
 
 from __future__ import annotations
 

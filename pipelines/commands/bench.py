@@ -38,7 +38,7 @@ class Args:
     agreement: views, loss and first steps on the device − on the CPU; lines that block the host.
     step: images/s of the training step on resident data ÷ the same network's step in plain torch; with --data also fed from shards.
     train: images/s end to end under Ray Train with one worker ÷ the step on resident data.
-    scale: the step on 1 and 2 ranks, the share of communication, and a model's expectation for more ranks.
+    scale: the step on 1 and 2 ranks, the share of communication, and a model's expectation for more, by a flat ring and in two levels.
     loss: NT-Xent with its gradient, without stored logits ÷ written out: time, memory, difference.
     loop: the step under Ray Train with one worker ÷ the same step of the bare generator.
     optim: LARS ÷ torch's SGD (foreach, and fused) over ResNet-50's parameters.

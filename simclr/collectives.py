@@ -77,8 +77,9 @@ def own_group(size: int) -> dist.ProcessGroup | None:
     """A new process group of this rank and its neighbours, `size` ranks in a row, whose collectives do not wait behind those of others:
     NCCL runs the calls of one group one after another, so sums that backward needs at once would wait for the gradients before them.
 
-    It has the timeout of the group of all ranks, and ends with it. Every rank must call this, in the same order. None where there is nobody
-    to exchange with, and on backends other than NCCL and gloo, where all ranks share their one group.
+    It has the timeout of the group of all ranks, and ends with it. Every rank must call this, in the same order, and then the collectives
+    of both groups in one order, as NCCL asks of several communicators: a network's layers have it. None where there is nobody to exchange
+    with, and on backends other than NCCL and gloo, where all ranks share their one group.
     """
     world, whole = world_size(), dist.group.WORLD
     if size == 1 or whole is None or world == 1:

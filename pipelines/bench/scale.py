@@ -1,4 +1,4 @@
-"""`simclr bench scale`: the step on one and on two ranks, its share of communication, and a model's expectation for more ranks."""
+"""`simclr bench scale`: the step on one and on two ranks, its share of communication, and what `scale_model` expects of more ranks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines.bench.result import WARM_STEPS, Row, in_turn
+from pipelines.bench.scale_model import LEFT_OUT, WAYS, Cluster, Link, Work, expected
 from pipelines.terminal import say
 from simclr.config import Config
 from simclr.errors import UserError
@@ -27,76 +28,9 @@ _REPEATS = 7  # of each collective alone; the first two are not counted
 _PATIENCE_S = 600
 _LARGE = 1 << 23  # numbers: 32 MiB, whose time is bandwidth
 _CHAIN = 50  # all-reduces of one number, whose time is latency
-_BACKWARD = 2 / 3  # of a step: a convolution's backward pass is two products, its forward pass one
 
 Found = dict[str, float]
 """Seconds (…_s) and bytes (…_bytes) of one trial, the slowest rank's."""
-
-
-# ── The model: pure ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """Seconds of one step of W ranks, and the efficiency: the rate over W times one rank's rate."""
-
-    gradients_s: float
-    gather_s: float
-    norm_s: float
-    step_s: float
-    """One rank's step plus all communication, without overlap."""
-    efficiency: float
-    overlapped_efficiency: float
-    """With the gradients sent during the backward pass, as DDP does: only their time beyond it costs."""
-
-
-def ring_all_reduce_s(size_bytes: float, ranks: int, bandwidth_gb_s: float, latency_us: float) -> float:
-    """2 (W − 1) / W · b / B + 2 (W − 1) λ: W − 1 rounds of reduce-scatter and as many of all-gather, each of b / W bytes
-    (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002)."""
-    rounds = 2 * (ranks - 1)
-    return rounds / ranks * size_bytes / (bandwidth_gb_s * 1e9) + rounds * latency_us * 1e-6
-
-
-def all_gather_s(size_bytes: float, ranks: int, bandwidth_gb_s: float, latency_us: float) -> float:
-    """(W − 1) / W · b / B + (W − 1) λ, of b bytes once they are gathered. A reduce-scatter of b bytes takes the same."""
-    return (ranks - 1) / ranks * size_bytes / (bandwidth_gb_s * 1e9) + (ranks - 1) * latency_us * 1e-6
-
-
-def small_all_reduce_s(size_bytes: float, ranks: int, bandwidth_gb_s: float, latency_us: float) -> float:
-    """2 ⌈log₂ W⌉ λ + 2 (W − 1) / W · b / B: for a few KiB latency dominates, and NCCL sends them up and down a tree; a ring of 1,024
-    ranks would wait 2,046 times. For two ranks, ring and tree are the same."""
-    depth = math.ceil(math.log2(ranks))
-    return 2 * depth * latency_us * 1e-6 + 2 * (ranks - 1) / ranks * size_bytes / (bandwidth_gb_s * 1e9)
-
-
-def model(
-    *,
-    gradient_bytes: float,
-    z_bytes: float,
-    norm_bytes: float,
-    layers: int,
-    bandwidth_gb_s: float,
-    latency_us: float,
-    step_s: float,
-    ranks: int,
-) -> Expected:
-    """The time of a step of W `ranks`, each with as many images as the single rank whose step takes `step_s`.
-
-    gradients   one ring all-reduce of `gradient_bytes`
-    gather      all-gather of W · `z_bytes` (a rank's unit rows), and the reduce-scatter of their gradient: 2 all_gather_s
-    norm        in each of `layers` BatchNorms one small all-reduce forward and one backward, of `norm_bytes` / `layers` each
-    efficiency  step_s / (step_s + gradients + gather + norm), and with max(0, gradients − 2/3 step_s) in the gradients' place
-
-    `bandwidth_gb_s` (10⁹ bytes/s) is the rate that one rank sends, `latency_us` the latency of a message. The model leaves out that
-    ranks wait for the slowest, and that a rank's loss compares with W times as many keys.
-    """
-    link = (ranks, bandwidth_gb_s, latency_us)
-    gradients = ring_all_reduce_s(gradient_bytes, *link)
-    gather = 2 * all_gather_s(ranks * z_bytes, *link)
-    norm = 2 * layers * small_all_reduce_s(norm_bytes / layers, *link) if layers else 0.0
-    whole = step_s + gradients + gather + norm
-    hidden = step_s + max(0.0, gradients - _BACKWARD * step_s) + gather + norm
-    return Expected(gradients, gather, norm, whole, step_s / whole, step_s / hidden)
 
 
 # ── The measurement ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -110,13 +44,18 @@ def scale(
     device: str,
     bandwidth_gb_s: float | None = None,
     latency_us: float | None = None,
+    node_bandwidth_gb_s: float | None = None,
+    node_latency_us: float | None = None,
+    ranks_per_node: int = 8,
 ) -> list[Row]:
     """Print and return the step on 1 and 2 ranks, its communication, and the expectation for 8 to 1,024 ranks.
 
     `train.batch_size` of `config` is each rank's. Collectives are timed alone, with the sizes of the step and on the same
     ranks: in the step some overlap with computing, and some wait for a slower rank.
     """
-    for name, value in (("--bandwidth-gb-s", bandwidth_gb_s), ("--latency-us", latency_us)):
+    given = {"--bandwidth-gb-s": bandwidth_gb_s, "--latency-us": latency_us, "--ranks-per-node": ranks_per_node}
+    given |= {"--node-bandwidth-gb-s": node_bandwidth_gb_s, "--node-latency-us": node_latency_us}
+    for name, value in given.items():
         if value is not None and not value > 0:
             raise UserError(f"{name} is {value}; expected more than 0")
     n, worlds = config.train.batch_size, [1, 2]
@@ -146,39 +85,66 @@ def scale(
         efficiency = statistics.median(a["step_s"] / b["step_s"] for a, b in zip(trial[1], trial[world], strict=True))
         _print_row(f"W = {world}, measured", values, world * n, efficiency)
         rows[world - 1]["efficiency"] = efficiency
-    sizes = {"gradient_bytes": one["gradient_bytes"], "z_bytes": one["z_bytes"], "norm_bytes": one["norm_bytes"]}
-    whole: dict[str, Any] = {**sizes, "layers": int(one["layers"]), "step_s": one["step_s"]}
+    work = Work(
+        step_s=one["step_s"],
+        gradient_bytes=one["gradient_bytes"],
+        buckets=int(one["buckets"]),
+        z_bytes=one["z_bytes"],
+        norm_bytes=one["norm_bytes"],
+        layers=int(one["layers"]),
+        norm_ranks=config.encoder.norm_ranks,
+    )
+    here: Link | None = None
     if 2 in found:
-        link: dict[str, Any] = {"bandwidth_gb_s": found[2]["bandwidth_gb_s"], "latency_us": found[2]["latency_us"]}
+        here = Link(found[2]["bandwidth_gb_s"], found[2]["latency_us"])
         # Two ranks on one machine share its memory and its power. A step that runs beside another, with nothing exchanged, shows the
         # cost of sharing, which is no communication.
-        beside: dict[str, Any] = {**whole, "step_s": found[2]["beside_s"]}
+        beside = replace(work, step_s=found[2]["beside_s"])
         none = dict.fromkeys(("gradients_s", "gather_s", "norm_s"), 0.0)
-        _print_row("2 × W = 1, at once", {"step_s": beside["step_s"], **none}, 2 * n, one["step_s"] / beside["step_s"])
-        expected = model(ranks=2, **beside, **link)
-        values = {name: getattr(expected, name) for name in ("step_s", "gradients_s", "gather_s", "norm_s")}
-        _print_row("W = 2, by the model", values, 2 * n, one["step_s"] / expected.step_s)
+        _print_row("2 × W = 1, at once", {"step_s": beside.step_s, **none}, 2 * n, one["step_s"] / beside.step_s)
+        model = expected(beside, Cluster(2, 2, here, here), "flat ring")
+        values = {name: getattr(model, name) for name in ("step_s", "gradients_s", "gather_s", "norm_s")}
+        _print_row("W = 2, by the model", values, 2 * n, one["step_s"] / model.step_s)
         print(
-            f"the model takes {link['bandwidth_gb_s']:.2f} GB/s between the two (all-reduce of 32 MiB) and {link['latency_us']:,.0f} µs a "
+            f"the model takes {here.bandwidth_gb_s:.2f} GB/s between the two (all-reduce of 32 MiB) and {here.latency_us:,.0f} µs a "
             f"message (mean of {_CHAIN} all-reduces of 4 bytes)"
         )
-        rows.append({"name": "W = 2, by the model", **values, **link, "efficiency": one["step_s"] / expected.step_s})
-        bandwidth_gb_s, latency_us = bandwidth_gb_s or link["bandwidth_gb_s"], latency_us or link["latency_us"]
-    assert bandwidth_gb_s is not None and latency_us is not None
+        rows.append({"name": "W = 2, by the model", **values, **asdict(here), "efficiency": one["step_s"] / model.step_s})
+    between = _link(bandwidth_gb_s, latency_us, here)
+    inside = _link(node_bandwidth_gb_s, node_latency_us, here or between)
+    return rows + _expect(work, ranks_per_node, inside, between, config.train.compress_gradients)
+
+
+def _link(bandwidth_gb_s: float | None, latency_us: float | None, other: Link | None) -> Link:
+    """The link that is given, with what is not given from the `other`."""
+    if bandwidth_gb_s is not None and latency_us is not None:
+        return Link(bandwidth_gb_s, latency_us)
+    assert other is not None
+    return Link(bandwidth_gb_s or other.bandwidth_gb_s, latency_us or other.latency_us)
+
+
+def _expect(work: Work, per_node: int, inside: Link, between: Link, compressed: bool) -> list[Row]:
+    """Print and return what the model expects of more ranks, by each way."""
+    over = "all ranks" if work.norm_ranks is None else f"{work.norm_ranks} ranks in a row"
+    norms = f"{work.layers} BatchNorms of {work.norm_bytes / 2**10:,.0f} KiB in all over {over}" if work.layers else "no BatchNorm shared"
     print(
-        f"expected at {bandwidth_gb_s:,.2f} GB/s and {latency_us:,.1f} µs, with {whole['gradient_bytes'] / 2**20:,.1f} MiB of gradients "
-        f"in {one['buckets']:.0f} buckets{' of bfloat16' if config.train.compress_gradients else ''}, "
-        f"{whole['z_bytes'] / 2**20:,.2f} MiB of z per rank, {whole['layers']} BatchNorms of {whole['norm_bytes'] / 2**10:,.0f} KiB in all"
+        f"expected at {between.bandwidth_gb_s:,.2f} GB/s and {between.latency_us:,.1f} µs between nodes of {per_node} ranks, "
+        f"{inside.bandwidth_gb_s:,.2f} GB/s and {inside.latency_us:,.1f} µs within, with {work.gradient_bytes / 2**20:,.1f} MiB of "
+        f"gradients in {work.buckets} buckets{' of bfloat16' if compressed else ''}, {work.z_bytes / 2**20:,.2f} MiB of z per rank, {norms}"
     )
-    print(f"{'W':>6} {'step':>11} {'efficiency, nothing overlaps':>29} {'gradients behind the backward pass':>35}")
-    for ranks in EXPECTED_RANKS:
-        expected = model(ranks=ranks, bandwidth_gb_s=bandwidth_gb_s, latency_us=latency_us, **whole)
+    rows = []
+    for way in WAYS:
         print(
-            f"{ranks:>6,} {1e3 * expected.step_s:>8,.1f} ms {100 * expected.efficiency:>27.1f} % "
-            f"{100 * expected.overlapped_efficiency:>33.1f} %"
+            f"{way:<13} {'W':>5} {'step':>11} {'gradients':>11} {'gather of z':>11} {'BatchNorm':>11} "
+            f"{'efficiency, nothing overlaps':>29} {'gradients behind the backward pass':>35}"
         )
-        shares = {"efficiency": expected.efficiency, "overlapped_efficiency": expected.overlapped_efficiency}
-        rows.append({"name": "expected", "ranks": ranks, "step_s": expected.step_s, **shares})
+        for ranks in EXPECTED_RANKS:
+            found = expected(work, Cluster(ranks, per_node, inside, between), way)
+            times = " ".join(f"{1e3 * s:>8,.1f} ms" for s in (found.step_s, found.gradients_s, found.gather_s, found.norm_s))
+            shares = f"{100 * found.efficiency:>27.1f} % {100 * found.overlapped_efficiency:>33.1f} %"
+            print(f"{'':<13} {ranks:>5,} {times} {shares}")
+            rows.append({"name": f"expected, {way}", "ranks": ranks, **asdict(found)})
+    print(LEFT_OUT)
     return rows
 
 
@@ -275,7 +241,7 @@ def _communication(config: Config, n: int, world: int, place: Any) -> Found:
     kind = torch.bfloat16 if config.train.compress_gradients else torch.float32
     gradients = torch.zeros(sum(p.numel() for p in network.parameters()), device=place, dtype=kind)
     bucket = max(int(config.train.bucket_mib * 2**20) // 4, 1)  # DDP fills its buckets with float32, even if they are compressed
-    norms = [torch.zeros(2 * m.weight.numel(), device=place) for m in network.modules() if isinstance(m, BatchNorm) and not m.per_worker]
+    norms = [torch.zeros(2 * m.weight.numel(), device=place) for m in network.modules() if isinstance(m, BatchNorm) and m.ranks != 1]
     z = torch.zeros(2 * n, config.head.d_out, device=place, requires_grad=True)
     found = {"gradient_bytes": float(gradients.nbytes), "buckets": float(math.ceil(gradients.numel() / bucket))}
     found |= {"z_bytes": 4.0 * z.numel(), "layers": float(len(norms))}

@@ -38,7 +38,7 @@ class Args:
     agreement: views, loss and first steps on the device − on the CPU; lines that block the host.
     step: images/s of the training step on resident data ÷ the same network's step in plain torch; with --data also fed from shards.
     train: images/s end to end under Ray Train with one worker ÷ the step on resident data.
-    scale: the step on 1 and 2 ranks, the share of communication, and a model's expectation for more ranks.
+    scale: the step on 1 and 2 ranks, the share of communication, and a model's expectation for more, by a flat ring and in two levels.
     loss: NT-Xent with its gradient, without stored logits ÷ written out: time, memory, difference.
     loop: the step under Ray Train with one worker ÷ the same step of the bare generator.
     optim: LARS ÷ torch's SGD (foreach, and fused) over ResNet-50's parameters.
@@ -86,9 +86,17 @@ class Args:
     peer_data: Path | None = None
     """train: folder of the photographs that the shards were prepared from; lightly reads the photographs."""
     bandwidth_gb_s: float | None = None
-    """scale: GB/s (10⁹ bytes) that a rank sends, for the expected table; nothing = as measured between these two ranks."""
+    """scale: GB/s (10⁹ bytes) that a rank sends to another node, for the expected tables; nothing = as measured between these two ranks."""
     latency_us: float | None = None
-    """scale: microseconds of one message, for the expected table; nothing = as measured."""
+    """scale: microseconds of one message to another node, for the expected tables; nothing = as measured."""
+    node_bandwidth_gb_s: float | None = None
+    """scale: GB/s that a rank sends within its node (NVLink); nothing = as measured, or on one GPU as between nodes."""
+    node_latency_us: float | None = None
+    """scale: microseconds of one message within a node; nothing = as measured, or on one GPU as between nodes."""
+    ranks_per_node: int = 8
+    """scale: GPUs of a node, for the expected tables."""
+    batchnorm: Literal["recipe", "global", "per_worker"] | int = "recipe"
+    """scale: as in the config's `encoder.batchnorm`, as 8 for groups of 8 ranks; recipe = the recipe's."""
     batches: tuple[int, ...] = (1024, 2048, 4096)
     """loss: values of N to time: images in the global batch, each with two views."""
     keys: tuple[int, ...] = (100_000, 1_000_000)
@@ -157,7 +165,12 @@ def measure(args: Args) -> Iterable[Row]:
         case "scale":
             from pipelines.bench.scale import scale
 
-            return scale(_config(args), device=_device(args).type, bandwidth_gb_s=args.bandwidth_gb_s, latency_us=args.latency_us, **plan)
+            config = _config(args)
+            if args.batchnorm != "recipe":
+                config = replace(config, encoder=replace(config.encoder, batchnorm=args.batchnorm))
+            links: dict[str, Any] = {"bandwidth_gb_s": args.bandwidth_gb_s, "latency_us": args.latency_us}
+            links |= {"node_bandwidth_gb_s": args.node_bandwidth_gb_s, "node_latency_us": args.node_latency_us}
+            return scale(config, device=_device(args).type, ranks_per_node=args.ranks_per_node, **links, **plan)
         case "loss":
             from pipelines.bench.loss import loss
 

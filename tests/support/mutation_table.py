@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.support.mutation import Mutation
 from tests.support.mutation_table_attack import ATTACK
 from tests.support.mutation_table_data import DATA
+from tests.support.mutation_table_norms import NORMS
 from tests.support.mutation_table_ranks import RANKS
 from tests.support.mutation_table_resume import RESUME
 from tests.support.mutation_table_tracking import TRACKING
@@ -14,6 +15,7 @@ MUTATIONS = (
     *DATA,
     *ATTACK,
     *TRACKING,
+    *NORMS,
     *RANKS,
     *RESUME,
     *USES,

@@ -20,7 +20,20 @@ from pipelines.bench.loop import around, timed
 from pipelines.bench.loss import loss
 from pipelines.bench.prepare import prepare
 from pipelines.bench.result import busiest, compared, cost, in_turn
-from pipelines.bench.scale import EXPECTED_RANKS, all_gather_s, model, ring_all_reduce_s, scale, small_all_reduce_s
+from pipelines.bench.scale import EXPECTED_RANKS, scale
+from pipelines.bench.scale_model import (
+    WAYS,
+    Cluster,
+    Link,
+    Work,
+    expected,
+    ring_all_gather_s,
+    ring_all_reduce_s,
+    tree_all_reduce_s,
+    two_level_all_gather_s,
+    two_level_all_reduce_s,
+    two_level_tree_s,
+)
 from pipelines.bench.step import our_step, plain_step, resident, resident_views, step
 from pipelines.bench.timing import host_waits, rate
 from pipelines.bench.train import train
@@ -202,44 +215,83 @@ def test_the_peer_needs_its_photographs(tmp_path: Path, monkeypatch: pytest.Monk
 # ── Scale ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+SLOW = Link(2.0, 1e6)  # 2 GB/s, a second for a message
+
+
 def test_collectives_by_hand() -> None:
     # 4 ranks, 8 GB at 2 GB/s: 6/4 · 4 s, and 6 messages of 1 s. Gathering: 3/4 · 4 s, and 3. A tree of depth 2: 4 messages.
-    assert ring_all_reduce_s(8e9, 4, 2.0, 1e6) == pytest.approx(6.0 + 6.0)
-    assert all_gather_s(8e9, 4, 2.0, 1e6) == pytest.approx(3.0 + 3.0)
-    assert small_all_reduce_s(8e9, 4, 2.0, 1e6) == pytest.approx(6.0 + 4.0)
-    assert small_all_reduce_s(0, 1024, 2.0, 1e6) == pytest.approx(20.0)
-    for collective in (ring_all_reduce_s, all_gather_s, small_all_reduce_s):
-        assert collective(8e9, 1, 2.0, 1e6) == 0
+    four = Cluster(4, 1, SLOW, SLOW)
+    assert ring_all_reduce_s(8e9, four) == pytest.approx(6.0 + 6.0)
+    assert ring_all_gather_s(8e9, four) == pytest.approx(3.0 + 3.0)
+    assert tree_all_reduce_s(8e9, four) == pytest.approx(6.0 + 4.0)
+    assert tree_all_reduce_s(0, Cluster(1024, 1, SLOW, SLOW)) == pytest.approx(20.0)
+    for way in WAYS.values():
+        assert [collective(8e9, Cluster(1, 8, SLOW, SLOW)) for collective in way] == [0, 0, 0]
+
+
+def test_collectives_of_two_levels_by_hand() -> None:
+    """8 GB on 2 nodes of 4 ranks: 4 GB/s and 1 s a message within, 1 GB/s and 10 s between."""
+    eight = Cluster(8, 4, Link(4.0, 1e6), Link(1.0, 1e7))
+    # Flat, all bytes at 1 GB/s: 14/8 · 8 s; of 7 messages in a row one leaves its node, there and back. A tree of depth 3 knows no nodes.
+    assert ring_all_reduce_s(8e9, eight) == pytest.approx(14.0 + 2 * (6 * 1 + 10))
+    assert ring_all_gather_s(8e9, eight) == pytest.approx(7.0 + 16.0)
+    assert tree_all_reduce_s(8e9, eight) == pytest.approx(14.0 + 6 * 10)
+    # Within 3/4 · 8 GB at 4 GB/s and 3 messages, between half of a rank's 2 GB at 1 GB/s and a message; twice for an all-reduce.
+    assert two_level_all_gather_s(8e9, eight) == pytest.approx(1.5 + 3 + 1.0 + 10)
+    assert two_level_all_reduce_s(8e9, eight) == pytest.approx(31.0)
+    # A chain of 3 and a tree of depth 1, up and down; 6/4 · 8 GB within, 8 GB between.
+    assert two_level_tree_s(8e9, eight) == pytest.approx(2 * 3 + 2 * 10 + 3.0 + 8.0)
+
+
+WORK = Work(step_s=0.12, gradient_bytes=1e8, buckets=4, z_bytes=1e7, norm_bytes=5e6, layers=5)
+FAST = Link(1.0, 1e3)  # 1 GB/s, a millisecond for a message
 
 
 def test_the_model_by_hand() -> None:
-    # Two ranks at 1 GB/s, messages of 1 ms. Gradients: 100 MB once, 2 ms. z: 2 · 10 MB, half travels, twice, each 1 ms.
-    # BatchNorm: 2 · 5 all-reduces of 2 ms and 1 MB.
-    expected = model(gradient_bytes=1e8, z_bytes=1e7, norm_bytes=5e6, layers=5, bandwidth_gb_s=1, latency_us=1000, step_s=0.12, ranks=2)
-    assert expected.gradients_s == pytest.approx(0.102)
-    assert expected.gather_s == pytest.approx(0.022)
-    assert expected.norm_s == pytest.approx(0.030)
-    assert expected.step_s == pytest.approx(0.274) and expected.efficiency == pytest.approx(0.12 / 0.274)
-    # 80 ms of the gradients' 102 hide behind the backward pass.
-    assert expected.overlapped_efficiency == pytest.approx(0.12 / 0.194)
+    # Two ranks. Gradients: 100 MB once, and 2 ms for each of 4 buckets. z: 2 · 10 MB, half travels, twice, each 1 ms.
+    # BatchNorm: 2 · 5 all-reduces of 2 ms and 1 MB. On two ranks both ways are the same.
+    for way in WAYS:
+        found = expected(WORK, Cluster(2, 1, FAST, FAST), way)
+        assert (found.gradients_s, found.gather_s, found.norm_s) == pytest.approx((0.108, 0.022, 0.030))
+        assert found.step_s == pytest.approx(0.28) and found.efficiency == pytest.approx(0.12 / 0.28)
+        # 80 ms of the gradients' 108 hide behind the backward pass; the last of 4 buckets takes 27.
+        assert found.overlapped_efficiency == pytest.approx(0.12 / (0.12 + 0.028 + 0.052))
+    # Of two buckets the last takes 52 ms, and nothing computes beside it.
+    large = expected(replace(WORK, buckets=2), Cluster(2, 1, FAST, FAST), "flat ring")
+    assert large.gradients_s == pytest.approx(0.104) and large.overlapped_efficiency == pytest.approx(0.12 / (0.12 + 0.052 + 0.052))
 
 
-def test_the_model_of_one_rank_and_of_local_norms() -> None:
-    alone = model(gradient_bytes=1e8, z_bytes=1e7, norm_bytes=5e6, layers=5, bandwidth_gb_s=1, latency_us=1, step_s=0.1, ranks=1)
-    assert alone.efficiency == alone.overlapped_efficiency == 1 and alone.step_s == 0.1
-    local = model(gradient_bytes=1e8, z_bytes=1e7, norm_bytes=0, layers=0, bandwidth_gb_s=1, latency_us=1, step_s=0.1, ranks=8)
-    assert local.norm_s == 0
+def test_the_model_of_batchnorm_in_groups_by_hand() -> None:
+    """Five norms of 1 MB on 2 nodes of 4 ranks. Groups of 4 gather 4 MB within their node, 3/4 of it on the way in 3 messages; backward
+    6 messages of a chain, and 6/4 MB. Groups of one exchange nothing."""
+    eight = Cluster(8, 4, FAST, Link(0.1, 1e5))
+    assert expected(replace(WORK, norm_ranks=4), eight, "hierarchical").norm_s == pytest.approx(5 * (0.003 + 0.003 + 0.006 + 0.0015))
+    # All 8: forward and backward a chain of 3 within and a message between, up and down, 6/4 MB within and 1 MB at 0.1 GB/s between.
+    both = 2 * (6 * 0.001 + 2 * 0.1 + 0.0015 + 0.010)
+    for ranks in (None, 8, 16):
+        assert expected(replace(WORK, norm_ranks=ranks), eight, "hierarchical").norm_s == pytest.approx(5 * both)
+    assert expected(replace(WORK, norm_bytes=0, layers=0), eight, "flat ring").norm_s == 0
+
+
+def test_the_model_of_one_rank() -> None:
+    for way in WAYS:
+        alone = expected(WORK, Cluster(1, 8, FAST, FAST), way)
+        assert alone.efficiency == alone.overlapped_efficiency == 1 and alone.step_s == 0.12
 
 
 def test_bench_scale_prints_measured_and_expected(capfd: pytest.CaptureFixture[str]) -> None:
-    rows = scale(tiny(), 6, 1, 1, "cpu", bandwidth_gb_s=50, latency_us=5)
+    grouped = replace(tiny(), encoder=replace(tiny().encoder, batchnorm=4))
+    rows = scale(grouped, 6, 1, 1, "cpu", bandwidth_gb_s=50, latency_us=5, node_bandwidth_gb_s=300, node_latency_us=2, ranks_per_node=4)
     out = capfd.readouterr().out
-    for part in ("W = 1, measured", "W = 2, measured", "2 × W = 1, at once", "W = 2, by the model", "expected at 50.00 GB/s and 5.0 µs"):
+    for part in ("W = 1, measured", "W = 2, measured", "2 × W = 1, at once", "W = 2, by the model", "the model leaves out: waiting for"):
         assert part in out
+    assert "expected at 50.00 GB/s and 5.0 µs between nodes of 4 ranks, 300.00 GB/s and 2.0 µs within" in out
+    assert "12 BatchNorms of " in out and " in all over 4 ranks in a row\n" in out
     measured = rows[1]
     assert measured["name"] == "W = 2" and min(measured[key] for key in ("gradients_s", "gather_s", "norm_s", "bandwidth_gb_s")) > 0
     assert measured["z_bytes"] == 4 * 8 * 16 and measured["layers"] == 10 + 2
-    assert [row["ranks"] for row in rows if row["name"] == "expected"] == list(EXPECTED_RANKS)
+    for way in WAYS:
+        assert [row["ranks"] for row in rows if row["name"] == f"expected, {way}"] == list(EXPECTED_RANKS)
 
 
 # ── Loss ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,8 @@
 A checkpoint is a directory `step-000000120/` of state.safetensors (every tensor by name, and in its header the newest
 reports) and checkpoint.json (schema, step, config, checksum). It is written under a temporary name, flushed to the disk and renamed, so a
 checkpoint under its own name is whole. If a disk damages it later, the checksum shows it, and the checkpoint before it is used.
+
+Where several machines could write one run, the name also has the writer's fencing token (`step-000000120.7`): see `order`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -128,13 +131,13 @@ def _kept(state: State, model: nn.Module) -> dict[str, tuple[nn.Parameter, str]]
     return found
 
 
-def write(folder: Path, state: State, keep: int, score: float | None = None, spare: str = "") -> Path:
+def write(folder: Path, state: State, keep: int, score: float | None = None, spare: str = "", token: int = 0) -> Path:
     """Write `state`, of an encoder with `score` (higher is better), as `folder`/step-…, atomically; then remove all but the `keep`
-    newest, the one with the best score, and the one of name `spare`. Returns the checkpoint's path.
+    newest, the one with the best score, and the one of name `spare`. Returns the checkpoint's path. `token` is the writer's, see `order`.
 
     Raises OSError (no space, for example); then nothing is left behind and the earlier checkpoints are untouched.
     """
-    target = folder / _name(state.step)
+    target = folder / _name(state.step, token)
     scratch = folder / f".writing-{state.step:09d}-{os.getpid()}"
     aside = folder / f".old-{state.step:09d}-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -164,8 +167,8 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
 
 def worth_keeping(scores: dict[str, float | None], keep: int) -> set[str]:
     """The `keep` newest of the checkpoints (name → score, None = not scored), and the one with the best score (of equals the newer)."""
-    scored = [(score, name) for name, score in scores.items() if score is not None]
-    return {*sorted(scores)[-keep:], *(name for _, name in sorted(scored)[-1:])}
+    scored = [(score, order(name), name) for name, score in scores.items() if score is not None]
+    return {*sorted(scores, key=order)[-keep:], *(name for *_, name in sorted(scored)[-1:])}
 
 
 def score_of(path: Path) -> float | None:
@@ -179,7 +182,14 @@ def score_of(path: Path) -> float | None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first; unfinished ones are not listed."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: order(p.name))
+
+
+def order(name: str) -> tuple[int, int]:
+    """(token, step) of a checkpoint's name, by which checkpoints are ordered: one that a writer left late, after another had taken its
+    run over, is older than all of that one's, whatever its step. (0, -1) for a name that none has."""
+    found = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", name, re.ASCII)
+    return (int(found[2] or 0), int(found[1])) if found else (0, -1)
 
 
 def latest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -212,7 +222,7 @@ def about(path: Path) -> dict[str, Any]:
         raise Damaged(f"checkpoint {path} is not whole ({error})") from None
     if digest != text["sha256"]:
         raise Damaged(f"checkpoint {path} does not match its checksum")
-    if path.name != _name(text["step"]):
+    if path.name != _name(text["step"], order(path.name)[0]):
         raise Damaged(f"checkpoint {path} says that it is of step {text['step']:,}")
     reports(path)  # somebody may have written a damaged file with its checksum
     return text
@@ -242,8 +252,8 @@ def reports(path: Path) -> list[dict[str, Any]]:
     return list(found)
 
 
-def _name(step: int) -> str:
-    return f"step-{step:09d}"
+def _name(step: int, token: int) -> str:
+    return f"step-{step:09d}.{token}" if token else f"step-{step:09d}"
 
 
 def _sha256(path: Path) -> str:

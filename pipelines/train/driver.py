@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.runs import sync
+from pipelines.runs import lease, sync
 from pipelines.runs.directory import Run, open_run, ways_on
 from pipelines.terminal import Bar, process_age_s, say
 from pipelines.tracking import uri as mlflow_uri
@@ -79,15 +80,20 @@ def home_of(
     stage: str = "pretrain",
     start: dict[str, Any] | None = None,
     subset: dict[str, Any] | None = None,
+    *,
+    alone: contextlib.ExitStack,
 ) -> tuple[Run, sync.Home, str]:
     """(run, its home, MLflow address). The run directory is `asked` (default runs/NAME-DIGEST). The shards lie in `data`, which may be a
-    copy of those `at` s3://… The flag or the environment gives the address. `start` and `subset` are the run's (see `Run`).
+    copy of those `at` s3://… The flag or the environment gives the address. `start` and `subset` are the run's (see `Run`). Until `alone`
+    is left, no other command trains the run if it is in S3; on disk `Run.alone` is for that.
 
-    Raises UserError if no MLflow answers there. A run with a checkpoint, or one that was logged there before, goes on without it.
+    Raises UserError if another command trains the run in S3, and if no MLflow answers at the address. A run with a checkpoint, or one that
+    was logged there before, goes on without MLflow.
     """
     uri = mlflow_uri.tracking_address(tracking_uri)
     home = sync.Home(asked) if asked is not None else None
     if home is not None:
+        alone.enter_context(lease.alone(home))
         home.fetch()
         home.sync_checkpoints()
     shown = sync.shown(asked) if asked is not None else None
@@ -157,6 +163,9 @@ def train(job: Job, began: float) -> Run:
         status = "KILLED"
         overdue.start()
         raise
+    except UserError as error:
+        status = "LOST" if not isinstance(error, s3_uri.Unreachable) and home.is_lost() else "FAILED"
+        raise
     finally:
         try:
             sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
@@ -169,7 +178,9 @@ def train(job: Job, began: float) -> Run:
                 running.stop()
             if ours:
                 ray_train.disconnect()
-            if status == "KILLED":
+            if status == "LOST":
+                outbox.abandon()  # the MLflow run is that of the driver that has taken the run over
+            elif status == "KILLED":
                 closing.join()  # the outbox knows its time
                 sending.join(_SENDING_S)
             else:
@@ -196,11 +207,14 @@ def _launch(job: Job) -> ray_train.Running:
         data=run.data_at or str(run.data.absolute()),
         run=str(job.home.at or run.path.absolute()),
         created=run.created,
+        lease=job.home.ticket,
         begun=run.begun,
         given=job.given,
         compile_key=compile_cache.secret(say) if run.config.train.compile and job.home.at is None else "",
     )
-    return ray_train.launch(train_worker, task, job.resources, run.path / "ray")
+    running = ray_train.launch(train_worker, task, job.resources, run.path / "ray")
+    running.checks.append(job.home.check)
+    return running
 
 
 def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, began: float, connected: float) -> tuple[float, Method | None]:

@@ -324,10 +324,12 @@ MUTATIONS = (
     ),
     Mutation(
         "checkpoint-in-s3-announced-before-its-weights",
-        "pipelines/runs/sync.py",
+        "pipelines/runs/home.py",
         '        self.store.upload(path / "state.safetensors", there / "state.safetensors", _sha256(text, path))\n'
+        "        self.require()  # sending gigabytes takes minutes\n"
         '        self.store.upload(path / "checkpoint.json", there / "checkpoint.json")\n',
         '        self.store.upload(path / "checkpoint.json", there / "checkpoint.json")\n'
+        "        self.require()  # sending gigabytes takes minutes\n"
         '        self.store.upload(path / "state.safetensors", there / "state.safetensors", _sha256(text, path))\n',
         "tests/pipelines/runs/test_sync.py::test_a_checkpoint_is_there_when_all_of_it_is",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,8 @@ _FILES = (
     *("evaluation.json", "pictures.npz", "report.html", *_PUBLISHED),
 )
 _NOTES = ".s3.json"
+HEADS = "heads"
+_MOST_HEADER_BYTES = 100_000_000  # by the format's own rule
 LEASE = "lease.json"
 """Beside run.json in S3: who trains the run."""
 
@@ -51,6 +54,7 @@ class Home:
         self.at = address(place)
         self.path = Path(place)
         self.ticket = ticket
+        self.says: Callable[[str], None] = say  # of a worker's damaged checkpoints, which a driver has not read, people must hear
         self.check: Callable[[], None] = lambda: None  # raises Lost once this process knows that another has the lease
         self.sender: ThreadPoolExecutor | None = None
         self.sending: Future[None] | None = None
@@ -159,43 +163,70 @@ class Home:
     # ── Checkpoints ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def sync_checkpoints(self) -> None:
-        """Bring the newest whole checkpoint to both sides; who only reads sends none. If one is damaged in S3, that is said, and the
-        previous one is taken."""
+        """Bring the newest whole checkpoint to both sides. If one is damaged in S3, that is said, and the previous one is taken."""
         if self.at is None:
             return
-        there = self._whole()
+        there = self.fetch_newest()
         if not there and not (self.path / "checkpoints").is_dir():
             return
         from simclr import checkpoint
+
+        newest = checkpoint.latest(self.path / "checkpoints", self.says)
+        if newest is not None and newest.name not in there:  # written while S3 was unreachable
+            self.send_checkpoint(newest, len(there) + 1)
+
+    def fetch_newest(self) -> list[str]:
+        """Bring the newest whole checkpoint in S3 here. Returns the names of all of them there, oldest first."""
+        there = self._whole() if self.at is not None else []
+        self._first_whole(there, self.checkpoint)
+        return there
+
+    def look_at_newest(self) -> None:
+        """Bring the `heads` of the newest whole checkpoint in S3 here, for a process that needs no weights yet: step, reports, names and
+        shapes. A checkpoint that was written here while S3 was unreachable is sent."""
+        if self.at is None:
+            return
+        from simclr import checkpoint
+
+        there = self._whole()
+        here = [path.name for path in checkpoint.list_checkpoints(self.path / "checkpoints")]
+        if here and max(map(checkpoint.order, here)) > max(map(checkpoint.order, there), default=(0, -1)):
+            self.sync_checkpoints()
+        else:
+            self._first_whole(there, self._head)
+
+    def _first_whole(self, names: list[str], fetch: Callable[[str], object]) -> None:
         from simclr.data.s3.answers import Damaged
 
-        for name in reversed(there):
+        for name in reversed(names):
             try:
-                self.checkpoint(name)
+                fetch(name)
                 break
             except Damaged as error:
-                say(f"{error}; trying the checkpoint before it")
-        newest = checkpoint.latest(self.path / "checkpoints", say)
-        if self.ticket is not None and newest is not None and newest.name not in there:  # written while S3 was unreachable
-            self.send_checkpoint(newest, len(there) + 1)
+                self.says(f"{error}; trying the checkpoint before it")
 
     def newest(self) -> str:
         """Name of the newest whole checkpoint, here or in S3; "" if there is none."""
         from simclr import checkpoint
 
         self.sync_checkpoints()
-        newest = checkpoint.latest(self.path / "checkpoints", say)
+        newest = checkpoint.latest(self.path / "checkpoints", self.says)
         return newest.name if newest is not None else ""
 
     def checkpoint(self, name: str) -> Path:
-        """The checkpoint's directory, fetched if this machine does not have it."""
+        """The directory of a checkpoint that `newest` has found, here or in another process of the training; fetched if this machine does
+        not have it. Of a node's processes one fetches it, or compares what is there with its checksum, and the others take its word."""
+        from simclr import checkpoint
+
         path = self.path / "checkpoints" / name
         if self.at is None:
+            with contextlib.suppress(OSError, UserError):  # the one that reads it says what is wrong
+                checkpoint.vouch(path)
             return path
         with locked(self.path):
             there = self.at / "checkpoints" / name
             about = self.store.read(there / "checkpoint.json")
-            if (path / "checkpoint.json").is_file() and (path / "checkpoint.json").read_bytes() == about:
+            if (path / "checkpoint.json").is_file() and (path / "checkpoint.json").read_bytes() == about and self._is_compared(path):
                 return path
             say(f"fetching checkpoint {name} from {self.at}")
             scratch = path.with_name(f".fetching-{name}")  # always the same name, so that an interrupted fetch goes on
@@ -204,7 +235,63 @@ class Home:
             (scratch / "checkpoint.json").write_bytes(about)
             shutil.rmtree(path, ignore_errors=True)
             scratch.rename(path)
+            checkpoint.vouch(path)  # it was compared as it came
+            self._note_compared(path)
         return path
+
+    def _is_compared(self, path: Path) -> bool:
+        """Whether this copy of a checkpoint matches its checksum. It is compared once for a driver, and a note says so to others."""
+        from simclr import checkpoint
+
+        note = path.with_name(f".compared-{path.name}")
+        mine = [self.ticket.owner if self.ticket is not None else "", *_stamp(path / "state.safetensors")]
+        with contextlib.suppress(OSError, UserError):
+            if mine[0] and files.read_json(note, "").get("by") == mine:
+                checkpoint.vouch(path)
+                return True
+        try:
+            checkpoint.about(path)
+        except checkpoint.Damaged as error:
+            self.says(f"{error}; fetching it again")
+            return False
+        self._note_compared(path)
+        return True
+
+    def _note_compared(self, path: Path) -> None:
+        for old in path.parent.glob(".compared-*"):
+            old.unlink(missing_ok=True)
+        if self.ticket is not None:
+            stamp = [self.ticket.owner, *_stamp(path / "state.safetensors")]
+            files.write_text(path.with_name(f".compared-{path.name}"), json.dumps({"by": stamp}))
+
+    def _head(self, name: str) -> None:
+        """Bring the head of a checkpoint in S3: its checkpoint.json, and of its tensors' file the header, with a hole for what follows."""
+        assert self.at is not None
+        from simclr import checkpoint
+        from simclr.data.s3.answers import Damaged
+
+        folder, there = self.path / HEADS, self.at / "checkpoints" / name
+        with locked(self.path):
+            about = self.store.read(there / "checkpoint.json")
+            if (self.path / "checkpoints" / name / "checkpoint.json").is_file():
+                if (self.path / "checkpoints" / name / "checkpoint.json").read_bytes() == about:
+                    return
+                shutil.rmtree(self.path / "checkpoints" / name)  # another one of this step
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / name).mkdir(parents=True)
+            (folder / name / "checkpoint.json").write_bytes(about)
+            found = self.store.look(there / "state.safetensors")
+            with (folder / name / "state.safetensors").open("x+b") as file:
+                length = min(found.bytes, 8)
+                self.store.fetch_part(there / "state.safetensors", found.etag, 0, length, file.fileno(), lambda done: None)
+                end = length + min(int.from_bytes(file.read(8), "little"), _MOST_HEADER_BYTES, found.bytes - length)
+                self.store.fetch_part(there / "state.safetensors", found.etag, length, end, file.fileno(), lambda done: None)
+                file.truncate(found.bytes)
+            try:
+                checkpoint.head(folder / name)
+            except checkpoint.Damaged as error:
+                shutil.rmtree(folder)
+                raise Damaged(str(error)) from None
 
     def send_checkpoint(self, path: Path, keep: int) -> None:
         """Send a checkpoint, then remove from S3 all but the `keep` newest and the best, and the parts of incomplete sends. Raises Lost,

@@ -95,7 +95,7 @@ def home_of(
     if home is not None:
         alone.enter_context(lease.alone(home))
         home.fetch()
-        home.sync_checkpoints()
+        home.look_at_newest()
     shown = sync.shown(asked) if asked is not None else None
     run = open_run(home.path if home else None, name, config, data, str(s3_uri.address(at) or ""), stage, start, shown, subset)
     require(uri, begun=mlflow_uri.same_server(run.tracking_uri, uri) or run.under_way)
@@ -107,7 +107,7 @@ def begin_with(run: Run, state: State) -> None:
     from simclr import checkpoint
 
     run.save()
-    if not checkpoint.list_checkpoints(run.checkpoints):
+    if not run.under_way:
         checkpoint.write(run.checkpoints, state, run.config.train.keep_checkpoints)
 
 
@@ -119,6 +119,9 @@ def train(job: Job, began: float) -> Run:
     """
     run, home, where = job.run, job.home, sync.shown(job.asked)
     done = _steps_done(run)
+    if done >= job.total:
+        home.sync_checkpoints()
+        done = _steps_done(run, whole=True)
     if done >= job.total:
         job.publish(run, None)
         if run.unlogged:
@@ -284,19 +287,20 @@ def _note(metrics: dict[str, float]) -> str:
     return "  ".join([f"loss {metrics['train/loss']:.3f}", f"epoch {metrics['epoch']:.1f}", *shown])
 
 
-def _steps_done(run: Run) -> int:
-    """Steps in the newest whole checkpoint, after copying its reports to metrics.jsonl. Raises UserError if it does not fit the config's
-    model, and if a run that began with given weights has none."""
-    if not run.checkpoints.exists() and not run.begun:
+def _steps_done(run: Run, whole: bool = False) -> int:
+    """Steps in the newest checkpoint, after copying its reports to metrics.jsonl. Its weights are read if it has to be `whole`; else the
+    workers do that, since it may have gigabytes. Raises UserError if it does not fit the config's model, and if a run that began with given
+    weights has none."""
+    if not run.checkpoints.exists() and not run.heads and not run.begun:
         return 0
     from simclr import checkpoint
 
-    newest = checkpoint.latest(run.checkpoints, say)
-    if newest is None and run.begun:
+    heads = [newest] if whole and (newest := checkpoint.latest(run.checkpoints, say)) else [] if whole else run.heads
+    state = checkpoint.newest_head(heads, say)
+    if state is None and run.begun:
         raise UserError(f"no checkpoint in {run.checkpoints} is whole; remove that folder, and the same command begins again")
-    if newest is None:
+    if state is None:
         return 0
-    state = checkpoint.read(newest)
     method = shapes_of(run)
     checkpoint.check(state, method.network, method.state)
     run.fill(state.reports)

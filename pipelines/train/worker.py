@@ -47,6 +47,7 @@ def train_worker(task: Task) -> None:
     def tell(text: str) -> None:
         send(Said(f"rank {me}: {text}", task.trial))
 
+    home.says = tell
     retried = partial(sync.retry_unreachable, tell=tell)
     data = retried(lambda: sync.shards(task.data, config.train.shard_groups, config.group_of(me, world), task.run, tell))
     home.belongs_to(task.created)

@@ -185,7 +185,8 @@ def test_one_prepare_at_a_time_writes_to_an_address(s3: Proxy, tmp_path: Path) -
     def second(done: int) -> None:
         if done == 1:
             with pytest.raises(
-                UserError, match=r"another prepare is writing to s3://photos/alone \(process \d+ on .*, last seen \d+ s ago"
+                UserError,
+                match=r"s3://photos/alone is being written by .* \(process \d+, for \d+ s, last seen \d+ s ago\); wait for it, or",
             ):
                 prepare(source_of(photos(4)), out)
 

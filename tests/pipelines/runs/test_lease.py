@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -10,20 +11,27 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
 from pipelines.runs import lease as run_lease
 from pipelines.runs import sync
+from pipelines.runs.directory import open_run
 from pipelines.runs.home import Ticket
+from pipelines.train import driver
+from pipelines.train.ray_train import Resources, Running
 from simclr import checkpoint
 from simclr.data.s3 import lease
 from simclr.data.s3.lease import Holder, Lease, Lost, Register
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address
 from simclr.errors import UserError
+from tests.support.command import Run
 from tests.support.s3 import Proxy
+from tests.support.small import TINY
 
 HOLD = """
 import sys, time
@@ -295,3 +303,66 @@ def test_a_refused_run_leaves_nothing_in_the_bucket(s3: Proxy) -> None:
         assert [o.name for o in home.store.listing(home.at)] == ["lease.json"]  # type: ignore[arg-type]
         raise UserError("no such thing")
     assert home.store.listing(home.at) == []  # type: ignore[arg-type]
+
+
+def test_a_second_driver_of_a_run_is_refused_before_it_writes_anything(simclr: Run, s3: Proxy, patterns: Path) -> None:
+    """Nor does it read the run: what it would read changes."""
+    home = sync.Home("s3://photos/runs/twice")
+    with run_lease.alone(home):
+        s3.log.clear()
+        code, out, err = simclr("pretrain", "patterns_tiny", "--data", patterns, "--run", "s3://photos/runs/twice", "--workers", 1)
+        said = " ".join(err.split())
+        assert code == 2 and out == "" and "s3://photos/runs/twice is being written by" in said, err
+        assert f"(process {os.getpid()}, for " in said and "or use another --run" in said
+        assert {method for method, _, _ in s3.log} == {"GET"} and {path for _, path, _ in s3.log} == {"/photos/runs/twice/lease.json"}
+
+
+def test_a_driver_that_lost_its_run_ends_the_training_and_leaves_the_others_mlflow_run(
+    s3: Proxy, patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two messages of its workers it looks at its lease; then it sends neither files nor reports."""
+    config = replace(TINY, train=replace(TINY.train, steps=3))
+    home = sync.Home("s3://photos/runs/lost")
+    with run_lease.alone(home):
+        run = open_run(home.path, "patterns_tiny", config, patterns)
+        uri, ended = f"sqlite:///{tmp_path}/mlflow.db", list[str]()
+        monkeypatch.setattr(driver.Outbox, "close", lambda self, status: ended.append(status))
+        monkeypatch.setattr(driver.ray_train, "connect", lambda resources: False)
+        monkeypatch.setattr(driver.ray_train, "require", lambda resources: False)
+
+        class Training:
+            """One whose lease is taken while it runs."""
+
+            checks: ClassVar = list[object]()
+            stopped = False
+
+            def reports(self) -> Iterator[object]:
+                thief = a_lease(home.store, "runs/lost/lease.json")
+                register = thief.register
+                found = register.read()
+                assert found is not None and register.write(replace(thief.mine, token=found.holder.token + 1), found.etag)
+                s3.log.clear()
+                home.require()
+                yield from ()
+
+            def stop(self) -> None:
+                Training.stopped = True
+
+        monkeypatch.setattr(driver.ray_train, "launch", lambda *given: Training())
+        job = driver.Job(
+            run=run, home=home, asked=home.path, total=3, uri=uri, resources=Resources(workers=1), publish=lambda run, method: None
+        )
+        with pytest.raises(Lost, match="s3://photos/runs/lost was taken over by"):
+            driver.train(job, 0.0)
+        assert Training.stopped and ended == [] and len(Training.checks) == 1
+        assert [path for method, path, _ in s3.log if method != "GET"] == []
+
+
+def test_between_two_messages_of_its_workers_the_driver_looks_at_its_lease() -> None:
+    def lost() -> None:
+        raise Lost("the run was taken over")
+
+    alive = SimpleNamespace(is_alive=lambda: True)
+    running = Running(alive, None, [], [], SimpleNamespace(require=lambda: None), "", "", [lost])  # type: ignore[arg-type]
+    with pytest.raises(Lost, match="taken over"):
+        next(running.reports())

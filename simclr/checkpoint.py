@@ -3,6 +3,8 @@
 A checkpoint is a directory `step-000000120/` of state.safetensors (every tensor by name, and in its header the newest
 reports) and checkpoint.json (schema, step, config, checksum). It is written under a temporary name, flushed to the disk and renamed, so a
 checkpoint under its own name is whole. If a disk damages it later, the checksum shows it, and the checkpoint before it is used.
+
+Where several machines could write one run, the name also has the writer's fencing token (`step-000000120.7`): see `order`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +29,8 @@ from simclr import fields, files
 from simclr.errors import UserError
 
 SCHEMA = 1
+_FRESH_NS = 1_000_000_000
+_digests: dict[tuple[int, ...], str] = {}  # a file as it was → its sha256
 
 
 class Damaged(UserError):
@@ -128,13 +134,13 @@ def _kept(state: State, model: nn.Module) -> dict[str, tuple[nn.Parameter, str]]
     return found
 
 
-def write(folder: Path, state: State, keep: int, score: float | None = None, spare: str = "") -> Path:
+def write(folder: Path, state: State, keep: int, score: float | None = None, spare: str = "", token: int = 0) -> Path:
     """Write `state`, of an encoder with `score` (higher is better), as `folder`/step-…, atomically; then remove all but the `keep`
-    newest, the one with the best score, and the one of name `spare`. Returns the checkpoint's path.
+    newest, the one with the best score, and the one of name `spare`. Returns the checkpoint's path. `token` is the writer's, see `order`.
 
     Raises OSError (no space, for example); then nothing is left behind and the earlier checkpoints are untouched.
     """
-    target = folder / _name(state.step)
+    target = folder / _name(state.step, token)
     scratch = folder / f".writing-{state.step:09d}-{os.getpid()}"
     aside = folder / f".old-{state.step:09d}-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -164,8 +170,8 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
 
 def worth_keeping(scores: dict[str, float | None], keep: int) -> set[str]:
     """The `keep` newest of the checkpoints (name → score, None = not scored), and the one with the best score (of equals the newer)."""
-    scored = [(score, name) for name, score in scores.items() if score is not None]
-    return {*sorted(scores)[-keep:], *(name for _, name in sorted(scored)[-1:])}
+    scored = [(score, order(name), name) for name, score in scores.items() if score is not None]
+    return {*sorted(scores, key=order)[-keep:], *(name for *_, name in sorted(scored)[-1:])}
 
 
 def score_of(path: Path) -> float | None:
@@ -179,7 +185,14 @@ def score_of(path: Path) -> float | None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first; unfinished ones are not listed."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: order(p.name))
+
+
+def order(name: str) -> tuple[int, int]:
+    """(token, step) of a checkpoint's name, by which checkpoints are ordered: one that a writer left late, after another had taken its
+    run over, is older than all of that one's, whatever its step. (0, -1) for a name that none has."""
+    found = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", name, re.ASCII)
+    return (int(found[2] or 0), int(found[1])) if found else (0, -1)
 
 
 def latest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -196,10 +209,47 @@ def latest(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 def about(path: Path) -> dict[str, Any]:
     """checkpoint.json of `path`, after its checksum was verified. Raises Damaged, or UserError for another schema."""
+    text = _stated(path)
+    try:
+        digest = _digest(path / "state.safetensors")
+    except OSError as error:
+        raise Damaged(f"checkpoint {path} is not whole ({error})") from None
+    if digest != text["sha256"]:
+        raise Damaged(f"checkpoint {path} does not match its checksum")
+    reports(path)  # somebody may have written a damaged file with its checksum
+    return text
+
+
+def vouch(path: Path) -> None:
+    """From now on this process takes `path` to match its checksum: another one of the same training has compared it, or it was compared as
+    it was fetched. It may have gigabytes, and a node may have eight processes that read it."""
+    text, file = _stated(path), path / "state.safetensors"
+    _digests[_stamp(file)] = text["sha256"]
+
+
+def head(path: Path) -> State:
+    """A checkpoint without its weights, which are not read: its tensors are on the meta device. Raises Damaged or UserError as `about`
+    does, but for bytes that do not match their checksum."""
+    text, said = _stated(path), reports(path)
+    tensors = {name: t.to("meta") for name, t in load_file(path / "state.safetensors").items()}  # it maps the file, and reads its header
+    return State(int(text["step"]), text["config"], {_renamed(name): t for name, t in tensors.items()}, said)
+
+
+def newest_head(paths: list[Path], say: Callable[[str], None]) -> State | None:
+    """The `head` of the newest whole one of these checkpoints, as far as sizes tell; `say` as in `latest`."""
+    for path in sorted(paths, key=lambda p: order(p.name), reverse=True):
+        try:
+            return head(path)
+        except Damaged as error:
+            say(f"{error}; trying the checkpoint before it")
+    return None
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    """checkpoint.json of `path`, checked against its schema and the checkpoint's name."""
     instead = "remove this checkpoint, and the one before it is used"
     try:
         text = files.read_json(path / "checkpoint.json", instead)
-        digest = _sha256(path / "state.safetensors")
     except (OSError, UserError) as error:
         raise Damaged(f"checkpoint {path} is not whole ({error})") from None
     if text.get("schema") != SCHEMA:
@@ -210,11 +260,8 @@ def about(path: Path) -> dict[str, Any]:
         fields.require(text, {"step": int, "sha256": str, "config": dict}, path / "checkpoint.json", instead)
     except UserError as error:
         raise Damaged(f"checkpoint {path} is not whole ({error})") from None
-    if digest != text["sha256"]:
-        raise Damaged(f"checkpoint {path} does not match its checksum")
-    if path.name != _name(text["step"]):
+    if path.name != _name(text["step"], order(path.name)[0]):
         raise Damaged(f"checkpoint {path} says that it is of step {text['step']:,}")
-    reports(path)  # somebody may have written a damaged file with its checksum
     return text
 
 
@@ -242,13 +289,30 @@ def reports(path: Path) -> list[dict[str, Any]]:
     return list(found)
 
 
-def _name(step: int) -> str:
-    return f"step-{step:09d}"
+def _name(step: int, token: int) -> str:
+    return f"step-{step:09d}.{token}" if token else f"step-{step:09d}"
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file; of one that this process has hashed before, and that has not changed since, what it was."""
+    stamp = _stamp(path)
+    if stamp not in _digests:
+        digest = _sha256(path)
+        if time.time_ns() - stamp[-1] < _FRESH_NS:  # its times may stay the same if it changes again now
+            return digest
+        _digests[stamp] = digest
+    return _digests[stamp]
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Numbers that change when the file does."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _flush(path: Path) -> None:

@@ -79,7 +79,7 @@ def distill(args: Args) -> Run:
 
 
 def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
-    """The job, with its run directory begun; `lock` then holds `Run.alone`."""
+    """The job, with its run directory begun; `lock` then holds `Run.alone`, or the lease of a run in S3."""
     with classifiers.published(args.teacher, args.tracking_uri) as (directory, known):
         at = args.data or known
         if at is None:
@@ -96,7 +96,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         config = _config(args, directory, examples, labels.digest(ids) if ids is not None else "")
         driver.require_shares(config, examples, args.resources)
         name = f"distill-{classifiers.recipe_of(directory).removeprefix('finetune-')}"
-        run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "distill")
+        run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "distill", alone=lock)
         run = driver.checked(run, manifest, examples, args.resources)
         lock.enter_context(run.alone())
         run.save()

@@ -84,8 +84,7 @@ def main(args: Args) -> None:
     place = Place(args.out.with_name(f".{args.out.name}.parts") if one_file else args.out)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(opened(args.encoder, args.tracking_uri))
-        if place.at is None:
-            stack.enter_context(_alone(place))
+        stack.enter_context(_alone(place))
         about, total = _embed(args, directory, place, one_file)
     failed = _failed(place)
     count = _count(place, total - len(failed) if total is not None else None)
@@ -102,7 +101,14 @@ def main(args: Args) -> None:
 
 @contextlib.contextmanager
 def _alone(place: Place) -> Iterator[None]:
-    """Keep another embed out of a folder."""
+    """Keep another embed out of a folder or a prefix."""
+    if place.at is not None:
+        from simclr.data.s3 import lease
+
+        register = lease.Register(place.store, place.at / ".parts" / "writer.json")
+        with lease.alone(lease.Lease(register, str(place)), "wait for it, or use another --out", say):
+            yield
+        return
     place.path.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:

@@ -89,7 +89,7 @@ def finetune(args: Args) -> Run:
 
 
 def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
-    """The job, with its run directory begun; `lock` then holds `Run.alone`."""
+    """The job, with its run directory begun; `lock` then holds `Run.alone`, or the lease of a run in S3."""
     with classifiers.published(args.start, args.tracking_uri) as (directory, known):
         at = args.data or known
         if at is None:
@@ -108,7 +108,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         driver.require_shares(config, len(ids), args.resources)
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"
-        run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune")
+        run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune", alone=lock)
         run = driver.checked(run, manifest, len(ids), args.resources)
         lock.enter_context(run.alone())
         run.save()

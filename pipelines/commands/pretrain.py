@@ -85,7 +85,7 @@ def pretrain(args: Args) -> Run:
 
 
 def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
-    """The job, with its run directory begun; `lock` then holds `Run.alone`."""
+    """The job, with its run directory begun; `lock` then holds `Run.alone`, or the lease of a run in S3."""
     config = args.config
     groups = config.train.shard_groups
     data, manifest = sync.manifest(args.data, look=groups == 1)  # with groups not all shards may lie here
@@ -95,7 +95,9 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
     driver.require_shares(config, examples, args.resources)
     weights, start = _start(args)
     described = only.described if only is not None else None
-    run, home, uri = driver.home_of(args.run, args.recipe, config, data, args.data, args.tracking_uri, start=start, subset=described)
+    run, home, uri = driver.home_of(
+        args.run, args.recipe, config, data, args.data, args.tracking_uri, start=start, subset=described, alone=lock
+    )
     run = driver.checked(run, manifest, examples, args.resources)
     lock.enter_context(run.alone())
     if only is not None:

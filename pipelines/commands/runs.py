@@ -112,7 +112,8 @@ def line(name: str, run_json: str, metrics: str, checkpoints: list[str]) -> Line
         with contextlib.suppress(UserError):  # half a line of a machine that crashed
             last = {name: value for name, value in files.json_in(row, "a report", "").items() if fields.fits(value, float)}
             break
-    steps = [int(name.removeprefix("step-")) for name in checkpoints if name.removeprefix("step-").isdigit()]
+    numbers = (name.removeprefix("step-").partition(".")[0] for name in checkpoints)  # a writer's token may follow: see simclr.checkpoint
+    steps = [int(number) for number in numbers if number.isdigit()]
     note, recipe, total, began = "", "?", None, 0.0
     try:
         about = files.json_in(run_json, "run.json", _INSTEAD)

@@ -3,7 +3,7 @@
 run.json        recipe, config, data, command, environment, tracking address and run id, registered version
 subset.txt      the only images that it sees, where there are such; labels.txt: those whose labels a later stage sees
 metrics.jsonl   one line per report; outbox.json: how many of its bytes MLflow has (see pipelines.tracking.outbox)
-checkpoints/    step-…/ (see simclr.checkpoint)
+checkpoints/    step-…/ (see simclr.checkpoint); heads/: of a run in S3, the newest without its weights
 encoder/        the published form of the newest checkpoint's encoder
 compiled/       compiled code of torch.compile (see pipelines.train.compile_cache)
 timings.json    seconds of each command so far
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pipelines.runs.environment import environment
+from pipelines.runs.home import HEADS
 from pipelines.tracking.uri import redacted
 from simclr import fields, files
 from simclr.config import ADDED, RENAMED, Config
@@ -100,7 +101,12 @@ class Run:
     @property
     def under_way(self) -> bool:
         """Whether it has a checkpoint."""
-        return any(self.checkpoints.glob("step-*"))
+        return bool(self.heads)
+
+    @property
+    def heads(self) -> list[Path]:
+        """Its checkpoints, of one in S3 also those of which this machine has the head alone (see `Home.look_at_newest`)."""
+        return [path for folder in (self.checkpoints, self.path / HEADS) for path in folder.glob("step-*") if path.is_dir()]
 
     @property
     def origin(self) -> str:

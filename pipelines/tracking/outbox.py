@@ -173,6 +173,10 @@ class Outbox:
             why = f"{what} did not reach MLflow at {mlflow_uri.redacted(self.uri)} ({self.trouble or 'no answer'})"
             say(f"{why}; metrics.jsonl has every report, and the same command again logs the undelivered reports")
 
+    def abandon(self) -> None:
+        """Send nothing more: another driver sends these runs now."""
+        self.over.set()
+
     def _work(self) -> None:
         pause = _EVERY_S
         while not self.over.is_set():

@@ -94,7 +94,7 @@ class Saver:
 
     def _write(self, state: checkpoint.State, score: float | None, held_s: float) -> None:
         began, keep = time.monotonic(), self.train.keep_checkpoints
-        written = checkpoint.write(self.folder, state, keep, score, self.sending if self.home.busy() else "")
+        written = checkpoint.write(self.folder, state, keep, score, self.sending if self.home.busy() else "", self.home.token)
         progress.saved(state.step)
         written_s = time.monotonic() - began
         self.tell(Saved(step=state.step, held_s=held_s, written_s=written_s, every_s=self.every_s, trial=self.trial))

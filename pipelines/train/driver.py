@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.runs import sync
+from pipelines.runs import lease, sync
 from pipelines.runs.directory import Run, open_run, ways_on
 from pipelines.terminal import Bar, process_age_s, say
 from pipelines.tracking import uri as mlflow_uri
@@ -79,17 +80,22 @@ def home_of(
     stage: str = "pretrain",
     start: dict[str, Any] | None = None,
     subset: dict[str, Any] | None = None,
+    *,
+    alone: contextlib.ExitStack,
 ) -> tuple[Run, sync.Home, str]:
     """(run, its home, MLflow address). The run directory is `asked` (default runs/NAME-DIGEST). The shards lie in `data`, which may be a
-    copy of those `at` s3://… The flag or the environment gives the address. `start` and `subset` are the run's (see `Run`).
+    copy of those `at` s3://… The flag or the environment gives the address. `start` and `subset` are the run's (see `Run`). Until `alone`
+    is left, no other command trains the run if it is in S3; on disk `Run.alone` is for that.
 
-    Raises UserError if no MLflow answers there. A run with a checkpoint, or one that was logged there before, goes on without it.
+    Raises UserError if another command trains the run in S3, and if no MLflow answers at the address. A run with a checkpoint, or one that
+    was logged there before, goes on without MLflow.
     """
     uri = mlflow_uri.tracking_address(tracking_uri)
     home = sync.Home(asked) if asked is not None else None
     if home is not None:
+        alone.enter_context(lease.alone(home))
         home.fetch()
-        home.sync_checkpoints()
+        home.look_at_newest()
     shown = sync.shown(asked) if asked is not None else None
     run = open_run(home.path if home else None, name, config, data, str(s3_uri.address(at) or ""), stage, start, shown, subset)
     require(uri, begun=mlflow_uri.same_server(run.tracking_uri, uri) or run.under_way)
@@ -101,7 +107,7 @@ def begin_with(run: Run, state: State) -> None:
     from simclr import checkpoint
 
     run.save()
-    if not checkpoint.list_checkpoints(run.checkpoints):
+    if not run.under_way:
         checkpoint.write(run.checkpoints, state, run.config.train.keep_checkpoints)
 
 
@@ -113,6 +119,9 @@ def train(job: Job, began: float) -> Run:
     """
     run, home, where = job.run, job.home, sync.shown(job.asked)
     done = _steps_done(run)
+    if done >= job.total:
+        home.sync_checkpoints()
+        done = _steps_done(run, whole=True)
     if done >= job.total:
         job.publish(run, None)
         if run.unlogged:
@@ -155,6 +164,9 @@ def train(job: Job, began: float) -> Run:
         status = "KILLED"
         overdue.start()
         raise
+    except UserError as error:
+        status = "LOST" if not isinstance(error, s3_uri.Unreachable) and home.is_lost() else "FAILED"
+        raise
     finally:
         try:
             sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
@@ -167,7 +179,9 @@ def train(job: Job, began: float) -> Run:
                 running.stop()
             if ours:
                 ray_train.disconnect()
-            if status == "KILLED":
+            if status == "LOST":
+                outbox.abandon()  # the MLflow run is that of the driver that has taken the run over
+            elif status == "KILLED":
                 closing.join()  # the outbox knows its time
                 sending.join(_SENDING_S)
             else:
@@ -194,11 +208,14 @@ def _launch(job: Job) -> ray_train.Running:
         data=run.data_at or str(run.data.absolute()),
         run=str(job.home.at or run.path.absolute()),
         created=run.created,
+        lease=job.home.ticket,
         begun=run.begun,
         given=job.given,
         compile_key=compile_cache.secret(say) if run.config.train.compile and job.home.at is None else "",
     )
-    return ray_train.launch(train_worker, task, job.resources, run.path / "ray")
+    running = ray_train.launch(train_worker, task, job.resources, run.path / "ray")
+    running.checks.append(job.home.check)
+    return running
 
 
 def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, began: float, connected: float) -> tuple[float, Method | None]:
@@ -268,19 +285,20 @@ def _note(metrics: dict[str, float]) -> str:
     return "  ".join([f"loss {metrics['train/loss']:.3f}", f"epoch {metrics['epoch']:.1f}", *shown])
 
 
-def _steps_done(run: Run) -> int:
-    """Steps in the newest whole checkpoint, after copying its reports to metrics.jsonl. Raises UserError if it does not fit the config's
-    model, and if a run that began with given weights has none."""
-    if not run.checkpoints.exists() and not run.begun:
+def _steps_done(run: Run, whole: bool = False) -> int:
+    """Steps in the newest checkpoint, after copying its reports to metrics.jsonl. Its weights are read if it has to be `whole`; else the
+    workers do that, since it may have gigabytes. Raises UserError if it does not fit the config's model, and if a run that began with given
+    weights has none."""
+    if not run.checkpoints.exists() and not run.heads and not run.begun:
         return 0
     from simclr import checkpoint
 
-    newest = checkpoint.latest(run.checkpoints, say)
-    if newest is None and run.begun:
+    heads = [newest] if whole and (newest := checkpoint.latest(run.checkpoints, say)) else [] if whole else run.heads
+    state = checkpoint.newest_head(heads, say)
+    if state is None and run.begun:
         raise UserError(f"no checkpoint in {run.checkpoints} is whole; remove that folder, and the same command begins again")
-    if newest is None:
+    if state is None:
         return 0
-    state = checkpoint.read(newest)
     method = shapes_of(run)
     checkpoint.check(state, method.network, method.state)
     run.fill(state.reports)

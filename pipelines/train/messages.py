@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipelines.runs.home import Ticket
     from simclr.config import Config
 
 
@@ -28,6 +29,8 @@ class Task:
     """Run directory, or s3://bucket/prefix, of which each node has a copy."""
     created: float = 0.0
     """Unix time at which the run began. It tells apart two runs that use the same address in S3 one after the other."""
+    lease: Ticket | None = None
+    """Of the driver, for a run in S3: without it no worker writes there."""
     begun: bool = False
     """Whether the run began with given weights, as its first checkpoint: then no worker begins without one."""
     given: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,8 @@ class Running:
     """Advice for the case that a device has too little memory."""
     data: str
     """Address of the shards."""
+    checks: list[Callable[[], None]] = field(default_factory=list)
+    """Called every few seconds while it runs; what one raises ends the job."""
 
     def stop(self) -> None:
         """End the job and its workers at once. Takes at most 3 s."""
@@ -237,6 +239,8 @@ class Running:
         ended = not self.thread.is_alive()  # asked before taking, so that no message put before the end is missed
         if not ended:
             self.head.require()
+            for check in self.checks:
+                check()
         try:
             found: messages.Message | None = messages.take(self.inbox, 2.0)
             return found or (messages.TrainingOver() if ended else None)

@@ -24,6 +24,7 @@ _TORCHVISION = Views(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 def weights_in(directory: Path, place: Path) -> Weights:
     """The weights of the run or published encoder in `directory`, which may be a copy of that at `place`. Of a run it is what it published
     or, before its end, its newest checkpoint. Raises UserError where there is neither, or it is damaged."""
+    from simclr import checkpoint
     from simclr.encoder import weights
 
     if not directory.exists():
@@ -36,10 +37,12 @@ def weights_in(directory: Path, place: Path) -> Weights:
     run, home = load_run(directory), sync.Home(place)
     if run.encoder.is_dir():
         return weights.of_directory(run.encoder)
-    if not (name := home.newest()):
+    home.fetch_newest()
+    newest = checkpoint.latest(home.path / "checkpoints", say)
+    if newest is None:
         raise UserError(f"{sync.shown(place)} has neither an encoder nor a checkpoint yet; go on with it first: {run.command}")
     known = read_manifest(run.data).classes if (run.data / "manifest.json").is_file() else ()
-    return weights.of_checkpoint(home.checkpoint(name), run.config, known)
+    return weights.of_checkpoint(newest, run.config, known)
 
 
 def described(start: Path, weights: Weights, extends: bool) -> dict[str, Any]:

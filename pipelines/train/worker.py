@@ -30,7 +30,7 @@ def train_worker(task: Task) -> None:
     from simclr.telemetry import progress
     from simclr.train import Start, train
 
-    config, home = task.config, sync.Home(task.run)
+    config, home = task.config, sync.Home(task.run, task.lease)
     checkpoints = home.path / "checkpoints"
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     me, world = context.get_world_rank(), context.get_world_size()
@@ -47,6 +47,7 @@ def train_worker(task: Task) -> None:
     def tell(text: str) -> None:
         send(Said(f"rank {me}: {text}", task.trial))
 
+    home.says = tell
     retried = partial(sync.retry_unreachable, tell=tell)
     for group in config.groups_of(me, world):
         data = retried(partial(sync.shards, task.data, config.train.shard_groups, group, task.run, tell))

@@ -4,16 +4,14 @@ shard in a folder has a temporary name, and the notes of the parts that are done
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
 import socket
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simclr import files
 from simclr.data import agreement, note
@@ -25,9 +23,11 @@ from simclr.data.s3.uri import Address, address, copy_of, own
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
 
+if TYPE_CHECKING:
+    from simclr.data.s3.lease import Lease
+
 _LOCK, CHOICE = ".writing-lock", ".writing-choice.json"
 _PARTS = ".parts"
-_SIGN_S, _GONE_S = 15.0, 60.0  # how often a driver gives a sign in S3, and after how long without one it counts as dead
 _MOST_SMALL_BYTES = 1 << 20
 _AT_ONCE = 8
 
@@ -46,8 +46,8 @@ class Folder:
         return agreement.existing(source, self.out, options, identity)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep a second prepare out, and leave no folder behind that nothing came into."""
+    def alone(self, says: Callable[[str], None]) -> Iterator[None]:
+        """Keep a second prepare out, and leave no folder behind that nothing came into. `says` gets a sentence if this waits."""
         made = not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -158,6 +158,7 @@ class Prefix:
         from simclr.data.s3.store import Store
 
         self.at, self.scratch, self.store = at, scratch, Store()
+        self.lease: Lease | None = None
 
     def __str__(self) -> str:
         return str(self.at)
@@ -177,48 +178,13 @@ class Prefix:
         return None
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep a second prepare out, as far as a mark in the bucket can: it says who writes, and is renewed while this process lives."""
-        mark, mine = self.at / _PARTS / "writer.json", secrets.token_hex(8)
-        self._require_alone(mark)
-        over = threading.Event()
+    def alone(self, says: Callable[[str], None]) -> Iterator[None]:
+        """Keep a second prepare out by a lease in the bucket."""
+        from simclr.data.s3 import lease
 
-        def sign() -> None:
-            text = self.scratch / f"writer-{mine}.json"
-            text.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": mine}))
-            self.store.upload(text, mark)
-
-        def signs() -> None:
-            while not over.wait(_SIGN_S):
-                with contextlib.suppress(UserError, OSError):  # a network that is away is found by what sends shards
-                    sign()
-
-        sign()
-        thread = threading.Thread(target=signs, name="sign", daemon=True)
-        thread.start()
-        try:
+        self.lease = lease.Lease(lease.Register(self.store, self.at / _PARTS / "writer.json"), str(self.at))
+        with lease.alone(self.lease, "wait for it, or use another --out", says):
             yield
-        finally:
-            over.set()
-            thread.join(timeout=5)
-            with contextlib.suppress(UserError):
-                self.store.delete(mark)
-
-    def _require_alone(self, mark: Address) -> None:
-        from simclr.data.s3.answers import Missing
-
-        try:
-            found = files.json_in(self.store.read(mark, _MOST_SMALL_BYTES), mark, "remove it")
-            host, pid, at = str(found["host"]), int(found["pid"]), float(found["time"])
-        except (Missing, UserError, KeyError, TypeError, ValueError):
-            return
-        gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
-        silent = time.time() - at
-        if not gone and -_GONE_S < silent < _GONE_S:
-            raise UserError(
-                f"another prepare is writing to {self.at} (process {pid} on {host}, last seen {max(silent, 0):.0f} s ago); wait for it, or "
-                f"use another --out; if it was killed, try again in {_GONE_S:.0f} s"
-            )
 
     def require_seen(self) -> None:
         """A bucket is the same everywhere."""
@@ -306,7 +272,9 @@ class Prefix:
         return self.scratch
 
     def finished(self, manifest: Manifest) -> None:
-        """Send lists and manifest, the manifest last; then remove the notes."""
+        """Send lists and manifest, the manifest last; then remove the notes. Raises Lost if another prepare has taken over."""
+        if self.lease is not None:
+            self.lease.renew()
         for name in (*LISTS, "manifest.json"):
             if (self.scratch / name).is_file():
                 self.store.upload(self.scratch / name, self.at / name)

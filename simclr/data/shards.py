@@ -81,7 +81,7 @@ def prepare(
         found = output.existing(source, options, identity)
         if found is not None:
             return found
-        with output.alone():
+        with output.alone(says):
             if (found := output.existing(source, options, identity)) is not None:  # another prepare has ended meanwhile
                 return found
             job = _Job(source, output, options, threads, identity, _Told(progress, resumed, says), elsewhere)

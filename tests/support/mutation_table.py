@@ -215,8 +215,8 @@ MUTATIONS = (
     Mutation(
         "one-checkpoint-too-many",
         "simclr/checkpoint.py",
-        "*sorted(scores)[-keep:]",
-        "*sorted(scores)[-keep - 1 :]",
+        "*sorted(scores, key=order)[-keep:]",
+        "*sorted(scores, key=order)[-keep - 1 :]",
         "tests/simclr/test_checkpoint.py::test_the_newest_are_kept_and_a_repeated_step_replaces_the_old",
     ),
     Mutation(
@@ -327,11 +327,34 @@ MUTATIONS = (
         "tests/pipelines/train/test_checkpoints.py::test_what_is_written_is_what_it_was",
     ),
     Mutation(
+        "late-checkpoint-not-refused",
+        "pipelines/runs/home.py",
+        "            lease.require(self.register(), self.ticket.owner, str(self.at))\n",
+        "            pass\n",
+        "tests/pipelines/runs/test_lease.py::test_the_late_checkpoint_of_a_former_writer_is_rejected_and_removes_none",
+    ),
+    Mutation(
+        "checkpoints-ordered-by-step-alone",
+        "simclr/checkpoint.py",
+        "return (int(found[2] or 0), int(found[1])) if found",
+        "return (0, int(found[1])) if found",
+        "tests/pipelines/runs/test_lease.py::test_checkpoints_without_a_token_are_older_than_those_with_one",
+    ),
+    Mutation(
+        "lease-written-without-condition",
+        "simclr/data/s3/lease.py",
+        'condition = {} if not self.conditional else {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}',
+        "condition: dict[str, str] = {}",
+        "tests/pipelines/runs/test_lease.py::test_a_stopped_writer_finds_that_it_has_lost_the_lease",
+    ),
+    Mutation(
         "checkpoint-in-s3-announced-before-its-weights",
-        "pipelines/runs/sync.py",
+        "pipelines/runs/home.py",
         '        self.store.upload(path / "state.safetensors", there / "state.safetensors", _sha256(text, path))\n'
+        "        self.require()  # sending gigabytes takes minutes\n"
         '        self.store.upload(path / "checkpoint.json", there / "checkpoint.json")\n',
         '        self.store.upload(path / "checkpoint.json", there / "checkpoint.json")\n'
+        "        self.require()  # sending gigabytes takes minutes\n"
         '        self.store.upload(path / "state.safetensors", there / "state.safetensors", _sha256(text, path))\n',
         "tests/pipelines/runs/test_sync.py::test_a_checkpoint_is_there_when_all_of_it_is",
     ),

@@ -18,6 +18,7 @@ from simclr.text import printable
 # Error codes to retry. A status of 500 and more is retried in any case.
 _PASSING = (
     *("SlowDown", "Throttling", "ThrottlingException", "RequestThrottled", "TooManyRequests", "RequestTimeout", "OperationAborted"),
+    "ConditionalRequestConflict",  # another conditional write of the same object was under way
     *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
 )
 WORDS: dict[type[Exception], str] = {
@@ -58,6 +59,10 @@ class Damaged(UserError):
     """An object's bytes do not match its checksum or the manifest."""
 
 
+class Unsupported(UserError):
+    """The server does not know a part of the request; no retry mends it."""
+
+
 class TooLarge(UserError):
     """An object that is to be read into memory has more bytes than any such object."""
 
@@ -79,6 +84,8 @@ def reason_of(error: boto.ClientError, place: Address, signs: bool = True, works
     code = re.sub(r"\W", "", str(error.response.get("Error", {}).get("Code", "")))[:64]
     if code in ("PreconditionFailed", "InvalidRange") or status in (412, 416):
         raise Changed("an object that changed while it was fetched") from None
+    if status == 501 or code == "NotImplemented":
+        raise Unsupported(f"the server of {place} does not know this request ({status} {code}); use another store") from None
     if status >= 500 or status == 429 or code in _PASSING or status < 300:  # 200 with an error in its body
         return f"{status} {code}".removesuffix(f" {status}")
     if code == "NoSuchBucket":

@@ -133,6 +133,10 @@ class Store:
         with contextlib.suppress(Missing):
             self._tried(place, lambda: self.client.delete_object(Bucket=place.bucket, Key=place.key))
 
+    def ask(self, place: Address, request: Callable[[Any], T]) -> T:
+        """The result of `request`, which gets boto3's client, tried as every request here."""
+        return self._tried(place, lambda: request(self.client))
+
     # ── Fetching ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, place: Address, most: int = files.MOST_JSON_BYTES) -> bytes:

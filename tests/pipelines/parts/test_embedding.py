@@ -19,6 +19,7 @@ from pipelines.parts.plan import plan
 from simclr import files
 from simclr.data.feature_parts import About, FeatureParts, open_features, write_failed
 from simclr.data.options import Options
+from simclr.data.s3 import lease
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address
 from simclr.data.sources import prepared
@@ -102,6 +103,13 @@ def test_the_same_command_goes_on_and_another_one_is_refused(simclr: Run, publis
     assert code == 0 or "is not empty" in err
     code, _, err = simclr("embed", published, "photos", "--out", "s3://photos/x.npz")
     assert code == 2 and "in S3 features are parts below a prefix" in err
+
+
+def test_another_embed_is_kept_out_of_a_prefix(simclr: Run, s3: Proxy, published: Path) -> None:
+    register = lease.Register(Store(), Address("photos", "embed-alone/.parts/writer.json"))
+    with lease.alone(lease.Lease(register, "s3://photos/embed-alone"), "wait", print):
+        code, _, err = simclr("embed", published, "photos", "--out", "s3://photos/embed-alone")
+    assert code == 2 and "s3://photos/embed-alone is being written by" in " ".join(err.split()), err
 
 
 def test_two_datasets_whose_shards_are_called_alike(simclr: Run, s3: Proxy, published: Path, tmp_path: Path) -> None:

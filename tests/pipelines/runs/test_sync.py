@@ -263,7 +263,9 @@ def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
     # A third one, which has nothing either, finds both checkpoints whole, scores the encoder and writes the page.
     machine("three")
     home = sync.Home(str(at))
-    tensors = checkpoint.read(home.checkpoint("step-000000012")).tensors
+    left = json.loads(Store().read(at / "lease.json"))
+    assert (left["released"], left["token"], left["pid"]) == (True, 1, driver.pid)
+    tensors = checkpoint.read(home.checkpoint("step-000000012.1")).tensors  # the driver's; that of step 6 was written without a lease
     assert checkpoint.read(home.checkpoint("step-000000006")).step == 6
     assert all(torch.equal(tensors[name], tensor) for name, tensor in uninterrupted.items())
     rows = evaluate.evaluate(evaluate.Args(encoder=Path(str(at)), limit=60, baselines=False, device="cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -107,19 +108,21 @@ def test_a_run_that_goes_on_does_not_need_the_server_and_a_new_one_does(
 ) -> None:
     nobody = "http://127.0.0.1:9"  # the discard port: nothing listens
     with pytest.raises(UserError, match="no MLflow server at"):
-        driver.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
+        driver.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, nobody, alone=ExitStack())
     run = begin(tmp_path / "run", patterns)
     with pytest.raises(UserError, match="no MLflow server at"):  # it has not begun
-        driver.home_of(run.path, "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
+        driver.home_of(run.path, "patterns_tiny", patterns_tiny(), patterns, patterns, nobody, alone=ExitStack())
     (run.checkpoints / "step-000000003").mkdir(parents=True)  # its driver was killed before MLflow opened
-    driver.home_of(run.path, "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
+    driver.home_of(run.path, "patterns_tiny", patterns_tiny(), patterns, patterns, nobody, alone=ExitStack())
     shutil.rmtree(run.checkpoints)
     run.noted(tracking_uri=redacted(nobody), tracking_run="ab12")
     capsys.readouterr()
-    run, _, uri = driver.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, nobody)
+    run, _, uri = driver.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, nobody, alone=ExitStack())
     assert uri == nobody and run.tracking_run == "ab12"
     assert "the training goes on without it" in capsys.readouterr().err
-    driver.home_of(tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, f"{nobody}/")  # the same address
+    driver.home_of(
+        tmp_path / "run", "patterns_tiny", patterns_tiny(), patterns, patterns, f"{nobody}/", alone=ExitStack()
+    )  # the same address
     assert "the training goes on without it" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def test_no_other_command_asks_the_address_in_a_run(simclr: Run, ears: Ears, tok
     with inputs.opened(run, None) as directory, pytest.raises(UserError, match="has no encoder yet"):
         inputs.resolve(directory, None)
     # To go on with a run is one command: it logs where the user logs, under a new MLflow run if that is elsewhere.
-    known, _, at = driver.home_of(run, "patterns_tiny", recipe("patterns_tiny"), patterns, patterns, None)
+    known, _, at = driver.home_of(run, "patterns_tiny", recipe("patterns_tiny"), patterns, patterns, None, alone=ExitStack())
     assert known.tracking_uri == ears.uri and at == mlflow_uri.default_uri(tmp_path / "runs") and ears.heard == []
 
 

@@ -228,9 +228,11 @@ def test_a_run_that_began_with_weights_never_begins_without_a_checkpoint(
     run = warm_start.begin(run, weights, weights.classes)
     assert driver._steps_done(run) == 0
     path = run.checkpoints / "step-000000000/state.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole; remove that folder, and the same command begins again"):
-        driver._steps_done(run)
+    data = path.read_bytes()
+    for damaged, whole in ((data[:-1], False), (data[:-1] + b"x", True)):  # the driver looks at sizes; a complete run's it reads
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"no checkpoint in .* is whole; remove that folder, and the same command begins again"):
+            driver._steps_done(run, whole)
     tuned = dataclasses.replace(run, start={}, config=FineTune(encoder_sha256="a"), stage="finetune")
     assert tuned.begun and not dataclasses.replace(tuned, config=FineTune()).begun
 
@@ -301,6 +303,14 @@ def test_a_complete_run_says_how_to_go_on(parent: Run, capfd: pytest.CaptureFixt
     driver.train(job, 0.0)
     said = " ".join(capfd.readouterr().err.split())
     assert f"3 of 3 steps; nothing to do; {directory.ways_on(parent.path)}" in said and "--extend" in said and "--start" in said
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_is_not_complete(parent: Run, tmp_path: Path) -> None:
+    """The driver reads the step without the weights; before it says that nothing is left to do, it reads them."""
+    run = directory.load_run(Path(shutil.copytree(parent.path, tmp_path / "run")))
+    path = run.checkpoints / "step-000000003/state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert driver._steps_done(run) == 3 and driver._steps_done(run, whole=True) < 3
 
 
 def test_a_command_writes_nothing_into_a_run_that_another_trains(

@@ -185,7 +185,7 @@ def test_one_prepare_at_a_time_writes_to_an_address(s3: Proxy, tmp_path: Path) -
     def second(done: int) -> None:
         if done == 1:
             with pytest.raises(
-                UserError, match=r"another prepare is writing to s3://photos/alone \(process \d+ on .*, last seen \d+ s ago"
+                UserError, match=r"s3://photos/alone is being written by .* \(process \d+, for .*, last seen .*; wait for it"
             ):
                 prepare(source_of(photos(4)), out)
 
@@ -193,11 +193,12 @@ def test_one_prepare_at_a_time_writes_to_an_address(s3: Proxy, tmp_path: Path) -
     with outputs.opened(out) as output:
         assert isinstance(output, outputs.Prefix)
         assert sorted(o.name for o in output.store.listing(output.at)) == ["manifest.json", "names-train.txt", "train-00000.beton"]
-        gone = {"host": "another", "pid": 1, "time": 0.0, "token": ""}
+        gone = {"who": "a@another", "pid": 1, "process": "elsewhere", "length_s": 0.5}
         (output.scratch / "mark").write_text(json.dumps(gone))
         output.store.upload(output.scratch / "mark", output.at / ".parts" / "writer.json")
-        with output.alone():  # it has given no sign for long
+        with output.alone(lambda line: None):  # it gives no sign for as long as its lease has
             pass
+        assert ".parts/writer.json" not in [o.name for o in output.store.listing(output.at)]
 
 
 def naive(samples: list[tuple[str, int, str | None]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

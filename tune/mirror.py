@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipelines.terminal import say
+from pipelines.terminal import bug, say
 from simclr import fields, files
 from simclr.data.s3.store import Store
 from simclr.data.s3.uri import Address, address, copy_of, locked
@@ -31,6 +31,7 @@ _OF_TRIAL = ("trial.json", "run.json", "metrics.jsonl")
 _HEAVY = ("checkpoints", "encoder")
 _NOTES = ".s3.json"  # name → ETag in S3, and size and time here, when both were the same
 _EVERY_S, _AT_ONCE = 15.0, 16  # between two sends; requests at a time
+_FAILED_S, _INTERRUPTED_S = 60.0, 2.0  # for the last send of a sweep that failed, or was interrupted
 
 
 class Mirror:
@@ -42,7 +43,7 @@ class Mirror:
         self.losers: set[str] = set()
         self.dropped: set[str] = set()
         self.wake, self.over = threading.Event(), threading.Event()
-        self.said = ""
+        self.trouble: Exception | None = None  # of the last send
 
     # ── Files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -118,19 +119,23 @@ class Mirror:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Inside, a thread sends what changes; at the end all of it is sent. Raises UserError if that fails."""
+        """Inside, a thread sends what changes; at the end it sends the rest. Raises UserError if that fails."""
         self.send()  # before any trial: who may not write there hears of it now
         thread = threading.Thread(target=self._work, name="sweep to S3", daemon=True)
         thread.start()
+        within_s: float | None = _FAILED_S
         try:
             yield
+            within_s = None
+        except KeyboardInterrupt:
+            within_s = _INTERRUPTED_S
+            raise
         finally:
             self.over.set()
             self.wake.set()
-            thread.join()
-            self.dropped.clear()  # a trial that was stopped may have sent a checkpoint since
-            self._drop()
-            self.send()
+            thread.join(within_s)
+        if self.trouble is not None:
+            raise self.trouble
 
     def ended(self, losers: list[str]) -> None:
         """Send a trial's end soon, and remove the checkpoints and encoders of `losers` from S3."""
@@ -138,17 +143,24 @@ class Mirror:
         self.wake.set()
 
     def _work(self) -> None:
-        while not self.over.is_set():
-            self.wake.wait(_EVERY_S)
-            self.wake.clear()
+        while True:
+            last = self.over.is_set()  # asked before sending, so that nothing written before the end is missed
+            if last:
+                self.dropped.clear()  # a trial that was stopped may have sent a checkpoint since
             try:
                 self.send()
                 self._drop()
-                self.said = ""
-            except (UserError, OSError) as error:  # no reason to end the trials; the next send covers it
-                if str(error) != self.said:
+                self.trouble = None
+            except Exception as error:  # no reason to end the trials; the next send covers it
+                if not isinstance(error, UserError | OSError):
+                    bug(error)
+                elif str(error) != str(self.trouble):
                     say(f"not sent: {error}")
-                self.said = str(error)
+                self.trouble = error
+            if last:
+                return
+            self.wake.wait(_EVERY_S)
+            self.wake.clear()
 
     def _drop(self) -> None:
         for name in sorted(self.losers - self.dropped):

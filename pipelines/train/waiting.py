@@ -25,6 +25,7 @@ from pipelines.train.messages import Said, Task, Tell
 
 _NAME, _NAMESPACE = "simclr-waiting-1", "simclr"  # the number is that of a ticket's fields, which jobs of several versions share
 _ASK_S, _TELL_S, _ALIVE_S, _SILENT_S = 1.0, 60.0, 5.0, 30.0
+_PATIENCE_S = 3.0  # before the first sentence: what a job leaves is not free at once
 _ANSWER_S = 60.0  # for the actor's first answer: its process has to start
 Ticket = dict[str, Any]
 """`id`; `who` it is, for people; `workers`, at least; what `each` of them takes; the `most` of each resource that the cluster may have,
@@ -119,7 +120,8 @@ def turn(trainer: Any, task: Task, private: bool, tell: Tell, ended: threading.E
         "place": 0,
         "goes": False,
     }
-    ticket = _waited(ticket, lambda text: tell(Said(text, task.trial)), ended)
+    every_s = math.inf if task.trial else _TELL_S  # a sweep has many trials: each says it once
+    ticket = _waited(ticket, lambda text: tell(Said(text, task.trial)), ended, every_s)
     over = threading.Event()
     alive = threading.Thread(target=_stay, args=(ticket, over), name="turn", daemon=True)
     alive.start()
@@ -142,11 +144,11 @@ def somebody() -> bool:
         return False
 
 
-def _waited(ticket: Ticket, tell: Callable[[str], object], ended: threading.Event) -> Ticket:
+def _waited(ticket: Ticket, tell: Callable[[str], object], ended: threading.Event, every_s: float) -> Ticket:
     """The ticket once it goes, or without its turn, if nobody answers."""
     import ray
 
-    said, say_at = "", -math.inf
+    said, say_at = "", time.monotonic() + _PATIENCE_S
     while not ended.is_set():
         try:
             answer = ray.get(_line().ask.remote(ticket), timeout=_ANSWER_S)
@@ -160,7 +162,7 @@ def _waited(ticket: Ticket, tell: Callable[[str], object], ended: threading.Even
             break
         now, text = time.monotonic(), _sentence(ticket, answer)
         if text != said and now >= say_at:
-            said, say_at = text, now + _TELL_S
+            said, say_at = text, now + every_s
             tell(text)
         ended.wait(_ASK_S)
     return ticket

@@ -18,7 +18,7 @@ from simclr.data.s3.uri import Address
 from simclr.errors import UserError
 from tests.support.s3 import Proxy
 from tests.support.sweeps import a_sweep, trained
-from tune import mirror, sweep_dir, validate
+from tune import mirror, sweep_dir, trial, validate
 from tune.mirror import Mirror
 
 pytestmark = pytest.mark.usefixtures("s3")
@@ -124,6 +124,15 @@ def test_a_trials_end_is_sent_at_once_and_only_the_best_keep_their_weights(capfd
             assert time.monotonic() < until
             time.sleep(0.02)
     assert _heavy(kept) == {"001-s0"}
+
+
+def test_a_trial_that_begins_again_has_no_checkpoint_of_its_first_try() -> None:
+    kept, found = begun(Address("photos", "mirror/first"))
+    kept.store.client.put_object(Bucket="photos", Key="mirror/first/trials/000-s0/checkpoints/step-000000009/checkpoint.json", Body=b"x")
+    trial._set_aside(found, found.path / "trials/000-s0")
+    assert {o.name.split("/")[1] for o in kept.store.listing(kept.at) if o.name.startswith("trials/")} == {"001-s0"}
+    kept.send()
+    assert {o.name for o in kept.store.listing(kept.at) if "000-s0" in o.name} == {f"first_tries/000-s0/{n}.json" for n in ("run", "trial")}
 
 
 def _heavy(kept: Mirror) -> set[str]:

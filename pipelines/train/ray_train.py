@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipelines import environ
 from pipelines.terminal import say
 from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, rendezvous, retry, tpu
 from pipelines.train.overseer import overseer
@@ -155,7 +156,9 @@ def _init(address: str, cores: int, imports: str) -> None:
     try:
         ray.init(address=address, **quiet)
     except ConnectionError as error:
-        raise UserError(f"no Ray cluster answers at {address!r} ({error}); start one with `ray up`, or leave out --address") from None
+        raise UserError(
+            f"no Ray cluster answers at {address!r} ({error}); start one with `ray up`, or {environ.without(address)}"
+        ) from None
 
 
 def lost() -> bool:
@@ -271,8 +274,11 @@ def require(resources: Resources, private: bool | None = None) -> bool:
     workers, each = resources.min_workers or resources.workers, resources.cpus_per_worker
     has = capacity.reachable(joined).get("GPU", 0)
     gpus = has >= workers and resources.device in ("auto", "cuda")
+    unused = environ.unused_gpus() if not has and not joined and resources.device in ("auto", "cuda") else ""
     if resources.device == "cuda" and not gpus:
-        raise UserError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {has:.0f}")
+        raise UserError(f"--device cuda with {workers} workers needs as many GPUs; {unused or f'the cluster has {has:.0f}'}")
+    if resources.device == "auto" and unused:
+        say(f"training on CPUs: {unused}")
     if resources.device == "auto" and has and not gpus:
         if joined:  # else, while a node is missing, days on GPUs would become months on CPUs
             raise UserError(f"{workers} workers need as many GPUs, and the cluster has {has:.0f}; use fewer --workers, or --device cpu")

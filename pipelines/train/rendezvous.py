@@ -19,15 +19,21 @@ _GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 def choose_interface(address: str) -> None:
     """Let torch's processes on this node meet at the node's `address` where its own name leads to the loopback alone. A choice of the
     user's stays. Raises UserError if that names no interface of this host."""
+    there = require_interfaces()
+    if os.environ.get(_GLOO) or _is_loopback(address) or not all(map(_is_loopback, _own_addresses()[:1])):
+        return
+    if mine := [name for name, addresses in there.items() if address in addresses]:
+        os.environ[_GLOO] = mine[0]
+
+
+def require_interfaces() -> dict[str, set[str]]:
+    """Interface → addresses of this host. Raises UserError if the environment names one that is not among them."""
     import psutil  # type: ignore[import-untyped]
 
     there = {name: {found.address.partition("%")[0] for found in each} for name, each in psutil.net_if_addrs().items()}
     for variable in (_GLOO, _NCCL):
         _require_interface(variable, list(there))
-    if os.environ.get(_GLOO) or _is_loopback(address) or not all(map(_is_loopback, _own_addresses()[:1])):
-        return
-    if mine := [name for name, addresses in there.items() if address in addresses]:
-        os.environ[_GLOO] = mine[0]
+    return there
 
 
 def require_reachable(nodes: list[dict[str, Any]]) -> None:

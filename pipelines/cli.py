@@ -55,6 +55,10 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `simclr` command; exits with 0, 2 (a mistake in the input) or 130 (interrupted)."""
     argv = sys.argv[1:] if argv is None else argv
+    from pipelines import environ, terminal
+
+    terminal.set_quiet("--quiet" in argv)
+    environ.prepare()
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if argv else 2)
@@ -67,10 +71,6 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"unknown command {name!r}; nearest: {', '.join(near)}")
         # A scheduler's SIGTERM ends the command by KeyboardInterrupt, like Ctrl-C. A shell's background jobs ignore SIGINT itself.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        quiet = "--quiet" in rest
-        from pipelines import terminal
-
-        terminal.set_quiet(quiet)
         sys.excepthook = lambda kind, error, trace: terminal.bug(error)
         module = importlib.import_module(_ABOVE.get(name, f"pipelines.commands.{name}"))
         words = [a for a in rest if a != "--quiet"]
@@ -86,8 +86,6 @@ def main(argv: list[str] | None = None) -> None:
             raise
         _fail(sentence)
     except KeyboardInterrupt:
-        from pipelines import terminal
-
         print(file=sys.stderr)  # the terminal shows ^C in the line
         terminal.complain("interrupted; run the same command again to go on")
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -26,6 +26,7 @@ LAYERS = [
     ("pipelines.tracking", "pipelines.pyfunc"),
     ("pipelines.runs",),
     ("pipelines.tracking.uri", "pipelines.html", "pipelines.clusterfile", "pipelines.notice"),
+    ("pipelines.environ",),
     ("pipelines.terminal", "pipelines.allocator", "pipelines.train.ray_private"),
     ("pipelines",),
     ("simclr.train",),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.environ import unused_gpus
 from pipelines.runs import sync
 from pipelines.runs.directory import load_run
 from pipelines.terminal import Bar, say
@@ -57,8 +58,10 @@ def device_of(name: str) -> torch.device:
     from simclr.precision import set_backends
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU here; leave it out to use the CPU")
+        raise UserError(f"--device cuda, but {unused_gpus() or 'torch sees no GPU here'}; leave it out to use the CPU")
     device = torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    if name == "auto" and device.type == "cpu" and (unused := unused_gpus()):
+        say(f"computing on the CPU: {unused}")
     set_backends("float32", device)
     return device
 

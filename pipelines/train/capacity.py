@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
+from pipelines.train import rendezvous
 from simclr import files
 
 GROWS = "SIMCLR_GROWS"
@@ -23,6 +24,8 @@ def reachable(joined: bool) -> dict[str, float]:
     """Resource → how much of it Ray can have. A cluster that scales to zero has no GPU when a job comes, so counting only the nodes that
     run now would refuse the very job that starts them.
 
+    Raises UserError if nodes cannot reach one another.
+
     Without `LEFT` and $SIMCLR_GROWS, and in a private Ray (`joined` is False), only the nodes that run now count.
     """
     import ray
@@ -30,6 +33,7 @@ def reachable(joined: bool) -> dict[str, float]:
     has = defaultdict(float, ray.cluster_resources())
     if not joined:
         return dict(has)
+    rendezvous.require_reachable(ray.nodes())
     for name, amount in _most().items():
         has[name] = max(has[name], amount)
     for name in os.environ.get(GROWS, "").split():

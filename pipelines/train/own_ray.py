@@ -25,6 +25,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from pipelines.terminal import say
+from pipelines.train import rendezvous
 from simclr.errors import UserError
 
 PREFIX = ".simclr-ray-"
@@ -96,6 +97,7 @@ def begin() -> Path:
 
 def _interfaces() -> dict[str, str]:
     """Variables that keep the workers' connections on the loopback. An interface that the user has chosen stays, and is said."""
+    rendezvous.require_interfaces()
     new = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}  # NCCL takes a name without = as a prefix
     for name, loopback in new.items():
         if (chosen := os.environ.get(name, "")) not in ("", "lo", "=lo"):

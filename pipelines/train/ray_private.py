@@ -307,6 +307,29 @@ def torch_config(backend: str, timeout_s: int) -> Any:
     return Config(backend=backend, timeout_s=timeout_s)
 
 
+def torch_config_of_nodes(backend: str, timeout_s: int, ahead: Callable[[str], None]) -> Any:
+    """TorchConfig for workers on several nodes: each calls `ahead(address of its node)` before they meet. It waits for a hook in workers
+    ahead of `init_process_group`; Ray Train's callbacks run in the controller, or later."""
+    from ray.train.torch import TorchConfig
+
+    def at_node() -> None:
+        import ray
+
+        ahead(ray.util.get_node_ip_address())
+
+    class Backend(TorchConfig(backend=backend).backend_cls):  # type: ignore[misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(at_node)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
+    return Config(backend=backend, timeout_s=timeout_s)
+
+
 # ── The workers, as the controller sees them ───────────────────────────────────────────────────────────────────────
 
 

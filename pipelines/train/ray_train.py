@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipelines import environ
 from pipelines.terminal import say
-from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, retry, tpu, waiting
+from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, rendezvous, retry, tpu, waiting
 from pipelines.train.overseer import overseer
 from simclr import sense
 from simclr.config import Config
@@ -162,7 +163,9 @@ def _init(address: str, cores: int, imports: str) -> None:
     try:
         ray.init(address=address, **quiet)
     except ConnectionError as error:
-        raise UserError(f"no Ray cluster answers at {address!r} ({error}); start one with `ray up`, or leave out --address") from None
+        raise UserError(
+            f"no Ray cluster answers at {address!r} ({error}); start one with `ray up`, or {environ.without(address)}"
+        ) from None
 
 
 def lost() -> bool:
@@ -284,8 +287,11 @@ def require(resources: Resources, private: bool | None = None) -> bool:
     workers, each = resources.min_workers or resources.workers, resources.cpus_per_worker
     has = capacity.reachable(joined).get("GPU", 0)
     gpus = has >= workers and resources.device in ("auto", "cuda")
+    unused = environ.unused_gpus() if not has and not joined and resources.device in ("auto", "cuda") else ""
     if resources.device == "cuda" and not gpus:
-        raise UserError(f"--device cuda with {workers} workers needs as many GPUs; the cluster has {has:.0f}")
+        raise UserError(f"--device cuda with {workers} workers needs as many GPUs; {unused or f'the cluster has {has:.0f}'}")
+    if resources.device == "auto" and unused:
+        say(f"training on CPUs: {unused}")
     if resources.device == "auto" and has and not gpus:
         if joined:  # else, while a node is missing, days on GPUs would become months on CPUs
             raise UserError(f"{workers} workers need as many GPUs, and the cluster has {has:.0f}; use fewer --workers, or --device cpu")
@@ -356,13 +362,13 @@ def _trainer(
     controllers: list[Any] | None,
 ) -> Any:
     import ray.train
-    from ray.train.torch import TorchConfig
 
     train: Any = ray.train  # Any: a type checker finds older classes of the same names there
 
     gpus = require(resources, private)
     accelerator = {"GPU": 1} if gpus else {}
-    torch_config, scaling = (ray_private.torch_config if private else TorchConfig)(backend="nccl" if gpus else "gloo", timeout_s=1800), {}
+    meeting = ray_private.torch_config if private else partial(ray_private.torch_config_of_nodes, ahead=rendezvous.choose_interface)
+    torch_config, scaling = meeting("nccl" if gpus else "gloo", 1800), {}
     if resources.topology and resources.accelerator_type:
         accelerator = {"TPU": 1}
         torch_config, scaling = tpu.torch_config(resources.topology, 1800), tpu.scaling(resources.topology, resources.accelerator_type)

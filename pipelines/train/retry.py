@@ -27,6 +27,9 @@ def causes(failure: BaseException) -> list[BaseException]:
 def non_retryable(failure: BaseException, less_memory: str = "") -> str:
     """The sentence of a worker's failure that no retry would mend (a diverging loss, a damaged shard, a full disk, too little memory on
     the device, where `less_memory` is the advice), or ""."""
+    started = getattr(failure, "controller_failure", None)  # of a worker ahead of its training, as Ray wraps it
+    if isinstance(started, UserError) and not isinstance(started, Unreachable):
+        return str(getattr(started, "cause", started))
     for error in causes(failure) if hasattr(failure, "worker_failures") else []:
         if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
             first = str(error).splitlines()[0][:200]

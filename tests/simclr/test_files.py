@@ -79,6 +79,24 @@ def test_a_lock_is_neither_followed_nor_emptied(tmp_path: Path) -> None:
     assert victim.read_text() == "precious"
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
+def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """NFS without its lock service, Lustre without `-o flock`: who must not write beside another is refused, who only asks goes on."""
+
+    def refused(opened: int, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with (
+        pytest.raises(OSError if code == errno.EIO else UserError, match="" if code == errno.EIO else "lock has no locks; use a folder on"),
+        files.locked(tmp_path / "lock"),
+    ):
+        raise AssertionError
+    if code != errno.EIO:
+        with files.locked(tmp_path / "lock", wait=False):
+            pass
+
+
 def test_a_lock_that_its_holder_removes_is_held_by_one_of_those_who_waited(tmp_path: Path) -> None:
     inside, most = 0, 0
     lock = threading.Lock()

@@ -24,7 +24,11 @@ def only_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(own_ray, "_own", [])  # the suite's Ray is private
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e10})
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 1e10}}])
+    monkeypatch.setattr(
+        ray,
+        "nodes",
+        lambda: [{"Alive": True, "Resources": {"memory": 1e10}, "NodeManagerHostname": "head", "NodeManagerAddress": "10.0.0.5"}],
+    )
 
 
 def test_a_cluster_that_scales_to_zero_can_have_what_its_file_says(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.support.mutation import Mutation
 from tests.support.mutation_table_attack import ATTACK
+from tests.support.mutation_table_cluster import CLUSTER
 from tests.support.mutation_table_data import DATA
 from tests.support.mutation_table_resume import RESUME
 from tests.support.mutation_table_tracking import TRACKING
@@ -15,6 +16,7 @@ MUTATIONS = (
     *TRACKING,
     *RESUME,
     *USES,
+    *CLUSTER,
     # ── simclr: loss, optimizer, statistics ────────────────────────────────────────────────────────────────────────
     Mutation(
         "positive-not-in-denominator",

@@ -65,7 +65,8 @@ class Shelf:
             fetched_s = time.monotonic() - began
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
-            subprocess.run(["tar", "--extract", "--use-compress-program=zstd", "--file", archive, "--directory", beside], check=True)
+            unpack = ["tar", "--extract", "--use-compress-program=zstd", "--file", str(archive), "--directory", str(beside)]
+            subprocess.run(unpack, check=True)
             shutil.rmtree(folder, ignore_errors=True)
             (beside / folder.name).rename(folder)
         finally:
@@ -81,8 +82,8 @@ class Shelf:
             return 0
         began, archive = time.monotonic(), folder.with_name(f"{folder.name}.tar.zst")
         try:
-            pack = ["tar", "--create", "--use-compress-program=zstd -T0", "--file", archive, "--directory", folder.parent, folder.name]
-            subprocess.run(pack, check=True)
+            pack = ["tar", "--create", "--use-compress-program=zstd -T0", "--file", str(archive)]
+            subprocess.run([*pack, "--directory", str(folder.parent), folder.name], check=True)
             digest, size = sha256(archive), archive.stat().st_size
             note = {"sha256": digest, "bytes": size, "object": f"{self.prefix}/{key}/{digest}.tar.zst"}
             self.client.upload_file(str(archive), self.bucket, note["object"], ExtraArgs=self.own)

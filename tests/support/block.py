@@ -75,6 +75,7 @@ class Blocked:
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment |= {"HOME": str(folder), "RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
         self.environment |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "PYTHONUNBUFFERED": "1"}
+        self.environment |= {"RAY_memory_monitor_refresh_ms": "0"}  # where other work fills the memory, it would end workers
         port, each = free_port(), f"--num-cpus=1 --object-store-memory={80 << 20}"
         self.address = f"127.0.0.1:{port}"
         self.containers = list[Container]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.support.mutation import Mutation
 from tests.support.mutation_table_attack import ATTACK
+from tests.support.mutation_table_cluster import CLUSTER
 from tests.support.mutation_table_data import DATA
 from tests.support.mutation_table_norms import NORMS
 from tests.support.mutation_table_ranks import RANKS
@@ -19,6 +20,7 @@ MUTATIONS = (
     *RANKS,
     *RESUME,
     *USES,
+    *CLUSTER,
     # ── simclr: loss, optimizer, statistics ────────────────────────────────────────────────────────────────────────
     Mutation(
         "positive-not-in-denominator",

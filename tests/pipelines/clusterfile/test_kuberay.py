@@ -17,7 +17,7 @@ import yaml
 from tests.support.paths import ROOT
 
 HERE = ROOT / "cluster/kuberay"
-CLUSTER = {"ray.io/cluster": "simclr"}
+CLUSTER = {"app": "simclr", "ray.io/cluster": "simclr"}
 HEAD, WORKER, STRANGER = CLUSTER | {"ray.io/node-type": "head"}, CLUSTER | {"ray.io/node-type": "worker"}, {"app": "other"}
 
 
@@ -169,7 +169,8 @@ def test_the_image_begins_with_a_digest_that_somebody_looked_up() -> None:
 
 def passes(direction: str, pod: dict[str, str], other: dict[str, str] | str, port: int, protocol: str = "TCP", extra: str = "") -> bool:
     """Whether a connection between `pod` and another pod (labels) or an address passes the policies."""
-    policies = of("NetworkPolicy") + ([*yaml.safe_load_all((HERE / extra).read_text())] if extra else [])
+    more = [*yaml.safe_load_all((HERE / extra).read_text())] if extra else []
+    policies = of("NetworkPolicy") + [manifest for manifest in more if manifest["kind"] == "NetworkPolicy"]
     key, peers = ("ingress", "from") if direction == "Ingress" else ("egress", "to")
     mine = [p["spec"] for p in policies if direction in p["spec"]["policyTypes"] and _matches(p["spec"]["podSelector"], pod)]
     if not mine:  # what no policy selects is free

@@ -23,6 +23,7 @@ from simclr.methods.choice import method_of
 from simclr.methods.method import Method, Rows, Start, examples_of, no_evaluation
 from simclr.optim import build_optimizer, set_schedules
 from simclr.precision import autocast, set_backends
+from simclr.telemetry import progress
 from simclr.telemetry.guards import Health
 from simclr.telemetry.sums import Sums, shares
 from simclr.telemetry.timing import Clock
@@ -99,7 +100,8 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
             metrics = shares(metrics) | {"epoch": step / per_epoch, "train/lr": optimizer.param_groups[0]["lr"]}
             metrics |= since.speed(step, per_rank * world_size())
             if watch:
-                metrics |= method.evaluate()
+                with progress.within("evaluation"):
+                    metrics |= method.evaluate()
             state = checkpoint.capture(step, config.to_dict(), method.network, optimizer, method.state)
             yield Report(step, total, metrics, state, due, ranks, tuple(health.stragglers.named()))
             sums.clear()

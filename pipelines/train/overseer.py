@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from pipelines.train import hang, ray_private
 from pipelines.train.messages import Said, Tell, WorkerFailed
+from pipelines.train.starting import Starting
 from simclr.telemetry import progress
 
 _ASK_MOST_S = 30.0  # between two questions for a worker's position
@@ -24,6 +27,19 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
         def __reduce__(self) -> Any:
             return overseer, (hang_timeout_s, tell)  # Ray sends every worker a copy of all callbacks; the copy knows no workers
 
+        @contextlib.contextmanager
+        def starts(self) -> Iterator[None]:
+            hang.group.stuck = ""
+            self.starting = Starting(hang_timeout_s)
+            self.starting.start()
+            try:
+                yield
+            finally:
+                self.starting.end()
+
+        def born(self, workers: list[ray_private.Worker]) -> None:
+            self.starting.born(workers)
+
         def started(self, count: int) -> None:
             if self.size:
                 tell(Said(f"starting again with {count} workers" + (f", {self.size} before" if count != self.size else "")))
@@ -34,7 +50,7 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
             self.detector = hang.HangDetector([str(worker) for worker in workers], hang_timeout_s, time.monotonic())
             self.pending: dict[Any, int] = {}
             self.next = 0.0
-            self.warned = False
+            self.warned = self.told = False
             hang.group.saved = 0
 
         def ends(self) -> None:
@@ -45,6 +61,9 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
                 return
             self._ask(self.detector)
             hung = self.detector.hung(time.monotonic())
+            if not self.told and (sentence := self.detector.waits_for_others()):
+                self.told = True
+                tell(Said(sentence))
             for rank, sentence in hung.items():
                 health.fail(rank, hang.Hung(sentence))
             if hung:  # Ray called the callbacks that report failed workers before this one, so they miss this failure
@@ -73,6 +92,7 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
                 waited_for = set(self.pending.values())
                 for rank, worker in enumerate(self.workers):
                     if rank not in waited_for:
+                        detector.asks(rank, now)
                         self.pending[worker.ask(progress.read)] = rank
 
     return Overseer()

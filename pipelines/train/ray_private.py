@@ -1,4 +1,4 @@
-"""All private names of Ray 2.60 that we use, here and nowhere else: each with the reason, and the public way that it waits for.
+"""All private names of Ray 2.60 that we use, here and in `ray_start`: each with the reason, and the public way that it waits for.
 
 `tests/pipelines/train/test_canary.py` checks each of them against the installed Ray. This file imports nothing of ours, and Ray only
 inside its functions: draining a node needs no trainer, and variables must be set before Ray is imported.
@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +195,13 @@ def never_started(failure: BaseException) -> bool:
     return isinstance(failure, ControllerError) and isinstance(failure.controller_failure, WorkerGroupStartupTimeoutError)
 
 
+def start_failed(failure: BaseException | None) -> bool:
+    """Whether a worker's process was lost before it had answered. Ray would try again without a limit; it waits for a public error."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+    return isinstance(failure, WorkerGroupStartupFailedError)
+
+
 def fixed_scaling(config: Any, lean: bool) -> Any:
     """Ray's own policy for a fixed number of workers. `lean` = without the actor that asks an autoscaler: it is a process with 3 s of
     imports. It waits for a switch for that."""
@@ -252,32 +258,6 @@ def elastic_scaling() -> Any:
     return Elastic
 
 
-def torch_config(backend: str, timeout_s: int) -> Any:
-    """TorchConfig for workers that are all on this machine: they meet in a file of Ray's folder. Torch's own store listens on every
-    address, and obeys whoever connects. It waits for an `init_method` that is a file's address."""
-    import ray
-    from ray.train.torch import TorchConfig
-    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
-
-    class Backend(TorchConfig(backend=backend).backend_cls):  # type: ignore[misc]
-        def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(_set_torch_distributed_env_vars)
-            store = f"file://{ray.get_runtime_context().get_temp_dir()}/torch-{uuid.uuid4().hex}"
-            group = {"backend": backend, "world_size": len(worker_group), "init_method": store, "timeout_s": timeout_s}
-            each = [
-                worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **group)
-                for rank in range(len(worker_group))
-            ]
-            ray.get(each)
-
-    class Config(TorchConfig):
-        @property
-        def backend_cls(self) -> Any:
-            return Backend
-
-    return Config(backend=backend, timeout_s=timeout_s)
-
-
 # ── The workers, as the controller sees them ───────────────────────────────────────────────────────────────────────
 
 
@@ -290,6 +270,12 @@ class Worker:
     def __str__(self) -> str:
         about = self._worker.metadata
         return f"pid {about.pid} on {about.hostname} ({about.node_ip})"
+
+    def end(self) -> None:
+        """Kill its process; Ray then sees a worker that has died."""
+        import ray
+
+        ray.kill(self._worker.actor)
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """Call `question` in its process, beside the training; returns a reference to the answer."""
@@ -332,6 +318,13 @@ def group_callback() -> Any:
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
     class Callback(WorkerGroupCallback):
+        def starts(self) -> contextlib.AbstractContextManager[None]:
+            """A group starts inside it, for whose processes Ray waits without a limit; another thread may look at them meanwhile."""
+            return contextlib.nullcontext()
+
+        def born(self, workers: list[Worker]) -> None:
+            """Called in a start when each process has answered once."""
+
         def started(self, count: int) -> None:
             """Called when the processes of `count` workers run."""
 
@@ -343,6 +336,13 @@ def group_callback() -> Any:
 
         def heard(self, health: Health) -> None:
             """Called when Ray has polled their health."""
+
+        def on_worker_group_start(self) -> Any:
+            return self.starts()
+
+        def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+            self.born([Worker(worker) for worker in workers])
+            return {}
 
         def after_worker_group_start(self, worker_group: Any) -> None:
             self.started(len(worker_group.get_workers()))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
-from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, retry, tpu
+from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, ray_start, retry, tpu
 from pipelines.train.overseer import overseer
 from simclr.config import Config
 from simclr.errors import UserError
@@ -337,13 +337,12 @@ def _trainer(
     controllers: list[Any] | None,
 ) -> Any:
     import ray.train
-    from ray.train.torch import TorchConfig
 
     train: Any = ray.train  # Any: a type checker finds older classes of the same names there
 
     gpus = require(resources, private)
     accelerator = {"GPU": 1} if gpus else {}
-    torch_config, scaling = (ray_private.torch_config if private else TorchConfig)(backend="nccl" if gpus else "gloo", timeout_s=1800), {}
+    torch_config, scaling = ray_start.torch_config("nccl" if gpus else "gloo", 1800, private), {}
     if resources.topology and resources.accelerator_type:
         accelerator = {"TPU": 1}
         torch_config, scaling = tpu.torch_config(resources.topology, 1800), tpu.scaling(resources.topology, resources.accelerator_type)

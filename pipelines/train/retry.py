@@ -135,12 +135,19 @@ def bug(failure: BaseException) -> str:
     return str(errors[min(errors)]) if errors else "".join(traceback.format_exception(failure))
 
 
+def _failed_start(failure: BaseException) -> str:
+    """Ray's words for a worker that was lost while its group was starting, or ""."""
+    import ray
+    from ray.train import ControllerError
+
+    why = failure.controller_failure if isinstance(failure, ControllerError) else None
+    return str(why).strip() if isinstance(why, ray.exceptions.RayError) or ray_private.start_failed(why) else ""
+
+
 def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
     """Decides on a retry. It gives up on non-retryable failures, does not count workers that left on request, and counts failures in a
     row: over weeks every node fails once, so only failures without a new checkpoint between them count. Ray's own policy does not
     count preempted nodes."""
-    import ray
-    from ray.train import ControllerError
 
     def again(error: Any, counter: Any) -> bool | None:
         if any(isinstance(cause, hang.Leave) for cause in causes(error)):
@@ -149,10 +156,11 @@ def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
             return False
         if hang.group.saved:
             hang.group.saved = counter.failures = 0
-        if isinstance(error, ControllerError) and isinstance(error.controller_failure, ray.exceptions.RayError):
-            # A worker was lost while its group was starting. Ray takes that for an error of the controller, and would end the job.
+        if failed := _failed_start(error):
+            # A worker was lost while its group was starting. Ray takes that for an error of the controller, and would end the job, or try
+            # again for ever.
             counter.failures += 1
-            tell(Said(f"workers failed to start: {str(error.controller_failure).strip().splitlines()[-1][:500]}"))
+            tell(Said(f"workers failed to start: {hang.group.stuck or failed.splitlines()[-1][:500]}"))
             return bool(config.max_failures < 0 or counter.failures <= config.max_failures)
         if ray_private.never_started(error):
             tell(Said(f"waiting for nodes: the cluster has no room for {workers} workers now (`ray status` shows why)"))

@@ -49,6 +49,8 @@ class Group:
 
     saved = 0
     """Step of the newest checkpoint that they have written; 0 = none yet."""
+    short = 0
+    """How often in a row, without a new checkpoint between them, a group ended because a node's memory was used up."""
     stuck = ""
     """Which worker was ended because its start hung, as a sentence; "" = none."""
 
@@ -103,7 +105,7 @@ class HangDetector:
         self.readings: list[Reading | None] = [None] * len(names)
         self.answered, self.moved, self.stood = [0.0] * len(names), [0.0] * len(names), [0.0] * len(names)
         self.asked = [math.inf] * len(names)
-        self.longest, self.slowest = dict.fromkeys(PHASES, 0.0), 0.0
+        self.longest, self.slowest = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
 
     def asks(self, rank: int, now: float) -> None:
         """`rank` is asked now; it has answered all questions before."""
@@ -112,7 +114,8 @@ class HangDetector:
     def hear(self, rank: int, reading: Reading, now: float) -> None:
         """`rank` has answered."""
         now = self.watch.at(now)
-        self.slowest = max(self.slowest, now - self.asked[rank])
+        phase = self._phase(rank)
+        self.slowest[phase] = max(self.slowest[phase], now - self.asked[rank])
         before, self.readings[rank], self.answered[rank] = self.readings[rank], reading, now
         if before is None or (reading.phase, reading.beats) != (before.phase, before.beats) or not reading.phase or reading.stopped:
             if before is not None and before.phase and not before.stopped:  # it stood still at least from one answer to the next
@@ -123,7 +126,7 @@ class HangDetector:
     def hung(self, now: float) -> dict[int, str]:
         """{rank: a sentence} of the ranks that hang; {} if none does."""
         now = self.watch.at(now)
-        silent = {r: now - at for r, at in enumerate(self.answered) if now - at > max(self._patience(r), _SLOWEST * self.slowest)}
+        silent = {r: now - at for r, at in enumerate(self.answered) if now - at > self._patience(r)}
         if silent:
             return {rank: f"no answer for {quiet:.0f} s from {self.names[rank]}, {self._last(rank)}" for rank, quiet in silent.items()}
         alone = {r: self.stood[r] - self.moved[r] for r, seen in self._at_work().items() if seen.phase in _ALONE and not seen.waiting}
@@ -158,11 +161,15 @@ class HangDetector:
         guilty = [rank for rank in behind if not at_work[rank].waiting] or behind
         return dict.fromkeys(guilty, still) if still > max(map(self._limit, guilty)) else {}
 
-    def _patience(self, rank: int) -> float:
-        """Seconds of silence that are no hang where `rank` was last seen."""
+    def _phase(self, rank: int) -> str:
+        """Where `rank` was last seen, or is on its way to its first answer, or out."""
         reading = self.readings[rank]
-        phase = reading.phase or "training" if reading is not None else "start"
-        return patience_s("fetch" if phase == "lock" else phase, self.timeout_s)
+        return (reading.phase or "upload") if reading is not None else "start"
+
+    def _patience(self, rank: int) -> float:
+        """Seconds of silence that are no hang for `rank`."""
+        phase = self._phase(rank)
+        return max(patience_s("fetch" if phase == "lock" else phase, self.timeout_s), _SLOWEST * self.slowest[phase])
 
     def _limit(self, rank: int) -> float:
         """Seconds without progress that are no hang for `rank`, which answers."""

@@ -30,7 +30,7 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
         @contextlib.contextmanager
         def starts(self) -> Iterator[None]:
             hang.group.stuck = ""
-            self.starting = Starting(hang_timeout_s)
+            self.starting = Starting(hang.patience_s("start", hang_timeout_s))
             self.starting.start()
             try:
                 yield

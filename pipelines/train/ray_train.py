@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
-from pipelines.train import capacity, elastic, hang, messages, own_ray, ray_private, ray_start, retry, tpu
+from pipelines.train import capacity, elastic, hang, memory, messages, own_ray, ray_private, ray_start, retry, tpu
 from pipelines.train.overseer import overseer
 from simclr.config import Config
 from simclr.errors import UserError
@@ -384,7 +384,9 @@ def _forwarder(inbox: Any) -> Any:
                 if isinstance(error, hang.Leave):
                     inbox.put(messages.Said(f"rank {rank} left with a checkpoint: {error}"))
                     return
-            rank, error = sorted(worker_exceptions.items())[0]
-            inbox.put(messages.WorkerFailed(rank=rank, error=str(error).strip().splitlines()[-1][:500]))
+            short = {rank: sentence for rank, error in worker_exceptions.items() if (sentence := memory.used_up(error))}
+            last = {rank: str(error).strip().splitlines()[-1][:500] for rank, error in worker_exceptions.items()}
+            rank, why = min((short or last).items())  # who lost a connection says less than who was ended for its memory
+            inbox.put(messages.WorkerFailed(rank=rank, error=why))
 
     return Forward()

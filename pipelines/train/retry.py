@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.train import hang, ray_private
+from pipelines.train import hang, memory, ray_private
 from pipelines.train.messages import Said, Tell
 from simclr import files, sense
 from simclr.data.manifest import read_manifest, require_sizes
@@ -16,6 +16,12 @@ from simclr.errors import UserError
 
 if TYPE_CHECKING:
     from simclr.config import Config
+
+
+_TOO_OFTEN = (
+    "workers failed more often in a row than --max-failures allows, the last time so: {last}; "
+    "run the same command again, to go on from the last checkpoint"
+)
 
 
 def causes(failure: BaseException) -> list[BaseException]:
@@ -90,17 +96,17 @@ def given_up(failure: BaseException, data: str = "") -> str:
     has shrunk. "" for others: their traceback says more."""
     import ray
 
+    if sentence := next(filter(None, map(memory.used_up, causes(failure))), ""):
+        return f"{sentence}; then run the same command again, to go on from the last checkpoint"
+    if failed := _failed_start(failure):
+        return _TOO_OFTEN.format(last=failed.splitlines()[-1][:500])
     for error in causes(failure) if hasattr(failure, "worker_failures") else []:
         if isinstance(error, Unreachable):
             return str(error)
         if isinstance(error, hang.Hung | ray.exceptions.RayActorError):
             if shrunk := resized(data):
                 return shrunk
-            last = str(error).strip().splitlines()[0]
-            return (
-                f"workers failed more often in a row than --max-failures allows, the last time so: {last}; "
-                "run the same command again, to go on from the last checkpoint"
-            )
+            return _TOO_OFTEN.format(last=str(error).strip().splitlines()[0])
     return ""
 
 
@@ -149,18 +155,25 @@ def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
     row: over weeks every node fails once, so only failures without a new checkpoint between them count. Ray's own policy does not
     count preempted nodes."""
 
+    hang.group.short = 0
+
     def again(error: Any, counter: Any) -> bool | None:
         if any(isinstance(cause, hang.Leave) for cause in causes(error)):
             return True
         if non_retryable(error):
             return False
         if hang.group.saved:
-            hang.group.saved = counter.failures = 0
+            hang.group.saved = hang.group.short = counter.failures = 0
+        sentence = next(filter(None, map(memory.used_up, causes(error))), "")
+        if sentence:  # it may have been another job's, once; a second time at the same place is none
+            hang.group.short += 1
+            if hang.group.short > 1:
+                return False
         if failed := _failed_start(error):
             # A worker was lost while its group was starting. Ray takes that for an error of the controller, and would end the job, or try
             # again for ever.
             counter.failures += 1
-            tell(Said(f"workers failed to start: {hang.group.stuck or failed.splitlines()[-1][:500]}"))
+            tell(Said(f"workers failed to start: {sentence or hang.group.stuck or failed.splitlines()[-1][:500]}"))
             return bool(config.max_failures < 0 or counter.failures <= config.max_failures)
         if ray_private.never_started(error):
             tell(Said(f"waiting for nodes: the cluster has no room for {workers} workers now (`ray status` shows why)"))

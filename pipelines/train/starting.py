@@ -40,10 +40,9 @@ class Debts:
 class Starting(threading.Thread):
     """Looks at the processes of a start until `end` is called."""
 
-    def __init__(self, timeout_s: float) -> None:
-        """`timeout_s` is --hang-timeout-s."""
+    def __init__(self, patience_s: float) -> None:
         super().__init__(name="starting", daemon=True)
-        self.patience_s, self.over = hang.patience_s("start", timeout_s), threading.Event()
+        self.patience_s, self.over = patience_s, threading.Event()
         self.workers: list[ray_private.Worker] = []
         self.pending: dict[Any, int] = {}
         self.debts = Debts(self.patience_s, time.monotonic())

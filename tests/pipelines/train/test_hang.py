@@ -124,13 +124,20 @@ def test_what_takes_its_time_is_no_hang() -> None:
     assert slow.until(300.0, *after) == {} and slow.until(300.0 + 5 * 290.0, *after) == {}
     assert set(slow.until(300.0 + 5 * 290.0 + 20, *after)) == {0, 1}  # five times 290 s
     starved = HangDetector(NAMES[:1], 300.0, 0.0)
+    starved.hear(0, AT, 0.0)
     starved.asks(0, 0.0)
     for now in range(0, 251, 50):  # its machine is under such a load that an answer takes 250 s
         assert starved.hung(now) == {}
     starved.hear(0, AT, 250.0)
-    for now in range(300, 1451, 50):
+    for now in range(300, 1501, 50):
         assert starved.hung(now) == {}
     assert set(starved.hung(1510.0)) == {0}
+    imports = HangDetector(NAMES[:1], 300.0, 0.0)
+    imports.asks(0, 0.0)
+    for now in range(0, 251, 50):
+        assert imports.hung(now) == {}
+    imports.hear(0, replace(AT, phase="fetch"), 250.0)  # a process that is made answers late, which says nothing about later
+    assert [set(imports.hung(now)) for now in (300.0, 360.0, 420.0, 480.0, 540.0, 551.0)] == [*[set()] * 5, {0}]
 
 
 def test_a_controller_that_slept_has_seen_no_hang() -> None:

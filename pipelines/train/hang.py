@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any, ClassVar
 
 from simclr.telemetry.progress import PHASES, Reading
 
@@ -49,6 +50,8 @@ class Group:
 
     saved = 0
     """Step of the newest checkpoint that they have written; 0 = none yet."""
+    kills: ClassVar[dict[int, tuple[Any, int]]] = {}
+    """Rank → its worker, and how many processes its machine's kernel had killed for lack of memory when it last answered."""
     short = 0
     """How often in a row, without a new checkpoint between them, a group ended because a node's memory was used up."""
     stuck = ""

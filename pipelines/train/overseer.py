@@ -7,12 +7,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.train import hang, ray_private
+from pipelines.train import hang, memory, ray_private
 from pipelines.train.messages import Said, Tell, WorkerFailed
 from pipelines.train.starting import Starting
 from simclr.telemetry import progress
 
 _ASK_MOST_S = 30.0  # between two questions for a worker's position
+
+
+def _position() -> tuple[progress.Reading, int]:
+    return progress.read(), memory.kernel_kills()
 
 
 def overseer(hang_timeout_s: float, tell: Tell) -> Any:
@@ -52,6 +56,7 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
             self.next = 0.0
             self.warned = self.told = False
             hang.group.saved = 0
+            hang.group.kills.clear()
 
         def ends(self) -> None:
             self.detector = None
@@ -82,10 +87,11 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
             for answer in done:
                 rank = self.pending.pop(answer)
                 try:
-                    reading = ray.get(answer)
+                    reading, kills = ray.get(answer)
                 except ray.exceptions.RayError:  # the worker is gone: Ray's health check reports it
                     continue
                 detector.hear(rank, reading, time.monotonic())
+                hang.group.kills[rank] = self.workers[rank], kills
                 hang.group.saved = max(hang.group.saved, reading.saved)
             if (now := time.monotonic()) >= self.next:
                 self.next = now + min(detector.timeout_s / 10, _ASK_MOST_S)
@@ -93,6 +99,6 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
                 for rank, worker in enumerate(self.workers):
                     if rank not in waited_for:
                         detector.asks(rank, now)
-                        self.pending[worker.ask(progress.read)] = rank
+                        self.pending[worker.ask(_position)] = rank
 
     return Overseer()

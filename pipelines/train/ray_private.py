@@ -195,6 +195,12 @@ def never_started(failure: BaseException) -> bool:
     return isinstance(failure, ControllerError) and isinstance(failure.controller_failure, WorkerGroupStartupTimeoutError)
 
 
+def inner(error: BaseException) -> BaseException:
+    """What was wrong with a worker, without the error of Ray's poll around it."""
+    found: BaseException = getattr(error, "health_check_failure", error)
+    return found
+
+
 def start_failed(failure: BaseException | None) -> bool:
     """Whether a worker's process was lost before it had answered. Ray would try again without a limit; it waits for a public error."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
@@ -276,6 +282,14 @@ class Worker:
         import ray
 
         ray.kill(self._worker.actor)
+
+    def beside(self, question: Callable[[], Any], within_s: float) -> Any:
+        """The answer of another process on its node: its own may be gone. Raises a RayError if there is none in time."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there: Any = NodeAffinitySchedulingStrategy(self._worker.metadata.node_id, soft=False)
+        return ray.get(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(question).remote(), timeout=within_s)
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """Call `question` in its process, beside the training; returns a reference to the answer."""

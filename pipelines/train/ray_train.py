@@ -58,7 +58,7 @@ class Resources:
     The batch size stays the same. Only numbers that divide it are used."""
     hang_timeout_s: float = 300.0
     """Seconds without progress after which the blocking rank is ended, and training goes on from the last checkpoint; at least five
-    times the longest step."""
+    times the longest step. Twice as long for imports, an evaluation and a checkpoint, six times for the first batches, which compile."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -347,7 +347,8 @@ def _trainer(
         accelerator = {"TPU": 1}
         torch_config, scaling = tpu.torch_config(resources.topology, 1800), tpu.scaling(resources.topology, resources.accelerator_type)
     os.environ[ray_private.PREEMPTION_WATCHER] = "0" if private else "1"
-    os.environ[ray_private.HEALTH_TIMEOUT] = str(10 * resources.hang_timeout_s)  # the overseer finds a silent worker earlier, and names it
+    # The overseer finds a silent worker earlier in every phase, and names it.
+    os.environ[ray_private.HEALTH_TIMEOUT] = str(10 * hang.patience_s("start", resources.hang_timeout_s))
     counts = resources.counts(task.config)
     is_elastic = resources.min_workers is not None
     # An elastic group that was planned with a node that is gone must time out soon, to be planned again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from simclr.config import Config
 
 
+_KERNEL_S = 20.0  # for the answer of a lost worker's machine
 _TOO_OFTEN = (
     "workers failed more often in a row than --max-failures allows, the last time so: {last}; "
     "run the same command again, to go on from the last checkpoint"
@@ -27,7 +29,7 @@ _TOO_OFTEN = (
 def causes(failure: BaseException) -> list[BaseException]:
     """The workers' errors, by rank, if these made Ray Train give up; else the failure itself."""
     errors = getattr(failure, "worker_failures", {})
-    return [errors[rank] for rank in sorted(errors)] or [failure]
+    return [ray_private.inner(errors[rank]) for rank in sorted(errors)] or [failure]
 
 
 def non_retryable(failure: BaseException, less_memory: str = "") -> str:
@@ -150,6 +152,22 @@ def _failed_start(failure: BaseException) -> str:
     return str(why).strip() if isinstance(why, ray.exceptions.RayError) or ray_private.start_failed(why) else ""
 
 
+def _ask_kernels(failure: Any, tell: Tell) -> None:
+    """Put a `memory.EndedByKernel` in the place of a lost worker's error, if its machine's kernel has killed a process for lack of memory
+    since the worker answered. Ray only says that a worker died."""
+    import ray
+
+    lost: dict[int, Exception] = getattr(failure, "worker_failures", {})
+    for rank, error in lost.items():
+        if not isinstance(ray_private.inner(error), ray.exceptions.RayActorError) or rank not in hang.group.kills:
+            continue
+        worker, before = hang.group.kills[rank]
+        with contextlib.suppress(ray.exceptions.RayError):  # the node is gone, too
+            if (kills := worker.beside(memory.kernel_kills, _KERNEL_S) - before) > 0:
+                lost[rank] = memory.ended_by_kernel(str(worker), kills)
+                tell(Said(str(lost[rank])))
+
+
 def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
     """Decides on a retry. It gives up on non-retryable failures, does not count workers that left on request, and counts failures in a
     row: over weeks every node fails once, so only failures without a new checkpoint between them count. Ray's own policy does not
@@ -164,6 +182,7 @@ def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
             return False
         if hang.group.saved:
             hang.group.saved = hang.group.short = counter.failures = 0
+        _ask_kernels(error, tell)
         sentence = next(filter(None, map(memory.used_up, causes(error))), "")
         if sentence:  # it may have been another job's, once; a second time at the same place is none
             hang.group.short += 1

@@ -77,6 +77,8 @@ def _suffer(folder: Path, at: At, rank: int) -> None:
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "stop":
+        if isinstance(at, str):
+            time.sleep(4.0)  # until it was asked for its phase
         os.kill(os.getpid(), signal.SIGSTOP)
     elif how == "hang":
         threading.Event().wait()

@@ -50,7 +50,8 @@ ray.train.torch: _create_default_callbacks<TorchTrainer.fit _initialize_and_run_
 ~.execution.failure_handling: FailureDecision.RETRY FailureDecision.RAISE DefaultFailurePolicy(failure_config)
 ~.execution.failure_handling: DefaultFailurePolicy.make_decision(self,training_failed_error)
 ~.execution.failure_handling: _worker_group_failures<DefaultFailurePolicy.make_decision
-~.exceptions: WorkerGroupStartupTimeoutError WorkerGroupStartupFailedError
+~.exceptions: WorkerGroupStartupTimeoutError WorkerGroupStartupFailedError WorkerHealthCheckFailedError(failure)
+~.exceptions: health_check_failure<WorkerHealthCheckFailedError.__str__
 ~.execution.scaling_policy: NoopDecision ResizeDecision(num_workers) FixedScalingPolicy.after_controller_start(self,train_run_context)
 ~.execution.scaling_policy: _maybe_send_resource_request<FixedScalingPolicy.make_decision_for_non_running_worker_group
 ~.execution.scaling_policy: _maybe_send_resource_request<FixedScalingPolicy.make_decision_for_running_worker_group

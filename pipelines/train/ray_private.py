@@ -283,13 +283,17 @@ class Worker:
 
         ray.kill(self._worker.actor)
 
-    def beside(self, question: Callable[[], Any], within_s: float) -> Any:
-        """The answer of another process on its node: its own may be gone. Raises a RayError if there is none in time."""
+    @property
+    def node(self) -> str:
+        return str(self._worker.metadata.node_id)
+
+    def beside(self, question: Callable[[], Any]) -> Any:
+        """Call `question` in another process on its node, since its own may be gone; returns a reference to the answer."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        there: Any = NodeAffinitySchedulingStrategy(self._worker.metadata.node_id, soft=False)
-        return ray.get(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(question).remote(), timeout=within_s)
+        there: Any = NodeAffinitySchedulingStrategy(self.node, soft=False)
+        return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(question).remote()
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """Call `question` in its process, beside the training; returns a reference to the answer."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from simclr.config import Config
 
 
-_KERNEL_S = 20.0  # for the answer of a lost worker's machine
+_KERNEL_S = 10.0  # for the answers of lost workers' machines
 _TOO_OFTEN = (
     "workers failed more often in a row than --max-failures allows, the last time so: {last}; "
     "run the same command again, to go on from the last checkpoint"
@@ -100,7 +100,8 @@ def given_up(failure: BaseException, data: str = "") -> str:
 
     if sentence := next(filter(None, map(memory.used_up, causes(failure))), ""):
         return f"{sentence}; then run the same command again, to go on from the last checkpoint"
-    if failed := _failed_start(failure):
+    at_start = getattr(failure, "controller_failure", None)
+    if (failed := _failed_start(failure)) and not isinstance(at_start, ray.exceptions.RayTaskError):  # that one has a traceback
         return _TOO_OFTEN.format(last=failed.splitlines()[-1][:500])
     for error in causes(failure) if hasattr(failure, "worker_failures") else []:
         if isinstance(error, Unreachable):
@@ -157,15 +158,17 @@ def _ask_kernels(failure: Any, tell: Tell) -> None:
     since the worker answered. Ray only says that a worker died."""
     import ray
 
-    lost: dict[int, Exception] = getattr(failure, "worker_failures", {})
-    for rank, error in lost.items():
-        if not isinstance(ray_private.inner(error), ray.exceptions.RayActorError) or rank not in hang.group.kills:
-            continue
-        worker, before = hang.group.kills[rank]
+    errors: dict[int, Exception] = getattr(failure, "worker_failures", {})
+    gone = {rank for rank, error in errors.items() if isinstance(ray_private.inner(error), ray.exceptions.RayActorError)}
+    known = {rank: hang.group.kills[rank] for rank in sorted(gone & hang.group.kills.keys())}
+    nodes = {worker.node: worker for worker, _ in known.values()}
+    asked = {node: worker.beside(memory.kernel_kills) for node, worker in nodes.items()}
+    answered = ray.wait([*asked.values()], num_returns=len(asked), timeout=_KERNEL_S)[0] if asked else []
+    for rank, (worker, before) in known.items():
         with contextlib.suppress(ray.exceptions.RayError):  # the node is gone, too
-            if (kills := worker.beside(memory.kernel_kills, _KERNEL_S) - before) > 0:
-                lost[rank] = memory.ended_by_kernel(str(worker), kills)
-                tell(Said(str(lost[rank])))
+            if (answer := asked[worker.node]) in answered and (kills := ray.get(answer) - before) > 0:
+                errors[rank] = memory.ended_by_kernel(str(worker), kills)
+                tell(Said(str(errors[rank])))
 
 
 def failure_policy(config: Any, workers: int, tell: Tell) -> Any:

@@ -64,7 +64,8 @@ ray.train.torch: _create_default_callbacks<TorchTrainer.fit _initialize_and_run_
 ~.execution.worker_group: WorkerGroup.get_workers(self) WorkerGroup.shutdown(self) after_worker_group_start<WorkerGroup._start_impl
 ~.execution.worker_group: after_worker_group_training_start<WorkerGroup._start_impl before_worker_group_shutdown<WorkerGroup.shutdown
 ~.execution.worker_group: after_worker_group_poll_status<WorkerGroup.poll_status WorkerGroupState(start_time,workers)
-~.execution.worker_group: WorkerGroupState.num_workers Worker(metadata) Worker.execute_async(self,fn) ActorMetadata(hostname,node_ip,pid)
+~.execution.worker_group: WorkerGroupState.num_workers Worker(metadata) Worker.execute_async(self,fn)
+~.execution.worker_group: ActorMetadata(hostname,node_id,node_ip,pid)
 ~.execution.worker_group: WorkerStatus(error) WorkerGroupPollStatus(worker_statuses) WorkerGroupPollStatus.errors
 ~.execution.worker_group: WorkerGroupPollStatus.get_preemption_info(self)
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -223,6 +224,28 @@ def test_a_file_that_grows_is_progress_and_so_is_each_try_at_s3(tmp_path: Path) 
         assert progress.read().beats == before + 3
 
 
+def test_an_upload_that_nobody_answers_ends_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server takes the connection and is silent for ever, so each try ends by its own timeout; training goes on meanwhile."""
+    from pipelines.runs import sync
+    from simclr import checkpoint
+    from simclr.data.s3.store import Store
+
+    said: list[str] = []
+    monkeypatch.setattr(sync, "say", said.append)
+    for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "EC2_METADATA_DISABLED": "true", "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("SIMCLR_CACHE", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        home = sync.Home("s3://hang/run")
+        home.store = Store(attempts=2, pause_s=0.01, answer_s=0.2)
+        written = checkpoint.write(tmp_path / "checkpoints", checkpoint.State(1, {}, {"a": torch.zeros(2)}), 1)
+        home.later(lambda: home.send_checkpoint(written, 2))
+        home.wait()
+    assert not home.busy() and len(said) == 1
+    assert said[0].startswith("not sent: s3://hang/run/checkpoints failed 2 times, the last time with no answer in time; check the network")
+
+
 def test_who_waits_for_a_lock_says_so(tmp_path: Path) -> None:
     from simclr.data.s3.uri import locked
 
@@ -281,7 +304,7 @@ def test_numbers_of_workers_that_the_batch_divides_over() -> None:
 def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import GetTimeoutError, RayTaskError
     from ray.train import ControllerError, FailureConfig, WorkerGroupError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
     monkeypatch.setattr(hang.group, "saved", 0)
     said: list[Any] = []
@@ -296,6 +319,13 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
     assert [tried(lost), tried(lost, saved=40), tried(lost), tried(lost)] == [True, True, True, False]
     assert [tried(meeting, saved=80), tried(meeting), tried(ControllerError(GetTimeoutError("no answer")))] == [True, True, False]
     assert [message.text.partition(":")[0] for message in said] == ["workers failed to start"] * 3
+    assert "not answer; run the same" in retry.given_up(ControllerError(WorkerGroupStartupFailedError("it did not answer")))
+    assert retry.given_up(meeting) == ""  # its traceback says more
+    hang.group.stuck = "no answer for 600 s from pid 7 on a, phase start"
+    ended = ControllerError(WorkerGroupStartupFailedError("One of the worker actors failed\nto start"))
+    assert [tried(ended, saved=80), tried(ended), tried(ended)] == [True, True, False]  # Ray would try for ever
+    assert said.pop().text == said.pop().text == said.pop().text == f"workers failed to start: {hang.group.stuck}"
+    hang.group.stuck = ""
     assert not tried(ControllerError(KeyError("a mistake of Ray's")), saved=80)
     for _ in range(9):  # nodes that have not come
         assert tried(ControllerError(WorkerGroupStartupTimeoutError(16)))

@@ -93,13 +93,16 @@ def test_a_queue_that_was_ended_for_memory_is_gone_as_a_lost_one_is() -> None:
 
 def test_a_worker_that_its_machines_kernel_has_killed_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray says of it what it says of every process that is gone."""
-    from ray.exceptions import GetTimeoutError, RayActorError
+    import ray
+    from ray.exceptions import NodeDiedError, RayActorError
     from ray.train import FailureConfig, WorkerGroupError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
     said: list[Any] = []
-    answers: list[Any] = [5, 5, 6, GetTimeoutError()]
-    found = Mock(beside=Mock(side_effect=answers), __str__=lambda self: "pid 7 on a (10.0.0.1)")
+    answers: list[Any] = [5, 5, 6, NodeDiedError("gone")]
+    found = Mock(node="n", __str__=lambda self: "pid 7 on a (10.0.0.1)")
+    monkeypatch.setattr(ray, "wait", lambda asked, num_returns, timeout: (asked, []))
+    monkeypatch.setattr(ray, "get", Mock(side_effect=answers))
     policy = retry.failure_policy(FailureConfig(max_failures=9), 2, said.append)
     monkeypatch.setattr(hang.group, "kills", {1: (found, 5)})
     monkeypatch.setattr(hang.group, "saved", 0)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from simclr import fields, files
 from simclr.errors import UserError
+from simclr.telemetry import progress
 
 SCHEMA = 1
 _FRESH_NS = 1_000_000_000
@@ -147,7 +148,8 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
     scratch.mkdir(parents=True)
     try:
         tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
-        save_file(tensors, scratch / "state.safetensors", {"reports": json.dumps(state.reports)})
+        with progress.grows(scratch / "state.safetensors"):
+            save_file(tensors, scratch / "state.safetensors", {"reports": json.dumps(state.reports)})
         about = {"schema": SCHEMA, "step": state.step, "sha256": _sha256(scratch / "state.safetensors"), "config": state.config}
         about["score"] = score
         (scratch / "checkpoint.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -294,8 +296,12 @@ def _name(step: int, token: int) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    hashed = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(1 << 20):
+            hashed.update(part)
+            progress.moved()
+    return hashed.hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -24,6 +24,7 @@ from simclr.methods.method import Method, Rows, Start, examples_of, no_evaluatio
 from simclr.networks.batchnorm import share_statistics, take_first_ranks
 from simclr.optim import build_optimizer, set_schedules
 from simclr.precision import autocast, set_backends
+from simclr.telemetry import progress
 from simclr.telemetry.guards import Health
 from simclr.telemetry.sums import Sums, shares
 from simclr.telemetry.timing import Clock
@@ -102,7 +103,8 @@ def train(config: Config, start: Start, method: Method | None = None) -> Iterato
             metrics |= since.speed(step, images)
             if watch:
                 take_first_ranks(method.network)
-                metrics |= method.evaluate()
+                with progress.within("evaluation"):
+                    metrics |= method.evaluate()
             state = checkpoint.capture(step, config.to_dict(), method.network, optimizer, method.state)
             yield Report(step, total, metrics, state, due, ranks, tuple(health.stragglers.named()))
             sums.clear()

@@ -66,7 +66,7 @@ DOORS = {
     "ffcv": {f"simclr/data/ffcv/{name}.py" for name in ("writer", "reader", "decode", "imports", "baseline")} | {"simclr/data/loader.py"},
     "ray": {
         *(f"pipelines/train/{n}.py" for n in ("capacity", "elastic", "messages", "overseer", "prometheus")),
-        *(f"pipelines/train/{n}.py" for n in ("ray_private", "ray_train", "retry", "tpu", "waiting", "worker")),
+        *(f"pipelines/train/{n}.py" for n in ("ray_private", "ray_start", "ray_train", "retry", "starting", "tpu", "waiting", "worker")),
         "pipelines/clusterfile/preemption.py",
         "pipelines/parts/run.py",
         "tune/ray_tune.py",

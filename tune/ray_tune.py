@@ -30,6 +30,7 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
 from pipelines.terminal import Bar
 from pipelines.train import capacity, messages, own_ray, ray_train
+from pipelines.train.resources import Resources
 from simclr.data.manifest import Manifest
 from tune import plan, resolve, sweep_dir
 from tune.mirror import Mirror
@@ -51,7 +52,7 @@ def room(asked: Sweep) -> int:
     A trial's driver holds no core, so every core can serve a worker. A worker runs on one node, which exists or which the autoscaler
     would add. Raises UserError if no trial fits, or fewer than asked for: the others would wait for cores that these hold.
     """
-    resources = ray_train.Resources(**asked.resources)
+    resources = Resources(**asked.resources)
     gpus = ray_train.require(resources)
     slots = capacity.slots(not own_ray.begun(), resources.cpus_per_worker, gpus)
     if math.isinf(slots):

@@ -21,6 +21,7 @@ from pipelines.terminal import say, show
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import require
 from pipelines.train import ray_train
+from pipelines.train.resources import Resources
 from simclr import files
 from simclr.cores import cores
 from simclr.data.manifest import Manifest
@@ -137,7 +138,7 @@ def sweep(args: Args) -> str:
 
 def _run(asked: Sweep, codes: list[Coded], manifest: Manifest, uri: str) -> Sweep:
     """Connect to Ray and run the trials that are left."""
-    resources = ray_train.Resources(**asked.resources)
+    resources = Resources(**asked.resources)
     at_once = cores() // (resources.workers * resources.cpus_per_worker) or 1
     ours = ray_train.connect(resources, asked.max_concurrent or at_once)
     try:
@@ -174,7 +175,7 @@ def _asked(args: Args) -> Sweep:
     only = {path: [resolve.read(base, path, t) for t in text.split(",")] for path, text in resolve.assignments(args.only, "--only")}
     free = any(not isinstance(axis.values, tuple) and not set(axis.paths) & set(only) for axis in space.axes)
     search = args.search if args.search != "auto" else "random" if args.trials or free else "grid"
-    resources = ray_train.Resources(
+    resources = Resources(
         workers=args.workers_per_trial,
         cpus_per_worker=args.cpus_per_worker,
         device=args.device,

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 
 from pipelines.runs.directory import Run, load_run
 from pipelines.tracking.uri import redacted
-from pipelines.train.ray_train import Resources
+from pipelines.train.resources import Resources
 from simclr import fields, files
 from simclr.config import Config
 from simclr.errors import UserError
@@ -74,7 +74,7 @@ class Sweep:
     seeds: int
     keep: int
     resources: dict[str, Any]
-    """The resources of each trial: fields of `ray_train.Resources`."""
+    """The resources of each trial: fields of `Resources`."""
     max_concurrent: int
     command: str
     created: float

@@ -23,6 +23,7 @@ from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.terminal import say
 from pipelines.train import ray_private, ray_train, retry
 from pipelines.train.messages import Task, TrialBeganAgain, TrialFailed
+from pipelines.train.resources import Resources
 from simclr import fields, files, sense
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
@@ -170,7 +171,7 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: str) -> Run:
         inherit.take(load_run(directory), config, sweep.path / "trials" / donor)
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
     flags = [f"--{key.replace('_', '-')}={_word(resolve.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
-    workers = ray_train.Resources(**sweep.resources).counts(config)
+    workers = Resources(**sweep.resources).counts(config)
     notes = sense.notes(config, manifest, manifest.examples("train", config.train.shard_groups), workers, run.under_way)
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]), notes=notes)
     run.save()
@@ -224,7 +225,7 @@ def _differs(sweep: Sweep, config: Config, key: str) -> bool:
 
 def _train(sweep: Sweep, run: Run, trial: Trial, inbox: Any, private: bool, began: float) -> Trial:
     """Run the trial's workers to their end and return its record. Raises Ray Train's errors."""
-    resources = ray_train.Resources(**sweep.resources)
+    resources = Resources(**sweep.resources)
     shares = sweep.restricted.label_shares
     data = sweep.data if address(sweep.data) else str(run.data.absolute())
     task = Task(

@@ -7,6 +7,7 @@ import stat
 
 from pipelines.terminal import say
 from pipelines.train import ray_train
+from pipelines.train.resources import Resources
 from simclr import sense
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
@@ -49,7 +50,7 @@ def check(asked: Sweep, manifest: Manifest, under_way: bool = False) -> list[Cod
     notes: list[str] = []
     for combination in every:
         config = resolve.point(space, base, combination, asked.seeds - 1).config
-        examples, workers = manifest.examples("train", config.train.shard_groups), ray_train.Resources(**asked.resources).counts(config)
+        examples, workers = manifest.examples("train", config.train.shard_groups), Resources(**asked.resources).counts(config)
         config.steps_per_epoch(examples)
         notes += sense.notes(config, manifest, examples, workers, under_way)
     for note in dict.fromkeys(notes):  # often all trials share one

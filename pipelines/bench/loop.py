@@ -90,10 +90,11 @@ def under_ray(config: Config, data: Path, threads: int) -> list[float]:
     """Seconds of a step of one Ray Train worker in each window of a `timed` config, in a private Ray."""
     from pipelines.train import ray_train
     from pipelines.train.messages import Reported, Task
+    from pipelines.train.resources import Resources
     from pipelines.train.worker import train_worker
 
     folder = Path(tempfile.mkdtemp(prefix="simclr-bench-"))
-    resources = ray_train.Resources(workers=1, cpus_per_worker=threads)
+    resources = Resources(workers=1, cpus_per_worker=threads)
     ray_train.connect(resources)
     try:
         task = Task(stage="pretrain", config=config, data=str(data.absolute()), run=str(folder))

@@ -16,7 +16,7 @@ from pipelines.commands import evaluate, prepare, pretrain, publish, report
 from pipelines.evaluation import quick
 from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import process_age_s, say, show
-from pipelines.train import ray_train
+from pipelines.train.resources import Resources
 from simclr import files
 from simclr.cores import cores
 from simclr.errors import UserError
@@ -79,7 +79,7 @@ def demo(args: Args) -> Result:
     config = replace(recipe("patterns_tiny"), seed=args.seed)
     if args.epochs is not None:
         config = replace(config, train=replace(config.train, epochs=args.epochs))
-    resources = ray_train.Resources(workers=args.workers)
+    resources = Resources(workers=args.workers)
     config.images_per_rank(args.workers)  # raises before anything is rendered
     if args.train < config.train.batch_size:
         raise UserError(f"--train is {args.train}; expected at least {config.train.batch_size} images, a batch")

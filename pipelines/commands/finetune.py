@@ -13,7 +13,8 @@ import tyro
 from pipelines.runs import sync
 from pipelines.runs.directory import Run
 from pipelines.terminal import say, show
-from pipelines.train import classifiers, driver, ray_train
+from pipelines.train import classifiers, driver
+from pipelines.train.resources import Resources
 from simclr.config import Optim, Watch
 from simclr.errors import UserError
 from simclr.stages import FineTune
@@ -68,7 +69,7 @@ class Args:
     """Compile the network with torch.compile, which takes about a minute before the first step."""
     run: Path | None = None
     """Run directory or s3://bucket/prefix; a run there goes on. Default: runs/finetune-RECIPE-DIGEST."""
-    resources: Annotated[ray_train.Resources, tyro.conf.arg(name="")] = field(default_factory=ray_train.Resources)
+    resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
 

@@ -15,7 +15,8 @@ from pipelines.evaluation import inputs
 from pipelines.runs import sync
 from pipelines.runs.directory import Run
 from pipelines.terminal import show
-from pipelines.train import driver, ray_train, subset, warm_start
+from pipelines.train import driver, subset, warm_start
+from pipelines.train.resources import Resources
 from simclr.config import Config
 from simclr.errors import UserError
 
@@ -45,7 +46,7 @@ class Args:
     extend: Path | None = None
     """A complete run, on disk or at s3://bucket/prefix, to train on from in a new run, by its config: a new warm-up and cosine from its
     weights (--train.epochs N long), not what more epochs from the beginning would have given. Default of --seed: the run's + 1."""
-    resources: Annotated[ray_train.Resources, tyro.conf.arg(name="")] = field(default_factory=ray_train.Resources)
+    resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
 

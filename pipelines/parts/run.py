@@ -85,13 +85,14 @@ def run(
 @contextlib.contextmanager
 def _connected(where: Where) -> Iterator[None]:
     from pipelines.train import ray_train
+    from pipelines.train.resources import Resources
 
     # Ray Data gives its actors their arguments in the object store, and Ray complains of this on standard error at each start.
     level = os.environ.get(_LOG_LEVEL)
     os.environ.setdefault(_LOG_LEVEL, "fatal")
     try:
         ours = ray_train.connect(
-            ray_train.Resources(workers=where.workers or 1, cpus_per_worker=where.cpus_per_worker or 1, address=where.address),
+            Resources(workers=where.workers or 1, cpus_per_worker=where.cpus_per_worker or 1, address=where.address),
             imports="ray.data",
         )
     finally:

@@ -19,6 +19,7 @@ from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import Outbox, catch_up, require
 from pipelines.train import own_ray, ray_private, ray_train
 from pipelines.train.messages import Saved, Task
+from pipelines.train.resources import Resources
 from simclr import files, sense
 from simclr.config import Config
 from simclr.data.manifest import Manifest
@@ -48,20 +49,20 @@ class Job:
     """Optimizer steps."""
     uri: str
     """MLflow address."""
-    resources: ray_train.Resources
+    resources: Resources
     publish: Callable[[Run, Method | None], None]
     """Writes run/encoder from the newest checkpoint, whose parts the method names; None = it is made from the run's data."""
     given: dict[str, Any] = field(default_factory=dict)
     """Fields of the loop's `Start` that belong to this stage (see `pipelines.train.worker`)."""
 
 
-def require_shares(config: Config, examples: int, resources: ray_train.Resources) -> None:
+def require_shares(config: Config, examples: int, resources: Resources) -> None:
     """Raise UserError unless the workers can share batches of `examples` images."""
     resources.counts(config)
     config.steps_per_epoch(examples)
 
 
-def checked(run: Run, manifest: Manifest, examples: int, resources: ray_train.Resources) -> Run:
+def checked(run: Run, manifest: Manifest, examples: int, resources: Resources) -> Run:
     """The run with what it will do over `examples` images otherwise than its settings say, said on the terminal. Raises UserError where the
     settings of a new run do not fit the data or each other; one under way goes on as it began."""
     notes = sense.notes(run.config, manifest, examples, resources.counts(run.config), run.under_way)

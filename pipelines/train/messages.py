@@ -146,9 +146,9 @@ def take(inbox: Any, within_s: float) -> Any:
 
 @contextlib.contextmanager
 def _gone() -> Iterator[None]:
-    from ray.exceptions import RayActorError
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
     try:
         yield
-    except RayActorError:
+    except (RayActorError, OutOfMemoryError):  # its own, or Ray's memory monitor has ended it
         raise EOFError("the queue's process is gone") from None

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from pipelines.train import hang, ray_private
+from pipelines.train import hang, memory, ray_private
 from pipelines.train.messages import Said, Tell, WorkerFailed
+from pipelines.train.starting import Starting
 from simclr.telemetry import progress
 
 _ASK_MOST_S = 30.0  # between two questions for a worker's position
+
+
+def _position() -> tuple[progress.Reading, int]:
+    return progress.read(), memory.kernel_kills()
 
 
 def overseer(hang_timeout_s: float, tell: Tell) -> Any:
@@ -24,6 +31,19 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
         def __reduce__(self) -> Any:
             return overseer, (hang_timeout_s, tell)  # Ray sends every worker a copy of all callbacks; the copy knows no workers
 
+        @contextlib.contextmanager
+        def starts(self) -> Iterator[None]:
+            hang.group.stuck = ""
+            self.starting = Starting(hang.patience_s("start", hang_timeout_s))
+            self.starting.start()
+            try:
+                yield
+            finally:
+                self.starting.end()
+
+        def born(self, workers: list[ray_private.Worker]) -> None:
+            self.starting.born(workers)
+
         def started(self, count: int) -> None:
             if self.size:
                 tell(Said(f"starting again with {count} workers" + (f", {self.size} before" if count != self.size else "")))
@@ -34,8 +54,9 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
             self.detector = hang.HangDetector([str(worker) for worker in workers], hang_timeout_s, time.monotonic())
             self.pending: dict[Any, int] = {}
             self.next = 0.0
-            self.warned = False
+            self.warned = self.told = False
             hang.group.saved = 0
+            hang.group.kills.clear()
 
         def ends(self) -> None:
             self.detector = None
@@ -45,6 +66,9 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
                 return
             self._ask(self.detector)
             hung = self.detector.hung(time.monotonic())
+            if not self.told and (sentence := self.detector.waits_for_others()):
+                self.told = True
+                tell(Said(sentence))
             for rank, sentence in hung.items():
                 health.fail(rank, hang.Hung(sentence))
             if hung:  # Ray called the callbacks that report failed workers before this one, so they miss this failure
@@ -63,16 +87,18 @@ def overseer(hang_timeout_s: float, tell: Tell) -> Any:
             for answer in done:
                 rank = self.pending.pop(answer)
                 try:
-                    reading = ray.get(answer)
+                    reading, kills = ray.get(answer)
                 except ray.exceptions.RayError:  # the worker is gone: Ray's health check reports it
                     continue
                 detector.hear(rank, reading, time.monotonic())
+                hang.group.kills[rank] = self.workers[rank], kills
                 hang.group.saved = max(hang.group.saved, reading.saved)
             if (now := time.monotonic()) >= self.next:
                 self.next = now + min(detector.timeout_s / 10, _ASK_MOST_S)
                 waited_for = set(self.pending.values())
                 for rank, worker in enumerate(self.workers):
                     if rank not in waited_for:
-                        self.pending[worker.ask(progress.read)] = rank
+                        detector.asks(rank, now)
+                        self.pending[worker.ask(_position)] = rank
 
     return Overseer()

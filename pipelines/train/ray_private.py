@@ -1,4 +1,4 @@
-"""All private names of Ray 2.60 that we use, here and nowhere else: each with the reason, and the public way that it waits for.
+"""All private names of Ray 2.60 that we use, here and in `ray_start`: each with the reason, and the public way that it waits for.
 
 `tests/pipelines/train/test_canary.py` checks each of them against the installed Ray. This file imports nothing of ours, and Ray only
 inside its functions: draining a node needs no trainer, and variables must be set before Ray is imported.
@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,12 +216,10 @@ def failure_policy(config: Any, again: Callable[[Any, Any], bool | None]) -> Any
     return Policy(config)
 
 
-def never_started(failure: BaseException) -> bool:
-    """Whether there was no room for the workers. Ray's ControllerError is public, the error inside it is not."""
-    from ray.train import ControllerError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-
-    return isinstance(failure, ControllerError) and isinstance(failure.controller_failure, WorkerGroupStartupTimeoutError)
+def inner(error: BaseException) -> BaseException:
+    """What was wrong with a worker, without the error of Ray's poll around it."""
+    found: BaseException = getattr(error, "health_check_failure", error)
+    return found
 
 
 def fixed_scaling(config: Any, lean: bool) -> Any:
@@ -281,55 +278,6 @@ def elastic_scaling() -> Any:
     return Elastic
 
 
-def torch_config(backend: str, timeout_s: int) -> Any:
-    """TorchConfig for workers that are all on this machine: they meet in a file of Ray's folder. Torch's own store listens on every
-    address, and obeys whoever connects. It waits for an `init_method` that is a file's address."""
-    import ray
-    from ray.train.torch import TorchConfig
-    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
-
-    class Backend(TorchConfig(backend=backend).backend_cls):  # type: ignore[misc]
-        def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(_set_torch_distributed_env_vars)
-            store = f"file://{ray.get_runtime_context().get_temp_dir()}/torch-{uuid.uuid4().hex}"
-            group = {"backend": backend, "world_size": len(worker_group), "init_method": store, "timeout_s": timeout_s}
-            each = [
-                worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **group)
-                for rank in range(len(worker_group))
-            ]
-            ray.get(each)
-
-    class Config(TorchConfig):
-        @property
-        def backend_cls(self) -> Any:
-            return Backend
-
-    return Config(backend=backend, timeout_s=timeout_s)
-
-
-def torch_config_of_nodes(backend: str, timeout_s: int, ahead: Callable[[str], None]) -> Any:
-    """TorchConfig for workers on several nodes: each calls `ahead(address of its node)` before they meet. It waits for a hook in workers
-    ahead of `init_process_group`; Ray Train's callbacks run in the controller, or later."""
-    from ray.train.torch import TorchConfig
-
-    def at_node() -> None:
-        import ray
-
-        ahead(ray.util.get_node_ip_address())
-
-    class Backend(TorchConfig(backend=backend).backend_cls):  # type: ignore[misc]
-        def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(at_node)
-            super().on_start(worker_group, backend_config)
-
-    class Config(TorchConfig):
-        @property
-        def backend_cls(self) -> Any:
-            return Backend
-
-    return Config(backend=backend, timeout_s=timeout_s)
-
-
 # ── The workers, as the controller sees them ───────────────────────────────────────────────────────────────────────
 
 
@@ -342,6 +290,24 @@ class Worker:
     def __str__(self) -> str:
         about = self._worker.metadata
         return f"pid {about.pid} on {about.hostname} ({about.node_ip})"
+
+    def end(self) -> None:
+        """Kill its process; Ray then sees a worker that has died."""
+        import ray
+
+        ray.kill(self._worker.actor)
+
+    @property
+    def node(self) -> str:
+        return str(self._worker.metadata.node_id)
+
+    def beside(self, question: Callable[[], Any]) -> Any:
+        """Call `question` in another process on its node, since its own may be gone; returns a reference to the answer."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there: Any = NodeAffinitySchedulingStrategy(self.node, soft=False)
+        return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(question).remote()
 
     def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """Call `question` in its process, beside the training; returns a reference to the answer."""
@@ -384,6 +350,13 @@ def group_callback() -> Any:
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
     class Callback(WorkerGroupCallback):
+        def starts(self) -> contextlib.AbstractContextManager[None]:
+            """A group starts inside it, for whose processes Ray waits without a limit; another thread may look at them meanwhile."""
+            return contextlib.nullcontext()
+
+        def born(self, workers: list[Worker]) -> None:
+            """Called in a start when each process has answered once."""
+
         def started(self, count: int) -> None:
             """Called when the processes of `count` workers run."""
 
@@ -395,6 +368,13 @@ def group_callback() -> Any:
 
         def heard(self, health: Health) -> None:
             """Called when Ray has polled their health."""
+
+        def on_worker_group_start(self) -> Any:
+            return self.starts()
+
+        def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+            self.born([Worker(worker) for worker in workers])
+            return {}
 
         def after_worker_group_start(self, worker_group: Any) -> None:
             self.started(len(worker_group.get_workers()))

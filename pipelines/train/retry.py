@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.train import hang, ray_private
+from pipelines.train import hang, memory, ray_private, ray_start
 from pipelines.train.messages import Said, Tell
 from simclr import files, sense
 from simclr.data.manifest import read_manifest, require_sizes
@@ -18,10 +19,17 @@ if TYPE_CHECKING:
     from simclr.config import Config
 
 
+_KERNEL_S = 10.0  # for the answers of lost workers' machines
+_TOO_OFTEN = (
+    "workers failed more often in a row than --max-failures allows, the last time so: {last}; "
+    "run the same command again, to go on from the last checkpoint"
+)
+
+
 def causes(failure: BaseException) -> list[BaseException]:
     """The workers' errors, by rank, if these made Ray Train give up; else the failure itself."""
     errors = getattr(failure, "worker_failures", {})
-    return [errors[rank] for rank in sorted(errors)] or [failure]
+    return [ray_private.inner(errors[rank]) for rank in sorted(errors)] or [failure]
 
 
 def non_retryable(failure: BaseException, less_memory: str = "") -> str:
@@ -95,17 +103,18 @@ def given_up(failure: BaseException, data: str = "") -> str:
     has shrunk. "" for others: their traceback says more."""
     import ray
 
+    if sentence := next(filter(None, map(memory.used_up, causes(failure))), ""):
+        return f"{sentence}; then run the same command again, to go on from the last checkpoint"
+    at_start = getattr(failure, "controller_failure", None)
+    if (failed := _failed_start(failure)) and not isinstance(at_start, ray.exceptions.RayTaskError):  # that one has a traceback
+        return _TOO_OFTEN.format(last=failed.splitlines()[-1][:500])
     for error in causes(failure) if hasattr(failure, "worker_failures") else []:
         if isinstance(error, Unreachable):
             return str(error)
         if isinstance(error, hang.Hung | ray.exceptions.RayActorError):
             if shrunk := resized(data):
                 return shrunk
-            last = str(error).strip().splitlines()[0]
-            return (
-                f"workers failed more often in a row than --max-failures allows, the last time so: {last}; "
-                "run the same command again, to go on from the last checkpoint"
-            )
+            return _TOO_OFTEN.format(last=str(error).strip().splitlines()[0])
     return ""
 
 
@@ -140,12 +149,39 @@ def bug(failure: BaseException) -> str:
     return str(errors[min(errors)]) if errors else "".join(traceback.format_exception(failure))
 
 
+def _failed_start(failure: BaseException) -> str:
+    """Ray's words for a worker that was lost while its group was starting, or ""."""
+    import ray
+    from ray.train import ControllerError
+
+    why = failure.controller_failure if isinstance(failure, ControllerError) else None
+    return str(why).strip() if isinstance(why, ray.exceptions.RayError) or ray_start.start_failed(why) else ""
+
+
+def _ask_kernels(failure: Any, tell: Tell) -> None:
+    """Put a `memory.EndedByKernel` in the place of a lost worker's error, if its machine's kernel has killed a process for lack of memory
+    since the worker answered. Ray only says that a worker died."""
+    import ray
+
+    errors: dict[int, Exception] = getattr(failure, "worker_failures", {})
+    gone = {rank for rank, error in errors.items() if isinstance(ray_private.inner(error), ray.exceptions.RayActorError)}
+    known = {rank: hang.group.kills[rank] for rank in sorted(gone & hang.group.kills.keys())}
+    nodes = {worker.node: worker for worker, _ in known.values()}
+    asked = {node: worker.beside(memory.kernel_kills) for node, worker in nodes.items()}
+    answered = ray.wait([*asked.values()], num_returns=len(asked), timeout=_KERNEL_S)[0] if asked else []
+    for rank, (worker, before) in known.items():
+        with contextlib.suppress(ray.exceptions.RayError):  # the node is gone, too
+            if (answer := asked[worker.node]) in answered and (kills := ray.get(answer) - before) > 0:
+                errors[rank] = memory.ended_by_kernel(str(worker), kills)
+                tell(Said(str(errors[rank])))
+
+
 def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
     """Decides on a retry. It gives up on non-retryable failures, does not count workers that left on request, and counts failures in a
     row: over weeks every node fails once, so only failures without a new checkpoint between them count. Ray's own policy does not
     count preempted nodes."""
-    import ray
-    from ray.train import ControllerError
+
+    hang.group.short = 0
 
     def again(error: Any, counter: Any) -> bool | None:
         if any(isinstance(cause, hang.Leave) for cause in causes(error)):
@@ -153,13 +189,20 @@ def failure_policy(config: Any, workers: int, tell: Tell) -> Any:
         if non_retryable(error):
             return False
         if hang.group.saved:
-            hang.group.saved = counter.failures = 0
-        if isinstance(error, ControllerError) and isinstance(error.controller_failure, ray.exceptions.RayError):
-            # A worker was lost while its group was starting. Ray takes that for an error of the controller, and would end the job.
+            hang.group.saved = hang.group.short = counter.failures = 0
+        _ask_kernels(error, tell)
+        sentence = next(filter(None, map(memory.used_up, causes(error))), "")
+        if sentence:  # it may have been another job's, once; a second time at the same place is none
+            hang.group.short += 1
+            if hang.group.short > 1:
+                return False
+        if failed := _failed_start(error):
+            # A worker was lost while its group was starting. Ray takes that for an error of the controller, and would end the job, or try
+            # again for ever.
             counter.failures += 1
-            tell(Said(f"workers failed to start: {str(error.controller_failure).strip().splitlines()[-1][:500]}"))
+            tell(Said(f"workers failed to start: {sentence or hang.group.stuck or failed.splitlines()[-1][:500]}"))
             return bool(config.max_failures < 0 or counter.failures <= config.max_failures)
-        if ray_private.never_started(error):
+        if ray_start.never_started(error):
             tell(Said(f"waiting for nodes: the cluster has no room for {workers} workers now (`ray status` shows why)"))
         return None
 

@@ -35,7 +35,7 @@ ATTACK = (
     ),
     Mutation(
         "groups-meet-in-one-file",
-        "pipelines/train/ray_private.py",
+        "pipelines/train/ray_start.py",
         "torch-{uuid.uuid4().hex}",
         "torch",
         "tests/pipelines/train/test_connect.py::test_each_group_of_workers_meets_in_a_file_of_its_own",

@@ -1,4 +1,4 @@
-"""Ways to break sweeps that go on, and what keeps pickles from being read: see `tests.support.mutation_table`."""
+"""Ways to break sweeps that go on, what keeps pickles from being read, and the watch over workers: see `tests.support.mutation_table`."""
 
 from __future__ import annotations
 
@@ -88,5 +88,33 @@ RESUME = (
         "return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & files.OTHERS_WRITE",
         "return True",
         "tests/simclr/test_compiling.py::test_torch_has_a_cache_of_this_user_alone",
+    ),
+    Mutation(
+        "a-controller-that-slept-has-seen-hangs",
+        "pipelines/train/hang.py",
+        "min(max(now - self.last, 0.0), self.most)",
+        "max(now - self.last, 0.0)",
+        "tests/pipelines/train/test_hang.py::test_a_controller_that_slept_has_seen_no_hang",
+    ),
+    Mutation(
+        "who-waits-for-a-lock-hangs",
+        "pipelines/train/hang.py",
+        '"lock": math.inf,',
+        '"lock": 1,',
+        "tests/pipelines/train/test_hang.py::test_a_rank_is_found_in_every_phase_after_its_own_patience",
+    ),
+    Mutation(
+        "a-rank-alone-is-not-found",
+        "pipelines/train/hang.py",
+        '_ALONE = ("import", "fetch", "upload")',
+        "_ALONE: tuple[str, ...] = ()",
+        "tests/pipelines/train/test_hang.py::test_who_is_alone_in_a_phase_is_found_while_others_go_on",
+    ),
+    Mutation(
+        "too-little-memory-tried-to-the-end",
+        "pipelines/train/retry.py",
+        "if hang.group.short > 1:",
+        "if hang.group.short > 99:",
+        "tests/pipelines/train/test_memory.py::test_the_same_place_is_tried_twice",
     ),
 )

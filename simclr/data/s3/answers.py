@@ -6,13 +6,14 @@ import hashlib
 import os
 import re
 import time
-from typing import Any
+from typing import IO, Any
 
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
 from simclr.data.s3.uri import Address, Unreachable
 from simclr.errors import UserError
+from simclr.telemetry.progress import moved
 from simclr.text import printable
 
 # Error codes to retry. A status of 500 and more is retried in any case.
@@ -159,3 +160,12 @@ def md5_in(answer: dict[str, Any]) -> str:
 
 def md5_of(data: bytes) -> bytes:
     return hashlib.md5(data, usedforsecurity=False).digest()
+
+
+def sha256_of(file: IO[bytes]) -> str:
+    """The sha256 of an open file, in hex, from where it stands. Each piece that was read is progress."""
+    hashed = hashlib.sha256()
+    while part := file.read(1 << 20):
+        hashed.update(part)
+        moved()
+    return hashed.hexdigest()

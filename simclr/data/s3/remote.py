@@ -22,6 +22,7 @@ from simclr.data.s3.quota import make_room
 from simclr.data.s3.store import Progress, Store, begun
 from simclr.data.s3.uri import Address, locked
 from simclr.errors import UserError
+from simclr.telemetry.progress import moved
 
 _AT_ONCE = 4  # shards at a time; each is transferred in parts
 _CHUNK = 1 << 20
@@ -230,6 +231,7 @@ def _intact(path: Path, shard: Shard, hashed: Hashed | None = None, count: Progr
         while size := file.readinto(part):
             digest.update(part[:size])
             done += size
+            moved()
             count(size)
         if digest.hexdigest() != shard.sha256:
             count(-done)

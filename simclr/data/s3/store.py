@@ -35,6 +35,7 @@ from simclr.data.s3.listing import Object, Page, one_after_the_other, side_by_si
 from simclr.data.s3.quota import make_room, warned
 from simclr.data.s3.uri import Address, Unreachable
 from simclr.errors import UserError
+from simclr.telemetry.progress import moved
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
@@ -188,7 +189,7 @@ class Store:
                 continue
             expected = sha256 or found.sha256
             with open(partial, "rb", opener=files.plain) as file:
-                right = not expected or hashlib.file_digest(file, "sha256").hexdigest() == expected
+                right = not expected or answers.sha256_of(file) == expected
             log.unlink(missing_ok=True)
             if right:
                 partial.replace(path)
@@ -233,6 +234,7 @@ class Store:
                     self._check_over()
                     os.pwrite(file, chunk, begin)
                     begin += len(chunk)
+                    moved()
                     progress(len(chunk))
             if begin < end:
                 raise Retry("a body that ended early")
@@ -251,6 +253,7 @@ class Store:
             size, hashed = os.fstat(file.fileno()).st_size, hashlib.sha256()
             for at in range(0, size, _CHUNK):  # not to the end of the file: another process may be appending
                 hashed.update(os.pread(file.fileno(), min(_CHUNK, size - at), at))
+                moved()
             digest = hashed.hexdigest()
             if sha256 and digest != sha256:
                 raise Damaged(f"{path} does not match its sha256; make it again")
@@ -315,6 +318,7 @@ class Store:
         reason = ""
         for attempt in range(self.attempts):
             self._pause(attempt)
+            moved()
             try:
                 return self.access.ask(request, place, self.says)
             except Changed:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from simclr import files
 from simclr.errors import UserError
+from simclr.telemetry import progress
 
 _NO_FOLDER = (
     "{folder} is a link or a file, where this user's folder of copies is wanted; remove it, or set SIMCLR_CACHE to a folder of your own"
@@ -101,7 +102,9 @@ def locked(copy: Path) -> Iterator[None]:
     """One process of this machine at a time works on `copy`; the others wait here. The lock ends with its process. Raises UserError where
     another user may have written there, as `own` does."""
     own(copy)
-    with files.locked(lock_of(copy), own=True):
+    with contextlib.ExitStack() as held:
+        with progress.within("lock"):
+            held.enter_context(files.locked(lock_of(copy), own=True))
         yield
 
 

@@ -22,7 +22,8 @@ from pipelines.runs import sync
 from pipelines.runs.directory import open_run
 from pipelines.runs.home import Ticket
 from pipelines.train import driver
-from pipelines.train.ray_train import Resources, Running
+from pipelines.train.ray_train import Running
+from pipelines.train.resources import Resources
 from simclr import checkpoint
 from simclr.data.s3 import lease
 from simclr.data.s3.lease import Holder, Lease, Lost, Register

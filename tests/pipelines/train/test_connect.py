@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipelines.train import messages, own_ray, ray_private, ray_train
+from pipelines.train import messages, own_ray, ray_private, ray_start, ray_train
 from tests.support.small import TINY
 
 _PRIVATE = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -115,24 +115,18 @@ def test_only_the_ray_that_we_started_is_private(place: Path, monkeypatch: pytes
 def test_each_group_of_workers_meets_in_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's store reads what a killed group has left in its file, so no other group may have the same."""
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_temp_dir=lambda: str(tmp_path)))
-    monkeypatch.setattr(ray, "get", lambda pending: pending)
 
     class Group:
         def __init__(self) -> None:
-            self.told: list[tuple[int, str]] = []
+            self.told: list[str] = []
 
-        def __len__(self) -> int:
-            return 2
+        def execute(self, function: Any, meeting: Any) -> None:
+            self.told.append(meeting.address)
 
-        def execute(self, function: Any) -> None: ...
-
-        def execute_single_async(self, rank: int, function: Any, world_rank: int, init_method: str, **_: Any) -> None:
-            self.told.append((world_rank, init_method))
-
-    backend, groups = ray_private.torch_config("gloo", 5).backend_cls(), (Group(), Group(), Group())
+    backend, groups = ray_start.torch_config("gloo", 5, private=True).backend_cls(), (Group(), Group(), Group())
     for group in groups:
         backend.on_start(group, None)
     for group in groups:
-        ((first, store), (second, same)) = group.told
-        assert (first, second) == (0, 1) and store == same and store.startswith(f"file://{tmp_path}/")
-    assert len({group.told[0][1] for group in groups}) == 3
+        (store,) = group.told
+        assert store.startswith(f"file://{tmp_path}/")
+    assert len({group.told[0] for group in groups}) == 3

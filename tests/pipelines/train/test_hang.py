@@ -4,98 +4,282 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pipelines.train import hang, ray_train, retry
 from pipelines.train.hang import HangDetector
+from pipelines.train.starting import Debts
 from simclr.config import Config, Train
 from simclr.data.s3.uri import Unreachable
 from simclr.errors import UserError
 from simclr.telemetry import progress
-from simclr.telemetry.progress import Reading
+from simclr.telemetry.progress import PHASES, Reading
 
-AT = Reading(watched=True, beats=10, step=7, place="simclr/data/loader.py:1 _prefetched", waiting=False)
+AT = Reading(phase="training", beats=10, step=7, place="simclr/data/loader.py:1 _prefetched", waiting=False)
 WAITS = replace(AT, place="simclr/loss.py:1 nt_xent", waiting=True)
 NAMES = ["pid 10 on a (10.0.0.1)", "pid 11 on b (10.0.0.2)", "pid 12 on b (10.0.0.2)"]
 
 
-def detector(*readings: Reading, timeout_s: float = 300.0) -> HangDetector:
-    """After `readings`, of ranks 0, 1, … at 0 s."""
-    found = HangDetector(NAMES[: len(readings)], timeout_s, 0.0)
-    for rank, reading in enumerate(readings):
-        found.hear(rank, reading, 0.0)
-    return found
+class Told:
+    """A detector on a pretended clock: each rank answers as it was last told to, None = not at all."""
 
+    def __init__(self, *readings: Reading | None, timeout_s: float = 300.0) -> None:
+        self.detector, self.readings, self.now = HangDetector(NAMES[: len(readings)], timeout_s, 0.0), list(readings), 0.0
+        self.hear()
 
-def said(to: HangDetector, now: float, *readings: Reading) -> dict[int, str]:
-    for rank, reading in enumerate(readings):
-        to.hear(rank, reading, now)
-    return to.hung(now)
+    def hear(self) -> None:
+        for rank, reading in enumerate(self.readings):
+            self.detector.asks(rank, self.now)
+            if reading is not None:
+                self.detector.hear(rank, reading, self.now)
+
+    def until(self, now: float, *readings: Reading | None, every_s: float = 10.0) -> dict[int, str]:
+        """Go on until `now`; the ranks that were found on the way, if any."""
+        self.readings = list(readings) or self.readings
+        while self.now < now:
+            self.now = min(self.now + every_s, now)
+            self.hear()
+            if found := self.detector.hung(self.now):
+                return found
+        return {}
 
 
 def test_the_blocking_rank_is_named_and_no_waiting_rank() -> None:
-    group = detector(WAITS, AT, WAITS)
-    assert said(group, 299.0, WAITS, AT, WAITS) == {}
-    place = "at step 7 (simclr/data/loader.py:1 _prefetched)"
-    assert said(group, 301.0, WAITS, AT, WAITS) == {1: f"no progress for 301 s in pid 11 on b (10.0.0.2), {place}"}
+    group = Told(WAITS, AT, WAITS)
+    assert group.until(300.0) == {}
+    place = "phase training, at step 7 (simclr/data/loader.py:1 _prefetched)"
+    assert group.until(301.0) == {1: f"no progress for 301 s in pid 11 on b (10.0.0.2), {place}"}
     late = replace(AT, step=6, waiting=True)
-    assert set(said(detector(AT, late, AT), 301.0, AT, late, AT)) == {1}  # the rank behind, though it waits: GPU steps are only queued
-    assert set(said(detector(WAITS, WAITS), 301.0, WAITS, WAITS)) == {0, 1}  # no rank is to blame, but none goes on
+    assert set(Told(AT, late, AT).until(310.0)) == {1}  # the rank behind, though it waits: GPU steps are only queued
+    assert set(Told(WAITS, WAITS).until(310.0)) == {0, 1}  # no rank is to blame, but none goes on
 
 
 def test_a_rank_that_does_not_answer_is_named() -> None:
-    group = detector(WAITS, AT)
-    group.hear(0, replace(WAITS, beats=11), 301.0)
-    assert group.hung(301.0) == {1: "no answer for 301 s from pid 11 on b (10.0.0.2), at step 7 (simclr/data/loader.py:1 _prefetched)"}
-    assert HangDetector(NAMES[:1], 5.0, 0.0).hung(6.0) == {0: "no answer for 6 s from pid 10 on a (10.0.0.1), before its first step"}
+    group = Told(WAITS, AT)
+    moving = [replace(WAITS, beats=beats) for beats in range(40)]
+    for at, reading in enumerate(moving):
+        if found := group.until(10.0 * at, reading, None):
+            break
+    assert found == {1: "no answer for 310 s from pid 11 on b (10.0.0.2), phase training, at step 7 (simclr/data/loader.py:1 _prefetched)"}
+    assert group.now == 310.0
+    found = Told(None, timeout_s=5.0).until(200.0, every_s=1.0)  # a start takes what it takes on a loaded machine
+    assert found == {0: "no answer for 121 s from pid 10 on a (10.0.0.1), phase start, before its first answer"}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_rank_is_found_in_every_phase_after_its_own_patience(phase: str) -> None:
+    """Silent, and with a thread that stands still, each alone: while no other rank is slower, and while another one goes on."""
+    stands = replace(AT, phase=phase, step=0)
+    others = replace(WAITS, phase=phase, step=0)
+    patience = 300.0 * (hang.PATIENCE[phase] if phase != "lock" else 1)
+    for ranks in ([None, others], [stands, others]):
+        group = Told(stands, others)
+        found = group.until(9000.0, *ranks)
+        if phase == "lock" and ranks[0] is not None:  # it answers, and whom it waits for may take days; people are told
+            assert found == {} and group.detector.waits_for_others().startswith("waiting for 9000 s for another process")
+            assert "(pid 10 on a (10.0.0.1), pid 11" in group.detector.waits_for_others()
+            continue
+        assert set(found) == {0} and patience < group.now <= patience + 10, (ranks, group.now)
+        assert f"pid 10 on a (10.0.0.1), phase {phase}" in found[0]
+        if phase != "lock":
+            assert group.detector.waits_for_others() == ""
+
+
+def test_who_is_alone_in_a_phase_is_found_while_others_go_on() -> None:
+    """One rank fetches terabytes, the other hangs in its import; it would have kept the first one waiting for ever at the end."""
+    imports, group = replace(AT, phase="import", step=0), Told(AT, AT)
+    for at in range(0, 700, 10):
+        if found := group.until(float(at), replace(AT, phase="fetch", step=0, beats=at), imports):
+            break
+    assert set(found) == {1} and "phase import" in found[1] and 600 < group.now <= 620
+
+
+def test_a_long_transfer_is_no_hang_and_a_waiting_rank_is_not_blamed() -> None:
+    waits = replace(WAITS, phase="fetch", step=0)
+    group = Told(AT, waits)
+    for at in range(0, 100_000, 100):  # a day of bytes
+        assert group.until(float(at), replace(AT, phase="fetch", step=0, beats=at), waits, every_s=50) == {}
+    assert set(group.until(200_000.0)) == {0}
+
+
+def test_a_slow_checkpoint_keeps_the_others_waiting_for_longer_than_a_step_may() -> None:
+    saves, waits = replace(AT, phase="saving"), replace(WAITS, step=8)
+    assert Told(saves, waits).until(600.0) == {}
+    assert set(Told(saves, waits).until(610.0)) == {0}
+    assert Told(replace(AT, phase="first batch", step=1), replace(WAITS, phase="first batch", step=1)).until(1800.0) == {}
 
 
 def test_what_takes_its_time_is_no_hang() -> None:
-    compiling = replace(AT, watched=False)
-    assert said(detector(compiling, WAITS), 3000.0, compiling, WAITS) == {}  # rank 1 waits for rank 0, which is not watched
-    assert said(detector(AT, WAITS), 301.0, replace(AT, beats=11), WAITS) == {}
-    slow = detector(AT, AT)
-    for now in range(0, 401, 100):  # a step of 400 s, on a machine without a GPU
-        assert now > 300 or said(slow, float(now), AT, AT) == {}
-        said(slow, float(now), AT, AT)
-    after = [replace(AT, beats=11)] * 2
-    assert said(slow, 410.0, *after) == {} and said(slow, 2300.0, *after) == {}
-    assert set(said(slow, 2500.0, *after)) == {0, 1}  # five times 400 s
+    slow = Told(AT, AT)
+    assert slow.until(290.0) == {}
+    after = [replace(AT, beats=11)] * 2  # a step of 290 s, on a machine without a GPU
+    assert slow.until(300.0, *after) == {} and slow.until(300.0 + 5 * 290.0, *after) == {}
+    assert set(slow.until(300.0 + 5 * 290.0 + 20, *after)) == {0, 1}  # five times 290 s
+    starved = HangDetector(NAMES[:1], 300.0, 0.0)
+    starved.hear(0, AT, 0.0)
+    starved.asks(0, 0.0)
+    for now in range(0, 251, 50):  # its machine is under such a load that an answer takes 250 s
+        assert starved.hung(now) == {}
+    starved.hear(0, AT, 250.0)
+    for now in range(300, 1501, 50):
+        assert starved.hung(now) == {}
+    assert set(starved.hung(1510.0)) == {0}
+    imports = HangDetector(NAMES[:1], 300.0, 0.0)
+    imports.asks(0, 0.0)
+    for now in range(0, 251, 50):
+        assert imports.hung(now) == {}
+    imports.hear(0, replace(AT, phase="fetch"), 250.0)  # a process that is made answers late, which says nothing about later
+    assert [set(imports.hung(now)) for now in (300.0, 360.0, 420.0, 480.0, 540.0, 551.0)] == [*[set()] * 5, {0}]
+
+
+def test_a_controller_that_slept_has_seen_no_hang() -> None:
+    """A laptop was closed, or a machine paused, for an hour: the clock has jumped, and the answers have not come yet."""
+    group = Told(AT, WAITS)
+    group.until(100.0)
+    for jump in range(3):
+        group.now += 3600.0
+        assert group.detector.hung(group.now) == {}, jump
+        assert group.until(group.now + 50.0, replace(AT, beats=20 + jump), replace(WAITS, beats=20 + jump)) == {}
+    assert group.until(group.now + 300.0) == {} and set(group.until(group.now + 210.0)) == {0}  # then it is found as ever
+    backwards = HangDetector(NAMES[:1], 5.0, 100.0)
+    assert backwards.hung(0.0) == {} and backwards.hung(0.1) == {}
+
+
+def test_somebody_at_a_breakpoint_is_left_alone() -> None:
+    there = replace(AT, stopped=True)
+    group = Told(there, WAITS)
+    assert group.until(4000.0) == {}
+    assert group.until(4290.0, AT, WAITS) == {} and set(group.until(4310.0)) == {0}  # the pause does not count as a long step
 
 
 def test_a_process_says_where_its_thread_is(monkeypatch: pytest.MonkeyPatch) -> None:
     go, there = threading.Event(), threading.Event()
+    seen: list[Reading] = []
 
     def work() -> None:
         with progress.watched():
+            seen.append(progress.read())
+            progress.enter("first batch")
             for step in range(5):
                 progress.beat(step)
-            with progress.unwatched():
+                seen.append(progress.read())
+            with progress.within("saving"):
                 there.set()
                 go.wait(20)
                 go.clear()
             there.set()
             go.wait(20)
 
-    assert not progress.read().watched
+    assert progress.read().phase == ""
     thread = threading.Thread(target=work)
     thread.start()
     there.wait(20)
-    asleep = progress.read()
+    saves = progress.read()
+    progress.moved()  # by another thread
+    progress.enter("upload")
+    also = progress.read()
     there.clear()
     go.set()
     there.wait(20)
     awake = progress.read()
+    progress.moved()
+    same = progress.read()
     go.set()
     thread.join()
-    assert (asleep.watched, asleep.step, asleep.beats) == (False, 5, 5)
-    assert (awake.watched, awake.step, awake.beats, awake.waiting) == (True, 5, 6, False)
-    assert not progress.read().watched
+    assert [reading.phase for reading in seen] == ["import", *["first batch"] * 3, *["training"] * 2]
+    assert (saves.phase, saves.step, also.phase, also.beats - saves.beats) == ("saving", 5, "saving", 1)
+    assert (awake.phase, awake.step, awake.waiting) == ("training", 5, False) and same == awake  # bytes are no steps
+    assert progress.read().phase == ""
+
+
+def test_a_file_that_grows_is_progress_and_so_is_each_try_at_s3(tmp_path: Path) -> None:
+    from simclr import checkpoint
+    from simclr.data.s3.store import Store
+    from simclr.data.s3.uri import Address
+
+    with progress.watched():
+        progress.enter("saving")
+        path = tmp_path / "state"
+        with progress.grows(path):
+            before = progress.read().beats
+            path.write_bytes(bytes(7))
+            assert progress.read().beats == before + 7
+        before = progress.read().beats
+        checkpoint.write(tmp_path, checkpoint.State(1, {}, {"a": torch.zeros(1 << 20)}), 1)
+        assert progress.read().beats >= before + 4  # it is hashed in pieces
+        before = progress.read().beats
+        store = Store(attempts=3, pause_s=0.001)
+        store.client = SimpleNamespace(get_object=lambda **_: {})
+        with pytest.raises(Unreachable):
+            store.read(Address("hang", "nothing"))
+        assert progress.read().beats == before + 3
+
+
+def test_an_upload_that_nobody_answers_ends_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server takes the connection and is silent for ever, so each try ends by its own timeout; training goes on meanwhile."""
+    from pipelines.runs import sync
+    from simclr import checkpoint
+    from simclr.data.s3.store import Store
+
+    said: list[str] = []
+    monkeypatch.setattr(sync, "say", said.append)
+    for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "EC2_METADATA_DISABLED": "true", "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("SIMCLR_CACHE", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        home = sync.Home("s3://hang/run")
+        home.store = Store(attempts=2, pause_s=0.01, answer_s=0.2)
+        written = checkpoint.write(tmp_path / "checkpoints", checkpoint.State(1, {}, {"a": torch.zeros(2)}), 1)
+        home.later(lambda: home.send_checkpoint(written, 2))
+        home.wait()
+    assert not home.busy() and len(said) == 1
+    assert said[0].startswith("not sent: s3://hang/run/checkpoints failed 2 times, the last time with no answer in time; check the network")
+
+
+def test_who_waits_for_a_lock_says_so(tmp_path: Path) -> None:
+    from simclr.data.s3.uri import locked
+
+    copy, entered, seen = tmp_path / "copy", threading.Event(), list[str]()
+
+    def work() -> None:
+        with progress.watched():
+            progress.enter("fetch")
+            entered.set()
+            with locked(copy):
+                seen.append(progress.read().phase)
+
+    with locked(copy):
+        thread = threading.Thread(target=work)
+        thread.start()
+        entered.wait(20)
+        while progress.read().phase == "fetch":
+            time.sleep(0.001)
+        assert progress.read().phase == "lock"
+    thread.join()
+    assert seen == ["fetch"]
+
+
+def test_a_process_that_owes_a_sign_of_life_is_late_after_the_patience_alone() -> None:
+    debts = Debts(600.0, 0.0)
+    debts.owes("a", 0.0)
+    for now in range(0, 601, 30):
+        debts.owes("a", now)
+        assert debts.late(now) == {}
+    debts.owes("b", 600.0)
+    assert debts.late(630.0) == {"a": 630.0}
+    debts.paid("a")
+    assert debts.late(5000.0) == {} and debts.late(5150.0) == {}  # b: of the jump only a quarter of the patience counts
+    assert set(debts.late(5300.0) | debts.late(5450.0)) == {"b"}
 
 
 def test_every_number_of_workers_between_two_may_share_a_batch() -> None:
@@ -123,7 +307,7 @@ def test_every_number_of_workers_between_two_may_share_a_batch() -> None:
 def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import GetTimeoutError, RayTaskError
     from ray.train import ControllerError, FailureConfig, WorkerGroupError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
     monkeypatch.setattr(hang.group, "saved", 0)
     said: list[Any] = []
@@ -138,6 +322,13 @@ def test_failures_count_in_a_row_and_a_new_checkpoint_begins_the_row_anew(monkey
     assert [tried(lost), tried(lost, saved=40), tried(lost), tried(lost)] == [True, True, True, False]
     assert [tried(meeting, saved=80), tried(meeting), tried(ControllerError(GetTimeoutError("no answer")))] == [True, True, False]
     assert [message.text.partition(":")[0] for message in said] == ["workers failed to start"] * 3
+    assert "not answer; run the same" in retry.given_up(ControllerError(WorkerGroupStartupFailedError("it did not answer")))
+    assert retry.given_up(meeting) == ""  # its traceback says more
+    hang.group.stuck = "no answer for 600 s from pid 7 on a, phase start"
+    ended = ControllerError(WorkerGroupStartupFailedError("One of the worker actors failed\nto start"))
+    assert [tried(ended, saved=80), tried(ended), tried(ended)] == [True, True, False]  # Ray would try for ever
+    assert said.pop().text == said.pop().text == said.pop().text == f"workers failed to start: {hang.group.stuck}"
+    hang.group.stuck = ""
     assert not tried(ControllerError(KeyError("a mistake of Ray's")), saved=80)
     for _ in range(9):  # nodes that have not come
         assert tried(ControllerError(WorkerGroupStartupTimeoutError(16)))

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines.train import ray_private, rendezvous, retry
+from pipelines.train import ray_start, rendezvous, retry
 from simclr.data.s3.uri import Unreachable
 from simclr.errors import UserError
 from tests.support.hosts import missing
@@ -105,18 +105,20 @@ def test_a_node_that_others_cannot_reach_is_named() -> None:
 
 
 def test_each_worker_of_a_cluster_chooses_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own way follows, with the group that it was given."""
+    """Not where they meet in a file: then all are on one machine."""
     import ray
-    from ray.train.torch import TorchConfig
+    import ray.train.torch.config as ray_config
 
     order: list[str] = []
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.5")
-    own = TorchConfig(backend="gloo").backend_cls
-    monkeypatch.setattr(own, "on_start", lambda self, group, config: order.append(f"meets by {config.backend}"))
-    config = ray_private.torch_config_of_nodes("gloo", 7, order.append)
-    group = SimpleNamespace(execute=lambda function: [function() for _ in range(2)])
-    config.backend_cls().on_start(group, config)
-    assert order == ["10.0.0.5", "10.0.0.5", "meets by gloo"] and config.timeout_s == 7
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1))
+    monkeypatch.setattr(ray_config, "_set_torch_distributed_env_vars", lambda: None)
+    monkeypatch.setattr(ray_config, "_setup_torch_process_group", lambda *told: order.append(f"meets at {told[3]}"))
+    monkeypatch.setattr(rendezvous, "choose_interface", order.append)
+    for address in ("tcp://10.0.0.5:1", "file:///store"):
+        monkeypatch.setattr(ray_start, "_meetings", [ray_start._Meeting("gloo", address, 7)])
+        ray_start.meet()
+    assert order == ["10.0.0.5", "meets at tcp://10.0.0.5:1", "meets at file:///store"]
 
 
 def test_a_sentence_of_a_worker_that_has_not_begun_ends_the_job() -> None:

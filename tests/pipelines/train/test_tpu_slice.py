@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.train.ray_train import Resources
+from pipelines.train.resources import Resources
 from simclr.errors import UserError
 from tests.support.paths import ROOT
 

@@ -1,4 +1,4 @@
-"""Ways to break sweeps that go on, and what keeps pickles from being read: see `tests.support.mutation_table`."""
+"""Ways to break sweeps that go on, leases, and what keeps pickles from being read: see `tests.support.mutation_table`."""
 
 from __future__ import annotations
 
@@ -60,5 +60,26 @@ RESUME = (
         "return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & files.OTHERS_WRITE",
         "return True",
         "tests/simclr/test_compiling.py::test_torch_has_a_cache_of_this_user_alone",
+    ),
+    Mutation(
+        "late-checkpoint-not-refused",
+        "pipelines/runs/home.py",
+        "            lease.require(self.register(), self.ticket.owner, str(self.at))\n",
+        "            pass\n",
+        "tests/pipelines/runs/test_lease.py::test_the_late_checkpoint_of_a_former_writer_is_rejected_and_removes_none",
+    ),
+    Mutation(
+        "checkpoints-ordered-by-step-alone",
+        "simclr/checkpoint.py",
+        "return (int(found[2] or 0), int(found[1])) if found",
+        "return (0, int(found[1])) if found",
+        "tests/pipelines/runs/test_lease.py::test_checkpoints_without_a_token_are_older_than_those_with_one",
+    ),
+    Mutation(
+        "lease-written-without-condition",
+        "simclr/data/s3/lease.py",
+        'condition = {} if not self.conditional else {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}',
+        "condition: dict[str, str] = {}",
+        "tests/pipelines/runs/test_lease.py::test_a_stopped_writer_finds_that_it_has_lost_the_lease",
     ),
 )

@@ -229,14 +229,11 @@ def test_a_run_that_began_with_weights_never_begins_without_a_checkpoint(
     run = warm_start.begin(run, weights, weights.classes)
     assert driver._steps_done(run) == 0
     path = run.checkpoints / "step-000000000/state.safetensors"
-    data = path.read_bytes()
-    for damaged, whole in ((data[:-1], False), (data[:-1] + b"x", True)):  # the driver looks at sizes; a complete run's it reads
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"no checkpoint in .* is whole; remove that folder, and the same command begins again"):
-            driver._steps_done(run, whole)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole; remove that folder, and the same command begins again"):
+        driver._steps_done(run, whole=True)  # else it looks at sizes
     tuned = dataclasses.replace(run, start={}, config=FineTune(encoder_sha256="a"), stage="finetune")
     assert tuned.begun and not dataclasses.replace(tuned, config=FineTune()).begun
-
     pytest.importorskip("ray")
     import ray.train.torch
 

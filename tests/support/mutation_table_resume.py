@@ -80,6 +80,6 @@ RESUME = (
         "simclr/data/s3/lease.py",
         'condition = {} if not self.conditional else {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}',
         "condition: dict[str, str] = {}",
-        "tests/pipelines/runs/test_lease.py::test_a_stopped_writer_finds_that_it_has_lost_the_lease",
+        "tests/pipelines/runs/test_lease.py::test_a_second_is_refused_with_host_and_age_and_takes_over_once_the_first_ends",
     ),
 )

@@ -329,27 +329,6 @@ MUTATIONS = (
         "tests/pipelines/train/test_checkpoints.py::test_what_is_written_is_what_it_was",
     ),
     Mutation(
-        "late-checkpoint-not-refused",
-        "pipelines/runs/home.py",
-        "            lease.require(self.register(), self.ticket.owner, str(self.at))\n",
-        "            pass\n",
-        "tests/pipelines/runs/test_lease.py::test_the_late_checkpoint_of_a_former_writer_is_rejected_and_removes_none",
-    ),
-    Mutation(
-        "checkpoints-ordered-by-step-alone",
-        "simclr/checkpoint.py",
-        "return (int(found[2] or 0), int(found[1])) if found",
-        "return (0, int(found[1])) if found",
-        "tests/pipelines/runs/test_lease.py::test_checkpoints_without_a_token_are_older_than_those_with_one",
-    ),
-    Mutation(
-        "lease-written-without-condition",
-        "simclr/data/s3/lease.py",
-        'condition = {} if not self.conditional else {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}',
-        "condition: dict[str, str] = {}",
-        "tests/pipelines/runs/test_lease.py::test_a_stopped_writer_finds_that_it_has_lost_the_lease",
-    ),
-    Mutation(
         "checkpoint-in-s3-announced-before-its-weights",
         "pipelines/runs/home.py",
         '        self.store.upload(path / "state.safetensors", there / "state.safetensors", _sha256(text, path))\n'

@@ -1,4 +1,4 @@
-"""Ways to break sweeps that go on, what keeps pickles from being read, and the watch over workers: see `tests.support.mutation_table`."""
+"""Ways to break sweeps that go on, leases, what keeps pickles from being read, and the watch over workers: see `tests.support.mutation_table`."""
 
 from __future__ import annotations
 
@@ -116,5 +116,26 @@ RESUME = (
         "if hang.group.short > 1:",
         "if hang.group.short > 99:",
         "tests/pipelines/train/test_memory.py::test_the_same_place_is_tried_twice",
+    ),
+    Mutation(
+        "late-checkpoint-not-refused",
+        "pipelines/runs/home.py",
+        "            lease.require(self.register(), self.ticket.owner, str(self.at))\n",
+        "            pass\n",
+        "tests/pipelines/runs/test_lease.py::test_the_late_checkpoint_of_a_former_writer_is_rejected_and_removes_none",
+    ),
+    Mutation(
+        "checkpoints-ordered-by-step-alone",
+        "simclr/checkpoint.py",
+        "return (int(found[2] or 0), int(found[1])) if found",
+        "return (0, int(found[1])) if found",
+        "tests/pipelines/runs/test_lease.py::test_checkpoints_without_a_token_are_older_than_those_with_one",
+    ),
+    Mutation(
+        "lease-written-without-condition",
+        "simclr/data/s3/lease.py",
+        'condition = {} if not self.conditional else {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}',
+        "condition: dict[str, str] = {}",
+        "tests/pipelines/runs/test_lease.py::test_a_second_is_refused_with_host_and_age_and_takes_over_once_the_first_ends",
     ),
 )

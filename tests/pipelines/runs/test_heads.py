@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from pipelines.runs import lease
+from pipelines.runs.directory import open_run
 from pipelines.runs.home import HEADS, Home
+from pipelines.train import driver
 from simclr import checkpoint
 from simclr.data.s3.store import Store
 from tests.support.s3 import Proxy
+from tests.support.small import TINY
 
 ROWS = 1 << 18  # of float32: a mebibyte of weights
 
@@ -147,3 +150,15 @@ def test_on_a_disk_the_driver_hashes_nothing(tmp_path: Path, monkeypatch: pytest
 
 def resident_kib() -> int:
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_is_not_complete(patterns: Path, tmp_path: Path) -> None:
+    """The driver reads the step without the weights; before it says that nothing is left to do, it reads them."""
+    run = open_run(tmp_path / "run", "patterns_tiny", TINY, patterns)
+    method = driver.shapes_of(run)
+    tensors = {f"model.{name}": torch.zeros(t.shape, dtype=t.dtype) for name, t in method.network.state_dict().items()}
+    for step in (2, 3):
+        path = checkpoint.write(run.checkpoints, checkpoint.State(step, TINY.to_dict(), tensors), 2) / "state.safetensors"
+    assert driver._steps_done(run) == driver._steps_done(run, whole=True) == 3
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert driver._steps_done(run) == 3 and driver._steps_done(run, whole=True) == 2

@@ -246,7 +246,7 @@ def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
     s3.quiet()
     s3.rate, s3.asked_by = 0.05, []
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out, err = driver.communicate(timeout=150)
+    out, err = driver.communicate(timeout=400)
     assert driver.returncode == 0, err
     assert "after step 6 of 12" in err and out.strip() == str(at) and s3.faults.total() > 0
     askers = {pid for _, pid in s3.asked_by}

@@ -299,4 +299,26 @@ DATA = (
         "if False:",
         "tests/simclr/data/test_access.py::test_a_public_bucket_is_read_without_credentials_and_nothing_is_written",
     ),
+    # ── What surrounds a command ───────────────────────────────────────────────────────────────────────────────────
+    Mutation(
+        "a-quota-of-a-group-around-does-not-count",
+        "simclr/cores.py",
+        "for group in (folder, *folder.parents):",
+        "for group in (folder,):",
+        "tests/simclr/test_cores.py::test_a_quota_counts",
+    ),
+    Mutation(
+        "this-machine-through-a-proxy",
+        "simclr/proxy.py",
+        'os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*names, *missing])',
+        "pass",
+        "tests/simclr/test_proxy.py::test_servers_of_this_machine_are_reached_past_a_proxy",
+    ),
+    Mutation(
+        "gloo-meets-at-127-0-1-1",
+        "pipelines/train/rendezvous.py",
+        "        os.environ[_GLOO] = mine[0]\n",
+        "        pass\n",
+        "tests/pipelines/train/test_rendezvous.py::test_gloo_gets_the_interface_of_the_node",
+    ),
 )

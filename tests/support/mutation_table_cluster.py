@@ -20,13 +20,6 @@ CLUSTER = (
         "tests/cluster/test_environment.py::test_two_that_keep_at_once_leave_one_whole_environment",
     ),
     Mutation(
-        "node-given-up-for-a-lock-of-apts",
-        "cluster/bootstrap.sh",
-        '-n 1)\n        [ -n "$lock" ] || return 1',
-        "-n 1)\n        return 1",
-        "tests/cluster/test_packages.py::test_a_lock_of_apts_is_waited_for_and_said",
-    ),
-    Mutation(
         "quota-of-spot-machines-not-asked",
         "pipelines/clusterfile/quotas.py",
         '("L-417A185B", "L-C4BD4855")',

@@ -138,7 +138,7 @@ def greedy(task: Task) -> None:
         if step == 2 and rank == 1 and group:
             time.sleep(8)  # until it has answered once
             Path(group, "cgroup.procs").write_text(str(os.getpid()))
-        while step == 2 and rank == 1 and len(held) < 40:
+        while step == 2 and rank == 1 and len(held) < 150 and psutil.virtual_memory().available > 2 << 30:
             held.append(bytearray(os.urandom(1 << 20)) * 64)  # no page of zeros
             time.sleep(0.02)
 

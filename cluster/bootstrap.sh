@@ -138,13 +138,14 @@ if [ "$bucket" = gcs ] && ! mountpoint -q /mnt/simclr; then
         # Ubuntu has no such package; it is in Google's repository, whose key comes from Google by TLS and signs nothing else here. The key
         # is not pinned: Google has replaced it several times, and every node would then fail.
         google=https://packages.cloud.google.com/apt keyring=/usr/share/keyrings/simclr-google.asc
-        curl -sfL --retry 5 "$google/doc/apt-key.gpg" -o "$log" && grep -q 'BEGIN PGP PUBLIC KEY' "$log" ||
+        curl -sfL --proto '=https' --retry 5 "$google/doc/apt-key.gpg" -o "$log" && grep -q 'BEGIN PGP PUBLIC KEY' "$log" ||
             { say "gcsfuse is not installed, and the key of Google's packages cannot be fetched from $google/doc/apt-key.gpg; let this node reach it, or use an image that has gcsfuse"; exit 1; }
         as_root install -m 644 "$log" $keyring
         release=$(. /etc/os-release && echo "$VERSION_CODENAME")
         echo "deb [signed-by=$keyring] $google gcsfuse-$release main" >"$log"
         as_root install -m 644 "$log" /etc/apt/sources.list.d/simclr-gcsfuse.list
-        install_packages gcsfuse
+        # An address without such packages would fail every later index.
+        (install_packages gcsfuse) || { as_root rm -f /etc/apt/sources.list.d/simclr-gcsfuse.list; exit 1; }
     fi
     as_root mkdir -p /mnt/simclr
     as_root chown "$(id -u)" /mnt/simclr

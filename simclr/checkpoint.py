@@ -141,6 +141,8 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
 
     Raises OSError (no space, for example); then nothing is left behind and the earlier checkpoints are untouched.
     """
+    # Without a token of its own, as on a disk, it must not be older than what lies here: a copy of a run from S3 has tokens.
+    token = token or max((order(path.name)[0] for path in list_checkpoints(folder)), default=0)
     target = folder / _name(state.step, token)
     scratch = folder / f".writing-{state.step:09d}-{os.getpid()}"
     aside = folder / f".old-{state.step:09d}-{os.getpid()}"
@@ -163,7 +165,7 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     # Also `.writing-*` of a killed process: only one rank writes, so no other process uses it.
-    stay = {*worth_keeping({path.name: score_of(path) for path in list_checkpoints(folder)}, keep), spare}
+    stay = {*worth_keeping({path.name: score_of(path) for path in list_checkpoints(folder)}, keep), spare, target.name}
     stale = [path for path in list_checkpoints(folder) if path.name not in stay]
     for old in (*stale, *folder.glob(".old-*"), *folder.glob(".writing-*")):
         shutil.rmtree(old, ignore_errors=True)

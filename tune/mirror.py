@@ -78,12 +78,17 @@ class Mirror:
             # The time of a file is asked before it is sent: what is written meanwhile goes with the next send.
             stamps = {path.relative_to(self.path).as_posix(): _stamp(path) for path in self._files()}
             changed = sorted(name for name, stamp in stamps.items() if notes.get(name, [])[1:] != stamp)
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                for name, etag in zip(changed, pool.map(self._upload, changed), strict=True):
-                    if etag:
-                        notes[name] = [etag, *stamps[name]]
-            if notes != before:
-                self._note(notes)
+
+            def sent(name: str) -> None:
+                if etag := self._upload(name):
+                    notes[name] = [etag, *stamps[name]]
+
+            try:
+                with ThreadPoolExecutor(_AT_ONCE) as pool:
+                    list(pool.map(sent, changed))
+            finally:  # also where one was not sent: what was would else count as changed there, and be fetched over newer files
+                if notes != before:
+                    self._note(notes)
 
     def _upload(self, name: str) -> str:
         """The ETag of what was sent; "" if the file is gone: a trial that begins again moves its directory."""

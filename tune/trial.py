@@ -196,7 +196,7 @@ def _newest(sweep: Sweep, run: Run) -> int:
     if newest is None:
         return 0
     run.fill([report for report in checkpoint.reports(newest) if report.pop("mark", "") == run.path.name])
-    return int(newest.name.removeprefix("step-"))  # `latest` has read all of it: the name is true
+    return checkpoint.order(newest.name)[1]  # `latest` has read all of it: the name is true
 
 
 def _caught_up(sweep: Sweep, run: Run, trial: Trial, newest: int, heard: float) -> Trial:

@@ -55,10 +55,10 @@ def main(args: Args) -> None:
     show(overview(cluster))
     if batch:
         show(f"\n{args.recipe}: {batch}")
-    if cluster["provider"]["type"] == "aws":
+    if cluster["provider"]["type"] == "aws" and (region := cluster["provider"].get("region")):
         from pipelines.clusterfile import quotas  # boto3 takes half a second
 
-        for line in quotas.lines(rules.groups(cluster), cluster["provider"]["region"]):
+        for line in quotas.lines(rules.groups(cluster), region):
             show(f"\n{line}")
     if marked := [(number, line) for number, line in enumerate(text.splitlines(), 1) if re.search(r"# EDIT \d of \d", line)]:
         show("\nto edit before `ray up`, unless you have:")

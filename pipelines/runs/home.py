@@ -96,6 +96,12 @@ class Home:
         """Whether S3 has a run here, as far as this copy knows."""
         return "run.json" in self._notes()
 
+    def highest_token(self) -> int:
+        """The highest fencing token among the checkpoints in S3, which a new writer's must exceed: the lease that had it may be gone."""
+        from simclr import checkpoint
+
+        return max((checkpoint.order(name)[0] for name in self._whole()), default=0)
+
     # ── Files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def fetch(self) -> None:

@@ -28,10 +28,10 @@ def alone(home: Home) -> Iterator[None]:
 
     own = home.register()
     own.store = Store(attempts=3, answer_s=5.0, threads=1)  # a sign that comes late is none
-    lease = Lease(own, str(home.at))
+    lease = Lease(own, str(home.at), least=home.highest_token)
     lease.take(_INSTEAD, say)
     home.ticket, home.check = Ticket(lease.mine.owner, lease.mine.token), lease.check
     try:
         yield
     finally:
-        lease.release(keep=home.is_begun())  # a run that was refused leaves nothing
+        lease.release(keep=home.is_begun() or lease.mine.token > 1)  # a new run that was refused leaves nothing

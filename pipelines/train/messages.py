@@ -30,7 +30,7 @@ class Task:
     created: float = 0.0
     """Unix time at which the run began. It tells apart two runs that use the same address in S3 one after the other."""
     lease: Ticket | None = None
-    """Of the driver, for a run in S3: without it no worker writes there."""
+    """Of the driver, for a run in S3 that has a lease; trials of a sweep have none."""
     begun: bool = False
     """Whether the run began with given weights, as its first checkpoint: then no worker begins without one."""
     given: dict[str, Any] = field(default_factory=dict)

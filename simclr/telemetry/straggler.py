@@ -42,10 +42,10 @@ class Stragglers:
         speed/slowest_rank; speed/straggle, its time over the median; speed/straggler_steps, for how many steps it has been
         slower than LIMIT times that.
         """
+        own_s = [own * weight for own, weight in zip(own_s, self.weights, strict=True)]
         median = statistics.median(own_s)
         if len(own_s) < 2 or median <= 0:
             return {}
-        own_s = [own * weight for own, weight in zip(own_s, self.weights, strict=True)]
         self.slow = [before + steps if own > LIMIT * median else 0 for before, own in zip(self.slow, own_s, strict=True)]
         slowest = max(range(len(own_s)), key=lambda r: own_s[r])
         return {

@@ -274,9 +274,9 @@ def diverging(data: str) -> str:
 
     good, calls = module.nt_xent, []
 
-    def spoilt(z: Tensor, temperature: float, memory: Tensor | None) -> Tensor:
+    def spoilt(z: Tensor, temperature: float, memory: Tensor | None, images: int | None = None) -> Tensor:
         calls.append(1)
-        return good(z, temperature, memory) * (float("nan") if len(calls) == 3 else 1)
+        return good(z, temperature, memory, images) * (float("nan") if len(calls) == 3 else 1)
 
     if rank() == 1:
         module.nt_xent = spoilt

@@ -1,4 +1,4 @@
-"""Ways to break sweeps that go on, leases, what keeps pickles from being read, and the watch over workers: see `tests.support.mutation_table`."""
+"""Ways to break sweeps that go on, leases, what keeps pickles from being read, and the watch over workers: see `mutation_table`."""
 
 from __future__ import annotations
 

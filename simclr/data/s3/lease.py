@@ -155,10 +155,17 @@ class Lease:
     """The lease of this process. A thread renews it from `take` to `release`."""
 
     def __init__(
-        self, register: Register, what: str, length_s: float = LENGTH_S, every_s: float = EVERY_S, process: str | None = None
+        self,
+        register: Register,
+        what: str,
+        length_s: float = LENGTH_S,
+        every_s: float = EVERY_S,
+        process: str | None = None,
+        least: Callable[[], int] = int,
     ) -> None:
-        """`what` is written below it, for messages. `process` is this one, as `this_process` has it."""
-        self.register, self.what, self.every_s = register, what, every_s
+        """`what` is written below it, for messages. `process` is this one, as `this_process` has it. `least`: a token that the lease's
+        must exceed, as its object may have been removed; it is asked once the lease can be had."""
+        self.register, self.what, self.every_s, self.least = register, what, every_s, least
         process = this_process() if process is None else process
         self.mine = Holder(owner=secrets.token_hex(16), who=_who(), pid=os.getpid(), process=process, length_s=length_s)
         self.etag, self.lost, self.began = "", "", 0.0
@@ -237,7 +244,7 @@ class Lease:
 
     def _took(self, found: Entry | None) -> bool:
         self.began = _now()
-        self.mine = replace(self.mine, token=(found.holder.token if found else 0) + 1)
+        self.mine = replace(self.mine, token=max(found.holder.token if found else 0, self.least()) + 1)
         etag = self.register.write(self.mine, found.etag if found else None)
         if etag is not None and not self.register.obeys(self.mine, etag):
             self.register.conditional = False
@@ -258,7 +265,8 @@ class Lease:
                 pause = self.every_s
             except Lost:
                 return
-            except (UserError, OSError):  # S3 is away: nobody can take the lease there either, or it will be found taken
+            # S3 is away: nobody can take the lease there either, or it will be found taken. Whatever else it is, the thread must go on.
+            except Exception:
                 pause = min(_AGAIN_S, self.every_s)
 
 

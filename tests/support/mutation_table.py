@@ -316,7 +316,7 @@ MUTATIONS = (
     ),
     Mutation(
         "fewer-workers-than-groups-of-shards",
-        "pipelines/train/ray_train.py",
+        "pipelines/train/resources.py",
         "if retry.shares(config, count)]",
         "if count]",
         "tests/pipelines/train/test_hang.py::test_every_number_of_workers_between_two_may_share_a_batch",

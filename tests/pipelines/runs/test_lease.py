@@ -298,6 +298,25 @@ def test_checkpoints_without_a_token_are_older_than_those_with_one(tmp_path: Pat
         checkpoint.about(tmp_path / "step-000000003.10")
 
 
+def test_a_run_copied_from_s3_goes_on_on_a_disk(tmp_path: Path) -> None:
+    """Its new checkpoints have no token of a lease. They were older than all others, and removed as soon as they were written."""
+    state = checkpoint.State(1, {}, {"model.w": torch.ones(1)})
+    for step, token in ((8, 2), (9, 2), (10, 2), (11, 0)):
+        checkpoint.write(tmp_path, replace(state, step=step), 3, token=token)
+    newest = checkpoint.latest(tmp_path, print)
+    assert newest is not None and newest.name == "step-000000011.2"
+
+
+def test_a_token_exceeds_those_of_checkpoints_whose_lease_was_removed(s3: Proxy, tmp_path: Path) -> None:
+    home = sync.Home("s3://photos/runs/forgotten")
+    assert home.at is not None
+    (tmp_path / "checkpoint.json").write_text("{}")
+    home.store.upload(tmp_path / "checkpoint.json", home.at / "checkpoints/step-000000009.6/checkpoint.json")
+    with run_lease.alone(home):
+        assert home.token == 7
+    assert any(found.name == "lease.json" for found in home.store.listing(home.at))  # on a machine that has no copy of the run
+
+
 def test_a_refused_run_leaves_nothing_in_the_bucket(s3: Proxy) -> None:
     home = sync.Home("s3://photos/runs/refused")
     with pytest.raises(UserError, match="no such thing"), run_lease.alone(home):

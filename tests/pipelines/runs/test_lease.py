@@ -383,6 +383,6 @@ def test_between_two_messages_of_its_workers_the_driver_looks_at_its_lease() -> 
         raise Lost("the run was taken over")
 
     alive = SimpleNamespace(is_alive=lambda: True)
-    running = Running(alive, None, [], [], SimpleNamespace(require=lambda: None), "", "", [lost])  # type: ignore[arg-type]
+    running = Running(alive, None, [], [], threading.Event(), SimpleNamespace(require=lambda: None), "", "", [lost])  # type: ignore[arg-type]
     with pytest.raises(Lost, match="taken over"):
         next(running.reports())

@@ -202,6 +202,8 @@ def test_a_process_says_where_its_thread_is(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_file_that_grows_is_progress_and_so_is_each_try_at_s3(tmp_path: Path) -> None:
+    from botocore.exceptions import ClientError
+
     from simclr import checkpoint
     from simclr.data.s3.store import Store
     from simclr.data.s3.uri import Address
@@ -218,7 +220,11 @@ def test_a_file_that_grows_is_progress_and_so_is_each_try_at_s3(tmp_path: Path) 
         assert progress.read().beats >= before + 4  # it is hashed in pieces
         before = progress.read().beats
         store = Store(attempts=3, pause_s=0.001)
-        store.client = SimpleNamespace(get_object=lambda **_: {})
+
+        def busy(**_: Any) -> None:
+            raise ClientError({"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 503}}, "GetObject")
+
+        store.access.client = SimpleNamespace(get_object=busy)
         with pytest.raises(Unreachable):
             store.read(Address("hang", "nothing"))
         assert progress.read().beats == before + 3
@@ -226,12 +232,13 @@ def test_a_file_that_grows_is_progress_and_so_is_each_try_at_s3(tmp_path: Path) 
 
 def test_an_upload_that_nobody_answers_ends_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server takes the connection and is silent for ever, so each try ends by its own timeout; training goes on meanwhile."""
+    from pipelines.runs import home as homes
     from pipelines.runs import sync
     from simclr import checkpoint
     from simclr.data.s3.store import Store
 
     said: list[str] = []
-    monkeypatch.setattr(sync, "say", said.append)
+    monkeypatch.setattr(homes, "say", said.append)
     for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "EC2_METADATA_DISABLED": "true", "REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("SIMCLR_CACHE", str(tmp_path))

@@ -224,7 +224,7 @@ def test_a_file_that_grows_is_progress_and_so_is_each_try_at_s3(tmp_path: Path) 
         def busy(**_: Any) -> None:
             raise ClientError({"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 503}}, "GetObject")
 
-        store.access.client = SimpleNamespace(get_object=busy)
+        store.access.client = SimpleNamespace(get_object=busy, meta=SimpleNamespace(endpoint_url="https://s3.example.com"))
         with pytest.raises(Unreachable):
             store.read(Address("hang", "nothing"))
         assert progress.read().beats == before + 3

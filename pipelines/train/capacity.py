@@ -34,11 +34,14 @@ def reachable(joined: bool) -> dict[str, float]:
     if not joined:
         return dict(has)
     rendezvous.require_reachable(ray.nodes())
-    for name, amount in _most().items():
+    for name, amount in grown().items():
         has[name] = max(has[name], amount)
-    for name in os.environ.get(GROWS, "").split():
-        has[name] = math.inf
     return dict(has)
+
+
+def grown() -> dict[str, float]:
+    """Resource → its sum over all nodes that the autoscaler may run at once, infinite for those in $SIMCLR_GROWS; {} without one."""
+    return _most() | dict.fromkeys(os.environ.get(GROWS, "").split(), math.inf)
 
 
 def slots(joined: bool, cpus: int, gpu: bool) -> float:

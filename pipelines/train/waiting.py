@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import itertools
 import math
 import socket
 import threading
@@ -28,8 +29,8 @@ _ASK_S, _TELL_S, _ALIVE_S, _SILENT_S = 1.0, 60.0, 5.0, 30.0
 _PATIENCE_S = 3.0  # before the first sentence: what a job leaves is not free at once
 _ANSWER_S = 60.0  # for the actor's first answer: its process has to start
 Ticket = dict[str, Any]
-"""`id`; `who` it is, for people; `workers`, at least; what `each` of them takes; the `most` of each resource that the cluster may have,
-where it grows; `silent_s` after which it is forgotten; `place` in the line, 0 = none yet; whether it `goes`."""
+"""`id`; `who` it is, for people; `workers`, at least; what `each` of them takes; the `most` of each resource that an
+autoscaler may bring the cluster to; `silent_s` after which it is forgotten; `place` in the line, 0 = none yet; whether it `goes`."""
 Look = Callable[[], tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]]
 """Gives node → its resources, and node → what is free of them."""
 
@@ -88,12 +89,17 @@ def _has_room(mine: Ticket, going: list[Ticket], nodes: dict[str, dict[str, floa
     group starts again after a failure."""
     there = {name: sum(has.get(name, 0.0) for has in nodes.values()) for name in mine["each"]}
     most = {name: max(amount, mine["most"].get(name, 0.0)) for name, amount in there.items()}
-    asked = {name: sum(t["workers"] * t["each"].get(name, 0.0) for t in [*going, mine]) for name in mine["each"]}
-    if any(asked[name] > most[name] for name in asked):
+    asks = {name: [t["workers"] * t["each"].get(name, 0.0) for t in going] for name in most}
+    # A group that asks for more than there can be has lost a node, and holds nothing until that is back.
+    runs = [all(amount <= most[name] for name, amount in zip(most, each, strict=True)) for each in zip(*asks.values(), strict=True)]
+    needs = {name: mine["workers"] * mine["each"][name] for name in most}
+    if any(sum(itertools.compress(asks[name], runs)) + needs[name] > most[name] for name in most):
         return False
     if sum(capacity.fit(mine["each"], has) for node, has in free.items() if node in nodes) >= mine["workers"]:
         return True
-    return any(most[name] > there[name] for name in most)  # the autoscaler starts nodes for workers that Ray waits for
+    # The autoscaler starts nodes for workers that Ray waits for, if it may have more of what lacks.
+    lacking = [name for name in most if sum(has.get(name, 0.0) for node, has in free.items() if node in nodes) < needs[name]]
+    return all(most[name] > there[name] for name in lacking or most)
 
 
 def _needs(ticket: Ticket) -> str:
@@ -115,7 +121,7 @@ def turn(trainer: Any, task: Task, private: bool, tell: Tell, ended: threading.E
         "who": f"{task.stage} {task.run} ({f'job {job}, ' if job else ''}{_user()}@{socket.gethostname()})",
         "workers": scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[0],
         "each": dict(scaling.resources_per_worker),
-        "most": capacity.reachable(joined=True),
+        "most": capacity.grown(),
         "silent_s": _SILENT_S,
         "place": 0,
         "goes": False,

@@ -33,8 +33,8 @@ def train_worker(task: Task) -> None:
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     me, world = context.get_world_rank(), context.get_world_size()
     first = me == 0
+    torch.set_num_threads(task.cpus_per_worker)
     if device.type == "cpu":
-        torch.set_num_threads(task.cpus_per_worker)
         keep_freed_memory()
     # All ranks ask for their role's credentials at once, and by default boto3 tries only once, for a second.
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "8")

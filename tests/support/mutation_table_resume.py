@@ -57,8 +57,8 @@ RESUME = (
     Mutation(
         "room-of-a-group-that-starts-again",
         "pipelines/train/waiting.py",
-        "for t in [*going, mine])",
-        "for t in [mine])",
+        "for t in going] for name in most}",
+        "for t in []] for name in most}",
         "tests/pipelines/train/test_waiting.py::test_a_group_that_starts_again_keeps_its_room",
     ),
     Mutation(

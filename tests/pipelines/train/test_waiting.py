@@ -71,6 +71,22 @@ def test_an_autoscaler_hears_of_workers_that_it_can_start_nodes_for() -> None:
     assert line.decide(ticket("four", 4, most={"CPU": float("inf")}), free(0, 0), 0)["before"] == ["three (1 CPUs)"]
 
 
+def test_a_group_that_has_lost_a_node_for_good_holds_nobody_up() -> None:
+    line = waiting.Line()
+    assert line.decide(ticket("runs", 4), free(2, 2), 0)["goes"]
+    one_node: waiting.Look = lambda: ({"a": {"CPU": 2.0}}, {"a": {"CPU": 2.0}})  # noqa: E731
+    assert line.decide(ticket("next", 1), one_node, 1)["goes"]
+
+
+def test_an_autoscaler_that_has_no_more_of_what_lacks_does_not_help() -> None:
+    line, each = waiting.Line(), {"CPU": 1.0, "GPU": 1.0}
+    nodes = {"a": {"CPU": 9.0, "GPU": 2.0}}
+    full: waiting.Look = lambda: (nodes, {"a": {"CPU": 7.0, "GPU": 0.0}})  # noqa: E731
+    mine = ticket("mine", 1) | {"each": each, "most": {"CPU": 99.0, "GPU": 2.0}}
+    assert not line.decide(mine, full, 0)["goes"]  # others than our jobs hold the GPUs
+    assert line.decide(mine | {"most": {"CPU": 99.0, "GPU": 8.0}}, full, 1)["goes"]
+
+
 def test_a_new_actor_learns_the_order_from_the_tickets() -> None:
     line, after = waiting.Line(), waiting.Line()
     sent = {}

@@ -178,7 +178,7 @@ class Lease:
         seen, since = "", 0.0
         while True:
             found, now = self.register.read(), _now()
-            if found is None or self._is_free(found) or (found.etag == seen and now - since >= found.holder.length_s):
+            if found is None or self._is_free(found) or (found.etag == seen and now - since >= _wait_s(found)):
                 if self._took(found):
                     break
                 continue  # another one was faster
@@ -240,7 +240,7 @@ class Lease:
 
     def _is_free(self, found: Entry) -> bool:
         holder = found.holder
-        return holder.released or found.silent_s > holder.length_s or _lives(holder.process) is False
+        return holder.released or _lives(holder.process) is False
 
     def _took(self, found: Entry | None) -> bool:
         self.began = _now()
@@ -268,6 +268,12 @@ class Lease:
             # S3 is away: nobody can take the lease there either, or it will be found taken. Whatever else it is, the thread must go on.
             except Exception:
                 pause = min(_AGAIN_S, self.every_s)
+
+
+def _wait_s(found: Entry) -> float:
+    """For how many seconds an unchanged lease must be watched before its holder counts as gone. Half as long where the store says that it
+    has been silent for its length: that alone is no proof, since a proxy before the store may have another clock than the store's."""
+    return found.holder.length_s / (2 if found.silent_s > found.holder.length_s else 1)
 
 
 @contextlib.contextmanager

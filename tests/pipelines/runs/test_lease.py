@@ -150,7 +150,7 @@ def test_who_waits_does_so_for_the_length_of_the_holders_lease(monkeypatch: pyte
 
     monkeypatch.setattr(lease, "_now", lambda: now)
     monkeypatch.setattr(lease.time, "sleep", sleep)
-    for silent_s, waits_s in ((0.0, 60.0), (59.0, 60.0), (61.0, 0.0)):
+    for silent_s, waits_s in ((0.0, 60.0), (59.0, 60.0), (61.0, 30.0)):
         entry, now = replace(entry, silent_s=silent_s), 1000.0
         mine = Lease(Still(), "the run", process="here")  # type: ignore[arg-type]
         mine.take("wait", lambda text: None)

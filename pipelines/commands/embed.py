@@ -9,7 +9,7 @@ import json
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -85,7 +85,7 @@ def main(args: Args) -> None:
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(opened(args.encoder, args.tracking_uri))
         stack.enter_context(_alone(place))
-        about, total = _embed(args, directory, place, one_file)
+        about, total = _embed(args, directory, place, one_file, stack)
     failed = _failed(place)
     count = _count(place, total - len(failed) if total is not None else None)
     if failed:
@@ -101,13 +101,9 @@ def main(args: Args) -> None:
 
 @contextlib.contextmanager
 def _alone(place: Place) -> Iterator[None]:
-    """Keep another embed out of a folder or a prefix."""
+    """Keep another embed out of a folder; for a prefix see `_writing`."""
     if place.at is not None:
-        from simclr.data.s3 import lease
-
-        register = lease.Register(place.store, place.at / ".parts" / "writer.json")
-        with lease.alone(lease.Lease(register, str(place)), "wait for it, or use another --out", say):
-            yield
+        yield
         return
     place.path.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -119,6 +115,19 @@ def _alone(place: Place) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _writing(place: Place) -> Iterator[None]:
+    """Keep another embed out of a prefix."""
+    if place.at is None:
+        yield
+        return
+    from simclr.data.s3 import lease
+
+    register = lease.Register(place.store, place.at / ".parts" / "writer.json")
+    with lease.alone(lease.Lease(register, str(place)), "wait for it, or use another --out", say):
+        yield
+
+
 def _leave(folder: Path) -> None:
     """Remove the lock, and a folder that nothing came into."""
     (folder / _LOCK).unlink(missing_ok=True)
@@ -126,9 +135,9 @@ def _leave(folder: Path) -> None:
         folder.rmdir()
 
 
-def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> tuple[About, int | None]:
-    """Do the parts that `place` does not have; for `one_file` it is a folder of our own. Returns what the features are, and the number of
-    images, if it is known."""
+def _embed(args: Args, directory: Path, place: Place, one_file: bool, stack: contextlib.ExitStack) -> tuple[About, int | None]:
+    """Do the parts that `place` does not have; for `one_file` it is a folder of our own. Until `stack` is left no other embed writes there.
+    Returns what the features are, and the number of images, if it is known."""
     from pipelines.parts import embedding
     from pipelines.parts.plan import plan
     from simclr.data.feature_parts import About
@@ -156,8 +165,10 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> tuple[A
         dtype=args.dtype,
         key=key,
     )
-    done = _done(place, json.loads(json.dumps(stated)), one_file)
-    parts = [part for part in planned.parts if f"part-{part['number']:05d}.parquet" not in done]
+    parts = _left(planned.parts, place, stated, one_file)
+    if parts:
+        stack.enter_context(_writing(place))  # not before: features that are complete are only read
+        parts = _left(planned.parts, place, stated, one_file)  # another embed may have ended meanwhile
     if not parts:
         say(f"{place} holds these features already; nothing to do")
         return about, planned.total
@@ -193,6 +204,12 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool) -> tuple[A
             "give --out a folder on a disk that all nodes see, or s3://bucket/prefix"
         )
     return about, planned.total
+
+
+def _left(parts: Sequence[Plain], place: Place, stated: Plain, one_file: bool) -> list[Plain]:
+    """The parts that are not done."""
+    done = _done(place, json.loads(json.dumps(stated)), one_file)
+    return [part for part in parts if f"part-{part['number']:05d}.parquet" not in done]
 
 
 def _done(place: Place, stated: Plain, one_file: bool) -> set[str]:

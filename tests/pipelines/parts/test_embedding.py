@@ -105,10 +105,11 @@ def test_the_same_command_goes_on_and_another_one_is_refused(simclr: Run, publis
     assert code == 2 and "in S3 features are parts below a prefix" in err
 
 
-def test_another_embed_is_kept_out_of_a_prefix(simclr: Run, s3: Proxy, published: Path) -> None:
+def test_another_embed_is_kept_out_of_a_prefix(simclr: Run, s3: Proxy, published: Path, tmp_path: Path) -> None:
+    photos(tmp_path / "own", 1)
     register = lease.Register(Store(), Address("photos", "embed-alone/.parts/writer.json"))
     with lease.alone(lease.Lease(register, "s3://photos/embed-alone"), "wait", print):
-        code, _, err = simclr("embed", published, "photos", "--out", "s3://photos/embed-alone")
+        code, _, err = simclr("embed", published, tmp_path / "own", "--out", "s3://photos/embed-alone")
     assert code == 2 and "s3://photos/embed-alone is being written by" in " ".join(err.split()), err
 
 

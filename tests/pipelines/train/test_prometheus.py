@@ -78,10 +78,12 @@ def test_each_ranks_gauges_are_at_the_metrics_port(tmp_path: Path, tmp_path_fact
 
         import torch.distributed as dist
 
+        from pipelines.train import ray_start
         from pipelines.train.prometheus import Gauges
         from simclr.checkpoint import State
         from simclr.train import Report
 
+        ray_start.meet()
         gauges, ranks = Gauges("s3://bucket/runs/r50/"), {"speed/step_p50_s": (0.25, 0.5), "speed/own_s": (0.125, 0.375)}
         metrics = {"train/loss": 3.5, "speed/images_per_s": 512.0, "speed/slowest_rank": 1.0}
         said = gauges.show(Report(70, 90, metrics, State(70, {}, {}), False, ranks, (1,)))

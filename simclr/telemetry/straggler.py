@@ -30,8 +30,7 @@ class Stragglers:
     def __init__(self, ranks: int, images: int | None = None) -> None:
         """`images` of a step, that the ranks share; None = equally many each."""
         counts = shares(images or ranks, ranks)
-        # A rank with one image more than others may take as much longer. Its time for as many as they have counts. Theirs stays as it is:
-        # part of it does not depend on the images.
+        # A rank with one image more than others may take as much longer.
         self.weights = [min(counts) / count for count in counts]
         self.slow = [0] * ranks
 
@@ -42,15 +41,18 @@ class Stragglers:
         speed/slowest_rank; speed/straggle, its time over the median; speed/straggler_steps, for how many steps it has been
         slower than LIMIT times that.
         """
-        own_s = [own * weight for own, weight in zip(own_s, self.weights, strict=True)]
-        median = statistics.median(own_s)
+        median, for_as_many = statistics.median(own_s), [own * weight for own, weight in zip(own_s, self.weights, strict=True)]
         if len(own_s) < 2 or median <= 0:
             return {}
-        self.slow = [before + steps if own > LIMIT * median else 0 for before, own in zip(self.slow, own_s, strict=True)]
-        slowest = max(range(len(own_s)), key=lambda r: own_s[r])
+        # A part of a step's time does not depend on the images. So a rank is slow if both are long: its time, and its time for as many
+        # images as others have.
+        alike = statistics.median(for_as_many)
+        over = [min(own / median, each / alike) for own, each in zip(own_s, for_as_many, strict=True)]
+        self.slow = [before + steps if times > LIMIT else 0 for before, times in zip(self.slow, over, strict=True)]
+        slowest = max(range(len(over)), key=lambda r: over[r])
         return {
             "speed/slowest_rank": float(slowest),
-            "speed/straggle": own_s[slowest] / median,
+            "speed/straggle": over[slowest],
             "speed/straggler_steps": float(self.slow[slowest]),
         }
 

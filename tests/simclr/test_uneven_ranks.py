@@ -272,5 +272,7 @@ def test_a_rank_with_an_image_more_is_no_straggler_for_it() -> None:
         watch = Stragglers(3, N)
         watch.see(own_s, 50)
         assert watch.named() == named, own_s
+    watch = Stragglers(4, 11)  # 2, 3, 3 and 3
+    assert watch.see([1.0, 1.0, 1.0, 1.6], 50)["speed/slowest_rank"] == 3 and watch.named() == [3]
     watch = Stragglers(4, N)  # two each
     assert watch.see([1.0, 1.0, 1.0, 1.25], 50)["speed/straggle"] == 1.25 and watch.named() == [3]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import getpass
+import hashlib
 import json
 import os
 import secrets
@@ -27,7 +28,7 @@ from typing import Any
 
 from simclr import fields, files
 from simclr.data.s3.answers import Changed, Missing, Unsupported, md5_of
-from simclr.data.s3.store import Store
+from simclr.data.s3.store import Store, body_of
 from simclr.data.s3.uri import Address
 from simclr.errors import UserError
 
@@ -100,8 +101,7 @@ class Register:
 
         def request(client: Any) -> Entry:
             answer = client.get_object(Bucket=self.at.bucket, Key=self.at.key)
-            with contextlib.closing(answer["Body"]) as body:
-                data: bytes = body.read(_MOST_BYTES)
+            data = body_of(answer, self.at, _MOST_BYTES)
             silent = 0.0
             with contextlib.suppress(KeyError, TypeError, ValueError):
                 date = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
@@ -117,7 +117,8 @@ class Register:
         """Write the object if it still has this `etag`, or, for None, if there is none. Returns its new ETag; None = it was refused."""
         condition = {} if not self.conditional else {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
         data = (json.dumps(asdict(holder)) + "\n").encode()
-        about = {"Bucket": self.at.bucket, "Key": self.at.key, "ContentMD5": base64.b64encode(md5_of(data)).decode()}
+        about: dict[str, Any] = {"Bucket": self.at.bucket, "Key": self.at.key, "ContentMD5": base64.b64encode(md5_of(data)).decode()}
+        about["Metadata"] = {"sha256": hashlib.sha256(data).hexdigest()}
         try:
             return self.store.ask(self.at, lambda client: str(client.put_object(**about, Body=data, **condition)["ETag"]))
         except Unsupported:

@@ -47,6 +47,21 @@ _MOST_OBJECTS = 1_000_000
 """In a directory of ours: shards of a gibibyte, or checkpoints, never come near it."""
 
 
+def body_of(answer: dict[str, Any], place: Address, most: int) -> bytes:
+    """The body of a GET's answer, checked as `Store.read` says; to be called inside `Store.ask`, which asks again for a damaged one."""
+    with contextlib.closing(answer["Body"]) as body:
+        size: int = answer["ContentLength"]
+        data: bytes = body.read(most + 1) if size <= most else b""  # the body may be longer than its head says
+    if size > most or len(data) > most:
+        raise TooLarge(f"{place} has {max(size, len(data)):,} bytes or more, expected {most:,} at most; correct the address")
+    sha256, md5 = answer.get("Metadata", {}).get("sha256", ""), answers.md5_in(answer)
+    if len(data) != size:
+        raise Retry("a body that ended early")
+    if (sha256 and hashlib.sha256(data).hexdigest() != sha256) or (md5 and answers.md5_of(data).hex() != md5):
+        raise Retry("bytes that do not match their checksum")
+    return data
+
+
 class Store:
     """boto3's S3 client with our own retries. Several threads may use it at once.
 
@@ -146,17 +161,7 @@ class Store:
 
         def once() -> bytes:
             answer = self.client.get_object(Bucket=place.bucket, Key=place.key)
-            with contextlib.closing(answer["Body"]) as body:
-                size: int = answer["ContentLength"]
-                data: bytes = body.read(most + 1) if size <= most else b""  # the body may be longer than its head says
-            if size > most or len(data) > most:
-                raise TooLarge(f"{place} has {max(size, len(data)):,} bytes or more, expected {most:,} at most; correct the address")
-            sha256, md5 = answer.get("Metadata", {}).get("sha256", ""), answers.md5_in(answer)
-            if len(data) != size:
-                raise Retry("a body that ended early")
-            if (sha256 and hashlib.sha256(data).hexdigest() != sha256) or (md5 and answers.md5_of(data).hex() != md5):
-                raise Retry("bytes that do not match their checksum")
-            return data
+            return body_of(answer, place, most)
 
         return self._tried(place, once)
 

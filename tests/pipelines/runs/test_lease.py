@@ -317,6 +317,19 @@ def test_a_token_exceeds_those_of_checkpoints_whose_lease_was_removed(s3: Proxy,
     assert any(found.name == "lease.json" for found in home.store.listing(home.at))  # on a machine that has no copy of the run
 
 
+def test_a_bit_that_flips_on_the_way_is_no_take_over(s3: Proxy) -> None:
+    store = Store(pause_s=0.001)
+    mine = a_lease(store, "leases/flipped", every_s=30.0)
+    mine.take("wait", print)
+    s3.quiet()
+    s3.rate, s3.kinds = 0.4, ("flipped",)
+    for _ in range(30):
+        lease.require(mine.register, mine.mine.owner, "the run")
+    assert s3.faults["flipped"] > 3
+    s3.quiet()
+    mine.release(keep=False)
+
+
 def test_a_refused_run_leaves_nothing_in_the_bucket(s3: Proxy) -> None:
     home = sync.Home("s3://photos/runs/refused")
     with pytest.raises(UserError, match="no such thing"), run_lease.alone(home):

@@ -318,8 +318,7 @@ def test_a_token_exceeds_those_of_checkpoints_whose_lease_was_removed(s3: Proxy,
 
 
 def test_a_bit_that_flips_on_the_way_is_no_take_over(s3: Proxy) -> None:
-    store = Store(pause_s=0.001)
-    mine = a_lease(store, "leases/flipped", every_s=30.0)
+    mine = a_lease(Store(pause_s=0.001), "leases/flipped", every_s=30.0)
     mine.take("wait", print)
     s3.quiet()
     s3.rate, s3.kinds = 0.4, ("flipped",)
@@ -327,7 +326,6 @@ def test_a_bit_that_flips_on_the_way_is_no_take_over(s3: Proxy) -> None:
         lease.require(mine.register, mine.mine.owner, "the run")
     assert s3.faults["flipped"] > 3
     s3.quiet()
-    mine.release(keep=False)
 
 
 def test_a_refused_run_leaves_nothing_in_the_bucket(s3: Proxy) -> None:

@@ -81,7 +81,7 @@ DOORS = {
     "pillow_heif": {"simclr/data/pixels.py"},
     "tensorflow": {"simclr/encoder/tf_checkpoint.py"},
     "onnxruntime": {"simclr/encoder/export.py"},
-    "yaml": {"pipelines/commands/cluster.py"},
+    "yaml": {"pipelines/commands/cluster.py", "tune/words.py"},
     "jsonschema": {"pipelines/commands/cluster.py"},
 }
 

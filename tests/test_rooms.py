@@ -42,6 +42,7 @@ LAYERS = [
         "simclr.shares",
         "simclr.compiling",
         "simclr.cores",
+        "simclr.processes",
         "simclr.kernels",
         "simclr.telemetry.device_time",
         "simclr.telemetry.progress",

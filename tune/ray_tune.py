@@ -96,6 +96,7 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
     count = len(codes) or asked.trials or resolve.DRAWS
     status = "FAILED"
     with Bar("sweep", count, "trials", "trials/s") as bar:
+        bar.resume_at(sweep_dir.progress(asked)[0])
         Follow.followed, Follow.mirror = (asked, ledger, bar), mirror
         for name in scheduler.ended if isinstance(scheduler, Remembering) else ():
             if name in before and before[name].status == "running":  # the sweep was killed before it recorded the decision

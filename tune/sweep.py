@@ -10,13 +10,14 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipelines.runs import sync
+from pipelines.runs import status, sync
 from pipelines.terminal import say, show
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import require
@@ -160,11 +161,26 @@ def _run(asked: Sweep, codes: list[Coded], manifest: Manifest, uri: str) -> Swee
         plan.keep_space(asked)
         at = s3_uri.address(asked.at) if asked.at else None
         copy = mirror.Mirror(at) if at is not None else None
+        status.note(asked.path, "running")
         with copy.kept() if copy is not None else contextlib.nullcontext():
-            return ray_tune.trials(asked, codes, concurrent, manifest, uri, copy)
+            return _noted(asked, lambda: ray_tune.trials(asked, codes, concurrent, manifest, uri, copy))
     finally:
         if ours:
             ray_train.disconnect()
+
+
+def _noted(asked: Sweep, work: Callable[[], Sweep]) -> Sweep:
+    """`work()`, whose end state.json in the sweep's directory says."""
+    try:
+        found = work()
+    except KeyboardInterrupt:
+        status.note(asked.path, "interrupted")
+        raise
+    except Exception as error:
+        status.note(asked.path, "failed", str(error) if isinstance(error, UserError) else type(error).__name__)
+        raise
+    status.note(asked.path, "complete")
+    return found
 
 
 def _asked(args: Args) -> Sweep:

@@ -3,6 +3,7 @@
 sweep.json      the command's settings: space, recipe, data, flags; the MLflow parent run
 space.json      the space, with all values resolved
 plan.json       the trials: name, codes and seed of each (see tune.plan); none if the search draws them while the sweep runs
+state.json      what has become of the process that runs it (see pipelines.runs.status)
 trials/NAME/    a run directory each, as `simclr pretrain` makes one, with trial.json: its values, status and scores
 first_tries/    run directories of trials that started again with another seed
 reports.jsonl   with asha or median: what the scheduler has heard, in order; population.json: what pbt knows (see tune.schedulers)

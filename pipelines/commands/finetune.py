@@ -13,6 +13,7 @@ import tyro
 from pipelines.runs import sync
 from pipelines.runs.directory import Run
 from pipelines.terminal import say, show
+from pipelines.tracking import tensorboard
 from pipelines.train import classifiers, driver
 from pipelines.train.resources import Resources
 from simclr.config import Optim, Watch
@@ -72,6 +73,9 @@ class Args:
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+    tensorboard: tuple[Path, ...] | None = None
+    """Write TensorBoard's scalars, too (an extra: `pip install tensorboard`): into DIR/RUN of --tensorboard DIR, or into the run's own
+    folder tensorboard of --tensorboard alone."""
 
 
 def main(args: Args) -> None:
@@ -110,6 +114,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune", alone=lock)
+        scalars = tensorboard.scalars(args.tensorboard, run, home.at)
         run = driver.checked(run, manifest, len(ids), args.resources)
         lock.enter_context(run.alone())
         run.save()
@@ -125,6 +130,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         total=config.total_steps(len(ids)),
         uri=uri,
         resources=args.resources,
+        scalars=scalars,
         publish=lambda run, method: classifiers.publish(run, classes, config.tap, about, method),
         given={"ids": ids},
     )

@@ -19,6 +19,7 @@ import tyro
 
 from pipelines.runs import status, sync
 from pipelines.terminal import say, show
+from pipelines.tracking import tensorboard as scalars
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import require
 from pipelines.train import ray_train
@@ -100,6 +101,9 @@ class Args:
     """Register the best trial's encoder in the registry under this name; champion if it is the best there."""
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+    tensorboard: tuple[Path, ...] | None = None
+    """Write TensorBoard's scalars of each trial, too (an extra: `pip install tensorboard`): into DIR/SWEEP/TRIAL of --tensorboard DIR, or
+    into the trial's own folder tensorboard of --tensorboard alone."""
     list: bool = False
     """Describe the spaces."""
 
@@ -140,6 +144,10 @@ def sweep(args: Args) -> str:
         say(f"going on with {asked.shown}: {sweep_dir.progress(asked)[0]} trials are over")
     elif asked.path.exists() and (not asked.path.is_dir() or {p.name for p in asked.path.iterdir()} - {sweep_dir.LOCK}):
         raise UserError(f"{asked.path} exists and is no sweep (it has no sweep.json); use another --out")
+    if asked.tensorboard is not None:
+        scalars.require()
+        if asked.at and not asked.tensorboard:
+            raise UserError(f"--tensorboard alone writes into the trials' own directories, and {asked.at} is in S3; give a DIR on a disk")
     files.require_writable(asked.path)
     with asked.alone():
         require_closed(asked)
@@ -241,6 +249,7 @@ def _asked(args: Args) -> Sweep:
         keep=args.keep,
         resources=dataclasses.asdict(resources),
         max_concurrent=args.max_concurrent or 0,
+        tensorboard=None if (place := scalars.asked(args.tensorboard)) is None else "" if place == Path() else str(place),
         command=shlex.join(["simclr", *(mlflow_uri.redacted(word) for word in sys.argv[1:])]),
         created=time.time(),
     )
@@ -272,7 +281,9 @@ def _resumed(there: Sweep, args: Args) -> Sweep:
     address = there.resources["address"]
     if args.address is None and address not in (None, "auto"):
         raise UserError(f"{there.shown} was begun on the Ray cluster at {address}; to go on there, add --address {address}")
-    return dataclasses.replace(there, resources=there.resources | {"address": args.address or address})
+    place = scalars.asked(args.tensorboard)
+    tensorboard = there.tensorboard if place is None else "" if place == Path() else str(place)
+    return dataclasses.replace(there, resources=there.resources | {"address": args.address or address}, tensorboard=tensorboard)
 
 
 def _key(found: Sweep) -> dict[str, Any]:
@@ -290,7 +301,14 @@ def _same(there: Sweep, asked: Sweep) -> Sweep:
     different = [f"{name} {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')} here" for name in names]
     if different:
         raise UserError(f"{asked.shown} belongs to another sweep: {'; '.join(different[:3])}; use another --out")
-    return dataclasses.replace(there, path=asked.path, resources=asked.resources, max_concurrent=asked.max_concurrent, keep=asked.keep)
+    return dataclasses.replace(
+        there,
+        path=asked.path,
+        resources=asked.resources,
+        max_concurrent=asked.max_concurrent,
+        keep=asked.keep,
+        tensorboard=asked.tensorboard,
+    )
 
 
 def _finish(asked: Sweep, publish: str | None, uri: str) -> str:

@@ -81,6 +81,8 @@ class Sweep:
     labelled: bool = True
     vary: dict[str, Any] = field(default_factory=dict)
     """The fields of a space of the user's own, and their values in his words (see `tune.words`); {} = `space` is one of ours."""
+    tensorboard: str | None = None
+    """Where trials write TensorBoard's scalars: a directory, or "" = each in its own; None = nowhere."""
     tracking_uri: str = ""
     tracking_run: str = ""
     at: str = ""
@@ -119,8 +121,9 @@ class Sweep:
     def save(self) -> None:
         text = asdict(self) | {"schema": SCHEMA}
         del text["path"], text["at"]
-        if not self.vary:
-            del text["vary"]  # earlier versions do not know it
+        for name in ("vary", "tensorboard"):  # earlier versions do not know them
+            if text[name] in ({}, None):
+                del text[name]
         self.path.mkdir(parents=True, exist_ok=True)
         files.write_text(self.path / "sweep.json", json.dumps(text, indent=1) + "\n")
 

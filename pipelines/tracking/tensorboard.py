@@ -30,8 +30,8 @@ def require() -> None:
 
 
 def asked(given: tuple[Path, ...] | None) -> Path | None:
-    """The directory that the flag gives, absolute; Path() = each run's own; None without the flag. Raises UserError for two directories, for
-    one in S3, and without the package."""
+    """The directory that the flag gives, absolute; Path() = each run's own; None without the flag. Raises UserError for two directories,
+    for one in S3, and without the package."""
     if given is None:
         return None
     require()
@@ -50,7 +50,7 @@ def scalars(given: tuple[Path, ...] | None, run: Run, at: object) -> Scalars | N
     if place is None:
         return None
     if place == Path() and at:
-        raise UserError(f"--tensorboard alone writes into the run's own directory, and {at} is in S3; give one on a disk: --tensorboard DIR")
+        raise UserError(f"--tensorboard alone writes into the run's own directory, and {at} is in S3; give a DIR on a disk")
     return Scalars(run.path / FOLDER if place == Path() else place / run.path.name, run)
 
 
@@ -107,7 +107,7 @@ class Scalars:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.last = step - 1
         self._note()  # ahead of the file: what it purges no longer counts as written
-        self.writer = SummaryWriter(str(self.folder), purge_step=step)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(self.folder), purge_step=step)
 
     def _add(self, report: dict[str, Any]) -> None:
         if self.refused:

@@ -301,14 +301,8 @@ def _same(there: Sweep, asked: Sweep) -> Sweep:
     different = [f"{name} {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')} here" for name in names]
     if different:
         raise UserError(f"{asked.shown} belongs to another sweep: {'; '.join(different[:3])}; use another --out")
-    return dataclasses.replace(
-        there,
-        path=asked.path,
-        resources=asked.resources,
-        max_concurrent=asked.max_concurrent,
-        keep=asked.keep,
-        tensorboard=asked.tensorboard,
-    )
+    now = {name: getattr(asked, name) for name in ("path", "resources", "max_concurrent", "keep", "tensorboard")}
+    return dataclasses.replace(there, **now)
 
 
 def _finish(asked: Sweep, publish: str | None, uri: str) -> str:

@@ -276,7 +276,7 @@ def test_a_slow_rate_is_told_in_a_longer_unit(capsys: pytest.CaptureFixture[str]
     with terminal.Bar("sweep", 4, "trials", "trials/s") as bar:
         for clock[0], over in ((143.0, 0), (160.0, 1)):
             bar.update(over)
-    assert capsys.readouterr().err.splitlines() == ["sweep: 0/4 trials  43 s", "sweep: 1/4 trials  1 trials/min  60 s"]
+    assert capsys.readouterr().err.splitlines() == ["sweep: 0/4 trials  43 s", "sweep: 1/4 trials  1 trials/min  60 s  ETA 51 s"]
 
 
 def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:

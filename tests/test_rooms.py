@@ -42,6 +42,7 @@ LAYERS = [
         "simclr.shares",
         "simclr.compiling",
         "simclr.cores",
+        "simclr.processes",
         "simclr.kernels",
         "simclr.telemetry.device_time",
         "simclr.telemetry.progress",
@@ -81,7 +82,7 @@ DOORS = {
     "pillow_heif": {"simclr/data/pixels.py"},
     "tensorflow": {"simclr/encoder/tf_checkpoint.py"},
     "onnxruntime": {"simclr/encoder/export.py"},
-    "yaml": {"pipelines/commands/cluster.py"},
+    "yaml": {"pipelines/commands/cluster.py", "tune/words.py"},
     "jsonschema": {"pipelines/commands/cluster.py"},
 }
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr.collectives import all_gather, rank, world_size
@@ -130,9 +132,10 @@ def embed_split(
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
     groups: int = 1,
+    only: NDArray[np.int64] | None = None,
 ) -> Features:
-    """Features of `split` of the shards in `data` (at most `limit` images), shared among the ranks; each reads the training images of its
-    own shard group."""
-    rows = loader.in_order(data, split, preprocessing, batch_size, limit, threads, rank(), world_size(), groups)
+    """Features of `split` of the shards in `data` (at most `limit` images, or those with the ids `only`), shared among the ranks;
+    each reads the training images of its own shard group."""
+    rows = loader.in_order(data, split, preprocessing, batch_size, limit, threads, rank(), world_size(), groups, only)
     with Frozen(encoder) as frozen:
         return embed(frozen, loader.on_device(rows, torch.device(device)), preprocessing, device, dtype, progress)

@@ -55,6 +55,8 @@ def main(args: Args) -> None:
 
 def report(args: Args) -> Path:
     """Gather the run directory's content and write the page. Returns its path."""
+    if args.out is not None:
+        files.require_file(args.out, (".html", ".htm"))
     with sync.directory(args.run) as run:
         return page.write(gather(load_run(run)), args.out or run / "report.html")
 

@@ -38,8 +38,8 @@ def embed(directory: Path, asked: Path, words: list[str], about: About, device: 
             "cosines of two encoders mean nothing; give that one, or embed the images again with this one"
         )
     encoder = simclr.load_encoder(directory).to(device).to(memory_format=torch.channels_last)
-    planned, options = plan.plan(words, Reading(), Options()), Options()
-    rule, found, left = options.rule(planned.ranges), [], []
+    planned = plan.plan(words, Reading(), Options())
+    rule, found, left = about.rule(planned.ranges), [], []
     small: list[NDArray[np.uint8] | None] = []
     with tempfile.TemporaryDirectory(prefix="simclr-query-") as scratch, ThreadPoolExecutor(1) as pool:
 

@@ -54,6 +54,8 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings, home: Pa
     knn_top1, probe_top1, …. In a run directory they are also written, with the report's pictures. `home`: its address, if the directory is
     a copy, where other processes leave their features."""
     directory, config, data = resolve(encoder_or_run, data_at)
+    if (encoder_or_run / "run.json").is_file():
+        files.require_writable(encoder_or_run / "evaluation.json")
     manifest = read_manifest(data)
     require_common_classes(data, manifest)
     import simclr

@@ -77,8 +77,8 @@ def require_writable(path: Path) -> None:
 
 
 def require_file(path: Path, kinds: Sequence[str] = ()) -> None:
-    """Raise UserError unless a file can be written as `path`, with one of the endings `kinds` (".html"; none = any). Call it before hours of
-    work; it writes nothing."""
+    """Raise UserError unless a file can be written as `path`, with one of the endings `kinds` (".html"; none = any). Call it before hours
+    of work; it writes nothing."""
     require_writable(path)
     if path.is_dir():
         inside = path / f"result{next(iter(kinds), '')}"

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from simclr.errors import UserError
 
@@ -21,7 +21,7 @@ from simclr.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 MOST_PIXELS = 89_478_485
 """256 MiB of RGB in each thread."""
-# What Pillow and the libraries in it print of a damaged file does not name the file, so a user cannot act on it; what matters is raised too.
+# What Pillow and its libraries print of a damaged file does not name the file, so a user cannot act on it. What matters is raised, too.
 warnings.filterwarnings("ignore", module="PIL")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 Image.MAX_IMAGE_PIXELS = None  # `limits` has it, and a flag moves it; Pillow's own is fixed and stops at twice as many
@@ -91,7 +91,7 @@ def _silence_libtiff() -> None:
     """Pillow lets libtiff print its errors on standard error, and has no way to say otherwise. The library is asked itself, which Pillow's
     own has loaded; one that has no such name prints on. It waits for a switch in Pillow."""
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 _silence_libtiff()

@@ -274,8 +274,8 @@ def _pixels_of(data: bytes) -> bytes:
                 raise Unreadable(f"its part {kind.decode()} is damaged")
             kept.append(data[at:end])
         at = end
-    if kept[-1][4:8] != b"IEND":  # Pillow needs none
-        kept.append(b"\0\0\0\0IEND\xaeB`\x82")
+    if kept[-1][4:8] != b"IEND":
+        raise Unreadable("it ends early")
     return b"".join(kept)
 
 

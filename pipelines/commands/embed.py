@@ -147,7 +147,9 @@ def _leave(folder: Path) -> None:
         folder.rmdir()
 
 
-def _embed(args: Args, directory: Path, place: Place, one_file: bool, stack: contextlib.ExitStack) -> tuple[About, int | None, Counter[str]]:
+def _embed(
+    args: Args, directory: Path, place: Place, one_file: bool, stack: contextlib.ExitStack
+) -> tuple[About, int | None, Counter[str]]:
     """Do the parts that `place` does not have; for `one_file` it is a folder of our own. Until `stack` is left no other embed writes there.
     Returns what the features are, the number of images, if it is known, and how many were rescaled and clipped now."""
     from pipelines.parts import embedding

@@ -62,5 +62,6 @@ def embed(directory: Path, asked: Path, words: list[str], about: About, device: 
     if not found:
         raise UserError(f"none of the pictures can be read; the first: {left[0]}" if left else f"no pictures in {', '.join(words)}")
     if left:
-        say(f"{len(left):,} files are no images that can be read and were left out; the first: {left[0]}")
+        what = "file is no image that can be read and was" if len(left) == 1 else "files are no images that can be read and were"
+        say(f"{len(left):,} {what} left out; the first: {left[0]}")
     return found

@@ -112,8 +112,8 @@ class Decoded:
 
 
 def decoded(file: bytes | Path, rule: Rule) -> Decoded:
-    """An image file upright, as 8-bit RGB by `rule`: by the loader's decoder where a shard would hold the file as it is, which is a level or
-    two from Pillow's. Raises Unreadable."""
+    """An image file upright, as 8-bit RGB by `rule`: by the loader's decoder where a shard would hold the file as it is, which is a level
+    or two from Pillow's. Raises Unreadable."""
     data, image = opened_file(file, rule)
     if image is not None and rule.bands in (None, (1, 2, 3)):
         as_is = _decoded_as_stored(image, data, max(image.size))

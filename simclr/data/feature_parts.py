@@ -273,7 +273,9 @@ def _about(schema: Any, file: Path) -> About:
     about = fields.build(About, values, f"the metadata of {file}", _INSTEAD)
     if about.dtype not in DTYPES or not 0 < about.d <= _MOST_D:
         raise UserError(f"{file} is said to hold {fields.short(about.dtype)} features of {fields.short(about.d)} numbers; {_INSTEAD}")
-    if any(not black < white for black, white in about.ranges.values()) or (about.bands and (len(about.bands) != 3 or min(about.bands) < 1)):
+    if any(not black < white for black, white in about.ranges.values()) or (
+        about.bands and (len(about.bands) != 3 or min(about.bands) < 1)
+    ):
         raise UserError(f"{file} is said to be of pixels from {fields.short(about.ranges)}, bands {fields.short(about.bands)}; {_INSTEAD}")
     if "feature" in schema.names and schema.field("feature").type != pyarrow.list_(DTYPES[about.dtype], about.d):
         raise UserError(f"{file} holds other features than its metadata says ({schema.field('feature').type}); {_INSTEAD}")

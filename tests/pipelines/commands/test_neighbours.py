@@ -15,6 +15,7 @@ from PIL import Image
 from pipelines.commands import embed as embedding
 from pipelines.evaluation.originals import thumbnails
 from simclr.data.feature_parts import About, open_features
+from simclr.data.sources.prepared import names_of
 from simclr.encoder.directory import write_encoder
 from simclr.methods.simclr import build_model
 from tests.support import command as commands
@@ -170,3 +171,8 @@ def test_pictures_of_more_than_8_bits_are_seen_as_the_rows_were(simclr: commands
     neighbours(simclr, "rows", "deep/1.png", "--encoder", made / "encoder", "--k", "3", "--out", tmp_path / "n.csv")
     assert {row["path"]: row["cosine"] for row in table(tmp_path / "n.csv")}["1.png"] == "1.0"
     assert "not to be read here" not in (tmp_path / "n.html").read_text()
+
+
+def test_names_of_shards_are_looked_up_by_sample_id(photographs: Path, patterns: Path) -> None:
+    assert names_of(photographs, "train", [239, 0, 7]) == ["239.jpg", "000.jpg", "007.jpg"]
+    assert names_of(patterns, "test", [3]) == [""]

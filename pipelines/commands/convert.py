@@ -33,7 +33,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    files.require_writable(args.to)
+    files.require_folder(args.to)
     if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
         raise UserError(f"{args.to} exists and is not empty; convert to a new directory")
     from simclr.encoder.convert import convert

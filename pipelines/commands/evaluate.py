@@ -13,6 +13,7 @@ from pipelines.evaluation.inputs import default_out, device_of, opened, resolve
 from pipelines.parts.run import Where
 from pipelines.runs import sync
 from pipelines.terminal import show
+from simclr import files
 from simclr.cores import cores
 from simclr.data.s3.uri import address
 from simclr.errors import UserError
@@ -103,6 +104,7 @@ def main(args: Args) -> None:
     _check(args)
     encoder = _encoder(args)
     out, name = args.out or default_out(encoder), sync.shown(encoder)
+    files.require_folder(out)
     with opened(encoder, args.tracking_uri) as directory:
         if args.suite:
             _suite(args, directory, out, name)
@@ -127,6 +129,8 @@ def _features(args: Args) -> None:
         raise UserError(f"--features has {len(args.features)} places; expected TRAIN, or TRAIN TEST")
     _check(args)
     settings = _protocol_settings(args)
+    if args.out is not None:
+        files.require_folder(args.out)
     tables.run(args.features, tuple(dict.fromkeys(args.protocol)), device_of(args.device), settings, args.out)
 
 

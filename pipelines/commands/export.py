@@ -30,7 +30,7 @@ class Args:
 def main(args: Args) -> None:
     if args.to.suffix not in (".pt2", ".onnx", ".safetensors"):
         raise UserError(f"--to {args.to} does not say what to write; expected a file ending in {_SUFFIXES}")
-    files.require_writable(args.to)
+    files.require_file(args.to)
     import simclr
     from simclr.encoder import export
     from simclr.encoder.directory import read_classifier

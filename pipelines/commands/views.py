@@ -50,7 +50,7 @@ def recipe_for(data: Path) -> str:
 def main(args: Args) -> None:
     if args.images < 1:
         raise UserError(f"--images is {args.images}; expected at least 1")
-    files.require_writable(args.out)
+    files.require_file(args.out)
     data = sync.shards(args.data)
     examples = read_manifest(data).examples("train")
     from pipelines.html.pictures import gallery

@@ -99,19 +99,32 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
     return Encoded(item, stored, kind == "jpeg", height, width, _moments(pixels), digest, "", *done)
 
 
-def decoded(file: bytes | Path, rule: Rule) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of an image file, upright, 8-bit RGB by `rule`: by the loader's decoder where a shard would hold the file as it is,
-    which is a level or two from Pillow's. Raises Unreadable."""
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Pixels of an image file, and what was done to them."""
+
+    pixels: NDArray[np.uint8]
+    """(H, W, 3)."""
+    rescaled: bool = False
+    """They had more than 8 bits."""
+    clipped: bool = False
+    """More than 1 % of them lay outside the range."""
+
+
+def decoded(file: bytes | Path, rule: Rule) -> Decoded:
+    """An image file upright, as 8-bit RGB by `rule`: by the loader's decoder where a shard would hold the file as it is, which is a level
+    or two from Pillow's. Raises Unreadable."""
     data, image = opened_file(file, rule)
     if image is not None and rule.bands in (None, (1, 2, 3)):
         as_is = _decoded_as_stored(image, data, max(image.size))
         if as_is is not None:
-            return as_is
+            return Decoded(as_is)
     if image is not None and image.width * image.height > rule.max_pixels:  # a JPEG, which is decoded at half its size
         with reading():
             image.draft(None, (image.width // 2, image.height // 2))
     with ROOM.for_pixels(image.width * image.height if image is not None else 0):
-        return np.asarray(as_rgb(data, image, rule).image)
+        found = as_rgb(data, image, rule)
+    return Decoded(np.asarray(found.image), found.rescaled, found.clipped)
 
 
 def look(item: Item, max_side_px: int, rule: Rule) -> Looked:

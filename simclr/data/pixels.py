@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from simclr.errors import UserError
 
@@ -19,8 +21,9 @@ from simclr.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 MOST_PIXELS = 89_478_485
 """256 MiB of RGB in each thread."""
-# Pillow's warnings (corrupt EXIF data) do not name the file, so a user cannot act on them.
+# What Pillow and its libraries print of a damaged file does not name the file, so a user cannot act on it. What matters is raised, too.
 warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 Image.MAX_IMAGE_PIXELS = None  # `limits` has it, and a flag moves it; Pillow's own is fixed and stops at twice as many
 _ORIENTATION = 0x0112
 _STRIP_PIXELS = 4 << 20
@@ -82,6 +85,16 @@ def _require_segments(data: bytes) -> None:
         if found[1] not in _ALONE:
             at += max(int.from_bytes(data[at : at + 2]), 2)
     raise Unreadable("its segments are no JPEG's")
+
+
+def _silence_libtiff() -> None:
+    """Pillow lets libtiff print its errors on standard error, and has no way to say otherwise. The library is asked itself, which Pillow's
+    own has loaded; one that has no such name prints on. It waits for a switch in Pillow."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
+_silence_libtiff()
 
 
 def name_formats_for_libraries() -> None:

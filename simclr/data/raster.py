@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import stat
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from simclr.data.unpack import inflated, unlzma, unpacked_bits
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOURS = (2, 4, 6)  # colour types RGB, grey with alpha, RGBA
+_PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA, _FORMAT = 258, 262, 274, 277, 338, 339
 _COLOURS = {0: 1, 1: 1, 2: 3}  # TIFF's photometric interpretations: white is zero, black is zero, RGB; others are left to Pillow
 _ALPHA = (1, 2)
@@ -253,11 +255,28 @@ def _png(data: bytes, image: Image.Image) -> Raster:
     with reading():
         turn = image.getexif().get(_ORIENTATION, 1)
         image.load()  # OpenCV takes damaged files too
-        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        values = cv2.imdecode(np.frombuffer(_pixels_of(data), np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3:
         raise Unreadable("OpenCV cannot read its 16-bit colours")
     order = [2, 1, 0, 3][: values.shape[2]]
     return Raster(_turned(values[..., order], turn), values.shape[2] == 4)
+
+
+def _pixels_of(data: bytes) -> bytes:
+    """A PNG without the chunks that change no pixel: of each that is odd, as a colour profile, OpenCV's libpng prints a line on standard
+    error. Raises Unreadable where a chunk that it keeps is damaged, of which it would print too."""
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + size
+        if kind in _PNG_KEPT:
+            if zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+                raise Unreadable(f"its part {kind.decode()} is damaged")
+            kept.append(data[at:end])
+        at = end
+    if kept[-1][4:8] != b"IEND":
+        raise Unreadable("it ends early")
+    return b"".join(kept)
 
 
 def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:

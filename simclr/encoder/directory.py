@@ -113,7 +113,9 @@ def write_encoder(
     try:
         for name, part in (("encoder", tensors), ("head", head), ("classifier", classifier)):
             if part:
-                save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, scratch / f"{name}.safetensors")
+                file = scratch / f"{name}.safetensors"
+                save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, file)
+                files.usual_mode(file)
         stated = dataclasses.asdict(preprocessing or Preprocessing.of(config.views))
         text = {"schema": ENCODER_SCHEMA, **config.to_dict(), "preprocessing": stated, "published": published}
         if classifier:

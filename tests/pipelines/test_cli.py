@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import simclr as methods
 from pipelines import cli, terminal
 from tests.support.command import Run, refused
 
@@ -224,17 +225,49 @@ def test_embed_takes_files_folders_and_arrays(simclr: Run, tmp_path: Path) -> No
     with np.load(tmp_path / "g.npz") as file:
         np.testing.assert_allclose(file["features"][0], features[1], rtol=1e-4, atol=1e-5)
     (tmp_path / "photos" / "3.png").write_bytes(b"\x89PNG no picture")
-    refused(simclr("embed", "encoder", "photos/3.png", "--out", "h.npz"), r"3\.png is no image that can be read")
-    assert not (tmp_path / "h.npz").exists()
-    code, out, err = simclr("embed", "encoder", "photos", "--out", "h.npz")  # found in a folder, not asked for by name
-    assert code == 0 and "3 × 64 features" in out and re.search(r"1 files are no images .* left out; the first: 3\.png", err)
+    refused(simclr("embed", "encoder", "photos/3.png", "--out", "h.npz"), r"none of the 1 files can be read as an image; .*3\.png")
+    assert not list(tmp_path.glob("*h.npz*"))
+    named = [f"photos/{i}.png" for i in range(4)]
+    code, out, err = simclr("embed", "encoder", *named, "--out", "i.npz")  # named one by one as in a folder
+    assert code == 0 and "3 × 64 features" in out and re.search(r"1 file is no image .* left out; the first: photos/3\.png", err)
+    code, out, err = simclr("embed", "encoder", "photos", "--out", "h.npz")
+    assert code == 0 and "3 × 64 features" in out and re.search(r"1 file is no image .* left out; the first: 3\.png", err)
     with np.load(tmp_path / "h.npz") as file:
         np.testing.assert_array_equal(file["features"], features)
+    for most in (200, 900, 2000):
+        Image.fromarray(rng.integers(0, most, (40, 40)).astype(np.uint16)).save(tmp_path / f"{most}.png")
+    code, _, err = simclr("embed", "encoder", "200.png", "900.png", "2000.png", "--out", "d.npz", "--value-range", "0", "1000")
+    assert code == 0 and "3 images were rescaled to 8 bits, integers from 0 (black) to 1,000 (white)" in err
+    assert "1 of these had more than 1 % of their pixels outside this range, cut off at black or white" in err
     (tmp_path / "empty.npy").write_bytes(b"")
     refused(simclr("embed", "encoder", "empty.npy"), "empty.npy is no .npy file that can be read")
-    refused(simclr("embed", "encoder", "photos", "--out", "one.npy/f.npz"), "a folder in the path one.npy/f.npz is a file")
     np.save(tmp_path / "wrong.npy", np.zeros((2, 3, 8, 8), np.float32))
     refused(simclr("embed", "encoder", "wrong.npy"), r"holds float32 \(2, 3, 8, 8\); expected uint8 \(n, H, W, 3\)")
+
+
+def test_what_cannot_be_written_is_found_before_anything_is_computed(simclr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of one format is never written under the name of another."""
+    monkeypatch.setattr(methods, "load_encoder", lambda *_, **__: pytest.fail("computed"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").touch()
+    is_file, is_folder = "is a file, where a folder is to be written", "is a folder, where a file is to be written"
+    for words in (("embed", "e", "p", "--out"), ("convert", "c", "--to"), ("pull", "m@champion", "--to"), ("demo", "--out")):
+        refused(simclr(*words, "file"), is_file)
+    refused(simclr("curate", "f", "--diverse", "3", "--out", "file"), is_file)
+    refused(simclr("evaluate", "e", "--protocol", "knn", "--out", "file"), is_file)
+    refused(simclr("evaluate", "--features", "f", "--protocol", "knn", "--out", "file"), is_file)
+    refused(simclr("embed", "e", "p", "--out", "folder.npz"), is_folder)
+    refused(simclr("embed", "e", "p", "--out", "file/f.npz"), "a folder in the path file/f.npz is a file")
+    refused(simclr("neighbours", "f", "1", "--out", "folder"), is_folder)
+    refused(simclr("bench", "loss", "--profile", "folder"), is_folder)
+    refused(simclr("embed", "e", "p", "--out", "f.csv"), r"f\.csv ends like a file, .* leave out \.csv, or end it with \.npz or \.parquet")
+    refused(simclr("embed", "e", "p", "--out", "s3://photos/f.csv"), r"ends like a file")
+    for words in (("convert", "c", "--to"), ("pull", "m@champion", "--to"), ("prepare", "--source", "patterns", "--out")):
+        refused(simclr(*words, "x.safetensors"), r"ends like a file, and a folder is to be written; leave out \.safetensors")
+    refused(simclr("report", "r", "--out", "r.parquet"), r"is of no kind that is written here; expected a name that ends with \.html")
+    refused(simclr("bench", "loss", "--json", "r.csv"), r"expected a name that ends with \.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "folder.npz"]
 
 
 def test_the_installed_command_starts_quickly_and_says_its_usage() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,18 @@ def reader(spec: str, scratch: Path) -> Callable[[Portion], Iterator[Item]]:
                 yield Item(split, manifest.classes[label] if 0 <= label < len(manifest.classes) else None, name, data)
 
     return read
+
+
+def names_of(data: Path, split: str, ids: Sequence[int], at: str | Path = "") -> list[str]:
+    """The names of images of a split of the shards in the folder `data`, by their sample ids; "" for each where the shards have none. If
+    `data` is a copy of shards `at` s3://…, the list is fetched."""
+    if (source := address(at)) is not None:
+        from simclr.data.s3.remote import fetch_names
+        from simclr.data.s3.store import Store
+
+        fetch_names(source, data, split, Store())
+    lines = _lines(Place(data), split, read_manifest(data, look=False).examples(split), data)
+    return [lines.some(int(i), 1)[0] if lines else "" for i in ids]
 
 
 def _fetched(place: Place, name: str, size: int, sha256: str, scratch: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from simclr.data import pixels, shards, survey
+from simclr.data.depth import Rule
 from simclr.data.encode import Looked, encode, look
 from simclr.data.manifest import Manifest
 from simclr.data.options import Options
@@ -356,3 +358,26 @@ def test_large_pictures_and_files_are_named_with_the_flag(tmp_path: Path, monkey
     }
     bomb = saved(Image.new("1", (16_000, 12_000)), "PNG")
     assert look(Item("train", None, "bomb", bomb), 50, Options(max_pixels=16_000 * 12_000).rule({})) == Looked(38, 50)
+
+
+def test_libraries_print_nothing_of_a_damaged_file(capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
+    """Pillow's libtiff and OpenCV's libpng print by themselves, without the file's name, and Pillow's logger has no handler."""
+    packed = bytearray(saved(Image.fromarray(rgb()), "TIFF", compression="tiff_adobe_deflate"))
+    packed[8] ^= 255
+    samples = bytearray(saved(Image.fromarray(rgb()), "TIFF"))
+    at = samples.index(b"\x15\x01\x03\x00")  # SamplesPerPixel, of little endian
+    samples[at + 8 : at + 10] = b"\x42\x00"
+    deep = png(ramp(0, 65535, shape=(*SHAPE, 3)))
+    profile = b"x\0\0" + zlib.compress(b"no profile")
+    chunk = len(profile).to_bytes(4, "big") + b"iCCP" + profile + zlib.crc32(b"iCCP" + profile).to_bytes(4, "big")
+    odd = deep[:33] + chunk + deep[33:]
+    broken = bytearray(deep)
+    broken[deep.index(b"IDAT") + 40] ^= 255
+    rule = Rule(ranges={"integers": (0, 65535)})
+    found = {
+        name: encode(Item("train", None, name, bytes(data)), "raw", 512, 90, rule)
+        for name, data in {"packed": packed, "samples": samples, "deep": deep, "odd": odd, "short": deep[:-12], "broken": broken}.items()
+    }
+    assert [name for name, one in found.items() if one.skipped] == ["packed", "samples", "short", "broken"]
+    assert found["odd"].stored == found["deep"].stored
+    assert capfd.readouterr().err == "" and not recwarn.list

@@ -42,6 +42,7 @@ def test_torchvision_computes_the_same_with_our_pool(within: Within, tmp_path: P
     command.main(command.Args(encoder=tmp_path / "encoder", to=tmp_path / "resnet50.safetensors"))
     told = capsys.readouterr().out
     assert "torchvision's resnet50, with fc" in told and export.TORCHVISION_POOL in told
+    assert (tmp_path / "resnet50.safetensors").stat().st_mode == (tmp_path / "encoder/config.json").stat().st_mode
     with torch.device("meta"):
         model = torchvision.models.resnet50(num_classes=3)
     model.load_state_dict(load_file(tmp_path / "resnet50.safetensors"), assign=True)  # strict: every name is there

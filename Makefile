@@ -38,8 +38,9 @@ test-torch211: setup
 lock = .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header --quiet
 lock: setup
-	$(lock) pyproject.toml --group node --output-file requirements.lock
-	$(lock) pyproject.toml --group node --extra dev --constraints requirements.lock --output-file requirements-dev.lock
+	$(lock) pyproject.toml --extra train --group node --output-file requirements.lock
+	$(lock) pyproject.toml --extra train --group node --extra dev --constraints requirements.lock --output-file requirements-dev.lock
 	for group in build head tpu; do \
 		$(lock) --group $$group --constraints requirements-dev.lock --output-file cluster/$$group.lock || exit 1; \
 	done
+	$(lock) --group docs --constraints requirements-dev.lock --output-file docs/site/docs.lock

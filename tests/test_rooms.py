@@ -52,7 +52,7 @@ LAYERS = [
         "simclr.proxy",
         "simclr.text",
     ),
-    ("simclr.errors",),
+    ("simclr.errors", "simclr.extras"),
 ]
 # `simclr` itself lends `load_encoder` and is imported when that is called.
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names} | {"simclr": len(LAYERS)}

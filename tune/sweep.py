@@ -69,8 +69,8 @@ class Args:
     """Trials of each combination, on seeds one apart."""
     search: Literal["auto", "grid", "random", "mixed", "optuna"] = "auto"
     """grid: all combinations; random: --trials of them; mixed: --trials draws of the ranges, each with all combinations of the lists;
-    optuna: each chosen by the scores of earlier trials (an extra: `pip install optuna`). auto: grid, or random with --trials or a range;
-    mixed for ranges and lists of your own."""
+    optuna: each chosen by the scores of earlier trials (an extra: `pip install 'simclr-cluster[optuna]'`). auto: grid, or random with
+    --trials or a range; mixed for ranges and lists of your own."""
     scheduler: Literal["none", "asha", "median", "pbt"] = "none"
     """asha: of the trials that reach a step, the worse two thirds stop there. median: those below the median of the running means
     stop. pbt: the worst quarter goes on with the weights of the best and a changed lr, τ or colour strength. Time is counted in

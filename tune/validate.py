@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import stat
 
 from pipelines.terminal import say
 from pipelines.train import ray_train
 from pipelines.train.resources import Resources
-from simclr import sense
+from simclr import extras, sense
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 from tune import resolve
@@ -41,8 +40,8 @@ def check(asked: Sweep, manifest: Manifest, under_way: bool = False) -> list[Cod
     if asked.scheduler == "pbt" and (others := sorted({path for axis in space.axes for path in axis.paths} - set(MID_RUN))):
         raise UserError(f"--scheduler pbt copies weights between trials, which differ in {others[0]} for good in {space.name}; use asha")
     if asked.search == "optuna":
-        if importlib.util.find_spec("optuna") is None:
-            raise UserError("--search optuna needs the package optuna, which is not installed: `pip install optuna`")
+        if not extras.has("optuna"):
+            raise UserError(f"--search optuna needs Optuna, which is not installed here: {extras.command('optuna')}")
         if asked.seeds > 1 or asked.scheduler == "pbt":
             raise UserError("--search optuna chooses each trial by those before it: it goes with one seed and without pbt")
     every = resolve.tried(space, asked.search, asked.trials, base.seed)

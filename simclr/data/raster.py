@@ -4,7 +4,6 @@ floats, and colours of 16 bits. The door to tifffile and OpenCV."""
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import math
@@ -24,6 +23,7 @@ from simclr.data.limits import BYTES_PER_PIXEL, ROOM, affordable, within, within
 from simclr.data.pixels import Unreadable, opened, reading, upright, upright_rgb
 from simclr.data.sources.source import Unread
 from simclr.data.unpack import inflated, unlzma, unpacked_bits
+from simclr.extras import command, has
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -202,8 +202,8 @@ def _colours(raster: Raster, rule: Rule) -> tuple[NDArray[Any], NDArray[Any] | N
 
 def _tiff(data: bytes, rule: Rule) -> Raster:
     """The first page of a TIFF."""
-    if importlib.util.find_spec("tifffile") is None:
-        raise Unreadable("TIFF of these bands and bits needs tifffile (pip install '.[images]')")
+    if not has("tifffile"):
+        raise Unreadable(f"TIFF of these bands and bits needs tifffile ({command('images')})")
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says of a damaged file does not name the file
@@ -244,12 +244,14 @@ def _unpack_within_limits(tifffile: Any) -> None:
 
     imagecodecs heeds it. `_codecs` is tifffile's own name for its table, from which it takes what is already there. A public way to
     register a codec would do."""
-    if importlib.util.find_spec("imagecodecs") is None:
+    if not has("imagecodecs"):
         tifffile.TIFF.DECOMPRESSORS._codecs.update(_CODECS)
 
 
 def _png(data: bytes, image: Image.Image) -> Raster:
     """A PNG of 16-bit colours, of which Pillow would keep the upper 8 bits."""
+    if not has("cv2"):
+        raise Unreadable(f"PNG of 16-bit colours needs OpenCV ({command('train')})")
     import cv2
 
     with reading():

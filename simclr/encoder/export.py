@@ -63,12 +63,10 @@ def program(published: PublishedEncoder, path: Path) -> float:
 
 def onnx(published: PublishedEncoder, path: Path) -> float:
     """Write an ONNX graph, input `images`, output `features`, n free; returns its difference from the encoder, as ONNX Runtime computes
-    it on the CPU. Weights of more than 1 GiB go to a second file, PATH.data. Raises UserError without ONNX."""
-    try:
-        import onnxruntime
-        import onnxscript  # type: ignore[import-not-found,unused-ignore] # noqa: F401  torch's exporter needs it
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name}, which ONNX export needs, is not installed; add it with `pip install '.[onnx]'`") from None
+    it on the CPU. Weights of more than 1 GiB go to a second file, PATH.data. Needs the extra `onnx`."""
+    import onnxruntime
+    import onnxscript  # type: ignore[import-not-found,unused-ignore] # noqa: F401  torch's exporter needs it
+
     module, size = _FromPixels(published).eval(), published.preprocessing.size_px
     large = sum(p.numel() * p.element_size() for p in module.parameters()) > _ONE_FILE
     with _scratch(path) as file, _quiet():

@@ -13,10 +13,10 @@ from pipelines.evaluation.quick import scores_of
 from pipelines.runs import sync
 from pipelines.runs.directory import load_run
 from pipelines.terminal import say, show
-from pipelines.tracking import client, registry, trust
+from pipelines.tracking import registry, trust
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.card import UNKNOWN_LICENCE, write_card
-from pipelines.tracking.outbox import catch_up
+from pipelines.tracking.outbox import logged_at
 from simclr.errors import UserError
 
 
@@ -32,7 +32,8 @@ class Args:
     """The score that decides the champion; higher is better. Default: knn_top1, for a classifier top1, or rankme for data
     without labels."""
     tracking_uri: str | None = None
-    """MLflow address. Default: $MLFLOW_TRACKING_URI, else the one that the run was logged at, unless it would get credentials of yours."""
+    """MLflow address. Default: $MLFLOW_TRACKING_URI, else the one that the run was logged at, unless it would get credentials of yours. A
+    server that does not know the run gets it first: its settings and metrics, from the run directory."""
     licence: str = UNKNOWN_LICENCE
     """Licence of the weights, for the model card: README.md in the encoder's directory, and the version's description."""
 
@@ -57,14 +58,11 @@ def _publish(args: Args, asked: Path) -> dict[str, Any]:
         raise UserError(f"no score {metric!r}; choose one of {', '.join(scores)}")
     name = args.name or run.data.resolve().name
     registry.require_name(name)
-    uri = trust.address_for(run, args.tracking_uri, asked, client.has_run)
+    uri = trust.address_for(run, args.tracking_uri, asked)
     mlflow_uri.check(uri)
-    if run.tracking_run and not mlflow_uri.same_server(uri, run.tracking_uri):
-        run = run.noted(tracking_uri=mlflow_uri.redacted(uri))  # the server has moved
-    if run.unlogged or not run.tracking_run:
-        run = catch_up(run, uri)
-    write_card(run.encoder, name, scores, args.licence)
-    version = registry.register(uri, run.tracking_run, run.encoder, name, scores)
+    write_card(run.encoder, name, scores, args.licence)  # refuses a run without an encoder, before anything is logged
+    run, run_id = logged_at(run, uri)
+    version = registry.register(uri, run_id, run.encoder, name, scores)
     moved, before = registry.promote(uri, name, version, metric)
     if moved:
         than = f" (before: {score_text(metric, before)})" if before is not None else ""

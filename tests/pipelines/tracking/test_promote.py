@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,29 +12,9 @@ from pipelines.runs.directory import load_run
 from pipelines.tracking import client, outbox
 from pipelines.tracking.uri import default_uri
 from simclr.errors import UserError
+from tests.pipelines.tracking.conftest import Database
 from tests.pipelines.tracking.test_trust import a_run, an_encoder
 from tests.support.command import Run, refused
-
-Database = Callable[[str], str]
-"""The address of a new database in a folder of the test's."""
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database. MLflow takes seconds to make one."""
-    uri = default_uri(tmp_path_factory.mktemp("tables"))
-    client.connect(uri)
-    return Path(uri.removeprefix("sqlite:///"))
-
-
-@pytest.fixture
-def database(tables: Path, tmp_path: Path) -> Database:
-    def made(folder: str) -> str:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        shutil.copy(tables, tmp_path / folder)
-        return default_uri(tmp_path / folder)
-
-    return made
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -52,9 +52,9 @@ def a_run(folder: Path, patterns: Path, tracking_uri: str, tracking_run: str = "
 
 
 @pytest.fixture(scope="module")
-def mine(tmp_path_factory: pytest.TempPathFactory) -> MLflowRun:
+def mine(tmp_path_factory: pytest.TempPathFactory, database_in: Callable[[Path], str]) -> MLflowRun:
     """A run in a database of the user's, in project/runs."""
-    run = MLflowRun(mlflow_uri.default_uri(tmp_path_factory.mktemp("project") / "runs"), "patterns", "mine", {}, {})
+    run = MLflowRun(database_in(tmp_path_factory.mktemp("project") / "runs"), "patterns", "mine", {}, {})
     run.end()
     return run
 

@@ -81,6 +81,7 @@ DOORS = {
     "pillow_heif": {"simclr/data/pixels.py"},
     "tensorflow": {"simclr/encoder/tf_checkpoint.py"},
     "onnxruntime": {"simclr/encoder/export.py"},
+    "huggingface_hub": {"pipelines/tracking/hub.py", "simclr/encoder/hub.py"},
     "yaml": {"pipelines/commands/cluster.py"},
     "jsonschema": {"pipelines/commands/cluster.py"},
 }

@@ -34,11 +34,21 @@ class Args:
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else the one that the run was logged at, unless it would get credentials of yours. A
     server that does not know the run gets it first: its settings and metrics, from the run directory."""
+    hub: str | None = None
+    """ORG/NAME: publish it as this repository on the Hugging Face Hub, and in no registry of MLflow's. A new repository is private.
+    `simclr.load_encoder("hf://ORG/NAME")` reads it."""
     licence: str = UNKNOWN_LICENCE
     """Licence of the weights, for the model card: README.md in the encoder's directory, and the version's description."""
 
+    def __post_init__(self) -> None:
+        if self.hub and (self.name or self.metric or self.tracking_uri):
+            raise UserError("--hub publishes on the Hub alone, under its own name; leave out --name, --metric and --tracking-uri, or --hub")
+
 
 def main(args: Args) -> None:
+    if args.hub:
+        show(to_hub(args, args.hub))
+        return
     result = publish(args)
     show(f"{result['name']}/{result['version']}{' @champion' if result['champion'] else ''}")
 
@@ -49,10 +59,26 @@ def publish(args: Args) -> dict[str, Any]:
         return _publish(replace(args, run=run), args.run)
 
 
+def to_hub(args: Args, repository: str) -> str:
+    """Publish the run's encoder as `repository` on the Hub. Returns the address of the commit."""
+    from pipelines.tracking import hub
+
+    with sync.directory(args.run) as directory:
+        run, began = load_run(directory), time.monotonic()
+        scores = _scores(directory)
+        write_card(run.encoder, f"hf://{repository}", scores, args.licence)
+        at = hub.push(run.encoder, repository, scores, args.licence)
+        run.took("publish", time.monotonic() - began)
+    return at
+
+
+def _scores(run: Path) -> dict[str, float]:
+    return {key: float(value) for key, value in scores_of(run)[-1].items() if key != "name"}
+
+
 def _publish(args: Args, asked: Path) -> dict[str, Any]:
     run, began = load_run(args.run), time.monotonic()
-    row = scores_of(args.run)[-1]
-    scores = {key: float(value) for key, value in row.items() if key != "name"}
+    scores = _scores(args.run)
     metric = args.metric or next((name for name in ("knn_top1", "top1") if name in scores), "rankme")
     if metric not in scores:
         raise UserError(f"no score {metric!r}; choose one of {', '.join(scores)}")

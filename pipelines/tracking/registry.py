@@ -36,12 +36,7 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
     package is installed. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
     """
     require_name(name)
-    if not _is_encoder(encoder):
-        raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
-    parts = [encoder / name for name in FILES if (encoder / name).exists()]
-    for part in parts:
-        if part.is_symlink() or not part.is_file():  # the directory may be somebody else's, and the link lead to a file of ours
-            raise UserError(f"{part} is no plain file; put the file itself there, and publish again")
+    parts = require_plain(encoder).values()
     with one_sentence(uri):
         client = connect(uri)
         place = client.get_run(run_id).info.artifact_uri
@@ -60,6 +55,17 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
                     for part in parts:
                         client.log_artifact(run_id, str(part), f"{folder}/encoder")
                 return version.made(client, name, f"{place}/{folder}", run_id, tags, card)
+
+
+def require_plain(encoder: Path) -> dict[str, Path]:
+    """The files of the encoder directory, by name. Raises UserError where it is none, or one of its files is no plain one."""
+    if not _is_encoder(encoder):
+        raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
+    parts = {name: encoder / name for name in FILES if (encoder / name).exists()}
+    for part in parts.values():
+        if part.is_symlink() or not part.is_file():  # the directory may be somebody else's, and the link lead to a file of ours
+            raise UserError(f"{part} is no plain file; put the file itself there, and publish again")
+    return parts
 
 
 def require_name(name: str) -> None:

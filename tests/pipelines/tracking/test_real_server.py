@@ -49,9 +49,7 @@ def trained(tmp_path: Path, patterns: Path, database: Database) -> RunDirectory:
 
 def test_a_name_outside_the_list_is_named(between: Between) -> None:
     mlflow_uri.check(TEAM)
-    with pytest.raises(
-        UserError, match=r"http://mlflow:5000 \(it refuses requests under the name mlflow:5000 .*-hosts 'mlflow:5000,"
-    ):
+    with pytest.raises(UserError, match=r"http://mlflow:5000 \(it refuses requests under the name mlflow:5000 .*-hosts 'mlflow:5000,"):
         mlflow_uri.check("http://mlflow:5000")
 
 

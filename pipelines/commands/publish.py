@@ -32,11 +32,10 @@ class Args:
     """The score that decides the champion; higher is better. Default: knn_top1, for a classifier top1, or rankme for data
     without labels."""
     tracking_uri: str | None = None
-    """MLflow address. Default: $MLFLOW_TRACKING_URI, else the one that the run was logged at, unless it would get credentials of yours. A
-    server that does not know the run gets it first: its settings and metrics, from the run directory."""
+    """MLflow address. Default: $MLFLOW_TRACKING_URI, else the one that the run was logged at, unless it would get credentials of yours.
+    A server that does not know the run gets it first."""
     hub: str | None = None
-    """ORG/NAME: publish it as this repository on the Hugging Face Hub, and in no registry of MLflow's. A new repository is private.
-    `simclr.load_encoder("hf://ORG/NAME")` reads it."""
+    """Publish as this ORG/NAME on the Hugging Face Hub (private, if it is new) and in no registry; its address is then hf://ORG/NAME."""
     licence: str = UNKNOWN_LICENCE
     """Licence of the weights, for the model card: README.md in the encoder's directory, and the version's description."""
 

@@ -125,6 +125,7 @@ def _head(config: dict[str, Any], repository: str, scores: dict[str, float], lic
 def _card(encoder: Path, repository: str, lacks: str) -> str:
     """The card's text behind its head: the encoder's own, with the Hub's address and what timm does with it."""
     own = (encoder / "README.md").read_text().replace("# hf://", "# ", 1)
+    own = re.sub(r"  +# this directory", "", own)
     if lacks:
         return f"{own}\n## timm\n\ntimm has no network with {lacks}, so this one is read by simclr alone.\n"
     call = f'timm.create_model("hf-hub:{repository}", pretrained=True, num_classes=0)'

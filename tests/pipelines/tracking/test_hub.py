@@ -72,7 +72,12 @@ def test_a_run_is_published_and_read(simclr: Run, hub: Hub, run: RunDirectory, t
         "value: 0.5",
     ):
         assert line in [row.strip() for row in head.split("\n")], line
-    assert 'load_encoder("hf://team/photos")' in card and card.startswith("\n# team/photos\n") and "timm has no network with" in card
+    assert (
+        'load_encoder("hf://team/photos")' in card
+        and card.startswith("\n# team/photos\n")
+        and "this directory" not in card
+        and "timm has no network with" in card
+    )
 
     hub.heard.clear()
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 36, 3), dtype=np.uint8)

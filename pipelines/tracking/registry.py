@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
-from pipelines.tracking import trust
-from pipelines.tracking.client import ABSENT, EXISTS, connect, locked, one_sentence, unless
+from pipelines.tracking import server, trust, version
+from pipelines.tracking.client import ABSENT, connect, locked, one_sentence, unless
 from simclr import files
 from simclr.errors import UserError
 from simclr.text import printable, redacted
@@ -36,28 +36,36 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
     package is installed. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
     """
     require_name(name)
-    if not _is_encoder(encoder):
-        raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
-    parts = [encoder / name for name in FILES if (encoder / name).exists()]
-    for part in parts:
-        if part.is_symlink() or not part.is_file():  # the directory may be somebody else's, and the link lead to a file of ours
-            raise UserError(f"{part} is no plain file; put the file itself there, and publish again")
+    parts = require_plain(encoder).values()
     with one_sentence(uri):
         client = connect(uri)
         place = client.get_run(run_id).info.artifact_uri
         trust.require_same_host(uri, place, f"the storage of run {run_id}")
         trust.say_folder(uri, place)
+        size = sum(part.stat().st_size for part in parts)
+        tags = {_SCORE_TAG + metric: repr(float(value)) for metric, value in scores.items()}
+        card = (encoder / "README.md").read_text() if (encoder / "README.md").is_file() else None
         with tempfile.TemporaryDirectory() as scratch:
             # Every version has its own folder: a run that is published twice keeps the files of its first version.
             folder = _describe(Path(scratch), run_id, scores)
-            client.log_artifacts(run_id, scratch, folder)
-        for part in parts:
-            client.log_artifact(run_id, str(part), f"{folder}/encoder")
-        unless(EXISTS, client.create_registered_model, name)
-        source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
-        tags = {_SCORE_TAG + metric: repr(float(value)) for metric, value in scores.items()}
-        card = (encoder / "README.md").read_text() if (encoder / "README.md").is_file() else None
-        return int(client.create_model_version(name, source, run_id=run_id, tags=tags, description=card).version)
+            # The files, then the version: one that is seen is whole.
+            with version.removed_on_failure(uri, f"{place}/{folder}"):
+                with server.patience(size, place):
+                    client.log_artifacts(run_id, scratch, folder)
+                    for part in parts:
+                        client.log_artifact(run_id, str(part), f"{folder}/encoder")
+                return version.made(client, name, f"{place}/{folder}", run_id, tags, card)
+
+
+def require_plain(encoder: Path) -> dict[str, Path]:
+    """The files of the encoder directory, by name. Raises UserError where it is none, or one of its files is no plain one."""
+    if not _is_encoder(encoder):
+        raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
+    parts = {name: encoder / name for name in FILES if (encoder / name).exists()}
+    for part in parts.values():
+        if part.is_symlink() or not part.is_file():  # the directory may be somebody else's, and the link lead to a file of ours
+            raise UserError(f"{part} is no plain file; put the file itself there, and publish again")
+    return parts
 
 
 def require_name(name: str) -> None:

@@ -219,16 +219,16 @@ def test_check_accepts_a_server_and_a_database(server: Server, uri: str, publish
 
 def test_check_refuses_a_closed_port_and_a_silent_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mlflow_uri._ANSWER_S + 0.5 < 10
-    with pytest.raises(UserError, match=r"no MLflow server at http://h:99999 \(InvalidURL\)"):
+    with pytest.raises(UserError, match=r"no MLflow server at http://h:99999 \(that is no valid address\)"):
         mlflow_uri.check("http://h:99999")
     monkeypatch.setattr(mlflow_uri, "_ANSWER_S", 0.5)
     with socket.socket() as silent, socket.socket() as closed:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         closed.bind(("127.0.0.1", 0))  # bound and not listening: no other process gets the port
-        for port, reason in ((silent.getsockname()[1], "Timeout"), (closed.getsockname()[1], "ConnectionError")):
+        for port, reason in ((silent.getsockname()[1], "no answer .*"), (closed.getsockname()[1], "nothing listens there")):
             began = time.monotonic()
-            with pytest.raises(UserError, match=rf"no MLflow server at http://…@127.0.0.1:{port} \(.*{reason}\); start it") as error:
+            with pytest.raises(UserError, match=rf"no MLflow server at http://…@127.0.0.1:{port} \({reason}\); start it") as error:
                 mlflow_uri.check(f"http://user:secret@127.0.0.1:{port}")
             assert "secret" not in str(error.value)
             assert time.monotonic() - began < 2
@@ -241,7 +241,7 @@ def test_check_refuses_what_answers_but_is_no_mlflow(server: Server, monkeypatch
             mlflow_uri.check(server.uri)
 
 
-@pytest.mark.parametrize("uri", ["localhost:5000", "postgresql://user:secret@host/mlflow", "http://", "ftp://h", "sqlite://x", ""])
+@pytest.mark.parametrize("uri", ["localhost:5000", "host", "http://", "ftp://user:secret@h", "sqlite://x", "/a/folder", ""])
 def test_check_refuses_what_is_no_address(uri: str) -> None:
     with pytest.raises(UserError, match="is no MLflow address; expected") as error:
         mlflow_uri.check(uri)

@@ -16,7 +16,7 @@ from simclr.data.depth import Rule, Values
 from simclr.data.ffcv.decode import decode
 from simclr.data.limits import ROOM, affordable
 from simclr.data.pixels import Unreadable, reading
-from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, opened_file, pillow_image
+from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, opened_file, pillow_image, pixels_of
 from simclr.data.sources.source import Data, Item
 
 PAGE = 1 << 21
@@ -107,11 +107,7 @@ def decoded(file: bytes | Path, rule: Rule) -> NDArray[np.uint8]:
         as_is = _decoded_as_stored(image, data, max(image.size))
         if as_is is not None:
             return as_is
-    if image is not None and image.width * image.height > rule.max_pixels:  # a JPEG, which is decoded at half its size
-        with reading():
-            image.draft(None, (image.width // 2, image.height // 2))
-    with ROOM.for_pixels(image.width * image.height if image is not None else 0):
-        return np.asarray(as_rgb(data, image, rule).image)
+    return pixels_of(data, image, rule)
 
 
 def look(item: Item, max_side_px: int, rule: Rule) -> Looked:

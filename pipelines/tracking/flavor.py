@@ -43,14 +43,18 @@ def describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
         loader_module=carried.write(model / "code"),
         code="code",
         data="encoder",
+        conda_env="conda.yaml",
         python_env="python_env.yaml",
         model_config={"paths": False, "device": "cpu"},
     )
     spec.save(str(model / "MLmodel"))
     (model / "requirements.txt").write_text("\n".join(requirements()) + "\n")
-    # A minor version of Python, since not every patch of it can be had.
+    # A minor version of Python, since not every patch of it can be had. MLflow asks for conda's file too, whatever manager it uses.
     version = ".".join(map(str, sys.version_info[:2]))
     (model / "python_env.yaml").write_text(f'python: "{version}"\ndependencies:\n- -r requirements.txt\n')
+    (model / "conda.yaml").write_text(
+        f"channels:\n- conda-forge\ndependencies:\n- python={version}\n- pip\n- pip:\n  - -r requirements.txt\n"
+    )
     return str(spec.artifact_path)
 
 

@@ -82,6 +82,7 @@ DOORS = {
     "pillow_heif": {"simclr/data/pixels.py"},
     "tensorflow": {"simclr/encoder/tf_checkpoint.py"},
     "onnxruntime": {"simclr/encoder/export.py"},
+    "onnx": {"simclr/encoder/onnx_graph.py"},
     "yaml": {"pipelines/commands/cluster.py"},
     "jsonschema": {"pipelines/commands/cluster.py"},
 }

@@ -108,8 +108,8 @@ class EncoderModel:
             if isinstance(error, Unreadable):
                 raise UserError(f"{name} is base64 of no image that can be read ({error}); send that of a JPEG's bytes") from None
         raise UserError(
-            f"{name} is a text of {len(text):,} characters that is no base64; send base64 of an image file's bytes, or have the model read "
-            'paths: load_model(…, model_config={"paths": True})'
+            f"{name} is a text of {len(text):,} characters that is no base64 of an image file; send that, or have the model read paths: "
+            'load_model(…, model_config={"paths": True})'
         )
 
 
@@ -123,6 +123,8 @@ def _array(nested: Any) -> NDArray[np.uint8]:
 
 def _bytes_of(array: NDArray[Any]) -> NDArray[np.uint8]:
     """JSON has no uint8: other whole numbers are taken where they are from 0 to 255. What else it is, the encoder says."""
+    if array.dtype.kind not in "iufb":
+        raise UserError("the pixels of a picture are no numbers; expected uint8 (H, W, 3)")
     if array.dtype.kind in "iu" and array.dtype != np.uint8 and (not array.size or (array.min() >= 0 and array.max() <= 255)):
         return array.astype(np.uint8)
     return array

@@ -27,13 +27,14 @@ Pictures = Picture | Iterable[Picture]
 Listed = Sequence[Picture] | NDArray[np.uint8] | Tensor
 """Several; their entries along the first axis."""
 _SAMPLE = 64  # pictures that decide how those of more than 8 bits become 8
+_ORDER = {3: (1, 2, 0), 4: (0, 2, 3, 1)}
 _LINE = "expected uint8 images (n, H, W, 3) or (H, W, 3), with RGB from 0 to 255 as the last axis"
 
 
 def listed(given: Pictures) -> Listed:
     """What was given, with a picture for each entry. Raises UserError for arrays that are no images."""
     if isinstance(given, np.ndarray | Tensor):
-        return require_images(given[None] if given.ndim == 3 else given)
+        return require_images(given, 3)[None] if given.ndim == 3 else require_images(given)
     if isinstance(given, bytes | bytearray | memoryview | str | os.PathLike | Image.Image):
         return [given]
     if not isinstance(given, Iterable):
@@ -49,9 +50,8 @@ def require_images(images: NDArray[Any] | Tensor, ndim: int = 4) -> NDArray[np.u
     if len(shape) == ndim and shape[-1] == 3 and 0 not in shape[-3:] and kind == "uint8":
         return images
     advice = ""
-    if len(shape) in (3, 4) and shape[-1] != 3 and shape[-3] == 3:
-        advice = f"; put the channels last, {'permute' if isinstance(images, Tensor) else 'transpose'}{(0, 2, 3, 1)[4 - len(shape) :]}"
-        advice = advice if len(shape) == 4 else advice.replace("(2, 3, 1)", "(1, 2, 0)")
+    if len(shape) in _ORDER and shape[-3] == 3 and shape[-1] != 3:
+        advice = f"; put the channels last, {'permute' if isinstance(images, Tensor) else 'transpose'}{_ORDER[len(shape)]}"
     elif kind.startswith(("float", "bfloat")):
         advice = "; of images from 0 to 1 multiply by 255, round, and convert to uint8"
     raise UserError(f"got {kind} of shape {shape}; {_LINE}{advice}")

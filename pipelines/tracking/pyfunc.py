@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from numpy.typing import NDArray
@@ -65,17 +64,17 @@ class EncoderModel:
         except UserError as error:
             raise Refused(str(error)) from None
 
-    def _pictures(self, given: object) -> Pictures:
-        if isinstance(given, pd.DataFrame):
-            given = {str(name): given.iloc[:, i] for i, name in enumerate(given.columns)}
+    def _pictures(self, given: Any) -> Pictures:
+        if hasattr(given, "iloc"):  # pandas, which is not imported for its readers' sake: a table, or a column of one
+            given = {str(name): given.iloc[:, i].tolist() for i, name in enumerate(given.columns)} if given.ndim == 2 else given.tolist()
         if isinstance(given, Mapping):
             if len(given) != 1:
                 raise UserError(f"got {len(given)} columns ({', '.join(map(str, [*given][:5]))}); expected one, of pictures")
             (given,) = given.values()
         if isinstance(given, np.ndarray) and given.dtype.kind not in "OUS":
             return _bytes_of(given)
-        if isinstance(given, pd.Series | np.ndarray):
-            given = given.reshape(-1).tolist() if isinstance(given, np.ndarray) else given.tolist()
+        if isinstance(given, np.ndarray):
+            given = given.reshape(-1).tolist()
         if isinstance(given, Sequence) and not isinstance(given, str | bytes | bytearray):
             if given and all(isinstance(one, Sequence) and not isinstance(one, str | bytes | bytearray) for one in given):
                 arrays = [_array(one) for one in given]  # of JSON

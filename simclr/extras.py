@@ -29,6 +29,8 @@ _EXTRAS = {
     "tensorflow": {"tensorflow": "TensorFlow"},
     "images": {"pillow_heif": "pillow-heif", "tifffile": "tifffile", "imagecodecs": "imagecodecs"},
     "optuna": {"optuna": "Optuna"},
+    "hub": {"huggingface_hub": "huggingface_hub"},
+    "tensorboard": {"tensorboard": "TensorBoard"},
 }
 
 

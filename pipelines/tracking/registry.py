@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.metadata
-import json
 import math
 import os
 import re
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -17,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
-from pipelines.tracking import server, trust, version
+from pipelines.tracking import flavor, server, trust, version
 from pipelines.tracking.client import ABSENT, connect, locked, one_sentence, unless
 from simclr import files
 from simclr.errors import UserError
@@ -32,8 +29,8 @@ _LOOK_S = 0.25
 def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, float]) -> int:
     """Register the encoder directory as a new version of model `name`, under run `run_id`, with its scores. Returns the version.
 
-    The version is an MLflow model without pickled code: `mlflow.pyfunc.load_model("models:/NAME@champion")` reads it wherever this
-    package is installed. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
+    The version is an MLflow model that carries its code: `mlflow.pyfunc.load_model("models:/NAME@champion")` reads it where this package is
+    not installed. Nothing is pickled. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
     """
     require_name(name)
     parts = require_plain(encoder).values()
@@ -47,7 +44,7 @@ def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, 
         card = (encoder / "README.md").read_text() if (encoder / "README.md").is_file() else None
         with tempfile.TemporaryDirectory() as scratch:
             # Every version has its own folder: a run that is published twice keeps the files of its first version.
-            folder = _describe(Path(scratch), run_id, scores)
+            folder = flavor.describe(Path(scratch), run_id, scores)
             # The files, then the version: one that is seen is whole.
             with version.removed_on_failure(uri, f"{place}/{folder}"):
                 with server.patience(size, place):
@@ -78,31 +75,6 @@ def require_name(name: str) -> None:
             f"model name {name!r} cannot be registered, it has {found}; expected one without / : @ \\, quotes and signs that are not seen "
             "(control characters, line breaks, signs without width), give it with --name"
         )
-
-
-def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
-    """Write the files that make the folder of an encoder directory an MLflow model: MLmodel, requirements, example. Returns its name.
-
-    By hand: `mlflow.pyfunc.save_model` copies the weights and looks for pip.
-    """
-    import numpy as np
-    from mlflow import pyfunc
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    images, features = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3)), TensorSpec(np.dtype(np.float32), (-1, -1))
-    spec = Model(run_id=run_id, signature=ModelSignature(Schema([images]), Schema([features])), metadata={"scores": scores})
-    spec.artifact_path = f"model-{spec.model_uuid}"
-    example = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).tolist()  # two images
-    (model / "input_example.json").write_text(json.dumps(example))
-    spec.saved_input_example_info = {"artifact_path": "input_example.json", "type": "ndarray", "format": "tf-serving"}
-    pyfunc.add_to_model(spec, loader_module="pipelines.tracking.pyfunc", data="encoder", python_env="python_env.yaml")
-    spec.save(str(model / "MLmodel"))
-    # Without this package: on the public index another project has its name.
-    pins = [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in ("torch", "numpy", "safetensors")]
-    (model / "requirements.txt").write_text("\n".join(pins) + "\n")
-    (model / "python_env.yaml").write_text(f"python: {sys.version.split()[0]}\ndependencies:\n- -r requirements.txt\n")
-    return str(spec.artifact_path)
 
 
 def promote(uri: str, name: str, version: int, metric: str, alias: str = "champion") -> tuple[bool, float | None]:

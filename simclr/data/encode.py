@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from simclr.data.depth import Rule, Values
 from simclr.data.limits import ROOM, affordable
 from simclr.data.pixels import Unreadable, reading
-from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, opened_file, pillow_image
+from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, opened_file, pillow_image, rgb_of
 from simclr.data.sources.source import Data, Item
 from simclr.extras import has
 
@@ -122,11 +122,7 @@ def decoded(file: bytes | Path, rule: Rule) -> Decoded:
         as_is = _decoded_as_stored(image, data, max(image.size))
         if as_is is not None:
             return Decoded(as_is)
-    if image is not None and image.width * image.height > rule.max_pixels:  # a JPEG, which is decoded at half its size
-        with reading():
-            image.draft(None, (image.width // 2, image.height // 2))
-    with ROOM.for_pixels(image.width * image.height if image is not None else 0):
-        found = as_rgb(data, image, rule)
+    found = rgb_of(data, image, rule)
     return Decoded(np.asarray(found.image), found.rescaled, found.clipped)
 
 

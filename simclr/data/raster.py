@@ -130,6 +130,32 @@ def as_rgb(data: bytes, image: Image.Image | None, rule: Rule) -> Rgb:
     if raster is None:
         assert image is not None
         return Rgb(upright_rgb(image), image.mode in ("1", "L", "LA"))
+    return _scaled_rgb(raster, rule)
+
+
+def rgb_of(data: bytes, image: Image.Image | None, rule: Rule) -> Rgb:
+    """The file that `opened_file` gave, upright, 8-bit RGB by `rule`, by Pillow's own decoders. A JPEG of more than the
+    rule's pixels is decoded at half its size. Raises Unreadable."""
+    if image is not None and image.width * image.height > rule.max_pixels:
+        with reading():
+            image.draft(None, (image.width // 2, image.height // 2))
+    with ROOM.for_pixels(image.width * image.height if image is not None else 0):
+        return as_rgb(data, image, rule)
+
+
+def raster_of_image(image: Image.Image, rule: Rule) -> Raster | None:
+    """`raster_of` for a picture of Pillow's whose file is not at hand: only what its mode holds."""
+    within(image.width, image.height, rule.max_pixels)
+    return Raster(np.asarray(upright(image))[..., None]) if image.mode.startswith("I") or image.mode == "F" else None
+
+
+def pixels_of_image(image: Image.Image, rule: Rule) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) of a picture of Pillow's, upright, 8-bit RGB by `rule`. Raises Unreadable."""
+    raster = raster_of_image(image, rule)
+    return np.asarray(upright_rgb(image) if raster is None else _scaled_rgb(raster, rule).image)
+
+
+def _scaled_rgb(raster: Raster, rule: Rule) -> Rgb:
     values, alpha = _colours(raster, rule)
     grey = values.shape[2] == 1
     found = None if kind_of(values) == "" else scaled(values, rule)
@@ -250,9 +276,10 @@ def _unpack_within_limits(tifffile: Any) -> None:
 
 def _png(data: bytes, image: Image.Image) -> Raster:
     """A PNG of 16-bit colours, of which Pillow would keep the upper 8 bits."""
-    if not has("cv2"):
-        raise Unreadable(f"PNG of 16-bit colours needs OpenCV ({command('train')})")
-    import cv2
+    try:
+        import cv2
+    except ImportError:  # it is not there, or the libraries of a desktop are not, which it needs with its windows
+        raise Unreadable(f"PNG of 16-bit colours needs OpenCV ({command('train')})") from None
 
     with reading():
         turn = image.getexif().get(_ORIENTATION, 1)

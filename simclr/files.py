@@ -101,6 +101,16 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8", errors="replace")
 
 
+def share(path: Path) -> None:
+    """Give `path`, which a library wrote for this user alone, the permissions that any new file gets here."""
+    new = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        shutil.copymode(new, path)
+    finally:
+        new.unlink()
+
+
 # ── Where others may write too ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -61,7 +61,7 @@ DOORS = {
     # The last asks for an account's quotas, not for S3.
     "boto3": {"simclr/data/s3/access.py", "pipelines/clusterfile/quotas.py"},
     "botocore": {"simclr/data/s3/access.py", "simclr/data/s3/answers.py", "simclr/data/s3/store.py", "pipelines/clusterfile/quotas.py"},
-    "mlflow": {"pipelines/tracking/client.py", "pipelines/tracking/registry.py"},
+    "mlflow": {f"pipelines/tracking/{name}.py" for name in ("client", "registry", "evaluated")},
     # The loader composes what FFCV compiles; the rest of FFCV lies in one room.
     "ffcv": {f"simclr/data/ffcv/{name}.py" for name in ("writer", "reader", "decode", "imports", "baseline")} | {"simclr/data/loader.py"},
     "ray": {

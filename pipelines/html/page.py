@@ -104,6 +104,8 @@ class ReportData:
     """(phase, seconds), in order."""
     understood: dict[str, Any] = field(default_factory=dict)
     """How the source was understood (`Manifest.understood`)."""
+    measured: str = ""
+    """The images that the scores are of, in words; "" = not known."""
 
     @property
     def chance(self) -> float | None:
@@ -188,6 +190,8 @@ def headline(data: ReportData) -> tuple[str, str]:
     sentences = [" and ".join(filter(None, (", ".join(ratios[:-1]), ratios[-1]))) + "."] if ratios else []
     if own.probe_top1 is not None and math.isfinite(own.probe_top1):
         sentences.append(f"A linear probe on the same features reaches {percent(own.probe_top1)}.")
+    if data.measured:
+        sentences.append(f"Scored on {data.measured}.")
     return f"kNN {percent(own.knn_top1)}", " ".join(sentences)
 
 
@@ -275,7 +279,7 @@ def _known(data: ReportData) -> NDArray[np.bool_]:
 def _neighbour_notes(data: ReportData) -> str:
     found, known = data.neighbours, _known(data)
     text = (
-        "<p>Left: an image of the test split. Right: the training images whose features are nearest to its own, nearest first. "
+        "<p>Left: a test image. Right: the training images whose features are nearest to its own, nearest first. "
         "The number is the cosine of the two, 1 for the same direction.</p>"
     )
     if known.any():

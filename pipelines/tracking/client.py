@@ -6,6 +6,7 @@ Every call here takes as long as the server takes. No training step calls anythi
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import time
@@ -32,7 +33,10 @@ logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # "Retrying
 MOST = 900
 """Values in one request; MLflow takes 1,000."""
 ABSENT, EXISTS, _INVALID = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_PARAMETER_VALUE"
+NO_SUCH_CALL = "ENDPOINT_NOT_FOUND"
+"""The answer of a server that is older than what is asked of it."""
 _PARAMS = 100  # that MLflow takes at a time
+_DIGEST = 12  # as reports and messages show it; MLflow takes 36 characters
 
 
 @contextlib.contextmanager
@@ -89,6 +93,20 @@ def has_run(uri: str, run_id: str) -> bool:
     with one_sentence(uri):
         found = unless(ABSENT, connect(uri).get_run, run_id)
     return found is not None and found.info.run_id == run_id
+
+
+def log_data(client: Any, run_id: str, data: str, manifest_sha256: str, context: str) -> tuple[str, str] | None:
+    """Name the `data`, whose manifest has this sha256, as an input of a run; `context` is training or evaluation. Nothing of it is read or
+    sent. Returns (name, digest) as MLflow has them, None for data that nobody knows."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if not data or not manifest_sha256:
+        return None
+    name, digest = data.rstrip("/").rpartition("/")[2][:200] or "data", manifest_sha256[:_DIGEST]
+    source, kind = json.dumps({"uri": data}), "s3" if data.startswith("s3://") else "local"
+    dataset = Dataset(name, digest, kind, source, profile=json.dumps({"manifest_sha256": manifest_sha256}))
+    unless(NO_SUCH_CALL, client.log_inputs, run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+    return name, digest
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
@@ -164,6 +182,11 @@ class MLflowRun:
                     return
                 self._refused += len(batch)
         self._last = last
+
+    def trained_on(self, data: str, manifest_sha256: str) -> None:
+        """Name the data as the run's input."""
+        with one_sentence(self._uri):
+            log_data(self._mlflow, self.run_id, data, manifest_sha256, "training")
 
     def artifact(self, path: Path) -> None:
         """Copy file `path`, if there is one, into the run's artifacts."""

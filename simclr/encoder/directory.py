@@ -114,6 +114,7 @@ def write_encoder(
         for name, part in (("encoder", tensors), ("head", head), ("classifier", classifier)):
             if part:
                 save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, scratch / f"{name}.safetensors")
+                files.share(scratch / f"{name}.safetensors")
         stated = dataclasses.asdict(preprocessing or Preprocessing.of(config.views))
         text = {"schema": ENCODER_SCHEMA, **config.to_dict(), "preprocessing": stated, "published": published}
         if classifier:

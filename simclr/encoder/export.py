@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from simclr import files
 from simclr.config import Encoder
 from simclr.encoder.directory import PublishedEncoder
 from simclr.errors import UserError
@@ -107,6 +108,7 @@ def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | Non
     size = published.preprocessing.size_px
     with _scratch(path) as file:
         save_file({name: t.contiguous() for name, t in tensors.items()}, file)
+        files.share(file)
         missing, unexpected = network.load_state_dict(load_file(file), strict=False, assign=True)
         assert not unexpected and set(missing) <= {"fc.weight", "fc.bias"}, (missing, unexpected)
         network.eval().fc = nn.Identity()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from simclr.errors import UserError
 
 WHOLE = "none"
 """`Measured.limit` of an evaluation of every image."""
-TEST, HELD_BACK = "the test split", "a tenth of the training split, held back"
+TEST, HELD_BACK = "the test split", "a held-back tenth of the training split"
 """Images that are judged, in words."""
 _HIGHER = re.compile(r"(\w+_)?(top1|top5|mean_per_class)(_at_[\d.e-]+)?|rankme")
 
@@ -114,7 +114,7 @@ def measured_in(text: dict[str, Any], where: Path) -> Measured:
     found = fields.build(Measured, values, f"measured in {where}", instead)
     for name in [name for name, (low, high) in found.intervals.items() if not low <= high]:
         raise UserError(f"{where} is damaged: the interval of {fields.short(name)} has no low and high end; {instead}")
-    return found
+    return replace(found, intervals={name: (low, high) for name, (low, high) in found.intervals.items()})
 
 
 def newest(run: Run) -> tuple[dict[str, Any], Measured] | None:

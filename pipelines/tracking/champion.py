@@ -57,7 +57,8 @@ def _verdict(what: str, ours: Record, holder: str, held: Record | None, metric: 
         return Verdict(False, f"{what} is registered, and {stays}: {'; '.join(doubts)}; --force moves the alias all the same", before)
     said = f"{what} is champion with {ours.told(metric)}"
     if doubts:
-        return Verdict(True, f"{said}; --force moved the alias although {'; '.join(doubts)}", before)
+        taken = f"took the alias from {holder}" if held is not None else "gave it the alias"
+        return Verdict(True, f"{said}; --force {taken}, although {'; '.join(doubts)}", before)
     if held is None or before is None:
         return Verdict(True, said)
     if own <= before:

@@ -95,6 +95,11 @@ def has_run(uri: str, run_id: str) -> bool:
     return found is not None and found.info.run_id == run_id
 
 
+def name_of(data: str) -> str:
+    """The name of data at this address, as MLflow's pages show it."""
+    return data.rstrip("/").rpartition("/")[2][:200] or "data"
+
+
 def log_data(client: Any, run_id: str, data: str, manifest_sha256: str, context: str) -> tuple[str, str] | None:
     """Name the `data`, whose manifest has this sha256, as an input of a run; `context` is training or evaluation. Nothing of it is read or
     sent. Returns (name, digest) as MLflow has them, None for data that nobody knows."""
@@ -102,7 +107,7 @@ def log_data(client: Any, run_id: str, data: str, manifest_sha256: str, context:
 
     if not data or not manifest_sha256:
         return None
-    name, digest = data.rstrip("/").rpartition("/")[2][:200] or "data", manifest_sha256[:_DIGEST]
+    name, digest = name_of(data), manifest_sha256[:_DIGEST]
     source, kind = json.dumps({"uri": data}), "s3" if data.startswith("s3://") else "local"
     dataset = Dataset(name, digest, kind, source, profile=json.dumps({"manifest_sha256": manifest_sha256}))
     unless(NO_SUCH_CALL, client.log_inputs, run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])

@@ -16,7 +16,7 @@ from pipelines.runs import scores
 from pipelines.runs.directory import Run
 from pipelines.runs.scores import Measured
 from pipelines.tracking import trust
-from pipelines.tracking.client import ABSENT, NO_SUCH_CALL, connect, log_data, one_sentence, unless
+from pipelines.tracking.client import ABSENT, NO_SUCH_CALL, connect, log_data, name_of, one_sentence, unless
 from pipelines.tracking.record import Record
 from simclr import files
 
@@ -26,9 +26,12 @@ _SOURCE = {"mlflow.source.name": "simclr publish", "mlflow.source.type": "LOCAL"
 _SHOWN = ("report.html", "evaluation.json", "evaluation/*.png", "evaluation/*.json")
 
 
-def metric_of(score: str) -> str:
-    """The name in MLflow of a score of `simclr evaluate`. `eval/…` is online evaluation's: of other images, while the run trains."""
-    return f"evaluate/{score}"
+def metric_of(score: str, measured: Measured, trained_on_sha256: str) -> str:
+    """The name in MLflow of a score of `simclr evaluate`: evaluate/knn_top1, or on other data than the run's, whose manifest has that
+    sha256, evaluate/NAME/knn_top1. `eval/…` is online evaluation's: of fewer images, while the run trains."""
+    other = trained_on_sha256 and measured.manifest_sha256 != trained_on_sha256
+    name = re.sub(r"[^\w.-]+", "-", name_of(measured.data), flags=re.ASCII)
+    return f"evaluate/{name}/{score}" if other else f"evaluate/{score}"
 
 
 def log(uri: str, run: Run) -> None:
@@ -46,7 +49,7 @@ def log(uri: str, run: Run) -> None:
         trust.require_same_host(uri, there.info.artifact_uri, f"the storage of run {run.tracking_run}")
         for values, measured in found:
             log_data(client, run.tracking_run, measured.data, measured.manifest_sha256, "evaluation")
-            _log_metrics(client, run.tracking_run, values, measured)
+            _log_metrics(client, run.tracking_run, values, measured, run.data_digest)
             told = Record(scores={name: value for name, value in values.items() if not name.endswith(_BESIDE)}, measured=measured)
             tags = [RunTag(name, text) for name, text in told.tags().items() if not name.startswith("score.")]
             client.log_batch(run.tracking_run, tags=tags)
@@ -73,17 +76,18 @@ def whole(run: Run) -> list[Scored]:
     return found
 
 
-def _log_metrics(client: Any, run_id: str, values: Mapping[str, float], measured: Measured) -> None:
+def _log_metrics(client: Any, run_id: str, values: Mapping[str, float], measured: Measured, trained_on_sha256: str) -> None:
     """Log `values` at the step of the checkpoint. Of a run that is evaluated again, the newest is its value at this step."""
-    metrics = _metrics(values, measured)
+    metrics = _metrics(values, measured, trained_on_sha256)
     known = {(m.key, m.step, m.timestamp) for metric in metrics for m in client.get_metric_history(run_id, metric.key)}
     client.log_batch(run_id, metrics=[m for m in metrics if (m.key, m.step, m.timestamp) not in known])
 
 
-def _metrics(values: Mapping[str, float], measured: Measured, **of: Any) -> list[Any]:
+def _metrics(values: Mapping[str, float], measured: Measured, trained_on_sha256: str, **of: Any) -> list[Any]:
     from mlflow.entities import Metric
 
-    return [Metric(metric_of(name), value, int(1000 * measured.time), measured.step or 0, **of) for name, value in values.items()]
+    at_ms, step = int(1000 * measured.time), measured.step or 0
+    return [Metric(metric_of(name, measured, trained_on_sha256), value, at_ms, step, **of) for name, value in values.items()]
 
 
 # ── The logged model ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,8 +118,9 @@ def logged_model(client: Any, run: Any, name: str, record: Record) -> Iterator[A
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, about.step or 0)])
     if record.scores and about.whole:
         dataset = log_data(client, run_id, about.data, about.manifest_sha256, "evaluation")
-        of = {"dataset_name": dataset[0], "dataset_digest": dataset[1]} if dataset else {}
-        client.log_batch(run_id, metrics=_metrics(record.scores, about, model_id=model.model_id, run_id=run_id, **of))
+        of = {"model_id": model.model_id, "run_id": run_id}
+        of |= {"dataset_name": dataset[0], "dataset_digest": dataset[1]} if dataset else {}
+        client.log_batch(run_id, metrics=_metrics(record.scores, about, record.trained_on_sha256, **of))
 
 
 def link(client: Any, model_id: str, name: str, version: int) -> None:

@@ -101,7 +101,7 @@ def test_what_does_not_compare_is_named_and_needs_force(held: Record, differs: s
     kept = verdict(of(0.9), held)
     assert not kept.moved and differs in kept.said and "m/1 stays champion" in kept.said and "--force moves the alias" in kept.said
     forced = verdict(of(0.05), held, force=True)
-    assert forced.moved and differs in forced.said and "--force moved the alias although" in forced.said
+    assert forced.moved and differs in forced.said and "--force took the alias from m/1, although" in forced.said
 
 
 def test_scores_of_some_images_never_move_the_alias() -> None:
@@ -112,7 +112,8 @@ def test_scores_of_some_images_never_move_the_alias() -> None:
         )
     unknown = verdict(Record(scores={"knn_top1": 0.9}), None)
     assert not unknown.moved and "did not record on which images; evaluate it again" in unknown.said
-    assert verdict(Record(scores={"knn_top1": 0.9}), None, force=True).moved
+    forced = verdict(Record(scores={"knn_top1": 0.9}), None, force=True)
+    assert forced.moved and "--force gave it the alias, although an earlier version evaluated the run" in forced.said
 
 
 def test_a_record_comes_back_from_its_tags_and_odd_tags_are_no_record() -> None:
@@ -178,6 +179,12 @@ def test_scores_go_to_the_run_once_each_at_the_step_of_the_checkpoint(uri: str, 
     (data,) = found.inputs.dataset_inputs
     assert (data.dataset.digest, json.loads(data.dataset.profile)["manifest_sha256"]) == (run.data_digest[:12], run.data_digest)
     assert {file.path for file in server.list_artifacts(run.tracking_run)} >= {"report.html", "evaluation.json"}
+
+
+def test_scores_on_other_data_have_a_column_of_their_own(run: Run) -> None:
+    own, other = (Measured(data="/data/cats v2", manifest_sha256=digest) for digest in (run.data_digest, "c" * 64))
+    assert evaluated.metric_of("knn_top1", own, run.data_digest) == "evaluate/knn_top1"
+    assert evaluated.metric_of("knn_top1", other, run.data_digest) == "evaluate/cats-v2/knn_top1"
 
 
 def test_a_dead_server_holds_no_evaluation_up_and_gets_its_scores_later(

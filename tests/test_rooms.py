@@ -63,7 +63,7 @@ DOORS = {
     "boto3": {"simclr/data/s3/access.py", "pipelines/clusterfile/quotas.py"},
     "botocore": {"simclr/data/s3/access.py", "simclr/data/s3/answers.py", "simclr/data/s3/store.py", "pipelines/clusterfile/quotas.py"},
     # The loader of a version answers MLflow's server with an error of MLflow's.
-    "mlflow": {f"pipelines/tracking/{name}.py" for name in ("client", "flavor", "pyfunc", "registry", "server")},
+    "mlflow": {f"pipelines/tracking/{name}.py" for name in ("client", "evaluated", "flavor", "pyfunc", "registry", "server")},
     # The loader composes what FFCV compiles; the rest of FFCV lies in one room.
     "ffcv": {f"simclr/data/ffcv/{name}.py" for name in ("writer", "reader", "decode", "imports", "baseline")} | {"simclr/data/loader.py"},
     "ray": {

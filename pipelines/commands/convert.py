@@ -10,6 +10,7 @@ import tyro
 
 from pipelines.terminal import say, show
 from pipelines.tracking.card import UNKNOWN_LICENCE, network, write_card
+from pipelines.tracking.record import Record
 from simclr import files
 from simclr.errors import UserError
 
@@ -57,7 +58,7 @@ def main(args: Args) -> None:
     head = dict(found.head.state_dict()) if found.head else None
     published = {"recipe": "unknown", "step": found.step, "data": "unknown", "converted": found.source}
     write_encoder(dict(found.encoder.state_dict()), found.config, args.to, published, head=head, classifier=linear, tap=tap or 0)
-    write_card(args.to, args.to.name, {}, args.licence)
+    write_card(args.to, args.to.name, Record(), args.licence)
     parts = [network(found.config.to_dict()["encoder"]), f"{found.encoder.d_h:,} features"]
     parts.append(f"a head of {len(found.head.layers)} layers" if found.head else "no head")
     if linear is not None:

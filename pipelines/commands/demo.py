@@ -104,7 +104,7 @@ def demo(args: Args) -> Result:
     registered, pulled = _pull_and_compare(run)
     run.took("pull and compare", time.monotonic() - began)
     page = report.report(report.Args(run=out))
-    return Result(run, quick.scores_of(out), registered, pulled, page, run.timings())
+    return Result(run, quick.scores_of(out)[0], registered, pulled, page, run.timings())
 
 
 def _pull_and_compare(run: Run) -> tuple[str, str]:

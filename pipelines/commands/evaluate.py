@@ -9,11 +9,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from pipelines.commands.report import refresh
 from pipelines.evaluation import protocols, quick
 from pipelines.evaluation.inputs import default_out, device_of, opened, resolve
 from pipelines.parts.run import Where
 from pipelines.runs import sync
+from pipelines.runs.directory import load_run
 from pipelines.terminal import say, show
+from pipelines.tracking import evaluated, trust
+from pipelines.tracking import uri as mlflow_uri
+from pipelines.tracking.outbox import SCORES, log_scores
 from simclr import files
 from simclr.cores import cores
 from simclr.data.s3.uri import address
@@ -25,7 +30,8 @@ class Args:
     """Weighted kNN and a linear probe on frozen features of the training split, scored on the test split.
 
     Without a test split, a tenth of the training images is held back for it. Images without a label are left out. Data without any
-    label gets the effective rank of its features (RankMe).
+    label gets the effective rank of its features (RankMe). A run's scores are kept in it and go to its MLflow run as evaluate/knn_top1, ….
+    Those of --limit are kept beside the others, and do not.
 
     --protocol asks for the papers' protocols instead: top-1 with its 95 % bootstrap interval, top-5, every class, and the
     confusion table as a picture. --features takes features from disk instead of an encoder. --suite transfer runs the twelve datasets
@@ -85,7 +91,8 @@ class Args:
     """Directory for JSON and pictures of --protocol and --suite. Default: evaluation/ in a run or encoder directory on disk, else
     runs/evaluation/NAME."""
     tracking_uri: str | None = None
-    """MLflow address, for an encoder of the registry. Default: $MLFLOW_TRACKING_URI, else the database under runs/."""
+    """MLflow address, for an encoder of the registry, and for a run's scores, which go to its MLflow run. Default: $MLFLOW_TRACKING_URI,
+    else the database under runs/."""
 
 
 def main(args: Args) -> None:
@@ -115,6 +122,31 @@ def main(args: Args) -> None:
             _suite(args, directory, out, name)
         else:
             _protocols(args, directory, out, name)
+            if args.limit is None:
+                _logged(args, directory)
+
+
+def _logged(args: Args, directory: Path) -> None:
+    """Send what was found of a run to MLflow, if that knows the run: at an address that the user names, or in a database of the user's.
+    MLflow never holds an evaluation up, and its failure is no error of it."""
+    if not (directory / "run.json").is_file() or not (run := load_run(directory)).tracking_run:
+        return
+    refresh(run)
+    if not evaluated.whole(run):
+        return
+    asked = args.encoder or directory
+    named = args.tracking_uri or mlflow_uri.same_server(mlflow_uri.tracking_address(None), run.tracking_uri)
+    if not named and mlflow_uri.database_file(run.tracking_uri) is None:
+        run.noted(unlogged=run.unlogged or SCORES)
+        say(f"the scores are not sent to {run.tracking_uri}, which run.json alone names: give it with --tracking-uri, or publish the run")
+        return
+    try:
+        uri = trust.address_for(run, args.tracking_uri, asked)
+    except UserError as error:
+        run.noted(unlogged=run.unlogged or SCORES)
+        say(f"the scores are not sent to MLflow: {error}")
+        return
+    log_scores(run, uri)
 
 
 def _encoder(args: Args) -> Path:
@@ -196,7 +228,9 @@ def _protocols(args: Args, directory: Path, out: Path, name: str) -> None:
     device = device_of(args.device)
     settings = _protocol_settings(args)
     encoder = simclr.load_encoder(published)
-    protocols.run(tuple(dict.fromkeys(args.protocol)), encoder, data, config, device, settings, out, name)
+    own = load_run(directory).origin if (directory / "run.json").is_file() else data
+    shown = sync.shown(args.data or own)
+    protocols.run(tuple(dict.fromkeys(args.protocol)), encoder, data, config, device, settings, out, name, shown)
 
 
 def _protocol_settings(args: Args) -> protocols.Settings:
@@ -219,7 +253,10 @@ def evaluate(args: Args) -> list[dict[str, Any]]:
     )
     encoder = _encoder(args)
     with opened(encoder, args.tracking_uri) as directory:
-        return quick.run(directory, args.data, settings, encoder if address(encoder) is not None else None)
+        rows = quick.run(directory, args.data, settings, encoder if address(encoder) is not None else None)
+        if args.limit is None:
+            _logged(args, directory)
+        return rows
 
 
 def _threads(args: Args) -> int:

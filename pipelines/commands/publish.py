@@ -9,20 +9,27 @@ from typing import Annotated, Any
 
 import tyro
 
+from pipelines.commands.report import refresh
 from pipelines.evaluation.quick import scores_of
 from pipelines.runs import sync
-from pipelines.runs.directory import load_run
+from pipelines.runs.directory import Run, load_run
+from pipelines.runs.scores import higher_is_better
 from pipelines.terminal import say, show
-from pipelines.tracking import registry, trust
+from pipelines.tracking import champion, evaluated, registry, trust
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.card import UNKNOWN_LICENCE, write_card
 from pipelines.tracking.outbox import logged_at
+from pipelines.tracking.record import Record
 from simclr.errors import UserError
 
 
 @dataclass(frozen=True)
 class Args:
-    """Register the encoder of an evaluated run."""
+    """Register the encoder of an evaluated run.
+
+    It becomes the champion if its score is higher than the present champion's, and if the two compare: all images of the same data, the
+    same metric and protocol.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory, or s3://bucket/prefix of one, after `simclr evaluate`."""
@@ -31,6 +38,9 @@ class Args:
     metric: str | None = None
     """The score that decides the champion; higher is better. Default: knn_top1, for a classifier top1, or rankme for data
     without labels."""
+    force: bool = False
+    """Make it champion also where the present champion's score is of other data, another metric or another protocol, and say so. Scores of
+    some images (`evaluate --limit`) never do."""
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else the one that the run was logged at, unless it would get credentials of yours.
     A server that does not know the run gets it first."""
@@ -64,40 +74,41 @@ def to_hub(args: Args, repository: str) -> str:
 
     with sync.directory(args.run) as directory:
         run, began = load_run(directory), time.monotonic()
-        scores = _scores(directory)
-        write_card(run.encoder, f"hf://{repository}", scores, args.licence)
-        at = hub.push(run.encoder, repository, scores, args.licence)
+        record = _record(run, directory)
+        write_card(run.encoder, f"hf://{repository}", record, args.licence)
+        at = hub.push(run.encoder, repository, record, args.licence)
         run.took("publish", time.monotonic() - began)
     return at
 
 
-def _scores(run: Path) -> dict[str, float]:
-    return {key: float(value) for key, value in scores_of(run)[-1].items() if key != "name"}
+def _record(run: Run, directory: Path) -> Record:
+    """The run's scores of which more is better, and what they are of."""
+    rows, measured = scores_of(directory)
+    scores = {key: float(value) for key, value in rows[-1].items() if key != "name" and higher_is_better(key)}
+    return Record(scores=scores, measured=measured, trained_on=run.origin, trained_on_sha256=run.data_digest)
 
 
 def _publish(args: Args, asked: Path) -> dict[str, Any]:
     run, began = load_run(args.run), time.monotonic()
-    scores = _scores(args.run)
+    record = _record(run, args.run)
+    scores = record.scores
     metric = args.metric or next((name for name in ("knn_top1", "top1") if name in scores), "rankme")
     if metric not in scores:
-        raise UserError(f"no score {metric!r}; choose one of {', '.join(scores)}")
+        known = metric in scores_of(args.run)[0][-1]
+        why = f"of {metric} more is not better" if known else f"no score {metric!r}"
+        raise UserError(f"{why}; choose one of {', '.join(scores)}")
     name = args.name or run.data.resolve().name
     registry.require_name(name)
     uri = trust.address_for(run, args.tracking_uri, asked)
     mlflow_uri.check(uri)
-    write_card(run.encoder, name, scores, args.licence)  # refuses a run without an encoder, before anything is logged
+    record = replace(record, metric=metric)
+    write_card(run.encoder, name, record, args.licence)  # refuses a run without an encoder, before anything is logged
     run, run_id = logged_at(run, uri)
-    version = registry.register(uri, run_id, run.encoder, name, scores)
-    moved, before = registry.promote(uri, name, version, metric)
-    if moved:
-        than = f" (before: {score_text(metric, before)})" if before is not None else ""
-        say(f"{name}/{version} is champion with {metric} {score_text(metric, scores[metric])}{than}")
-    else:
-        say(f"{name}/{version} is registered; the champion stays, with {metric} {score_text(metric, before or 0)}")
-    run.noted(registered=f"{name}/{version}").took("publish", time.monotonic() - began)
-    return {"name": name, "version": version, "champion": moved, "before": before}
-
-
-def score_text(metric: str, value: float) -> str:
-    """Shares in per cent, anything else as a number."""
-    return f"{100 * value:.1f} %" if metric.endswith(("top1", "top5", "per_class")) else f"{value:.3g}"
+    version = registry.register(uri, run_id, run.encoder, name, record)
+    verdict = champion.promote(uri, name, version, metric, args.force)
+    say(verdict.said)
+    run = run.noted(registered=f"{name}/{version}")
+    run.took("publish", time.monotonic() - began)
+    refresh(run)
+    evaluated.log(uri, replace(run, tracking_run=run_id))
+    return {"name": name, "version": version, "champion": verdict.moved, "before": verdict.before}

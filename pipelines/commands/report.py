@@ -15,6 +15,8 @@ import tyro
 from pipelines.html import page
 from pipelines.html.neighbours import Neighbours
 from pipelines.html.page import FeatureMap, ReportData, Score
+from pipelines.html.sheets import write_sheets
+from pipelines.runs import scores as scored
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run, subset_described
 from pipelines.terminal import show
@@ -66,11 +68,19 @@ def report(args: Args) -> Path:
         return page.write(gather(load_run(run)), args.out or run / "report.html")
 
 
+def refresh(run: Run) -> None:
+    """Write the page, and its pictures as files, as commands do that leave them to MLflow."""
+    data = gather(run)
+    page.write(data, run.path / "report.html")
+    write_sheets(data, run.path / "evaluation")
+
+
 def gather(run: Run) -> ReportData:
     """All that the page shows. It has no section for what the run lacks."""
     scores, facts = _scores(run)
     history = run.history()
     manifest = read_manifest(run.data) if (run.data / "manifest.json").is_file() else None
+    of = scored.newest(run)
     facts = {
         "run": str(run.path),
         "began": time.strftime("%d %B %Y, %H:%M", time.localtime(run.created)),
@@ -98,25 +108,43 @@ def gather(run: Run) -> ReportData:
         map=points,
         timings=list(run.timings().items()),
         understood=manifest.understood if manifest is not None else {},
+        measured=of[1].told("knn_top1") if of is not None and of[1].limit else "",
     )
 
 
 def _scores(run: Run) -> tuple[list[Score], dict[str, str]]:
-    text = run.evaluation()
-    if text is None:
+    found = scored.newest(run)
+    if found is None:
         return [], {}
-    last = text["scores"][-1]
+    text, measured = found
+    last, limited = text["scores"][-1], _limited(run) if measured.whole or not measured.limit else {}
     if "knn_top1" not in last:
         if "rankme" not in last:  # a classifier's
             shares = ((name.replace("_", " "), value) for name, value in last.items() if name != "name")
-            return [], {"on the test split": ", ".join(f"{name} {100 * value:.1f} %" for name, value in shares)}
+            told = ", ".join(f"{name} {100 * value:.1f} %" for name, value in shares)
+            return [], {f"on {measured.told('top1')}" if measured.data else "on the test split": told} | limited
         ranks = ", ".join(f"{row['name']} {row['rankme']:.1f}" for row in text["scores"] if "rankme" in row)
-        return [], {"effective rank of the features (RankMe)": ranks}
+        of = {"scored on": measured.told("rankme")} if measured.limit else {}
+        return [], {"effective rank of the features (RankMe)": ranks} | of | limited
     instead = f"evaluate the run again: `simclr evaluate {run.path}`"
-    fields.require(text, {"k": int}, run.path / "evaluation.json", instead)
+    fields.require(text, {"k": int}, run.evaluation_file(bool(measured.limit) and not measured.whole), instead)
     rows = [row for row in text["scores"] if "knn_top1" in row]
     scores = [Score(name=row["name"], knn_top1=row["knn_top1"], probe_top1=row.get("probe_top1")) for row in rows]
-    return scores, {"kNN": f"k = {text['k']}, τ = {run.config.watch.temperature:g}, cosine"}
+    intervals = ", ".join(scored.with_interval(name, last[name], at) for name, at in measured.intervals.items() if name in last)
+    facts = {"kNN": f"k = {text['k']}, τ = {run.config.watch.temperature:g}, cosine", **({"scores": intervals} if intervals else {})}
+    return scores, facts | limited
+
+
+def _limited(run: Run) -> dict[str, str]:
+    """The scores of some images, of a run that was scored on all of them too."""
+    text = run.evaluation(limited=True)
+    if text is None:
+        return {}
+    measured, last = scored.measured_in(text, run.evaluation_file(limited=True)), text["scores"][-1]
+    name = next((name for name in ("knn_top1", "rankme") if name in last), "")
+    if not name:
+        return {}
+    return {"also": f"{scored.with_interval(name, last[name], measured.intervals.get(name))} on {measured.told(name)}"}
 
 
 def _length(run: Run, history: list[dict[str, float]]) -> dict[str, str]:

@@ -84,6 +84,8 @@ class ReportData:
     """(phase, seconds), in order."""
     understood: dict[str, Any] = field(default_factory=dict)
     """How the source was understood (`Manifest.understood`)."""
+    measured: str = ""
+    """The images that the scores are of, in words; "" = not known."""
 
     @property
     def chance(self) -> float | None:
@@ -165,6 +167,8 @@ def headline(data: ReportData) -> tuple[str, str]:
     sentences = [" and ".join(filter(None, (", ".join(ratios[:-1]), ratios[-1]))) + "."] if ratios else []
     if own.probe_top1 is not None and math.isfinite(own.probe_top1):
         sentences.append(f"A linear probe on the same features reaches {percent(own.probe_top1)}.")
+    if data.measured:
+        sentences.append(f"Scored on {data.measured}.")
     return f"kNN {percent(own.knn_top1)}", " ".join(sentences)
 
 

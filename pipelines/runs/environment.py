@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 from simclr.cores import cores, of_machine
+
+_GIT_S = 5.0
 
 
 def environment() -> dict[str, str]:
@@ -23,6 +28,18 @@ def environment() -> dict[str, str]:
         "machine": f"{_cores()}, {cpu or platform.machine()}, {memory:.0f} GiB",
         "versions": ", ".join([f"Python {platform.python_version()}", *versions, *_gpu_versions()]),
     }
+
+
+def place() -> dict[str, str]:
+    """This host, and the commit of the code if that is a checkout, with -dirty where files of it were changed."""
+    root = Path(__file__).resolve().parents[2]
+    found = {"host": platform.node()}
+    # Of this very folder: a package that was installed may lie in somebody's repository, whose commits say nothing of it.
+    if (root / ".git").exists() and (git := shutil.which("git")):
+        asked = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # no repository of this user's, or one on a slow disk
+            found["commit"] = subprocess.run(asked, capture_output=True, text=True, timeout=_GIT_S, check=True).stdout.strip()
+    return found
 
 
 def _cores() -> str:

@@ -24,7 +24,7 @@ _PUBLISHED = ("encoder.safetensors", "head.safetensors", "classifier.safetensors
 _FILES = (
     *("run.json", "metrics.jsonl", "state.json", "timings.json", "labels.txt", "subset.txt"),
     *(f"{folder}/{name}" for folder in ("encoder", "teacher") for name in _PUBLISHED),
-    *("evaluation.json", "pictures.npz", "report.html", *_PUBLISHED),
+    *("evaluation.json", "evaluation-limited.json", "pictures.npz", "report.html", *_PUBLISHED),
 )
 _NOTES = ".s3.json"
 HEADS = "heads"

@@ -6,6 +6,7 @@ Every call here takes as long as the server takes. No training step calls anythi
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,10 @@ COPY_OF = "simclr.copy_of"
 """The tag of a run that was logged elsewhere first: its id there. `COPIED_FROM` is the address."""
 COPIED_FROM = "simclr.copied_from"
 ABSENT, EXISTS, _INVALID = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_PARAMETER_VALUE"
+NO_SUCH_CALL = "ENDPOINT_NOT_FOUND"
+"""The answer of a server that is older than what is asked of it."""
 _PARAMS = 100  # that MLflow takes at a time
+_DIGEST = 12  # as reports and messages show it; MLflow takes 36 characters
 
 
 @contextlib.contextmanager
@@ -97,6 +101,25 @@ def copy_of(uri: str, experiment: str, run_id: str) -> str | None:
         query = f"tags.`{COPY_OF}` = '{run_id}'"
         runs = client.search_runs([found.experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]) if found else []
     return str(runs[0].info.run_id) if runs else None
+
+
+def name_of(data: str) -> str:
+    """The name of data at this address, as MLflow's pages show it."""
+    return data.rstrip("/").rpartition("/")[2][:200] or "data"
+
+
+def log_data(client: Any, run_id: str, data: str, manifest_sha256: str, context: str) -> tuple[str, str] | None:
+    """Name the `data`, whose manifest has this sha256, as an input of a run; `context` is training or evaluation. Nothing of it is read or
+    sent. Returns (name, digest) as MLflow has them, None for data that nobody knows."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if not data or not manifest_sha256:
+        return None
+    name, digest = name_of(data), manifest_sha256[:_DIGEST]
+    source, kind = json.dumps({"uri": data}), "s3" if data.startswith("s3://") else "local"
+    dataset = Dataset(name, digest, kind, source, profile=json.dumps({"manifest_sha256": manifest_sha256}))
+    unless(NO_SUCH_CALL, client.log_inputs, run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+    return name, digest
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
@@ -172,6 +195,11 @@ class MLflowRun:
                     return
                 self._refused += len(batch)
         self._last = last
+
+    def trained_on(self, data: str, manifest_sha256: str) -> None:
+        """Name the data as the run's input."""
+        with one_sentence(self._uri):
+            log_data(self._mlflow, self.run_id, data, manifest_sha256, "training")
 
     def artifact(self, path: Path) -> None:
         """Copy file `path`, if there is one, into the run's artifacts."""

@@ -15,8 +15,9 @@ _NEEDED = ("torch", "numpy", "pillow", "safetensors", "mlflow")
 _DECODERS = ("opencv-python", "opencv-python-headless", "pillow-heif", "tifffile", "imagecodecs")
 
 
-def describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
-    """Write the files of an MLflow model into the folder `model`; the encoder goes to `encoder` in it. Returns its name.
+def describe(model: Path, run_id: str, scores: dict[str, float], model_id: str | None) -> str:
+    """Write the files of an MLflow model, the logged model `model_id` where there is one, into the folder `model`; the encoder goes to
+    `encoder` in it. Returns its name.
 
     By hand: `mlflow.pyfunc.save_model` copies the weights and looks for pip.
     """
@@ -28,7 +29,7 @@ def describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
     # No schema of the input: MLflow has none that takes arrays, files and base64 alike, and its server would put what was sent into the
     # answer to what does not fit. `pyfunc.EncoderModel` says what it takes.
     features = Schema([TensorSpec(np.dtype(np.float32), (-1, -1))])
-    spec = Model(run_id=run_id, signature=ModelSignature(outputs=features), metadata={"scores": scores})
+    spec = Model(run_id=run_id, signature=ModelSignature(outputs=features), metadata={"scores": scores}, model_id=model_id)
     spec.artifact_path = f"model-{spec.model_uuid}"
     example = [_picture()]
     (model / "input_example.json").write_text(json.dumps(example))

@@ -12,8 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipelines.runs.scores import TEST
 from pipelines.terminal import say
 from pipelines.tracking.card import UNKNOWN_LICENCE
+from pipelines.tracking.client import name_of
+from pipelines.tracking.record import Record
 from pipelines.tracking.registry import FILES, require_plain
 from simclr.encoder import hub as reading
 from simclr.errors import UserError
@@ -32,7 +35,7 @@ def fetched(address: Path) -> Path:
     return reading.fetched(address, whole=True)
 
 
-def push(encoder: Path, repository: str, scores: dict[str, float], licence: str) -> str:
+def push(encoder: Path, repository: str, record: Record, licence: str) -> str:
     """Publish the encoder directory, whose README.md is the card, as `repository`, ORG/NAME. One that is not there is made: private, since
     what was seen once cannot be taken back. Returns the address of the commit. Raises UserError where the Hub refuses."""
     from simclr.encoder.directory import read_encoder
@@ -45,7 +48,7 @@ def push(encoder: Path, repository: str, scores: dict[str, float], licence: str)
 
     api = HfApi()
     with tempfile.TemporaryDirectory() as scratch:
-        for name, path in {**parts, **_written(published, encoder, repository, scores, licence, Path(scratch))}.items():
+        for name, path in {**parts, **_written(published, encoder, repository, record, licence, Path(scratch))}.items():
             operations.append(CommitOperationAdd(name, str(path)))
         at = f"{api.endpoint}/{repository}"
         try:
@@ -73,7 +76,7 @@ def _files(api: Any, repository: str, hub: Any) -> list[str] | None:
         return None
 
 
-def _written(published: Any, encoder: Path, repository: str, scores: dict[str, float], licence: str, to: Path) -> dict[str, Path]:
+def _written(published: Any, encoder: Path, repository: str, record: Record, licence: str, to: Path) -> dict[str, Path]:
     """The files that differ from the encoder's own, by name: card, config.json, timm's weights. They are written below `to`."""
     from safetensors.torch import save_file
 
@@ -87,28 +90,28 @@ def _written(published: Any, encoder: Path, repository: str, scores: dict[str, f
         text |= timm.config(published)
         save_file(timm.weights(published), to / _TIMM)
     (to / "config.json").write_text(json.dumps(text, indent=1) + "\n")
-    (to / "README.md").write_text(_head(published.config, repository, scores, licence, not lacks) + _card(encoder, repository, lacks))
+    (to / "README.md").write_text(_head(published.config, repository, record, licence, not lacks) + _card(encoder, repository, lacks))
     return {path.name: path for path in to.iterdir()}
 
 
-def _head(config: dict[str, Any], repository: str, scores: dict[str, float], licence: str, in_timm: bool) -> str:
+def _head(config: dict[str, Any], repository: str, record: Record, licence: str, in_timm: bool) -> str:
     """The YAML at the card's head, which the Hub's pages and searches read."""
     from huggingface_hub import EvalResult, ModelCardData
 
     known = licence.lower() in _LICENCES
-    data = str(config["published"].get("data", "")) if "published" in config else ""
+    data = name_of(record.measured.data) if record.measured.data else ""
     results = [
         EvalResult(
             task_type="image-classification",
             dataset_type=re.sub(r"[^a-z0-9]+", "-", data.lower()).strip("-") or "unknown",
             dataset_name=data or "unknown",
-            dataset_split="test",
+            dataset_split="test" if record.measured.split == TEST else "validation",
             metric_type="accuracy",
             metric_name=_TOP1[name],
             metric_value=round(value, 6),
         )
-        for name, value in scores.items()
-        if name in _TOP1
+        for name, value in record.scores.items()
+        if name in _TOP1 and record.measured.whole
     ]
     about = ModelCardData(
         license=licence.lower() if known else "unknown" if licence == UNKNOWN_LICENCE else "other",

@@ -19,12 +19,15 @@ from typing import Any
 
 from pipelines.runs.directory import Run
 from pipelines.terminal import bug, say
-from pipelines.tracking import client
+from pipelines.tracking import client, evaluated
 from pipelines.tracking import uri as mlflow_uri
 from simclr import fields, files
 from simclr.errors import UserError
 
 _EVERY_S, _AWAY_S = 0.5, 30.0  # between two looks; doubles up to the second while the server does not answer
+_SCORES_S = 30.0  # that an evaluation waits for MLflow
+SCORES = "scores"
+"""`Run.unlogged` where MLflow has all reports and lacks an evaluation."""
 _FLUSH_S, _KILLED_S = 30.0, 3.0  # a finished job waits so long without progress; an interrupted job ends within 5 s
 
 
@@ -54,6 +57,7 @@ def open_run(
         "run_directory": str(run.path.absolute()),
         "command": run.command,
         **({"notes": "; ".join(run.notes)} if run.notes else {}),
+        **_origin(run),
         **tags,
     }
     same = run.tracking_run if mlflow_uri.same_server(run.tracking_uri, uri) else copy
@@ -83,6 +87,16 @@ def _batches(path: Path, note: dict[str, Any]) -> Iterator[tuple[list[dict[str, 
         yield batch, note
 
 
+def _origin(run: Run) -> dict[str, str]:
+    """Code, host, versions and data of a run as tags, some by the names that MLflow's pages have columns for."""
+    words, commit = run.command.split()[:2], run.environment.get("commit", "")
+    tags = {"mlflow.source.name": " ".join(words), "mlflow.source.type": "LOCAL", "data_sha256": run.data_digest}
+    tags |= {"git_commit": commit, "mlflow.source.git.commit": commit.removesuffix("-dirty")} if commit else {}
+    tags |= {name: run.environment[name] for name in ("host", "machine") if name in run.environment}
+    versions = (entry.rpartition(" ") for entry in run.environment.get("versions", "").split(", "))
+    return tags | {f"version.{name.lower()}": version for name, _, version in versions if name}
+
+
 class Posted:
     """A run that is sent to MLflow. run.json calls it unlogged until MLflow has all of it, since a killed driver cannot write that."""
 
@@ -101,11 +115,15 @@ class Posted:
         if self.mlflow is None:
             self.mlflow = open_run(self.run, self.uri, self.tags(), self._known)
             yield
+            self.mlflow.trained_on(self.run.origin, self.run.data_digest)
+            yield
         for batch, note in self.batches():
             self.mlflow.log(batch)
             files.write_text(self.path / "outbox.json", json.dumps(note) + "\n")
             yield
         if status:
+            evaluated.log(self.uri, replace(self.run, path=self.path))
+            yield
             self.mlflow.end(status)
             self._noted(unlogged="")
             self.delivered = True
@@ -135,7 +153,11 @@ class Posted:
 
 
 def catch_up(run: Run, uri: str) -> Run:
-    """Log the undelivered reports of a run that is over. Raises UserError if MLflow refuses, or still does not answer."""
+    """Log the undelivered reports and scores of a run that is over. Raises UserError if MLflow refuses, or still does not answer."""
+    if run.unlogged == SCORES and mlflow_uri.same_server(run.tracking_uri, uri):
+        mlflow_uri.check(uri)
+        evaluated.log(uri, run)
+        return run.noted(unlogged="")
     say(f"not all of {run.path} was logged to MLflow; logging it at {mlflow_uri.redacted(uri)}")
     posted = Posted(run, uri)
     posted.status = "FINISHED"
@@ -164,10 +186,40 @@ def _copied(run: Run, uri: str) -> str:
     if there is None:
         say(f"{run.path} was logged at {run.tracking_uri}; logging it at {mlflow_uri.redacted(uri)}, too")
     copy = open_run(run, uri, {client.COPY_OF: run.tracking_run, client.COPIED_FROM: run.tracking_uri}, copy=there)
+    copy.trained_on(run.origin, run.data_digest)
     for reports, _ in _batches(run.path, {"bytes": 0}):
         copy.log(reports)
     copy.end("FINISHED")
     return copy.run_id
+
+
+def log_scores(run: Run, uri: str) -> Run:
+    """Send what `simclr evaluate` found of a run that MLflow at `uri` knows, within half a minute. Where that fails, it is said, and the
+    next evaluation, the same training command and `simclr publish` try again."""
+    run = run.noted(unlogged=run.unlogged or SCORES)
+    done, trouble = list[Run](), list[str]()
+
+    def work() -> None:
+        try:
+            if not mlflow_uri.same_server(uri, run.tracking_uri) and not client.has_run(uri, run.tracking_run):
+                raise UserError("it does not know this run, which `simclr publish` takes there")
+            done.append(logged_at(run, uri)[0])
+        except (UserError, OSError) as error:
+            trouble.append(str(error))
+        except Exception as error:  # no error may end the evaluation
+            bug(error)
+            trouble.append("a bug")
+
+    thread = threading.Thread(target=work, name="scores", daemon=True)
+    thread.start()
+    thread.join(_SCORES_S)
+    if done:
+        say(f"the scores are in MLflow at {mlflow_uri.redacted(uri)}, run {run.tracking_run}")
+        return done[0]
+    why = trouble[0] if trouble else f"no answer within {_SCORES_S:.0f} s"
+    again = "they are on disk, and the next `simclr evaluate` or `simclr publish` of this run sends them"
+    say(f"the scores did not reach MLflow at {mlflow_uri.redacted(uri)} ({why}); {again}")
+    return run
 
 
 class Outbox:

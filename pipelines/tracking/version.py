@@ -10,15 +10,20 @@ from pipelines.tracking import server
 from pipelines.tracking.client import EXISTS, unless
 
 
-def made(client: Any, name: str, source: str, run_id: str, tags: dict[str, str], description: str | None) -> int:
-    """Make the version of model `name` whose files lie at `source`, and the model, if there is none. Returns the version's number.
+def made(
+    client: Any, name: str, source: str, run_id: str, tags: dict[str, str], description: str | None, model_id: str | None = None
+) -> int:
+    """Make the version of model `name` whose files lie at `source`, those of the logged model `model_id`, and the model, if there
+    is none. Returns the version's number.
 
     The answer to a request may be lost: MLflow then asks once more, and the registry has two versions, or it raises, and the registry has
     one. So the registry is asked for what it has. A model that would stay without a version is deleted.
     """
     new = unless(EXISTS, client.create_registered_model, name) is not None
     try:
-        number = int(client.create_model_version(name, source, run_id=run_id, tags=tags, description=description).version)
+        number = int(
+            client.create_model_version(name, source, run_id=run_id, tags=tags, description=description, model_id=model_id).version
+        )
     except Exception:
         found = _of_model(client, name)
         if found is None:
@@ -44,11 +49,15 @@ def _of_model(client: Any, name: str) -> list[Any] | None:
 
 
 @contextlib.contextmanager
-def removed_on_failure(uri: str, place: str) -> Iterator[None]:
-    """Remove the files at `place`, of MLflow at `uri`, if what is done inside fails: no version will name them."""
+def removed_on_failure(client: Any, uri: str, place: str, model_id: str | None) -> Iterator[None]:
+    """Remove the files at `place`, of MLflow at `uri`, and the logged model that has them, if what is done inside fails: no version will
+    name them."""
     try:
         yield
     except BaseException:
         with contextlib.suppress(Exception):  # a server that is away, a role that may not delete: the first failure is the one to tell
             server.remove(uri, place)
+        if model_id is not None:
+            with contextlib.suppress(Exception):
+                client.delete_logged_model(model_id)
         raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
+import re
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
+from pipelines.runs.scores import HELD_LABELS, TEST, WHOLE, Measured, intervals_of, write
 from pipelines.terminal import say
 from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.train import driver, subset
-from simclr import files
 from simclr.config import Config, Encoder, Train
-from simclr.data.manifest import Manifest
+from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 
@@ -196,8 +197,26 @@ def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, objec
     plain = Config(**{f.name: getattr(run.config, f.name) for f in dataclasses.fields(Config)})
     write_encoder(parts["encoder"], plain, run.encoder, about, head=head, classifier=parts["classifier"], tap=tap, classes=list(classes))
     if scores:
-        text = {"scores": [{"name": run.stage, **scores}], "data": run.origin} | ({"scored_on": on} if on else {})
-        files.write_text(run.path / "evaluation.json", json.dumps(text, indent=1) + "\n")
+        measured = _measured(run, step, scores, on)
+        write(run, [{"name": run.stage, **scores}], measured, **({"scored_on": on} if on else {}))
+
+
+def _measured(run: Run, step: int, scores: dict[str, float], held: str) -> Measured:
+    """What the scores of `step` were measured on; `held` is `held_note`. Where the shards of a test split are not on this machine, it is
+    not known how many images these were."""
+    about: dict[str, Any] = {"split": HELD_LABELS if held else TEST, "limit": WHOLE, "step": step}
+    about["protocols"] = dict.fromkeys(scores, "the classifier's own answer, central crop")
+    count = re.search(r"scored on ([\d,]+)", held)
+    images = dict.fromkeys(scores, int(count[1].replace(",", ""))) if count else dict[str, int]()
+    if not (run.data / "manifest.json").is_file():
+        about |= {"images": images, "intervals": intervals_of(scores, images)}
+        return Measured(data=run.origin, manifest_sha256=run.data_digest, time=time.time(), **about)
+    from simclr.data import loader
+
+    manifest = read_manifest(run.data, look=False)
+    if not held and all((run.data / shard.name).is_file() for shard in manifest.splits.get("test", ())):
+        images = dict.fromkeys(scores, int((loader.labels(run.data, "test") >= 0).sum()))
+    return Measured.of(run.data, manifest, run.origin, images=images, intervals=intervals_of(scores, images), **about)
 
 
 def scores_of(run: Run) -> dict[str, float]:

@@ -33,7 +33,7 @@ def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("version")
     config = Config(encoder=Encoder(depth=8, cifar_stem=True), views=Views(size_px=32))
     write_encoder(dict(build_encoder(config.encoder).state_dict()), config, folder / "encoder", {})
-    flavor.describe(folder, "0" * 32, {"knn_top1": 0.5})
+    flavor.describe(folder, "0" * 32, {"knn_top1": 0.5}, None)
     return folder
 
 

@@ -18,6 +18,7 @@ from pipelines.runs.directory import Run as RunDirectory
 from pipelines.runs.directory import load_run
 from pipelines.tracking import hub as publishing
 from pipelines.tracking.card import write_card
+from pipelines.tracking.record import Record
 from simclr import load_encoder
 from simclr.encoder import hub as reading
 from simclr.encoder.directory import write_encoder
@@ -90,7 +91,7 @@ def test_a_later_publication_is_one_commit_that_leaves_nothing_of_the_earlier(hu
     write_encoder(published.encoder.state_dict(), recipe("patterns_tiny"), tmp_path / "large", {}, head={"w": torch.ones(1)})
     (tmp_path / "large" / "config.json").write_text(json.dumps({"schema": 1, **published.config}))
     for encoder in (tmp_path / "large", run.encoder):
-        write_card(encoder, "hf://team/photos", {}, "free for research")
+        write_card(encoder, "hf://team/photos", Record(), "free for research")
         publishing.push(encoder, "team/photos", {}, "free for research")
     first, second = hub.repositories["team/photos"]
     assert set(first) - set(second) == {"head.safetensors", "model.safetensors"}
@@ -147,7 +148,7 @@ def test_what_cannot_be_had_is_one_sentence(hub: Hub, run: RunDirectory, monkeyp
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
     with pytest.raises(UserError, match=r"there is no .*/team/closed, or it is private"):
         load_encoder("hf://team/closed")
-    write_card(run.encoder, "m", {}, "MIT")
+    write_card(run.encoder, "m", Record(), "MIT")
     with pytest.raises(UserError, match=r"/team/new .* log in with `hf auth login`") as refusal:
         publishing.push(run.encoder, "team/new", {}, "MIT")
     assert "hf_of" not in str(refusal.value) and "team/new" not in hub.repositories

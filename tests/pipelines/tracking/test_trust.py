@@ -16,6 +16,7 @@ from pipelines.runs.directory import load_run, open_run
 from pipelines.tracking import outbox, registry, trust
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.client import MLflowRun
+from pipelines.tracking.record import Record
 from simclr.errors import UserError
 from simclr.recipes import recipe
 from tests.support.command import Run, refused
@@ -179,7 +180,7 @@ def test_a_database_in_a_run_is_one_that_knows_it(simclr: Run, mine: MLflowRun, 
     assert other.read_bytes() == before and not any((tmp_path / "somewhere").iterdir())
     run = a_run(tmp_path / "moved" / "run", patterns, mine._uri, mine.run_id)
     an_encoder(run / "encoder")
-    assert simclr("publish", run, "--name", "photos")[:2] == (0, "photos/1 @champion\n")  # one's own, from any folder
+    assert simclr("publish", run, "--name", "photos", "--force")[:2] == (0, "photos/1 @champion\n")  # one's own, from any folder
     assert load_run(run).registered == "photos/1"
 
 
@@ -287,7 +288,7 @@ def test_the_name_of_a_model_says_what_is_wrong_with_it(name: str, found: str) -
 
 def test_names_of_every_script_name_models(mine: MLflowRun, tmp_path: Path) -> None:
     name = "می\u200cخواهم 👩\u200d🔬"
-    assert registry.register(mine._uri, mine.run_id, an_encoder(tmp_path / "encoder"), name, {}) == 1
+    assert registry.register(mine._uri, mine.run_id, an_encoder(tmp_path / "encoder"), name, Record()) == 1
     assert registry.pull(mine._uri, f"{name}/1", tmp_path / "new")["name"] == name
 
 
@@ -339,12 +340,12 @@ def test_links_are_neither_published_nor_pulled(mine: MLflowRun, tmp_path: Path,
     secret.write_text("PRIVATE KEY")
     uri, encoder = mine._uri, an_encoder(tmp_path / "encoder")
     (encoder / "notes.txt").symlink_to(secret)
-    assert registry.register(uri, mine.run_id, encoder, "linked", {}) == 1
+    assert registry.register(uri, mine.run_id, encoder, "linked", Record()) == 1
     folder = Path(mine._mlflow.get_model_version("linked", "1").source.removeprefix("file://")) / "encoder"
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "encoder.safetensors"]
     (encoder / "head.safetensors").symlink_to(secret)
     with pytest.raises(UserError, match=r"head\.safetensors is no plain file"):
-        registry.register(uri, mine.run_id, encoder, "linked", {})
+        registry.register(uri, mine.run_id, encoder, "linked", Record())
     (folder / "a\x1b]0;pwned\x07").write_text("x")
     registry.pull(uri, "linked/1", tmp_path / "plain")
     assert "has such files: a\\x1b]0;pwned\\x07\n" in capsys.readouterr().err
@@ -352,12 +353,12 @@ def test_links_are_neither_published_nor_pulled(mine: MLflowRun, tmp_path: Path,
     with pytest.raises(UserError, match="linked/1 has links among its files"):
         registry.pull(uri, "linked/1", tmp_path / "new")
     with pytest.raises(UserError, match="cannot be registered"):
-        registry.register(uri, mine.run_id, encoder, "m\x1b[2J", {})
+        registry.register(uri, mine.run_id, encoder, "m\x1b[2J", Record())
 
 
 def test_the_files_of_an_encoder_are_those_that_are_written(tmp_path: Path) -> None:
     from pipelines.tracking.card import write_card
 
     encoder = an_encoder(tmp_path / "encoder")
-    write_card(encoder, "a\x1b[2Jname", {}, "unknown")
+    write_card(encoder, "a\x1b[2Jname", Record(), "unknown")
     assert {p.name for p in encoder.iterdir()} <= set(registry.FILES) and "\x1b" not in (encoder / "README.md").read_text()

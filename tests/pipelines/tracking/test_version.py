@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.tracking import registry
 from pipelines.tracking.client import MLflowRun
+from pipelines.tracking.record import Record
 from simclr.errors import UserError
 from tests.pipelines.tracking.conftest import Database
 from tests.pipelines.tracking.test_trust import an_encoder
@@ -54,7 +55,7 @@ def test_an_upload_that_fails_leaves_nothing(run: MLflowRun, encoder: Path, monk
 
     during(monkeypatch, "log_artifact", breaks)
     with pytest.raises(UserError, match="RemoteDisconnected"):
-        registry.register(run._uri, run.run_id, encoder, "photos", {})
+        registry.register(run._uri, run.run_id, encoder, "photos", Record())
     assert not files(run) and not run._mlflow.search_registered_models()
 
 
@@ -62,13 +63,13 @@ def test_a_version_that_is_refused_leaves_nothing(run: MLflowRun, encoder: Path,
     with monkeypatch.context() as patch:
         during(patch, "create_model_version", lost)
         with pytest.raises(UserError, match="RemoteDisconnected"):
-            registry.register(run._uri, run.run_id, encoder, "photos", {})
+            registry.register(run._uri, run.run_id, encoder, "photos", Record())
     assert not files(run) and not run._mlflow.search_registered_models()
-    assert registry.register(run._uri, run.run_id, encoder, "photos", {}) == 1
+    assert registry.register(run._uri, run.run_id, encoder, "photos", Record()) == 1
     during(monkeypatch, "create_model_version", lost)
     before = files(run)
     with pytest.raises(UserError, match="RemoteDisconnected"):
-        registry.register(run._uri, run.run_id, encoder, "photos", {})
+        registry.register(run._uri, run.run_id, encoder, "photos", Record())
     assert files(run) == before and [v.version for v in run._mlflow.search_model_versions("name='photos'")] == [1]  # what was there stays
 
 
@@ -78,7 +79,7 @@ def test_a_version_whose_answer_is_lost_is_found(run: MLflowRun, encoder: Path, 
         lost()
 
     during(monkeypatch, "create_model_version", unanswered)
-    assert registry.register(run._uri, run.run_id, encoder, "photos", {"knn_top1": 0.5}) == 1
+    assert registry.register(run._uri, run.run_id, encoder, "photos", Record(scores={"knn_top1": 0.5})) == 1
     assert registry.pull(run._uri, "photos/1", tmp_path / "new")["scores"] == {"knn_top1": 0.5}
 
 
@@ -90,6 +91,6 @@ def test_a_version_that_was_asked_for_twice_is_one(run: MLflowRun, encoder: Path
         return request(*args, **kwargs)
 
     during(monkeypatch, "create_model_version", again)
-    version = registry.register(run._uri, run.run_id, encoder, "photos", {})
+    version = registry.register(run._uri, run.run_id, encoder, "photos", Record())
     assert [v.version for v in run._mlflow.search_model_versions("name='photos'")] == [version]
     registry.pull(run._uri, f"photos/{version}", tmp_path / "new")

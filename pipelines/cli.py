@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from simclr import extras
 from simclr.errors import UserError
 from simclr.text import printable
 
@@ -79,6 +80,10 @@ def main(argv: list[str] | None = None) -> None:
         module.main(parse(name, module.Args, words))
     except UserError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        if not (needed := extras.absent(error)):
+            raise
+        _fail(f"`simclr {name}` needs {needed}")
     except OSError as error:
         from simclr import files
 

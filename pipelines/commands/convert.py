@@ -18,7 +18,7 @@ from simclr.errors import UserError
 class Args:
     """Convert a checkpoint of the official SimCLR code (v1 or v2, TensorFlow 1 or 2), with its head and classifier.
 
-    Needs TensorFlow (`pip install '.[tensorflow]'`); the result does not.
+    Needs TensorFlow (`pip install 'simclr-cluster[tensorflow]'`); the result does not.
     """
 
     path: Annotated[Path, tyro.conf.Positional]

@@ -31,6 +31,7 @@ from simclr.data.s3.place import Place
 from simclr.data.s3.uri import address
 from simclr.data.sources.reading import Reading
 from simclr.errors import UserError
+from simclr.extras import has
 
 if TYPE_CHECKING:
     from simclr.data.feature_parts import About
@@ -77,6 +78,11 @@ class Args:
 
 
 def main(args: Args) -> None:
+    show(run_embed(args))
+
+
+def run_embed(args: Args) -> str:
+    """Write the features; returns how many there are, and where."""
     if not args.images:
         raise UserError("which images? give files, folders, archives, s3://bucket/prefix, shards or an .npy file")
     one_file = args.out.suffix.lower() in _FILES
@@ -108,7 +114,7 @@ def main(args: Args) -> None:
     if one_file:
         _join(place, args.out)
         shutil.rmtree(place.path)
-    show(f"{sync.shown(args.out)}: {count if count is not None else 'all'} × {about.d} features")
+    return f"{sync.shown(args.out)}: {count if count is not None else 'all'} × {about.d} features"
 
 
 @contextlib.contextmanager
@@ -213,6 +219,8 @@ def _embed(
             waited, computed, device = waited + told["waited_s"], computed + told["computed_s"], told["device"]
             if told["failed"]:
                 bar.update(bar.done, f"left out: {told['first']}")
+    if not has("ffcv"):
+        say("FFCV is not installed, so Pillow decoded JPEGs: a level or two from the pixels that a training on shards sees")
     say(f"{device} waited for pictures {100 * waited / max(waited + computed, 1e-9):.0f} % of the time")
     there = place.names()
     if missing := [part["number"] for part in parts if f"part-{part['number']:05d}.parquet" not in there]:

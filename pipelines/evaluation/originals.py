@@ -19,7 +19,6 @@ from simclr.data import encode
 from simclr.data.depth import Rule
 from simclr.data.feature_parts import About
 from simclr.data.pixels import Unreadable
-from simclr.data.s3.answers import Missing
 from simclr.data.s3.uri import Address, address
 from simclr.data.sources import prepared
 from simclr.data.sources.archives import is_archive
@@ -105,6 +104,7 @@ def _below(path: str) -> bool:
 
 
 def _objects(at: Address, wanted: dict[int, tuple[int, str, str]]) -> Iterator[tuple[int, Data]]:
+    from simclr.data.s3.answers import Missing
     from simclr.data.s3.store import Store
 
     store = Store()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import io
 import logging
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from simclr.errors import UserError
+from simclr.extras import command, has
 
 # Pillow tells a format by the content, whatever the file's name is. Some of its readers start programs (EPS: Ghostscript), follow paths
 # or read what is no picture, so the formats are named. TGA has no signature and comes last.
@@ -32,7 +32,6 @@ _MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _ALONE = frozenset(bytes([kind]) for kind in (0x01, *range(0xD0, 0xD8)))  # markers without a length
 _START_OF_SCAN = b"\xda"
 _MOST_SEGMENTS, _MOST_BETWEEN = 1 << 16, 1 << 16
-_EXTRA = "pip install '.[images]'"
 
 
 class Unreadable(UserError):
@@ -64,8 +63,8 @@ def opened(data: bytes | Path) -> Image.Image:
         except UnidentifiedImageError:
             if data[4:8] != b"ftyp" or data[8:12] not in _HEIF:
                 raise
-        if importlib.util.find_spec("pillow_heif") is None:
-            raise Unreadable(f"HEIC needs pillow-heif ({_EXTRA})")
+        if not has("pillow_heif"):
+            raise Unreadable(f"HEIC needs pillow-heif ({command('images')})")
         import pillow_heif
 
         pillow_heif.register_heif_opener()
@@ -141,7 +140,7 @@ _RAW = "raw files of a camera; export them as JPEG or PNG"
 _VIDEO = "videos; write their frames as JPEG or PNG, in a folder for each class"
 _ARRAYS = "arrays; write them as PNG or TIFF, or give `simclr embed` an .npy of uint8 (n, H, W, 3)"
 _UNREAD = {
-    **dict.fromkeys((".heic", ".heif"), f"need pillow-heif ({_EXTRA})"),
+    **dict.fromkeys((".heic", ".heif"), f"need pillow-heif ({command('images')})"),
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"), _RAW),
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg"), _VIDEO),
     **dict.fromkeys((".npy", ".npz", ".h5", ".hdf5", ".mat", ".pkl"), _ARRAYS),

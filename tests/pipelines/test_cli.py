@@ -293,6 +293,25 @@ def test_the_time_left_counts_from_the_first_step_not_from_the_start(
     ]
 
 
+def test_a_slow_rate_is_told_in_a_longer_unit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was "0 trials/s"."""
+    rates = [
+        (0.0, ""),
+        (64.2, "64 images/s"),
+        (3.26, "3.3 images/s"),
+        (1 / 30, "2 images/min"),
+        (1 / 600, "6 images/h"),
+        (1e-5, "0.036 images/h"),
+    ]
+    assert [terminal.pace(rate, "images/s") for rate, _ in rates] == [text for _, text in rates]
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with terminal.Bar("sweep", 4, "trials", "trials/s") as bar:
+        for clock[0], over in ((143.0, 0), (160.0, 1)):
+            bar.update(over)
+    assert capsys.readouterr().err.splitlines() == ["sweep: 0/4 trials  43 s", "sweep: 1/4 trials  1 trials/min  60 s  ETA 51 s"]
+
+
 def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
     from pipelines.runs.directory import load_run, open_run
     from simclr.recipes import recipe

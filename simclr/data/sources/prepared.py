@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr import files
-from simclr.data.ffcv.reader import open_shard
 from simclr.data.manifest import Manifest, name_in, read_manifest
 from simclr.data.s3.place import Place
 from simclr.data.s3.uri import address
@@ -50,6 +49,8 @@ def portions(spec: str, manifest: Manifest, images: int) -> Iterator[Portion]:
 
 def reader(spec: str, scratch: Path) -> Callable[[Portion], Iterator[Item]]:
     """A function that gives the pictures of a portion. One shard from S3 at a time lies in the folder `scratch`."""
+    from simclr.data.ffcv.reader import open_shard  # other pictures are read without FFCV
+
     manifest = manifest_of(spec)
     if manifest is None:
         raise UserError(f"there are no shards at {spec} on {os.uname().nodename}; give a disk that all nodes see, or s3://")

@@ -270,8 +270,8 @@ def test_without_the_extra_the_reason_names_it(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     prepared(tmp_path / "out", {"a.png": good, "b.png": good, "f.tif": tiff(ramp(0, 1, np.float64)), "p.heic": heic}, max_skipped_pct=60)
     assert reasons(tmp_path / "out") == {
-        "f.tif": "TIFF of these bands and bits needs tifffile (pip install '.[images]')",
-        "p.heic": "HEIC needs pillow-heif (pip install '.[images]')",
+        "f.tif": "TIFF of these bands and bits needs tifffile (pip install 'simclr-cluster[images]')",
+        "p.heic": "HEIC needs pillow-heif (pip install 'simclr-cluster[images]')",
     }
 
 
@@ -328,7 +328,7 @@ def test_damaged_pictures_of_many_bits_are_named_and_never_black() -> None:
 
 
 def test_pictures_that_are_not_read_have_a_reason() -> None:
-    assert pixels.unread(".heic") == "need pillow-heif (pip install '.[images]')"
+    assert pixels.unread(".heic") == "need pillow-heif (pip install 'simclr-cluster[images]')"
     for ending in (".CR2", ".nef", ".svg", ".psd", ".exr", ".dcm", ".mp4", ".npy", ".h5", ".pdf"):
         assert pixels.unread(ending) and not is_image(f"a{ending}")
     assert pixels.unread(".txt") == pixels.unread("none") == ""

@@ -92,7 +92,7 @@ def test_a_later_publication_is_one_commit_that_leaves_nothing_of_the_earlier(hu
     (tmp_path / "large" / "config.json").write_text(json.dumps({"schema": 1, **published.config}))
     for encoder in (tmp_path / "large", run.encoder):
         write_card(encoder, "hf://team/photos", Record(), "free for research")
-        publishing.push(encoder, "team/photos", {}, "free for research")
+        publishing.push(encoder, "team/photos", Record(), "free for research")
     first, second = hub.repositories["team/photos"]
     assert set(first) - set(second) == {"head.safetensors", "model.safetensors"}
     about = json.loads(first["config.json"])
@@ -150,7 +150,7 @@ def test_what_cannot_be_had_is_one_sentence(hub: Hub, run: RunDirectory, monkeyp
         load_encoder("hf://team/closed")
     write_card(run.encoder, "m", Record(), "MIT")
     with pytest.raises(UserError, match=r"/team/new .* log in with `hf auth login`") as refusal:
-        publishing.push(run.encoder, "team/new", {}, "MIT")
+        publishing.push(run.encoder, "team/new", Record(), "MIT")
     assert "hf_of" not in str(refusal.value) and "team/new" not in hub.repositories
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"\$HF_HUB_OFFLINE is set, and team/none is not in the cache"):

@@ -7,12 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
 from pipelines.evaluation import inputs
 from pipelines.runs import sync
+from pipelines.runs.config_file import given_to
 from pipelines.runs.directory import Run
 from pipelines.terminal import show
 from pipelines.train import driver, subset, warm_start
@@ -30,10 +31,28 @@ class Args:
     """Pretrain an encoder by a recipe; every field of the recipe is a flag. `simclr pretrain --extend RUN` needs neither recipe nor --data:
     it has those of RUN."""
 
+    USUAL: ClassVar = {
+        "RECIPE": "a named config (`simclr recipes`), or --config FILE",
+        "--data": "directory or s3://bucket/prefix of prepared shards",
+        "--run": "run directory; default runs/RECIPE-DIGEST",
+        "--workers": "processes, one GPU each where there are GPUs",
+        "--train.epochs": "passes over the training images",
+        "--train.batch-size": "N, images per step over all workers",
+        "--encoder.depth": "layers of the ResNet",
+        "--optim.base-lr": "learning rate per 256 images",
+        "--loss.temperature": "tau of NT-Xent",
+        "--tracking-uri": "MLflow address; default $MLFLOW_TRACKING_URI, else a database under runs/",
+    }
+
     data: Path
     """Directory or s3://bucket/prefix of prepared shards (`simclr prepare`); each node fetches those of S3 once."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: Annotated[str, tyro.conf.Suppress] = ""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with the config, in place of a recipe: YAML as `simclr recipes RECIPE` writes it, or the run.json of a run. Flags change it."""
+    dry_run: bool = False
+    """Say what the run would do, need and leave: steps, images and memory of a worker, time, disk, checkpoints. Nothing is started or
+    written."""
     run: Path | None = None
     """Run directory or s3://bucket/prefix, for checkpoints too; a run there goes on, on any machine.
     Default: runs/RECIPE-DIGEST, the same for the same config and data."""
@@ -51,18 +70,14 @@ class Args:
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
 
     @classmethod
-    def defaults(cls, recipe: str | None, words: list[str]) -> Args | None:
+    def defaults(cls, words: list[str]) -> Args | None:
         """The recipe, config and data of the run behind --extend in a command's `words`; None without that flag."""
-        given = [
-            (word.partition("=")[2] or following)
-            for word, following in zip(words, [*words[1:], ""], strict=True)
-            if word.partition("=")[0] == "--extend"
-        ]
-        if not given or not given[0]:
+        given = given_to("--extend", words)
+        if given is None:
             return None
-        if recipe is not None:
-            raise UserError(f"--extend has the recipe of its run; leave out {recipe!r}, or use --start {given[0]} for another recipe")
-        run = warm_start.parent(Path(given[0]))
+        if not words[0].startswith("-"):
+            raise UserError(f"--extend has the recipe of its run; leave out {words[0]!r}, or use --start {given} for another recipe")
+        run = warm_start.parent(Path(given))
         config, flags = warm_start.extension(run), {word.partition("=")[0] for word in words}
         if "--train.epochs" in flags and "--train.steps" not in flags:  # else the run's number of steps would count
             config = replace(config, train=replace(config.train, steps=None))
@@ -71,6 +86,10 @@ class Args:
 
 
 def main(args: Args) -> None:
+    if args.dry_run:
+        for line in dry(args):
+            show(line)
+        return
     run = pretrain(args)
     show(sync.shown(args.run or run.path))
 

@@ -121,14 +121,24 @@ def footprint(config: Config, workers: int = 1, classes: int = 0, device: str = 
 
 
 def fitting(config: Config, workers: int, room: int, classes: int = 0, device: str = "cpu") -> int | None:
-    """The largest `train.micro_batch`, a power of two smaller than the piece that the config has, with which a worker needs at most `room` bytes; None where not even one image at a
-    time fits, or the config cannot have pieces (`loss.memory`)."""
-    if config.loss.memory:
+    """The largest `train.micro_batch`, a power of two smaller than the piece that the config has, with which a worker needs at most `room`
+    bytes. None where not even two images at a time fit (BatchNorm wants two), or the config cannot have pieces (`loss.memory`)."""
+
+    def needed(piece: int) -> int:
+        return footprint(replace(config, train=replace(config.train, micro_batch=piece)), workers, classes, device).total
+
+    largest = 1 << (_piece(config, workers) - 1).bit_length() >> 1
+    if config.loss.memory or largest < 2:
         return None
-    piece = 1 << (_piece(config, workers) - 1).bit_length() >> 1
-    while piece >= 1:
-        trial = replace(config, train=replace(config.train, micro_batch=piece))
-        if footprint(trial, workers, classes, device).total <= room:
+    # Activations grow with the piece's images in a line, which two small pieces give; what it says is then tried.
+    low, high = min(8, largest), min(16, largest)
+    if high == low:
+        return low if needed(low) <= room else None
+    few, more = needed(low), needed(high)
+    said = int(low + (room - few) * (high - low) / (more - few)) if more > few else largest
+    piece = min(1 << max(said, 2).bit_length() - 1, largest)
+    while piece >= 2:
+        if needed(piece) <= room:
             return piece
         piece //= 2
     return None

@@ -29,7 +29,7 @@ LAYERS = [
     ("pipelines.environ",),
     ("pipelines.terminal", "pipelines.allocator", "pipelines.train.ray_private"),
     ("pipelines",),
-    ("simclr.train",),
+    ("simclr.train", "simclr.footprint"),
     ("simclr.methods",),
     ("simclr.gradient_cache", "simclr.telemetry"),
     ("simclr.evaluation", "simclr.sense"),
@@ -81,7 +81,7 @@ DOORS = {
     "pillow_heif": {"simclr/data/pixels.py"},
     "tensorflow": {"simclr/encoder/tf_checkpoint.py"},
     "onnxruntime": {"simclr/encoder/export.py"},
-    "yaml": {"pipelines/commands/cluster.py"},
+    "yaml": {"pipelines/commands/cluster.py", "pipelines/runs/config_file.py"},
     "jsonschema": {"pipelines/commands/cluster.py"},
 }
 

@@ -16,13 +16,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipelines.runs import sync
+from pipelines.runs import config_file, sync
 from pipelines.terminal import say, show
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import require
 from pipelines.train import ray_train
 from pipelines.train.resources import Resources
 from simclr import files
+from simclr.config import Config
 from simclr.cores import cores
 from simclr.data.manifest import Manifest
 from simclr.data.s3 import uri as s3_uri
@@ -48,6 +49,9 @@ class Args:
     """For `report`: the sweep's directory."""
     recipe: str = ""
     """The recipe that every trial changes."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with the config that every trial changes, in place of --recipe: YAML as `simclr recipes NAME` writes it, or a run's run.json.
+    It is kept as its recipe, with --set of the fields that differ."""
     data: Path | None = None
     """Directory or s3://bucket/prefix of prepared shards."""
     out: Path | None = None
@@ -160,9 +164,10 @@ def _run(asked: Sweep, codes: list[Coded], manifest: Manifest, uri: str) -> Swee
 def _asked(args: Args) -> Sweep:
     """The sweep that the flags describe, or that --resume names."""
     if args.resume is not None:
-        if args.space or args.recipe or args.data:
-            raise UserError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe and --data")
+        if args.space or args.recipe or args.data or args.config_file:
+            raise UserError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe, --config and --data")
         return _resumed(sweep_dir.load(*mirror.opened(args.resume)), args)
+    args = _of_file(args)
     if not args.space:
         raise UserError("which space? `simclr sweep SPACE --recipe NAME --data DIR`; `simclr sweep --list` describes them")
     if not args.recipe or args.data is None:
@@ -171,7 +176,8 @@ def _asked(args: Args) -> Sweep:
     for flag in ("trials", "seeds", "keep", "max_concurrent"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}; expected at least 1")
-    changes = {path: resolve.read(base, path, text) for path, text in resolve.assignments(args.set, "--set")}
+    changes = _differing(args, base)
+    changes |= {path: resolve.read(base, path, text) for path, text in resolve.assignments(args.set, "--set")}
     only = {path: [resolve.read(base, path, t) for t in text.split(",")] for path, text in resolve.assignments(args.only, "--only")}
     free = any(not isinstance(axis.values, tuple) and not set(axis.paths) & set(only) for axis in space.axes)
     search = args.search if args.search != "auto" else "random" if args.trials or free else "grid"
@@ -206,6 +212,25 @@ def _asked(args: Args) -> Sweep:
         return dataclasses.replace(found, path=Path("runs") / f"sweep-{args.space}-{digest}")
     path, at_out = mirror.opened(args.out)
     return dataclasses.replace(found, path=path, at=at_out)
+
+
+def _of_file(args: Args) -> Args:
+    """The flags with the recipe that the file of --config is of."""
+    if args.config_file is None:
+        return args
+    if args.recipe:
+        raise UserError(f"--recipe {args.recipe} and --config {args.config_file} each have a whole config; leave out one of them")
+    name = config_file.read(args.config_file).recipe
+    recipe(name)  # a sweep's trials are told by what differs from a recipe
+    return dataclasses.replace(args, recipe=name)
+
+
+def _differing(args: Args, base: Config) -> dict[str, Any]:
+    """Fields of the file of --config that differ from its recipe, `base`."""
+    if args.config_file is None:
+        return {}
+    ours = config_file.read(args.config_file).config
+    return {path: resolve.value_of(ours, path) for path in ours.flat() if resolve.value_of(ours, path) != resolve.value_of(base, path)}
 
 
 def _resumed(there: Sweep, args: Args) -> Sweep:

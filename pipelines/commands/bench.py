@@ -58,8 +58,8 @@ class Args:
     memory: any shards. prepare, embed: archive or folder of images, none = rendered photographs. all: folder with cifar10-jpeg.tar.xz
     and imagenet-photos-256.tar, or archives of such names; absent ones are rendered."""
     recipe: str = "cifar10_resnet18"
-    """step, train, scale, loop, agreement, cifar, footprint: recipe whose step is timed. embed: recipe whose encoder sees the photographs."""
-    config: Path | None = None
+    """step, train, scale, loop, agreement, cifar, footprint: recipe whose step counts. embed: recipe whose encoder sees the photographs."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
     """A file with the config, in place of --recipe: YAML as `simclr recipes RECIPE` writes it, or the run.json of a run. The options below
     change it."""
     size_px: int | None = None
@@ -266,7 +266,9 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
 
 def _config(args: Args) -> Config:
     """The recipe with the batch sizes, precision and compiling of the command line."""
-    config = recipe(args.recipe) if args.config is None else config_file.read(args.config).config
+    if args.config_file is not None and args.recipe != Args.recipe:
+        raise UserError(f"--recipe {args.recipe} and --config {args.config_file} each have a whole config; leave out one of them")
+    config = recipe(args.recipe) if args.config_file is None else config_file.read(args.config_file).config
     if args.size_px is not None:
         config = replace(config, views=replace(config.views, size_px=args.size_px))
     precision = config.train.precision if args.precision == "recipe" else args.precision

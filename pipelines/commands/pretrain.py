@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -14,12 +14,15 @@ import tyro
 from pipelines.evaluation import inputs
 from pipelines.runs import sync
 from pipelines.runs.config_file import given_to
-from pipelines.runs.directory import Run
+from pipelines.runs.directory import Run, open_run
 from pipelines.terminal import show
-from pipelines.train import driver, subset, warm_start
+from pipelines.train import driver, plan, subset, warm_start
 from pipelines.train.resources import Resources
+from simclr import sense
 from simclr.config import Config
+from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
+from simclr.recipes import changed_from
 
 if TYPE_CHECKING:
     from simclr.encoder.weights import Weights
@@ -49,7 +52,7 @@ class Args:
     config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """A file with the config, in place of a recipe: YAML as `simclr recipes RECIPE` writes it, or the run.json of a run. Flags change it."""
+    """A file with the config, in place of a recipe: YAML as `simclr recipes NAME` writes it, or a run's run.json. Flags change it."""
     dry_run: bool = False
     """Say what the run would do, need and leave: steps, images and memory of a worker, time, disk, checkpoints. Nothing is started or
     written."""
@@ -92,6 +95,48 @@ def main(args: Args) -> None:
         return
     run = pretrain(args)
     show(sync.shown(args.run or run.path))
+
+
+def dry(args: Args) -> Iterator[str]:
+    """What the run would do, need and leave, in lines, after the checks that need no Ray, no MLflow and no lease. Starts and writes
+    nothing, but for a manifest of S3 in this machine's cache.
+
+    Raises UserError as the command itself does.
+    """
+    config, workers = args.config, args.resources.workers
+    data, manifest = sync.manifest(args.data, look=config.train.shard_groups == 1)
+    only = subset.read(args.subset, data, args.data, manifest, config) if args.subset is not None else None
+    examples = len(only.ids) if only is not None else manifest.examples("train", config.train.shard_groups)
+    driver.require_shares(config, examples, args.resources)
+    at = s3_uri.address(args.data)
+    yield plan.line("config", changed_from(args.recipe, config))
+    if args.run is not None and s3_uri.address(args.run) is not None:
+        run_at = Path()
+        yield plan.line("run", f"{sync.shown(args.run)}, at which a dry run does not look")
+        under_way = False
+    else:
+        weights, start = _start(args)
+        described = only.described if only is not None else None
+        run = open_run(args.run, args.recipe, config, data, str(at or ""), start=start, subset=described)
+        run_at, under_way = run.path, run.under_way
+        yield plan.line("run", f"{run.path}, {'which goes on from its newest checkpoint' if under_way else 'a new one'}")
+    for note in sense.notes(config, manifest, examples, args.resources.counts(config), under_way):
+        yield plan.line("note", note)
+    yield from plan.steps(config, examples, workers)
+    classes = len(manifest.classes)
+    room = plan.room_here(args.resources.device, workers) if args.resources.address is None and args.resources.device != "tpu" else None
+    yield from plan.memory(config, workers, classes, room, "cpu" if args.resources.device == "cpu" else "")
+    if room is None:
+        yield plan.line("", "the cluster's machines are not asked; `simclr cluster check FILE --dry-run --recipe …` compares with a file's")
+    yield plan.duration(config, examples, workers, room.device if room is not None else "", args.run.parent if args.run else Path("runs"))
+    yield from plan.storage(config, manifest, at is not None, run_at, _parameters(config, classes))
+    yield "nothing was started or written"
+
+
+def _parameters(config: Config, classes: int) -> int:
+    from simclr.methods.simclr import shapes_only
+
+    return sum(p.numel() for p in shapes_only(config, classes).parameters())
 
 
 def pretrain(args: Args) -> Run:

@@ -37,7 +37,7 @@ class Args:
     config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """A file with the config, in place of a recipe: YAML as `simclr recipes RECIPE` writes it, or the run.json of a run. Flags change it."""
+    """A file with the config, in place of a recipe: YAML as `simclr recipes NAME` writes it, or a run's run.json. Flags change it."""
     out: Path | None = None
     """Picture to write. Default: runs/views-RECIPE.png."""
     images: int = 24

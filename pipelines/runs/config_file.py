@@ -72,7 +72,9 @@ def read(path: Path, stage: str = "pretrain") -> Named:
     written = entries(path)
     line, name = written.pop("recipe", (0, None))
     if line and (not isinstance(name, str) or not _NAME.fullmatch(name)):
-        raise UserError(f"{printable(str(path))}, line {line}: recipe is {fields.short(name)}; expected a name, as `simclr recipes` lists them")
+        raise UserError(
+            f"{printable(str(path))}, line {line}: recipe is {fields.short(name)}; expected a name, as `simclr recipes` lists them"
+        )
     whole = Config()
     missing = sorted(set(whole.flat()) - set(written))
     if missing and name is None:
@@ -119,7 +121,9 @@ def entries(path: Path) -> dict[str, tuple[int, Any]]:
     found: dict[str, tuple[int, Any]] = {}
     for name, line, value in _leaves(root, "", path):
         if name in found:
-            raise UserError(f"{printable(str(path))}, line {line}: {name} is there twice, first in line {found[name][0]}; remove one of them")
+            raise UserError(
+                f"{printable(str(path))}, line {line}: {name} is there twice, first in line {found[name][0]}; remove one of them"
+            )
         found[name] = line, value
     return found
 
@@ -173,7 +177,6 @@ def changed(base: T, written: dict[str, tuple[int, Any]], path: Path, only: tupl
         return _replaced(base, {name: value for name, (_, value) in written.items() if name in known}, "")
     except UserError as error:
         raise UserError(f"{printable(str(path))}: {error}") from None
-
 
 
 def _replaced(base: T, values: dict[str, Any], prefix: str) -> T:
@@ -289,7 +292,8 @@ def docs(cls: type[Any]) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
         assert isinstance(body, ast.ClassDef)
         for field, below in zip(body.body, body.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-                if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                    found[field.target.id] = " ".join(below.value.value.split())
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name) or not isinstance(below, ast.Expr):
+                continue
+            if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+                found[field.target.id] = " ".join(below.value.value.split())
     return found

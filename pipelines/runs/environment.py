@@ -66,7 +66,7 @@ def installed() -> str:
 
 
 def _commit(folder: Path) -> str:
-    """" (commit 1a2b3c4d, changed)" for a git checkout in `folder`; "" where it is none."""
+    """ " (commit 1a2b3c4d, changed)" for a git checkout in `folder`; "" where it is none."""
     if not (folder / ".git").exists() or not (git := shutil.which("git")):
         return ""
     words = [git, "-C", str(folder), "describe", "--always", "--abbrev=8", "--exclude=*", "--dirty=, changed"]

@@ -22,6 +22,7 @@ from pipelines.tracking import client
 from pipelines.tracking import uri as mlflow_uri
 from simclr import fields, files
 from simclr.errors import UserError
+from simclr.recipes import changed_from
 
 _EVERY_S, _AWAY_S = 0.5, 30.0  # between two looks; doubles up to the second while the server does not answer
 _FLUSH_S, _KILLED_S = 30.0, 3.0  # a finished job waits so long without progress; an interrupted job ends within 5 s
@@ -49,6 +50,7 @@ def open_run(run: Run, uri: str, tags: dict[str, str], known: Callable[[str], ob
     tags = {
         "run_directory": str(run.path.absolute()),
         "command": run.command,
+        "mlflow.note.content": changed_from(run.recipe, run.config),  # the description at the head of MLflow's page
         **({"notes": "; ".join(run.notes)} if run.notes else {}),
         **tags,
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,7 +154,7 @@ class _Live(TorchDispatchMode):
     """Bytes of all storages that operations made and something still refers to, by kind, and those of the moment when most were there."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self.now = dict.fromkeys(("weights", "momentum", "views", "step"), 0)
         self.peak = dict(self.now)
@@ -182,12 +183,12 @@ class _Live(TorchDispatchMode):
                     self.now[kind] += size
                 continue
             size = storage.nbytes()
-            self.known[key] = weakref.ref(storage, lambda _, key=key: self._gone(key)), kind, size
+            self.known[key] = weakref.ref(storage, partial(self._gone, key)), kind, size
             self.now[kind] += size
             if sum(self.now.values()) > sum(self.peak.values()):
                 self.peak = dict(self.now)
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, _: Any) -> None:
         _, kind, size = self.known.pop(key)
         self.now[kind] -= size
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import functools
 import inspect
 import re
 import textwrap
@@ -191,10 +190,10 @@ def _replaced(base: T, values: dict[str, Any], prefix: str) -> T:
     return replace(base, **mine)  # type: ignore[type-var]
 
 
-@functools.cache
 def _fields(cls: type[Any], prefix: str = "") -> tuple[tuple[str, Any], ...]:
     """(field path, type) of a dataclass and of those in it."""
-    hints, found = get_type_hints(cls), []
+    hints = get_type_hints(cls)
+    found: list[tuple[str, Any]] = []
     for field in dataclasses.fields(cls):
         inner = hints[field.name]
         found += _fields(inner, f"{prefix}{field.name}.") if dataclasses.is_dataclass(inner) else [(prefix + field.name, inner)]
@@ -282,7 +281,6 @@ def _scalar(value: Any) -> str:
     return text.strip()[1:-1]
 
 
-@functools.cache
 def docs(cls: type[Any]) -> dict[str, str]:
     """Field → the docstring below it, of a dataclass and those that it inherits from, in one line."""
     found: dict[str, str] = {}

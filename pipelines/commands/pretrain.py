@@ -115,7 +115,7 @@ def dry(args: Args) -> Iterator[str]:
         yield plan.line("run", f"{sync.shown(args.run)}, at which a dry run does not look")
         under_way = False
     else:
-        weights, start = _start(args)
+        _, start = _start(args)
         described = only.described if only is not None else None
         run = open_run(args.run, args.recipe, config, data, str(at or ""), start=start, subset=described)
         run_at, under_way = run.path, run.under_way

@@ -111,7 +111,7 @@ def test_a_file_that_leaves_fields_out_says_whose_they_are(tmp_path: Path, text:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match=sentence):
         config_file.read(tmp_path / "a.yaml")
-    with pytest.raises(UserError, match="is no file; `simclr recipes NAME > run.yaml` writes one"):
+    with pytest.raises(UserError, match=r"is no file; `simclr recipes NAME > run.yaml` writes one"):
         config_file.read(tmp_path / "b.yaml")
 
 
@@ -134,7 +134,7 @@ def test_run_json_is_read_and_one_of_another_stage_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match="is a run of `simclr pretrain`, and `simclr finetune` cannot take its config"):
         config_file.read(run, "finetune")
     (run / "run.json").write_text(json.dumps(text | {"config": {"sed": 1}}))
-    with pytest.raises(UserError, match="run.json: unknown field sed; nearest: seed"):
+    with pytest.raises(UserError, match=r"run\.json: unknown field sed; nearest: seed"):
         config_file.read(run)
 
 

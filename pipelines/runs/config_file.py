@@ -195,8 +195,11 @@ def _fields(cls: type[Any], prefix: str = "") -> tuple[tuple[str, Any], ...]:
     hints = get_type_hints(cls)
     found: list[tuple[str, Any]] = []
     for field in dataclasses.fields(cls):
-        inner = hints[field.name]
-        found += _fields(inner, f"{prefix}{field.name}.") if dataclasses.is_dataclass(inner) else [(prefix + field.name, inner)]
+        inner, name = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(inner):
+            found += _fields(inner, f"{name}.")  # type: ignore[arg-type]
+        else:
+            found.append((name, inner))
     return tuple(found)
 
 

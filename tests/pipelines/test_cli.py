@@ -118,7 +118,7 @@ def test_a_dry_run_takes_its_time_from_a_run_like_it(tmp_path: Path, patterns: P
     for step, rate in enumerate((1.0, 1.0, 1.0, 90.0, 100.0, 110.0), 1):
         run.append({"step": step, "speed/images_per_s": rate})
     config = replace(run.config, optim=replace(run.config.optim, base_lr=9.0))
-    assert "about 30 s at 100 images/s" in plan.duration(config, 240, 2, "cpu", tmp_path / "runs")  # 50 steps of 60 images
+    assert "about 29 s at 100 images/s" in plan.duration(config, 240, 2, "cpu", tmp_path / "runs")  # 49 steps of 60 images
     assert "no measured rate" in plan.duration(config, 240, 4, "cpu", tmp_path / "runs")
     wider = replace(config, encoder=replace(config.encoder, width=2))
     assert "no measured rate" in plan.duration(wider, 240, 2, "cpu", tmp_path / "runs")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from simclr import extras
 from simclr.errors import UserError
 from simclr.text import printable
 
@@ -121,6 +122,10 @@ def _main(argv: list[str]) -> None:
         _fail(str(error))
     except BrokenPipeError:
         raise
+    except ModuleNotFoundError as error:
+        if not (needed := extras.absent(error)):
+            raise
+        _fail(f"`simclr {name}` needs {needed}")
     except OSError as error:
         from simclr import files
 

@@ -74,7 +74,7 @@ def _before(folder: Path, device: torch.device, precision: str) -> float:
     began, counted = 0.0, 0
     for first in range(0, len(paths), _BATCH):
         some = paths[first : first + _BATCH]
-        x = torch.cat([encoder.prepared(decoded(path, Rule())[None]) for path in some])
+        x = torch.cat([encoder.prepared(decoded(path, Rule()).pixels[None]) for path in some])
         with autocast(precision, device):
             encoder(x.to(device).to(memory_format=torch.channels_last)).float().cpu().numpy()
         if began:

@@ -141,9 +141,9 @@ def main(args: Args) -> None:
             show(f"failed or ended early: {', '.join(unfinished)}")
             sys.exit(1)
         return
-    for path in (args.json, args.profile):
+    for path, kinds in ((args.json, (".json",)), (args.profile, ())):
         if path is not None:
-            files.require_writable(path)
+            files.require_file(path, kinds)
             path.parent.mkdir(parents=True, exist_ok=True)
     machine()  # an error in it should come now, not after the measurement
     setting = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items() if k not in ("what", "json")}

@@ -18,7 +18,7 @@ from simclr.errors import UserError
 class Args:
     """Convert a checkpoint of the official SimCLR code (v1 or v2, TensorFlow 1 or 2), with its head and classifier.
 
-    Needs TensorFlow (`pip install '.[tensorflow]'`); the result does not.
+    Needs TensorFlow (`pip install 'simclr-cluster[tensorflow]'`); the result does not.
     """
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -33,7 +33,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    files.require_writable(args.to)
+    files.require_folder(args.to)
     if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
         raise UserError(f"{args.to} exists and is not empty; convert to a new directory")
     from simclr.encoder.convert import convert

@@ -75,7 +75,7 @@ def demo(args: Args) -> Result:
     if args.test < 1:
         raise UserError(f"--test is {args.test}; expected at least 1")
     out = args.out or Path("runs") / ("demo" + (f"-{args.seed}" if args.seed else "") + ("-coloured" if args.coloured else ""))
-    files.require_writable(out)
+    files.require_folder(out)
     config = replace(recipe("patterns_tiny"), seed=args.seed)
     if args.epochs is not None:
         config = replace(config, train=replace(config.train, epochs=args.epochs))

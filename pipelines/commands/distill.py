@@ -14,6 +14,7 @@ import tyro
 from pipelines.runs import config_file, sync
 from pipelines.runs.directory import Run
 from pipelines.terminal import show
+from pipelines.tracking import tensorboard
 from pipelines.train import classifiers, driver
 from pipelines.train.resources import Resources
 from simclr.config import Optim, Watch
@@ -70,6 +71,9 @@ class Args:
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+    tensorboard: tuple[Path, ...] | None = None
+    """Write TensorBoard's scalars, too (an extra: `pip install tensorboard`): into DIR/RUN of --tensorboard DIR, or into the run's own
+    folder tensorboard of --tensorboard alone."""
 
     @classmethod
     def defaults(cls, words: list[str]) -> Args | None:
@@ -122,6 +126,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         driver.require_shares(config, examples, args.resources)
         name = f"distill-{classifiers.recipe_of(directory).removeprefix('finetune-')}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "distill", alone=lock)
+        scalars = tensorboard.scalars(args.tensorboard, run, home.at)
         run = driver.checked(run, manifest, examples, args.resources)
         lock.enter_context(run.alone())
         run.save()
@@ -140,6 +145,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         total=config.total_steps(examples),
         uri=uri,
         resources=args.resources,
+        scalars=scalars,
         publish=lambda run, method: classifiers.publish(run, classes, 0, about, method),
         given={"labelled": ids},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,8 @@ from pipelines.evaluation import protocols, quick
 from pipelines.evaluation.inputs import default_out, device_of, opened, resolve
 from pipelines.parts.run import Where
 from pipelines.runs import sync
-from pipelines.terminal import show
+from pipelines.terminal import say, show
+from simclr import files
 from simclr.cores import cores
 from simclr.data.s3.uri import address
 from simclr.errors import UserError
@@ -36,7 +38,8 @@ class Args:
     """TRAIN or TRAIN TEST instead of an encoder: features that `simclr embed` wrote (a folder of parts, one .parquet, s3://bucket/prefix).
     One place is cut by its column `split`; of two, each is a split as a whole."""
     data: Path | None = None
-    """Directory or s3://bucket/prefix of prepared shards. Default: the data of the run."""
+    """Directory or s3://bucket/prefix of prepared shards; or pictures: a folder or an archive on disk, whose features are then taken as
+    `simclr embed` takes them, without baselines. Default: the data of the run."""
     k: int | None = None
     """Neighbours that vote. Default: the config's watch.k."""
     baselines: bool = True
@@ -97,12 +100,16 @@ def main(args: Args) -> None:
     if args.features:
         _features(args)
         return
+    if args.data is not None and not args.suite and _is_no_shards(args.data):
+        _pictures(args, args.data)
+        return
     if not args.suite and not args.protocol:
         show(quick.table(evaluate(args)))
         return
     _check(args)
     encoder = _encoder(args)
     out, name = args.out or default_out(encoder), sync.shown(encoder)
+    files.require_folder(out)
     with opened(encoder, args.tracking_uri) as directory:
         if args.suite:
             _suite(args, directory, out, name)
@@ -127,7 +134,36 @@ def _features(args: Args) -> None:
         raise UserError(f"--features has {len(args.features)} places; expected TRAIN, or TRAIN TEST")
     _check(args)
     settings = _protocol_settings(args)
+    if args.out is not None:
+        files.require_folder(args.out)
     tables.run(args.features, tuple(dict.fromkeys(args.protocol)), device_of(args.device), settings, args.out)
+
+
+def _is_no_shards(data: Path) -> bool:
+    """Whether there are files of another kind at `data`. What an interrupted `prepare` has left counts as shards."""
+    if address(data) is not None or not data.exists():
+        return False
+    return data.is_file() or not ((data / "manifest.json").exists() or any(data.glob("*.beton")) or any(data.glob(".writing-*")))
+
+
+def _pictures(args: Args, data: Path) -> None:
+    """Score pictures that nobody has prepared: what `simclr embed` and then --features would give."""
+    from pipelines.commands import embed
+    from pipelines.evaluation import tables
+
+    if "sgd" in args.protocol:
+        raise UserError(
+            f"{data} are no shards, which --protocol sgd draws crops from; run `simclr prepare --source {data} --out DIR` first"
+        )
+    _check(args)
+    encoder, device, settings = _encoder(args), device_of(args.device), _protocol_settings(args)
+    say(f"{data} is no directory of shards: its pictures are read as `simclr embed` reads them, and there are no baselines")
+    with tempfile.TemporaryDirectory(prefix="simclr-") as scratch, opened(encoder, args.tracking_uri) as directory:
+        published = directory / "encoder" if (directory / "run.json").is_file() else directory
+        there = Path(scratch) / "features"
+        on: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
+        embed.run_embed(embed.Args(published, (str(data),), out=there, where=args.where, device=on))
+        tables.run([str(there)], tuple(dict.fromkeys(args.protocol)), device, settings, args.out or default_out(encoder))
 
 
 def _suite(args: Args, directory: Path, out: Path, name: str) -> None:

@@ -13,6 +13,7 @@ import tyro
 from pipelines.runs import config_file, sync
 from pipelines.runs.directory import Run
 from pipelines.terminal import say, show
+from pipelines.tracking import tensorboard
 from pipelines.train import classifiers, driver
 from pipelines.train.resources import Resources
 from simclr.config import Optim, Watch
@@ -28,7 +29,8 @@ _FEW = 0.05
 
 @dataclass(frozen=True)
 class Args:
-    """Train a pretrained network and a classifier on labels (SimCLR v2's second stage), and score it on the test split.
+    """Train a pretrained network and a classifier on labels (SimCLR v2's second stage), and score it on the test split, or without one on
+    labelled images that it has not seen.
 
     The defaults are v2's for 1 % of the labels of ImageNet (see `simclr.stages`). v1's: --tap 0 --batch-size 4096
     --optim.name sgd --optim.nesterov --optim.scaling linear --optim.base-lr 0.05.
@@ -51,6 +53,9 @@ class Args:
     """Share of each class whose labels are seen, at least one image of each: 0.01, 0.1, 1. labels.txt in the run lists them."""
     label_file: Path | None = None
     """Images whose labels are seen, in place of --labels: a text of file names or sample ids, one a line."""
+    hold_back: float = 0.1
+    """For data without a test split, whose classifier is scored on labelled images that it has not seen: where --labels or --label-file
+    leave fewer than this share of them, this share of each class is held back. 0 = train on all, without a score."""
     tap: int | None = None
     """Layer of the projection head that the classifier reads. Default, as v2: 1 of a head of three layers, but 0 (the encoder's h) if
     all labels are seen, and for v1's head."""
@@ -81,6 +86,9 @@ class Args:
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+    tensorboard: tuple[Path, ...] | None = None
+    """Write TensorBoard's scalars, too (an extra: `pip install tensorboard`): into DIR/RUN of --tensorboard DIR, or into the run's own
+    folder tensorboard of --tensorboard alone."""
 
     @classmethod
     def defaults(cls, words: list[str]) -> Args | None:
@@ -133,6 +141,10 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
 
         seed = args.seed if args.label_seed is None else args.label_seed
         seen = classifiers.choose_labels(data, at, manifest, args.labels, args.label_file, seed)
+        held, about_held = None, ""
+        if "test" not in manifest.splits:
+            seen, held, about_held = classifiers.hold_back(seen, args.hold_back, seed, Watch().queries)
+            say(about_held)
         ids = seen.ids
         if args.class_weights == "balanced":
             say(_weights(seen.y, classes))
@@ -141,7 +153,9 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune", alone=lock)
+        scalars = tensorboard.scalars(args.tensorboard, run, home.at)
         run = driver.checked(run, manifest, len(ids), args.resources)
+        run = replace(run, notes=(*run.notes, about_held)) if about_held else run
         lock.enter_context(run.alone())
         run.save()
         classifiers.write_labels(run, seen)
@@ -156,8 +170,9 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         total=config.total_steps(len(ids)),
         uri=uri,
         resources=args.resources,
+        scalars=scalars,
         publish=lambda run, method: classifiers.publish(run, classes, config.tap, about, method),
-        given={"ids": ids},
+        given={"ids": ids} | ({"held": held} if held is not None and len(held) else {}),
     )
 
 

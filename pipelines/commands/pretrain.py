@@ -16,6 +16,7 @@ from pipelines.runs import sync
 from pipelines.runs.config_file import given_to
 from pipelines.runs.directory import Run, open_run
 from pipelines.terminal import show
+from pipelines.tracking import tensorboard
 from pipelines.train import driver, plan, subset, warm_start
 from pipelines.train.resources import Resources
 from simclr import sense
@@ -71,6 +72,9 @@ class Args:
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+    tensorboard: tuple[Path, ...] | None = None
+    """Write TensorBoard's scalars, too (an extra: `pip install tensorboard`): into DIR/RUN of --tensorboard DIR, or into the run's own
+    folder tensorboard of --tensorboard alone."""
 
     @classmethod
     def defaults(cls, words: list[str]) -> Args | None:
@@ -163,6 +167,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
     run, home, uri = driver.home_of(
         args.run, args.recipe, config, data, args.data, args.tracking_uri, start=start, subset=described, alone=lock
     )
+    scalars = tensorboard.scalars(args.tensorboard, run, home.at)
     run = driver.checked(run, manifest, examples, args.resources)
     lock.enter_context(run.alone())
     if only is not None:
@@ -177,6 +182,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         total=config.total_steps(examples),
         uri=uri,
         resources=args.resources,
+        scalars=scalars,
         publish=lambda run, method: publish_newest(run, classes, method),
         given={} if only is None else {"ids": only.ids},
     )

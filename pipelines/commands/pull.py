@@ -28,7 +28,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    files.require_writable(args.to)
+    files.require_folder(args.to)
     uri = mlflow_uri.tracking_address(args.tracking_uri)
     mlflow_uri.check(uri)
     with Bar("download", None, "MiB", "MiB/s") as bar:

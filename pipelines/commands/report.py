@@ -13,7 +13,8 @@ import numpy as np
 import tyro
 
 from pipelines.html import page
-from pipelines.html.page import FeatureMap, Neighbours, ReportData, Score
+from pipelines.html.neighbours import Neighbours
+from pipelines.html.page import FeatureMap, ReportData, Score
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run, subset_described
 from pipelines.terminal import show
@@ -29,14 +30,18 @@ _ARRAYS: dict[str, tuple[tuple[str | int, ...], type[np.generic]]] = {
     "gallery": (("g", 3, "gallery height", "gallery width", 3), np.uint8),
     "queries": (("m", "height", "width", 3), np.uint8),
     "query_labels": (("m",), np.int64),
+    "query_names": (("m",), np.str_),
     "neighbours": (("m", "k", "height", "width", 3), np.uint8),
     "neighbour_labels": (("m", "k"), np.int64),
+    "neighbour_names": (("m", "k"), np.str_),
     "similarity": (("m", "k"), np.float32),
     "map": (("n", 2), np.float32),
     "map_labels": (("n",), np.int64),
     "map_predicted": (("n",), np.int64),
     "thumbs": (("n", "thumb height", "thumb width", 3), np.uint8),
 }
+_NAMED = {"query_names": "query", "neighbour_names": "neighbour"}
+"""Not in files of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ def main(args: Args) -> None:
 
 def report(args: Args) -> Path:
     """Gather the run directory's content and write the page. Returns its path."""
+    if args.out is not None:
+        files.require_file(args.out, (".html", ".htm"))
     with sync.directory(args.run) as run:
         return page.write(gather(load_run(run)), args.out or run / "report.html")
 
@@ -132,7 +139,8 @@ def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, Feature
             require_small(path, _MOST_BYTES)
             require_plain_headers(path)
             with np.load(path) as file:
-                found = {name: file[name] for name in found}
+                named = {name: np.full(file[f"{of}_labels"].shape, "") for name, of in _NAMED.items() if name not in file}
+                found = {name: named[name] if name in named else file[name] for name in found}
             _require_pictures(found, classes)
         # Errors of the file: nothing here computes.
         except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
@@ -143,8 +151,10 @@ def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, Feature
     neighbours = Neighbours(
         queries=found["queries"],
         query_labels=found["query_labels"],
+        query_names=found["query_names"],
         images=found["neighbours"],
         labels=found["neighbour_labels"],
+        names=found["neighbour_names"],
         similarity=found["similarity"],
     )
     points = FeatureMap(xy=found["map"], labels=found["map_labels"], predicted=found["map_predicted"], thumbs=found["thumbs"])

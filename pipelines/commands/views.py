@@ -53,7 +53,7 @@ def main(args: Args) -> None:
     if args.images < 1:
         raise UserError(f"--images is {args.images}; expected at least 1")
     out = args.out or Path("runs") / f"views-{args.recipe}.png"
-    files.require_writable(out)
+    files.require_file(out)
     data = sync.shards(args.data)
     examples = read_manifest(data).examples("train")
     from pipelines.html.pictures import gallery

@@ -196,7 +196,8 @@ def write(result: dict[str, Any], classes: list[str], out: Path, protocol: str) 
 
     files.write_text(out / f"{protocol}.json", json.dumps(result, indent=1) + "\n")
     title = f"{result['settings']['encoder']} · {protocol} · top-1 {100 * result['top1']:.1f} %"
-    confusion_picture(np.array(result["confusion"]), classes, title).save(out / f"{protocol}.png")
+    with files.whole(out / f"{protocol}.png") as scratch:
+        confusion_picture(np.array(result["confusion"]), classes, title).save(scratch, "PNG")
 
 
 def text(result: dict[str, Any], classes: list[str]) -> str:

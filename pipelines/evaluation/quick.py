@@ -54,6 +54,8 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings, home: Pa
     knn_top1, probe_top1, …. In a run directory they are also written, with the report's pictures. `home`: its address, if the directory is
     a copy, where other processes leave their features."""
     directory, config, data = resolve(encoder_or_run, data_at)
+    if (encoder_or_run / "run.json").is_file():
+        files.require_writable(encoder_or_run / "evaluation.json")
     manifest = read_manifest(data)
     require_common_classes(data, manifest)
     import simclr
@@ -92,8 +94,10 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings, home: Pa
     if (encoder_or_run / "run.json").is_file():
         from pipelines.html.pictures import write_pictures
 
-        write_pictures(encoder_or_run / "pictures.npz", config, data, *kept, query_split=sorted(manifest.splits)[0], device=device)
-        shown = sync.shown(data_at or load_run(encoder_or_run).origin)
+        came_from = data_at or load_run(encoder_or_run).origin
+        split = sorted(manifest.splits)[0]
+        write_pictures(encoder_or_run / "pictures.npz", config, data, *kept, query_split=split, device=device, at=came_from)
+        shown = sync.shown(came_from)
         text = {"scores": rows, "data": shown, "k": k, "time": time.time()}
         files.write_text(encoder_or_run / "evaluation.json", json.dumps(text, indent=1) + "\n")
         load_run(encoder_or_run).took("evaluate", time.monotonic() - began)

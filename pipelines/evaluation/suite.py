@@ -70,6 +70,7 @@ def run(directory: Path, settings: Settings, out: Path, name: str) -> list[dict[
         raise UserError(f"none of {', '.join(tasks)} is under {settings.root}; lay them out as torchvision does, or add --download")
     for task, place in absent.items():
         say(f"{tasks[task].title} is absent: {place}")
+    out.mkdir(parents=True, exist_ok=True)
     encoder = _encoder(directory, settings.device)
     rows: list[dict[str, Any]] = []
     for task, parts in present.items():

@@ -2,6 +2,7 @@
 
 run.json        recipe, config, data, command, environment, tracking address and run id, registered version
 subset.txt      the only images that it sees, where there are such; labels.txt: those whose labels a later stage sees
+state.json      what has become of the process that trains it (see pipelines.runs.status)
 metrics.jsonl   one line per report; outbox.json: how many of its bytes MLflow has (see pipelines.tracking.outbox)
 checkpoints/    step-…/ (see simclr.checkpoint); heads/: of a run in S3, the newest without its weights
 encoder/        the published form of the newest checkpoint's encoder

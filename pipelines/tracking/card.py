@@ -49,8 +49,13 @@ def card(config: dict[str, Any], parameters: int, name: str, scores: dict[str, f
         f"# {name}\n\nAn image encoder of the SimCLR family: a picture in, a vector out. Pictures that show the same thing get vectors\n"
         "that point the same way, so a nearest-neighbour search or a linear classifier on them goes far.",
         f'## Use it\n\n```python\nimport simclr\n\nencoder = simclr.load_encoder("{name}")      # this directory\n'
-        "features = encoder.embed(images)           # uint8 (n, H, W, 3), any size → (n, d)\n```\n\n"
+        'features = encoder.embed(images)           # uint8 (n, H, W, 3), any size → (n, d)\nfeatures = encoder.embed_files(["a.jpg"])\n'
+        "```\n\n"
         f"`simclr embed {name} photos/` does the same for files. Cropping, resizing and scaling to {size} px are part of `embed`.",
+        f"## Serve it\n\n```\nmlflow models serve -m models:/{name}@champion --env-manager uv --port 5001\n"
+        "(printf '{\"inputs\": [\"'; base64 < photo.jpg | tr -d '\\n'; printf '\"]}') |\n"
+        "  curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' --data-binary @-\n```\n\n"
+        "A picture is the base64 of its file. The version brings its code and its requirements; this package need not be installed.",
         "## What it is\n\n" + _table(("", ""), rows),
         "## Scores\n\n" + _scores(scores),
     ]

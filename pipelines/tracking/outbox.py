@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipelines.runs.directory import Run
@@ -38,8 +39,11 @@ def require(uri: str, begun: bool) -> None:
         say(f"{error}; the training goes on without it, and the outbox sends the undelivered reports when it answers")
 
 
-def open_run(run: Run, uri: str, tags: dict[str, str], known: Callable[[str], object]) -> client.MLflowRun:
-    """The MLflow run of `run` at `uri`, with more `tags`: the existing one, or a new one. `known` gets its id at once."""
+def open_run(
+    run: Run, uri: str, tags: dict[str, str], known: Callable[[str], object] = lambda run_id: None, copy: str | None = None
+) -> client.MLflowRun:
+    """The MLflow run of `run` at `uri`, with more `tags`: the existing one, or a new one. `known` gets its id at once. `copy` is the id of
+    one that is no copy of run.json's."""
     from simclr.optim import lr_peak
 
     mlflow_uri.check(uri)  # finds a silent server in seconds; MLflow's own first request takes minutes
@@ -54,8 +58,31 @@ def open_run(run: Run, uri: str, tags: dict[str, str], known: Callable[[str], ob
         **({"notes": "; ".join(run.notes)} if run.notes else {}),
         **tags,
     }
-    same = run.tracking_run if mlflow_uri.same_server(run.tracking_uri, uri) else ""
+    same = run.tracking_run if mlflow_uri.same_server(run.tracking_uri, uri) else copy
     return client.MLflowRun(uri, run.recipe, run.path.name, params, tags, same or None, known)
+
+
+def _batches(path: Path, note: dict[str, Any]) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """The reports in the run directory `path` from the offset in `note`, one request at a time, each with the note behind it."""
+    batch, values = list[dict[str, Any]](), 0
+    with contextlib.suppress(FileNotFoundError), (path / "metrics.jsonl").open("rb") as lines:
+        lines.seek(max(note["bytes"] - 1, 0))
+        if note["bytes"] and lines.read(1) != b"\n":  # the file was replaced by one fetched from S3
+            note["bytes"] = lines.seek(0)
+        for line in lines:
+            if not line.endswith(b"\n"):  # it is being written, or its machine crashed
+                break
+            # Half a line of a crash with another line behind it, and what somebody wrote into the file, are no reports.
+            with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+                report = json.loads(line)
+                values += len(client.metrics_of(report)) + 0 * int(report["step"])
+                batch.append(report)
+            note["bytes"] += len(line)
+            if values > client.MOST - 100:  # a report has fewer than 100
+                yield batch, note
+                batch, values = [], 0
+    if batch:
+        yield batch, note
 
 
 class Posted:
@@ -87,25 +114,7 @@ class Posted:
 
     def batches(self) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
         """Undelivered reports, one request at a time, each with the note to store once MLflow has them."""
-        note, batch, values = self._note(), list[dict[str, Any]](), 0
-        with contextlib.suppress(FileNotFoundError), (self.path / "metrics.jsonl").open("rb") as lines:
-            lines.seek(max(note["bytes"] - 1, 0))
-            if note["bytes"] and lines.read(1) != b"\n":  # the file was replaced by one fetched from S3
-                note["bytes"] = lines.seek(0)
-            for line in lines:
-                if not line.endswith(b"\n"):  # it is being written, or its machine crashed
-                    break
-                # Half a line of a crash with another line behind it, and what somebody wrote into the file, are no reports.
-                with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
-                    report = json.loads(line)
-                    values += len(client.metrics_of(report)) + 0 * int(report["step"])
-                    batch.append(report)
-                note["bytes"] += len(line)
-                if values > client.MOST - 100:  # a report has fewer than 100
-                    yield batch, note
-                    batch, values = [], 0
-        if batch:
-            yield batch, note
+        yield from _batches(self.path, self._note())
 
     def lost(self) -> int:
         """How many values are undelivered."""
@@ -134,6 +143,33 @@ def catch_up(run: Run, uri: str) -> Run:
     posted.status = "FINISHED"
     list(posted.deliver())
     return posted.run
+
+
+def logged_at(run: Run, uri: str) -> tuple[Run, str]:
+    """(the run, which is over, its id at MLflow `uri`) with all of its reports there. The address is one that the user names, or that
+    `trust.address_for` lets a run name.
+
+    Where MLflow there knows the run, the server has moved, and run.json gets the address. Where it does not, the run is logged there, too,
+    from its directory, with tags that say where it came from: once, however often it is published.
+    """
+    if run.tracking_run and not mlflow_uri.same_server(uri, run.tracking_uri):
+        if not client.has_run(uri, run.tracking_run):
+            return run, _copied(run, uri)
+        run = run.noted(tracking_uri=mlflow_uri.redacted(uri))
+    if run.unlogged or not run.tracking_run:
+        run = catch_up(run, uri)
+    return run, run.tracking_run
+
+
+def _copied(run: Run, uri: str) -> str:
+    there = client.copy_of(uri, run.recipe, run.tracking_run)
+    if there is None:
+        say(f"{run.path} was logged at {run.tracking_uri}; logging it at {mlflow_uri.redacted(uri)}, too")
+    copy = open_run(run, uri, {client.COPY_OF: run.tracking_run, client.COPIED_FROM: run.tracking_uri}, copy=there)
+    for reports, _ in _batches(run.path, {"bytes": 0}):
+        copy.log(reports)
+    copy.end("FINISHED")
+    return copy.run_id
 
 
 class Outbox:

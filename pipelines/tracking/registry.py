@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.metadata
-import json
 import math
 import os
 import re
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -17,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
-from pipelines.tracking import trust
-from pipelines.tracking.client import ABSENT, EXISTS, connect, locked, one_sentence, unless
+from pipelines.tracking import flavor, server, trust, version
+from pipelines.tracking.client import ABSENT, connect, locked, one_sentence, unless
 from simclr import files
 from simclr.errors import UserError
 from simclr.text import printable, redacted
@@ -32,32 +29,40 @@ _LOOK_S = 0.25
 def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, float]) -> int:
     """Register the encoder directory as a new version of model `name`, under run `run_id`, with its scores. Returns the version.
 
-    The version is an MLflow model without pickled code: `mlflow.pyfunc.load_model("models:/NAME@champion")` reads it wherever this
-    package is installed. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
+    The version is an MLflow model that carries its code: `mlflow.pyfunc.load_model("models:/NAME@champion")` reads it where this package is
+    not installed. Nothing is pickled. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
     """
     require_name(name)
-    if not _is_encoder(encoder):
-        raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
-    parts = [encoder / name for name in FILES if (encoder / name).exists()]
-    for part in parts:
-        if part.is_symlink() or not part.is_file():  # the directory may be somebody else's, and the link lead to a file of ours
-            raise UserError(f"{part} is no plain file; put the file itself there, and publish again")
+    parts = require_plain(encoder).values()
     with one_sentence(uri):
         client = connect(uri)
         place = client.get_run(run_id).info.artifact_uri
         trust.require_same_host(uri, place, f"the storage of run {run_id}")
         trust.say_folder(uri, place)
-        with tempfile.TemporaryDirectory() as scratch:
-            # Every version has its own folder: a run that is published twice keeps the files of its first version.
-            folder = _describe(Path(scratch), run_id, scores)
-            client.log_artifacts(run_id, scratch, folder)
-        for part in parts:
-            client.log_artifact(run_id, str(part), f"{folder}/encoder")
-        unless(EXISTS, client.create_registered_model, name)
-        source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
+        size = sum(part.stat().st_size for part in parts)
         tags = {_SCORE_TAG + metric: repr(float(value)) for metric, value in scores.items()}
         card = (encoder / "README.md").read_text() if (encoder / "README.md").is_file() else None
-        return int(client.create_model_version(name, source, run_id=run_id, tags=tags, description=card).version)
+        with tempfile.TemporaryDirectory() as scratch:
+            # Every version has its own folder: a run that is published twice keeps the files of its first version.
+            folder = flavor.describe(Path(scratch), run_id, scores)
+            # The files, then the version: one that is seen is whole.
+            with version.removed_on_failure(uri, f"{place}/{folder}"):
+                with server.patience(size, place):
+                    client.log_artifacts(run_id, scratch, folder)
+                    for part in parts:
+                        client.log_artifact(run_id, str(part), f"{folder}/encoder")
+                return version.made(client, name, f"{place}/{folder}", run_id, tags, card)
+
+
+def require_plain(encoder: Path) -> dict[str, Path]:
+    """The files of the encoder directory, by name. Raises UserError where it is none, or one of its files is no plain one."""
+    if not _is_encoder(encoder):
+        raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
+    parts = {name: encoder / name for name in FILES if (encoder / name).exists()}
+    for part in parts.values():
+        if part.is_symlink() or not part.is_file():  # the directory may be somebody else's, and the link lead to a file of ours
+            raise UserError(f"{part} is no plain file; put the file itself there, and publish again")
+    return parts
 
 
 def require_name(name: str) -> None:
@@ -70,31 +75,6 @@ def require_name(name: str) -> None:
             f"model name {name!r} cannot be registered, it has {found}; expected one without / : @ \\, quotes and signs that are not seen "
             "(control characters, line breaks, signs without width), give it with --name"
         )
-
-
-def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
-    """Write the files that make the folder of an encoder directory an MLflow model: MLmodel, requirements, example. Returns its name.
-
-    By hand: `mlflow.pyfunc.save_model` copies the weights and looks for pip.
-    """
-    import numpy as np
-    from mlflow import pyfunc
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    images, features = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3)), TensorSpec(np.dtype(np.float32), (-1, -1))
-    spec = Model(run_id=run_id, signature=ModelSignature(Schema([images]), Schema([features])), metadata={"scores": scores})
-    spec.artifact_path = f"model-{spec.model_uuid}"
-    example = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).tolist()  # two images
-    (model / "input_example.json").write_text(json.dumps(example))
-    spec.saved_input_example_info = {"artifact_path": "input_example.json", "type": "ndarray", "format": "tf-serving"}
-    pyfunc.add_to_model(spec, loader_module="pipelines.tracking.pyfunc", data="encoder", python_env="python_env.yaml")
-    spec.save(str(model / "MLmodel"))
-    # Without this package: on the public index another project has its name.
-    pins = [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in ("torch", "numpy", "safetensors")]
-    (model / "requirements.txt").write_text("\n".join(pins) + "\n")
-    (model / "python_env.yaml").write_text(f"python: {sys.version.split()[0]}\ndependencies:\n- -r requirements.txt\n")
-    return str(spec.artifact_path)
 
 
 def promote(uri: str, name: str, version: int, metric: str, alias: str = "champion") -> tuple[bool, float | None]:

@@ -39,22 +39,27 @@ class Picture:
     x: Tensor | None
     """(3, size, size) float32, on the host."""
     reason: str = ""
+    rescaled: bool = False
+    """It had more than 8 bits."""
+    clipped: bool = False
+    """More than 1 % of its pixels lay outside the range."""
 
 
 def picture(item: Item, preprocessing: Preprocessing, rule: Rule) -> Picture:
     """Read, decode, cut and normalise one picture."""
-    named, digest = Item(item.split, item.label, item.name, b""), ""
+    named, digest, done = Item(item.split, item.label, item.name, b""), "", (False, False)
     try:
         if isinstance(item.data, np.ndarray):
             digest, pixels = hashlib.sha256(item.data.tobytes()).hexdigest(), np.require(item.data, requirements="W")
         else:
             data = file_bytes(item.data, rule)
             digest = hashlib.sha256(data).hexdigest()
-            pixels = np.require(decoded(data, rule), requirements="W")  # torch warns about an array that is read-only
+            found = decoded(data, rule)
+            pixels, done = np.require(found.pixels, requirements="W"), (found.rescaled, found.clipped)  # torch warns of a read-only array
     except Unreadable as error:
         return Picture(named, digest, 0, 0, None, str(error))
     height, width = pixels.shape[:2]
-    return Picture(named, digest, height, width, preprocessing(torch.from_numpy(pixels)[None])[0])
+    return Picture(named, digest, height, width, preprocessing(torch.from_numpy(pixels)[None])[0], "", *done)
 
 
 class Clock:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import simclr as methods
 from pipelines import cli, terminal
 from tests.support.command import Run, refused
 
@@ -47,81 +48,6 @@ def test_every_command_has_help_with_units_and_defaults(simclr: Run, command: st
         for flag in ("--train.batch-size", "--optim.base-lr", "--workers", "--data", "--loss.temperature"):
             assert flag in out
         assert "default: 128" in out and "Learning rate per 256 images" in out
-
-
-def test_pretrains_help_begins_with_ten_usual_flags(simclr: Run) -> None:
-    _, out, _ = simclr("pretrain", "imagenet_resnet50", "--help")
-    head = out.partition("╭")[0]
-    flags = ("RECIPE", "--data", "--run", "--workers", "--train.epochs", "--train.batch-size", "--encoder.depth", "--optim.base-lr")
-    assert re.findall(r"^  (\S+)", head, re.MULTILINE) == [*flags, "--loss.temperature", "--tracking-uri"]
-    assert re.search(r"--train.batch-size .*N, images per step over all workers \(4096\)", head)
-
-
-def test_the_version_is_one_line_and_quick() -> None:
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "pipelines.cli", "--version"], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 10  # torch and ray are not imported
-    assert re.fullmatch(r"simclr \d\S*( \(commit [0-9a-f]+(, changed)?\))?, torch \d\S*, ray \d\S*, Python 3\S+\n", done.stdout)
-
-
-@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["recipes", "patterns_tiny"]])
-def test_a_reader_that_ends_early_gets_no_traceback(words: list[str]) -> None:
-    read, write = os.pipe()
-    os.close(read)  # as `| head` does, once it has its lines
-    done = subprocess.run([sys.executable, "-m", "pipelines.cli", *words], stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    assert done.stderr == "" and done.returncode in (0, 141)
-
-
-def test_a_config_may_be_a_file_which_flags_change(simclr: Run, tmp_path: Path, patterns: Path) -> None:
-    code, out, _ = simclr("recipes", "patterns_tiny")
-    (tmp_path / "run.yaml").write_text(out)
-    assert code == 0
-    parsed = cli.parse("pretrain", _args("pretrain"), ["--config", "run.yaml", "--data", "x", "--loss.temperature", "0.7"])
-    plain = cli.parse("pretrain", _args("pretrain"), ["patterns_tiny", "--data", "x", "--loss.temperature", "0.7"])
-    assert (parsed.recipe, parsed.config) == (plain.recipe, plain.config) and parsed.config.loss.temperature == 0.7
-    refused(simclr("pretrain", "patterns_tiny", "--config", "run.yaml", "--data", "x"), "'patterns_tiny' and --config run.yaml each have")
-    refused(simclr("pretrain", "--config=none.yaml", "--data", "x"), "--config none.yaml is no file")
-    (tmp_path / "run.yaml").write_text(out.replace("temperature: 0.2", "temprature: 0.2"))
-    refused(
-        simclr("pretrain", "--config", "run.yaml", "--data", "x"), r"run.yaml, line \d+: unknown field loss.temprature; nearest: loss.temp"
-    )
-    refused(simclr("finetune", "x", "--config", "run.yaml"), "run.yaml, line .*: unknown field")
-    refused(simclr("sweep", "lr", "--config", "run.yaml", "--data", "x"), "run.yaml, line .*: unknown field loss.temprature")
-
-
-def _args(name: str) -> Any:
-    import importlib
-
-    return importlib.import_module(f"pipelines.commands.{name}").Args
-
-
-def test_a_dry_run_starts_and_writes_nothing(simclr: Run, tmp_path: Path, patterns: Path) -> None:
-    words = (*PRETRAIN, patterns, "--workers", "2", "--dry-run", "--device", "cpu")
-    code, out, err = simclr(*words)
-    assert code == 0 and listing(tmp_path) == [] and "ray" not in err
-    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if line[:1].strip())
-    assert rows["config"] == "patterns_tiny, train.batch_size 60" and re.fullmatch(r"runs/patterns_tiny-\w{8}, a new one", rows["run"])
-    assert rows["steps"].startswith("49, 12.25 epochs of 4 steps of N = 60 of 240 images") and rows["workers"] == "2, 30 images each"
-    assert re.match(r"about 1\.\d\d GiB a worker, of a process on the CPU: activations", rows["memory"])
-    assert rows["time"].startswith("no measured rate") and "of 1 MiB; the newest 2 and the best stay" in rows["checkpoints"]
-    assert "nothing was started or written" in out
-
-
-def test_a_dry_run_takes_its_time_from_a_run_like_it(tmp_path: Path, patterns: Path) -> None:
-    from dataclasses import replace
-
-    from pipelines.runs.directory import load_run
-    from pipelines.train import plan
-
-    run = load_run(a_run(tmp_path / "runs" / "one", patterns))
-    for step, rate in enumerate((1.0, 1.0, 1.0, 90.0, 100.0, 110.0), 1):
-        run.append({"step": step, "speed/images_per_s": rate})
-    config = replace(run.config, optim=replace(run.config.optim, base_lr=9.0))
-    assert "about 29 s at 100 images/s" in plan.duration(config, 240, 2, "cpu", tmp_path / "runs")  # 49 steps of 60 images
-    assert "no measured rate" in plan.duration(config, 240, 4, "cpu", tmp_path / "runs")
-    wider = replace(config, encoder=replace(config.encoder, width=2))
-    assert "no measured rate" in plan.duration(wider, 240, 2, "cpu", tmp_path / "runs")
 
 
 def test_a_misspelt_flag_names_the_nearest(simclr: Run, patterns: Path) -> None:
@@ -299,17 +225,49 @@ def test_embed_takes_files_folders_and_arrays(simclr: Run, tmp_path: Path) -> No
     with np.load(tmp_path / "g.npz") as file:
         np.testing.assert_allclose(file["features"][0], features[1], rtol=1e-4, atol=1e-5)
     (tmp_path / "photos" / "3.png").write_bytes(b"\x89PNG no picture")
-    refused(simclr("embed", "encoder", "photos/3.png", "--out", "h.npz"), r"3\.png is no image that can be read")
-    assert not (tmp_path / "h.npz").exists()
-    code, out, err = simclr("embed", "encoder", "photos", "--out", "h.npz")  # found in a folder, not asked for by name
-    assert code == 0 and "3 × 64 features" in out and re.search(r"1 files are no images .* left out; the first: 3\.png", err)
+    refused(simclr("embed", "encoder", "photos/3.png", "--out", "h.npz"), r"none of the 1 files can be read as an image; .*3\.png")
+    assert not list(tmp_path.glob("*h.npz*"))
+    named = [f"photos/{i}.png" for i in range(4)]
+    code, out, err = simclr("embed", "encoder", *named, "--out", "i.npz")  # named one by one as in a folder
+    assert code == 0 and "3 × 64 features" in out and re.search(r"1 file is no image .* left out; the first: photos/3\.png", err)
+    code, out, err = simclr("embed", "encoder", "photos", "--out", "h.npz")
+    assert code == 0 and "3 × 64 features" in out and re.search(r"1 file is no image .* left out; the first: 3\.png", err)
     with np.load(tmp_path / "h.npz") as file:
         np.testing.assert_array_equal(file["features"], features)
+    for most in (200, 900, 2000):
+        Image.fromarray(rng.integers(0, most, (40, 40)).astype(np.uint16)).save(tmp_path / f"{most}.png")
+    code, _, err = simclr("embed", "encoder", "200.png", "900.png", "2000.png", "--out", "d.npz", "--value-range", "0", "1000")
+    assert code == 0 and "3 images were rescaled to 8 bits, integers from 0 (black) to 1,000 (white)" in err
+    assert "1 of these had more than 1 % of their pixels outside this range, cut off at black or white" in err
     (tmp_path / "empty.npy").write_bytes(b"")
     refused(simclr("embed", "encoder", "empty.npy"), "empty.npy is no .npy file that can be read")
-    refused(simclr("embed", "encoder", "photos", "--out", "one.npy/f.npz"), "a folder in the path one.npy/f.npz is a file")
     np.save(tmp_path / "wrong.npy", np.zeros((2, 3, 8, 8), np.float32))
     refused(simclr("embed", "encoder", "wrong.npy"), r"holds float32 \(2, 3, 8, 8\); expected uint8 \(n, H, W, 3\)")
+
+
+def test_what_cannot_be_written_is_found_before_anything_is_computed(simclr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of one format is never written under the name of another."""
+    monkeypatch.setattr(methods, "load_encoder", lambda *_, **__: pytest.fail("computed"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").touch()
+    is_file, is_folder = "is a file, where a folder is to be written", "is a folder, where a file is to be written"
+    for words in (("embed", "e", "p", "--out"), ("convert", "c", "--to"), ("pull", "m@champion", "--to"), ("demo", "--out")):
+        refused(simclr(*words, "file"), is_file)
+    refused(simclr("curate", "f", "--diverse", "3", "--out", "file"), is_file)
+    refused(simclr("evaluate", "e", "--protocol", "knn", "--out", "file"), is_file)
+    refused(simclr("evaluate", "--features", "f", "--protocol", "knn", "--out", "file"), is_file)
+    refused(simclr("embed", "e", "p", "--out", "folder.npz"), is_folder)
+    refused(simclr("embed", "e", "p", "--out", "file/f.npz"), "a folder in the path file/f.npz is a file")
+    refused(simclr("neighbours", "f", "1", "--out", "folder"), is_folder)
+    refused(simclr("bench", "loss", "--profile", "folder"), is_folder)
+    refused(simclr("embed", "e", "p", "--out", "f.csv"), r"f\.csv ends like a file, .* leave out \.csv, or end it with \.npz or \.parquet")
+    refused(simclr("embed", "e", "p", "--out", "s3://photos/f.csv"), r"ends like a file")
+    for words in (("convert", "c", "--to"), ("pull", "m@champion", "--to"), ("prepare", "--source", "patterns", "--out")):
+        refused(simclr(*words, "x.safetensors"), r"ends like a file, and a folder is to be written; leave out \.safetensors")
+    refused(simclr("report", "r", "--out", "r.parquet"), r"is of no kind that is written here; expected a name that ends with \.html")
+    refused(simclr("bench", "loss", "--json", "r.csv"), r"expected a name that ends with \.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "folder.npz"]
 
 
 def test_the_installed_command_starts_quickly_and_says_its_usage() -> None:
@@ -333,6 +291,25 @@ def test_the_time_left_counts_from_the_first_step_not_from_the_start(
         "pretrain: 31/100 steps  64 images/s  50 s  ETA 69 s  loss 4",
         "pretrain: 51/100 steps  64 images/s  70 s  ETA 49 s  loss 4",
     ]
+
+
+def test_a_slow_rate_is_told_in_a_longer_unit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was "0 trials/s"."""
+    rates = [
+        (0.0, ""),
+        (64.2, "64 images/s"),
+        (3.26, "3.3 images/s"),
+        (1 / 30, "2 images/min"),
+        (1 / 600, "6 images/h"),
+        (1e-5, "0.036 images/h"),
+    ]
+    assert [terminal.pace(rate, "images/s") for rate, _ in rates] == [text for _, text in rates]
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with terminal.Bar("sweep", 4, "trials", "trials/s") as bar:
+        for clock[0], over in ((143.0, 0), (160.0, 1)):
+            bar.update(over)
+    assert capsys.readouterr().err.splitlines() == ["sweep: 0/4 trials  43 s", "sweep: 1/4 trials  1 trials/min  60 s  ETA 51 s"]
 
 
 def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:

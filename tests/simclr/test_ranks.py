@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr import checkpoint
 from simclr.collectives import all_gather, data_parallel, from_rank_zero, rank, world_size
@@ -141,6 +142,38 @@ def test_batchnorm_on_cuda_is_that_of_the_whole_batch(ranks: Ranks, within: With
             within(name, float((found[name] - value).abs().max()), 1e-10)
 
 
+class _Backwards(TorchDispatchMode):
+    """Notes which saved statistics each call of BatchNorm's native backward is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: list[tuple[Tensor | None, Tensor | None]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None) -> Any:
+        if function is torch.ops.aten.native_batch_norm_backward.default:
+            self.saved.append(arguments[5:7])
+        return function(*arguments, **(named or {}))
+
+
+def saved_statistics() -> list[float]:
+    """Of a backward pass over all ranks: how far what CUDA's kernel would read is from the batch's mean and 1 / σ."""
+    x = torch.randn(8, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    norm = BatchNorm(3).to(torch.float64)
+    with _Backwards() as seen:
+        norm(mine(x).requires_grad_()).sum().backward()
+    ((mean, invstd),) = seen.saved
+    assert mean is not None and invstd is not None, "CUDA's kernel fails without them"
+    var, expected = torch.var_mean(x, (0, 2, 3), correction=0)
+    return [float((mean - expected).abs().max()), float((invstd - (var + norm.eps).rsqrt()).abs().max())]
+
+
+def test_the_backward_pass_has_what_cudas_kernel_reads(ranks: Ranks, within: Within) -> None:
+    """A CPU reads running statistics there; on two ranks of an H100 every eager step ended with an internal assertion of torch."""
+    for found in ranks(2, saved_statistics):
+        within("mean", found[0], 1e-12)
+        within("1 / σ", found[1], 1e-12)
+
+
 def test_per_worker_batchnorm_differs_on_purpose(ranks: Ranks) -> None:
     together, apart = (ranks(2, normalised, (8, 3), 0.0, over)[0]["y"] for over in (None, 1))
     assert (together - apart).abs().max() > 0.1
@@ -161,11 +194,12 @@ def trained(config: Config, data: str) -> tuple[list[float], dict[str, Tensor], 
 
 
 def test_twenty_steps_are_the_same_on_one_two_and_four_ranks(ranks: Ranks, within: Within, patterns: Path) -> None:
-    """And the same as in tests/golden/curve.json: a change of the numbers must be intended."""
+    """And the same as in tests/golden/curve.json: a change of the numbers must be intended. The views are float32, and their last bits
+    depend on the CPU: the AMD that wrote the curve repeats it to 1e-9, an Intel with AVX-512 is 7e-8 off."""
     losses, state, knn = trained(TINY, str(patterns))
     assert len(losses) == 20 and losses[-1] < losses[0]
     golden = json.loads((GOLDEN / "curve.json").read_text())
-    within("loss, frozen curve", float(np.abs(np.subtract(losses, golden["train/loss"])).max()), 1e-9)
+    within("loss, frozen curve", float(np.abs(np.subtract(losses, golden["train/loss"])).max()), 1e-6)
     for world in (2, 4):
         for found, weights, score in ranks(world, trained, TINY, str(patterns)):
             within(f"loss, W = {world}", float(np.abs(np.subtract(found, losses)).max()), 1e-9)
@@ -256,7 +290,7 @@ class _Flat(nn.Module):
         self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.kernel
+        return x.flatten(1).double() @ self.kernel.double()  # in float32 a row's last bits depend on how many are beside it
 
 
 @pytest.mark.parametrize("limit", [None, 3, 59])

@@ -219,16 +219,16 @@ def test_check_accepts_a_server_and_a_database(server: Server, uri: str, publish
 
 def test_check_refuses_a_closed_port_and_a_silent_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mlflow_uri._ANSWER_S + 0.5 < 10
-    with pytest.raises(UserError, match=r"no MLflow server at http://h:99999 \(InvalidURL\)"):
+    with pytest.raises(UserError, match=r"no MLflow server at http://h:99999 \(that is no valid address\)"):
         mlflow_uri.check("http://h:99999")
     monkeypatch.setattr(mlflow_uri, "_ANSWER_S", 0.5)
     with socket.socket() as silent, socket.socket() as closed:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         closed.bind(("127.0.0.1", 0))  # bound and not listening: no other process gets the port
-        for port, reason in ((silent.getsockname()[1], "Timeout"), (closed.getsockname()[1], "ConnectionError")):
+        for port, reason in ((silent.getsockname()[1], "no answer .*"), (closed.getsockname()[1], "nothing listens there")):
             began = time.monotonic()
-            with pytest.raises(UserError, match=rf"no MLflow server at http://…@127.0.0.1:{port} \(.*{reason}\); start it") as error:
+            with pytest.raises(UserError, match=rf"no MLflow server at http://…@127.0.0.1:{port} \({reason}\); start it") as error:
                 mlflow_uri.check(f"http://user:secret@127.0.0.1:{port}")
             assert "secret" not in str(error.value)
             assert time.monotonic() - began < 2
@@ -241,7 +241,7 @@ def test_check_refuses_what_answers_but_is_no_mlflow(server: Server, monkeypatch
             mlflow_uri.check(server.uri)
 
 
-@pytest.mark.parametrize("uri", ["localhost:5000", "postgresql://user:secret@host/mlflow", "http://", "ftp://h", "sqlite://x", ""])
+@pytest.mark.parametrize("uri", ["localhost:5000", "host", "http://", "ftp://user:secret@h", "sqlite://x", "/a/folder", ""])
 def test_check_refuses_what_is_no_address(uri: str) -> None:
     with pytest.raises(UserError, match="is no MLflow address; expected") as error:
         mlflow_uri.check(uri)
@@ -373,8 +373,7 @@ def test_mlflow_loads_the_champion_and_predicts(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     model = importlib.import_module("mlflow.pyfunc").load_model("models:/tiny@champion")
     example = model.metadata.load_input_example("models:/tiny@champion")
-    assert example.dtype == np.uint8 and model.predict(example).shape == (2, 64) and model.metadata.metadata["scores"]["knn_top1"] == 0.75
-    monkeypatch.setattr("pipelines.tracking.pyfunc._ROWS", 2)
+    assert model.predict(example).shape == (1, 64) and model.metadata.metadata["scores"]["knn_top1"] == 0.75
     images = np.arange(5 * 40 * 36 * 3, dtype=np.uint64).astype(np.uint8).reshape(5, 40, 36, 3)
     features = model.predict(images)
     assert features.dtype == np.float32 and model.predict(images[:0]).shape == (0, features.shape[1])
@@ -382,5 +381,5 @@ def test_mlflow_loads_the_champion_and_predicts(
     images.flags.writeable = False
     np.testing.assert_array_equal(model.predict(images), features)
     assert not [str(w.message) for w in recwarn if "mlflow" in w.filename or "pyfunc" in w.filename]
-    assert not [p for p in Path(uri.removeprefix("sqlite:///")).parent.rglob("artifacts/**/*") if p.suffix in (".pkl", ".py")]
+    assert not [*Path(uri.removeprefix("sqlite:///")).parent.rglob("artifacts/**/*.pkl")]
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"

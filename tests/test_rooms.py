@@ -29,7 +29,7 @@ LAYERS = [
     ("pipelines.environ",),
     ("pipelines.terminal", "pipelines.allocator", "pipelines.train.ray_private"),
     ("pipelines",),
-    ("simclr.train",),
+    ("simclr.train", "simclr.footprint"),
     ("simclr.methods",),
     ("simclr.gradient_cache", "simclr.telemetry"),
     ("simclr.evaluation", "simclr.sense"),
@@ -85,7 +85,7 @@ DOORS = {
     "onnxruntime": {"simclr/encoder/export.py"},
     "onnx": {"simclr/encoder/onnx_graph.py"},
     "huggingface_hub": {"pipelines/tracking/hub.py", "simclr/encoder/hub.py"},
-    "yaml": {"pipelines/commands/cluster.py", "tune/words.py"},
+    "yaml": {"pipelines/commands/cluster.py", "pipelines/runs/config_file.py", "tune/words.py"},
     "jsonschema": {"pipelines/commands/cluster.py"},
 }
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipelines.runs import status, sync
+from pipelines.runs import config_file, status, sync
 from pipelines.terminal import say, show
 from pipelines.tracking import tensorboard as scalars
 from pipelines.tracking import uri as mlflow_uri
@@ -25,6 +25,7 @@ from pipelines.tracking.outbox import require
 from pipelines.train import ray_train
 from pipelines.train.resources import Resources
 from simclr import files
+from simclr.config import Config
 from simclr.cores import cores
 from simclr.data.manifest import Manifest
 from simclr.data.s3 import uri as s3_uri
@@ -55,6 +56,9 @@ class Args:
     """A space of your own in YAML: `vary:` and below it FIELD: VALUES as for --vary, and perhaps `set:` with FIELD: VALUE as for --set."""
     recipe: str = ""
     """The recipe that every trial changes."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with the config that every trial changes, in place of --recipe: YAML as `simclr recipes NAME` writes it, or a run's run.json.
+    It is kept as its recipe, with --set of the fields that differ."""
     data: Path | None = None
     """Directory or s3://bucket/prefix of prepared shards."""
     out: Path | None = None
@@ -194,9 +198,10 @@ def _noted(asked: Sweep, work: Callable[[], Sweep]) -> Sweep:
 def _asked(args: Args) -> Sweep:
     """The sweep that the flags describe, or that --resume names."""
     if args.resume is not None:
-        if args.space or args.recipe or args.data or args.vary or args.space_file:
-            raise UserError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe and --data")
+        if args.space or args.recipe or args.data or args.vary or args.space_file or args.config_file:
+            raise UserError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe, --config and --data")
         return _resumed(sweep_dir.load(*mirror.opened(args.resume)), args)
+    args = _of_file(args)
     own, fixed = _own(args)
     if not args.space and not own:
         raise UserError(
@@ -210,7 +215,8 @@ def _asked(args: Args) -> Sweep:
     for flag in ("trials", "seeds", "keep", "max_concurrent"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}; expected at least 1")
-    changes = {path: words.value(base, path, given) for path, given in fixed.items()}
+    changes = {path: value for path, value in _differing(args, base).items() if path not in own}
+    changes |= {path: words.value(base, path, given) for path, given in fixed.items()}
     changes |= {path: resolve.read(base, path, text) for path, text in resolve.assignments(args.set, "--set")}
     if twice := sorted(own.keys() & changes.keys()):
         raise UserError(f"{twice[0]} is both varied and set; leave out one of them")
@@ -258,6 +264,25 @@ def _asked(args: Args) -> Sweep:
         return dataclasses.replace(found, path=Path("runs") / f"sweep-{name}-{digest}")
     path, at_out = mirror.opened(args.out)
     return dataclasses.replace(found, path=path, at=at_out)
+
+
+def _of_file(args: Args) -> Args:
+    """The flags with the recipe that the file of --config is of."""
+    if args.config_file is None:
+        return args
+    if args.recipe:
+        raise UserError(f"--recipe {args.recipe} and --config {args.config_file} each have a whole config; leave out one of them")
+    name = config_file.read(args.config_file).recipe
+    recipe(name)  # a sweep's trials are told by what differs from a recipe
+    return dataclasses.replace(args, recipe=name)
+
+
+def _differing(args: Args, base: Config) -> dict[str, Any]:
+    """Fields of the file of --config that differ from its recipe, `base`."""
+    if args.config_file is None:
+        return {}
+    ours = config_file.read(args.config_file).config
+    return {path: resolve.value_of(ours, path) for path in ours.flat() if resolve.value_of(ours, path) != resolve.value_of(base, path)}
 
 
 def _own(args: Args) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,11 +6,11 @@ import contextlib
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from pipelines.runs import sync
+from pipelines.runs import config_file, sync
 from pipelines.runs.directory import Run
 from pipelines.terminal import say, show
 from pipelines.tracking import tensorboard
@@ -36,8 +36,17 @@ class Args:
     --optim.name sgd --optim.nesterov --optim.scaling linear --optim.base-lr 0.05.
     """
 
+    SETTINGS: ClassVar = (
+        *("labels", "tap", "class_weights", "linear", "from_scratch", "encoder", "epochs", "batch_size", "optim", "seed", "label_seed"),
+        *("test_every_epochs", "precision", "compile"),
+    )
+    """What a file of --config may have."""
+
     start: Annotated[Path, tyro.conf.Positional]
     """Run directory or published encoder, on disk or at s3://bucket/prefix, or NAME@alias in the registry."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with settings: YAML as `simclr recipes finetune` writes it, or the run.json of a fine-tuning, with its list of labels. Flags
+    change it."""
     data: Path | None = None
     """Directory or s3://bucket/prefix of prepared shards. Default: the data of the run."""
     labels: float = 1.0
@@ -80,6 +89,28 @@ class Args:
     tensorboard: tuple[Path, ...] | None = None
     """Write TensorBoard's scalars, too (an extra: `pip install tensorboard`): into DIR/RUN of --tensorboard DIR, or into the run's own
     folder tensorboard of --tensorboard alone."""
+
+    @classmethod
+    def defaults(cls, words: list[str]) -> Args | None:
+        """The settings of the file behind --config in a command's `words`; None without that flag."""
+        given = config_file.given_to("--config", words)
+        if given is None:
+            return None
+        path, empty = config_file.at(Path(given)), cls(start=tyro.MISSING)
+        if path.suffix != ".json":
+            return config_file.changed(empty, config_file.entries(path), path, cls.SETTINGS)
+        config = config_file.read(path, "finetune").config
+        assert isinstance(config, FineTune)
+        new = not config.encoder_sha256
+        return replace(
+            empty,
+            **classifiers.settings_of(config, path.parent),
+            tap=config.tap,
+            class_weights=config.class_weights,
+            linear=config.linear,
+            from_scratch=new,
+            encoder=classifiers.Shape.like(config.encoder) if new else classifiers.Shape(),
+        )
 
 
 def main(args: Args) -> None:

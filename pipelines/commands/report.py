@@ -24,6 +24,7 @@ from simclr import fields, files
 from simclr.data.arrays import require_plain_headers, require_small
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
+from simclr.recipes import changed_from
 
 _MOST_BYTES = 1 << 30  # of pictures.npz, unpacked; the largest that `evaluate` writes is a tenth
 # Name in pictures.npz → its sides, equal where their names are, and its kind (see `pipelines.html.pictures.write_pictures`).
@@ -96,7 +97,7 @@ def gather(run: Run) -> ReportData:
     }
     gallery, neighbours, points = _pictures(run.path / "pictures.npz", len(manifest.classes) if manifest is not None else 1 << 31)
     return ReportData(
-        title=f"SimCLR · {run.recipe}",
+        title=f"SimCLR · {changed_from(run.recipe, run.config)}",
         command=run.command,
         config=run.config.flat(),
         facts=facts,

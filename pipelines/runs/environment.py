@@ -68,3 +68,22 @@ def _gpu_versions() -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
+
+
+def installed() -> str:
+    """What is installed, in one line: this package, the commit of a checkout, and the libraries that decide what a run computes. It imports
+    none of them."""
+    import simclr
+
+    found = [f"simclr {simclr.__version__}{_commit(Path(simclr.__file__).parents[1])}"]
+    found += [f"{name} {version(name) or 'absent'}" for name in ("torch", "ray")]
+    return ", ".join([*found, f"Python {platform.python_version()}"])
+
+
+def _commit(folder: Path) -> str:
+    """ " (commit 1a2b3c4d, changed)" for a git checkout in `folder`; "" where it is none."""
+    if not (folder / ".git").exists() or not (git := shutil.which("git")):
+        return ""
+    words = [git, "-C", str(folder), "describe", "--always", "--abbrev=8", "--exclude=*", "--dirty=, changed"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return f" (commit {done.stdout.strip()})" if done.returncode == 0 else ""

@@ -23,6 +23,7 @@ from pipelines.tracking import client, evaluated
 from pipelines.tracking import uri as mlflow_uri
 from simclr import fields, files
 from simclr.errors import UserError
+from simclr.recipes import changed_from
 
 _EVERY_S, _AWAY_S = 0.5, 30.0  # between two looks; doubles up to the second while the server does not answer
 _SCORES_S = 30.0  # that an evaluation waits for MLflow
@@ -56,6 +57,7 @@ def open_run(
     tags = {
         "run_directory": str(run.path.absolute()),
         "command": run.command,
+        "mlflow.note.content": changed_from(run.recipe, run.config),  # the description at the head of MLflow's page
         **({"notes": "; ".join(run.notes)} if run.notes else {}),
         **_origin(run),
         **tags,

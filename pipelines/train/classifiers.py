@@ -50,6 +50,26 @@ class Shape:
         """`encoder` with these fields."""
         return replace(encoder, **{k: v for k, v in dataclasses.asdict(self).items() if v is not None})
 
+    @classmethod
+    def like(cls, encoder: Encoder) -> Shape:
+        """The shape of `encoder`, in full."""
+        return cls(depth=encoder.depth, width=encoder.width, sk_ratio=encoder.sk_ratio)
+
+
+def settings_of(config: Config, run: Path) -> dict[str, Any]:
+    """What both stages' commands can repeat of a `run` with this config, as their flags."""
+    labels = run / "labels.txt"
+    return {
+        "label_file": labels if labels.is_file() else None,
+        "epochs": config.train.epochs,
+        "batch_size": config.train.batch_size,
+        "optim": config.optim,
+        "seed": config.seed,
+        "test_every_epochs": config.watch.every_epochs,
+        "precision": config.train.precision,
+        "compile": config.train.compile,
+    }
+
 
 @contextlib.contextmanager
 def published(start: Path, tracking_uri: str | None) -> Iterator[tuple[Path, Path | None]]:

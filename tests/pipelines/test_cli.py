@@ -340,6 +340,8 @@ def test_views_are_drawn_for_any_data_and_verify_names_a_damaged_shard(
         assert len(set(picture.getdata())) > 1000
     code, out, _ = simclr("views", photographs, "--views.size-px", "64", "--out", "b.jpg")  # the recipe follows from the data
     assert code == 0 and "24 images, each with its two views at 64 px" in out
+    code, out, _ = simclr("views", "patterns_tiny", "--data", patterns, "--images", "2")  # nothing is written beside what one works on
+    assert code == 0 and out.startswith("runs/views-patterns_tiny.png: 2 images") and (tmp_path / "runs/views-patterns_tiny.png").is_file()
     refused(simclr("views", photographs, "--out", "c.txt"), r"c.txt has no ending of a picture; use c.txt.png")
     refused(simclr("views", photographs, "--images", "0"), "--images is 0")
     other = tmp_path / "other"

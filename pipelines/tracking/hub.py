@@ -128,7 +128,8 @@ def _head(config: dict[str, Any], repository: str, record: Record, licence: str,
 def _card(encoder: Path, repository: str, lacks: str) -> str:
     """The card's text behind its head: the encoder's own, with the Hub's address and what timm does with it."""
     own = (encoder / "README.md").read_text().replace("# hf://", "# ", 1)
-    own = re.sub(r"  +# this directory", "", own)
+    own = re.sub(r"  +# DIR: the directory of this file", "", own).replace("DIR", f"hf://{repository}")
+    own = re.sub(r"## Serve it\n.*?(?=## )", "", own, flags=re.DOTALL)  # of a version in a registry
     if lacks:
         return f"{own}\n## timm\n\ntimm has no network with {lacks}, so this one is read by simclr alone.\n"
     call = f'timm.create_model("hf-hub:{repository}", pretrained=True, num_classes=0)'
@@ -143,8 +144,9 @@ def _card(encoder: Path, repository: str, lacks: str) -> str:
 def _quiet() -> Any:
     """huggingface_hub's errors, once it is imported, with its bars switched off. Raises UserError where it is not installed."""
     try:
-        from huggingface_hub import errors, utils
+        from huggingface_hub import errors
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ModuleNotFoundError:
         raise UserError(reading.EXTRA) from None
-    utils.disable_progress_bars()
+    disable_progress_bars()
     return errors

@@ -53,7 +53,8 @@ def fetched(address: str | Path, whole: bool = False) -> Path:
     except hub.LocalEntryNotFoundError as error:
         why = "$HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"the Hub cannot be reached ({_cause(error)})"
         raise UserError(f"{why}, and {name} is not in the cache, {constants.HF_HUB_CACHE}; fetch it once with a connection") from None
-    except (hub.HTTPError, OSError) as error:
+    # httpx's, or in later versions httpx2's.
+    except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined,unused-ignore]
         raise UserError(
             f"{at} cannot be fetched: {redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]}"
         ) from None

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipelines.runs.directory import Run as RunDirectory
 from pipelines.runs.directory import load_run
+from pipelines.runs.scores import TEST, WHOLE, Measured, stated
 from pipelines.tracking import hub as publishing
 from pipelines.tracking.card import write_card
 from pipelines.tracking.record import Record
@@ -53,6 +54,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 def run(tmp_path: Path, patterns: Path) -> RunDirectory:
     run = load_run(a_run(tmp_path / "run", patterns, "", ""))
     an_encoder(run.encoder)
+    scored = {"scores": [{"name": "trained", "knn_top1": 0.5, "probe_top1": 0.5}]} | stated(
+        Measured(data="data/photos", limit=WHOLE, split=TEST)
+    )
+    (run.path / "evaluation.json").write_text(json.dumps(scored))
     return run
 
 
@@ -76,7 +81,8 @@ def test_a_run_is_published_and_read(simclr: Run, hub: Hub, run: RunDirectory, t
     assert (
         'load_encoder("hf://team/photos")' in card
         and card.startswith("\n# team/photos\n")
-        and "this directory" not in card
+        and "DIR" not in card
+        and "mlflow" not in card
         and "timm has no network with" in card
     )
 

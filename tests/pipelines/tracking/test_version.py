@@ -29,7 +29,8 @@ def encoder(tmp_path: Path) -> Path:
 
 
 def files(run: MLflowRun) -> list[str]:
-    folder = Path(run._mlflow.get_run(run.run_id).info.artifact_uri.removeprefix("file://"))
+    """Of the run, and of the logged models beside it."""
+    folder = Path(run._mlflow.get_run(run.run_id).info.artifact_uri.removeprefix("file://")).parent.parent
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
@@ -53,7 +54,7 @@ def test_an_upload_that_fails_leaves_nothing(run: MLflowRun, encoder: Path, monk
         assert files(run)
         lost()
 
-    during(monkeypatch, "log_artifact", breaks)
+    during(monkeypatch, "log_model_artifact", breaks)
     with pytest.raises(UserError, match="RemoteDisconnected"):
         registry.register(run._uri, run.run_id, encoder, "photos", Record())
     assert not files(run) and not run._mlflow.search_registered_models()

@@ -187,6 +187,7 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool, stack: con
         "device": args.device,
         "precision": args.precision,
         "batch_size": args.batch_size,
+        embedding.IMAGES: planned.total,
     }
     waited = computed = 0.0
     device = "cpu"

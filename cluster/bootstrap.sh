@@ -203,6 +203,8 @@ export UV_LINK_MODE="${UV_LINK_MODE:-copy}" VIRTUAL_ENV="$PWD/.venv"
 # Compiled now: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every process would do it again, 3 s for torch alone.
 .venv/bin/uv pip install --quiet --compile-bytecode --require-hashes --build-constraint cluster/build.lock \
     --only-binary :all: --no-binary ffcv --no-binary fastargs --no-binary assertpy -r $lock
+# What a set-up before December 2026 installed under another name would own the command, too.
+[ ! -d "$(echo .venv/lib/python3*/site-packages/simclr-*.dist-info)" ] || .venv/bin/uv pip uninstall --quiet simclr
 .venv/bin/uv pip install --quiet --no-deps --no-build-isolation -e .
 echo "$wanted $PWD" >.venv/installed
 say "done"

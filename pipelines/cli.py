@@ -5,16 +5,21 @@ An error that the user can mend is one sentence and exit code 2. Every other err
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import operator
 import os
+import select
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from simclr import extras
 from simclr.errors import UserError
 from simclr.text import printable
 
@@ -49,16 +54,49 @@ COMMANDS = {
 
 def usage() -> str:
     rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
-    return f"usage: simclr COMMAND [--help] …\n\n{rows}\n\n`simclr COMMAND --help` states every option with its unit and default."
+    more = "`simclr COMMAND --help` states every option with its unit and default; `simclr --version` says what is installed."
+    return f"usage: simclr COMMAND [--help] …\n\n{rows}\n\n{more}"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the `simclr` command; exits with 0, 2 (a mistake in the input) or 130 (interrupted)."""
+    """Entry point of the `simclr` command; exits with 0, 2 (a mistake in the input), 130 (interrupted), or 141 where the reader of its
+    output, as `head`, has ended: what a shell says of a command that SIGPIPE ends."""
     argv = sys.argv[1:] if argv is None else argv
     from pipelines import environ, terminal
 
     terminal.set_quiet("--quiet" in argv)
     environ.prepare()
+    try:
+        _main(argv)
+        sys.stdout.flush()  # here, where a closed pipe is noticed, and not as the interpreter ends
+    except BrokenPipeError:
+        if not (unread := _unread()):
+            raise
+        for stream in unread:  # what it still holds goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        sys.exit(141)
+    except SystemExit:
+        for stream in _unread():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        raise
+
+
+def _unread() -> list[int]:
+    """Which of standard output and standard error are pipes that nobody reads any more."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)  # errors are always told
+    return [stream for stream, event in poll.poll(0) if event & select.POLLERR]
+
+
+def _main(argv: list[str]) -> None:
+    from pipelines import terminal
+
+    if argv[:1] == ["--version"]:
+        from pipelines.runs.environment import installed
+
+        terminal.show(installed())
+        return
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if argv else 2)
@@ -75,10 +113,19 @@ def main(argv: list[str] | None = None) -> None:
         module = importlib.import_module(_ABOVE.get(name, f"pipelines.commands.{name}"))
         words = [a for a in rest if a != "--quiet"]
         if words and hasattr(module, "recipe_for") and Path(words[0]).is_dir():
-            words = [module.recipe_for(Path(words[0])), "--data", *words]
+            from pipelines.runs.config_file import given_to
+
+            given = [] if given_to("--config", words) else [module.recipe_for(Path(words[0]))]
+            words = [*given, "--data", *words]
         module.main(parse(name, module.Args, words))
     except UserError as error:
         _fail(str(error))
+    except BrokenPipeError:
+        raise
+    except ModuleNotFoundError as error:
+        if not (needed := extras.absent(error)):
+            raise
+        _fail(f"`simclr {name}` needs {needed}")
     except OSError as error:
         from simclr import files
 
@@ -109,29 +156,72 @@ def _fail(sentence: str) -> None:
 
 
 def parse(name: str, args: type[Any], argv: list[str]) -> Any:
-    """Read `argv` into the dataclass `args`. If it has a field `config`, the first word is a recipe, and the defaults are
-    that recipe's, unless the class finds its `defaults` in the words."""
+    """Read `argv` into the dataclass `args`. If it has a field `config`, the first word is a recipe or --config names a file, and the
+    defaults are theirs, unless the class finds its `defaults` in the words."""
     import tyro
 
     from pipelines import terminal
+    from pipelines.runs.config_file import given_to
 
     # A shell's * may bring such a word, as the name of a file.
     if odd := next((word for word in argv if word.startswith("-") and printable(word) != word), None):
         raise UserError(f"{odd}: no option has such characters; name a file ./{odd}, and give a value behind its option, without =")
     fields = {f.name: f for f in dataclasses.fields(args)}
-    default: Any = None
+    file, named = given_to("--config", argv) if "config_file" in fields else None, None
+    default = args.defaults(argv) if hasattr(args, "defaults") else None
     if "config" in fields:
-        from simclr.recipes import recipe
-
         named = argv[0] if argv and not argv[0].startswith("-") else None
-        default = args.defaults(named, argv) if hasattr(args, "defaults") else None
-        if named is None and default is None and not {"-h", "--help"} & set(argv):
-            raise UserError(f"which recipe? `simclr {name} RECIPE …`; `simclr recipes` lists them")
-        default = default or args(recipe=named or "patterns_tiny", data=tyro.MISSING, config=recipe(named or "patterns_tiny"))
+        default = _begun(name, args, named, file, default, asks=bool({"-h", "--help"} & set(argv)))
         argv = argv[1:] if named else argv
-    description = f"{inspect.getdoc(args)}\n\n--quiet: errors and results only."
+    usual = "\n".join(_usual(args, default))
+    description = f"{inspect.getdoc(args)}\n\n--quiet: errors and results only.{usual and chr(10) * 2 + usual}"
     with terminal.filtered():  # its complaints repeat words as they are, its help the defaults
         return tyro.cli(args, args=argv, default=default, prog=f"simclr {name}", description=description)
+
+
+def _begun(name: str, args: type[Any], named: str | None, file: str | None, found: Any, asks: bool) -> Any:
+    """The defaults of a command of recipes: those `found`, or of the recipe `named`, or of the --config `file`; if the user `asks` for help
+    and names nothing, some recipe's."""
+    import tyro
+
+    from pipelines.runs import config_file
+    from simclr.recipes import recipe
+
+    begun = [*([f"the recipe {named!r}"] if named else []), *([f"--config {file}"] if file else []), *(["--extend"] if found else [])]
+    if len(begun) > 1:
+        raise UserError(f"{' and '.join(begun)} each have a whole config; leave out one of them, flags change single fields")
+    if found is not None:
+        return found
+    if file is not None:
+        read = config_file.read(Path(file))
+        return args(recipe=read.recipe, data=tyro.MISSING, config=read.config)
+    if named is None and not asks:
+        raise UserError(
+            f"which recipe? `simclr {name} RECIPE …`, or `simclr {name} --config FILE …`; `simclr recipes` lists them, and "
+            "`simclr recipes RECIPE > run.yaml` writes one as a file"
+        )
+    return args(recipe=named or "patterns_tiny", data=tyro.MISSING, config=recipe(named or "patterns_tiny"))
+
+
+def _usual(args: type[Any], default: Any) -> Iterator[str]:
+    """The flags that a class lists as USUAL, in its order: each with its default and the first sentence on it. tyro's help has them all, by
+    group, below."""
+    paths: dict[str, str] = getattr(args, "USUAL", {})
+    if not paths or default is None:
+        return
+    yield "The usual ones; every option follows, by group:"
+    for flag, said in paths.items():
+        value = _value(default, flag.removeprefix("--").replace("-", "_"))
+        shown = f" ({value})" if isinstance(value, int | float | str) and not isinstance(value, bool) else ""
+        yield f"  {flag:<24} {said}{shown}"
+
+
+def _value(default: Any, path: str) -> Any:
+    """A field of the defaults, or of their config or resources, whose flags have no prefix; None where none has such a path."""
+    for root in (default, default.config, default.resources):
+        with contextlib.suppress(AttributeError):
+            return operator.attrgetter(path)(root)
+    return None
 
 
 if __name__ == "__main__":

@@ -152,6 +152,7 @@ def write(folder: Path, state: State, keep: int, score: float | None = None, spa
         tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
         with progress.grows(scratch / "state.safetensors"):
             save_file(tensors, scratch / "state.safetensors", {"reports": json.dumps(state.reports)})
+        files.usual_mode(scratch / "state.safetensors")
         about = {"schema": SCHEMA, "step": state.step, "sha256": _sha256(scratch / "state.safetensors"), "config": state.config}
         about["score"] = score
         (scratch / "checkpoint.json").write_text(json.dumps(about, indent=1) + "\n")

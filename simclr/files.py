@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -33,6 +33,10 @@ _REASONS = {
     errno.ENAMETOOLONG: "the name {name} is too long for this disk; give another path",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_FILES = (
+    *(".parquet", ".npz", ".npy", ".csv", ".tsv", ".json", ".jsonl", ".txt", ".html", ".h5", ".hdf5", ".pkl", ".arrow", ".feather"),
+    *(".pt", ".pth", ".pt2", ".onnx", ".safetensors", ".tar", ".zip", ".gz", ".png", ".jpg", ".jpeg", ".pdf"),
+)
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _MOST_DEEP = 32  # levels of a JSON file
@@ -72,6 +76,33 @@ def require_writable(path: Path) -> None:
         raise UserError(_REASONS[errno.EROFS if read_only else errno.EACCES].format(name=path))
 
 
+def require_file(path: Path, kinds: Sequence[str] = ()) -> None:
+    """Raise UserError unless a file can be written as `path`, with one of the endings `kinds` (".html"; none = any). Call it before hours
+    of work; it writes nothing."""
+    require_writable(path)
+    if path.is_dir():
+        inside = path / f"result{next(iter(kinds), '')}"
+        raise UserError(f"{path} is a folder, where a file is to be written; name a file in it, as {inside}")
+    if kinds and path.suffix.lower() not in kinds:
+        raise UserError(f"{path} is of no kind that is written here; expected a name that ends with {', '.join(kinds)}")
+
+
+def require_folder(path: Path, or_files: Sequence[str] = ()) -> None:
+    """Raise UserError unless `path` is a folder or can become one. Call it before hours of work; it writes nothing. `or_files` are endings
+    with which the command writes a file instead."""
+    require_writable(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, where a folder is to be written; give another name")
+    require_folders_name(path, or_files)
+
+
+def require_folders_name(path: Path, or_files: Sequence[str] = ()) -> None:
+    """Raise UserError where a new folder would be called like a file of a format that others would take it for."""
+    if path.suffix.lower() in _OF_FILES and not path.is_dir():
+        other = f", or end it with {' or '.join(or_files)}" if or_files else ""
+        raise UserError(f"{path} ends like a file, and a folder is to be written; leave out {path.suffix}{other}")
+
+
 def require_space(path: Path, needed: int, what: str, instead: str) -> None:
     """Raise UserError if the disk that holds, or will hold, `path` has fewer than `needed` bytes free. In the message `what` follows the
     number (for two checkpoints), and `instead` is the alternative to freeing some (use another --out)."""
@@ -99,6 +130,18 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`: the old content or the new, never a part."""
     with whole(path) as scratch:
         scratch.write_text(text, encoding="utf-8", errors="replace")
+
+
+def usual_mode(path: Path) -> None:
+    """Give the file `path` the permissions that any new file gets here. Some libraries write theirs for this user alone, beside others."""
+    # The umask cannot be read without changing it for other threads, so an empty file shows it.
+    probe = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    opened = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        path.chmod(stat.S_IMODE(os.fstat(opened).st_mode))
+    finally:
+        os.close(opened)
+        probe.unlink()
 
 
 # ── Where others may write too ─────────────────────────────────────────────────────────────────────────────────────

@@ -155,3 +155,21 @@ def recipe(name: str) -> Config:
         near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.3) or list(RECIPES)
         raise UserError(f"unknown recipe {name!r}; nearest: {', '.join(near)} (`simclr recipes` lists all)")
     return RECIPES[name]()
+
+
+# The rest says how long and where a recipe runs, or how closely it is watched.
+_WHAT = ("encoder.", "head.", "views.", "loss.", "optim.", "train.batch_size", "train.micro_batch", "train.epochs", "train.steps")
+_SHOWN = 3
+
+
+def changed_from(name: str, config: Config) -> str:
+    """The recipe `name`, and in which fields `config` is another: "cifar10_resnet18, encoder.depth 50". Of a run of a later stage, whose
+    name ends in the recipe's, the fields of the network alone. A name that is no recipe's stays alone."""
+    base = name.removeprefix("distill-").removeprefix("finetune-")
+    if base not in RECIPES:
+        return name
+    theirs, ours = RECIPES[base]().flat(), config.flat()
+    what = _WHAT if base == name else ("encoder.", "head.")
+    changed = [f"{field} {value}" for field, value in ours.items() if field.startswith(what) and theirs.get(field) != value]
+    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    return ", ".join([name, *changed[:_SHOWN]]) + more

@@ -116,5 +116,5 @@ def test_the_licence_is_one_and_travels_with_the_package() -> None:
     for path in (ROOT / "cluster").glob("*.yaml"):
         mounts = yaml.safe_load(path.read_text().replace("!", "")).get("file_mounts")
         assert mounts is None or named <= set(mounts.values()), path.name
-    (copied,) = re.findall(r"^COPY (requirements\.lock .*) \./$", (ROOT / "cluster/kuberay/Dockerfile").read_text(), re.MULTILINE)
+    (copied,) = re.findall(r"^COPY (requirements\.lock .*) \./$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert named <= set(copied.split())

@@ -25,11 +25,11 @@ LAYERS = [
     ("pipelines.train", "pipelines.parts"),
     ("pipelines.tracking", "pipelines.pyfunc"),
     ("pipelines.runs",),
-    ("pipelines.tracking.uri", "pipelines.html", "pipelines.clusterfile", "pipelines.notice"),
+    ("pipelines.tracking.uri", "pipelines.tracking.server", "pipelines.html", "pipelines.clusterfile", "pipelines.notice"),
     ("pipelines.environ",),
     ("pipelines.terminal", "pipelines.allocator", "pipelines.train.ray_private"),
     ("pipelines",),
-    ("simclr.train",),
+    ("simclr.train", "simclr.footprint"),
     ("simclr.methods",),
     ("simclr.gradient_cache", "simclr.telemetry"),
     ("simclr.evaluation", "simclr.sense"),
@@ -42,6 +42,7 @@ LAYERS = [
         "simclr.shares",
         "simclr.compiling",
         "simclr.cores",
+        "simclr.processes",
         "simclr.kernels",
         "simclr.telemetry.device_time",
         "simclr.telemetry.progress",
@@ -51,7 +52,7 @@ LAYERS = [
         "simclr.proxy",
         "simclr.text",
     ),
-    ("simclr.errors",),
+    ("simclr.errors", "simclr.extras"),
 ]
 # `simclr` itself lends `load_encoder` and is imported when that is called.
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names} | {"simclr": len(LAYERS)}
@@ -61,7 +62,8 @@ DOORS = {
     # The last asks for an account's quotas, not for S3.
     "boto3": {"simclr/data/s3/access.py", "pipelines/clusterfile/quotas.py"},
     "botocore": {"simclr/data/s3/access.py", "simclr/data/s3/answers.py", "simclr/data/s3/store.py", "pipelines/clusterfile/quotas.py"},
-    "mlflow": {"pipelines/tracking/client.py", "pipelines/tracking/registry.py"},
+    # The loader of a version answers MLflow's server with an error of MLflow's.
+    "mlflow": {f"pipelines/tracking/{name}.py" for name in ("client", "evaluated", "flavor", "pyfunc", "registry", "server")},
     # The loader composes what FFCV compiles; the rest of FFCV lies in one room.
     "ffcv": {f"simclr/data/ffcv/{name}.py" for name in ("writer", "reader", "decode", "imports", "baseline")} | {"simclr/data/loader.py"},
     "ray": {
@@ -81,7 +83,9 @@ DOORS = {
     "pillow_heif": {"simclr/data/pixels.py"},
     "tensorflow": {"simclr/encoder/tf_checkpoint.py"},
     "onnxruntime": {"simclr/encoder/export.py"},
-    "yaml": {"pipelines/commands/cluster.py"},
+    "onnx": {"simclr/encoder/onnx_graph.py"},
+    "huggingface_hub": {"pipelines/tracking/hub.py", "simclr/encoder/hub.py"},
+    "yaml": {"pipelines/commands/cluster.py", "pipelines/runs/config_file.py", "tune/words.py"},
     "jsonschema": {"pipelines/commands/cluster.py"},
 }
 

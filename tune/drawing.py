@@ -7,7 +7,7 @@ colour, one of the report's ten tested ones, and by their dashes; the paper's ow
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipelines.html.charts import escape, tick_text, ticks
@@ -17,22 +17,29 @@ _DASHES = ("none", "7 4", "2 4", "9 3 2 3", "4 2", "1 3")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """The mean over seeds, with the lowest and the highest seed; shares in [0, 1] are in per cent already."""
+    """The mean of some trials, with the mean of the lowest and of the highest seed; shares in [0, 1] are in per cent already."""
 
     mean: float
     low: float
     high: float
     n: int
+    """Trials."""
+    seeds: int
+    """Different seeds among them. One has no spread, also where several trials of it come to the same place."""
 
     @property
     def text(self) -> str:
-        spread = f" ({self.low:.1f} … {self.high:.1f}, n = {self.n})" if self.n > 1 else ""
+        spread = f" ({self.low:.1f} … {self.high:.1f}, n = {self.n})" if self.seeds > 1 else ""
         return f"{self.mean:.1f}{spread}"
 
 
-def cell(values: Sequence[float]) -> Cell:
-    """The cell of values of one trial per seed; at least one value."""
-    return Cell(mean=sum(values) / len(values), low=min(values), high=max(values), n=len(values))
+def cell(values: Sequence[float], seeds: Sequence[int] = (0,)) -> Cell:
+    """The cell of trials with these values, at least one; `seeds` are their seeds."""
+    of_seed: dict[int, list[float]] = {}
+    for value, seed in zip(values, seeds, strict=True):
+        of_seed.setdefault(seed, []).append(value)
+    means = [sum(found) / len(found) for found in of_seed.values()]
+    return Cell(mean=sum(values) / len(values), low=min(means), high=max(means), n=len(values), seeds=len(means))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +111,7 @@ def _sorts(series: list[Series]) -> list[str]:
 
 
 def _whisker(x: float, c: Cell, height: float, bottom: float, top: float) -> str:
-    if c.n < 2:
+    if c.seeds < 2:
         return ""
     low, high = (1000 * (top - value) / height for value in (c.low, c.high))
     return f"M{x:.1f} {high:.1f}V{low:.1f}M{x - 8:.1f} {high:.1f}h16M{x - 8:.1f} {low:.1f}h16"
@@ -125,7 +132,7 @@ def curves(plot: Plot) -> str:
         return 1000 * (place(x) - left + pad) / (right - left + 2 * pad)
 
     # Error bars of several curves at the same place stand side by side.
-    several = [s for s in plot.series if not s.published and any(c.n > 1 for c in s.points.values())]
+    several = [s for s in plot.series if not s.published and any(c.seeds > 1 for c in s.points.values())]
     aside = {s.name: 16 * (i - (len(several) - 1) / 2) for i, s in enumerate(several)}
 
     drawn, letters = _frame(plot, marks)
@@ -214,18 +221,42 @@ def heat(title: str, names: Sequence[str], cells: dict[tuple[str, str], Cell], p
     )
 
 
-def cloud(title: str, points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> str:
-    """Points (x, y), at least one."""
-    across, marks = _span([x for x, _ in points]), _span([y for _, y in points])
-    left, right, bottom, top = across[0], across[-1], marks[0], marks[-1]
+Points = Sequence[tuple[float, float]]
+
+
+def cloud(title: str, points: Points | Mapping[str, Points], x_label: str, y_label: str, log_x: bool = False) -> str:
+    """Points (x, y), at least one; of several series those of each by its name. x > 0 on a logarithmic axis."""
+    series = points if isinstance(points, Mapping) else {"": points}
+    every = [point for some in series.values() for point in some]
+    across = _log_span([x for x, _ in every]) if log_x else _span([x for x, _ in every])
+    marks, place = _span([y for _, y in every]), math.log if log_x else float
+    left, right, bottom, top = place(across[0]), place(across[-1]), marks[0], marks[-1]
     plot = Plot(title=title, series=[], x_label=x_label, y_label=y_label, x_names={})
     drawn, letters = _frame(plot, marks)
+
+    def at(x: float) -> float:
+        return 1000 * (place(x) - left) / (right - left)
+
     for x in across:
-        at = (x - left) / (right - left)
-        drawn += f'<path class="tick" d="M{1000 * at:.1f} 1000v12"/>'
-        letters += f'<span class="x" style="left:{100 * at:.2f}%">{tick_text(x)}</span>'
-    dots = "".join(f"M{1000 * (x - left) / (right - left):.1f} {1000 * (top - y) / (top - bottom):.1f}h0" for x, y in points)
-    return _wrap(plot, f'{drawn}<g class="k0"><path class="dots" d="{dots}"/></g>', letters, [])
+        drawn += f'<path class="tick" d="M{at(x):.1f} 1000v12"/>'
+        letters += f'<span class="x" style="left:{at(x) / 10:.2f}%">{tick_text(x)}</span>'
+    for number, some in enumerate(series.values()):
+        dots = "".join(f"M{at(x):.1f} {1000 * (top - y) / (top - bottom):.1f}h0" for x, y in some)
+        drawn += f'<g class="k{number % 10}"><path class="dots" d="{dots}"/></g>'
+    return _wrap(plot, drawn, letters, [(name, f"k{number % 10}", "") for number, name in enumerate(series) if name])
+
+
+def _log_span(values: list[float]) -> list[float]:
+    """Round numbers, evenly apart in their logarithm, from at most the least to at least the greatest of `values` > 0."""
+    low, high = min(values), max(values)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        every = [m * 10.0**k for k in range(math.floor(math.log10(low)) - 1, math.floor(math.log10(high)) + 2) for m in steps]
+        first = max(i for i, x in enumerate(every) if x <= low * (1 + 1e-9))
+        last = min(i for i, x in enumerate(every) if x >= high * (1 - 1e-9))
+        found = every[first : max(last, first + 1) + 1]
+        if len(found) <= 7:
+            break
+    return found
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:

@@ -24,7 +24,7 @@ from simclr.errors import UserError
 from tune import sweep_dir
 
 _OWN = (
-    *("sweep.json", "space.json", "plan.json", "reports.jsonl", "population.json"),
+    *("sweep.json", "space.json", "plan.json", "state.json", "reports.jsonl", "population.json"),
     *("results.csv", "best_config.json", "figures.csv", "report.html"),
 )
 _OF_TRIAL = ("trial.json", "run.json", "metrics.jsonl")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from simclr.config import Config
 from simclr.optim import lr_peak
 from tune import drawing, paper_numbers, resolve
 from tune.drawing import Cell, Plot, Series
+from tune.plan import OTHER_SEED
 from tune.spaces import OPERATIONS
 from tune.sweep_dir import Trial
 
@@ -52,11 +53,14 @@ class Material:
 
     def cells(self, key: Callable[[Trial], Any], metric: str = "") -> dict[Any, Cell]:
         """key → the mean over trials, in the order of the keys' first trials."""
-        groups: dict[Any, list[float]] = {}
+        groups: dict[Any, list[Trial]] = {}
         for trial in self.trials:
             if (metric or self.metric) in trial.scores:
-                groups.setdefault(key(trial), []).append(self.score(trial, metric))
-        return {name: drawing.cell(values) for name, values in groups.items()}
+                groups.setdefault(key(trial), []).append(trial)
+        return {
+            name: drawing.cell([self.score(trial, metric) for trial in found], [_seed(trial) for trial in found])
+            for name, found in groups.items()
+        }
 
     def varied(self, path: str) -> list[Any]:
         """The values of a field among the trials, in order."""
@@ -64,13 +68,18 @@ class Material:
         return sorted(found, key=lambda v: (isinstance(v, str), v))
 
 
-def _of(trial: Trial, base: Config, path: str) -> Any:
+def _seed(trial: Trial) -> int:
+    """The seed that the sweep gave the trial; one that failed was tried once more on another."""
+    return trial.seed - (OTHER_SEED if trial.reason else 0)
+
+
+def value_in(trial: Trial, base: Config, path: str) -> Any:
     return trial.values.get(path, resolve.value_of(base, path))
 
 
 def _lr(trial: Trial, base: Config) -> float:
     """The peak learning rate, rounded for a figure."""
-    values = (_of(trial, base, path) for path in ("optim.base_lr", "train.batch_size", "optim.scaling"))
+    values = (value_in(trial, base, path) for path in ("optim.base_lr", "train.batch_size", "optim.scaling"))
     return float(f"{lr_peak(*values):.4g}")
 
 
@@ -79,10 +88,10 @@ def temperature_lr(m: Material) -> Drawing:
     base, html = m.base, ""
     rows: list[list[object]] = []
     recipe_lr = lr_peak(base.optim.base_lr, base.train.batch_size, base.optim.scaling)
-    every = m.cells(lambda t: (_of(t, base, "loss.temperature"), _lr(t, base), _of(t, base, "train.batch_size"))).values()
+    every = m.cells(lambda t: (value_in(t, base, "loss.temperature"), _lr(t, base), value_in(t, base, "train.batch_size"))).values()
     for n in m.varied("train.batch_size"):
-        mine = Material(base=base, trials=[t for t in m.trials if _of(t, base, "train.batch_size") == n], metric=m.metric, unit=m.unit)
-        found = mine.cells(lambda t: (_of(t, base, "loss.temperature"), _lr(t, base)))
+        mine = Material(base=base, trials=[t for t in m.trials if value_in(t, base, "train.batch_size") == n], metric=m.metric, unit=m.unit)
+        found = mine.cells(lambda t: (value_in(t, base, "loss.temperature"), _lr(t, base)))
         temperatures = sorted({key[0] for key in found})
         lrs = sorted({key[1] for key in found})
         series = [Series(name=f"τ = {t:g}", points={lr: found[t, lr] for lr in lrs if (t, lr) in found}) for t in temperatures]
@@ -102,8 +111,8 @@ def temperature_lr(m: Material) -> Drawing:
         rows += [[f"N {n}, τ {t:g}, lr {lr:g}", *_row(c), ""] for (t, lr), c in found.items()]
     best: dict[float, Cell] = {}
     for t in m.varied("loss.temperature"):
-        of_t = Material(base=base, trials=[x for x in m.trials if _of(x, base, "loss.temperature") == t], metric=m.metric, unit=m.unit)
-        cells = of_t.cells(lambda x: (_lr(x, base), _of(x, base, "train.batch_size")))
+        of_t = Material(base=base, trials=[x for x in m.trials if value_in(x, base, "loss.temperature") == t], metric=m.metric, unit=m.unit)
+        cells = of_t.cells(lambda x: (_lr(x, base), value_in(x, base, "train.batch_size")))
         best[t] = max(cells.values(), key=lambda c: c.mean)
     table = {t: v for (name, t), v in paper_numbers.TABLE_5.items() if name == "nt_xent" and m.as_published}
     theirs = Series(name=f"{_PAPER}, Table 5", points={t: drawing.cell([v]) for t, v in table.items()}, published=True)
@@ -119,7 +128,7 @@ def temperature_lr(m: Material) -> Drawing:
     rows += [[f"τ {t:g}, best", *_row(c), table.get(t, "")] for t, c in best.items()]
     note = (
         "<p>One curve for each temperature, over the learning rate at its peak. The dashed lines are the rates that the two scaling rules "
-        "give this batch size, from the recipe's at its own.</p>"
+        "give this batch size, from the recipe's at its own; where both give the same, a point is the mean of both rules.</p>"
     )
     return Drawing(html=f'<div class="panels">{html}</div>', note=note, rows=rows)
 
@@ -130,7 +139,7 @@ def _row(c: Cell) -> list[object]:
 
 def augmentation_pairs(m: Material) -> Drawing:
     """Fig. 5."""
-    found = m.cells(lambda t: _of(t, m.base, "views.operations"))
+    found = m.cells(lambda t: value_in(t, m.base, "views.operations"))
     names: list[str] = [op for op in OPERATIONS if any(op in key for key in found)]
     cells: dict[tuple[str, str], Cell] = {}
     for key, c in found.items():
@@ -163,13 +172,13 @@ def _bars(m: Material, names: dict[Any, str], key: Callable[[Trial], object], th
 
 
 def colour_strength(m: Material) -> Drawing:
-    key = _pair(m, "views.colour_strength", lambda t: _of(t, m.base, "views.blur_p") > 0)
+    key = _pair(m, "views.colour_strength", lambda t: value_in(t, m.base, "views.blur_p") > 0)
     names = {(s, blur): f"{s:g}{' + blur' if blur else ''}" for s, blur in paper_numbers.TABLE_1}
     return _bars(m, names, key, paper_numbers.TABLE_1, "Strength of the colour distortion", "Dashed: the paper's Table 1.")
 
 
 def _pair(m: Material, path: str, second: Callable[[Trial], object]) -> Callable[[Trial], object]:
-    return lambda t: (_of(t, m.base, path), second(t))
+    return lambda t: (value_in(t, m.base, path), second(t))
 
 
 def losses(m: Material) -> Drawing:
@@ -180,19 +189,19 @@ def losses(m: Material) -> Drawing:
         ("nt_logistic", True): "logistic, semi-hard",
         ("nt_xent", False): "NT-Xent",
     }
-    key = _pair(m, "loss.name", lambda t: _of(t, m.base, "loss.semi_hard"))
+    key = _pair(m, "loss.name", lambda t: value_in(t, m.base, "loss.semi_hard"))
     return _bars(m, names, key, paper_numbers.TABLE_4, "Losses", "Dashed: the paper's Table 4, whose losses were tuned one by one.")
 
 
 def normalisation(m: Material) -> Drawing:
     names = {(name, t): f"{'ℓ2' if name == 'nt_xent' else 'none'}, τ {t:g}" for name, t in paper_numbers.TABLE_5}
-    key = _pair(m, "loss.name", lambda t: _of(t, m.base, "loss.temperature"))
+    key = _pair(m, "loss.name", lambda t: value_in(t, m.base, "loss.temperature"))
     note = "With ℓ2 normalisation of the projections, and without. Dashed: the paper's Table 5."
     return _bars(m, names, key, paper_numbers.TABLE_5, "Normalisation and temperature", note)
 
 
 def projection_head(m: Material) -> Drawing:
-    found = m.cells(lambda t: (_of(t, m.base, "head.layers"), _of(t, m.base, "head.d_out")))
+    found = m.cells(lambda t: (value_in(t, m.base, "head.layers"), value_in(t, m.base, "head.d_out")))
     kinds = {1: "linear", 2: "nonlinear"}
     series = []
     for layers, name in kinds.items():
@@ -216,7 +225,7 @@ def projection_head(m: Material) -> Drawing:
 
 def _grouped(m: Material, group: str, by: str, title: str, names: tuple[str, str], note: str) -> Drawing:
     """Bars in groups by one field, a series for each value of the other."""
-    found = m.cells(lambda t: (_of(t, m.base, group), _of(t, m.base, by)))
+    found = m.cells(lambda t: (value_in(t, m.base, group), value_in(t, m.base, by)))
     groups, kinds = (sorted({key[i] for key in found}) for i in (0, 1))
     series = [
         Series(name=f"{names[1]} {kind:g}", points={float(i): found[g, kind] for i, g in enumerate(groups) if (g, kind) in found})
@@ -242,7 +251,7 @@ def labels_fraction(m: Material) -> Drawing:
     shares = sorted({float(name.rpartition("_")[2]) for t in m.trials for name in t.scores if name.startswith("eval/probe_top1_at_")})
 
     def network(trial: Trial) -> object:
-        return _of(trial, m.base, "encoder.depth"), _of(trial, m.base, "encoder.width")
+        return value_in(trial, m.base, "encoder.depth"), value_in(trial, m.base, "encoder.width")
 
     by_share = {share: m.cells(network, f"eval/probe_top1_at_{share:g}") for share in shares}
     networks = list(dict.fromkeys(key for found in by_share.values() for key in found))
@@ -259,24 +268,6 @@ def labels_fraction(m: Material) -> Drawing:
     rows: list[list[object]] = [[s.name + f", {100 * x:g} %", *_row(c), ""] for s in series if not s.published for x, c in s.points.items()]
     note = "<p>v2's Table 1 in miniature: a linear probe on the frozen encoder, where the paper fine-tunes the encoder too.</p>"
     return Drawing(html=drawing.curves(plot) if shares and m.as_published else "", note=note, rows=rows)
-
-
-def each_axis(m: Material, paths: Sequence[str]) -> Drawing:
-    """For a space of our own: the score over each field, one point per trial."""
-    html = ""
-    rows: list[list[object]] = []
-    for path in paths:
-
-        def value(trial: Trial, path: str = path) -> Any:
-            return _of(trial, m.base, path)
-
-        found = {k: c for k, c in m.cells(value).items() if isinstance(k, int | float)}
-        if len(found) > 1:
-            html += drawing.cloud(path, [(x, c.mean) for x, c in found.items()], path, m.unit)
-        rows += [[f"{path} {k:g}", *_row(c), ""] for k, c in found.items()]
-    panels = f'<div class="panels">{html}</div>' if html else ""
-    note = "<p>The score over each field that was varied.</p>"
-    return Drawing(html=panels, note=note, rows=rows, spread="A point is the mean over")
 
 
 FIGURES: dict[str, Callable[[Material], Drawing]] = {

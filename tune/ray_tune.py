@@ -36,7 +36,7 @@ from tune import plan, resolve, sweep_dir
 from tune.mirror import Mirror
 from tune.resolve import Coded
 from tune.schedulers import Population, Remembering
-from tune.spaces import Axis, Between, PeakBetween
+from tune.spaces import Axis, Between, PeakBetween, WholeBetween
 from tune.sweep_dir import METRICS, Sweep
 from tune.trial import drive
 from tune.trial_log import Ledger
@@ -93,9 +93,10 @@ def trials(asked: Sweep, codes: list[Coded], concurrent: int, manifest: Manifest
     reports = messages.make()
     ledger = Ledger(asked, reports, uri)
     private = own_ray.begun()
-    count = len(codes) or asked.trials or 16
+    count = len(codes) or asked.trials or resolve.DRAWS
     status = "FAILED"
     with Bar("sweep", count, "trials", "trials/s") as bar:
+        bar.resume_at(sweep_dir.progress(asked)[0])
         Follow.followed, Follow.mirror = (asked, ledger, bar), mirror
         for name in scheduler.ended if isinstance(scheduler, Remembering) else ():
             if name in before and before[name].status == "running":  # the sweep was killed before it recorded the decision
@@ -139,7 +140,7 @@ def _fit(asked: Sweep, left: list[Coded], coded: bool, concurrent: int, schedule
                 mode=METRICS[asked.metric],
                 search_alg=None if coded else _search(asked, left),
                 scheduler=scheduler,
-                num_samples=1 if coded else (asked.trials or 16) - sweep_dir.progress(asked)[0],
+                num_samples=1 if coded else (asked.trials or resolve.DRAWS) - sweep_dir.progress(asked)[0],
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
                 trial_name_creator=name,
@@ -221,6 +222,8 @@ def _domain(axis: Axis) -> Any:
     match axis.values:
         case tuple():
             return tune.choice(range(len(axis.values)))
+        case WholeBetween(low, high, log):
+            return tune.lograndint(low, high + 1) if log else tune.randint(low, high + 1)
         case Between(low, high, log):
             return tune.loguniform(low, high) if log else tune.uniform(low, high)
         case PeakBetween(low, high):
@@ -236,7 +239,7 @@ def _scheduler(asked: Sweep, manifest: Manifest, names: set[str], over: set[str]
     clock = asked.clock
     total = base.total_steps(examples) * (base.train.batch_size if clock == "images" else 1)
     if clock == "step":
-        every = resolve.combinations(space) if asked.search == "grid" else resolve.samples(space, asked.trials or 16, base.seed)
+        every = resolve.tried(space, asked.search, asked.trials, base.seed)
         total = max(resolve.point(space, base, c, 0).config.total_steps(examples) for c in every)
     quarter = max(total // 4, 1)
     if asked.scheduler == "pbt":

@@ -14,7 +14,8 @@ from simclr import files
 from simclr.errors import UserError
 from simclr.text import cell
 from tune import drawing, mirror, sweep_dir
-from tune.paper_figures import FIGURES, Drawing, Material, each_axis
+from tune.own_figures import each_axis
+from tune.paper_figures import FIGURES, Drawing, Material
 from tune.sweep_dir import METRICS, NAMES, Sweep, Trial, shown
 
 UNITS = {
@@ -57,10 +58,10 @@ def _drawings(sweep: Sweep, found: list[Trial]) -> dict[str, Drawing]:
         if not scored:
             continue
         material = Material(base=sweep.base, trials=scored, metric=metric, unit=UNITS[metric])
-        if sweep.space in FIGURES:
+        if sweep.space in FIGURES and not sweep.vary:
             drawn[metric] = FIGURES[sweep.space](material)
         else:
-            drawn[metric] = each_axis(material, [path for axis in sweep.restricted.axes for path in axis.paths])
+            drawn[metric] = each_axis(material, sweep.restricted.axes)
     return drawn
 
 

@@ -14,7 +14,12 @@ from typing import Any
 
 from simclr.config import Config
 from simclr.errors import UserError
-from tune.spaces import Axis, Peak, PeakBetween, Space, Times
+from tune.spaces import SPACES, Axis, Peak, PeakBetween, Space, Times, WholeBetween
+
+MOST = 100_000
+"""Trials of a sweep; a larger number is a mistake, or a damaged file."""
+DRAWS = 16
+"""How often a space with a range is drawn from, if nobody says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +54,8 @@ def restricted(space: Space, recipe: Config, only: dict[str, list[Any]]) -> Spac
     unused = dict(only)
     for axis in space.axes:
         values = axis.values
-        if axis.paths == ("encoder.depth",) and isinstance(values, tuple):  # two families of networks, for small images and large
+        # Two families of networks, for small images and large. What a user names is as he means it.
+        if axis.paths == ("encoder.depth",) and isinstance(values, tuple) and space.name in SPACES:
             values = tuple(d for d in values if (d in (8, 14, 20)) == shallow)
         for path in (p for p in axis.paths if p in only):
             wanted, at = unused.pop(path), axis.paths.index(path)
@@ -81,11 +87,34 @@ def _plain(space: Space, recipe: Config, path: str, value: Any) -> Any:
     return value.factor if isinstance(value, Peak) else _resolved({path: value}, recipe, recipe)[path]
 
 
+def tried(space: Space, search: str, trials: int | None, seed: int) -> list[dict[str, Any]]:
+    """The combinations of a sweep, as axis key → value (not yet resolved), in order. For optuna, which draws its own, some of its kind."""
+    if search == "grid":
+        return combinations(space)
+    if search == "mixed":
+        lists = tuple(axis for axis in space.axes if isinstance(axis.values, tuple))
+        drawn = samples(dataclasses.replace(space, axes=tuple(a for a in space.axes if a not in lists)), trials or DRAWS, seed)
+        every = combinations(dataclasses.replace(space, axes=lists))
+        if len(drawn) * len(every) > MOST:
+            raise UserError(
+                f"{space.name} has {len(drawn) * len(every):,} trials; expected at most {MOST:,}: fewer --trials, or fewer values"
+            )
+        return [{axis.key: (found | one)[axis.key] for axis in space.axes} for one in drawn for found in every]
+    return samples(space, trials or (MOST if is_list(space) else DRAWS), seed)
+
+
+def is_list(space: Space) -> bool:
+    """Whether all axes have lists of values, and none a range."""
+    return all(isinstance(axis.values, tuple) for axis in space.axes)
+
+
 def combinations(space: Space) -> list[dict[str, Any]]:
     """All combinations, as axis key → value (not yet resolved). Raises UserError for an axis with a distribution."""
     for axis in space.axes:
         if not isinstance(axis.values, tuple):
             raise UserError(f"{axis.key} of space {space.name} has a distribution, which no grid covers; use --search random or optuna")
+    if (many := math.prod(len(_values(axis)) for axis in space.axes)) > MOST:
+        raise UserError(f"{space.name} has {many:,} combinations; expected at most {MOST:,}: use fewer values")
     return [dict(zip([a.key for a in space.axes], found, strict=True)) for found in itertools.product(*(_values(a) for a in space.axes))]
 
 
@@ -97,7 +126,7 @@ def _values(axis: Axis) -> tuple[Any, ...]:
 def samples(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
     """`count` random combinations, the same for the same seed; without repetition if every axis has a list of values."""
     draw = random.Random(seed)
-    if all(isinstance(axis.values, tuple) for axis in space.axes):
+    if is_list(space):
         every = combinations(space)
         draw.shuffle(every)
         return every[:count]
@@ -110,6 +139,8 @@ def _drawn(axis: Axis, draw: random.Random) -> Any:
     low, high = axis.values.low, axis.values.high
     if isinstance(axis.values, PeakBetween):
         return Peak(math.exp(draw.uniform(math.log(low), math.log(high))))
+    if isinstance(axis.values, WholeBetween):
+        return round(math.exp(draw.uniform(math.log(low), math.log(high)))) if axis.values.log else draw.randint(int(low), int(high))
     return math.exp(draw.uniform(math.log(low), math.log(high))) if axis.values.log else draw.uniform(low, high)
 
 
@@ -151,6 +182,8 @@ def code(axis: Axis, value: Any) -> int | float:
     """The code of an axis' value; `chosen` is the inverse."""
     if isinstance(axis.values, tuple):
         return axis.values.index(value)
+    if isinstance(axis.values, WholeBetween):
+        return int(value)
     return float(value.factor if isinstance(axis.values, PeakBetween) else value)
 
 
@@ -159,6 +192,8 @@ def chosen(axis: Axis, code: Any) -> Any:
     if isinstance(axis.values, tuple):
         return axis.values[int(code)]
     inside = min(max(float(code), axis.values.low), axis.values.high)
+    if isinstance(axis.values, WholeBetween):
+        return round(inside)
     return Peak(inside) if isinstance(axis.values, PeakBetween) else inside
 
 

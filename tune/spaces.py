@@ -49,7 +49,16 @@ class PeakBetween:
     high: float
 
 
-Distribution = Between | PeakBetween
+@dataclass(frozen=True, slots=True)
+class WholeBetween:
+    """Any whole number from `low` to `high`, both among them."""
+
+    low: int
+    high: int
+    log: bool = False
+
+
+Distribution = Between | PeakBetween | WholeBetween
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,11 +223,16 @@ def listing() -> str:
     for found in SPACES.values():
         lines.append(f"{found.name}{f'  ({found.repeats})' if found.repeats else ''}\n  {found.why}")
         for axis in found.axes:
-            many = axis.values if isinstance(axis.values, tuple) else ()
-            shown = ", ".join(map(_text, many[:8])) + (f", … {len(many)} in all" if len(many) > 8 else "") if many else _text(axis.values)
-            lines.append(f"    {axis.key}: {shown}")
+            lines.append(f"    {axis.key}: {text_of(axis)}")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def text_of(axis: Axis) -> str:
+    """The values of an axis, for people."""
+    if not isinstance(axis.values, tuple):
+        return _text(axis.values)
+    return ", ".join(map(_text, axis.values[:8])) + (f", … {len(axis.values)} in all" if len(axis.values) > 8 else "")
 
 
 def _text(value: Any) -> str:
@@ -227,7 +241,7 @@ def _text(value: Any) -> str:
             return f"×{factor:g}"
         case Peak(factor):
             return f"lr ×{factor:g}"
-        case Between(low, high):
+        case Between(low, high) | WholeBetween(low, high):
             return f"{low:g} … {high:g}"
         case PeakBetween(low, high):
             return f"lr ×{low:g} … ×{high:g}"

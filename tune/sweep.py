@@ -10,25 +10,28 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipelines.runs import sync
+from pipelines.runs import config_file, status, sync
 from pipelines.terminal import say, show
+from pipelines.tracking import tensorboard as scalars
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import require
 from pipelines.train import ray_train
 from pipelines.train.resources import Resources
 from simclr import files
+from simclr.config import Config
 from simclr.cores import cores
 from simclr.data.manifest import Manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 from simclr.recipes import recipe
-from tune import mirror, plan, resolve, spaces, sweep_dir
+from tune import mirror, plan, resolve, spaces, sweep_dir, words
 from tune.resolve import Coded
 from tune.sweep_dir import Sweep
 from tune.validate import check, require_closed
@@ -38,16 +41,24 @@ from tune.validate import check, require_closed
 class Args:
     """Train a recipe many times over a space of its fields, and draw figures of the results.
 
-    `simclr sweep --list` describes the spaces, `simclr sweep report DIR` draws the figures of a sweep, `simclr sweep --resume DIR`
-    goes on with a sweep; so does the same command again.
+    `simclr sweep --list` describes the spaces; `simclr sweep --vary FIELD=VALUES …` makes one of any fields. `simclr sweep report DIR`
+    draws the figures of a sweep, `simclr sweep --resume DIR` goes on with a sweep; so does the same command again.
     """
 
     space: Annotated[str, tyro.conf.Positional] = ""
     """A space's name, or `report`."""
     directory: Annotated[Path | None, tyro.conf.Positional] = None
     """For `report`: the sweep's directory."""
+    vary: tuple[str, ...] = ()
+    """FIELD=VALUES …, in place of a space: head.layers=2,3 tries each value, optim.base_lr=log:0.1:3 and uniform:0.1:3 draw from a range,
+    train.batch_size=x0.5,x1 are multiples of the recipe's; of optim.base_lr, of the learning rate under the trial's scaling rule."""
+    space_file: Annotated[Path | None, tyro.conf.arg(name="space")] = None
+    """A space of your own in YAML: `vary:` and below it FIELD: VALUES as for --vary, and perhaps `set:` with FIELD: VALUE as for --set."""
     recipe: str = ""
     """The recipe that every trial changes."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with the config that every trial changes, in place of --recipe: YAML as `simclr recipes NAME` writes it, or a run's run.json.
+    It is kept as its recipe, with --set of the fields that differ."""
     data: Path | None = None
     """Directory or s3://bucket/prefix of prepared shards."""
     out: Path | None = None
@@ -56,12 +67,14 @@ class Args:
     resume: Path | None = None
     """A sweep's directory: go on with the same settings. Finished trials stay, the others go on from their last checkpoint."""
     trials: int | None = None
-    """How many combinations. Default: all; of a space with distributions, 16."""
+    """How many combinations; where ranges meet lists of values, how many draws of the ranges, each tried with all combinations of the
+    lists. Default: all; of a space with ranges, 16."""
     seeds: int = 1
     """Trials of each combination, on seeds one apart."""
-    search: Literal["auto", "grid", "random", "optuna"] = "auto"
-    """grid: all combinations; random: --trials of them; optuna: each chosen by the scores of earlier trials (an extra:
-    `pip install optuna`). auto: grid, or random with --trials or a distribution."""
+    search: Literal["auto", "grid", "random", "mixed", "optuna"] = "auto"
+    """grid: all combinations; random: --trials of them; mixed: --trials draws of the ranges, each with all combinations of the lists;
+    optuna: each chosen by the scores of earlier trials (an extra: `pip install 'simclr-cluster[optuna]'`). auto: grid, or random with
+    --trials or a range; mixed for ranges and lists of your own."""
     scheduler: Literal["none", "asha", "median", "pbt"] = "none"
     """asha: of the trials that reach a step, the worse two thirds stop there. median: those below the median of the running means
     stop. pbt: the worst quarter goes on with the weights of the best and a changed lr, τ or colour strength. Time is counted in
@@ -92,6 +105,9 @@ class Args:
     """Register the best trial's encoder in the registry under this name; champion if it is the best there."""
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+    tensorboard: tuple[Path, ...] | None = None
+    """Write TensorBoard's scalars of each trial, too (an extra: `pip install tensorboard`): into DIR/SWEEP/TRIAL of --tensorboard DIR, or
+    into the trial's own folder tensorboard of --tensorboard alone."""
     list: bool = False
     """Describe the spaces."""
 
@@ -124,11 +140,18 @@ def sweep(args: Args) -> str:
     _, manifest = sync.manifest(asked.data)
     asked = dataclasses.replace(asked, labelled=bool(manifest.classes))
     codes = check(asked, manifest, begun)
+    if asked.vary and codes:
+        said = "; ".join(f"{axis.label} {spaces.text_of(axis)}" for axis in asked.restricted.axes)
+        say(f"{len(codes)} trials over {said}")
     if (asked.path / "sweep.json").is_file():
         asked = _same(sweep_dir.load(asked.path, asked.at), asked)
         say(f"going on with {asked.shown}: {sweep_dir.progress(asked)[0]} trials are over")
     elif asked.path.exists() and (not asked.path.is_dir() or {p.name for p in asked.path.iterdir()} - {sweep_dir.LOCK}):
         raise UserError(f"{asked.path} exists and is no sweep (it has no sweep.json); use another --out")
+    if asked.tensorboard is not None:
+        scalars.require()
+        if asked.at and not asked.tensorboard:
+            raise UserError(f"--tensorboard alone writes into the trials' own directories, and {asked.at} is in S3; give a DIR on a disk")
     files.require_writable(asked.path)
     with asked.alone():
         require_closed(asked)
@@ -150,31 +173,64 @@ def _run(asked: Sweep, codes: list[Coded], manifest: Manifest, uri: str) -> Swee
         plan.keep_space(asked)
         at = s3_uri.address(asked.at) if asked.at else None
         copy = mirror.Mirror(at) if at is not None else None
+        status.note(asked.path, "running")
         with copy.kept() if copy is not None else contextlib.nullcontext():
-            return ray_tune.trials(asked, codes, concurrent, manifest, uri, copy)
+            return _noted(asked, lambda: ray_tune.trials(asked, codes, concurrent, manifest, uri, copy))
     finally:
         if ours:
             ray_train.disconnect()
 
 
+def _noted(asked: Sweep, work: Callable[[], Sweep]) -> Sweep:
+    """`work()`, whose end state.json in the sweep's directory says."""
+    try:
+        found = work()
+    except KeyboardInterrupt:
+        status.note(asked.path, "interrupted")
+        raise
+    except Exception as error:
+        status.note(asked.path, "failed", str(error) if isinstance(error, UserError) else type(error).__name__)
+        raise
+    status.note(asked.path, "complete")
+    return found
+
+
 def _asked(args: Args) -> Sweep:
     """The sweep that the flags describe, or that --resume names."""
     if args.resume is not None:
-        if args.space or args.recipe or args.data:
-            raise UserError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe and --data")
+        if args.space or args.recipe or args.data or args.vary or args.space_file or args.config_file:
+            raise UserError(f"--resume {args.resume} goes on as the sweep was begun; leave out the space, --recipe, --config and --data")
         return _resumed(sweep_dir.load(*mirror.opened(args.resume)), args)
-    if not args.space:
-        raise UserError("which space? `simclr sweep SPACE --recipe NAME --data DIR`; `simclr sweep --list` describes them")
+    args = _of_file(args)
+    own, fixed = _own(args)
+    if not args.space and not own:
+        raise UserError(
+            "which space? `simclr sweep SPACE --recipe NAME --data DIR`; `simclr sweep --list` describes them, and --vary "
+            "optim.base_lr=0.1,0.3 makes one of any fields"
+        )
     if not args.recipe or args.data is None:
-        raise UserError(f"which {'data' if args.recipe else 'recipe'}? `simclr sweep {args.space} --recipe NAME --data DIR`")
-    space, base = spaces.space(args.space), recipe(args.recipe)
+        given = args.space or ("--vary …" if args.vary else f"--space {args.space_file}")
+        raise UserError(f"which {'data' if args.recipe else 'recipe'}? `simclr sweep {given} --recipe NAME --data DIR`")
+    base = recipe(args.recipe)
     for flag in ("trials", "seeds", "keep", "max_concurrent"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}; expected at least 1")
-    changes = {path: resolve.read(base, path, text) for path, text in resolve.assignments(args.set, "--set")}
+    changes = {path: value for path, value in _differing(args, base).items() if path not in own}
+    changes |= {path: words.value(base, path, given) for path, given in fixed.items()}
+    changes |= {path: resolve.read(base, path, text) for path, text in resolve.assignments(args.set, "--set")}
+    if twice := sorted(own.keys() & changes.keys()):
+        raise UserError(f"{twice[0]} is both varied and set; leave out one of them")
+    name = args.space or (args.space_file.stem if args.space_file is not None else "vary")
+    base = resolve.changed(base, changes)
+    space = words.space(name, own, base) if own else spaces.space(name)
+    words.require_ends(base, space)
     only = {path: [resolve.read(base, path, t) for t in text.split(",")] for path, text in resolve.assignments(args.only, "--only")}
-    free = any(not isinstance(axis.values, tuple) and not set(axis.paths) & set(only) for axis in space.axes)
-    search = args.search if args.search != "auto" else "random" if args.trials or free else "grid"
+    left = [axis for axis in space.axes if not set(axis.paths) & set(only)]
+    free = [axis for axis in left if not isinstance(axis.values, tuple)]
+    usual: Literal["grid", "random", "mixed"] = (
+        "mixed" if own and free and len(free) < len(space.axes) else "random" if args.trials or free else "grid"
+    )
+    search = args.search if args.search != "auto" else usual
     resources = Resources(
         workers=args.workers_per_trial,
         cpus_per_worker=args.cpus_per_worker,
@@ -185,7 +241,8 @@ def _asked(args: Args) -> Sweep:
     at = s3_uri.address(args.data)
     found = Sweep(
         path=Path(),
-        space=args.space,
+        space=name,
+        vary=own,
         recipe=args.recipe,
         data=str(at or args.data.absolute()),
         only=only,
@@ -193,19 +250,52 @@ def _asked(args: Args) -> Sweep:
         search=search,
         scheduler=args.scheduler,
         metric=args.metric,
-        trials=args.trials or (16 if free and search != "grid" else None),
+        trials=args.trials or (resolve.DRAWS if free and search != "grid" else None),
         seeds=args.seeds,
         keep=args.keep,
         resources=dataclasses.asdict(resources),
         max_concurrent=args.max_concurrent or 0,
+        tensorboard=None if (place := scalars.asked(args.tensorboard)) is None else "" if place == Path() else str(place),
         command=shlex.join(["simclr", *(mlflow_uri.redacted(word) for word in sys.argv[1:])]),
         created=time.time(),
     )
     if args.out is None:
         digest = hashlib.sha256(json.dumps(_key(found), sort_keys=True).encode()).hexdigest()[:8]
-        return dataclasses.replace(found, path=Path("runs") / f"sweep-{args.space}-{digest}")
+        return dataclasses.replace(found, path=Path("runs") / f"sweep-{name}-{digest}")
     path, at_out = mirror.opened(args.out)
     return dataclasses.replace(found, path=path, at=at_out)
+
+
+def _of_file(args: Args) -> Args:
+    """The flags with the recipe that the file of --config is of."""
+    if args.config_file is None:
+        return args
+    if args.recipe:
+        raise UserError(f"--recipe {args.recipe} and --config {args.config_file} each have a whole config; leave out one of them")
+    name = config_file.read(args.config_file).recipe
+    recipe(name)  # a sweep's trials are told by what differs from a recipe
+    return dataclasses.replace(args, recipe=name)
+
+
+def _differing(args: Args, base: Config) -> dict[str, Any]:
+    """Fields of the file of --config that differ from its recipe, `base`."""
+    if args.config_file is None:
+        return {}
+    ours = config_file.read(args.config_file).config
+    return {path: resolve.value_of(ours, path) for path in ours.flat() if resolve.value_of(ours, path) != resolve.value_of(base, path)}
+
+
+def _own(args: Args) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields that the command varies by itself and their values in words, fields that its file sets)."""
+    given = [*resolve.assignments(args.vary, "--vary")]
+    if args.space and (given or args.space_file is not None):
+        raise UserError(f"--vary and --space make a space of their own; leave out {args.space}, or take a part of it with --only")
+    if twice := [path for number, (path, _) in enumerate(given) if path in dict(given[:number])]:
+        raise UserError(f"--vary has {twice[0]} twice; give all of its values at once, with commas")
+    vary, fixed = words.read(args.space_file) if args.space_file is not None else ({}, {})
+    if args.space_file is not None and (args.space_file.stem in spaces.SPACES or not sweep_dir.plain(args.space_file.stem)):
+        raise UserError(f"{args.space_file} gives the sweep its name: use one of letters and digits, and none of `simclr sweep --list`")
+    return vary | dict(given), fixed
 
 
 def _resumed(there: Sweep, args: Args) -> Sweep:
@@ -216,23 +306,28 @@ def _resumed(there: Sweep, args: Args) -> Sweep:
     address = there.resources["address"]
     if args.address is None and address not in (None, "auto"):
         raise UserError(f"{there.shown} was begun on the Ray cluster at {address}; to go on there, add --address {address}")
-    return dataclasses.replace(there, resources=there.resources | {"address": args.address or address})
+    place = scalars.asked(args.tensorboard)
+    tensorboard = there.tensorboard if place is None else "" if place == Path() else str(place)
+    return dataclasses.replace(there, resources=there.resources | {"address": args.address or address}, tensorboard=tensorboard)
 
 
 def _key(found: Sweep) -> dict[str, Any]:
     """The fields that two equal sweeps share."""
     names = ("space", "recipe", "data", "only", "changes", "search", "scheduler", "metric", "trials", "seeds")
-    plain: dict[str, Any] = json.loads(json.dumps({name: getattr(found, name) for name in names}))
+    own = {"vary": found.vary} if found.vary else {}  # nothing without: the default directories of older sweeps stay
+    plain: dict[str, Any] = json.loads(json.dumps({name: getattr(found, name) for name in names} | own))
     return plain
 
 
 def _same(there: Sweep, asked: Sweep) -> Sweep:
     """The existing sweep, with the resources asked for now. Raises UserError if it is another sweep."""
     theirs, ours = _key(there), _key(asked)
-    different = [f"{name} {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
+    names = [name for name in dict.fromkeys([*ours, *theirs]) if theirs.get(name) != ours.get(name)]
+    different = [f"{name} {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')} here" for name in names]
     if different:
         raise UserError(f"{asked.shown} belongs to another sweep: {'; '.join(different[:3])}; use another --out")
-    return dataclasses.replace(there, path=asked.path, resources=asked.resources, max_concurrent=asked.max_concurrent, keep=asked.keep)
+    now = {name: getattr(asked, name) for name in ("path", "resources", "max_concurrent", "keep", "tensorboard")}
+    return dataclasses.replace(there, **now)
 
 
 def _finish(asked: Sweep, publish: str | None, uri: str) -> str:

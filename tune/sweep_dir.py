@@ -3,6 +3,7 @@
 sweep.json      the command's settings: space, recipe, data, flags; the MLflow parent run
 space.json      the space, with all values resolved
 plan.json       the trials: name, codes and seed of each (see tune.plan); none if the search draws them while the sweep runs
+state.json      what has become of the process that runs it (see pipelines.runs.status)
 trials/NAME/    a run directory each, as `simclr pretrain` makes one, with trial.json: its values, status and scores
 first_tries/    run directories of trials that started again with another seed
 reports.jsonl   with asha or median: what the scheduler has heard, in order; population.json: what pbt knows (see tune.schedulers)
@@ -31,13 +32,12 @@ from simclr.config import Config
 from simclr.errors import UserError
 from simclr.recipes import recipe
 from simclr.text import cell
-from tune import resolve
+from tune import resolve, words
 from tune.spaces import Space, space
 
 SCHEMA = 1
 INSTEAD = "bring it back from a copy, or begin a new sweep with another --out"
 LOCK = ".sweep"
-_MOST = 100_000  # trials; a larger number is a damaged file
 _PARTS = ("checkpoints", "encoder", "compiled", "ray")  # folders of a trial, which a sweep empties or removes
 METRICS: dict[str, Literal["max", "min"]] = {
     "eval/knn_top1": "max",
@@ -67,7 +67,7 @@ class Sweep:
     only: dict[str, list[Any]]
     changes: dict[str, Any]
     """Fields that differ from the recipe in every trial (--set)."""
-    search: Literal["grid", "random", "optuna"]
+    search: Literal["grid", "random", "mixed", "optuna"]
     scheduler: Literal["none", "asha", "median", "pbt"]
     metric: str
     trials: int | None
@@ -79,6 +79,10 @@ class Sweep:
     command: str
     created: float
     labelled: bool = True
+    vary: dict[str, Any] = field(default_factory=dict)
+    """The fields of a space of the user's own, and their values in his words (see `tune.words`); {} = `space` is one of ours."""
+    tensorboard: str | None = None
+    """Where trials write TensorBoard's scalars: a directory, or "" = each in its own; None = nowhere."""
     tracking_uri: str = ""
     tracking_run: str = ""
     at: str = ""
@@ -86,8 +90,8 @@ class Sweep:
 
     def __post_init__(self) -> None:
         for name, least in (("trials", 1), ("seeds", 1), ("keep", 1), ("max_concurrent", 0)):
-            if (value := getattr(self, name)) is not None and not least <= value <= _MOST:
-                raise UserError(f"{name} of {self.path} is {value}; expected {least} to {_MOST:,}")
+            if (value := getattr(self, name)) is not None and not least <= value <= resolve.MOST:
+                raise UserError(f"{name} of {self.path} is {value}; expected {least} to {resolve.MOST:,}")
 
     @property
     def shown(self) -> str:
@@ -102,7 +106,8 @@ class Sweep:
     @property
     def restricted(self) -> Space:
         """The space with --only applied."""
-        return resolve.restricted(space(self.space), self.base, self.only)
+        base = self.base
+        return resolve.restricted(words.space(self.space, self.vary, base) if self.vary else space(self.space), base, self.only)
 
     @property
     def clock(self) -> Literal["step", "images"]:
@@ -116,6 +121,9 @@ class Sweep:
     def save(self) -> None:
         text = asdict(self) | {"schema": SCHEMA}
         del text["path"], text["at"]
+        for name in ("vary", "tensorboard"):  # earlier versions do not know them
+            if text[name] in ({}, None):
+                del text[name]
         self.path.mkdir(parents=True, exist_ok=True)
         files.write_text(self.path / "sweep.json", json.dumps(text, indent=1) + "\n")
 

@@ -170,7 +170,7 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: str) -> Run:
     if (directory / "run.json").is_file() and donor:
         inherit.take(load_run(directory), config, sweep.path / "trials" / donor)
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
-    flags = [f"--{key.replace('_', '-')}={_word(resolve.value_of(config, key))}" for key in config.flat() if _differs(sweep, config, key)]
+    flags = [word for key in config.flat() if _differs(sweep, config, key) for word in _flag(key, resolve.value_of(config, key))]
     workers = Resources(**sweep.resources).counts(config)
     notes = sense.notes(config, manifest, manifest.examples("train", config.train.shard_groups), workers, run.under_way)
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]), notes=notes)
@@ -213,8 +213,14 @@ def _caught_up(sweep: Sweep, run: Run, trial: Trial, newest: int, heard: float) 
     return trial
 
 
-def _word(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _flag(key: str, value: Any) -> list[str]:
+    """The words with which `simclr pretrain` gets `value` for field `key`."""
+    group, dot, name = key.replace("_", "-").rpartition(".")
+    if isinstance(value, bool):
+        return [f"--{group}{dot}{'' if value else 'no-'}{name}"]
+    if isinstance(value, tuple):
+        return [f"--{group}{dot}{name}", *map(str, value)]
+    return [f"--{group}{dot}{name}={value}"]
 
 
 def _differs(sweep: Sweep, config: Config, key: str) -> bool:

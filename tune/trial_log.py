@@ -18,6 +18,7 @@ from pipelines.terminal import bug, say
 from pipelines.tracking import client
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.outbox import Outbox, Posted
+from pipelines.tracking.tensorboard import FOLDER, Scalars
 from pipelines.train import messages
 from simclr.errors import UserError
 from tune import sweep_dir
@@ -34,6 +35,7 @@ class Ledger:
         self.sweep, self.inbox, self.uri, self.outbox = sweep, inbox, uri, Outbox(uri)
         self.parent: client.MLflowRun | None = None
         self.posted: dict[str, Posted] = {}  # of running trials
+        self.scalars: dict[str, Scalars] = {}  # TensorBoard's, of the same
         self.over = threading.Event()
         self.bug: Exception | None = None
         self.thread = threading.Thread(target=self._work, name="ledger", daemon=True)
@@ -48,6 +50,8 @@ class Ledger:
         parent run with `artifacts` and `metrics`. Returns the sweep with the parent's id. Raises the bug that has ended the thread."""
         self.over.set()
         self.thread.join(_DRAIN_S)
+        for name in list(self.scalars):
+            self._close_scalars(name)
         if self.bug is not None and status != "KILLED":
             raise self.bug
         if status != "KILLED":
@@ -91,15 +95,30 @@ class Ledger:
                 if trace:
                     bug(trace)
                 say(f"trial {name} failed: {reason}; it starts again with another seed")
+                self._close_scalars(name)
                 if posted := self.posted.pop(name, None):
                     posted.path, posted.status = sweep_dir.first_try(self.sweep.path, name), "FAILED"
             case messages.TrialOver(status=status):
+                self._close_scalars(name)
                 if posted := self.posted.pop(name, None):
                     posted.status = status
             case messages.Reported():
                 if name not in self.posted:
                     self.posted[name] = self._follow(self.sweep.path / "trials" / name)
                 self.posted[name].run.append(message.line())
+                if self.sweep.tensorboard is not None:
+                    if name not in self.scalars:
+                        self.scalars[name] = self._scalars_of(name)
+                    self.scalars[name].write(message.line())
+
+    def _scalars_of(self, name: str) -> Scalars:
+        """The scalars of a trial, which go on where an earlier driver or its first try left them."""
+        folder, place = self.sweep.path / "trials" / name, self.sweep.tensorboard
+        return Scalars(Path(place) / self.sweep.path.name / name if place else folder / FOLDER, load_run(folder))
+
+    def _close_scalars(self, name: str) -> None:
+        if scalars := self.scalars.pop(name, None):
+            scalars.close()
 
     def _follow(self, folder: Path) -> Posted:
         posted = self.outbox.follow(load_run(folder), partial(self._tags, folder.name))

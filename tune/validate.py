@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import stat
 
 from pipelines.terminal import say
 from pipelines.train import ray_train
 from pipelines.train.resources import Resources
-from simclr import sense
+from simclr import extras, sense
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 from tune import resolve
@@ -17,7 +16,6 @@ from tune.sweep_dir import Sweep
 
 MID_RUN = ("optim.base_lr", "optim.weight_decay", "loss.temperature", "views.colour_strength")
 """Fields that may change during a run."""
-_ONE_EACH = {"train.batch_size", "encoder.depth", "encoder.width", "head.layers", "head.d_out"}
 _DURING = {"eval/knn_top1", "health/rankme", "health/align_uniform"}
 
 
@@ -39,14 +37,14 @@ def check(asked: Sweep, manifest: Manifest, under_way: bool = False) -> list[Cod
         raise UserError(f"--scheduler pbt copies checkpoints between trials on a disk, and {asked.at} is in S3; use asha, or a shared disk")
     if asked.scheduler == "pbt" and not varied:
         raise UserError(f"--scheduler pbt changes a run that goes on: {', '.join(MID_RUN)}; {space.name} varies none of them")
-    if asked.scheduler == "pbt" and _ONE_EACH & {path for axis in space.axes for path in axis.paths}:
-        raise UserError(f"--scheduler pbt copies weights between trials, which have several shapes or batches in {space.name}; use asha")
+    if asked.scheduler == "pbt" and (others := sorted({path for axis in space.axes for path in axis.paths} - set(MID_RUN))):
+        raise UserError(f"--scheduler pbt copies weights between trials, which differ in {others[0]} for good in {space.name}; use asha")
     if asked.search == "optuna":
-        if importlib.util.find_spec("optuna") is None:
-            raise UserError("--search optuna needs the package optuna, which is not installed: `pip install optuna`")
+        if not extras.has("optuna"):
+            raise UserError(f"--search optuna needs Optuna, which is not installed here: {extras.command('optuna')}")
         if asked.seeds > 1 or asked.scheduler == "pbt":
             raise UserError("--search optuna chooses each trial by those before it: it goes with one seed and without pbt")
-    every = resolve.combinations(space) if asked.search == "grid" else resolve.samples(space, asked.trials or 10**9, base.seed)
+    every = resolve.tried(space, asked.search, asked.trials, base.seed)
     notes: list[str] = []
     for combination in every:
         config = resolve.point(space, base, combination, asked.seeds - 1).config

@@ -73,7 +73,7 @@ def bench_all(budget_min: float, out: Path | None, device: str, dry: bool, data:
     size = _size(device, dry)
     archives = _archives(data)
     out = out or Path("runs") / f"bench-{datetime.now(UTC):%Y-%m-%d}"
-    files.require_writable(out)
+    files.require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     usable = cores()
     # As many threads as cores would leave no core for other processes, and a CPU's threads wait for one another.

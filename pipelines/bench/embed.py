@@ -85,7 +85,7 @@ def _before(folder: Path, part: int, device: torch.device, precision: str) -> fl
     for some in (paths[:part], paths[part:]):  # the first ones warm up
         began = time.perf_counter()
         for first in range(0, len(some), _BATCH):
-            x = torch.cat([encoder.prepared(decoded(path, Rule())[None]) for path in some[first : first + _BATCH]])
+            x = torch.cat([encoder.prepared(decoded(path, Rule()).pixels[None]) for path in some[first : first + _BATCH]])
             with autocast(precision, device):
                 encoder(x.to(device).to(memory_format=torch.channels_last)).float().cpu().numpy()
     return (len(paths) - part) / max(time.perf_counter() - began, 1e-9)

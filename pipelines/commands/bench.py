@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from pipelines.bench.result import WARM_STEPS, Row, machine, write_json
-from pipelines.runs import sync
+from pipelines.runs import config_file, sync
 from pipelines.terminal import show
 from simclr import files
 from simclr.config import Config
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "probe", "embed", "listing", "order"]
-Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory"]
+Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory", "footprint"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Args:
     views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
+    footprint: the most memory of a training process, as `simclr pretrain --dry-run` estimates it ÷ as it is.
     probe: bytes that kNN and the quick probe take for a row of ImageNet's features, and GiB for all.
     prepare: images/s of writing shards, for the others.
     embed: images/s of `simclr embed`, with threads and with processes that decode, ÷ one picture after the other; on CPUs also two workers.
@@ -57,7 +58,12 @@ class Args:
     memory: any shards. prepare, embed: archive or folder of images, none = rendered photographs. all: folder with cifar10-jpeg.tar.xz
     and imagenet-photos-256.tar, or archives of such names; absent ones are rendered."""
     recipe: str = "cifar10_resnet18"
-    """step, train, scale, loop, agreement, cifar: recipe whose step is timed. embed: recipe whose encoder sees the photographs."""
+    """step, train, scale, loop, agreement, cifar, footprint: recipe whose step counts. embed: recipe whose encoder sees the photographs."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with the config, in place of --recipe: YAML as `simclr recipes RECIPE` writes it, or the run.json of a run. The options below
+    change it."""
+    size_px: int | None = None
+    """footprint: side of a view. Default: the recipe's."""
     batch_size: int = 32
     """Images per step; scale: of each rank; views: images of which each gives two views."""
     steps: int = 30
@@ -135,13 +141,13 @@ def main(args: Args) -> None:
             show(f"failed or ended early: {', '.join(unfinished)}")
             sys.exit(1)
         return
-    for path in (args.json, args.profile):
+    for path, kinds in ((args.json, (".json",)), (args.profile, ())):
         if path is not None:
-            files.require_writable(path)
+            files.require_file(path, kinds)
             path.parent.mkdir(parents=True, exist_ok=True)
     machine()  # an error in it should come now, not after the measurement
     setting = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items() if k not in ("what", "json")}
-    n = 1 if args.what in ("agreement", "cifar", "memory", "prepare", "probe") else args.trials
+    n = 1 if args.what in ("agreement", "cifar", "memory", "footprint", "prepare", "probe") else args.trials
     rows: list[Row] = []
     for row in measure(args):
         rows.append(row)
@@ -217,7 +223,7 @@ def measure(args: Args) -> Iterable[Row]:
 def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
     """The benches that read shards or can read them."""
     data = None if args.data is None else sync.shards(args.data)
-    if data is None and args.what in ("train", "loop", "cifar", "memory"):
+    if data is None and args.what in ("train", "loop", "cifar", "memory", "footprint"):
         raise UserError(f"which data? `simclr bench {args.what} --data DIR`, a directory of prepared shards")
     if args.what == "loader":
         from pipelines.bench.loader import loader
@@ -242,6 +248,10 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
         from pipelines.bench.memory import memory
 
         return memory(data, args.batch_size, args.epochs, args.threads)
+    if args.what == "footprint":
+        from pipelines.bench.footprint import measured
+
+        return measured(_config(args), data, args.threads, _device(args))
     if os.environ.get("RAY_ADDRESS"):
         raise UserError("RAY_ADDRESS is set; this compares on one machine: unset it")
     if args.what == "train":
@@ -256,7 +266,11 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
 
 def _config(args: Args) -> Config:
     """The recipe with the batch sizes, precision and compiling of the command line."""
-    config = recipe(args.recipe)
+    if args.config_file is not None and args.recipe != Args.recipe:
+        raise UserError(f"--recipe {args.recipe} and --config {args.config_file} each have a whole config; leave out one of them")
+    config = recipe(args.recipe) if args.config_file is None else config_file.read(args.config_file).config
+    if args.size_px is not None:
+        config = replace(config, views=replace(config.views, size_px=args.size_px))
     precision = config.train.precision if args.precision == "recipe" else args.precision
     train = replace(
         config.train, batch_size=args.batch_size, micro_batch=args.micro_batch, precision=precision, compile=args.compile, steps=args.steps

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,12 @@ class Args:
     """The file, as cluster/aws-gpu.yaml."""
     recipe: str | None = None
     """Also check that all accelerators can share this recipe's batch."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with the config, in place of --recipe: YAML as `simclr recipes RECIPE` writes it, or the run.json of a run."""
+    dry_run: bool = False
+    """With --recipe or --config: also say how much memory a worker needs, and whether the file's accelerators have it."""
+    classes: int = 1000
+    """--dry-run: labelled classes of the data; 0 = none."""
     set: tuple[str, ...] = ()
     """Fields of the recipe, as train.batch_size=1024."""
 
@@ -40,9 +47,9 @@ class Args:
 def main(args: Args) -> None:
     text, cluster = read(args.file)
     found = [*schema_mistakes(cluster)] or [*rules.mistakes(cluster)]
-    config = changed(args.recipe, args.set) if args.recipe else None
-    if args.set and config is None:
-        raise UserError("--set changes fields of a recipe; name it with --recipe")
+    name, config = asked(args)
+    if (args.set or args.dry_run) and config is None:
+        raise UserError(f"{'--set' if args.set else '--dry-run'} is about a recipe; name it with --recipe, or give --config FILE")
     batch = ""
     if config is not None and not found:
         try:
@@ -54,7 +61,10 @@ def main(args: Args) -> None:
         raise UserError(f"{args.file} has {len(found)} mistake{'s' if len(found) > 1 else ''}:\n{rows}")
     show(overview(cluster))
     if batch:
-        show(f"\n{args.recipe}: {batch}")
+        show(f"\n{name}: {batch}")
+    if config is not None and args.dry_run:
+        for line in dry(cluster, config, args.classes):
+            show(line)
     if cluster["provider"]["type"] == "aws" and (region := cluster["provider"].get("region")):
         from pipelines.clusterfile import quotas  # boto3 takes half a second
 
@@ -142,13 +152,47 @@ def schema_mistakes(cluster: dict[str, Any]) -> list[str]:
     return found
 
 
-def changed(name: str, assignments: tuple[str, ...]) -> Config:
-    """The recipe with fields set, each as path=value."""
+def asked(args: Args) -> tuple[str, Config | None]:
+    """(name, config) of --recipe or --config with the fields of --set; ("", None) without either."""
+    if args.recipe is not None and args.config_file is not None:
+        raise UserError(
+            f"--recipe {args.recipe} and --config {args.config_file} each have a whole config; leave out one, --set changes fields"
+        )
+    if args.config_file is not None:
+        from pipelines.runs import config_file
+
+        found = config_file.read(args.config_file)
+        return found.recipe, changed(found.recipe, args.set, found.config)
+    if args.recipe is None:
+        return "", None
+    return args.recipe, changed(args.recipe, args.set)
+
+
+def dry(cluster: dict[str, Any], config: Config, classes: int) -> Iterator[str]:
+    """The memory of a worker against that of the file's accelerators, with the most of each kind that it starts."""
+    from pipelines.train import plan
+
+    there = [group for group in rules.groups(cluster) if group.accelerators and group.most and not group.what.startswith("TPU")]
+    if not there:
+        yield plan.line("memory", "no GPUs are listed in the file; a worker's memory is compared with a GPU's alone")
+        return
+    workers = sum(group.accelerators * group.most for group in there)
+    yield from plan.shares(config, workers)
+    for group in {group.what: group for group in there}.values():
+        size = re.search(r"(\d+) GB", group.what)
+        room = plan.Room("cuda", int(size[1]) * 10**9, f"an accelerator of {group.name}, {group.what}") if size else None
+        yield from plan.memory(config, workers, classes, room, "cuda")
+        if room is None:
+            yield plan.line("", f"the memory of {group.machine or 'your own machines'} is not known here")
+
+
+def changed(name: str, assignments: tuple[str, ...], config: Config | None = None) -> Config:
+    """The recipe `name`, or the `config` of that name, with fields set, each as path=value."""
     import yaml
 
     from simclr.recipes import recipe
 
-    values = recipe(name).to_dict()
+    values = (config or recipe(name)).to_dict()
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
         *parents, field = path.replace("-", "_").split(".")

@@ -10,6 +10,7 @@ import tyro
 
 from pipelines.terminal import say, show
 from pipelines.tracking.card import UNKNOWN_LICENCE, network, write_card
+from pipelines.tracking.record import Record
 from simclr import files
 from simclr.errors import UserError
 
@@ -18,7 +19,7 @@ from simclr.errors import UserError
 class Args:
     """Convert a checkpoint of the official SimCLR code (v1 or v2, TensorFlow 1 or 2), with its head and classifier.
 
-    Needs TensorFlow (`pip install '.[tensorflow]'`); the result does not.
+    Needs TensorFlow (`pip install 'simclr-cluster[tensorflow]'`); the result does not.
     """
 
     path: Annotated[Path, tyro.conf.Positional]
@@ -33,7 +34,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    files.require_writable(args.to)
+    files.require_folder(args.to)
     if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
         raise UserError(f"{args.to} exists and is not empty; convert to a new directory")
     from simclr.encoder.convert import convert
@@ -57,7 +58,7 @@ def main(args: Args) -> None:
     head = dict(found.head.state_dict()) if found.head else None
     published = {"recipe": "unknown", "step": found.step, "data": "unknown", "converted": found.source}
     write_encoder(dict(found.encoder.state_dict()), found.config, args.to, published, head=head, classifier=linear, tap=tap or 0)
-    write_card(args.to, args.to.name, {}, args.licence)
+    write_card(args.to, args.to.name, Record(), args.licence)
     parts = [network(found.config.to_dict()["encoder"]), f"{found.encoder.d_h:,} features"]
     parts.append(f"a head of {len(found.head.layers)} layers" if found.head else "no head")
     if linear is not None:

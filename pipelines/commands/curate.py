@@ -63,7 +63,7 @@ def main(args: Args) -> None:
     from pipelines.evaluation.bank import Features
 
     out = args.out or Path("near-duplicates" if args.near_duplicates is not None else "diverse" if args.diverse is not None else "outliers")
-    files.require_writable(out)
+    files.require_folder(out)
     features = Features(args.features, args.split)
     if args.near_duplicates is not None:
         found = curated.near_duplicates(features, args.near_duplicates, device)

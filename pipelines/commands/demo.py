@@ -75,7 +75,7 @@ def demo(args: Args) -> Result:
     if args.test < 1:
         raise UserError(f"--test is {args.test}; expected at least 1")
     out = args.out or Path("runs") / ("demo" + (f"-{args.seed}" if args.seed else "") + ("-coloured" if args.coloured else ""))
-    files.require_writable(out)
+    files.require_folder(out)
     config = replace(recipe("patterns_tiny"), seed=args.seed)
     if args.epochs is not None:
         config = replace(config, train=replace(config.train, epochs=args.epochs))
@@ -104,7 +104,7 @@ def demo(args: Args) -> Result:
     registered, pulled = _pull_and_compare(run)
     run.took("pull and compare", time.monotonic() - began)
     page = report.report(report.Args(run=out))
-    return Result(run, quick.scores_of(out), registered, pulled, page, run.timings())
+    return Result(run, quick.scores_of(out)[0], registered, pulled, page, run.timings())
 
 
 def _pull_and_compare(run: Run) -> tuple[str, str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from pipelines.runs import sync
+from pipelines.runs import config_file, sync
 from pipelines.runs.directory import Run
 from pipelines.terminal import show
+from pipelines.tracking import tensorboard
 from pipelines.train import classifiers, driver
 from pipelines.train.resources import Resources
 from simclr.config import Optim, Watch
@@ -28,9 +29,17 @@ class Args:
     Without --encoder.… the student is the teacher's twin (self-distillation). The defaults are v2's for ImageNet.
     """
 
+    SETTINGS: ClassVar = (
+        *("encoder", "temperature", "alpha", "labels", "label_seed", "epochs", "batch_size", "optim", "seed"),
+        *("test_every_epochs", "precision", "compile"),
+    )
+    """What a file of --config may have."""
+
     teacher: Annotated[Path, tyro.conf.Positional]
     """A run of `simclr finetune` (or of this command), or a published directory with a classifier, on disk or at s3://bucket/prefix,
     or NAME@alias in the registry."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with settings: YAML as `simclr recipes distill` writes it, or the run.json of a distillation. Flags change it."""
     data: Path | None = None
     """Directory or s3://bucket/prefix of prepared shards. Default: the data of the run."""
     encoder: classifiers.Shape = field(default_factory=classifiers.Shape)
@@ -62,6 +71,25 @@ class Args:
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+    tensorboard: tuple[Path, ...] | None = None
+    """Write TensorBoard's scalars, too (an extra: `pip install tensorboard`): into DIR/RUN of --tensorboard DIR, or into the run's own
+    folder tensorboard of --tensorboard alone."""
+
+    @classmethod
+    def defaults(cls, words: list[str]) -> Args | None:
+        """The settings of the file behind --config in a command's `words`; None without that flag."""
+        given = config_file.given_to("--config", words)
+        if given is None:
+            return None
+        path, empty = config_file.at(Path(given)), cls(teacher=tyro.MISSING)
+        if path.suffix != ".json":
+            return config_file.changed(empty, config_file.entries(path), path, cls.SETTINGS)
+        config = config_file.read(path, "distill").config
+        assert isinstance(config, Distill)
+        student = classifiers.Shape.like(config.encoder)
+        return replace(
+            empty, **classifiers.settings_of(config, path.parent), encoder=student, temperature=config.temperature, alpha=config.alpha
+        )
 
 
 def main(args: Args) -> None:
@@ -98,6 +126,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         driver.require_shares(config, examples, args.resources)
         name = f"distill-{classifiers.recipe_of(directory).removeprefix('finetune-')}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "distill", alone=lock)
+        scalars = tensorboard.scalars(args.tensorboard, run, home.at)
         run = driver.checked(run, manifest, examples, args.resources)
         lock.enter_context(run.alone())
         run.save()
@@ -116,6 +145,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         total=config.total_steps(examples),
         uri=uri,
         resources=args.resources,
+        scalars=scalars,
         publish=lambda run, method: classifiers.publish(run, classes, 0, about, method),
         given={"labelled": ids},
     )

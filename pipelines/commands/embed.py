@@ -9,6 +9,7 @@ import json
 import shlex
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +24,20 @@ from pipelines.parts.run import Plain, Where, run
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say, show
 from simclr import files
+from simclr.data.depth import remarks
 from simclr.data.options import Options
 from simclr.data.pixels import MOST_PIXELS
 from simclr.data.s3.place import Place
 from simclr.data.s3.uri import address
 from simclr.data.sources.reading import Reading
 from simclr.errors import UserError
+from simclr.extras import has
 
 if TYPE_CHECKING:
     from simclr.data.feature_parts import About
 
 _LOCK = ".embedding-lock"
+_FILES = (".npz", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -74,29 +78,43 @@ class Args:
 
 
 def main(args: Args) -> None:
+    show(run_embed(args))
+
+
+def run_embed(args: Args) -> str:
+    """Write the features; returns how many there are, and where."""
     if not args.images:
         raise UserError("which images? give files, folders, archives, s3://bucket/prefix, shards or an .npy file")
-    one_file = args.out.suffix.lower() in (".npz", ".parquet")
+    one_file = args.out.suffix.lower() in _FILES
     if address(args.out) is not None and one_file:
         raise UserError(f"{sync.shown(args.out)}: in S3 features are parts below a prefix; leave out {args.out.suffix}")
-    if address(args.out) is None:
-        files.require_writable(args.out)
+    if address(args.out) is not None:
+        files.require_folders_name(args.out)
+    elif one_file:
+        files.require_file(args.out)
+    else:
+        files.require_folder(args.out, _FILES)
     place = Place(args.out.with_name(f".{args.out.name}.parts") if one_file else args.out)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(opened(args.encoder, args.tracking_uri))
         stack.enter_context(_alone(place))
-        about, total = _embed(args, directory, place, one_file, stack)
+        about, total, done = _embed(args, directory, place, one_file, stack)
     failed = _failed(place)
     count = _count(place, total - len(failed) if total is not None else None)
+    for line in remarks({**done, "ranges": about.ranges, "stated": args.value_range is not None}):
+        say(line)
     if failed:
         first = f"{failed[0]['path']} ({failed[0]['reason']})"
         if count == 0:
+            if one_file:
+                shutil.rmtree(place.path)
             raise UserError(f"none of the {len(failed)} files can be read as an image; the first: {first}")
-        say(f"{len(failed):,} files are no images that can be read and were left out; the first: {first}")
+        what = "file is no image that can be read and was" if len(failed) == 1 else "files are no images that can be read and were"
+        say(f"{len(failed):,} {what} left out; the first: {first}")
     if one_file:
         _join(place, args.out)
         shutil.rmtree(place.path)
-    show(f"{sync.shown(args.out)}: {count if count is not None else 'all'} × {about.d} features")
+    return f"{sync.shown(args.out)}: {count if count is not None else 'all'} × {about.d} features"
 
 
 @contextlib.contextmanager
@@ -135,9 +153,11 @@ def _leave(folder: Path) -> None:
         folder.rmdir()
 
 
-def _embed(args: Args, directory: Path, place: Place, one_file: bool, stack: contextlib.ExitStack) -> tuple[About, int | None]:
+def _embed(
+    args: Args, directory: Path, place: Place, one_file: bool, stack: contextlib.ExitStack
+) -> tuple[About, int | None, Counter[str]]:
     """Do the parts that `place` does not have; for `one_file` it is a folder of our own. Until `stack` is left no other embed writes there.
-    Returns what the features are, and the number of images, if it is known."""
+    Returns what the features are, the number of images, if it is known, and how many were rescaled and clipped now."""
     from pipelines.parts import embedding
     from pipelines.parts.plan import plan
     from simclr.data.feature_parts import About
@@ -164,6 +184,8 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool, stack: con
         d=width_of(text),
         dtype=args.dtype,
         key=key,
+        ranges=dict(options.rule(planned.ranges).ranges),
+        bands=args.bands or (),
     )
     parts = _left(planned.parts, place, stated, one_file)
     if parts:
@@ -171,7 +193,7 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool, stack: con
         parts = _left(planned.parts, place, stated, one_file)  # another embed may have ended meanwhile
     if not parts:
         say(f"{place} holds these features already; nothing to do")
-        return about, planned.total
+        return about, planned.total, Counter()
     told_plan = json.dumps(stated)
     place.write(PLAN, told_plan.encode())
     if len(parts) < len(planned.parts):
@@ -189,14 +211,17 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool, stack: con
         "batch_size": args.batch_size,
         embedding.IMAGES: planned.total,
     }
-    waited = computed = 0.0
+    waited, computed, counts = 0.0, 0.0, Counter[str]()
     device = "cpu"
     with Bar("embed", planned.total) as bar:
         for _, told in run(embedding.make, settings, parts, args.where, args.device, carry=directory):
             bar.advance(told["images"] + told["failed"])
+            counts.update({name: told[name] for name in ("rescaled", "clipped")})
             waited, computed, device = waited + told["waited_s"], computed + told["computed_s"], told["device"]
             if told["failed"]:
                 bar.update(bar.done, f"left out: {told['first']}")
+    if not has("ffcv"):
+        say("FFCV is not installed, so Pillow decoded JPEGs: a level or two from the pixels that a training on shards sees")
     say(f"{device} waited for pictures {100 * waited / max(waited + computed, 1e-9):.0f} % of the time")
     there = place.names()
     if missing := [part["number"] for part in parts if f"part-{part['number']:05d}.parquet" not in there]:
@@ -204,7 +229,7 @@ def _embed(args: Args, directory: Path, place: Place, one_file: bool, stack: con
             f"{len(missing):,} parts were written where this machine does not see them (part {missing[0]} is not in {place}); "
             "give --out a folder on a disk that all nodes see, or s3://bucket/prefix"
         )
-    return about, planned.total
+    return about, planned.total, counts
 
 
 def _left(parts: Sequence[Plain], place: Place, stated: Plain, one_file: bool) -> list[Plain]:

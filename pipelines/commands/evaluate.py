@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from pipelines.commands.report import refresh
 from pipelines.evaluation import protocols, quick
 from pipelines.evaluation.inputs import default_out, device_of, opened, resolve
 from pipelines.parts.run import Where
 from pipelines.runs import sync
-from pipelines.terminal import show
+from pipelines.runs.directory import load_run
+from pipelines.terminal import say, show
+from pipelines.tracking import evaluated, trust
+from pipelines.tracking import uri as mlflow_uri
+from pipelines.tracking.outbox import SCORES, log_scores
+from simclr import files
 from simclr.cores import cores
 from simclr.data.s3.uri import address
 from simclr.errors import UserError
@@ -23,7 +30,8 @@ class Args:
     """Weighted kNN and a linear probe on frozen features of the training split, scored on the test split.
 
     Without a test split, a tenth of the training images is held back for it. Images without a label are left out. Data without any
-    label gets the effective rank of its features (RankMe).
+    label gets the effective rank of its features (RankMe). A run's scores are kept in it and go to its MLflow run as evaluate/knn_top1, ….
+    Those of --limit are kept beside the others, and do not.
 
     --protocol asks for the papers' protocols instead: top-1 with its 95 % bootstrap interval, top-5, every class, and the
     confusion table as a picture. --features takes features from disk instead of an encoder. --suite transfer runs the twelve datasets
@@ -36,7 +44,8 @@ class Args:
     """TRAIN or TRAIN TEST instead of an encoder: features that `simclr embed` wrote (a folder of parts, one .parquet, s3://bucket/prefix).
     One place is cut by its column `split`; of two, each is a split as a whole."""
     data: Path | None = None
-    """Directory or s3://bucket/prefix of prepared shards. Default: the data of the run."""
+    """Directory or s3://bucket/prefix of prepared shards; or pictures: a folder or an archive on disk, whose features are then taken as
+    `simclr embed` takes them, without baselines. Default: the data of the run."""
     k: int | None = None
     """Neighbours that vote. Default: the config's watch.k."""
     baselines: bool = True
@@ -82,7 +91,8 @@ class Args:
     """Directory for JSON and pictures of --protocol and --suite. Default: evaluation/ in a run or encoder directory on disk, else
     runs/evaluation/NAME."""
     tracking_uri: str | None = None
-    """MLflow address, for an encoder of the registry. Default: $MLFLOW_TRACKING_URI, else the database under runs/."""
+    """MLflow address, for an encoder of the registry, and for a run's scores, which go to its MLflow run. Default: $MLFLOW_TRACKING_URI,
+    else the database under runs/."""
 
 
 def main(args: Args) -> None:
@@ -97,17 +107,46 @@ def main(args: Args) -> None:
     if args.features:
         _features(args)
         return
+    if args.data is not None and not args.suite and _is_no_shards(args.data):
+        _pictures(args, args.data)
+        return
     if not args.suite and not args.protocol:
         show(quick.table(evaluate(args)))
         return
     _check(args)
     encoder = _encoder(args)
     out, name = args.out or default_out(encoder), sync.shown(encoder)
+    files.require_folder(out)
     with opened(encoder, args.tracking_uri) as directory:
         if args.suite:
             _suite(args, directory, out, name)
         else:
             _protocols(args, directory, out, name)
+            if args.limit is None:
+                _logged(args, directory)
+
+
+def _logged(args: Args, directory: Path) -> None:
+    """Send what was found of a run to MLflow, if that knows the run: at an address that the user names, or in a database of the user's.
+    MLflow never holds an evaluation up, and its failure is no error of it."""
+    if not (directory / "run.json").is_file() or not (run := load_run(directory)).tracking_run:
+        return
+    refresh(run)
+    if not evaluated.whole(run):
+        return
+    asked = args.encoder or directory
+    named = args.tracking_uri or mlflow_uri.same_server(mlflow_uri.tracking_address(None), run.tracking_uri)
+    if not named and mlflow_uri.database_file(run.tracking_uri) is None:
+        run.noted(unlogged=run.unlogged or SCORES)
+        say(f"the scores are not sent to {run.tracking_uri}, which run.json alone names: give it with --tracking-uri, or publish the run")
+        return
+    try:
+        uri = trust.address_for(run, args.tracking_uri, asked)
+    except UserError as error:
+        run.noted(unlogged=run.unlogged or SCORES)
+        say(f"the scores are not sent to MLflow: {error}")
+        return
+    log_scores(run, uri)
 
 
 def _encoder(args: Args) -> Path:
@@ -127,7 +166,36 @@ def _features(args: Args) -> None:
         raise UserError(f"--features has {len(args.features)} places; expected TRAIN, or TRAIN TEST")
     _check(args)
     settings = _protocol_settings(args)
+    if args.out is not None:
+        files.require_folder(args.out)
     tables.run(args.features, tuple(dict.fromkeys(args.protocol)), device_of(args.device), settings, args.out)
+
+
+def _is_no_shards(data: Path) -> bool:
+    """Whether there are files of another kind at `data`. What an interrupted `prepare` has left counts as shards."""
+    if address(data) is not None or not data.exists():
+        return False
+    return data.is_file() or not ((data / "manifest.json").exists() or any(data.glob("*.beton")) or any(data.glob(".writing-*")))
+
+
+def _pictures(args: Args, data: Path) -> None:
+    """Score pictures that nobody has prepared: what `simclr embed` and then --features would give."""
+    from pipelines.commands import embed
+    from pipelines.evaluation import tables
+
+    if "sgd" in args.protocol:
+        raise UserError(
+            f"{data} are no shards, which --protocol sgd draws crops from; run `simclr prepare --source {data} --out DIR` first"
+        )
+    _check(args)
+    encoder, device, settings = _encoder(args), device_of(args.device), _protocol_settings(args)
+    say(f"{data} is no directory of shards: its pictures are read as `simclr embed` reads them, and there are no baselines")
+    with tempfile.TemporaryDirectory(prefix="simclr-") as scratch, opened(encoder, args.tracking_uri) as directory:
+        published = directory / "encoder" if (directory / "run.json").is_file() else directory
+        there = Path(scratch) / "features"
+        on: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
+        embed.run_embed(embed.Args(published, (str(data),), out=there, where=args.where, device=on))
+        tables.run([str(there)], tuple(dict.fromkeys(args.protocol)), device, settings, args.out or default_out(encoder))
 
 
 def _suite(args: Args, directory: Path, out: Path, name: str) -> None:
@@ -160,7 +228,9 @@ def _protocols(args: Args, directory: Path, out: Path, name: str) -> None:
     device = device_of(args.device)
     settings = _protocol_settings(args)
     encoder = simclr.load_encoder(published)
-    protocols.run(tuple(dict.fromkeys(args.protocol)), encoder, data, config, device, settings, out, name)
+    own = load_run(directory).origin if (directory / "run.json").is_file() else data
+    shown = sync.shown(args.data or own)
+    protocols.run(tuple(dict.fromkeys(args.protocol)), encoder, data, config, device, settings, out, name, shown)
 
 
 def _protocol_settings(args: Args) -> protocols.Settings:
@@ -183,7 +253,10 @@ def evaluate(args: Args) -> list[dict[str, Any]]:
     )
     encoder = _encoder(args)
     with opened(encoder, args.tracking_uri) as directory:
-        return quick.run(directory, args.data, settings, encoder if address(encoder) is not None else None)
+        rows = quick.run(directory, args.data, settings, encoder if address(encoder) is not None else None)
+        if args.limit is None:
+            _logged(args, directory)
+        return rows
 
 
 def _threads(args: Args) -> int:

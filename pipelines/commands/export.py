@@ -14,7 +14,7 @@ from pipelines.tracking.card import preprocessing
 from simclr import files
 from simclr.errors import UserError
 
-_SUFFIXES = ".pt2 (a torch.export program), .onnx, or .safetensors (torchvision's names, ResNet-50, -101 and -152)"
+_SUFFIXES = ".pt2 (a torch.export program), .onnx, or .safetensors (torchvision's names, ResNet-18 to -152)"
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,17 @@ class Args:
     """A published encoder's directory (`simclr pull`, or RUN/encoder), or s3://bucket/prefix of one."""
     to: Path
     """File to write. Its suffix is the format: .pt2 (a torch.export program), .onnx, or .safetensors (torchvision's names)."""
+    prepared: bool = False
+    """ONNX for images that are cropped and resized already, (n, 3, size, size) in [0, 1], instead of uint8 pictures (n, H, W, 3) of any
+    size; for runtimes without `Resize` of opset 18."""
 
 
 def main(args: Args) -> None:
     if args.to.suffix not in (".pt2", ".onnx", ".safetensors"):
         raise UserError(f"--to {args.to} does not say what to write; expected a file ending in {_SUFFIXES}")
-    files.require_writable(args.to)
+    if args.prepared and args.to.suffix != ".onnx":
+        raise UserError(f"--prepared is for ONNX, and {args.to.name} is none; leave it out")
+    files.require_file(args.to)
     import simclr
     from simclr.encoder import export
     from simclr.encoder.directory import read_classifier
@@ -44,10 +49,15 @@ def main(args: Args) -> None:
     size = encoder.preprocessing.size_px
     if args.to.suffix == ".safetensors":
         fixed, plain = export.torchvision(encoder, linear, args.to)
-        show(f"{args.to}: torchvision's resnet{encoder.config['encoder']['depth']}, {'with' if linear else 'without'} fc")
-        show(f"  deviates by {fixed:.1e} after  {export.TORCHVISION_POOL}")
-        show(f"  and by {plain:.1e} without that line: torchvision pads its max-pool otherwise")
+        depth = encoder.config["encoder"]["depth"]
+        show(f"{args.to}: torchvision's resnet{depth}, {'with' if linear else 'without'} fc")
+        for line in export.changes(depth):
+            show(f"  {line}")
+        show(f"  deviates by {fixed:.1e} with these lines, which {args.to.name}.txt has in a program,")
+        show(f"  and by {plain:.1e} with torchvision's own max-pool, which pads otherwise")
         show(f"  takes {preprocessing(asdict(encoder.preprocessing))}")
     else:
-        deviation = (export.onnx if args.to.suffix == ".onnx" else export.program)(encoder, args.to)
-        show(f"{args.to}: images (n, 3, {size}, {size}) in [0, 1] → features (n, {encoder.d_h}); deviates by {deviation:.1e}")
+        graph = args.to.suffix == ".onnx"
+        deviation = export.onnx(encoder, args.to, args.prepared) if graph else export.program(encoder, args.to)
+        takes = "uint8 (n, H, W, 3), any size" if graph and not args.prepared else f"(n, 3, {size}, {size}) in [0, 1]"
+        show(f"{args.to}: images {takes} → features (n, {encoder.d_h}); deviates by {deviation:.1e}")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from pipelines.runs import sync
+from pipelines.runs import config_file, sync
 from pipelines.runs.directory import Run
 from pipelines.terminal import say, show
+from pipelines.tracking import tensorboard
 from pipelines.train import classifiers, driver
 from pipelines.train.resources import Resources
 from simclr.config import Optim, Watch
@@ -28,20 +29,33 @@ _FEW = 0.05
 
 @dataclass(frozen=True)
 class Args:
-    """Train a pretrained network and a classifier on labels (SimCLR v2's second stage), and score it on the test split.
+    """Train a pretrained network and a classifier on labels (SimCLR v2's second stage), and score it on the test split, or without one on
+    labelled images that it has not seen.
 
     The defaults are v2's for 1 % of the labels of ImageNet (see `simclr.stages`). v1's: --tap 0 --batch-size 4096
     --optim.name sgd --optim.nesterov --optim.scaling linear --optim.base-lr 0.05.
     """
 
+    SETTINGS: ClassVar = (
+        *("labels", "tap", "class_weights", "linear", "from_scratch", "encoder", "epochs", "batch_size", "optim", "seed", "label_seed"),
+        *("test_every_epochs", "precision", "compile"),
+    )
+    """What a file of --config may have."""
+
     start: Annotated[Path, tyro.conf.Positional]
     """Run directory or published encoder, on disk or at s3://bucket/prefix, or NAME@alias in the registry."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with settings: YAML as `simclr recipes finetune` writes it, or the run.json of a fine-tuning, with its list of labels. Flags
+    change it."""
     data: Path | None = None
     """Directory or s3://bucket/prefix of prepared shards. Default: the data of the run."""
     labels: float = 1.0
     """Share of each class whose labels are seen, at least one image of each: 0.01, 0.1, 1. labels.txt in the run lists them."""
     label_file: Path | None = None
     """Images whose labels are seen, in place of --labels: a text of file names or sample ids, one a line."""
+    hold_back: float = 0.1
+    """For data without a test split, whose classifier is scored on labelled images that it has not seen: where --labels or --label-file
+    leave fewer than this share of them, this share of each class is held back. 0 = train on all, without a score."""
     tap: int | None = None
     """Layer of the projection head that the classifier reads. Default, as v2: 1 of a head of three layers, but 0 (the encoder's h) if
     all labels are seen, and for v1's head."""
@@ -72,6 +86,31 @@ class Args:
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+    tensorboard: tuple[Path, ...] | None = None
+    """Write TensorBoard's scalars, too (an extra: `pip install tensorboard`): into DIR/RUN of --tensorboard DIR, or into the run's own
+    folder tensorboard of --tensorboard alone."""
+
+    @classmethod
+    def defaults(cls, words: list[str]) -> Args | None:
+        """The settings of the file behind --config in a command's `words`; None without that flag."""
+        given = config_file.given_to("--config", words)
+        if given is None:
+            return None
+        path, empty = config_file.at(Path(given)), cls(start=tyro.MISSING)
+        if path.suffix != ".json":
+            return config_file.changed(empty, config_file.entries(path), path, cls.SETTINGS)
+        config = config_file.read(path, "finetune").config
+        assert isinstance(config, FineTune)
+        new = not config.encoder_sha256
+        return replace(
+            empty,
+            **classifiers.settings_of(config, path.parent),
+            tap=config.tap,
+            class_weights=config.class_weights,
+            linear=config.linear,
+            from_scratch=new,
+            encoder=classifiers.Shape.like(config.encoder) if new else classifiers.Shape(),
+        )
 
 
 def main(args: Args) -> None:
@@ -102,6 +141,10 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
 
         seed = args.seed if args.label_seed is None else args.label_seed
         seen = classifiers.choose_labels(data, at, manifest, args.labels, args.label_file, seed)
+        held, about_held = None, ""
+        if "test" not in manifest.splits:
+            seen, held, about_held = classifiers.hold_back(seen, args.hold_back, seed, Watch().queries)
+            say(about_held)
         ids = seen.ids
         if args.class_weights == "balanced":
             say(_weights(seen.y, classes))
@@ -110,7 +153,9 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune", alone=lock)
+        scalars = tensorboard.scalars(args.tensorboard, run, home.at)
         run = driver.checked(run, manifest, len(ids), args.resources)
+        run = replace(run, notes=(*run.notes, about_held)) if about_held else run
         lock.enter_context(run.alone())
         run.save()
         classifiers.write_labels(run, seen)
@@ -125,8 +170,9 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         total=config.total_steps(len(ids)),
         uri=uri,
         resources=args.resources,
+        scalars=scalars,
         publish=lambda run, method: classifiers.publish(run, classes, config.tap, about, method),
-        given={"ids": ids},
+        given={"ids": ids} | ({"held": held} if held is not None and len(held) else {}),
     )
 
 

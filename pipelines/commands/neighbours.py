@@ -54,8 +54,6 @@ class Args:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise UserError(f"--k is {self.k}; expected at least 1")
-        if self.out is not None and self.out.suffix.lower() not in _KINDS:
-            raise UserError(f"--out {self.out} is of no kind that is written; expected a name that ends with {', '.join(_KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def main(args: Args) -> None:
     if not args.query:
         raise UserError("which pictures? give files or folders with --encoder, or rows by their path or id")
     if args.out is not None:
-        files.require_writable(args.out)
+        files.require_file(args.out, _KINDS)
     device = inputs.device_of(args.device)
     from pipelines.evaluation.bank import Features
 
@@ -178,7 +176,7 @@ def _page(features: Features, queries: list[_Query], found: Found) -> str:
     shown = queries[:_SHOWN]
     wanted = sorted({*found.index[: len(shown)].flatten().tolist(), *(q.row for q in shown if q.row is not None)})
     columns = features.columns
-    pictures = thumbnails(features.about.source, [(columns["id"][row], columns["split"][row], columns["path"][row]) for row in wanted])
+    pictures = thumbnails(features.about, [(columns["id"][row], columns["split"][row], columns["path"][row]) for row in wanted])
     small = {row: pictures[i] for i, row in enumerate(wanted) if i in pictures}
     cases = []
     for i, query in enumerate(shown):

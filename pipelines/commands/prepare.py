@@ -12,6 +12,7 @@ import tyro
 from pipelines.parts.run import Where, run
 from pipelines.runs import sync
 from pipelines.terminal import Bar, say, show
+from simclr import files
 from simclr.cores import cores
 from simclr.data import shards
 from simclr.data.manifest import Manifest
@@ -115,6 +116,7 @@ def _most(left: dict[str, int]) -> list[tuple[str, int]]:
 def _out(args: Args) -> Path:
     if args.out is None:
         raise UserError("where to? give --out DIR, or --dry-run to see what would be written")
+    files.require_folders_name(args.out)
     return args.out
 
 

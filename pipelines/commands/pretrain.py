@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
 from pipelines.evaluation import inputs
 from pipelines.runs import sync
-from pipelines.runs.directory import Run
+from pipelines.runs.config_file import given_to
+from pipelines.runs.directory import Run, open_run
 from pipelines.terminal import show
-from pipelines.train import driver, subset, warm_start
+from pipelines.tracking import tensorboard
+from pipelines.train import driver, plan, subset, warm_start
 from pipelines.train.resources import Resources
+from simclr import sense
 from simclr.config import Config
+from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
+from simclr.recipes import changed_from
 
 if TYPE_CHECKING:
     from simclr.encoder.weights import Weights
@@ -30,10 +35,28 @@ class Args:
     """Pretrain an encoder by a recipe; every field of the recipe is a flag. `simclr pretrain --extend RUN` needs neither recipe nor --data:
     it has those of RUN."""
 
+    USUAL: ClassVar = {
+        "RECIPE": "a named config (`simclr recipes`), or --config FILE",
+        "--data": "directory or s3://bucket/prefix of prepared shards",
+        "--run": "run directory; default runs/RECIPE-DIGEST",
+        "--workers": "processes, one GPU each where there are GPUs",
+        "--train.epochs": "passes over the training images",
+        "--train.batch-size": "N, images per step over all workers",
+        "--encoder.depth": "layers of the ResNet",
+        "--optim.base-lr": "learning rate per 256 images",
+        "--loss.temperature": "tau of NT-Xent",
+        "--tracking-uri": "MLflow address; default $MLFLOW_TRACKING_URI, else a database under runs/",
+    }
+
     data: Path
     """Directory or s3://bucket/prefix of prepared shards (`simclr prepare`); each node fetches those of S3 once."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: Annotated[str, tyro.conf.Suppress] = ""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with the config, in place of a recipe: YAML as `simclr recipes NAME` writes it, or a run's run.json. Flags change it."""
+    dry_run: bool = False
+    """Say what the run would do, need and leave: steps, images and memory of a worker, time, disk, checkpoints. Nothing is started or
+    written."""
     run: Path | None = None
     """Run directory or s3://bucket/prefix, for checkpoints too; a run there goes on, on any machine.
     Default: runs/RECIPE-DIGEST, the same for the same config and data."""
@@ -49,20 +72,19 @@ class Args:
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
+    tensorboard: tuple[Path, ...] | None = None
+    """Write TensorBoard's scalars, too (an extra: `pip install tensorboard`): into DIR/RUN of --tensorboard DIR, or into the run's own
+    folder tensorboard of --tensorboard alone."""
 
     @classmethod
-    def defaults(cls, recipe: str | None, words: list[str]) -> Args | None:
+    def defaults(cls, words: list[str]) -> Args | None:
         """The recipe, config and data of the run behind --extend in a command's `words`; None without that flag."""
-        given = [
-            (word.partition("=")[2] or following)
-            for word, following in zip(words, [*words[1:], ""], strict=True)
-            if word.partition("=")[0] == "--extend"
-        ]
-        if not given or not given[0]:
+        given = given_to("--extend", words)
+        if given is None:
             return None
-        if recipe is not None:
-            raise UserError(f"--extend has the recipe of its run; leave out {recipe!r}, or use --start {given[0]} for another recipe")
-        run = warm_start.parent(Path(given[0]))
+        if not words[0].startswith("-"):
+            raise UserError(f"--extend has the recipe of its run; leave out {words[0]!r}, or use --start {given} for another recipe")
+        run = warm_start.parent(Path(given))
         config, flags = warm_start.extension(run), {word.partition("=")[0] for word in words}
         if "--train.epochs" in flags and "--train.steps" not in flags:  # else the run's number of steps would count
             config = replace(config, train=replace(config.train, steps=None))
@@ -71,8 +93,54 @@ class Args:
 
 
 def main(args: Args) -> None:
+    if args.dry_run:
+        for line in dry(args):
+            show(line)
+        return
     run = pretrain(args)
     show(sync.shown(args.run or run.path))
+
+
+def dry(args: Args) -> Iterator[str]:
+    """What the run would do, need and leave, in lines, after the checks that need no Ray, no MLflow and no lease. Starts and writes
+    nothing, but for a manifest of S3 in this machine's cache.
+
+    Raises UserError as the command itself does.
+    """
+    config, workers = args.config, args.resources.workers
+    data, manifest = sync.manifest(args.data, look=config.train.shard_groups == 1)
+    only = subset.read(args.subset, data, args.data, manifest, config) if args.subset is not None else None
+    examples = len(only.ids) if only is not None else manifest.examples("train", config.train.shard_groups)
+    driver.require_shares(config, examples, args.resources)
+    at = s3_uri.address(args.data)
+    yield plan.line("config", changed_from(args.recipe, config))
+    if args.run is not None and s3_uri.address(args.run) is not None:
+        run_at = Path()
+        yield plan.line("run", f"{sync.shown(args.run)}, at which a dry run does not look")
+        under_way = False
+    else:
+        _, start = _start(args)
+        described = only.described if only is not None else None
+        run = open_run(args.run, args.recipe, config, data, str(at or ""), start=start, subset=described)
+        run_at, under_way = run.path, run.under_way
+        yield plan.line("run", f"{run.path}, {'which goes on from its newest checkpoint' if under_way else 'a new one'}")
+    for note in sense.notes(config, manifest, examples, args.resources.counts(config), under_way):
+        yield plan.line("note", note)
+    yield from plan.steps(config, examples, workers)
+    classes = len(manifest.classes)
+    room = plan.room_here(args.resources.device, workers) if args.resources.address is None and args.resources.device != "tpu" else None
+    yield from plan.memory(config, workers, classes, room, "cpu" if args.resources.device == "cpu" else "")
+    if room is None:
+        yield plan.line("", "the cluster's machines are not asked; `simclr cluster check FILE --dry-run --recipe …` compares with a file's")
+    yield plan.duration(config, examples, workers, room.device if room is not None else "", args.run.parent if args.run else Path("runs"))
+    yield from plan.storage(config, manifest, at is not None, run_at, _parameters(config, classes))
+    yield "nothing was started or written"
+
+
+def _parameters(config: Config, classes: int) -> int:
+    from simclr.methods.simclr import shapes_only
+
+    return sum(p.numel() for p in shapes_only(config, classes).parameters())
 
 
 def pretrain(args: Args) -> Run:
@@ -99,6 +167,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
     run, home, uri = driver.home_of(
         args.run, args.recipe, config, data, args.data, args.tracking_uri, start=start, subset=described, alone=lock
     )
+    scalars = tensorboard.scalars(args.tensorboard, run, home.at)
     run = driver.checked(run, manifest, examples, args.resources)
     lock.enter_context(run.alone())
     if only is not None:
@@ -113,6 +182,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         total=config.total_steps(examples),
         uri=uri,
         resources=args.resources,
+        scalars=scalars,
         publish=lambda run, method: publish_newest(run, classes, method),
         given={} if only is None else {"ids": only.ids},
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from pipelines.commands.publish import score_text
+from pipelines.runs.scores import with_interval
 from pipelines.terminal import Bar, show
 from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
@@ -28,7 +28,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    files.require_writable(args.to)
+    files.require_folder(args.to)
     uri = mlflow_uri.tracking_address(args.tracking_uri)
     mlflow_uri.check(uri)
     with Bar("download", None, "MiB", "MiB/s") as bar:
@@ -38,6 +38,9 @@ def main(args: Args) -> None:
             bar.update(done >> 20)
 
         got = registry.pull(uri, args.model, args.to, progress)
-    told = [name for name in got["scores"] if name.endswith("top1")] or list(got["scores"])
-    scores = ", ".join(f"{name} {score_text(name, got['scores'][name])}" for name in told)
-    show(f"{args.to}: {got['name']} version {got['version']} ({scores})")
+    record, measured = got["record"], got["record"].measured
+    told = [name for name in record.scores if name.endswith("top1")] or list(record.scores)
+    scores = ", ".join(with_interval(name, record.scores[name], measured.intervals.get(name)) for name in told)
+    of = f" on {measured.told(told[0])}" if told else ""
+    trained = f"; trained on {record.trained_on} (manifest sha256 {record.trained_on_sha256[:12]}…)" if record.trained_on else ""
+    show(f"{args.to}: {got['name']} version {got['version']} ({scores or 'no scores'}{of}{trained})")

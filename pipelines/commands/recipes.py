@@ -1,31 +1,43 @@
-"""`simclr recipes`: the named configs and their docstrings."""
+"""`simclr recipes`: the named configs, as a list or as a file for --config."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from pipelines.runs import config_file
 from pipelines.terminal import show
 from simclr.recipes import RECIPES, recipe
 
 
 @dataclass(frozen=True)
 class Args:
-    """List the recipes, or show one in full."""
+    """List the recipes, or write one in full, as YAML with what each field means: `simclr recipes NAME > run.yaml`, for
+    `simclr pretrain --config run.yaml`. `finetune` and `distill` write the settings of those commands."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """A recipe to show with every field."""
+    """A recipe, or finetune or distill."""
 
 
 def main(args: Args) -> None:
     if args.name is None:
         for name, function in RECIPES.items():
             show(f"{name:<26} {(inspect.getdoc(function) or '').splitlines()[0]}")
-        return
-    config = recipe(args.name)
-    show(f"{args.name}\n\n{inspect.getdoc(RECIPES[args.name])}\n")
-    for path, value in config.flat().items():
-        show(f"  {path:<32} {value}")
+        show("\n`simclr recipes NAME > run.yaml` writes one with every field, for --config run.yaml")
+    elif args.name in ("finetune", "distill"):
+        show(stage(args.name).rstrip())
+    else:
+        config = recipe(args.name)
+        show(config_file.written(config, inspect.getdoc(RECIPES[args.name]) or "", {"recipe": args.name}).rstrip())
+
+
+def stage(name: str) -> str:
+    """The settings of `simclr finetune` or `simclr distill` as YAML, with their defaults; null = as the command decides."""
+    from pipelines.commands import distill, finetune
+
+    args: finetune.Args | distill.Args = finetune.Args(Path()) if name == "finetune" else distill.Args(Path())
+    return config_file.written(args, f"The settings of `simclr {name}`, for --config. null = as the command decides.", only=args.SETTINGS)

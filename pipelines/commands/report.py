@@ -13,7 +13,10 @@ import numpy as np
 import tyro
 
 from pipelines.html import page
-from pipelines.html.page import FeatureMap, Neighbours, ReportData, Score
+from pipelines.html.neighbours import Neighbours
+from pipelines.html.page import FeatureMap, ReportData, Score
+from pipelines.html.sheets import write_sheets
+from pipelines.runs import scores as scored
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run, subset_described
 from pipelines.terminal import show
@@ -21,6 +24,7 @@ from simclr import fields, files
 from simclr.data.arrays import require_plain_headers, require_small
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
+from simclr.recipes import changed_from
 
 _MOST_BYTES = 1 << 30  # of pictures.npz, unpacked; the largest that `evaluate` writes is a tenth
 # Name in pictures.npz → its sides, equal where their names are, and its kind (see `pipelines.html.pictures.write_pictures`).
@@ -28,14 +32,18 @@ _ARRAYS: dict[str, tuple[tuple[str | int, ...], type[np.generic]]] = {
     "gallery": (("g", 3, "gallery height", "gallery width", 3), np.uint8),
     "queries": (("m", "height", "width", 3), np.uint8),
     "query_labels": (("m",), np.int64),
+    "query_names": (("m",), np.str_),
     "neighbours": (("m", "k", "height", "width", 3), np.uint8),
     "neighbour_labels": (("m", "k"), np.int64),
+    "neighbour_names": (("m", "k"), np.str_),
     "similarity": (("m", "k"), np.float32),
     "map": (("n", 2), np.float32),
     "map_labels": (("n",), np.int64),
     "map_predicted": (("n",), np.int64),
     "thumbs": (("n", "thumb height", "thumb width", 3), np.uint8),
 }
+_NAMED = {"query_names": "query", "neighbour_names": "neighbour"}
+"""Not in files of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,17 @@ def main(args: Args) -> None:
 
 def report(args: Args) -> Path:
     """Gather the run directory's content and write the page. Returns its path."""
+    if args.out is not None:
+        files.require_file(args.out, (".html", ".htm"))
     with sync.directory(args.run) as run:
         return page.write(gather(load_run(run)), args.out or run / "report.html")
+
+
+def refresh(run: Run) -> None:
+    """Write the page, and its pictures as files, as commands do that leave them to MLflow."""
+    data = gather(run)
+    page.write(data, run.path / "report.html")
+    write_sheets(data, run.path / "evaluation")
 
 
 def gather(run: Run) -> ReportData:
@@ -64,6 +81,7 @@ def gather(run: Run) -> ReportData:
     scores, facts = _scores(run)
     history = run.history()
     manifest = read_manifest(run.data) if (run.data / "manifest.json").is_file() else None
+    of = scored.newest(run)
     facts = {
         "run": str(run.path),
         "began": time.strftime("%d %B %Y, %H:%M", time.localtime(run.created)),
@@ -79,7 +97,7 @@ def gather(run: Run) -> ReportData:
     }
     gallery, neighbours, points = _pictures(run.path / "pictures.npz", len(manifest.classes) if manifest is not None else 1 << 31)
     return ReportData(
-        title=f"SimCLR · {run.recipe}",
+        title=f"SimCLR · {changed_from(run.recipe, run.config)}",
         command=run.command,
         config=run.config.flat(),
         facts=facts,
@@ -91,25 +109,43 @@ def gather(run: Run) -> ReportData:
         map=points,
         timings=list(run.timings().items()),
         understood=manifest.understood if manifest is not None else {},
+        measured=of[1].told("knn_top1") if of is not None and of[1].limit else "",
     )
 
 
 def _scores(run: Run) -> tuple[list[Score], dict[str, str]]:
-    text = run.evaluation()
-    if text is None:
+    found = scored.newest(run)
+    if found is None:
         return [], {}
-    last = text["scores"][-1]
+    text, measured = found
+    last, limited = text["scores"][-1], _limited(run) if measured.whole or not measured.limit else {}
     if "knn_top1" not in last:
         if "rankme" not in last:  # a classifier's
             shares = ((name.replace("_", " "), value) for name, value in last.items() if name != "name")
-            return [], {"on the test split": ", ".join(f"{name} {100 * value:.1f} %" for name, value in shares)}
+            told = ", ".join(f"{name} {100 * value:.1f} %" for name, value in shares)
+            return [], {f"on {measured.told('top1')}" if measured.data else "on the test split": told} | limited
         ranks = ", ".join(f"{row['name']} {row['rankme']:.1f}" for row in text["scores"] if "rankme" in row)
-        return [], {"effective rank of the features (RankMe)": ranks}
+        of = {"scored on": measured.told("rankme")} if measured.limit else {}
+        return [], {"effective rank of the features (RankMe)": ranks} | of | limited
     instead = f"evaluate the run again: `simclr evaluate {run.path}`"
-    fields.require(text, {"k": int}, run.path / "evaluation.json", instead)
+    fields.require(text, {"k": int}, run.evaluation_file(bool(measured.limit) and not measured.whole), instead)
     rows = [row for row in text["scores"] if "knn_top1" in row]
     scores = [Score(name=row["name"], knn_top1=row["knn_top1"], probe_top1=row.get("probe_top1")) for row in rows]
-    return scores, {"kNN": f"k = {text['k']}, τ = {run.config.watch.temperature:g}, cosine"}
+    intervals = ", ".join(scored.with_interval(name, last[name], at) for name, at in measured.intervals.items() if name in last)
+    facts = {"kNN": f"k = {text['k']}, τ = {run.config.watch.temperature:g}, cosine", **({"scores": intervals} if intervals else {})}
+    return scores, facts | limited
+
+
+def _limited(run: Run) -> dict[str, str]:
+    """The scores of some images, of a run that was scored on all of them too."""
+    text = run.evaluation(limited=True)
+    if text is None:
+        return {}
+    measured, last = scored.measured_in(text, run.evaluation_file(limited=True)), text["scores"][-1]
+    name = next((name for name in ("knn_top1", "rankme") if name in last), "")
+    if not name:
+        return {}
+    return {"also": f"{scored.with_interval(name, last[name], measured.intervals.get(name))} on {measured.told(name)}"}
 
 
 def _length(run: Run, history: list[dict[str, float]]) -> dict[str, str]:
@@ -131,7 +167,8 @@ def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, Feature
             require_small(path, _MOST_BYTES)
             require_plain_headers(path)
             with np.load(path) as file:
-                found = {name: file[name] for name in found}
+                named = {name: np.full(file[f"{of}_labels"].shape, "") for name, of in _NAMED.items() if name not in file}
+                found = {name: named[name] if name in named else file[name] for name in found}
             _require_pictures(found, classes)
         # Errors of the file: nothing here computes.
         except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
@@ -142,8 +179,10 @@ def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, Feature
     neighbours = Neighbours(
         queries=found["queries"],
         query_labels=found["query_labels"],
+        query_names=found["query_names"],
         images=found["neighbours"],
         labels=found["neighbour_labels"],
+        names=found["neighbour_names"],
         similarity=found["similarity"],
     )
     points = FeatureMap(xy=found["map"], labels=found["map_labels"], predicted=found["map_predicted"], thumbs=found["thumbs"])

@@ -1,101 +1,114 @@
-"""`simclr runs`: the runs in a directory or at an s3:// prefix, with state and progress."""
+"""`simclr runs`: the runs and sweeps in a directory or at an s3:// prefix, with state and progress."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pipelines.runs.directory import LATEST_S, SCHEMA
+from pipelines.runs import status
+from pipelines.runs.home import LEASE
+from pipelines.runs.listing import NAMES, Line, last_time, line, sweep
 from pipelines.terminal import show
-from simclr import fields, files
 from simclr.data.s3.uri import Address, address
 from simclr.errors import UserError
-from simclr.stages import STAGES
 from simclr.text import printable
 
-_INSTEAD = "bring it back from a copy"
+if TYPE_CHECKING:
+    from simclr.data.s3.store import Store
+
 _MOST_METRICS_BYTES = 1 << 30
-_SILENT_S = 600.0  # a run without a report for longer has stopped; reports come every few seconds
+_TRIALS = 10  # of each sweep in a table of several
+_OF_SWEEP = ("sweep.json", "plan.json", status.FILE)
 
 
 @dataclass(frozen=True)
 class Args:
-    """List runs, the newest first."""
+    """List runs and sweeps, the newest first; below a sweep its trials, the best first."""
 
     at: Annotated[Path, tyro.conf.Positional] = Path("runs")
-    """Directory, or s3://bucket/prefix, that holds run directories (also one of them)."""
+    """Directory, or s3://bucket/prefix, that holds run directories and sweeps' (also one of them)."""
     json: bool = False
     """One JSON object per line instead of a table."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """One run of the list."""
-
-    run: str
-    """Its name below the directory asked for."""
-    recipe: str
-    state: str
-    """new (no step yet), running (reported in the last ten minutes), stopped (incomplete, no such report), complete."""
-    step: int
-    total_steps: int | None
-    images_per_s: float | None
-    """As last reported."""
-    checkpoint: int | None
-    """Step of the last whole checkpoint."""
-    loss: float | None
-    updated: float
-    """Unix time of the last report, else of the run's beginning."""
-    note: str = ""
-    """What is wrong with the run, or ""."""
-
-
 def main(args: Args) -> None:
-    lines = sorted(_lines(args.at), key=lambda line: -line.updated)
+    groups = sorted(_groups(args.at), key=lambda group: -group[0].updated)
     if args.json:
-        for line in lines:
-            show(json.dumps(asdict(line)))
-    elif lines:
-        show(table(lines))
+        for found in (found for group in groups for found in group):
+            show(json.dumps(asdict(found)))
+    elif groups:
+        show(table(groups))
 
 
-def _lines(at: Path) -> list[Line]:
-    """Every run at or below `at`. Raises UserError if nothing is there, or S3 does not answer."""
+def _groups(at: Path) -> list[list[Line]]:
+    """Every run at or below `at`, and every sweep with its trials. Raises UserError if nothing is there, or S3 does not answer."""
     place = address(at)
     if place is not None:
-        return _remote(place)
+        return list(_remote(place))
     if not at.is_dir():
         raise UserError(f"{at} is no directory; expected one that holds runs, or s3://bucket/prefix")
-    found = []
+    return list(_local(at))
+
+
+def _local(at: Path) -> Iterator[list[Line]]:
     for path in [at / "run.json", *sorted(at.glob("*/run.json"))]:
         if path.is_file():
             whole = (p.parent.name for p in path.parent.glob("checkpoints/step-*/checkpoint.json"))
-            metrics = path.parent / "metrics.jsonl"
+            metrics, state = path.parent / "metrics.jsonl", path.parent / status.FILE
             text = _tail(metrics) if metrics.is_file() else ""
-            found.append(line(path.parent.name, path.read_text(encoding="utf-8", errors="replace"), text, list(whole)))
-    return found
+            yield [line(path.parent.name, _text(path), text, list(whole), _text(state) if state.is_file() else None)]
+    for path in [at / "sweep.json", *sorted(at.glob("*/sweep.json"))]:
+        if path.is_file():
+            own = {name: _text(file) for name in _OF_SWEEP if (file := path.parent / name).is_file()}
+            trials = {p.parent.name: (_text(p), p.stat().st_mtime) for p in path.parent.glob("trials/*/trial.json") if p.is_file()}
+            yield sweep(path.parent.name, own, trials)
 
 
-def _remote(place: Address) -> list[Line]:
+def _remote(place: Address) -> Iterator[list[Line]]:
     from simclr.data.s3.store import Store
 
     store = Store()
-    names = {found.name for found in store.listing(place)}
-    found = []
-    for name in sorted(name for name in names if PurePosixPath(name).name == "run.json" and len(PurePosixPath(name).parts) <= 2):
-        home = PurePosixPath(name).parent
-        parts = [PurePosixPath(n).parts for n in names]
-        whole = [p[-2] for p in parts if p[:-3] == home.parts and p[-3:-2] == ("checkpoints",) and p[-1] == "checkpoint.json"]
-        metrics = str(home / "metrics.jsonl")
-        text = store.read(place / metrics, _MOST_METRICS_BYTES).decode(errors="replace") if metrics in names else ""
-        found.append(line(place.name if str(home) == "." else str(home), store.read(place / name).decode(errors="replace"), text, whole))
-    return found
+    parts = [PurePosixPath(found.name).parts for found in store.listing(place)]
+    names = {"/".join(part) for part in parts}
+
+    def read(name: str) -> str:
+        return store.read(place / name, _MOST_METRICS_BYTES).decode(errors="replace")
+
+    for home in sorted({part[:-1] for part in parts if part[-1] == "run.json" and len(part) <= 2}):
+        below = "".join(f"{folder}/" for folder in home)
+        whole = [p[-2] for p in parts if p[:-3] == home and p[-3:-2] == ("checkpoints",) and p[-1] == "checkpoint.json"]
+        metrics, state = (read(below + name) if below + name in names else None for name in ("metrics.jsonl", status.FILE))
+        silent = _silent(store, place / (below + LEASE)) if state is not None and below + LEASE in names else None
+        yield [line(home[-1] if home else place.name, read(f"{below}run.json"), metrics or "", whole, state, silent)]
+    for home in sorted({part[:-1] for part in parts if part[-1] == "sweep.json" and len(part) <= 2}):
+        below = "".join(f"{folder}/" for folder in home)
+        own = {name: read(below + name) for name in _OF_SWEEP if below + name in names}
+        of_trials = [p for p in parts if p[:-3] == home and p[-3:-2] == ("trials",) and p[-1] == "trial.json"]
+        trials = {p[-2]: (text := read("/".join(p)), _reported(text, "/".join((*p[:-1], "metrics.jsonl")), names, read)) for p in of_trials}
+        yield sweep(home[-1] if home else place.name, own, trials)
+
+
+def _reported(trial_json: str, metrics: str, names: set[str], read: Callable[[str], str]) -> float:
+    """Unix time of the last report of a trial in S3 that runs; of others it is not asked."""
+    return last_time(read(metrics)) if '"running"' in trial_json and metrics in names else 0.0
+
+
+def _silent(store: Store, at: Address) -> bool:
+    """Whether the lease at `at` says that nobody writes the run."""
+    from simclr.data.s3.lease import Register
+
+    found = Register(store, at).read()
+    return found is None or found.holder.released or found.silent_s > found.holder.length_s
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _tail(path: Path, size: int = 1 << 16) -> str:
@@ -105,72 +118,39 @@ def _tail(path: Path, size: int = 1 << 16) -> str:
         return file.read().decode(errors="replace")
 
 
-def line(name: str, run_json: str, metrics: str, checkpoints: list[str]) -> Line:
-    """A run's line, from the text of run.json, the (end of the) text of metrics.jsonl, and names of its whole checkpoints."""
-    last: dict[str, Any] = {}
-    for row in reversed(metrics.splitlines()):
-        with contextlib.suppress(UserError):  # half a line of a machine that crashed
-            last = {name: value for name, value in files.json_in(row, "a report", "").items() if fields.fits(value, float)}
-            break
-    numbers = (name.removeprefix("step-").partition(".")[0] for name in checkpoints)  # a writer's token may follow: see simclr.checkpoint
-    steps = [int(number) for number in numbers if number.isdigit()]
-    note, recipe, total, began = "", "?", None, 0.0
-    try:
-        about = files.json_in(run_json, "run.json", _INSTEAD)
-        fields.require(about, {"recipe": str, "created": float, "schema": int}, "run.json", _INSTEAD)
-        recipe, began = about["recipe"], about["created"]
-        if about["schema"] != SCHEMA:
-            note = f"of another schema than {SCHEMA}"
-        else:
-            about.setdefault("stage", "pretrain")
-            fields.require(about, {"config": dict[str, Any], "stage": Literal[tuple(STAGES)]}, "run.json", _INSTEAD)
-            total = STAGES[about["stage"]].from_dict(about["config"]).train.steps
-    except UserError as error:
-        note = f"run.json cannot be read: {error}"
-    step, total = last.get("step", max(steps, default=0)), last.get("total_steps", total)
-    updated = last.get("time", began)
-    if not 0 <= updated < LATEST_S:
-        updated, note = 0.0, note or "its times are no Unix times"
-    if total is not None and step >= total:
-        state = "complete"
-    elif time.time() - updated < _SILENT_S:
-        state = "running" if step else "new"
-    else:
-        state = "stopped" if step else "new"
-    return Line(
-        run=name,
-        recipe=recipe,
-        state=state,
-        step=step,
-        total_steps=total,
-        images_per_s=last.get("speed/images_per_s"),
-        checkpoint=max(steps, default=None),
-        loss=last.get("train/loss"),
-        updated=updated,
-        note=note,
-    )
-
-
-def table(lines: list[Line]) -> str:
-    """The lines in columns, for people."""
-    rows = [("run", "recipe", "state", "step", "images/s", "checkpoint", "loss", "last report")]
-    for one in lines:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated)) if one.updated else "–"
-        rows.append(
-            (
-                printable(one.run),
-                printable(one.recipe),
-                one.state,
-                f"{one.step:,}" + (f" / {one.total_steps:,}" if one.total_steps else ""),
-                "–" if one.images_per_s is None else f"{one.images_per_s:,.0f}",
-                "–" if one.checkpoint is None else f"{one.checkpoint:,}",
-                "–" if one.loss is None else f"{one.loss:.3f}",
-                when + (f"  {printable(one.note)}" if one.note else ""),
-            )
-        )
+def table(groups: list[list[Line]]) -> str:
+    """The lines in columns, for people. Of several sweeps only the best trials are shown."""
+    rows: list[tuple[str, ...]] = [("run", "recipe", "state", "step", "images/s", "checkpoint", "loss", "score", "last report")]
+    for first, *trials in groups:
+        shown = trials if len(groups) == 1 else trials[:_TRIALS]
+        more = f"the best {_TRIALS} of {len(trials)} trials; `simclr runs` of it alone lists all" if len(shown) < len(trials) else ""
+        rows += [_row(first, more), *(_row(one) for one in shown)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = {3, 4, 5, 6}
+    right = {3, 4, 5, 6, 7}
     return "\n".join(
         "  ".join(f"{cell:>{w}}" if i in right else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in rows
     )
+
+
+def _row(one: Line, more: str = "") -> tuple[str, ...]:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.updated)) if one.updated else "–"
+    note = "; ".join(text for text in (one.note, more) if text)
+    return (
+        printable(f"  {'/'.join(one.run.split('/')[-2:])}" if one.kind == "trial" else one.run),
+        printable(one.varied if one.kind == "trial" else one.recipe),
+        one.state,
+        f"{one.step:,}" + (f" / {one.total_steps:,}" if one.total_steps else "") + (" trials" if one.kind == "sweep" else ""),
+        "–" if one.images_per_s is None else f"{one.images_per_s:,.0f}",
+        "–" if one.checkpoint is None else f"{one.checkpoint:,}",
+        "–" if one.loss is None else f"{one.loss:.3f}",
+        _score(one),
+        when + (f"  {printable(note)}" if note else ""),
+    )
+
+
+def _score(one: Line) -> str:
+    if one.score is None:
+        return "–"
+    name = NAMES.get(one.metric, one.metric)
+    return printable(f"{name} {100 * one.score:.1f} %" if one.metric.startswith("eval/") else f"{name} {one.score:.3g}")

@@ -36,8 +36,10 @@ class Args:
     """Directory of prepared shards."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     recipe: Annotated[str, tyro.conf.Suppress] = ""
-    out: Path = Path("views.png")
-    """Picture to write."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A file with the config, in place of a recipe: YAML as `simclr recipes NAME` writes it, or a run's run.json. Flags change it."""
+    out: Path | None = None
+    """Picture to write. Default: runs/views-RECIPE.png."""
     images: int = 24
     """Images to show: the first of the first epoch."""
 
@@ -50,18 +52,19 @@ def recipe_for(data: Path) -> str:
 def main(args: Args) -> None:
     if args.images < 1:
         raise UserError(f"--images is {args.images}; expected at least 1")
-    files.require_writable(args.out)
+    out = args.out or Path("runs") / f"views-{args.recipe}.png"
+    files.require_file(out)
     data = sync.shards(args.data)
     examples = read_manifest(data).examples("train")
     from pipelines.html.pictures import gallery
 
     # One batch of the images to show; nothing is trained.
     config = replace(args.config, train=replace(args.config.train, batch_size=min(max(args.images, 2), examples)))
-    _made(args.out)
+    _made(out)
     rows = gallery(config, data, args.images)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(rows).save(_made(args.out))
-    show(f"{args.out}: {len(rows)} images, each with its two views at {config.views.size_px} px")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet(rows).save(_made(out))
+    show(f"{out}: {len(rows)} images, each with its two views at {config.views.size_px} px")
 
 
 def _made(path: Path) -> Path:

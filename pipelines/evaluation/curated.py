@@ -225,7 +225,7 @@ def write(out: Path, features: Features, found: Curated) -> None:
         own = (columns["path"][row], columns["id"][row], columns["label"][row])
         writer.writerow([cell(value) for value in (*own, *values)])
     files.write_text(out / "reasons.csv", text.getvalue())
-    pictures = thumbnails(features.about.source, [(columns["id"][row], columns["split"][row], columns["path"][row]) for row in found.shown])
+    pictures = thumbnails(features.about, [(columns["id"][row], columns["split"][row], columns["path"][row]) for row in found.shown])
     small = {row: pictures[i] for i, row in enumerate(found.shown) if i in pictures}
     facts = {"features": features.place, "source": features.about.source, "encoder": f"sha256 {features.about.encoder[:12]}…"}
     drawn = found.drawn(small)

@@ -15,6 +15,7 @@ from pipelines.runs.directory import load_run
 from pipelines.terminal import Bar, say
 from simclr.config import Config
 from simclr.data.manifest import Manifest
+from simclr.encoder import hub
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,8 +35,13 @@ def default_out(encoder: Path) -> Path:
 
 @contextlib.contextmanager
 def opened(encoder: Path, tracking_uri: str | None) -> Iterator[Path]:
-    """The directory of a command's encoder: as `sync.directory`, or pulled from the registry until the end."""
+    """The directory of a command's encoder: as `sync.directory`, in the Hub's cache, or pulled from the registry until the end."""
     named = str(encoder)
+    if hub.is_address(encoder):
+        from pipelines.tracking.hub import fetched
+
+        yield fetched(encoder)
+        return
     if encoder.exists() or not re.fullmatch(r"[^@/:]+(@[^@/:]+|/\d+)", named):
         with sync.directory(encoder) as directory:
             yield directory

@@ -17,9 +17,8 @@ from pipelines.parts import plan
 from pipelines.terminal import say
 from simclr.data import encode
 from simclr.data.depth import Rule
-from simclr.data.options import Options
+from simclr.data.feature_parts import About
 from simclr.data.pixels import Unreadable
-from simclr.data.s3.answers import Missing
 from simclr.data.s3.uri import Address, address
 from simclr.data.sources import prepared
 from simclr.data.sources.archives import is_archive
@@ -32,10 +31,10 @@ _SIDE = 192  # px
 _MOST_BYTES = 64 << 20  # of an object in S3
 
 
-def thumbnails(source: str, wanted: Sequence[tuple[int, str, str]]) -> dict[int, NDArray[np.uint8]]:
-    """Index in `wanted` → the picture (h, w, 3), at most 192 px on a side. `source` is what `About.source` says, `wanted` are (id, split,
+def thumbnails(about: About, wanted: Sequence[tuple[int, str, str]]) -> dict[int, NDArray[np.uint8]]:
+    """Index in `wanted` → the picture (h, w, 3), at most 192 px on a side. `about` says whence the features are, `wanted` are (id, split,
     path) of rows. Pictures that are not there any more, that cannot be read, or that lie in archives within archives, are left out."""
-    rule = Options().rule({})
+    source, rule = about.source, about.rule()
     found: dict[int, NDArray[np.uint8]] = {}
     try:
         words = shlex.split(source)
@@ -58,7 +57,7 @@ def thumbnail(data: Data, rule: Rule) -> NDArray[np.uint8] | None:
         if isinstance(data, np.ndarray):
             pixels = data
         elif isinstance(data, bytes | Path):
-            pixels = encode.decoded(data, rule)
+            pixels = encode.decoded(data, rule).pixels
         else:
             return None
     except (Unreadable, OSError):
@@ -105,6 +104,7 @@ def _below(path: str) -> bool:
 
 
 def _objects(at: Address, wanted: dict[int, tuple[int, str, str]]) -> Iterator[tuple[int, Data]]:
+    from simclr.data.s3.answers import Missing
     from simclr.data.s3.store import Store
 
     store = Store()

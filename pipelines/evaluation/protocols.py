@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.evaluation.confusion import confusion_picture
 from pipelines.evaluation.inputs import held_back, require_common_classes
+from pipelines.runs.scores import TEST, Measured, judged, limited_to, stated
 from pipelines.terminal import Bar, say, show
 from simclr import files
 from simclr.config import Config
@@ -50,8 +51,10 @@ def run(
     settings: Settings,
     out: Path,
     name: str,
+    shown: str,
 ) -> list[dict[str, Any]]:
-    """Run each protocol on the encoder; write `out`/PROTOCOL.json and `out`/PROTOCOL.png; return the results."""
+    """Run each protocol on the encoder and the `data`, which people know as `shown`; write `out`/PROTOCOL.json and `out`/PROTOCOL.png (of
+    some images: PROTOCOL-limited); return the results."""
     manifest, encoder = read_manifest(data), published.encoder.to(device)
     if not manifest.classes:
         raise UserError(f"{data} has no labels, and every protocol needs them; leave out --protocol for the effective rank (RankMe)")
@@ -67,6 +70,8 @@ def run(
     train, test = features(encoder, data, manifest, published.preprocessing, device, settings, parts)
     if not len(train.y) or not len(test.y):
         raise UserError(f"none of the {settings.limit or 'given'} images of a split of {data} has a label; raise --limit")
+    limit, step = limited_to(manifest, settings.limit, settings.limit), published.config.get("published", {}).get("step")
+    measured = Measured.of(data, manifest, shown, split=judged(manifest), limit=limit, step=step if isinstance(step, int) else None)
     rows = []
     for protocol in protocols:
         began = time.monotonic()
@@ -76,19 +81,37 @@ def run(
             scores, told = FITTED[protocol](train, test, config, settings, len(manifest.classes))
         fitted = manifest.examples("train") if protocol == "sgd" else len(train.y)
         told = {"protocol": protocol, "encoder": name, "train": fitted, "test": len(test.y), **told}
-        rows.append(finish(scores, test.y, list(manifest.classes), settings, told, out, began))
+        rows.append(finish(scores, test.y, list(manifest.classes), settings, told, measured, out, began))
     return rows
 
 
 def finish(
-    scores: torch.Tensor, y: torch.Tensor, classes: list[str], settings: Settings, told: dict[str, Any], out: Path, began: float
+    scores: torch.Tensor,
+    y: torch.Tensor,
+    classes: list[str],
+    settings: Settings,
+    told: dict[str, Any],
+    measured: Measured,
+    out: Path,
+    began: float,
 ) -> dict[str, Any]:
-    """The result of a protocol's scores, written and shown; `told` are the settings that were used, `began` is when it began."""
+    """The result of a protocol's scores, written and shown; `told` are the settings that were used, `measured` says of which images, and
+    `began` is when it began."""
     row = summary(scores, y, classes, settings.resamples) | {"settings": told}
+    names, ends = [f"{told['protocol']}_{score}" for score in ("top1", "top5", "mean_per_class")], row["top1_interval"]
+    measured = replace(
+        measured,
+        images=dict.fromkeys(names, len(y)),
+        protocols=dict.fromkeys(names, _settings(told)),
+        intervals={names[0]: (ends["low"], ends["high"])},
+    )
+    row |= stated(measured)
     row["seconds"] = time.monotonic() - began
-    write(row, classes, out, told["protocol"])
-    show(text(row, classes))
-    say(f"{out / told['protocol']}.json, {out / told['protocol']}.png")
+    # Scores of some images leave those of all as they are.
+    name = told["protocol"] + ("" if measured.whole else "-limited")
+    write(row, classes, out, name)
+    show(text(row, classes, measured))
+    say(f"{out / name}.json, {out / name}.png")
     return row
 
 
@@ -190,25 +213,31 @@ def summary(scores: torch.Tensor, y: torch.Tensor, classes: list[str], resamples
     }
 
 
-def write(result: dict[str, Any], classes: list[str], out: Path, protocol: str) -> None:
+def write(result: dict[str, Any], classes: list[str], out: Path, name: str) -> None:
     """The result as JSON, and its confusion table as a picture."""
     import numpy as np
 
-    files.write_text(out / f"{protocol}.json", json.dumps(result, indent=1) + "\n")
-    title = f"{result['settings']['encoder']} · {protocol} · top-1 {100 * result['top1']:.1f} %"
-    confusion_picture(np.array(result["confusion"]), classes, title).save(out / f"{protocol}.png")
+    files.write_text(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    title = f"{result['settings']['encoder']} · {name} · top-1 {100 * result['top1']:.1f} %"
+    with files.whole(out / f"{name}.png") as scratch:
+        confusion_picture(np.array(result["confusion"]), classes, title).save(scratch, "PNG")
 
 
-def text(result: dict[str, Any], classes: list[str]) -> str:
+def _settings(told: dict[str, Any]) -> str:
+    """The settings that were used, in words."""
+    shown = {key: value for key, value in told.items() if key not in ("validation_top1", "protocol", "encoder", "train", "test")}
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
+
+
+def text(result: dict[str, Any], classes: list[str], measured: Measured) -> str:
     """A line with the settings, one with the scores, then the classes, the worst first."""
-    told = dict(result["settings"])
-    told.pop("validation_top1", None)
-    name, _, train, test = (told.pop(key) for key in ("protocol", "encoder", "train", "test"))
-    settings = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in told.items())
+    name, train, test = (result["settings"][key] for key in ("protocol", "train", "test"))
+    settings, of = _settings(result["settings"]), "" if measured.split == TEST else f" ({measured.split})"
+    of += "" if measured.whole else f"; of {measured.limit}"
     at = result["top1_interval"]
     interval = f"95 % interval {100 * at['low']:.1f} … {100 * at['high']:.1f}, {at['resamples']} resamples"
     scores = f"top-1 {100 * result['top1']:.1f} % ({interval})"
-    lines = [f"{name}: {settings}; {train:,} training and {test:,} test images", f"  {scores}"]
+    lines = [f"{name}: {settings}; {train:,} training and {test:,} test images{of}", f"  {scores}"]
     lines[-1] += f", top-5 {100 * result['top5']:.1f} %, mean per class {100 * result['mean_per_class']:.1f} %"
     ranked = sorted((share, c) for c, share in result["per_class"].items() if share is not None)
     if len(ranked) > _LISTED:

@@ -38,8 +38,8 @@ def embed(directory: Path, asked: Path, words: list[str], about: About, device: 
             "cosines of two encoders mean nothing; give that one, or embed the images again with this one"
         )
     encoder = simclr.load_encoder(directory).to(device).to(memory_format=torch.channels_last)
-    planned, options = plan.plan(words, Reading(), Options()), Options()
-    rule, found, left = options.rule(planned.ranges), [], []
+    planned = plan.plan(words, Reading(), Options())
+    rule, found, left = about.rule(planned.ranges), [], []
     small: list[NDArray[np.uint8] | None] = []
     with tempfile.TemporaryDirectory(prefix="simclr-query-") as scratch:
 
@@ -62,5 +62,6 @@ def embed(directory: Path, asked: Path, words: list[str], about: About, device: 
     if not found:
         raise UserError(f"none of the pictures can be read; the first: {left[0]}" if left else f"no pictures in {', '.join(words)}")
     if left:
-        say(f"{len(left):,} files are no images that can be read and were left out; the first: {left[0]}")
+        what = "file is no image that can be read and was" if len(left) == 1 else "files are no images that can be read and were"
+        say(f"{len(left):,} {what} left out; the first: {left[0]}")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.evaluation import spread
 from pipelines.evaluation.inputs import device_of, held_back, require_common_classes, resolve
 from pipelines.parts.run import Where
-from pipelines.runs import sync
+from pipelines.runs import scores, sync
 from pipelines.runs.directory import Run, load_run
 from pipelines.terminal import Bar, say
 from simclr import files
@@ -54,6 +53,8 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings, home: Pa
     knn_top1, probe_top1, …. In a run directory they are also written, with the report's pictures. `home`: its address, if the directory is
     a copy, where other processes leave their features."""
     directory, config, data = resolve(encoder_or_run, data_at)
+    if (encoder_or_run / "run.json").is_file():
+        files.require_writable(encoder_or_run / "evaluation.json")
     manifest = read_manifest(data)
     require_common_classes(data, manifest)
     import simclr
@@ -89,15 +90,78 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings, home: Pa
     if 0 < voters < k:
         say(f"kNN: all {voters:,} labelled training images vote, since k is {k:,}; a smaller --k tells more")
         k = voters
-    if (encoder_or_run / "run.json").is_file():
+    evaluated = load_run(encoder_or_run) if (encoder_or_run / "run.json").is_file() else None
+    limit = scores.limited_to(manifest, settings.limit, settings.limit)
+    shown = sync.shown(data_at or (evaluated.origin if evaluated else data))
+    measured = _measured(data, manifest, shown, limit, rows[-1], kept, k, config, directory)
+    say(f"scored on {measured.told('knn_top1' if 'knn_top1' in rows[-1] else 'rankme')}")
+    if evaluated is not None:
         from pipelines.html.pictures import write_pictures
 
-        write_pictures(encoder_or_run / "pictures.npz", config, data, *kept, query_split=sorted(manifest.splits)[0], device=device)
-        shown = sync.shown(data_at or load_run(encoder_or_run).origin)
-        text = {"scores": rows, "data": shown, "k": k, "time": time.time()}
-        files.write_text(encoder_or_run / "evaluation.json", json.dumps(text, indent=1) + "\n")
-        load_run(encoder_or_run).took("evaluate", time.monotonic() - began)
+        _say_kept(evaluated, measured)
+        if measured.whole or evaluated.evaluation() is None:
+            write_pictures(
+                encoder_or_run / "pictures.npz", config, data, *kept, query_split=sorted(manifest.splits)[0], device=device, at=shown
+            )
+        scores.write(evaluated, rows, measured, k=k)
+        evaluated.took("evaluate", time.monotonic() - began)
     return rows
+
+
+def _measured(
+    data: Path,
+    manifest: Manifest,
+    shown: str,
+    limit: str,
+    row: dict[str, Any],
+    embedded: tuple[Features, Features],
+    k: int,
+    config: Config,
+    encoder: Path,
+) -> scores.Measured:
+    """What the scores in `row`, of (training, test) features, were measured on and how: k neighbours voted. The published `encoder` says of
+    which step it is."""
+    from simclr.encoder.directory import read_text
+
+    found = {name: float(value) for name, value in row.items() if name != "name" and scores.higher_is_better(name)}
+    _, test = embedded
+    labelled = int((test.y >= 0).sum())
+    images = {name: min(RANKED, len(test.y)) if name == "rankme" else labelled for name in found}
+    step = read_text(encoder).get("published", {}).get("step")
+    return scores.Measured.of(
+        data,
+        manifest,
+        shown,
+        split=scores.judged(manifest),
+        limit=limit,
+        step=step if isinstance(step, int) else None,
+        images=images,
+        protocols={name: _protocol(name, k, config.watch.temperature) for name in found},
+        intervals=scores.intervals_of(found, images),
+    )
+
+
+def _protocol(score: str, k: int, temperature: float) -> str:
+    if score == "rankme":
+        return f"RankMe of at most {RANKED:,} images"
+    if score.startswith("knn"):
+        return f"weighted kNN, k {k}, temperature {temperature:g}, cosine"
+    _, at, share = score.partition("_at_")
+    return "linear probe, L-BFGS, weight decay chosen among six" + (f", fitted to {share} of each class" if at else "")
+
+
+def _say_kept(run: Run, measured: scores.Measured) -> None:
+    """Say so where a whole evaluation stays beside a limited one, or one of other data goes."""
+    before = run.evaluation()
+    if before is None:
+        return
+    if not measured.whole:
+        limited = run.evaluation_file(limited=True)
+        say(f"{run.evaluation_file()} keeps the scores of all images; these, of {measured.limit}, are in {limited.name}")
+        return
+    there = scores.measured_in(before, run.evaluation_file())
+    if there.shards_sha256 and there.shards_sha256 != measured.shards_sha256:
+        say(f"{run.evaluation_file()} had scores on {there.data} (sha256 {there.shards_sha256[:12]}…); these, on other data, replace them")
 
 
 def _count(manifest: Manifest, split: str, limit: int | None) -> int:
@@ -168,7 +232,8 @@ def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] 
 
     Each of `shares` adds a probe that is fitted to that share of each class's training images: probe_top1_at_0.01, ….
     """
-    require_common_classes(data, read_manifest(data))
+    manifest = read_manifest(data)
+    require_common_classes(data, manifest)
     import simclr
     from simclr.evaluation.linear import linear_probe
     from simclr.evaluation.rows import placed
@@ -177,15 +242,16 @@ def score(run: Run, data: Path, device: torch.device, shares: tuple[float, ...] 
     encoder, seen = published.encoder.to(device), published.preprocessing
     encoders = {"trained encoder": encoder}
     with Bar("evaluate", None) as bar:
-        (train, test), *_ = _features(encoders, data, read_manifest(data), seen, watch.bank, watch.queries, device, bar, 1).values()
-    row = _scores(train, test, run.config, None, device)
+        (train, test), *_ = _features(encoders, data, manifest, seen, watch.bank, watch.queries, device, bar, 1).values()
+    row, embedded = _scores(train, test, run.config, None, device), (train, test)
     train, test = train.labelled(), test.labelled()
     for share in shares if len(train.y) and len(test.y) else ():
         some = _share(train, share)
         row[f"probe_top1_at_{share:g}"] = linear_probe(placed(some.h, device), some.y, test.h, test.y)["top1"]
     k = min(watch.k, len(train.y) or watch.k)
-    text = {"scores": [{"name": "trained encoder", **row}], "data": run.origin, "k": k, "time": time.time()}
-    files.write_text(run.path / "evaluation.json", json.dumps(text, indent=1) + "\n")
+    limit = scores.limited_to(manifest, watch.bank, watch.queries)
+    measured = _measured(data, manifest, run.origin, limit, row, embedded, k, run.config, run.encoder)
+    scores.write(run, [{"name": "trained encoder", **row}], measured, k=k)
     return row
 
 
@@ -200,13 +266,15 @@ def _share(train: Features, share: float) -> Features:
     return train[torch.cat(chosen).sort().values]
 
 
-def scores_of(run: Path) -> list[dict[str, Any]]:
-    """The rows of `evaluate` for a run. Raises UserError if it was not evaluated yet."""
-    found = load_run(run).evaluation()
+def scores_of(run: Path) -> tuple[list[dict[str, Any]], scores.Measured]:
+    """The rows of `evaluate` for a run, and what they were measured on: of all images or, if it was evaluated on some alone, of those.
+    Raises UserError if it was not evaluated yet."""
+    found = scores.newest(load_run(run))
     if found is None:
         raise UserError(f"{run} was not evaluated yet; `simclr evaluate {run}` does it")
-    rows: list[dict[str, Any]] = found["scores"]
-    return rows
+    text, measured = found
+    rows: list[dict[str, Any]] = text["scores"]
+    return rows, measured
 
 
 def _score_text(row: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import secrets
 import socket
 import tempfile
@@ -74,7 +73,7 @@ def features(
         for part in range(of)
     ]
     with _below(home) as place:
-        settings = {**asked, "data": data, "shards": _shards(manifest), "out": str(place.at or place.path)}
+        settings = {**asked, "data": data, "shards": manifest.shards_sha256, "out": str(place.at or place.path)}
         for _, told in run(make, settings, parts, where, asked["device"], carry=directory):
             progress(told["images"])
         there = place.names()
@@ -84,11 +83,6 @@ def features(
                 "evaluate a run at s3://bucket/prefix, or on a disk that all nodes see"
             )
         return {split: _joined(place, [part for part in parts if part["split"] == split], count) for split, count in counts.items()}
-
-
-def _shards(manifest: Manifest) -> str:
-    """A hash of the shards' content."""
-    return hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -152,7 +146,7 @@ def make(settings: Plain) -> Work:
 
     data = sync.shards(settings["data"])
     manifest, device = read_manifest(data), device_of(settings["device"])
-    if _shards(manifest) != settings["shards"]:
+    if manifest.shards_sha256 != settings["shards"]:
         raise UserError(
             f"{sync.shown(settings['data'])} on {socket.gethostname()} are other shards than the driver's; use s3:// or one disk"
         )

@@ -55,8 +55,8 @@ Method = Callable[["PublishedEncoder", "dict[str, Rows]", "Task", "Settings"], d
 
 
 def run(directory: Path, settings: Settings, out: Path, name: str) -> list[dict[str, Any]]:
-    """Score the encoder (or run) in `directory` on every dataset under --root; print the table, write `out`/transfer.json after
-    each; return the rows."""
+    """Score the encoder (or run) in `directory` on every dataset under --root; print the table, write `out`/transfer.json (with --limit
+    transfer-limited.json) after each; return the rows."""
     from simclr.data.tasks import TASKS, open_task
 
     if not settings.root.is_dir() and not settings.download:
@@ -70,7 +70,9 @@ def run(directory: Path, settings: Settings, out: Path, name: str) -> list[dict[
         raise UserError(f"none of {', '.join(tasks)} is under {settings.root}; lay them out as torchvision does, or add --download")
     for task, place in absent.items():
         say(f"{tasks[task].title} is absent: {place}")
+    out.mkdir(parents=True, exist_ok=True)
     encoder = _encoder(directory, settings.device)
+    file = out / ("transfer-limited.json" if settings.limit else "transfer.json")
     rows: list[dict[str, Any]] = []
     for task, parts in present.items():
         for method, score in METHODS.items() if settings.fine_tune else [("linear", linear)]:
@@ -78,12 +80,12 @@ def run(directory: Path, settings: Settings, out: Path, name: str) -> list[dict[
             found_row = score(encoder, parts, tasks[task], settings)
             row = {"dataset": task, "title": tasks[task].title, "metric": tasks[task].metric, "method": method, **found_row}
             rows.append(row | {"published": asdict(tasks[task].published), "seconds": time.monotonic() - began})
-        text = {"encoder": name, "size_px": encoder.preprocessing.size_px, "rows": rows, "absent": absent}
-        files.write_text(out / "transfer.json", json.dumps(text, indent=1) + "\n")
+        text = {"encoder": name, "size_px": encoder.preprocessing.size_px, "limit": settings.limit, "rows": rows, "absent": absent}
+        files.write_text(file, json.dumps(text, indent=1) + "\n")
     show(table(rows))
     for task, place in absent.items():
         show(f"absent: {tasks[task].title} ({place})")
-    say(str(out / "transfer.json"))
+    say(str(file))
     return rows
 
 

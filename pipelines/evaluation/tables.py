@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.evaluation import protocols, quick
 from pipelines.evaluation.inputs import held_back
+from pipelines.runs.scores import HELD_BACK, TEST, WHOLE, Measured
 from pipelines.terminal import Bar, say, show
 from simclr.config import Config
 from simclr.errors import UserError
@@ -38,7 +39,7 @@ def run(
                 f"{places[0]} has features of encoder {first.about.encoder[:12]} and {place} of {part.about.encoder[:12]}, or of another "
                 "preprocessing; embed both with one encoder"
             )
-    classes, train, test = _read(places, parts, settings.limit)
+    classes, train, test, split = _read(places, parts, settings.limit)
     images = f"{len(train.y):,} training and {len(test.y):,} test rows"
     say(f"features of encoder {first.about.encoder[:12]}, {first.d} numbers each ({first.about.dtype}), of {first.about.source}: {images}")
     _say_common_classes(classes, train, test)
@@ -56,17 +57,18 @@ def run(
     train, test = (Features(f.h.to(device), f.y.to(device), f.ids.to(device)).labelled() for f in (train, test))
     if not len(train.y) or not len(test.y):
         raise UserError("none of the rows of a split has a label; raise --limit")
+    measured = Measured(split=split, limit=f"at most {settings.limit:,} rows of a split" if settings.limit else WHOLE)
     rows = []
     for protocol in asked:
         began = time.monotonic()
         scores, told = protocols.FITTED[protocol](train, test, config, settings, len(classes))
         told = {"protocol": protocol, "encoder": first.about.encoder[:12], "train": len(train.y), "test": len(test.y), **told}
-        rows.append(protocols.finish(scores, test.y, classes, settings, told, out, began))
+        rows.append(protocols.finish(scores, test.y, classes, settings, told, measured, out, began))
     return rows
 
 
-def _read(places: Sequence[str], parts: Sequence[FeatureParts], limit: int | None) -> tuple[list[str], Features, Features]:
-    """(class names, training rows, test rows). Labels are places in the sorted names of both."""
+def _read(places: Sequence[str], parts: Sequence[FeatureParts], limit: int | None) -> tuple[list[str], Features, Features, str]:
+    """(class names, training rows, test rows, which rows these are). Labels are places in the sorted names of both."""
     tables = [part.table(["id", "split", "label"]) for part in parts]
     for place, table, alone in zip(places, tables, ("the training", "the test"), strict=False):
         found = Counter(table["split"])
@@ -81,13 +83,13 @@ def _read(places: Sequence[str], parts: Sequence[FeatureParts], limit: int | Non
     with Bar("features", sum(map(len, parts))) as bar:
         if len(places) == 2:
             train, test = (_split(part, table, None, classes, limit, bar) for part, table in zip(parts, tables, strict=True))
-            return classes, train, test
+            return classes, train, test, TEST
         splits = [split for split in ("train", "test") if split in tables[0]["split"]]
         if splits == ["test"]:
             raise UserError(f"{places[0]} has rows of the test split alone; give the training rows, too: --features TRAIN TEST")
         cut = [_split(parts[0], tables[0], split, classes, limit, bar) for split in splits]
     train, test = cut if len(cut) == 2 else held_back(cut[0])
-    return classes, train, test
+    return classes, train, test, TEST if len(cut) == 2 else HELD_BACK
 
 
 def _split(part: FeatureParts, table: dict[str, list[Any]], split: str | None, classes: list[str], limit: int | None, bar: Bar) -> Features:

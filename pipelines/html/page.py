@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.html import charts
+from pipelines.html import charts, neighbours
 from pipelines.html.charts import escape, percent
 from pipelines.html.data import data_table
+from pipelines.html.neighbours import Neighbours, class_name
 from simclr import files
 
 # The page may use only its own style, script and data: pictures, so that no class name can make it load anything.
@@ -33,27 +34,6 @@ class Score:
     knn_top1: float
     probe_top1: float | None
     """None = no linear probe was fitted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Neighbours:
-    """Test images and the training images nearest to each by cosine of their features, nearest first. Label −1 = unlabelled."""
-
-    queries: NDArray[np.uint8]
-    """(m, H, W, 3)."""
-    query_labels: NDArray[np.integer]
-    """(m,)."""
-    images: NDArray[np.uint8]
-    """(m, k, H, W, 3)."""
-    labels: NDArray[np.integer]
-    """(m, k)."""
-    similarity: NDArray[np.floating]
-    """(m, k) cosines."""
-
-    def __post_init__(self) -> None:
-        m, k = self.similarity.shape
-        assert self.queries.shape[0] == m and self.images.shape[:2] == (m, k)
-        assert self.query_labels.shape == (m,) and self.labels.shape == (m, k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +84,13 @@ class ReportData:
     """(phase, seconds), in order."""
     understood: dict[str, Any] = field(default_factory=dict)
     """How the source was understood (`Manifest.understood`)."""
+    measured: str = ""
+    """The images that the scores are of, in words; "" = not known."""
 
     @property
     def chance(self) -> float | None:
         """Accuracy of chance: one of the classes, picked at random; None without labels."""
         return 1 / len(self.classes) if self.classes else None
-
-    def class_name(self, label: int) -> str:
-        return self.classes[label] if 0 <= label < len(self.classes) else "unlabelled"
 
 
 def write(data: ReportData, path: Path) -> Path:
@@ -125,11 +104,11 @@ def write(data: ReportData, path: Path) -> Path:
 
 def render(data: ReportData) -> str:
     """The page as HTML: no network, no fonts, no files beside it. All text that comes from `data` is escaped."""
-    training, points = _training(data), _points(data)
+    training, points, near = _training(data), _points(data), data.neighbours
     sections = [
         ("training", "Training", _training_notes(training.drawn), training.figures),
         ("views", "What the network sees", _VIEWS, _gallery(data)),
-        ("neighbours", "Nearest neighbours", _neighbour_notes(data), _neighbours(data)),
+        ("neighbours", "Nearest neighbours", neighbours.notes(near, data.classes), neighbours.drawn(near, data.classes)),
         ("map", "Map of the features", _map_notes(points), _map(data, points)),
         ("data", "The data", _DATA, data_table(data.understood)),
         ("time", "Where the time went", _TIME, charts.stacked_bar(data.timings) if data.timings else ""),
@@ -188,6 +167,8 @@ def headline(data: ReportData) -> tuple[str, str]:
     sentences = [" and ".join(filter(None, (", ".join(ratios[:-1]), ratios[-1]))) + "."] if ratios else []
     if own.probe_top1 is not None and math.isfinite(own.probe_top1):
         sentences.append(f"A linear probe on the same features reaches {percent(own.probe_top1)}.")
+    if data.measured:
+        sentences.append(f"Scored on {data.measured}.")
     return f"kNN {percent(own.knn_top1)}", " ".join(sentences)
 
 
@@ -267,45 +248,6 @@ def _gallery(data: ReportData) -> str:
     return f'<ol class="gallery {charts.display(data.gallery)}>{columns}</ol>' if columns else ""
 
 
-def _known(data: ReportData) -> NDArray[np.bool_]:
-    """(m, k) whether both labels of a pair are known."""
-    return (data.neighbours.query_labels[:, None] >= 0) & (data.neighbours.labels >= 0) & bool(data.classes)
-
-
-def _neighbour_notes(data: ReportData) -> str:
-    found, known = data.neighbours, _known(data)
-    text = (
-        "<p>Left: an image of the test split. Right: the training images whose features are nearest to its own, nearest first. "
-        "The number is the cosine of the two, 1 for the same direction.</p>"
-    )
-    if known.any():
-        same = (found.labels == found.query_labels[:, None])[known]
-        text += (
-            '<p><b class="tick">✓</b> and a solid frame: the same class. <b class="cross">✗</b> and a dashed frame: another, which is '
-            f"named. Here {int(same.sum())} of {same.size} are of the same class.</p>"
-        )
-    return text
-
-
-def _neighbours(data: ReportData) -> str:
-    found, known, rows = data.neighbours, _known(data), ""
-    for i, query in enumerate(found.queries):
-        own = data.class_name(int(found.query_labels[i])) if data.classes else f"test image {i + 1}"
-        shown = ""
-        for j, image in enumerate(found.images[i]):
-            cosine = f"{found.similarity[i, j]:.2f}".replace("-", "−").replace("nan", "–")
-            alt, sort, mark, name = f"Neighbour {j + 1}", "", "", ""
-            if known[i, j]:
-                other, right = data.class_name(int(found.labels[i, j])), found.labels[i, j] == found.query_labels[i]
-                alt += f": {other}, {'the same' if right else 'another'} class"
-                sort, mark = ("right", '<b class="tick">✓</b>') if right else ("wrong", '<b class="cross">✗</b>')
-                name = "" if right else f"<em>{escape(other)}</em>"
-            framed = f"<span class=frame>{charts.picture(image, alt, 192)}{mark}</span>"
-            shown += f'<li class="{sort}">{framed}<small>{cosine}</small>{name}</li>'
-        rows += f"<li><figure>{charts.picture(query, f'Query: {own}')}<figcaption>{escape(own)}</figcaption></figure><ol>{shown}</ol></li>"
-    return f'<ol class="neighbours {charts.display(found.queries)}>{rows}</ol>' if rows else ""
-
-
 def _points(data: ReportData) -> FeatureMap | None:
     """The points of the map, in drawing order: wrong ones last, so that their rings lie on top."""
     m = data.map
@@ -338,7 +280,7 @@ def _map(data: ReportData, points: FeatureMap | None) -> str:
     for k in np.unique(points.labels[points.labels >= 0]).tolist():
         mine = points.labels == k
         legend += (
-            f'<li><button type="button" class="k{k}" data-class="{k}" aria-pressed="true"><i></i>{escape(data.class_name(k))} '
+            f'<li><button type="button" class="k{k}" data-class="{k}" aria-pressed="true"><i></i>{escape(class_name(data.classes, k))} '
             f"<small>{int((mine & ~wrong).sum())}/{int(mine.sum())}</small></button></li>"
         )
     if legend:

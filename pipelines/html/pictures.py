@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from simclr import files, keyed
 from simclr.config import Config
 from simclr.data.loader import Batch, batches, in_order
+from simclr.data.sources.prepared import names_of
 from simclr.evaluation.features import Features
 from simclr.evaluation.knn import nearest
 from simclr.evaluation.rows import placed
@@ -22,12 +23,17 @@ _SHOWN = 8
 _NEIGHBOURS = 7
 _POINTS = 1000
 _THUMB_PX = 32
+_NAME = 100  # letters
 
 
-def write_pictures(path: Path, config: Config, data: Path, train: Features, test: Features, query_split: str, device: torch.device) -> None:
-    """Gallery (8, 3, H, W, 3): original and two views; neighbours of 8 test images; a 2-D map of up to 1,000 test features.
+def write_pictures(
+    path: Path, config: Config, data: Path, train: Features, test: Features, query_split: str, device: torch.device, at: str | Path = ""
+) -> None:
+    """Gallery (8, 3, H, W, 3): original and two views; neighbours of 8 test images, with their files' names; a 2-D map of up to 1,000 test
+    features.
 
-    `query_split` is the split of the test features; it is train if a part of that was held back.
+    `query_split` is the split of the test features; it is train if a part of that was held back. `at` is where the shards in `data` are
+    from, if they are a copy.
     """
     # Queries spread over the classes: first one test image of each class, then a second one, …
     order = np.argsort(_rank_in_class(test.y.cpu().numpy()), kind="stable")
@@ -41,8 +47,10 @@ def write_pictures(path: Path, config: Config, data: Path, train: Features, test
     arrays: dict[str, NDArray[Any]] = {
         "gallery": gallery(config, data, _SHOWN),
         "queries": _images(data, query_split, config, test_ids[queries]),
+        "query_names": _names(data, query_split, test_ids[queries], at),
         "query_labels": test.y[queries].cpu().numpy(),
         "neighbours": wanted.reshape(*index.shape, *wanted.shape[1:]),
+        "neighbour_names": _names(data, "train", train_ids[index.ravel()], at).reshape(index.shape),
         "neighbour_labels": train.y[torch.as_tensor(index)].cpu().numpy(),
         "similarity": found.similarity[queries][:, :_NEIGHBOURS].cpu().numpy(),
         "map": _plane(test.h[points].cpu().numpy()),
@@ -75,6 +83,12 @@ def _images(data: Path, split: str, config: Config, ids: NDArray[np.int64]) -> N
         if len(found) == len(wanted):
             break
     return np.stack([found[int(i)] for i in ids])
+
+
+def _names(data: Path, split: str, ids: NDArray[np.int64], at: str | Path) -> NDArray[np.str_]:
+    """The ends of the names, which tell the most."""
+    names = names_of(data, split, ids.tolist(), at)
+    return np.array([name if len(name) <= _NAME else f"…{name[1 - _NAME :]}" for name in names], f"U{_NAME}")
 
 
 def gallery(config: Config, data: Path, most: int) -> NDArray[np.uint8]:

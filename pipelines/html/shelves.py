@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.html.charts import escape, picture
+from pipelines.html.neighbours import breakable
 from pipelines.html.page import document
 
 _STYLE = """
@@ -76,15 +76,10 @@ def page(
     return document(title, lead, rest, "", sections, _STYLE, {"curves": [], "map": None})
 
 
-def _broken(name: str) -> str:
-    """A name that may break into lines behind the signs that divide it."""
-    return re.sub(r"(?<=[/_-])(?=[^/_-])", "<wbr>", escape(name))
-
-
 def _tile(tile: Tile) -> str:
     drawn = '<span class="gone">not to be read here</span>'
     if tile.picture is not None:
         drawn = f"<span>{picture(tile.picture, tile.name, 192)}</span>"
     notes = "".join(f"<small>{escape(note)}</small>" for note in tile.notes)
     sort = " chosen" * tile.chosen + " odd" * tile.odd
-    return f'<figure class="tile{sort}">{drawn}<figcaption><b>{_broken(tile.name)}</b>{notes}</figcaption></figure>'
+    return f'<figure class="tile{sort}">{drawn}<figcaption><b>{breakable(tile.name)}</b>{notes}</figcaption></figure>'

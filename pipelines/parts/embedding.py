@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,14 +70,14 @@ def make(settings: Plain) -> Work:
         rows: dict[str, list[Any]] = {name: [] for name in ("id", "split", "path", "sha256", "label", "width", "height")}
         features: list[NDArray[np.float32]] = [np.empty((0, about.d), np.float32)]
         failed: list[tuple[int, str, str, str | None, str]] = []
+        done: Counter[str] = Counter()
 
         def note(found: Picture, number: int) -> None:
             item = found.item
-            if found.reason and source["kind"] == "files":  # the user named this very file
-                raise UserError(f"{item.name} is no image that can be read ({found.reason}); leave it out")
             if found.reason:
                 failed.append((number, item.split, item.name, item.label, found.reason))
                 return
+            done.update({"rescaled": found.rescaled, "clipped": found.clipped})
             values = (number, item.split, item.name, found.sha256, item.label, found.width, found.height)
             for name, value in zip(rows, values, strict=True):
                 rows[name].append(value)
@@ -102,6 +103,8 @@ def make(settings: Plain) -> Work:
         return {
             "images": len(rows["id"]),
             "failed": len(failed),
+            "rescaled": done["rescaled"],
+            "clipped": done["clipped"],
             "first": f"{failed[0][2]} ({failed[0][4]})" if failed else "",
             "waited_s": clock.waited_s,
             "computed_s": clock.computed_s,

@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,7 @@ def _spread(
     make: Callable[[Plain], Work], settings: Plain, parts: Sequence[Plain], where: Where, device: str, carry: Path | None
 ) -> Iterator[tuple[Plain, Plain]]:
     import ray
+    from ray.util.annotations import RayDeprecationWarning
 
     from pipelines.train import own_ray
 
@@ -125,16 +127,19 @@ def _spread(
     rows = ray.data.from_items(
         [{"index": index, "part": json.dumps(part)} for index, part in enumerate(parts)], override_num_blocks=len(parts)
     )
-    done = rows.map_batches(
-        _Actor,
-        fn_constructor_args=(make, json.dumps(settings | {THREADS: cpus}), carried),
-        batch_size=1,
-        num_cpus=cpus,
-        num_gpus=gpus,
-        max_task_retries=_TRIES - 1,  # Ray Data would try a part that kills its process for ever
-        # One part at a time: what an actor has been given waits for it while others are idle.
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=1),
-    )
+    with warnings.catch_warnings():
+        # Ray is to have a name of its own for `max_task_retries`, and says so at each call.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        done = rows.map_batches(
+            _Actor,
+            fn_constructor_args=(make, json.dumps(settings | {THREADS: cpus}), carried),
+            batch_size=1,
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_task_retries=_TRIES - 1,  # Ray Data would try a part that kills its process for ever
+            # One part at a time: what an actor has been given waits for it while others are idle.
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=1),
+        )
     results = iter(done.iter_rows())
     while True:
         try:

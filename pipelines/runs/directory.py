@@ -2,12 +2,13 @@
 
 run.json        recipe, config, data, command, environment, tracking address and run id, registered version
 subset.txt      the only images that it sees, where there are such; labels.txt: those whose labels a later stage sees
+state.json      what has become of the process that trains it (see pipelines.runs.status)
 metrics.jsonl   one line per report; outbox.json: how many of its bytes MLflow has (see pipelines.tracking.outbox)
 checkpoints/    step-…/ (see simclr.checkpoint); heads/: of a run in S3, the newest without its weights
 encoder/        the published form of the newest checkpoint's encoder
 compiled/       compiled code of torch.compile (see pipelines.train.compile_cache)
 timings.json    seconds of each command so far
-evaluation.json scores; pictures.npz: the report's pictures; report.html
+evaluation.json scores; evaluation-limited.json: of some of the images; pictures.npz: the report's pictures; report.html
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pipelines.runs.environment import environment
+from pipelines.runs.environment import environment, place
 from pipelines.runs.home import HEADS
 from pipelines.tracking.uri import redacted
 from simclr import fields, files
@@ -73,7 +74,8 @@ class Run:
     """MLflow address, without credentials."""
     tracking_run: str = ""
     unlogged: str = ""
-    """"yes" until MLflow has all of metrics.jsonl, also while a job runs, since it may be killed. The same command again logs the rest."""
+    """"yes" until MLflow has all of metrics.jsonl, also while a job runs, since it may be killed; "scores" where it lacks an evaluation
+    alone. The same command again logs the rest."""
     registered: str = ""
     """NAME/VERSION in the registry, once published."""
     stage: str = "pretrain"
@@ -223,10 +225,13 @@ class Run:
                 rows[row["step"]] = row
         return [rows[step] for step in sorted(rows)]
 
-    def evaluation(self) -> dict[str, Any] | None:
-        """evaluation.json: `scores`, a row per method with its name and numbers, weakest first, and their settings. None if the run was not
-        evaluated yet."""
-        path, instead = self.path / "evaluation.json", f"evaluate the run again: `simclr evaluate {self.path}`"
+    def evaluation_file(self, limited: bool = False) -> Path:
+        return self.path / ("evaluation-limited.json" if limited else "evaluation.json")
+
+    def evaluation(self, limited: bool = False) -> dict[str, Any] | None:
+        """The JSON of `pipelines.runs.scores.write`: `scores`, a row per method with its name and numbers, weakest first, and their
+        settings. None if the run was not evaluated yet."""
+        path, instead = self.evaluation_file(limited), f"evaluate the run again: `simclr evaluate {self.path}`"
         if not path.is_file():
             return None
         text = files.read_json(path, instead)
@@ -329,7 +334,7 @@ def open_run(
             data_digest=digest,
             command=command,
             created=time.time(),
-            environment=environment(),
+            environment=environment() | place(),
             stage=stage,
             start=start,
             subset=subset,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 from simclr.cores import cores, of_machine
+
+_GIT_S = 5.0
 
 
 def environment() -> dict[str, str]:
@@ -23,6 +28,18 @@ def environment() -> dict[str, str]:
         "machine": f"{_cores()}, {cpu or platform.machine()}, {memory:.0f} GiB",
         "versions": ", ".join([f"Python {platform.python_version()}", *versions, *_gpu_versions()]),
     }
+
+
+def place() -> dict[str, str]:
+    """This host, and the commit of the code if that is a checkout, with -dirty where files of it were changed."""
+    root = Path(__file__).resolve().parents[2]
+    found = {"host": platform.node()}
+    # Of this very folder: a package that was installed may lie in somebody's repository, whose commits say nothing of it.
+    if (root / ".git").exists() and (git := shutil.which("git")):
+        asked = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # no repository of this user's, or one on a slow disk
+            found["commit"] = subprocess.run(asked, capture_output=True, text=True, timeout=_GIT_S, check=True).stdout.strip()
+    return found
 
 
 def _cores() -> str:
@@ -51,3 +68,22 @@ def _gpu_versions() -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
+
+
+def installed() -> str:
+    """What is installed, in one line: this package, the commit of a checkout, and the libraries that decide what a run computes. It imports
+    none of them."""
+    import simclr
+
+    found = [f"simclr {simclr.__version__}{_commit(Path(simclr.__file__).parents[1])}"]
+    found += [f"{name} {version(name) or 'absent'}" for name in ("torch", "ray")]
+    return ", ".join([*found, f"Python {platform.python_version()}"])
+
+
+def _commit(folder: Path) -> str:
+    """ " (commit 1a2b3c4d, changed)" for a git checkout in `folder`; "" where it is none."""
+    if not (folder / ".git").exists() or not (git := shutil.which("git")):
+        return ""
+    words = [git, "-C", str(folder), "describe", "--always", "--abbrev=8", "--exclude=*", "--dirty=, changed"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return f" (commit {done.stdout.strip()})" if done.returncode == 0 else ""

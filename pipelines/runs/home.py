@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 # The files of a run directory or a published encoder, without checkpoints. run.json comes first: it says which run the others are of.
 _PUBLISHED = ("encoder.safetensors", "head.safetensors", "classifier.safetensors", "README.md", "config.json")
 _FILES = (
-    *("run.json", "metrics.jsonl", "timings.json", "labels.txt", "subset.txt"),
+    *("run.json", "metrics.jsonl", "state.json", "timings.json", "labels.txt", "subset.txt"),
     *(f"{folder}/{name}" for folder in ("encoder", "teacher") for name in _PUBLISHED),
-    *("evaluation.json", "pictures.npz", "report.html", *_PUBLISHED),
+    *("evaluation.json", "evaluation-limited.json", "pictures.npz", "report.html", *_PUBLISHED),
 )
 _NOTES = ".s3.json"
 HEADS = "heads"

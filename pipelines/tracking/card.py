@@ -6,26 +6,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipelines.runs.scores import score_text
+from pipelines.tracking.record import Record
 from simclr import files
 from simclr.text import printable_lines
 
 UNKNOWN_LICENCE = "unknown: nobody stated one; ask whoever made the encoder, and mind the licence of its training images"
 
 
-def write_card(directory: Path, name: str, scores: dict[str, float], licence: str) -> str:
+def write_card(directory: Path, name: str, record: Record, licence: str) -> str:
     """Write the card of the encoder published in `directory` under the title `name`, beside its weights; returns its text."""
     from simclr.encoder.directory import config_of, preprocessing_of, read_text
 
     config = read_text(directory)
     config |= {"published": config.get("published", {}), **config_of(config).to_dict()}  # with defaults for absent fields
     config["preprocessing"] = asdict(preprocessing_of(config))  # an older directory does not state it
-    text = printable_lines(card(config, _parameters(config), name, scores, licence))  # it is read with `cat`, too
+    text = printable_lines(card(config, _parameters(config), name, record, licence))  # it is read with `cat`, too
     files.write_text(directory / "README.md", text)
     return text
 
 
-def card(config: dict[str, Any], parameters: int, name: str, scores: dict[str, float], licence: str) -> str:
-    """Markdown, from an encoder's config.json, its number of `parameters` and its `scores`."""
+def card(config: dict[str, Any], parameters: int, name: str, record: Record, licence: str) -> str:
+    """Markdown, from an encoder's config.json, its number of `parameters` and the `record` of its scores."""
     published, converted = config["published"], "converted" in config["published"]
     size, seen, head = config["preprocessing"]["size_px"], config["views"], config["head"]
     rows = {
@@ -48,11 +50,16 @@ def card(config: dict[str, Any], parameters: int, name: str, scores: dict[str, f
     parts = [
         f"# {name}\n\nAn image encoder of the SimCLR family: a picture in, a vector out. Pictures that show the same thing get vectors\n"
         "that point the same way, so a nearest-neighbour search or a linear classifier on them goes far.",
-        f'## Use it\n\n```python\nimport simclr\n\nencoder = simclr.load_encoder("{name}")      # this directory\n'
-        "features = encoder.embed(images)           # uint8 (n, H, W, 3), any size → (n, d)\n```\n\n"
-        f"`simclr embed {name} photos/` does the same for files. Cropping, resizing and scaling to {size} px are part of `embed`.",
+        f'## Use it\n\n```python\nimport simclr\n\nencoder = simclr.load_encoder("DIR")       # DIR: the directory of this file\n'
+        'features = encoder.embed(images)           # uint8 (n, H, W, 3), any size → (n, d)\nfeatures = encoder.embed_files(["a.jpg"])\n'
+        "```\n\n"
+        f"`simclr embed DIR photos/` does the same for files. Cropping, resizing and scaling to {size} px are part of `embed`.",
+        f"## Serve it\n\n```\nmlflow models serve -m models:/{name}@champion --env-manager uv --port 5001\n"
+        "(printf '{\"inputs\": [\"'; base64 < photo.jpg | tr -d '\\n'; printf '\"]}') |\n"
+        "  curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' --data-binary @-\n```\n\n"
+        "A picture is the base64 of its file. The version brings its code and its requirements; this package need not be installed.",
         "## What it is\n\n" + _table(("", ""), rows),
-        "## Scores\n\n" + _scores(scores),
+        "## Scores\n\n" + _scores(record),
     ]
     if not converted:
         parts.append("## Know before use\n\n" + _limits(seen))
@@ -98,14 +105,18 @@ def _recipe(config: dict[str, Any]) -> str:
     return f"`{published.get('recipe', 'unknown')}`: {setting}; `config.json` has every field"
 
 
-def _scores(scores: dict[str, float]) -> str:
-    if not scores:
-        return "None yet; `simclr evaluate ENCODER --data DIR` measures some."
-    rows = {
-        f"`{name}`": f"{100 * value:.1f} %" if name.endswith(("top1", "top5", "per_class")) else f"{value:.4g}"
-        for name, value in scores.items()
-    }
-    return _table(("score", "on the test split of its data"), rows)
+def _scores(record: Record) -> str:
+    if not record.scores:
+        return "None yet; `simclr evaluate DIR --data SHARDS` measures some."
+    about, rows = record.measured, dict[str, str]()
+    for name, value in record.scores.items():
+        low, high = about.intervals.get(name, (0.0, 0.0))
+        interval = f" ({100 * low:.1f} … {100 * high:.1f})" if name in about.intervals else ""
+        how = f"; {about.protocols[name]}" if name in about.protocols else ""
+        rows[f"`{name}`"] = f"{score_text(name, value)}{interval}{how}"
+    first = next((name for name in ("knn_top1", "top1") if name in rows), next(iter(record.scores)))
+    spread = "\n\nIn brackets: the 95 % interval over test sets (Wilson), not over training runs." if about.intervals else ""
+    return _table(("score", f"on {about.told(first)}"), rows) + spread
 
 
 def _limits(views: dict[str, Any]) -> str:

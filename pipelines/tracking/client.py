@@ -6,33 +6,30 @@ Every call here takes as long as the server takes. No training step calls anythi
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
+import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
+from pipelines.tracking import server as server  # sets what MLflow reads from the environment
 from pipelines.tracking import trust
 from pipelines.tracking.uri import check, database_file, redacted
 from simclr import files, proxy
 from simclr.errors import UserError
 
-# Read at each use. With MLflow's defaults a call to a server that is down blocks for four minutes; 30 s is for large encoders.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-# Read when MLflow is imported. Its failures come here as exceptions and are said once; its log would repeat them at every try.
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # "Retrying (Retry(total=0, …" in the middle of a bar
-
 MOST = 900
 """Values in one request; MLflow takes 1,000."""
+COPY_OF = "simclr.copy_of"
+"""The tag of a run that was logged elsewhere first: its id there. `COPIED_FROM` is the address."""
+COPIED_FROM = "simclr.copied_from"
 ABSENT, EXISTS, _INVALID = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_PARAMETER_VALUE"
+NO_SUCH_CALL = "ENDPOINT_NOT_FOUND"
+"""The answer of a server that is older than what is asked of it."""
 _PARAMS = 100  # that MLflow takes at a time
+_DIGEST = 12  # as reports and messages show it; MLflow takes 36 characters
 
 
 @contextlib.contextmanager
@@ -71,24 +68,58 @@ def unless(code: str, call: Callable[..., Any], *args: Any) -> Any:
 
 
 def connect(uri: str) -> Any:
-    """An MlflowClient. A new database gets its tables under our lock: MLflow's own lies in the host's temporary folder."""
+    """An MlflowClient. Its registry of models is at $MLFLOW_REGISTRY_URI, else where MLflow has it for `uri`: Unity Catalog for databricks.
+    A new database gets its tables under our lock: MLflow's own lies in the host's temporary folder."""
     from mlflow.tracking import MlflowClient
 
     if not database_file(uri):
         proxy.spare_this_machine()
-        return MlflowClient(uri, uri)
+        return MlflowClient(uri)
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401  its import takes a second: not under the lock
 
     with locked(uri):
-        return MlflowClient(uri, uri)  # creates the tables, if need be
+        return MlflowClient(uri)  # creates the tables, if need be
 
 
 def has_run(uri: str, run_id: str) -> bool:
-    """Whether the MLflow server at `uri` has the run. Raises UserError if there is none, or it refuses."""
+    """Whether MLflow at `uri` has the run. Raises UserError if there is no MLflow, or it refuses."""
+    if file := database_file(uri):
+        return trust.has(file, run_id)
     check(uri)
     with one_sentence(uri):
         found = unless(ABSENT, connect(uri).get_run, run_id)
     return found is not None and found.info.run_id == run_id
+
+
+def copy_of(uri: str, experiment: str, run_id: str) -> str | None:
+    """The id of the run of `experiment` at MLflow `uri` whose tag `COPY_OF` is `run_id`: the oldest, if two commands made one at once."""
+    if not re.fullmatch(r"[\w.-]{1,200}", run_id):  # it becomes a part of a query
+        raise UserError(f"run.json is damaged: tracking_run is {run_id[:200]!r}, expected a run's id; take it out of the file")
+    with one_sentence(uri):
+        client = connect(uri)
+        found = client.get_experiment_by_name(experiment)
+        query = f"tags.`{COPY_OF}` = '{run_id}'"
+        runs = client.search_runs([found.experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"]) if found else []
+    return str(runs[0].info.run_id) if runs else None
+
+
+def name_of(data: str) -> str:
+    """The name of data at this address, as MLflow's pages show it."""
+    return data.rstrip("/").rpartition("/")[2][:200] or "data"
+
+
+def log_data(client: Any, run_id: str, data: str, manifest_sha256: str, context: str) -> tuple[str, str] | None:
+    """Name the `data`, whose manifest has this sha256, as an input of a run; `context` is training or evaluation. Nothing of it is read or
+    sent. Returns (name, digest) as MLflow has them, None for data that nobody knows."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if not data or not manifest_sha256:
+        return None
+    name, digest = name_of(data), manifest_sha256[:_DIGEST]
+    source, kind = json.dumps({"uri": data}), "s3" if data.startswith("s3://") else "local"
+    dataset = Dataset(name, digest, kind, source, profile=json.dumps({"manifest_sha256": manifest_sha256}))
+    unless(NO_SUCH_CALL, client.log_inputs, run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+    return name, digest
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
@@ -126,13 +157,13 @@ class MLflowRun:
             self._uri, self._mlflow = uri, connect(uri)
             run = unless(ABSENT, self._mlflow.get_run, run_id) if run_id else None
             if run is None or run.info.lifecycle_stage == "deleted":
-                run = self._mlflow.create_run(_experiment(self._mlflow, uri, experiment), run_name=run_name)
+                run = self._mlflow.create_run(_experiment(self._mlflow, uri, experiment), run_name=run_name, tags=tags)
                 trust.say_folder(uri, run.info.artifact_uri)
             else:
                 self._mlflow.update_run(run_id, status="RUNNING")
+                self._mlflow.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
             self.run_id = str(run.info.run_id)
             known(self.run_id)
-            self._mlflow.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
             new = [Param(k, str(v)) for k, v in params.items() if k not in run.data.params]  # a logged parameter cannot change
             for begin in range(0, len(new), _PARAMS):
                 self._mlflow.log_batch(self.run_id, params=new[begin : begin + _PARAMS])
@@ -164,6 +195,11 @@ class MLflowRun:
                     return
                 self._refused += len(batch)
         self._last = last
+
+    def trained_on(self, data: str, manifest_sha256: str) -> None:
+        """Name the data as the run's input."""
+        with one_sentence(self._uri):
+            log_data(self._mlflow, self.run_id, data, manifest_sha256, "training")
 
     def artifact(self, path: Path) -> None:
         """Copy file `path`, if there is one, into the run's artifacts."""

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.metadata
-import json
-import math
 import os
 import re
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -17,47 +13,68 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.terminal import say
-from pipelines.tracking import trust
-from pipelines.tracking.client import ABSENT, EXISTS, connect, locked, one_sentence, unless
+from pipelines.tracking import evaluated, flavor, server, trust, version
+from pipelines.tracking.client import ABSENT, connect, one_sentence, unless
+from pipelines.tracking.record import Record, of_tags
 from simclr import files
 from simclr.errors import UserError
 from simclr.text import printable, redacted
 
-_SCORE_TAG = "score."
 FILES = ("encoder.safetensors", "config.json", "head.safetensors", "classifier.safetensors", "README.md")
 """A published encoder. Nothing else of its directory is registered or pulled."""
 _LOOK_S = 0.25
 
 
-def register(uri: str, run_id: str, encoder: Path, name: str, scores: dict[str, float]) -> int:
-    """Register the encoder directory as a new version of model `name`, under run `run_id`, with its scores. Returns the version.
+def register(uri: str, run_id: str, encoder: Path, name: str, record: Record) -> int:
+    """Register the encoder directory as a new version of model `name`, under run `run_id`, with its `record`. Returns the version.
 
-    The version is an MLflow model without pickled code: `mlflow.pyfunc.load_model("models:/NAME@champion")` reads it wherever this
-    package is installed. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
+    The version is an MLflow model that carries its code: `mlflow.pyfunc.load_model("models:/NAME@champion")` reads it where this package is
+    not installed. Nothing is pickled. It is a logged model of the run too, which has the files; a server before MLflow 3 knows none, and
+    gets them among the run's. Raises UserError for a name that the registry cannot hold or a directory that is no encoder.
     """
     require_name(name)
-    if not _is_encoder(encoder):
-        raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
-    parts = [encoder / name for name in FILES if (encoder / name).exists()]
-    for part in parts:
-        if part.is_symlink() or not part.is_file():  # the directory may be somebody else's, and the link lead to a file of ours
-            raise UserError(f"{part} is no plain file; put the file itself there, and publish again")
+    parts = require_plain(encoder).values()
     with one_sentence(uri):
         client = connect(uri)
-        place = client.get_run(run_id).info.artifact_uri
-        trust.require_same_host(uri, place, f"the storage of run {run_id}")
-        trust.say_folder(uri, place)
-        with tempfile.TemporaryDirectory() as scratch:
-            # Every version has its own folder: a run that is published twice keeps the files of its first version.
-            folder = _describe(Path(scratch), run_id, scores)
-            client.log_artifacts(run_id, scratch, folder)
-        for part in parts:
-            client.log_artifact(run_id, str(part), f"{folder}/encoder")
-        unless(EXISTS, client.create_registered_model, name)
-        source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
-        tags = {_SCORE_TAG + metric: repr(float(value)) for metric, value in scores.items()}
+        run = client.get_run(run_id)
+        trust.require_same_host(uri, run.info.artifact_uri, f"the storage of run {run_id}")
+        size = sum(part.stat().st_size for part in parts)
         card = (encoder / "README.md").read_text() if (encoder / "README.md").is_file() else None
-        return int(client.create_model_version(name, source, run_id=run_id, tags=tags, description=card).version)
+        with evaluated.logged_model(client, run, name, record) as model, tempfile.TemporaryDirectory() as scratch:
+            model_id = model.model_id if model is not None else None
+            place = model.artifact_location if model is not None else run.info.artifact_uri
+            trust.require_same_host(uri, place, f"the storage of run {run_id}")
+            trust.say_folder(uri, place)
+            # Every version has its own folder: a run that is published twice keeps the files of its first version.
+            folder = flavor.describe(Path(scratch), run_id, record.scores, model_id)
+            source = place if model_id is not None else f"{place}/{folder}"
+            with version.removed_on_failure(client, uri, source, model_id), server.patience(size, place):
+                if model_id is not None:
+                    client.log_model_artifacts(model_id, scratch)
+                else:
+                    client.log_artifacts(run_id, scratch, folder)
+                for part in parts:
+                    if model_id is not None:
+                        client.log_model_artifact(model_id, str(part), "encoder")
+                    else:
+                        client.log_artifact(run_id, str(part), f"{folder}/encoder")
+        # The files, then the version: one that is seen is whole.
+        with version.removed_on_failure(client, uri, source, model_id):
+            number = version.made(client, name, source, run_id, record.tags(), card, model_id)
+        if model_id is not None:
+            evaluated.link(client, model_id, name, number)
+        return number
+
+
+def require_plain(encoder: Path) -> dict[str, Path]:
+    """The files of the encoder directory, by name. Raises UserError where it is none, or one of its files is no plain one."""
+    if not _is_encoder(encoder):
+        raise UserError(f"{encoder} is no published encoder; expected encoder.safetensors and config.json, `simclr pretrain` writes them")
+    parts = {name: encoder / name for name in FILES if (encoder / name).exists()}
+    for part in parts.values():
+        if part.is_symlink() or not part.is_file():  # the directory may be somebody else's, and the link lead to a file of ours
+            raise UserError(f"{part} is no plain file; put the file itself there, and publish again")
+    return parts
 
 
 def require_name(name: str) -> None:
@@ -72,55 +89,12 @@ def require_name(name: str) -> None:
         )
 
 
-def _describe(model: Path, run_id: str, scores: dict[str, float]) -> str:
-    """Write the files that make the folder of an encoder directory an MLflow model: MLmodel, requirements, example. Returns its name.
-
-    By hand: `mlflow.pyfunc.save_model` copies the weights and looks for pip.
-    """
-    import numpy as np
-    from mlflow import pyfunc
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    images, features = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3)), TensorSpec(np.dtype(np.float32), (-1, -1))
-    spec = Model(run_id=run_id, signature=ModelSignature(Schema([images]), Schema([features])), metadata={"scores": scores})
-    spec.artifact_path = f"model-{spec.model_uuid}"
-    example = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).tolist()  # two images
-    (model / "input_example.json").write_text(json.dumps(example))
-    spec.saved_input_example_info = {"artifact_path": "input_example.json", "type": "ndarray", "format": "tf-serving"}
-    pyfunc.add_to_model(spec, loader_module="pipelines.tracking.pyfunc", data="encoder", python_env="python_env.yaml")
-    spec.save(str(model / "MLmodel"))
-    # Without this package: on the public index another project has its name.
-    pins = [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in ("torch", "numpy", "safetensors")]
-    (model / "requirements.txt").write_text("\n".join(pins) + "\n")
-    (model / "python_env.yaml").write_text(f"python: {sys.version.split()[0]}\ndependencies:\n- -r requirements.txt\n")
-    return str(spec.artifact_path)
-
-
-def promote(uri: str, name: str, version: int, metric: str, alias: str = "champion") -> tuple[bool, float | None]:
-    """Move `alias` to `version` if its score in `metric` is higher than the present holder's, or no version with a score holds it.
-
-    Returns (moved, the previous holder's score). Raises UserError if the version has no such score.
-    """
-    with one_sentence(uri):
-        client = connect(uri)
-        scores = _scores(_find(client, uri, name, None, version))
-        if metric not in scores:
-            raise UserError(f"{name}/{version} has no score {metric!r}; its scores: {', '.join(scores) or 'none'}")
-        with locked(uri):  # so that no other job promotes a better version between comparing and moving
-            held = client.get_registered_model(name).aliases.get(alias)
-            before = _scores(client.get_model_version(name, str(held))).get(metric) if held is not None else None
-            moved = before is None or scores[metric] > before
-            if moved:
-                client.set_registered_model_alias(name, alias, str(version))
-        return moved, before
-
-
 def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = lambda done, of: None) -> dict[str, Any]:
     """Download the encoder that `spec` names (NAME@alias or NAME/version) to the directory `to`, which must be new or empty.
 
-    `progress` gets (bytes so far, all bytes) now and then. Returns name, version, run_id and scores. If `spec` names nothing, raises
-    UserError with the names that exist. Files that are no part of an encoder are named and left out. `to` appears whole or not at all.
+    `progress` gets (bytes so far, all bytes) now and then. Returns name, version, run_id, scores and record. If `spec` names
+    nothing, raises UserError with the names that exist. Files that are no part of an encoder are named and left out. `to` appears whole or
+    not at all.
     """
     match = re.fullmatch(r"([^@/:]+)(?:@([^@/]+)|/(\d+))", spec)
     if not match:
@@ -130,7 +104,7 @@ def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = l
     name, alias, number = match.groups()
     with one_sentence(uri):
         client = connect(uri)
-        version = _find(client, uri, name, alias, int(number or 0))
+        version = find(client, uri, name, alias, int(number or 0))
         what = f"{name}/{version.version}"
         source = client.get_model_version_download_uri(name, version.version)
         trust.require_same_host(uri, source, what)
@@ -149,18 +123,21 @@ def pull(uri: str, spec: str, to: Path, progress: Callable[[int, int], None] = l
             _download(uri, f"{source}/encoder", sizes, found, lambda done: progress(done, total))
             if not _is_encoder(found):
                 raise UserError(lost)
+            for file in found.iterdir():
+                files.usual_mode(file)  # a store on a disk gives its own permissions
             if to.exists():  # replacing it would leave a shell whose current folder it is in a deleted one
                 for file in sorted(found.iterdir(), reverse=True):  # the weights first: without config.json it is no encoder
                     file.rename(to / file.name)
             else:
                 found.rename(to)
-    return {"name": name, "version": int(version.version), "run_id": version.run_id, "scores": _scores(version)}
+    record = of_tags(version.tags)
+    return {"name": name, "version": int(version.version), "run_id": version.run_id, "scores": record.scores, "record": record}
 
 
 def version_of(uri: str, name: str, alias: str) -> int:
     """The version of model `name` that `alias` points to. If there is none, raises UserError with the names that exist."""
     with one_sentence(uri):
-        return int(_find(connect(uri), uri, name, alias, 0).version)
+        return int(find(connect(uri), uri, name, alias, 0).version)
 
 
 def _listed(uri: str, source: str, what: str) -> dict[str, int | None]:
@@ -237,18 +214,7 @@ def _is_encoder(directory: Path) -> bool:
     return (directory / "encoder.safetensors").is_file() and (directory / "config.json").is_file()
 
 
-def _scores(version: Any) -> dict[str, float]:
-    """A version's scores, without NaN: no score compares with NaN, so such a champion would stay for ever. Other hands may have written
-    the tags: what is no number is no score."""
-    found = {}
-    for key, text in version.tags.items():
-        with contextlib.suppress(ValueError):
-            if key.startswith(_SCORE_TAG) and not math.isnan(value := float(text)):
-                found[key.removeprefix(_SCORE_TAG)] = value
-    return found
-
-
-def _find(client: Any, uri: str, name: str, alias: str | None, number: int) -> Any:
+def find(client: Any, uri: str, name: str, alias: str | None, number: int) -> Any:
     """The version that `alias` points to, or version `number`. If there is none, raises UserError with the nearest names."""
     model = unless(ABSENT, client.get_registered_model, name)
     if model is None:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -26,33 +25,23 @@ _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _SERVER = re.compile(r"(\[[0-9a-f:]+\]|[\w.-]+)(?::(\d{1,5}))?", re.IGNORECASE)
 
 
-def address_for(run: Run, given: str | None, asked: Path, knows: Callable[[str, str], bool]) -> str:
+def address_for(run: Run, given: str | None, asked: Path) -> str:
     """The MLflow address for `run`, which the user `asked` for: the one that the user names, by the flag's `given` or the environment, or
-    the one in its run.json where following that can give nothing away. `knows(address, run id)` asks the server at an address that the
-    user gave: it may have moved since the run was logged.
+    else the one in its run.json where following that can give nothing away.
 
-    Raises UserError where the run was logged at another address than the user's, or at one that only run.json names and that would get
-    credentials, or be written to as a database.
+    Raises UserError where only run.json names an address, and that would get credentials, or be written to as a database.
     """
     uri, there = tracking_address(given), run.tracking_uri
-    if not run.tracking_run or same_server(uri, there):
+    if given or os.environ.get("MLFLOW_TRACKING_URI") or not run.tracking_run or same_server(uri, there):
         return uri
     logged = f"{asked} was logged at {there}, as its run.json says"
-    if given:
-        file = database_file(given)
-        if _has(file, run.tracking_run) if file else knows(given, run.tracking_run):
-            return given
-        raise UserError(
-            f"{asked} is not known at {redacted(given)}, which has no run {run.tracking_run}: it was logged at {there}; give with "
-            "--tracking-uri the address where that server, or a copy of its database, is today"
-        )
-    if os.environ.get("MLFLOW_TRACKING_URI"):
-        raise UserError(f"{logged}, and $MLFLOW_TRACKING_URI is {redacted(uri)}; give the one that you trust with --tracking-uri")
     if "…" in there:  # run.json has no credentials
         raise UserError(f"{logged}, with credentials that are not written down; give that address with --tracking-uri")
     if file := database_file(there):
         if not _holds(file, run.tracking_run):
             raise UserError(f"{logged}, which is no database of yours with that run in it; give its address with --tracking-uri")
+    elif not there.lower().startswith(("http://", "https://")):  # MLflow, or a plugin of it, has a login of its own for it
+        raise UserError(f"{logged}, where MLflow may use a login of yours; if you trust that address, give it with --tracking-uri")
     elif held := secrets():
         raise UserError(f"{logged}, which would get what {held} holds; if you trust that address, give it with --tracking-uri")
     return there
@@ -127,10 +116,10 @@ def _server(address: str, scheme: str) -> tuple[str, int] | None:
 
 def _holds(file: Path, run_id: str) -> bool:
     """Whether `file` is a database of this user in which MLflow has the run."""
-    return file.is_file() and file.stat().st_uid == os.geteuid() and _has(file, run_id)
+    return file.is_file() and file.stat().st_uid == os.geteuid() and has(file, run_id)
 
 
-def _has(file: Path, run_id: str) -> bool:
+def has(file: Path, run_id: str) -> bool:
     """Whether MLflow has the run in the database `file`. It is only read: MLflow writes its tables into whatever database it is given."""
     try:
         with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:

@@ -29,30 +29,40 @@ def default_uri(runs: Path) -> str:
 
 
 def check(uri: str) -> None:
-    """Raise UserError within 10 s if no MLflow server answers at `uri`, or its database cannot be used. Writes nothing."""
+    """Raise UserError within 10 s if no MLflow answers at `uri`, or its database cannot be used. Writes nothing to either; the database of
+    another kind, and what a plugin of MLflow's reaches, MLflow opens."""
     if file := database_file(uri):
         _check_database(file, uri)
         return
+    from pipelines.tracking import server
+
     proxy.spare_this_machine()
-    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", uri):
-        raise UserError(f"{redacted(uri)} is no MLflow address; expected http(s)://HOST:PORT or sqlite:///FILE")
+    web = re.fullmatch(r"https?://[^/\s]+(/\S*)?", uri) is not None
     for name in _NUMBERS:
         if (value := os.environ.get(name)) and not value.isdigit():
             raise UserError(f"${name} is {value!r}; expected a whole number")
+    if not web and not server.known(uri):
+        raise UserError(
+            f"{redacted(uri)} is no MLflow address; expected http(s)://HOST:PORT, sqlite:///FILE, or one that MLflow or a plugin of it "
+            f"knows (databricks, postgresql://…{', arn:… with sagemaker-mlflow installed' if uri.startswith('arn:') else ''})"
+        )
     # In a thread: a request's timeouts begin anew with every address, redirect and byte, and name look-up has none.
     trouble: list[str | Exception] = [f"no answer within {_ANSWER_S:.0f} s"]
 
     def ask() -> None:
         try:
-            trouble.append(_trouble_at(uri))
+            trouble.append(server.trouble_at(uri, _ANSWER_S) if web else server.trouble_with(uri))
         except Exception as error:  # a bug: raised again below, outside the thread
             trouble.append(error)
 
+    server.load()
     asking = threading.Thread(target=ask, name="mlflow check", daemon=True)
     asking.start()
     asking.join(_ANSWER_S + 0.5)
     if isinstance(trouble[-1], Exception):
         raise trouble[-1]
+    if trouble[-1] and not web:
+        raise UserError(f"MLflow at {redacted(uri)} cannot be used: {trouble[-1]}")
     if trouble[-1]:
         raise UserError(f"no MLflow server at {redacted(uri)} ({trouble[-1]}{proxy.hint(uri)}); start it, correct the address, or {_HINT}")
 
@@ -87,24 +97,3 @@ def _check_database(file: Path, uri: str) -> None:
                 database.execute("SELECT count(*) FROM sqlite_master")
         except sqlite3.Error as error:
             raise UserError(f"{file} is no usable tracking database ({error}); move it away, or give another --tracking-uri") from None
-
-
-def _trouble_at(uri: str) -> str:
-    """Why the server at `uri` cannot be used, or "". Sends MLflow's own request and credentials, without importing MLflow."""
-    import requests  # whose exceptions are OSErrors
-    from urllib3.exceptions import LocationValueError
-
-    env = os.environ.get
-    user, password, token = env("MLFLOW_TRACKING_USERNAME"), env("MLFLOW_TRACKING_PASSWORD"), env("MLFLOW_TRACKING_TOKEN")
-    auth = (user, password) if user and password else None
-    headers = {"Authorization": f"Bearer {token}"} if token else {}  # which `auth` replaces
-    verify = env("MLFLOW_TRACKING_SERVER_CERT_PATH") or env("MLFLOW_TRACKING_INSECURE_TLS", "").lower() not in ("true", "1")
-    address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
-    try:
-        answer = requests.get(address, auth=auth, headers=headers, verify=verify, timeout=_ANSWER_S)
-        if answer.status_code in (401, 403):
-            return f"it refuses the credentials with status {answer.status_code}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        is_mlflow = answer.ok and "json" in answer.headers.get("Content-Type", "")
-        return "" if is_mlflow else f"something else answers, with status {answer.status_code}"
-    except (OSError, LocationValueError, UnicodeError) as error:  # refused, unknown host, certificate, …; no valid address
-        return type(error).__name__

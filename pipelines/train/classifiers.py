@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
+import re
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
+from pipelines.runs.scores import HELD_LABELS, TEST, WHOLE, Measured, intervals_of, write
 from pipelines.terminal import say
 from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.train import driver, subset
-from simclr import files
 from simclr.config import Config, Encoder, Train
-from simclr.data.manifest import Manifest
+from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from simclr.methods.method import Method
+
+
+NO_TEST = "no test split"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,26 @@ class Shape:
     def of(self, encoder: Encoder) -> Encoder:
         """`encoder` with these fields."""
         return replace(encoder, **{k: v for k, v in dataclasses.asdict(self).items() if v is not None})
+
+    @classmethod
+    def like(cls, encoder: Encoder) -> Shape:
+        """The shape of `encoder`, in full."""
+        return cls(depth=encoder.depth, width=encoder.width, sk_ratio=encoder.sk_ratio)
+
+
+def settings_of(config: Config, run: Path) -> dict[str, Any]:
+    """What both stages' commands can repeat of a `run` with this config, as their flags."""
+    labels = run / "labels.txt"
+    return {
+        "label_file": labels if labels.is_file() else None,
+        "epochs": config.train.epochs,
+        "batch_size": config.train.batch_size,
+        "optim": config.optim,
+        "seed": config.seed,
+        "test_every_epochs": config.watch.every_epochs,
+        "precision": config.train.precision,
+        "compile": config.train.compile,
+    }
 
 
 @contextlib.contextmanager
@@ -93,6 +117,8 @@ class Labels:
     """Sample ids, ascending."""
     y: NDArray[np.int64]
     """Their labels."""
+    others: NDArray[np.int64]
+    """The training images with labels that are not seen, ascending."""
     names: list[str] | None
     """Names of all training images; None if the shards have no names."""
     chosen: dict[str, object]
@@ -102,6 +128,8 @@ class Labels:
 def choose_labels(data: Path, at: Path, manifest: Manifest, share: float, file: Path | None, seed: int) -> Labels:
     """The images that `file` lists, else `share` of each class. The shards lie in `data`; of those `at` s3://…, whose copy it is, only the
     tables and the names are fetched."""
+    import numpy as np
+
     from simclr.data import labels, loader
 
     remote = s3_uri.address(at)
@@ -115,7 +143,38 @@ def choose_labels(data: Path, at: Path, manifest: Manifest, share: float, file: 
     names = subset.names_at(data, at, len(every))
     chosen: dict[str, object] = {"label file": file} if file is not None else {"share of each class": share, "seed": seed}
     ids = labels.read(file, every, names) if file is not None else labels.subset(every, share, seed)
-    return Labels(ids, every[ids], names, chosen)
+    others = np.setdiff1d(np.flatnonzero(every >= 0), ids)
+    return Labels(ids, every[ids], others, names, chosen)
+
+
+def hold_back(seen: Labels, share: float, seed: int, most: int) -> tuple[Labels, NDArray[np.int64], str]:
+    """(the labels that are left to see, the images to score on, a sentence about them), for data without a test split. These are the images
+    whose labels are not seen anyway; where they are fewer than `share` of all that have labels, `share` of each class besides, of which one
+    stays. Of more than `most` a keyed choice is taken. With a `share` of 0 there are none."""
+    import numpy as np
+
+    from simclr import keyed
+    from simclr.data import labels
+
+    if not 0 <= share < 1:
+        raise UserError(f"--hold-back is {share:g}; expected a share of the labelled images, at least 0 and below 1")
+    if not share:
+        return seen, seen.others[:0], f"{NO_TEST}: nothing is held back to score on"
+    if len(seen.others) >= share * (len(seen.ids) + len(seen.others)):
+        held, what = seen.others, "labelled images whose labels training does not see"
+    else:
+        y = np.full(int(seen.ids.max()) + 1, -1)
+        y[seen.ids] = seen.y
+        taken = labels.subset(y, share, seed)
+        last = [label for label in np.unique(y[taken]) if np.count_nonzero(y[taken] == label) == np.count_nonzero(y == label)]
+        taken = taken[~np.isin(y[taken], last)]
+        left = ~np.isin(seen.ids, taken)
+        held, what = np.union1d(taken, seen.others), "labelled images, which are held back (--hold-back 0 trains on all)"
+        seen = replace(seen, ids=seen.ids[left], y=seen.y[left], chosen=seen.chosen | {"held back": len(taken)})
+    if len(held) > most:
+        words = keyed.bits(seed, "subset", 1, held, 0, 2)
+        held = np.sort(held[np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")[:most]])
+    return seen, held, f"{NO_TEST}: scored on {len(held):,} {what}"
 
 
 def write_labels(run: Run, seen: Labels) -> None:
@@ -151,13 +210,33 @@ def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, objec
     step, parts = driver.newest_tensors(run, method)
     scores = scores_of(run)
     about: dict[str, Any] = {"recipe": run.recipe, "step": step, "data": run.data.name, **notes, "scores": scores}
+    on = held_note(run)
+    about |= {"scored_on": on} if on else {}
     # A published head is a ProjectionHead, or its first layers; a classifier holds the layers alone.
     head = {f"layers.{name}": t for name, t in parts["head"].items()}
     plain = Config(**{f.name: getattr(run.config, f.name) for f in dataclasses.fields(Config)})
     write_encoder(parts["encoder"], plain, run.encoder, about, head=head, classifier=parts["classifier"], tap=tap, classes=list(classes))
     if scores:
-        text = {"scores": [{"name": run.stage, **scores}], "data": run.origin}
-        files.write_text(run.path / "evaluation.json", json.dumps(text, indent=1) + "\n")
+        measured = _measured(run, step, scores, on)
+        write(run, [{"name": run.stage, **scores}], measured, **({"scored_on": on} if on else {}))
+
+
+def _measured(run: Run, step: int, scores: dict[str, float], held: str) -> Measured:
+    """What the scores of `step` were measured on; `held` is `held_note`. Where the shards of a test split are not on this machine, it is
+    not known how many images these were."""
+    about: dict[str, Any] = {"split": HELD_LABELS if held else TEST, "limit": WHOLE, "step": step}
+    about["protocols"] = dict.fromkeys(scores, "the classifier's own answer, central crop")
+    count = re.search(r"scored on ([\d,]+)", held)
+    images = dict.fromkeys(scores, int(count[1].replace(",", ""))) if count else dict[str, int]()
+    if not (run.data / "manifest.json").is_file():
+        about |= {"images": images, "intervals": intervals_of(scores, images)}
+        return Measured(data=run.origin, manifest_sha256=run.data_digest, time=time.time(), **about)
+    from simclr.data import loader
+
+    manifest = read_manifest(run.data, look=False)
+    if not held and all((run.data / shard.name).is_file() for shard in manifest.splits.get("test", ())):
+        images = dict.fromkeys(scores, int((loader.labels(run.data, "test") >= 0).sum()))
+    return Measured.of(run.data, manifest, run.origin, images=images, intervals=intervals_of(scores, images), **about)
 
 
 def scores_of(run: Run) -> dict[str, float]:
@@ -170,10 +249,14 @@ def scores_of(run: Run) -> dict[str, float]:
 
 def told(run: Run, shown: str) -> str:
     """The result as one line."""
-    scores = scores_of(run)
-    return f"{shown}: " + (
-        ", ".join(f"{n.replace('_', ' ')} {100 * v:.1f} %" for n, v in scores.items()) or "no labelled test split to score it on"
-    )
+    scores, on = scores_of(run), held_note(run)
+    said = ", ".join(f"{n.replace('_', ' ')} {100 * v:.1f} %" for n, v in scores.items())
+    return f"{shown}: {said or 'no labelled test split to score it on'}{f' ({on})' if on and scores else ''}"
+
+
+def held_note(run: Run) -> str:
+    """What a run without a test split was scored on; "" for one with it."""
+    return next((note for note in run.notes if note.startswith(NO_TEST)), "")
 
 
 def require_classes(manifest: Manifest, data: Path) -> tuple[str, ...]:

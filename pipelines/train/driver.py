@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.runs import lease, sync
+from pipelines.runs import lease, status, sync
 from pipelines.runs.directory import Run, open_run, ways_on
 from pipelines.terminal import Bar, process_age_s, say
 from pipelines.tracking import uri as mlflow_uri
@@ -29,6 +29,7 @@ from simclr.telemetry.collapse import collapse
 from simclr.telemetry.straggler import SLOW
 
 if TYPE_CHECKING:
+    from pipelines.tracking.tensorboard import Scalars
     from simclr.checkpoint import State
     from simclr.methods.method import Method
 
@@ -52,6 +53,8 @@ class Job:
     resources: Resources
     publish: Callable[[Run, Method | None], None]
     """Writes run/encoder from the newest checkpoint, whose parts the method names; None = it is made from the run's data."""
+    scalars: Scalars | None = None
+    """For TensorBoard; None = not asked for."""
     given: dict[str, Any] = field(default_factory=dict)
     """Fields of the loop's `Start` that belong to this stage (see `pipelines.train.worker`)."""
 
@@ -125,6 +128,8 @@ def train(job: Job, began: float) -> Run:
         done = _steps_done(run, whole=True)
     if done >= job.total:
         job.publish(run, None)
+        if job.scalars is not None:
+            job.scalars.catch_up()
         if run.unlogged:
             try:
                 run = catch_up(run, job.uri)
@@ -142,16 +147,19 @@ def train(job: Job, began: float) -> Run:
         run.save()
         outbox = Outbox(job.uri)
         posted = outbox.follow(run)
+        status.note(run.path, "running")
         home.send()  # before any checkpoint: run.json says which run the checkpoints belong to
         if not done:
             home.sync_checkpoints()  # a first checkpoint, of step 0
-    except Exception:
+    except Exception as error:
+        if run.path.is_dir():
+            status.note(run.path, "failed", _why(error))
         if ours:
             ray_train.disconnect()
         raise
     if done:
         say(f"going on with {where} after step {done:,} of {job.total:,}")
-    status, running = "FAILED", None
+    ended, running, why = "FAILED", None, ""
     overdue = threading.Timer(_INTERRUPTED_S, _leave)
     overdue.daemon = True
     try:
@@ -160,34 +168,43 @@ def train(job: Job, began: float) -> Run:
         run.took(run.stage, time.monotonic() - stepped)
         home.sync_checkpoints()
         job.publish(run, method)
-        status = "FINISHED"
+        ended = "FINISHED"
     except KeyboardInterrupt:
-        status = "KILLED"
+        ended = "KILLED"
+        status.note(run.path, "interrupted")
         overdue.start()
         raise
     except UserError as error:
-        status = "LOST" if not isinstance(error, s3_uri.Unreachable) and home.is_lost() else "FAILED"
+        ended = "LOST" if not isinstance(error, s3_uri.Unreachable) and home.is_lost() else "FAILED"
+        why = _why(error)
+        raise
+    except Exception as error:
+        why = _why(error)
         raise
     finally:
         try:
+            if ended in ("FINISHED", "FAILED"):  # a run that is lost is another driver's
+                status.note(run.path, "complete" if ended == "FINISHED" else "failed", why)
             sending = threading.Thread(target=_send_anyway, args=(home,), daemon=True)
-            closing = threading.Thread(target=outbox.close, args=(status,), daemon=True)
-            if status == "KILLED":  # everything at once
+            closing = threading.Thread(target=outbox.close, args=(ended,), daemon=True)
+            if ended == "KILLED":  # everything at once
                 sending.start()
                 closing.start()
             shutil.rmtree(run.path / "ray", ignore_errors=True)
             if running is not None:
                 running.stop()
+            if job.scalars is not None:
+                job.scalars.close()
             if ours:
                 ray_train.disconnect()
-            if status == "LOST":
+            if ended == "LOST":
                 outbox.abandon()  # the MLflow run is that of the driver that has taken the run over
-            elif status == "KILLED":
+            elif ended == "KILLED":
                 closing.join()  # the outbox knows its time
                 sending.join(_SENDING_S)
             else:
-                outbox.close(status)
-            if status == "FAILED":  # send the lines since the last checkpoint
+                outbox.close(ended)
+            if ended == "FAILED":  # send the lines since the last checkpoint
                 sending.start()
                 sending.join(60.0)
         finally:
@@ -196,6 +213,11 @@ def train(job: Job, began: float) -> Run:
     home.wait()
     home.send()
     return run
+
+
+def _why(error: Exception) -> str:
+    """The reason of a failure in a sentence."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _launch(job: Job) -> ray_train.Running:
@@ -242,6 +264,8 @@ def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, beg
                 )
                 run.took("start", stepped - began)
             run.append(report.line())
+            if job.scalars is not None:
+                job.scalars.write(report.line())
             if method is None:  # now, while the data is there: after weeks it may not be, and the encoder is to be published all the same
                 method = shapes_of(run)
             if warned is None and report.step > 1 and (warned := collapse(report.metrics)):

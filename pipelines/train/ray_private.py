@@ -72,6 +72,14 @@ def alone() -> Iterator[None]:
             setattr(where, name, value)
 
 
+def refuses_token(error: BaseException) -> bool:
+    """Whether `ray.init` ended in `error` because the cluster did not take this process's token, or it has none. Ray tries for 20 s and
+    raises ConnectionError, whose cause has the reason as text. It waits for a `ray.init` that raises AuthenticationError."""
+    from ray.exceptions import AuthenticationError
+
+    return isinstance(error, AuthenticationError) or AuthenticationError.__name__ in str(error.__cause__)
+
+
 def read_token_again() -> None:
     """Let Ray read the variables of its token now. It keeps those of its import, and the token of the Ray before. It waits for a `ray.init`
     that reads them."""

@@ -96,10 +96,20 @@ def _init(address: str, cores: int, imports: str) -> None:
         return
     try:
         ray.init(address=address, **quiet)
-    except ConnectionError as error:
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        if ray_private.refuses_token(error):
+            raise UserError(f"the Ray cluster at {address!r} refuses {_token()}, or {environ.without(address)}") from None
         raise UserError(
             f"no Ray cluster answers at {address!r} ({error}); start one with `ray up`, or {environ.without(address)}"
         ) from None
+
+
+def _token() -> str:
+    """What this process showed to a cluster that refuses it, and what to do."""
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return "this process, which shows no token; `export RAY_AUTH_MODE=token`, with the cluster's in ~/.ray/auth_token"
+    held = next((f"${name}" for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), "~/.ray/auth_token")
+    return f"the token of this process, from {held}; put the cluster's own there"
 
 
 def lost() -> bool:

@@ -6,18 +6,21 @@ import hashlib
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from simclr.data.depth import Rule, Values
-from simclr.data.ffcv.decode import decode
 from simclr.data.limits import ROOM, affordable
 from simclr.data.pixels import Unreadable, reading
-from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, opened_file, pillow_image
+from simclr.data.raster import Rgb, as_rgb, file_bytes, measured, opened_file, pillow_image, rgb_of
 from simclr.data.sources.source import Data, Item
+from simclr.extras import has
+
+if TYPE_CHECKING or has("ffcv"):  # the small install embeds pictures without it
+    from simclr.data.ffcv.decode import decode
 
 PAGE = 1 << 21
 """Bytes: FFCV's smallest page. An image lies within one page."""
@@ -99,19 +102,28 @@ def encode(item: Item, kind: Literal["raw", "jpeg"], max_side_px: int, jpeg_qual
     return Encoded(item, stored, kind == "jpeg", height, width, _moments(pixels), digest, "", *done)
 
 
-def decoded(file: bytes | Path, rule: Rule) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of an image file, upright, 8-bit RGB by `rule`: by the loader's decoder where a shard would hold the file as it is,
-    which is a level or two from Pillow's. Raises Unreadable."""
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Pixels of an image file, and what was done to them."""
+
+    pixels: NDArray[np.uint8]
+    """(H, W, 3)."""
+    rescaled: bool = False
+    """They had more than 8 bits."""
+    clipped: bool = False
+    """More than 1 % of them lay outside the range."""
+
+
+def decoded(file: bytes | Path, rule: Rule) -> Decoded:
+    """An image file upright, as 8-bit RGB by `rule`: by the loader's decoder where a shard would hold the file as it is, which is a level
+    or two from Pillow's; where FFCV is not installed, by Pillow. Raises Unreadable."""
     data, image = opened_file(file, rule)
     if image is not None and rule.bands in (None, (1, 2, 3)):
         as_is = _decoded_as_stored(image, data, max(image.size))
         if as_is is not None:
-            return as_is
-    if image is not None and image.width * image.height > rule.max_pixels:  # a JPEG, which is decoded at half its size
-        with reading():
-            image.draft(None, (image.width // 2, image.height // 2))
-    with ROOM.for_pixels(image.width * image.height if image is not None else 0):
-        return np.asarray(as_rgb(data, image, rule).image)
+            return Decoded(as_is)
+    found = rgb_of(data, image, rule)
+    return Decoded(np.asarray(found.image), found.rescaled, found.clipped)
 
 
 def look(item: Item, max_side_px: int, rule: Rule) -> Looked:
@@ -167,7 +179,7 @@ def _digest(data: bytes) -> int:
 def _decoded_as_stored(opened: Image.Image, data: bytes, max_side_px: int) -> NDArray[np.uint8] | None:
     """Pixels (H, W, 3) of a file that may go into a shard byte for byte: an upright RGB JPEG, not too large, that the loader's own
     decoder accepts. That decoder refuses errors that Pillow forgives (stray bytes before a marker, a missing end)."""
-    if opened.format != "JPEG" or opened.mode != "RGB" or max(opened.size) > max_side_px or len(data) > PAGE:
+    if not has("ffcv") or opened.format != "JPEG" or opened.mode != "RGB" or max(opened.size) > max_side_px or len(data) > PAGE:
         return None
     with reading():
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1

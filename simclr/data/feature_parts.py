@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from simclr import files
+from simclr.data.depth import Rule
 from simclr.data.s3 import pins
 from simclr.data.s3.place import Place
 from simclr.data.s3.quota import make_room
@@ -63,10 +64,21 @@ class About:
     dtype: Literal["float32", "float16"] = "float32"
     key: str = ""
     """A hash of all on which the rows depend: features with another key are of another job."""
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Black and white point of pixels of more than 8 bits (`depth.Rule`)."""
+    bands: tuple[int, ...] = ()
+    """Which bands were red, green and blue; () = those of the pictures."""
     schema: int = SCHEMA
 
     def to_json(self) -> bytes:
-        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
+        values = {name: getattr(self, name) for name in self.__slots__}
+        # Earlier versions refuse fields that they do not know.
+        return json.dumps({name: value for name, value in values.items() if value or name not in ("ranges", "bands")}).encode()
+
+    def rule(self, others: Mapping[str, tuple[float, float]] | None = None) -> Rule:
+        """How other pictures are to be read to be seen as these were; `others` are ranges of kinds of pixels that these had not."""
+        own = {kind: (black, white) for kind, (black, white) in self.ranges.items()}
+        return Rule(ranges={**(others or {}), **own}, bands=(self.bands[0], self.bands[1], self.bands[2]) if self.bands else None)
 
 
 def write_part(file: Path, about: About, rows: Mapping[str, Sequence[Any]], features: NDArray[np.floating[Any]]) -> None:
@@ -261,6 +273,10 @@ def _about(schema: Any, file: Path) -> About:
     about = fields.build(About, values, f"the metadata of {file}", _INSTEAD)
     if about.dtype not in DTYPES or not 0 < about.d <= _MOST_D:
         raise UserError(f"{file} is said to hold {fields.short(about.dtype)} features of {fields.short(about.d)} numbers; {_INSTEAD}")
+    if any(not black < white for black, white in about.ranges.values()) or (
+        about.bands and (len(about.bands) != 3 or min(about.bands) < 1)
+    ):
+        raise UserError(f"{file} is said to be of pixels from {fields.short(about.ranges)}, bands {fields.short(about.bands)}; {_INSTEAD}")
     if "feature" in schema.names and schema.field("feature").type != pyarrow.list_(DTYPES[about.dtype], about.d):
         raise UserError(f"{file} holds other features than its metadata says ({schema.field('feature').type}); {_INSTEAD}")
     return about

@@ -40,7 +40,7 @@ from simclr.data.manifest import read_manifest, require_sizes
 from simclr.data.memory import slots_for
 from simclr.data.s3.uri import Corrupt
 from simclr.data.samples import Samples, Shards
-from simclr.shares import groups_of
+from simclr.shares import groups_of, share
 from simclr.telemetry import progress
 from simclr.to_device import to_device
 from simclr.views.draw import Crop, Drawn, boxes_of, draw_batch
@@ -140,9 +140,10 @@ def in_order(
     rank: int = 0,
     world: int = 1,
     groups: int = 1,
+    only: NDArray[np.int64] | None = None,
 ) -> Generator[Batch, None, None]:
-    """Every image of a split once, or `limit` of them, in order; a rank gets its consecutive share. With training shards in more than one
-    group, it gets a share of its own group, or of two.
+    """Every image of a split once, or `limit` of them, or those with the ids `only`, in order; a rank gets its consecutive share. With
+    training shards in more than one group, it gets a share of its own group, or of two.
 
     The `limit` images are drawn once, the same for every caller. (Evenly spaced ones would be of a single class where classes take turns
     in the split.)
@@ -152,7 +153,10 @@ def in_order(
     groups = groups if split == "train" else 1
     held = groups_of(groups, rank, world)
     rows = _Split(data, split, threads, groups, held)
-    ids = np.concatenate([_portion(rows, group, limit // groups if limit else None, rank, world) for group in held])
+    if only is not None:
+        ids = only[share(len(only), rank, world)]
+    else:
+        ids = np.concatenate([_portion(rows, group, limit // groups if limit else None, rank, world) for group in held])
     most, size = min(batch_size, max(len(ids), 1)), preprocessing.size_px
     read, ahead = rows.reader(most, ((1, size),), KINDS.index(preprocessing.resize))
     largest = preprocessing.boxes(np.full((1, 2), rows.shards.short_px))[0, 2]

@@ -89,6 +89,12 @@ class Manifest:
         """The shards of every split."""
         return tuple(shard for shards in self.splits.values() for shard in shards)
 
+    @property
+    def shards_sha256(self) -> str:
+        """sha256 of what is in the shards, in order, and of the classes: wherever and whenever the same images were prepared alike."""
+        shards = {split: [[shard.samples, shard.sha256] for shard in shards] for split, shards in sorted(self.splits.items())}
+        return hashlib.sha256(json.dumps([shards, self.classes]).encode()).hexdigest()
+
     def part(self, groups: int = 1, group: int = 0) -> tuple[Shard, ...]:
         """The training shards of `group` of `groups`, and all shards of other splits."""
         others = [shard for split, shards in self.splits.items() if split != "train" for shard in shards]

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import ctypes
 import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from simclr.errors import UserError
+from simclr.extras import command, has
 
 # Pillow tells a format by the content, whatever the file's name is. Some of its readers start programs (EPS: Ghostscript), follow paths
 # or read what is no picture, so the formats are named. TGA has no signature and comes last.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 MOST_PIXELS = 89_478_485
 """256 MiB of RGB in each thread."""
-# Pillow's warnings (corrupt EXIF data) do not name the file, so a user cannot act on them.
+# What Pillow and its libraries print of a damaged file does not name the file, so a user cannot act on it. What matters is raised, too.
 warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 Image.MAX_IMAGE_PIXELS = None  # `limits` has it, and a flag moves it; Pillow's own is fixed and stops at twice as many
 _ORIENTATION = 0x0112
 _STRIP_PIXELS = 4 << 20
@@ -29,7 +32,6 @@ _MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _ALONE = frozenset(bytes([kind]) for kind in (0x01, *range(0xD0, 0xD8)))  # markers without a length
 _START_OF_SCAN = b"\xda"
 _MOST_SEGMENTS, _MOST_BETWEEN = 1 << 16, 1 << 16
-_EXTRA = "pip install '.[images]'"
 
 
 class Unreadable(UserError):
@@ -61,8 +63,8 @@ def opened(data: bytes | Path) -> Image.Image:
         except UnidentifiedImageError:
             if data[4:8] != b"ftyp" or data[8:12] not in _HEIF:
                 raise
-        if importlib.util.find_spec("pillow_heif") is None:
-            raise Unreadable(f"HEIC needs pillow-heif ({_EXTRA})")
+        if not has("pillow_heif"):
+            raise Unreadable(f"HEIC needs pillow-heif ({command('images')})")
         import pillow_heif
 
         pillow_heif.register_heif_opener()
@@ -82,6 +84,16 @@ def _require_segments(data: bytes) -> None:
         if found[1] not in _ALONE:
             at += max(int.from_bytes(data[at : at + 2]), 2)
     raise Unreadable("its segments are no JPEG's")
+
+
+def _silence_libtiff() -> None:
+    """Pillow lets libtiff print its errors on standard error, and has no way to say otherwise. The library is asked itself, which Pillow's
+    own has loaded; one that has no such name prints on. It waits for a switch in Pillow."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
+_silence_libtiff()
 
 
 def name_formats_for_libraries() -> None:
@@ -128,7 +140,7 @@ _RAW = "raw files of a camera; export them as JPEG or PNG"
 _VIDEO = "videos; write their frames as JPEG or PNG, in a folder for each class"
 _ARRAYS = "arrays; write them as PNG or TIFF, or give `simclr embed` an .npy of uint8 (n, H, W, 3)"
 _UNREAD = {
-    **dict.fromkeys((".heic", ".heif"), f"need pillow-heif ({_EXTRA})"),
+    **dict.fromkeys((".heic", ".heif"), f"need pillow-heif ({command('images')})"),
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"), _RAW),
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg"), _VIDEO),
     **dict.fromkeys((".npy", ".npz", ".h5", ".hdf5", ".mat", ".pkl"), _ARRAYS),

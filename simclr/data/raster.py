@@ -4,11 +4,11 @@ floats, and colours of 16 bits. The door to tifffile and OpenCV."""
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import math
 import stat
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,12 @@ from simclr.data.limits import BYTES_PER_PIXEL, ROOM, affordable, within, within
 from simclr.data.pixels import Unreadable, opened, reading, upright, upright_rgb
 from simclr.data.sources.source import Unread
 from simclr.data.unpack import inflated, unlzma, unpacked_bits
+from simclr.extras import command, has
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOURS = (2, 4, 6)  # colour types RGB, grey with alpha, RGBA
+_PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _EXTRA, _FORMAT = 258, 262, 274, 277, 338, 339
 _COLOURS = {0: 1, 1: 1, 2: 3}  # TIFF's photometric interpretations: white is zero, black is zero, RGB; others are left to Pillow
 _ALPHA = (1, 2)
@@ -128,6 +130,32 @@ def as_rgb(data: bytes, image: Image.Image | None, rule: Rule) -> Rgb:
     if raster is None:
         assert image is not None
         return Rgb(upright_rgb(image), image.mode in ("1", "L", "LA"))
+    return _scaled_rgb(raster, rule)
+
+
+def rgb_of(data: bytes, image: Image.Image | None, rule: Rule) -> Rgb:
+    """The file that `opened_file` gave, upright, 8-bit RGB by `rule`, by Pillow's own decoders. A JPEG of more than the
+    rule's pixels is decoded at half its size. Raises Unreadable."""
+    if image is not None and image.width * image.height > rule.max_pixels:
+        with reading():
+            image.draft(None, (image.width // 2, image.height // 2))
+    with ROOM.for_pixels(image.width * image.height if image is not None else 0):
+        return as_rgb(data, image, rule)
+
+
+def raster_of_image(image: Image.Image, rule: Rule) -> Raster | None:
+    """`raster_of` for a picture of Pillow's whose file is not at hand: only what its mode holds."""
+    within(image.width, image.height, rule.max_pixels)
+    return Raster(np.asarray(upright(image))[..., None]) if image.mode.startswith("I") or image.mode == "F" else None
+
+
+def pixels_of_image(image: Image.Image, rule: Rule) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) of a picture of Pillow's, upright, 8-bit RGB by `rule`. Raises Unreadable."""
+    raster = raster_of_image(image, rule)
+    return np.asarray(upright_rgb(image) if raster is None else _scaled_rgb(raster, rule).image)
+
+
+def _scaled_rgb(raster: Raster, rule: Rule) -> Rgb:
     values, alpha = _colours(raster, rule)
     grey = values.shape[2] == 1
     found = None if kind_of(values) == "" else scaled(values, rule)
@@ -200,8 +228,8 @@ def _colours(raster: Raster, rule: Rule) -> tuple[NDArray[Any], NDArray[Any] | N
 
 def _tiff(data: bytes, rule: Rule) -> Raster:
     """The first page of a TIFF."""
-    if importlib.util.find_spec("tifffile") is None:
-        raise Unreadable("TIFF of these bands and bits needs tifffile (pip install '.[images]')")
+    if not has("tifffile"):
+        raise Unreadable(f"TIFF of these bands and bits needs tifffile ({command('images')})")
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says of a damaged file does not name the file
@@ -242,22 +270,42 @@ def _unpack_within_limits(tifffile: Any) -> None:
 
     imagecodecs heeds it. `_codecs` is tifffile's own name for its table, from which it takes what is already there. A public way to
     register a codec would do."""
-    if importlib.util.find_spec("imagecodecs") is None:
+    if not has("imagecodecs"):
         tifffile.TIFF.DECOMPRESSORS._codecs.update(_CODECS)
 
 
 def _png(data: bytes, image: Image.Image) -> Raster:
     """A PNG of 16-bit colours, of which Pillow would keep the upper 8 bits."""
-    import cv2
+    try:
+        import cv2
+    except ImportError:  # it is not there, or the libraries of a desktop are not, which it needs with its windows
+        raise Unreadable(f"PNG of 16-bit colours needs OpenCV ({command('train')})") from None
 
     with reading():
         turn = image.getexif().get(_ORIENTATION, 1)
         image.load()  # OpenCV takes damaged files too
-        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        values = cv2.imdecode(np.frombuffer(_pixels_of(data), np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3:
         raise Unreadable("OpenCV cannot read its 16-bit colours")
     order = [2, 1, 0, 3][: values.shape[2]]
     return Raster(_turned(values[..., order], turn), values.shape[2] == 4)
+
+
+def _pixels_of(data: bytes) -> bytes:
+    """A PNG without the chunks that change no pixel: of each that is odd, as a colour profile, OpenCV's libpng prints a line on standard
+    error. Raises Unreadable where a chunk that it keeps is damaged, of which it would print too."""
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + size
+        if kind in _PNG_KEPT:
+            if zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+                raise Unreadable(f"its part {kind.decode()} is damaged")
+            kept.append(data[at:end])
+        at = end
+    if kept[-1][4:8] != b"IEND":
+        raise Unreadable("it ends early")
+    return b"".join(kept)
 
 
 def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:

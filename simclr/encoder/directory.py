@@ -27,6 +27,10 @@ from torch import Tensor, nn
 
 from simclr import config as configs
 from simclr import fields, files
+from simclr.data.depth import Rule
+from simclr.data.options import Options
+from simclr.encoder import pictures
+from simclr.encoder.pictures import Listed, Pictures
 from simclr.errors import UserError
 from simclr.networks.heads import Classifier, ProjectionHead, build_head
 from simclr.networks.resnet import ResNet, build_encoder
@@ -34,12 +38,13 @@ from simclr.views.preprocessing import Preprocessing
 
 ENCODER_SCHEMA = 1
 _INSTEAD = "publish or pull it again"
+_TOGETHER = 1 << 24  # pixels that are cut at a time: as floats of three colours they take 200 MB
 
 
 class PublishedEncoder(nn.Module):
     """An encoder with its preprocessing, as a user pulls it from the registry.
 
-    `forward` takes normalised images (n, 3, H, W); `embed` takes uint8 pictures of any size.
+    `forward` takes normalised images (n, 3, H, W); `embed` takes pictures of any size, as arrays, files or objects of Pillow.
     """
 
     def __init__(self, encoder: ResNet, config: dict[str, Any]) -> None:
@@ -54,23 +59,43 @@ class PublishedEncoder(nn.Module):
         return features
 
     @torch.no_grad()
-    def embed(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
-        """uint8 images (n, H, W, 3) of any size → features (n, d_h), float32. See `prepared`."""
-        features: Tensor = self(self.prepared(images)).float()
-        return features
+    def embed(self, images: Pictures, batch_size: int = 64, options: Options = Options()) -> Tensor:  # noqa: B008  it is frozen
+        """Pictures of any size → features (n, d_h), float32, on the CPU, whatever the encoder's device.
+
+        `images`: uint8 RGB (n, H, W, 3) or (H, W, 3), NumPy or torch; a picture of Pillow's; the bytes of an image file, or its path; or a
+        list of these, of any sizes. Files and pictures of Pillow's are decoded as `simclr embed` does it (upright, transparency over white,
+        more than 8 bits by `options`), but for a JPEG's last level or two: its decoder is Pillow's. `batch_size` images are in memory at a
+        time, cut to the encoder's input. Raises UserError for what is no picture.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; expected at least 1")
+        given = pictures.listed(images)
+        rule = pictures.rule_of(given, options)
+        features = [torch.empty(0, self.d_h)]
+        for begin in range(0, len(given), batch_size):
+            x = self._cut(given[begin : begin + batch_size], rule, begin, len(given))
+            features.append(self(x.to(memory_format=torch.channels_last)).float().cpu())
+        return torch.cat(features)
+
+    def embed_files(self, paths: Pictures, batch_size: int = 64, options: Options = Options()) -> Tensor:  # noqa: B008
+        """Features (n, d_h) of image files by their paths, as `embed`. For folders, buckets and millions there is `simclr embed`."""
+        return self.embed(paths, batch_size, options)
 
     @torch.no_grad()
     def prepared(self, images: Tensor | NDArray[np.uint8]) -> Tensor:
-        """uint8 images (n, H, W, 3) of any size → the input of `forward`, (n, 3, size, size).
+        """uint8 images (n, H, W, 3) of any size → the input of `forward`, (n, 3, size, size), on the encoder's device.
 
         Images of another size than the encoder's are cropped and resized as `Preprocessing` says.
         """
-        if isinstance(images, np.ndarray):
-            images = np.require(images, requirements="W")  # torch warns about an array that is read-only
-        x = torch.as_tensor(images)
-        if x.ndim != 4 or x.shape[3] != 3 or x.dtype != torch.uint8:
-            raise ValueError(f"embed got {x.dtype} images of shape {tuple(x.shape)}; expected uint8 (n, H, W, 3)")
-        return self.preprocessing(x.to(self.get_buffer("mean").device))
+        return self.preprocessing(pictures.tensor_of(pictures.require_images(images)).to(self.get_buffer("mean").device))
+
+    def _cut(self, given: Listed, rule: Rule, begin: int, count: int) -> Tensor:
+        """`prepared` of the pictures `given`, which are those from `begin` on of `count`. Those of one array go together, in pieces."""
+        if isinstance(given, np.ndarray | Tensor):
+            rows = max(_TOGETHER // (given.shape[1] * given.shape[2]), 1)
+            return torch.cat([self.prepared(given[i : i + rows]) for i in range(0, len(given), rows)])
+        names = [f"picture {begin + i + 1:,} of {count:,}" for i in range(len(given))]
+        return torch.cat([self.prepared(pictures.pixels(one, rule, name)[None]) for one, name in zip(given, names, strict=True)])
 
 
 def preprocessing_of(text: dict[str, Any]) -> Preprocessing:
@@ -113,7 +138,9 @@ def write_encoder(
     try:
         for name, part in (("encoder", tensors), ("head", head), ("classifier", classifier)):
             if part:
-                save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, scratch / f"{name}.safetensors")
+                file = scratch / f"{name}.safetensors"
+                save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, file)
+                files.usual_mode(file)
         stated = dataclasses.asdict(preprocessing or Preprocessing.of(config.views))
         text = {"schema": ENCODER_SCHEMA, **config.to_dict(), "preprocessing": stated, "published": published}
         if classifier:
@@ -125,14 +152,25 @@ def write_encoder(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def read_encoder(directory: Path) -> PublishedEncoder:
+def read_encoder(directory: Path, device: str | torch.device = "cpu") -> PublishedEncoder:
     """See `simclr.load_encoder`."""
+    place = device_of(device)
     text = read_text(directory)
     shape = config_of({"encoder": text["encoder"]}).encoder  # an older or newer version may have other fields elsewhere
     with torch.device("meta"):
         encoder = build_encoder(shape)
     _fill(encoder, read_part(directory, "encoder"), directory)
-    return PublishedEncoder(encoder, text).eval()
+    return PublishedEncoder(encoder, text).eval().to(place)
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The device called `name`: cpu, cuda, cuda:1, mps …; "auto" is a GPU where there is one. Raises UserError where there is none."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        raise UserError(f'device {str(name)!r} is not there; expected "cpu", or "cuda" where torch sees a GPU') from None
+    return device
 
 
 def read_head(directory: Path) -> ProjectionHead | None:

@@ -1,9 +1,10 @@
 """A published encoder for programs that do not have this package: an exported torch program, ONNX, torchvision's names.
 
-The two graphs take images (n, 3, size, size) in [0, 1] and include the normalisation by mean and standard deviation. torchvision's ResNet
-is *not* quite ours: its max-pool pads one row and column on every side, the official one (TensorFlow's 'SAME') only at the end of an even
-side, so with torchvision's own pool the same weights see the image shifted by two pixels. One line makes it ours, `TORCHVISION_POOL`:
-with `ceil_mode` and no padding the pool covers exactly the windows of 'SAME'.
+ONNX takes uint8 pictures of any size, with the whole preprocessing in the graph; a program takes images (n, 3, size, size) in [0, 1]. Both
+normalise. torchvision's ResNet is *not* quite ours: its max-pool pads one row and column on every side, the official one (TensorFlow's
+'SAME') only at the end of an even side, so with torchvision's own pool the same weights see the image shifted by two pixels. One line makes
+it ours, `TORCHVISION_POOL`: with `ceil_mode` and no padding the pool covers exactly the windows of 'SAME'. And its ResNet-18 and -34 have
+no projection in the first block, where the official ones have one: `TORCHVISION_PROJECTION`.
 
 Each function compares its file with the encoder on random images, in float32, and raises RuntimeError beyond `BOUND`: a user cannot mend
 that.
@@ -13,16 +14,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from simclr import files
 from simclr.config import Encoder
 from simclr.encoder.directory import PublishedEncoder
 from simclr.errors import UserError
@@ -30,6 +35,12 @@ from simclr.errors import UserError
 BOUND = 1e-4
 """Largest |theirs − ours|, relative to the largest |ours|."""
 TORCHVISION_POOL = "model.maxpool = torch.nn.MaxPool2d(3, stride=2, ceil_mode=True)"
+TORCHVISION_PROJECTION = (
+    "model.layer1[0].downsample = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 1, bias=False), torch.nn.BatchNorm2d(64))"
+)
+_SHALLOW = (18, 34)
+_TAKES = "images (n, 3, size_px, size_px) in [0, 1], RGB, cropped and resized as preprocessing says; the graph normalises them"
+_TAKES_PIXELS = "images (n, height, width, 3) of any size, uint8, RGB; the graph crops, resizes and normalises them"
 _IMAGES = 3  # in the comparison; graphs are traced with two, so another number shows that n is free
 _ONE_FILE = 1 << 30  # bytes of weights; ONNX holds at most 2 GiB in one file, so larger ones go into a second
 
@@ -56,18 +67,20 @@ def program(published: PublishedEncoder, path: Path) -> float:
     module, size = _FromPixels(published).eval(), published.preprocessing.size_px
     exported = torch.export.export(module, (_random(2, size),), dynamic_shapes={"images": {0: torch.export.Dim("n")}})
     with _scratch(path) as file:
-        torch.export.save(exported, file)
+        stated = {"takes": _TAKES, "preprocessing": json.dumps(asdict(published.preprocessing))}
+        torch.export.save(exported, file, extra_files=stated)
         return _difference(module, torch.export.load(file).module(), size, path)
 
 
-def onnx(published: PublishedEncoder, path: Path) -> float:
-    """Write an ONNX graph, input `images`, output `features`, n free; returns its difference from the encoder, as ONNX Runtime computes
-    it on the CPU. Weights of more than 1 GiB go to a second file, PATH.data. Raises UserError without ONNX."""
-    try:
-        import onnxruntime
-        import onnxscript  # type: ignore[import-not-found,unused-ignore] # noqa: F401  torch's exporter needs it
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name}, which ONNX export needs, is not installed; add it with `pip install '.[onnx]'`") from None
+def onnx(published: PublishedEncoder, path: Path, prepared: bool = False) -> float:
+    """Write an ONNX graph, input `images`, output `features`; returns its difference from the encoder, by ONNX Runtime on the CPU.
+
+    `images` are uint8 (n, H, W, 3), n, H and W free; with `prepared` float32 (n, 3, size, size) in [0, 1], n free. The preprocessing is in
+    the metadata, too. Weights of more than 1 GiB go to a second file, PATH.data. Needs the extra `onnx`.
+    """
+    import onnxruntime
+    import onnxscript  # type: ignore[import-not-found,unused-ignore] # noqa: F401  torch's exporter needs it
+
     module, size = _FromPixels(published).eval(), published.preprocessing.size_px
     large = sum(p.numel() * p.element_size() for p in module.parameters()) > _ONE_FILE
     with _scratch(path) as file, _quiet():
@@ -81,22 +94,36 @@ def onnx(published: PublishedEncoder, path: Path) -> float:
             dynamic_shapes={"images": {0: torch.export.Dim("n")}},
             external_data=large,
         )
+        from simclr.encoder import onnx_graph
+
+        if not prepared:
+            onnx_graph.take_pixels(file, "images", published.preprocessing)
+        onnx_graph.state(file, published.preprocessing, _TAKES if prepared else _TAKES_PIXELS)
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        return _difference(module, lambda x: torch.as_tensor(session.run(None, {"images": x.numpy()})[0]), size, path)
+
+        def runtime(x: Tensor) -> Tensor:
+            return torch.as_tensor(session.run(None, {"images": x.numpy()})[0])
+
+        if prepared:
+            return _difference(module, runtime, size, path)
+        # As it is, enlarged, reduced, and reduced by more than half, of which the larger part is antialiased.
+        sides = ((size, size), (size // 2, size), (size + 1, 2 * size), (5 * size, 3 * size))
+        return max(_apart(published.embed, runtime, _pixels(*side), path) for side in sides)
 
 
 def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | None, path: Path) -> tuple[float, float]:
     """Write the weights under torchvision's names as safetensors, with `classifier` (weight, bias; reading h) as `fc`, if given.
 
     Returns the differences of torchvision's network with `TORCHVISION_POOL`, and without. Its input must be normalised: this network does
-    not apply mean and standard deviation. Raises UserError where torchvision has no such network.
+    not apply mean and standard deviation. PATH.txt has the program that makes the network, and the file's metadata its lines and the
+    preprocessing. Raises UserError where torchvision has no such network.
     """
     import torchvision
 
     config = Encoder(**published.config["encoder"])
-    if config.depth not in (50, 101, 152) or config.width != 1 or config.sk_ratio or config.se_ratio or config.cifar_stem:
+    if config.depth not in (*_SHALLOW, 50, 101, 152) or config.width != 1 or config.sk_ratio or config.se_ratio or config.cifar_stem:
         raise UserError(
-            "torchvision has no such network; its names fit ResNet-50, -101 and -152 of width 1 with the ImageNet stem and neither "
+            "torchvision has no such network; its names fit ResNet-18 to -152 of width 1 with the ImageNet stem and neither "
             "selective kernels nor squeeze-and-excitation: export a program (.pt2) or ONNX (.onnx), which hold any encoder"
         )
     tensors = {torchvision_name(name): t for name, t in published.encoder.state_dict().items()}
@@ -104,9 +131,14 @@ def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | Non
         tensors |= {f"fc.{name}": t for name, t in classifier.items()}
     with torch.device("meta"):  # initial weights would take longer than all the rest
         network = getattr(torchvision.models, f"resnet{config.depth}")(num_classes=len(classifier["bias"]) if classifier else 1)
-    size = published.preprocessing.size_px
+        if config.depth in _SHALLOW:
+            network.layer1[0].downsample = nn.Sequential(nn.Conv2d(64, 64, 1, bias=False), nn.BatchNorm2d(64))
+    size, lines = published.preprocessing.size_px, changes(config.depth)
+    stated = {"torchvision": "\n".join(lines), "preprocessing": json.dumps(asdict(published.preprocessing))}
     with _scratch(path) as file:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, file)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, file, stated)
+        files.usual_mode(file)
+        file.with_name(f"{path.name}.txt").write_text(_program_of(path.name, config.depth, classifier, stated))
         missing, unexpected = network.load_state_dict(load_file(file), strict=False, assign=True)
         assert not unexpected and set(missing) <= {"fc.weight", "fc.bias"}, (missing, unexpected)
         network.eval().fc = nn.Identity()
@@ -115,8 +147,33 @@ def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | Non
         return _difference(published.encoder, network, size, path), plain
 
 
+def changes(depth: int) -> list[str]:
+    """The lines that make torchvision's ResNet of this depth compute what ours does."""
+    return [*([TORCHVISION_PROJECTION] if depth in _SHALLOW else []), TORCHVISION_POOL]
+
+
+def _program_of(name: str, depth: int, classifier: dict[str, Tensor] | None, stated: dict[str, str]) -> str:
+    """What is written beside torchvision's weights: a program that makes the network of them."""
+    classes = f"num_classes={len(classifier['bias'])}" if classifier else ""
+    lines = [
+        "# torchvision's network with these weights, which computes what the encoder does. Its input: RGB (n, 3, size_px, size_px) in",
+        "# [0, 1], of the central square of centre_crop x the shorter side, minus mean, over std:",
+        f"# {stated['preprocessing']}",
+        "import torch",
+        "import torchvision",
+        "from safetensors.torch import load_file",
+        "",
+        f"model = torchvision.models.resnet{depth}({classes})",
+        *changes(depth),
+        *([] if classifier else ["model.fc = torch.nn.Identity()  # features, not classes"]),
+        f"model.load_state_dict(load_file({name!r}))",
+        "model.eval()",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def torchvision_name(name: str) -> str:
-    """The name that torchvision gives to the weight `name` of a ResNet of bottlenecks."""
+    """The name that torchvision gives to the weight `name` of a ResNet."""
     part, _, kind = name.rpartition(".")
     if part in ("stem.0", "stem.1"):
         return f"{'conv1' if part == 'stem.0' else 'bn1'}.{kind}"
@@ -140,13 +197,21 @@ def own_name(name: str) -> str | None:
     return f"groups.{int(group) - 1}.{block}.{inner}.{parameter}"
 
 
+def _pixels(height: int, width: int) -> Tensor:
+    """(n, H, W, 3) uint8."""
+    return torch.from_numpy(np.random.default_rng(height).integers(0, 256, (_IMAGES, height, width, 3), dtype=np.uint8))
+
+
 def _random(images: int, size: int) -> Tensor:
     return torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(images))
 
 
-@torch.no_grad()
 def _difference(ours: nn.Module, theirs: Callable[[Tensor], Tensor], size: int, path: Path, bound: float = BOUND) -> float:
-    x = _random(_IMAGES, size)
+    return _apart(ours, theirs, _random(_IMAGES, size), path, bound)
+
+
+@torch.no_grad()
+def _apart(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], x: Tensor, path: Path, bound: float = BOUND) -> float:
     expected = ours(x)
     difference = float((theirs(x) - expected).abs().max() / expected.abs().max())
     if not difference <= bound:

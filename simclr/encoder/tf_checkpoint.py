@@ -42,17 +42,13 @@ class Bundle:
 def open_bundle(path: Path) -> Bundle:
     """The checkpoint at `path`: its prefix (`…/model.ckpt-1000`), one of its files, or a folder with one in it.
 
-    Raises UserError where there is none or several, where TensorFlow is not installed, or where it cannot read the files.
+    Raises UserError where there is none or several, or where TensorFlow cannot read the files.
     """
     prefix = find(path)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read at import; silences start-up notices that do not concern the user
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    try:
-        import tensorflow as tf
-    except ModuleNotFoundError as error:
-        if error.name != "tensorflow":
-            raise
-        raise UserError("TensorFlow, which reads these files, is not installed; add it with `pip install '.[tensorflow]'`") from None
+    import tensorflow as tf
+
     try:
         reader = tf.train.load_checkpoint(str(prefix))
     except (tf.errors.OpError, ValueError, RuntimeError) as error:

@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Protocol
 
@@ -52,23 +52,28 @@ class Picture:
     x: Tensor | None
     """(3, size, size) float32, on the host."""
     reason: str = ""
+    rescaled: bool = False
+    """It had more than 8 bits."""
+    clipped: bool = False
+    """More than 1 % of its pixels lay outside the range."""
 
 
 def picture(item: Item, preprocessing: Preprocessing, rule: Rule) -> Picture:
     """Read, decode, cut and normalise one picture."""
-    named, digest = _named(item), ""
+    named, digest, done = Item(item.split, item.label, item.name, b""), "", (False, False)
     try:
         if isinstance(item.data, np.ndarray):
             digest, pixels = hashlib.sha256(item.data.tobytes()).hexdigest(), np.require(item.data, requirements="W")
         else:
             data = file_bytes(item.data, rule)
             digest = hashlib.sha256(data).hexdigest()
-            pixels = np.require(decoded(data, rule), requirements="W")  # torch warns about an array that is read-only
+            found = decoded(data, rule)
+            pixels, done = np.require(found.pixels, requirements="W"), (found.rescaled, found.clipped)  # torch warns of a read-only array
     except Unreadable as error:
         return Picture(named, digest, 0, 0, None, str(error))
     height, width = pixels.shape[:2]
     with torch.inference_mode():
-        return Picture(named, digest, height, width, preprocessing.of_picture(torch.from_numpy(pixels)))
+        return Picture(named, digest, height, width, preprocessing.of_picture(torch.from_numpy(pixels)), "", *done)
 
 
 class Decoders(Protocol):
@@ -130,14 +135,10 @@ def single() -> None:
     torch.set_num_threads(1)
 
 
-def _named(item: Item) -> Item:
-    return Item(item.split, item.label, item.name, b"")
-
-
 # ── Processes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _PROGRAM = "from simclr.evaluation.decoding import serve; serve({pipe}, {memory})"
-_Answer = tuple[str, int, int, str] | None  # Picture's sha256, height, width, reason; None: too large for a process's share of the memory
+_Answer = Picture | None  # without its x, which lies in the shared memory; None: too large for a process's share of the memory
 
 
 class _Died(Exception):
@@ -203,7 +204,7 @@ class Processes:
     def _made(self, place: int, item: Item, answer: _Answer) -> Picture:
         if answer is None:
             return picture(item, *self._how)
-        return Picture(_named(item), *answer[:3], None if answer[3] else self._x[place], answer[3])
+        return replace(answer, x=None if answer.reason else self._x[place])
 
     def _alone(self, place: int, item: Item) -> _Answer:
         for _ in range(2):
@@ -331,4 +332,4 @@ def _placed(x: Tensor, place: int, item: Item, preprocessing: Preprocessing, rul
         return None
     if found.x is not None:
         x[place] = found.x
-    return found.sha256, found.height, found.width, found.reason
+    return replace(found, x=None)

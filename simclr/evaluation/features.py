@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr.collectives import all_gather, rank, world_size
-from simclr.data import loader
 from simclr.evaluation.cores import Cores
 from simclr.evaluation.frozen import Frozen
 from simclr.evaluation.rows import matrix
 from simclr.views.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from simclr.data.loader import Batch
 
 _PIECE = 32
 
@@ -39,7 +44,7 @@ class Features:
 @torch.no_grad()
 def embed(
     encoder: Callable[[Tensor], Tensor],
-    batches: Iterator[loader.Batch],
+    batches: Iterator[Batch],
     preprocessing: Preprocessing,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -67,7 +72,7 @@ def embed(
 @torch.no_grad()
 def embed_each(
     encoders: Sequence[Callable[[Tensor], Tensor]],
-    batches: Iterator[loader.Batch],
+    batches: Iterator[Batch],
     count: int,
     preprocessing: Preprocessing,
     device: torch.device | str = "cpu",
@@ -130,9 +135,12 @@ def embed_split(
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
     groups: int = 1,
+    only: NDArray[np.int64] | None = None,
 ) -> Features:
-    """Features of `split` of the shards in `data` (at most `limit` images), shared among the ranks; each reads the training images of its
-    own shard group."""
-    rows = loader.in_order(data, split, preprocessing, batch_size, limit, threads, rank(), world_size(), groups)
+    """Features of `split` of the shards in `data` (at most `limit` images, or those with the ids `only`), shared among the ranks;
+    each reads the training images of its own shard group."""
+    from simclr.data import loader  # with FFCV, which features that lie on a disk do without
+
+    rows = loader.in_order(data, split, preprocessing, batch_size, limit, threads, rank(), world_size(), groups, only)
     with Frozen(encoder) as frozen:
         return embed(frozen, loader.on_device(rows, torch.device(device)), preprocessing, device, dtype, progress)

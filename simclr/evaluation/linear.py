@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from simclr import keyed
 from simclr.config import Config
-from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.evaluation import lbfgs
 from simclr.evaluation.cores import Cores
@@ -193,6 +192,8 @@ def sgd_probe(
     `config`, keyed by its seed; images without a label are ignored. Returns the classifier; raises UserError if the batch is larger than
     the split. `progress` gets the step, the number of steps, and the loss.
     """
+    from simclr.data import loader  # with FFCV, which probes of features do without
+
     views = replace(config.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0)
     train = replace(config.train, batch_size=batch_size, micro_batch=None, epochs=epochs, steps=None, shard_groups=1)
     config = replace(config, views=views, train=train)

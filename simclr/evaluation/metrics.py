@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -61,6 +63,17 @@ def average_precision(scores: Tensor, relevant: Tensor) -> Tensor:
 def mean_average_precision(scores: Tensor, relevant: Tensor) -> float:
     """11-point mAP: the mean of `average_precision` over the classes that some image shows."""
     return average_precision(scores, relevant).nanmean().item()
+
+
+def wilson(share: float, rows: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The score interval of a share of `rows` test images that are right (Wilson 1927, J. Am. Stat. Assoc. 22, p. 209).
+
+    Like `bootstrap`'s it is over test sets, not over training runs; it needs the count alone, and stays within [0, 1].
+    """
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    centre = share + z2 / (2 * rows)
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * rows)) / rows)
+    return max((centre - half) / (1 + z2 / rows), 0.0), min((centre + half) / (1 + z2 / rows), 1.0)
 
 
 def bootstrap(

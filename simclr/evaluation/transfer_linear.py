@@ -59,9 +59,9 @@ def embed_rows(
     order = range(len(rows)) if limit is None else sorted(keyed.permutation(0, 0, len(rows))[:limit].tolist())
     device = encoder.get_buffer("mean").device
     h, y = [], []
-    with Unchanged(encoder):
+    with Unchanged(encoder), torch.no_grad():
         for images, labels in pictures(rows, order, encoder.preprocessing.size_px, batch_size, threads):
-            h.append(encoder.embed(images))
+            h.append(encoder(encoder.prepared(images)).float())
             y.append(torch.from_numpy(labels).to(device))
             progress(len(labels))
     return Part(torch.cat(h), torch.cat(y))

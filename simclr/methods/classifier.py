@@ -106,7 +106,7 @@ def classifying(
         loss=objective,
         groups=parameter_groups(model, config.optim.weight_decay, schedule(config, examples_of(config, start, manifest))),
         published={"encoder": model.encoder, "head": model.head, "classifier": model.classifier},
-        evaluate=evaluate if "test" in manifest.splits else no_evaluation,
+        evaluate=evaluate if "test" in manifest.splits or start.held is not None else no_evaluation,
         chance=math.log(max(len(manifest.classes), 2)),
     )
 
@@ -164,10 +164,14 @@ def train_mode(model: Classifier, linear: bool) -> None:
 
 
 def test_scores(model: Classifier, config: Config, start: Start) -> dict[str, float]:
-    """{"eval/top1", "eval/top5", "eval/mean_per_class"} of the test split's labelled images; {} where there are none."""
+    """{"eval/top1", "eval/top5", "eval/mean_per_class"} of the labelled images of the test split, or of those that are held back; {} where
+    there are none."""
+    split = "test" if start.held is None else "train"
     seen, dtype = Preprocessing.of(config.views), next(model.parameters()).dtype
     with autocast(config.train.precision, start.device):
-        found = features.embed_split(model, start.data, "test", seen, None, start.device, dtype, threads=start.loader_threads).labelled()
+        found = features.embed_split(
+            model, start.data, split, seen, None, start.device, dtype, threads=start.loader_threads, only=start.held
+        ).labelled()
     if not len(found.y):
         return {}
     table = confusion(found.h.argmax(1), found.y, found.h.shape[1])

@@ -43,6 +43,8 @@ class Start:
     """The only training images, ascending; None = all."""
     labelled: NDArray[np.int64] | None = None
     """Images whose labels a distillation may use, ascending; None = none."""
+    held: NDArray[np.int64] | None = None
+    """Training images that a classifier is scored on, where there is no test split; None = those of that split."""
     teacher: Path | None = None
     """Directory of the published classifier that a distillation learns from."""
 

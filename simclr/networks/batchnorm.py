@@ -165,15 +165,16 @@ class _GlobalBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, rows = ctx.saved_tensors
         eps: float = ctx.eps
+        invstd = (var + eps).rsqrt()
+        # A CPU reads mean and variance; CUDA's kernel wants mean and 1 / σ too, and fails without them.
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, eps, [False, True, True]
+            grad, x, weight, mean, var, mean, invstd, False, eps, [False, True, True]
         )
         # The input's gradient needs the global sums; the parameters' gradients stay local, DDP averages them.
         sums = all_reduce_sum(torch.cat([grad_bias, grad_weight]), ctx.over.group)
         count = ctx.over.ranks * x.numel() // x.shape[1] if rows is None else rows * (x.numel() // len(x) // x.shape[1])
         mean_grad, mean_grad_xhat = (sums / count).chunk(2)
         shape = [1, -1] + [1] * (x.ndim - 2)
-        invstd = (var + eps).rsqrt()
         slope = -weight * invstd.square() * mean_grad_xhat
         level = -weight * invstd * mean_grad - slope * mean
         # In float32, as the statistics, also where x is bfloat16, and rounded once: slope · x and level nearly cancel.

@@ -77,11 +77,18 @@ def place(folder: Path, name: str, content: bytes) -> Path:
 def use(path: Path) -> None:
     """What embed, finetune, distill, export, publish and --start read. All of them: a first refusal would hide the others."""
     from pipelines.tracking.card import write_card
+    from pipelines.tracking.record import Record
     from simclr.encoder.directory import read_classifier, read_head
     from simclr.errors import UserError
 
     troubles = []
-    for read in (_embed, read_head, read_classifier, _start, lambda path: write_card(path, "name", {"knn_top1": 0.5}, "other")):
+    for read in (
+        _embed,
+        read_head,
+        read_classifier,
+        _start,
+        lambda path: write_card(path, "name", Record(scores={"knn_top1": 0.5}), "other"),
+    ):
         try:
             read(path)
         except UserError as error:

@@ -15,7 +15,7 @@ import pytest
 from tests.support.paths import ROOT
 
 RUN, DEV = "requirements.lock", "requirements-dev.lock"
-BESIDE = ["cluster/build.lock", "cluster/head.lock", "cluster/tpu.lock"]
+BESIDE = ["cluster/build.lock", "cluster/head.lock", "cluster/tpu.lock", "docs/site/docs.lock"]
 TOOLS = {"moto", "mypy", "pytest", "pytest-xdist", "ruff", "uv"}
 
 
@@ -44,7 +44,8 @@ def test_nodes_get_what_runs_and_a_checkout_the_same_and_the_tools() -> None:
     assert pinned(RUN) < pinned(DEV)
     assert packages(DEV) >= TOOLS and not packages(RUN) & TOOLS
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["node"]]
+    own = project["project"]
+    wanted = [*own["dependencies"], *own["optional-dependencies"]["train"], *project["dependency-groups"]["node"]]
     assert packages(RUN) >= {re.split(r"[\[><=!]", line)[0] for line in wanted}
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import simclr as methods
 from pipelines import cli, terminal
 from tests.support.command import Run, refused
 
@@ -224,17 +225,49 @@ def test_embed_takes_files_folders_and_arrays(simclr: Run, tmp_path: Path) -> No
     with np.load(tmp_path / "g.npz") as file:
         np.testing.assert_allclose(file["features"][0], features[1], rtol=1e-4, atol=1e-5)
     (tmp_path / "photos" / "3.png").write_bytes(b"\x89PNG no picture")
-    refused(simclr("embed", "encoder", "photos/3.png", "--out", "h.npz"), r"3\.png is no image that can be read")
-    assert not (tmp_path / "h.npz").exists()
-    code, out, err = simclr("embed", "encoder", "photos", "--out", "h.npz")  # found in a folder, not asked for by name
-    assert code == 0 and "3 × 64 features" in out and re.search(r"1 files are no images .* left out; the first: 3\.png", err)
+    refused(simclr("embed", "encoder", "photos/3.png", "--out", "h.npz"), r"none of the 1 files can be read as an image; .*3\.png")
+    assert not list(tmp_path.glob("*h.npz*"))
+    named = [f"photos/{i}.png" for i in range(4)]
+    code, out, err = simclr("embed", "encoder", *named, "--out", "i.npz")  # named one by one as in a folder
+    assert code == 0 and "3 × 64 features" in out and re.search(r"1 file is no image .* left out; the first: photos/3\.png", err)
+    code, out, err = simclr("embed", "encoder", "photos", "--out", "h.npz")
+    assert code == 0 and "3 × 64 features" in out and re.search(r"1 file is no image .* left out; the first: 3\.png", err)
     with np.load(tmp_path / "h.npz") as file:
         np.testing.assert_array_equal(file["features"], features)
+    for most in (200, 900, 2000):
+        Image.fromarray(rng.integers(0, most, (40, 40)).astype(np.uint16)).save(tmp_path / f"{most}.png")
+    code, _, err = simclr("embed", "encoder", "200.png", "900.png", "2000.png", "--out", "d.npz", "--value-range", "0", "1000")
+    assert code == 0 and "3 images were rescaled to 8 bits, integers from 0 (black) to 1,000 (white)" in err
+    assert "1 of these had more than 1 % of their pixels outside this range, cut off at black or white" in err
     (tmp_path / "empty.npy").write_bytes(b"")
     refused(simclr("embed", "encoder", "empty.npy"), "empty.npy is no .npy file that can be read")
-    refused(simclr("embed", "encoder", "photos", "--out", "one.npy/f.npz"), "a folder in the path one.npy/f.npz is a file")
     np.save(tmp_path / "wrong.npy", np.zeros((2, 3, 8, 8), np.float32))
     refused(simclr("embed", "encoder", "wrong.npy"), r"holds float32 \(2, 3, 8, 8\); expected uint8 \(n, H, W, 3\)")
+
+
+def test_what_cannot_be_written_is_found_before_anything_is_computed(simclr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of one format is never written under the name of another."""
+    monkeypatch.setattr(methods, "load_encoder", lambda *_, **__: pytest.fail("computed"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").touch()
+    is_file, is_folder = "is a file, where a folder is to be written", "is a folder, where a file is to be written"
+    for words in (("embed", "e", "p", "--out"), ("convert", "c", "--to"), ("pull", "m@champion", "--to"), ("demo", "--out")):
+        refused(simclr(*words, "file"), is_file)
+    refused(simclr("curate", "f", "--diverse", "3", "--out", "file"), is_file)
+    refused(simclr("evaluate", "e", "--protocol", "knn", "--out", "file"), is_file)
+    refused(simclr("evaluate", "--features", "f", "--protocol", "knn", "--out", "file"), is_file)
+    refused(simclr("embed", "e", "p", "--out", "folder.npz"), is_folder)
+    refused(simclr("embed", "e", "p", "--out", "file/f.npz"), "a folder in the path file/f.npz is a file")
+    refused(simclr("neighbours", "f", "1", "--out", "folder"), is_folder)
+    refused(simclr("bench", "loss", "--profile", "folder"), is_folder)
+    refused(simclr("embed", "e", "p", "--out", "f.csv"), r"f\.csv ends like a file, .* leave out \.csv, or end it with \.npz or \.parquet")
+    refused(simclr("embed", "e", "p", "--out", "s3://photos/f.csv"), r"ends like a file")
+    for words in (("convert", "c", "--to"), ("pull", "m@champion", "--to"), ("prepare", "--source", "patterns", "--out")):
+        refused(simclr(*words, "x.safetensors"), r"ends like a file, and a folder is to be written; leave out \.safetensors")
+    refused(simclr("report", "r", "--out", "r.parquet"), r"is of no kind that is written here; expected a name that ends with \.html")
+    refused(simclr("bench", "loss", "--json", "r.csv"), r"expected a name that ends with \.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "folder.npz"]
 
 
 def test_the_installed_command_starts_quickly_and_says_its_usage() -> None:
@@ -258,6 +291,25 @@ def test_the_time_left_counts_from_the_first_step_not_from_the_start(
         "pretrain: 31/100 steps  64 images/s  50 s  ETA 69 s  loss 4",
         "pretrain: 51/100 steps  64 images/s  70 s  ETA 49 s  loss 4",
     ]
+
+
+def test_a_slow_rate_is_told_in_a_longer_unit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was "0 trials/s"."""
+    rates = [
+        (0.0, ""),
+        (64.2, "64 images/s"),
+        (3.26, "3.3 images/s"),
+        (1 / 30, "2 images/min"),
+        (1 / 600, "6 images/h"),
+        (1e-5, "0.036 images/h"),
+    ]
+    assert [terminal.pace(rate, "images/s") for rate, _ in rates] == [text for _, text in rates]
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with terminal.Bar("sweep", 4, "trials", "trials/s") as bar:
+        for clock[0], over in ((143.0, 0), (160.0, 1)):
+            bar.update(over)
+    assert capsys.readouterr().err.splitlines() == ["sweep: 0/4 trials  43 s", "sweep: 1/4 trials  1 trials/min  60 s  ETA 51 s"]
 
 
 def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patterns: Path) -> None:
@@ -288,6 +340,8 @@ def test_views_are_drawn_for_any_data_and_verify_names_a_damaged_shard(
         assert len(set(picture.getdata())) > 1000
     code, out, _ = simclr("views", photographs, "--views.size-px", "64", "--out", "b.jpg")  # the recipe follows from the data
     assert code == 0 and "24 images, each with its two views at 64 px" in out
+    code, out, _ = simclr("views", "patterns_tiny", "--data", patterns, "--images", "2")  # nothing is written beside what one works on
+    assert code == 0 and out.startswith("runs/views-patterns_tiny.png: 2 images") and (tmp_path / "runs/views-patterns_tiny.png").is_file()
     refused(simclr("views", photographs, "--out", "c.txt"), r"c.txt has no ending of a picture; use c.txt.png")
     refused(simclr("views", photographs, "--images", "0"), "--images is 0")
     other = tmp_path / "other"

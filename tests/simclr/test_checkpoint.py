@@ -39,6 +39,7 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert set(read.tensors) == {"model.weight", "model.bias", "optimizer.weight.momentum_buffer", "optimizer.bias.momentum_buffer"}
     assert all(torch.equal(t, written.tensors[name]) for name, t in read.tensors.items())
     assert sorted(p.name for p in path.iterdir()) == ["checkpoint.json", "state.safetensors"]
+    assert len({p.stat().st_mode for p in path.iterdir()}) == 1
 
 
 def test_the_newest_are_kept_and_a_repeated_step_replaces_the_old(tmp_path: Path) -> None:

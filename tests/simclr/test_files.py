@@ -55,6 +55,35 @@ def test_a_path_that_cannot_be_made_is_refused_beforehand(tmp_path: Path) -> Non
         files.require_writable(Path("/proc/1/nothing"))
 
 
+def test_a_name_that_says_another_kind_is_refused_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "was.csv").mkdir()
+    files.require_file(tmp_path / "new" / "a.HTML", (".html", ".htm"))
+    files.require_file(tmp_path / "file")
+    files.require_folder(tmp_path / "new" / "v1.5")
+    files.require_folder(tmp_path / "was.csv")  # made by somebody who wants it so
+    with pytest.raises(UserError, match=r"is a folder, where a file is to be written; name a file in it, as .*/was\.csv/result\.html"):
+        files.require_file(tmp_path / "was.csv", (".html",))
+    with pytest.raises(UserError, match=r"of no kind that is written here; expected a name that ends with \.html, \.htm"):
+        files.require_file(tmp_path / "a.csv", (".html", ".htm"))
+    with pytest.raises(UserError, match="is a file, where a folder is to be written"):
+        files.require_folder(tmp_path / "file")
+    with pytest.raises(UserError, match=r"ends like a file, .*; leave out \.csv, or end it with \.npz or \.parquet"):
+        files.require_folder(tmp_path / "f.csv", (".npz", ".parquet"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_a_librarys_file_gets_the_permissions_of_any_other(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        (tmp_path / "weights").touch(mode=0o600)
+        files.usual_mode(tmp_path / "weights")
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(("weights", "other"), 0o666 & ~umask)
+
+
 # ── Where others may write too ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -161,11 +161,12 @@ def trained(config: Config, data: str) -> tuple[list[float], dict[str, Tensor], 
 
 
 def test_twenty_steps_are_the_same_on_one_two_and_four_ranks(ranks: Ranks, within: Within, patterns: Path) -> None:
-    """And the same as in tests/golden/curve.json: a change of the numbers must be intended."""
+    """And the same as in tests/golden/curve.json: a change of the numbers must be intended. The views are float32, and their last bits
+    depend on the CPU: the AMD that wrote the curve repeats it to 1e-9, an Intel with AVX-512 is 7e-8 off."""
     losses, state, knn = trained(TINY, str(patterns))
     assert len(losses) == 20 and losses[-1] < losses[0]
     golden = json.loads((GOLDEN / "curve.json").read_text())
-    within("loss, frozen curve", float(np.abs(np.subtract(losses, golden["train/loss"])).max()), 1e-9)
+    within("loss, frozen curve", float(np.abs(np.subtract(losses, golden["train/loss"])).max()), 1e-6)
     for world in (2, 4):
         for found, weights, score in ranks(world, trained, TINY, str(patterns)):
             within(f"loss, W = {world}", float(np.abs(np.subtract(found, losses)).max()), 1e-9)
@@ -256,7 +257,7 @@ class _Flat(nn.Module):
         self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.kernel
+        return x.flatten(1).double() @ self.kernel.double()  # in float32 a row's last bits depend on how many are beside it
 
 
 @pytest.mark.parametrize("limit", [None, 3, 59])

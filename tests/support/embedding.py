@@ -26,4 +26,4 @@ def pictures(path: Path, options: Options | None = None) -> Iterator[tuple[str, 
             if isinstance(item.data, np.ndarray):
                 yield item.name, item.data
             else:
-                yield item.name, decoded(file_bytes(item.data, rule), rule)
+                yield item.name, decoded(file_bytes(item.data, rule), rule).pixels

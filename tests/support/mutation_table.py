@@ -385,8 +385,8 @@ MUTATIONS = (
     Mutation(
         "error-bars-without-the-best-seed",
         "tune/drawing.py",
-        "low=min(values), high=max(values)",
-        "low=min(values), high=sorted(values)[-2:][0]",
+        "low=min(means), high=max(means)",
+        "low=min(means), high=sorted(means)[-2:][0]",
         "tests/tune/test_paper_figures.py::test_temperature_and_learning_rate",
     ),
     Mutation(

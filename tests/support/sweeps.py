@@ -39,7 +39,7 @@ def trained(sweep: Sweep, score: Callable[[resolve.Point], float]) -> list[Trial
     """Write the sweep's directory as if each trial had finished with the probe accuracy `score`. Returns the trials."""
     sweep.save()
     space, found = sweep.restricted, []
-    every = resolve.samples(space, 12, 0) if sweep.search == "random" else resolve.combinations(space)
+    every = resolve.samples(space, 12, 0) if sweep.search == "random" else resolve.tried(space, sweep.search, sweep.trials, 0)
     for seed in range(sweep.seeds):
         for i, chosen in enumerate(every):
             point = resolve.point(space, sweep.base, chosen, seed)

@@ -46,7 +46,7 @@ def test_a_space_that_has_changed_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("search", "pickle", "search is 'pickle', expected one of grid, random, optuna"),
+        ("search", "pickle", "search is 'pickle', expected one of grid, random, mixed, optuna"),
         ("scheduler", "rm", "scheduler is 'rm', expected one of none, asha, median, pbt"),
         ("space", "../x", "unknown space"),
         ("seeds", 10**12, "seeds of s is 1000000000000; expected 1 to 100,000"),

@@ -6,15 +6,17 @@ credentials it refuses to ask.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import boto3
 from botocore import UNSIGNED
 from botocore import exceptions as boto
 from botocore.config import Config
+from botocore.session import get_session
 
 from simclr import proxy
 from simclr.data.s3 import answers
@@ -24,6 +26,18 @@ from simclr.errors import UserError
 T = TypeVar("T")
 _SESSIONS = 4  # in one request: more would mean that credentials change faster than they are used
 _READS = ("ListObjectsV2", "HeadObject", "GetObject")
+
+
+@contextlib.contextmanager
+def patient(answer_s: float) -> Iterator[None]:
+    """Inside, clients that other libraries make with boto3's default session wait `answer_s` seconds for an answer, in place of 60."""
+    before, session = boto3.DEFAULT_SESSION, get_session()
+    session.set_default_client_config(Config(read_timeout=answer_s))
+    boto3.setup_default_session(botocore_session=session)
+    try:
+        yield
+    finally:
+        boto3.DEFAULT_SESSION = before
 
 
 class Access:

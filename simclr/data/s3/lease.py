@@ -23,14 +23,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 
-from simclr import fields, files
+from simclr import fields
 from simclr.data.s3.answers import Changed, Missing, Unsupported, md5_of
 from simclr.data.s3.store import Store, body_of
 from simclr.data.s3.uri import Address
 from simclr.errors import UserError
+from simclr.processes import lives, this_process
 
 LENGTH_S, EVERY_S = 60.0, 15.0
 """After how long without a sign a writer counts as gone, and how often it gives one."""
@@ -183,7 +183,7 @@ class Lease:
                 if self._took(found):
                     break
                 continue  # another one was faster
-            if (seen and found.etag != seen) or _lives(found.holder.process):
+            if (seen and found.etag != seen) or lives(found.holder.process):
                 left = max(found.holder.length_s - found.silent_s, 0.0)
                 raise UserError(
                     f"{self.what} is being written by {found.holder.described(found.silent_s)}; {instead}; if that process is gone, "
@@ -241,7 +241,7 @@ class Lease:
 
     def _is_free(self, found: Entry) -> bool:
         holder = found.holder
-        return holder.released or _lives(holder.process) is False
+        return holder.released or lives(holder.process) is False
 
     def _took(self, found: Entry | None) -> bool:
         self.began = _now()
@@ -285,30 +285,6 @@ def alone(lease: Lease, instead: str, says: Callable[[str], None]) -> Iterator[L
         yield lease
     finally:
         lease.release(keep=False)
-
-
-def this_process() -> str:
-    """What tells this process from all others: the boot of its machine, its pid namespace, its pid and when it began."""
-    boot = files.read_text(Path("/proc/sys/kernel/random/boot_id"), "").strip()
-    return f"{boot} {Path('/proc/self/ns/pid').readlink()} {os.getpid()} {_stat(os.getpid())[1]}"
-
-
-def _lives(process: str) -> bool | None:
-    """Whether a process lives that runs where this one does; None if it runs elsewhere."""
-    mine, theirs = this_process().split(), process.split()
-    if len(theirs) != 4 or mine[:2] != theirs[:2] or not theirs[2].isdecimal():
-        return None
-    state, began = _stat(int(theirs[2]))
-    return state not in ("", "Z", "X") and began == theirs[3]
-
-
-def _stat(pid: int) -> tuple[str, str]:
-    """(state, start in ticks since the boot) of a process; empty texts if there is none."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return words[0], words[19]
 
 
 def _who() -> str:

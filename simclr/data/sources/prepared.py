@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simclr import files
-from simclr.data.ffcv.reader import open_shard
 from simclr.data.manifest import Manifest, name_in, read_manifest
 from simclr.data.s3.place import Place
 from simclr.data.s3.uri import address
@@ -50,6 +49,8 @@ def portions(spec: str, manifest: Manifest, images: int) -> Iterator[Portion]:
 
 def reader(spec: str, scratch: Path) -> Callable[[Portion], Iterator[Item]]:
     """A function that gives the pictures of a portion. One shard from S3 at a time lies in the folder `scratch`."""
+    from simclr.data.ffcv.reader import open_shard  # other pictures are read without FFCV
+
     manifest = manifest_of(spec)
     if manifest is None:
         raise UserError(f"there are no shards at {spec} on {os.uname().nodename}; give a disk that all nodes see, or s3://")
@@ -76,6 +77,18 @@ def reader(spec: str, scratch: Path) -> Callable[[Portion], Iterator[Item]]:
                 yield Item(split, manifest.classes[label] if 0 <= label < len(manifest.classes) else None, name, data)
 
     return read
+
+
+def names_of(data: Path, split: str, ids: Sequence[int], at: str | Path = "") -> list[str]:
+    """The names of images of a split of the shards in the folder `data`, by their sample ids; "" for each where the shards have none. If
+    `data` is a copy of shards `at` s3://…, the list is fetched."""
+    if (source := address(at)) is not None:
+        from simclr.data.s3.remote import fetch_names
+        from simclr.data.s3.store import Store
+
+        fetch_names(source, data, split, Store())
+    lines = _lines(Place(data), split, read_manifest(data, look=False).examples(split), data)
+    return [lines.some(int(i), 1)[0] if lines else "" for i in ids]
 
 
 def _fetched(place: Place, name: str, size: int, sha256: str, scratch: Path) -> Path:

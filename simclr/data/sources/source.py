@@ -11,11 +11,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from simclr.extras import has
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class Source:
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"}
     | {".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
-    | ({".heic", ".heif"} if find_spec("pillow_heif") else set())  # the extra `images`; without it `pixels.unread` says so
+    | ({".heic", ".heif"} if has("pillow_heif") else set())  # the extra `images`; without it `pixels.unread` says so
 )
 TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".jsonl", ".mat"})
 _JUNK = frozenset({"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found", "__pycache__"})

@@ -218,6 +218,7 @@ def test_no_bench_but_those_of_ray_train_needs_ray_mlflow_or_a_peer(tmp_path: Pa
     assert found["cifar"][0]["test_images"] == 3 and 0 <= found["cifar"][0]["knn_top1"] <= 1
 
 
+@pytest.mark.cluster  # `.ci/run` has it; `simclr bench all --dry` there runs every phase
 def test_two_real_phases_leave_their_rows(tmp_path: Path) -> None:
     phases = plan("dry", 1, {"small": None, "photographs": None}, (), ray=False)
     chosen = tuple(p for p in phases if p.name in ("shards, small images", "device", "GPU tests"))

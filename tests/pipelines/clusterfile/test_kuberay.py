@@ -9,6 +9,7 @@ import copy
 import functools
 import ipaddress
 import re
+import subprocess
 from typing import Any
 
 import pytest
@@ -161,7 +162,11 @@ def test_pods_are_what_the_restricted_standard_allows_and_write_to_volumes_alone
 
 def test_the_image_begins_with_a_digest_that_somebody_looked_up() -> None:
     lines = (HERE / "Dockerfile").read_text().splitlines()
-    assert [line for line in lines if line.startswith(("ARG", "FROM"))] == ["ARG UBUNTU", "FROM ubuntu:24.04@${UBUNTU}"]
+    assert [line for line in lines if line.startswith(("ARG", "FROM"))] == ["ARG SIMCLR", "FROM ${SIMCLR}"]
+    (check,) = [line.removeprefix("RUN ") for line in lines if "SIMCLR_BASE" in line]
+    for base, code in (("ubuntu:24.04@sha256:0123", 0), ("ubuntu:24.04", 1), ("", 1)):
+        done = subprocess.run(["sh", "-c", check], env={"SIMCLR_BASE": base}, capture_output=True, text=True)
+        assert done.returncode == code and ("build simclr with --build-arg BASE=" in done.stderr) == bool(code)
 
 
 # ── The network ────────────────────────────────────────────────────────────────────────────────────────────────────

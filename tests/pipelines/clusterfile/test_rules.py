@@ -291,3 +291,16 @@ def test_no_file_of_the_folder_has_a_secret() -> None:
         for what, pattern in rules._SECRETS.items():
             if what != "a password":
                 assert not re.search(pattern, path.read_text()), (path, what)
+
+
+def test_a_dry_check_says_whether_a_worker_fits_the_files_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from simclr import footprint
+
+    config = cluster.changed("imagenet_resnet50", ("train.precision=bfloat16",))
+    asked = footprint.Footprint(1 << 27, 1 << 27, 0, 21 << 30, 0, 0, 1 << 30, 2 << 30)
+    monkeypatch.setattr(footprint, "footprint", lambda *_: asked)  # tests/simclr/test_footprint.py is about its numbers
+    monkeypatch.setattr(footprint, "fitting", lambda *_: 128)
+    lines = list(cluster.dry(load("aws-gpu.yaml"), config, 1000))
+    assert lines[0].split() == ["workers", "16,", "256", "images", "each"]
+    assert "about 24.2 GiB a worker, on a GPU" in lines[1]
+    assert "does NOT fit an accelerator of g6, L4 24 GB, 22.4 GiB: --train.micro-batch 128 takes about 24.2 GiB" in lines[2]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.commands import demo, pretrain
+from pipelines.runs import status
 from pipelines.tracking.uri import default_uri
 from pipelines.train import ray_train
 from simclr import checkpoint
@@ -99,6 +100,8 @@ def test_interrupted_it_ends_soon_and_the_same_command_goes_on(
         first.send_signal(signal.SIGINT)
         assert first.wait(10) == 130  # it ends itself after 4 s; busy cores may need longer
     assert "interrupted; run the same command again to go on" in (tmp_path / "log").read_text()
+    noted = status.read((run / status.FILE).read_text())
+    assert noted is not None and noted.state == "interrupted"
     newest = checkpoint.latest(run / "checkpoints", print)
     assert newest is not None and 0 < checkpoint.read(newest).step < 36
 

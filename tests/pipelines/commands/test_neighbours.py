@@ -14,7 +14,8 @@ from PIL import Image
 
 from pipelines.commands import embed as embedding
 from pipelines.evaluation.originals import thumbnails
-from simclr.data.feature_parts import open_features
+from simclr.data.feature_parts import About, open_features
+from simclr.data.sources.prepared import names_of
 from simclr.encoder.directory import write_encoder
 from simclr.methods.simclr import build_model
 from tests.support import command as commands
@@ -36,6 +37,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Path:
     shutil.copy(root / "photos/cat/003.jpg", root / "photos/dog/copy.jpg")
     embedding.main(embedding.Args(encoder=root / "encoder", images=(str(root / "photos"),), out=root / "features"))
     return root
+
+
+def of(source: str) -> About:
+    return About(encoder="ab", preprocessing={}, source=source, d=2)
 
 
 def neighbours(simclr: commands.Run, *words: object) -> str:
@@ -83,7 +88,7 @@ def test_pictures_are_seen_as_the_rows_were(simclr: commands.Run, made: Path, tm
         "003.jpg": "dog/copy.jpg",
     }
     assert all(float(row["cosine"]) > 1 - 1e-5 for row in first.values())
-    assert "1 files are no images that can be read and were left out; the first: broken.jpg" in said
+    assert "1 file is no image that can be read and was left out; the first: broken.jpg" in said
     neighbours(simclr, *words, "--out", tmp_path / "n.html")
     page = (tmp_path / "n.html").read_text()
     assert page.count("<img ") == 12 and "default-src 'none'" in page and "not to be read here" not in page
@@ -143,12 +148,31 @@ def test_pictures_of_any_source_are_found_again(made: Path, tmp_path: Path, phot
         str(one): str(one),
     }
     for source, path in sources.items():
-        found = thumbnails(source, [(3, "train", path), (4, "train", "nothing.jpg")])
+        found = thumbnails(of(source), [(3, "train", path), (4, "train", "nothing.jpg")])
         assert list(found) == [0] and np.abs(found[0] - pixels).max() < 8, source
-    raw = thumbnails(str(patterns), [(0, "train", "train/0"), (240, "test", "test/0"), (1, "train", "train/7")])
+    raw = thumbnails(of(str(patterns)), [(0, "train", "train/0"), (240, "test", "test/0"), (1, "train", "train/7")])
     assert sorted(raw) == [0, 1] and raw[0].shape == raw[1].shape == (32, 32, 3) and not np.array_equal(raw[0], raw[1])
-    assert thumbnails("it's", [(0, "train", "a.jpg")]) == {}  # damaged, or another's
-    assert thumbnails("torchvision:CIFAR10 /nowhere", [(0, "train", "a.jpg")]) == {}  # nothing is downloaded for a page
+    assert thumbnails(of("it's"), [(0, "train", "a.jpg")]) == {}  # damaged, or another's
+    assert thumbnails(of("torchvision:CIFAR10 /nowhere"), [(0, "train", "a.jpg")]) == {}  # nothing is downloaded for a page
     assert (
-        thumbnails(str(made / "photos/dog"), [(0, "train", "../cat/003.jpg"), (0, "train", str(one))]) == {}
+        thumbnails(of(str(made / "photos/dog")), [(0, "train", "../cat/003.jpg"), (0, "train", str(one))]) == {}
     )  # features may come from others
+
+
+def test_pictures_of_more_than_8_bits_are_seen_as_the_rows_were(simclr: commands.Run, made: Path, tmp_path: Path) -> None:
+    """The rows' set has 16 bits; the query alone would be taken for 10 bits, and be far from its own copy."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "deep").mkdir()
+    for i, most in enumerate((1000, 1000, 60000)):
+        Image.fromarray(rng.integers(0, most, (40, 40)).astype(np.uint16)).save(tmp_path / f"deep/{i}.png")
+    code, _, err = simclr("embed", made / "encoder", "deep", "--out", "rows")
+    assert code == 0 and "3 images were rescaled to 8 bits, integers from 0 (black) to 65,535 (white), 16 bits, by a sample" in err
+    neighbours(simclr, "rows", "deep/1.png", "--encoder", made / "encoder", "--k", "3", "--out", tmp_path / "n.html")
+    neighbours(simclr, "rows", "deep/1.png", "--encoder", made / "encoder", "--k", "3", "--out", tmp_path / "n.csv")
+    assert {row["path"]: row["cosine"] for row in table(tmp_path / "n.csv")}["1.png"] == "1.0"
+    assert "not to be read here" not in (tmp_path / "n.html").read_text()
+
+
+def test_names_of_shards_are_looked_up_by_sample_id(photographs: Path, patterns: Path) -> None:
+    assert names_of(photographs, "train", [239, 0, 7]) == ["239.jpg", "000.jpg", "007.jpg"]
+    assert names_of(patterns, "test", [3]) == [""]

@@ -57,7 +57,7 @@ TINY_IMAGENET = """\
   val/images/val_3.JPEG  →  n03
   val/images/val_4.JPEG  →  n01
 
-  left out: 1 .heic (need pillow-heif (pip install '.[images]')), 5 .txt, 2 in .ipynb_checkpoints/
+  left out: 1 .heic (need pillow-heif (pip install 'simclr-cluster[images]')), 5 .txt, 2 in .ipynb_checkpoints/
   note: 5 pictures of test: without classes they can judge nothing and are left out; val is the test split
 
   of 18 images looked at: JPEG 18; 64 × 64 px as stored

@@ -21,8 +21,9 @@ _SIDES = {"g": 2, "m": 3, "k": 4, "n": 5}
 
 def written(path: Path, **changed: Any) -> Path:
     """pictures.npz of unlabelled images of 8 px, with some arrays changed."""
+    fills: dict[type[np.generic], tuple[Any, Any]] = {np.uint8: (0, np.uint8), np.str_: ("a/b.jpg", "U9")}
     arrays = {
-        name: np.full([_SIDES.get(side, 8) if isinstance(side, str) else side for side in shape], 0 if kind is np.uint8 else -1, kind)
+        name: np.full([_SIDES.get(side, 8) if isinstance(side, str) else side for side in shape], *fills.get(kind, (-1, kind)))
         for name, (shape, kind) in _ARRAYS.items()
     }
     np.savez_compressed(path, **{**arrays, **changed})
@@ -32,6 +33,15 @@ def written(path: Path, **changed: Any) -> Path:
 def test_pictures_come_back(tmp_path: Path) -> None:
     gallery, neighbours, points = _pictures(written(tmp_path / "pictures.npz"), 3)
     assert gallery.shape == (2, 3, 8, 8, 3) and neighbours.images.shape == (3, 4, 8, 8, 3) and points.xy.shape == (5, 2)
+
+
+def test_pictures_of_earlier_versions_have_no_names(tmp_path: Path) -> None:
+    with np.load(written(tmp_path / "pictures.npz")) as file:
+        arrays = {name: file[name] for name in file if not name.endswith("names")}
+        assert file["neighbour_names"][2, 3] == "a/b.jpg"
+    np.savez_compressed(tmp_path / "pictures.npz", **arrays)
+    _, neighbours, _ = _pictures(tmp_path / "pictures.npz", 3)
+    assert neighbours.names is not None and neighbours.names.shape == (3, 4) and not neighbours.names.any()
 
 
 @pytest.mark.parametrize(

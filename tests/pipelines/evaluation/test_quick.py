@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import simclr
+from pipelines.commands.report import gather
 from pipelines.evaluation import quick, spread
 from pipelines.evaluation.inputs import held_back
 from pipelines.parts.run import Where
+from pipelines.runs.directory import open_run
+from pipelines.runs.scores import WHOLE, limited_to
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.encoder.directory import config_of, read_text
@@ -22,7 +25,9 @@ from simclr.errors import UserError
 from simclr.evaluation.features import Features, embed, pixels
 from simclr.evaluation.knn import knn
 from simclr.evaluation.linear import linear_probe
+from simclr.evaluation.metrics import wilson
 from simclr.methods.simclr import build_model
+from simclr.recipes import recipe
 
 
 def test_each_split_is_decoded_once_and_each_encoder_has_its_own_scores(
@@ -110,3 +115,37 @@ def test_the_rest_of_a_held_back_tenth_moves_up_in_place() -> None:
     assert len(test.y) == 900 and len(rest.y) == 8100 and rest.h.data_ptr() == train.h.data_ptr()
     assert sorted([*rest.y.tolist(), *test.y.tolist()]) == list(range(9000))
     assert torch.equal(rest.h, h[rest.y]) and torch.equal(test.h, h[test.y]) and torch.equal(rest.ids, rest.y)
+
+
+def test_a_limited_evaluation_leaves_the_whole_one_and_says_what_it_is_of(
+    patterns: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`evaluate --limit 50` replaced the scores of all images without a word, and a lucky subset could win."""
+    run = open_run(tmp_path / "run", "patterns_tiny", recipe("patterns_tiny"), patterns)
+    run.save()
+    shutil.copytree(published, run.encoder)
+    some = quick.Settings(device="cpu", baselines=False, limit=50)
+    quick.run(run.path, None, some)
+    assert quick.scores_of(run.path)[1].limit == "at most 50 training and 50 test images" and run.evaluation() is None
+    assert gather(run).measured.endswith(", of at most 50 training and 50 test images") and (run.path / "pictures.npz").is_file()
+    quick.run(run.path, None, quick.Settings(device="cpu", baselines=False))
+    whole, pictures = run.evaluation_file().read_bytes(), (run.path / "pictures.npz").read_bytes()
+    capsys.readouterr()
+    quick.run(run.path, None, some)
+    assert "evaluation.json keeps the scores of all images; these, of at most 50" in capsys.readouterr().err
+    assert run.evaluation_file().read_bytes() == whole and (run.path / "pictures.npz").read_bytes() == pictures
+    rows, measured = quick.scores_of(run.path)
+    assert measured.whole and measured.images["knn_top1"] == 60 and measured.split == "the test split"
+    assert measured.intervals["knn_top1"] == wilson(rows[-1]["knn_top1"], 60) and "rankme" not in measured.intervals
+    assert (measured.shards_sha256, measured.manifest_sha256) == (read_manifest(patterns).shards_sha256, run.data_digest)
+    page = gather(run)
+    assert page.measured.startswith("60 images of the test split of ") and "on 50 images" in page.facts["also"]
+    assert limited_to(read_manifest(patterns), 240, None) == WHOLE  # a limit that leaves no image out
+
+
+def test_the_same_images_prepared_elsewhere_are_the_same_data(patterns: Path) -> None:
+    one = read_manifest(patterns)
+    elsewhere = replace(one, source="/another/folder", identity="x", times="later", versions={"ffcv": "9"})
+    assert elsewhere.shards_sha256 == one.shards_sha256
+    others = (replace(one, classes=one.classes[::-1]), replace(one, splits={"train": one.splits["train"]}))
+    assert len({one.shards_sha256, *(other.shards_sha256 for other in others)}) == 3

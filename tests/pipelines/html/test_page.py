@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.html import charts
-from pipelines.html.page import FeatureMap, Neighbours, ReportData, Score, headline, render, write
+from pipelines.html.neighbours import Neighbours
+from pipelines.html.page import FeatureMap, ReportData, Score, headline, render, write
 
 CLASSES = tuple(f"kind {i}" for i in range(10))
 NBSP = "\N{NO-BREAK SPACE}"
@@ -79,7 +80,7 @@ def unlabelled() -> ReportData:
 class Page(HTMLParser):
     """Elements, their attributes and texts; asserts that every element is closed in order."""
 
-    VOID = ("meta", "link", "img", "input", "path", "circle", "br")
+    VOID = ("meta", "link", "img", "input", "path", "circle", "br", "wbr")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -207,6 +208,17 @@ def test_neighbours_are_marked_by_more_than_colour() -> None:
     assert page.has("Here 11 of 12 are of the same class") and page.has("0.98") and page.has("−0.25")
     assert [a["alt"] for a in page.all("img") if "another class" in (a["alt"] or "")] == ["Neighbour 3: kind 7, another class"]
     assert all(a["alt"] is not None for a in page.all("img"))
+
+
+def test_pictures_have_the_names_of_their_files() -> None:
+    data = a_run()
+    names = np.array([[f"cat/{i}{j}.jpg" for j in range(3)] for i in range(4)])
+    named = replace(data.neighbours, query_names=np.array(["dogs/<b>.jpg", "", "x.png", "y.png"]), names=names)
+    text = render(replace(data, neighbours=named))
+    page = Page(text)
+    assert "<small>dogs/<wbr>&lt;b&gt;.jpg</small>" in text and page.has("x.png")
+    assert {f"Query: {CLASSES[0]}, dogs/<b>.jpg", f"Query: {CLASSES[1]}"} <= {a["alt"] for a in page.all("img")}
+    assert [a["title"] for a in page.all("span", "frame")][4] == f"Neighbour 2: {CLASSES[1]}, the same class, cat/11.jpg"
 
 
 def test_map_draws_each_point_and_rings_the_wrong_ones_last() -> None:

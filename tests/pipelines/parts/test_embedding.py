@@ -89,7 +89,7 @@ def test_the_same_command_goes_on_and_another_one_is_refused(simclr: Run, publis
     (tmp_path / "photos/train/class0/bad.png").write_bytes(b"\x89PNG no picture")
     command = ("embed", published, "photos", "--out", "parts")
     code, out, err = simclr(*command)
-    assert code == 0 and "parts: 150 × 64 features" in out and "1 files are no images that can be read" in err and "bad.png" in err
+    assert code == 0 and "parts: 150 × 64 features" in out and "1 file is no image that can be read" in err and "bad.png" in err
     assert "cpu waited for pictures" in err
     whole, states = rows(open_features(tmp_path / "parts")), {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()}
     assert open_features(tmp_path / "parts").failures()[0]["path"] == "train/class0/bad.png"

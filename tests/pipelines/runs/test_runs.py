@@ -63,7 +63,7 @@ def test_states_of_runs_on_disk(tmp_path: Path, patterns: Path, capsys: pytest.C
     check(listed(str(tmp_path), capsys))
     cli.main(["runs", str(tmp_path)])
     header, *rows = capsys.readouterr().out.splitlines()
-    assert re.split(r"  +", header) == ["run", "recipe", "state", "step", "images/s", "checkpoint", "loss", "last report"]
+    assert re.split(r"  +", header) == ["run", "recipe", "state", "step", "images/s", "checkpoint", "loss", "score", "last report"]
     assert len(rows) == 4 and any(re.match(r"going +patterns_tiny +running +10 / 40 +512 +5 +3\.250", row) for row in rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ import pytest
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.tracking import client, outbox
-from pipelines.tracking.uri import default_uri, redacted
+from pipelines.tracking.uri import redacted
 from pipelines.train import driver
 from simclr.config import Train, Views
 from simclr.data.loader import batches
@@ -31,8 +31,8 @@ from tests.support.s3 import Proxy
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return default_uri(tmp_path_factory.mktemp("mlflow"))
+def uri(tmp_path_factory: pytest.TempPathFactory, database_in: Callable[[Path], str]) -> str:
+    return database_in(tmp_path_factory.mktemp("mlflow"))
 
 
 def begin(path: Path, patterns: Path) -> Run:

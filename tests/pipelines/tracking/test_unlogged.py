@@ -50,6 +50,8 @@ class MLflow:
                     if not self.steps or report["step"] > self.steps[-1]:  # as the real one
                         self.steps.append(report["step"])
 
+            def trained_on(self, data: str, manifest_sha256: str) -> None: ...
+
             def artifact(self, path: Path) -> None: ...
 
             def end(self, status: str = "FINISHED") -> None:

@@ -122,6 +122,7 @@ WRITTEN = [
     ("pipelines/train/ray_private.py", RAYLET, "worker_niceness"),
     ("pipelines/train/ray_private.py", RAYLET, "prestart_worker_first_driver"),
     ("pipelines/train/ray_private.py", RAYLET, "enable_metrics_collection"),
+    ("pipelines/train/ray_private.py", "_private/node.py", "Last connection error: {last_ex}"),
     ("pipelines/train/own_ray.py", RAYLET, "RAY_AUTH_TOKEN"),
     ("cluster/onprem.yaml", RAYLET, "enable_autoscaler_v2"),
     ("pipelines/clusterfile/preemption.py", "_private/services.py", "--node_id="),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from pipelines.train import messages, own_ray, ray_private, ray_start, ray_train
 from tests.support.small import TINY
@@ -92,6 +93,22 @@ def test_no_cluster_there_is_a_sentence_and_no_thread_goes_on(place: Path, impor
     with pytest.raises(ray_train.UserError, match=r"no Ray cluster answers at '10\.0\.0\.1:6379' \(refused\)"):
         ray_train.connect(ray_train.Resources(address="10.0.0.1:6379"))
     assert len(imports) == 1
+
+
+@pytest.mark.parametrize("mode", ["", "token"])
+def test_a_refused_token_is_told_apart_from_no_cluster(place: Path, imports: list[str], monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Ray says why in the text of the cause, as here."""
+    refused = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+    refused.__cause__ = RuntimeError("Last connection error: … ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: …")
+    failures = iter([refused, AuthenticationError("Token authentication is enabled but no authentication token was found")])
+    starts(monkeypatch, lambda address: next(failures))
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "ab" * 16)
+    said = r"the token of this process, from \$RAY_AUTH_TOKEN" if mode else "this process, which shows no token"
+    for _ in range(2):
+        with pytest.raises(ray_train.UserError, match=rf"the Ray cluster at '10\.0\.0\.1:6379' refuses {said}.* leave out --address"):
+            ray_train.connect(ray_train.Resources(address="10.0.0.1:6379"))
 
 
 @pytest.mark.parametrize("started_by", ["us", "the user", "the user, after us"])

@@ -371,6 +371,9 @@ def test_the_head_the_whole_group_and_the_driver_are_killed(
             process.kill()
         assert process.wait(180) == code, log.read_text()
         last, took, before = what, time.time() - at, story.rows()[-1]["step"]
+        look = [sys.executable, "-m", "pipelines.cli", "runs", "run", "--json"]
+        listed = subprocess.run(look, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert json.loads(listed.stdout)["state"] == ("failed" if code == 2 else "interrupted"), listed.stdout
         assert took < 60 and "Traceback" not in log.read_text()
         if code == 2:
             assert "simclr: Ray's head process on this machine is gone; run the same command again" in log.read_text()

@@ -13,6 +13,7 @@ from pipelines.commands import pretrain as command
 from pipelines.commands.report import gather
 from pipelines.runs.directory import Run, load_run
 from pipelines.tracking import card
+from pipelines.tracking.record import Record
 from pipelines.train import driver
 from simclr import checkpoint
 from simclr.data import labels, loader
@@ -130,7 +131,7 @@ def test_an_extension_sees_the_images_of_its_run(simclr: commands.Run, photograp
     run.append({"step": 1, "total_steps": 1})
     command.publish_newest(run, read_manifest(photographs).classes)
     assert read_text(run.encoder)["published"]["subset"] == run.subset | {"from": "list.txt"}
-    assert "| Images | 30 of the data's, listed in list.txt (sha256 " in card.write_card(run.encoder, "x", {}, "none")
+    assert "| Images | 30 of the data's, listed in list.txt (sha256 " in card.write_card(run.encoder, "x", Record(), "none")
     listed.unlink()
     code, _, err = simclr("pretrain", "--extend", run.path, "--workers", "1")
     assert code == 0, err

@@ -18,7 +18,7 @@ from pipelines.commands import pretrain as command
 from pipelines.commands.report import gather
 from pipelines.runs import directory
 from pipelines.runs.directory import Run, load_run, open_run
-from pipelines.tracking import card, outbox, registry
+from pipelines.tracking import card, outbox, record, registry
 from pipelines.train import driver, messages, retry, warm_start
 from simclr import checkpoint
 from simclr.config import Config, Train
@@ -109,7 +109,7 @@ def test_a_run_begins_with_the_weights_of_a_run(simclr: commands.Run, parent: Ru
     command.publish_newest(run, read_manifest(patterns).classes)
     published = read_text(run.encoder)["published"]
     assert published["start"] == start | {"from": "run"}  # no path of this machine
-    assert f"| Began with | run (weights of sha256 {start['sha256'][:12]}…) |" in card.write_card(run.encoder, "x", {}, "none")
+    assert f"| Began with | run (weights of sha256 {start['sha256'][:12]}…) |" in card.write_card(run.encoder, "x", record.Record(), "none")
 
 
 def test_mlflow_has_the_start_as_tags(parent: Run, patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,9 @@ def test_without_labels_the_effective_rank_is_the_score_and_the_encoder_is_publi
     assert "RankMe" in page and "unlabelled" in page.lower()
     capsys.readouterr()
     pull.main(pull.Args(model="mine@champion", to=tmp_path / "here"))
-    assert f"mine version 1 (rankme {rows[1]['rankme']:.3g})" in capsys.readouterr().out
+    told = f"mine version 1 (rankme {rows[1]['rankme']:.3g} on 4 images of a held-back tenth of the training split of "
+    assert told in capsys.readouterr().out
+    assert "of a held-back tenth of the training split of" in (tmp_path / "here" / "README.md").read_text()
 
 
 def test_without_a_test_split_a_tenth_is_held_back(tmp_path: Path) -> None:

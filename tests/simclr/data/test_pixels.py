@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from simclr.data import pixels, shards, survey
+from simclr.data.depth import Rule
 from simclr.data.encode import Looked, encode, look
 from simclr.data.manifest import Manifest
 from simclr.data.options import Options
@@ -268,8 +270,8 @@ def test_without_the_extra_the_reason_names_it(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     prepared(tmp_path / "out", {"a.png": good, "b.png": good, "f.tif": tiff(ramp(0, 1, np.float64)), "p.heic": heic}, max_skipped_pct=60)
     assert reasons(tmp_path / "out") == {
-        "f.tif": "TIFF of these bands and bits needs tifffile (pip install '.[images]')",
-        "p.heic": "HEIC needs pillow-heif (pip install '.[images]')",
+        "f.tif": "TIFF of these bands and bits needs tifffile (pip install 'simclr-cluster[images]')",
+        "p.heic": "HEIC needs pillow-heif (pip install 'simclr-cluster[images]')",
     }
 
 
@@ -326,7 +328,7 @@ def test_damaged_pictures_of_many_bits_are_named_and_never_black() -> None:
 
 
 def test_pictures_that_are_not_read_have_a_reason() -> None:
-    assert pixels.unread(".heic") == "need pillow-heif (pip install '.[images]')"
+    assert pixels.unread(".heic") == "need pillow-heif (pip install 'simclr-cluster[images]')"
     for ending in (".CR2", ".nef", ".svg", ".psd", ".exr", ".dcm", ".mp4", ".npy", ".h5", ".pdf"):
         assert pixels.unread(ending) and not is_image(f"a{ending}")
     assert pixels.unread(".txt") == pixels.unread("none") == ""
@@ -356,3 +358,26 @@ def test_large_pictures_and_files_are_named_with_the_flag(tmp_path: Path, monkey
     }
     bomb = saved(Image.new("1", (16_000, 12_000)), "PNG")
     assert look(Item("train", None, "bomb", bomb), 50, Options(max_pixels=16_000 * 12_000).rule({})) == Looked(38, 50)
+
+
+def test_libraries_print_nothing_of_a_damaged_file(capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
+    """Pillow's libtiff and OpenCV's libpng print by themselves, without the file's name, and Pillow's logger has no handler."""
+    packed = bytearray(saved(Image.fromarray(rgb()), "TIFF", compression="tiff_adobe_deflate"))
+    packed[8] ^= 255
+    samples = bytearray(saved(Image.fromarray(rgb()), "TIFF"))
+    at = samples.index(b"\x15\x01\x03\x00")  # SamplesPerPixel, of little endian
+    samples[at + 8 : at + 10] = b"\x42\x00"
+    deep = png(ramp(0, 65535, shape=(*SHAPE, 3)))
+    profile = b"x\0\0" + zlib.compress(b"no profile")
+    chunk = len(profile).to_bytes(4, "big") + b"iCCP" + profile + zlib.crc32(b"iCCP" + profile).to_bytes(4, "big")
+    odd = deep[:33] + chunk + deep[33:]
+    broken = bytearray(deep)
+    broken[deep.index(b"IDAT") + 40] ^= 255
+    rule = Rule(ranges={"integers": (0, 65535)})
+    found = {
+        name: encode(Item("train", None, name, bytes(data)), "raw", 512, 90, rule)
+        for name, data in {"packed": packed, "samples": samples, "deep": deep, "odd": odd, "short": deep[:-12], "broken": broken}.items()
+    }
+    assert [name for name, one in found.items() if one.skipped] == ["packed", "samples", "short", "broken"]
+    assert found["odd"].stored == found["deep"].stored
+    assert capfd.readouterr().err == "" and not recwarn.list

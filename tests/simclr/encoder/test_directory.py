@@ -36,6 +36,7 @@ def published(directory: Path, layers: int = 3, tap: int = 1) -> tuple[Classifie
 def test_encoder_head_and_classifier_come_back(tmp_path: Path, layers: int, tap: int) -> None:
     model, directory = published(tmp_path / "encoder", layers, tap)
     found, classes = read_classifier(directory)
+    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1, "the weights are not for whom the config is"
     x = torch.rand(2, 3, 40, 40)
     assert torch.equal(found(x), model(x)) and classes == ["a", "b", "c", "d"]
     head = read_head(directory)

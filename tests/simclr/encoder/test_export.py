@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import simclr
@@ -20,6 +23,7 @@ from simclr.errors import UserError
 from simclr.methods.simclr import build_model
 from simclr.networks.heads import Classifier
 from simclr.networks.resnet import build_encoder
+from simclr.views.preprocessing import Preprocessing
 from tests.conftest import Within
 
 
@@ -42,6 +46,7 @@ def test_torchvision_computes_the_same_with_our_pool(within: Within, tmp_path: P
     command.main(command.Args(encoder=tmp_path / "encoder", to=tmp_path / "resnet50.safetensors"))
     told = capsys.readouterr().out
     assert "torchvision's resnet50, with fc" in told and export.TORCHVISION_POOL in told
+    assert (tmp_path / "resnet50.safetensors").stat().st_mode == (tmp_path / "encoder/config.json").stat().st_mode
     with torch.device("meta"):
         model = torchvision.models.resnet50(num_classes=3)
     model.load_state_dict(load_file(tmp_path / "resnet50.safetensors"), assign=True)  # strict: every name is there
@@ -59,7 +64,28 @@ def test_torchvision_computes_the_same_with_our_pool(within: Within, tmp_path: P
     assert sorted(found.unused) == ["fc.bias", "fc.weight"]
 
 
-@pytest.mark.parametrize("encoder", [Encoder(depth=18), Encoder(depth=50, width=2), Encoder(depth=8, cifar_stem=True)])
+def test_what_lies_beside_torchvisions_weights_makes_its_network_compute_the_same(
+    within: Within, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ResNet-18, whose first block has a projection that torchvision's has not."""
+    encoder = published(tmp_path / "encoder", Encoder(depth=18), 64, mean=0.25)
+    monkeypatch.chdir(tmp_path)
+    command.main(command.Args(encoder=tmp_path / "encoder", to=Path("resnet18.safetensors")))
+    made: dict[str, Any] = {}
+    exec((tmp_path / "resnet18.safetensors.txt").read_text(), made)
+    x = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        h = encoder(x)
+        within("features", float((made["model"](x) - h).abs().max() / h.abs().max()), 1e-6)
+    with safe_open("resnet18.safetensors", "pt") as file:
+        stated = file.metadata()
+    assert stated["torchvision"].splitlines() == [export.TORCHVISION_PROJECTION, export.TORCHVISION_POOL]
+    assert json.loads(stated["preprocessing"])["mean"] == [0.25] * 3
+    ours = encoder.encoder.state_dict()
+    assert all(torch.equal(t, ours[name]) for name, t in of_file(tmp_path / "resnet18.safetensors").encoder.items())
+
+
+@pytest.mark.parametrize("encoder", [Encoder(depth=18, cifar_stem=True), Encoder(depth=50, width=2), Encoder(depth=8, cifar_stem=True)])
 def test_other_networks_have_no_torchvision_names(tmp_path: Path, encoder: Encoder) -> None:
     with torch.device("meta"):
         network = PublishedEncoder(build_encoder(encoder), Config(encoder=encoder).to_dict())
@@ -75,30 +101,56 @@ def test_a_program_runs_any_number_of_images_and_normalises(within: Within, tmp_
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     features = program(torch.as_tensor(images).permute(0, 3, 1, 2) / 255)
     within("program", float((features.detach() - encoder.embed(images)).abs().max()), 1e-5)
+    stated = {"takes": "", "preprocessing": ""}
+    torch.export.load(tmp_path / "made" / "encoder.pt2", extra_files=stated)
+    assert json.loads(stated["preprocessing"])["size_px"] == 32
     assert program(torch.rand(1, 3, 32, 32)).shape == (1, 64) and [p.name for p in (tmp_path / "made").iterdir()] == ["encoder.pt2"]
 
 
-def test_onnx_or_a_user_error(within: Within, tmp_path: Path) -> None:
+def test_onnx_computes_the_same(within: Within, tmp_path: Path) -> None:
     encoder = published(tmp_path / "encoder", Encoder(depth=8, cifar_stem=True), 32)
-    try:
-        import onnxruntime  # type: ignore[import-not-found,unused-ignore]
-        import onnxscript  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
-    except ModuleNotFoundError:
-        with pytest.raises(UserError, match=r"which ONNX export needs, is not installed; add it with `pip install '.\[onnx\]'`"):
-            export.onnx(encoder, tmp_path / "encoder.onnx")
-        return
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX, an extra, is not installed")
     within("ONNX", export.onnx(encoder, tmp_path / "encoder.onnx"), 1e-5)
     session = onnxruntime.InferenceSession(str(tmp_path / "encoder.onnx"))
+    pictures = np.random.default_rng(0).integers(0, 256, (7, 90, 50, 3), dtype=np.uint8)
+    features = session.run(["features"], {"images": pictures})[0]
+    within("of pictures", float(np.abs(features - encoder.embed(pictures).numpy()).max()), 1e-5)
+    stated = session.get_modelmeta().custom_metadata_map
+    assert json.loads(stated["preprocessing"])["size_px"] == 32 and stated["takes"].startswith("images (n, height, width, 3)")
+    within("ONNX of prepared images", export.onnx(encoder, tmp_path / "prepared.onnx", prepared=True), 1e-5)
+    session = onnxruntime.InferenceSession(str(tmp_path / "prepared.onnx"))
     assert session.run(["features"], {"images": np.zeros((7, 3, 32, 32), np.float32)})[0].shape == (7, 64)
+
+
+@pytest.mark.parametrize("resize", ["bicubic", "bilinear", "area"])
+@pytest.mark.parametrize(("px", "share"), [(32, 1.0), (41, 0.875)])
+def test_preprocessing_in_a_graph(within: Within, tmp_path: Path, resize: Any, px: int, share: float) -> None:
+    """Pictures of noise, smaller and larger than the input and not square, in shades of 1."""
+    runtime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    from simclr.encoder import onnx_graph
+
+    seen = Preprocessing(size_px=px, centre_crop=share, resize=resize, mean=(0, 0, 0), std=(1, 1, 1))
+    kinds = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 3, px, px]) for name in ("images", "features")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["images"], ["features"])], "nothing", kinds[:1], kinds[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, str(tmp_path / "graph.onnx"))
+    onnx_graph.take_pixels(tmp_path / "graph.onnx", "images", seen)
+    onnx.checker.check_model(str(tmp_path / "graph.onnx"), full_check=True)
+    session = runtime.InferenceSession(str(tmp_path / "graph.onnx"), providers=["CPUExecutionProvider"])
+    for size in ((px, px), (px, px + 1), (11, 17), (1, 1), (2 * px, 2 * px + 1), (3 * px, 5 * px + 1), (500, 333)):
+        pictures = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+        ours = seen.resized(torch.from_numpy(pictures)).numpy()
+        within("pixels", float(np.abs(session.run(None, {"images": pictures})[0] - ours).max()), 3e-5)
 
 
 def test_a_graph_that_differs_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = published(tmp_path / "encoder", Encoder(depth=8, cifar_stem=True), 32)
     save = torch.export.save
 
-    def wrong(program: torch.export.ExportedProgram, file: Path) -> None:
+    def wrong(program: torch.export.ExportedProgram, file: Path, **more: Any) -> None:
         program.state_dict["encoder.stem.0.weight"] = torch.nn.Parameter(program.state_dict["encoder.stem.0.weight"] * 1.1)
-        save(program, file)
+        save(program, file, **more)
 
     monkeypatch.setattr(torch.export, "save", wrong)
     with pytest.raises(RuntimeError, match=r"encoder.pt2 differs from the encoder by .* of its largest feature, more than 1e-04"):

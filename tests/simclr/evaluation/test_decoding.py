@@ -141,10 +141,10 @@ class Deadly:
     def __init__(self, memory: int, told: tuple[Any, ...]) -> None:
         Deadly.began += 1
 
-    def ask(self, first: int, items: Sequence[Item]) -> tuple[list[tuple[str, int, int, str]], str, str]:
+    def ask(self, first: int, items: Sequence[Item]) -> tuple[list[Picture], str, str]:
         if any(item.name == "bad" for item in items):
             raise EOFError
-        return [("", 0, 0, "no picture") for _ in items], "", ""
+        return [Picture(item, "", 0, 0, None, "no picture") for item in items], "", ""
 
     def end(self) -> str:
         return "SIGSEGV"

@@ -7,7 +7,16 @@ import math
 import numpy as np
 import torch
 
-from simclr.evaluation.metrics import accuracy, average_precision, bootstrap, confusion, mean_average_precision, mean_per_class, per_class
+from simclr.evaluation.metrics import (
+    accuracy,
+    average_precision,
+    bootstrap,
+    confusion,
+    mean_average_precision,
+    mean_per_class,
+    per_class,
+    wilson,
+)
 from tests.conftest import Within
 
 
@@ -67,3 +76,11 @@ def test_bootstrap_of_top1_is_binomial(within: Within) -> None:
     again = bootstrap(lambda rows: correct[rows].mean().item(), 500, resamples=4000)
     assert again == (low, high)
     assert bootstrap(lambda rows: correct[rows].mean().item(), 500, resamples=200, seed=1) != again
+
+
+def test_the_wilson_interval_holds_the_shares_whose_score_test_keeps_the_one_that_was_found() -> None:
+    """Its ends are where |p − share| is 1.96 standard deviations of p's own binomial (Wilson 1927)."""
+    for share, rows in ((0.37, 1000), (0.0, 50), (1.0, 9), (0.5, 1)):
+        for end in wilson(share, rows):
+            assert abs(abs(end - share) - 1.959963984540054 * (end * (1 - end) / rows) ** 0.5) < 1e-12
+    assert wilson(0.0, 50)[0] == 0 and wilson(1.0, 50)[1] == 1 and wilson(0.0, 50)[1] > 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipelines.train import classifiers
 from simclr import checkpoint
 from simclr.config import Watch
 from simclr.data import labels, loader
+from simclr.data.manifest import read_manifest
 from simclr.encoder.directory import read_classifier
 from simclr.errors import UserError
 from simclr.evaluation import features
@@ -21,6 +24,7 @@ from simclr.methods.simclr import build_model
 from simclr.stages import FineTune
 from simclr.train import Report, Start, train
 from simclr.views.draw import Crop
+from simclr.views.preprocessing import Preprocessing
 from simclr.views.two_views import crop_and_flip, two_views
 from tests.conftest import Within
 from tests.support.ranks import Ranks
@@ -209,3 +213,92 @@ def test_the_published_classifier_gives_the_same_scores(patterns: Path, publishe
     assert "mean per class" in classifiers.told(job, "run") and again["eval/mean_per_class"] == classifiers.scores_of(job)["mean_per_class"]
     with pytest.raises(UserError, match="was made by `simclr finetune`, this is `simclr pretrain`"):
         open_run(job.path, "x", TINY, patterns)
+
+
+# ── Without a test split ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def untested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 240 patterns without a test split."""
+    from simclr.data import shards
+    from simclr.data.sources.open import open_source
+
+    out = tmp_path_factory.mktemp("untested") / "shards"
+    source = open_source("patterns:train=240,test=60")
+    shards.prepare(source, out, shards.Options(), 2, lambda done: None)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["splits"]["test"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+def seen_of(data: Path, share: float, file: Path | None = None) -> classifiers.Labels:
+    return classifiers.choose_labels(data, data, read_manifest(data), share, file, 0)
+
+
+def test_images_to_score_on_are_those_that_are_not_seen(untested: Path) -> None:
+    every = loader.labels(untested)
+    tenth, held, said = classifiers.hold_back(seen_of(untested, 0.1), 0.1, 0, 10_000)
+    assert np.array_equal(tenth.ids, labels.subset(every, 0.1, 0))  # as before: the rest was not seen anyway
+    assert np.array_equal(np.union1d(tenth.ids, held), np.arange(240)) and not np.intersect1d(tenth.ids, held).size
+    assert said == f"no test split: scored on {len(held)} labelled images whose labels training does not see"
+    whole, held, said = classifiers.hold_back(seen_of(untested, 1.0), 0.1, 0, 10_000)
+    assert np.array_equal(np.union1d(whole.ids, held), np.arange(240)) and not np.intersect1d(whole.ids, held).size
+    assert np.array_equal(whole.y, every[whole.ids]) and whole.chosen["held back"] == len(held)
+    for label in range(10):
+        of_class = np.count_nonzero(every == label)
+        assert np.count_nonzero(every[held] == label) == max(int(0.1 * of_class + 0.5), 1)
+    assert "held back (--hold-back 0 trains on all)" in said
+    again = classifiers.hold_back(seen_of(untested, 1.0), 0.1, 0, 10_000)
+    assert np.array_equal(again[1], held)
+    few, some, said = classifiers.hold_back(seen_of(untested, 0.1), 0.1, 0, 30)
+    assert len(some) == 30 and np.isin(some, np.setdiff1d(np.arange(240), few.ids)).all() and "scored on 30 labelled" in said
+    all_seen, none, said = classifiers.hold_back(seen_of(untested, 1.0), 0.0, 0, 10_000)
+    assert len(all_seen.ids) == 240 and not len(none) and said == "no test split: nothing is held back to score on"
+    with pytest.raises(UserError, match="--hold-back is 1; expected a share"):
+        classifiers.hold_back(seen_of(untested, 1.0), 1.0, 0, 10_000)
+
+
+def test_the_last_image_of_a_class_is_not_held_back(untested: Path, tmp_path: Path) -> None:
+    every = loader.labels(untested)
+    one, others = np.flatnonzero(every == 3)[:1], np.flatnonzero(every != 3)
+    (tmp_path / "labels.txt").write_text("\n".join(map(str, np.sort(np.concatenate([one, others])))))
+    seen, held, _ = classifiers.hold_back(seen_of(untested, 1.0, tmp_path / "labels.txt"), 0.5, 0, 10_000)
+    assert one[0] in seen.ids and set(every[seen.ids]) == set(range(10))
+    assert np.isin(np.flatnonzero(every == 3)[1:], held).all()  # those that the file does not list
+
+
+def held_scores(config: FineTune, data: Path, at: Path, held: np.ndarray) -> dict[str, float]:
+    start = Start(data, checkpoint=at, ids=np.setdiff1d(np.arange(240), held), held=held)
+    return list(train(config, start))[-1].metrics
+
+
+def test_the_classifier_is_scored_on_what_is_held_back(
+    untested: Path, patterns: Path, published: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """The same network on the same images by the loop, on one rank and on two, and by hand; without any there is no score."""
+    at = begun(TUNED, published, tmp_path)
+    _, held, _ = classifiers.hold_back(seen_of(untested, 1.0), 0.1, 0, 10_000)
+    metrics = held_scores(TUNED, untested, at, held)
+    assert {"eval/top1", "eval/top5", "eval/mean_per_class"} <= metrics.keys() and 0 < metrics["eval/top1"] <= 1
+    hits = metrics["eval/top1"] * len(held)
+    assert hits == pytest.approx(round(hits))
+    for found in ranks(2, held_scores, TUNED, untested, at, held):
+        assert found["eval/top1"] == metrics["eval/top1"]
+    model = build_classifier(TUNED, 10, TUNED.tap)
+    whole = features.embed_split(model, untested, "train", Preprocessing.of(TUNED.views))
+    some = features.embed_split(model, untested, "train", Preprocessing.of(TUNED.views), only=held)
+    assert some.ids.tolist() == held.tolist() and torch.equal(some.h, whole.h[torch.from_numpy(held)])
+    assert not any(name.startswith("eval/") for name in steps(TUNED, untested, at)[2])
+
+
+def test_the_result_says_what_it_was_scored_on(untested: Path, tmp_path: Path) -> None:
+    from pipelines.runs.directory import open_run
+
+    job = open_run(tmp_path / "run", "finetune-test", TUNED, untested, stage="finetune")
+    job = dataclasses.replace(job, notes=("the warm-up is short", "no test split: scored on 24 labelled images"))
+    job.save()
+    assert classifiers.told(job, "run") == "run: no labelled test split to score it on"
+    job.append({"step": 4, "eval/top1": 0.5})
+    assert classifiers.told(job, "run") == "run: top1 50.0 % (no test split: scored on 24 labelled images)"

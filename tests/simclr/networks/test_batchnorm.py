@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr.collectives import rank, world_size
 from simclr.networks.batchnorm import BatchNorm, Over, _GlobalBatchNorm, share_statistics
 from simclr.networks.norm_forms import Form, give_form
 from tests.conftest import Within
 from tests.support.ranks import Ranks
+from tests.support.small import mine
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0])
@@ -191,3 +193,35 @@ def compiled_groups() -> float:
 def test_groups_compile_without_a_graph_break(ranks: Ranks, within: Within) -> None:
     """`fullgraph` raises at a break: a group of the layer's own makes none, on whichever rank."""
     within("output and gradient", max(ranks(4, compiled_groups)), 1e-10)
+
+
+class _Backwards(TorchDispatchMode):
+    """Notes which saved statistics each call of BatchNorm's native backward is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: list[tuple[Tensor | None, Tensor | None]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None) -> Any:
+        if function is torch.ops.aten.native_batch_norm_backward.default:
+            self.saved.append(arguments[5:7])
+        return function(*arguments, **(named or {}))
+
+
+def saved_statistics() -> list[float]:
+    """Of a backward pass over all ranks: how far what CUDA's kernel would read is from the batch's mean and 1 / σ."""
+    x = torch.randn(8, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    norm = BatchNorm(3).to(torch.float64)
+    with _Backwards() as seen:
+        norm(mine(x).requires_grad_()).sum().backward()
+    ((mean, invstd),) = seen.saved
+    assert mean is not None and invstd is not None, "CUDA's kernel fails without them"
+    var, expected = torch.var_mean(x, (0, 2, 3), correction=0)
+    return [float((mean - expected).abs().max()), float((invstd - (var + norm.eps).rsqrt()).abs().max())]
+
+
+def test_the_backward_pass_has_what_cudas_kernel_reads(ranks: Ranks, within: Within) -> None:
+    """A CPU reads running statistics there; on two ranks of an H100 every eager step ended with an internal assertion of torch."""
+    for found in ranks(2, saved_statistics):
+        within("mean", found[0], 1e-12)
+        within("1 / σ", found[1], 1e-12)

@@ -128,9 +128,11 @@ def _optim(rows: list[Row]) -> str:
 
 
 def _embed(rows: list[Row]) -> str:
-    own = rows[1]
-    return (
-        f"{own['median']:,.0f} images/s, {own['ratio']:.2f} × one after the other, {100 * statistics.median(own['waited']):.0f} % waiting"
+    own = [row for row in rows if "waited" in row]
+    return "; ".join(
+        f"{row['name']} {row['median']:,.0f} images/s, {row['ratio']:.2f} × one after the other, "
+        f"{100 * statistics.median(row['waited']):.0f} % waiting"
+        for row in own
     )
 
 
@@ -220,7 +222,7 @@ _PLAN = (
         name="embed",
         what="embed",
         figure=_embed,
-        gpu=Run("--recipe imagenet_resnet50 --precision bfloat16 --images 1536", 60, 100),
+        gpu=Run("--recipe imagenet_resnet50 --precision bfloat16 --images 1536", 75, 120),
         cpu=Run("--images 512", 60, 120),
         dry=Run(f"{_TINY} --images 256 --trials 1", 25, 180),
     ),

@@ -49,7 +49,7 @@ class Args:
     footprint: the most memory of a training process, as `simclr pretrain --dry-run` estimates it ÷ as it is.
     probe: bytes that kNN and the quick probe take for a row of ImageNet's features, and GiB for all.
     prepare: images/s of writing shards, for the others.
-    embed: images/s of `simclr embed` ÷ one picture after the other, as it was before; on CPUs also with two workers.
+    embed: images/s of `simclr embed`, with threads and with processes that decode, ÷ one picture after the other; on CPUs also two workers.
     listing: seconds and memory of planning from a bucket of very many keys, which is only pretended; page by page ÷ side by side.
     order: what an image of a large dataset costs a rank: ms and MiB of a batch's ids at 1e6 to 1e12 images; bytes of its own an image."""
     data: Path | None = None

@@ -209,6 +209,7 @@ def _embed(
         "device": args.device,
         "precision": args.precision,
         "batch_size": args.batch_size,
+        embedding.IMAGES: planned.total,
     }
     waited, computed, counts = 0.0, 0.0, Counter[str]()
     device = "cpu"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from simclr.data.sources.reading import Reading
 from simclr.data.sources.source import Item
 from simclr.encoder.directory import weights_digest
 from simclr.errors import UserError
+from simclr.evaluation.decoding import Threads
 from simclr.evaluation.embedding import Clock, embedded
 
 _BATCH = 64
@@ -41,7 +41,7 @@ def embed(directory: Path, asked: Path, words: list[str], about: About, device: 
     planned = plan.plan(words, Reading(), Options())
     rule, found, left = about.rule(planned.ranges), [], []
     small: list[NDArray[np.uint8] | None] = []
-    with tempfile.TemporaryDirectory(prefix="simclr-query-") as scratch, ThreadPoolExecutor(1) as pool:
+    with tempfile.TemporaryDirectory(prefix="simclr-query-") as scratch:
 
         def items() -> Iterator[Item]:
             for part in planned.parts:
@@ -50,8 +50,8 @@ def embed(directory: Path, asked: Path, words: list[str], about: About, device: 
                     small.append(thumbnail(item.data, rule) if len(small) < pictures else None)
                     yield item
 
-        at = 0
-        for seen, h in embedded(encoder, items(), encoder.preprocessing, rule, device, pool, 1, _BATCH, "float32", Clock()):
+        at, decoders = 0, Threads(1, _BATCH, encoder.preprocessing, rule)
+        for seen, h in embedded(encoder, items(), decoders, device, _BATCH, "float32", Clock()):
             rows = iter(h)
             for picture in seen:
                 if picture.reason:

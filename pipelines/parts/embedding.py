@@ -6,40 +6,49 @@ import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.parts.plan import id_of, reader
 from pipelines.parts.run import CARRIED, THREADS, Plain, Work
+from pipelines.terminal import say
 from simclr.data.options import Options
 from simclr.data.s3.place import Place
 from simclr.errors import UserError
 
+if TYPE_CHECKING:
+    from simclr.data.depth import Rule
+    from simclr.evaluation.decoding import Decoders
+    from simclr.views.preprocessing import Preprocessing
+
 PLAN = "plan.json"
 """In the output: on what its features depend."""
+DECODERS, IMAGES = "decoders", "images"
+"""Names in the settings: whether "threads" or "processes" decode, nothing = as it suits; the number of pictures, if it is known."""
+_LEAST_CORES, _LEAST_IMAGES = 4, 2048
 
 
 def make(settings: Plain) -> Work:
-    """The function that embeds parts. settings: sources, reading, options, ranges, out, about, device, precision, batch_size, strict."""
+    """The function that embeds parts. settings: sources, reading, options, ranges, out, about, device, precision, batch_size, and may be
+    DECODERS and IMAGES."""
     import torch
 
     import simclr
     from simclr.data.feature_parts import About, write_failed, write_part
-    from simclr.evaluation.embedding import Clock, Picture, embedded
+    from simclr.evaluation.decoding import Picture
+    from simclr.evaluation.embedding import Clock, embedded
     from simclr.precision import set_backends
 
-    threads = settings[THREADS]
     device = torch.device(settings["device"] if settings["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     set_backends(settings["precision"], device)
     encoder = simclr.load_encoder(Path(settings[CARRIED])).to(device).to(memory_format=torch.channels_last)
     rule = Options(**_tuples(settings["options"])).rule(_tuples(settings["ranges"]))
     about = About(**settings["about"])
     scratch = tempfile.TemporaryDirectory(prefix="simclr-embed-")
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=_single)
+    decoders = _decoders(settings, device.type, encoder.preprocessing, rule)
     readers: dict[int, Callable[..., Any]] = {}
     out = Place(settings["out"])
     if out.read(PLAN) != settings["plan"].encode():
@@ -74,8 +83,7 @@ def make(settings: Plain) -> Work:
                 rows[name].append(value)
 
         items = readers[index](Portion.from_dict(part["portion"]))
-        how = (encoder.preprocessing, rule, device, pool, threads, settings["batch_size"], settings["precision"], clock)
-        for pictures, h in embedded(encoder, items, *how):
+        for pictures, h in embedded(encoder, items, decoders, device, settings["batch_size"], settings["precision"], clock):
             for found in pictures:
                 note(found, id_of(part, place))
                 place += 1
@@ -106,12 +114,19 @@ def make(settings: Plain) -> Work:
     return work
 
 
-def _single() -> None:
-    """Let this thread compute alone: each of several threads would else have all cores for its pictures."""
-    import torch
+def _decoders(settings: Plain, device: str, preprocessing: Preprocessing, rule: Rule) -> Decoders:
+    """Processes where a GPU waits for many pictures: their start takes seconds. On a CPU the encoder has the cores itself."""
+    from simclr.evaluation.decoding import Processes, Threads
 
-    torch.get_num_threads()  # else torch's own choice comes later, and counts
-    torch.set_num_threads(1)
+    cores, images = settings[THREADS], settings.get(IMAGES)
+    many = device != "cpu" and cores >= _LEAST_CORES and (images is None or images >= _LEAST_IMAGES)
+    how = (settings["batch_size"], preprocessing, rule)
+    if settings.get(DECODERS, "processes" if many else "threads") == "processes":
+        try:
+            return Processes(max(cores - 1, 1), *how)  # a core for this process, which feeds the device
+        except OSError as error:
+            say(f"pictures are decoded in threads, since no processes can be started for it: {error.strerror}")
+    return Threads(cores, *how)
 
 
 def _tuples(values: Plain) -> Plain:

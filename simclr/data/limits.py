@@ -128,11 +128,17 @@ def _tiff(image: Image.Image, data: bytes, most: int) -> None:
         _few_scans(-(-scans // max(pieces, 1)) if scans > MOST_SCANS else scans, image.width * image.height, most)
 
 
+class TooLarge(Exception):
+    """A picture exceeds the room of this process; another one decodes it."""
+
+
 @dataclass(slots=True)
 class Room:
     """Memory for large pictures, which all threads share: a picture waits until those that are being decoded leave room for it."""
 
     pixels: int
+    alone: bool = True
+    """Whether a picture that exceeds all of it gets it alone. Else that raises TooLarge."""
     taken: int = 0
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -142,6 +148,8 @@ class Room:
         if count < _SMALL:
             yield
             return
+        if count > self.pixels and not self.alone:
+            raise TooLarge
         with self.changed:
             self.changed.wait_for(lambda: not self.taken or self.taken + count <= self.pixels)
             self.taken += count

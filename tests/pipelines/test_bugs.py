@@ -82,7 +82,7 @@ PLACES = {
     "verify, a pool's thread": (["verify", "{photographs}"], "simclr.data.verify.decode"),
     "views, the loader's thread": (["views", "patterns_tiny", "--data", "{patterns}"], "simclr.keyed.shuffled"),
     "evaluate": (["evaluate", "{published}", "--data", "{patterns}", "--limit", "40", "--no-baselines"], "simclr.evaluation.knn.knn"),
-    "embed": (["embed", "{published}", "{photos}"], "simclr.views.preprocessing.crop_resize"),
+    "embed": (["embed", "{published}", "{photos}"], "simclr.views.preprocessing.resize_square"),
     "embed, what reads photographs": (["embed", "{published}", "{photos}"], "simclr.data.encode._decoded_as_stored"),
     "report": (["report", "{trained}"], "pipelines.html.charts.palette"),
     "publish": (["publish", "{trained}"], "pipelines.tracking.uri._check_database"),

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.parts import embedding
 from pipelines.parts.plan import plan
 from simclr import files
+from simclr.data.depth import Rule
 from simclr.data.feature_parts import About, FeatureParts, open_features, write_failed
 from simclr.data.options import Options
 from simclr.data.s3 import lease
@@ -25,6 +27,9 @@ from simclr.data.s3.uri import Address
 from simclr.data.sources import prepared
 from simclr.data.sources.portions import Portion
 from simclr.data.sources.reading import Reading
+from simclr.data.sources.source import Item
+from simclr.evaluation import decoding
+from simclr.views.preprocessing import Preprocessing
 from tests.support.bucket import Bucket, store_of
 from tests.support.command import Run
 from tests.support.paths import ROOT
@@ -149,6 +154,64 @@ def test_the_driver_keeps_a_few_bytes_of_each_picture(monkeypatch: pytest.Monkey
         tracemalloc.stop()
         assert planned.total == count and sum(len(Portion.from_dict(p["portion"]).names) for p in planned.parts) == count
     assert sizes[10_000] - sizes[1_000] < 9_000 * 40
+
+
+# ── Who decodes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Local:
+    """A decoding process without a process."""
+
+    def __init__(self, memory: int, told: tuple[Any, ...]) -> None:
+        self.how, self.x, self.asked = told[:2], decoding._mapped(memory, told[2]), 0
+
+    def ask(self, first: int, items: list[Item]) -> Any:
+        self.asked += 1
+        return decoding._answered(lambda at, item: decoding._placed(self.x, at, item, *self.how), first, items)
+
+
+def test_threads_and_processes_write_the_same_bytes(simclr: Run, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos(tmp_path / "photos", 150)
+    (tmp_path / "photos/train/class0/00050.png").write_bytes(b"\x89PNG no picture")
+    monkeypatch.setattr(decoding, "_Process", Local)
+    original, made = embedding._decoders, []
+
+    def decoders(how: str) -> Callable[..., Any]:
+        def chosen(settings: Any, *rest: Any) -> Any:
+            made.append(original(settings | {embedding.DECODERS: how}, *rest))
+            return made[-1]
+
+        return chosen
+
+    for at, (how, cores) in enumerate((("threads", 1), ("threads", 3), ("processes", 2), ("processes", 4))):
+        monkeypatch.setattr(embedding, "_decoders", decoders(how))
+        assert simclr("embed", published, "photos", "--out", f"{at}", "--cpus-per-worker", cores, "--batch-size", "7")[0] == 0
+    assert [type(one).__name__ for one in made] == ["Threads", "Threads", "Processes", "Processes"]
+    assert [len(one._all) for one in made[2:]] == [1, 3] and all(one.asked for one in made[3]._all)
+    written = [{path.name: path.read_bytes() for path in (tmp_path / f"{at}").iterdir()} for at in range(4)]
+    assert len(written[0]) == 5 and written[0] == written[1] == written[2] == written[3]
+    for one in made[2:]:
+        one._all.clear()
+
+
+def test_processes_decode_for_a_gpu_that_waits_for_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("Threads", "Processes"):
+        monkeypatch.setattr(decoding, name, lambda count, *how, name=name: (name, count))
+    how = (Preprocessing(size_px=32, centre_crop=1, resize="area", mean=(0.0,) * 3, std=(1.0,) * 3), Rule())
+
+    def chosen(device: str, threads: int, **more: Any) -> Any:
+        return embedding._decoders({"threads": threads, "batch_size": 64, **more}, device, *how)
+
+    assert chosen("cuda", 16) == chosen("cuda", 16, images=None) == chosen("cuda", 16, images=10_000) == ("Processes", 15)
+    assert chosen("cuda", 16, images=100) == chosen("cpu", 16) == ("Threads", 16) and chosen("cuda", 2) == ("Threads", 2)
+    assert chosen("cpu", 1, decoders="processes") == ("Processes", 1)
+
+    def refuse(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(decoding, "Processes", refuse)
+    assert chosen("cuda", 16) == ("Threads", 16)
+    assert "decoded in threads, since no processes can be started for it: No space left on device" in capsys.readouterr().err
 
 
 # ── On Ray's actors, with everything killed ────────────────────────────────────────────────────────────────────────

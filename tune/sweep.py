@@ -106,7 +106,7 @@ class Args:
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
     tensorboard: tuple[Path, ...] | None = None
-    """Write TensorBoard's scalars of each trial, too (an extra: `pip install tensorboard`): into DIR/SWEEP/TRIAL of --tensorboard DIR, or
+    """Write TensorBoard's scalars of each trial, too (the extra tensorboard): into DIR/SWEEP/TRIAL of --tensorboard DIR, or
     into the trial's own folder tensorboard of --tensorboard alone."""
     list: bool = False
     """Describe the spaces."""

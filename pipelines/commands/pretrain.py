@@ -73,7 +73,7 @@ class Args:
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
     tensorboard: tuple[Path, ...] | None = None
-    """Write TensorBoard's scalars, too (an extra: `pip install tensorboard`): into DIR/RUN of --tensorboard DIR, or into the run's own
+    """Write TensorBoard's scalars, too (the extra tensorboard): into DIR/RUN of --tensorboard DIR, or into the run's own
     folder tensorboard of --tensorboard alone."""
 
     @classmethod

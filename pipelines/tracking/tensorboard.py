@@ -18,6 +18,7 @@ from pipelines.tracking.client import metrics_of
 from simclr import fields, files
 from simclr.data.s3.uri import address
 from simclr.errors import UserError
+from simclr.extras import command
 
 FOLDER = "tensorboard"
 _NOTE = "scalars.json"
@@ -26,7 +27,7 @@ _NOTE = "scalars.json"
 def require() -> None:
     """Raise UserError if TensorBoard's package is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs the package tensorboard, which is not installed: `pip install tensorboard`")
+        raise UserError(f"--tensorboard needs the package tensorboard, which is not installed: `{command('tensorboard')}`")
 
 
 def asked(given: tuple[Path, ...] | None) -> Path | None:

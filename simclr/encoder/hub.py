@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 
 from simclr.errors import UserError
+from simclr.extras import command
 from simclr.text import redacted
 
 _ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")  # pathlib drops the second slash
 _PARTS = ("encoder.safetensors", "config.json")
-EXTRA = "huggingface_hub, which hf:// needs, is not installed; add it with `pip install '.[hub]'`"
+EXTRA = f"huggingface_hub, which hf:// needs, is not installed; add it with `{command('hub')}`"
 
 
 def is_address(path: str | Path) -> bool:

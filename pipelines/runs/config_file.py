@@ -16,9 +16,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-import yaml  # type: ignore[import-untyped]
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from simclr import fields, files
 from simclr.config import Config
@@ -26,6 +24,9 @@ from simclr.errors import UserError
 from simclr.recipes import RECIPES, recipe
 from simclr.stages import STAGES
 from simclr.text import printable
+
+if TYPE_CHECKING:  # an extra has it, and every command looks for --config
+    import yaml  # type: ignore[import-untyped]
 
 T = TypeVar("T")
 _WIDTH = 140
@@ -50,7 +51,7 @@ def given_to(flag: str, words: list[str]) -> str | None:
     """The value of `flag` among a command's `words`, the last of several; None where it has none."""
     found = [
         (word.partition("=")[2] or following)
-        for word, following in zip(words, [*words[1:], ""], strict=True)
+        for word, following in zip(words, [*words, ""][1:], strict=True)
         if word.partition("=")[0] == flag
     ]
     return (found and found[-1]) or None
@@ -102,6 +103,8 @@ def at(path: Path) -> Path:
 def entries(path: Path) -> dict[str, tuple[int, Any]]:
     """Field path → (line, value) of a YAML file, e.g. {"train.epochs": (12, 100)}; lists as lists. A section without entries counts for
     nothing, as one of which every line is commented out. Raises UserError for what is no such file."""
+    import yaml
+
     text = files.read_text(path, "save it as UTF-8")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
@@ -128,6 +131,8 @@ def entries(path: Path) -> dict[str, tuple[int, Any]]:
 
 
 def _leaves(node: yaml.MappingNode, prefix: str, path: Path) -> Iterator[tuple[str, int, Any]]:
+    import yaml
+
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
@@ -140,6 +145,8 @@ def _leaves(node: yaml.MappingNode, prefix: str, path: Path) -> Iterator[tuple[s
 
 
 def _plain(node: yaml.Node, path: Path) -> Any:
+    import yaml
+
     line = node.start_mark.line + 1
     if node.tag.startswith("!") or node.tag == "tag:yaml.org,2002:binary":
         raise UserError(f"{printable(str(path))}, line {line}: {printable(node.tag)} is a tag; write the value alone")
@@ -279,6 +286,8 @@ def _comment(text: str, indent: str) -> Iterator[str]:
 
 def _scalar(value: Any) -> str:
     """A value as YAML 1.1 and 1.2 read it alike."""
+    import yaml
+
     plain = list(value) if isinstance(value, tuple) else value
     text: str = yaml.safe_dump([plain], default_flow_style=True, width=10**6)
     return text.strip()[1:-1]

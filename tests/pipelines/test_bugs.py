@@ -86,7 +86,7 @@ PLACES = {
     "embed, what reads photographs": (["embed", "{published}", "{photos}"], "simclr.data.encode._decoded_as_stored"),
     "report": (["report", "{trained}"], "pipelines.html.charts.palette"),
     "publish": (["publish", "{trained}"], "pipelines.tracking.uri._check_database"),
-    "publish, a thread": (["publish", "{trained}", "--tracking-uri", "http://127.0.0.1:9"], "pipelines.tracking.uri._trouble_at"),
+    "publish, a thread": (["publish", "{trained}", "--tracking-uri", "http://127.0.0.1:9"], "pipelines.tracking.server.trouble_at"),
     "runs": (["runs", "{trained}"], "pipelines.commands.runs.table"),
     "export": (["export", "{published}", "--to", "x.pt2"], "simclr.encoder.export.program"),
     "convert": (["convert", "model.ckpt", "--to", "out"], "simclr.encoder.tf_checkpoint.find"),

@@ -84,7 +84,7 @@ def test_a_default_in_the_help(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
     from simclr.recipes import recipe
 
     theirs = pretrain.Args(data=Path(f"data{EVIL}"), config=recipe("patterns_tiny"), recipe="patterns_tiny")
-    monkeypatch.setattr(pretrain.Args, "defaults", lambda named, words: theirs)
+    monkeypatch.setattr(pretrain.Args, "defaults", lambda words: theirs)
     with pytest.raises(SystemExit) as end:
         cli.parse("pretrain", pretrain.Args, ["--help"])
     out, err = capfd.readouterr()

@@ -49,7 +49,7 @@ def test_a_proxy_that_does_not_lead_there_is_named(monkeypatch: pytest.MonkeyPat
     with pytest.raises(Unreachable, match=f"the last time with a connection that failed {words.format('minio.internal')}; check"):
         Store(attempts=1).listing(Address("photos"))
     with pytest.raises(
-        UserError, match=rf"no MLflow server at http://mlflow\.internal:5000 \(ProxyError {words.format('mlflow.internal')}\)"
+        UserError, match=rf"no MLflow server at http://mlflow\.internal:5000 \(nothing listens there {words.format('mlflow.internal')}\)"
     ):
         uri.check("http://mlflow.internal:5000")
     monkeypatch.setenv("no_proxy", "minio.internal,.corp")

@@ -99,4 +99,4 @@ def test_times_that_have_no_date_are_said(tmp_path: Path, created: float) -> Non
     with pytest.raises(UserError, match=r"run.json is damaged: created is .*, expected a Unix time"):
         load_run(path.parent)
     one = runs.line("pretrained", path.read_text(), "", [])
-    assert one.note == "its times are no Unix times" and runs.table([one])
+    assert one.note == "its times are no Unix times" and runs.table([[one]])

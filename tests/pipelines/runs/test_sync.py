@@ -270,7 +270,7 @@ def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
     assert all(torch.equal(tensors[name], tensor) for name, tensor in uninterrupted.items())
     rows = evaluate.evaluate(evaluate.Args(encoder=Path(str(at)), limit=60, baselines=False, device="cpu"))
     report.report(report.Args(run=Path(str(at))))
-    assert rows[-1]["name"] == "trained encoder" and {"evaluation.json", "pictures.npz", "report.html"} <= set(names(str(at)))
+    assert rows[-1]["name"] == "trained encoder" and {"evaluation-limited.json", "pictures.npz", "report.html"} <= set(names(str(at)))
     with sync.directory(Path(str(at))) as here:
         assert load_run(here).origin == data and data in (here / "report.html").read_text()
 

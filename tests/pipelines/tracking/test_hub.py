@@ -16,7 +16,6 @@ from PIL import Image
 
 from pipelines.runs.directory import Run as RunDirectory
 from pipelines.runs.directory import load_run
-from pipelines.runs.scores import TEST, WHOLE, Measured, stated
 from pipelines.tracking import hub as publishing
 from pipelines.tracking.card import write_card
 from pipelines.tracking.record import Record
@@ -54,10 +53,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 def run(tmp_path: Path, patterns: Path) -> RunDirectory:
     run = load_run(a_run(tmp_path / "run", patterns, "", ""))
     an_encoder(run.encoder)
-    scored = {"scores": [{"name": "trained", "knn_top1": 0.5, "probe_top1": 0.5}]} | stated(
-        Measured(data="data/photos", limit=WHOLE, split=TEST)
-    )
-    (run.path / "evaluation.json").write_text(json.dumps(scored))
     return run
 
 
@@ -169,7 +164,7 @@ def test_what_cannot_be_had_is_one_sentence(hub: Hub, run: RunDirectory, monkeyp
 
 def test_without_the_package_the_extra_is_named(run: RunDirectory, simclr: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"not installed; add it with `pip install '\.\[hub\]'`"):
+    with pytest.raises(UserError, match=r"not installed; add it with `pip install 'simclr-cluster\[hub\]'`"):
         load_encoder("hf://team/photos")
     refused(simclr("publish", run.path, "--hub", "team/photos"), "huggingface_hub, which hf:// needs, is not installed")
 

@@ -195,7 +195,7 @@ def test_a_missing_package_is_said_before_anything_starts(
     words = (published if word == "ENCODER" else word for word in command)
     small = ("--set", "train.batch_size=60") if command[0] == "sweep" else ("--train.batch-size", "60") if command[0] == "pretrain" else ()
     result = simclr(*words, "--data", patterns, *small, "--tensorboard")
-    refused(result, "--tensorboard needs the package tensorboard, which is not installed: `pip install 'simclr-cluster[tensorboard]'`")
+    refused(result, "--tensorboard needs the package tensorboard, which is not installed: `pip install 'simclr-cluster\\[tensorboard\\]'`")
     assert not list((tmp_path / "runs").glob("*/run.json")) and not list((tmp_path / "runs").glob("*/sweep.json"))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.runs.directory import load_run, open_run
+from pipelines.runs.scores import TEST, WHOLE, Measured, stated
 from pipelines.tracking import outbox, registry, trust
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.tracking.client import MLflowRun
@@ -48,7 +49,9 @@ def a_run(folder: Path, patterns: Path, tracking_uri: str, tracking_run: str = "
     open_run(folder, "patterns_tiny", recipe("patterns_tiny"), patterns).save()
     text = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(text | {"tracking_uri": tracking_uri, "tracking_run": tracking_run}))
-    (folder / "evaluation.json").write_text(json.dumps({"k": 5, "scores": [{"name": "trained", "knn_top1": 0.5, "probe_top1": 0.5}]}))
+    scored = {"k": 5, "scores": [{"name": "trained", "knn_top1": 0.5, "probe_top1": 0.5}]}
+    scored |= stated(Measured(data="data/photos", shards_sha256="ab" * 32, limit=WHOLE, split=TEST))
+    (folder / "evaluation.json").write_text(json.dumps(scored))
     return folder
 
 

@@ -29,7 +29,7 @@ from tests.conftest import Within
 from tests.support.paths import ROOT
 
 # The hand-written kernel of GPUs.
-NOT_ON_THE_PATH = {"simclr/kernels/nt_xent_triton.py"}
+NOT_ON_THE_PATH = {"simclr/kernels/nt_xent_triton.py", "pipelines/train/plan.py"}
 ONLY_CUDA = {"cuda", "pin_memory", "record_stream"}
 # `_after_copy` is called by `on_device` alone, which asks. A type's name is there in every build of torch.
 ASKED_ELSEWHERE = [

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import simclr
 from pipelines.commands import export as command
 from pipelines.tracking import card
+from pipelines.tracking.record import Record
 from simclr.config import Config, Encoder, Views
 from simclr.encoder import export
 from simclr.encoder.directory import PublishedEncoder, write_encoder
@@ -167,7 +168,7 @@ def test_the_card_says_what_the_config_says() -> None:
     config = Config(encoder=Encoder(depth=152, width=3, sk_ratio=0.0625)).to_dict()
     config |= {"published": {"recipe": "imagenet_resnet152_3x_sk", "step": 250_228, "data": "a|b"}}
     views = {"size_px": 224, "centre_crop": 0.875, "resize": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
-    text = card.card(config | {"preprocessing": views}, 795_000_000, "big", {"knn_top1": 0.5, "rankme": 31.24}, "CC-BY-4.0")
+    text = card.card(config | {"preprocessing": views}, 795_000_000, "big", Record(scores={"knn_top1": 0.5, "rankme": 31.24}), "CC-BY-4.0")
     for row in (
         "| Network | ResNet-152, 3× width, selective kernels, 795.0 M parameters |",
         "the central square of 87.5 % of the shorter side, 224 × 224 px (bicubic), in [0, 1], then minus (0.5, 0.5, 0.5), over (0.2, ",

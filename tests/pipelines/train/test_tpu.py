@@ -35,6 +35,7 @@ ONLY_CUDA = {"cuda", "pin_memory", "record_stream"}
 ASKED_ELSEWHERE = [
     ("simclr/data/loader.py", "computing = torch.cuda.current_stream(device)"),
     ("simclr/data/loader.py", "part.record_stream(computing)"),
+    ("simclr/evaluation/embedding.py", 'room = torch.empty((batch_size, *found.x.shape), pin_memory=device.type == "cuda")'),
     ("simclr/kernels/device.py", "found = torch.cuda.get_device_properties(device)"),  # asked for by `takes_triton`
     ("simclr/telemetry/device_time.py", "Timestamp = float | torch.cuda.Event"),
 ]

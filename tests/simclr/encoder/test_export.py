@@ -176,6 +176,6 @@ def test_the_card_says_what_the_config_says() -> None:
         "| Trained on | a/b |",
         "| Licence | CC-BY-4.0 |",
         "| `knn_top1` | 50.0 % |",
-        "| `rankme` | 31.24 |",
+        "| `rankme` | 31.2 |",
     ):
         assert row in text, row

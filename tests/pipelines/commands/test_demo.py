@@ -78,6 +78,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.cluster  # a second whole demo, for a minute: the second half of .ci/run has it
 def test_interrupted_it_ends_soon_and_the_same_command_goes_on(
     shared_ray: None, tmp_path: Path, patterns: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,6 +216,7 @@ def test_on_disk_nothing_of_this_happens(tmp_path: Path) -> None:
     assert home.path == tmp_path / "run" and not home.path.exists() and home.checkpoint("a") == tmp_path / "run" / "checkpoints" / "a"
 
 
+@pytest.mark.cluster  # a whole job over a bad network, for a minute: the second half of .ci/run has it
 def test_a_run_in_s3_goes_on_on_a_machine_that_has_nothing(
     s3: Proxy, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,13 @@ def test_views_in_the_kernels_are_the_plain_ones(within: Within) -> None:
         within(what, deviation, bound)
 
 
-@pytest.mark.parametrize(("capability", "size"), [*itertools.product(ARCHITECTURES, (32, 224)), (90, 448)])
+# One GPU in every run, the others by `make test-compile`: each costs six seconds.
+OTHERS = [pair for pair in itertools.product(ARCHITECTURES, (32, 224)) if pair != (90, 224)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "size"), [(90, 224), *(pytest.param(*pair, marks=pytest.mark.compile) for pair in [*OTHERS, (90, 448)])]
+)
 def test_the_kernels_compile_without_spills(capability: int, size: int) -> None:
     """Photographs come as crops, small images as what was cropped on the device."""
     pytest.importorskip("triton")

@@ -167,8 +167,6 @@ def headline(data: ReportData) -> tuple[str, str]:
     sentences = [" and ".join(filter(None, (", ".join(ratios[:-1]), ratios[-1]))) + "."] if ratios else []
     if own.probe_top1 is not None and math.isfinite(own.probe_top1):
         sentences.append(f"A linear probe on the same features reaches {percent(own.probe_top1)}.")
-    if data.measured:
-        sentences.append(f"Scored on {data.measured}.")
     return f"kNN {percent(own.knn_top1)}", " ".join(sentences)
 
 
@@ -185,7 +183,8 @@ def _scores(data: ReportData) -> str:
         cells = _meter(s.knn_top1, data.chance) + (_meter(s.probe_top1, data.chance) if probed else "")
         rows += f'<tr><th scope="row">{escape(s.name)}</th>{cells}</tr>'
     notes = [
-        f"{'Both are shares' if probed else 'Scores are shares'} of test images that are classified right.",
+        f"{'Both are shares' if probed else 'Scores are shares'} of test images that are classified right"
+        + (f": {escape(data.measured)}." if data.measured else "."),
         "<em>Weighted kNN</em>: the nearest training images by cosine vote for their class, each with weight exp(cosine / temperature).",
     ]
     if probed:

@@ -14,6 +14,8 @@ _LOADER = "pipelines.tracking.pyfunc"
 _ROOT = Path(__file__).resolve().parents[2]  # where the packages lie
 _OURS = ("simclr", "pipelines")
 
+_NOTHING = "# Not empty: requests sends an empty file in chunks, which some proxies do not pass on.\n"
+
 
 def write(folder: Path) -> str:
     """Write the package into the new folder `folder`. Returns the name of the module in it that MLflow loads a version by."""
@@ -23,9 +25,9 @@ def write(folder: Path) -> str:
     for name, text in sources.items():
         path = (folder / package / name.replace(".", "/")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(renamed(text, package))
+        path.write_text(renamed(text, package) or _NOTHING)
     for inside in [folder / package, *(path for path in (folder / package).rglob("*") if path.is_dir())]:
-        (inside / "__init__.py").touch()
+        (inside / "__init__.py").write_text(_NOTHING)
     (folder / package / "__init__.py").write_text('"""What embeds the pictures of this model version; SimCLR, Apache-2.0."""\n')
     return f"{package}.{_LOADER}"
 

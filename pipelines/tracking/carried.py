@@ -13,7 +13,6 @@ from pathlib import Path
 _LOADER = "pipelines.tracking.pyfunc"
 _ROOT = Path(__file__).resolve().parents[2]  # where the packages lie
 _OURS = ("simclr", "pipelines")
-
 _NOTHING = "# Not empty: requests sends an empty file in chunks, which some proxies do not pass on.\n"
 
 
@@ -27,7 +26,8 @@ def write(folder: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(renamed(text, package) or _NOTHING)
     for inside in [folder / package, *(path for path in (folder / package).rglob("*") if path.is_dir())]:
-        (inside / "__init__.py").write_text(_NOTHING)
+        if not (inside / "__init__.py").exists():
+            (inside / "__init__.py").write_text(_NOTHING)
     (folder / package / "__init__.py").write_text('"""What embeds the pictures of this model version; SimCLR, Apache-2.0."""\n')
     return f"{package}.{_LOADER}"
 

@@ -113,7 +113,7 @@ def test_a_later_publication_is_one_commit_that_leaves_nothing_of_the_earlier(hu
     env = os.environ | {"HF_ENDPOINT": hub.uri, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code % oid("team/photos", 0)], env=env, cwd=tmp_path, check=True, capture_output=True)
     with torch.no_grad():
-        torch.testing.assert_close(torch.load(tmp_path / "h.pt", weights_only=True), at(x), rtol=1e-5, atol=0)
+        torch.testing.assert_close(torch.load(tmp_path / "h.pt", weights_only=True), at(x), rtol=1e-4, atol=1e-5)  # another order of sums
     assert list((tmp_path / "home").rglob("model.safetensors"))
 
 

@@ -11,124 +11,52 @@ import difflib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 from simclr.errors import UserError
 from simclr.fields import fits, shown
+from simclr.sections import Encoder, Head, Operation, Optim, Resize, Views, require
 from simclr.shares import groups_of, share
 
-Resize = Literal["bicubic", "bilinear", "area"]
-Operation = Literal["crop", "cutout", "colour", "sobel", "noise", "blur", "rotate"]
-
+__all__ = [
+    "ADDED",
+    "RENAMED",
+    "Config",
+    "Encoder",
+    "Head",
+    "Loss",
+    "Operation",
+    "Optim",
+    "Resize",
+    "SimCLR",
+    "Train",
+    "Views",
+    "Watch",
+    "head_of",
+    "require",
+]
 
 RENAMED = {"begins": "encoder_sha256", "labelled": "labels_sha256"}
 """Fields of a stage (`simclr.stages`) by their names before 26 November 2026, which older files and default run directories have."""
-ADDED = {"class_weights": "none"}
+ADDED = {
+    "class_weights": "none",
+    "encoder.vit": None,
+    "encoder.patch_px": 16,
+    "encoder.heads": None,
+    "encoder.pool": "class",
+    "encoder.positions": "learned",
+    "encoder.frozen_patches": False,
+    "encoder.drop_path": 0.0,
+    "encoder.timm": "",
+    "views.solarise_p": 0.0,
+    "views.saturation": 1.0,
+    "optim.beta2": 0.999,
+    "optim.weight_decay_end": None,
+    "optim.layer_decay": 1.0,
+    "optim.clip_norm": 0.0,
+    "optim.clip_each": 0.0,
+}
 """Fields that came later, and what older runs did: with this value they are left out of the name of a default run directory."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoder:
-    """The encoder f(.), a ResNet (arXiv:2002.05709, Sec. 2.1)."""
-
-    depth: Literal[8, 14, 20, 18, 34, 50, 101, 152, 200] = 50
-    """Layers. 8, 14 and 20 are the three-stage CIFAR networks of arXiv:1512.03385, Sec. 4.2 (6n + 2 layers)."""
-    width: int = 1
-    """Width multiplier of every layer."""
-    sk_ratio: float = 0.0
-    """Selective kernels' reduction ratio (arXiv:1903.06586); 0 = none. SimCLR v2 uses 0.0625."""
-    se_ratio: float = 0.0
-    """Squeeze-and-excitation reduction ratio (arXiv:1709.01507); 0 = none."""
-    cifar_stem: bool = False
-    """A 3 x 3 convolution with stride 1 and no max-pool, for images of about 32 px (App. B.9)."""
-    batchnorm: Literal["global", "per_worker"] | int = "global"
-    """Whose images the batch statistics cover: all workers' (Sec. 2.1), those of so many workers in a row, as 8 for a node's GPUs, or each
-    worker's own, which leaks the positive pair. But for all workers', the numbers depend on how many workers there are."""
-
-    def __post_init__(self) -> None:
-        _require(1 <= self.width <= 32, f"encoder.width is {self.width}; expected 1 to 32, a multiplier of the layers' widths")
-        _require(0 <= self.sk_ratio <= 1, f"encoder.sk_ratio is {self.sk_ratio}; expected a share in [0, 1]")
-        _require(0 <= self.se_ratio <= 1, f"encoder.se_ratio is {self.se_ratio}; expected a share in [0, 1]")
-        known = self.batchnorm in ("global", "per_worker") or (isinstance(self.batchnorm, int) and self.batchnorm >= 2)
-        _require(known, f"encoder.batchnorm is {self.batchnorm}; expected global, per_worker, or 2 or more workers in a row, as 8")
-
-    @property
-    def norm_ranks(self) -> int | None:
-        """How many ranks in a row share the statistics; None = all."""
-        return self.batchnorm if isinstance(self.batchnorm, int) else {"global": None, "per_worker": 1}[self.batchnorm]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Head:
-    """The projection head g(.) (arXiv:2002.05709, Sec. 4.2; three layers in arXiv:2006.10029)."""
-
-    layers: int = 2
-    """Linear layers; all but the last are as wide as h and followed by BatchNorm and ReLU. 1 and 0 are the paper's ablation
-    (Fig. 8): a linear head, and none, where z is h itself and d_out counts for nothing."""
-    d_out: int = 128
-    """Dimension of the projection z."""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.layers <= 32, f"head.layers is {self.layers}; expected 2 (v1) or 3 (v2), at least 0 and at most 32")
-        _require(1 <= self.d_out <= 2**17, f"head.d_out is {self.d_out}; expected 1 to 131,072, the papers use 128")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Views:
-    """The two random views of an image (arXiv:2002.05709, App. A)."""
-
-    size_px: int = 224
-    """Side of a view, in pixels."""
-    area: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest area of a crop, as a share of the image."""
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest aspect ratio (width / height) of a crop."""
-    resize: Resize = "bicubic"
-    """How a crop is resized, with half-pixel centres: bicubic (a = -1/2) and bilinear read 4 and 2 pixels per side at any scale, as the
-    official code does with its bicubic; area averages the pixels that an output pixel covers. Bicubic is the default because the official
-    numbers come from it; it costs at most a tenth of the loader's rate (`simclr bench loader`)."""
-    flip_p: float = 0.5
-    """Probability of a left-right flip."""
-    colour_strength: float = 1.0
-    """s in App. A: brightness, contrast and saturation vary by 0.8 s, hue by 0.2 s. The paper uses 0.5 on CIFAR-10."""
-    jitter_p: float = 0.8
-    """Probability of the colour jitter."""
-    grey_p: float = 0.2
-    """Probability of dropping the colour."""
-    blur_p: float = 0.5
-    """Probability of a Gaussian blur (sigma in [0.1, 2.0], kernel 10 % of the side). The paper uses none on CIFAR-10."""
-    operations: tuple[Operation, ...] | None = None
-    """The paper's ablation (Fig. 5): one random crop is both views; view 0 stays as it is, view 1 goes through these operations,
-    one after the other (`simclr.views.ablations`). Nothing = both views are drawn as in App. A."""
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Subtracted from the pixels, which lie in [0, 1], before the encoder sees them. The official code subtracts nothing."""
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Standard deviation by which the pixels are divided after the mean is subtracted. The official code divides by nothing."""
-
-    def __post_init__(self) -> None:
-        _require(8 <= self.size_px <= 4096, f"views.size_px is {self.size_px}; expected 8 to 4096 pixels")
-        lo, hi = self.area
-        _require(0 < lo <= hi <= 1, f"views.area is {lo} {hi}; expected 0 < smallest <= largest <= 1")
-        lo, hi = self.aspect
-        _require(0 < lo <= hi, f"views.aspect is {lo} {hi}; expected 0 < smallest <= largest")
-        for name in ("flip_p", "jitter_p", "grey_p", "blur_p"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"views.{name} is {value}; expected a probability in [0, 1]")
-        _require(0 <= self.colour_strength <= 1.25, f"views.colour_strength is {self.colour_strength}; expected [0, 1.25]")
-        unknown = set(self.operations or ()) - set(get_args(Operation))
-        _require(not unknown, f"views.operations has {', '.join(sorted(unknown))}; expected some of {', '.join(get_args(Operation))}")
-        _require(min(self.std) > 0, f"views.std is {self.std}; every entry must be positive")
-
-    @property
-    def least_area(self) -> float:
-        """Smallest area of a crop that is taken: the official code asks a crop to cover 10 % of the image, which overrules its 8 %."""
-        low, high = self.area
-        return max(low, min(0.1, high))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,41 +78,13 @@ class Loss:
     """Decay of that moving average: the share of its weights that it keeps at each step."""
 
     def __post_init__(self) -> None:
-        _require(self.memory >= 0, f"loss.memory is {self.memory}; expected a number of projections, 0 = no queue")
-        _require(0 <= self.memory_decay < 1, f"loss.memory_decay is {self.memory_decay}; expected [0, 1), v2 uses 0.999")
-        _require(not self.memory or self.name == "nt_xent", "loss.memory is for nt_xent; leave it out, or use that loss")
-        _require(self.margin > 0, f"loss.margin is {self.margin}; expected a positive difference of cosines, at most 2")
+        require(self.memory >= 0, f"loss.memory is {self.memory}; expected a number of projections, 0 = no queue")
+        require(0 <= self.memory_decay < 1, f"loss.memory_decay is {self.memory_decay}; expected [0, 1), v2 uses 0.999")
+        require(not self.memory or self.name == "nt_xent", "loss.memory is for nt_xent; leave it out, or use that loss")
+        require(self.margin > 0, f"loss.margin is {self.margin}; expected a positive difference of cosines, at most 2")
         contrasts_all = self.name.startswith("nt_xent")
-        _require(not (self.semi_hard and contrasts_all), "loss.semi_hard is for the other losses; NT-Xent weighs its negatives")
-        _require(self.temperature > 0, f"loss.temperature is {self.temperature}; expected a positive number, the paper tries 0.05 to 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Optim:
-    """Optimizer and learning-rate schedule (arXiv:2002.05709, Sec. 2.2 and App. B.6)."""
-
-    name: Literal["lars", "sgd"] = "lars"
-    """LARS (arXiv:1708.03888), or SGD with momentum, which is good enough below about N = 1024."""
-    base_lr: float = 0.3
-    """Learning rate per 256 images, before scaling (App. B.1)."""
-    scaling: Literal["linear", "sqrt"] = "linear"
-    """lr = base_lr * N / 256, or base_lr * sqrt(N), which trains better below N = 2048 (App. B.1)."""
-    warmup_epochs: float = 10.0
-    """Epochs of linear warm-up; then half a cosine down to 0. A run that is no longer, or that train.steps cuts, warms up for at most a
-    tenth of its steps."""
-    momentum: float = 0.9
-    """Decay of the momentum buffer."""
-    nesterov: bool = False
-    """Nesterov's momentum; v1 fine-tunes with it (App. B.5)."""
-    weight_decay: float = 1e-6
-    """Decay of kernels per step, times the learning rate. BatchNorm, biases and classifiers have none."""
-
-    def __post_init__(self) -> None:
-        _require(self.base_lr > 0, f"optim.base_lr is {self.base_lr}; expected a positive learning rate")
-        _require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs}; expected 0 or more epochs")
-        _require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; expected [0, 1)")
-        _require(self.momentum > 0 or not self.nesterov, "optim.nesterov asks for momentum; give optim.momentum 0.9, or leave it out")
-        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; expected 0 or more")
+        require(not (self.semi_hard and contrasts_all), "loss.semi_hard is for the other losses; NT-Xent weighs its negatives")
+        require(self.temperature > 0, f"loss.temperature is {self.temperature}; expected a positive number, the paper tries 0.05 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,17 +130,17 @@ class Train:
     """How many of the newest checkpoints stay; the one with the best score stays too."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 2, f"train.batch_size is {self.batch_size}; contrasting needs at least 2 images per step")
-        _require(self.micro_batch is None or self.micro_batch >= 1, f"train.micro_batch is {self.micro_batch}; expected at least 1")
-        _require(self.epochs > 0, f"train.epochs is {self.epochs}; expected more than 0")
-        _require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}; expected at least 1")
-        _require(self.bucket_mib > 0, f"train.bucket_mib is {self.bucket_mib}; expected more than 0 MiB, DDP's default is 25")
+        require(self.batch_size >= 2, f"train.batch_size is {self.batch_size}; contrasting needs at least 2 images per step")
+        require(self.micro_batch is None or self.micro_batch >= 1, f"train.micro_batch is {self.micro_batch}; expected at least 1")
+        require(self.epochs > 0, f"train.epochs is {self.epochs}; expected more than 0")
+        require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}; expected at least 1")
+        require(self.bucket_mib > 0, f"train.bucket_mib is {self.bucket_mib}; expected more than 0 MiB, DDP's default is 25")
         # DDP's first bucket is never larger than 1 MiB, and torch cuts a compiled network only where no other is smaller.
         small = self.compile and self.bucket_mib < 1
-        _require(not small, f"train.bucket_mib is {self.bucket_mib}; with train.compile expected at least 1")
+        require(not small, f"train.bucket_mib is {self.bucket_mib}; with train.compile expected at least 1")
         for name in ("shard_groups", "report_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"train.{name} is {value}; expected at least 1")
+            require(value is None or value >= 1, f"train.{name} is {value}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,31 +159,38 @@ class Watch:
     """Most test images that are classified: drawn once, the same in every run."""
 
     def __post_init__(self) -> None:
-        _require(self.every_epochs >= 0, f"watch.every_epochs is {self.every_epochs}; expected 0 or more")
+        require(self.every_epochs >= 0, f"watch.every_epochs is {self.every_epochs}; expected 0 or more")
         for name in ("k", "bank", "queries"):
-            _require(getattr(self, name) >= 1, f"watch.{name} is {getattr(self, name)}; expected at least 1")
-        _require(self.temperature > 0, f"watch.temperature is {self.temperature}; expected a positive number")
+            require(getattr(self, name) >= 1, f"watch.{name} is {getattr(self, name)}; expected at least 1")
+        require(self.temperature > 0, f"watch.temperature is {self.temperature}; expected a positive number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """All settings of one pretraining run. Two runs with equal configs on equal shards compute the same numbers."""
+    """What every run has, whatever its method. Two runs with equal configs on equal shards compute the same numbers."""
+
+    METHOD: ClassVar[str] = ""
+    """The method's name, as a file states it; "" = the class alone tells it, as of a stage."""
 
     seed: int = 0
     """Key of all randomness: weights, order, crops, colours."""
     encoder: Encoder = field(default_factory=Encoder)
-    head: Head = field(default_factory=Head)
     views: Views = field(default_factory=Views)
-    loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, f"seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
-        rows, memory = 2 * self.train.batch_size, self.loss.memory
-        _require(memory % rows == 0, f"loss.memory {memory} holds no whole batches; use a multiple of {rows}, 2 views of train.batch_size")
-        _require(not memory or self.train.micro_batch is None, "loss.memory needs a whole batch at once; leave out train.micro_batch")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
+        size, patch = self.views.size_px, self.encoder.patch_px
+        near = max(size // patch, 1) * patch
+        whole = self.encoder.vit is None or size % patch == 0
+        require(whole, f"encoder.patch_px {patch} does not divide views.size_px {size}; use --views.size-px {near} or {near + patch}")
+
+    @property
+    def whole_batch(self) -> str:
+        """Why a worker must embed all its images at once, in place of pieces (train.micro_batch); "" = it need not."""
+        return ""
 
     def steps_per_epoch(self, examples: int) -> int:
         """Whole batches in one pass over `examples` images; the rest is dropped, other images in each epoch."""
@@ -352,21 +259,46 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for JSON; `from_dict` is the inverse."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return plain
+        return {"method": self.METHOD, **plain} if self.METHOD else plain
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Rebuild a config. Raises UserError naming an unknown field and the nearest known ones, or a value of another type."""
         known = {f.name for f in dataclasses.fields(cls)}
         new = {old: name for old, name in RENAMED.items() if old not in known and name in known}
-        if new and isinstance(values, dict):
+        if isinstance(values, dict):
             values = {new.get(name, name): value for name, value in values.items()}
+            if cls.METHOD and values.get("method") == cls.METHOD:
+                del values["method"]
         config: Self = _build(cls, values, "")
         return config
 
     def flat(self) -> dict[str, str | int | float | bool | None]:
         """Field path -> value, e.g. {"optim.base_lr": 0.3}; tuples as text. For trackers and tables."""
         return _flatten(self.to_dict(), "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimCLR(Config):
+    """All settings of SimCLR (arXiv:2002.05709, 2006.10029). Its name is not written: files from before other methods have none."""
+
+    head: Head = field(default_factory=Head)
+    loss: Loss = field(default_factory=Loss)
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)  # super() without arguments fails in a dataclass with slots
+        rows, memory = 2 * self.train.batch_size, self.loss.memory
+        require(memory % rows == 0, f"loss.memory {memory} holds no whole batches; use a multiple of {rows}, 2 views of train.batch_size")
+        require(not self.whole_batch or self.train.micro_batch is None, f"{self.whole_batch}; leave out train.micro_batch")
+
+    @property
+    def whole_batch(self) -> str:
+        return "loss.memory needs a whole batch at once" if self.loss.memory else ""
+
+
+def head_of(config: Config) -> Head:
+    """The projection head of a run of SimCLR; of another method the default, which a later stage at tap 0 has no use for."""
+    return config.head if isinstance(config, SimCLR) else Head()
 
 
 def _build(cls: type[Any], values: Any, path: str) -> Any:

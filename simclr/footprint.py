@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,10 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simclr.config import Config
+from simclr.config import Config, SimCLR
+from simclr.family import MoCo, MoCoV3
 from simclr.loss import STREAMED_FROM
-from simclr.methods.method import Method, Rows, Start
-from simclr.methods.simclr import simclr
+from simclr.methods.choice import shapes
+from simclr.methods.method import Method, Rows
 from simclr.optim import build_optimizer
 from simclr.precision import autocast, views_dtype
 from simclr.train import take_step
@@ -80,15 +80,10 @@ def footprint(config: Config, workers: int = 1, classes: int = 0, device: str = 
     most = _piece(config, workers)
     # Alone, this worker's share is the batch. Two pieces of it do: the others are one after the other in the same memory.
     some = max(min(images, 2 * most), 2)
-    queue = config.loss.memory and max(config.loss.memory // (2 * config.train.batch_size), 1) * 2 * some
-    alone = replace(
-        config,
-        train=replace(config.train, batch_size=some, micro_batch=None if config.pieces(workers) == 1 else most, shard_groups=1),
-        loss=replace(config.loss, memory=queue),
-    )
-    shapes = simclr(alone, Start(Path(), torch.device("meta")), _labelled(classes))
+    alone = _of_batch(config, some, None if config.pieces(workers) == 1 else most)
+    shaped = shapes(alone, classes)
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
-        method = _fake(shapes)
+        method = _fake(shaped)
         kept = [*method.network.parameters(), *method.network.buffers(), *method.state.parameters(), *method.state.buffers()]
         live.are(kept, "weights")
         method = replace(method, inputs=_inputs(method, alone, live, device))
@@ -123,13 +118,13 @@ def footprint(config: Config, workers: int = 1, classes: int = 0, device: str = 
 
 def fitting(config: Config, workers: int, room: int, classes: int = 0, device: str = "cpu") -> int | None:
     """The largest `train.micro_batch`, a power of two smaller than the piece that the config has, with which a worker needs at most `room`
-    bytes. None where not even two images at a time fit (BatchNorm wants two), or the config cannot have pieces (`loss.memory`)."""
+    bytes. None where not even two images at a time fit (BatchNorm wants two), or the config cannot have pieces (a queue of SimCLR's)."""
 
     def needed(piece: int) -> int:
         return footprint(replace(config, train=replace(config.train, micro_batch=piece)), workers, classes, device).total
 
     largest = 1 << (_piece(config, workers) - 1).bit_length() >> 1
-    if config.loss.memory or largest < 2:
+    if config.whole_batch or largest < 2:
         return None
     # Activations grow with the piece's images in a line, which two small pieces give; what it says is then tried.
     low, high = min(8, largest), min(16, largest)
@@ -228,14 +223,26 @@ def _evaluate(method: Method, config: Config) -> None:
         encoder.eval()(torch.empty((_EVALUATED, 3, px, px)).to(memory_format=torch.channels_last))
 
 
-def _labelled(classes: int) -> Any:
-    """As much of a manifest as the method's shapes want: classes, and no test split, since nothing is evaluated here."""
-    return SimpleNamespace(classes=range(classes), splits=(), examples=lambda split, groups=1: 1 << 40) if classes else None
+def _of_batch(config: Config, images: int, micro_batch: int | None) -> Config:
+    """`config` with steps of so many `images`, and a queue of about as many rows as before that holds whole batches."""
+    train = replace(config.train, batch_size=images, micro_batch=micro_batch, shard_groups=1)
+    if isinstance(config, SimCLR):
+        queue = config.loss.memory and max(config.loss.memory // (2 * config.train.batch_size), 1) * 2 * images
+        return replace(config, train=train, loss=replace(config.loss, memory=queue))
+    if isinstance(config, MoCo):
+        each = config.keys_per_step // config.train.batch_size * images
+        return replace(config, train=train, queue=max(config.queue // each, 1) * each)
+    return replace(config, train=train)
 
 
 def _rows_of_all(config: Config, images: int, counted: int) -> int:
-    """Bytes that NT-Xent takes for the rows of all images, but for those of the `counted` ones of this rank's `images`: projections with
-    gradient, and the logits, or blocks of them."""
-    every = 2 * config.train.batch_size + config.loss.memory
-    logits = min(2 * images * every, STREAMED_FROM) - min(4 * counted * counted, STREAMED_FROM)
-    return 3 * 4 * ((every - 2 * counted) * config.head.d_out + max(logits, 0))
+    """Bytes that the loss takes for the rows of all images, but for those of the `counted` ones of this rank's `images`: NT-Xent's
+    projections with gradient and logits, or blocks of them; MoCo v3's keys and logits. The others compare no rows of different ranks."""
+    if isinstance(config, SimCLR):
+        every = 2 * config.train.batch_size + config.loss.memory
+        logits = min(2 * images * every, STREAMED_FROM) - min(4 * counted * counted, STREAMED_FROM)
+        return 3 * 4 * ((every - 2 * counted) * config.head.d_out + max(logits, 0))
+    if isinstance(config, MoCoV3):
+        every = config.train.batch_size
+        return 4 * (2 * (every - counted) * config.d_out + 3 * 2 * (images * every - counted * counted))
+    return 0

@@ -28,6 +28,7 @@ Loss = tuple[Tensor, Rows]
 
 def cached_gradient(
     network: nn.Module,
+    state: nn.Module,
     inputs: Callable[[slice], Rows],
     forward: Callable[[Rows], Rows],
     targets: Callable[[Rows], Rows],
@@ -39,40 +40,60 @@ def cached_gradient(
     by one image. Every rank has as many pieces, whose collectives meet.
 
     Rows are (crops, n, …), pieces are cut along n. inputs(images) → input rows, the same at every call; forward(input rows) → output
-    rows, through `network`; targets(input rows) → target rows; loss(outputs, targets) of all images → (loss, sums). Returns (outputs,
-    targets, loss, sums). Autocast belongs inside `forward`: gradients are computed here.
+    rows, through `network`; targets(input rows) → target rows, which may go through `state`; loss(outputs, targets) of all images →
+    (loss, sums). Returns (outputs, targets, loss, sums). Autocast belongs inside `forward`: gradients are computed here.
     """
     cuts = [share(images, piece, pieces) for piece in range(pieces)]
-    statistics = [b for m in network.modules() if isinstance(m, BatchNorm) and m.training for b in (m.running_mean, m.running_var)]
-    before = [b.clone() for b in statistics]
+    statistics, beside = _Statistics(network), _Statistics(state)
     outputs, wanted_of = [], []
     for rows in cuts:
         given = inputs(rows)
         with torch.no_grad():
             outputs.append(forward(given))
-        if statistics:
-            torch._foreach_copy_(statistics, before)  # only the second pass counts
+        statistics.back()  # only the second pass counts
         wanted_of.append(targets(given))
+        beside.count()
     whole = {name: x.requires_grad_() for name, x in _joined(outputs).items()}
     taught = _joined(wanted_of)
     del given, outputs, wanted_of  # a piece's views, which the loss and the second pass have no use for
     found, sums = loss(whole, taught)
     gradients = dict(zip(whole, torch.autograd.grad(found, list(whole.values()), allow_unused=True), strict=True))
-    moved = [torch.zeros_like(b) for b in statistics]
     for rows in cuts:
         waits = isinstance(network, DistributedDataParallel) and rows is not cuts[-1]  # ranks exchange gradients once, at the end
         with network.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
             again = forward(inputs(rows))
             shares = [(again[name] * g[:, rows]).sum() for name, g in gradients.items() if g is not None]
             torch.stack(shares).sum().backward()
-        if statistics:
-            torch._foreach_add_(moved, statistics)
-            torch._foreach_copy_(statistics, before)
-    # Running statistics move once in a step, by the mean over pieces. (A momentum for each piece would do it too, but would be compiled
-    # anew each time.)
-    if statistics:
-        torch._foreach_copy_(statistics, torch._foreach_div(moved, float(pieces)))
+        statistics.count()
+    statistics.move(pieces)
+    beside.move(pieces)
     return {name: x.detach() for name, x in whole.items()}, taught, found.detach(), {name: x.detach() for name, x in sums.items()}
+
+
+class _Statistics:
+    """Running statistics of a module's BatchNorms. They move once in a step, by the mean over pieces. (A momentum for each piece would do
+    it too, but would be compiled anew each time.)"""
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [m for m in module.modules() if isinstance(m, BatchNorm) and m.training]
+        self.now = [b for m in norms for b in (m.running_mean, m.running_var)]
+        self.before, self.moved = [b.clone() for b in self.now], [torch.zeros_like(b) for b in self.now]
+
+    def back(self) -> None:
+        """What they were before the step."""
+        if self.now:
+            torch._foreach_copy_(self.now, self.before)
+
+    def count(self) -> None:
+        """Count a piece's, and go back."""
+        if self.now:
+            torch._foreach_add_(self.moved, self.now)
+            self.back()
+
+    def move(self, pieces: int) -> None:
+        """Move by the mean over all pieces."""
+        if self.now:
+            torch._foreach_copy_(self.now, torch._foreach_div(self.moved, float(pieces)))
 
 
 def _joined(pieces: list[Rows]) -> Rows:

@@ -10,17 +10,17 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
+from simclr.config import Config, Encoder, Head, Loss, Optim, SimCLR, Train, Views, Watch
 from simclr.errors import UserError
 
 
-def patterns_tiny() -> Config:
+def patterns_tiny() -> SimCLR:
     """The rendered dataset on two CPU cores; `simclr demo` runs it.
 
     simclr prepare --source patterns --out runs/patterns
     simclr pretrain patterns_tiny --data runs/patterns --workers 2
     """
-    return Config(
+    return SimCLR(
         encoder=Encoder(depth=8, cifar_stem=True),
         head=Head(layers=2, d_out=64),
         # Pixel by pixel, patterns differ mostly in brightness and contrast: the strong jitter removes that.
@@ -32,7 +32,7 @@ def patterns_tiny() -> Config:
     )
 
 
-def cifar10_resnet14() -> Config:
+def cifar10_resnet14() -> SimCLR:
     """A small ResNet-14 on CIFAR-10: every stage of v1 and v2 on a CPU.
 
     simclr prepare --source cifar10 --out runs/cifar10
@@ -42,7 +42,7 @@ def cifar10_resnet14() -> Config:
     so about 55 min; kNN 58.2, L-BFGS probe 61.1 (n = 1, seed 0). Fine-tuned on 1 % of the labels (seeds 0, 1, 2): 51.6, 53.3, 52.9.
     The scores are of 21 November 2026, before initial weights were keyed: the same seeds start from other weights now.
     """
-    return Config(
+    return SimCLR(
         encoder=Encoder(depth=14, cifar_stem=True),
         head=Head(layers=3, d_out=64),
         # Short runs of small networks gain from easier crops and a lower temperature than App. B.9's 0.08 and 0.5.
@@ -56,7 +56,7 @@ def cifar10_resnet14() -> Config:
     )
 
 
-def cifar10_resnet18() -> Config:
+def cifar10_resnet18() -> SimCLR:
     """ResNet-18 on CIFAR-10: one GPU, or a few steps on a CPU to try the path.
 
     simclr prepare --source cifar10 --out runs/cifar10
@@ -67,7 +67,7 @@ def cifar10_resnet18() -> Config:
     Differences from the reference: crops come from the official sampler, BatchNorm closes the head as in the official code, whose hidden
     layer is as wide as h (512, there 1,024).
     """
-    return Config(
+    return SimCLR(
         encoder=Encoder(depth=18, cifar_stem=True),
         # App. B.9: half the colour strength, no blur.
         views=Views(size_px=32, colour_strength=0.5, blur_p=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
@@ -79,7 +79,7 @@ def cifar10_resnet18() -> Config:
     )
 
 
-def cifar10_speedrun() -> Config:
+def cifar10_speedrun() -> SimCLR:
     """A plan, not run yet: 90 % kNN on clean CIFAR-10 by ResNet-18 in little time on one GPU; three seeds.
 
     simclr prepare --source cifar10 --out runs/cifar10
@@ -97,7 +97,7 @@ def cifar10_speedrun() -> Config:
     )
 
 
-def imagenet_resnet50() -> Config:
+def imagenet_resnet50() -> SimCLR:
     """ResNet-50 on ImageNet, the paper's main setting (arXiv:2002.05709, Sec. 4 and 5): N = 4096, LARS, τ = 0.1, 100 epochs.
 
     simclr prepare --source /data/imagenet --out /data/imagenet-shards
@@ -106,26 +106,26 @@ def imagenet_resnet50() -> Config:
     *Published*: linear probe 64.6 after 100 epochs with this setting (Table B.1, N = 4096, linear scaling).
     """
     # The paper says weight decay 1e-6, the official README runs ImageNet with 1e-4; we follow the paper.
-    return Config(train=Train(batch_size=4096, epochs=100), watch=Watch(every_epochs=10))
+    return SimCLR(train=Train(batch_size=4096, epochs=100), watch=Watch(every_epochs=10))
 
 
-def imagenet_resnet50_2x() -> Config:
+def imagenet_resnet50_2x() -> SimCLR:
     """ResNet-50 (2×) on ImageNet, 1,000 epochs. *Published*: linear probe 74.2 (arXiv:2002.05709, Table 6)."""
-    return Config(encoder=Encoder(depth=50, width=2), train=Train(batch_size=4096, epochs=1000), watch=Watch(every_epochs=50))
+    return SimCLR(encoder=Encoder(depth=50, width=2), train=Train(batch_size=4096, epochs=1000), watch=Watch(every_epochs=50))
 
 
-def imagenet_resnet50_4x() -> Config:
+def imagenet_resnet50_4x() -> SimCLR:
     """ResNet-50 (4×) on ImageNet, 1,000 epochs. *Published*: linear probe 76.5 (arXiv:2002.05709, Table 6)."""
-    return Config(encoder=Encoder(depth=50, width=4), train=Train(batch_size=4096, epochs=1000), watch=Watch(every_epochs=50))
+    return SimCLR(encoder=Encoder(depth=50, width=4), train=Train(batch_size=4096, epochs=1000), watch=Watch(every_epochs=50))
 
 
-def imagenet_resnet152_3x_sk() -> Config:
+def imagenet_resnet152_3x_sk() -> SimCLR:
     """ResNet-152 (3×) with selective kernels and a 3-layer head, SimCLR v2's largest (arXiv:2006.10029, Sec. 3).
 
     *Published*: linear probe 79.8 after 800 epochs (its Table 1), 795 M parameters.
     """
     # v2 (Sec. 3): N = 4096, lr = 0.1 · √N with the square-root rule, decay 1e-4, 5 % of the epochs are warm-up.
-    return Config(
+    return SimCLR(
         encoder=Encoder(depth=152, width=3, sk_ratio=0.0625),
         head=Head(layers=3),
         optim=Optim(base_lr=0.1, scaling="sqrt", warmup_epochs=40, weight_decay=1e-4),

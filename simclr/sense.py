@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from simclr.config import Config, Views
+from simclr.config import Config, SimCLR, Views
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
+from simclr.family import MoCo
 from simclr.stages import Distill, FineTune
 
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
@@ -89,10 +90,15 @@ def _crops(views: Views, manifest: Manifest) -> str:
 
 def _queue(config: Config, examples: int) -> str:
     """A longer queue holds every image, so each would be its own negative."""
-    epoch = 2 * config.train.batch_size * config.steps_per_epoch(examples)
-    if config.loss.memory <= epoch:
-        return ""
-    return f"loss.memory {config.loss.memory:,} exceeds the {epoch:,} projections of an epoch; use --loss.memory {epoch} or less"
+    match config:
+        case SimCLR():
+            name, length, each = "loss.memory", config.loss.memory, 2 * config.train.batch_size
+        case MoCo():
+            name, length, each = "queue", config.queue, config.keys_per_step
+        case _:
+            return ""
+    epoch = each * config.steps_per_epoch(examples)
+    return f"{name} {length:,} exceeds the {epoch:,} projections of an epoch; use --{name} {epoch} or less" if length > epoch else ""
 
 
 # ── Said ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -131,7 +137,8 @@ def _enlarged(views: Views, manifest: Manifest) -> str:
 
 
 def _unblurred(views: Views) -> str:
-    asked = views.blur_p > 0 if views.operations is None else "blur" in views.operations
+    blurs = views.of_view("blur_p", 0) + views.of_view("blur_p", 1) > 0
+    asked = blurs if views.operations is None else "blur" in views.operations
     if not asked or views.size_px // 10 // 2:
         return ""
     return f"views of {views.size_px} px are not blurred, though they should be: the kernel, a tenth of the side, is a single pixel"

@@ -7,15 +7,16 @@ epochs. They inherit the `loss` settings too, which have no effect here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from simclr.config import Config, Optim, Train, Watch, _require
+from simclr.config import Config, Optim, SimCLR, Train, Watch, require
+from simclr.family import pretraining
 
 _LAST_ONLY = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FineTune(Config):
+class FineTune(SimCLR):
     """Second stage: the whole network trained on labels, from a layer of the projection head on.
 
     The defaults are v2's for 1 % of the labels and a plain ResNet-50 (Sec. 3 and the official README's command): LARS,
@@ -40,13 +41,13 @@ class FineTune(Config):
     """sha256 of the sample ids whose labels are used."""
 
     def __post_init__(self) -> None:
-        Config.__post_init__(self)  # super() without arguments fails in a dataclass with slots
-        _require(0 <= self.tap <= self.head.layers, f"tap is {self.tap}; the projection head has {self.head.layers} layers, 0 is h")
+        SimCLR.__post_init__(self)
+        require(0 <= self.tap <= self.head.layers, f"tap is {self.tap}; the projection head has {self.head.layers} layers, 0 is h")
         _require_plain(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Distill(Config):
+class Distill(SimCLR):
     """Third stage: a student learns the teacher's probabilities on images without labels (Eq. 2), and some labels (Eq. 3).
 
     The defaults are v2's (Sec. 3): optimizer, schedule, weight decay and batch of its pretraining, 400 epochs, no labels.
@@ -65,16 +66,21 @@ class Distill(Config):
     """sha256 of the sample ids whose labels are used; empty = none."""
 
     def __post_init__(self) -> None:
-        Config.__post_init__(self)
-        _require(self.temperature > 0, f"temperature is {self.temperature}; expected a positive number, v2 uses 0.1 to 1")
-        _require(0 < self.alpha <= 1, f"alpha is {self.alpha}; expected above 0 (at 0 nothing would be distilled) and at most 1")
+        SimCLR.__post_init__(self)
+        require(self.temperature > 0, f"temperature is {self.temperature}; expected a positive number, v2 uses 0.1 to 1")
+        require(0 < self.alpha <= 1, f"alpha is {self.alpha}; expected above 0 (at 0 nothing would be distilled) and at most 1")
         _require_plain(self)
 
 
-def _require_plain(config: Config) -> None:
-    _require(config.train.micro_batch is None, "train.micro_batch is for pretraining, whose loss needs all of a batch; use a smaller batch")
-    _require(config.train.shard_groups == 1, "train.shard_groups is for pretraining; fine-tuning and distilling read all shards")
+def _require_plain(config: SimCLR) -> None:
+    require(config.train.micro_batch is None, "train.micro_batch is for pretraining, whose loss needs all of a batch; use a smaller batch")
+    require(config.train.shard_groups == 1, "train.shard_groups is for pretraining; fine-tuning and distilling read all shards")
 
 
 STAGES: dict[str, type[Config]] = {"pretrain": Config, "finetune": FineTune, "distill": Distill}
-"""Name of a stage and of its command → its settings."""
+"""Name of a stage and of its command → its settings; pretraining has those of a method."""
+
+
+def read_config(stage: str, values: Any) -> Config:
+    """The config of a run of `stage` from `Config.to_dict()`. Raises UserError as `Config.from_dict`, or for an unknown method."""
+    return pretraining(values) if stage == "pretrain" else STAGES[stage].from_dict(values)

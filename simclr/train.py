@@ -152,6 +152,7 @@ def take_step(
         inputs = {}
         outputs, targets, loss, sums = cached_gradient(
             network,
+            method.state,
             lambda rows: method.inputs(batch, rows),
             forward,
             targets_of,

@@ -36,7 +36,9 @@ LAYERS = [
     ("simclr.encoder",),
     ("simclr.data",),
     ("simclr.networks", "simclr.views", "simclr.loss", "simclr.optim", "simclr.checkpoint", "simclr.stages", "simclr.recipes"),
+    ("simclr.family",),
     ("simclr.collectives", "simclr.config", "simclr.precision"),
+    ("simclr.sections",),
     (
         "simclr.keyed",
         "simclr.shares",

@@ -21,6 +21,7 @@ from pipelines.terminal import say
 from simclr import fields, files
 from simclr.config import Config
 from simclr.errors import UserError
+from simclr.family import pretraining
 from tune import sweep_dir
 
 
@@ -57,7 +58,7 @@ def settle(directory: Path) -> str:
             sweep_dir.require_here(part)
         if old.is_dir():
             note = _note(folder / "takes.json")
-            if checkpoints.is_dir() and load_run(directory).config == Config.from_dict(note["config"]):
+            if checkpoints.is_dir() and load_run(directory).config == pretraining(note["config"]):
                 taken = str(note["trial"])
                 shutil.rmtree(old)
             else:

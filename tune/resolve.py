@@ -14,6 +14,7 @@ from typing import Any
 
 from simclr.config import Config
 from simclr.errors import UserError
+from simclr.family import pretraining
 from tune.spaces import SPACES, Axis, Peak, PeakBetween, Space, Times, WholeBetween
 
 MOST = 100_000
@@ -241,7 +242,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
         for group in groups:
             here = here[group]
         here[name] = value
-    return Config.from_dict(whole)
+    return pretraining(whole)
 
 
 def assignments(words: tuple[str, ...], flag: str) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.evaluation import features, knn, linear
 from simclr.methods.method import Start
-from simclr.methods.simclr import build_model
+from simclr.networks.encoders import encoder_of
 from simclr.train import train
 from simclr.views.preprocessing import Preprocessing
 
@@ -49,10 +49,10 @@ def cifar(name: str, config: Config, data: Path, epochs: int, threads: int, devi
         print(f"step {report.step:,} of {total:,}: loss {report.metrics['train/loss']:.4f}, {speeds[-1]:,.0f} images/s", flush=True)
         last = report
     trained_s = time.perf_counter() - began
-    model = build_model(config, len(manifest.classes)).to(device)
-    model.load_state_dict({key.removeprefix("model."): tensor for key, tensor in last.state.tensors.items() if key.startswith("model.")})
+    encoder, prefix = encoder_of(config).to(device), "model.encoder."
+    encoder.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in last.state.tensors.items() if key.startswith(prefix)})
     seen = Preprocessing.of(config.views)
-    found = [features.embed_split(model.encoder, data, split, seen, None, device, threads=threads) for split in ("train", "test")]
+    found = [features.embed_split(encoder, data, split, seen, None, device, threads=threads) for split in ("train", "test")]
     bank, queries = (split.labelled() for split in found)
     voted = knn.knn(bank.h, bank.y, queries.h, queries.y, _K, _TEMPERATURE)["top1"]
     probe = linear.linear_probe(bank.h, bank.y, queries.h, queries.y)["top1"]

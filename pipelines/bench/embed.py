@@ -29,7 +29,7 @@ from simclr.data.sources.portions import portions
 from simclr.data.sources.reading import Reading
 from simclr.encoder.directory import write_encoder
 from simclr.errors import UserError
-from simclr.methods.simclr import build_model
+from simclr.networks.encoders import encoder_of
 from simclr.precision import autocast, set_backends
 from simclr.recipes import recipe
 
@@ -53,7 +53,7 @@ def embed(name: str, data: Path | None, images: int, trials: int, threads: int, 
         folder = Path(temporary)
         different = photographs(data, folder, images)
         config = recipe(name)
-        encoder = build_model(config).encoder
+        encoder = encoder_of(config)
         write_encoder(encoder.state_dict(), config, folder / "encoder", {})
         waited: dict[str, list[float]] = {THREADS: [], PROCESSES: []}
         here = Where(cpus_per_worker=threads)

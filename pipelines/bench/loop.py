@@ -16,6 +16,7 @@ from pipelines.bench.held import held, steps_of
 from pipelines.bench.result import WARM_STEPS, Row, compared, in_turn
 from simclr.config import Config
 from simclr.errors import UserError
+from simclr.family import pretraining
 
 _ENDLESS = 1_000_000  # windows: the schedule never ends
 
@@ -77,7 +78,7 @@ def _bare(values: dict[str, Any], data: str, threads: int) -> Callable[[int], fl
         steps = max(steps, WARM_STEPS)
         if steps not in reports:
             reports.clear()  # ends the previous one
-            reports[steps] = train(timed(Config.from_dict(values), steps, _ENDLESS), Start(Path(data), device, threads=threads))
+            reports[steps] = train(timed(pretraining(values), steps, _ENDLESS), Start(Path(data), device, threads=threads))
             for report in reports[steps]:  # reports of the first step and of the window that is not counted
                 if report.step > 1:
                     break

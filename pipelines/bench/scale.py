@@ -20,8 +20,9 @@ from typing import Any
 from pipelines.bench.result import WARM_STEPS, Row, in_turn
 from pipelines.bench.scale_model import LEFT_OUT, WAYS, Cluster, Link, Work, expected
 from pipelines.terminal import say
-from simclr.config import Config
+from simclr.config import Config, SimCLR
 from simclr.errors import UserError
+from simclr.family import pretraining
 
 EXPECTED_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _REPEATS = 7  # of each collective alone; the first two are not counted
@@ -205,7 +206,7 @@ def _rank(rank: int, world: int, store: str, config: dict[str, Any], steps: int,
         torch.cuda.set_device(place)
     group: dict[str, Any] = {"backend": "gloo" if device == "cpu" else "nccl", "rank": rank, "world_size": world}
     group["timeout"] = timedelta(seconds=_PATIENCE_S)
-    plan = Config.from_dict(config)
+    plan = pretraining(config)
     n = plan.images_per_rank(world)
 
     def step_s(config: Config) -> float:
@@ -234,15 +235,16 @@ def _communication(config: Config, n: int, world: int, place: Any) -> Found:
     import torch.distributed as dist
 
     from simclr.collectives import all_gather, all_reduce_sum
-    from simclr.methods.simclr import shapes_only
+    from simclr.methods.choice import shapes
     from simclr.networks.batchnorm import BatchNorm
 
-    network = shapes_only(config)
+    network = shapes(config).network
     kind = torch.bfloat16 if config.train.compress_gradients else torch.float32
     gradients = torch.zeros(sum(p.numel() for p in network.parameters()), device=place, dtype=kind)
     bucket = max(int(config.train.bucket_mib * 2**20) // 4, 1)  # DDP fills its buckets with float32, even if they are compressed
     norms = [torch.zeros(2 * m.weight.numel(), device=place) for m in network.modules() if isinstance(m, BatchNorm) and m.ranks != 1]
-    z = torch.zeros(2 * n, config.head.d_out, device=place, requires_grad=True)
+    d_out = config.head.d_out if isinstance(config, SimCLR) else getattr(config, "d_out", 0)
+    z = torch.zeros(2 * n, d_out, device=place, requires_grad=True)
     found = {"gradient_bytes": float(gradients.nbytes), "buckets": float(math.ceil(gradients.numel() / bucket))}
     found |= {"z_bytes": 4.0 * z.numel(), "layers": float(len(norms))}
     found["norm_bytes"] = 4.0 * sum(sums.numel() for sums in norms)

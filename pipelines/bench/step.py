@@ -18,14 +18,15 @@ from pipelines.allocator import keep_freed_memory
 from pipelines.bench.result import WARM_STEPS, Row, compared, cost, in_turn, power, print_cost
 from pipelines.bench.timing import Call, graph_breaks, peak_gib, rate, wait, write_profile
 from simclr.collectives import data_parallel, world_size
-from simclr.config import Config
+from simclr.config import Config, SimCLR
 from simclr.data.loader import Batch, batches, on_device
 from simclr.errors import UserError
+from simclr.methods.choice import pretraining
 from simclr.methods.method import Start, views_for
-from simclr.methods.simclr import SimCLR, build_model, simclr
+from simclr.methods.simclr import Network, build_model
 from simclr.networks.batchnorm import BatchNorm, share_statistics
 from simclr.networks.norm_forms import Form, give_form
-from simclr.optim import build_optimizer, lr_peak, parameter_groups, warmup_cosine
+from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.precision import autocast, set_backends, views_dtype, weights_dtype
 from simclr.train import take_step
 from simclr.views.draw import Crop
@@ -58,8 +59,6 @@ def step(
     with `train.micro_batch` gradient caching's; with shards in `data` our step fed by loader and views, and these two alone; compiled on
     a GPU our step with each of `simclr.networks.norm_forms`. The fed side shares our network, every other compiles its own. Then profile
     and cost."""
-    if config.loss.name != "nt_xent":
-        raise UserError(f"the recipe's loss is {config.loss.name}; `simclr bench step` compares NT-Xent")
     n = config.images_per_rank(1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -93,10 +92,11 @@ def _sides(
 ) -> dict[str, Call]:
     """Name → one step, for each side asked for. `stack` ends the loader's thread."""
     n = config.images_per_rank(1)
-    there: tuple[Side, ...] = ("resident", "plain", *(("cached",) if config.pieces(1) > 1 else ()))
+    comparable = isinstance(config, SimCLR) and config.loss.name == "nt_xent"
+    there: tuple[Side, ...] = ("resident", *(("plain",) if comparable else ()), *(("cached",) if config.pieces(1) > 1 else ()))
     there += ("fed", "views", "loader") if data is not None else ()
     if missing := [side for side in asked if side not in (*there, *FORMS)]:
-        needs = "--micro-batch" if missing[0] == "cached" else "--data"
+        needs = {"cached": "--micro-batch", "plain": "SimCLR with NT-Xent"}.get(missing[0], "--data")
         raise UserError(f"--sides {missing[0]} needs {needs}; give it, or leave that side out")
     forms = tuple(FORMS) if config.train.compile and device.type == "cuda" else ()
     wanted = asked or (*there, *forms)
@@ -115,6 +115,7 @@ def _sides(
     if "fed" in wanted:
         made[FED] = lambda: ours(of_batch(next(stream), whole, device))
     if "plain" in wanted:
+        assert isinstance(whole, SimCLR)
         made[PLAIN] = plain_step(whole, views)
     for form, name in FORMS.items():
         if form in wanted:
@@ -217,13 +218,13 @@ def our_step(config: Config, device: torch.device, form: Form | None = None) -> 
     """The loop's own step (`simclr.train.take_step`) without labels, in the process group if there is one; with `form`, its BatchNorms in
     this form. It takes the views and returns the loss on the device, without waiting for it."""
     n, taken = config.images_per_rank(world_size()), 0
-    made = simclr(config, Start(Path(), device))
+    made = pretraining(config, Start(Path(), device))
     share_statistics((made.network, made.state), config.train.batch_size)
     if form is not None:
         give_form(made.network, form)
     peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
     schedule = partial(warmup_cosine, peak=peak, warmup_steps=_WARMUP, total_steps=_TOTAL)
-    groups = parameter_groups(made.network, config.optim.weight_decay, schedule)
+    groups = tuple(replace(group, schedules={**group.schedules, "lr": schedule}) for group in made.groups)
     optimizer = build_optimizer(groups, config.optim)
     network = data_parallel(made.network, config.train.bucket_mib, config.train.compress_gradients, config.train.compile)
     nobody = Batch(0, 0, (), torch.arange(n), torch.full((n,), -1))
@@ -238,7 +239,7 @@ def our_step(config: Config, device: torch.device, form: Form | None = None) -> 
     return one
 
 
-def plain_step(config: Config, views: Tensor) -> Step:
+def plain_step(config: SimCLR, views: Tensor) -> Step:
     """The same network and weights in the usual form of the step: `nn.BatchNorm2d`, NT-Xent written out, fused SGD."""
     network: nn.Module = (
         in_plain_torch(config).to(views.device, weights_dtype(config.train.precision)).to(memory_format=torch.channels_last).train()
@@ -267,7 +268,7 @@ def plain_step(config: Config, views: Tensor) -> Step:
     return one
 
 
-def in_plain_torch(config: Config) -> SimCLR:
+def in_plain_torch(config: SimCLR) -> Network:
     """The network and weights of `config` with torch's own BatchNorm."""
     model = build_model(config)
     _with_torch_norms(model.encoder, nn.BatchNorm2d)

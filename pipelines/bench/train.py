@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipelines.bench.held import Ask, Held, asks, held, steps_of
 from pipelines.bench.loop import around, require_ray, timed, under_ray
 from pipelines.bench.result import Row, compared, cost, in_turn, power, print_cost
-from simclr.config import Config
+from simclr.config import Config, SimCLR
 from simclr.errors import UserError
+from simclr.family import method_name, pretraining
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +43,8 @@ def train(
     is compared with takes as many windows before and after: `around`. No online classifier is trained: resident views have no labels.
     """
     require_ray("train")
-    if config.loss.name != "nt_xent":
-        raise UserError(f"the recipe's loss is {config.loss.name}; `simclr bench train` compares NT-Xent")
+    if peer == "lightly" and not (isinstance(config, SimCLR) and config.loss.name == "nt_xent"):
+        raise UserError(f"the recipe's method is {method_name(config)}; `simclr bench train --peer lightly` compares SimCLR with NT-Xent")
     config = replace(config, train=replace(config.train, linear_eval=False))
     n = config.images_per_rank(1)
     asked: dict[str, Callable[..., Any]] = {RESIDENT: partial(_resident, config.to_dict(), threads)}
@@ -87,7 +88,7 @@ def _resident(values: dict[str, Any], threads: int) -> Ask:
 
     torch.set_num_threads(threads)
     keep_freed_memory()
-    config, device = Config.from_dict(values), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, device = pretraining(values), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     set_backends(config.train.precision, device)
     return asks(partial(our_step(config, device), resident(resident_views(config, device))), device)
 
@@ -120,7 +121,8 @@ def _lightly(values: dict[str, Any], threads: int, folder: Path) -> Ask:
 
     torch.set_num_threads(threads)
     keep_freed_memory()
-    config, device = Config.from_dict(values), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, device = pretraining(values), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert isinstance(config, SimCLR)
     set_backends(config.train.precision, device)
     shown, n = config.views, config.images_per_rank(1)
     transform = SimCLRTransform(
@@ -129,7 +131,7 @@ def _lightly(values: dict[str, Any], threads: int, folder: Path) -> Ask:
         cj_strength=shown.colour_strength,
         min_scale=shown.area[0],
         random_gray_scale=shown.grey_p,
-        gaussian_blur=shown.blur_p,
+        gaussian_blur=shown.of_view("blur_p", 0),
         hf_prob=shown.flip_p,
         normalize={"mean": list(shown.mean), "std": list(shown.std)},
     )

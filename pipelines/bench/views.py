@@ -109,7 +109,7 @@ def _kornia(crops: Tensor, config: Views) -> Callable[[], Tensor]:
         kornia.RandomHorizontalFlip(p=config.flip_p),
         kornia.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=config.jitter_p),
         kornia.RandomGrayscale(p=config.grey_p),
-        kornia.RandomGaussianBlur((taps, taps), (0.1, 2.0), p=config.blur_p),
+        kornia.RandomGaussianBlur((taps, taps), (0.1, 2.0), p=config.of_view("blur_p", 0)),
     ]
     augment = nn.Sequential(*steps)
 

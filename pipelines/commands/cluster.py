@@ -19,6 +19,7 @@ from pipelines.train import ray_private, tpu
 from simclr import files, sense
 from simclr.config import Config
 from simclr.errors import UserError
+from simclr.family import pretraining
 
 _MOST_VALUES = 100_000
 
@@ -205,7 +206,7 @@ def changed(name: str, assignments: tuple[str, ...], config: Config | None = Non
             inner[field] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise UserError(f"--set {assignment}: {value!r} is no YAML value; expected a number, a word or a list") from None
-    return Config.from_dict(values)
+    return pretraining(values)
 
 
 def batch_over(cluster: dict[str, Any], config: Config) -> str:

@@ -17,7 +17,7 @@ from pipelines.terminal import show
 from pipelines.tracking import tensorboard
 from pipelines.train import classifiers, driver
 from pipelines.train.resources import Resources
-from simclr.config import Optim, Watch
+from simclr.config import Optim, Watch, head_of
 from simclr.errors import UserError
 from simclr.stages import Distill
 
@@ -159,7 +159,7 @@ def _config(args: Args, directory: Path, images: int, labels_sha256: str) -> Dis
     return Distill(
         seed=args.seed,
         encoder=student,
-        head=base.head,
+        head=head_of(base),
         views=base.views,
         optim=args.optim,
         train=classifiers.stage_train(

@@ -16,7 +16,7 @@ from pipelines.terminal import say, show
 from pipelines.tracking import tensorboard
 from pipelines.train import classifiers, driver
 from pipelines.train.resources import Resources
-from simclr.config import Optim, Watch
+from simclr.config import Optim, SimCLR, Watch, head_of
 from simclr.errors import UserError
 from simclr.stages import FineTune
 
@@ -193,11 +193,11 @@ def _config(args: Args, directory: Path, images: int, share: float, labels_sha25
         raise UserError("--encoder.… asks for another network than the given one, which has weights; add --from-scratch, or leave it out")
     epochs = args.epochs if args.epochs is not None else 60.0 if share < _FEW else 30.0
     batch_size = classifiers.batch_for(args.batch_size, 1024, images, args.resources.workers)
-    tap = args.tap if args.tap is not None else int(base.head.layers >= 3 and share < 1)
+    tap = args.tap if args.tap is not None else int(isinstance(base, SimCLR) and base.head.layers >= 3 and share < 1)
     return FineTune(
         seed=args.seed,
         encoder=args.encoder.of(base.encoder),
-        head=base.head,
+        head=head_of(base),
         views=base.views,
         optim=args.optim,
         train=classifiers.stage_train(batch_size, epochs, args.precision, args.compile),

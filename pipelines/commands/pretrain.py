@@ -138,9 +138,9 @@ def dry(args: Args) -> Iterator[str]:
 
 
 def _parameters(config: Config, classes: int) -> int:
-    from simclr.methods.simclr import shapes_only
+    from simclr.methods.choice import shapes
 
-    return sum(p.numel() for p in shapes_only(config, classes).parameters())
+    return sum(p.numel() for p in shapes(config, classes).network.parameters())
 
 
 def pretrain(args: Args) -> Run:

@@ -32,7 +32,8 @@ def main(args: Args) -> None:
         show(stage(args.name).rstrip())
     else:
         config = recipe(args.name)
-        show(config_file.written(config, inspect.getdoc(RECIPES[args.name]) or "", {"recipe": args.name}).rstrip())
+        names = {"recipe": args.name} | ({"method": config.METHOD} if config.METHOD else {})
+        show(config_file.written(config, inspect.getdoc(RECIPES[args.name]) or "", names).rstrip())
 
 
 def stage(name: str) -> str:

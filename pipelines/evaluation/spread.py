@@ -32,13 +32,13 @@ def encoders_of(
 ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Name → encoder of each row of the table, on `device`, weakest first."""
     from simclr.evaluation.features import pixels
-    from simclr.methods.simclr import build_model
+    from simclr.networks.encoders import encoder_of
 
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     if baselines:
         if manifest.classes:
             found["raw pixels"] = _small if manifest.kind == "jpeg" else pixels
-        found["untrained encoder"] = build_model(config).encoder.eval().to(device)
+        found["untrained encoder"] = encoder_of(config).eval().to(device)
     return found | {"trained encoder": published.encoder.to(device)}
 
 

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 from simclr import fields, files
 from simclr.config import Config
 from simclr.errors import UserError
+from simclr.family import METHODS, method_name
 from simclr.recipes import RECIPES, recipe
-from simclr.stages import STAGES
+from simclr.stages import STAGES, read_config
 from simclr.text import printable
 
 if TYPE_CHECKING:  # an extra has it, and every command looks for --config
@@ -75,7 +76,14 @@ def read(path: Path, stage: str = "pretrain") -> Named:
         raise UserError(
             f"{printable(str(path))}, line {line}: recipe is {fields.short(name)}; expected a name, as `simclr recipes` lists them"
         )
-    whole = Config()
+    method, stated = written.pop("method", (0, "simclr"))
+    if stated not in METHODS:
+        near = difflib.get_close_matches(str(stated), METHODS, n=3, cutoff=0.3) or list(METHODS)
+        raise UserError(f"{printable(str(path))}, line {method}: unknown method {fields.short(stated)}; nearest: {', '.join(near)}")
+    if method and name in RECIPES and method_name(recipe(name)) != stated:
+        of = method_name(recipe(name))
+        raise UserError(f"{printable(str(path))}, line {method}: method is {stated}, and the recipe {name} is of {of}")
+    whole = METHODS[stated]() if method or name not in RECIPES else recipe(name)
     missing = sorted(set(whole.flat()) - set(written))
     if missing and name is None:
         raise UserError(
@@ -248,7 +256,7 @@ def _of_run(path: Path, stage: str) -> Named:
     if not _NAME.fullmatch(text["recipe"]):
         raise UserError(f"{path} is damaged: recipe is {fields.short(text['recipe'])}, expected a name; {_INSTEAD}")
     try:
-        return Named(text["recipe"], STAGES[of].from_dict(text["config"]), of)
+        return Named(text["recipe"], read_config(of, text["config"]), of)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -34,7 +34,7 @@ from simclr.config import ADDED, RENAMED, Config
 from simclr.data.manifest import digest_of
 from simclr.data.s3.uri import address, copy_of
 from simclr.errors import UserError
-from simclr.stages import STAGES
+from simclr.stages import STAGES, read_config
 
 SCHEMA = 1
 _INSTEAD = "bring it back from a copy, or begin a new run with another --run"
@@ -363,7 +363,7 @@ def _run_of(path: Path, text: dict[str, Any]) -> Run:
             fields.require(text, {name: dict[str, Any]}, where, _INSTEAD)
             fields.require(text[name], hints, f"{name} in {where}", _INSTEAD)
     try:
-        config = STAGES[stage].from_dict(text.pop("config"))
+        config = read_config(stage, text.pop("config"))
     except UserError as error:
         raise UserError(f"{where} is damaged: {error}; {_INSTEAD}") from None
     at, data = address(text["data"]), Path(text.pop("data"))

@@ -16,7 +16,7 @@ from pipelines.runs import status
 from pipelines.runs.directory import LATEST_S, SCHEMA
 from simclr import fields, files
 from simclr.errors import UserError
-from simclr.stages import STAGES
+from simclr.stages import STAGES, read_config
 
 SILENT_S = 600.0
 """A run without a report for longer has stopped, if nothing else is known; reports come every few seconds."""
@@ -84,7 +84,7 @@ def line(name: str, run_json: str, metrics: str, checkpoints: list[str], state_j
         else:
             about.setdefault("stage", "pretrain")
             fields.require(about, {"config": dict[str, Any], "stage": Literal[tuple(STAGES)]}, "run.json", _INSTEAD)
-            total = STAGES[about["stage"]].from_dict(about["config"]).train.steps
+            total = read_config(about["stage"], about["config"]).train.steps
     except UserError as error:
         note = f"run.json cannot be read: {error}"
     step, total = last.get("step", max(steps, default=0)), last.get("total_steps", total)

@@ -146,7 +146,7 @@ def _parameters(config: dict[str, Any]) -> int:
     import torch
 
     from simclr.config import Encoder
-    from simclr.networks.resnet import build_encoder
+    from simclr.networks.encoders import build_encoder
 
     with torch.device("meta"):  # names and shapes, without memory
         return sum(p.numel() for p in build_encoder(Encoder(**config["encoder"])).parameters())

@@ -20,7 +20,7 @@ from pipelines.terminal import say
 from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.train import driver, subset
-from simclr.config import Config, Encoder, Train
+from simclr.config import Config, Encoder, SimCLR, Train
 from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
@@ -214,7 +214,7 @@ def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, objec
     about |= {"scored_on": on} if on else {}
     # A published head is a ProjectionHead, or its first layers; a classifier holds the layers alone.
     head = {f"layers.{name}": t for name, t in parts["head"].items()}
-    plain = Config(**{f.name: getattr(run.config, f.name) for f in dataclasses.fields(Config)})
+    plain = SimCLR(**{f.name: getattr(run.config, f.name) for f in dataclasses.fields(SimCLR)})
     write_encoder(parts["encoder"], plain, run.encoder, about, head=head, classifier=parts["classifier"], tap=tap, classes=list(classes))
     if scores:
         measured = _measured(run, step, scores, on)

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipelines.runs.config_file import given_to
 from pipelines.runs.directory import Run, load_run
 from pipelines.runs.environment import environment
-from simclr.config import Config
+from simclr.config import Config, SimCLR
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 
@@ -86,8 +86,8 @@ def memory(config: Config, workers: int, classes: int, room: Room | None, device
     if piece is not None:
         smaller = footprint(replace(config, train=replace(config.train, micro_batch=piece)), workers, classes, device)
         mend = f"--train.micro-batch {piece} takes about {_gib(smaller.total)} GiB, with BatchNorm over a piece of every worker"
-    elif config.loss.memory:
-        mend = "a queue (loss.memory) needs a whole batch at once; use more workers, a smaller batch, or no queue"
+    elif config.whole_batch:
+        mend = f"{config.whole_batch}; use more workers, a smaller batch, or no queue"
     else:
         mend = "no --train.micro-batch does; use a smaller encoder or views"
     yield line("", f"does NOT fit {room.what}, {_gib(room.bytes)} GiB: {mend}")
@@ -139,7 +139,8 @@ def _resources(command: str, device: str) -> tuple[int, str]:
 def _cost(config: Config) -> tuple[object, ...]:
     """What the time of an image depends on most."""
     train = config.train
-    return config.encoder, config.head, config.views.size_px, train.batch_size, train.micro_batch, train.precision, train.compile
+    head = config.head if isinstance(config, SimCLR) else config.METHOD
+    return config.encoder, head, config.views.size_px, train.batch_size, train.micro_batch, train.precision, train.compile
 
 
 def storage(config: Config, manifest: Manifest, at_s3: bool, run: Path, parameters: int) -> Iterator[str]:

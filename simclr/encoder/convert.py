@@ -22,9 +22,10 @@ from simclr import config as configs
 from simclr.encoder.tf_checkpoint import Bundle, open_bundle
 from simclr.errors import UserError
 from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.encoders import build_encoder
 from simclr.networks.heads import Classifier, ProjectionHead
 from simclr.networks.initial import unfilled
-from simclr.networks.resnet import ResNet, build_encoder
+from simclr.networks.resnet import ResNet
 
 _PARTS = {"encoder": ("base_model", "resnet"), "head": ("head_contrastive", "projection_head"), "classifier": ("head_supervised",)}
 _KINDS = ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")
@@ -99,7 +100,7 @@ def convert(bundle: Bundle) -> Converted:
     head = _head(bundle, parts["head"], encoder.d_h)
     head_config = configs.Head(layers=len(head.layers), d_out=head.widths[-1]) if head else configs.Head()
     linear, taps = _linear(bundle, parts["classifier"], head.widths if head else [encoder.d_h])
-    whole = configs.Config(encoder=config, head=head_config, views=configs.Views(size_px=32 if config.cifar_stem else 224))
+    whole = configs.SimCLR(encoder=config, head=head_config, views=configs.Views(size_px=32 if config.cifar_stem else 224))
     return Converted(encoder.eval(), whole, head.eval() if head else None, linear, taps, bundle.source, bundle.step, sorted(ignored))
 
 

@@ -32,8 +32,9 @@ from simclr.data.options import Options
 from simclr.encoder import pictures
 from simclr.encoder.pictures import Listed, Pictures
 from simclr.errors import UserError
+from simclr.family import METHODS
+from simclr.networks.encoders import Encoder, build_encoder
 from simclr.networks.heads import Classifier, ProjectionHead, build_head
-from simclr.networks.resnet import ResNet, build_encoder
 from simclr.views.preprocessing import Preprocessing
 
 ENCODER_SCHEMA = 1
@@ -47,7 +48,7 @@ class PublishedEncoder(nn.Module):
     `forward` takes normalised images (n, 3, H, W); `embed` takes pictures of any size, as arrays, files or objects of Pillow.
     """
 
-    def __init__(self, encoder: ResNet, config: dict[str, Any]) -> None:
+    def __init__(self, encoder: Encoder, config: dict[str, Any]) -> None:
         super().__init__()
         self.encoder, self.config, self.d_h = encoder, config, encoder.d_h
         self.preprocessing = preprocessing_of(config)
@@ -108,9 +109,10 @@ def preprocessing_of(text: dict[str, Any]) -> Preprocessing:
 
 def config_of(text: dict[str, Any]) -> configs.Config:
     """The run's config in a config.json. Raises UserError where a field of it is unknown or does not fit."""
-    known = {field.name for field in dataclasses.fields(configs.Config)}
+    kind = METHODS.get(str(text.get("method", "simclr")), configs.Config)  # of a method that a newer version has, what all have
+    known = {field.name for field in dataclasses.fields(kind)}
     try:
-        return configs.Config.from_dict({name: value for name, value in text.items() if name in known})
+        return kind.from_dict({name: value for name, value in text.items() if name in known})
     except UserError as error:
         raise UserError(f"the encoder's config.json is damaged: {error}; {_INSTEAD}") from None
 
@@ -156,9 +158,8 @@ def read_encoder(directory: Path, device: str | torch.device = "cpu") -> Publish
     """See `simclr.load_encoder`."""
     place = device_of(device)
     text = read_text(directory)
-    shape = config_of({"encoder": text["encoder"]}).encoder  # an older or newer version may have other fields elsewhere
     with torch.device("meta"):
-        encoder = build_encoder(shape)
+        encoder = _build(text)
     _fill(encoder, read_part(directory, "encoder"), directory)
     return PublishedEncoder(encoder, text).eval().to(place)
 
@@ -177,10 +178,13 @@ def read_head(directory: Path) -> ProjectionHead | None:
     """The projection head published in `directory`, or the first layers of it that are there; None if there is none."""
     if not (directory / "head.safetensors").is_file():
         return None
-    config = config_of(read_text(directory))
+    text = read_text(directory)
+    config = config_of(text)
+    if not isinstance(config, configs.SimCLR):
+        return None
     tensors = read_part(directory, "head")
     with torch.device("meta"):
-        head = build_head(config, build_encoder(config.encoder).d_h)
+        head = build_head(config, _build(text).d_h)
     layers = [re.match(r"layers\.(\d{1,3})\.", name) for name in tensors]
     del head.layers[1 + max((int(found[1]) for found in layers if found), default=0) :]
     _fill(head, tensors, directory)
@@ -227,7 +231,13 @@ def weights_digest(directory: Path) -> str:
 def width_of(text: dict[str, Any]) -> int:
     """Numbers of a feature of the encoder that a config.json describes."""
     with torch.device("meta"):
-        return build_encoder(config_of({"encoder": text["encoder"]}).encoder).d_h
+        return _build(text).d_h
+
+
+def _build(text: dict[str, Any]) -> Encoder:
+    """The encoder that a config.json describes; other versions may have other fields elsewhere in it."""
+    shape = config_of({"encoder": text["encoder"]}).encoder
+    return build_encoder(shape, size_px=preprocessing_of(text).size_px)
 
 
 def read_part(directory: Path, name: str) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from simclr.config import Config, Encoder
 from simclr.encoder.directory import config_of, differences, preprocessing_of, read_part, read_text
 from simclr.encoder.export import own_name
 from simclr.errors import UserError
-from simclr.networks.resnet import build_encoder
+from simclr.networks.encoders import build_encoder
 
 Triple = tuple[float, float, float]
 _NEVER_USED = "num_batches_tracked"  # torchvision counts batches; no network here does

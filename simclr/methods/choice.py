@@ -1,8 +1,13 @@
-"""The method that a config asks for. A new method is one line here."""
+"""Which method a config asks for: each method is one line here."""
 
 from __future__ import annotations
 
-from simclr.config import Config
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from simclr.config import Config, SimCLR
 from simclr.data.manifest import Manifest, read_manifest
 from simclr.methods.classifier import classifier
 from simclr.methods.distill import distill
@@ -20,4 +25,31 @@ def method_of(config: Config, start: Start, manifest: Manifest | None = None) ->
         case Distill():
             return distill(config, start, manifest)
         case _:
+            return pretraining(config, start, manifest)
+
+
+def pretraining(config: Config, start: Start, manifest: Manifest | None = None) -> Method:
+    """The method of a pretraining; without a manifest there are neither labels nor online evaluation."""
+    match config:
+        case SimCLR():
             return simclr(config, start, manifest)
+        case _:
+            raise TypeError(f"{type(config).__name__} is the config of no pretraining")
+
+
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """As much of a manifest as a method's shapes want."""
+
+    classes: range
+    splits: tuple[str, ...] = ()
+
+    def examples(self, split: str, groups: int = 1) -> int:
+        return 1 << 40
+
+
+def shapes(config: Config, classes: int = 0) -> Method:
+    """The method of a pretraining on the meta device, on data with so many labelled `classes`: names and shapes without memory. It
+    evaluates nothing."""
+    labelled: Manifest | None = _Shapes(range(classes)) if classes else None  # type: ignore[assignment]
+    return pretraining(config, Start(Path(), torch.device("meta")), labelled)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from simclr import checkpoint
 from simclr.collectives import all_reduce_sum, share_of_mean, world_size
-from simclr.config import Config
+from simclr.config import Config, SimCLR
 from simclr.data import labels, loader
 from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
@@ -26,9 +26,9 @@ from simclr.encoder.directory import read_encoder, read_head
 from simclr.evaluation import features
 from simclr.evaluation.metrics import accuracy, confusion, mean_per_class
 from simclr.methods.method import Method, Rows, Start, begun, examples_of, labels_of, no_evaluation, placed, schedule, views_for
+from simclr.networks.encoders import encoder_of
 from simclr.networks.heads import Classifier, build_head
 from simclr.networks.initial import unfilled
-from simclr.networks.resnet import build_encoder
 from simclr.optim import parameter_groups
 from simclr.precision import autocast
 from simclr.stages import FineTune
@@ -130,13 +130,13 @@ def hits(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([(scores.detach().argmax(1) == labels).sum(), (labels >= 0).sum()]).to(scores.dtype)
 
 
-def build_classifier(config: Config, classes: int, tap: int, linear: bool = False, drawn: bool = True) -> Classifier:
+def build_classifier(config: SimCLR, classes: int, tap: int, linear: bool = False, drawn: bool = True) -> Classifier:
     """Encoder and the head's first `tap` layers with the initial weights of pretraining with `config.seed`, and a classifier of zeros; on
     the CPU, the same on every rank and machine. With `linear` only the classifier needs gradients. Without `drawn` the weights are
     uninitialised, for a checkpoint to be restored."""
     if not drawn:
         return unfilled(lambda: build_classifier(config, classes, tap, linear))
-    encoder = build_encoder(config.encoder, config.seed)
+    encoder = encoder_of(config)
     model = Classifier(encoder, build_head(config, encoder.d_h) if tap else None, tap, classes, config.seed)
     nn.init.zeros_(model.classifier.weight)
     if linear:

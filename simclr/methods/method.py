@@ -121,8 +121,8 @@ class Method:
     before: Callable[[int], None] = nothing_at
     """Once a step, before the first forward pass."""
     targets: Callable[[Rows], Rows] = no_rows
-    """Input rows → target rows, without gradient and under autocast, once per piece. If it moves statistics (a BatchNorm in training
-    mode), those of a batch in pieces move once per piece: a method that cannot have that refuses `train.micro_batch`."""
+    """Input rows → target rows, without gradient and under autocast, once per piece. Statistics that it moves, of a BatchNorm of the state
+    in training mode, move once in a step, by the mean over pieces."""
     gradients: Callable[[int], None] = nothing_at
     """After the all-reduce, before the optimizer."""
     after: Callable[[Rows, Rows, int], None] = nothing_after

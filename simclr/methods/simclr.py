@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simclr import config as configs
 from simclr.collectives import share_of_mean
-from simclr.config import Config, Loss
+from simclr.config import Loss
 from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
 from simclr.evaluation import representation
@@ -34,23 +33,24 @@ from simclr.methods.method import (
     schedule,
     views_for,
 )
+from simclr.methods.online import with_classifier
 from simclr.methods.queue import Queue
+from simclr.networks.encoders import encoder_of
 from simclr.networks.heads import build_head, linear_classifier
 from simclr.networks.initial import unfilled
-from simclr.networks.resnet import ResNet, build_encoder
 from simclr.optim import parameter_groups
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
 
 
-class SimCLR(nn.Module):
+class Network(nn.Module):
     """{"views": (2, n, 3, H, W)} → {"z": (2, n, d_z) projections, "logits": (2, n, classes) class scores, where there are classes}.
     Both views go through one pass, so BatchNorm sees them together, as in the official code.
     """
 
-    def __init__(self, config: Config, classes: int = 0) -> None:
+    def __init__(self, config: configs.SimCLR, classes: int = 0) -> None:
         super().__init__()
-        self.encoder: ResNet = build_encoder(config.encoder, config.seed)
+        self.encoder = encoder_of(config)
         self.head = build_head(config, self.encoder.d_h)
         self.classifier = linear_classifier(self.encoder.d_h, classes, config.seed) if classes and config.train.linear_eval else None
 
@@ -63,25 +63,19 @@ class SimCLR(nn.Module):
         return {name: x.unflatten(0, (views.shape[0], -1)) for name, x in found.items()}
 
 
-def build_model(config: Config, classes: int = 0, drawn: bool = True) -> SimCLR:
+def build_model(config: configs.SimCLR, classes: int = 0, drawn: bool = True) -> Network:
     """The model with the initial weights of `config.seed`, on the CPU, the same on every rank and machine. `classes`: number of classes,
     0 = unlabelled. Without `drawn` the weights are uninitialised, for a checkpoint to be restored."""
-    return SimCLR(config, classes) if drawn else unfilled(lambda: SimCLR(config, classes))
+    return Network(config, classes) if drawn else unfilled(lambda: Network(config, classes))
 
 
-def shapes_only(config: Config, classes: int = 0) -> SimCLR:
-    """The model on the meta device: names and shapes without memory."""
-    with torch.device("meta"):
-        return SimCLR(config, classes)
-
-
-def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Method:
+def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = None) -> Method:
     """SimCLR on the images of `manifest`; without one there are neither labels nor online evaluation."""
     device, precision, loss = start.device, config.train.precision, config.loss
     crops, images = (Crop(views=config.views),), config.train.batch_size
     rows = 2 * images
     classes = len(manifest.classes) if manifest is not None else 0
-    model = placed(begun(lambda: SimCLR(config, classes), start), start, precision)
+    model = placed(begun(lambda: Network(config, classes), start), start, precision)
     queue: Queue | None = None
     if loss.memory:
         made = begun(lambda: Queue(model.encoder, model.head, loss.memory, config.head.d_out, loss.memory_decay), start)
@@ -94,10 +88,7 @@ def simclr(config: Config, start: Start, manifest: Manifest | None = None) -> Me
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
         contrasted = contrast(outputs["z"].flatten(0, 1), loss, queue.negatives(step, rows) if queue is not None else None, images)
-        if model.classifier is None:
-            return contrasted, {"train/loss": contrasted}
-        classified, hits = classify(outputs["logits"].flatten(0, 1), targets["labels"][0], images)
-        return contrasted + classified, {"train/loss": contrasted, "train/linear_loss": classified, "train/linear_top1": hits}
+        return with_classifier(contrasted, outputs, targets, images)
 
     def enqueue(inputs: Rows, targets: Rows, step: int) -> None:
         assert queue is not None
@@ -131,19 +122,6 @@ def contrast(z: Tensor, loss: Loss, negatives: Tensor | None = None, images: int
     if loss.name == "nt_xent_dot":
         return nt_xent_dot(z, loss.temperature, images)
     return nt_xent(z, loss.temperature, negatives, images)
-
-
-def classify(logits: Tensor, labels: Tensor, images: int | None = None) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the linear evaluation, logits (2n, classes), labels (n,), and (2,) its hits and the labelled views.
-
-    An image without a label (−1) adds nothing, and the divisor stays 2n, of 2N over all ranks where `images` says N: so the mean over
-    ranks is the global batch's, however labels are spread.
-    """
-    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    labels = labels.repeat(2)
-    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    hits = torch.stack([(logits.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
-    return share_of_mean(loss / len(labels), len(labels) // 2, images), hits.to(loss.dtype)
 
 
 def diagnosed(outputs: Rows, targets: Rows, temperature: float, images: int | None = None) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from simclr import config as configs
 from simclr.errors import UserError
 from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.encoders import Encoder
 from simclr.networks.initial import Linear, draw
-from simclr.networks.resnet import ResNet
 
 
 class ProjectionHead(nn.Module):
@@ -36,7 +36,7 @@ class ProjectionHead(nn.Module):
         return outputs
 
 
-def build_head(config: configs.Config, d_h: int) -> ProjectionHead:
+def build_head(config: configs.SimCLR, d_h: int) -> ProjectionHead:
     """The projection head that `config` describes for an encoder of width `d_h`, with initial weights keyed by its seed."""
     return ProjectionHead(d_h, config.head.layers, config.head.d_out, config.encoder.norm_ranks, config.seed)
 
@@ -55,7 +55,7 @@ class Classifier(nn.Module):
     is discarded. The linear layer begins as `linear_classifier`.
     """
 
-    def __init__(self, encoder: ResNet, head: ProjectionHead | None, tap: int, classes: int, seed: int = 0) -> None:
+    def __init__(self, encoder: Encoder, head: ProjectionHead | None, tap: int, classes: int, seed: int = 0) -> None:
         super().__init__()
         layers = len(head.layers) if head is not None else 0
         if not 0 <= tap <= layers:

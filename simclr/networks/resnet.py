@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr.config import Encoder
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.initial import Conv2d, draw
 from simclr.networks.norm_forms import KernelNorm
@@ -53,12 +52,6 @@ def resnet(
     if depth not in _STAGES:
         raise ValueError(f"no ResNet of depth {depth}; choose one of {', '.join(map(str, sorted(_STAGES)))}")
     return ResNet(depth, width, sk_ratio, se_ratio, cifar_stem, partial(BatchNorm, ranks=norm_ranks), seed)
-
-
-def build_encoder(config: Encoder, seed: int = 0) -> ResNet:
-    """The encoder that `config` describes, with initial weights keyed by `seed`."""
-    c = config
-    return resnet(c.depth, c.width, c.sk_ratio, c.se_ratio, c.cifar_stem, c.norm_ranks, seed)
 
 
 class ResNet(nn.Module):

@@ -19,10 +19,10 @@ _STEP = "step-000000002"
 
 @functools.cache
 def _model() -> Any:
-    from simclr.config import Config, Encoder, Head, Views
+    from simclr.config import Encoder, Head, SimCLR, Views
     from simclr.methods.simclr import build_model
 
-    return build_model(Config(encoder=Encoder(depth=8, cifar_stem=True), head=Head(d_out=16), views=Views(size_px=16)))
+    return build_model(SimCLR(encoder=Encoder(depth=8, cifar_stem=True), head=Head(d_out=16), views=Views(size_px=16)))
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def place(folder: Path, name: str, content: bytes) -> Path:
 def use(path: Path) -> None:
     """What resuming, publishing and --start do. A damaged checkpoint is said and passed over."""
     from simclr import checkpoint
-    from simclr.config import Config
+    from simclr.config import SimCLR
     from simclr.encoder import weights
 
     newest = checkpoint.latest(path, lambda text: None)
@@ -98,4 +98,4 @@ def use(path: Path) -> None:
     state, model = checkpoint.read(newest), _model()
     checkpoint.restore(state, model, _optimizer(model))
     [row["step"] for row in state.reports]
-    weights.of_checkpoint(newest, Config(), ())
+    weights.of_checkpoint(newest, SimCLR(), ())

@@ -34,12 +34,12 @@ _NAMED = (
 @functools.cache
 def _sound() -> Path:
     """A published encoder with head and classifier."""
-    from simclr.config import Config, Encoder, Head, Views
+    from simclr.config import Encoder, Head, SimCLR, Views
     from simclr.encoder.directory import write_encoder
     from simclr.methods.simclr import build_model
     from simclr.networks.heads import Classifier
 
-    config = Config(encoder=Encoder(depth=8, cifar_stem=True), head=Head(layers=2, d_out=16), views=Views(size_px=16))
+    config = SimCLR(encoder=Encoder(depth=8, cifar_stem=True), head=Head(layers=2, d_out=16), views=Views(size_px=16))
     model = build_model(config)
     parts = {"head": dict(model.head.state_dict()), "classifier": dict(Classifier(model.encoder, model.head, 1, 3).classifier.state_dict())}
     directory = mutate.folder() / "encoder"

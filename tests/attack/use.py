@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelines.html.data import data_table
 from simclr import sense
-from simclr.config import Config, Train, Views
+from simclr.config import SimCLR, Train, Views
 from simclr.data import loader, shards
 from simclr.data.manifest import digest_of, read_manifest, read_names
 from simclr.data.sources.open import open_source
@@ -56,7 +56,7 @@ def use(directory: Path) -> None:
     manifest = read_manifest(directory)
     digest_of((directory / "manifest.json").read_bytes())
     essence(manifest.understood), data_table(manifest.understood), manifest.to_json()
-    config = Config(train=Train(batch_size=4, steps=6), views=Views(size_px=16))
+    config = SimCLR(train=Train(batch_size=4, steps=6), views=Views(size_px=16))
     sense.notes(config, manifest, manifest.examples("train"), (1,))
     for split in manifest.splits:
         read_names(directory, split, manifest.examples(split))

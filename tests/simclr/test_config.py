@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
+from simclr.config import Encoder, Head, Loss, Optim, SimCLR, Train, Views, Watch
 from simclr.errors import UserError
-from simclr.methods.simclr import shapes_only
+from simclr.methods.choice import shapes
 from simclr.recipes import RECIPES, recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_survives_json(name: str) -> None:
     config = recipe(name)
-    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert SimCLR.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.flat()["train.batch_size"] == config.train.batch_size
 
 
@@ -27,7 +27,7 @@ def test_a_recipe_survives_json(name: str) -> None:
 )
 def test_encoders_have_the_published_sizes(name: str, millions: int) -> None:
     """Millions of parameters: Table 6 of arXiv:2002.05709 and Table 1 of arXiv:2006.10029."""
-    assert round(sum(p.numel() for p in shapes_only(recipe(name)).encoder.parameters()) / 1e6) == millions
+    assert round(sum(p.numel() for p in shapes(recipe(name)).published["encoder"].parameters()) / 1e6) == millions
 
 
 def test_steps_are_those_of_the_official_code() -> None:
@@ -59,7 +59,7 @@ def test_steps_are_those_of_the_official_code() -> None:
         (lambda: Train(epochs=0.0), "train.epochs is 0"),
         (lambda: Train(steps=0), "train.steps is 0"),
         (lambda: Watch(k=0), "watch.k is 0"),
-        (lambda: Config(seed=-1), "seed is -1"),
+        (lambda: SimCLR(seed=-1), "seed is -1"),
     ],
 )
 def test_a_bad_value_is_refused_at_birth(build: Any, sentence: str) -> None:
@@ -69,11 +69,11 @@ def test_a_bad_value_is_refused_at_birth(build: Any, sentence: str) -> None:
 
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().seed = 1  # type: ignore[misc]
+        SimCLR().seed = 1  # type: ignore[misc]
 
 
 def test_every_worker_has_an_image() -> None:
-    config = Config(train=Train(batch_size=500))
+    config = SimCLR(train=Train(batch_size=500))
     assert config.images_per_rank(8) == 63 and config.images_of(7, 8) == slice(437, 500)
     with pytest.raises(
         UserError, match="batch_size 500 has no image for each of 501 workers; use --workers 500 or fewer, or a larger batch"
@@ -85,6 +85,6 @@ def test_every_worker_has_an_image() -> None:
 
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown field optim.base_lrr; nearest: optim.base_lr"):
-        Config.from_dict({"optim": {"base_lrr": 1.0}})
+        SimCLR.from_dict({"optim": {"base_lrr": 1.0}})
     with pytest.raises(UserError, match=r"unknown recipe 'cifar_resnet18'; nearest: cifar10_resnet18"):
         recipe("cifar_resnet18")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr.collectives import all_gather, rank, world_size
@@ -17,7 +17,8 @@ from simclr.errors import UserError
 from simclr.gradient_cache import cached_gradient
 from simclr.loss import nt_xent
 from simclr.methods.method import Rows, labels_of
-from simclr.methods.simclr import build_model, classify
+from simclr.methods.online import classify
+from simclr.methods.simclr import build_model
 from simclr.networks.batchnorm import BatchNorm
 from simclr.shares import shares
 from simclr.train import Start, train
@@ -51,7 +52,7 @@ def gradients(piece: int, fixed_statistics: bool) -> dict[str, Any]:
         return contrasted + classified, {"contrasted": contrasted, "classified": classified, "hits": hits}
 
     if piece:
-        outputs, _, _, sums = cached_gradient(network, inputs, network, labels_of, objective, n, -(-n // piece))
+        outputs, _, _, sums = cached_gradient(network, nn.Module(), inputs, network, labels_of, objective, n, -(-n // piece))
     else:
         whole = inputs(slice(0, n))
         outputs = network(whole)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipelines.train import ray_train, retry
 from simclr import checkpoint, sense
 from simclr.collectives import rank
-from simclr.config import Config, Encoder, Train
+from simclr.config import Config, Encoder, SimCLR, Train
 from simclr.errors import UserError
 from simclr.evaluation.online import knn_of
 from simclr.methods.classifier import build_classifier
@@ -111,14 +111,14 @@ def test_encoder_and_head_of_every_method_follow_the_field(batchnorm: str | int,
 
 @pytest.mark.parametrize("batchnorm", ["global", "per_worker", 2, 8])
 def test_a_config_of_the_field_is_read_as_it_was_written(batchnorm: str | int) -> None:
-    config = Config(encoder=Encoder(batchnorm=batchnorm))  # type: ignore[arg-type]
-    assert Config.from_dict(config.to_dict()) == config and config.flat()["encoder.batchnorm"] == batchnorm
+    config = SimCLR(encoder=Encoder(batchnorm=batchnorm))  # type: ignore[arg-type]
+    assert SimCLR.from_dict(config.to_dict()) == config and config.flat()["encoder.batchnorm"] == batchnorm
 
 
 @pytest.mark.parametrize("batchnorm", [0, 1, -8, 8.0, True, "8", "two", None])
 def test_what_is_no_group_is_refused(batchnorm: object) -> None:
     with pytest.raises(UserError, match=r"encoder\.batchnorm"):
-        Config.from_dict({"encoder": {"batchnorm": batchnorm}})
+        SimCLR.from_dict({"encoder": {"batchnorm": batchnorm}})
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_what_is_no_group_is_refused(batchnorm: object) -> None:
     ],
 )
 def test_groups_divide_the_workers_or_hold_them_all(batchnorm: str | int, over: list[int | None]) -> None:
-    config = Config(encoder=Encoder(batchnorm=batchnorm))  # type: ignore[arg-type]
+    config = SimCLR(encoder=Encoder(batchnorm=batchnorm))  # type: ignore[arg-type]
     for workers, expected in zip((1, 2, 5, 8, 12), over, strict=True):
         if expected is not None:
             assert sense.statistics_over(config, workers) == expected
@@ -144,7 +144,7 @@ def test_groups_divide_the_workers_or_hold_them_all(batchnorm: str | int, over: 
 
 
 def test_numbers_of_workers_are_those_that_are_whole_groups() -> None:
-    config = Config(encoder=Encoder(batchnorm=4), train=Train(batch_size=96))
+    config = SimCLR(encoder=Encoder(batchnorm=4), train=Train(batch_size=96))
     assert ray_train.Resources(workers=16, min_workers=4).counts(config) == [4, 8, 12, 16]
     with pytest.raises(UserError, match="groups of 4 workers, and there are 6; use --workers 4 or 8"):
         ray_train.Resources(workers=6).counts(config)
@@ -161,12 +161,12 @@ def test_numbers_of_workers_are_those_that_are_whole_groups() -> None:
 @pytest.mark.parametrize(
     ("config", "workers", "images"),
     [
-        (Config(train=Train(batch_size=64)), (4, 8), ""),
-        (Config(train=Train(batch_size=64), encoder=Encoder(batchnorm=4)), (8,), ""),
-        (Config(train=Train(batch_size=64), encoder=Encoder(batchnorm=4)), (4, 8), "32 to 64"),
-        (Config(train=Train(batch_size=64), encoder=Encoder(batchnorm="per_worker")), (1, 4), "16 to 64"),
-        (Config(train=Train(batch_size=64, micro_batch=8)), (2, 4), "16 to 32"),
-        (Config(train=Train(batch_size=64, micro_batch=8), encoder=Encoder(batchnorm=2)), (2, 4), ""),
+        (SimCLR(train=Train(batch_size=64)), (4, 8), ""),
+        (SimCLR(train=Train(batch_size=64), encoder=Encoder(batchnorm=4)), (8,), ""),
+        (SimCLR(train=Train(batch_size=64), encoder=Encoder(batchnorm=4)), (4, 8), "32 to 64"),
+        (SimCLR(train=Train(batch_size=64), encoder=Encoder(batchnorm="per_worker")), (1, 4), "16 to 64"),
+        (SimCLR(train=Train(batch_size=64, micro_batch=8)), (2, 4), "16 to 32"),
+        (SimCLR(train=Train(batch_size=64, micro_batch=8), encoder=Encoder(batchnorm=2)), (2, 4), ""),
     ],
 )
 def test_it_is_said_where_numbers_depend_on_the_workers(config: Config, workers: tuple[int, ...], images: str) -> None:

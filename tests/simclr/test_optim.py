@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from simclr import optim
-from simclr.config import Config, Optim, Train
+from simclr.config import Optim, SimCLR, Train
 from simclr.optim import LARS, lr_peak, parameter_groups, warmup_cosine
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
@@ -100,7 +100,7 @@ def test_on_the_device_the_step_is_the_cpus_in_few_launches(within: Within, nest
 def test_schedule_equals_the_official_table(within: Within) -> None:
     for row in json.loads((GOLDEN / "schedule.json").read_text()):
         n, examples = row["batch_size"], row["num_examples"]
-        config = Config(
+        config = SimCLR(
             train=Train(batch_size=n, epochs=row["epochs"]),
             optim=Optim(base_lr=row["base_lr"], scaling=row["rule"], warmup_epochs=row["warmup_epochs"]),
         )

@@ -13,7 +13,7 @@ from pipelines.commands import distill, finetune, pretrain
 from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.train import classifiers, driver, ray_train
 from simclr import sense
-from simclr.config import Config, Encoder, Loss, Optim, Train, Views, Watch
+from simclr.config import Config, Encoder, Loss, Optim, SimCLR, Train, Views, Watch
 from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.errors import UserError
 from simclr.methods.method import schedule
@@ -60,7 +60,7 @@ def test_a_warm_up_that_does_not_fit_lasts_a_tenth_of_the_run_and_is_said(stage:
 
 @pytest.mark.parametrize(("warmup", "epochs", "steps", "expected"), [(9.9, 10, None, 3096), (10, 10, None, 312), (10, 100, 1000, 100)])
 def test_only_a_warm_up_that_leaves_nothing_is_cut(warmup: float, epochs: float, steps: int | None, expected: int) -> None:
-    config = Config(optim=Optim(warmup_epochs=warmup), train=Train(epochs=epochs, steps=steps))
+    config = SimCLR(optim=Optim(warmup_epochs=warmup), train=Train(epochs=epochs, steps=steps))
     assert config.warmup_steps(IMAGENET) == expected
     (said,) = notes(config)
     assert ("a tenth of this short run" in said) == (expected != 3096)
@@ -92,17 +92,17 @@ def test_a_recipe_on_its_data_has_nothing_to_say(name: str) -> None:
     ("config", "manifest", "said"),
     [
         (
-            Config(train=Train(batch_size=60), views=Views(size_px=32)),
+            SimCLR(train=Train(batch_size=60), views=Views(size_px=32)),
             shards(150, (32, 32), (32, 32)),
             "online kNN: all 150 images of its bank vote, since watch.k is 200; a smaller --watch.k tells more",
         ),
-        (Config(watch=Watch(bank=100)), PHOTOS, "online kNN: all 100 images of its bank vote, since watch.k is 200; a smaller"),
+        (SimCLR(watch=Watch(bank=100)), PHOTOS, "online kNN: all 100 images of its bank vote, since watch.k is 200; a smaller"),
         (
-            Config(train=Train(batch_size=60)),
+            SimCLR(train=Train(batch_size=60)),
             shards(500, (32, 96), (32, 72)),
             "every image is enlarged: views are 224 px, and the largest image in the shards is 96 × 72 px",
         ),
-        (Config(views=Views(size_px=19)), PHOTOS, "views of 19 px are not blurred, though they should be: the kernel, a tenth of the side"),
+        (SimCLR(views=Views(size_px=19)), PHOTOS, "views of 19 px are not blurred, though they should be: the kernel, a tenth of the side"),
     ],
 )
 def test_what_has_no_effect_is_said(config: Config, manifest: Manifest, said: str) -> None:
@@ -113,9 +113,9 @@ def test_what_has_no_effect_is_said(config: Config, manifest: Manifest, said: st
 @pytest.mark.parametrize(
     ("config", "workers", "images"),
     [
-        (Config(train=Train(batch_size=64, micro_batch=1)), (2, 4), 2),
-        (Config(train=Train(batch_size=64, micro_batch=4)), (2,), 8),
-        (Config(train=Train(batch_size=64), encoder=Encoder(batchnorm="per_worker")), (4, 8), 8),
+        (SimCLR(train=Train(batch_size=64, micro_batch=1)), (2, 4), 2),
+        (SimCLR(train=Train(batch_size=64, micro_batch=4)), (2,), 8),
+        (SimCLR(train=Train(batch_size=64), encoder=Encoder(batchnorm="per_worker")), (4, 8), 8),
         (FineTune(train=Train(batch_size=64), encoder=Encoder(batchnorm="per_worker")), (8,), 8),
     ],
 )
@@ -127,7 +127,7 @@ def test_statistics_of_few_images_are_said(config: Config, workers: tuple[int, .
 
 def test_what_does_not_apply_is_not_said() -> None:
     small = shards(150, (32, 32), (32, 32), classes=0)
-    config = Config(train=Train(batch_size=60), views=Views(size_px=20))
+    config = SimCLR(train=Train(batch_size=60), views=Views(size_px=20))
     assert notes(config, small) == ()  # without labels there is no kNN, and 20 px are blurred
     blind = replace(config, views=Views(size_px=19, blur_p=0), watch=Watch(k=150))
     assert notes(blind, replace(small, classes=("a", "b"))) == ()
@@ -140,14 +140,14 @@ def test_what_does_not_apply_is_not_said() -> None:
 @pytest.mark.parametrize(
     ("config", "workers", "sentence"),
     [
-        (Config(train=Train(batch_size=8, micro_batch=1)), (1, 2), "train.micro_batch 1 leaves BatchNorm a single image"),
+        (SimCLR(train=Train(batch_size=8, micro_batch=1)), (1, 2), "train.micro_batch 1 leaves BatchNorm a single image"),
         (
-            Config(train=Train(batch_size=8), encoder=Encoder(batchnorm="per_worker")),
+            SimCLR(train=Train(batch_size=8), encoder=Encoder(batchnorm="per_worker")),
             (8,),
             "per_worker and batch size 8 over 8 workers leave BatchNorm a single image; use --workers 4 or fewer",
         ),
-        (Config(views=Views(area=(1e-6, 1e-5))), (1,), r"views.area 1e-06 1e-05 cuts crops of 1.6 px out of 500 × 500 px"),
-        (Config(train=Train(batch_size=4096), loss=Loss(memory=8192 * 313)), (1,), "2,564,096 exceeds the 2,555,904 projections"),
+        (SimCLR(views=Views(area=(1e-6, 1e-5))), (1,), r"views.area 1e-06 1e-05 cuts crops of 1.6 px out of 500 × 500 px"),
+        (SimCLR(train=Train(batch_size=4096), loss=Loss(memory=8192 * 313)), (1,), "2,564,096 exceeds the 2,555,904 projections"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(config: Config, workers: tuple[int, ...], sentence: str) -> None:
@@ -155,16 +155,16 @@ def test_what_cannot_be_learned_from_is_refused(config: Config, workers: tuple[i
         notes(config, PHOTOS, *workers)
 
 
-SINGLE = Config(train=Train(batch_size=8), encoder=Encoder(batchnorm="per_worker"))
+SINGLE = SimCLR(train=Train(batch_size=8), encoder=Encoder(batchnorm="per_worker"))
 
 
 @pytest.mark.parametrize(
     ("config", "workers", "said"),
     [
-        (Config(train=Train(batch_size=8, micro_batch=1)), 1, "train.micro_batch 1 leaves BatchNorm a single image"),
+        (SimCLR(train=Train(batch_size=8, micro_batch=1)), 1, "train.micro_batch 1 leaves BatchNorm a single image"),
         (SINGLE, 8, "encoder.batchnorm per_worker and batch size 8 over 8 workers leave BatchNorm a single image"),
-        (Config(views=Views(area=(1e-6, 1e-5))), 1, "views.area 1e-06 1e-05 cuts crops of 1.6 px out of 500 × 500 px"),
-        (Config(loss=Loss(memory=8192 * 313)), 1, "loss.memory 2,564,096 exceeds the 2,555,904 projections of an epoch"),
+        (SimCLR(views=Views(area=(1e-6, 1e-5))), 1, "views.area 1e-06 1e-05 cuts crops of 1.6 px out of 500 × 500 px"),
+        (SimCLR(loss=Loss(memory=8192 * 313)), 1, "loss.memory 2,564,096 exceeds the 2,555,904 projections of an epoch"),
     ],
 )
 def test_of_a_run_under_way_it_is_said(config: Config, workers: int, said: str) -> None:
@@ -173,16 +173,16 @@ def test_of_a_run_under_way_it_is_said(config: Config, workers: int, said: str) 
 
 
 def test_what_can_is_not_refused() -> None:
-    notes(Config(train=Train(batch_size=8, micro_batch=1)), PHOTOS, 2, 4)  # BatchNorm sees one image of each worker
-    notes(Config(train=Train(batch_size=8), encoder=Encoder(batchnorm="per_worker")), PHOTOS, 4)
-    notes(Config(train=Train(batch_size=4096), loss=Loss(memory=8192 * 312)))
-    notes(Config(views=Views(area=(1e-6, 1.0))))  # the sampler takes no crop below a tenth of the image
+    notes(SimCLR(train=Train(batch_size=8, micro_batch=1)), PHOTOS, 2, 4)  # BatchNorm sees one image of each worker
+    notes(SimCLR(train=Train(batch_size=8), encoder=Encoder(batchnorm="per_worker")), PHOTOS, 4)
+    notes(SimCLR(train=Train(batch_size=4096), loss=Loss(memory=8192 * 312)))
+    notes(SimCLR(views=Views(area=(1e-6, 1.0))))  # the sampler takes no crop below a tenth of the image
     single = FineTune(train=Train(batch_size=8), encoder=Encoder(batchnorm="per_worker"), linear=True)
     notes(single, PHOTOS, 8)  # frozen statistics
 
 
 def test_a_short_interval_of_evaluation_is_a_step_and_not_never() -> None:
-    config = Config(watch=Watch(every_epochs=0.001))
+    config = SimCLR(watch=Watch(every_epochs=0.001))
     assert config.watch_steps(IMAGENET) == 1 and replace(config, watch=Watch(every_epochs=0)).watch_steps(IMAGENET) == 0
 
 

@@ -110,7 +110,7 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_uninterrupted_run(patte
 
 
 def test_the_linear_evaluation_learns_and_no_gradient_of_it_reaches_the_encoder(patterns: Path, tmp_path: Path) -> None:
-    from simclr.methods.simclr import classify
+    from simclr.methods.online import classify
 
     settings = config(checkpoint_every_steps=12)
     model = build_model(settings, classes=10)
@@ -130,7 +130,7 @@ def test_the_linear_evaluation_learns_and_no_gradient_of_it_reaches_the_encoder(
 
 
 def test_an_image_without_a_label_adds_nothing_to_the_linear_evaluation() -> None:
-    from simclr.methods.simclr import classify
+    from simclr.methods.online import classify
 
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [5.0, 0.0]], requires_grad=True)  # view 0 of two images, view 1
     loss, hits = classify(logits, torch.tensor([0, -1]))

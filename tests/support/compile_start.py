@@ -27,7 +27,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from pipelines.train import compile_cache
-from simclr.config import Config, Encoder, Views
+from simclr.config import Encoder, SimCLR, Views
 from simclr.cores import cores
 from simclr.loss import nt_xent
 from simclr.methods.simclr import build_model
@@ -35,7 +35,7 @@ from simclr.methods.simclr import build_model
 
 def two_steps() -> Iterator[float]:
     """The losses of two steps."""
-    config = Config(encoder=Encoder(depth=18), views=Views(size_px=64))
+    config = SimCLR(encoder=Encoder(depth=18), views=Views(size_px=64))
     network = torch.compile(build_model(config).to(memory_format=torch.channels_last).train())
     views = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     for _ in range(2):

@@ -75,15 +75,15 @@ MUTATIONS = (
     Mutation(
         "statistics-move-twice",
         "simclr/gradient_cache.py",
-        "            torch._foreach_copy_(statistics, before)  # only the second pass counts\n",
-        "            pass\n",
+        "        statistics.back()  # only the second pass counts\n",
+        "",
         "tests/simclr/test_gradient_cache.py::test_statistics_are_those_of_a_piece_and_move_once",
     ),
     Mutation(
         "statistics-move-by-the-sum-of-the-pieces",
         "simclr/gradient_cache.py",
-        "torch._foreach_copy_(statistics, torch._foreach_div(moved, float(pieces)))",
-        "torch._foreach_copy_(statistics, torch._foreach_sub(moved, torch._foreach_mul(before, float(pieces - 1))))",
+        "torch._foreach_copy_(self.now, torch._foreach_div(self.moved, float(pieces)))",
+        "torch._foreach_copy_(self.now, torch._foreach_sub(self.moved, torch._foreach_mul(self.before, float(pieces - 1))))",
         "tests/simclr/test_gradient_cache.py::test_statistics_are_those_of_a_piece_and_move_once",
     ),
     # ── simclr: views ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -252,7 +252,7 @@ MUTATIONS = (
     ),
     Mutation(
         "labels-of-the-other-view-turned-round",
-        "simclr/methods/simclr.py",
+        "simclr/methods/online.py",
         "labels = labels.repeat(2)",
         "labels = torch.cat([labels, labels.flip(0)])",
         "tests/simclr/test_train.py::test_an_image_without_a_label_adds_nothing_to_the_linear_evaluation",

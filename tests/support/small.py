@@ -10,12 +10,12 @@ from torch import Tensor
 
 from simclr import checkpoint
 from simclr.collectives import rank, world_size
-from simclr.config import Config, Encoder, Head, Loss, Optim, Train, Views, Watch
+from simclr.config import Config, Encoder, Head, Loss, Optim, SimCLR, Train, Views, Watch
 from simclr.shares import share
 from simclr.stages import FineTune
 from simclr.train import Report, Start, train
 
-TINY = Config(
+TINY = SimCLR(
     encoder=Encoder(depth=8, cifar_stem=True),
     head=Head(d_out=16),
     views=Views(size_px=32, colour_strength=0.5, blur_p=0.5),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from simclr import keyed, loss
-from simclr.config import Config, Head, Loss, Views
+from simclr.config import Head, Loss, SimCLR, Views
 from simclr.errors import UserError
 from simclr.methods.simclr import build_model
 from simclr.networks.heads import ProjectionHead
@@ -45,7 +45,7 @@ def test_spaces_have_the_papers_values() -> None:
     assert sizes["augmentation-pairs"] == 7 + 7 * 6 and sizes["losses"] == 5 and sizes["normalisation-temperature"] == 6
     assert sizes["temperature-lr"] == 4 * 2 * 3 * 3 and sizes["projection-head"] == 1 + 2 * 7 and sizes["smoke"] == 8
     only = {"views.operations": ["crop", "colour", "blur", "noise"]}
-    assert len(resolve.combinations(resolve.restricted(spaces.space("augmentation-pairs"), Config(), only))) == 4 + 4 * 3
+    assert len(resolve.combinations(resolve.restricted(spaces.space("augmentation-pairs"), SimCLR(), only))) == 4 + 4 * 3
 
 
 def test_both_scaling_rules_agree_at_the_recipes_batch() -> None:
@@ -86,16 +86,16 @@ def test_samples_are_the_same_for_a_seed_and_inside_their_bounds() -> None:
 def test_a_value_that_the_config_does_not_take_is_named(path: str, value: object, sentence: str) -> None:
     space = Space(name="mine", repeats="", why="", axes=(Axis(paths=(path,), values=(value,), label=""),))
     with pytest.raises(UserError, match=sentence):
-        resolve.point(space, Config(), {path: value}, 0)
+        resolve.point(space, SimCLR(), {path: value}, 0)
 
 
 def test_what_a_space_does_not_have_is_refused() -> None:
     with pytest.raises(UserError, match="unknown space 'temperatur-lr'; nearest: temperature-lr"):
         spaces.space("temperatur-lr")
     with pytest.raises(UserError, match=r"does not vary head.layers; --only takes loss.temperature"):
-        resolve.restricted(spaces.space("smoke"), Config(), {"head.layers": [1]})
+        resolve.restricted(spaces.space("smoke"), SimCLR(), {"head.layers": [1]})
     with pytest.raises(UserError, match=r"smoke has no loss.temperature 7.0; it has 0.1, 0.2, 0.5, 1.0"):
-        resolve.restricted(spaces.space("smoke"), Config(), {"loss.temperature": [7.0]})
+        resolve.restricted(spaces.space("smoke"), SimCLR(), {"loss.temperature": [7.0]})
     with pytest.raises(UserError, match="no grid covers"):
         resolve.combinations(Space(name="m", repeats="", why="", axes=(Axis(paths=("seed",), values=Between(0, 1), label=""),)))
 
@@ -175,5 +175,5 @@ def test_the_new_fields_are_checked() -> None:
         Loss(name="nt_xent_dot", semi_hard=True)
     with pytest.raises(UserError, match=r"views.operations has zoom; expected some of crop"):
         Views(operations=("zoom",))  # type: ignore[arg-type]
-    config = dataclasses.replace(Config(), views=Views(operations=("crop", "colour")))
-    assert Config.from_dict(config.to_dict()) == config and config.flat()["views.operations"] == "crop colour"
+    config = dataclasses.replace(SimCLR(), views=Views(operations=("crop", "colour")))
+    assert SimCLR.from_dict(config.to_dict()) == config and config.flat()["views.operations"] == "crop colour"

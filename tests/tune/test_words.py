@@ -13,7 +13,7 @@ import pytest
 
 from pipelines import cli
 from pipelines.commands import pretrain
-from simclr.config import Config
+from simclr.config import SimCLR
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.recipes import recipe
@@ -262,9 +262,9 @@ def test_one_seed_has_no_error_bars_where_two_rules_give_one_rate(tmp_path: Path
 
 def test_every_field_can_be_varied() -> None:
     """Each field of the config takes its own value in words, but for the seed."""
-    for path in Config().flat():
+    for path in SimCLR().flat():
         if path != "seed":
-            value = resolve.value_of(Config(), path)
-            (same,) = words.axis(Config(), path, [json.loads(json.dumps(value))]).values
-            assert same == value and resolve.changed(Config(), {path: same}) == Config()
-    assert set(spaces.SPACES["search"].axes[0].paths) <= set(Config().flat())
+            value = resolve.value_of(SimCLR(), path)
+            (same,) = words.axis(SimCLR(), path, [json.loads(json.dumps(value))]).values
+            assert same == value and resolve.changed(SimCLR(), {path: same}) == SimCLR()
+    assert set(spaces.SPACES["search"].axes[0].paths) <= set(SimCLR().flat())

@@ -39,7 +39,7 @@ from pipelines.bench.step import our_step, plain_step, resident, resident_views,
 from pipelines.bench.timing import host_waits, rate
 from pipelines.bench.train import train
 from pipelines.commands import bench
-from simclr.config import Config, Encoder, Head, Train, Views
+from simclr.config import Config, Encoder, Head, SimCLR, Train, Views
 from simclr.errors import UserError
 from tests.conftest import Within
 
@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 
 
 def tiny(batch_size: int = 4) -> Config:
-    return Config(
+    return SimCLR(
         encoder=Encoder(depth=8, cifar_stem=True),
         head=Head(d_out=16),
         views=Views(size_px=8),

@@ -17,13 +17,13 @@ import simclr
 from pipelines.commands import embed
 from pipelines.evaluation import quick
 from pipelines.tracking.pyfunc import EncoderModel
-from simclr.config import Config, Encoder, Views
+from simclr.config import Encoder, SimCLR, Views
 from simclr.data import shards
 from simclr.data.ffcv.decode import decode
 from simclr.data.sources.source import Item
 from simclr.encoder.directory import write_encoder
 from simclr.evaluation.features import embed_split
-from simclr.networks.resnet import build_encoder
+from simclr.networks.encoders import build_encoder
 from simclr.views.preprocessing import Preprocessing
 from tests.conftest import Within
 from tests.support.sources import source_of
@@ -53,7 +53,7 @@ def prepared(out: Path, images: list[Any], kind: Any) -> Path:
 
 def published(out: Path, size_px: int, preprocessing: Preprocessing | None = None) -> simclr.encoder.directory.PublishedEncoder:
     views = Views(size_px=size_px, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
-    config = Config(encoder=Encoder(depth=18, cifar_stem=size_px == 32), views=views)
+    config = SimCLR(encoder=Encoder(depth=18, cifar_stem=size_px == 32), views=views)
     write_encoder(dict(build_encoder(config.encoder, 0).state_dict()), config, out, {}, preprocessing=preprocessing)
     return simclr.load_encoder(out)
 

@@ -18,9 +18,9 @@ from PIL import Image
 
 import simclr
 from pipelines.tracking import carried, flavor
-from simclr.config import Config, Encoder, Views
+from simclr.config import Encoder, SimCLR, Views
 from simclr.encoder.directory import write_encoder
-from simclr.networks.resnet import build_encoder
+from simclr.networks.encoders import build_encoder
 
 ONE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
 _PNG = io.BytesIO()
@@ -31,7 +31,7 @@ TEXT = base64.b64encode(_PNG.getvalue()).decode()
 @pytest.fixture(scope="module")
 def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("version")
-    config = Config(encoder=Encoder(depth=8, cifar_stem=True), views=Views(size_px=32))
+    config = SimCLR(encoder=Encoder(depth=8, cifar_stem=True), views=Views(size_px=32))
     write_encoder(dict(build_encoder(config.encoder).state_dict()), config, folder / "encoder", {})
     flavor.describe(folder, "0" * 32, {"knn_top1": 0.5}, None)
     return folder

@@ -18,7 +18,7 @@ import torch
 from pipelines.train import hang, ray_train, retry
 from pipelines.train.hang import HangDetector
 from pipelines.train.starting import Debts
-from simclr.config import Config, Train
+from simclr.config import SimCLR, Train
 from simclr.data.s3.uri import Unreachable
 from simclr.errors import UserError
 from simclr.telemetry import progress
@@ -290,10 +290,10 @@ def test_a_process_that_owes_a_sign_of_life_is_late_after_the_patience_alone() -
 
 
 def test_every_number_of_workers_between_two_may_share_a_batch() -> None:
-    config = Config(train=Train(batch_size=96))
+    config = SimCLR(train=Train(batch_size=96))
     assert ray_train.Resources(workers=4).counts(config) == [4]
     assert ray_train.Resources(workers=7, min_workers=2).counts(config) == [2, 3, 4, 5, 6, 7]
-    grouped = Config(train=Train(batch_size=96, shard_groups=2))
+    grouped = SimCLR(train=Train(batch_size=96, shard_groups=2))
     assert ray_train.Resources(workers=5, min_workers=2).counts(grouped) == [2, 3, 4, 5]
     with pytest.raises(UserError, match=r"--min-workers is 1, .* groups that the config asks for; use 2 or 3, or leave it out"):
         ray_train.Resources(workers=5, min_workers=1).counts(grouped)
@@ -301,7 +301,7 @@ def test_every_number_of_workers_between_two_may_share_a_batch() -> None:
         ray_train.Resources(workers=97, min_workers=1).counts(config)
     with pytest.raises(UserError, match=r"batch_size 100 does not divide over the 16 chips of a TPU slice, .*; use 96 or 112"):
         slice_ = ray_train.Resources(workers=16, device="tpu", topology="4x4", accelerator_type="TPU-V5LITEPOD")
-        slice_.counts(Config(train=Train(batch_size=100)))
+        slice_.counts(SimCLR(train=Train(batch_size=100)))
     with pytest.raises(UserError, match="--min-workers is 9; expected 1 to --workers 8"):
         ray_train.Resources(workers=8, min_workers=9)
     with pytest.raises(UserError, match="--hang-timeout-s is 0"):

@@ -19,7 +19,7 @@ from PIL import Image
 from pipelines.commands import prepare
 from pipelines.html.data import data_table
 from pipelines.parts.run import Where
-from simclr.config import Config, Train, Views
+from simclr.config import SimCLR, Train, Views
 from simclr.data.loader import batches, in_order, labels
 from simclr.data.manifest import read_manifest
 from simclr.data.options import Options
@@ -110,7 +110,7 @@ def test_pixels_are_registered_in_place_and_read(tmp_path: Path) -> None:
         assert np.array_equal(read, np.stack(expected))
     assert all(not found.wrong for found in verify(out))
     assert read_manifest(out) == manifest == register(paths, out)  # a second call finds it
-    config = Config(views=Views(size_px=16), train=Train(batch_size=6))
+    config = SimCLR(views=Views(size_px=16), train=Train(batch_size=6))
     stream = batches(config, out, 0, 0, 1)
     assert sorted(id for _ in range(2) for id in next(stream).ids.tolist()) == list(range(12))
     stream.close()

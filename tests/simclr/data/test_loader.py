@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from simclr import keyed
-from simclr.config import Config, Resize, Train, Views
+from simclr.config import Config, Resize, SimCLR, Train, Views
 from simclr.data import loader, shards
 from simclr.data.ffcv.decode import decode
 from simclr.data.ffcv.resize import KINDS
@@ -81,7 +81,7 @@ def jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(batch_size: int, seed: int = 3, resize: Resize = "bicubic") -> Config:
-    return Config(seed=seed, train=Train(batch_size=batch_size), views=Views(size_px=SIZE, resize=resize))
+    return SimCLR(seed=seed, train=Train(batch_size=batch_size), views=Views(size_px=SIZE, resize=resize))
 
 
 def take(data: Path, batch_size: int, first: int, count: int, rank: int = 0, world: int = 1, threads: int = 1) -> list[Batch]:
@@ -386,7 +386,7 @@ def test_batches_arrive_on_the_device_whole(raw: Path) -> None:
 
 def test_a_compiler_that_loses_its_table_compiles_anew(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numba raises KeyError now and then while it compiles; seen in some whole runs of these tests, cause unknown."""
-    config = Config(train=Train(batch_size=24), views=Views(size_px=16))
+    config = SimCLR(train=Train(batch_size=24), views=Views(size_px=16))
     expected = next(loader.batches(config, photographs, 0, 0, 1)).images[0].clone()
 
     def lost(*_: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simclr.config import Config, Train, Views
+from simclr.config import SimCLR, Train, Views
 from simclr.data import loader
 from simclr.data.manifest import read_manifest
 from simclr.data.memory import PAGE, copied, mapped
@@ -90,7 +90,7 @@ def test_numbers_that_a_shard_does_not_bear_out_take_no_memory(patterns: Path, t
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + (256 << 10)
 
 
-CONFIG = Config(train=Train(batch_size=8, steps=6), views=Views(size_px=16))
+CONFIG = SimCLR(train=Train(batch_size=8, steps=6), views=Views(size_px=16))
 
 
 def test_a_shard_is_mapped_as_large_as_its_manifest_says(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_what_reads_a_shard_that_shrinks_is_killed_and_the_next_look_names_it(ph
 
 def test_sizes_are_looked_at_before_each_epoch(patterns: Path, tmp_path: Path) -> None:
     out = changed(patterns, tmp_path)
-    stream = loader.batches(Config(train=Train(batch_size=80), views=Views(size_px=16)), out, 0, 0, 1)  # three steps an epoch
+    stream = loader.batches(SimCLR(train=Train(batch_size=80), views=Views(size_px=16)), out, 0, 0, 1)  # three steps an epoch
     next(stream)
     with (out / "train-00000.beton").open("ab") as file:
         file.write(b"more")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import simclr
-from simclr.config import Config, Encoder, Head, Views
+from simclr.config import Encoder, Head, SimCLR, Views
 from simclr.encoder.directory import read_classifier, read_head, write_encoder
 from simclr.errors import UserError
 from simclr.methods.simclr import build_model
@@ -19,7 +19,7 @@ from simclr.networks.heads import Classifier
 from simclr.views.draw import centre_boxes
 from simclr.views.ops import crop_resize
 
-CONFIG = Config(encoder=Encoder(depth=8, cifar_stem=True), head=Head(layers=3, d_out=16), views=Views(size_px=40))
+CONFIG = SimCLR(encoder=Encoder(depth=8, cifar_stem=True), head=Head(layers=3, d_out=16), views=Views(size_px=40))
 
 
 def published(directory: Path, layers: int = 3, tap: int = 1) -> tuple[Classifier, Path]:

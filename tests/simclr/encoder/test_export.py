@@ -16,21 +16,21 @@ import simclr
 from pipelines.commands import export as command
 from pipelines.tracking import card
 from pipelines.tracking.record import Record
-from simclr.config import Config, Encoder, Views
+from simclr.config import Encoder, SimCLR, Views
 from simclr.encoder import export
 from simclr.encoder.directory import PublishedEncoder, write_encoder
 from simclr.encoder.weights import of_file
 from simclr.errors import UserError
 from simclr.methods.simclr import build_model
+from simclr.networks.encoders import build_encoder
 from simclr.networks.heads import Classifier
-from simclr.networks.resnet import build_encoder
 from simclr.views.preprocessing import Preprocessing
 from tests.conftest import Within
 
 
 def published(directory: Path, encoder: Encoder, size: int, classes: int = 0, mean: float = 0.0) -> PublishedEncoder:
     """A directory with weights that are nowhere 0, 1 or alike."""
-    config = Config(encoder=encoder, views=Views(size_px=size, mean=(mean,) * 3, std=(1 - mean,) * 3))
+    config = SimCLR(encoder=encoder, views=Views(size_px=size, mean=(mean,) * 3, std=(1 - mean,) * 3))
     model = build_model(config)
     for t in model.state_dict().values():
         if t.ndim == 1:
@@ -89,7 +89,7 @@ def test_what_lies_beside_torchvisions_weights_makes_its_network_compute_the_sam
 @pytest.mark.parametrize("encoder", [Encoder(depth=18, cifar_stem=True), Encoder(depth=50, width=2), Encoder(depth=8, cifar_stem=True)])
 def test_other_networks_have_no_torchvision_names(tmp_path: Path, encoder: Encoder) -> None:
     with torch.device("meta"):
-        network = PublishedEncoder(build_encoder(encoder), Config(encoder=encoder).to_dict())
+        network = PublishedEncoder(build_encoder(encoder), SimCLR(encoder=encoder).to_dict())
     with pytest.raises(UserError, match=r"torchvision has no such network; .*export a program"):
         export.torchvision(network, None, tmp_path / "x.safetensors")
     assert not any(tmp_path.iterdir())
@@ -165,7 +165,7 @@ def test_the_suffix_says_what_is_written(tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_the_config_says() -> None:
-    config = Config(encoder=Encoder(depth=152, width=3, sk_ratio=0.0625)).to_dict()
+    config = SimCLR(encoder=Encoder(depth=152, width=3, sk_ratio=0.0625)).to_dict()
     config |= {"published": {"recipe": "imagenet_resnet152_3x_sk", "step": 250_228, "data": "a|b"}}
     views = {"size_px": 224, "centre_crop": 0.875, "resize": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
     text = card.card(config | {"preprocessing": views}, 795_000_000, "big", Record(scores={"knn_top1": 0.5, "rankme": 31.24}), "CC-BY-4.0")

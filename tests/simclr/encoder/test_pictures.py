@@ -13,11 +13,11 @@ from PIL import Image
 
 import simclr
 from pipelines.commands import embed
-from simclr.config import Config, Encoder, Views
+from simclr.config import Encoder, SimCLR, Views
 from simclr.data.options import Options
 from simclr.encoder.directory import PublishedEncoder, write_encoder
 from simclr.errors import UserError
-from simclr.networks.resnet import build_encoder
+from simclr.networks.encoders import build_encoder
 from tests.conftest import Within
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 50, 70, 3), dtype=np.uint8)
@@ -25,7 +25,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (9, 50, 70, 3), dtype=np.uint
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = Config(encoder=Encoder(depth=8, cifar_stem=True), views=Views(size_px=32))
+    config = SimCLR(encoder=Encoder(depth=8, cifar_stem=True), views=Views(size_px=32))
     write_encoder(dict(build_encoder(config.encoder).state_dict()), config, tmp_path_factory.mktemp("pictures") / "encoder", {})
     return next(tmp_path_factory.getbasetemp().glob("pictures*/encoder"))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from simclr.config import Encoder
 from simclr.encoder import timm as form
 from simclr.encoder.directory import PublishedEncoder
-from simclr.networks.resnet import build_encoder
+from simclr.networks.encoders import build_encoder
 from simclr.recipes import recipe
 from tests.conftest import Within
 

@@ -17,7 +17,7 @@ from simclr.encoder.directory import write_encoder
 from simclr.encoder.export import own_name, torchvision_name
 from simclr.errors import UserError
 from simclr.methods.simclr import build_model
-from simclr.networks.resnet import build_encoder
+from simclr.networks.encoders import build_encoder
 from tests.support.small import TINY
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 import simclr
 from pipelines import cli
 from pipelines.evaluation import suite
-from simclr.config import Config, Encoder, Views
+from simclr.config import Encoder, SimCLR, Views
 from simclr.data.sources.patterns import render
 from simclr.data.tasks import TASKS, VOC_CLASSES, label_of, open_task, pictures, square
 from simclr.encoder.directory import write_encoder
@@ -142,7 +142,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = Config(encoder=Encoder(depth=8, cifar_stem=True), views=Views(size_px=32))
+    config = SimCLR(encoder=Encoder(depth=8, cifar_stem=True), views=Views(size_px=32))
     path = tmp_path_factory.mktemp("published") / "encoder"
     write_encoder(build_model(config).encoder.state_dict(), config, path, {})
     return path

@@ -11,18 +11,18 @@ import torch
 
 import simclr
 from simclr import checkpoint
-from simclr.config import Config
+from simclr.config import Config, SimCLR
 from simclr.encoder.directory import write_encoder
 from simclr.encoder.weights import Weights, of_directory
 from simclr.errors import UserError
-from simclr.methods.simclr import SimCLR, build_model
+from simclr.methods.simclr import Network, build_model
 from simclr.methods.warm_start import warm_start
 from tests.support.small import TINY, run
 
 CLASSES = tuple("abcdefghij")
 
 
-def given(config: Config = TINY, classes: tuple[str, ...] = CLASSES) -> tuple[SimCLR, Weights]:
+def given(config: SimCLR = TINY, classes: tuple[str, ...] = CLASSES) -> tuple[Network, Weights]:
     """A model of another seed whose statistics are not the initial ones."""
     model = build_model(dataclasses.replace(config, seed=9), len(classes))
     for t in model.state_dict().values():

@@ -16,12 +16,13 @@ import torch
 from scipy.special import ndtr, ndtri
 from torch import nn
 
-from simclr.config import Config, Encoder, Head, Loss
+from simclr.config import Encoder, Head, Loss, SimCLR
 from simclr.encoder.directory import read_classifier, write_encoder
+from simclr.methods.choice import shapes
 from simclr.methods.classifier import build_classifier
 from simclr.methods.method import Start
 from simclr.methods.queue import Queue
-from simclr.methods.simclr import build_model, shapes_only, simclr
+from simclr.methods.simclr import build_model, simclr
 from simclr.networks import initial
 from simclr.networks.heads import Classifier, ProjectionHead
 from simclr.networks.resnet import resnet
@@ -29,7 +30,7 @@ from simclr.recipes import RECIPES
 from tests.conftest import Within
 from tests.support.small import TINY
 
-SMALL = Config(encoder=Encoder(depth=8, cifar_stem=True, se_ratio=0.25), head=Head(layers=3, d_out=16), loss=TINY.loss, views=TINY.views)
+SMALL = SimCLR(encoder=Encoder(depth=8, cifar_stem=True, se_ratio=0.25), head=Head(layers=3, d_out=16), loss=TINY.loss, views=TINY.views)
 REMEMBERING = dataclasses.replace(SMALL, loss=Loss(temperature=0.2, memory=8192))
 
 
@@ -154,7 +155,7 @@ def test_their_distribution(within: Within) -> None:
 
 def test_no_two_parameters_of_a_recipe_share_their_words() -> None:
     for recipe in RECIPES.values():
-        names = [name for name, _ in shapes_only(recipe(), 10).named_parameters()]
+        names = [name for name, _ in shapes(recipe(), 10).network.named_parameters()]
         assert len({zlib.crc32(name.encode()) for name in names}) == len(names) > 20
 
 
@@ -206,7 +207,7 @@ def test_no_tensor_stays_uninitialised_and_torchs_generator_is_not_used(foul: No
     made += [build_classifier(SMALL, 10, 1), Classifier(resnet(8, cifar_stem=True), None, 0, 10)]
     made.append(read_classifier(published(tmp_path / "encoder"))[0])
     assert all(finite(module) for module in made)
-    shapes_only(SMALL, 10)
+    shapes(SMALL, 10)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -219,5 +220,5 @@ def test_loading_weights_draws_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(initial, "deviates", refuse)
     with pytest.raises(AssertionError, match=r"weights are drawn: \(0, 'encoder.stem.0.weight'"):
         build_model(SMALL)
-    shapes_only(SMALL, 10)
+    shapes(SMALL, 10)
     assert read_classifier(directory)[1] == ["a", "b", "c", "d"]

@@ -1,0 +1,123 @@
+"""Settings of SimCLR's siblings, each a `Config` with a few fields more, and which class a config's text is of."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from simclr.config import Config, SimCLR, require
+from simclr.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoCo(Config):
+    """MoCo v1 (arXiv:1911.05722) and v2 (arXiv:2003.04297): keys by a moving average of the network, kept in a queue."""
+
+    METHOD = "moco"
+
+    temperature: float = 0.2
+    """tau of InfoNCE: 0.07 in v1, 0.2 in v2."""
+    queue: int = 65_536
+    """K: keys of earlier batches, the negatives; a multiple of the keys of a step."""
+    ema: float = 0.999
+    """m: the share of itself that the key network keeps at each step."""
+    layers: Literal[1, 2] = 2
+    """Linear layers of the head: 1 in v1; 2 in v2, the first as wide as h, with ReLU and no BatchNorm."""
+    d_out: int = 128
+    """Dimension of queries and keys."""
+    symmetric: bool = False
+    """Each view is a query once and a key once; the losses are added, and a step enqueues 2 N keys."""
+    shuffle: bool = False
+    """The images of a batch change workers before the key network sees them (v1, Sec. 3.3). For encoder.batchnorm per_worker, to compare
+    with the paper: with statistics of all workers it changes nothing."""
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        keys = self.keys_per_step
+        near = max(round(self.queue / keys), 1) * keys
+        require(
+            self.queue > 0 and self.queue % keys == 0, f"queue {self.queue} is no multiple of the {keys} keys of a step; use --queue {near}"
+        )
+        _require_common(self.temperature, self.ema, self.d_out)
+        alone = self.encoder.batchnorm == "per_worker"
+        require(alone or not self.shuffle, "shuffle is for --encoder.batchnorm per_worker; with other statistics leave it out")
+
+    @property
+    def keys_per_step(self) -> int:
+        """How many keys a step puts into the queue."""
+        return self.train.batch_size * (2 if self.symmetric else 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoCoV3(Config):
+    """MoCo v3 (arXiv:2104.02057): no queue, a predictor, and the keys of the batch as negatives."""
+
+    METHOD = "mocov3"
+
+    temperature: float = 1.0
+    """tau of InfoNCE: 1.0 with ResNet-50, 0.2 with ViT."""
+    ema: float = 0.99
+    """m at the first step: the share of itself that the key network keeps; it goes to 1 by half a cosine."""
+    hidden: int = 4096
+    """Width of the hidden layers of projector and predictor."""
+    d_out: int = 256
+    """Dimension of queries and keys."""
+    layers: int = 2
+    """Linear layers of the projector: 2 with ResNet-50, 3 with ViT."""
+    predictor_norm: bool = False
+    """A BatchNorm without scale and shift behind the predictor, as with ViT."""
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        _require_common(self.temperature, self.ema, self.d_out)
+        require(self.hidden >= 1, f"hidden is {self.hidden}; expected a width of at least 1")
+        require(1 <= self.layers <= 8, f"layers is {self.layers}; expected 2 (ResNet) or 3 (ViT), at least 1 and at most 8")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BYOL(Config):
+    """BYOL (arXiv:2006.07733): a network predicts the projections of its own moving average, without negatives."""
+
+    METHOD = "byol"
+
+    ema: float = 0.996
+    """tau at the first step: the share of itself that the target network keeps; it goes to 1 by half a cosine. 0.99 for short runs."""
+    hidden: int = 4096
+    """Width of the hidden layers of projector and predictor."""
+    d_out: int = 256
+    """Dimension of projections and predictions."""
+    predictor: bool = True
+    """Whether there is a predictor. Without one the network collapses, as the paper's ablation shows (Table 5b)."""
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        _require_common(1.0, self.ema, self.d_out)
+        require(self.hidden >= 1, f"hidden is {self.hidden}; expected a width of at least 1")
+
+
+METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL)}}
+"""Name of a method → its settings."""
+
+
+def method_name(config: Config) -> str:
+    """The name of the method of a pretraining's `config`, one of `METHODS`."""
+    return config.METHOD or "simclr"
+
+
+def pretraining(values: Any) -> Config:
+    """The config of a pretraining from `Config.to_dict()`, of the method that it states; SimCLR where it states none.
+
+    Raises UserError for an unknown method, and as `Config.from_dict`.
+    """
+    name = values.get("method", "simclr") if isinstance(values, dict) else "simclr"
+    if name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.3) or list(METHODS)
+        raise UserError(f"unknown method {name!r}; nearest: {', '.join(near)}")
+    return METHODS[name].from_dict({key: value for key, value in values.items() if key != "method"} if isinstance(values, dict) else values)
+
+
+def _require_common(temperature: float, ema: float, d_out: int) -> None:
+    require(temperature > 0, f"temperature is {temperature}; expected a positive number")
+    require(0 <= ema <= 1, f"ema is {ema}; expected a share in [0, 1]")
+    require(1 <= d_out <= 2**17, f"d_out is {d_out}; expected 1 to 131,072")

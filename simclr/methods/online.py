@@ -1,0 +1,31 @@
+"""The linear classifier that a pretraining trains on h behind a stop-gradient, if its data has labels: no label reaches the encoder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simclr.collectives import share_of_mean
+from simclr.methods.method import Rows
+
+
+def with_classifier(loss: Tensor, outputs: Rows, targets: Rows, images: int) -> tuple[Tensor, Rows]:
+    """(the objective, its sums) of a method's `loss`: with the classifier's cross entropy, where the network has class scores."""
+    if "logits" not in outputs:
+        return loss, {"train/loss": loss}
+    classified, hits = classify(outputs["logits"].flatten(0, 1), targets["labels"][0], images)
+    return loss + classified, {"train/loss": loss, "train/linear_loss": classified, "train/linear_top1": hits}
+
+
+def classify(logits: Tensor, labels: Tensor, images: int | None = None) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the linear evaluation, logits (2n, classes), labels (n,), and (2,) its hits and the labelled views.
+
+    An image without a label (−1) adds nothing, and the divisor stays 2n, of 2N over all ranks where `images` says N: so the mean over
+    ranks is the global batch's, however labels are spread.
+    """
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    labels = labels.repeat(2)
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    hits = torch.stack([(logits.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
+    return share_of_mean(loss / len(labels), len(labels) // 2, images), hits.to(loss.dtype)

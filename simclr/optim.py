@@ -132,16 +132,33 @@ class Group:
     """Settings that change before each step, such as {"lr": …}."""
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, lr: Schedule) -> tuple[Group, ...]:
-    """Kernels decay and adapt; BatchNorm and biases (vectors) do neither (App. B.6); a classifier's kernel decays only, as in
-    the official code. Groups without a parameter are left out."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    classifier = [p for name, p in named if name.startswith("classifier.") and p.ndim > 1]
-    kernels = [p for name, p in named if not name.startswith("classifier.") and p.ndim > 1]
-    vectors = [p for _, p in named if p.ndim <= 1]
-    decayed, plain = {"weight_decay": weight_decay, "adapt": True}, {"weight_decay": 0.0, "adapt": False}
-    groups = ((kernels, decayed), (vectors, plain), (classifier, {**decayed, "adapt": False}))
-    return tuple(Group(tuple(params), settings, {"lr": lr}) for params, settings in groups if params)
+Rule = Callable[[str, nn.Parameter], tuple[bool, bool]]
+"""(name, parameter) → (whether it decays, whether LARS adapts its rate)."""
+
+
+def simclr_rule(name: str, p: nn.Parameter) -> tuple[bool, bool]:
+    """Kernels decay and adapt; BatchNorm and biases (vectors) do neither (App. B.6); a classifier's kernel decays only, as in the official
+    code."""
+    return p.ndim > 1, p.ndim > 1 and not name.startswith("classifier.")
+
+
+def everything(name: str, p: nn.Parameter) -> tuple[bool, bool]:
+    """All parameters decay and adapt, as MoCo's authors have it with SGD and AdamW."""
+    return True, True
+
+
+def parameter_groups(module: nn.Module, optim: Optim, lr: Schedule, steps: int, rule: Rule = simclr_rule) -> tuple[Group, ...]:
+    """The trained parameters of `module`, grouped by what `rule` says of them, for a run of so many `steps`."""
+    # In this order, which checkpoints have.
+    found: dict[tuple[bool, bool], list[nn.Parameter]] = {key: [] for key in ((True, True), (False, False), (True, False), (False, True))}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            found[rule(name, p)].append(p)
+    return tuple(
+        Group(tuple(params), {"weight_decay": optim.weight_decay if decays else 0.0, "adapt": adapts}, {"lr": lr})
+        for (decays, adapts), params in found.items()
+        if params
+    )
 
 
 def build_optimizer(groups: Sequence[Group], optim: Optim) -> torch.optim.Optimizer:

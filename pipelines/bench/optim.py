@@ -10,6 +10,7 @@ import torch
 
 from pipelines.allocator import keep_freed_memory
 from pipelines.bench.result import WARM_STEPS, Row, compared, in_turn
+from simclr.config import Optim
 from simclr.networks.resnet import resnet
 from simclr.optim import LARS, parameter_groups
 
@@ -23,7 +24,9 @@ def optim(steps: int, trials: int, threads: int, device: torch.device) -> list[R
         network = resnet(50).to(device)
         for p in network.parameters():
             p.grad = torch.randn_like(p)
-        groups = [{"params": list(g.params), **g.settings} for g in parameter_groups(network, 1e-4, lambda step: 1e-3)]
+        groups = [
+            {"params": list(g.params), **g.settings} for g in parameter_groups(network, Optim(weight_decay=1e-4), lambda step: 1e-3, 1)
+        ]
         if name == "LARS":
             optimizers[name] = LARS(groups, lr=1e-3)
         else:

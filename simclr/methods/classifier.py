@@ -98,13 +98,14 @@ def classifying(
         return found
 
     train_mode(model, linear)
+    examples = examples_of(config, start, manifest)
     return Method(
         crops=crops,
         inputs=inputs,
         network=Scores(model),
         targets=targets,
         loss=objective,
-        groups=parameter_groups(model, config.optim.weight_decay, schedule(config, examples_of(config, start, manifest))),
+        groups=parameter_groups(model, config.optim, schedule(config, examples), config.total_steps(examples)),
         published={"encoder": model.encoder, "head": model.head, "classifier": model.classifier},
         evaluate=evaluate if "test" in manifest.splits or start.held is not None else no_evaluation,
         chance=math.log(max(len(manifest.classes), 2)),

@@ -106,7 +106,7 @@ def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = Non
         loss=objective,
         after=enqueue if queue is not None else nothing_after,
         report=partial(diagnosed, temperature=loss.temperature, images=images),
-        groups=parameter_groups(model, config.optim.weight_decay, schedule(config, examples)),
+        groups=parameter_groups(model, config.optim, schedule(config, examples), config.total_steps(examples)),
         published=parts | ({"classifier": model.classifier} if model.classifier is not None else {}),
         evaluate=partial(knn_of, model.encoder, config, start.data, device, start.loader_threads) if tested else no_evaluation,
         chance=math.log(rows - 1 + loss.memory) if loss.name.startswith("nt_xent") else 0.0,

@@ -114,7 +114,7 @@ def test_schedule_equals_the_official_table(within: Within) -> None:
 
 def test_only_kernels_decay_and_adapt() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
-    kernels, rest = parameter_groups(module, 1e-4, lambda step: 0.1)
+    kernels, rest = parameter_groups(module, Optim(weight_decay=1e-4), lambda step: 0.1, 1)
     assert [p.ndim for p in kernels.params] == [4, 2] and kernels.settings["weight_decay"] == 1e-4 and kernels.settings["adapt"]
     assert [p.ndim for p in rest.params] == [1, 1, 1, 1] and rest.settings["weight_decay"] == 0 and not rest.settings["adapt"]
 
@@ -122,7 +122,7 @@ def test_only_kernels_decay_and_adapt() -> None:
 def test_a_classifiers_kernel_decays_and_does_not_adapt() -> None:
     """As in the official code for `head_supervised`."""
     module = nn.ModuleDict({"encoder": nn.Linear(4, 3), "classifier": nn.Linear(3, 2)})
-    kernels, rest, classifier = parameter_groups(module, 1e-4, lambda step: 0.1)
+    kernels, rest, classifier = parameter_groups(module, Optim(weight_decay=1e-4), lambda step: 0.1, 1)
     assert len(kernels.params) == 1 and len(rest.params) == 2
     assert classifier.params[0] is module["classifier"].weight
     assert classifier.settings["weight_decay"] == 1e-4 and not classifier.settings["adapt"]

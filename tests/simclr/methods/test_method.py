@@ -70,7 +70,7 @@ def pair(config: Config, start: Start) -> Method:
         targets=lambda rows: {"taught": average({"small": rows["large"]})["p"]},
         loss=objective,
         after=after,
-        groups=parameter_groups(student, config.optim.weight_decay, schedule(config, 240)),
+        groups=parameter_groups(student, config.optim, schedule(config, 240), config.total_steps(240)),
         published={"encoder": student.encoder},
     )
 

@@ -61,8 +61,8 @@ MUTATIONS = (
     Mutation(
         "batchnorm-decays",
         "simclr/optim.py",
-        '{"weight_decay": 0.0, "adapt": False}',
-        '{"weight_decay": weight_decay, "adapt": False}',
+        "return p.ndim > 1, p.ndim > 1 and not name",
+        "return True, p.ndim > 1 and not name",
         "tests/simclr/test_optim.py::test_only_kernels_decay_and_adapt",
     ),
     Mutation(

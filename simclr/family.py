@@ -96,6 +96,8 @@ class BYOL(Config):
         require(self.hidden >= 1, f"hidden is {self.hidden}; expected a width of at least 1")
 
 
+_LISTED = 4
+
 METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL)}}
 """Name of a method → its settings."""
 
@@ -129,7 +131,7 @@ def foreign(path: str, config: Config) -> str:
     name, last = method_name(config), path.rpartition(".")[2]
     own = [field for field in mine if field not in Config().flat() and field != "method"]
     near = [field for field in own if field.rpartition(".")[2] == last] or difflib.get_close_matches(path, own, n=1, cutoff=0.5)
-    instead = f"{name} has {near[0]}" if near else f"{name} has {', '.join(own)}"
+    instead = f"{name} has {near[0] if near else ', '.join(own[:_LISTED]) + (' …' if len(own) > _LISTED else '')}"
     return f"{path} is a field of {' and '.join(theirs)}; {instead}"
 
 

@@ -36,7 +36,8 @@ class Args:
     """all: the others, most valuable first, each in its own process, within --budget-min; needs no Ray.
     device: its ceilings: GB/s of a copy, TFLOP/s of a product.
     agreement: views, loss and first steps on the device − on the CPU; lines that block the host.
-    step: images/s of the training step on resident data ÷ the same network's step in plain torch; with --data also fed from shards.
+    step: images/s of the training step on resident data ÷ the same network's step in plain torch, or for a recipe of another method ÷
+    SimCLR's of the same encoder and batch; with --data also fed from shards.
     train: images/s end to end under Ray Train with one worker ÷ the step on resident data.
     scale: the step on 1 and 2 ranks, the share of communication, and a model's expectation for more, by a flat ring and in two levels.
     loss: NT-Xent with its gradient, without stored logits ÷ written out: time, memory, difference.
@@ -82,7 +83,7 @@ class Args:
     """step, train, scale, loop, cifar: torch.compile on both sides; step then counts graph breaks."""
     micro_batch: int | None = None
     """step: a third side embeds this many images at a time (gradient caching). train, scale: every side does."""
-    sides: tuple[Literal["resident", "plain", "cached", "fed", "views", "loader", "sums", "kernels"], ...] = ()
+    sides: tuple[Literal["resident", "plain", "simclr", "cached", "fed", "views", "loader", "sums", "kernels"], ...] = ()
     """step: only these sides, as `cached` for a batch that does not fit at once; nothing = all that --micro-batch and --data allow, and,
     compiled on a GPU, BatchNorm as sums and as kernels."""
     profile: Path | None = None
@@ -265,17 +266,17 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
 
 
 def _config(args: Args) -> Config:
-    """The recipe with the batch sizes, precision and compiling of the command line."""
+    """The recipe with the batch sizes, precision and compiling of the command line; a queue keeps about its length."""
     if args.config_file is not None and args.recipe != Args.recipe:
         raise UserError(f"--recipe {args.recipe} and --config {args.config_file} each have a whole config; leave out one of them")
     config = recipe(args.recipe) if args.config_file is None else config_file.read(args.config_file).config
     if args.size_px is not None:
         config = replace(config, views=replace(config.views, size_px=args.size_px))
     precision = config.train.precision if args.precision == "recipe" else args.precision
-    train = replace(
-        config.train, batch_size=args.batch_size, micro_batch=args.micro_batch, precision=precision, compile=args.compile, steps=args.steps
-    )
-    return replace(config, train=train)
+    from simclr.footprint import of_batch
+
+    config = of_batch(config, args.batch_size, args.micro_batch)
+    return replace(config, train=replace(config.train, precision=precision, compile=args.compile, steps=args.steps))
 
 
 def _device(args: Args) -> torch.device:

@@ -24,6 +24,8 @@ from simclr import fields, files
 from simclr.data.arrays import require_plain_headers, require_small
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
+from simclr.family import method_name
+from simclr.papers import named
 from simclr.recipes import changed_from
 
 _MOST_BYTES = 1 << 30  # of pictures.npz, unpacked; the largest that `evaluate` writes is a tenth
@@ -97,7 +99,8 @@ def gather(run: Run) -> ReportData:
     }
     gallery, neighbours, points = _pictures(run.path / "pictures.npz", len(manifest.classes) if manifest is not None else 1 << 31)
     return ReportData(
-        title=f"SimCLR · {changed_from(run.recipe, run.config)}",
+        title=f"{named(method_name(run.config)).title} · {changed_from(run.recipe, run.config)}",
+        method=method_name(run.config) if run.stage == "pretrain" else run.stage,
         command=run.command,
         config=run.config.flat(),
         facts=facts,

@@ -137,9 +137,43 @@ Rule = Callable[[str, nn.Parameter], tuple[bool, bool]]
 
 
 def simclr_rule(name: str, p: nn.Parameter) -> tuple[bool, bool]:
-    """Kernels decay and adapt; BatchNorm and biases (vectors) do neither (App. B.6); a classifier's kernel decays only, as in the official
-    code."""
-    return p.ndim > 1, p.ndim > 1 and not name.startswith("classifier.")
+    """Kernels of dense layers and convolutions decay and adapt, nothing else does (`is_kernel`): for BatchNorm and biases as in App. B.6. A
+    classifier's kernel decays only, as in the official code."""
+    kernel = is_kernel(name, p)
+    return kernel, kernel and not name.startswith("classifier.")
+
+
+def is_kernel(name: str, p: nn.Parameter) -> bool:
+    """Whether the parameter called `name` is the kernel of a dense layer or a convolution, by its name and shape.
+
+    `p.ndim > 1` alone would take in class and mask tokens (1, 1, d), position embeddings (1, n, d), tables of relative positions, the
+    lengths of weight normalisation (d, 1) and scales that are kept as (1, d, 1, 1).
+    """
+    *path, leaf = name.split(".")
+    owner = path[-1] if path else ""
+    if owner == "weight":  # torch's parametrizations.weight: original0 is a length, original1 the direction
+        return p.ndim > 1 and leaf == "original1"
+    other = "norm" in owner or owner.startswith("bn") or owner in ("pos_embed", "position_embedding", "position_embeddings")
+    return p.ndim > 1 and not other and (leaf in ("weight", "weight_v", "proj") or leaf.endswith("proj_weight"))
+
+
+def byol_rule(name: str, p: nn.Parameter) -> tuple[bool, bool]:
+    """Biases, and all in a module whose name contains "norm", neither decay nor adapt, as in BYOL's official code, which goes by names. Here
+    some norms have a number for a name, so vectors do neither, too: each is a bias or a norm's."""
+    *path, leaf = name.split(".")
+    kernel = p.ndim > 1 and leaf not in ("bias", "b") and not any("norm" in part for part in path)
+    return kernel, kernel
+
+
+def mocov3_lars_rule(name: str, p: nn.Parameter) -> tuple[bool, bool]:
+    """What has more than one dimension decays and adapts, tokens too, as in the LARS of MoCo v3's official code."""
+    return p.ndim > 1, p.ndim > 1
+
+
+def dino_rule(name: str, p: nn.Parameter) -> tuple[bool, bool]:
+    """All but vectors and names that end in ".bias" decay, tokens and position embeddings too, as in the official code of DINO and MAE."""
+    decays = p.ndim != 1 and not name.endswith(".bias")
+    return decays, decays
 
 
 def everything(name: str, p: nn.Parameter) -> tuple[bool, bool]:

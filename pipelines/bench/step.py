@@ -282,7 +282,7 @@ def _with_torch_norms(module: nn.Module, kind: type[nn.BatchNorm1d | nn.BatchNor
         if not isinstance(child, BatchNorm):
             _with_torch_norms(child, kind)
             continue
-        norm = kind(child.weight.numel(), child.eps, child.momentum)
+        norm = kind(len(child.running_mean), child.eps, child.momentum)
         norm.load_state_dict(child.state_dict(), strict=False)
         if child.bias is None:  # torch's always has a bias: it stays 0
             norm.bias.requires_grad_(False)

@@ -34,7 +34,8 @@ class BatchNorm(nn.Module):
     """Normalises channel dimension 1 of (n, c) or (n, c, h, w) with the statistics of all ranks' rows.
 
     As in the official code: running statistics move by 0.1 per step, the running variance is the *biased* batch
-    variance (torch's own is unbiased), eps is 1e-5; `beta=False` leaves out the shift, as in the head's last layer, `affine=False` scale and shift.
+    variance (torch's own is unbiased), eps is 1e-5; `beta=False` leaves out the shift, as in the head's last layer,
+    `affine=False` scale and shift.
     `ranks` gives the statistics of so many ranks in a row, 1 those of the local rows only. Every rank must hold equally many rows; for
     others, and for groups of ranks, see `share_statistics`.
     """

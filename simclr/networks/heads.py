@@ -1,4 +1,5 @@
-"""The projection head g (arXiv:2002.05709, Sec. 2.1), projectors and predictors of its siblings, and classifiers for linear evaluation and fine-tuning."""
+"""The projection head g (arXiv:2002.05709, Sec. 2.1), projectors and predictors of SimCLR's siblings, and classifiers for linear
+evaluation and fine-tuning."""
 
 from __future__ import annotations
 

@@ -51,6 +51,7 @@ ADDED = {
     "views.solarise_p": 0.0,
     "views.saturation": 1.0,
     "optim.beta2": 0.999,
+    "optim.rate_in_buffer": True,
     "optim.weight_decay_end": None,
     "optim.layer_decay": 1.0,
     "optim.clip_norm": 0.0,

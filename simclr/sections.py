@@ -186,9 +186,12 @@ class Optim:
     """AdamW's decay of the mean square gradient."""
     nesterov: bool = False
     """Nesterov's momentum; v1 fine-tunes with it (App. B.5)."""
+    rate_in_buffer: bool = True
+    """LARS's learning rate stands inside its momentum buffer, as in SimCLR's official code, and not outside, as in BYOL's and MoCo v3's.
+    While the rate stays the two are one; a changing rate rescales what lies in the buffer only if it stands outside."""
     weight_decay: float = 1e-6
-    """Decay of kernels per step, times the learning rate. Norms, biases, position embeddings, tokens and classifiers have none, unless the
-    method's authors have it otherwise."""
+    """Decay of kernels per step, times the learning rate. Norms, biases, position embeddings and tokens have none, unless the method's
+    authors have it otherwise."""
     weight_decay_end: float | None = None
     """Weight decay at the end of training, to which it goes by half a cosine; nothing = it stays."""
     layer_decay: float = 1.0

@@ -12,8 +12,9 @@ import math
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -91,30 +92,45 @@ def _polynomial(x: NDArray[np.float64], coefficients: tuple[float, ...]) -> NDAr
     return y
 
 
-def uniform(seed: int, name: str, start: int, stop: int) -> NDArray[np.float64]:
-    """Elements `start` to `stop` of the parameter `name` as deviates that are uniform in (−1, 1).
-
-    Element i is (word + 1/2) / 2^31 − 1, of word i % 4 at `keyed`'s address (seed, "weights", CRC-32 of the name, i // 4).
-    """
-    first = start // 4
-    ids = np.arange(first, -(-stop // 4), dtype=np.int64)
-    words = keyed.bits(seed, "weights", zlib.crc32(name.encode()), ids, 0, 4).reshape(-1)[start - 4 * first : stop - 4 * first]
-    u = words.astype(np.float64)
-    u -= 2.0**31 - 0.5  # exact, as the next line is
-    u *= 2.0**-31
-    return u
-
-
 def deviates(seed: int, name: str, start: int, stop: int, cut: bool) -> NDArray[np.float64]:
     """Elements `start` to `stop` of the parameter `name` as standard normal deviates, with `cut` within two standard deviations.
 
-    Element i is the quantile that stands as far from the middle as that of `uniform`. So the uncut ones reach 6.3 standard deviations.
+    Element i is the quantile at (word + 1/2) / 2^32, of word i % 4 at `keyed`'s address (seed, "weights", CRC-32 of the name,
+    i // 4). So the uncut ones reach 6.3 standard deviations.
     """
-    q = uniform(seed, name, start, stop)
-    q *= 0.5
+    q = _centred(seed, name, start, stop)
     if cut:
         q *= _INSIDE_TWO
     return normal_quantile(q)
+
+
+def _centred(seed: int, name: str, start: int, stop: int) -> NDArray[np.float64]:
+    """(word + 1/2) / 2^32 − 1/2 of the words of these elements: uniform between −1/2 and 1/2."""
+    first = start // 4
+    ids = np.arange(first, -(-stop // 4), dtype=np.int64)
+    words = keyed.bits(seed, "weights", zlib.crc32(name.encode()), ids, 0, 4).reshape(-1)[start - 4 * first : stop - 4 * first]
+    q = words.astype(np.float64)
+    q -= 2.0**31 - 0.5  # exact, as the next line is
+    q *= 2.0**-32
+    return q
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """How the elements of a parameter are distributed about 0."""
+
+    kind: Literal["normal", "cut", "uniform"]
+    """cut = a normal within two standard deviations."""
+    scale: float
+    """Standard deviation, of a cut one before the cut; or the bound of a uniform one."""
+
+
+def simclr_law(name: str, layer: nn.Module) -> Law:
+    """Convolutions: TensorFlow's VarianceScaling() as in the official code, a normal cut at two standard deviations, with variance
+    1 / fan-in after the cut. Linear maps: N(0, 0.01²)."""
+    if isinstance(layer, nn.Conv2d):
+        return Law("cut", 1 / (math.sqrt(layer.weight[0].numel()) * _STD_INSIDE_TWO))
+    return Law("normal", 0.01)
 
 
 class Conv2d(nn.Conv2d):
@@ -132,83 +148,59 @@ class Linear(nn.Linear):
         """Draws nothing."""
 
 
-def draw(module: nn.Module, seed: int, prefix: str) -> None:
-    """Fill every convolution and linear map in `module` with initial weights in float32; biases get 0. Tensors on the meta device
-    stay as they are, and so does torch's generator.
+def draw(module: nn.Module, seed: int, prefix: str, law: Callable[[str, nn.Module], Law] = simclr_law) -> None:
+    """Fill every convolution and linear map in `module` with initial weights in float32, by the law of (its name in `module`, itself);
+    biases get 0. Tensors on the meta device stay as they are, and so does torch's generator.
 
-    `prefix` stands before the names in `module`, as in "encoder.stem.0.weight". Elements are counted row by row of the logical
-    shape. Convolutions get TensorFlow's VarianceScaling() as in the official code: a normal cut at two standard deviations, with variance
-    1 / fan-in after the cut; linear maps N(0, 0.01²). Neither threads (torch's number) nor chunks change a bit. Raises ValueError for a
-    seed that no config could hold.
+    `prefix` stands before the names in `module`, as in "encoder.stem.0.weight". Elements are counted row by row of the logical shape.
+    Raises ValueError for a seed that no config could hold.
     """
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"the seed of the initial weights is {seed}; expected a whole number from 0 to 2^63 - 1")
-    drawn: list[tuple[Tensor, Values]] = []
-    for path, layer in module.named_modules():
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
-            continue
+    layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for _, layer in layers:
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
-        cut = isinstance(layer, nn.Conv2d)
-        std = 1 / (math.sqrt(layer.weight[0].numel()) * _STD_INSIDE_TWO) if cut else 0.01
-        drawn.append((layer.weight, partial(_normal, seed, _name(prefix, path, "weight"), std, cut)))
-    fill(drawn)
+    fill([(".".join(part for part in (prefix, path, "weight") if part), layer.weight, law(path, layer)) for path, layer in layers], seed)
 
 
 def draw_uniform(module: nn.Module, seed: int, prefix: str) -> None:
     """As `draw`, but weights and biases of linear maps are uniform within ±1 / √fan-in, as torch's own constructor has them."""
-    drawn: list[tuple[Tensor, Values]] = []
-    for path, layer in module.named_modules():
-        if isinstance(layer, nn.Linear):
-            bound = 1 / math.sqrt(layer.in_features)
-            drawn += [(p, partial(_uniform, seed, _name(prefix, path, name), bound)) for name, p in layer.named_parameters(recurse=False)]
-    fill(drawn)
+    layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    parameters = [(f"{path}.{name}", p, layer) for path, layer in layers for name, p in layer.named_parameters(recurse=False)]
+    fill([(f"{prefix}.{name.lstrip('.')}", p, Law("uniform", 1 / math.sqrt(layer.in_features))) for name, p, layer in parameters], seed)
 
 
-Values = Callable[[int, int], NDArray[np.float64]]
-"""(start, stop) → these elements of a parameter, counted row by row."""
-
-
-def fill(parameters: Iterable[tuple[Tensor, Values]]) -> None:
-    """Give each tensor its values, rounded to float32, by several threads (torch's number). One on the meta device stays as it is."""
+def fill(parameters: Iterable[tuple[str, Tensor, Law]], seed: int) -> None:
+    """Fill each parameter (its whole name, itself, its law), as `draw` does. Neither threads (torch's number) nor chunks change a bit."""
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"the seed of the initial weights is {seed}; expected a whole number from 0 to 2^63 - 1")
     jobs: list[Callable[[], None]] = []
     filled: list[tuple[Tensor, NDArray[np.float32]]] = []
-    for parameter, values in parameters:
+    for name, parameter, law in parameters:
         if parameter.is_meta:
             continue
-        tensor = parameter.detach()
-        own = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
-        array = tensor.numpy() if own else np.empty(tensor.shape, dtype=np.float32)
+        weight = parameter.detach()
+        own = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+        values = weight.numpy() if own else np.empty(weight.shape, dtype=np.float32)
         if not own:
-            filled.append((tensor, array))
-        flat = array.reshape(-1)
-        jobs += [partial(_fill, flat, values, at) for at in range(0, flat.size, _CHUNK)]
+            filled.append((weight, values))
+        flat = values.reshape(-1)
+        jobs += [partial(_fill, flat, seed, name, at, law) for at in range(0, flat.size, _CHUNK)]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         for done in [pool.submit(job) for job in jobs]:
             done.result()
-    for tensor, array in filled:
-        tensor.copy_(torch.from_numpy(array))
+    for weight, values in filled:
+        weight.copy_(torch.from_numpy(values))
 
 
-def _name(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def _fill(flat: NDArray[np.float32], values: Values, start: int) -> None:
+def _fill(flat: NDArray[np.float32], seed: int, name: str, start: int, law: Law) -> None:
     stop = min(start + _CHUNK, flat.size)
-    flat[start:stop] = values(start, stop)
-
-
-def _normal(seed: int, name: str, std: float, cut: bool, start: int, stop: int) -> NDArray[np.float64]:
-    z = deviates(seed, name, start, stop, cut)
-    z *= std
-    return z
-
-
-def _uniform(seed: int, name: str, bound: float, start: int, stop: int) -> NDArray[np.float64]:
-    u = uniform(seed, name, start, stop)
-    u *= bound
-    return u
+    if law.kind == "uniform":
+        z = _centred(seed, name, start, stop)
+        z *= 2 * law.scale
+    else:
+        z = deviates(seed, name, start, stop, law.kind == "cut")
+        z *= law.scale
+    flat[start:stop] = z
 
 
 def unfilled(build: Callable[[], Module]) -> Module:

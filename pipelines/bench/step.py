@@ -157,7 +157,7 @@ def _cached(config: Config) -> str:
 def _print_table(rows: list[Row], config: Config, how: str) -> None:
     train, base = config.train, rows[0]["name"]
     print(
-        f"step on views of {config.views.size_px} px, ResNet-{config.encoder.depth}, N = {train.batch_size}, {train.precision}, "
+        f"step on views of {config.views.size_px} px, {config.encoder.title}, N = {train.batch_size}, {train.precision}, "
         f"{'compiled' if train.compile else 'not compiled'}, {how}"
     )
     print(f"ours ends with {config.optim.name.upper()}, plain torch with fused SGD")
@@ -282,7 +282,7 @@ def _with_torch_norms(module: nn.Module, kind: type[nn.BatchNorm1d | nn.BatchNor
         if not isinstance(child, BatchNorm):
             _with_torch_norms(child, kind)
             continue
-        norm = kind(child.weight.numel(), child.eps, child.momentum)
+        norm = kind(len(child.running_mean), child.eps, child.momentum)
         norm.load_state_dict(child.state_dict(), strict=False)
         if child.bias is None:  # torch's always has a bias: it stays 0
             norm.bias.requires_grad_(False)

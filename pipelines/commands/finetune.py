@@ -189,7 +189,7 @@ def _config(args: Args, directory: Path, images: int, share: float, labels_sha25
     from simclr.encoder.directory import config_of, read_text
 
     base = config_of(read_text(directory))
-    if args.encoder != classifiers.Shape() and not args.from_scratch:
+    if args.encoder.other_weights and not args.from_scratch:
         raise UserError("--encoder.… asks for another network than the given one, which has weights; add --from-scratch, or leave it out")
     epochs = args.epochs if args.epochs is not None else 60.0 if share < _FEW else 30.0
     batch_size = classifiers.batch_for(args.batch_size, 1024, images, args.resources.workers)

@@ -51,6 +51,7 @@ ADDED = {
     "views.solarise_p": 0.0,
     "views.saturation": 1.0,
     "optim.beta2": 0.999,
+    "optim.rate_in_buffer": True,
     "optim.weight_decay_end": None,
     "optim.layer_decay": 1.0,
     "optim.clip_norm": 0.0,
@@ -172,6 +173,9 @@ class Config:
     METHOD: ClassVar[str] = ""
     """The method's name, as a file states it; "" = the class alone tells it, as of a stage."""
 
+    DROPS_PATHS: ClassVar[bool] = False
+    """Whether a method with a name draws which blocks an image leaves out (encoder.drop_path), as SimCLR and the stages do."""
+
     seed: int = 0
     """Key of all randomness: weights, order, crops, colours."""
     encoder: Encoder = field(default_factory=Encoder)
@@ -182,6 +186,9 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
+        dropped = self.encoder.drop_path
+        drops = not dropped or not self.METHOD or self.DROPS_PATHS
+        require(drops, f"encoder.drop_path is {dropped}, and {self.METHOD} leaves no block out; leave out --encoder.drop-path")
         size, patch = self.views.size_px, self.encoder.patch_px
         near = max(size // patch, 1) * patch
         whole = self.encoder.vit is None or size % patch == 0

@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Stream = Literal["order", "crop", "colour", "weights", "patterns", "subset", "operation"]
-_STREAMS: dict[Stream, int] = {"order": 0, "crop": 1, "colour": 2, "weights": 3, "patterns": 4, "subset": 5, "operation": 6}
+Stream = Literal["order", "crop", "colour", "weights", "patterns", "subset", "operation", "path"]
+_STREAMS: dict[Stream, int] = {"order": 0, "crop": 1, "colour": 2, "weights": 3, "patterns": 4, "subset": 5, "operation": 6, "path": 7}
 Rule = Literal["sort", "by size"]
 """How ids are put in order: by a sort at every size, or by a sort up to `SORTED_UP_TO` ids and by `entries` above."""
 Ids = NDArray[np.int64]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from simclr.errors import UserError
@@ -50,8 +50,8 @@ class Encoder:
     """The patch embedding of a vision transformer keeps its initial weights, which makes contrastive training stable (arXiv:2104.02057,
     Sec. 4.2)."""
     drop_path: float = 0.0
-    """Largest probability that a vision transformer's block is left out for an image while it is trained (arXiv:1603.09382): from 0 in the
-    first block it rises in a line to this in the last."""
+    """Largest probability that the attention of a vision transformer's block is left out for an image while it is trained, and as large a
+    one for its MLP (arXiv:1603.09382): from 0 in the first block it rises in a line to this in the last."""
     timm: str = ""
     """A network of timm's by its name, as convnext_tiny, in place of a ResNet (the extra `timm`); its weights begin as timm draws them from
     the seed."""
@@ -66,6 +66,10 @@ class Encoder:
         require(self.patch_px >= 1, f"encoder.patch_px is {self.patch_px}; expected at least 1 pixel")
         require(self.heads is None or self.heads >= 1, f"encoder.heads is {self.heads}; expected at least 1")
         require(0 <= self.drop_path < 1, f"encoder.drop_path is {self.drop_path}; expected a probability in [0, 1)")
+        usual = {"heads": None, "pool": "class", "positions": "learned", "frozen_patches": False, "drop_path": 0.0}
+        for name in () if self.vit else usual:
+            value, flag = getattr(self, name), f"--encoder.{name.replace('_', '-')}"
+            require(value == usual[name], f"encoder.{name} is {value}, and {self.title} has none; leave out {flag}, or give --encoder.vit")
 
     @property
     def title(self) -> str:
@@ -75,6 +79,11 @@ class Encoder:
         if self.vit:
             return f"ViT-{'Ti' if self.vit == 'tiny' else self.vit if self.vit == 'micro' else self.vit[0].upper()}/{self.patch_px}"
         return f"ResNet-{self.depth}" + (f" ({self.width}×)" if self.width > 1 else "")
+
+    @property
+    def trained(self) -> Encoder:
+        """This network with all its weights to train: for what comes after a pretraining that froze the patch embedding."""
+        return replace(self, frozen_patches=False)
 
     @property
     def norm_ranks(self) -> int | None:
@@ -186,9 +195,12 @@ class Optim:
     """AdamW's decay of the mean square gradient."""
     nesterov: bool = False
     """Nesterov's momentum; v1 fine-tunes with it (App. B.5)."""
+    rate_in_buffer: bool = True
+    """LARS's learning rate stands inside its momentum buffer, as in SimCLR's official code, and not outside, as in BYOL's and MoCo v3's.
+    While the rate stays the two are one; a changing rate rescales what lies in the buffer only if it stands outside."""
     weight_decay: float = 1e-6
-    """Decay of kernels per step, times the learning rate. Norms, biases, position embeddings, tokens and classifiers have none, unless the
-    method's authors have it otherwise."""
+    """Decay of kernels per step, times the learning rate. Norms, biases, position embeddings and tokens have none, unless the method's
+    authors have it otherwise."""
     weight_decay_end: float | None = None
     """Weight decay at the end of training, to which it goes by half a cosine; nothing = it stays."""
     layer_decay: float = 1.0

@@ -22,7 +22,7 @@ from simclr.gradient_cache import cached_gradient
 from simclr.methods.choice import method_of
 from simclr.methods.method import Method, Rows, Start, examples_of, no_evaluation
 from simclr.networks.batchnorm import share_statistics, take_first_ranks
-from simclr.optim import build_optimizer, set_schedules
+from simclr.optim import build_optimizer, clip_gradients, set_schedules
 from simclr.precision import autocast, set_backends
 from simclr.telemetry import progress
 from simclr.telemetry.guards import Health
@@ -162,6 +162,9 @@ def take_step(
         )
     leaves()
     method.gradients(step)
+    norm = clip_gradients(optimizer, config.optim)
+    if norm is not None:
+        sums = {**sums, "health/grad_norm": norm}
     set_schedules(optimizer, method.groups, step)
     optimizer.step()
     with torch.no_grad(), autocast(precision, device):

@@ -242,7 +242,7 @@ def _communication(config: Config, n: int, world: int, place: Any) -> Found:
     kind = torch.bfloat16 if config.train.compress_gradients else torch.float32
     gradients = torch.zeros(sum(p.numel() for p in network.parameters()), device=place, dtype=kind)
     bucket = max(int(config.train.bucket_mib * 2**20) // 4, 1)  # DDP fills its buckets with float32, even if they are compressed
-    norms = [torch.zeros(2 * m.weight.numel(), device=place) for m in network.modules() if isinstance(m, BatchNorm) and m.ranks != 1]
+    norms = [torch.zeros(2 * len(m.running_mean), device=place) for m in network.modules() if isinstance(m, BatchNorm) and m.ranks != 1]
     d_out = config.head.d_out if isinstance(config, SimCLR) else getattr(config, "d_out", 0)
     z = torch.zeros(2 * n, d_out, device=place, requires_grad=True)
     found = {"gradient_bytes": float(gradients.nbytes), "buckets": float(math.ceil(gradients.numel() / bucket))}

@@ -189,12 +189,8 @@ def _print_table(rows: list[Row], config: Config, how: str) -> None:
         f"N = {train.batch_size}, {train.precision}, "
         f"{'compiled' if train.compile else 'not compiled'}, {how}"
     )
-    ends = (
-        f"{config.optim.name.upper()}, plain torch with fused SGD"
-        if isinstance(config, SimCLR)
-        else f"{config.optim.name.upper()}, SimCLR too"
-    )
-    print(f"ours ends with {ends}")
+    theirs = "plain torch with fused SGD" if isinstance(config, SimCLR) else "SimCLR too"
+    print(f"ours ends with {config.optim.name.upper()}, {theirs}")
     for row in rows:
         pairs, than = f"(pairs {row['low']:.3f} … {row['high']:.3f})", ""
         if row["name"] == FED and base == OURS:
@@ -318,7 +314,7 @@ def _with_torch_norms(module: nn.Module, kind: type[nn.BatchNorm1d | nn.BatchNor
         if not isinstance(child, BatchNorm):
             _with_torch_norms(child, kind)
             continue
-        norm = kind(child.weight.numel(), child.eps, child.momentum)
+        norm = kind(len(child.running_mean), child.eps, child.momentum)
         norm.load_state_dict(child.state_dict(), strict=False)
         if child.bias is None:  # torch's always has a bias: it stays 0
             norm.bias.requires_grad_(False)

@@ -191,7 +191,7 @@ def _config(args: Args, directory: Path, images: int, share: float, labels_sha25
     from simclr.encoder.directory import config_of, read_text
 
     base = config_of(read_text(directory))
-    if args.encoder != classifiers.Shape() and not args.from_scratch:
+    if args.encoder.other_weights and not args.from_scratch:
         raise UserError("--encoder.… asks for another network than the given one, which has weights; add --from-scratch, or leave it out")
     if args.tap and not isinstance(base, SimCLR):
         called = named(method_name(base)).title

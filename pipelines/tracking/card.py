@@ -85,8 +85,11 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
 
 def network(encoder: dict[str, Any]) -> str:
     """The architecture by the papers' names, from the `encoder` of a config."""
-    if encoder.get("vit") or encoder.get("timm"):
-        return Encoder(**encoder).title
+    shape = Encoder(**encoder)
+    if shape.timm:
+        return shape.title
+    if shape.vit:
+        return f"{shape.title}, {'the mean of its patches' if shape.pool == 'mean' else 'its class token'}"
     extras = [
         f"{encoder['width']}× width" if encoder["width"] != 1 else "",
         "selective kernels" if encoder["sk_ratio"] else "",
@@ -170,4 +173,4 @@ def _parameters(config: dict[str, Any]) -> int:
     from simclr.networks.encoders import build_encoder
 
     with torch.device("meta"):  # names and shapes, without memory
-        return sum(p.numel() for p in build_encoder(Encoder(**config["encoder"])).parameters())
+        return sum(p.numel() for p in build_encoder(Encoder(**config["encoder"]), size_px=config["preprocessing"]["size_px"]).parameters())

@@ -118,11 +118,16 @@ def _head(config: dict[str, Any], repository: str, record: Record, licence: str,
         license_name=None if known or licence == UNKNOWN_LICENCE else licence,
         library_name="timm" if in_timm else "simclr",
         pipeline_tag="image-feature-extraction",
-        tags=["simclr", "self-supervised-learning", f"resnet-{config['encoder']['depth']}"],
+        tags=["simclr", "self-supervised-learning", _tag(Encoder(**config["encoder"]))],
         model_name=repository.partition("/")[2] if results else None,
         eval_results=results or None,
     )
     return f"---\n{about}\n---\n\n"
+
+
+def _tag(encoder: Encoder) -> str:
+    """The network as a tag: resnet-50, vit-s-16."""
+    return f"resnet-{encoder.depth}" if not encoder.vit else re.sub(r"[^a-z0-9]+", "-", encoder.title.lower())
 
 
 def _card(encoder: Path, repository: str, lacks: str) -> str:

@@ -24,6 +24,7 @@ from simclr.config import Config, Encoder, SimCLR, Train
 from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
+from simclr.sections import Size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,19 +41,43 @@ class Shape:
     """Fields that differ from the given network's. None = as the given network."""
 
     depth: Literal[8, 14, 20, 18, 34, 50, 101, 152, 200] | None = None
-    """Layers."""
+    """Layers of a ResNet."""
     width: int | None = None
     """Width multiplier."""
     sk_ratio: float | None = None
     """Selective kernels' reduction ratio; 0 = none."""
+    vit: Size | None = None
+    """A vision transformer of this size; with a depth instead it is a ResNet."""
+    patch_px: int | None = None
+    """Side of a vision transformer's patches, in pixels."""
+    heads: int | None = None
+    """Attention heads of a vision transformer. Of another size than the given one, it has that size's."""
+    pool: Literal["class", "mean"] | None = None
+    """What a vision transformer's h is: its class token, or the mean of its patches."""
+    drop_path: float | None = None
+    """Largest probability that a vision transformer's attention or MLP is left out for an image. It needs no other weights."""
+
+    @property
+    def other_weights(self) -> bool:
+        """Whether a network with weights is no longer itself with these fields."""
+        return replace(self, drop_path=None) != Shape()
 
     def of(self, encoder: Encoder) -> Encoder:
-        """`encoder` with these fields."""
-        return replace(encoder, **{k: v for k, v in dataclasses.asdict(self).items() if v is not None})
+        """`encoder` with these fields, all of it to train."""
+        asked = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        base = encoder.trained
+        if self.vit is None and self.depth is not None and base.vit:
+            base = Encoder(batchnorm=base.batchnorm)
+        elif self.vit not in (None, base.vit):
+            base = replace(base, heads=None)
+        return replace(base, **asked)
 
     @classmethod
     def like(cls, encoder: Encoder) -> Shape:
         """The shape of `encoder`, in full."""
+        if encoder.vit:
+            kept = ("vit", "patch_px", "heads", "pool", "drop_path")
+            return cls(**{name: getattr(encoder, name) for name in kept})
         return cls(depth=encoder.depth, width=encoder.width, sk_ratio=encoder.sk_ratio)
 
 

@@ -1,6 +1,6 @@
 """An encoder as it is published: a directory of safetensors and config.json, with the preprocessing of its training.
 
-encoder.safetensors      names as in `ResNet.state_dict()`
+encoder.safetensors      names as in the `state_dict()` of its network (`simclr.networks`)
 head.safetensors         the projection head, or its first layers; v2 fine-tunes and distils from them
 classifier.safetensors   a linear classifier, where there is one; config.json names its classes and the tap it reads
 config.json              schema, the run's config, `preprocessing`, `published` (recipe, step, data), `classifier`
@@ -129,7 +129,7 @@ def write_encoder(
     classes: list[str] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> None:
-    """Publish an encoder's `tensors` (names as in `ResNet.state_dict()`) as `directory`; an older version in it is replaced at once.
+    """Publish an encoder's `tensors` (names as in its `state_dict()`) as `directory`; an older version in it is replaced at once.
 
     `published` says where it comes from (recipe, step, data). `head` (as `ProjectionHead.state_dict()`, all layers or the first
     ones), `classifier` (weight, bias), which reads the head's layer `tap`, and the `classes` that it tells apart, are optional.
@@ -235,9 +235,14 @@ def width_of(text: dict[str, Any]) -> int:
 
 
 def _build(text: dict[str, Any]) -> Encoder:
-    """The encoder that a config.json describes; other versions may have other fields elsewhere in it."""
-    shape = config_of({"encoder": text["encoder"]}).encoder
-    return build_encoder(shape, size_px=preprocessing_of(text).size_px)
+    """The encoder that a config.json describes. Whoever trains it on trains all of it."""
+    return build_encoder(shape_of(text).trained, size_px=preprocessing_of(text).size_px)
+
+
+def shape_of(text: dict[str, Any]) -> configs.Encoder:
+    """The encoder's fields in a config.json; other versions may have other fields elsewhere in it. Raises UserError where they do not
+    fit."""
+    return config_of({"encoder": text["encoder"], "views": {"size_px": preprocessing_of(text).size_px}}).encoder
 
 
 def read_part(directory: Path, name: str) -> dict[str, Tensor]:

@@ -121,6 +121,11 @@ def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | Non
     import torchvision
 
     config = Encoder(**published.config["encoder"])
+    if config.vit:
+        raise UserError(
+            f"torchvision's names are for ResNets, and this is a {config.title}, whose encoder.safetensors has timm's names as it is; "
+            "export a program (.pt2) or ONNX (.onnx), or use that file"
+        )
     if config.depth not in (*_SHALLOW, 50, 101, 152) or config.width != 1 or config.sk_ratio or config.se_ratio or config.cifar_stem:
         raise UserError(
             "torchvision has no such network; its names fit ResNet-18 to -152 of width 1 with the ImageNet stem and neither "

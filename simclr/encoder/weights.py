@@ -1,4 +1,5 @@
-"""Weights that a training may begin with: from a published directory, a checkpoint, or a file with torchvision's names.
+"""Weights that a training may begin with: from a published directory, a checkpoint, or a file with torchvision's names of a ResNet or
+timm's of a vision transformer.
 
 Nothing is unpickled: torch's own files are read with `weights_only`.
 """
@@ -6,6 +7,7 @@ Nothing is unpickled: torch's own files are read with `weights_only`.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,12 +21,16 @@ from torch import Tensor
 
 from simclr import checkpoint, fields, files
 from simclr.config import Config, Encoder
-from simclr.encoder.directory import config_of, differences, preprocessing_of, read_part, read_text
+from simclr.encoder.directory import differences, preprocessing_of, read_part, read_text, shape_of
 from simclr.encoder.export import own_name
 from simclr.errors import UserError
 from simclr.networks.encoders import build_encoder
+from simclr.networks.vit import SIZES
+from simclr.sections import Size
 
 Triple = tuple[float, float, float]
+_PATCHES = "patch_embed.proj.weight"
+_OWN = re.compile(r"(stem|groups|patch_embed|blocks|norm)\.|(cls_token|pos_embed)$")  # names of encoders here
 _NEVER_USED = "num_batches_tracked"  # torchvision counts batches; no network here does
 
 
@@ -41,6 +47,8 @@ class Weights:
     """The classes that it tells apart; empty = unknown."""
     shape: Encoder | None = None
     """The encoder that they are of; None = to be seen from the tensors."""
+    size_px: int | None = None
+    """Side of the images that it read; None = unknown."""
     unused: tuple[str, ...] = ()
     """Names in the file that belong to none of these."""
     norm: tuple[Triple, Triple] | None = None
@@ -69,7 +77,8 @@ def of_directory(directory: Path) -> Weights:
         head=read_part(directory, "head") if (directory / "head.safetensors").is_file() else {},
         classifier=read_part(directory, "classifier") if reads_h else {},
         classes=tuple(stated["classes"]) if reads_h else (),
-        shape=config_of({"encoder": text["encoder"]}).encoder,
+        shape=shape_of(text),
+        size_px=preprocessing.size_px,
         unused=("classifier",) if stated and not reads_h else (),
         norm=(preprocessing.mean, preprocessing.std),
         step=step if fields.fits(step, int) else None,
@@ -93,14 +102,15 @@ def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...]) -> Weigh
         classifier=parts["classifier"] if reads_h else {},
         classes=classes if reads_h else (),
         shape=config.encoder,
+        size_px=config.views.size_px,
         norm=(config.views.mean, config.views.std),
         step=state.step,
     )
 
 
 def of_file(path: Path) -> Weights:
-    """The weights in a file of safetensors or in torch's format, by torchvision's names or by those here, behind any one prefix
-    ("module.", "state_dict.encoder.").
+    """The weights in a file of safetensors or in torch's format, by torchvision's names or by those here, which timm and DINO have too for
+    a vision transformer, behind any one prefix ("module.", "state_dict.encoder.").
 
     Raises UserError for a file that cannot be read without unpickling, with no such network, or with several, and for weights that are
     not dense or not finite.
@@ -109,11 +119,13 @@ def of_file(path: Path) -> Weights:
     theirs = {name.removesuffix("conv1.weight") for name in tensors if name.endswith("conv1.weight")}
     theirs = {prefix for prefix in theirs if f"{prefix}layer1.0.conv1.weight" in tensors and f"{prefix}bn1.weight" in tensors}
     ours = {name.removesuffix("stem.0.weight") for name in tensors if name.endswith("stem.0.weight")}
+    ours |= {p for p in (name.removesuffix("cls_token") for name in tensors if name.endswith("cls_token")) if f"{p}{_PATCHES}" in tensors}
     prefixes = sorted(theirs | ours)
     if not prefixes:
         some = ", ".join(list(tensors)[:3]) or "nothing"
         raise UserError(
-            f"{path} holds no ResNet by torchvision's names (conv1.weight, bn1.weight, layer1.0.conv1.weight, …), but {some}; "
+            f"{path} holds no ResNet by torchvision's names (conv1.weight, bn1.weight, layer1.0.conv1.weight, …) and no vision transformer "
+            f"by timm's (cls_token, {_PATCHES}, …), but {some}; "
             "rename its tensors, or give a published encoder"
         )
     if len(prefixes) > 1:
@@ -124,7 +136,7 @@ def of_file(path: Path) -> Weights:
     encoder, unused = {}, []
     for name, t in tensors.items():
         rest = name.removeprefix(prefix) if name.startswith(prefix) else ""
-        own = rest if re.match(r"(stem|groups)\.", rest) else own_name(rest)
+        own = rest if _OWN.match(rest) else own_name(rest)
         if own is None:
             unused.append(name)
         elif not own.endswith(_NEVER_USED):
@@ -148,48 +160,63 @@ def _require_numbers(t: Tensor, name: str, path: Path) -> None:
         )
 
 
-def require_fit(encoder: Encoder, weights: Weights, where: object) -> None:
-    """Raise UserError if the weights, which come from `where`, are not those of such an encoder: it names the first differences, and the
-    flags that would fit."""
-    wrong = differences(_shapes(encoder), weights.encoder)
+def require_fit(encoder: Encoder, weights: Weights, where: object, size_px: int = 224) -> None:
+    """Raise UserError if the weights, which come from `where`, are not those of such an encoder of images of `size_px`: it names the first
+    differences, and the flags that would fit."""
+    wrong = differences(_shapes(encoder, size_px), weights.encoder)
+    if not wrong and encoder.vit and weights.shape and _heads(encoder) != _heads(weights.shape):  # no shape tells it
+        wrong = [f"they are of {_heads(weights.shape)} attention heads, not {_heads(encoder)}"]
     if not wrong:
         return
     more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    raise UserError(f"the weights in {where} do not fit the encoder: {'; '.join(wrong[:3])}{more}; {_advice(encoder, weights)}")
+    raise UserError(f"the weights in {where} do not fit the encoder: {'; '.join(wrong[:3])}{more}; {_advice(encoder, weights, size_px)}")
 
 
-def _advice(encoder: Encoder, weights: Weights) -> str:
-    for fits in _candidates(weights):
-        wrong = differences(_shapes(fits), weights.encoder)
+def _heads(encoder: Encoder) -> int:
+    return encoder.heads or (SIZES[encoder.vit][2] if encoder.vit else 0)
+
+
+def _advice(encoder: Encoder, weights: Weights, size_px: int) -> str:
+    for fits, size in _candidates(weights, size_px):
+        wrong = differences(_shapes(fits, size), weights.encoder)
         if not wrong:
-            return f"would fit: {' '.join(_flags(encoder, fits))}"
+            other = [f"--views.size-px {size}"] if fits.vit and size != size_px else []
+            return f"would fit: {' '.join([*_flags(encoder, fits), *other])}"
         if all(text.startswith("groups.0.0.shortcut.") and text.endswith("is missing") for text in wrong):
             return "torchvision's ResNet-18 and -34 have no projection in their first block, and the network here has one: give a ResNet-50"
     return "no network here has these weights"
 
 
-def _shapes(encoder: Encoder) -> dict[str, Tensor]:
+def _shapes(encoder: Encoder, size_px: int) -> dict[str, Tensor]:
     with torch.device("meta"):
-        return build_encoder(encoder).state_dict()
+        return build_encoder(encoder, size_px=size_px).state_dict()
 
 
-def _candidates(weights: Weights) -> Iterator[Encoder]:
-    """Encoders that may have these weights."""
-    stem = weights.encoder.get("stem.0.weight")
+def _candidates(weights: Weights, size_px: int) -> Iterator[tuple[Encoder, int]]:
+    """Encoders that may have these weights, and the size of their images; a ResNet's are of any, as of `size_px`."""
+    stem, patches = weights.encoder.get("stem.0.weight"), weights.encoder.get(_PATCHES)
+    table = weights.encoder.get("pos_embed")
     if weights.shape is not None:
-        yield weights.shape
+        yield weights.shape, weights.size_px or size_px
+    elif patches is not None and patches.ndim == 4 and table is not None and table.ndim == 3 and table.shape[1] > 1:
+        patch, blocks = patches.shape[-1], len({name.split(".")[1] for name in weights.encoder if name.startswith("blocks.")})
+        side = math.isqrt(table.shape[1] - 1) * patch
+        for size in get_args(Size):
+            if SIZES[size][:2] == (len(patches), blocks) and side:
+                yield Encoder(vit=size, patch_px=patch), side
     elif stem is not None and stem.ndim == 4:
         sk_ratio = 0.0625 if any(".branches." in name for name in weights.encoder) else 0.0
         deep = "stem.3.weight" in weights.encoder  # a stem of three convolutions, the first of half the channels
         for depth in get_args(get_type_hints(Encoder)["depth"]):
             width, rest = divmod(len(stem) * (1 + deep), 16 if depth in (8, 14, 20) else 64)
             if width and not rest:
-                yield Encoder(depth=depth, width=width, sk_ratio=sk_ratio, cifar_stem=not deep and stem.shape[-1] == 3)
+                yield Encoder(depth=depth, width=width, sk_ratio=sk_ratio, cifar_stem=not deep and stem.shape[-1] == 3), size_px
 
 
 def _flags(asked: Encoder, fits: Encoder) -> Iterator[str]:
     """The flags that make the encoder that was asked for the one that fits."""
-    for name in ("depth", "width", "sk_ratio", "se_ratio", "cifar_stem"):
+    kind = ("patch_px", "heads") if fits.vit else ("depth", "width", "sk_ratio", "se_ratio", "cifar_stem")
+    for name in ("vit", "timm", *kind):
         value, flag = getattr(fits, name), name.replace("_", "-")
         if value != getattr(asked, name):
             yield f"--encoder.{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--encoder.{flag} {value}"

@@ -16,7 +16,7 @@ PIXELS = 1024
 def crops_to_views(crops: Tensor, block: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Views (v·n, 3, size, size), channels last, of crops on the device: [view 0; view 1; …].
 
-    crops: (n, v, size, size, 3) uint8, or (v·n, 3, size, size) float32 in [0, 1], already flipped. block (v, n, 16): their parameters
+    crops: (n, v, size, size, 3) uint8, or (v·n, 3, size, size) float32 in [0, 1], already flipped. block (v, n, 17): their parameters
     (`simclr.views.draw.Drawn`), on the device. mean and std are those of the normalisation. `dtype` is that of the views; all is computed
     in float32, but for bfloat16 and float16 the blur multiplies float16, with sums in float32.
     """
@@ -30,7 +30,7 @@ def crops_to_views(crops: Tensor, block: Tensor, mean: tuple[float, ...], std: t
         assert crops.shape == (count * n, 3, size, size) and crops.is_contiguous(), crops.shape
         per_image, per_view = 3 * size * size, n * 3 * size * size
         layout = {"PIXEL": 1, "CHANNEL": size * size, "BYTES": False}
-    assert block.shape[2] == 16 and block.stride()[1:] == (16, 1), block.shape
+    assert block.shape[2] == 17 and block.stride()[1:] == (17, 1), block.shape
     rows, device = count * n, crops.device
     means = torch.empty(rows, 3, device=device)
     unblurred = torch.empty(rows, 3, size, size, device=device, dtype=torch.float16 if dtype.itemsize == 2 else torch.float32)

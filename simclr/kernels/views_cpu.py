@@ -31,6 +31,7 @@ def crops_to_views(
     factors: NDArray[np.float64],
     grey: _Bools,
     sigma: NDArray[np.float64],
+    solarise: _Bools,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Tensor:
@@ -43,7 +44,7 @@ def crops_to_views(
     out = torch.empty(total, size, size, 3)
     scale = (1 / np.array(std)).astype(np.float32)
     shift = (-np.array(mean) / np.array(std)).astype(np.float32)
-    arguments = (flip, jitter, order, factors.astype(np.float32), grey, sigma, scale, shift)
+    arguments = (flip, jitter, order, factors.astype(np.float32), grey, sigma, solarise, scale, shift)
     source, target = np.ascontiguousarray(crops.numpy()), out.numpy()
     # Plain threads, not numba's: the loader's may be running at this moment, and two parallel regions at once abort the process.
     workers = min(torch.get_num_threads(), total)
@@ -68,6 +69,7 @@ def _views(
     factors: _Floats,
     grey: _Bools,
     sigma: NDArray[np.float64],
+    solarise: _Bools,
     scale: _Floats,
     shift: _Floats,
     out: _Floats,
@@ -103,6 +105,10 @@ def _views(
             weights = _taps(sigma[view], size // 20)
             for plane in (r, g, b):
                 _blur(plane.reshape(size, size), weights, half, padded)
+        if solarise[view]:
+            for plane in (r, g, b):
+                for i in range(size * size):
+                    plane[i] = min(plane[i], _f32(1) - plane[i])
         for y in range(size):
             row = slice(y * size, (y + 1) * size)
             red, green, blue, target = r[row], g[row], b[row], out[view, y]

@@ -1,6 +1,6 @@
 """The kernels of `views`: one program makes a run of pixels, or a square of them, of one view.
 
-Imported only where the kernels run: Triton is not on every machine. A view's parameters are its row of the block (v, n, 16) of
+Imported only where the kernels run: Triton is not on every machine. A view's parameters are its row of the block (v, n, 17) of
 `simclr.views.draw.Drawn`. Everything is computed in float32, in [0, 1], with the channels r, g, b apart.
 """
 
@@ -19,7 +19,8 @@ _ORDER = tl.constexpr(2)
 _FACTOR = tl.constexpr(6)
 _GREY = tl.constexpr(10)
 _SIGMA = tl.constexpr(11)
-_WIDTH = tl.constexpr(16)
+_SOLARISE = tl.constexpr(12)
+_WIDTH = tl.constexpr(17)
 _BRIGHTNESS = tl.constexpr(0)
 _CONTRAST = tl.constexpr(1)
 _SATURATION = tl.constexpr(2)
@@ -64,6 +65,11 @@ def _turned(v, chroma, k):
 @triton.jit
 def _contrasted(x, mean, factor):
     return _clip(mean * (1 - factor) + x * factor)
+
+
+@triton.jit
+def _solarised(x):
+    return tl.minimum(x, 1 - x)
 
 
 @triton.jit
@@ -119,8 +125,8 @@ def colours_kernel(
     scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     SIZE: tl.constexpr, PIXEL: tl.constexpr, CHANNEL: tl.constexpr, BYTES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Flip, jitter in the view's order, grey. A view without blur goes normalised into out (m, SIZE, SIZE, 3), another one as it is into
-    unblurred (m, 3, SIZE, SIZE)."""
+    """Flip, jitter in the view's order, grey. A view without blur is solarised where that was drawn, and goes normalised into
+    out (m, SIZE, SIZE, 3); another one goes as it is into unblurred (m, 3, SIZE, SIZE)."""
     runs: tl.constexpr = (SIZE * SIZE + PIXELS - 1) // PIXELS
     row = tl.program_id(0) // runs
     view, image = row // n, row % n
@@ -149,6 +155,8 @@ def colours_kernel(
         tl.store(unblurred + start + SIZE * SIZE + p, g, mask=inside)
         tl.store(unblurred + start + 2 * SIZE * SIZE + p, b, mask=inside)
     else:
+        if tl.load(drawn + _SOLARISE) > 0:
+            r, g, b = _solarised(r), _solarised(g), _solarised(b)
         tl.store(out + start + 3 * p, r * scale_r + shift_r, mask=inside)
         tl.store(out + start + 3 * p + 1, g * scale_g + shift_g, mask=inside)
         tl.store(out + start + 3 * p + 2, b * scale_b + shift_b, mask=inside)
@@ -159,13 +167,15 @@ def blur_kernel(
     block, unblurred, out, n, block_view, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     SIZE: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Blur of unblurred (m, 3, SIZE, SIZE), normalised, into out (m, SIZE, SIZE, 3), for the views that have one: a square of SIDE pixels
-    from one of WIDE ≥ SIDE + 2 RADIUS, as two products with a band of weights."""
+    """Blur of unblurred (m, 3, SIZE, SIZE), then solarised where that was drawn, and normalised, into out (m, SIZE, SIZE, 3), for the
+    views that have a blur: a square of SIDE pixels from one of WIDE ≥ SIDE + 2 RADIUS, as two products with a band of weights."""
     across: tl.constexpr = (SIZE + SIDE - 1) // SIDE
     row = tl.program_id(0) // (across * across)
     square = tl.program_id(0) % (across * across)
-    sigma = tl.load(block + row // n * block_view + row % n * _WIDTH + _SIGMA)
+    drawn = block + row // n * block_view + row % n * _WIDTH
+    sigma = tl.load(drawn + _SIGMA)
     if sigma > 0:
+        solarise = tl.load(drawn + _SOLARISE) > 0
         slope = -0.5 / (sigma * sigma)
         given = tl.arange(0, WIDE)
         made = tl.arange(0, SIDE)
@@ -186,6 +196,7 @@ def blur_kernel(
             pixels = tl.load(source + channel * SIZE * SIZE, mask=there, other=0.0)
             rows = tl.dot(pixels, weights, input_precision="ieee").to(weights.dtype)
             blurred = tl.dot(tl.trans(weights), rows, input_precision="ieee")
+            blurred = tl.where(solarise, _solarised(blurred), blurred)
             scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
             shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
             tl.store(target + channel, blurred * scale + shift, mask=inside)

@@ -25,8 +25,8 @@ from simclr.data.manifest import Manifest
 from simclr.encoder.directory import read_encoder, read_head
 from simclr.evaluation import features
 from simclr.evaluation.metrics import accuracy, confusion, mean_per_class
-from simclr.methods.method import Method, Rows, Start, begun, examples_of, labels_of, no_evaluation, placed, schedule, views_for
-from simclr.networks.encoders import encoder_of
+from simclr.methods.method import Method, Rows, Start, begun, examples_of, labels_of, no_evaluation, paths_for, placed, schedule, views_for
+from simclr.networks.encoders import encoded, encoder_of
 from simclr.networks.heads import Classifier, build_head
 from simclr.networks.initial import unfilled
 from simclr.optim import parameter_groups
@@ -45,7 +45,7 @@ class Scores(nn.Module):
         self.encoder, self.head, self.classifier = model.encoder, model.head, model.classifier
 
     def forward(self, rows: Rows) -> Rows:
-        scores: Tensor = self.classifier(self.head(self.encoder(rows["views"][0])))
+        scores: Tensor = self.classifier(self.head(encoded(self.encoder, rows)))
         return {"scores": scores[None]}
 
 
@@ -90,7 +90,7 @@ def classifying(
     def inputs(batch: Batch, some: slice) -> Rows:
         (views,) = views_for(batch, some, crops, config, device)
         rows = {"views": views[None], "labels": to_device(batch.labels[some], device)[None]}
-        return rows | further(batch, some)
+        return rows | paths_for(batch, some, crops, config, device) | further(batch, some)
 
     def evaluate() -> dict[str, float]:
         found = test_scores(model, config, start)

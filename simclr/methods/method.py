@@ -13,13 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from simclr import keyed
 from simclr.config import Config
 from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
 from simclr.gradient_cache import Rows
 from simclr.networks.initial import unfilled
+from simclr.networks.vit import SIZES, path_factors
 from simclr.optim import Group, lr_peak, warmup_cosine
 from simclr.precision import views_dtype, weights_dtype
+from simclr.to_device import to_device
 from simclr.views.draw import Crop
 from simclr.views.two_views import views_of
 
@@ -65,6 +68,18 @@ def views_for(batch: Batch, some: slice, crops: tuple[Crop, ...], config: Config
         found.append(views.to(dtype, memory_format=torch.channels_last))
         first += crop.count
     return found
+
+
+def paths_for(batch: Batch, some: slice, crops: tuple[Crop, ...], config: Config, device: torch.device) -> Rows:
+    """{"paths": (views, n, 2 · blocks)}, the factors of each view's blocks by encoder.drop_path, for `encoders.encoded`; {} without it.
+    They are functions of (seed, epoch, sample id, view), like the views: the same on any number of ranks, and in a resumed run."""
+    encoder = config.encoder
+    if not encoder.drop_path or encoder.vit is None:
+        return {}
+    draws, views = 2 * SIZES[encoder.vit][1], sum(crop.count for crop in crops)
+    uniform = [keyed.uniform(config.seed, "path", batch.epoch, batch.ids[some].numpy(), view, draws) for view in range(views)]
+    factors = torch.from_numpy(path_factors(np.stack(uniform), encoder.drop_path))
+    return {"paths": to_device(factors, device)}
 
 
 def no_rows(rows: Rows) -> Rows:

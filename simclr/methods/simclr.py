@@ -29,13 +29,14 @@ from simclr.methods.method import (
     no_evaluation,
     no_rows,
     nothing_after,
+    paths_for,
     placed,
     schedule,
     views_for,
 )
 from simclr.methods.online import with_classifier
 from simclr.methods.queue import Queue
-from simclr.networks.encoders import encoder_of
+from simclr.networks.encoders import encoded, encoder_of
 from simclr.networks.heads import build_head, linear_classifier
 from simclr.networks.initial import unfilled
 from simclr.optim import parameter_groups
@@ -55,12 +56,11 @@ class Network(nn.Module):
         self.classifier = linear_classifier(self.encoder.d_h, classes, config.seed) if classes and config.train.linear_eval else None
 
     def forward(self, rows: Rows) -> Rows:
-        views = rows["views"]
-        h = self.encoder(views.flatten(0, 1))
+        h = encoded(self.encoder, rows)
         found = {"z": self.head(h)[-1]}
         if self.classifier is not None:
             found["logits"] = self.classifier(h.detach())
-        return {name: x.unflatten(0, (views.shape[0], -1)) for name, x in found.items()}
+        return {name: x.unflatten(0, (len(rows["views"]), -1)) for name, x in found.items()}
 
 
 def build_model(config: configs.SimCLR, classes: int = 0, drawn: bool = True) -> Network:
@@ -83,7 +83,7 @@ def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = Non
 
     def inputs(batch: Batch, some: slice) -> Rows:
         (views,) = views_for(batch, some, crops, config, device)
-        found = {"views": views.unflatten(0, (2, -1))}
+        found = {"views": views.unflatten(0, (2, -1)), **paths_for(batch, some, crops, config, device)}
         return found if model.classifier is None else {**found, "labels": to_device(batch.labels[some], device)[None]}
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:

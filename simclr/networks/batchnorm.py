@@ -34,7 +34,8 @@ class BatchNorm(nn.Module):
     """Normalises channel dimension 1 of (n, c) or (n, c, h, w) with the statistics of all ranks' rows.
 
     As in the official code: running statistics move by 0.1 per step, the running variance is the *biased* batch
-    variance (torch's own is unbiased), eps is 1e-5; `beta=False` leaves out the shift, as in the head's last layer.
+    variance (torch's own is unbiased), eps is 1e-5; `beta=False` leaves out the shift, as in the head's last layer,
+    `affine=False` scale and shift.
     `ranks` gives the statistics of so many ranks in a row, 1 those of the local rows only. Every rank must hold equally many rows; for
     others, and for groups of ranks, see `share_statistics`.
     """
@@ -42,10 +43,10 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, *, beta: bool = True, zero_init: bool = False, ranks: int | None = None) -> None:
+    def __init__(self, channels: int, *, beta: bool = True, affine: bool = True, zero_init: bool = False, ranks: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels) if zero_init else torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels)) if beta else None
+        self.weight = nn.Parameter(torch.zeros(channels) if zero_init else torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine and beta else None
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.momentum, self.eps, self.ranks = 0.1, 1e-5, ranks
@@ -59,7 +60,8 @@ class BatchNorm(nn.Module):
             y, mean, invstd = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, self.momentum, self.eps)
             mean, var = mean.detach(), invstd.detach().pow(-2) - self.eps
         else:
-            y, mean, var = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.before(), self.eps, over)
+            weight = self.weight if self.weight is not None else torch.ones_like(self.running_mean)
+            y, mean, var = _GlobalBatchNorm.apply(x, weight, self.bias, self.before(), self.eps, over)
         self.move(mean, var)
         return y
 
@@ -83,7 +85,8 @@ class BatchNorm(nn.Module):
         self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, beta={self.bias is not None}, ranks={self.ranks or 'all'}"
+        gamma, beta = self.weight is not None, self.bias is not None
+        return f"{len(self.running_mean)}, gamma={gamma}, beta={beta}, ranks={self.ranks or 'all'}"
 
 
 def share_statistics(networks: Iterable[nn.Module], batch_size: int) -> None:

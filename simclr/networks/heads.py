@@ -1,4 +1,5 @@
-"""The projection head g (arXiv:2002.05709, Sec. 2.1), and classifiers for linear evaluation and fine-tuning."""
+"""The projection head g (arXiv:2002.05709, Sec. 2.1), projectors and predictors of SimCLR's siblings, and classifiers for linear
+evaluation and fine-tuning."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from simclr import config as configs
 from simclr.errors import UserError
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.encoders import Encoder
-from simclr.networks.initial import Linear, draw
+from simclr.networks.initial import Linear, draw, draw_uniform
 
 
 class ProjectionHead(nn.Module):
@@ -39,6 +40,42 @@ class ProjectionHead(nn.Module):
 def build_head(config: configs.SimCLR, d_h: int) -> ProjectionHead:
     """The projection head that `config` describes for an encoder of width `d_h`, with initial weights keyed by its seed."""
     return ProjectionHead(d_h, config.head.layers, config.head.d_out, config.encoder.norm_ranks, config.seed)
+
+
+class MLP(nn.Module):
+    """Linear maps with BatchNorm and ReLU between them, as in the projectors and predictors of MoCo v3 and BYOL: `layers` of them, all but
+    the last `hidden` wide. `bias` says whether all but the last have a bias, and whether the last has one; `last_norm` adds a BatchNorm
+    without scale and shift. Initial weights are torch's, uniform within ±1 / √fan-in, keyed by `seed` and `name`. `norm_ranks`: see
+    `BatchNorm`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        hidden: int,
+        d_out: int,
+        layers: int = 2,
+        bias: tuple[bool, bool] = (False, False),
+        last_norm: bool = False,
+        seed: int = 0,
+        name: str = "projector",
+        norm_ranks: int | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [d_in, *[hidden] * (layers - 1), d_out]
+        self.layers = nn.ModuleList()
+        for index in range(layers - 1):
+            linear = Linear(widths[index], hidden, bias=bias[0])
+            self.layers.append(nn.Sequential(linear, BatchNorm(hidden, ranks=norm_ranks), nn.ReLU(inplace=True)))
+        last = Linear(widths[-2], d_out, bias=bias[1])
+        self.layers.append(nn.Sequential(last, BatchNorm(d_out, affine=False, ranks=norm_ranks)) if last_norm else nn.Sequential(last))
+        draw_uniform(self, seed, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n, d_in) → (n, d_out)."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 def linear_classifier(d_in: int, classes: int, seed: int) -> nn.Linear:

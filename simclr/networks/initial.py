@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -97,15 +98,39 @@ def deviates(seed: int, name: str, start: int, stop: int, cut: bool) -> NDArray[
     Element i is the quantile at (word + 1/2) / 2^32, of word i % 4 at `keyed`'s address (seed, "weights", CRC-32 of the name,
     i // 4). So the uncut ones reach 6.3 standard deviations.
     """
+    q = _centred(seed, name, start, stop)
+    if cut:
+        q *= _INSIDE_TWO
+    return normal_quantile(q)
+
+
+def _centred(seed: int, name: str, start: int, stop: int) -> NDArray[np.float64]:
+    """(word + 1/2) / 2^32 − 1/2 of the words of these elements: uniform between −1/2 and 1/2."""
     first = start // 4
     ids = np.arange(first, -(-stop // 4), dtype=np.int64)
     words = keyed.bits(seed, "weights", zlib.crc32(name.encode()), ids, 0, 4).reshape(-1)[start - 4 * first : stop - 4 * first]
     q = words.astype(np.float64)
     q -= 2.0**31 - 0.5  # exact, as the next line is
     q *= 2.0**-32
-    if cut:
-        q *= _INSIDE_TWO
-    return normal_quantile(q)
+    return q
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """How the elements of a parameter are distributed about 0."""
+
+    kind: Literal["normal", "cut", "uniform"]
+    """cut = a normal within two standard deviations."""
+    scale: float
+    """Standard deviation, of a cut one before the cut; or the bound of a uniform one."""
+
+
+def simclr_law(name: str, layer: nn.Module) -> Law:
+    """Convolutions: TensorFlow's VarianceScaling() as in the official code, a normal cut at two standard deviations, with variance
+    1 / fan-in after the cut. Linear maps: N(0, 0.01²)."""
+    if isinstance(layer, nn.Conv2d):
+        return Law("cut", 1 / (math.sqrt(layer.weight[0].numel()) * _STD_INSIDE_TWO))
+    return Law("normal", 0.01)
 
 
 class Conv2d(nn.Conv2d):
@@ -123,34 +148,43 @@ class Linear(nn.Linear):
         """Draws nothing."""
 
 
-def draw(module: nn.Module, seed: int, prefix: str) -> None:
-    """Fill every convolution and linear map in `module` with initial weights in float32; biases get 0. Tensors on the meta device
-    stay as they are, and so does torch's generator.
+def draw(module: nn.Module, seed: int, prefix: str, law: Callable[[str, nn.Module], Law] = simclr_law) -> None:
+    """Fill every convolution and linear map in `module` with initial weights in float32, by the law of (its name in `module`, itself);
+    biases get 0. Tensors on the meta device stay as they are, and so does torch's generator.
 
-    `prefix` stands before the names in `module`, as in "encoder.stem.0.weight". Elements are counted row by row of the logical
-    shape. Convolutions get TensorFlow's VarianceScaling() as in the official code: a normal cut at two standard deviations, with variance
-    1 / fan-in after the cut; linear maps N(0, 0.01²). Neither threads (torch's number) nor chunks change a bit. Raises ValueError for a
-    seed that no config could hold.
+    `prefix` stands before the names in `module`, as in "encoder.stem.0.weight". Elements are counted row by row of the logical shape.
+    Raises ValueError for a seed that no config could hold.
     """
+    layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for _, layer in layers:
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    fill([(".".join(part for part in (prefix, path, "weight") if part), layer.weight, law(path, layer)) for path, layer in layers], seed)
+
+
+def draw_uniform(module: nn.Module, seed: int, prefix: str) -> None:
+    """As `draw`, but weights and biases of linear maps are uniform within ±1 / √fan-in, as torch's own constructor has them."""
+    layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    parameters = [(f"{path}.{name}", p, layer) for path, layer in layers for name, p in layer.named_parameters(recurse=False)]
+    fill([(f"{prefix}.{name.lstrip('.')}", p, Law("uniform", 1 / math.sqrt(layer.in_features))) for name, p, layer in parameters], seed)
+
+
+def fill(parameters: Iterable[tuple[str, Tensor, Law]], seed: int) -> None:
+    """Fill each parameter (its whole name, itself, its law), as `draw` does. Neither threads (torch's number) nor chunks change a bit."""
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"the seed of the initial weights is {seed}; expected a whole number from 0 to 2^63 - 1")
     jobs: list[Callable[[], None]] = []
     filled: list[tuple[Tensor, NDArray[np.float32]]] = []
-    for path, layer in module.named_modules():
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
+    for name, parameter, law in parameters:
+        if parameter.is_meta:
             continue
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-        if layer.weight.is_meta:
-            continue
-        weight, cut = layer.weight.detach(), isinstance(layer, nn.Conv2d)
-        std = 1 / (math.sqrt(weight[0].numel()) * _STD_INSIDE_TWO) if cut else 0.01
+        weight = parameter.detach()
         own = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
         values = weight.numpy() if own else np.empty(weight.shape, dtype=np.float32)
         if not own:
             filled.append((weight, values))
-        name, flat = ".".join(part for part in (prefix, path, "weight") if part), values.reshape(-1)
-        jobs += [partial(_fill, flat, seed, name, at, std, cut) for at in range(0, flat.size, _CHUNK)]
+        flat = values.reshape(-1)
+        jobs += [partial(_fill, flat, seed, name, at, law) for at in range(0, flat.size, _CHUNK)]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         for done in [pool.submit(job) for job in jobs]:
             done.result()
@@ -158,10 +192,14 @@ def draw(module: nn.Module, seed: int, prefix: str) -> None:
         weight.copy_(torch.from_numpy(values))
 
 
-def _fill(flat: NDArray[np.float32], seed: int, name: str, start: int, std: float, cut: bool) -> None:
+def _fill(flat: NDArray[np.float32], seed: int, name: str, start: int, law: Law) -> None:
     stop = min(start + _CHUNK, flat.size)
-    z = deviates(seed, name, start, stop, cut)
-    z *= std
+    if law.kind == "uniform":
+        z = _centred(seed, name, start, stop)
+        z *= 2 * law.scale
+    else:
+        z = deviates(seed, name, start, stop, law.kind == "cut")
+        z *= law.scale
     flat[start:stop] = z
 
 

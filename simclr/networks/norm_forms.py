@@ -29,7 +29,7 @@ def give_form(network: nn.Module, form: Form) -> None:
     for module in list(network.modules()):
         children = list(module.named_children())
         for at, (name, child) in enumerate(children):
-            if type(child) is not BatchNorm:
+            if type(child) is not BatchNorm or child.weight is None:
                 continue
             if form == "sums":
                 setattr(module, name, SumsNorm(child))
@@ -46,7 +46,7 @@ class SumsNorm(BatchNorm):
     """BatchNorm from shifted sums, in plain torch."""
 
     def __init__(self, norm: BatchNorm) -> None:
-        super().__init__(norm.weight.numel(), beta=norm.bias is not None, ranks=norm.ranks)
+        super().__init__(len(norm.running_mean), beta=norm.bias is not None, ranks=norm.ranks)
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.momentum, self.eps, self.shared = norm.momentum, norm.eps, norm.shared

@@ -7,7 +7,7 @@ them; it gives no parameters for cutout, noise and Sobel. Ours stand at each fun
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def _apply(x: Tensor, operation: Operation, views: Views, seed: int, epoch: int,
 
 
 def _second_view(colours: Colours, n: int) -> Colours:
-    return Colours(*(getattr(colours, name)[n:] for name in ("flip", "jitter", "order", "factors", "grey", "blur_sigma")))
+    return Colours(*(getattr(colours, field.name)[n:] for field in fields(colours)))
 
 
 def cutout(x: Tensor, u: NDArray[np.float64]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ Floats = NDArray[np.float64]
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 CENTRE_CROP = 0.875
 _ATTEMPTS = 100
+BOX = slice(13, 17)
+"""Columns of a row of `Drawn` that have its box; those before are `Colours`."""
+_WIDTH = 17
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +31,7 @@ class Crop:
     views: Views
     """Their size, area, aspect and resize, and the distortions that follow."""
     distorted: bool = True
-    """Whether colour, grey and blur follow, or a flip alone."""
+    """Whether colour, grey, blur and solarisation follow, or a flip alone."""
 
     @property
     def size_px(self) -> int:
@@ -124,26 +127,34 @@ class Colours:
     """(m,) whether the colour is dropped."""
     blur_sigma: Floats
     """(m,) standard deviation of the blur, in pixels; 0 = none."""
+    solarise: NDArray[np.bool_]
+    """(m,) whether the values from a half on are inverted, behind the blur."""
 
     def some(self, views: int, images: slice) -> Colours:
         """Those of some of the images, of each of the `views` views."""
         of = np.arange(len(self.flip)).reshape(views, -1)[:, images].ravel()
-        return Colours(self.flip[of], self.jitter[of], self.order[of], self.factors[of], self.grey[of], self.blur_sigma[of])
+        return Colours(*(getattr(self, field.name)[of] for field in fields(self)))
 
 
 def draw_colours(views: Views, seed: int, epoch: int, ids: Ints, first: int = 0, count: int = 2) -> Colours:
-    """Colour, flip and blur parameters of `count` views of `ids` (n,), from view number `first` on, as count·n rows (App. A)."""
+    """Colour, flip, blur and solarisation of `count` views of `ids` (n,), from view number `first` on, as count·n rows (App. A).
+
+    Where a probability differs by view, the first of these `count` has the first. (Numbers go on through all crops of an image; a method's
+    large crops and its small ones each have probabilities of their own.)
+    """
     u = np.concatenate([keyed.uniform(seed, "colour", epoch, ids, view, 16) for view in range(first, first + count)])
     s = views.colour_strength
-    low = np.array([max(1 - 0.8 * s, 0.0)] * 3 + [-0.2 * s])
-    high = np.array([1 + 0.8 * s] * 3 + [0.2 * s])
+    turns = 0.8 * s * np.array([1, 1, views.saturation])
+    low, high = np.append(np.maximum(1 - turns, 0.0), -0.2 * s), np.append(1 + turns, 0.2 * s)
+    blur_p, solarise_p = (np.repeat([views.of_view(name, view) for view in range(count)], len(ids)) for name in ("blur_p", "solarise_p"))
     return Colours(
         flip=u[:, 0] < views.flip_p,
         jitter=u[:, 1] < views.jitter_p,
         order=np.argsort(u[:, 2:6], axis=1, kind="stable"),
         factors=low + u[:, 6:10] * (high - low),
         grey=u[:, 10] < views.grey_p,
-        blur_sigma=np.where(u[:, 11] < views.blur_p, 0.1 + 1.9 * u[:, 12], 0.0),
+        blur_sigma=np.where(u[:, 11] < blur_p, 0.1 + 1.9 * u[:, 12], 0.0),
+        solarise=u[:, 13] < solarise_p,
     )
 
 
@@ -153,8 +164,8 @@ class Drawn:
 
     colours: Colours
     block: Tensor
-    """(count, n, 16) float32: colours and boxes in one piece, which travels to the device by itself. A row is flip, jitter, four of
-    order, four factors, grey, blur_sigma, and the box (top, left, height, width) of a whole image."""
+    """(count, n, 17) float32: colours and boxes in one piece, which travels to the device by itself. A row is flip, jitter, four of
+    order, four factors, grey, blur_sigma, solarise, and the box (top, left, height, width) of a whole image."""
 
     def some(self, images: slice) -> Drawn:
         """What was drawn for some of the images."""
@@ -166,11 +177,11 @@ class Drawn:
 def draw_views(crop: Crop, seed: int, epoch: int, ids: Ints, sizes: Ints | None = None, first: int = 0) -> Drawn:
     """Draw for the views of `ids` (n,), from view number `first` on. `sizes` (n, 2) are those of whole images; None = they are crops."""
     c = draw_colours(crop.views, seed, epoch, ids, first, crop.count)
-    block = np.zeros((crop.count * len(ids), 16), np.float32)
-    block[:, :12] = np.column_stack([c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma])
+    block = np.zeros((crop.count * len(ids), _WIDTH), np.float32)
+    block[:, : BOX.start] = np.column_stack([getattr(c, field.name) for field in fields(c)])
     if sizes is not None:
-        block[:, 12:] = np.concatenate(_boxes(crop, seed, epoch, ids, sizes, first))
-    return Drawn(c, torch.from_numpy(block).view(crop.count, len(ids), 16))
+        block[:, BOX] = np.concatenate(_boxes(crop, seed, epoch, ids, sizes, first))
+    return Drawn(c, torch.from_numpy(block).view(crop.count, len(ids), _WIDTH))
 
 
 def draw_batch(crops: tuple[Crop, ...], seed: int, epoch: int, ids: Ints, sizes: Ints | None) -> tuple[Drawn | None, ...]:

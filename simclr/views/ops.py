@@ -1,4 +1,4 @@
-"""The operations of views: crop and resize, colour, grey, blur. torch, on the device."""
+"""The operations of views: crop and resize, colour, grey, blur, solarisation. torch, on the device."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _taps(length: int, size: int, kernel: Resize) -> tuple[Tensor, Tensor, Tenso
 
 
 def distort(x: Tensor, colours: Colours) -> Tensor:
-    """Colour jitter in each view's own order, grey, blur. x (m, 3, H, W) in [0, 1]; works in place and returns it.
+    """Colour jitter in each view's own order, grey, blur, solarisation. x (m, 3, H, W) in [0, 1]; works in place and returns it.
 
     Rows are picked by index lists that the host already knows, so nothing waits for the device.
     """
@@ -122,6 +122,9 @@ def distort(x: Tensor, colours: Colours) -> Tensor:
         rows = rows_of(chosen, x.device)
         sigma = to_device(colours.blur_sigma[chosen], x.device, x.dtype)
         x.index_copy_(0, rows, gaussian_blur(x[rows], sigma))
+    if colours.solarise.any():
+        rows = rows_of(colours.solarise, x.device)
+        x.index_copy_(0, rows, solarise(x[rows]))
     return x
 
 
@@ -129,9 +132,9 @@ def distort_all(x: Tensor, block: Tensor) -> Tensor:
     """`distort` in fixed shapes: every operation on every row, kept where it was drawn. Four times the work.
 
     For devices that compile a program for each shape, such as TPUs: lists of rows would be compiled anew at each step. x (m, 3, H, W);
-    block (m, 16), on its device, rows as in `Drawn`.
+    block (m, 17), on its device, rows as in `Drawn`.
     """
-    jitter, greyed, sigma = block[:, 1] > 0, block[:, 10] > 0, block[:, 11]
+    jitter, greyed, sigma, solarised = block[:, 1] > 0, block[:, 10] > 0, block[:, 11], block[:, 12] > 0
     order, turns = block[:, 2:6], block[:, 6:10].to(x.dtype).view(-1, 4, 1, 1, 1)
     for position in range(4):
         before = x
@@ -140,7 +143,8 @@ def distort_all(x: Tensor, block: Tensor) -> Tensor:
             x = torch.where(chosen, _APPLY[name](before, turns[:, operation]), x)
     x = torch.where(greyed.view(-1, 1, 1, 1), grey(x), x)
     blurred = (sigma > 0).view(-1, 1, 1, 1)
-    return torch.where(blurred, gaussian_blur(x, torch.where(sigma > 0, sigma, 1.0).to(x.dtype)), x)
+    x = torch.where(blurred, gaussian_blur(x, torch.where(sigma > 0, sigma, 1.0).to(x.dtype)), x)
+    return torch.where(solarised.view(-1, 1, 1, 1), solarise(x), x)
 
 
 def by_index(device: torch.device) -> bool:
@@ -150,6 +154,11 @@ def by_index(device: torch.device) -> bool:
 
 def rows_of(chosen: NDArray[np.bool_], device: torch.device) -> Tensor:
     return to_device(np.flatnonzero(chosen), device)
+
+
+def solarise(x: Tensor) -> Tensor:
+    """Values from a half on are inverted: x where x < 0.5, else 1 − x (arXiv:2006.07733, App. B), which is the smaller of the two."""
+    return torch.minimum(x, 1 - x)
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from simclr.config import Views
 from simclr.kernels import views as gpu
 from simclr.kernels.device import takes_triton
 from simclr.to_device import to_device
-from simclr.views.draw import Crop, Drawn, crop_boxes, draw_views
+from simclr.views.draw import BOX, Crop, Drawn, crop_boxes, draw_views
 from simclr.views.ops import by_index, crop_resize, distort, distort_all, normalise, rows_of
 
 
@@ -52,7 +52,7 @@ def views_of(
         from simclr.kernels.views_cpu import crops_to_views  # numba takes half a second to import; users of an encoder need not wait
 
         c = drawn.colours
-        return crops_to_views(images, c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, views.mean, views.std)
+        return crops_to_views(images, c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, c.solarise, views.mean, views.std)
     if views.operations is None and takes_triton(device):
         x, block = images.to(device, non_blocking=True), _moved(drawn.block, device)
         x = _cropped(x, block.flatten(0, 1), crop) if images.ndim == 4 else x
@@ -77,10 +77,10 @@ def _moved(block: Tensor, device: torch.device) -> Tensor:
 
 
 def _cropped(images: Tensor, block: Tensor, crop: Crop) -> Tensor:
-    """Whole images (n, H, W, 3) → their crops, flipped, (count·n, 3, size, size) in [0, 1], by the rows (count·n, 16) of `Drawn`."""
+    """Whole images (n, H, W, 3) → their crops, flipped, (count·n, 3, size, size) in [0, 1], by the rows (count·n, 17) of `Drawn`."""
     x = images.permute(0, 3, 1, 2).float().div_(255).repeat(crop.count, 1, 1, 1)
     flip = (block[:, 0] > 0) & (crop.views.operations is None)
-    return crop_resize(x, block[:, 12:], crop.size_px, crop.views.resize, flip)
+    return crop_resize(x, block[:, BOX], crop.size_px, crop.views.resize, flip)
 
 
 def _plain(images: Tensor, ids: Tensor, epoch: int, crop: Crop, seed: int, device: torch.device, drawn: Drawn) -> Tensor:
@@ -106,7 +106,7 @@ def _plain(images: Tensor, ids: Tensor, epoch: int, crop: Crop, seed: int, devic
 
 
 def crop_and_flip(images: Tensor, ids: Tensor, epoch: int, views: Views, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """The training view of a classifier, normalised, (n, 3, size, size) float32: view 0 of `two_views` without colour and blur.
+    """The training view of a classifier, normalised, (n, 3, size, size) float32: view 0 of `two_views`, cropped and flipped alone.
 
     images: uint8, (n, H, W, 3) whole images, which are cropped here, or (n, 1 or 2, size, size, 3) crops. One view, not two: an
     epoch then sees each image once, as the papers' fine-tuning and distillation do, at half the cost.

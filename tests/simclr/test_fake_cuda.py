@@ -78,7 +78,7 @@ def test_the_network_gets_views_as_the_kernels_wrote_them(monkeypatch: pytest.Mo
     assert views[0].is_contiguous(memory_format=torch.channels_last)
     assert [(one.grid, one.settings["SIZE"]) for one in launched] == [((2 * n,), 32)] * 3
     _, block, _, unblurred, out = launched[1].arguments[:5]
-    assert block.shape == (2, n, 16) and unblurred.dtype == torch.float16 and out.dtype == torch.bfloat16
+    assert block.shape == (2, n, 17) and unblurred.dtype == torch.float16 and out.dtype == torch.bfloat16
     assert launched[1].settings["BYTES"] is False, "whole images were cropped before, to float32"
 
 

@@ -228,7 +228,7 @@ def test_256_samples_are_seen_alike_by_any_number_of_workers_and_threads(
 ) -> None:
     """View parameters and pixels, exactly: 1, 2 and 4 workers, 1 and 3 threads, batches of 64 and of 32."""
     data = str(patterns if kind == "raw" else photographs)
-    views = TINY.views if kind == "raw" else dataclasses.replace(TINY.views, size_px=40)
+    views = TINY.views if kind == "raw" else dataclasses.replace(TINY.views, size_px=40, blur_p=(1.0, 0.1), solarise_p=(0.0, 0.5))
     settings = {n: dataclasses.replace(TINY, views=views, train=dataclasses.replace(TINY.train, batch_size=n)) for n in (16, 32)}
     whole = seen(settings[32], data, 8, 1)  # into the second epoch
     assert len(whole) == 256

@@ -104,7 +104,7 @@ MUTATIONS = (
     Mutation(
         "blur-for-every-image",
         "simclr/views/draw.py",
-        "np.where(u[:, 11] < views.blur_p, 0.1 + 1.9 * u[:, 12], 0.0)",
+        "np.where(u[:, 11] < blur_p, 0.1 + 1.9 * u[:, 12], 0.0)",
         "0.1 + 1.9 * u[:, 12]",
         "tests/simclr/views/test_two_views.py::test_each_operation_happens_with_its_probability",
     ),

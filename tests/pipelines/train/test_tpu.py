@@ -123,7 +123,7 @@ def test_a_question_is_told_from_none(code: str, expected: int) -> None:
 
 
 def _drawn(n: int, seed: int) -> tuple[Tensor, draw.Drawn]:
-    drawn = draw.draw_views(draw.Crop(views=Views()), seed, 0, np.arange(n))
+    drawn = draw.draw_views(draw.Crop(views=Views(solarise_p=(0.0, 0.5))), seed, 0, np.arange(n))
     x = torch.tensor(np.random.default_rng(seed).random((2 * n, 3, 32, 32)), dtype=torch.float32)
     return x, drawn
 

@@ -15,16 +15,17 @@ from simclr.kernels import views
 from simclr.kernels.views import PIXELS, crops_to_views
 from simclr.views import draw, ops, two_views
 from tests.conftest import Within
-from tests.simclr.kernels.test_views_cpu import OFF, crops_of, plain
+from tests.simclr.kernels.test_views_cpu import OFF, UNEQUAL, crops_of, plain
 from tests.support import ahead
 from tests.support.ahead import ARCHITECTURES, compiled
 
 NORMALISED = {"mean": (0.4, 0.5, 0.3), "std": (0.5, 0.6, 0.7)}
 SETTINGS = {"all": {}, "none": OFF, "jitter": OFF | {"jitter_p": 1.0}, "grey": OFF | {"grey_p": 1.0}, "blur": OFF | {"blur_p": 1.0}}
+SETTINGS |= {"solarise": OFF | {"solarise_p": 1.0}, "unequal": UNEQUAL}
 # 9 px: no blur; 45: a run of pixels ends within a row; 70: squares at the edge; 224: the papers', 23 taps.
 CASES = [(9, 4, "all"), (32, 12, "all"), (45, 4, "all"), (70, 4, "all"), (224, 1, "all")]
 CASES += [(32, 4, one) for one in SETTINGS if one != "all"]
-LARGE = [(224, 16, "all"), (448, 4, "blur"), (448, 4, "all")]
+LARGE = [(224, 16, "all"), (224, 16, "unequal"), (448, 4, "blur"), (448, 4, "all")]
 BOUNDS = {
     torch.float64: 1e-5,
     torch.float32: 1e-5,
@@ -77,7 +78,7 @@ def interpreted() -> list[tuple[str, float, float]]:
 
 def test_views_in_the_kernels_are_the_plain_ones(within: Within) -> None:
     found = ahead.interpreted(__name__)
-    assert len(found) == 2 * len(CASES) + 7 + 2 + 4
+    assert len(found) == 2 * len(CASES) + 9 + 2 + 4
     for what, deviation, bound in found:
         within(what, deviation, bound)
 

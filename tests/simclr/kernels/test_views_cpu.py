@@ -12,6 +12,7 @@ from simclr.views import draw, ops, two_views
 from tests.conftest import Within
 
 OFF = {"flip_p": 0.0, "jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0}
+UNEQUAL = {"blur_p": (1.0, 0.3), "solarise_p": (0.3, 1.0), "saturation": 0.5}  # each pair of blurred or not and solarised or not
 
 
 def plain(crops: torch.Tensor, ids: torch.Tensor, config: Views, seed: int) -> torch.Tensor:
@@ -33,8 +34,11 @@ def crops_of(n: int, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [9, 32, 45, 224])
 @pytest.mark.parametrize(
     "settings",
-    [{}, OFF, OFF | {"flip_p": 1.0}, OFF | {"jitter_p": 1.0}, OFF | {"grey_p": 1.0}, OFF | {"blur_p": 1.0}],
-    ids=["all", "none", "flip", "jitter", "grey", "blur"],
+    [
+        *({}, OFF, OFF | {"flip_p": 1.0}, OFF | {"jitter_p": 1.0}, OFF | {"grey_p": 1.0}, OFF | {"blur_p": 1.0}),
+        *(OFF | {"solarise_p": 1.0}, UNEQUAL),
+    ],
+    ids=["all", "none", "flip", "jitter", "grey", "blur", "solarise", "unequal"],
 )
 def test_views_on_the_cpu_are_the_plain_ones(within: Within, settings: dict[str, float], size: int) -> None:
     n = 6 if size == 224 else 24
@@ -63,6 +67,6 @@ def test_views_do_not_depend_on_threads_or_neighbours() -> None:
 def test_crops_may_be_a_view_of_something_larger() -> None:
     crops, config = crops_of(4, 16), Views(size_px=16)
     c = draw.draw_colours(config, 0, 0, np.arange(4))
-    given = (c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, config.mean, config.std)
+    given = (c.flip, c.jitter, c.order, c.factors, c.grey, c.blur_sigma, c.solarise, config.mean, config.std)
     wide = torch.cat([crops, crops], 3)[:, :, :, :16]
     assert torch.equal(crops_to_views(wide, *given), crops_to_views(crops, *given))

@@ -125,7 +125,8 @@ def test_its_gradient_comes_in_pieces_too(photographs: Path) -> None:
 
 @pytest.mark.parametrize("data", ["photographs", "patterns"])
 def test_what_the_loader_draws_ahead_is_what_is_drawn_in_the_call(request: pytest.FixtureRequest, data: str) -> None:
-    views = dataclasses.replace(CONFIG.views, size_px=24)
+    """And each list of crops begins with the first of its two probabilities."""
+    views = dataclasses.replace(CONFIG.views, size_px=24, blur_p=(1.0, 0.0), solarise_p=(0.0, 1.0))
     crops = (Crop(count=1, views=CONFIG.views), Crop(count=3, views=views))
     stream = loader.batches(CONFIG, request.getfixturevalue(data), 5, 0, 1, crops=crops)
     batch = next(stream)
@@ -134,6 +135,11 @@ def test_what_the_loader_draws_ahead_is_what_is_drawn_in_the_call(request: pytes
         ahead, inside = (views_for(one, some, crops, CONFIG, torch.device("cpu")) for one in (batch, late))
         assert [len(x) for x in ahead] == [some.stop - some.start, 3 * (some.stop - some.start)]
         assert all(torch.equal(a, b) for a, b in zip(ahead, inside, strict=True))
+        drawn = batch.drawn[1]
+        assert drawn is not None and drawn.block.shape == (3, len(batch.ids), 17)
+        colours = drawn.some(some).colours
+        n = some.stop - some.start
+        assert colours.solarise.tolist() == [False] * n + [True] * 2 * n == (colours.blur_sigma == 0).tolist()
     stream.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -96,9 +97,10 @@ def test_each_operation_happens_with_its_probability() -> None:
         ({"grey_p": 0.2}, 0.2),
         # A blur of σ < 0.19 px moves no pixel by 1e-6: of σ in [0.1, 2.0] that is one in twenty.
         ({"blur_p": 0.5}, 0.5 * (2.0 - 0.19) / 1.9),
+        ({"solarise_p": 0.2}, 0.2),
         ({}, 0.0),
     ],
-    ids=["flip", "jitter", "grey", "blur", "none"],
+    ids=["flip", "jitter", "grey", "blur", "solarise", "none"],
 )
 def test_each_operation_is_applied_with_its_probability(within: Within, settings: dict[str, float], p: float) -> None:
     """In the pixels: of 10,000 views with all else switched off, how many differ from the image."""
@@ -114,6 +116,64 @@ def test_each_operation_is_applied_with_its_probability(within: Within, settings
         assert changed == 0
     else:
         within("deviations from the probability", abs(changed / 10_000 - p) / np.sqrt(p * (1 - p) / 10_000), 4)
+
+
+def test_probabilities_of_their_own_for_the_first_view_and_the_others() -> None:
+    """BYOL's and MoCo v3's: blur 1.0 and 0.1, solarisation 0.0 and 0.2. Of more than two views all but the first have the second."""
+    views, ids = Views(blur_p=(1.0, 0.1), solarise_p=(0.0, 0.2)), np.arange(5000)
+    for first, count in ((0, 2), (3, 4), (5, 1)):
+        drawn = draw.draw_colours(views, 0, 0, ids, first, count)
+        blurred, solarised = (drawn.blur_sigma > 0).reshape(count, -1), drawn.solarise.reshape(count, -1)
+        assert blurred[0].all() and not solarised[0].any()
+        for view in range(1, count):
+            for happened, p in ((blurred[view], 0.1), (solarised[view], 0.2)):
+                assert abs(happened.mean() - p) < 4 * np.sqrt(p * (1 - p) / len(ids)), (first, view, p)
+    # Neither decides on the other, nor on the dropped colour, whose numbers are neighbours.
+    drawn = draw.draw_colours(Views(blur_p=0.5, solarise_p=0.5, grey_p=0.5), 0, 0, ids)
+    for other in (drawn.blur_sigma > 0, drawn.grey, drawn.flip):
+        assert abs(np.corrcoef(drawn.solarise, other)[0, 1]) < 4 / np.sqrt(2 * len(ids))
+
+
+def test_what_was_drawn_before_there_was_solarisation_is_drawn_still() -> None:
+    """To the bit, of any view: the digest is of the commit before."""
+    ids = np.arange(5, 29)
+    names = ("flip", "jitter", "order", "factors", "grey", "blur_sigma")
+    drawn = [draw.draw_colours(views, 7, 3, ids) for views in (Views(), Views(blur_p=(0.5, 0.5), solarise_p=(0.3, 1.0)))]
+    for one in drawn:
+        found = hashlib.sha256(b"".join(np.ascontiguousarray(getattr(one, name)).tobytes() for name in names))
+        assert found.hexdigest()[:16] == "b8c11b2f427d0183"
+    assert not drawn[0].solarise.any() and drawn[1].solarise.any()
+
+
+def test_solarisation_inverts_values_from_a_half_on() -> None:
+    x = torch.tensor([0.0, 0.2, 0.4999, 0.5, 0.75, 1.0], dtype=torch.float64)
+    assert ops.solarise(x).tolist() == [0.0, 0.2, 0.4999, 0.5, 0.25, 0.0]
+    bytes_ = torch.arange(256) / 255  # a picture's: 128, the first beyond a half, becomes 127
+    assert torch.equal(ops.solarise(bytes_), torch.where(bytes_ < 0.5, bytes_, 1 - bytes_))
+    assert (ops.solarise(bytes_) * 255).round().int().tolist() == [*range(128), *range(127, -1, -1)]
+
+
+def test_solarisation_comes_behind_the_blur(within: Within) -> None:
+    off = {"flip_p": 0.0, "jitter_p": 0.0, "grey_p": 0.0, "area": (1.0, 1.0), "aspect": (1.0, 1.0)}
+    config = Views(size_px=32, blur_p=1.0, solarise_p=(0.0, 1.0), **off)  # type: ignore[arg-type]
+    images = torch.tensor(np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)), dtype=torch.uint8)
+    out = two_views.raw_views(images, torch.arange(5), 0, config, seed=1).double()
+    x = images.permute(0, 3, 1, 2).double() / 255
+    sigma = torch.tensor(draw.draw_colours(config, 1, 0, np.arange(5)).blur_sigma)
+    first, second = ops.gaussian_blur(x, sigma[:5]), ops.gaussian_blur(x, sigma[5:])
+    within("view 0", float((out[:5] - first).abs().max()), 1e-5)
+    within("view 1", float((out[5:] - torch.where(second < 0.5, second, 1 - second)).abs().max()), 1e-5)
+
+
+def test_saturation_may_change_less_than_brightness_and_contrast() -> None:
+    """torchvision's ColorJitter(0.4, 0.4, 0.2, 0.1), as BYOL and MoCo v3 have it: s = 0.5 and half of it for saturation."""
+    ids = np.arange(20_000)
+    factors = draw.draw_colours(Views(colour_strength=0.5, saturation=0.5), 0, 0, ids).factors
+    np.testing.assert_allclose(factors.min(0), [0.6, 0.6, 0.8, -0.1], atol=1e-3)
+    np.testing.assert_allclose(factors.max(0), [1.4, 1.4, 1.2, 0.1], atol=1e-3)
+    full = draw.draw_colours(Views(colour_strength=0.5), 0, 0, ids).factors
+    assert np.array_equal(factors[:, [0, 1, 3]], full[:, [0, 1, 3]])
+    np.testing.assert_allclose(factors[:, 2] - 1, (full[:, 2] - 1) / 2, atol=1e-12)
 
 
 def test_strength_scales_as_in_the_paper() -> None:

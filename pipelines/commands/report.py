@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zipfile
 import zlib
@@ -24,7 +25,7 @@ from simclr import fields, files
 from simclr.data.arrays import require_plain_headers, require_small
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
-from simclr.family import method_name
+from simclr.family import BYOL, MoCoV3, method_name
 from simclr.papers import named
 from simclr.recipes import changed_from
 
@@ -105,7 +106,7 @@ def gather(run: Run) -> ReportData:
         config=run.config.flat(),
         facts=facts,
         scores=scores,
-        history=history,
+        history=_with_averages(run, history),
         classes=manifest.classes if manifest is not None else (),
         gallery=gallery,
         neighbours=neighbours,
@@ -159,6 +160,20 @@ def _length(run: Run, history: list[dict[str, float]]) -> dict[str, str]:
     rate = f", {np.median(speeds):,.0f} images/s (median)" if speeds else ""
     epochs = f", {last['epoch']:.1f} epochs" if "epoch" in last else ""
     return {"length": f"{last['step']:,.0f} steps of {run.config.train.batch_size:,} images{epochs}{rate}"}
+
+
+def _with_averages(run: Run, history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The reports, with the share of itself that a moving average kept where the share goes to 1: a function of the step."""
+    if not isinstance(run.config, MoCoV3 | BYOL):
+        return history
+    from simclr.methods.average import cosine_to_one
+
+    totals = [row.get("total_steps", run.config.train.steps) for row in history]
+    kept = [
+        cosine_to_one(int(row["step"]) - 1, int(total), run.config.ema) if total else math.nan
+        for row, total in zip(history, totals, strict=True)
+    ]
+    return [{**row, "train/ema": keep} for row, keep in zip(history, kept, strict=True)]
 
 
 def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, FeatureMap]:

@@ -190,12 +190,21 @@ def test_the_heads_are_the_authors() -> None:
     network = build_network(BYOL(encoder=TINY.encoder))
     for name, width in (("projector", network.encoder.d_h), ("predictor", 256)):
         head = getattr(network, name)
-        found = [[int(layer.in_features), int(layer.out_features), layer.bias is not None] for layer in head.modules() if isinstance(layer, nn.Linear)]
+        found = [
+            [int(layer.in_features), int(layer.out_features), layer.bias is not None]
+            for layer in head.modules()
+            if isinstance(layer, nn.Linear)
+        ]
         dense = [layer for layer in heads[name] if layer["layer"] == "dense"]
         assert found == [[width, dense[0]["shape"][1], dense[0]["bias"]], [*dense[1]["shape"], dense[1]["bias"]]]
         (norm,) = (layer for layer in head.modules() if isinstance(layer, BatchNorm))
         (theirs,) = (layer for layer in heads[name] if layer["layer"] == "batch norm")
-        assert (norm.eps, 1 - norm.momentum, len(norm.weight), norm.bias is not None) == (theirs["eps"], theirs["decay"], theirs["features"], True)
+        assert (norm.eps, 1 - norm.momentum, len(norm.weight), norm.bias is not None) == (
+            theirs["eps"],
+            theirs["decay"],
+            theirs["features"],
+            True,
+        )
         first, second = (layer.weight for layer in head.modules() if isinstance(layer, nn.Linear))
         for weight in (first, second):
             spread = float(weight.detach().std()) * weight.shape[1] ** 0.5

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "probe", "embed", "listing", "order"]
-Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory", "footprint"]
+Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "methods", "memory", "footprint"]
+
+_EPOCHS = 50
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Args:
     loader: images/s of two crops from one decode, each kind of resize ÷ FFCV's own two pipelines.
     views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
+    methods: pretrainings by --recipes of one encoder, epochs and batch, --seeds each, by the loop alone: one table of kNN, linear probe and
+    time of a step; the same command again goes on.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
     footprint: the most memory of a training process, as `simclr pretrain --dry-run` estimates it ÷ as it is.
     probe: bytes that kNN and the quick probe take for a row of ImageNet's features, and GiB for all.
@@ -110,8 +114,12 @@ class Args:
     """listing: numbers of keys in the bucket."""
     answer_ms: float = 50.0
     """listing: how long each answer of the bucket takes where keys/s are compared."""
-    epochs: int = 50
-    """memory, cifar: passes over the data."""
+    epochs: int | None = None
+    """memory, cifar, methods: passes over the data. Default: 50; of methods the recipes'."""
+    recipes: tuple[str, ...] = ("patterns_tiny", "patterns_moco", "patterns_mocov3", "patterns_byol")
+    """methods: the recipes to compare, the baseline first."""
+    seeds: int = 3
+    """methods: runs of each recipe, of seeds 0, 1, …"""
     kind: Literal["small", "photographs"] = "photographs"
     """prepare: small = labelled images in splits and classes, as CIFAR-10's."""
     images: int = 2048
@@ -123,7 +131,7 @@ class Args:
     """all: minutes; a phase that would not end within them is skipped, with a line."""
     out: Path | None = None
     """all: folder for results, log and profiles; the same command again goes on with it. Default: runs/bench-DATE.
-    prepare: folder for the shards."""
+    prepare: folder for the shards. methods: folder for its runs. Default: runs/methods."""
     dry: bool = False
     """all: everything at toy size on the CPU, to see that it works; its figures mean nothing."""
     json: Path | None = None
@@ -224,7 +232,7 @@ def measure(args: Args) -> Iterable[Row]:
 def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
     """The benches that read shards or can read them."""
     data = None if args.data is None else sync.shards(args.data)
-    if data is None and args.what in ("train", "loop", "cifar", "memory", "footprint"):
+    if data is None and args.what in ("train", "loop", "cifar", "methods", "memory", "footprint"):
         raise UserError(f"which data? `simclr bench {args.what} --data DIR`, a directory of prepared shards")
     if args.what == "loader":
         from pipelines.bench.loader import loader
@@ -244,11 +252,15 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
     if args.what == "cifar":
         from pipelines.bench.cifar import cifar
 
-        return cifar(args.recipe, _config(args), data, args.epochs, args.threads, _device(args))
+        return cifar(args.recipe, _config(args), data, _EPOCHS if args.epochs is None else args.epochs, args.threads, _device(args))
+    if args.what == "methods":
+        from pipelines.bench.methods import methods
+
+        return methods(args.recipes, args.seeds, args.epochs, data, args.out or Path("runs/methods"), args.threads, _device(args))
     if args.what == "memory":
         from pipelines.bench.memory import memory
 
-        return memory(data, args.batch_size, args.epochs, args.threads)
+        return memory(data, args.batch_size, args.epochs or _EPOCHS, args.threads)
     if args.what == "footprint":
         from pipelines.bench.footprint import measured
 

@@ -59,7 +59,7 @@ def words(method: str, config: Flat) -> Words:
                 "the spread stays.",
                 unit="",
                 chance=(4.0, "4: predictions at right angles"),
-                partner="share of projections whose partner, the other view’s, is the nearest in the batch, for which the loss does not ask.",
+                partner="share of projections whose partner, the other view’s, is the nearest in the batch, for which no loss asks.",
             )
         case "finetune":
             return Words("it learns the labels", "cross entropy of the classifier with the labels; the mean since the last report.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,18 +16,16 @@ from torch import Tensor, nn
 
 from simclr import checkpoint, loss
 from simclr.collectives import data_parallel
-from simclr.config import Config, Optim
+from simclr.config import Optim
 from simclr.family import BYOL
 from simclr.gradient_cache import cached_gradient
-from simclr.methods import byol as module
 from simclr.methods.average import cosine_to_one
-from simclr.methods.byol import Network, Target, build_network, build_target, diagnosed, follow, objective, projected
+from simclr.methods.byol import Network, Target, build_network, build_target, follow, objective, projected
 from simclr.methods.method import Method, Rows, Start
 from simclr.networks.batchnorm import BatchNorm, share_statistics
 from simclr.networks.heads import MLP
 from simclr.optim import build_optimizer, byol_rule, parameter_groups, warmup_cosine
-from simclr.telemetry.collapse import collapse
-from simclr.train import Report, take_step, train
+from simclr.train import take_step, train
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
 from tests.support.ranks import Ranks

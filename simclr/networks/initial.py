@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -91,18 +91,27 @@ def _polynomial(x: NDArray[np.float64], coefficients: tuple[float, ...]) -> NDAr
     return y
 
 
-def deviates(seed: int, name: str, start: int, stop: int, cut: bool) -> NDArray[np.float64]:
-    """Elements `start` to `stop` of the parameter `name` as standard normal deviates, with `cut` within two standard deviations.
+def uniform(seed: int, name: str, start: int, stop: int) -> NDArray[np.float64]:
+    """Elements `start` to `stop` of the parameter `name` as deviates that are uniform in (−1, 1).
 
-    Element i is the quantile at (word + 1/2) / 2^32, of word i % 4 at `keyed`'s address (seed, "weights", CRC-32 of the name,
-    i // 4). So the uncut ones reach 6.3 standard deviations.
+    Element i is (word + 1/2) / 2^31 − 1, of word i % 4 at `keyed`'s address (seed, "weights", CRC-32 of the name, i // 4).
     """
     first = start // 4
     ids = np.arange(first, -(-stop // 4), dtype=np.int64)
     words = keyed.bits(seed, "weights", zlib.crc32(name.encode()), ids, 0, 4).reshape(-1)[start - 4 * first : stop - 4 * first]
-    q = words.astype(np.float64)
-    q -= 2.0**31 - 0.5  # exact, as the next line is
-    q *= 2.0**-32
+    u = words.astype(np.float64)
+    u -= 2.0**31 - 0.5  # exact, as the next line is
+    u *= 2.0**-31
+    return u
+
+
+def deviates(seed: int, name: str, start: int, stop: int, cut: bool) -> NDArray[np.float64]:
+    """Elements `start` to `stop` of the parameter `name` as standard normal deviates, with `cut` within two standard deviations.
+
+    Element i is the quantile that stands as far from the middle as that of `uniform`. So the uncut ones reach 6.3 standard deviations.
+    """
+    q = uniform(seed, name, start, stop)
+    q *= 0.5
     if cut:
         q *= _INSIDE_TWO
     return normal_quantile(q)
@@ -134,35 +143,72 @@ def draw(module: nn.Module, seed: int, prefix: str) -> None:
     """
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"the seed of the initial weights is {seed}; expected a whole number from 0 to 2^63 - 1")
-    jobs: list[Callable[[], None]] = []
-    filled: list[tuple[Tensor, NDArray[np.float32]]] = []
+    drawn: list[tuple[Tensor, Values]] = []
     for path, layer in module.named_modules():
         if not isinstance(layer, nn.Conv2d | nn.Linear):
             continue
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
-        if layer.weight.is_meta:
+        cut = isinstance(layer, nn.Conv2d)
+        std = 1 / (math.sqrt(layer.weight[0].numel()) * _STD_INSIDE_TWO) if cut else 0.01
+        drawn.append((layer.weight, partial(_normal, seed, _name(prefix, path, "weight"), std, cut)))
+    fill(drawn)
+
+
+def draw_uniform(module: nn.Module, seed: int, prefix: str) -> None:
+    """As `draw`, but weights and biases of linear maps are uniform within ±1 / √fan-in, as torch's own constructor has them."""
+    drawn: list[tuple[Tensor, Values]] = []
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            bound = 1 / math.sqrt(layer.in_features)
+            drawn += [(p, partial(_uniform, seed, _name(prefix, path, name), bound)) for name, p in layer.named_parameters(recurse=False)]
+    fill(drawn)
+
+
+Values = Callable[[int, int], NDArray[np.float64]]
+"""(start, stop) → these elements of a parameter, counted row by row."""
+
+
+def fill(parameters: Iterable[tuple[Tensor, Values]]) -> None:
+    """Give each tensor its values, rounded to float32, by several threads (torch's number). One on the meta device stays as it is."""
+    jobs: list[Callable[[], None]] = []
+    filled: list[tuple[Tensor, NDArray[np.float32]]] = []
+    for parameter, values in parameters:
+        if parameter.is_meta:
             continue
-        weight, cut = layer.weight.detach(), isinstance(layer, nn.Conv2d)
-        std = 1 / (math.sqrt(weight[0].numel()) * _STD_INSIDE_TWO) if cut else 0.01
-        own = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-        values = weight.numpy() if own else np.empty(weight.shape, dtype=np.float32)
+        tensor = parameter.detach()
+        own = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+        array = tensor.numpy() if own else np.empty(tensor.shape, dtype=np.float32)
         if not own:
-            filled.append((weight, values))
-        name, flat = ".".join(part for part in (prefix, path, "weight") if part), values.reshape(-1)
-        jobs += [partial(_fill, flat, seed, name, at, std, cut) for at in range(0, flat.size, _CHUNK)]
+            filled.append((tensor, array))
+        flat = array.reshape(-1)
+        jobs += [partial(_fill, flat, values, at) for at in range(0, flat.size, _CHUNK)]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         for done in [pool.submit(job) for job in jobs]:
             done.result()
-    for weight, values in filled:
-        weight.copy_(torch.from_numpy(values))
+    for tensor, array in filled:
+        tensor.copy_(torch.from_numpy(array))
 
 
-def _fill(flat: NDArray[np.float32], seed: int, name: str, start: int, std: float, cut: bool) -> None:
+def _name(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _fill(flat: NDArray[np.float32], values: Values, start: int) -> None:
     stop = min(start + _CHUNK, flat.size)
+    flat[start:stop] = values(start, stop)
+
+
+def _normal(seed: int, name: str, std: float, cut: bool, start: int, stop: int) -> NDArray[np.float64]:
     z = deviates(seed, name, start, stop, cut)
     z *= std
-    flat[start:stop] = z
+    return z
+
+
+def _uniform(seed: int, name: str, bound: float, start: int, stop: int) -> NDArray[np.float64]:
+    u = uniform(seed, name, start, stop)
+    u *= bound
+    return u
 
 
 def unfilled(build: Callable[[], Module]) -> Module:

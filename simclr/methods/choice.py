@@ -9,9 +9,11 @@ import torch
 
 from simclr.config import Config, SimCLR
 from simclr.data.manifest import Manifest, read_manifest
+from simclr.family import MoCo
 from simclr.methods.classifier import classifier
 from simclr.methods.distill import distill
 from simclr.methods.method import Method, Start
+from simclr.methods.moco import moco
 from simclr.methods.simclr import simclr
 from simclr.stages import Distill, FineTune
 
@@ -33,6 +35,8 @@ def pretraining(config: Config, start: Start, manifest: Manifest | None = None) 
     match config:
         case SimCLR():
             return simclr(config, start, manifest)
+        case MoCo():
+            return moco(config, start, manifest)
         case _:
             raise TypeError(f"{type(config).__name__} is the config of no pretraining")
 

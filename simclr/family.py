@@ -42,6 +42,11 @@ class MoCo(Config):
         _require_common(self.temperature, self.ema, self.d_out)
         alone = self.encoder.batchnorm == "per_worker"
         require(alone or not self.shuffle, "shuffle is for --encoder.batchnorm per_worker; with other statistics leave it out")
+        require(not self.whole_batch or self.train.micro_batch is None, f"{self.whole_batch}; leave out train.micro_batch")
+
+    @property
+    def whole_batch(self) -> str:
+        return "shuffle needs a whole batch at once" if self.shuffle else ""
 
     @property
     def keys_per_step(self) -> int:

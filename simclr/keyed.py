@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Stream = Literal["order", "crop", "colour", "weights", "patterns", "subset", "operation", "path"]
-_STREAMS: dict[Stream, int] = {"order": 0, "crop": 1, "colour": 2, "weights": 3, "patterns": 4, "subset": 5, "operation": 6, "path": 7}
+Stream = Literal["order", "crop", "colour", "weights", "patterns", "subset", "operation", "path", "shuffle"]
+_STREAMS: dict[Stream, int] = {name: number for number, name in enumerate(get_args(Stream))}
 Rule = Literal["sort", "by size"]
 """How ids are put in order: by a sort at every size, or by a sort up to `SORTED_UP_TO` ids and by `entries` above."""
 Ids = NDArray[np.int64]
@@ -69,16 +69,16 @@ def uniform(seed: int, stream: Stream, epoch: int, ids: NDArray[np.int64], view:
     return numbers
 
 
-def shuffled(seed: int, epoch: int, ids: Ids) -> Ids:
+def shuffled(seed: int, epoch: int, ids: Ids, stream: Stream = "order") -> Ids:
     """`ids` (distinct, ascending) in a random order: sorted by 64 keyed bits each, ties (of probability n^2 / 2^65) by id. A subset has
     the order of the whole set without the other ids."""
-    words = bits(seed, "order", epoch, ids, 0, 2)
+    words = bits(seed, stream, epoch, ids, 0, 2)
     return ids[np.argsort(words[:, 0] << _32 | words[:, 1], kind="stable")]
 
 
-def permutation(seed: int, epoch: int, size: int) -> Ids:
+def permutation(seed: int, epoch: int, size: int, stream: Stream = "order") -> Ids:
     """A random order of range(size), by a sort."""
-    return shuffled(seed, epoch, np.arange(size, dtype=np.int64))
+    return shuffled(seed, epoch, np.arange(size, dtype=np.int64), stream)
 
 
 # ── An order that is never written down ────────────────────────────────────────────────────────────────────────────

@@ -142,3 +142,24 @@ def _pairs(cosines: Tensor, own: Tensor, within: float | None) -> tuple[Tensor, 
         eligible = negative & (cosines < positive) & (cosines > positive - within)
         closest = cosines.masked_fill(~eligible, float("-inf")).argmax(1, keepdim=True)
         return positive, torch.zeros_like(cosines).scatter(1, closest, 1.0) * eligible
+
+
+# ── MoCo ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def info_nce_queue(q: Tensor, k: Tensor, queue: Tensor, temperature: float, images: int | None = None) -> Tensor:
+    """MoCo's loss (arXiv:1911.05722, Eq. 1) of this rank's queries q (n, d), of any scale, the mean over these n rows:
+
+        −log( exp(u·k / τ) / (exp(u·k / τ) + Σ_j exp(u·queue_j / τ)) ),   u = q / ‖q‖
+
+    k (n, d) are the queries' own keys and queue (K, d) all ranks' earlier ones, unit rows without gradient. The mean over ranks is the
+    loss of the global batch, of so many `images`; no row of another rank is in it. It is computed in float32 at least and keeps n (K + 1)
+    logits and as many probabilities for the backward pass: 128 MiB for 256 images a rank and K = 65,536.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q = q.float() if q.dtype in (torch.bfloat16, torch.float16) else q
+        u = F.normalize(q, dim=1) / temperature
+        k, queue = k.to(u.dtype), queue.to(u.dtype)
+        logits = torch.cat([(u * k).sum(1, keepdim=True), u @ queue.T], 1)
+        own = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        return share_of_mean(F.cross_entropy(logits, own), len(q), images)

@@ -19,13 +19,14 @@ def with_classifier(loss: Tensor, outputs: Rows, targets: Rows, images: int) -> 
 
 
 def classify(logits: Tensor, labels: Tensor, images: int | None = None) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the linear evaluation, logits (2n, classes), labels (n,), and (2,) its hits and the labelled views.
+    """Cross entropy of the linear evaluation, logits (v·n, classes) of v views, labels (n,), and (2,) its hits and the labelled views.
 
-    An image without a label (−1) adds nothing, and the divisor stays 2n, of 2N over all ranks where `images` says N: so the mean over
+    An image without a label (−1) adds nothing, and the divisor stays v·n, of v·N over all ranks where `images` says N: so the mean over
     ranks is the global batch's, however labels are spread.
     """
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    labels = labels.repeat(2)
+    own = len(labels)
+    labels = labels.repeat(len(logits) // own)
     loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
     hits = torch.stack([(logits.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
-    return share_of_mean(loss / len(labels), len(labels) // 2, images), hits.to(loss.dtype)
+    return share_of_mean(loss / len(labels), own, images), hits.to(loss.dtype)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from simclr import config as configs
-from simclr.collectives import share_of_mean
+from simclr.collectives import all_gather, share_of_mean
 from simclr.config import Loss
 from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
@@ -78,7 +80,7 @@ def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = Non
     model = placed(begun(lambda: Network(config, classes), start), start, precision)
     queue: Queue | None = None
     if loss.memory:
-        made = begun(lambda: Queue(model.encoder, model.head, loss.memory, config.head.d_out, loss.memory_decay), start)
+        made = begun(lambda: Queue(model.encoder, model.head, torch.zeros(loss.memory, config.head.d_out)), start)
         queue = placed(made, start, precision)
 
     def inputs(batch: Batch, some: slice) -> Rows:
@@ -91,8 +93,11 @@ def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = Non
         return with_classifier(contrasted, outputs, targets, images)
 
     def enqueue(inputs: Rows, targets: Rows, step: int) -> None:
+        # The paper says neither which views are stored nor when the average moves: here both views of a batch, behind its update.
         assert queue is not None
-        queue.enqueue(inputs["views"].flatten(0, 1), model.encoder, model.head, step, images)
+        queue.follow(model.encoder, model.head, loss.memory_decay)
+        z = queue.head(queue.encoder(inputs["views"].flatten(0, 1)))[-1]
+        queue.enqueue(all_gather(normalize(z.to(queue.rows.dtype), dim=1), images), step)
 
     tested = manifest is not None and bool(classes) and "test" in manifest.splits
     examples = examples_of(config, start, manifest) if manifest is not None else config.train.batch_size
@@ -127,12 +132,24 @@ def contrast(z: Tensor, loss: Loss, negatives: Tensor | None = None, images: int
 def diagnosed(outputs: Rows, targets: Rows, temperature: float, images: int | None = None) -> dict[str, Tensor]:
     """The measures of `evaluation.representation` on a step's projections, weighted by this rank's share of `images`."""
     z = outputs["z"].detach().flatten(0, 1)
+    return of_pairs(z, temperature, images) | of_rows(z, len(z) // 2, images)
+
+
+def of_pairs(z: Tensor, temperature: float, images: int | None = None) -> dict[str, Tensor]:
+    """Measures of z (2n, d), rows and then what each is paired with, as this rank's share of means over `images`."""
     found = {
         "train/contrastive_top1": representation.contrastive_top1(z, images),
         "train/contrastive_entropy": representation.contrastive_entropy(z, temperature, images),
         "health/alignment": representation.alignment(z),
+    }
+    return {name: share_of_mean(mean, len(z) // 2, images) for name, mean in found.items()}
+
+
+def of_rows(z: Tensor, own: int, images: int | None = None) -> dict[str, Tensor]:
+    """Measures of rows z (·, d) of the `own` of `images` images that this rank holds, each by itself: whether they collapse."""
+    found = {
         "health/uniformity": representation.uniformity(z[:4096]),
         "health/spread": representation.spread(z),
         "health/dimension": representation.effective_dimension(z),
     }
-    return {name: share_of_mean(mean, len(z) // 2, images) for name, mean in found.items()}
+    return {name: share_of_mean(mean, own, images) for name, mean in found.items()}

@@ -239,8 +239,8 @@ MUTATIONS = (
     Mutation(
         "ring-written-one-batch-further",
         "simclr/methods/queue.py",
-        "at = step * len(z) % len(self.rows)",
-        "at = (step + 1) * len(z) % len(self.rows)",
+        "at = step * len(rows) % len(self.rows)",
+        "at = (step + 1) * len(rows) % len(self.rows)",
         "tests/simclr/methods/test_queue.py::test_the_average_and_the_ring",
     ),
     Mutation(
@@ -253,7 +253,7 @@ MUTATIONS = (
     Mutation(
         "labels-of-the-other-view-turned-round",
         "simclr/methods/online.py",
-        "labels = labels.repeat(2)",
+        "labels = labels.repeat(len(logits) // own)",
         "labels = torch.cat([labels, labels.flip(0)])",
         "tests/simclr/test_train.py::test_an_image_without_a_label_adds_nothing_to_the_linear_evaluation",
     ),

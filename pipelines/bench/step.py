@@ -72,9 +72,10 @@ def step(
         made = _sides(config, device, threads, data, asked, stack)
         yield from _first_steps(made, config, device)
         peaks: dict[str, float] = {}
-        sides = {name: partial(_rate, name, one, peaks, steps, n, device, window_s) for name, one in made.items()}
+        sides = {_shown(name, config): partial(_rate, name, one, peaks, steps, n, device, window_s) for name, one in made.items()}
         with power() as watts:
-            found = in_turn(sides, trials, "images/s")
+            timed = in_turn(sides, trials, "images/s")
+        found = {name: timed[_shown(name, config)] for name in made}
         base = next(iter(made))
         rows = [{**row, "peak_gib": peaks.get(row["name"])} for row in compared(found, "images/s", base, inverted=True)]
         _print_table(rows, config, f"{device.type}, {threads} threads, {_counted(steps, window_s)}, n = {trials}")

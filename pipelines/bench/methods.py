@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ from simclr.papers import named
 from simclr.recipes import recipe
 from simclr.train import train
 
-_ROW = {"name": str, "method": str, "seed": int, "config": dict[str, object]}
+_ROW = {"name": str, "method": str, "seed": int, "config": dict[str, Any]}
 _ROW |= dict.fromkeys(("knn_top1", "probe_top1", "loss", "step_ms", "train_s"), float)
 
 

@@ -173,6 +173,7 @@ def parse(name: str, args: type[Any], argv: list[str]) -> Any:
         named = argv[0] if argv and not argv[0].startswith("-") else None
         default = _begun(name, args, named, file, default, asks=bool({"-h", "--help"} & set(argv)))
         argv = argv[1:] if named else argv
+        _require_own_flags(name, default, argv)
     usual = "\n".join(_usual(args, default))
     description = f"{inspect.getdoc(args)}\n\n--quiet: errors and results only.{usual and chr(10) * 2 + usual}"
     with terminal.filtered():  # its complaints repeat words as they are, its help the defaults
@@ -203,12 +204,21 @@ def _begun(name: str, args: type[Any], named: str | None, file: str | None, foun
     return args(recipe=named or "patterns_tiny", data=tyro.MISSING, config=recipe(named or "patterns_tiny"))
 
 
+def _require_own_flags(name: str, default: Any, argv: list[str]) -> None:
+    """Raises UserError for a flag that is a field of another method than the config's of the `default`."""
+    from simclr.family import foreign
+
+    for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        if whose := foreign(flag.removeprefix("--").replace("-", "_"), default.config):
+            raise UserError(f"{flag}: {whose}; `simclr {name} {default.recipe} --help` lists its flags")
+
+
 def _usual(args: type[Any], default: Any) -> Iterator[str]:
-    """The flags that a class lists as USUAL, in its order: each with its default and the first sentence on it. tyro's help has them all, by
+    """The flags that a class calls `usual`, in its order: each with its default and the first sentence on it. tyro's help has them all, by
     group, below."""
-    paths: dict[str, str] = getattr(args, "USUAL", {})
-    if not paths or default is None:
+    if default is None or not hasattr(args, "usual"):
         return
+    paths: dict[str, str] = args.usual(default.config)
     yield "The usual ones; every option follows, by group:"
     for flag, said in paths.items():
         value = _value(default, flag.removeprefix("--").replace("-", "_"))

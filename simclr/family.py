@@ -101,6 +101,8 @@ class BYOL(Config):
         require(self.hidden >= 1, f"hidden is {self.hidden}; expected a width of at least 1")
 
 
+_LISTED = 4
+
 METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL)}}
 """Name of a method → its settings."""
 
@@ -120,6 +122,22 @@ def pretraining(values: Any) -> Config:
         near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.3) or list(METHODS)
         raise UserError(f"unknown method {name!r}; nearest: {', '.join(near)}")
     return METHODS[name].from_dict({key: value for key, value in values.items() if key != "method"} if isinstance(values, dict) else values)
+
+
+def foreign(path: str, config: Config) -> str:
+    """Whose the field `path` is, as "loss.temperature", where a `config` has none of that name: a sentence without its full stop, with the
+    nearest field that it has. "" for a field that it has, for one of no method, and for a stage's config."""
+    mine = config.flat()
+    if path in mine or type(config) not in METHODS.values():
+        return ""
+    theirs = [name for name, kind in METHODS.items() if path in kind().flat() and path != "method"]
+    if not theirs:
+        return ""
+    name, last = method_name(config), path.rpartition(".")[2]
+    own = [field for field in mine if field not in Config().flat() and field != "method"]
+    near = [field for field in own if field.rpartition(".")[2] == last] or difflib.get_close_matches(path, own, n=1, cutoff=0.5)
+    instead = f"{name} has {near[0] if near else ', '.join(own[:_LISTED]) + (' …' if len(own) > _LISTED else '')}"
+    return f"{path} is a field of {' and '.join(theirs)}; {instead}"
 
 
 def _require_common(temperature: float, ema: float, d_out: int) -> None:

@@ -51,7 +51,7 @@ class Footprint:
     """Bytes of one worker. `weights`, `momentum`, `views` and `step` are what is in use when most is."""
 
     weights: int
-    """Parameters, BatchNorm's statistics, and the queue's network."""
+    """Parameters, BatchNorm's statistics, moving averages of networks, and a queue."""
     momentum: int
     """The optimizer's state."""
     views: int
@@ -80,7 +80,7 @@ def footprint(config: Config, workers: int = 1, classes: int = 0, device: str = 
     most = _piece(config, workers)
     # Alone, this worker's share is the batch. Two pieces of it do: the others are one after the other in the same memory.
     some = max(min(images, 2 * most), 2)
-    alone = _of_batch(config, some, None if config.pieces(workers) == 1 else most)
+    alone = of_batch(config, some, None if config.pieces(workers) == 1 else most)
     shaped = shapes(alone, classes)
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         method = _fake(shaped)
@@ -223,7 +223,7 @@ def _evaluate(method: Method, config: Config) -> None:
         encoder.eval()(torch.empty((_EVALUATED, 3, px, px)).to(memory_format=torch.channels_last))
 
 
-def _of_batch(config: Config, images: int, micro_batch: int | None) -> Config:
+def of_batch(config: Config, images: int, micro_batch: int | None) -> Config:
     """`config` with steps of so many `images`, and a queue of about as many rows as before that holds whole batches."""
     train = replace(config.train, batch_size=images, micro_batch=micro_batch, shard_groups=1)
     if isinstance(config, SimCLR):

@@ -1,7 +1,8 @@
 """NT-Xent, the contrastive loss of SimCLR (arXiv:2002.05709, Eq. 1 and Algorithm 1), exact over ranks; with the paper's other two losses
-(Table 2), each also with semi-hard negatives (Sec. 5.1), for its ablation (Table 4), and one without normalisation (Table 5).
+(Table 2), each also with semi-hard negatives (Sec. 5.1), for its ablation (Table 4), and one without normalisation (Table 5). The losses
+of its siblings stand behind them, with their own shapes.
 
-Each takes z (2n, d): this rank's projections, rows [view 0 of n images; view 1 of the same n], any scale, and returns the
+Each of SimCLR's takes z (2n, d): this rank's projections, rows [view 0 of n images; view 1 of the same n], any scale, and returns the
 mean over these 2n rows, a scalar. The other 2N − 1 views of the global batch, from every rank, are the candidates. The mean
 over ranks is the loss of the global batch, and with DDP its gradient is exact. Where W does not divide N, say N as `images`: ranks
 then hold n and n + 1 images (`simclr.config.share`), and the value is weighted by n W / N. Each raises ValueError for an odd number of
@@ -94,6 +95,23 @@ def margin_triplet(z: Tensor, margin: float, semi_hard: bool = False, images: in
         cosines, own = _cosines(z, images=images)
         positive, weights = _pairs(cosines, own, margin if semi_hard else None)
         return _share((weights * F.relu(cosines - positive + margin)).sum(1).mean(), z, images)
+
+
+def byol(predictions: Tensor, projections: Tensor, images: int | None = None) -> Tensor:
+    """d(p₁, t₂) + d(p₂, t₁), averaged over images, with d(p, t) = ‖p̄ − t̄‖² = 2 − 2 cos(p, t) (arXiv:2006.07733, Eq. 2): BYOL's loss of
+    the predictions p (2, n, d) of both views and the target network's projections t (2, n, d), which carry no gradient.
+
+    Each pair of views counts in both directions, once each. Rows shorter than 1e-6 are divided by that, as in the authors' code. There are
+    no negatives, so the rows of other ranks add nothing but to the mean.
+    """
+    with torch.autocast(predictions.device.type, enabled=False):
+        p, t = (_unit(x) for x in (predictions, projections.detach().flip(0)))
+        return share_of_mean((p - t).square().sum(2).sum(0).mean(), p.shape[1], images)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length 1, in float32 at least."""
+    return F.normalize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=-1, eps=1e-6)
 
 
 def _share(mean: Tensor, z: Tensor, images: int | None) -> Tensor:

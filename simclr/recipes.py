@@ -252,8 +252,9 @@ def recipe(name: str) -> Config:
     return RECIPES[name]()
 
 
-# The rest says how long and where a recipe runs, or how closely it is watched.
-_WHAT = ("encoder.", "head.", "views.", "loss.", "optim.", "train.batch_size", "train.micro_batch", "train.epochs", "train.steps")
+# The rest says how long and where a recipe runs, or how closely it is watched; a method's own fields are all of the first kind.
+_HOW = ("seed", "train.", "watch.")
+_WHAT = ("train.batch_size", "train.micro_batch", "train.epochs", "train.steps")
 _SHOWN = 3
 
 
@@ -264,7 +265,10 @@ def changed_from(name: str, config: Config) -> str:
     if base not in RECIPES:
         return name
     theirs, ours = RECIPES[base]().flat(), config.flat()
-    what = _WHAT if base == name else ("encoder.", "head.")
-    changed = [f"{field} {value}" for field, value in ours.items() if field.startswith(what) and theirs.get(field) != value]
+    if base == name:
+        counted = [field for field in ours if field in _WHAT or not field.startswith(_HOW)]
+    else:
+        counted = [field for field in ours if field.startswith(("encoder.", "head.")) and field in theirs]
+    changed = [f"{field} {ours[field]}" for field in counted if theirs.get(field) != ours[field]]
     more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     return ", ".join([name, *changed[:_SHOWN]]) + more

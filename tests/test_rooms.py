@@ -41,6 +41,7 @@ LAYERS = [
     ("simclr.sections",),
     (
         "simclr.keyed",
+        "simclr.papers",
         "simclr.shares",
         "simclr.compiling",
         "simclr.cores",

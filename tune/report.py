@@ -12,6 +12,8 @@ from pipelines.html import charts, page
 from pipelines.html.charts import escape
 from simclr import files
 from simclr.errors import UserError
+from simclr.family import method_name
+from simclr.papers import named
 from simclr.text import cell
 from tune import drawing, mirror, sweep_dir
 from tune.own_figures import each_axis
@@ -85,7 +87,7 @@ def render(sweep: Sweep, found: list[Trial], drawings: dict[str, Drawing]) -> st
         ("reproduce", "Reproduce it", f"<p>{escape(space.why)}</p>", command),
     ]
     style = resources.files("tune").joinpath("page.css").read_text(encoding="utf-8") + charts.palette(10)
-    title = f"SimCLR sweep · {sweep.space} · {sweep.recipe}"
+    title = f"{named(method_name(sweep.base)).title} sweep · {sweep.space} · {sweep.recipe}"
     lead = shown(sweep.metric, order[0].score(sweep.metric)) if order else "No result yet"
     return page.document(title, lead, rest, "", sections, style, {"curves": [], "map": {}})
 

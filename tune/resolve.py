@@ -14,11 +14,13 @@ from typing import Any
 
 from simclr.config import Config
 from simclr.errors import UserError
-from simclr.family import pretraining
+from simclr.family import foreign, pretraining
 from tune.spaces import SPACES, Axis, Peak, PeakBetween, Space, Times, WholeBetween
 
 MOST = 100_000
 """Trials of a sweep; a larger number is a mistake, or a damaged file."""
+RESNETS = tuple(f"encoder.{name}" for name in ("depth", "width", "sk_ratio", "se_ratio", "cifar_stem"))
+"""Fields that only a ResNet has a use for."""
 DRAWS = 16
 """How often a space with a range is drawn from, if nobody says."""
 
@@ -50,6 +52,7 @@ def restricted(space: Space, recipe: Config, only: dict[str, list[Any]]) -> Spac
     On an axis of operations a value is kept if all of its parts are given. Raises UserError for an axis that the space lacks, or if an
     axis has no values left.
     """
+    _require_fields(space, recipe)
     shallow = recipe.encoder.depth in (8, 14, 20)
     axes = []
     unused = dict(only)
@@ -75,6 +78,16 @@ def restricted(space: Space, recipe: Config, only: dict[str, list[Any]]) -> Spac
         paths = [p for axis in space.axes for p in axis.paths]
         raise UserError(f"space {space.name} does not vary {', '.join(unused)}; --only takes {', '.join(paths)}")
     return dataclasses.replace(space, axes=tuple(axes))
+
+
+def _require_fields(space: Space, recipe: Config) -> None:
+    """Raise UserError for a space with a field of another method, or one that the recipe's kind of network has no use for."""
+    network = recipe.encoder.vit or recipe.encoder.timm
+    for path in [*(path for axis in space.axes for path in axis.paths), *space.fixed]:
+        if whose := foreign(path, recipe):
+            raise UserError(f"space {space.name} does not go with the recipe: {whose}; --vary FIELD=A,B makes a space of any of its fields")
+        if network and path in RESNETS:
+            raise UserError(f"space {space.name} does not go with the recipe: {path} is a ResNet's, and its encoder is {network}")
 
 
 def _among(value: Any, wanted: list[Any]) -> bool:
@@ -225,6 +238,8 @@ def value_of(config: Config, path: str) -> Any:
     value: Any = config
     for name in path.split("."):
         if not dataclasses.is_dataclass(value) or name not in {f.name for f in dataclasses.fields(value)}:
+            if whose := foreign(path, config):
+                raise UserError(whose)
             known = list(config.flat())
             near = difflib.get_close_matches(path, known, n=3, cutoff=0.3) or known
             raise UserError(f"the config has no field {path!r}; nearest: {', '.join(near)}")

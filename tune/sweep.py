@@ -282,7 +282,8 @@ def _differing(args: Args, base: Config) -> dict[str, Any]:
     if args.config_file is None:
         return {}
     ours = config_file.read(args.config_file).config
-    return {path: resolve.value_of(ours, path) for path in ours.flat() if resolve.value_of(ours, path) != resolve.value_of(base, path)}
+    paths = [path for path in ours.flat() if path != "method"]  # a file's method is its recipe's
+    return {path: resolve.value_of(ours, path) for path in paths if resolve.value_of(ours, path) != resolve.value_of(base, path)}
 
 
 def _own(args: Args) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,7 +14,7 @@ from tune import resolve
 from tune.resolve import Coded
 from tune.sweep_dir import Sweep
 
-MID_RUN = ("optim.base_lr", "optim.weight_decay", "loss.temperature", "views.colour_strength")
+MID_RUN = ("optim.base_lr", "optim.weight_decay", "loss.temperature", "temperature", "ema", "views.colour_strength")
 """Fields that may change during a run."""
 _DURING = {"eval/knn_top1", "health/rankme", "health/align_uniform"}
 

@@ -11,18 +11,16 @@ import torch
 
 from pipelines.allocator import keep_freed_memory
 from pipelines.bench.result import Row
+from pipelines.evaluation.whole import scores_of
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
-from simclr.evaluation import features, knn, linear
 from simclr.methods.method import Start
-from simclr.networks.encoders import encoder_of
 from simclr.train import train
-from simclr.views.preprocessing import Preprocessing
 
 _EVERY = 97  # steps between two reports: an epoch of CIFAR-10 at N = 512
 _BASE_LR = 0.12  # 0.24 at N = 512, four times the recipe's, for a short run
-_K, _TEMPERATURE = 200, 0.1  # of the kNN
+_K = 200  # of the kNN
 
 
 def cifar(name: str, config: Config, data: Path, epochs: int, threads: int, device: torch.device) -> list[Row]:
@@ -49,21 +47,19 @@ def cifar(name: str, config: Config, data: Path, epochs: int, threads: int, devi
         print(f"step {report.step:,} of {total:,}: loss {report.metrics['train/loss']:.4f}, {speeds[-1]:,.0f} images/s", flush=True)
         last = report
     trained_s = time.perf_counter() - began
-    encoder, prefix = encoder_of(config).to(device), "model.encoder."
-    encoder.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in last.state.tensors.items() if key.startswith(prefix)})
-    seen = Preprocessing.of(config.views)
-    found = [features.embed_split(encoder, data, split, seen, None, device, threads=threads) for split in ("train", "test")]
-    bank, queries = (split.labelled() for split in found)
-    voted = knn.knn(bank.h, bank.y, queries.h, queries.y, _K, _TEMPERATURE)["top1"]
-    probe = linear.linear_probe(bank.h, bank.y, queries.h, queries.y)["top1"]
-    row: Row = {"name": name, "epochs": epochs, "train_images": len(bank.y), "test_images": len(queries.y), "train_s": trained_s}
+    prefix = "model.encoder."
+    encoder = {key.removeprefix(prefix): tensor for key, tensor in last.state.tensors.items() if key.startswith(prefix)}
+    scores = scores_of(encoder, config, data, device, _K)
+    bank, queries = int(scores["train_images"]), int(scores["test_images"])
+    voted, probe = scores["knn_top1"], scores["probe_top1"]
+    row: Row = {"name": name, "epochs": epochs, "train_images": bank, "test_images": queries, "train_s": trained_s}
     row |= {"all_s": time.perf_counter() - began, "images_per_s": statistics.median(speeds[1:] or speeds)}
     row |= {"data_wait_pct": last.metrics["speed/data_wait_pct"], "base_lr": config.optim.base_lr}
     row |= {"loss": last.metrics["train/loss"], "knn_top1": voted, "probe_top1": probe}
     print(
         f"{name}, N = {config.train.batch_size}, {config.train.precision}, {'compiled' if config.train.compile else 'not compiled'}, "
-        f"{device.type}, {threads} threads: {epochs} epochs of {len(bank.y):,} images in {trained_s:.1f} s, "
+        f"{device.type}, {threads} threads: {epochs} epochs of {bank:,} images in {trained_s:.1f} s, "
         f"median {row['images_per_s']:,.0f} images/s, {row['data_wait_pct']:.1f} % of the end waiting for data, loss {row['loss']:.4f}"
     )
-    print(f"kNN {100 * voted:.1f} %, linear probe {100 * probe:.1f} % of {len(queries.y):,} test images; {row['all_s']:.1f} s in all")
+    print(f"kNN {100 * voted:.1f} %, linear probe {100 * probe:.1f} % of {queries:,} test images; {row['all_s']:.1f} s in all")
     return [row]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,12 +21,14 @@ from simclr.collectives import data_parallel, world_size
 from simclr.config import Config, SimCLR
 from simclr.data.loader import Batch, batches, on_device
 from simclr.errors import UserError
+from simclr.family import method_name
 from simclr.methods.choice import pretraining
 from simclr.methods.method import Start, views_for
 from simclr.methods.simclr import Network, build_model
 from simclr.networks.batchnorm import BatchNorm, share_statistics
 from simclr.networks.norm_forms import Form, give_form
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
+from simclr.papers import named
 from simclr.precision import autocast, set_backends, views_dtype, weights_dtype
 from simclr.train import take_step
 from simclr.views.draw import Crop
@@ -35,10 +37,12 @@ Step = Callable[[], Tensor]
 """Takes one optimizer step and returns its loss on the device, without waiting for it."""
 See = Callable[[slice], Tensor]
 """Some of a rank's images → their views (2 rows, 3, size, size), channels last."""
-Side = Literal["resident", "plain", "cached", "fed", "views", "loader", "sums", "kernels"]
+Side = Literal["resident", "plain", "simclr", "cached", "fed", "views", "loader", "sums", "kernels"]
 
 OURS, PLAIN, FED = "simclr", "plain torch", "simclr, fed from shards"
 FORMS: dict[Form, str] = {"sums": "simclr, norm as sums", "kernels": "simclr, norm kernels"}
+_BESIDE = "beside"
+"""SimCLR's step where the config is another method's; it is printed as simclr, and the sides of ours by the method's name."""
 _VIEWS, _LOADER = "views alone", "loader alone"
 _PREPARED = 12  # a little more than the batches that the loader may have ready
 _WARMUP, _TOTAL = 10_000, 100_000  # steps of the schedule: its low rates keep the repeated batch from being learnt by heart
@@ -55,10 +59,10 @@ def step(
     asked: tuple[Side, ...] = (),
     window_s: float = 0.0,
 ) -> Iterator[Row]:
-    """Print and give, row by row, images/s of the sides `asked` for, or of all possible ones: our step and plain torch's on resident views;
-    with `train.micro_batch` gradient caching's; with shards in `data` our step fed by loader and views, and these two alone; compiled on
-    a GPU our step with each of `simclr.networks.norm_forms`. The fed side shares our network, every other compiles its own. Then profile
-    and cost."""
+    """Print and give, row by row, images/s of the sides `asked` for, or of all possible ones: our step and plain torch's on resident views,
+    for another method than SimCLR our step and SimCLR's with the same encoder, batch, precision and optimizer; with `train.micro_batch`
+    gradient caching's; with shards in `data` our step fed by loader and views, and these two alone; compiled on a GPU our step with each of
+    `simclr.networks.norm_forms`. The fed side shares our network, every other compiles its own. Then profile and cost."""
     n = config.images_per_rank(1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -68,19 +72,25 @@ def step(
         made = _sides(config, device, threads, data, asked, stack)
         yield from _first_steps(made, config, device)
         peaks: dict[str, float] = {}
-        sides = {name: partial(_rate, name, one, peaks, steps, n, device, window_s) for name, one in made.items()}
+        sides = {_shown(name, config): partial(_rate, name, one, peaks, steps, n, device, window_s) for name, one in made.items()}
         with power() as watts:
-            found = in_turn(sides, trials, "images/s")
+            timed = in_turn(sides, trials, "images/s")
+        found = {name: timed[_shown(name, config)] for name in made}
         base = next(iter(made))
         rows = [{**row, "peak_gib": peaks.get(row["name"])} for row in compared(found, "images/s", base, inverted=True)]
         _print_table(rows, config, f"{device.type}, {threads} threads, {_counted(steps, window_s)}, n = {trials}")
-        yield from rows
+        yield from ({**row, "name": _shown(row["name"], config)} for row in rows)
         if profile is not None:
             name = FED if FED in made else base
             waits = write_profile(made[name], profile, device)
             said = "—" if waits is None else f"{waits.total()} times ({', '.join(f'{count} {call}' for call, count in waits.items())})"
-            print(f"profile of 5 steps of {name} in {profile}; the host waits for the device between two reports: {said}")
-            yield {"name": "host synchronisations", "side": name, "steps": 5, "count": None if waits is None else waits.total()}
+            print(f"profile of 5 steps of {_shown(name, config)} in {profile}; the host waits for the device between two reports: {said}")
+            yield {
+                "name": "host synchronisations",
+                "side": _shown(name, config),
+                "steps": 5,
+                "count": None if waits is None else waits.total(),
+            }
     torch.set_num_threads(before)
     dearest = cost(next((row["median"] for row in rows if row["name"] == FED), rows[0]["median"]), watts[0] if watts else None)
     yield dearest
@@ -93,10 +103,13 @@ def _sides(
     """Name → one step, for each side asked for. `stack` ends the loader's thread."""
     n = config.images_per_rank(1)
     comparable = isinstance(config, SimCLR) and config.loss.name == "nt_xent"
-    there: tuple[Side, ...] = ("resident", *(("plain",) if comparable else ()), *(("cached",) if config.pieces(1) > 1 else ()))
+    beside: tuple[Side, ...] = ("simclr",) if not isinstance(config, SimCLR) else ("plain",) if comparable else ()
+    there: tuple[Side, ...] = ("resident", *beside, *(("cached",) if config.pieces(1) > 1 else ()))
     there += ("fed", "views", "loader") if data is not None else ()
     if missing := [side for side in asked if side not in (*there, *FORMS)]:
-        needs = {"cached": "--micro-batch", "plain": "SimCLR with NT-Xent"}.get(missing[0], "--data")
+        needs = {"cached": "--micro-batch", "plain": "SimCLR with NT-Xent", "simclr": "a recipe of another method"}.get(
+            missing[0], "--data"
+        )
         raise UserError(f"--sides {missing[0]} needs {needs}; give it, or leave that side out")
     forms = tuple(FORMS) if config.train.compile and device.type == "cuda" else ()
     wanted = asked or (*there, *forms)
@@ -108,7 +121,7 @@ def _sides(
         held = next(stream)
     if {"resident", "fed"} & set(wanted):
         ours = our_step(whole, device)
-    if {"resident", "plain", *FORMS} & set(wanted):
+    if {"resident", "plain", "simclr", *FORMS} & set(wanted):
         views = resident_views(whole, device)
     if "resident" in wanted:
         made[OURS] = partial(ours, resident(views))
@@ -117,6 +130,8 @@ def _sides(
     if "plain" in wanted:
         assert isinstance(whole, SimCLR)
         made[PLAIN] = plain_step(whole, views)
+    if "simclr" in wanted:
+        made[_BESIDE] = partial(our_step(simclr_of(whole), device), resident(views))
     for form, name in FORMS.items():
         if form in wanted:
             made[name] = partial(our_step(whole, device, form), resident(views))
@@ -137,7 +152,11 @@ def _first_steps(made: dict[str, Call], config: Config, device: torch.device) ->
         began, breaks = time.perf_counter(), graph_breaks()
         one()
         wait(device)
-        row = {"name": f"first step, {name}", "seconds": time.perf_counter() - began, "graph_breaks": graph_breaks() - breaks}
+        row = {
+            "name": f"first step, {_shown(name, config)}",
+            "seconds": time.perf_counter() - began,
+            "graph_breaks": graph_breaks() - breaks,
+        }
         print(f"{row['name']}: {row['seconds']:.1f} s, graph breaks: {row['graph_breaks']}")
         yield row
 
@@ -150,6 +169,16 @@ def _rate(name: str, one: Call, peaks: dict[str, float], steps: int, n: int, dev
     return found
 
 
+def simclr_of(config: Config) -> SimCLR:
+    """SimCLR with the encoder, views, optimizer and batch of another method's `config`."""
+    return SimCLR(**{field.name: getattr(config, field.name) for field in fields(Config)})
+
+
+def _shown(name: str, config: Config) -> str:
+    """A side's name for people: ours is called by its method."""
+    return "simclr" if name == _BESIDE else name.replace(OURS, method_name(config), 1)
+
+
 def _cached(config: Config) -> str:
     return f"simclr, {config.train.micro_batch} at a time"
 
@@ -157,10 +186,12 @@ def _cached(config: Config) -> str:
 def _print_table(rows: list[Row], config: Config, how: str) -> None:
     train, base = config.train, rows[0]["name"]
     print(
-        f"step on views of {config.views.size_px} px, {config.encoder.title}, N = {train.batch_size}, {train.precision}, "
+        f"step of {named(method_name(config)).title} on views of {config.views.size_px} px, {config.encoder.title}, "
+        f"N = {train.batch_size}, {train.precision}, "
         f"{'compiled' if train.compile else 'not compiled'}, {how}"
     )
-    print(f"ours ends with {config.optim.name.upper()}, plain torch with fused SGD")
+    theirs = "plain torch with fused SGD" if isinstance(config, SimCLR) else "SimCLR too"
+    print(f"ours ends with {config.optim.name.upper()}, {theirs}")
     for row in rows:
         pairs, than = f"(pairs {row['low']:.3f} … {row['high']:.3f})", ""
         if row["name"] == FED and base == OURS:
@@ -168,12 +199,14 @@ def _print_table(rows: list[Row], config: Config, how: str) -> None:
             than = f"   {100 * share:.1f} % of the step on resident views (pairs {1 / row['high']:.3f} … {1 / row['low']:.3f} ×)"
         elif row["name"] == PLAIN and base == OURS:
             than = f"   simclr is {row['ratio']:.3f} × {pairs}"
+        elif row["name"] == _BESIDE and base == OURS:
+            than = f"   a step of {method_name(config)} takes {1 / row['ratio']:.3f} × (pairs {1 / row['high']:.3f} … {1 / row['low']:.3f})"
         elif row["name"] in FORMS.values() and base == OURS:
             than = f"   {1 / row['ratio']:.3f} × the step with BatchNorm as it is (pairs {1 / row['high']:.3f} … {1 / row['low']:.3f})"
         elif row["name"] == _cached(config) and base == OURS:
             than = f"   an image costs {row['ratio']:.3f} × the whole batch's {pairs}, its views made twice"
         memory = "" if row["peak_gib"] is None else f" {row['peak_gib']:6.1f} GiB"
-        print(f"{row['name']:<24} {row['median']:10,.1f} images/s{memory}{than}")
+        print(f"{_shown(row['name'], config):<24} {row['median']:10,.1f} images/s{memory}{than}")
 
 
 def _counted(steps: int, window_s: float) -> str:

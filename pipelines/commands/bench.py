@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 Alone = Literal["device", "scale", "loss", "optim", "views", "prepare", "probe", "embed", "listing", "order"]
-Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "memory", "footprint"]
+Shards = Literal["agreement", "step", "train", "loop", "loader", "cifar", "methods", "memory", "footprint"]
+
+_EPOCHS = 50
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Args:
     """all: the others, most valuable first, each in its own process, within --budget-min; needs no Ray.
     device: its ceilings: GB/s of a copy, TFLOP/s of a product.
     agreement: views, loss and first steps on the device − on the CPU; lines that block the host.
-    step: images/s of the training step on resident data ÷ the same network's step in plain torch; with --data also fed from shards.
+    step: images/s of the training step on resident data ÷ the same network's step in plain torch, or for a recipe of another method ÷
+    SimCLR's of the same encoder and batch; with --data also fed from shards.
     train: images/s end to end under Ray Train with one worker ÷ the step on resident data.
     scale: the step on 1 and 2 ranks, the share of communication, and a model's expectation for more, by a flat ring and in two levels.
     loss: NT-Xent with its gradient, without stored logits ÷ written out: time, memory, difference.
@@ -45,6 +48,8 @@ class Args:
     loader: images/s of two crops from one decode, each kind of resize ÷ FFCV's own two pipelines.
     views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
+    methods: pretrainings by --recipes of one encoder, epochs and batch, --seeds each, by the loop alone: one table of kNN, linear probe and
+    time of a step; the same command again goes on.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
     footprint: the most memory of a training process, as `simclr pretrain --dry-run` estimates it ÷ as it is.
     probe: bytes that kNN and the quick probe take for a row of ImageNet's features, and GiB for all.
@@ -82,7 +87,7 @@ class Args:
     """step, train, scale, loop, cifar: torch.compile on both sides; step then counts graph breaks."""
     micro_batch: int | None = None
     """step: a third side embeds this many images at a time (gradient caching). train, scale: every side does."""
-    sides: tuple[Literal["resident", "plain", "cached", "fed", "views", "loader", "sums", "kernels"], ...] = ()
+    sides: tuple[Literal["resident", "plain", "simclr", "cached", "fed", "views", "loader", "sums", "kernels"], ...] = ()
     """step: only these sides, as `cached` for a batch that does not fit at once; nothing = all that --micro-batch and --data allow, and,
     compiled on a GPU, BatchNorm as sums and as kernels."""
     profile: Path | None = None
@@ -109,8 +114,12 @@ class Args:
     """listing: numbers of keys in the bucket."""
     answer_ms: float = 50.0
     """listing: how long each answer of the bucket takes where keys/s are compared."""
-    epochs: int = 50
-    """memory, cifar: passes over the data."""
+    epochs: int | None = None
+    """memory, cifar, methods: passes over the data. Default: 50; of methods the recipes'."""
+    recipes: tuple[str, ...] = ("patterns_tiny", "patterns_moco", "patterns_mocov3", "patterns_byol")
+    """methods: the recipes to compare, the baseline first."""
+    seeds: int = 3
+    """methods: runs of each recipe, of seeds 0, 1, …"""
     kind: Literal["small", "photographs"] = "photographs"
     """prepare: small = labelled images in splits and classes, as CIFAR-10's."""
     images: int = 2048
@@ -122,7 +131,7 @@ class Args:
     """all: minutes; a phase that would not end within them is skipped, with a line."""
     out: Path | None = None
     """all: folder for results, log and profiles; the same command again goes on with it. Default: runs/bench-DATE.
-    prepare: folder for the shards."""
+    prepare: folder for the shards. methods: folder for its runs. Default: runs/methods."""
     dry: bool = False
     """all: everything at toy size on the CPU, to see that it works; its figures mean nothing."""
     json: Path | None = None
@@ -223,7 +232,7 @@ def measure(args: Args) -> Iterable[Row]:
 def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
     """The benches that read shards or can read them."""
     data = None if args.data is None else sync.shards(args.data)
-    if data is None and args.what in ("train", "loop", "cifar", "memory", "footprint"):
+    if data is None and args.what in ("train", "loop", "cifar", "methods", "memory", "footprint"):
         raise UserError(f"which data? `simclr bench {args.what} --data DIR`, a directory of prepared shards")
     if args.what == "loader":
         from pipelines.bench.loader import loader
@@ -243,11 +252,15 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
     if args.what == "cifar":
         from pipelines.bench.cifar import cifar
 
-        return cifar(args.recipe, _config(args), data, args.epochs, args.threads, _device(args))
+        return cifar(args.recipe, _config(args), data, _EPOCHS if args.epochs is None else args.epochs, args.threads, _device(args))
+    if args.what == "methods":
+        from pipelines.bench.methods import methods
+
+        return methods(args.recipes, args.seeds, args.epochs, data, args.out or Path("runs/methods"), args.threads, _device(args))
     if args.what == "memory":
         from pipelines.bench.memory import memory
 
-        return memory(data, args.batch_size, args.epochs, args.threads)
+        return memory(data, args.batch_size, args.epochs or _EPOCHS, args.threads)
     if args.what == "footprint":
         from pipelines.bench.footprint import measured
 
@@ -265,17 +278,17 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
 
 
 def _config(args: Args) -> Config:
-    """The recipe with the batch sizes, precision and compiling of the command line."""
+    """The recipe with the batch sizes, precision and compiling of the command line; a queue keeps about its length."""
     if args.config_file is not None and args.recipe != Args.recipe:
         raise UserError(f"--recipe {args.recipe} and --config {args.config_file} each have a whole config; leave out one of them")
     config = recipe(args.recipe) if args.config_file is None else config_file.read(args.config_file).config
     if args.size_px is not None:
         config = replace(config, views=replace(config.views, size_px=args.size_px))
     precision = config.train.precision if args.precision == "recipe" else args.precision
-    train = replace(
-        config.train, batch_size=args.batch_size, micro_batch=args.micro_batch, precision=precision, compile=args.compile, steps=args.steps
-    )
-    return replace(config, train=train)
+    from simclr.footprint import of_batch
+
+    config = of_batch(config, args.batch_size, args.micro_batch)
+    return replace(config, train=replace(config.train, precision=precision, compile=args.compile, steps=args.steps))
 
 
 def _device(args: Args) -> torch.device:

@@ -18,6 +18,8 @@ from pipelines.train import classifiers, driver
 from pipelines.train.resources import Resources
 from simclr.config import Optim, SimCLR, Watch, head_of
 from simclr.errors import UserError
+from simclr.family import method_name
+from simclr.papers import named
 from simclr.stages import FineTune
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ class Args:
     leave fewer than this share of them, this share of each class is held back. 0 = train on all, without a score."""
     tap: int | None = None
     """Layer of the projection head that the classifier reads. Default, as v2: 1 of a head of three layers, but 0 (the encoder's h) if
-    all labels are seen, and for v1's head."""
+    all labels are seen, for v1's head, and for an encoder of another method than SimCLR, which has no head."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: a class counts in the loss by the inverse of its share of the labelled images, so that rare classes count alike."""
     linear: bool = False
@@ -191,6 +193,11 @@ def _config(args: Args, directory: Path, images: int, share: float, labels_sha25
     base = config_of(read_text(directory))
     if args.encoder.other_weights and not args.from_scratch:
         raise UserError("--encoder.… asks for another network than the given one, which has weights; add --from-scratch, or leave it out")
+    if args.tap and not isinstance(base, SimCLR):
+        called = named(method_name(base)).title
+        raise UserError(
+            f"--tap {args.tap} reads a layer of SimCLR's projection head, which an encoder of {called} has not; leave --tap out"
+        )
     epochs = args.epochs if args.epochs is not None else 60.0 if share < _FEW else 30.0
     batch_size = classifiers.batch_for(args.batch_size, 1024, images, args.resources.workers)
     tap = args.tap if args.tap is not None else int(isinstance(base, SimCLR) and base.head.layers >= 3 and share < 1)

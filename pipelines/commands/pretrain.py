@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -23,6 +23,8 @@ from simclr import sense
 from simclr.config import Config
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
+from simclr.family import method_name
+from simclr.papers import named
 from simclr.recipes import changed_from
 
 if TYPE_CHECKING:
@@ -34,19 +36,6 @@ if TYPE_CHECKING:
 class Args:
     """Pretrain an encoder by a recipe; every field of the recipe is a flag. `simclr pretrain --extend RUN` needs neither recipe nor --data:
     it has those of RUN."""
-
-    USUAL: ClassVar = {
-        "RECIPE": "a named config (`simclr recipes`), or --config FILE",
-        "--data": "directory or s3://bucket/prefix of prepared shards",
-        "--run": "run directory; default runs/RECIPE-DIGEST",
-        "--workers": "processes, one GPU each where there are GPUs",
-        "--train.epochs": "passes over the training images",
-        "--train.batch-size": "N, images per step over all workers",
-        "--encoder.depth": "layers of the ResNet",
-        "--optim.base-lr": "learning rate per 256 images",
-        "--loss.temperature": "tau of NT-Xent",
-        "--tracking-uri": "MLflow address; default $MLFLOW_TRACKING_URI, else a database under runs/",
-    }
 
     data: Path
     """Directory or s3://bucket/prefix of prepared shards (`simclr prepare`); each node fetches those of S3 once."""
@@ -75,6 +64,30 @@ class Args:
     tensorboard: tuple[Path, ...] | None = None
     """Write TensorBoard's scalars, too (the extra tensorboard): into DIR/RUN of --tensorboard DIR, or into the run's own
     folder tensorboard of --tensorboard alone."""
+
+    @staticmethod
+    def usual(config: Config) -> dict[str, str]:
+        """The flags that most people want, of a recipe with this `config`, each with what it is."""
+        encoder = config.encoder
+        network = {"--encoder.timm": "the network"} if encoder.timm else {"--encoder.vit": "size of the vision transformer"}
+        own = {
+            "--loss.temperature": "tau of NT-Xent",
+            "--temperature": "tau of InfoNCE",
+            "--queue": "K, keys of earlier batches",
+            "--ema": "share of itself that the moving average keeps at a step",
+        }
+        return {
+            "RECIPE": "a named config (`simclr recipes`), or --config FILE",
+            "--data": "directory or s3://bucket/prefix of prepared shards",
+            "--run": "run directory; default runs/RECIPE-DIGEST",
+            "--workers": "processes, one GPU each where there are GPUs",
+            "--train.epochs": "passes over the training images",
+            "--train.batch-size": "N, images per step over all workers",
+            **(network if encoder.timm or encoder.vit else {"--encoder.depth": "layers of the ResNet"}),
+            "--optim.base-lr": "learning rate per 256 images",
+            **{flag: said for flag, said in own.items() if flag.removeprefix("--") in config.flat()},
+            "--tracking-uri": "MLflow address; default $MLFLOW_TRACKING_URI, else a database under runs/",
+        }
 
     @classmethod
     def defaults(cls, words: list[str]) -> Args | None:
@@ -114,6 +127,7 @@ def dry(args: Args) -> Iterator[str]:
     driver.require_shares(config, examples, args.resources)
     at = s3_uri.address(args.data)
     yield plan.line("config", changed_from(args.recipe, config))
+    yield plan.line("method", named(method_name(config)).title)
     if args.run is not None and s3_uri.address(args.run) is not None:
         run_at = Path()
         yield plan.line("run", f"{sync.shown(args.run)}, at which a dry run does not look")
@@ -225,7 +239,7 @@ def publish_newest(run: Run, classes: Sequence[str], method: Method | None = Non
         run.config,
         run.encoder,
         published,
-        head=parts["head"],
+        head=parts.get("head"),
         classifier=parts.get("classifier"),
         classes=list(classes),
     )

@@ -11,12 +11,14 @@ import tyro
 
 from pipelines.runs import config_file
 from pipelines.terminal import show
+from simclr.family import METHODS, method_name
+from simclr.papers import named
 from simclr.recipes import RECIPES, recipe
 
 
 @dataclass(frozen=True)
 class Args:
-    """List the recipes, or write one in full, as YAML with what each field means: `simclr recipes NAME > run.yaml`, for
+    """List the recipes by method, or write one in full, as YAML with what each field means: `simclr recipes NAME > run.yaml`, for
     `simclr pretrain --config run.yaml`. `finetune` and `distill` write the settings of those commands."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
@@ -25,15 +27,19 @@ class Args:
 
 def main(args: Args) -> None:
     if args.name is None:
-        for name, function in RECIPES.items():
-            show(f"{name:<26} {(inspect.getdoc(function) or '').splitlines()[0]}")
+        of = {name: method_name(recipe(name)) for name in RECIPES}
+        for method in METHODS:
+            if names := [name for name in RECIPES if of[name] == method]:
+                show(f"{'' if method == 'simclr' else chr(10)}{named(method).title}, {named(method).cited}")
+            for name in names:
+                show(f"  {name:<28} {(inspect.getdoc(RECIPES[name]) or '').splitlines()[0]}")
         show("\n`simclr recipes NAME > run.yaml` writes one with every field, for --config run.yaml")
     elif args.name in ("finetune", "distill"):
         show(stage(args.name).rstrip())
     else:
         config = recipe(args.name)
-        names = {"recipe": args.name} | ({"method": config.METHOD} if config.METHOD else {})
-        show(config_file.written(config, inspect.getdoc(RECIPES[args.name]) or "", names).rstrip())
+        lines = {"recipe": args.name} | ({"method": config.METHOD} if config.METHOD else {})
+        show(config_file.written(config, inspect.getdoc(RECIPES[args.name]) or "", lines).rstrip())
 
 
 def stage(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zipfile
 import zlib
@@ -24,6 +25,8 @@ from simclr import fields, files
 from simclr.data.arrays import require_plain_headers, require_small
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
+from simclr.family import BYOL, MoCoV3, method_name
+from simclr.papers import named
 from simclr.recipes import changed_from
 
 _MOST_BYTES = 1 << 30  # of pictures.npz, unpacked; the largest that `evaluate` writes is a tenth
@@ -97,12 +100,13 @@ def gather(run: Run) -> ReportData:
     }
     gallery, neighbours, points = _pictures(run.path / "pictures.npz", len(manifest.classes) if manifest is not None else 1 << 31)
     return ReportData(
-        title=f"SimCLR · {changed_from(run.recipe, run.config)}",
+        title=f"{named(method_name(run.config)).title} · {changed_from(run.recipe, run.config)}",
+        method=method_name(run.config) if run.stage == "pretrain" else run.stage,
         command=run.command,
         config=run.config.flat(),
         facts=facts,
         scores=scores,
-        history=history,
+        history=_with_averages(run, history),
         classes=manifest.classes if manifest is not None else (),
         gallery=gallery,
         neighbours=neighbours,
@@ -156,6 +160,20 @@ def _length(run: Run, history: list[dict[str, float]]) -> dict[str, str]:
     rate = f", {np.median(speeds):,.0f} images/s (median)" if speeds else ""
     epochs = f", {last['epoch']:.1f} epochs" if "epoch" in last else ""
     return {"length": f"{last['step']:,.0f} steps of {run.config.train.batch_size:,} images{epochs}{rate}"}
+
+
+def _with_averages(run: Run, history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The reports, with the share of itself that a moving average kept where the share goes to 1: a function of the step."""
+    if not isinstance(run.config, MoCoV3 | BYOL):
+        return history
+    from simclr.methods.average import cosine_to_one
+
+    totals = [row.get("total_steps", run.config.train.steps) for row in history]
+    kept = [
+        cosine_to_one(int(row["step"]) - 1, int(total), run.config.ema) if total else math.nan
+        for row, total in zip(history, totals, strict=True)
+    ]
+    return [{**row, "train/ema": keep} for row, keep in zip(history, kept, strict=True)]
 
 
 def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, FeatureMap]:

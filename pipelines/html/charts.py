@@ -93,61 +93,6 @@ class Quantity:
         return percent(value) if self.share else _plain(f"{value:{self.digits}}")
 
 
-QUANTITIES = (
-    Quantity(
-        key="train/loss",
-        name="Loss",
-        unit="nats",
-        digits=".4g",
-        from_zero=False,
-        meaning="NT-Xent: minus the log of the probability that a view gives to its partner among all other views of the batch; "
-        "the mean since the last report.",
-    ),
-    Quantity(
-        key="train/contrastive_top1",
-        name="Contrastive top-1",
-        unit="%",
-        share=True,
-        meaning="share of views whose partner, the other view of the same image, is the nearest among the candidates in the batch.",
-    ),
-    Quantity(
-        key="eval/knn_top1",
-        name="kNN top-1",
-        unit="%",
-        share=True,
-        meaning="weighted kNN on the test split while training goes on. The encoder never learns from a label.",
-    ),
-    Quantity(
-        key="train/linear_top1",
-        name="Linear top-1",
-        unit="%",
-        share=True,
-        meaning="hits of a linear classifier that learns beside the encoder from its features, on the views of the training "
-        "images. Its gradient stops before the encoder.",
-    ),
-    Quantity(key="train/lr", name="Learning rate", digits=".4g", meaning="as the optimizer used it, after the scaling rule."),
-    Quantity(key="speed/images_per_s", name="Images per second", digits=",.0f", meaning="images, not views, over all workers."),
-    Quantity(
-        key="health/rankme",
-        name="Effective rank",
-        unit="dimensions",
-        digits=",.1f",
-        meaning="RankMe, the number of dimensions that the features fill. A fall towards 1 is a collapse.",
-    ),
-    Quantity(
-        key="health/alignment",
-        name="Alignment",
-        meaning="mean squared distance between the two views of an image on the unit sphere; 0 is perfect.",
-    ),
-    Quantity(
-        key="health/uniformity",
-        name="Uniformity",
-        from_zero=False,
-        meaning="log of the mean of exp(−2 d²) over pairs of views, d apart on the unit sphere; lower is more evenly spread.",
-    ),
-)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
     """The figures of a history, the rows for each figure's crosshair, and the quantities drawn."""
@@ -157,15 +102,15 @@ class Training:
     drawn: list[Quantity]
 
 
-def training(history: Sequence[dict[str, float]], references: dict[str, tuple[float, str]]) -> Training:
-    """A curve for each quantity that has a finite value, all over one axis of steps. `references`: key → (value, name).
+def training(history: Sequence[dict[str, float]], quantities: Sequence[Quantity], references: dict[str, tuple[float, str]]) -> Training:
+    """A curve for each of the `quantities` that has a finite value, all over one axis of steps. `references`: key → (value, name).
 
     A report without the key has no point; one whose value is not finite breaks the line.
     """
     figures, rows, drawn = "", list[list[Row]](), list[Quantity]()
     # Three to a row; the first is so wide that no row has a hole.
-    span = (1, 3, 2)[sum(any(math.isfinite(row.get(q.key, math.nan)) for row in history) for q in QUANTITIES) % 3]
-    for q in QUANTITIES:
+    span = (1, 3, 2)[sum(any(math.isfinite(row.get(q.key, math.nan)) for row in history) for q in quantities) % 3]
+    for q in quantities:
         points = [(row["step"], row.get("epoch", math.nan), row[q.key]) for row in history if q.key in row]
         step, epoch, y = np.array(points, np.float64).reshape(-1, 3).T
         if not np.isfinite(y).any():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.html import charts, neighbours
+from pipelines.html import charts, curves, neighbours
 from pipelines.html.charts import escape, percent
 from pipelines.html.data import data_table
 from pipelines.html.neighbours import Neighbours, class_name
@@ -86,6 +86,8 @@ class ReportData:
     """How the source was understood (`Manifest.understood`)."""
     measured: str = ""
     """The images that the scores are of, in words; "" = not known."""
+    method: str = "simclr"
+    """The method of a pretraining, or the name of a later stage: see `curves.words`."""
 
     @property
     def chance(self) -> float | None:
@@ -104,10 +106,11 @@ def write(data: ReportData, path: Path) -> Path:
 
 def render(data: ReportData) -> str:
     """The page as HTML: no network, no fonts, no files beside it. All text that comes from `data` is escaped."""
-    training, points, near = _training(data), _points(data), data.neighbours
+    said = curves.words(data.method, data.config)
+    training, points, near = _training(data, said), _points(data), data.neighbours
     sections = [
         ("training", "Training", _training_notes(training.drawn), training.figures),
-        ("views", "What the network sees", _VIEWS, _gallery(data)),
+        ("views", "What the network sees", _VIEWS.format(task=escape(said.task)), _gallery(data)),
         ("neighbours", "Nearest neighbours", neighbours.notes(near, data.classes), neighbours.drawn(near, data.classes)),
         ("map", "Map of the features", _map_notes(points), _map(data, points)),
         ("data", "The data", _DATA, data_table(data.understood)),
@@ -210,7 +213,7 @@ def _meter(value: float | None, chance: float | None) -> str:
 
 _VIEWS = (
     "<p>From top to bottom: an image of the training split, and the two random views of it that the network is given. It never sees the "
-    "original or a label; it learns to tell which two views belong together.</p>"
+    "original or a label; {task}.</p>"
 )
 _DATA = "<p>Splits and classes, as they were read from the source when the shards were prepared.</p>"
 _TIME = "<p>Wall-clock time of each phase, in the order in which they ran.</p>"
@@ -219,14 +222,11 @@ _REPRODUCE = (
 )
 
 
-def _training(data: ReportData) -> charts.Training:
-    references: dict[str, tuple[float, str]] = {}
-    n = data.config.get("train.batch_size")
-    if isinstance(n, int) and n > 1:
-        references["train/loss"] = (math.log(2 * n - 1), "ln(2N − 1): all views alike")
+def _training(data: ReportData, said: curves.Words) -> charts.Training:
+    references = {"train/loss": said.chance} if said.chance is not None else {}
     if data.chance:
         references["eval/knn_top1"] = (data.chance, "chance")
-    return charts.training(data.history, references)
+    return charts.training(data.history, curves.quantities(data.method, said), references)
 
 
 def _training_notes(drawn: list[charts.Quantity]) -> str:

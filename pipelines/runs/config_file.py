@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 from simclr import fields, files
 from simclr.config import Config
 from simclr.errors import UserError
-from simclr.family import METHODS, method_name
+from simclr.family import METHODS, foreign, method_name
 from simclr.recipes import RECIPES, recipe
 from simclr.stages import STAGES, read_config
 from simclr.text import printable
@@ -84,7 +84,7 @@ def read(path: Path, stage: str = "pretrain") -> Named:
         of = method_name(recipe(name))
         raise UserError(f"{printable(str(path))}, line {method}: method is {stated}, and the recipe {name} is of {of}")
     whole = METHODS[stated]() if method or name not in RECIPES else recipe(name)
-    missing = sorted(set(whole.flat()) - set(written))
+    missing = sorted(set(whole.flat()) - {"method", *written})
     if missing and name is None:
         raise UserError(
             f"{printable(str(path))} leaves out {missing[0]}{_more(missing)}, and names no recipe to take it from; add a line recipe: NAME"
@@ -183,6 +183,8 @@ def changed(base: T, written: dict[str, tuple[int, Any]], path: Path, only: tupl
             continue
         if name in sections:
             raise UserError(f"{where}: {name} is {fields.short(value)}; expected its fields below it, as {_first(known, name)}")
+        if name not in known and isinstance(base, Config) and (whose := foreign(name, base)):
+            raise UserError(f"{where}: {whose}; a line method: NAME asks for another method")
         if name not in known:
             raise UserError(f"{where}: unknown field {name}; nearest: {', '.join(_nearest(name, known))}")
         if not fields.fits(value, known[name]):

@@ -34,6 +34,7 @@ from simclr.config import ADDED, RENAMED, Config
 from simclr.data.manifest import digest_of
 from simclr.data.s3.uri import address, copy_of
 from simclr.errors import UserError
+from simclr.family import method_name
 from simclr.stages import STAGES, read_config
 
 SCHEMA = 1
@@ -308,7 +309,10 @@ def open_run(
         if run.stage != stage:
             raise UserError(f"run directory {path} was made by `simclr {run.stage}`, this is `simclr {stage}`; use another --run")
         theirs, ours = run.config.flat(), config.flat()
-        different = [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k] and not k.startswith(_OPERATIONAL)]
+        same = [k for k in ours if k in theirs and k != "method" and not k.startswith(_OPERATIONAL)]
+        different = [f"{k} {theirs[k]} there, {ours[k]} here" for k in same if theirs[k] != ours[k]]
+        if type(run.config) is not type(config):
+            different.insert(0, f"method {method_name(run.config)} there, {method_name(config)} here")
         if run.data_digest != digest:
             different.append(f"data {run.origin} there, {data_at or data} here")
         if run.start.get("sha256") != start.get("sha256"):

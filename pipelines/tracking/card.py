@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from pipelines.runs.scores import score_text
 from pipelines.tracking.record import Record
 from simclr import files
+from simclr.config import Encoder
+from simclr.papers import Named, named
 from simclr.text import printable_lines
 
 UNKNOWN_LICENCE = "unknown: nobody stated one; ask whoever made the encoder, and mind the licence of its training images"
@@ -20,6 +23,8 @@ def write_card(directory: Path, name: str, record: Record, licence: str) -> str:
 
     config = read_text(directory)
     config |= {"published": config.get("published", {}), **config_of(config).to_dict()}  # with defaults for absent fields
+    if not (directory / "head.safetensors").is_file():
+        config.pop("head", None)
     config["preprocessing"] = asdict(preprocessing_of(config))  # an older directory does not state it
     text = printable_lines(card(config, _parameters(config), name, record, licence))  # it is read with `cat`, too
     files.write_text(directory / "README.md", text)
@@ -29,15 +34,18 @@ def write_card(directory: Path, name: str, record: Record, licence: str) -> str:
 def card(config: dict[str, Any], parameters: int, name: str, record: Record, licence: str) -> str:
     """Markdown, from an encoder's config.json, its number of `parameters` and the `record` of its scores."""
     published, converted = config["published"], "converted" in config["published"]
-    size, seen, head = config["preprocessing"]["size_px"], config["views"], config["head"]
+    size, seen, method = config["preprocessing"]["size_px"], config["views"], str(config.get("method", "simclr"))
+    called = named(method)
     rows = {
         "Network": network(config["encoder"]) + f", {parameters / 1e6:,.1f} M parameters",
+        **({} if method == "simclr" else {"Method": ", ".join(filter(None, (called.title, called.papers and called.cited)))}),
         "Takes": preprocessing(config["preprocessing"]),
         "Trained on": str(published.get("data", "unknown")),
         "Recipe": _recipe(config),
         "Steps": f"{published['step']:,}" if published.get("step") is not None else "unknown",
-        "Projection head": f"{head['layers']} layers, z has {head['d_out']} numbers",
     }
+    if head := config.get("head"):
+        rows["Projection head"] = f"{head['layers']} layers, z has {head['d_out']} numbers"
     if subset := published.get("subset"):
         rows["Images"] = f"{subset['images']:,} of the data's, listed in {subset['from']} (sha256 {subset['sha256'][:12]}…)"
     if start := published.get("start"):
@@ -47,8 +55,9 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
         reads = "h" if found["tap"] == 0 else f"the head's layer {found['tap']}"
         rows["Classifier"] = f"{len(found['classes']):,} classes, from {reads}"
     rows["Licence"] = licence
+    whose = "of the SimCLR family" if method == "simclr" else f"trained by {called.title}"
     parts = [
-        f"# {name}\n\nAn image encoder of the SimCLR family: a picture in, a vector out. Pictures that show the same thing get vectors\n"
+        f"# {name}\n\nAn image encoder {whose}: a picture in, a vector out. Pictures that show the same thing get vectors\n"
         "that point the same way, so a nearest-neighbour search or a linear classifier on them goes far.",
         f'## Use it\n\n```python\nimport simclr\n\nencoder = simclr.load_encoder("DIR")       # DIR: the directory of this file\n'
         'features = encoder.embed(images)           # uint8 (n, H, W, 3), any size → (n, d)\nfeatures = encoder.embed_files(["a.jpg"])\n'
@@ -63,21 +72,22 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
     ]
     if not converted:
         parts.append("## Know before use\n\n" + _limits(seen))
-    parts.append(
-        "## Files\n\n`encoder.safetensors` and `config.json` are the encoder; `head.safetensors` and `classifier.safetensors`, where\n"
-        "present, are the projection head, which SimCLR v2 fine-tunes from, and a linear classifier. Nothing is pickled.\n\n"
-        "Method: Chen, Kornblith, Norouzi, Hinton, *A Simple Framework for Contrastive Learning of Visual Representations*,\n"
-        "[arXiv:2002.05709](https://arxiv.org/abs/2002.05709), and Chen, Kornblith, Swersky, Norouzi, Hinton, *Big Self-Supervised\n"
-        "Models are Strong Semi-Supervised Learners*, [arXiv:2006.10029](https://arxiv.org/abs/2006.10029)."
+    beside = (
+        "`head.safetensors` and `classifier.safetensors`, where\npresent, are the projection head, which SimCLR v2 fine-tunes from, and"
     )
+    if method != "simclr":
+        beside = "`classifier.safetensors`, where\npresent, is"
+    parts.append(f"## Files\n\n`encoder.safetensors` and `config.json` are the encoder; {beside} a linear classifier. Nothing is pickled.")
+    if called.papers:
+        parts[-1] += f"\n\n{_cited(called)}"
     return "\n\n".join(parts) + "\n"
 
 
 def network(encoder: dict[str, Any]) -> str:
     """The architecture by the papers' names, from the `encoder` of a config."""
-    from simclr.config import Encoder
-
     shape = Encoder(**encoder)
+    if shape.timm:
+        return shape.title
     if shape.vit:
         return f"{shape.title}, {'the mean of its patches' if shape.pool == 'mean' else 'its class token'}"
     extras = [
@@ -104,10 +114,20 @@ def _recipe(config: dict[str, Any]) -> str:
     published = config["published"]
     if "converted" in published:
         return f"unknown; converted from the TensorFlow checkpoint {published['converted']}"
-    optim, loss, train = config["optim"], config["loss"], config["train"]
-    temperature = f", τ = {loss['temperature']:g}" if loss["name"] == "nt_xent" else ""
-    setting = f"N = {train['batch_size']:,}, {optim['name'].upper()}{temperature}"
+    loss = config.get("loss") or config
+    tau = loss.get("temperature") if loss.get("name", "nt_xent") == "nt_xent" else None
+    stated = [f"N = {config['train']['batch_size']:,}", config["optim"]["name"].upper()]
+    stated += [f"τ = {tau:g}"] if tau is not None else []
+    stated += [f"K = {config['queue']:,}"] if "queue" in config else []
+    stated += [f"a moving average that keeps {config['ema']:g}"] if "ema" in config else []
+    setting = ", ".join(stated)
     return f"`{published.get('recipe', 'unknown')}`: {setting}; `config.json` has every field"
+
+
+def _cited(called: Named) -> str:
+    """Authors, titles and addresses of a method's papers, in lines of one paragraph."""
+    found = [f"{p.authors}, *{p.title}*, [arXiv:{p.arxiv}](https://arxiv.org/abs/{p.arxiv})" for p in called.papers]
+    return "\n".join(textwrap.wrap(f"Method: {', and '.join(found)}.", 130, break_long_words=False, break_on_hyphens=False))
 
 
 def _scores(record: Record) -> str:
@@ -150,7 +170,6 @@ def _parameters(config: dict[str, Any]) -> int:
     """Weights of the encoder, BatchNorm's statistics apart."""
     import torch
 
-    from simclr.config import Encoder
     from simclr.networks.encoders import build_encoder
 
     with torch.device("meta"):  # names and shapes, without memory

@@ -23,6 +23,7 @@ from pipelines.tracking import client, evaluated
 from pipelines.tracking import uri as mlflow_uri
 from simclr import fields, files
 from simclr.errors import UserError
+from simclr.family import method_name
 from simclr.recipes import changed_from
 
 _EVERY_S, _AWAY_S = 0.5, 30.0  # between two looks; doubles up to the second while the server does not answer
@@ -51,7 +52,8 @@ def open_run(
 
     mlflow_uri.check(uri)  # finds a silent server in seconds; MLflow's own first request takes minutes
     lr = lr_peak(run.config.optim.base_lr, run.config.train.batch_size, run.config.optim.scaling)
-    params: dict[str, object] = {**run.config.flat(), "recipe": run.recipe, "data": run.origin, "lr": lr}
+    method = method_name(run.config) if run.stage == "pretrain" else run.stage
+    params: dict[str, object] = {**run.config.flat(), "method": method, "recipe": run.recipe, "data": run.origin, "lr": lr}
     given = {"start": run.start, "subset": run.subset}
     tags = {f"{kind}_{key}": str(v) for kind, about in given.items() for key, v in about.items() if v is not None} | tags
     tags = {
@@ -59,6 +61,7 @@ def open_run(
         "command": run.command,
         "mlflow.note.content": changed_from(run.recipe, run.config),  # the description at the head of MLflow's page
         **({"notes": "; ".join(run.notes)} if run.notes else {}),
+        "method": method,  # a column to sort by
         **_origin(run),
         **tags,
     }

@@ -9,7 +9,8 @@ import torch
 
 from simclr.config import Config, SimCLR
 from simclr.data.manifest import Manifest, read_manifest
-from simclr.family import MoCo, MoCoV3
+from simclr.family import BYOL, MoCo, MoCoV3
+from simclr.methods.byol import byol
 from simclr.methods.classifier import classifier
 from simclr.methods.distill import distill
 from simclr.methods.method import Method, Start
@@ -36,6 +37,8 @@ def pretraining(config: Config, start: Start, manifest: Manifest | None = None) 
     match config:
         case SimCLR():
             return simclr(config, start, manifest)
+        case BYOL():
+            return byol(config, start, manifest)
         case MoCo():
             return moco(config, start, manifest)
         case MoCoV3():

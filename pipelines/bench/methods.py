@@ -1,0 +1,125 @@
+"""`simclr bench methods`: methods trained by the same encoder, epochs and batch, a few seeds each, and one table of their scores.
+
+Each run leaves checkpoints and, at its end, a file of its scores in the folder --out: the same command again goes on, and trains nothing
+twice. Two commands with other recipes may share a folder, for two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pipelines.allocator import keep_freed_memory
+from pipelines.bench.result import Row
+from pipelines.evaluation.whole import scores_of
+from pipelines.terminal import say
+from simclr import checkpoint, fields, files
+from simclr.config import Config
+from simclr.data.manifest import read_manifest
+from simclr.errors import UserError
+from simclr.family import method_name
+from simclr.methods.method import Start
+from simclr.papers import named
+from simclr.recipes import recipe
+from simclr.train import train
+
+_ROW = {"name": str, "method": str, "seed": int, "config": dict[str, object]}
+_ROW |= dict.fromkeys(("knn_top1", "probe_top1", "loss", "step_ms", "train_s"), float)
+
+
+def methods(
+    names: tuple[str, ...], seeds: int, epochs: int | None, data: Path, out: Path, threads: int, device: torch.device
+) -> Iterator[Row]:
+    """Print the table of the recipes `names` and give its runs, row by row: kNN (the recipe's watch.k) and linear probe on all images of
+    the shards in `data`, and the median time of a step. Without `epochs`, the recipes'. It needs no Ray.
+
+    Raises UserError, before anything is trained, for recipes of different encoder, epochs or batch.
+    """
+    base = [_shortened(recipe(name), epochs) for name in names]
+    if not base or seeds < 1:
+        raise UserError(f"--recipes has {len(base)} recipes and --seeds is {seeds}; expected at least 1 of each")
+    for name, config in zip(names, base, strict=True):
+        for what, ours, theirs in zip(("encoder", "epochs", "batch"), _same(base[0]), _same(config), strict=True):
+            if ours != theirs:
+                raise UserError(f"{name} has another {what} than {names[0]}, and a table compares methods alone; leave out one of them")
+    manifest = read_manifest(data)
+    if not manifest.classes or "test" not in manifest.splits:
+        raise UserError(f"{data} has no labelled test split to score on; use other shards")
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    rows: list[Row] = []
+    for seed in range(seeds):  # a seed of every method first: an interrupted table compares already
+        for name, config in zip(names, base, strict=True):
+            rows.append(_row(name, replace(config, seed=seed), data, out / f"{name}-{seed}", device))
+            yield rows[-1]
+    for line in table(rows):
+        print(line)
+
+
+def _shortened(config: Config, epochs: int | None) -> Config:
+    train = config.train if epochs is None else replace(config.train, epochs=float(epochs), steps=None)
+    return replace(config, train=train, watch=replace(config.watch, every_epochs=0, bank=512, queries=256))
+
+
+def _same(config: Config) -> tuple[object, ...]:
+    return config.encoder, (config.train.epochs, config.train.steps), config.train.batch_size
+
+
+def _row(name: str, config: Config, data: Path, folder: Path, device: torch.device) -> Row:
+    """The row of one run, which is trained from its newest checkpoint in `folder` unless its scores are there."""
+    file, instead = folder / "scores.json", f"remove {folder}, or use another --out"
+    if file.is_file():
+        found = files.read_json(file, instead)
+        fields.require(found, _ROW, file, instead)
+        if found["config"] != json.loads(json.dumps(config.to_dict())):
+            raise UserError(f"{folder} is a run of another config of {name}; {instead}")
+        return Row(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = folder / "checkpoints"
+    newest = checkpoint.latest(checkpoints, say) if checkpoints.is_dir() else None
+    if newest is not None and checkpoint.read(newest).config != config.to_dict():
+        raise UserError(f"{folder} has a checkpoint of another config of {name}; {instead}")
+    last, began, steps_ms = None, time.perf_counter(), []
+    for report in train(config, Start(data, device, checkpoint=newest, threads=torch.get_num_threads())):
+        if report.due:
+            checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
+        steps_ms.append(1000 * config.train.batch_size / report.metrics["speed/images_per_s"])
+        last = report
+    if last is None:
+        raise UserError(f"{folder} has a checkpoint of the last step and no scores; {instead}")
+    encoder = {key.removeprefix("model.encoder."): t for key, t in last.state.tensors.items() if key.startswith("model.encoder.")}
+    row: Row = {"name": name, "method": method_name(config), "seed": config.seed, "config": config.to_dict()}
+    row |= scores_of(encoder, config, data, device, config.watch.k)
+    row |= {"loss": last.metrics["train/loss"], "step_ms": statistics.median(steps_ms), "train_s": time.perf_counter() - began}
+    files.write_text(file, json.dumps(row, indent=1) + "\n")
+    shutil.rmtree(checkpoints)
+    say(f"{name}, seed {config.seed}: kNN {100 * row['knn_top1']:.1f} %, probe {100 * row['probe_top1']:.1f} %, {row['train_s']:.0f} s")
+    return row
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """Lines of Markdown: a row for each recipe, in the order of `rows`, with mean and range over its seeds; a step's time is the median's
+    over its runs, and ÷ that of the first recipe."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    of = {name: [row for row in rows if row["name"] == name] for name in names}
+    base = statistics.median(row["step_ms"] for row in of[names[0]])
+    yield "| method | recipe | kNN, % | linear probe, % | ms a step | ÷ the first |"
+    yield "|---|---|---|---|---|---|"
+    for name, mine in of.items():
+        scores = [_spread([100 * row[score] for row in mine]) for score in ("knn_top1", "probe_top1")]
+        ms = statistics.median(row["step_ms"] for row in mine)
+        yield f"| {named(mine[0]['method']).title} | `{name}` | {scores[0]} | {scores[1]} | {ms:,.0f} | {ms / base:.2f} |"
+    seeds = sorted({row["seed"] for row in rows})
+    yield f"\nMean and range of seeds {', '.join(map(str, seeds))}."
+
+
+def _spread(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ({min(values):.1f} … {max(values):.1f})"

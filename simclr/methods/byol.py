@@ -1,0 +1,168 @@
+"""BYOL (arXiv:2006.07733): a network predicts, from one view, what its own moving average projects the other view to. No negatives.
+
+What keeps it from the constant solution is the predictor, which only the trained network has, and a target that follows slowly. As in
+the authors' code:
+
+- The target network begins with weights of its own, and not as a copy: the paper (Sec. 2) starts from the finding that even a fixed random
+  target teaches, and a target apart from the network gives a signal from the first step. Its seed is keyed by the run's (`target_seed`).
+- Both networks are in training mode and normalise by the batch, each view by itself: views pass one after the other. Running statistics
+  are each network's own, and are never averaged.
+- The average moves after the optimizer, by 1 − τ(step), with τ from `ema` to 1 on half a cosine by step. At τ = 1 the target stands still.
+
+Differences from that code: it also averages predictor and classifier, whose averages nobody reads; its linear classifier learns from the
+first view alone, ours from both; its convolutions are cut normals of 0.88 times our standard deviation; its schedules are a step shorter.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simclr import keyed
+from simclr import loss as losses
+from simclr.collectives import share_of_mean
+from simclr.data.loader import Batch
+from simclr.data.manifest import Manifest
+from simclr.evaluation import representation
+from simclr.evaluation.online import knn_of
+from simclr.family import BYOL
+from simclr.methods.average import cosine_to_one, move
+from simclr.methods.method import Method, Rows, Start, begun, examples_of, no_evaluation, placed, schedule, views_for
+from simclr.methods.online import with_classifier
+from simclr.networks.encoders import Encoder, build_encoder
+from simclr.networks.heads import MLP, linear_classifier
+from simclr.networks.initial import draw_cut
+from simclr.optim import byol_rule, parameter_groups
+from simclr.to_device import to_device
+from simclr.views.draw import Crop
+
+
+class Network(nn.Module):
+    """{"views": (2, n, 3, H, W)} → {"p": (2, n, d) predictions, "z": (2, n, d) projections without gradient, "logits": (2, n, classes) class
+    scores, where there is a classifier}. Without a predictor the predictions are the projections."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None, classifier: nn.Module | None = None) -> None:
+        super().__init__()
+        self.encoder, self.projector, self.predictor, self.classifier = encoder, projector, predictor, classifier
+
+    def forward(self, rows: Rows) -> Rows:
+        h = one_by_one(self.encoder, rows["views"])
+        z = one_by_one(self.projector, h)
+        found = {"p": z if self.predictor is None else one_by_one(self.predictor, z), "z": z.detach()}
+        if self.classifier is not None:
+            found["logits"] = one_by_one(self.classifier, h.detach())
+        return found
+
+
+class Target(nn.Module):
+    """(2, n, 3, H, W) views → (2, n, d) projections by the moving averages of encoder and projector, which need no gradient."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.projector = encoder, projector
+        self.requires_grad_(False)
+
+    def forward(self, views: Tensor) -> Tensor:
+        return one_by_one(self.projector, one_by_one(self.encoder, views))
+
+
+def one_by_one(module: nn.Module, views: Sequence[Tensor] | Tensor) -> Tensor:
+    """(views, n, …) through `module`, view by view: its BatchNorms normalise each view by itself."""
+    return torch.stack([module(view) for view in views])
+
+
+def build_network(config: BYOL, classes: int = 0) -> Network:
+    """The trained network with the initial weights of `config.seed`. `classes`: number of classes, 0 = unlabelled."""
+    encoder, projector = _trunk(config, config.seed)
+    classifier = linear_classifier(encoder.d_h, classes, config.seed) if classes and config.train.linear_eval else None
+    return Network(encoder, projector, _head(config, config.d_out, config.seed, "predictor") if config.predictor else None, classifier)
+
+
+def build_target(config: BYOL) -> Target:
+    """The target network with initial weights of its own."""
+    return Target(*_trunk(config, target_seed(config.seed)))
+
+
+def target_seed(seed: int) -> int:
+    """The seed of the target's initial weights in a run of `seed`: 63 keyed bits."""
+    high, low = keyed.bits(seed, "weights", zlib.crc32(b"target"), np.zeros(1, np.int64), 0, 2)[0].tolist()
+    return int(high >> 1) << 32 | int(low)
+
+
+def _trunk(config: BYOL, seed: int) -> tuple[Encoder, MLP]:
+    encoder = build_encoder(config.encoder, seed, config.views.size_px)
+    return encoder, _head(config, encoder.d_h, seed, "projector")
+
+
+def _head(config: BYOL, d_in: int, seed: int, name: str) -> MLP:
+    """Linear with bias, BatchNorm, ReLU, linear without bias; initial weights as those of the authors' library."""
+    ranks = config.encoder.norm_ranks
+    return MLP(d_in, config.hidden, config.d_out, bias=(True, False), seed=seed, name=name, norm_ranks=ranks, drawn=draw_cut)
+
+
+def byol(config: BYOL, start: Start, manifest: Manifest | None = None) -> Method:
+    """BYOL on the images of `manifest`; without one there are neither labels nor online evaluation."""
+    device, precision, images = start.device, config.train.precision, config.train.batch_size
+    crops = (Crop(views=config.views),)
+    classes = len(manifest.classes) if manifest is not None else 0
+    network = placed(begun(lambda: build_network(config, classes), start), start, precision)
+    target = placed(begun(lambda: build_target(config), start), start, precision)
+
+    def inputs(batch: Batch, some: slice) -> Rows:
+        (views,) = views_for(batch, some, crops, config, device)
+        found = {"views": views.unflatten(0, (2, -1))}
+        return found if network.classifier is None else {**found, "labels": to_device(batch.labels[some], device)[None]}
+
+    tested = manifest is not None and bool(classes) and "test" in manifest.splits
+    examples = examples_of(config, start, manifest) if manifest is not None else images
+    total = config.total_steps(examples)
+    return Method(
+        crops=crops,
+        inputs=inputs,
+        network=network,
+        state=target,
+        targets=partial(projected, target),
+        loss=partial(objective, images=images),
+        after=partial(follow, target, network, total=total, base=config.ema),
+        report=partial(diagnosed, images=images),
+        groups=parameter_groups(network, config.optim, schedule(config, examples), total, byol_rule),
+        published={"encoder": network.encoder} | ({"classifier": network.classifier} if network.classifier is not None else {}),
+        evaluate=partial(knn_of, network.encoder, config, start.data, device, start.loader_threads) if tested else no_evaluation,
+        chance=4.0,  # of directions that have nothing to do with each other: cosines 0, two distances of 2
+    )
+
+
+def projected(target: Target, inputs: Rows) -> Rows:
+    """The target network's projections of both views, "t" (2, n, d), and the labels among the inputs."""
+    return {"t": target(inputs["views"]), **{name: x for name, x in inputs.items() if name == "labels"}}
+
+
+def objective(outputs: Rows, targets: Rows, step: int, images: int) -> tuple[Tensor, Rows]:
+    """This rank's share of the loss and its sums."""
+    return with_classifier(losses.byol(outputs["p"], targets["t"], images), outputs, targets, images)
+
+
+def follow(target: Target, network: Network, inputs: Rows, targets: Rows, step: int, total: int, base: float) -> None:
+    """target ← target + (1 − τ)(network − target), with the weights that optimizer step `step` (0-based) of `total` left."""
+    keep = cosine_to_one(step, total, base)
+    move(target.encoder, network.encoder, keep)
+    move(target.projector, network.projector, keep)
+
+
+def diagnosed(outputs: Rows, targets: Rows, images: int | None = None) -> dict[str, Tensor]:
+    """Measures of a step's projections z, weighted by this rank's share of `images`. The loss does not tell a collapse, since it falls in
+    one; `health/spread` does."""
+    z = outputs["z"].flatten(0, 1)
+    found = {
+        "train/contrastive_top1": representation.contrastive_top1(z, images),
+        "health/alignment": representation.alignment(z),
+        "health/uniformity": representation.uniformity(z[:4096]),
+        "health/spread": representation.spread(z),
+        "health/dimension": representation.effective_dimension(z),
+    }
+    return {name: share_of_mean(mean, len(z) // 2, images) for name, mean in found.items()}

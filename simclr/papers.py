@@ -1,0 +1,69 @@
+"""What people call each method, and whose it is: one table for listings, cards and reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """A paper on arXiv."""
+
+    authors: str
+    title: str
+    arxiv: str
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A method by the field's name for it."""
+
+    title: str
+    papers: tuple[Paper, ...]
+
+    @property
+    def cited(self) -> str:
+        """The papers' numbers, for a line: arXiv:2002.05709, 2006.10029."""
+        return f"arXiv:{', '.join(paper.arxiv for paper in self.papers)}"
+
+
+NAMED = {
+    "simclr": Named(
+        "SimCLR",
+        (
+            Paper(
+                "Chen, Kornblith, Norouzi, Hinton", "A Simple Framework for Contrastive Learning of Visual Representations", "2002.05709"
+            ),
+            Paper(
+                "Chen, Kornblith, Swersky, Norouzi, Hinton", "Big Self-Supervised Models are Strong Semi-Supervised Learners", "2006.10029"
+            ),
+        ),
+    ),
+    "moco": Named(
+        "MoCo",
+        (
+            Paper("He, Fan, Wu, Xie, Girshick", "Momentum Contrast for Unsupervised Visual Representation Learning", "1911.05722"),
+            Paper("Chen, Fan, Girshick, He", "Improved Baselines with Momentum Contrastive Learning", "2003.04297"),
+        ),
+    ),
+    "mocov3": Named(
+        "MoCo v3", (Paper("Chen, Xie, He", "An Empirical Study of Training Self-Supervised Vision Transformers", "2104.02057"),)
+    ),
+    "byol": Named(
+        "BYOL",
+        (
+            Paper(
+                "Grill, Strub, Altché, Tallec, Richemond, Buchatskaya, Doersch, Avila Pires, Guo, Gheshlaghi Azar, Piot, Kavukcuoglu, "
+                "Munos, Valko",
+                "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning",
+                "2006.07733",
+            ),
+        ),
+    ),
+}
+"""Name of a method, as in `simclr.family.METHODS` → what people call it."""
+
+
+def named(method: str) -> Named:
+    """The `method` of this name; one that a newer version has is called by its name and cites nothing."""
+    return NAMED.get(method) or Named(method, ())

@@ -80,6 +80,23 @@ def margin_triplet(z: Tensor, margin: float, semi_hard: bool = False, images: in
         return _share((weights * F.relu(cosines - positive + margin)).sum(1).mean(), z, images)
 
 
+def info_nce(q: Tensor, k: Tensor, temperature: float, images: int | None = None) -> Tensor:
+    """MoCo v3's loss (arXiv:2104.02057, Eq. 1 and Algorithm 1) of this rank's predictions q (n, d) and keys k (n, d) of the same images,
+    both of any scale, the mean over these n rows:
+
+        −2 τ log( exp(u_i·v_i / τ) / Σ_j exp(u_i·v_j / τ) ),   u = q / ‖q‖,  v = k / ‖k‖
+
+    j goes over the keys of all ranks, of so many `images`; keys have no gradient. The factor 2 τ, as in the official code, keeps the size
+    of the gradient as τ changes. One call is one direction: a step adds two. In float32 at least.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (q, k))
+        keys = all_gather(F.normalize(k.detach(), dim=1), images)
+        own = first_row(q, images) + torch.arange(len(q), device=q.device)
+        logits = F.normalize(q, dim=1) @ keys.T / temperature
+        return share_of_mean(2 * temperature * F.cross_entropy(logits, own), len(q), images)
+
+
 def byol(predictions: Tensor, projections: Tensor, images: int | None = None) -> Tensor:
     """d(p₁, t₂) + d(p₂, t₁), averaged over images, with d(p, t) = ‖p̄ − t̄‖² = 2 − 2 cos(p, t) (arXiv:2006.07733, Eq. 2): BYOL's loss of
     the predictions p (2, n, d) of both views and the target network's projections t (2, n, d), which carry no gradient.

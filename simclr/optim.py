@@ -4,7 +4,7 @@ AdamW: arXiv:1711.05101)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr.config import Optim
-from simclr.errors import UserError
+from simclr.networks.encoders import depths
 
 
 def lr_peak(base_lr: float, batch_size: int, rule: Literal["linear", "sqrt"]) -> float:
@@ -196,41 +196,36 @@ def everything(name: str, p: nn.Parameter) -> tuple[bool, bool]:
     return True, True
 
 
-def parameter_groups(
-    module: nn.Module,
-    optim: Optim,
-    lr: Schedule,
-    steps: int,
-    rule: Rule = simclr_rule,
-    depths: Mapping[str, int] | None = None,
-) -> tuple[Group, ...]:
+def parameter_groups(module: nn.Module, optim: Optim, lr: Schedule, steps: int, rule: Rule = simclr_rule) -> tuple[Group, ...]:
     """The trained parameters of `module`, grouped by what `rule` says of them, for a run of so many `steps`.
 
     Those that decay do so by optim.weight_decay, which goes to optim.weight_decay_end by half a cosine, step by step. With
-    optim.layer_decay d, `depths` says how deep a parameter lies (0 = next to the input); one of depth k has the rate lr · d^(L − k), where
-    L is the largest of them, and what stands behind the encoder has the whole rate. Groups of the whole rate are the first.
-
-    Raises UserError for optim.layer_decay without `depths`.
+    optim.layer_decay d, a parameter of `module.encoder` at depth k has the rate lr · d^(L − k), where L is the depth behind the encoder's
+    blocks (`networks.encoders.depths`; arXiv:2106.08254); what is not in the encoder has the whole rate. Groups of the whole rate are the
+    first.
     """
-    if optim.layer_decay != 1 and depths is None:
-        raise UserError(f"optim.layer_decay is {optim.layer_decay}; it is for simclr finetune, leave it out")
-    depths = {} if optim.layer_decay == 1 or depths is None else depths
-    most = max(depths.values(), default=0)
+    found_depths, last = _depths(module) if optim.layer_decay != 1 else ({}, 0)
     # In this order, which checkpoints have.
     kinds = ((True, True), (False, False), (True, False), (False, True))
-    found: dict[tuple[int, tuple[bool, bool]], list[nn.Parameter]] = {(up, kind): [] for up in range(most + 1) for kind in kinds}
+    found: dict[tuple[int, tuple[bool, bool]], list[nn.Parameter]] = {(up, kind): [] for up in range(last + 1) for kind in kinds}
     for name, p in module.named_parameters():
         if p.requires_grad:
-            found[most - depths.get(name, most), rule(name, p)].append(p)
+            found[last - found_depths.get(name, last), rule(name, p)].append(p)
     groups = []
     for (up, (decays, adapts)), params in found.items():
-        if params:
-            schedules: dict[str, Schedule] = {"lr": partial(_scaled, lr=lr, factor=optim.layer_decay**up) if up else lr}
-            if decays and optim.weight_decay_end is not None:
-                schedules["weight_decay"] = partial(half_cosine, first=optim.weight_decay, last=optim.weight_decay_end, total_steps=steps)
-            settings = {"weight_decay": optim.weight_decay if decays else 0.0, "adapt": adapts}
-            groups.append(Group(tuple(params), settings, schedules))
+        if not params:
+            continue
+        schedules: dict[str, Schedule] = {"lr": partial(_scaled, lr=lr, factor=optim.layer_decay**up) if up else lr}
+        if decays and optim.weight_decay_end is not None:
+            schedules["weight_decay"] = partial(half_cosine, first=optim.weight_decay, last=optim.weight_decay_end, total_steps=steps)
+        groups.append(Group(tuple(params), {"weight_decay": optim.weight_decay if decays else 0.0, "adapt": adapts}, schedules))
     return tuple(groups)
+
+
+def _depths(module: nn.Module) -> tuple[dict[str, int], int]:
+    """Depth of each parameter of `module.encoder`, by its name in `module`, and the depth behind the encoder."""
+    found, count = depths(module.encoder)  # type: ignore[arg-type]
+    return {f"encoder.{name}": depth for name, depth in found.items()}, count - 1
 
 
 def _scaled(step: int, lr: Schedule, factor: float) -> float:

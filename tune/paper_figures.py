@@ -172,9 +172,14 @@ def _bars(m: Material, names: dict[Any, str], key: Callable[[Trial], object], th
 
 
 def colour_strength(m: Material) -> Drawing:
-    key = _pair(m, "views.colour_strength", lambda t: value_in(t, m.base, "views.blur_p") > 0)
+    key = _pair(m, "views.colour_strength", lambda t: _blurs(value_in(t, m.base, "views.blur_p")))
     names = {(s, blur): f"{s:g}{' + blur' if blur else ''}" for s, blur in paper_numbers.TABLE_1}
     return _bars(m, names, key, paper_numbers.TABLE_1, "Strength of the colour distortion", "Dashed: the paper's Table 1.")
+
+
+def _blurs(p: float | tuple[float, float]) -> bool:
+    """Whether any view is blurred, by its probability or those of both views."""
+    return max(p) > 0 if isinstance(p, tuple) else p > 0
 
 
 def _pair(m: Material, path: str, second: Callable[[Trial], object]) -> Callable[[Trial], object]:

@@ -1,4 +1,4 @@
-"""`simclr bench optim`: LARS over ResNet-50's parameters, against torch's SGD."""
+"""`simclr bench optim`: LARS over ResNet-50's parameters, against torch's SGD and AdamW."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from simclr.optim import LARS, parameter_groups
 
 
 def optim(steps: int, trials: int, threads: int, device: torch.device) -> list[Row]:
-    """Print and return LARS's time over SGD's, each with its momentum and weight decay: the median over pairs of trials."""
+    """Print and return LARS's time over SGD's and AdamW's, each with momentum and weight decay: the median over pairs of trials."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    for name in ("SGD, foreach", "SGD, fused", "LARS"):
+    for name in ("SGD, foreach", "SGD, fused", "AdamW, fused", "LARS"):
         network = resnet(50).to(device)
         for p in network.parameters():
             p.grad = torch.randn_like(p)
@@ -29,6 +29,8 @@ def optim(steps: int, trials: int, threads: int, device: torch.device) -> list[R
         ]
         if name == "LARS":
             optimizers[name] = LARS(groups, lr=1e-3)
+        elif name == "AdamW, fused":
+            optimizers[name] = torch.optim.AdamW([g | {"adapt": None} for g in groups], lr=1e-3, fused=True)
         else:
             way = {"foreach": True} if "foreach" in name else {"fused": True}
             optimizers[name] = torch.optim.SGD([g | {"adapt": None} for g in groups], lr=1e-3, momentum=0.9, **way)

@@ -45,6 +45,12 @@ def train(
     require_ray("train")
     if peer == "lightly" and not (isinstance(config, SimCLR) and config.loss.name == "nt_xent"):
         raise UserError(f"the recipe's method is {method_name(config)}; `simclr bench train --peer lightly` compares SimCLR with NT-Xent")
+    shown = config.views
+    if peer == "lightly" and (isinstance(shown.blur_p, tuple) or shown.solarise_p not in (0, (0, 0)) or shown.saturation != 1):
+        raise UserError(
+            "lightly's SimCLR blurs both views alike, solarises none and has one strength of colour; `simclr bench train --peer lightly` "
+            "compares recipes with one views.blur_p, views.solarise_p 0 and views.saturation 1"
+        )
     config = replace(config, train=replace(config.train, linear_eval=False))
     n = config.images_per_rank(1)
     asked: dict[str, Callable[..., Any]] = {RESIDENT: partial(_resident, config.to_dict(), threads)}

@@ -1,4 +1,5 @@
-"""`simclr bench views`: uint8 crops → normalised views, against kornia's augmentations of the same probabilities and strengths."""
+"""`simclr bench views`: uint8 crops → normalised views, against kornia's augmentations of the same probabilities and strengths; beside
+them, those of BYOL and MoCo v3."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from simclr.views.two_views import views_of
 WARM = 2  # calls that do not count: they allocate and compile
 _SIDES_PX = (32, 224)
 _SMALL = 8  # times as many images of 32 px, as in a step
+_BYOL = Views(colour_strength=0.5, saturation=0.5, blur_p=(1.0, 0.1), solarise_p=(0.0, 0.2))
 _INSTALL = "pip install --no-deps kornia==0.9.0 kornia_rs==0.2.0 packaging"
 
 
@@ -32,6 +34,7 @@ def views(batch_size: int, steps: int, trials: int, threads: int, device: torch.
 
     Kornia draws factors per sample as we do, but one order of the colour operations per batch; its blur takes the same
     taps, and mirrors at the border where ours sees zeros. All sides get the same uint8 crops on the device and give float32, unless said.
+    BYOL's views blur the first always and the second seldom, and solarise some of the second: 55 % are blurred, where ours are 50 %.
     Ours were drawn ahead, as the loader's thread does; the time of that is printed. Kornia draws in the call. On a GPU our kernels are
     compared with the plain functions too, which define them, as they are and as one compiled program.
     """
@@ -45,6 +48,7 @@ def views(batch_size: int, steps: int, trials: int, threads: int, device: torch.
         crops = torch.randint(0, 256, (n, 2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
         config = Views(size_px=side)
         sides: dict[str, Callable[[], Tensor]] = {"ours": _ours(crops, config, device)}
+        sides["ours, BYOL's"] = _ours(crops, replace(_BYOL, size_px=side), device)
         if device.type == "cuda":
             sides |= {"ours, bfloat16": _ours(crops, config, device, torch.bfloat16)}
             sides |= {"plain torch": _plain(crops, config), "plain, compiled": _compiled(crops, config)}
@@ -109,7 +113,7 @@ def _kornia(crops: Tensor, config: Views) -> Callable[[], Tensor]:
         kornia.RandomHorizontalFlip(p=config.flip_p),
         kornia.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=config.jitter_p),
         kornia.RandomGrayscale(p=config.grey_p),
-        kornia.RandomGaussianBlur((taps, taps), (0.1, 2.0), p=config.of_view("blur_p", 0)),
+        kornia.RandomGaussianBlur((taps, taps), (0.1, 2.0), p=config.of_view("blur_p", 0)),  # of both views
     ]
     augment = nn.Sequential(*steps)
 

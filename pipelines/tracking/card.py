@@ -148,9 +148,10 @@ def _limits(views: dict[str, Any]) -> str:
     changed = ["cut and scaled"]
     if views["flip_p"]:
         changed.append("mirrored")
-    if (views["jitter_p"] and views["colour_strength"]) or views["grey_p"]:
+    jitters = views["jitter_p"] and views["colour_strength"]
+    if jitters or views["grey_p"] or _happens(views["solarise_p"]):
         changed.append("changed in colour")
-    if views["blur_p"]:
+    if _happens(views["blur_p"]):
         changed.append("blurred")
     return (
         f"It was taught that a picture stays the same when it is {', '.join(changed[:-1])} and {changed[-1]}. Expect little of it where\n"
@@ -159,6 +160,11 @@ def _limits(views: dict[str, Any]) -> str:
         if len(changed) > 1
         else "It knows what its training pictures show; expect less of it on pictures unlike those."
     )
+
+
+def _happens(p: float | list[float]) -> bool:
+    """Whether a probability, or that of either view, is above 0."""
+    return max(p) > 0 if isinstance(p, list) else p > 0
 
 
 def _table(header: tuple[str, str], rows: dict[str, str]) -> str:

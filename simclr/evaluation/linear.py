@@ -194,7 +194,7 @@ def sgd_probe(
     """
     from simclr.data import loader  # with FFCV, which probes of features do without
 
-    views = replace(config.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0)
+    views = replace(config.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
     train = replace(config.train, batch_size=batch_size, micro_batch=None, epochs=epochs, steps=None, shard_groups=1)
     config = replace(config, views=views, train=train)
     total = config.total_steps(read_manifest(data).examples("train"))

@@ -16,7 +16,6 @@ first view alone, ours from both; its convolutions are cut normals of 0.88 times
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -32,26 +31,26 @@ from simclr.evaluation import representation
 from simclr.evaluation.online import knn_of
 from simclr.family import BYOL
 from simclr.methods.average import cosine_to_one, move
-from simclr.methods.method import Method, Rows, Start, begun, examples_of, no_evaluation, placed, schedule, views_for
+from simclr.methods.method import Method, Rows, Start, begun, examples_of, no_evaluation, paths_for, placed, schedule, views_for
 from simclr.methods.online import with_classifier
-from simclr.networks.encoders import Encoder, build_encoder
+from simclr.networks.encoders import Encoder, build_encoder, encoded
 from simclr.networks.heads import MLP, linear_classifier
-from simclr.networks.initial import draw_cut
+from simclr.networks.initial import draw, haiku_law
 from simclr.optim import byol_rule, parameter_groups
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
 
 
 class Network(nn.Module):
-    """{"views": (2, n, 3, H, W)} → {"p": (2, n, d) predictions, "z": (2, n, d) projections without gradient, "logits": (2, n, classes) class
-    scores, where there is a classifier}. Without a predictor the predictions are the projections."""
+    """{"views": (2, n, 3, H, W)} → {"p": (2, n, d) predictions, "z": (2, n, d) projections without gradient, "logits": (2, n, classes)
+    class scores, where there is a classifier}. Without a predictor the predictions are the projections."""
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None, classifier: nn.Module | None = None) -> None:
+    def __init__(self, encoder: Encoder, projector: nn.Module, predictor: nn.Module | None, classifier: nn.Module | None = None) -> None:
         super().__init__()
         self.encoder, self.projector, self.predictor, self.classifier = encoder, projector, predictor, classifier
 
     def forward(self, rows: Rows) -> Rows:
-        h = one_by_one(self.encoder, rows["views"])
+        h = torch.stack([encoded(self.encoder, one) for one in views_of(rows)])
         z = one_by_one(self.projector, h)
         found = {"p": z if self.predictor is None else one_by_one(self.predictor, z), "z": z.detach()}
         if self.classifier is not None:
@@ -60,9 +59,10 @@ class Network(nn.Module):
 
 
 class Target(nn.Module):
-    """(2, n, 3, H, W) views → (2, n, d) projections by the moving averages of encoder and projector, which need no gradient."""
+    """(2, n, 3, H, W) views → (2, n, d) projections by the moving averages of encoder and projector, which need no gradient. No block of
+    theirs is left out (encoder.drop_path)."""
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
+    def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
         super().__init__()
         self.encoder, self.projector = encoder, projector
         self.requires_grad_(False)
@@ -71,9 +71,14 @@ class Target(nn.Module):
         return one_by_one(self.projector, one_by_one(self.encoder, views))
 
 
-def one_by_one(module: nn.Module, views: Sequence[Tensor] | Tensor) -> Tensor:
+def one_by_one(module: nn.Module, views: Tensor) -> Tensor:
     """(views, n, …) through `module`, view by view: its BatchNorms normalise each view by itself."""
     return torch.stack([module(view) for view in views])
+
+
+def views_of(rows: Rows) -> list[Rows]:
+    """What an encoder reads of the input rows, each view by itself."""
+    return [{name: x[view : view + 1] for name, x in rows.items() if name != "labels"} for view in range(len(rows["views"]))]
 
 
 def build_network(config: BYOL, classes: int = 0) -> Network:
@@ -101,8 +106,8 @@ def _trunk(config: BYOL, seed: int) -> tuple[Encoder, MLP]:
 
 def _head(config: BYOL, d_in: int, seed: int, name: str) -> MLP:
     """Linear with bias, BatchNorm, ReLU, linear without bias; initial weights as those of the authors' library."""
-    ranks = config.encoder.norm_ranks
-    return MLP(d_in, config.hidden, config.d_out, bias=(True, False), seed=seed, name=name, norm_ranks=ranks, drawn=draw_cut)
+    drawn, ranks = partial(draw, law=haiku_law), config.encoder.norm_ranks
+    return MLP(d_in, config.hidden, config.d_out, bias=(True, False), seed=seed, name=name, norm_ranks=ranks, drawn=drawn)
 
 
 def byol(config: BYOL, start: Start, manifest: Manifest | None = None) -> Method:
@@ -115,7 +120,7 @@ def byol(config: BYOL, start: Start, manifest: Manifest | None = None) -> Method
 
     def inputs(batch: Batch, some: slice) -> Rows:
         (views,) = views_for(batch, some, crops, config, device)
-        found = {"views": views.unflatten(0, (2, -1))}
+        found = {"views": views.unflatten(0, (2, -1)), **paths_for(batch, some, crops, config, device)}
         return found if network.classifier is None else {**found, "labels": to_device(batch.labels[some], device)[None]}
 
     tested = manifest is not None and bool(classes) and "test" in manifest.splits

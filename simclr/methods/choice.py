@@ -9,12 +9,13 @@ import torch
 
 from simclr.config import Config, SimCLR
 from simclr.data.manifest import Manifest, read_manifest
-from simclr.family import BYOL, MoCo
+from simclr.family import BYOL, MoCo, MoCoV3
 from simclr.methods.byol import byol
 from simclr.methods.classifier import classifier
 from simclr.methods.distill import distill
 from simclr.methods.method import Method, Start
 from simclr.methods.moco import moco
+from simclr.methods.mocov3 import mocov3
 from simclr.methods.simclr import simclr
 from simclr.stages import Distill, FineTune
 
@@ -40,6 +41,8 @@ def pretraining(config: Config, start: Start, manifest: Manifest | None = None) 
             return byol(config, start, manifest)
         case MoCo():
             return moco(config, start, manifest)
+        case MoCoV3():
+            return mocov3(config, start, manifest)
         case _:
             raise TypeError(f"{type(config).__name__} is the config of no pretraining")
 

@@ -3,6 +3,8 @@ evaluation and fine-tuning."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from simclr import config as configs
@@ -45,8 +47,8 @@ def build_head(config: configs.SimCLR, d_h: int) -> ProjectionHead:
 class MLP(nn.Module):
     """Linear maps with BatchNorm and ReLU between them, as in the projectors and predictors of MoCo v3 and BYOL: `layers` of them, all but
     the last `hidden` wide. `bias` says whether all but the last have a bias, and whether the last has one; `last_norm` adds a BatchNorm
-    without scale and shift. Initial weights are torch's, uniform within ±1 / √fan-in, keyed by `seed` and `name`. `norm_ranks`: see
-    `BatchNorm`.
+    without scale and shift. `drawn` gives the initial weights, keyed by `seed` and `name`: torch's, uniform within ±1 / √fan-in, if
+    it is not given. `norm_ranks`: see `BatchNorm`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class MLP(nn.Module):
         seed: int = 0,
         name: str = "projector",
         norm_ranks: int | None = None,
+        drawn: Callable[[nn.Module, int, str], None] = draw_uniform,
     ) -> None:
         super().__init__()
         widths = [d_in, *[hidden] * (layers - 1), d_out]
@@ -69,7 +72,7 @@ class MLP(nn.Module):
             self.layers.append(nn.Sequential(linear, BatchNorm(hidden, ranks=norm_ranks), nn.ReLU(inplace=True)))
         last = Linear(widths[-2], d_out, bias=bias[1])
         self.layers.append(nn.Sequential(last, BatchNorm(d_out, affine=False, ranks=norm_ranks)) if last_norm else nn.Sequential(last))
-        draw_uniform(self, seed, name)
+        drawn(self, seed, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, d_in) → (n, d_out)."""

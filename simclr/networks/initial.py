@@ -133,6 +133,11 @@ def simclr_law(name: str, layer: nn.Module) -> Law:
     return Law("normal", 0.01)
 
 
+def haiku_law(name: str, layer: nn.Module) -> Law:
+    """A normal with standard deviation 1 / √fan-in, cut at two of them, so that 0.88 / √fan-in is left: how Haiku's linear maps begin."""
+    return Law("cut", 1 / math.sqrt(layer.weight[0].numel()))  # type: ignore[operator,index,union-attr]
+
+
 class Conv2d(nn.Conv2d):
     """torch's Conv2d with uninitialised weights: torch's constructor would draw some from its global generator. After construction, call
     `draw` or load the weights."""

@@ -3,7 +3,7 @@
 Parameters are pure functions of (seed, epoch, sample id, view), see `keyed`. Where the official code and torchvision
 differ we follow the official code (the tests compare with its pixels): the crop sampler, contrast about the mean of each channel
 (torchvision: of the grey image), saturation and hue in HSV, brightness as a factor (v2), a clip to [0, 1] after each operation, a blur
-that sees zeros beyond the border.
+that sees zeros beyond the border. So it is for SimCLR's siblings too, although MoCo's authors crop by torchvision's sampler.
 """
 
 from __future__ import annotations

@@ -62,6 +62,12 @@ def test_parts_are_what_a_person_would_add_up() -> None:
     assert found.total == used(found) + found.ranks + found.loader + found.base + found.kept
 
 
+def test_adamw_keeps_two_moments_of_each_weight() -> None:
+    adamw = footprint(replace(SMALL, optim=replace(SMALL.optim, name="adamw", clip_norm=1.0)))
+    momentum = footprint(SMALL).momentum
+    assert 2 * momentum <= adamw.momentum < 2.01 * momentum, "and a count of steps for each parameter"
+
+
 def test_workers_share_a_batch_and_have_its_rows_in_common() -> None:
     two = footprint(replace(SMALL, train=replace(SMALL.train, batch_size=32)), workers=2)
     alone = footprint(SMALL)

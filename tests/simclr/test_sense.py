@@ -102,6 +102,7 @@ def test_a_recipe_on_its_data_has_nothing_to_say(name: str) -> None:
             shards(500, (32, 96), (32, 72)),
             "every image is enlarged: views are 224 px, and the largest image in the shards is 96 × 72 px",
         ),
+        (SimCLR(views=Views(size_px=19, blur_p=(0.0, 0.1))), PHOTOS, "views of 19 px are not blurred, though they should be"),
         (SimCLR(views=Views(size_px=19)), PHOTOS, "views of 19 px are not blurred, though they should be: the kernel, a tenth of the side"),
     ],
 )
@@ -129,7 +130,7 @@ def test_what_does_not_apply_is_not_said() -> None:
     small = shards(150, (32, 32), (32, 32), classes=0)
     config = SimCLR(train=Train(batch_size=60), views=Views(size_px=20))
     assert notes(config, small) == ()  # without labels there is no kNN, and 20 px are blurred
-    blind = replace(config, views=Views(size_px=19, blur_p=0), watch=Watch(k=150))
+    blind = replace(config, views=Views(size_px=19, blur_p=(0, 0)), watch=Watch(k=150))
     assert notes(blind, replace(small, classes=("a", "b"))) == ()
     assert notes(FineTune(train=Train(batch_size=60), views=Views(size_px=19)), replace(small, classes=("a", "b"))) == ()
 

@@ -11,6 +11,7 @@ from tests.support.mutation_table_ranks import RANKS
 from tests.support.mutation_table_resume import RESUME
 from tests.support.mutation_table_tracking import TRACKING
 from tests.support.mutation_table_uses import USES
+from tests.support.mutation_table_views import VIEWS
 
 MUTATIONS = (
     *DATA,
@@ -20,6 +21,7 @@ MUTATIONS = (
     *RANKS,
     *RESUME,
     *USES,
+    *VIEWS,
     *CLUSTER,
     # ── simclr: loss, optimizer, statistics ────────────────────────────────────────────────────────────────────────
     Mutation(
@@ -85,70 +87,6 @@ MUTATIONS = (
         "torch._foreach_copy_(self.now, torch._foreach_div(self.moved, float(pieces)))",
         "torch._foreach_copy_(self.now, torch._foreach_sub(self.moved, torch._foreach_mul(self.before, float(pieces - 1))))",
         "tests/simclr/test_gradient_cache.py::test_statistics_are_those_of_a_piece_and_move_once",
-    ),
-    # ── simclr: views ──────────────────────────────────────────────────────────────────────────────────────────────
-    Mutation(
-        "crop-width-for-height",
-        "simclr/views/draw.py",
-        "return fits, np.stack([top, left, height, width], 1)",
-        "return fits, np.stack([top, left, width, height], 1)",
-        "tests/simclr/views/test_two_views.py::test_crop_boxes_have_the_official_distribution",
-    ),
-    Mutation(
-        "hue-in-sectors",
-        "simclr/views/ops.py",
-        "torch.remainder(sector + 6 * turn + offsets, 6.0)",
-        "torch.remainder(sector + turn + offsets, 6.0)",
-        "tests/simclr/views/test_two_views.py::test_colour_and_blur_equal_the_official_pixels",
-    ),
-    Mutation(
-        "blur-for-every-image",
-        "simclr/views/draw.py",
-        "np.where(u[:, 11] < blur_p, 0.1 + 1.9 * u[:, 12], 0.0)",
-        "0.1 + 1.9 * u[:, 12]",
-        "tests/simclr/views/test_two_views.py::test_each_operation_happens_with_its_probability",
-    ),
-    Mutation(
-        "photographs-flipped-upside-down",
-        "simclr/views/two_views.py",
-        "x.index_copy_(0, rows, x[rows].flip(3))",
-        "x.index_copy_(0, rows, x[rows].flip(2))",
-        "tests/simclr/views/test_two_views.py::test_a_flip_is_from_left_to_right",
-    ),
-    Mutation(
-        "whole-images-flipped-upside-down",
-        "simclr/views/ops.py",
-        "columns = torch.where(flip[:, None, None], columns.flip(1), columns)",
-        "rows = torch.where(flip[:, None, None], rows.flip(1), rows)",
-        "tests/simclr/views/test_two_views.py::test_a_flip_is_from_left_to_right",
-    ),
-    Mutation(
-        "crops-ignore-the-view",
-        "simclr/views/draw.py",
-        'keyed.uniform(seed, "crop", epoch, ids[waiting], view,',
-        'keyed.uniform(seed, "crop", epoch, ids[waiting], 0,',
-        "tests/simclr/views/test_two_views.py::test_crops_and_colours_are_each_keyed_by_seed_epoch_sample_and_view",
-    ),
-    Mutation(
-        "crops-ignore-the-epoch",
-        "simclr/views/draw.py",
-        'keyed.uniform(seed, "crop", epoch, ids[waiting], view,',
-        'keyed.uniform(seed, "crop", 0, ids[waiting], view,',
-        "tests/simclr/views/test_two_views.py::test_crops_and_colours_are_each_keyed_by_seed_epoch_sample_and_view",
-    ),
-    Mutation(
-        "colours-ignore-the-epoch",
-        "simclr/views/draw.py",
-        'keyed.uniform(seed, "colour", epoch, ids, view, 16)',
-        'keyed.uniform(seed, "colour", 0, ids, view, 16)',
-        "tests/simclr/views/test_two_views.py::test_crops_and_colours_are_each_keyed_by_seed_epoch_sample_and_view",
-    ),
-    Mutation(
-        "colours-ignore-the-seed",
-        "simclr/views/draw.py",
-        'keyed.uniform(seed, "colour", epoch, ids, view, 16)',
-        'keyed.uniform(0, "colour", epoch, ids, view, 16)',
-        "tests/simclr/views/test_two_views.py::test_crops_and_colours_are_each_keyed_by_seed_epoch_sample_and_view",
     ),
     # ── simclr: data, loop, checkpoints ────────────────────────────────────────────────────────────────────────────
     Mutation(

@@ -97,9 +97,9 @@ def test_bench_views_prints_both_sizes(capfd: pytest.CaptureFixture[str]) -> Non
     for row in rows:
         assert printed(small if row["size_px"] == 32 else large, row["name"]) == round(row["median"]) > 0
     if importlib.util.find_spec("kornia") is None:
-        assert "kornia is not installed" in out and [row["name"] for row in rows] == ["ours", "ours"]
+        assert "kornia is not installed" in out and [row["name"] for row in rows] == ["ours", "ours, BYOL's"] * 2
     else:
-        assert [(row["size_px"], row["name"]) for row in rows] == [(s, n) for s in (32, 224) for n in ("ours", "kornia")]
+        assert [(row["size_px"], row["name"]) for row in rows] == [(s, n) for s in (32, 224) for n in ("ours", "ours, BYOL's", "kornia")]
 
 
 def test_the_views_rate_is_of_the_median_call_behind_the_warm_ones(clock: Clock) -> None:

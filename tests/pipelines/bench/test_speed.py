@@ -204,6 +204,13 @@ def test_without_ray_train_and_loop_say_so_before_they_measure(monkeypatch: pyte
             bench.main(bench.Args(what=what, data=patterns))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("changes", [{"blur_p": (1.0, 0.1)}, {"solarise_p": 0.2}, {"saturation": 0.5}])
+def test_the_peer_is_not_compared_on_views_that_it_cannot_make(changes: dict[str, Any]) -> None:
+    config = replace(tiny(), views=Views(size_px=8, **changes))
+    with pytest.raises(UserError, match="lightly's SimCLR blurs both views alike, solarises none"):
+        train("tiny", config, Path("shards"), steps=10, trials=1, threads=1, peer="lightly")
+
+
 def test_the_peer_needs_its_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_bench.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(UserError, match="--peer-data DIR"):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from pipelines.commands import distill, finetune, recipes
+from pipelines import cli
+from pipelines.commands import distill, finetune, pretrain, recipes
 from pipelines.runs import config_file
 from simclr.config import Optim, SimCLR
 from simclr.errors import UserError
@@ -60,6 +61,32 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path, text: str, value:
     )
 
 
+def test_a_probability_of_each_view_is_read_and_written_as_a_list(tmp_path: Path) -> None:
+    views = replace(recipe("patterns_tiny").views, blur_p=(1.0, 0.1), solarise_p=0.2)
+    (tmp_path / "a.yaml").write_text(PATTERNS + "views: {blur_p: [1.0, 0.1], solarise_p: 0.2}")
+    read = config_file.read(tmp_path / "a.yaml").config
+    assert read == replace(recipe("patterns_tiny"), views=views)
+    (tmp_path / "b.yaml").write_text(config_file.written(read))
+    assert "blur_p: [1.0, 0.1]" in (tmp_path / "b.yaml").read_text() and config_file.read(tmp_path / "b.yaml").config == read
+    assert changed_from("patterns_tiny", read) == "patterns_tiny, views.blur_p 1.0 0.1, views.solarise_p 0.2"
+
+
+@pytest.mark.parametrize("begun", [0.0, (1.0, 0.1)])
+def test_a_flag_takes_one_probability_or_two(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, begun: float | tuple[float, float]
+) -> None:
+    """Whatever the recipe has; other numbers of words are refused with the flag's name."""
+    base = recipe("patterns_tiny")
+    (tmp_path / "a.yaml").write_text(config_file.written(replace(base, views=replace(base.views, blur_p=begun))))
+    given = ["--config", str(tmp_path / "a.yaml"), "--data", "x", "--views.blur-p"]
+    for words, value in ((["1.0", "0.2"], (1.0, 0.2)), (["0"], 0.0)):
+        assert cli.parse("pretrain", pretrain.Args, [*given, *words, "--seed", "3"]).config.views.blur_p == value
+    with pytest.raises(SystemExit) as ended:
+        cli.parse("pretrain", pretrain.Args, [*given, "1", "0.1", "0.2"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "Error parsing --views.blur-p" in said and "input length 3 did not match" in said
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -76,6 +103,8 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path, text: str, value:
         ("optim: {base_lr: 1e999}", "optim.base_lr is inf; expected a number"),
         ("optim: {base_lr: 2026-11-27}", "optim.base_lr is the text '2026-11-27'"),
         ("views: {area: 0.2, aspect: 1}", "views.area is 0.2; expected tuple"),
+        ("views:\n  blur_p: [1, 0.1, 0.2]", r"line 3: views.blur_p is \[1, 0.1, 0.2\]; expected a number or tuple\[a number, a number\]"),
+        ("views: {solarise_p: [0, 1.2]}", r"views.solarise_p is \(0, 1.2\); expected a probability in \[0, 1\]"),
         ("views: {area: [0.2]}", r"views.area is \[0.2\]; expected tuple"),
         ("train: {precision: bf16}", "train.precision is the text 'bf16'; expected one of float32, tf32, bfloat16"),
         ("train: 5", "train is 5; expected its fields below it, as train.batch_size"),

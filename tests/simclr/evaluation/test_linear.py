@@ -193,13 +193,14 @@ def test_sgd_is_nesterov_under_half_a_cosine_and_the_encoder_is_untouched(patter
     from simclr.views.two_views import two_views
 
     config = recipe("patterns_tiny")
+    config = replace(config, views=replace(config.views, blur_p=(1.0, 0.1), solarise_p=(1.0, 0.2)))  # of which the probe has none
     encoder = build_model(config).encoder.train()
     before = digest(encoder)
     classifier = linear.sgd_probe(encoder, patterns, config, 10, batch_size=60, epochs=1)
     assert digest(encoder) == before and encoder.training
 
     encoder.eval()
-    views = replace(config.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0)
+    views = replace(config.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
     same = replace(config, views=views, train=replace(config.train, batch_size=60, epochs=1.0))
     w, v = torch.zeros(10, encoder.d_h + 1), torch.zeros(10, encoder.d_h + 1)
     stream = loader.batches(same, patterns, 0, 0, 1)

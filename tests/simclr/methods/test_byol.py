@@ -122,7 +122,7 @@ def set_weights(network: nn.Module, g: dict[str, Tensor], prefix: str) -> None:
 
 
 def tiny(g: dict[str, Tensor], config: BYOL) -> Method:
-    def trunk() -> tuple[nn.Module, nn.Module]:
+    def trunk() -> tuple[Any, MLP]:
         return nn.Sequential(nn.Linear(6, 8, bias=False), BatchNorm(8), nn.ReLU()), MLP(8, 10, 4, bias=(True, False))
 
     network, target = Network(*trunk(), MLP(4, 12, 4, bias=(True, False))).double(), Target(*trunk()).double()
@@ -186,26 +186,18 @@ def test_the_heads_are_the_authors() -> None:
     heads = json.loads((FAMILY / "byol_layers.json").read_text())["heads"]
     network = build_network(BYOL(encoder=TINY.encoder))
     for name, width in (("projector", network.encoder.d_h), ("predictor", 256)):
-        head = getattr(network, name)
-        found = [
-            [int(layer.in_features), int(layer.out_features), layer.bias is not None]
-            for layer in head.modules()
-            if isinstance(layer, nn.Linear)
-        ]
+        head: nn.Module = getattr(network, name)
+        linear = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
         dense = [layer for layer in heads[name] if layer["layer"] == "dense"]
-        assert found == [[width, dense[0]["shape"][1], dense[0]["bias"]], [*dense[1]["shape"], dense[1]["bias"]]]
+        expected = [[width, dense[0]["shape"][1], dense[0]["bias"]], [*dense[1]["shape"], dense[1]["bias"]]]
+        assert [[layer.in_features, layer.out_features, layer.bias is not None] for layer in linear] == expected
         (norm,) = (layer for layer in head.modules() if isinstance(layer, BatchNorm))
         (theirs,) = (layer for layer in heads[name] if layer["layer"] == "batch norm")
-        assert (norm.eps, 1 - norm.momentum, len(norm.weight), norm.bias is not None) == (
-            theirs["eps"],
-            theirs["decay"],
-            theirs["features"],
-            True,
-        )
-        first, second = (layer.weight for layer in head.modules() if isinstance(layer, nn.Linear))
-        for weight in (first, second):
-            spread = float(weight.detach().std()) * weight.shape[1] ** 0.5
-            assert abs(spread - 0.8796) < 0.01 and float(weight.detach().abs().max()) * weight.shape[1] ** 0.5 <= 2
+        assert norm.weight is not None and norm.bias is not None and len(norm.weight) == theirs["features"]
+        assert (norm.eps, 1 - norm.momentum) == (theirs["eps"], theirs["decay"])
+        for layer in linear:  # a normal of 1 / √fan-in, cut at two of them
+            unit = layer.weight.detach() * layer.in_features**0.5
+            assert abs(float(unit.std()) - 0.8796) < 0.01 and float(unit.abs().max()) <= 2
 
 
 def test_the_optimizer_spares_what_the_authors_spare() -> None:

@@ -58,13 +58,14 @@ def steps(config: FineTune, data: Path, at: Path) -> tuple[list[float], dict[str
 
 
 def test_one_view_is_the_first_of_two_without_colour(patterns: Path, photographs: Path, within: Within) -> None:
-    views = dataclasses.replace(TINY.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0)
+    whole = dataclasses.replace(TINY.views, solarise_p=1.0)
+    views = dataclasses.replace(whole, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
     for data in (patterns, photographs):
         config = dataclasses.replace(TINY, views=views)
         stream = loader.batches(config, data, 3, 0, 1)
         batch = next(stream)
         both = two_views(batch.images[0], batch.ids, batch.epoch, views, config.seed)
-        one = crop_and_flip(batch.images[0], batch.ids, batch.epoch, TINY.views, config.seed)
+        one = crop_and_flip(batch.images[0], batch.ids, batch.epoch, whole, config.seed)
         within("pixels", float((one - both[: len(one)]).abs().max()), 1e-6)
         stream.close()
         single = loader.batches(config, data, 3, 0, 1, crops=(Crop(count=1, views=views, distorted=False),))

@@ -16,6 +16,7 @@ import torch
 from scipy.special import ndtr, ndtri
 from torch import nn
 
+from simclr import keyed
 from simclr.config import Encoder, Head, Loss, SimCLR
 from simclr.encoder.directory import read_classifier, write_encoder
 from simclr.methods.choice import shapes
@@ -24,7 +25,7 @@ from simclr.methods.method import Start
 from simclr.methods.queue import Queue
 from simclr.methods.simclr import build_model, simclr
 from simclr.networks import initial
-from simclr.networks.heads import Classifier, ProjectionHead
+from simclr.networks.heads import MLP, Classifier, ProjectionHead
 from simclr.networks.resnet import resnet
 from simclr.recipes import RECIPES
 from tests.conftest import Within
@@ -137,6 +138,20 @@ def test_neither_threads_nor_chunks_nor_layout_change_a_bit(monkeypatch: pytest.
     assert len(maps) == 16 and all(torch.equal(turned.get_parameter(name), ours[name].double()) for name in maps)
     ends = initial.deviates(5, "x", 3, 6, False)
     assert np.array_equal(ends, initial.deviates(5, "x", 0, 9, False)[3:6])
+
+
+def test_a_heads_weights_and_biases_are_uniform_by_fan_in_and_keyed_by_its_name() -> None:
+    """The words of `keyed`, from −1 to 1, times 1 / √fan-in: torch's own distribution."""
+    head = MLP(9, 16, 4, layers=3, bias=(True, False), last_norm=True, seed=5, name="projector")
+    first = head.get_submodule("layers.0.0")
+    for name, parameter in first.named_parameters():
+        count = parameter.numel()
+        words = keyed.bits(5, "weights", zlib.crc32(f"projector.layers.0.0.{name}".encode()), np.arange(-(-count // 4)), 0, 4).reshape(-1)
+        expected = ((words[:count] + 0.5) / 2**31 - 1) / math.sqrt(9)
+        assert float((parameter.detach().flatten() - torch.from_numpy(expected)).abs().max()) < 1e-7
+    assert [linear.bias is not None for linear in head.modules() if isinstance(linear, nn.Linear)] == [True, True, False]
+    assert not equal(head, MLP(9, 16, 4, layers=3, bias=(True, False), last_norm=True, seed=5, name="predictor"))
+    assert [name for name, _ in head.layers[-1].named_parameters()] == ["0.weight"]  # the last norm has neither scale nor shift
 
 
 def test_their_distribution(within: Within) -> None:

@@ -18,6 +18,7 @@ from pipelines.tracking.card import UNKNOWN_LICENCE
 from pipelines.tracking.client import name_of
 from pipelines.tracking.record import Record
 from pipelines.tracking.registry import FILES, require_plain
+from simclr.config import Encoder
 from simclr.encoder import hub as reading
 from simclr.errors import UserError
 from simclr.text import redacted
@@ -27,6 +28,10 @@ _LOGIN = "; log in with `hf auth login`, or set $HF_TOKEN to one that may write"
 # What the Hub's pages can filter by. https://huggingface.co/docs/hub/repositories-licenses
 _LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
 _TOP1 = {"knn_top1": "kNN top-1", "probe_top1": "linear probe top-1", "linear_top1": "linear evaluation top-1", "top1": "top-1"}
+_RESNET = (
+    ", and timm's ResNetV2\nwithout pre-activation, with the stem `same`, is the official SimCLR's ResNet (its `resnet50` pads the "
+    "max-pool otherwise)"
+)
 
 
 def fetched(address: Path) -> Path:
@@ -80,17 +85,18 @@ def _written(published: Any, encoder: Path, repository: str, record: Record, lic
     """The files that differ from the encoder's own, by name: card, config.json, timm's weights. They are written below `to`."""
     from safetensors.torch import save_file
 
-    from simclr.config import Encoder
     from simclr.encoder import timm
     from simclr.encoder.directory import read_text
 
     text = read_text(encoder)
-    lacks = timm.lacks(Encoder(**published.config["encoder"]))
+    shape = Encoder(**published.config["encoder"])
+    lacks = timm.lacks(shape)
     if not lacks:
         text |= timm.config(published)
         save_file(timm.weights(published), to / _TIMM)
     (to / "config.json").write_text(json.dumps(text, indent=1) + "\n")
-    (to / "README.md").write_text(_head(published.config, repository, record, licence, not lacks) + _card(encoder, repository, lacks))
+    head = _head(published.config, repository, record, licence, not lacks)
+    (to / "README.md").write_text(head + _card(encoder, repository, lacks, shape))
     return {path.name: path for path in to.iterdir()}
 
 
@@ -130,7 +136,7 @@ def _tag(encoder: Encoder) -> str:
     return f"resnet-{encoder.depth}" if not encoder.vit else re.sub(r"[^a-z0-9]+", "-", encoder.title.lower())
 
 
-def _card(encoder: Path, repository: str, lacks: str) -> str:
+def _card(encoder: Path, repository: str, lacks: str, shape: Encoder) -> str:
     """The card's text behind its head: the encoder's own, with the Hub's address and what timm does with it."""
     own = (encoder / "README.md").read_text().replace("# hf://", "# ", 1)
     own = re.sub(r"  +# DIR: the directory of this file", "", own).replace("DIR", f"hf://{repository}")
@@ -140,8 +146,8 @@ def _card(encoder: Path, repository: str, lacks: str) -> str:
     call = f'timm.create_model("hf-hub:{repository}", pretrained=True, num_classes=0)'
     return (
         f"{own}\n## timm\n\n```python\nimport timm\n\nmodel = {call}.eval()\n```\n\n"
-        "It computes the same features of the same input: `model.safetensors` has the weights under timm's names, and timm's ResNetV2\n"
-        "without pre-activation, with the stem `same`, is the official SimCLR's ResNet (its `resnet50` pads the max-pool otherwise).\n"
+        "It computes the same features of the same input: `model.safetensors` has the weights under timm's names"
+        f"{'' if shape.vit else _RESNET}.\n"
         "timm's transforms resize with antialiasing, and so a little otherwise than `simclr.load_encoder(…).embed`.\n"
     )
 

@@ -2,11 +2,13 @@
 
 timm's `resnet50` is not ours: it pads its max-pool on every side, the official SimCLR ('SAME') at the end of an even side. Its ResNetV2,
 without pre-activation and with the stem 'same', is, to the last bit of the sums: a 1 × 1 projection in every group's first block, the
-stride in the 3 × 3 convolution. It has bottlenecks only, so ResNet-18 and -34 have no form there.
+stride in the 3 × 3 convolution. It has bottlenecks only, so ResNet-18 and -34 have no form there. Its vision transformer is ours, under the
+same names, but for the norm of a mean of patches, which it calls fc_norm.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from simclr.config import Encoder
 from simclr.encoder.directory import PublishedEncoder
 from simclr.encoder.export import torchvision_name
+from simclr.networks.vit import VisionTransformer
 
 _DEPTHS = {50: "resnetv2_50", 101: "resnetv2_101", 152: "resnetv2_152", 200: "resnetv2_152"}
 _BLOCKS_200 = [3, 24, 36, 3]  # timm has no network of this depth by name
@@ -21,6 +24,8 @@ _BLOCKS_200 = [3, 24, 36, 3]  # timm has no network of this depth by name
 
 def lacks(encoder: Encoder) -> str:
     """Why timm has no such network, in words; "" where it has one."""
+    if encoder.vit:
+        return ""
     if encoder.cifar_stem:
         return "the stem for small images"
     if encoder.sk_ratio or encoder.se_ratio:
@@ -32,38 +37,47 @@ def config(published: PublishedEncoder) -> dict[str, Any]:
     """The keys of config.json with which `timm.create_model("hf-hub:ORG/NAME", pretrained=True)` builds this network. They stand beside
     ours, which have other names."""
     encoder, seen = Encoder(**published.config["encoder"]), published.preprocessing
-    arguments: dict[str, Any] = {"preact": False, "stem_type": "same"}
-    if encoder.width != 1:
-        arguments["width_factor"] = encoder.width
-    if encoder.depth == 200:
-        arguments["layers"] = _BLOCKS_200
+    arguments: dict[str, Any] = {}
+    if isinstance(vit := published.encoder, VisionTransformer):
+        arguments |= {"img_size": seen.size_px, "patch_size": vit.patch_px, "embed_dim": vit.d_h, "depth": len(vit.blocks)}
+        arguments |= {"num_heads": vit.heads, "global_pool": "token" if vit.pool == "class" else "avg"}
+    else:
+        arguments |= {"preact": False, "stem_type": "same"}
+        if encoder.width != 1:
+            arguments["width_factor"] = encoder.width
+        if encoder.depth == 200:
+            arguments["layers"] = _BLOCKS_200
     return {
-        "architecture": _DEPTHS[encoder.depth],
+        "architecture": "vit_small_patch16_224" if encoder.vit else _DEPTHS[encoder.depth],
         "model_args": arguments,
         "num_classes": 0,
         "num_features": published.d_h,
-        "global_pool": "avg",
+        "global_pool": arguments.get("global_pool", "avg"),
         "pretrained_cfg": {
             "tag": "simclr",
             "custom_load": False,
             "input_size": [3, seen.size_px, seen.size_px],
-            "fixed_input_size": False,
+            "fixed_input_size": bool(encoder.vit),
             "interpolation": "bicubic" if seen.resize == "bicubic" else "bilinear",  # timm reduces by area with either
             "crop_pct": seen.centre_crop,
             "crop_mode": "center",
             "mean": list(seen.mean),
             "std": list(seen.std),
             "num_classes": 0,
-            "pool_size": [-(-seen.size_px // 32)] * 2,
-            "first_conv": "stem.conv",
-            "classifier": "head.fc",
+            "pool_size": None if encoder.vit else [-(-seen.size_px // 32)] * 2,
+            "first_conv": "patch_embed.proj" if encoder.vit else "stem.conv",
+            "classifier": "head" if encoder.vit else "head.fc",
         },
     }
 
 
 def weights(published: PublishedEncoder) -> dict[str, Tensor]:
     """The encoder's weights under timm's names."""
-    return {name(own): t.contiguous() for own, t in published.encoder.state_dict().items()}
+    tensors = published.encoder.state_dict()
+    if isinstance(vit := published.encoder, VisionTransformer):
+        norm = "fc_norm." if vit.pool == "mean" else "norm."
+        return {re.sub(r"^norm\.", norm, own): t.contiguous() for own, t in tensors.items()}
+    return {name(own): t.contiguous() for own, t in tensors.items()}
 
 
 def name(own: str) -> str:

@@ -215,11 +215,13 @@ def _candidates(weights: Weights, size_px: int) -> Iterator[tuple[Encoder, int]]
 
 def _flags(asked: Encoder, fits: Encoder) -> Iterator[str]:
     """The flags that make the encoder that was asked for the one that fits."""
-    kind = ("patch_px", "heads") if fits.vit else ("depth", "width", "sk_ratio", "se_ratio", "cifar_stem")
+    kind = ("patch_px",) if fits.vit else ("depth", "width", "sk_ratio", "se_ratio", "cifar_stem")
     for name in ("vit", "timm", *kind):
         value, flag = getattr(fits, name), name.replace("_", "-")
         if value != getattr(asked, name):
             yield f"--encoder.{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--encoder.{flag} {value}"
+    if fits.vit and _heads(fits) != (asked.heads or SIZES[fits.vit][2]):
+        yield f"--encoder.heads {_heads(fits)}"
 
 
 def _read(path: Path) -> Any:

@@ -22,7 +22,7 @@ def build_encoder(config: configs.Encoder, seed: int = 0, size_px: int = 224) ->
     c = config
     if c.vit:
         width, blocks, heads = SIZES[c.vit]
-        given = {"pool": c.pool, "positions": c.positions, "drop_path": c.drop_path, "frozen_patches": c.frozen_patches, "seed": seed}
+        given = {"pool": c.pool, "positions": c.positions, "frozen_patches": c.frozen_patches, "seed": seed}
         try:
             return vit(width, blocks, c.heads or heads, c.patch_px, size_px, **given)  # type: ignore[arg-type]
         except ValueError as error:

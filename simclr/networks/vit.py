@@ -37,7 +37,6 @@ def vit(
     qkv_bias: bool = True,
     pool: Literal["class", "mean"] = "class",
     positions: Literal["learned", "sin_cos"] = "learned",
-    drop_path: float = 0.0,
     frozen_patches: bool = False,
     init: Literal["xavier", "normal"] | None = None,
     enlarged: float = 0.0,
@@ -59,7 +58,7 @@ def vit(
         raise ValueError(f"patches of {patch_px} px do not divide images of {size_px} px")
     if positions == "sin_cos" and width % 4:
         raise ValueError(f"sines and cosines of row and column want a width that 4 divides, not {width}")
-    network = VisionTransformer(width, blocks, heads, patch_px, size_px, mlp_ratio, qkv_bias, pool, drop_path, enlarged)
+    network = VisionTransformer(width, blocks, heads, patch_px, size_px, mlp_ratio, qkv_bias, pool, enlarged)
     _begin(network, init or ("xavier" if positions == "sin_cos" else "normal"), seed, prefix)
     if positions == "sin_cos":
         network.pos_embed.requires_grad_(False)
@@ -83,12 +82,11 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float,
         qkv_bias: bool,
         pool: Literal["class", "mean"],
-        drop_path: float,
         enlarged: float,
     ) -> None:
         super().__init__()
-        self.d_h, self.patch_px, self.grid, self.pool, self.enlarged = width, patch_px, size_px // patch_px, pool, enlarged
-        self.drop_path = drop_path_rates(drop_path, blocks)
+        self.d_h, self.heads, self.patch_px, self.grid = width, heads, patch_px, size_px // patch_px
+        self.pool, self.enlarged = pool, enlarged
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, width))
         self.patch_embed = _Patches(width, patch_px)

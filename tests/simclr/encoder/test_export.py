@@ -179,3 +179,15 @@ def test_the_card_says_what_the_config_says() -> None:
         "| `rankme` | 31.2 |",
     ):
         assert row in text, row
+
+
+def test_a_vision_transformer_is_a_program_and_has_timms_names(tmp_path: Path, within: Within) -> None:
+    encoder = published(tmp_path / "encoder", Encoder(vit="micro"), 32)
+    within("program", export.program(encoder, tmp_path / "vit.pt2"), 1e-5)
+    with pytest.raises(UserError, match=r"this is a ViT-micro/16, whose encoder\.safetensors has timm's names as it is; export a program"):
+        export.torchvision(encoder, None, tmp_path / "vit.safetensors")
+
+
+def test_a_vision_transformer_is_a_graph(tmp_path: Path, within: Within) -> None:
+    pytest.importorskip("onnxscript")
+    within("graph", export.onnx(published(tmp_path / "encoder", Encoder(vit="micro"), 32), tmp_path / "vit.onnx", prepared=True), 1e-5)

@@ -83,3 +83,17 @@ def test_timm_computes_the_same(depth: int, width: int, tmp_path: Path, within: 
         with torch.no_grad():
             h: Tensor = ours(x)
             within("features", float((theirs(x) - h).abs().max() / h.abs().max()), 1e-5)
+
+
+@pytest.mark.parametrize("pool", ["class", "mean"])
+def test_timm_has_our_vision_transformer(pool: str, tmp_path: Path, within: Within) -> None:
+    timm = pytest.importorskip("timm", reason="timm, of the extra `dev`, is not installed")
+    config = replace(recipe("patterns_tiny"), encoder=Encoder(vit="micro", patch_px=8, pool=pool))  # type: ignore[arg-type]
+    ours = PublishedEncoder(build_encoder(config.encoder, 0, config.views.size_px), config.to_dict()).eval()
+    save_file(form.weights(ours), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(ours.config | form.config(ours)))
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    x = torch.randn(2, 3, ours.preprocessing.size_px, ours.preprocessing.size_px, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        h: Tensor = ours(x)
+        within("features", float((theirs(x) - h).abs().max() / h.abs().max()), 1e-5)

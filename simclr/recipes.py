@@ -198,7 +198,7 @@ def patterns_byol() -> BYOL:
     return BYOL(
         encoder=base.encoder,
         views=base.views,
-        optim=replace(base.optim, rate_in_buffer=False),
+        optim=replace(base.optim, warmup_epochs=0.5, rate_in_buffer=False),
         train=base.train,
         watch=base.watch,
         ema=0.99,

@@ -25,6 +25,7 @@ from simclr.methods.method import Method, Rows, Start
 from simclr.networks.batchnorm import BatchNorm, share_statistics
 from simclr.networks.heads import MLP
 from simclr.optim import build_optimizer, byol_rule, parameter_groups, warmup_cosine
+from simclr.telemetry.collapse import collapse
 from simclr.train import take_step, train
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
@@ -305,3 +306,30 @@ def test_pieces_give_the_whole_batchs_gradient_where_statistics_are_fixed(within
         assert p.grad is not None
         within("gradient", float((p.grad - expected[name]).abs().max()), 1e-12)
     assert all(p.grad is None for p in target.parameters())
+
+
+# ── Collapse ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def told(predictor: bool, seed: int, data: Path) -> list[str | None]:
+    """What is said of the reports of an epoch without a predictor, and of two with one; the first report is the beginning."""
+    settings = dataclasses.replace(SMALL.train, steps=20, precision="float32", linear_eval=False, checkpoint_every_steps=20)
+    optim = dataclasses.replace(SMALL.optim, base_lr=48.0, warmup_epochs=0)
+    config = dataclasses.replace(SMALL, seed=seed, predictor=predictor, optim=optim, train=settings)
+    found = []
+    for report in train(config, Start(data)):
+        found.append(collapse(report.metrics))
+        if not predictor and report.step == 10:
+            break
+    return found[1:]
+
+
+def test_without_a_predictor_a_collapse_is_told_within_an_epoch(patterns: Path) -> None:
+    """Ten steps. The loss tells nothing: it falls."""
+    said = told(False, 0, patterns)[-1]
+    assert said is not None and "point nearly the same way" in said
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_with_a_predictor_none_is_told(patterns: Path, seed: int) -> None:
+    assert told(True, seed, patterns) == [None] * 19

@@ -54,7 +54,8 @@ class Args:
     run keeps it as subset.txt. Default: all images; with --extend those of the run."""
     start: Path | None = None
     """Weights to begin with: a run, a published encoder, s3://bucket/prefix of either, NAME@alias in the registry, or a .safetensors or
-    .pth file of a ResNet by torchvision's names. Optimizer and schedule begin anew. Default: initial weights drawn by the seed."""
+    .pth file of a ResNet by torchvision's names or of a vision transformer by timm's. Optimizer and schedule begin anew. Default: initial
+    weights drawn by the seed."""
     extend: Path | None = None
     """A complete run, on disk or at s3://bucket/prefix, to train on from in a new run, by its config: a new warm-up and cosine from its
     weights (--train.epochs N long), not what more epochs from the beginning would have given. Default of --seed: the run's + 1."""

@@ -224,3 +224,16 @@ def test_every_parameter_has_its_depth() -> None:
         found, count = depths(resnet(50))
     assert count == 3 + 4 + 6 + 3 + 2 and set(found.values()) == set(range(count - 1))
     assert found["stem.0.weight"] == 0 and found["groups.0.0.body.0.weight"] == 1 and found["groups.3.2.body.0.weight"] == 16
+
+
+def test_it_compiles_as_one_graph(network: VisionTransformer, golden: dict[str, Tensor]) -> None:
+    """With paths, and at another size than the table's, in bfloat16 and float32: no graph break."""
+    small = vit(32, 1, 4, 4, 16)
+    compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
+    for side in ("16", "24"):
+        x, paths = golden[f"x{side}"].float(), torch.tensor([[1.0, 0], [2, 1]])
+        with torch.autocast("cpu", torch.bfloat16):
+            h = compiled(x, paths)
+            assert h.dtype == torch.float32 and torch.allclose(h, small(x, paths), atol=1e-2)
+        h.sum().backward()
+        assert torch.allclose(compiled(x, paths), small(x, paths), atol=1e-5)

@@ -26,6 +26,7 @@ from pipelines.train import compile_cache
 from simclr.collectives import rank
 from simclr.config import Config, Encoder, Head, Loss, Train
 from simclr.errors import UserError
+from simclr.family import MoCo
 from simclr.stages import FineTune
 from simclr.train import Start, train
 from tests.conftest import Within
@@ -83,6 +84,18 @@ def test_two_compiled_ranks_compute_what_they_do_uncompiled(patient: Ranks, with
         within("loss", loss, 1e-12)
         within("weights, momentum, statistics", states, 1e-12)
         assert found[2] == [(1, 0)] * 10 and found[3] == 1
+
+
+@pytest.mark.compile
+def test_moco_compiles_to_one_graph(within: Within, patterns: Path) -> None:
+    """Two passes through the encoder; the key network is not compiled."""
+    train = dataclasses.replace(TINY.train, precision="float64")
+    config = MoCo(encoder=TINY.encoder, views=TINY.views, train=train, watch=TINY.watch, queue=96, ema=0.9, d_out=16, symmetric=True)
+    expected, found = (ten_steps(config, compile, str(patterns)) for compile in (False, True))
+    loss, states = deviations(found, expected)
+    within("loss", loss, 1e-12)
+    within("weights, momentum, statistics", states, 1e-12)
+    assert found[2] == [(1, 0)] * 10
 
 
 @pytest.mark.compile

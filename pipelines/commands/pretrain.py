@@ -65,7 +65,8 @@ class Args:
     run keeps it as subset.txt. Default: all images; with --extend those of the run."""
     start: Path | None = None
     """Weights to begin with: a run, a published encoder, s3://bucket/prefix of either, NAME@alias in the registry, or a .safetensors or
-    .pth file of a ResNet by torchvision's names. Optimizer and schedule begin anew. Default: initial weights drawn by the seed."""
+    .pth file of a ResNet by torchvision's names or, with --encoder.timm, of that network by timm's. Optimizer and schedule begin anew.
+    Default: initial weights drawn by the seed."""
     extend: Path | None = None
     """A complete run, on disk or at s3://bucket/prefix, to train on from in a new run, by its config: a new warm-up and cosine from its
     weights (--train.epochs N long), not what more epochs from the beginning would have given. Default of --seed: the run's + 1."""
@@ -195,17 +196,17 @@ def _start(args: Args) -> tuple[Weights | None, dict[str, Any] | None]:
     place = args.extend or args.start
     if place is None:
         return None, None
-    weights = weights_at(place, args.tracking_uri)
+    weights = weights_at(place, args.tracking_uri, args.config)
     return weights, warm_start.described(place, weights, place is args.extend)
 
 
-def weights_at(place: Path, tracking_uri: str | None) -> Weights:
-    """The weights of a file of tensors, or as `warm_start.weights_in` of a run or a published encoder, which may lie in S3 or in the
-    registry."""
+def weights_at(place: Path, tracking_uri: str | None, config: Config | None = None) -> Weights:
+    """The weights of a file of tensors for a run of `config`, or as `warm_start.weights_in` of a run or a published encoder, which may lie
+    in S3 or in the registry."""
     from simclr.encoder.weights import of_file
 
     if place.is_file():
-        return of_file(place)
+        return of_file(place, config)
     with inputs.opened(place, tracking_uri) as directory:
         return warm_start.weights_in(directory, place)
 

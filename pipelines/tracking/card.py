@@ -63,6 +63,8 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
     ]
     if not converted:
         parts.append("## Know before use\n\n" + _limits(seen))
+    if config["encoder"].get("timm"):
+        parts.append("## In timm\n\n" + _in_timm(config["encoder"]["timm"], size))
     parts.append(
         "## Files\n\n`encoder.safetensors` and `config.json` are the encoder; `head.safetensors` and `classifier.safetensors`, where\n"
         "present, are the projection head, which SimCLR v2 fine-tunes from, and a linear classifier. Nothing is pickled.\n\n"
@@ -75,6 +77,8 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
 
 def network(encoder: dict[str, Any]) -> str:
     """The architecture by the papers' names, from the `encoder` of a config."""
+    if encoder.get("timm"):
+        return f"timm's {encoder['timm']}"
     extras = [
         f"{encoder['width']}× width" if encoder["width"] != 1 else "",
         "selective kernels" if encoder["sk_ratio"] else "",
@@ -136,6 +140,19 @@ def _limits(views: dict[str, Any]) -> str:
     )
 
 
+def _in_timm(name: str, size: int) -> str:
+    """How timm itself takes the weights."""
+    from simclr.networks.timm import call
+
+    return (
+        "`encoder.safetensors` has timm's names behind the prefix `model.`. On images that are cut, scaled and normalised as above, this\n"
+        "computes the same features:\n\n"
+        f"```python\nimport timm\nfrom safetensors.torch import load_file\n\nmodel = {call(name, size)}.eval()\n"
+        'weights = load_file("DIR/encoder.safetensors")\n'
+        'model.load_state_dict({key.removeprefix("model."): t for key, t in weights.items()})\n```'
+    )
+
+
 def _table(header: tuple[str, str], rows: dict[str, str]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "|---|---|", *(f"| {key} | {value.replace('|', '/')} |" for key, value in rows.items())]
     return "\n".join(lines)
@@ -149,4 +166,4 @@ def _parameters(config: dict[str, Any]) -> int:
     from simclr.networks.encoders import build_encoder
 
     with torch.device("meta"):  # names and shapes, without memory
-        return sum(p.numel() for p in build_encoder(Encoder(**config["encoder"])).parameters())
+        return sum(p.numel() for p in build_encoder(Encoder(**config["encoder"]), size_px=config["preprocessing"]["size_px"]).parameters())

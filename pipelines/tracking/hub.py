@@ -85,18 +85,23 @@ def _written(published: Any, encoder: Path, repository: str, record: Record, lic
     from simclr.encoder.directory import read_text
 
     text = read_text(encoder)
-    lacks = timm.lacks(Encoder(**published.config["encoder"]))
+    shape = Encoder(**published.config["encoder"])
+    lacks = timm.lacks(shape)
     if not lacks:
         text |= timm.config(published)
         save_file(timm.weights(published), to / _TIMM)
     (to / "config.json").write_text(json.dumps(text, indent=1) + "\n")
-    (to / "README.md").write_text(_head(published.config, repository, record, licence, not lacks) + _card(encoder, repository, lacks))
+    (to / "README.md").write_text(
+        _head(published.config, repository, record, licence, not lacks) + _card(encoder, repository, lacks, bool(shape.timm))
+    )
     return {path.name: path for path in to.iterdir()}
 
 
 def _head(config: dict[str, Any], repository: str, record: Record, licence: str, in_timm: bool) -> str:
     """The YAML at the card's head, which the Hub's pages and searches read."""
     from huggingface_hub import EvalResult, ModelCardData
+
+    from simclr.config import Encoder
 
     known = licence.lower() in _LICENCES
     data = name_of(record.measured.data) if record.measured.data else ""
@@ -118,25 +123,31 @@ def _head(config: dict[str, Any], repository: str, record: Record, licence: str,
         license_name=None if known or licence == UNKNOWN_LICENCE else licence,
         library_name="timm" if in_timm else "simclr",
         pipeline_tag="image-feature-extraction",
-        tags=["simclr", "self-supervised-learning", f"resnet-{config['encoder']['depth']}"],
+        tags=["simclr", "self-supervised-learning", Encoder(**config["encoder"]).timm or f"resnet-{config['encoder']['depth']}"],
         model_name=repository.partition("/")[2] if results else None,
         eval_results=results or None,
     )
     return f"---\n{about}\n---\n\n"
 
 
-def _card(encoder: Path, repository: str, lacks: str) -> str:
-    """The card's text behind its head: the encoder's own, with the Hub's address and what timm does with it."""
+def _card(encoder: Path, repository: str, lacks: str, of_timm: bool) -> str:
+    """The card's text behind its head: the encoder's own, with the Hub's address and what timm does with it, `of_timm` or not."""
     own = (encoder / "README.md").read_text().replace("# hf://", "# ", 1)
     own = re.sub(r"  +# DIR: the directory of this file", "", own).replace("DIR", f"hf://{repository}")
+    own = re.sub(r"## In timm\n.*?(?=## )", "", own, flags=re.DOTALL)  # which the Hub has shorter
     own = re.sub(r"## Serve it\n.*?(?=## )", "", own, flags=re.DOTALL)  # of a version in a registry
     if lacks:
         return f"{own}\n## timm\n\ntimm has no network with {lacks}, so this one is read by simclr alone.\n"
     call = f'timm.create_model("hf-hub:{repository}", pretrained=True, num_classes=0)'
+    names = (
+        "`model.safetensors` has the weights under timm's names."
+        if of_timm
+        else "`model.safetensors` has the weights under timm's names, and timm's ResNetV2\n"
+        "without pre-activation, with the stem `same`, is the official SimCLR's ResNet (its `resnet50` pads the max-pool otherwise)."
+    )
     return (
         f"{own}\n## timm\n\n```python\nimport timm\n\nmodel = {call}.eval()\n```\n\n"
-        "It computes the same features of the same input: `model.safetensors` has the weights under timm's names, and timm's ResNetV2\n"
-        "without pre-activation, with the stem `same`, is the official SimCLR's ResNet (its `resnet50` pads the max-pool otherwise).\n"
+        f"It computes the same features of the same input: {names}\n"
         "timm's transforms resize with antialiasing, and so a little otherwise than `simclr.load_encoder(…).embed`.\n"
     )
 

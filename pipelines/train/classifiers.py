@@ -45,15 +45,18 @@ class Shape:
     """Width multiplier."""
     sk_ratio: float | None = None
     """Selective kernels' reduction ratio; 0 = none."""
+    timm: str | None = None
+    """A network of timm's by its name, in place of a ResNet."""
 
     def of(self, encoder: Encoder) -> Encoder:
-        """`encoder` with these fields."""
-        return replace(encoder, **{k: v for k, v in dataclasses.asdict(self).items() if v is not None})
+        """`encoder` with these fields; a ResNet, where they are a ResNet's alone."""
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return replace(encoder, **({"timm": ""} | given if given else {}))
 
     @classmethod
     def like(cls, encoder: Encoder) -> Shape:
         """The shape of `encoder`, in full."""
-        return cls(depth=encoder.depth, width=encoder.width, sk_ratio=encoder.sk_ratio)
+        return cls(depth=encoder.depth, width=encoder.width, sk_ratio=encoder.sk_ratio, timm=encoder.timm)
 
 
 def settings_of(config: Config, run: Path) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def convert(bundle: Bundle) -> Converted:
         raise UserError(f"{bundle.source} holds {found}; expected names as base_model/conv2d/kernel or resnet/…/conv2d/kernel")
     config = infer(parts["encoder"], bundle.source)
     encoder = unfilled(lambda: build_encoder(config))
+    assert isinstance(encoder, ResNet)
     fill(encoder, bundle, parts["encoder"])
     head = _head(bundle, parts["head"], encoder.d_h)
     head_config = configs.Head(layers=len(head.layers), d_out=head.widths[-1]) if head else configs.Head()

@@ -1,8 +1,9 @@
 """A published encoder as timm's own network: its names for the weights, and what it reads in config.json.
 
-timm's `resnet50` is not ours: it pads its max-pool on every side, the official SimCLR ('SAME') at the end of an even side. Its ResNetV2,
-without pre-activation and with the stem 'same', is, to the last bit of the sums: a 1 × 1 projection in every group's first block, the
-stride in the 3 × 3 convolution. It has bottlenecks only, so ResNet-18 and -34 have no form there.
+A network of timm's (`simclr.networks.timm`) has these names already, behind a prefix. Of our ResNets timm's `resnet50` is none: it pads
+its max-pool on every side, the official SimCLR ('SAME') at the end of an even side. Its ResNetV2, without pre-activation and with the stem
+'same', is, to the last bit of the sums: a 1 × 1 projection in every group's first block, the stride in the 3 × 3 convolution. It has
+bottlenecks only, so ResNet-18 and -34 have no form there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from simclr.config import Encoder
 from simclr.encoder.directory import PublishedEncoder
 from simclr.encoder.export import torchvision_name
+from simclr.networks.timm import TimmEncoder, looked_at
 
 _DEPTHS = {50: "resnetv2_50", 101: "resnetv2_101", 152: "resnetv2_152", 200: "resnetv2_152"}
 _BLOCKS_200 = [3, 24, 36, 3]  # timm has no network of this depth by name
@@ -21,6 +23,8 @@ _BLOCKS_200 = [3, 24, 36, 3]  # timm has no network of this depth by name
 
 def lacks(encoder: Encoder) -> str:
     """Why timm has no such network, in words; "" where it has one."""
+    if encoder.timm:
+        return ""
     if encoder.cifar_stem:
         return "the stem for small images"
     if encoder.sk_ratio or encoder.se_ratio:
@@ -32,37 +36,44 @@ def config(published: PublishedEncoder) -> dict[str, Any]:
     """The keys of config.json with which `timm.create_model("hf-hub:ORG/NAME", pretrained=True)` builds this network. They stand beside
     ours, which have other names."""
     encoder, seen = Encoder(**published.config["encoder"]), published.preprocessing
-    arguments: dict[str, Any] = {"preact": False, "stem_type": "same"}
-    if encoder.width != 1:
-        arguments["width_factor"] = encoder.width
-    if encoder.depth == 200:
-        arguments["layers"] = _BLOCKS_200
+    if encoder.timm:
+        found = looked_at(encoder.timm, seen.size_px)
+        arguments = {key: value for key, value in found.arguments.items() if key not in ("pretrained", "num_classes")}
+        named: dict[str, Any] = {
+            key: found.pretrained_cfg[key] for key in ("fixed_input_size", "first_conv", "classifier") if key in found.pretrained_cfg
+        }
+    else:
+        arguments = {"preact": False, "stem_type": "same"}
+        if encoder.width != 1:
+            arguments["width_factor"] = encoder.width
+        if encoder.depth == 200:
+            arguments["layers"] = _BLOCKS_200
+        named = {"fixed_input_size": False, "pool_size": [-(-seen.size_px // 32)] * 2, "first_conv": "stem.conv", "classifier": "head.fc"}
     return {
-        "architecture": _DEPTHS[encoder.depth],
+        "architecture": encoder.timm or _DEPTHS[encoder.depth],
         "model_args": arguments,
         "num_classes": 0,
         "num_features": published.d_h,
-        "global_pool": "avg",
+        "global_pool": arguments.get("global_pool", "avg"),
         "pretrained_cfg": {
             "tag": "simclr",
             "custom_load": False,
             "input_size": [3, seen.size_px, seen.size_px],
-            "fixed_input_size": False,
             "interpolation": "bicubic" if seen.resize == "bicubic" else "bilinear",  # timm reduces by area with either
             "crop_pct": seen.centre_crop,
             "crop_mode": "center",
             "mean": list(seen.mean),
             "std": list(seen.std),
             "num_classes": 0,
-            "pool_size": [-(-seen.size_px // 32)] * 2,
-            "first_conv": "stem.conv",
-            "classifier": "head.fc",
+            **named,
         },
     }
 
 
 def weights(published: PublishedEncoder) -> dict[str, Tensor]:
     """The encoder's weights under timm's names."""
+    if isinstance(published.encoder, TimmEncoder):
+        return {own: t.contiguous() for own, t in published.encoder.model.state_dict().items()}
     return {name(own): t.contiguous() for own, t in published.encoder.state_dict().items()}
 
 

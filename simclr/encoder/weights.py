@@ -23,6 +23,7 @@ from simclr.encoder.directory import config_of, differences, preprocessing_of, r
 from simclr.encoder.export import own_name
 from simclr.errors import UserError
 from simclr.networks.encoders import build_encoder
+from simclr.networks.timm import looked_at
 
 Triple = tuple[float, float, float]
 _NEVER_USED = "num_batches_tracked"  # torchvision counts batches; no network here does
@@ -45,6 +46,8 @@ class Weights:
     """Names in the file that belong to none of these."""
     norm: tuple[Triple, Triple] | None = None
     """Mean and standard deviation that normalised their images; None = unknown."""
+    timm: tuple[Triple, Triple] | None = None
+    """Mean and standard deviation that timm's own weights of the network want; None = it is not timm's, or `norm` is known."""
     step: int | None = None
     """Optimizer steps after which they were; None = unknown."""
 
@@ -98,14 +101,16 @@ def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...]) -> Weigh
     )
 
 
-def of_file(path: Path) -> Weights:
+def of_file(path: Path, config: Config | None = None) -> Weights:
     """The weights in a file of safetensors or in torch's format, by torchvision's names or by those here, behind any one prefix
-    ("module.", "state_dict.encoder.").
+    ("module.", "state_dict.encoder."); of a network of timm's, where the run's `config` has one, by timm's names.
 
     Raises UserError for a file that cannot be read without unpickling, with no such network, or with several, and for weights that are
     not dense or not finite.
     """
     tensors = dict(_flat(_read(path), ""))
+    if config is not None and config.encoder.timm:
+        return _of_timm(tensors, config, path)
     theirs = {name.removesuffix("conv1.weight") for name in tensors if name.endswith("conv1.weight")}
     theirs = {prefix for prefix in theirs if f"{prefix}layer1.0.conv1.weight" in tensors and f"{prefix}bn1.weight" in tensors}
     ours = {name.removesuffix("stem.0.weight") for name in tensors if name.endswith("stem.0.weight")}
@@ -133,6 +138,27 @@ def of_file(path: Path) -> Weights:
     return Weights(encoder=encoder, unused=tuple(unused))
 
 
+def _of_timm(tensors: dict[str, Tensor], config: Config, path: Path) -> Weights:
+    """The weights of the network of timm's in `config`. timm's classifiers are left out."""
+    wanted = _shapes(config.encoder, config.views.size_px)
+    first = next(iter(wanted)).removeprefix("model.")
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)]
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name.removeprefix("model.") in tensors for name in wanted), default=None)
+    if prefix is None:
+        some = ", ".join(list(tensors)[:3]) or "nothing"
+        raise UserError(f"{path} holds no {config.encoder.timm} by timm's names ({first}, …), but {some}; give weights of this network")
+    encoder, unused = {}, []
+    for name, t in tensors.items():
+        own = f"model.{name.removeprefix(prefix)}"
+        if name.startswith(prefix) and own in wanted:
+            _require_numbers(t, name, path)
+            encoder[own] = t
+        elif not name.endswith(_NEVER_USED):
+            unused.append(name)
+    seen = looked_at(config.encoder.timm, config.views.size_px).pretrained_cfg
+    return Weights(encoder=encoder, unused=tuple(unused), timm=(tuple(seen["mean"]), tuple(seen["std"])))
+
+
 def _require_numbers(t: Tensor, name: str, path: Path) -> None:
     """Raise UserError unless tensor `name` of the file is dense, in memory and finite, as float32 too, which training makes of it."""
     kind = "quantised" if t.is_quantized else "without numbers" if t.is_meta else "" if t.layout is torch.strided else "sparse"
@@ -148,19 +174,21 @@ def _require_numbers(t: Tensor, name: str, path: Path) -> None:
         )
 
 
-def require_fit(encoder: Encoder, weights: Weights, where: object) -> None:
-    """Raise UserError if the weights, which come from `where`, are not those of such an encoder: it names the first differences, and the
-    flags that would fit."""
-    wrong = differences(_shapes(encoder), weights.encoder)
+def require_fit(encoder: Encoder, weights: Weights, where: object, size_px: int = 224) -> None:
+    """Raise UserError if the weights, which come from `where`, are not those of such an encoder for images of `size_px`: it names the first
+    differences, and the flags that would fit."""
+    wrong = differences(_shapes(encoder, size_px), weights.encoder)
     if not wrong:
         return
     more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    raise UserError(f"the weights in {where} do not fit the encoder: {'; '.join(wrong[:3])}{more}; {_advice(encoder, weights)}")
+    raise UserError(f"the weights in {where} do not fit the encoder: {'; '.join(wrong[:3])}{more}; {_advice(encoder, weights, size_px)}")
 
 
-def _advice(encoder: Encoder, weights: Weights) -> str:
+def _advice(encoder: Encoder, weights: Weights, size_px: int) -> str:
+    if encoder.timm and weights.shape is None:
+        return f"give weights of {encoder.timm} for images of {size_px} px (--views.size-px)"
     for fits in _candidates(weights):
-        wrong = differences(_shapes(fits), weights.encoder)
+        wrong = differences(_shapes(fits, size_px), weights.encoder)
         if not wrong:
             return f"would fit: {' '.join(_flags(encoder, fits))}"
         if all(text.startswith("groups.0.0.shortcut.") and text.endswith("is missing") for text in wrong):
@@ -168,9 +196,9 @@ def _advice(encoder: Encoder, weights: Weights) -> str:
     return "no network here has these weights"
 
 
-def _shapes(encoder: Encoder) -> dict[str, Tensor]:
+def _shapes(encoder: Encoder, size_px: int) -> dict[str, Tensor]:
     with torch.device("meta"):
-        return build_encoder(encoder).state_dict()
+        return build_encoder(encoder, size_px=size_px).state_dict()
 
 
 def _candidates(weights: Weights) -> Iterator[Encoder]:
@@ -189,7 +217,7 @@ def _candidates(weights: Weights) -> Iterator[Encoder]:
 
 def _flags(asked: Encoder, fits: Encoder) -> Iterator[str]:
     """The flags that make the encoder that was asked for the one that fits."""
-    for name in ("depth", "width", "sk_ratio", "se_ratio", "cifar_stem"):
+    for name in ("timm",) if fits.timm else ("timm", "depth", "width", "sk_ratio", "se_ratio", "cifar_stem"):
         value, flag = getattr(fits, name), name.replace("_", "-")
         if value != getattr(asked, name):
             yield f"--encoder.{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--encoder.{flag} {value}"

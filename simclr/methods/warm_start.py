@@ -38,7 +38,7 @@ def warm_start(config: Config, weights: Weights, classes: tuple[str, ...], where
     begins anew: the state has no tensor of it.
     Raises UserError if the encoder does not fit: with the first differences, and the flags that would.
     """
-    require_fit(config.encoder, weights, where)
+    require_fit(config.encoder, weights, where, config.views.size_px)
     method = pretraining(config, Start(Path()), _Classes(classes))  # type: ignore[arg-type]  # it reads no more of a manifest
     model, parts = method.network.state_dict(), method.published
     taken: dict[str, Tensor] = {f"encoder.{name}": t for name, t in weights.encoder.items()}

@@ -1,0 +1,184 @@
+"""Networks of timm's as encoders: timm's own numbers but for BatchNorm, the same weights everywhere, nothing by chance, one graph."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simclr.config import Encoder, SimCLR, Views
+from simclr.encoder.directory import write_encoder
+from simclr.errors import UserError
+from simclr.networks import timm as networks
+from simclr.networks.batchnorm import BatchNorm
+from simclr.networks.encoders import build_encoder
+from simclr.networks.initial import unfilled
+from simclr.networks.timm import TimmEncoder, looked_at, plain, version
+from tests.conftest import Within
+
+timm = pytest.importorskip("timm", reason="timm, of the extras `timm` and `dev`, is not installed")
+TINY = ("test_resnet", "test_convnext", "test_vit", "test_efficientnet")
+"""timm's own networks for tests: a third of a million weights."""
+
+
+def images(count: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(size))
+
+
+def test_resnet18_is_there() -> None:
+    assert version() == timm.__version__ and isinstance(build_encoder(Encoder(timm="test_resnet"), size_px=32), TimmEncoder)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_features_are_timms_and_training_too(name: str, within: Within) -> None:
+    """By timm's network with the same weights, in evaluation and in training; its norms see one batch, as ours do in one process."""
+    ours, theirs = TimmEncoder(name, 32, seed=3).double(), plain(name, 32).double()
+    weights = {own.removeprefix("model."): t for own, t in ours.state_dict().items()}
+    theirs.load_state_dict(weights)  # strict: every name is timm's
+    x = images(6, 32, torch.float64)
+    for training in (False, True):
+        ours.train(training).zero_grad()
+        theirs.train(training).zero_grad()
+        h, expected = ours(x), theirs(x)
+        assert h.shape == (6, ours.d_h)
+        within("features", float((h - expected).detach().abs().max()), 1e-9)
+        for side in (h, expected):
+            side.square().sum().backward()
+        for (own, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None, own
+            within("gradients", float((p.grad - q.grad).abs().max() / (q.grad.abs().max() + 1)), 1e-9)
+    norms = [m for m in ours.modules() if isinstance(m, BatchNorm)]
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in ours.modules()) and bool(norms) == (name in TINY[0::3])
+
+
+def test_norms_keep_timms_settings_and_the_variance_is_the_biased_one(within: Within) -> None:
+    """EfficientNet's moves by a tenth here; timm's `tf_` ones have eps 1e-3, MobileNet's momentum 0.01 elsewhere."""
+    ours, theirs = TimmEncoder("test_efficientnet", 32, seed=1).double().train(), plain("test_efficientnet", 32)
+    x = images(6, 32, torch.float64)
+    seen: list[Tensor] = []
+    ours.model.bn1.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))  # type: ignore[union-attr]
+    ours(x)
+    norm: Any = ours.model.bn1
+    own: Any = theirs.bn1
+    assert (norm.momentum, norm.eps) == (own.momentum, own.eps) and type(norm.act) is type(own.act)
+    expected = 1 + norm.momentum * (seen[0].var((0, 2, 3), unbiased=False) - 1)
+    within("running variance", float((norm.running_var - expected).abs().max()), 1e-12)
+    assert {m.ranks for m in TimmEncoder("test_resnet", 32, 4).modules() if isinstance(m, BatchNorm)} == {4}
+
+
+def test_weights_follow_from_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = TimmEncoder("test_resnet", 32, seed=7).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    again, other = TimmEncoder("test_resnet", 32, seed=7).state_dict(), TimmEncoder("test_resnet", 32, seed=8).state_dict()
+    assert all(torch.equal(t, again[name]) for name, t in first.items())
+    assert any(not torch.equal(t, other[name]) for name, t in first.items())
+
+
+def test_nothing_is_left_out_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ghostnet has dropout 0.2 by default, nest drop path 0.5. A network that draws otherwise is refused."""
+    for name in ("ghostnet_050", "nest_tiny"):
+        looked_at(name, 224)
+    looked_at.cache_clear()
+    monkeypatch.setattr(networks, "_without_chance", lambda network: network)
+    for name in ("ghostnet_050", "nest_tiny"):
+        with pytest.raises(UserError, match=rf"encoder.timm {name} draws at random while it is trained \(aten.bernoulli_"):
+            looked_at(name, 224)
+
+
+def test_a_network_on_the_meta_device_has_all_its_values_once_it_is_filled() -> None:
+    """coatnet's tables of relative positions are buffers that no state dict has."""
+    encoder = TimmEncoder("test_coatnet", 32).eval()
+    later = unfilled(lambda: TimmEncoder("test_coatnet", 32)).eval()
+    later.load_state_dict(encoder.state_dict())
+    assert set(dict(later.named_buffers())) - set(later.state_dict())
+    assert torch.equal(later(images(2, 32)), encoder(images(2, 32)))
+
+
+def test_parameters_that_h_does_not_depend_on_are_not_trained() -> None:
+    """DDP would wait for their gradients."""
+    with torch.device("meta"):
+        encoder = TimmEncoder("efficientvim_m1", 64)
+    assert [name for name, p in encoder.named_parameters() if not p.requires_grad] == ["model.weights"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("resnet5", 32, r"timm has no network 'resnet5'; the nearest are resnet50"),
+        ("hf-hub:a/b", 32, r"timm has no network 'hf-hub:a/b'; timm.list_models\(\) has all"),
+        ("resnet50.a1_in1k", 32, r"names weights \(a1_in1k\), .* give --encoder.timm resnet50, and --start FILE"),
+        ("vit_small_patch16_224", 40, "patches of 16 px, and views.size_px is 40; give a multiple of it"),
+        ("inception_v3", 16, "encoder.timm inception_v3 cannot take images of 16 px: .*; give another size"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_a_sentence(name: str, size: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        TimmEncoder(name, size)
+
+
+def test_maps_are_no_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda name, **kw: nn.Conv2d(3, 4, 3))
+    with pytest.raises(UserError, match=r"test_convnext2 gives \(2, 4, 30, 30\) for 2 images, expected a vector for each, \(2, d\)"):
+        TimmEncoder("test_convnext2", 32)
+
+
+def test_without_timm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    error = ModuleNotFoundError("timm", name="timm")
+    assert error.name == "timm"
+    with pytest.raises(UserError, match=r"encoder.timm test_resnet3 wants timm, which is not installed here: pip install '.*\[timm\]'"):
+        TimmEncoder("test_resnet3", 32)
+
+
+def test_a_resnet50_of_timm_with_our_weights_gives_our_features(within: Within, tmp_path: Path) -> None:
+    """With the one line about the max-pool, and not without it."""
+    from simclr.encoder.export import TORCHVISION_POOL, torchvision_name
+
+    ours = build_encoder(Encoder(depth=50)).eval()
+    for t in ours.state_dict().values():
+        if t.ndim == 1:
+            t.add_(torch.rand(t.shape, generator=torch.Generator().manual_seed(len(t))) / 2)
+    with torch.device("meta"):  # initial weights would take longer than the rest
+        model = plain("resnet50", 64)
+    model.load_state_dict({torchvision_name(name): t for name, t in ours.state_dict().items()}, assign=True)
+    x = images(2, 64)
+    with torch.no_grad():
+        h = ours(x)
+        assert float((model(x) - h).abs().max() / h.abs().max()) > 1e-3
+        exec(TORCHVISION_POOL, {"model": model, "torch": torch})
+        within("features of timm's resnet50", float((model(x) - h).abs().max() / h.abs().max()), 1e-5)
+
+
+_LARGE = [("resnet50", 64), ("convnext_tiny", 64), ("vit_small_patch16_224", 224), ("test_vit", 32)]
+
+
+@pytest.mark.parametrize(("name", "size"), [("test_resnet", 32), *(pytest.param(*one, marks=pytest.mark.compile) for one in _LARGE)])
+def test_one_graph(name: str, size: int, within: Within) -> None:
+    """`fullgraph` raises at a break. The large ones: `make test-compile`."""
+    found = []
+    for compiling in (False, True):
+        encoder = TimmEncoder(name, size).train()
+        torch._dynamo.reset()
+        network: Any = torch.compile(encoder, backend="eager", fullgraph=True) if compiling else encoder
+        h = network(images(4, size))
+        h.square().sum().backward()
+        found.append([h.detach(), *(p.grad for p in encoder.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 1
+    within("compiled", max(float((a - b).abs().max() / (a.abs().max() + 1e-9)) for a, b in zip(*found, strict=True)), 1e-4)
+
+
+def test_the_published_directory_is_read_as_it_was(tmp_path: Path) -> None:
+    import simclr
+
+    config = SimCLR(encoder=Encoder(timm="test_vit"), views=Views(size_px=32))
+    encoder = build_encoder(config.encoder, 2, 32).eval()
+    write_encoder(dict(encoder.state_dict()), config, tmp_path / "encoder", {})
+    read = simclr.load_encoder(tmp_path / "encoder")
+    assert read.d_h == encoder.d_h and torch.equal(read(images(2, 32)), encoder(images(2, 32)))

@@ -28,7 +28,7 @@ def measured(config: Config, data: Path, threads: int, device: torch.device) -> 
     estimate = expected.total - (expected.base if device.type == "cuda" else 0)
     piece = config.train.micro_batch or config.train.batch_size
     print(
-        f"ResNet-{config.encoder.depth} ({config.encoder.width}×) at {config.views.size_px} px, N = {config.train.batch_size}, pieces of "
+        f"{config.encoder.title} at {config.views.size_px} px, N = {config.train.batch_size}, pieces of "
         f"{piece}, {config.train.precision}: estimated {estimate / 2**20:,.0f} MiB, measured {peak / 2**20:,.0f} MiB, "
         f"ratio {estimate / peak:.2f}"
     )

@@ -76,7 +76,7 @@ def scale(
     found = {world: {key: statistics.median(one[key] for one in all_) for key in all_[0]} for world, all_ in trial.items()}
     backend = "gloo" if device == "cpu" else "nccl"
     print(
-        f"step of ResNet-{config.encoder.depth}, {config.views.size_px} px, {n} images per rank, {config.train.precision}, {backend}, "
+        f"step of {config.encoder.title}, {config.views.size_px} px, {n} images per rank, {config.train.precision}, {backend}, "
         f"{threads} threads per rank, {steps - WARM_STEPS} steps, n = {trials}; collectives timed alone, of the same sizes"
     )
     rows = [{"name": f"W = {world}", **values} for world, values in found.items()]

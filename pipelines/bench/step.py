@@ -157,7 +157,7 @@ def _cached(config: Config) -> str:
 def _print_table(rows: list[Row], config: Config, how: str) -> None:
     train, base = config.train, rows[0]["name"]
     print(
-        f"step on views of {config.views.size_px} px, ResNet-{config.encoder.depth}, N = {train.batch_size}, {train.precision}, "
+        f"step on views of {config.views.size_px} px, {config.encoder.title}, N = {train.batch_size}, {train.precision}, "
         f"{'compiled' if train.compile else 'not compiled'}, {how}"
     )
     print(f"ours ends with {config.optim.name.upper()}, plain torch with fused SGD")

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.commands import export as command
+from pipelines.tracking import flavor
+from pipelines.tracking.card import write_card
+from pipelines.tracking.record import Record
+from pipelines.train import warm_start
+from pipelines.train.classifiers import Shape
+from simclr import load_encoder
 from simclr.config import Encoder, SimCLR, Views
+from simclr.encoder import timm as form
+from simclr.encoder import weights
 from simclr.encoder.directory import write_encoder
 from simclr.errors import UserError
+from simclr.methods.simclr import build_model
 from simclr.networks import timm as networks
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.encoders import build_encoder
 from simclr.networks.initial import unfilled
 from simclr.networks.timm import TimmEncoder, looked_at, plain, version
 from tests.conftest import Within
+from tests.simclr.test_ranks import resumed
+from tests.support.paths import ROOT
+from tests.support.ranks import Ranks
+from tests.support.small import TINY as TINY_RUN
 
 timm = pytest.importorskip("timm", reason="timm, of the extras `timm` and `dev`, is not installed")
+CONFIG = SimCLR(encoder=Encoder(timm="test_resnet"), views=Views(size_px=32))
 TINY = ("test_resnet", "test_convnext", "test_vit", "test_efficientnet")
 """timm's own networks for tests: a third of a million weights."""
 
@@ -174,11 +194,97 @@ def test_one_graph(name: str, size: int, within: Within) -> None:
     within("compiled", max(float((a - b).abs().max() / (a.abs().max() + 1e-9)) for a, b in zip(*found, strict=True)), 1e-4)
 
 
-def test_the_published_directory_is_read_as_it_was(tmp_path: Path) -> None:
-    import simclr
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("timm") / "encoder"
+    write_encoder(dict(TimmEncoder("test_resnet", 32, seed=2).state_dict()), CONFIG, folder, {"recipe": "none", "step": 7, "data": "none"})
+    return folder
 
-    config = SimCLR(encoder=Encoder(timm="test_vit"), views=Views(size_px=32))
-    encoder = build_encoder(config.encoder, 2, 32).eval()
-    write_encoder(dict(encoder.state_dict()), config, tmp_path / "encoder", {})
-    read = simclr.load_encoder(tmp_path / "encoder")
-    assert read.d_h == encoder.d_h and torch.equal(read(images(2, 32)), encoder(images(2, 32)))
+
+def test_the_published_directory_is_read_as_it_was(published: Path) -> None:
+    encoder, read = TimmEncoder("test_resnet", 32, seed=2).eval(), load_encoder(published)
+    assert read.d_h == encoder.d_h == 96 and torch.equal(read(images(2, 32)), encoder(images(2, 32)))
+
+
+def test_its_card_says_how_timm_takes_the_weights(published: Path) -> None:
+    text = write_card(published, "photos", Record(), "MIT")
+    assert "| Network | timm's test_resnet, 0.4 M parameters |" in text
+    code = text.split("```python\nimport timm\n")[1].split("```")[0].replace("DIR", str(published))
+    found: dict[str, Any] = {"timm": timm}
+    exec(code, found)
+    with torch.no_grad():
+        assert torch.equal(found["model"](images(2, 32)), load_encoder(published)(images(2, 32)))
+
+
+def test_timms_names_are_written_and_begun_with(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(command.Args(encoder=published, to=tmp_path / "w.safetensors"))
+    assert "timm's test_resnet; w.safetensors.txt has the program, in which it deviates by 0.0e+00" in capsys.readouterr().out
+    tensors = load_file(tmp_path / "w.safetensors")
+    plain("test_resnet", 32).load_state_dict(tensors)
+    torch.save(
+        {"state_dict": {f"module.{name}": t for name, t in (tensors | {"fc.weight": torch.ones(3, 96)}).items()}}, tmp_path / "w.pth"
+    )
+    for path in (tmp_path / "w.safetensors", tmp_path / "w.pth", published / "encoder.safetensors"):
+        found = weights.of_file(path, CONFIG)
+        weights.require_fit(CONFIG.encoder, found, path, 32)
+        assert all(torch.equal(t, tensors[name.removeprefix("model.")]) for name, t in found.encoder.items())
+        assert found.unused == (("state_dict.module.fc.weight",) if path.suffix == ".pth" else ())
+        assert "timm's own weights of this network want --views.mean 0.5" in warm_start._normalised_otherwise(CONFIG.views, found)
+    other = replace(CONFIG, encoder=Encoder(timm="test_vit"))
+    with pytest.raises(UserError, match=r"holds no test_vit by timm's names \(cls_token, …\), but conv1.weight"):
+        weights.of_file(tmp_path / "w.safetensors", other)
+    wide = {name: torch.ones(2, *t.shape) for name, t in found.encoder.items()}
+    with pytest.raises(UserError, match=r"do not fit the encoder: .*; give weights of test_resnet for images of 32 px"):
+        weights.require_fit(CONFIG.encoder, replace(found, encoder=wide), "w", 32)
+
+
+def test_the_hub_gets_timms_own_config(published: Path, tmp_path: Path) -> None:
+    encoder = load_encoder(published)
+    assert not form.lacks(CONFIG.encoder)
+    save_file(form.weights(encoder), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(encoder.config | form.config(encoder)))
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(images(2, 32)), encoder(images(2, 32)))
+
+
+def test_a_version_requires_timm_where_it_is_of_timm() -> None:
+    assert set(flavor.requirements(timm=True)) - set(flavor.requirements()) == {f"timm=={timm.__version__}"}
+
+
+def test_a_student_of_a_network_of_timms_may_be_a_resnet() -> None:
+    teacher = Encoder(timm="test_resnet", depth=34)
+    assert Shape().of(teacher) == teacher and Shape.like(teacher).of(Encoder()).timm == "test_resnet"
+    assert Shape(depth=18).of(teacher) == Encoder(depth=18) and Shape(timm="test_vit").of(Encoder()).timm == "test_vit"
+
+
+# ── In the loop: the second half of .ci/run, since every rank imports timm ─────────────────────────────────────────
+
+
+@pytest.mark.cluster
+def test_steps_are_the_same_on_one_and_two_ranks_and_a_run_goes_on_to_the_bit(
+    ranks: Ranks, within: Within, patterns: Path, tmp_path: Path
+) -> None:
+    config = replace(TINY_RUN, encoder=Encoder(timm="test_resnet"), train=replace(TINY_RUN.train, steps=4, checkpoint_every_steps=1))
+    losses, state = resumed(config, str(patterns), str(tmp_path / "whole"), 4)
+    assert len(losses) == 4 and any(name.startswith("model.encoder.model.") for name in state)
+    for found, two in ranks(2, resumed, config, str(patterns), str(tmp_path / "two"), 4)[:1]:
+        within("loss, W = 2", float(np.abs(np.subtract(found, losses)).max()), 1e-10)
+        within("weights, W = 2", max(float((two[name] - t).abs().max()) for name, t in state.items()), 1e-10)
+    for until in (2, 4):
+        _, again = resumed(config, str(patterns), str(tmp_path / "parts"), until)
+    assert again.keys() == state.keys() and all(torch.equal(t, again[name]) for name, t in state.items())
+
+    encoder = build_model(config, 10).double()
+    encoder.load_state_dict({name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")})
+    parts = {name: t.float() for name, t in encoder.encoder.state_dict().items()}
+    write_encoder(parts, config, tmp_path / "encoder", {})
+    code = (
+        "import simclr, sys, torch; e = simclr.load_encoder(sys.argv[1]); x = torch.load(sys.argv[2], weights_only=True)\n"
+        "torch.save(e(x).detach(), sys.argv[2])"
+    )
+    torch.save(images(3, 32), tmp_path / "x.pt")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "encoder", tmp_path / "x.pt"], check=True, cwd=ROOT)
+    with torch.no_grad():
+        expected = encoder.float().eval().encoder(images(3, 32))
+    assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,14 +262,22 @@ def test_a_student_of_a_network_of_timms_may_be_a_resnet() -> None:
 # ── In the loop: the second half of .ci/run, since every rank imports timm ─────────────────────────────────────────
 
 
+@pytest.fixture
+def patient() -> Iterator[Ranks]:
+    """Ranks that wait for each other's imports."""
+    pool = Ranks(patience_s=600)
+    yield pool
+    pool.close()
+
+
 @pytest.mark.cluster
 def test_steps_are_the_same_on_one_and_two_ranks_and_a_run_goes_on_to_the_bit(
-    ranks: Ranks, within: Within, patterns: Path, tmp_path: Path
+    patient: Ranks, within: Within, patterns: Path, tmp_path: Path
 ) -> None:
     config = replace(TINY_RUN, encoder=Encoder(timm="test_resnet"), train=replace(TINY_RUN.train, steps=4, checkpoint_every_steps=1))
     losses, state = resumed(config, str(patterns), str(tmp_path / "whole"), 4)
     assert len(losses) == 4 and any(name.startswith("model.encoder.model.") for name in state)
-    for found, two in ranks(2, resumed, config, str(patterns), str(tmp_path / "two"), 4)[:1]:
+    for found, two in patient(2, resumed, config, str(patterns), str(tmp_path / "two"), 4)[:1]:
         within("loss, W = 2", float(np.abs(np.subtract(found, losses)).max()), 1e-10)
         within("weights, W = 2", max(float((two[name] - t).abs().max()) for name, t in state.items()), 1e-10)
     for until in (2, 4):

@@ -30,7 +30,7 @@ test-attack: setup
 	.venv/bin/pytest --numprocesses 2 -m attack -rsP tests/attack
 
 test-compile: setup
-	.venv/bin/pytest -m compile tests/simclr/test_compile.py tests/simclr/kernels
+	.venv/bin/pytest -m compile tests/simclr/test_compile.py tests/simclr/networks/test_timm.py tests/simclr/kernels
 
 test-torch211: setup
 	./tests/support/torch211.sh

@@ -31,6 +31,7 @@ _EXTRAS = {
     "optuna": {"optuna": "Optuna"},
     "hub": {"huggingface_hub": "huggingface_hub"},
     "tensorboard": {"tensorboard": "TensorBoard"},
+    "timm": {"timm": "timm"},
 }
 
 

@@ -12,6 +12,7 @@ from simclr.config import Config, SimCLR, Views
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 from simclr.family import MoCo
+from simclr.networks.timm import looked_at
 from simclr.stages import Distill, FineTune
 
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
@@ -22,9 +23,11 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     numbers of workers that it may be trained with.
 
     Raises UserError for what cannot be learned from: BatchNorm over a single image, crops of a pixel, a queue longer than an epoch. Of a
-    run that is `under_way` that is a note too: another config would be another run.
+    run that is `under_way` that is a note too: another config would be another run. And for a network that timm has not.
     """
     pretrains = not isinstance(config, FineTune | Distill)
+    if config.encoder.timm:
+        looked_at(config.encoder.timm, config.views.size_px)
     refusals = [_crops(config.views, manifest), _queue(config, examples), single_image(config, workers)]
     found = [f"{what.partition(';')[0]}; this run goes on all the same, and a new one is refused" for what in refusals if what]
     if found and not under_way:

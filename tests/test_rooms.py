@@ -83,6 +83,7 @@ DOORS = {
     "torchvision": {"simclr/data/sources/torchvision.py", "simclr/data/tasks.py", "simclr/encoder/export.py"},
     "cv2": {"simclr/data/raster.py"},
     "tifffile": {"simclr/data/raster.py"},
+    "timm": {"simclr/networks/timm.py"},
     "pillow_heif": {"simclr/data/pixels.py"},
     "tensorflow": {"simclr/encoder/tf_checkpoint.py"},
     "onnxruntime": {"simclr/encoder/export.py"},

@@ -1,4 +1,4 @@
-"""`simclr export`: a published encoder → a torch program, ONNX, or torchvision's names."""
+"""`simclr export`: a published encoder → a torch program, ONNX, or torchvision's or timm's names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.tracking.card import preprocessing
 from simclr import files
 from simclr.errors import UserError
 
-_SUFFIXES = ".pt2 (a torch.export program), .onnx, or .safetensors (torchvision's names, ResNet-18 to -152)"
+_SUFFIXES = ".pt2 (a torch.export program), .onnx, or .safetensors (torchvision's names, ResNet-18 to -152; timm's of its networks)"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Args:
     encoder: Annotated[Path, tyro.conf.Positional]
     """A published encoder's directory (`simclr pull`, or RUN/encoder), or s3://bucket/prefix of one."""
     to: Path
-    """File to write. Its suffix is the format: .pt2 (a torch.export program), .onnx, or .safetensors (torchvision's names)."""
+    """File to write. Its suffix is the format: .pt2 (a torch.export program), .onnx, or .safetensors (torchvision's names, or timm's
+    of a network of its)."""
     prepared: bool = False
     """ONNX for images that are cropped and resized already, (n, 3, size, size) in [0, 1], instead of uint8 pictures (n, H, W, 3) of any
     size; for runtimes without `Resize` of opset 18."""
@@ -47,7 +48,11 @@ def main(args: Args) -> None:
         linear = dict(read_classifier(directory)[0].classifier.state_dict()) if reads_h and args.to.suffix == ".safetensors" else None
     args.to.parent.mkdir(parents=True, exist_ok=True)
     size = encoder.preprocessing.size_px
-    if args.to.suffix == ".safetensors":
+    if args.to.suffix == ".safetensors" and (name := encoder.config["encoder"].get("timm")):
+        deviation = export.timm(encoder, args.to)
+        show(f"{args.to}: timm's {name}; {args.to.name}.txt has the program, in which it deviates by {deviation:.1e}")
+        show(f"  takes {preprocessing(asdict(encoder.preprocessing))}")
+    elif args.to.suffix == ".safetensors":
         fixed, plain = export.torchvision(encoder, linear, args.to)
         depth = encoder.config["encoder"]["depth"]
         show(f"{args.to}: torchvision's resnet{depth}, {'with' if linear else 'without'} fc")

@@ -38,7 +38,7 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
     called = named(method)
     rows = {
         "Network": network(config["encoder"]) + f", {parameters / 1e6:,.1f} M parameters",
-        **({} if method == "simclr" else {"Method": ", ".join(filter(None, (called.title, called.papers and called.cited)))}),
+        **({} if method == "simclr" else {"Method": f"{called.title}, {called.cited}" if called.papers else called.title}),
         "Takes": preprocessing(config["preprocessing"]),
         "Trained on": str(published.get("data", "unknown")),
         "Recipe": _recipe(config),
@@ -72,6 +72,8 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
     ]
     if not converted:
         parts.append("## Know before use\n\n" + _limits(seen))
+    if config["encoder"].get("timm"):
+        parts.append("## In timm\n\n" + _in_timm(config["encoder"]["timm"], size))
     beside = (
         "`head.safetensors` and `classifier.safetensors`, where\npresent, are the projection head, which SimCLR v2 fine-tunes from, and"
     )
@@ -87,7 +89,7 @@ def network(encoder: dict[str, Any]) -> str:
     """The architecture by the papers' names, from the `encoder` of a config."""
     shape = Encoder(**encoder)
     if shape.timm:
-        return shape.title
+        return f"timm's {shape.timm}"
     if shape.vit:
         return f"{shape.title}, {'the mean of its patches' if shape.pool == 'mean' else 'its class token'}"
     extras = [
@@ -165,6 +167,19 @@ def _limits(views: dict[str, Any]) -> str:
 def _happens(p: float | list[float]) -> bool:
     """Whether a probability, or that of either view, is above 0."""
     return max(p) > 0 if isinstance(p, list) else p > 0
+
+
+def _in_timm(name: str, size: int) -> str:
+    """How timm itself takes the weights."""
+    from simclr.networks.timm import call
+
+    return (
+        "`encoder.safetensors` has timm's names behind the prefix `model.`. On images that are cut, scaled and normalised as above, this\n"
+        "computes the same features:\n\n"
+        f"```python\nimport timm\nfrom safetensors.torch import load_file\n\nmodel = {call(name, size)}.eval()\n"
+        'weights = load_file("DIR/encoder.safetensors")\n'
+        'model.load_state_dict({key.removeprefix("model."): t for key, t in weights.items()})\n```'
+    )
 
 
 def _table(header: tuple[str, str], rows: dict[str, str]) -> str:

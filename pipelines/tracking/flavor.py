@@ -15,9 +15,9 @@ _NEEDED = ("torch", "numpy", "pillow", "safetensors", "mlflow")
 _DECODERS = ("opencv-python", "opencv-python-headless", "pillow-heif", "tifffile", "imagecodecs")
 
 
-def describe(model: Path, run_id: str, scores: dict[str, float], model_id: str | None) -> str:
-    """Write the files of an MLflow model, the logged model `model_id` where there is one, into the folder `model`; the encoder goes to
-    `encoder` in it. Returns its name.
+def describe(model: Path, run_id: str, scores: dict[str, float], model_id: str | None, timm: bool = False) -> str:
+    """Write the files of an MLflow model, the logged model `model_id` where there is one, into the folder `model`; the encoder, which may
+    be a network of `timm`'s, goes to `encoder` in it. Returns its name.
 
     By hand: `mlflow.pyfunc.save_model` copies the weights and looks for pip.
     """
@@ -49,7 +49,7 @@ def describe(model: Path, run_id: str, scores: dict[str, float], model_id: str |
         model_config={"paths": False, "device": "cpu"},
     )
     spec.save(str(model / "MLmodel"))
-    (model / "requirements.txt").write_text("\n".join(requirements()) + "\n")
+    (model / "requirements.txt").write_text("\n".join(requirements(timm)) + "\n")
     # A minor version of Python, since not every patch of it can be had. MLflow asks for conda's file too, whatever manager it uses.
     version = ".".join(map(str, sys.version_info[:2]))
     (model / "python_env.yaml").write_text(f'python: "{version}"\ndependencies:\n- -r requirements.txt\n')
@@ -59,12 +59,14 @@ def describe(model: Path, run_id: str, scores: dict[str, float], model_id: str |
     return str(spec.artifact_path)
 
 
-def requirements() -> list[str]:
-    """All that a version needs, pinned as it is here: what this machine decodes pictures with, the version does, too.
+def requirements(timm: bool = False) -> list[str]:
+    """All that a version needs, pinned as it is here: what this machine decodes pictures with, the version does, too, and timm with a
+    network of its.
 
     Without this package: its code lies beside, and on the public index another project has its name.
     """
-    pins = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _NEEDED]
+    needed = (*_NEEDED, "timm") if timm else _NEEDED
+    pins = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in needed]
     there = {str(found.metadata["Name"]).lower().replace("_", "-"): found.version for found in importlib.metadata.distributions()}
     return [*pins, *(f"{name}=={there[name]}" for name in _DECODERS if name in there)]
 

@@ -104,6 +104,8 @@ def _head(config: dict[str, Any], repository: str, record: Record, licence: str,
     """The YAML at the card's head, which the Hub's pages and searches read."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    from simclr.config import Encoder
+
     known = licence.lower() in _LICENCES
     data = name_of(record.measured.data) if record.measured.data else ""
     results = [
@@ -132,14 +134,15 @@ def _head(config: dict[str, Any], repository: str, record: Record, licence: str,
 
 
 def _tag(encoder: Encoder) -> str:
-    """The network as a tag: resnet-50, vit-s-16."""
-    return f"resnet-{encoder.depth}" if not encoder.vit else re.sub(r"[^a-z0-9]+", "-", encoder.title.lower())
+    """The network as a tag: resnet-50, vit-s-16, convnext-tiny."""
+    return f"resnet-{encoder.depth}" if not (encoder.vit or encoder.timm) else re.sub(r"[^a-z0-9]+", "-", encoder.title.lower())
 
 
 def _card(encoder: Path, repository: str, lacks: str, shape: Encoder) -> str:
     """The card's text behind its head: the encoder's own, with the Hub's address and what timm does with it."""
     own = (encoder / "README.md").read_text().replace("# hf://", "# ", 1)
     own = re.sub(r"  +# DIR: the directory of this file", "", own).replace("DIR", f"hf://{repository}")
+    own = re.sub(r"## In timm\n.*?(?=## )", "", own, flags=re.DOTALL)  # which the Hub has shorter
     own = re.sub(r"## Serve it\n.*?(?=## )", "", own, flags=re.DOTALL)  # of a version in a registry
     if lacks:
         return f"{own}\n## timm\n\ntimm has no network with {lacks}, so this one is read by simclr alone.\n"
@@ -147,7 +150,7 @@ def _card(encoder: Path, repository: str, lacks: str, shape: Encoder) -> str:
     return (
         f"{own}\n## timm\n\n```python\nimport timm\n\nmodel = {call}.eval()\n```\n\n"
         "It computes the same features of the same input: `model.safetensors` has the weights under timm's names"
-        f"{'' if shape.vit else _RESNET}.\n"
+        f"{'' if shape.vit or shape.timm else _RESNET}.\n"
         "timm's transforms resize with antialiasing, and so a little otherwise than `simclr.load_encoder(…).embed`.\n"
     )
 

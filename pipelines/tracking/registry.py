@@ -34,6 +34,7 @@ def register(uri: str, run_id: str, encoder: Path, name: str, record: Record) ->
     """
     require_name(name)
     parts = require_plain(encoder).values()
+    timm = bool(files.read_json(encoder / "config.json", "publish it again").get("encoder", {}).get("timm"))
     with one_sentence(uri):
         client = connect(uri)
         run = client.get_run(run_id)
@@ -46,7 +47,7 @@ def register(uri: str, run_id: str, encoder: Path, name: str, record: Record) ->
             trust.require_same_host(uri, place, f"the storage of run {run_id}")
             trust.say_folder(uri, place)
             # Every version has its own folder: a run that is published twice keeps the files of its first version.
-            folder = flavor.describe(Path(scratch), run_id, record.scores, model_id)
+            folder = flavor.describe(Path(scratch), run_id, record.scores, model_id, timm)
             source = place if model_id is not None else f"{place}/{folder}"
             with version.removed_on_failure(client, uri, source, model_id), server.patience(size, place):
                 if model_id is not None:

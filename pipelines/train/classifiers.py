@@ -56,6 +56,8 @@ class Shape:
     """What a vision transformer's h is: its class token, or the mean of its patches."""
     drop_path: float | None = None
     """Largest probability that a vision transformer's attention or MLP is left out for an image. It needs no other weights."""
+    timm: str | None = None
+    """A network of timm's by its name."""
 
     @property
     def other_weights(self) -> bool:
@@ -63,13 +65,16 @@ class Shape:
         return replace(self, drop_path=None) != Shape()
 
     def of(self, encoder: Encoder) -> Encoder:
-        """`encoder` with these fields, all of it to train."""
+        """`encoder` with these fields, all of it to train, and of the kind that they belong to."""
         asked = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         base = encoder.trained
-        if self.vit is None and self.depth is not None and base.vit:
+        resnet = self.vit is None and self.timm is None and {"depth", "width", "sk_ratio"} & set(asked)
+        if (self.timm or (resnet and self.depth is not None)) and base.vit:
             base = Encoder(batchnorm=base.batchnorm)
         elif self.vit not in (None, base.vit):
             base = replace(base, heads=None)
+        if resnet or self.vit:
+            base = replace(base, timm="")
         return replace(base, **asked)
 
     @classmethod
@@ -78,6 +83,8 @@ class Shape:
         if encoder.vit:
             kept = ("vit", "patch_px", "heads", "pool", "drop_path")
             return cls(**{name: getattr(encoder, name) for name in kept})
+        if encoder.timm:
+            return cls(timm=encoder.timm)
         return cls(depth=encoder.depth, width=encoder.width, sk_ratio=encoder.sk_ratio)
 
 

@@ -67,6 +67,12 @@ def begin(run: Run, weights: Weights, classes: tuple[str, ...]) -> Run:
 def _normalised_otherwise(views: Views, weights: Weights) -> str:
     """A sentence if the encoder's images were normalised otherwise than the run's will be, or if nobody knows."""
     here = f"this run has {_flags(views)}"
+    if weights.timm is not None:
+        mean, std = weights.timm
+        if (views.mean, views.std) == weights.timm:
+            return ""
+        own = _flags(replace(views, mean=mean, std=std))
+        return f"the file does not say how its images were normalised; timm's own weights of this network want {own}, {here}"
     if weights.norm is None:
         if (views.mean, views.std) == (_TORCHVISION.mean, _TORCHVISION.std):
             return ""

@@ -31,6 +31,7 @@ from simclr import files
 from simclr.config import Encoder
 from simclr.encoder.directory import PublishedEncoder
 from simclr.errors import UserError
+from simclr.networks.timm import TimmEncoder, call, plain
 
 BOUND = 1e-4
 """Largest |theirs − ours|, relative to the largest |ours|."""
@@ -152,6 +153,21 @@ def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | Non
         return _difference(published.encoder, network, size, path), plain
 
 
+def timm(published: PublishedEncoder, path: Path) -> float:
+    """Write the weights of a network of timm's under timm's names as safetensors; returns the difference of timm's own network with them,
+    whose input must be normalised. PATH.txt has the program that makes it, and the file's metadata its line and the preprocessing."""
+    assert isinstance(published.encoder, TimmEncoder)
+    name, size = published.encoder.name, published.preprocessing.size_px
+    stated = {"timm": call(name, size), "preprocessing": json.dumps(asdict(published.preprocessing))}
+    with _scratch(path) as file:
+        save_file({own: t.contiguous() for own, t in published.encoder.model.state_dict().items()}, file, stated)
+        files.usual_mode(file)
+        file.with_name(f"{path.name}.txt").write_text(_program_in_timm(path.name, stated))
+        network = plain(name, size)
+        network.load_state_dict(load_file(file))
+        return _difference(published.encoder, network, size, path)
+
+
 def changes(depth: int) -> list[str]:
     """The lines that make torchvision's ResNet of this depth compute what ours does."""
     return [*([TORCHVISION_PROJECTION] if depth in _SHALLOW else []), TORCHVISION_POOL]
@@ -171,6 +187,22 @@ def _program_of(name: str, depth: int, classifier: dict[str, Tensor] | None, sta
         f"model = torchvision.models.resnet{depth}({classes})",
         *changes(depth),
         *([] if classifier else ["model.fc = torch.nn.Identity()  # features, not classes"]),
+        f"model.load_state_dict(load_file({name!r}))",
+        "model.eval()",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _program_in_timm(name: str, stated: dict[str, str]) -> str:
+    """What is written beside timm's weights."""
+    lines = [
+        "# timm's network with these weights, which computes what the encoder does. Its input: RGB (n, 3, size_px, size_px) in [0, 1], of",
+        "# the central square of centre_crop x the shorter side, minus mean, over std:",
+        f"# {stated['preprocessing']}",
+        "import timm",
+        "from safetensors.torch import load_file",
+        "",
+        f"model = {stated['timm']}",
         f"model.load_state_dict(load_file({name!r}))",
         "model.eval()",
     ]

@@ -25,6 +25,7 @@ from simclr.encoder.directory import differences, preprocessing_of, read_part, r
 from simclr.encoder.export import own_name
 from simclr.errors import UserError
 from simclr.networks.encoders import build_encoder
+from simclr.networks.timm import looked_at
 from simclr.networks.vit import SIZES
 from simclr.sections import Size
 
@@ -53,6 +54,8 @@ class Weights:
     """Names in the file that belong to none of these."""
     norm: tuple[Triple, Triple] | None = None
     """Mean and standard deviation that normalised their images; None = unknown."""
+    timm: tuple[Triple, Triple] | None = None
+    """Mean and standard deviation that timm's own weights of the network want; None = it is not timm's, or `norm` is known."""
     step: int | None = None
     """Optimizer steps after which they were; None = unknown."""
 
@@ -108,14 +111,17 @@ def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...]) -> Weigh
     )
 
 
-def of_file(path: Path) -> Weights:
+def of_file(path: Path, config: Config | None = None) -> Weights:
     """The weights in a file of safetensors or in torch's format, by torchvision's names or by those here, which timm and DINO have too for
-    a vision transformer, behind any one prefix ("module.", "state_dict.encoder.").
+    a vision transformer, behind any one prefix ("module.", "state_dict.encoder."); of a network of timm's, where the run's `config` has
+    one, by timm's names.
 
     Raises UserError for a file that cannot be read without unpickling, with no such network, or with several, and for weights that are
     not dense or not finite.
     """
     tensors = dict(_flat(_read(path), ""))
+    if config is not None and config.encoder.timm:
+        return _of_timm(tensors, config, path)
     theirs = {name.removesuffix("conv1.weight") for name in tensors if name.endswith("conv1.weight")}
     theirs = {prefix for prefix in theirs if f"{prefix}layer1.0.conv1.weight" in tensors and f"{prefix}bn1.weight" in tensors}
     ours = {name.removesuffix("stem.0.weight") for name in tensors if name.endswith("stem.0.weight")}
@@ -143,6 +149,27 @@ def of_file(path: Path) -> Weights:
             _require_numbers(t, name, path)
             encoder[own] = t
     return Weights(encoder=encoder, unused=tuple(unused))
+
+
+def _of_timm(tensors: dict[str, Tensor], config: Config, path: Path) -> Weights:
+    """The weights of the network of timm's in `config`. timm's classifiers are left out."""
+    wanted = _shapes(config.encoder, config.views.size_px)
+    first = next(iter(wanted)).removeprefix("model.")
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)]
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name.removeprefix("model.") in tensors for name in wanted), default=None)
+    if prefix is None:
+        some = ", ".join(list(tensors)[:3]) or "nothing"
+        raise UserError(f"{path} holds no {config.encoder.timm} by timm's names ({first}, …), but {some}; give weights of this network")
+    encoder, unused = {}, []
+    for name, t in tensors.items():
+        own = f"model.{name.removeprefix(prefix)}"
+        if name.startswith(prefix) and own in wanted:
+            _require_numbers(t, name, path)
+            encoder[own] = t
+        elif not name.endswith(_NEVER_USED):
+            unused.append(name)
+    seen = looked_at(config.encoder.timm, config.views.size_px).pretrained_cfg
+    return Weights(encoder=encoder, unused=tuple(unused), timm=(tuple(seen["mean"]), tuple(seen["std"])))
 
 
 def _require_numbers(t: Tensor, name: str, path: Path) -> None:
@@ -177,6 +204,8 @@ def _heads(encoder: Encoder) -> int:
 
 
 def _advice(encoder: Encoder, weights: Weights, size_px: int) -> str:
+    if encoder.timm and weights.shape is None:
+        return f"give weights of {encoder.timm} for images of {size_px} px (--views.size-px)"
     for fits, size in _candidates(weights, size_px):
         wrong = differences(_shapes(fits, size), weights.encoder)
         if not wrong:
@@ -215,7 +244,7 @@ def _candidates(weights: Weights, size_px: int) -> Iterator[tuple[Encoder, int]]
 
 def _flags(asked: Encoder, fits: Encoder) -> Iterator[str]:
     """The flags that make the encoder that was asked for the one that fits."""
-    kind = ("patch_px",) if fits.vit else ("depth", "width", "sk_ratio", "se_ratio", "cifar_stem")
+    kind = ("patch_px",) if fits.vit else () if fits.timm else ("depth", "width", "sk_ratio", "se_ratio", "cifar_stem")
     for name in ("vit", "timm", *kind):
         value, flag = getattr(fits, name), name.replace("_", "-")
         if value != getattr(asked, name):

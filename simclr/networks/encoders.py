@@ -10,9 +10,10 @@ from torch import Tensor
 from simclr import config as configs
 from simclr.errors import UserError
 from simclr.networks.resnet import ResNet, resnet
+from simclr.networks.timm import TimmEncoder
 from simclr.networks.vit import SIZES, VisionTransformer, vit
 
-Encoder: TypeAlias = ResNet | VisionTransformer
+Encoder: TypeAlias = ResNet | VisionTransformer | TimmEncoder
 """Images (n, 3, H, W) → representations h (n, d_h), with d_h in `.d_h`."""
 
 
@@ -27,6 +28,8 @@ def build_encoder(config: configs.Encoder, seed: int = 0, size_px: int = 224) ->
             return vit(width, blocks, c.heads or heads, c.patch_px, size_px, **given)  # type: ignore[arg-type]
         except ValueError as error:
             raise UserError(f"no {c.title} is like this: {error}; change encoder.heads, encoder.patch_px or views.size_px") from None
+    if c.timm:
+        return TimmEncoder(c.timm, size_px, c.norm_ranks, seed)
     return resnet(c.depth, c.width, c.sk_ratio, c.se_ratio, c.cifar_stem, c.norm_ranks, seed)
 
 
@@ -50,6 +53,9 @@ def depths(encoder: Encoder) -> tuple[dict[str, int], int]:
     Depth 0 is what comes before the blocks: patch embedding, tokens and positions, or the stem. Block i has i + 1, and the last depth is
     for what comes behind the blocks: the last norm, and what a method puts on the encoder.
     """
+    if isinstance(encoder, TimmEncoder):
+        found = encoder.depths()
+        return found, max(found.values()) + 2
     behind: tuple[str, ...] = ()
     if isinstance(encoder, VisionTransformer):
         blocks = {f"blocks.{i}.": i + 1 for i in range(len(encoder.blocks))}

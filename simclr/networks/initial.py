@@ -135,7 +135,7 @@ def simclr_law(name: str, layer: nn.Module) -> Law:
 
 def haiku_law(name: str, layer: nn.Module) -> Law:
     """A normal with standard deviation 1 / √fan-in, cut at two of them, so that 0.88 / √fan-in is left: how Haiku's linear maps begin."""
-    return Law("cut", 1 / math.sqrt(layer.weight[0].numel()))  # type: ignore[operator,index,union-attr]
+    return Law("cut", 1 / math.sqrt(layer.weight[0].numel()))  # type: ignore[operator,index]
 
 
 class Conv2d(nn.Conv2d):

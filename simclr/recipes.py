@@ -138,6 +138,18 @@ def imagenet_resnet152_3x_sk() -> SimCLR:
 # ── MoCo ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def patterns_moco() -> MoCo:
+    """MoCo v2 on the rendered dataset, on two CPU cores: encoder, views, epochs, batch and optimizer of `patterns_tiny`.
+
+    simclr prepare --source patterns --out runs/patterns
+    simclr pretrain patterns_moco --data runs/patterns --workers 2
+    """
+    base = patterns_tiny()
+    return MoCo(
+        encoder=base.encoder, views=base.views, optim=base.optim, train=base.train, watch=base.watch, queue=2048, ema=0.99, d_out=64
+    )
+
+
 def cifar10_moco() -> MoCo:
     """MoCo with ResNet-18 on CIFAR-10, the setting of the authors' notebook (its symmetric loss: `--symmetric`).
 
@@ -379,6 +391,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         imagenet_resnet50_2x,
         imagenet_resnet50_4x,
         imagenet_resnet152_3x_sk,
+        patterns_moco,
         cifar10_moco,
         imagenet_mocov2,
         patterns_byol,

@@ -135,7 +135,8 @@ def simclr_law(name: str, layer: nn.Module) -> Law:
 
 def haiku_law(name: str, layer: nn.Module) -> Law:
     """A normal with standard deviation 1 / √fan-in, cut at two of them, so that 0.88 / √fan-in is left: how Haiku's linear maps begin."""
-    return Law("cut", 1 / math.sqrt(layer.weight[0].numel()))  # type: ignore[operator,index]
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    return Law("cut", 1 / math.sqrt(layer.weight[0].numel()))
 
 
 class Conv2d(nn.Conv2d):

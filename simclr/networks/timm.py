@@ -58,7 +58,8 @@ class TimmEncoder(nn.Module):
         """The depth of each parameter by timm's own grouping: 0 is the stem, and it grows block by block."""
         from timm.models import group_parameters
 
-        found = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
+        model: Any = self.model  # nn.Module knows no method of timm's
+        found = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
         return {f"model.{name}": depth for name, depth in found.items()}
 
     # Private in torch: what `to_empty` and `to` call on every module. The public way it waits for is a hook of `to_empty`. A test builds a

@@ -10,6 +10,7 @@ import pytest
 
 from simclr.config import Encoder, Head, Loss, Optim, SimCLR, Train, Views, Watch
 from simclr.errors import UserError
+from simclr.family import pretraining
 from simclr.methods.choice import shapes
 from simclr.recipes import RECIPES, recipe
 
@@ -17,7 +18,7 @@ from simclr.recipes import RECIPES, recipe
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_survives_json(name: str) -> None:
     config = recipe(name)
-    assert SimCLR.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert pretraining(json.loads(json.dumps(config.to_dict()))) == config
     assert config.flat()["train.batch_size"] == config.train.batch_size
 
 

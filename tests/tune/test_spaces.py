@@ -29,8 +29,11 @@ IDS = np.arange(6)
 
 @pytest.mark.parametrize("name", sorted(spaces.SPACES))
 def test_every_space_fits_every_recipe(name: str) -> None:
+    """Of SimCLR: the spaces are its papers'."""
     for given in RECIPES:
         config = recipe(given)
+        if not isinstance(config, SimCLR):
+            continue
         space = resolve.restricted(spaces.space(name), config, {})
         chosen = resolve.samples(space, 4, 0) if name == "search" else resolve.combinations(space)
         assert chosen

@@ -46,10 +46,17 @@ def figures() -> Figures:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes that run tests one has all that start Ray, which take both cores' time in turns and not at once; files else
-    stay whole, for their fixtures."""
+    stay whole, for their fixtures. Of tests on clusters of their own, those that begin with the shared Ray come last: a process that is
+    connected to it joins no other cluster, and dies with it."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in _WITH_RAY else item.path.stem))
-    items.sort(key=lambda item: item.path.stem not in _WITH_RAY)
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    if item.get_closest_marker("cluster"):
+        return 2 + ("shared_ray" in getattr(item, "fixturenames", ()))
+    return int(item.path.stem not in _WITH_RAY)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -91,6 +91,7 @@ def test_the_code_has_a_name_of_its_own_and_is_the_same_to_the_letter(version: P
         there = (package / name.replace(".", "/")).with_suffix(".py").read_text()
         assert there.replace(f"{package.name}.", "").replace(f"{package.name}::", "simclr::") == here, name
         compile(there, name, "exec")
+    assert "simclr.networks.vit" in carried.modules()
     assert not {name.split(".")[1] for name in carried.modules()} & {"train", "methods", "commands", "runs"}
     assert not [path for path in version.rglob("*") if path.suffix in (".pkl", ".pt", ".pth")]
 

@@ -226,6 +226,7 @@ def test_every_parameter_has_its_depth() -> None:
     assert found["stem.0.weight"] == 0 and found["groups.0.0.body.0.weight"] == 1 and found["groups.3.2.body.0.weight"] == 16
 
 
+@pytest.mark.compile
 def test_it_compiles_as_one_graph(network: VisionTransformer, golden: dict[str, Tensor]) -> None:
     """With paths, and at another size than the table's, in bfloat16 and float32: no graph break."""
     small = vit(32, 1, 4, 4, 16)

@@ -232,7 +232,7 @@ def test_timms_names_are_written_and_begun_with(published: Path, tmp_path: Path,
         assert found.unused == (("state_dict.module.fc.weight",) if path.suffix == ".pth" else ())
         assert "timm's own weights of this network want --views.mean 0.5" in warm_start._normalised_otherwise(CONFIG.views, found)
     other = replace(CONFIG, encoder=Encoder(timm="test_vit"))
-    with pytest.raises(UserError, match=r"holds no test_vit by timm's names \(cls_token, …\), but conv1.weight"):
+    with pytest.raises(UserError, match=r"holds no test_vit by timm's names \(cls_token, …\), but bn1"):
         weights.of_file(tmp_path / "w.safetensors", other)
     wide = {name: torch.ones(2, *t.shape) for name, t in found.encoder.items()}
     with pytest.raises(UserError, match=r"do not fit the encoder: .*; give weights of test_resnet for images of 32 px"):

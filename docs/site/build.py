@@ -50,7 +50,7 @@ def stage(into: Path) -> None:
 
 def recipes() -> str:
     """What each recipe's docstring says, below its name; its commands as commands."""
-    tree = ast.parse((ROOT / "simclr" / "recipes.py").read_text())
+    tree = ast.parse("".join((ROOT / "simclr" / f"recipes_{name}.py").read_text() for name in ("simclr", "siblings")))
     found = []
     for function in tree.body:
         if isinstance(function, ast.FunctionDef) and not function.args.args and not function.name.startswith("_"):

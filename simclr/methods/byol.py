@@ -25,19 +25,16 @@ from torch import Tensor, nn
 from simclr import keyed
 from simclr import loss as losses
 from simclr.collectives import share_of_mean
-from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
 from simclr.evaluation import representation
-from simclr.evaluation.online import knn_of
 from simclr.family import BYOL
 from simclr.methods.average import cosine_to_one, move
-from simclr.methods.method import Method, Rows, Start, begun, examples_of, no_evaluation, paths_for, placed, schedule, views_for
-from simclr.methods.online import with_classifier
+from simclr.methods.method import Method, Rows, Start, begun, examples_of, pairs_for, placed, schedule
+from simclr.methods.online import neighbours, with_classifier
 from simclr.networks.encoders import Encoder, build_encoder, encoded
 from simclr.networks.heads import MLP, linear_classifier
 from simclr.networks.initial import draw, haiku_law
 from simclr.optim import byol_rule, parameter_groups
-from simclr.to_device import to_device
 from simclr.views.draw import Crop
 
 
@@ -112,23 +109,17 @@ def _head(config: BYOL, d_in: int, seed: int, name: str) -> MLP:
 
 def byol(config: BYOL, start: Start, manifest: Manifest | None = None) -> Method:
     """BYOL on the images of `manifest`; without one there are neither labels nor online evaluation."""
-    device, precision, images = start.device, config.train.precision, config.train.batch_size
+    precision, images = config.train.precision, config.train.batch_size
     crops = (Crop(views=config.views),)
     classes = len(manifest.classes) if manifest is not None else 0
     network = placed(begun(lambda: build_network(config, classes), start), start, precision)
     target = placed(begun(lambda: build_target(config), start), start, precision)
 
-    def inputs(batch: Batch, some: slice) -> Rows:
-        (views,) = views_for(batch, some, crops, config, device)
-        found = {"views": views.unflatten(0, (2, -1)), **paths_for(batch, some, crops, config, device)}
-        return found if network.classifier is None else {**found, "labels": to_device(batch.labels[some], device)[None]}
-
-    tested = manifest is not None and bool(classes) and "test" in manifest.splits
     examples = examples_of(config, start, manifest) if manifest is not None else images
     total = config.total_steps(examples)
     return Method(
         crops=crops,
-        inputs=inputs,
+        inputs=partial(pairs_for, config=config, device=start.device, labelled=network.classifier is not None),
         network=network,
         state=target,
         targets=partial(projected, target),
@@ -137,7 +128,7 @@ def byol(config: BYOL, start: Start, manifest: Manifest | None = None) -> Method
         report=partial(diagnosed, images=images),
         groups=parameter_groups(network, config.optim, schedule(config, examples), total, byol_rule),
         published={"encoder": network.encoder} | ({"classifier": network.classifier} if network.classifier is not None else {}),
-        evaluate=partial(knn_of, network.encoder, config, start.data, device, start.loader_threads) if tested else no_evaluation,
+        evaluate=neighbours(network.encoder, config, start, manifest),
         chance=4.0,  # of directions that have nothing to do with each other: cosines 0, two distances of 2
     )
 

@@ -82,6 +82,14 @@ def paths_for(batch: Batch, some: slice, crops: tuple[Crop, ...], config: Config
     return {"paths": to_device(factors, device)}
 
 
+def pairs_for(batch: Batch, some: slice, config: Config, device: torch.device, labelled: bool) -> Rows:
+    """Input rows of a method of two views: "views" (2, n, 3, H, W), "paths" with drop path, "labels" (1, n) where they are `labelled`."""
+    crops = (Crop(views=config.views),)
+    (views,) = views_for(batch, some, crops, config, device)
+    found = {"views": views.unflatten(0, (2, -1)), **paths_for(batch, some, crops, config, device)}
+    return {**found, "labels": to_device(batch.labels[some], device)[None]} if labelled else found
+
+
 def no_rows(rows: Rows) -> Rows:
     """No targets."""
     return {}

@@ -22,13 +22,11 @@ from torch.nn.functional import normalize
 
 from simclr import keyed
 from simclr.collectives import all_gather, rank, world_size
-from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
-from simclr.evaluation.online import knn_of
 from simclr.family import MoCo
 from simclr.loss import info_nce_queue
-from simclr.methods.method import Method, Rows, Start, begun, examples_of, no_evaluation, placed, schedule, views_for
-from simclr.methods.online import with_classifier
+from simclr.methods.method import Method, Rows, Start, begun, examples_of, pairs_for, placed, schedule
+from simclr.methods.online import neighbours, with_classifier
 from simclr.methods.queue import Queue, random_rows
 from simclr.methods.simclr import of_pairs, of_rows
 from simclr.networks.encoders import encoder_of
@@ -99,11 +97,6 @@ def moco(config: MoCo, start: Start, manifest: Manifest | None = None) -> Method
     embed = nn.Sequential(queue.encoder, queue.head)
     shuffle = Shuffle(config.seed, images, device) if config.shuffle else None
 
-    def inputs(batch: Batch, some: slice) -> Rows:
-        (views,) = views_for(batch, some, crops, config, device)
-        found = {"views": views.unflatten(0, (2, -1))}
-        return found if model.classifier is None else {**found, "labels": to_device(batch.labels[some], device)[None]}
-
     def before(step: int) -> None:
         queue.follow(model.encoder, model.head, config.ema)
         if shuffle is not None:
@@ -128,11 +121,10 @@ def moco(config: MoCo, start: Start, manifest: Manifest | None = None) -> Method
         keys = all_gather(targets["keys"].transpose(0, 1).contiguous(), images)
         queue.enqueue(keys.transpose(0, 1).flatten(0, 1), step)
 
-    tested = manifest is not None and bool(classes) and "test" in manifest.splits
     examples = examples_of(config, start, manifest) if manifest is not None else images
     return Method(
         crops=crops,
-        inputs=inputs,
+        inputs=partial(pairs_for, config=config, device=start.device, labelled=model.classifier is not None),
         network=model,
         state=queue,
         before=before,
@@ -142,7 +134,7 @@ def moco(config: MoCo, start: Start, manifest: Manifest | None = None) -> Method
         report=partial(diagnosed, temperature=tau, images=images),
         groups=parameter_groups(model, config.optim, schedule(config, examples), config.total_steps(examples), everything),
         published={"encoder": model.encoder} | ({"classifier": model.classifier} if model.classifier is not None else {}),
-        evaluate=partial(knn_of, model.encoder, config, start.data, device, start.loader_threads) if tested else no_evaluation,
+        evaluate=neighbours(model.encoder, config, start, manifest),
         chance=model.queries * math.log(config.queue + 1),
     )
 

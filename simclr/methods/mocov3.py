@@ -15,9 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
-from simclr.evaluation.online import knn_of
 from simclr.family import MoCoV3
 from simclr.loss import info_nce
 from simclr.methods.average import average_of, cosine_to_one, move
@@ -27,18 +25,15 @@ from simclr.methods.method import (
     Start,
     begun,
     examples_of,
-    no_evaluation,
-    paths_for,
+    pairs_for,
     placed,
     schedule,
-    views_for,
 )
-from simclr.methods.online import with_classifier
+from simclr.methods.online import neighbours, with_classifier
 from simclr.methods.simclr import of_pairs, of_rows
 from simclr.networks.encoders import encoded, encoder_of
 from simclr.networks.heads import MLP, linear_classifier
 from simclr.optim import everything, mocov3_lars_rule, parameter_groups
-from simclr.to_device import to_device
 from simclr.views.draw import Crop
 
 
@@ -70,18 +65,13 @@ def of_view(rows: Rows, view: int) -> Rows:
 
 def mocov3(config: MoCoV3, start: Start, manifest: Manifest | None = None) -> Method:
     """MoCo v3 on the images of `manifest`; without one there are neither labels nor online evaluation."""
-    device, precision, tau = start.device, config.train.precision, config.temperature
+    precision, tau = config.train.precision, config.temperature
     crops, images = (Crop(views=config.views),), config.train.batch_size
     classes = len(manifest.classes) if manifest is not None else 0
     model = placed(begun(lambda: Network(config, classes), start), start, precision)
     average = nn.ModuleDict({"encoder": average_of(model.encoder), "projector": average_of(model.projector)})
     examples = examples_of(config, start, manifest) if manifest is not None else images
     total = config.total_steps(examples)
-
-    def inputs(batch: Batch, some: slice) -> Rows:
-        (views,) = views_for(batch, some, crops, config, device)
-        found = {"views": views.unflatten(0, (2, -1)), **paths_for(batch, some, crops, config, device)}
-        return found if model.classifier is None else {**found, "labels": to_device(batch.labels[some], device)[None]}
 
     def before(step: int) -> None:
         keep = cosine_to_one(step, total, config.ema)
@@ -99,10 +89,9 @@ def mocov3(config: MoCoV3, start: Start, manifest: Manifest | None = None) -> Me
         return with_classifier(info_nce(q1, k2, tau, images) + info_nce(q2, k1, tau, images), outputs, targets, images)
 
     rule = mocov3_lars_rule if config.optim.name == "lars" else everything
-    tested = manifest is not None and bool(classes) and "test" in manifest.splits
     return Method(
         crops=crops,
-        inputs=inputs,
+        inputs=partial(pairs_for, config=config, device=start.device, labelled=model.classifier is not None),
         network=model,
         state=average,
         before=before,
@@ -111,7 +100,7 @@ def mocov3(config: MoCoV3, start: Start, manifest: Manifest | None = None) -> Me
         report=partial(diagnosed, temperature=tau, images=images),
         groups=parameter_groups(model, config.optim, schedule(config, examples), total, rule),
         published={"encoder": model.encoder} | ({"classifier": model.classifier} if model.classifier is not None else {}),
-        evaluate=partial(knn_of, model.encoder, config, start.data, device, start.loader_threads) if tested else no_evaluation,
+        evaluate=neighbours(model.encoder, config, start, manifest),
         chance=2 * 2 * tau * math.log(images),
     )
 

@@ -1,13 +1,21 @@
-"""The linear classifier that a pretraining trains on h behind a stop-gradient, if its data has labels: no label reaches the encoder."""
+"""What a pretraining tells of its encoder while it trains, if its data has labels: the online evaluation, and a linear classifier on h
+behind a stop-gradient, so that no label reaches the encoder."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simclr.collectives import share_of_mean
-from simclr.methods.method import Rows
+from simclr.config import Config
+from simclr.data.manifest import Manifest
+from simclr.evaluation.online import knn_of
+from simclr.methods.method import Rows, Start, no_evaluation
+from simclr.networks.encoders import Encoder
 
 
 def with_classifier(loss: Tensor, outputs: Rows, targets: Rows, images: int) -> tuple[Tensor, Rows]:
@@ -30,3 +38,10 @@ def classify(logits: Tensor, labels: Tensor, images: int | None = None) -> tuple
     loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
     hits = torch.stack([(logits.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
     return share_of_mean(loss / len(labels), own, images), hits.to(loss.dtype)
+
+
+def neighbours(encoder: Encoder, config: Config, start: Start, manifest: Manifest | None) -> Callable[[], dict[str, float]]:
+    """The online evaluation of `encoder`, weighted kNN, where the data of `manifest` has labels and a test split."""
+    if manifest is None or not manifest.classes or "test" not in manifest.splits:
+        return no_evaluation
+    return partial(knn_of, encoder, config, start.data, start.device, start.loader_threads)

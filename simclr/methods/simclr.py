@@ -16,10 +16,8 @@ from torch.nn.functional import normalize
 from simclr import config as configs
 from simclr.collectives import all_gather, share_of_mean
 from simclr.config import Loss
-from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
 from simclr.evaluation import representation
-from simclr.evaluation.online import knn_of
 from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
 from simclr.methods.method import (
     Method,
@@ -28,21 +26,18 @@ from simclr.methods.method import (
     begun,
     examples_of,
     labels_of,
-    no_evaluation,
     no_rows,
     nothing_after,
-    paths_for,
+    pairs_for,
     placed,
     schedule,
-    views_for,
 )
-from simclr.methods.online import with_classifier
+from simclr.methods.online import neighbours, with_classifier
 from simclr.methods.queue import Queue
 from simclr.networks.encoders import encoded, encoder_of
 from simclr.networks.heads import build_head, linear_classifier
 from simclr.networks.initial import unfilled
 from simclr.optim import parameter_groups
-from simclr.to_device import to_device
 from simclr.views.draw import Crop
 
 
@@ -73,7 +68,7 @@ def build_model(config: configs.SimCLR, classes: int = 0, drawn: bool = True) ->
 
 def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = None) -> Method:
     """SimCLR on the images of `manifest`; without one there are neither labels nor online evaluation."""
-    device, precision, loss = start.device, config.train.precision, config.loss
+    precision, loss = config.train.precision, config.loss
     crops, images = (Crop(views=config.views),), config.train.batch_size
     rows = 2 * images
     classes = len(manifest.classes) if manifest is not None else 0
@@ -82,11 +77,6 @@ def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = Non
     if loss.memory:
         made = begun(lambda: Queue(model.encoder, model.head, torch.zeros(loss.memory, config.head.d_out)), start)
         queue = placed(made, start, precision)
-
-    def inputs(batch: Batch, some: slice) -> Rows:
-        (views,) = views_for(batch, some, crops, config, device)
-        found = {"views": views.unflatten(0, (2, -1)), **paths_for(batch, some, crops, config, device)}
-        return found if model.classifier is None else {**found, "labels": to_device(batch.labels[some], device)[None]}
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
         contrasted = contrast(outputs["z"].flatten(0, 1), loss, queue.negatives(step, rows) if queue is not None else None, images)
@@ -99,12 +89,11 @@ def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = Non
         z = queue.head(queue.encoder(inputs["views"].flatten(0, 1)))[-1]
         queue.enqueue(all_gather(normalize(z.to(queue.rows.dtype), dim=1), images), step)
 
-    tested = manifest is not None and bool(classes) and "test" in manifest.splits
     examples = examples_of(config, start, manifest) if manifest is not None else config.train.batch_size
     parts: dict[str, nn.Module] = {"encoder": model.encoder, "head": model.head}
     return Method(
         crops=crops,
-        inputs=inputs,
+        inputs=partial(pairs_for, config=config, device=start.device, labelled=model.classifier is not None),
         network=model,
         state=queue if queue is not None else nn.Module(),
         targets=labels_of if model.classifier is not None else no_rows,
@@ -113,7 +102,7 @@ def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = Non
         report=partial(diagnosed, temperature=loss.temperature, images=images),
         groups=parameter_groups(model, config.optim, schedule(config, examples), config.total_steps(examples)),
         published=parts | ({"classifier": model.classifier} if model.classifier is not None else {}),
-        evaluate=partial(knn_of, model.encoder, config, start.data, device, start.loader_threads) if tested else no_evaluation,
+        evaluate=neighbours(model.encoder, config, start, manifest),
         chance=math.log(rows - 1 + loss.memory) if loss.name.startswith("nt_xent") else 0.0,
     )
 

@@ -303,7 +303,7 @@ def test_a_loss_that_is_not_finite_names_rank_and_step_on_every_rank(ranks: Rank
 
 def blackened(data: str) -> str:
     """The error if one image of rank 0's second batch is not finite, and BatchNorm sees only each rank's own rows."""
-    from simclr.methods import simclr as module
+    from simclr.methods import method as module
 
     good, calls = module.views_for, []
 

@@ -63,8 +63,8 @@ MUTATIONS = (
     Mutation(
         "batchnorm-decays",
         "simclr/optim.py",
-        "return p.ndim > 1, p.ndim > 1 and not name",
-        "return True, p.ndim > 1 and not name",
+        "return kernel, kernel and not name",
+        "return True, kernel and not name",
         "tests/simclr/test_optim.py::test_only_kernels_decay_and_adapt",
     ),
     Mutation(

@@ -16,6 +16,7 @@ from torch import Tensor
 from simclr import collectives
 from simclr import train as loop
 from simclr.collectives import rank
+from simclr.methods import method
 from simclr.methods import simclr as module
 from simclr.telemetry import straggler
 from simclr.telemetry.guards import Health
@@ -31,7 +32,7 @@ _NAP_S = 0.2
 def napping(data: str, slow: int, where: str, clock: Any = Clock) -> list[Report]:
     """Reports of 15 steps of two images a rank, in which rank `slow` sleeps for 0.2 s: before its first layer, or in its backward pass.
     Ten steps in a row, not fifty, make a straggler."""
-    good = module.views_for, module.nt_xent, loop.Clock, straggler.STEPS
+    good = method.views_for, module.nt_xent, loop.Clock, straggler.STEPS
 
     def views(*arguments: Any) -> list[Tensor]:
         time.sleep(_NAP_S * (where == "views"))
@@ -43,14 +44,14 @@ def napping(data: str, slow: int, where: str, clock: Any = Clock) -> list[Report
         return good[1](z, *arguments)
 
     if rank() == slow:
-        module.views_for, module.nt_xent = views, loss
+        method.views_for, module.nt_xent = views, loss
     loop.Clock, straggler.STEPS = clock, 10
     settings = dataclasses.replace(TINY.train, batch_size=4, steps=15, report_every_steps=5, checkpoint_every_steps=None)
     config = dataclasses.replace(TINY, train=settings, watch=dataclasses.replace(TINY.watch, every_epochs=0))
     try:
         return list(train(config, Start(Path(data))))
     finally:
-        module.views_for, module.nt_xent, loop.Clock, straggler.STEPS = good
+        method.views_for, module.nt_xent, loop.Clock, straggler.STEPS = good
 
 
 @pytest.mark.parametrize(("where", "compiled"), [("views", False), ("backward", False), ("views", True)])

@@ -173,9 +173,6 @@ class Config:
     METHOD: ClassVar[str] = ""
     """The method's name, as a file states it; "" = the class alone tells it, as of a stage."""
 
-    DROPS_PATHS: ClassVar[bool] = False
-    """Whether a method with a name draws which blocks an image leaves out (encoder.drop_path), as SimCLR and the stages do."""
-
     seed: int = 0
     """Key of all randomness: weights, order, crops, colours."""
     encoder: Encoder = field(default_factory=Encoder)
@@ -186,13 +183,14 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
-        dropped = self.encoder.drop_path
-        drops = not dropped or not self.METHOD or self.DROPS_PATHS
-        require(drops, f"encoder.drop_path is {dropped}, and {self.METHOD} leaves no block out; leave out --encoder.drop-path")
         size, patch = self.views.size_px, self.encoder.patch_px
         near = max(size // patch, 1) * patch
         whole = self.encoder.vit is None or size % patch == 0
         require(whole, f"encoder.patch_px {patch} does not divide views.size_px {size}; use --views.size-px {near} or {near + patch}")
+
+    def of_batch(self, images: int) -> Self:
+        """The same with steps of so many `images`; a queue keeps about its length, and holds whole batches."""
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, batch_size=images))
 
     @property
     def whole_batch(self) -> str:
@@ -297,6 +295,11 @@ class SimCLR(Config):
         rows, memory = 2 * self.train.batch_size, self.loss.memory
         require(memory % rows == 0, f"loss.memory {memory} holds no whole batches; use a multiple of {rows}, 2 views of train.batch_size")
         require(not self.whole_batch or self.train.micro_batch is None, f"{self.whole_batch}; leave out train.micro_batch")
+
+    def of_batch(self, images: int) -> Self:
+        queue = self.loss.memory and max(self.loss.memory // (2 * self.train.batch_size), 1) * 2 * images
+        train, loss = dataclasses.replace(self.train, batch_size=images), dataclasses.replace(self.loss, memory=queue)
+        return dataclasses.replace(self, train=train, loss=loss)
 
     @property
     def whole_batch(self) -> str:

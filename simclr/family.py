@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from simclr.config import Config, SimCLR, require
 from simclr.errors import UserError
@@ -40,6 +41,7 @@ class MoCo(Config):
             self.queue > 0 and self.queue % keys == 0, f"queue {self.queue} is no multiple of the {keys} keys of a step; use --queue {near}"
         )
         _require_common(self.temperature, self.ema, self.d_out)
+        require(not (self.shuffle and self.encoder.vit), f"shuffle is for BatchNorm, and {self.encoder.title} has none; leave it out")
         alone = self.encoder.batchnorm == "per_worker"
         require(alone or not self.shuffle, "shuffle is for --encoder.batchnorm per_worker; with other statistics leave it out")
         require(not self.whole_batch or self.train.micro_batch is None, f"{self.whole_batch}; leave out train.micro_batch")
@@ -47,6 +49,11 @@ class MoCo(Config):
     @property
     def whole_batch(self) -> str:
         return "shuffle needs a whole batch at once" if self.shuffle else ""
+
+    def of_batch(self, images: int) -> Self:
+        each = self.keys_per_step // self.train.batch_size * images
+        train = dataclasses.replace(self.train, batch_size=images)
+        return dataclasses.replace(self, train=train, queue=max(self.queue // each, 1) * each)
 
     @property
     def keys_per_step(self) -> int:
@@ -118,7 +125,7 @@ def pretraining(values: Any) -> Config:
     Raises UserError for an unknown method, and as `Config.from_dict`.
     """
     name = values.get("method", "simclr") if isinstance(values, dict) else "simclr"
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.3) or list(METHODS)
         raise UserError(f"unknown method {name!r}; nearest: {', '.join(near)}")
     return METHODS[name].from_dict({key: value for key, value in values.items() if key != "method"} if isinstance(values, dict) else values)

@@ -80,7 +80,9 @@ def footprint(config: Config, workers: int = 1, classes: int = 0, device: str = 
     most = _piece(config, workers)
     # Alone, this worker's share is the batch. Two pieces of it do: the others are one after the other in the same memory.
     some = max(min(images, 2 * most), 2)
-    alone = of_batch(config, some, None if config.pieces(workers) == 1 else most)
+    pieced = config.pieces(workers) > 1
+    alone = replace(config, train=replace(config.train, micro_batch=None, shard_groups=1)).of_batch(some)
+    alone = replace(alone, train=replace(alone.train, micro_batch=most)) if pieced else alone
     shaped = shapes(alone, classes)
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         method = _fake(shaped)
@@ -223,25 +225,18 @@ def _evaluate(method: Method, config: Config) -> None:
         encoder.eval()(torch.empty((_EVALUATED, 3, px, px)).to(memory_format=torch.channels_last))
 
 
-def of_batch(config: Config, images: int, micro_batch: int | None) -> Config:
-    """`config` with steps of so many `images`, and a queue of about as many rows as before that holds whole batches."""
-    train = replace(config.train, batch_size=images, micro_batch=micro_batch, shard_groups=1)
-    if isinstance(config, SimCLR):
-        queue = config.loss.memory and max(config.loss.memory // (2 * config.train.batch_size), 1) * 2 * images
-        return replace(config, train=train, loss=replace(config.loss, memory=queue))
-    if isinstance(config, MoCo):
-        each = config.keys_per_step // config.train.batch_size * images
-        return replace(config, train=train, queue=max(config.queue // each, 1) * each)
-    return replace(config, train=train)
-
-
 def _rows_of_all(config: Config, images: int, counted: int) -> int:
     """Bytes that the loss takes for the rows of all images, but for those of the `counted` ones of this rank's `images`: NT-Xent's
-    projections with gradient and logits, or blocks of them; MoCo v3's keys and logits. The others compare no rows of different ranks."""
+    projections with gradient and logits, or blocks of them; MoCo v3's keys and logits; MoCo's logits against the queue, and the views that
+    a shuffle gathers. BYOL compares no others."""
     if isinstance(config, SimCLR):
         every = 2 * config.train.batch_size + config.loss.memory
         logits = min(2 * images * every, STREAMED_FROM) - min(4 * counted * counted, STREAMED_FROM)
         return 3 * 4 * ((every - 2 * counted) * config.head.d_out + max(logits, 0))
+    if isinstance(config, MoCo):
+        logits = 2 * (2 if config.symmetric else 1) * (images - counted) * (config.queue + 1)
+        shuffled = 2 * 3 * config.views.size_px**2 * (config.train.batch_size - counted) if config.shuffle else 0
+        return 4 * (max(logits, 0) + shuffled)
     if isinstance(config, MoCoV3):
         every = config.train.batch_size
         return 4 * (2 * (every - counted) * config.d_out + 3 * 2 * (images * every - counted * counted))

@@ -174,10 +174,11 @@ def is_kernel(name: str, p: nn.Parameter) -> bool:
 
 def byol_rule(name: str, p: nn.Parameter) -> tuple[bool, bool]:
     """Biases, and all in a module whose name contains "norm", neither decay nor adapt, as in BYOL's official code, which goes by names.
-    Some norms here have a number for a name; so vectors do neither, too: each is a bias or a norm's."""
+    Some norms here have a number for a name; so vectors do neither, too: each is a bias or a norm's. The authors have no transformer; its
+    class token and positions do neither here."""
     *path, leaf = name.split(".")
-    kernel = p.ndim > 1 and leaf not in ("bias", "b") and not any("norm" in part for part in path)
-    return kernel, kernel
+    named = leaf not in ("bias", "b", "cls_token", "pos_embed") and not any("norm" in part for part in path)
+    return p.ndim > 1 and named, p.ndim > 1 and named
 
 
 def mocov3_lars_rule(name: str, p: nn.Parameter) -> tuple[bool, bool]:

@@ -158,7 +158,7 @@ def _print_row(label: str, values: Found, images: int, efficiency: float) -> Non
 
 def _trial(config: Config, world: int, steps: int, threads: int, device: str) -> Found:
     """One trial in `world` fresh processes; each figure is the slowest rank's."""
-    config = replace(config, train=replace(config.train, batch_size=config.train.batch_size * world))
+    config = config.of_batch(config.train.batch_size * world)
     context = multiprocessing.get_context("spawn")
     answers: multiprocessing.queues.Queue[Found] = context.Queue()
     with tempfile.TemporaryDirectory(prefix="simclr-bench-") as folder:

@@ -285,9 +285,8 @@ def _config(args: Args) -> Config:
     if args.size_px is not None:
         config = replace(config, views=replace(config.views, size_px=args.size_px))
     precision = config.train.precision if args.precision == "recipe" else args.precision
-    from simclr.footprint import of_batch
-
-    config = of_batch(config, args.batch_size, args.micro_batch)
+    config = config.of_batch(args.batch_size)
+    config = replace(config, train=replace(config.train, micro_batch=args.micro_batch, shard_groups=1))
     return replace(config, train=replace(config.train, precision=precision, compile=args.compile, steps=args.steps))
 
 

@@ -138,6 +138,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
             (run.path / ".teacher").rename(run.path / "teacher")
 
     about: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
+    about |= classifiers.pretrained(directory)
     return driver.Job(
         run=run,
         home=home,
@@ -156,6 +157,7 @@ def _config(args: Args, directory: Path, images: int, labels_sha256: str) -> Dis
 
     base = config_of(read_text(directory))
     student = args.encoder.of(base.encoder)
+    alike = replace(student, drop_path=0.0) == replace(base.encoder.trained, drop_path=0.0)
     return Distill(
         seed=args.seed,
         encoder=student,
@@ -166,7 +168,7 @@ def _config(args: Args, directory: Path, images: int, labels_sha256: str) -> Dis
             classifiers.batch_for(args.batch_size, 4096, images, args.resources.workers), args.epochs, args.precision, args.compile
         ),
         watch=Watch(every_epochs=args.test_every_epochs),
-        temperature=args.temperature if args.temperature is not None else 0.1 if student == base.encoder else 1.0,
+        temperature=args.temperature if args.temperature is not None else 0.1 if alike else 1.0,
         alpha=args.alpha,
         teacher=classifiers.digest(directory),
         labels_sha256=labels_sha256,

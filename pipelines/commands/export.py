@@ -49,8 +49,8 @@ def main(args: Args) -> None:
     args.to.parent.mkdir(parents=True, exist_ok=True)
     size = encoder.preprocessing.size_px
     if args.to.suffix == ".safetensors" and (name := encoder.config["encoder"].get("timm")):
-        deviation = export.timm(encoder, args.to)
-        show(f"{args.to}: timm's {name}; {args.to.name}.txt has the program, in which it deviates by {deviation:.1e}")
+        deviation, of = export.timm(encoder, args.to), f"timm's {name}{', without its classifier' if linear else ''}"
+        show(f"{args.to}: {of}; {args.to.name}.txt has the program, in which it deviates by {deviation:.1e}")
         show(f"  takes {preprocessing(asdict(encoder.preprocessing))}")
     elif args.to.suffix == ".safetensors":
         fixed, plain = export.torchvision(encoder, linear, args.to)

@@ -111,7 +111,7 @@ class Args:
             class_weights=config.class_weights,
             linear=config.linear,
             from_scratch=new,
-            encoder=classifiers.Shape.like(config.encoder) if new else classifiers.Shape(),
+            encoder=classifiers.Shape.like(config.encoder) if new else classifiers.Shape(drop_path=config.encoder.drop_path or None),
         )
 
 
@@ -165,6 +165,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
             driver.begin_with(run, state)
 
     about: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
+    about |= classifiers.pretrained(directory)
     return driver.Job(
         run=run,
         home=home,

@@ -58,7 +58,8 @@ class Args:
     weights drawn by the seed."""
     extend: Path | None = None
     """A complete run, on disk or at s3://bucket/prefix, to train on from in a new run, by its config: a new warm-up and cosine from its
-    weights (--train.epochs N long), not what more epochs from the beginning would have given. Default of --seed: the run's + 1."""
+    weights (--train.epochs N long), not what more epochs from the beginning would have given. Of MoCo, MoCo v3 and BYOL the encoder
+    alone goes on. Default of --seed: the run's + 1."""
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
@@ -148,14 +149,18 @@ def dry(args: Args) -> Iterator[str]:
     if room is None:
         yield plan.line("", "the cluster's machines are not asked; `simclr cluster check FILE --dry-run --recipe …` compares with a file's")
     yield plan.duration(config, examples, workers, room.device if room is not None else "", args.run.parent if args.run else Path("runs"))
-    yield from plan.storage(config, manifest, at is not None, run_at, _parameters(config, classes))
+    yield from plan.storage(config, manifest, at is not None, run_at, _checkpoint(config, classes))
     yield "nothing was started or written"
 
 
-def _parameters(config: Config, classes: int) -> int:
+def _checkpoint(config: Config, classes: int) -> int:
+    """Bytes of a checkpoint: network, moving averages and queue, and the optimizer's state of what is trained."""
     from simclr.methods.choice import shapes
 
-    return sum(p.numel() for p in shapes(config, classes).network.parameters())
+    method = shapes(config, classes)
+    held: int = sum(t.numel() for part in (method.network, method.state) for t in part.state_dict().values())
+    trained = sum(p.numel() for group in method.groups for p in group.params)
+    return 4 * (held + (2 if config.optim.name == "adamw" else 1) * trained)
 
 
 def pretrain(args: Args) -> Run:

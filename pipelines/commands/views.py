@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +59,7 @@ def main(args: Args) -> None:
     from pipelines.html.pictures import gallery
 
     # One batch of the images to show; nothing is trained.
-    config = replace(args.config, train=replace(args.config.train, batch_size=min(max(args.images, 2), examples)))
+    config = args.config.of_batch(min(max(args.images, 2), examples))
     _made(out)
     rows = gallery(config, data, args.images)
     out.parent.mkdir(parents=True, exist_ok=True)

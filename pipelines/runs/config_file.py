@@ -77,7 +77,7 @@ def read(path: Path, stage: str = "pretrain") -> Named:
             f"{printable(str(path))}, line {line}: recipe is {fields.short(name)}; expected a name, as `simclr recipes` lists them"
         )
     method, stated = written.pop("method", (0, "simclr"))
-    if stated not in METHODS:
+    if not isinstance(stated, str) or stated not in METHODS:
         near = difflib.get_close_matches(str(stated), METHODS, n=3, cutoff=0.3) or list(METHODS)
         raise UserError(f"{printable(str(path))}, line {method}: unknown method {fields.short(stated)}; nearest: {', '.join(near)}")
     if method and name in RECIPES and method_name(recipe(name)) != stated:

@@ -34,7 +34,8 @@ def write_card(directory: Path, name: str, record: Record, licence: str) -> str:
 def card(config: dict[str, Any], parameters: int, name: str, record: Record, licence: str) -> str:
     """Markdown, from an encoder's config.json, its number of `parameters` and the `record` of its scores."""
     published, converted = config["published"], "converted" in config["published"]
-    size, seen, method = config["preprocessing"]["size_px"], config["views"], str(config.get("method", "simclr"))
+    size, seen = config["preprocessing"]["size_px"], config["views"]
+    method = str(published.get("pretrained") or config.get("method", "simclr"))
     called = named(method)
     rows = {
         "Network": network(config["encoder"]) + f", {parameters / 1e6:,.1f} M parameters",
@@ -44,7 +45,7 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
         "Recipe": _recipe(config),
         "Steps": f"{published['step']:,}" if published.get("step") is not None else "unknown",
     }
-    if head := config.get("head"):
+    if (head := config.get("head")) and method == "simclr":
         rows["Projection head"] = f"{head['layers']} layers, z has {head['d_out']} numbers"
     if subset := published.get("subset"):
         rows["Images"] = f"{subset['images']:,} of the data's, listed in {subset['from']} (sha256 {subset['sha256'][:12]}…)"
@@ -117,7 +118,8 @@ def _recipe(config: dict[str, Any]) -> str:
     if "converted" in published:
         return f"unknown; converted from the TensorFlow checkpoint {published['converted']}"
     loss = config.get("loss") or config
-    tau = loss.get("temperature") if loss.get("name", "nt_xent") == "nt_xent" else None
+    own = not published.get("recipe", "").startswith(("finetune-", "distill-"))  # those have a loss of labels
+    tau = loss.get("temperature") if own and loss.get("name", "nt_xent") == "nt_xent" else None
     stated = [f"N = {config['train']['batch_size']:,}", config["optim"]["name"].upper()]
     stated += [f"τ = {tau:g}"] if tau is not None else []
     stated += [f"K = {config['queue']:,}"] if "queue" in config else []

@@ -67,13 +67,15 @@ class Shape:
     def of(self, encoder: Encoder) -> Encoder:
         """`encoder` with these fields, all of it to train, and of the kind that they belong to."""
         asked = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        base = encoder.trained
-        resnet = self.vit is None and self.timm is None and {"depth", "width", "sk_ratio"} & set(asked)
-        if (self.timm or (resnet and self.depth is not None)) and base.vit:
+        base, resnets = encoder.trained, {"depth", "width", "sk_ratio"} & set(asked)
+        if resnets and (self.vit or self.timm or ((base.vit or base.timm) and self.depth is None)):
+            flag = min(resnets).replace("_", "-")
+            raise UserError(f"--encoder.{flag} is a ResNet's, and the network is none; give --encoder.depth for a ResNet, or leave it out")
+        if (self.timm or resnets) and base.vit:
             base = Encoder(batchnorm=base.batchnorm)
         elif self.vit not in (None, base.vit):
             base = replace(base, heads=None)
-        if resnet or self.vit:
+        if resnets or self.vit:
             base = replace(base, timm="")
         return replace(base, **asked)
 
@@ -233,6 +235,15 @@ def batch_for(asked: int | None, usual: int, images: int, workers: int) -> int:
 
 def stage_train(batch_size: int, epochs: float, precision: Literal["float32", "tf32", "bfloat16"], compile: bool) -> Train:
     return Train(batch_size=batch_size, epochs=epochs, precision=precision, compile=compile)
+
+
+def pretrained(directory: Path) -> dict[str, str]:
+    """By which method the encoder in `directory` was pretrained, for the `published` of what is made of it; {} = SimCLR."""
+    from simclr.encoder.directory import read_text
+
+    text = read_text(directory)
+    method = text.get("published", {}).get("pretrained") or text.get("method")
+    return {"pretrained": str(method)} if method else {}
 
 
 def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, object], method: Method | None = None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipelines.runs.config_file import given_to
 from pipelines.runs.directory import Run, load_run
 from pipelines.runs.environment import environment
-from simclr.config import Config, SimCLR
+from simclr.config import Config
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 
@@ -139,18 +139,19 @@ def _resources(command: str, device: str) -> tuple[int, str]:
 def _cost(config: Config) -> tuple[object, ...]:
     """What the time of an image depends on most."""
     train = config.train
-    head = config.head if isinstance(config, SimCLR) else config.METHOD
-    return config.encoder, head, config.views.size_px, train.batch_size, train.micro_batch, train.precision, train.compile
+    shared = Config().flat()
+    own = tuple((name, value) for name, value in config.flat().items() if name not in shared and not name.startswith("loss."))
+    return config.METHOD, config.encoder, own, config.views.size_px, train.batch_size, train.micro_batch, train.precision, train.compile
 
 
-def storage(config: Config, manifest: Manifest, at_s3: bool, run: Path, parameters: int) -> Iterator[str]:
-    """The shards that a node holds, and the run's checkpoints, of a network with so many `parameters`."""
+def storage(config: Config, manifest: Manifest, at_s3: bool, run: Path, size: int) -> Iterator[str]:
+    """The shards that a node holds, and the run's checkpoints, of `size` bytes each."""
     shards = sum(shard.bytes for split in manifest.splits.values() for shard in split)
     groups = config.train.shard_groups
     share = f", of which a node fetches those of its workers' groups ({groups} in all)" if groups > 1 else ""
     how = f"fetched once to each node's cache{share}" if at_s3 else "read where they lie"
     yield line("data", f"{_gib(shards)} GiB of shards, {how}")
-    keep, size = config.train.keep_checkpoints, 8 * parameters  # weights and momentum
+    keep = config.train.keep_checkpoints
     existing = next(p for p in [run.absolute(), *run.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
     every = config.train.checkpoint_every_steps

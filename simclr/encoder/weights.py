@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simclr import checkpoint, fields, files
-from simclr.config import Config, Encoder
+from simclr.config import Config, Encoder, SimCLR
 from simclr.encoder.directory import differences, preprocessing_of, read_part, read_text, shape_of
 from simclr.encoder.export import own_name
 from simclr.errors import UserError
@@ -92,7 +92,9 @@ def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...]) -> Weigh
     """The weights in checkpoint `path` of a run with `config`, whose data has `classes` (empty = unknown). Raises UserError where it is
     damaged."""
     state = checkpoint.read(path)
-    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "head": {}, "classifier": {}}
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "classifier": {}}
+    if isinstance(config, SimCLR):  # as it is published
+        parts["head"] = {}
     for name, t in state.tensors.items():
         root, _, rest = name.partition(".")
         part, _, own = rest.partition(".")
@@ -101,7 +103,7 @@ def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...]) -> Weigh
     reads_h = not getattr(config, "tap", 0)  # else it is a fine-tuned classifier that reads the head
     return Weights(
         encoder=parts["encoder"],
-        head=parts["head"],
+        head=parts.get("head", {}),
         classifier=parts["classifier"] if reads_h else {},
         classes=classes if reads_h else (),
         shape=config.encoder,

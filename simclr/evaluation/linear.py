@@ -195,8 +195,8 @@ def sgd_probe(
     from simclr.data import loader  # with FFCV, which probes of features do without
 
     views = replace(config.views, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
-    train = replace(config.train, batch_size=batch_size, micro_batch=None, epochs=epochs, steps=None, shard_groups=1)
-    config = replace(config, views=views, train=train)
+    train = replace(config.train, micro_batch=None, epochs=epochs, steps=None, shard_groups=1)
+    config = replace(config, views=views, train=train).of_batch(batch_size)
     total = config.total_steps(read_manifest(data).examples("train"))
     device = torch.device(device)
     width = getattr(encoder, "d_h")  # noqa: B009  (nn.Module types every attribute as a tensor or a module)

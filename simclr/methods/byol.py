@@ -24,13 +24,11 @@ from torch import Tensor, nn
 
 from simclr import keyed
 from simclr import loss as losses
-from simclr.collectives import share_of_mean
 from simclr.data.manifest import Manifest
-from simclr.evaluation import representation
 from simclr.family import BYOL
 from simclr.methods.average import cosine_to_one, move
-from simclr.methods.method import Method, Rows, Start, begun, examples_of, pairs_for, placed, schedule
-from simclr.methods.online import neighbours, with_classifier
+from simclr.methods.method import Method, Rows, Start, begun, by_view, examples_of, pairs_for, placed, schedule
+from simclr.methods.online import neighbours, of_pairs, of_rows, with_classifier
 from simclr.networks.encoders import Encoder, build_encoder, encoded
 from simclr.networks.heads import MLP, linear_classifier
 from simclr.networks.initial import draw, haiku_law
@@ -47,7 +45,7 @@ class Network(nn.Module):
         self.encoder, self.projector, self.predictor, self.classifier = encoder, projector, predictor, classifier
 
     def forward(self, rows: Rows) -> Rows:
-        h = torch.stack([encoded(self.encoder, one) for one in views_of(rows)])
+        h = torch.stack([encoded(self.encoder, one) for one in by_view(rows)])
         z = one_by_one(self.projector, h)
         found = {"p": z if self.predictor is None else one_by_one(self.predictor, z), "z": z.detach()}
         if self.classifier is not None:
@@ -71,11 +69,6 @@ class Target(nn.Module):
 def one_by_one(module: nn.Module, views: Tensor) -> Tensor:
     """(views, n, …) through `module`, view by view: its BatchNorms normalise each view by itself."""
     return torch.stack([module(view) for view in views])
-
-
-def views_of(rows: Rows) -> list[Rows]:
-    """What an encoder reads of the input rows, each view by itself."""
-    return [{name: x[view : view + 1] for name, x in rows.items() if name != "labels"} for view in range(len(rows["views"]))]
 
 
 def build_network(config: BYOL, classes: int = 0) -> Network:
@@ -154,11 +147,4 @@ def diagnosed(outputs: Rows, targets: Rows, images: int | None = None) -> dict[s
     """Measures of a step's projections z, weighted by this rank's share of `images`. The loss does not tell a collapse, since it falls in
     one; `health/spread` does."""
     z = outputs["z"].flatten(0, 1)
-    found = {
-        "train/contrastive_top1": representation.contrastive_top1(z, images),
-        "health/alignment": representation.alignment(z),
-        "health/uniformity": representation.uniformity(z[:4096]),
-        "health/spread": representation.spread(z),
-        "health/dimension": representation.effective_dimension(z),
-    }
-    return {name: share_of_mean(mean, len(z) // 2, images) for name, mean in found.items()}
+    return of_pairs(z, None, images) | of_rows(z, len(z) // 2, images)

@@ -52,6 +52,11 @@ class Start:
     """Directory of the published classifier that a distillation learns from."""
 
     @property
+    def begins(self) -> bool:
+        """Whether initial values are wanted: not for shapes alone, and not where a checkpoint gives them."""
+        return self.checkpoint is None and self.device.type != "meta"
+
+    @property
     def loader_threads(self) -> int:
         """Threads of the loader. On a GPU one fewer: if every core decodes, kernel launches wait for a core."""
         return self.threads if self.device.type == "cpu" else max(self.threads - 1, 1)
@@ -88,6 +93,11 @@ def pairs_for(batch: Batch, some: slice, config: Config, device: torch.device, l
     (views,) = views_for(batch, some, crops, config, device)
     found = {"views": views.unflatten(0, (2, -1)), **paths_for(batch, some, crops, config, device)}
     return {**found, "labels": to_device(batch.labels[some], device)[None]} if labelled else found
+
+
+def by_view(rows: Rows) -> list[Rows]:
+    """What an encoder reads of input rows (`encoders.encoded`), each view by itself, for methods whose BatchNorms see a view at a time."""
+    return [{name: x[view : view + 1] for name, x in rows.items() if name != "labels"} for view in range(len(rows["views"]))]
 
 
 def no_rows(rows: Rows) -> Rows:

@@ -25,14 +25,13 @@ from simclr.collectives import all_gather, rank, world_size
 from simclr.data.manifest import Manifest
 from simclr.family import MoCo
 from simclr.loss import info_nce_queue
-from simclr.methods.method import Method, Rows, Start, begun, examples_of, pairs_for, placed, schedule
-from simclr.methods.online import neighbours, with_classifier
+from simclr.methods.method import Method, Rows, Start, begun, by_view, examples_of, pairs_for, placed, schedule
+from simclr.methods.online import neighbours, of_pairs, of_rows, with_classifier
 from simclr.methods.queue import Queue, random_rows
-from simclr.methods.simclr import of_pairs, of_rows
-from simclr.networks.encoders import encoder_of
+from simclr.networks.encoders import encoded, encoder_of
 from simclr.networks.heads import linear_classifier
 from simclr.networks.initial import Linear, draw_uniform
-from simclr.optim import everything, parameter_groups
+from simclr.optim import everything, parameter_groups, simclr_rule
 from simclr.shares import share
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
@@ -45,19 +44,19 @@ class Network(nn.Module):
     def __init__(self, config: MoCo, classes: int = 0) -> None:
         super().__init__()
         self.encoder = encoder_of(config)
-        self.head = head_of(config, self.encoder.d_h)
+        self.head = build_head(config, self.encoder.d_h)
         self.classifier = linear_classifier(self.encoder.d_h, classes, config.seed) if classes and config.train.linear_eval else None
         self.queries = 2 if config.symmetric else 1
 
     def forward(self, rows: Rows) -> Rows:
-        h = [self.encoder(view) for view in rows["views"][: self.queries]]
+        h = [encoded(self.encoder, one) for one in by_view(rows)[: self.queries]]
         found = {"z": torch.stack([self.head(one) for one in h])}
         if self.classifier is not None:
             found["logits"] = torch.stack([self.classifier(one.detach()) for one in h])
         return found
 
 
-def head_of(config: MoCo, d_h: int) -> nn.Sequential:
+def build_head(config: MoCo, d_h: int) -> nn.Sequential:
     """h (n, d_h) → (n, d_out): one linear layer (v1), or two with a ReLU between them (v2), with biases and without BatchNorm. Initial
     weights and biases are torch's in distribution, uniform within ±1 / √fan-in, keyed by `config.seed`."""
     hidden = [Linear(d_h, d_h), nn.ReLU(inplace=True)] if config.layers == 2 else []
@@ -92,8 +91,9 @@ def moco(config: MoCo, start: Start, manifest: Manifest | None = None) -> Method
     crops, images = (Crop(views=config.views),), config.train.batch_size
     classes = len(manifest.classes) if manifest is not None else 0
     model = placed(begun(lambda: Network(config, classes), start), start, precision)
-    made = begun(lambda: Queue(model.encoder, model.head, random_rows(config.queue, config.d_out, config.seed)), start)
-    queue = placed(made, start, precision)
+    k, d = config.queue, config.d_out
+    rows = random_rows(k, d, config.seed) if start.begins else torch.empty(k, d, device=start.device)
+    queue = placed(Queue(model.encoder, model.head, rows), start, precision)
     embed = nn.Sequential(queue.encoder, queue.head)
     shuffle = Shuffle(config.seed, images, device) if config.shuffle else None
 
@@ -122,6 +122,8 @@ def moco(config: MoCo, start: Start, manifest: Manifest | None = None) -> Method
         queue.enqueue(keys.transpose(0, 1).flatten(0, 1), step)
 
     examples = examples_of(config, start, manifest) if manifest is not None else images
+    # The authors decay everything, with SGD. LARS would hardly move a shift or bias that is near 0.
+    rule = simclr_rule if config.optim.name == "lars" else everything
     return Method(
         crops=crops,
         inputs=partial(pairs_for, config=config, device=start.device, labelled=model.classifier is not None),
@@ -132,7 +134,7 @@ def moco(config: MoCo, start: Start, manifest: Manifest | None = None) -> Method
         loss=objective,
         after=enqueue,
         report=partial(diagnosed, temperature=tau, images=images),
-        groups=parameter_groups(model, config.optim, schedule(config, examples), config.total_steps(examples), everything),
+        groups=parameter_groups(model, config.optim, schedule(config, examples), config.total_steps(examples), rule),
         published={"encoder": model.encoder} | ({"classifier": model.classifier} if model.classifier is not None else {}),
         evaluate=neighbours(model.encoder, config, start, manifest),
         chance=model.queries * math.log(config.queue + 1),

@@ -24,13 +24,13 @@ from simclr.methods.method import (
     Rows,
     Start,
     begun,
+    by_view,
     examples_of,
     pairs_for,
     placed,
     schedule,
 )
-from simclr.methods.online import neighbours, with_classifier
-from simclr.methods.simclr import of_pairs, of_rows
+from simclr.methods.online import neighbours, of_pairs, of_rows, with_classifier
 from simclr.networks.encoders import encoded, encoder_of
 from simclr.networks.heads import MLP, linear_classifier
 from simclr.optim import everything, mocov3_lars_rule, parameter_groups
@@ -51,16 +51,11 @@ class Network(nn.Module):
         self.classifier = linear_classifier(d_h, classes, c.seed) if classes and c.train.linear_eval else None
 
     def forward(self, rows: Rows) -> Rows:
-        h = [encoded(self.encoder, of_view(rows, view)) for view in (0, 1)]
+        h = [encoded(self.encoder, one) for one in by_view(rows)]
         found = {"q": torch.stack([self.predictor(self.projector(one)) for one in h])}
         if self.classifier is not None:
             found["logits"] = torch.stack([self.classifier(one.detach()) for one in h])
         return found
-
-
-def of_view(rows: Rows, view: int) -> Rows:
-    """What a pass of one view reads: its pixels and, with drop path, its factors."""
-    return {name: x[view : view + 1] for name, x in rows.items() if name in ("views", "paths")}
 
 
 def mocov3(config: MoCoV3, start: Start, manifest: Manifest | None = None) -> Method:
@@ -79,9 +74,8 @@ def mocov3(config: MoCoV3, start: Start, manifest: Manifest | None = None) -> Me
         move(average["projector"], model.projector, keep)
 
     def targets(rows: Rows) -> Rows:
-        """{"keys": (2, n, d) keys of both views}, and labels."""
-        encoder, projector = average["encoder"], average["projector"]
-        keys = torch.stack([projector(encoded(encoder, of_view(rows, view))) for view in (0, 1)])  # type: ignore[arg-type]
+        """{"keys": (2, n, d) keys of both views}, and labels. The average leaves no block out (encoder.drop_path)."""
+        keys = torch.stack([average["projector"](average["encoder"](view)) for view in rows["views"]])
         return {"keys": keys} if model.classifier is None else {"keys": keys, "labels": rows["labels"]}
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from simclr.collectives import share_of_mean
 from simclr.config import Config
 from simclr.data.manifest import Manifest
+from simclr.evaluation import representation
 from simclr.evaluation.online import knn_of
 from simclr.methods.method import Rows, Start, no_evaluation
 from simclr.networks.encoders import Encoder
@@ -45,3 +46,22 @@ def neighbours(encoder: Encoder, config: Config, start: Start, manifest: Manifes
     if manifest is None or not manifest.classes or "test" not in manifest.splits:
         return no_evaluation
     return partial(knn_of, encoder, config, start.data, start.device, start.loader_threads)
+
+
+def of_pairs(z: Tensor, temperature: float | None, images: int | None = None) -> dict[str, Tensor]:
+    """Measures of z (2n, d), rows and then what each is paired with, as this rank's share of means over `images`; no entropy without a
+    temperature."""
+    found = {"train/contrastive_top1": representation.contrastive_top1(z, images), "health/alignment": representation.alignment(z)}
+    if temperature is not None:
+        found["train/contrastive_entropy"] = representation.contrastive_entropy(z, temperature, images)
+    return {name: share_of_mean(mean, len(z) // 2, images) for name, mean in found.items()}
+
+
+def of_rows(z: Tensor, own: int, images: int | None = None) -> dict[str, Tensor]:
+    """Measures of rows z (·, d) of the `own` of `images` images that this rank holds, each by itself: whether they collapse."""
+    found = {
+        "health/uniformity": representation.uniformity(z[:4096]),
+        "health/spread": representation.spread(z),
+        "health/dimension": representation.effective_dimension(z),
+    }
+    return {name: share_of_mean(mean, own, images) for name, mean in found.items()}

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from simclr import config as configs
-from simclr.collectives import all_gather, share_of_mean
+from simclr.collectives import all_gather
 from simclr.config import Loss
 from simclr.data.manifest import Manifest
-from simclr.evaluation import representation
 from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
 from simclr.methods.method import (
     Method,
@@ -32,7 +31,7 @@ from simclr.methods.method import (
     placed,
     schedule,
 )
-from simclr.methods.online import neighbours, with_classifier
+from simclr.methods.online import neighbours, of_pairs, of_rows, with_classifier
 from simclr.methods.queue import Queue
 from simclr.networks.encoders import encoded, encoder_of
 from simclr.networks.heads import build_head, linear_classifier
@@ -75,8 +74,8 @@ def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = Non
     model = placed(begun(lambda: Network(config, classes), start), start, precision)
     queue: Queue | None = None
     if loss.memory:
-        made = begun(lambda: Queue(model.encoder, model.head, torch.zeros(loss.memory, config.head.d_out)), start)
-        queue = placed(made, start, precision)
+        rows_of = torch.zeros(loss.memory, config.head.d_out, device=start.device)
+        queue = placed(Queue(model.encoder, model.head, rows_of), start, precision)
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
         contrasted = contrast(outputs["z"].flatten(0, 1), loss, queue.negatives(step, rows) if queue is not None else None, images)
@@ -122,23 +121,3 @@ def diagnosed(outputs: Rows, targets: Rows, temperature: float, images: int | No
     """The measures of `evaluation.representation` on a step's projections, weighted by this rank's share of `images`."""
     z = outputs["z"].detach().flatten(0, 1)
     return of_pairs(z, temperature, images) | of_rows(z, len(z) // 2, images)
-
-
-def of_pairs(z: Tensor, temperature: float, images: int | None = None) -> dict[str, Tensor]:
-    """Measures of z (2n, d), rows and then what each is paired with, as this rank's share of means over `images`."""
-    found = {
-        "train/contrastive_top1": representation.contrastive_top1(z, images),
-        "train/contrastive_entropy": representation.contrastive_entropy(z, temperature, images),
-        "health/alignment": representation.alignment(z),
-    }
-    return {name: share_of_mean(mean, len(z) // 2, images) for name, mean in found.items()}
-
-
-def of_rows(z: Tensor, own: int, images: int | None = None) -> dict[str, Tensor]:
-    """Measures of rows z (·, d) of the `own` of `images` images that this rank holds, each by itself: whether they collapse."""
-    found = {
-        "health/uniformity": representation.uniformity(z[:4096]),
-        "health/spread": representation.spread(z),
-        "health/dimension": representation.effective_dimension(z),
-    }
-    return {name: share_of_mean(mean, own, images) for name, mean in found.items()}

@@ -54,8 +54,10 @@ def depths(encoder: Encoder) -> tuple[dict[str, int], int]:
     for what comes behind the blocks: the last norm, and what a method puts on the encoder.
     """
     if isinstance(encoder, TimmEncoder):
-        found = encoder.depths()
-        return found, max(found.values()) + 2
+        of_timm = encoder.depths()
+        last = max(of_timm.values()) + 1
+        ends = ("model.norm.", "model.fc_norm.", "model.head.")  # which timm counts to the last block
+        return {name: last if name.startswith(ends) else depth for name, depth in of_timm.items()}, last + 1
     behind: tuple[str, ...] = ()
     if isinstance(encoder, VisionTransformer):
         blocks = {f"blocks.{i}.": i + 1 for i in range(len(encoder.blocks))}

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from simclr import keyed
-from simclr.config import Config, Encoder, Views
+from simclr.config import Config, Encoder, Train, Views
+from simclr.data.loader import Batch
 from simclr.errors import UserError
-from simclr.family import MoCo
+from simclr.family import BYOL, MoCo, MoCoV3
+from simclr.methods.choice import pretraining
+from simclr.methods.method import Start
 from simclr.networks.encoders import build_encoder, depths
 from simclr.networks.resnet import resnet
 from simclr.networks.vit import SIZES, VisionTransformer, drop_path_rates, path_factors, positions_at, sin_cos, vit
@@ -209,8 +212,6 @@ def test_what_does_not_fit_is_told() -> None:
         build_encoder(Encoder(vit="micro"), size_px=40)
     with pytest.raises(UserError, match=r"encoder\.frozen_patches is True, and ResNet-50 has none; leave out --encoder\.frozen-patches"):
         Encoder(frozen_patches=True)
-    with pytest.raises(UserError, match=r"encoder\.drop_path is 0\.1, and moco\w* leaves no block out"):
-        MoCo(encoder=Encoder(vit="micro", drop_path=0.1))
     with pytest.raises(ValueError, match="18 x 16 px are not whole patches of 4 px"):
         vit(32, 1, 4, 4, 16)(torch.zeros(1, 3, 18, 16))
     assert Config(encoder=Encoder(vit="micro", drop_path=0.1, patch_px=8), views=Views(size_px=40)).encoder.title == "ViT-micro/8"
@@ -238,3 +239,20 @@ def test_it_compiles_as_one_graph(network: VisionTransformer, golden: dict[str, 
             assert h.dtype == torch.float32 and torch.allclose(h, small(x, paths), atol=1e-2)
         h.sum().backward()
         assert torch.allclose(compiled(x, paths), small(x, paths), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [MoCo, MoCoV3, BYOL])
+def test_blocks_are_left_out_of_the_trained_network_alone(kind: type[Config]) -> None:
+    """Of no moving average: a target is what all of its network says."""
+    shape = Encoder(vit="micro", patch_px=8, drop_path=0.5)
+    small: dict[str, Any] = {"queue": 64, "d_out": 8} if kind is MoCo else {"hidden": 16, "d_out": 8}
+    config = kind(encoder=shape, views=Views(size_px=16), train=Train(batch_size=4, steps=4), **small)
+    method = pretraining(config, Start(Path()))
+    crops = torch.randint(0, 256, (4, 2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rows = method.inputs(Batch(0, 0, (crops,), torch.arange(4), torch.full((4,), -1)), slice(0, 4))
+    assert rows["paths"].shape == (2, 4, 12) and (rows["paths"] == 0).any()
+    whole = {"views": rows["views"]}
+    with torch.no_grad():
+        outputs = [next(iter(method.network(given).values())) for given in (rows, whole)]
+        targets = [next(iter(method.targets(given).values())) for given in (rows, whole)]
+    assert not torch.allclose(*outputs) and torch.equal(*targets)

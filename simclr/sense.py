@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from simclr.config import Config, SimCLR, Views
+from simclr.config import Config, Encoder, SimCLR, Views
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
 from simclr.family import MoCo
@@ -33,7 +33,7 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
-    found += [_elastic(config, workers)]
+    found += [_elastic(config, workers), _unused(config.encoder)]
     if pretrains:
         found += [_unblurred(config.views), _neighbours(config, manifest)]
     return tuple(note for note in found if note)
@@ -55,11 +55,25 @@ def single_image(config: Config, workers: Sequence[int]) -> str:
     )
 
 
+def normalises(config: Config) -> bool:
+    """Whether training by `config` has BatchNorms that move: a vision transformer has none, nor have many networks of timm's."""
+    encoder = config.encoder
+    if isinstance(config, FineTune) and config.linear:  # whose statistics stay as they are
+        return False
+    if isinstance(config, SimCLR):
+        layers = config.tap if isinstance(config, FineTune) else 0 if isinstance(config, Distill) else config.head.layers
+    else:
+        layers = int(not isinstance(config, MoCo))
+    if layers or not (encoder.vit or encoder.timm):
+        return True
+    return not encoder.vit and looked_at(encoder.timm, config.views.size_px).normalises
+
+
 def statistics_over(config: Config, workers: int) -> int:
     """How many of so many workers share BatchNorm's statistics. Raises UserError where groups do not divide the workers: the last group
     would normalise over fewer images than the others."""
     group = config.encoder.norm_ranks or workers
-    if isinstance(config, FineTune) and config.linear:  # whose statistics stay as they are
+    if not normalises(config):
         return workers
     if workers > group and workers % group:
         low = workers // group * group
@@ -72,7 +86,7 @@ def statistics_over(config: Config, workers: int) -> int:
 def normalised_over(config: Config, workers: Sequence[int]) -> int:
     """How few images BatchNorm may normalise over."""
     train, found = config.train, []
-    if isinstance(config, FineTune) and config.linear:
+    if not normalises(config):
         return train.batch_size
     for count in workers:
         each, pieces = statistics_over(config, count), config.pieces(count)
@@ -116,6 +130,15 @@ def _warmup(config: Config, examples: int) -> str:
         return f"the warm-up lasts {steps:,} of {total:,} steps, {share} of the run; a smaller --optim.warmup-epochs leaves time to decay"
     epochs = config.optim.warmup_epochs
     return f"the warm-up lasts {steps:,} of {total:,} steps, a tenth of this short run, and not the {asked:,} steps of {epochs:g} epochs"
+
+
+def _unused(encoder: Encoder) -> str:
+    usual = Encoder()
+    names = ("depth", "width", "sk_ratio", "se_ratio", "cifar_stem")
+    given = [f"encoder.{name} {getattr(encoder, name)}" for name in names if getattr(encoder, name) != getattr(usual, name)]
+    if not given or not (encoder.vit or encoder.timm):
+        return ""
+    return f"the encoder is {encoder.title}, so {' and '.join(given)}, a ResNet's, {'say' if len(given) > 1 else 'says'} nothing"
 
 
 def _few(images: int, config: Config) -> str:

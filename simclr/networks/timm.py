@@ -101,6 +101,8 @@ class Found:
     """Parameters that h does not depend on."""
     derived: frozenset[str]
     """Buffers that no state dict has."""
+    normalises: bool
+    """Whether it has BatchNorms."""
     pretrained_cfg: dict[str, Any]
     """What timm says of the network: its input, mean and std that its own weights want, the names of its first and last layers."""
 
@@ -144,7 +146,8 @@ def looked_at(name: str, size_px: int) -> Found:
         h.sum().backward()
     derived = {buffer for buffer, _ in network.named_buffers()} - set(network.state_dict())
     unused = (parameter for parameter, p in network.named_parameters() if p.grad is None)
-    return Found(arguments, h.shape[1], frozenset(unused), frozenset(derived), dict(network.pretrained_cfg))
+    normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    return Found(arguments, h.shape[1], frozenset(unused), frozenset(derived), normalises, dict(network.pretrained_cfg))
 
 
 _OTHER = "give another size (--views.size-px) or another network"

@@ -16,6 +16,7 @@ from simclr import sense
 from simclr.config import Config, Encoder, Loss, Optim, SimCLR, Train, Views, Watch
 from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.errors import UserError
+from simclr.family import MoCo
 from simclr.methods.method import schedule
 from simclr.optim import lr_peak
 from simclr.recipes import recipe
@@ -291,3 +292,24 @@ def test_resources_are_checked_first(patterns: Path) -> None:
     driver.require_shares(config, 240, ray_train.Resources(workers=2))
     with pytest.raises(UserError, match="batch_size 25 has no image for each of 26 workers"):
         driver.require_shares(config, 240, ray_train.Resources(workers=26))
+
+
+def test_a_network_without_batchnorm_is_told_nothing_of_it() -> None:
+    """A transformer with MoCo's head has none, under any name; SimCLR's head has some."""
+    train = Train(batch_size=64, micro_batch=1)
+    for encoder in (Encoder(vit="micro", patch_px=8), Encoder(timm="vit_tiny_patch16_224")):
+        alone = MoCo(encoder=encoder, train=train, queue=640, views=Views(size_px=32))
+        assert not sense.normalises(alone) and not [note for note in notes(alone, PHOTOS, 2, 4) if "BatchNorm" in note]
+        assert sense.statistics_over(replace(alone, encoder=replace(encoder, batchnorm=4)), 6) == 6
+        headed = SimCLR(encoder=encoder, train=train, views=Views(size_px=32))
+        assert sense.normalises(headed)
+        with pytest.raises(UserError, match="leaves BatchNorm a single image"):
+            notes(headed)
+    assert sense.normalises(MoCo(encoder=Encoder(timm="resnet10t"), views=Views(size_px=32)))
+
+
+def test_a_resnets_fields_of_another_network_are_named() -> None:
+    other = SimCLR(encoder=Encoder(vit="micro", patch_px=8, depth=18, cifar_stem=True), views=Views(size_px=32))
+    said = "the encoder is ViT-micro/8, so encoder.depth 18 and encoder.cifar_stem True, a ResNet's, say nothing"
+    assert said in notes(other)
+    assert not [note for note in notes(SimCLR(encoder=Encoder(depth=18, cifar_stem=True))) if "say nothing" in note]

@@ -23,11 +23,14 @@ from pipelines.tracking.record import Record
 from pipelines.train import warm_start
 from pipelines.train.classifiers import Shape
 from simclr import load_encoder
-from simclr.config import Encoder, SimCLR, Views
+from simclr.config import Encoder, SimCLR, Train, Views
 from simclr.encoder import timm as form
 from simclr.encoder import weights
 from simclr.encoder.directory import write_encoder
 from simclr.errors import UserError
+from simclr.family import MoCo
+from simclr.methods.choice import pretraining
+from simclr.methods.method import Start
 from simclr.methods.simclr import build_model
 from simclr.networks import timm as networks
 from simclr.networks.batchnorm import BatchNorm
@@ -297,3 +300,12 @@ def test_steps_are_the_same_on_one_and_two_ranks_and_a_run_goes_on_to_the_bit(
     with torch.no_grad():
         expected = encoder.float().eval().encoder(images(3, 32))
     assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), expected)
+
+
+def test_the_key_network_of_a_resumed_run_has_what_no_checkpoint_has(tmp_path: Path) -> None:
+    """Tables of relative positions: a copy of the resumed network has them, memory that is not initialised has not."""
+    config = MoCo(encoder=Encoder(timm="swin_tiny_patch4_window7_224"), views=Views(size_px=32), train=Train(batch_size=4), queue=64)
+    resumed_one = pretraining(config, Start(tmp_path, checkpoint=tmp_path))
+    ours, keys = (dict(network.get_submodule("encoder").named_buffers()) for network in (resumed_one.network, resumed_one.state))
+    tables = looked_at(config.encoder.timm, 32).derived
+    assert tables and all(torch.equal(ours[f"model.{name}"], keys[f"model.{name}"]) for name in tables)

@@ -299,7 +299,8 @@ def test_steps_are_the_same_on_one_and_two_ranks_and_a_run_goes_on_to_the_bit(
     subprocess.run([sys.executable, "-c", code, tmp_path / "encoder", tmp_path / "x.pt"], check=True, cwd=ROOT)
     with torch.no_grad():
         expected = encoder.float().eval().encoder(images(3, 32))
-    assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), expected)
+    # Two processes may have other numbers of threads.
+    torch.testing.assert_close(torch.load(tmp_path / "x.pt", weights_only=True), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_key_network_of_a_resumed_run_has_what_no_checkpoint_has(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
             driver.begin_with(run, state)
 
     about: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
-    about |= classifiers.pretrained(directory)
+    about |= {} if args.from_scratch else classifiers.pretrained(directory)
     return driver.Job(
         run=run,
         home=home,

@@ -215,19 +215,19 @@ def _start(args: Args) -> tuple[Weights | None, dict[str, Any] | None]:
     place = args.extend or args.start
     if place is None:
         return None, None
-    weights = weights_at(place, args.tracking_uri, args.config)
+    weights = weights_at(place, args.tracking_uri, args.config, place is args.extend)
     return weights, warm_start.described(place, weights, place is args.extend)
 
 
-def weights_at(place: Path, tracking_uri: str | None, config: Config | None = None) -> Weights:
-    """The weights of a file of tensors for a run of `config`, or as `warm_start.weights_in` of a run or a published encoder, which may lie
-    in S3 or in the registry."""
+def weights_at(place: Path, tracking_uri: str | None, config: Config | None = None, extends: bool = False) -> Weights:
+    """The weights of a file of tensors for a run of `config`, or as `warm_start.weights_in` of a run, which that one may extend, or of a
+    published encoder, which may lie in S3 or in the registry."""
     from simclr.encoder.weights import of_file
 
     if place.is_file():
         return of_file(place, config)
     with inputs.opened(place, tracking_uri) as directory:
-        return warm_start.weights_in(directory, place)
+        return warm_start.weights_in(directory, place, extends)
 
 
 def publish_newest(run: Run, classes: Sequence[str], method: Method | None = None) -> None:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 _TORCHVISION = Views(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def weights_in(directory: Path, place: Path) -> Weights:
+def weights_in(directory: Path, place: Path, extends: bool = False) -> Weights:
     """The weights of the run or published encoder in `directory`, which may be a copy of that at `place`. Of a run it is what it published
-    or, before its end, its newest checkpoint. Raises UserError where there is neither, or it is damaged."""
+    or, before its end, its newest checkpoint; the run that `extends` one of a sibling of SimCLR's wants more than that publishes, so the
+    checkpoint comes first. Raises UserError where there is neither, or it is damaged."""
     from simclr import checkpoint
     from simclr.encoder import weights
 
@@ -35,10 +36,13 @@ def weights_in(directory: Path, place: Path) -> Weights:
     if not (directory / "run.json").is_file():
         return weights.of_directory(directory)
     run, home = load_run(directory), sync.Home(place)
-    if run.encoder.is_dir():
+    whole = extends and bool(run.config.METHOD)
+    if run.encoder.is_dir() and not whole:
         return weights.of_directory(run.encoder)
     home.fetch_newest()
     newest = checkpoint.latest(home.path / "checkpoints", say)
+    if newest is None and run.encoder.is_dir():
+        return weights.of_directory(run.encoder)
     if newest is None:
         raise UserError(f"{sync.shown(place)} has neither an encoder nor a checkpoint yet; go on with it first: {run.command}")
     known = read_manifest(run.data).classes if (run.data / "manifest.json").is_file() else ()

@@ -46,6 +46,10 @@ class Weights:
     """weight and bias of a linear map of h; empty = none."""
     classes: tuple[str, ...] = ()
     """The classes that it tells apart; empty = unknown."""
+    method: str = ""
+    """The method of the run whose `rest` is here."""
+    rest: dict[str, Tensor] = field(default_factory=dict)
+    """What else a run of one of SimCLR's siblings has, its further layers and its state, by names in its checkpoint; empty = unknown."""
     shape: Encoder | None = None
     """The encoder that they are of; None = to be seen from the tensors."""
     size_px: int | None = None
@@ -93,19 +97,25 @@ def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...]) -> Weigh
     damaged."""
     state = checkpoint.read(path)
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "classifier": {}}
+    sibling = bool(config.METHOD)
     if isinstance(config, SimCLR):  # as it is published
         parts["head"] = {}
+    rest: dict[str, Tensor] = {}
     for name, t in state.tensors.items():
-        root, _, rest = name.partition(".")
-        part, _, own = rest.partition(".")
+        root, _, below = name.partition(".")
+        part, _, own = below.partition(".")
         if root == "model" and part in parts:
             parts[part][own] = t
+        elif sibling and root in ("model", "state"):
+            rest[name] = t
     reads_h = not getattr(config, "tap", 0)  # else it is a fine-tuned classifier that reads the head
     return Weights(
         encoder=parts["encoder"],
         head=parts.get("head", {}),
         classifier=parts["classifier"] if reads_h else {},
         classes=classes if reads_h else (),
+        method=config.METHOD if sibling else "",
+        rest=rest,
         shape=config.encoder,
         size_px=config.views.size_px,
         norm=(config.views.mean, config.views.std),

@@ -33,6 +33,7 @@ from simclr.networks.encoders import Encoder, build_encoder, encoded
 from simclr.networks.heads import MLP, linear_classifier
 from simclr.networks.initial import draw, haiku_law
 from simclr.optim import byol_rule, parameter_groups
+from simclr.telemetry.collapse import Least
 from simclr.views.draw import Crop
 
 
@@ -123,6 +124,9 @@ def byol(config: BYOL, start: Start, manifest: Manifest | None = None) -> Method
         published={"encoder": network.encoder} | ({"classifier": network.classifier} if network.classifier is not None else {}),
         evaluate=neighbours(network.encoder, config, start, manifest),
         chance=4.0,  # of directions that have nothing to do with each other: cosines 0, two distances of 2
+        # Measured on rendered patterns (ResNet-8, 16 px): without its predictor it falls from 0.80 to 0.17 in half an epoch, 30 steps of 64
+        # images, and to 0.10 at its end; with the predictor it stays between 0.79 and 0.82.
+        least=Least(spread=0.2),
     )
 
 

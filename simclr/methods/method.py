@@ -22,6 +22,7 @@ from simclr.networks.initial import unfilled
 from simclr.networks.vit import SIZES, path_factors
 from simclr.optim import Group, lr_peak, warmup_cosine
 from simclr.precision import views_dtype, weights_dtype
+from simclr.telemetry.collapse import Least
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
 from simclr.views.two_views import views_of
@@ -167,6 +168,8 @@ class Method:
     """Online evaluation. It leaves the network as it was."""
     chance: float = 0.0
     """Chance-level loss; 0 = not known."""
+    least: Least = field(default_factory=Least)
+    """Below it a run's projections have collapsed."""
 
 
 def placed(module: M, start: Start, precision: str) -> M:

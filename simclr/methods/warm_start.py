@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +33,9 @@ def warm_start(config: Config, weights: Weights, classes: tuple[str, ...], where
 
     The encoder is taken with BatchNorm's statistics, bit for bit; float16, bfloat16 and, but for a run in float64, float64 become float32.
     The projection head is taken if all its layers fit, the linear classifier if it tells the same `classes` apart as the data; else they
-    begin with the initial weights of `config.seed`. A queue begins anew, a moving average with the same encoder and head. The optimizer
-    begins anew: the state has no tensor of it.
+    begin with the initial weights of `config.seed`. A queue begins anew, a moving average with the same encoder and head; what the run of a
+    sibling of SimCLR's has beside its encoder is taken, part by part, by a run of the same method, its queue and average as one. The
+    optimizer begins anew: the state has no tensor of it.
     Raises UserError if the encoder does not fit: with the first differences, and the flags that would.
     """
     require_fit(config.encoder, weights, where, config.views.size_px)
@@ -44,8 +44,11 @@ def warm_start(config: Config, weights: Weights, classes: tuple[str, ...], where
     taken: dict[str, Tensor] = {f"encoder.{name}": t for name, t in weights.encoder.items()}
     said = [f"{len(weights.encoder)} of {len(parts['encoder'].state_dict())} encoder tensors"]
 
+    beside = method.state.state_dict()
+    rest: dict[str, Tensor] = {}
     if "head" not in parts:
-        said.append(f"{_listed(model)}: new")
+        rest, told = _rest(config, weights, model, beside)
+        said += told
     elif wrong := differences(parts["head"].state_dict(), weights.head):
         said.append(f"head: new, {f'the given one differs ({wrong[0]})' if weights.head else 'none was given'}")
     else:
@@ -70,13 +73,24 @@ def warm_start(config: Config, weights: Weights, classes: tuple[str, ...], where
         said.append(f"not used: {', '.join(weights.unused[:3])}{f' and {len(weights.unused) - 3} more' if len(weights.unused) > 3 else ''}")
 
     tensors = {f"model.{name}": t for name, t in (model | taken).items()}
-    beside = method.state.state_dict()
     beside |= {name: t for name, t in taken.items() if name in beside}
     tensors |= {f"state.{name}": t.clone() for name, t in beside.items()}
+    tensors |= rest
     return State(0, config.to_dict(), tensors), "; ".join(said)
 
 
-def _listed(names: Iterable[str]) -> str:
-    """The parts of a network beside its encoder and classifier."""
-    parts = dict.fromkeys(name.partition(".")[0] for name in names)
-    return " and ".join(part for part in parts if part not in ("encoder", "classifier"))
+def _rest(config: Config, weights: Weights, model: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(what is taken of `weights.rest`, by names in a checkpoint; what is taken and what begins anew, in words). `model` and `state` are
+    the first tensors of the run's network and state; each part of the network is taken or not, and the state as a whole."""
+    names = [f"model.{part}." for part in dict.fromkeys(name.partition(".")[0] for name in model) if part not in ("encoder", "classifier")]
+    own = {f"model.{name}": t for name, t in model.items()} | {f"state.{name}": t for name, t in state.items()}
+    given = weights.rest if weights.method == config.METHOD else {}
+    taken: dict[str, Tensor] = {}
+    said: dict[str, list[str]] = {"taken": [], "new": []}
+    for prefix in [*names, *(["state."] if state else [])]:
+        found = {name: t for name, t in given.items() if name.startswith(prefix)}
+        fits = not differences({name: t for name, t in own.items() if name.startswith(prefix)}, found)
+        taken |= {name: t.to(own[name].dtype) for name, t in found.items()} if fits else {}
+        if given or prefix != "state.":
+            said["taken" if fits else "new"].append(prefix.removeprefix("model.").removesuffix("."))
+    return taken, [f"{' and '.join(parts)}: {how}" for how, parts in said.items() if parts]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simclr.evaluation import representation
 from simclr.loss import margin_triplet, nt_logistic, nt_xent
-from simclr.telemetry.collapse import collapse
+from simclr.telemetry.collapse import Least, collapse
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
 
@@ -190,5 +190,5 @@ def test_effective_dimension_and_spread_on_known_matrices() -> None:
 )
 def test_a_collapsed_projection_is_named(z: torch.Tensor, sentence: str | None) -> None:
     metrics = {"health/spread": float(representation.spread(z)), "health/dimension": float(representation.effective_dimension(z))}
-    said = collapse(metrics)
+    said = collapse(metrics, Least())
     assert (said is None) if sentence is None else (said is not None and sentence in said)

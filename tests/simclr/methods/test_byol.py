@@ -21,6 +21,7 @@ from simclr.family import BYOL
 from simclr.gradient_cache import cached_gradient
 from simclr.methods.average import cosine_to_one
 from simclr.methods.byol import Network, Target, build_network, build_target, follow, objective, projected
+from simclr.methods.choice import shapes
 from simclr.methods.method import Method, Rows, Start
 from simclr.networks.batchnorm import BatchNorm, share_statistics
 from simclr.networks.heads import MLP
@@ -318,7 +319,7 @@ def told(predictor: bool, seed: int, data: Path) -> list[str | None]:
     config = dataclasses.replace(SMALL, seed=seed, predictor=predictor, optim=optim, train=settings)
     found = []
     for report in train(config, Start(data)):
-        found.append(collapse(report.metrics))
+        found.append(collapse(report.metrics, shapes(config).least))
         if not predictor and report.step == 10:
             break
     return found[1:]

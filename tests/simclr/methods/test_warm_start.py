@@ -13,8 +13,9 @@ import simclr
 from simclr import checkpoint
 from simclr.config import Config, SimCLR
 from simclr.encoder.directory import write_encoder
-from simclr.encoder.weights import Weights, of_directory
+from simclr.encoder.weights import Weights, of_checkpoint, of_directory
 from simclr.errors import UserError
+from simclr.family import BYOL, MoCo
 from simclr.methods.simclr import Network, build_model
 from simclr.methods.warm_start import warm_start
 from tests.support.small import TINY, run
@@ -130,3 +131,25 @@ def test_a_queues_average_begins_with_the_same_weights_and_its_rows_empty(patter
     assert not state.tensors["state.rows"].any()
     checkpoint.write(tmp_path, state, 2)
     assert list(run(config, patterns, tmp_path, until=1)) == [1]  # the loop takes it
+
+
+@pytest.mark.parametrize("kind", [MoCo, BYOL])
+def test_a_sibling_goes_on_with_all_that_its_run_had(patterns: Path, tmp_path: Path, kind: type[MoCo] | type[BYOL]) -> None:
+    """Head, predictor, average and queue bit for bit; what does not fit, or is another method's, begins anew and is named."""
+    sizes: dict[str, Any] = {"queue": 96} if kind is MoCo else {"hidden": 12}
+    train = dataclasses.replace(TINY.train, steps=2, checkpoint_every_steps=2, precision="float32")
+    config = kind(encoder=TINY.encoder, views=TINY.views, optim=TINY.optim, train=train, watch=TINY.watch, d_out=8, **sizes)
+    run(config, patterns, tmp_path)
+    newest = checkpoint.read(tmp_path / "step-000000002").tensors
+    weights = of_checkpoint(tmp_path / "step-000000002", config, CLASSES)
+    longer = dataclasses.replace(config, seed=1)
+    state, said = warm_start(longer, weights, CLASSES, "w")
+    assert not (state.tensors.keys() ^ {name for name in newest if not name.startswith("optimizer.")})
+    assert all(torch.equal(t, newest[name]) for name, t in state.tensors.items())
+    parts = "head and state" if kind is MoCo else "projector and predictor and state"
+    assert said.endswith(f"; {parts}: taken; classifier: taken")
+
+    other = dataclasses.replace(longer, queue=48) if isinstance(longer, MoCo) else dataclasses.replace(longer, hidden=24)
+    told = "head: taken; state: new" if kind is MoCo else "projector and predictor and state: new"
+    assert warm_start(other, weights, CLASSES, "w")[1].endswith(f"; {told}; classifier: taken")
+    assert warm_start(TINY, weights, CLASSES, "w")[1].endswith("; head: new, none was given; classifier: taken")

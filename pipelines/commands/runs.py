@@ -119,14 +119,17 @@ def _tail(path: Path, size: int = 1 << 16) -> str:
 
 
 def table(groups: list[list[Line]]) -> str:
-    """The lines in columns, for people. Of several sweeps only the best trials are shown."""
-    rows: list[tuple[str, ...]] = [("run", "recipe", "state", "step", "images/s", "checkpoint", "loss", "score", "last report")]
+    """The lines in columns, for people. Of several sweeps only the best trials are shown, and methods only where not all are SimCLR."""
+    rows: list[tuple[str, ...]] = [("run", "recipe", "method", "state", "step", "images/s", "checkpoint", "loss", "score", "last report")]
     for first, *trials in groups:
         shown = trials if len(groups) == 1 else trials[:_TRIALS]
         more = f"the best {_TRIALS} of {len(trials)} trials; `simclr runs` of it alone lists all" if len(shown) < len(trials) else ""
         rows += [_row(first, more), *(_row(one) for one in shown)]
+    if not {row[2] for row in rows[1:]} - {"", "SimCLR"}:
+        rows = [(*row[:2], *row[3:]) for row in rows]
+    numbers = {"step", "images/s", "checkpoint", "loss", "score"}
+    right = {column for column, name in enumerate(rows[0]) if name in numbers}
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = {3, 4, 5, 6, 7}
     return "\n".join(
         "  ".join(f"{cell:>{w}}" if i in right else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in rows
@@ -139,6 +142,7 @@ def _row(one: Line, more: str = "") -> tuple[str, ...]:
     return (
         printable(f"  {'/'.join(one.run.split('/')[-2:])}" if one.kind == "trial" else one.run),
         printable(one.varied if one.kind == "trial" else one.recipe),
+        one.method,
         one.state,
         f"{one.step:,}" + (f" / {one.total_steps:,}" if one.total_steps else "") + (" trials" if one.kind == "sweep" else ""),
         "–" if one.images_per_s is None else f"{one.images_per_s:,.0f}",

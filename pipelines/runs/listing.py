@@ -16,6 +16,8 @@ from pipelines.runs import status
 from pipelines.runs.directory import LATEST_S, SCHEMA
 from simclr import fields, files
 from simclr.errors import UserError
+from simclr.family import method_name
+from simclr.papers import named
 from simclr.stages import STAGES, read_config
 
 SILENT_S = 600.0
@@ -41,6 +43,8 @@ class Line:
     """Its name below the directory asked for."""
     kind: Literal["run", "sweep", "trial"] = "run"
     recipe: str
+    method: str = ""
+    """Of a run: what people call its method, or its stage after pretraining; "" = not known."""
     varied: str = ""
     """Of a trial: the values that it does not share with all others."""
     state: str
@@ -74,7 +78,7 @@ def line(name: str, run_json: str, metrics: str, checkpoints: list[str], state_j
     last, scored = _last(metrics)
     numbers = (name.removeprefix("step-").partition(".")[0] for name in checkpoints)  # a writer's token may follow: see simclr.checkpoint
     steps = [int(number) for number in numbers if number.isdigit()]
-    note, recipe, total, began = "", "?", None, 0.0
+    note, recipe, method, total, began = "", "?", "", None, 0.0
     try:
         about = files.json_in(run_json, "run.json", _INSTEAD)
         fields.require(about, {"recipe": str, "created": float, "schema": int}, "run.json", _INSTEAD)
@@ -84,7 +88,9 @@ def line(name: str, run_json: str, metrics: str, checkpoints: list[str], state_j
         else:
             about.setdefault("stage", "pretrain")
             fields.require(about, {"config": dict[str, Any], "stage": Literal[tuple(STAGES)]}, "run.json", _INSTEAD)
-            total = read_config(about["stage"], about["config"]).train.steps
+            config = read_config(about["stage"], about["config"])
+            total = config.train.steps
+            method = named(method_name(config)).title if about["stage"] == "pretrain" else about["stage"]
     except UserError as error:
         note = f"run.json cannot be read: {error}"
     step, total = last.get("step", max(steps, default=0)), last.get("total_steps", total)
@@ -103,6 +109,7 @@ def line(name: str, run_json: str, metrics: str, checkpoints: list[str], state_j
     return Line(
         run=name,
         recipe=recipe,
+        method=method,
         state=state,
         step=step,
         total_steps=total,

@@ -16,7 +16,7 @@ from pipelines import cli
 from pipelines.runs.directory import open_run
 from simclr import files
 from simclr.errors import UserError
-from simclr.recipes import patterns_tiny
+from simclr.recipes import patterns_tiny, recipe
 from tests.support.paths import ROOT
 from tests.support.s3 import Proxy
 
@@ -65,6 +65,19 @@ def test_states_of_runs_on_disk(tmp_path: Path, patterns: Path, capsys: pytest.C
     header, *rows = capsys.readouterr().out.splitlines()
     assert re.split(r"  +", header) == ["run", "recipe", "state", "step", "images/s", "checkpoint", "loss", "score", "last report"]
     assert len(rows) == 4 and any(re.match(r"going +patterns_tiny +running +10 / 40 +512 +5 +3\.250", row) for row in rows)
+
+
+def test_methods_have_a_column_where_they_differ(tmp_path: Path, patterns: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some_runs(tmp_path, patterns)
+    open_run(tmp_path / "other", "patterns_byol", recipe("patterns_byol"), patterns).save()
+    assert {name: row["method"] for name, row in listed(str(tmp_path), capsys).items()} == {
+        **dict.fromkeys(("done", "going", "silent", "fresh"), "SimCLR"),
+        "other": "BYOL",
+    }
+    cli.main(["runs", str(tmp_path)])
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert re.split(r"  +", header)[:4] == ["run", "recipe", "method", "state"]
+    assert any(re.match(r"other +patterns_byol +BYOL +new +0", row) for row in rows)
 
 
 def test_the_same_in_s3(tmp_path: Path, patterns: Path, s3: Proxy, capsys: pytest.CaptureFixture[str]) -> None:

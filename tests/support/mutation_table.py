@@ -6,6 +6,7 @@ from tests.support.mutation import Mutation
 from tests.support.mutation_table_attack import ATTACK
 from tests.support.mutation_table_cluster import CLUSTER
 from tests.support.mutation_table_data import DATA
+from tests.support.mutation_table_family import FAMILY
 from tests.support.mutation_table_norms import NORMS
 from tests.support.mutation_table_ranks import RANKS
 from tests.support.mutation_table_resume import RESUME
@@ -17,6 +18,7 @@ MUTATIONS = (
     *DATA,
     *ATTACK,
     *TRACKING,
+    *FAMILY,
     *NORMS,
     *RANKS,
     *RESUME,

@@ -48,6 +48,7 @@ ADDED = {
     "encoder.frozen_patches": False,
     "encoder.drop_path": 0.0,
     "encoder.timm": "",
+    "views.crop_law": "tensorflow",
     "views.solarise_p": 0.0,
     "views.saturation": 1.0,
     "optim.beta2": 0.999,

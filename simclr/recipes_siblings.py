@@ -28,13 +28,13 @@ def cifar10_moco() -> MoCo:
     simclr pretrain cifar10_moco --data runs/cifar10 --train.precision bfloat16
 
     *Published* there on clean CIFAR-10, kNN of the 128-d output: 82.6, 86.3, 88.7 after 200, 400, 800 epochs; symmetric 85.3, 88.5, 89.7.
-    Differences: kNN here is of h, 512-d; BatchNorm is over the batch, there over eighths of it; the rate falls by step, there by epoch;
-    crops cover 10 % of an image at least, there 8 %.
+    Differences: kNN here is of h, 512-d; BatchNorm is over the batch, there over eighths of it; the rate falls by step, there by epoch.
     """
     return MoCo(
         encoder=Encoder(depth=18, cifar_stem=True),
         views=Views(
             size_px=32,
+            crop_law="torchvision",
             resize="bilinear",
             colour_strength=0.5,
             blur_p=0.0,
@@ -61,7 +61,14 @@ def imagenet_mocov2() -> MoCo:
     there over each one's 32 images with a shuffle (`--encoder.batchnorm per_worker --shuffle`); the rate falls by step, there by epoch.
     """
     return MoCo(
-        views=Views(area=(0.2, 1.0), resize="bilinear", colour_strength=0.5, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        views=Views(
+            area=(0.2, 1.0),
+            crop_law="torchvision",
+            resize="bilinear",
+            colour_strength=0.5,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+        ),
         optim=Optim(name="sgd", base_lr=0.03, warmup_epochs=0, weight_decay=1e-4),
         train=Train(batch_size=256, epochs=200),
         watch=Watch(every_epochs=10),
@@ -103,7 +110,14 @@ def cifar10_byol() -> BYOL:
     """
     return BYOL(
         encoder=Encoder(depth=18, cifar_stem=True),
-        views=Views(size_px=32, colour_strength=0.5, blur_p=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+        views=Views(
+            size_px=32,
+            crop_law="torchvision",
+            colour_strength=0.5,
+            blur_p=0.0,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+        ),
         optim=Optim(name="sgd", base_lr=0.03, warmup_epochs=0, weight_decay=2e-3),
         train=Train(batch_size=512, epochs=200),
         watch=Watch(every_epochs=20, bank=10_000, queries=2_000),
@@ -140,11 +154,12 @@ def imagenet_byol() -> BYOL:
 
     *Published*: linear probe 74.3 (Table 1); 74.4 by the released weights. The official presets of shorter runs are base rate 0.3, decay
     1e-6 and ema 0.99 for 300 epochs; 0.45, 1e-6 and 0.99 for 100; 0.45, 1e-6 and 0.97 for 40.
-    Differences: a crop that does not fit is drawn again, and brightness multiplies, as in SimCLR's official code.
+    Differences: a box that does not fit is drawn again, there it is cut off at the image's sides; brightness multiplies, there it is added.
     """
     return BYOL(
         # The first view is always blurred and never solarised, the second seldom blurred and sometimes solarised (App. B, Table 6).
         views=Views(
+            crop_law="torchvision",
             colour_strength=0.5,
             saturation=0.5,
             blur_p=(1.0, 0.1),
@@ -193,7 +208,7 @@ def cifar10_mocov3() -> MoCoV3:
     return MoCoV3(
         encoder=base.encoder,
         # At 32 px a blur takes away what the network should see (arXiv:2002.05709, App. B.9).
-        views=replace(base.views, solarise_p=(0.0, 0.2), saturation=0.5),
+        views=replace(base.views, crop_law="torchvision", solarise_p=(0.0, 0.2), saturation=0.5),
         optim=Optim(base_lr=2.0, weight_decay=1e-6, rate_in_buffer=False),
         train=Train(batch_size=256, epochs=1000),
         watch=base.watch,
@@ -241,6 +256,7 @@ def imagenet_mocov3_vit_small() -> MoCoV3:
 def _mocov3_views() -> Views:
     """The distortions of MoCo v3: brightness and contrast by 0.4, saturation by 0.2, hue by 0.1; another blur for each view."""
     return Views(
+        crop_law="torchvision",
         resize="bilinear",
         colour_strength=0.5,
         saturation=0.5,

@@ -15,6 +15,7 @@ from simclr.family import MoCo
 from simclr.networks.timm import looked_at
 from simclr.stages import Distill, FineTune
 
+_LEAST_PX = 64  # a ResNet with ImageNet's stem has one place for every 32 × 32 px; below this it has a single one
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
 
 
@@ -33,7 +34,7 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
-    found += [_elastic(config, workers), _unused(config.encoder)]
+    found += [_elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
     if pretrains:
         found += [_unblurred(config.views), _neighbours(config, manifest)]
     return tuple(note for note in found if note)
@@ -139,6 +140,16 @@ def _unused(encoder: Encoder) -> str:
     if not given or not (encoder.vit or encoder.timm):
         return ""
     return f"the encoder is {encoder.title}, so {' and '.join(given)}, a ResNet's, {'say' if len(given) > 1 else 'says'} nothing"
+
+
+def _stem(encoder: Encoder, size_px: int) -> str:
+    if encoder.vit or encoder.timm or encoder.cifar_stem or size_px >= _LEAST_PX:
+        return ""
+    side = -(-size_px // 32)
+    return (
+        f"views of {size_px} px leave {encoder.title} a last map of {side} × {side}, since its stem is for large images; "
+        "--encoder.cifar-stem is for small ones"
+    )
 
 
 def _few(images: int, config: Config) -> str:

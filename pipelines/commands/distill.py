@@ -138,7 +138,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
             (run.path / ".teacher").rename(run.path / "teacher")
 
     about: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
-    about |= classifiers.pretrained(directory)
+    about |= {f"teacher_{name}": method for name, method in classifiers.pretrained(directory).items()}
     return driver.Job(
         run=run,
         home=home,

@@ -58,8 +58,8 @@ class Args:
     weights drawn by the seed."""
     extend: Path | None = None
     """A complete run, on disk or at s3://bucket/prefix, to train on from in a new run, by its config: a new warm-up and cosine from its
-    weights (--train.epochs N long), not what more epochs from the beginning would have given. Of MoCo, MoCo v3 and BYOL the encoder
-    alone goes on. Default of --seed: the run's + 1."""
+    weights (--train.epochs N long), not what more epochs from the beginning would have given. Of MoCo, MoCo v3 and BYOL averages, queue
+    and predictor go on too, from the newest checkpoint. Default of --seed: the run's + 1."""
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""
@@ -135,7 +135,8 @@ def dry(args: Args) -> Iterator[str]:
         yield plan.line("run", f"{sync.shown(args.run)}, at which a dry run does not look")
         under_way = False
     else:
-        _, start = _start(args)
+        weights, start = _start(args)
+        config = warm_start.fitted(config, weights)
         described = only.described if only is not None else None
         run = open_run(args.run, args.recipe, config, data, str(at or ""), start=start, subset=described)
         run_at, under_way = run.path, run.under_way
@@ -183,6 +184,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
     examples = len(only.ids) if only is not None else manifest.examples("train", groups)
     driver.require_shares(config, examples, args.resources)
     weights, start = _start(args)
+    config = warm_start.fitted(config, weights)
     described = only.described if only is not None else None
     run, home, uri = driver.home_of(
         args.run, args.recipe, config, data, args.data, args.tracking_uri, start=start, subset=described, alone=lock

@@ -57,6 +57,8 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
         rows["Classifier"] = f"{len(found['classes']):,} classes, from {reads}"
     rows["Licence"] = licence
     whose = "of the SimCLR family" if method == "simclr" else f"trained by {called.title}"
+    if taught := published.get("teacher_pretrained"):
+        whose = f"that learned from a classifier, whose own encoder was pretrained by {named(str(taught)).title}"
     parts = [
         f"# {name}\n\nAn image encoder {whose}: a picture in, a vector out. Pictures that show the same thing get vectors\n"
         "that point the same way, so a nearest-neighbour search or a linear classifier on them goes far.",

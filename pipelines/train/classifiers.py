@@ -46,6 +46,9 @@ class Shape:
     """Width multiplier."""
     sk_ratio: float | None = None
     """Selective kernels' reduction ratio; 0 = none."""
+    cifar_stem: bool | None = None
+    """Whether a ResNet begins with one 3 × 3 convolution, for images of about 32 px. Behind a network of another kind it does not, unless
+    it is said."""
     vit: Size | None = None
     """A vision transformer of this size; with a depth instead it is a ResNet."""
     patch_px: int | None = None
@@ -67,7 +70,7 @@ class Shape:
     def of(self, encoder: Encoder) -> Encoder:
         """`encoder` with these fields, all of it to train, and of the kind that they belong to."""
         asked = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        base, resnets = encoder.trained, {"depth", "width", "sk_ratio"} & set(asked)
+        base, resnets = encoder.trained, {"depth", "width", "sk_ratio", "cifar_stem"} & set(asked)
         if resnets and (self.vit or self.timm or ((base.vit or base.timm) and self.depth is None)):
             flag = min(resnets).replace("_", "-")
             raise UserError(f"--encoder.{flag} is a ResNet's, and the network is none; give --encoder.depth for a ResNet, or leave it out")
@@ -87,7 +90,7 @@ class Shape:
             return cls(**{name: getattr(encoder, name) for name in kept})
         if encoder.timm:
             return cls(timm=encoder.timm)
-        return cls(depth=encoder.depth, width=encoder.width, sk_ratio=encoder.sk_ratio)
+        return cls(depth=encoder.depth, width=encoder.width, sk_ratio=encoder.sk_ratio, cifar_stem=encoder.cifar_stem)
 
 
 def settings_of(config: Config, run: Path) -> dict[str, Any]:

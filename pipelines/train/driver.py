@@ -269,7 +269,7 @@ def _follow(job: Job, running: ray_train.Running, outbox: Outbox, done: int, beg
             if method is None:  # now, while the data is there: after weeks it may not be, and the encoder is to be published all the same
                 method = shapes_of(run)
             if warned is None and report.step > 1 and (warned := collapse(report.metrics, method.least)):
-                say(f"step {report.step:,}: {warned}; a lower --optim.base-lr, more warm-up or another temperature may help")
+                say(f"step {report.step:,}: {warned}; {method.least.advice}")
             if report.stragglers not in ("", slow):
                 slow = report.stragglers
                 say(f"step {report.step:,}: {slow} {SLOW}")

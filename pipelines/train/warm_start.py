@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from pipelines.runs import sync
 from pipelines.runs.directory import Run, load_run
@@ -14,6 +14,7 @@ from simclr.config import Config, Views
 from simclr.data.manifest import read_manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
+from simclr.sections import Resize
 
 if TYPE_CHECKING:
     from simclr.encoder.weights import Weights
@@ -46,13 +47,26 @@ def weights_in(directory: Path, place: Path, extends: bool = False) -> Weights:
     if newest is None:
         raise UserError(f"{sync.shown(place)} has neither an encoder nor a checkpoint yet; go on with it first: {run.command}")
     known = read_manifest(run.data).classes if (run.data / "manifest.json").is_file() else ()
-    return weights.of_checkpoint(newest, run.config, known)
+    return weights.of_checkpoint(newest, run.config, known, extends)
 
 
 def described(start: Path, weights: Weights, extends: bool) -> dict[str, Any]:
     """A run's `start` (see `Run`), without what is `taken`."""
     place = start if s3_uri.address(start) is not None or not start.exists() else start.absolute()
     return {"from": sync.shown(place), "step": weights.step, "sha256": weights.sha256, "extends": extends, "taken": ""}
+
+
+def fitted(config: Config, weights: Weights | None) -> Config:
+    """`config` with the views that timm's own weights of its network want, said on the terminal, where these are given to a config without
+    a normalisation of its own."""
+    views, plain = config.views, Views()
+    if weights is None or weights.timm is None or (views.mean, views.std) != (plain.mean, plain.std):
+        return config
+    mean, std, interpolation = weights.timm
+    known = interpolation in get_args(Resize) and views.resize == plain.resize
+    views = replace(views, mean=mean, std=std, resize=cast(Resize, interpolation) if known else views.resize)
+    say(f"as timm's own weights of {config.encoder.timm} want them: {_flags(views)} --views.resize {views.resize}")
+    return replace(config, views=views)
 
 
 def begin(run: Run, weights: Weights, classes: tuple[str, ...]) -> Run:
@@ -72,8 +86,8 @@ def _normalised_otherwise(views: Views, weights: Weights) -> str:
     """A sentence if the encoder's images were normalised otherwise than the run's will be, or if nobody knows."""
     here = f"this run has {_flags(views)}"
     if weights.timm is not None:
-        mean, std = weights.timm
-        if (views.mean, views.std) == weights.timm:
+        mean, std, _ = weights.timm
+        if (views.mean, views.std) == (mean, std):
             return ""
         own = _flags(replace(views, mean=mean, std=std))
         return f"the file does not say how its images were normalised; timm's own weights of this network want {own}, {here}"

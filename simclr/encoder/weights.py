@@ -58,16 +58,16 @@ class Weights:
     """Names in the file that belong to none of these."""
     norm: tuple[Triple, Triple] | None = None
     """Mean and standard deviation that normalised their images; None = unknown."""
-    timm: tuple[Triple, Triple] | None = None
-    """Mean and standard deviation that timm's own weights of the network want; None = it is not timm's, or `norm` is known."""
+    timm: tuple[Triple, Triple, str] | None = None
+    """Mean, standard deviation and interpolation that timm's own weights of the network want; None = not timm's, or `norm` is known."""
     step: int | None = None
     """Optimizer steps after which they were; None = unknown."""
 
     @property
     def sha256(self) -> str:
-        """Of every tensor with its name, type and shape: the same for a run's checkpoint and for what it published."""
+        """Of every tensor with its name, type and shape: without a `rest` the same for a run's checkpoint and for what it published."""
         found = hashlib.sha256()
-        for part in ("encoder", "head", "classifier"):
+        for part in ("encoder", "head", "classifier", "rest"):
             for name, t in sorted(getattr(self, part).items()):
                 found.update(f"{part}.{name} {t.dtype} {tuple(t.shape)}\n".encode())
                 found.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -92,12 +92,11 @@ def of_directory(directory: Path) -> Weights:
     )
 
 
-def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...]) -> Weights:
-    """The weights in checkpoint `path` of a run with `config`, whose data has `classes` (empty = unknown). Raises UserError where it is
-    damaged."""
+def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...], whole: bool = False) -> Weights:
+    """The weights in checkpoint `path` of a run with `config`, whose data has `classes` (empty = unknown): what it would publish or, if
+    `whole`, the rest of its method too. Raises UserError where it is damaged."""
     state = checkpoint.read(path)
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "classifier": {}}
-    sibling = bool(config.METHOD)
     if isinstance(config, SimCLR):  # as it is published
         parts["head"] = {}
     rest: dict[str, Tensor] = {}
@@ -106,7 +105,7 @@ def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...]) -> Weigh
         part, _, own = below.partition(".")
         if root == "model" and part in parts:
             parts[part][own] = t
-        elif sibling and root in ("model", "state"):
+        elif whole and config.METHOD and root in ("model", "state"):
             rest[name] = t
     reads_h = not getattr(config, "tap", 0)  # else it is a fine-tuned classifier that reads the head
     return Weights(
@@ -114,7 +113,7 @@ def of_checkpoint(path: Path, config: Config, classes: tuple[str, ...]) -> Weigh
         head=parts.get("head", {}),
         classifier=parts["classifier"] if reads_h else {},
         classes=classes if reads_h else (),
-        method=config.METHOD if sibling else "",
+        method=config.METHOD if rest else "",
         rest=rest,
         shape=config.encoder,
         size_px=config.views.size_px,
@@ -181,7 +180,7 @@ def _of_timm(tensors: dict[str, Tensor], config: Config, path: Path) -> Weights:
         elif not name.endswith(_NEVER_USED):
             unused.append(name)
     seen = looked_at(config.encoder.timm, config.views.size_px).pretrained_cfg
-    return Weights(encoder=encoder, unused=tuple(unused), timm=(tuple(seen["mean"]), tuple(seen["std"])))
+    return Weights(encoder=encoder, unused=tuple(unused), timm=(tuple(seen["mean"]), tuple(seen["std"]), str(seen["interpolation"])))
 
 
 def _require_numbers(t: Tensor, name: str, path: Path) -> None:

@@ -36,6 +36,9 @@ from simclr.optim import byol_rule, parameter_groups
 from simclr.telemetry.collapse import Least
 from simclr.views.draw import Crop
 
+_MENDS = "a lower --optim.base-lr, more warm-up or another --ema may help"
+_WITHOUT = "without its predictor BYOL does; leave out --no-predictor"
+
 
 class Network(nn.Module):
     """{"views": (2, n, 3, H, W)} → {"p": (2, n, d) predictions, "z": (2, n, d) projections without gradient, "logits": (2, n, classes)
@@ -126,7 +129,7 @@ def byol(config: BYOL, start: Start, manifest: Manifest | None = None) -> Method
         chance=4.0,  # of directions that have nothing to do with each other: cosines 0, two distances of 2
         # Measured on rendered patterns (ResNet-8, 16 px): without its predictor it falls from 0.80 to 0.17 in half an epoch, 30 steps of 64
         # images, and to 0.10 at its end; with the predictor it stays between 0.79 and 0.82.
-        least=Least(spread=0.2),
+        least=Least(spread=0.2, dimension=1.2, advice=_MENDS if config.predictor else _WITHOUT),
     )
 
 

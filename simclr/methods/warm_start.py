@@ -73,9 +73,10 @@ def warm_start(config: Config, weights: Weights, classes: tuple[str, ...], where
         said.append(f"not used: {', '.join(weights.unused[:3])}{f' and {len(weights.unused) - 3} more' if len(weights.unused) > 3 else ''}")
 
     tensors = {f"model.{name}": t for name, t in (model | taken).items()}
-    beside |= {name: t for name, t in taken.items() if name in beside}
-    tensors |= {f"state.{name}": t.clone() for name, t in beside.items()}
     tensors |= rest
+    given = taken | {name.removeprefix("model."): t for name, t in rest.items()}
+    beside |= {name: t for name, t in given.items() if name in beside}
+    tensors |= {f"state.{name}": t.clone() for name, t in beside.items() if f"state.{name}" not in rest}
     return State(0, config.to_dict(), tensors), "; ".join(said)
 
 

@@ -14,6 +14,8 @@ class Least:
     """1 = they point everywhere, 0 = all the same way."""
     dimension: float = 1.5
     """Effective dimension; that of a line is 1.0."""
+    advice: str = "a lower --optim.base-lr, more warm-up or another temperature may help"
+    """What to do below."""
 
 
 def collapse(metrics: Mapping[str, float], least: Least) -> str | None:

@@ -16,7 +16,6 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 CENTRE_CROP = 0.875
-_ATTEMPTS = 100
 BOX = slice(13, 17)
 """Columns of a row of `Drawn` that have its box; those before are `Colours`."""
 _WIDTH = 17
@@ -59,21 +58,24 @@ def _boxes(crop: Crop, seed: int, epoch: int, ids: Ints, sizes: Ints, view: int)
 def crop_boxes(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints) -> Ints:
     """Crops of both views: (n, 2, 4) as (top, left, height, width) in pixels of images with `sizes` (n, 2) (height, width).
 
-    The distribution of the official `sample_distorted_bounding_box`: aspect uniform, then height uniform over what the
-    area allows, then width = height × aspect. Its mean area is 0.39 of a 3:4 photograph, against 0.54 for
-    torchvision's RandomResizedCrop, which draws the area uniformly. Up to 100 attempts, then the whole image.
+    By views.crop_law tensorflow they have the distribution of the official `sample_distorted_bounding_box`: aspect uniform, then height
+    uniform over what the area allows, then width = height × aspect. Up to 100 attempts, then the whole image. Its mean area is 0.39 of a
+    3:4 photograph, against 0.44 by torchvision's RandomResizedCrop: area uniform, log aspect uniform, up to 10 attempts, then the largest
+    box in the middle whose aspect is allowed.
     """
     return boxes_of((Crop(views=views),), seed, epoch, ids, sizes)
 
 
 def crops_of(views: Views, seed: int, epoch: int, ids: Ints, sizes: Ints, view: int) -> Ints:
     """`crop_boxes` of one view: (n, 4)."""
-    boxes = np.concatenate([np.zeros_like(sizes), sizes], 1)
+    last, attempt_of, boxes = 100, _attempt, np.concatenate([np.zeros_like(sizes), sizes], 1)
+    if views.crop_law == "torchvision":
+        last, attempt_of, boxes = 10, _attempt_by_area, _middle(views, sizes)
     waiting = np.arange(len(ids))
-    for block in range(0, _ATTEMPTS, 4):  # drawn four attempts at a time: most images need one
+    for block in range(0, last, 4):  # drawn four attempts at a time: most images need one
         draws = keyed.uniform(seed, "crop", epoch, ids[waiting], view, 4 * (block + 4))[:, 4 * block :]
-        for attempt in range(4):
-            found, box = _attempt(views, draws[:, 4 * attempt : 4 * attempt + 4], sizes[waiting])
+        for attempt in range(min(4, last - block)):
+            found, box = attempt_of(views, draws[:, 4 * attempt : 4 * attempt + 4], sizes[waiting])
             boxes[waiting[found]] = box[found]
             waiting, draws = waiting[~found], draws[~found]
         if not len(waiting):
@@ -109,6 +111,29 @@ def _attempt(views: Views, u: Floats, sizes: Ints) -> tuple[NDArray[np.bool_], I
     top = (u[:, 2] * np.maximum(h - height, 1)).astype(np.int64)
     left = (u[:, 3] * np.maximum(w - width, 1)).astype(np.int64)
     return fits, np.stack([top, left, height, width], 1)
+
+
+def _attempt_by_area(views: Views, u: Floats, sizes: Ints) -> tuple[NDArray[np.bool_], Ints]:
+    """`_attempt` by torchvision's law."""
+    h, w = sizes[:, 0], sizes[:, 1]
+    area = h * w * (views.area[0] + u[:, 0] * (views.area[1] - views.area[0]))
+    low, high = np.log(views.aspect)
+    aspect = np.exp(low + u[:, 1] * (high - low))
+    height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    fits = (width > 0) & (width <= w) & (height > 0) & (height <= h)
+    top = (u[:, 2] * np.maximum(h - height + 1, 1)).astype(np.int64)
+    left = (u[:, 3] * np.maximum(w - width + 1, 1)).astype(np.int64)
+    return fits, np.stack([top, left, height, width], 1)
+
+
+def _middle(views: Views, sizes: Ints) -> Ints:
+    """(n, 4) largest boxes in the middle of images of sizes (n, 2) whose aspect is allowed."""
+    h, w = sizes[:, 0], sizes[:, 1]
+    low, high = views.aspect
+    height = np.where(w < low * h, np.rint(w / low).astype(np.int64), h)
+    width = np.where(w > high * h, np.rint(h * high).astype(np.int64), w)
+    return np.stack([(h - height) // 2, (w - width) // 2, height, width], 1)
 
 
 @dataclass(frozen=True, slots=True)

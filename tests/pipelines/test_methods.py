@@ -114,6 +114,8 @@ def test_a_card_names_the_method_and_has_no_head_that_is_not_there() -> None:
     assert "trained by MoCo" in text and "arXiv:1911.05722" in text and "2002.05709" not in text and "rojection head" not in text
     assert "| Recipe | `small_moco`: N = 24, LARS, τ = 0.2, K = 96, a moving average that keeps 0.9;" in text
     theirs = card({**TINY.to_dict(), **about, "preprocessing": views}, 1000, "name", Record(), "none")
+    student = {**TINY.to_dict(), "published": {**about["published"], "teacher_pretrained": "moco"}, "preprocessing": views}
+    assert "that learned from a classifier, whose own encoder was pretrained by MoCo" in card(student, 1000, "name", Record(), "none")
     assert "of the SimCLR family" in theirs and "| Projection head | 2 layers, z has 16 numbers |" in theirs and "τ = 0.2" in theirs
     assert "arxiv.org/abs/2002.05709" in theirs and "arxiv.org/abs/2006.10029" in theirs and "| Method |" not in theirs
 

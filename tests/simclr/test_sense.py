@@ -28,6 +28,8 @@ from tune import validate
 
 IMAGENET = 1_281_167
 
+SMALL = Encoder(cifar_stem=True)
+
 
 def shards(train: int, height: tuple[int, int], width: tuple[int, int], classes: int = 10) -> Manifest:
     splits = {name: (Shard(f"{name}.beton", 1, "", n),) for name, n in (("train", train), ("test", 50))}
@@ -93,7 +95,7 @@ def test_a_recipe_on_its_data_has_nothing_to_say(name: str) -> None:
     ("config", "manifest", "said"),
     [
         (
-            SimCLR(train=Train(batch_size=60), views=Views(size_px=32)),
+            SimCLR(train=Train(batch_size=60), views=Views(size_px=32), encoder=SMALL),
             shards(150, (32, 32), (32, 32)),
             "online kNN: all 150 images of its bank vote, since watch.k is 200; a smaller --watch.k tells more",
         ),
@@ -103,8 +105,17 @@ def test_a_recipe_on_its_data_has_nothing_to_say(name: str) -> None:
             shards(500, (32, 96), (32, 72)),
             "every image is enlarged: views are 224 px, and the largest image in the shards is 96 × 72 px",
         ),
-        (SimCLR(views=Views(size_px=19, blur_p=(0.0, 0.1))), PHOTOS, "views of 19 px are not blurred, though they should be"),
-        (SimCLR(views=Views(size_px=19)), PHOTOS, "views of 19 px are not blurred, though they should be: the kernel, a tenth of the side"),
+        (
+            SimCLR(views=Views(size_px=19, blur_p=(0.0, 0.1)), encoder=SMALL),
+            PHOTOS,
+            "views of 19 px are not blurred, though they should be",
+        ),
+        (
+            SimCLR(views=Views(size_px=19), encoder=SMALL),
+            PHOTOS,
+            "views of 19 px are not blurred, though they should be: the kernel, a tenth of the side",
+        ),
+        (SimCLR(views=Views(size_px=32)), PHOTOS, "views of 32 px leave ResNet-50 a last map of 1 × 1, since its stem is for large images"),
     ],
 )
 def test_what_has_no_effect_is_said(config: Config, manifest: Manifest, said: str) -> None:
@@ -129,7 +140,7 @@ def test_statistics_of_few_images_are_said(config: Config, workers: tuple[int, .
 
 def test_what_does_not_apply_is_not_said() -> None:
     small = shards(150, (32, 32), (32, 32), classes=0)
-    config = SimCLR(train=Train(batch_size=60), views=Views(size_px=20))
+    config = SimCLR(train=Train(batch_size=60), views=Views(size_px=20), encoder=SMALL)
     assert notes(config, small) == ()  # without labels there is no kNN, and 20 px are blurred
     blind = replace(config, views=Views(size_px=19, blur_p=(0, 0)), watch=Watch(k=150))
     assert notes(blind, replace(small, classes=("a", "b"))) == ()

@@ -12,12 +12,14 @@ VIT = Encoder(vit="small", heads=12, patch_px=8, positions="sin_cos", frozen_pat
 
 def test_flags_change_the_network_or_its_kind() -> None:
     assert Shape().of(RESNET) == RESNET and Shape(depth=18).of(RESNET).width == 2
-    assert Shape().of(VIT) == VIT.trained and not VIT.trained.frozen_patches  # what comes after pretraining trains all of it
+    assert Shape().of(VIT) == VIT.trained  # what comes after pretraining trains all of it
+    assert not VIT.trained.frozen_patches and VIT.trained.positions == "learned"
     assert Shape(depth=18).of(VIT) == Encoder(depth=18)
+    assert Shape(depth=18, cifar_stem=True).of(VIT) == Encoder(depth=18, cifar_stem=True)
     other = Shape(vit="tiny").of(VIT)
     assert (other.vit, other.heads, other.patch_px) == ("tiny", None, 8)  # 12 heads were the small one's
     assert Shape(vit="tiny").of(RESNET).vit == "tiny"
-    for encoder in (VIT.trained, Encoder(depth=18)):
+    for encoder in (VIT.trained, Encoder(depth=18), Encoder(depth=18, cifar_stem=True)):
         assert Shape.like(encoder).of(encoder) == encoder
 
 

@@ -282,9 +282,20 @@ def test_a_siblings_run_is_extended_from_its_checkpoint(patterns: Path, tmp_path
     config = BYOL(encoder=CONFIG.encoder, views=CONFIG.views, train=train, watch=CONFIG.watch, hidden=12, d_out=8)
     run = complete(tmp_path / "byol", patterns, config)
     extended, started = (command.weights_at(run.path, None, None, extends) for extends in (True, False))
-    assert extended.sha256 == started.sha256 and extended.method == "byol" and extended.rest and not started.rest
+    assert extended.method == "byol" and extended.rest and not started.rest
+    assert extended.sha256 != started.sha256  # they begin other runs
     shutil.rmtree(run.checkpoints)
     assert command.weights_at(run.path, None, None, True).sha256 == started.sha256
+
+
+def test_start_takes_the_same_of_a_siblings_run_before_its_end_and_behind_it(patterns: Path, tmp_path: Path) -> None:
+    train = dataclasses.replace(CONFIG.train, steps=1, checkpoint_every_steps=1)
+    config = BYOL(encoder=CONFIG.encoder, views=CONFIG.views, train=train, watch=CONFIG.watch, hidden=12, d_out=8)
+    run = complete(tmp_path / "byol", patterns, config)
+    behind = command.weights_at(run.path, None)
+    shutil.rmtree(run.encoder)
+    before = command.weights_at(run.path, None)
+    assert before.sha256 == behind.sha256 and not before.rest and not before.method
 
 
 def test_only_a_complete_pretraining_is_extended(simclr: commands.Run, parent: Run, patterns: Path, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_sibling_goes_on_with_all_that_its_run_had(patterns: Path, tmp_path: P
     config = kind(encoder=TINY.encoder, views=TINY.views, optim=TINY.optim, train=train, watch=TINY.watch, d_out=8, **sizes)
     run(config, patterns, tmp_path)
     newest = checkpoint.read(tmp_path / "step-000000002").tensors
-    weights = of_checkpoint(tmp_path / "step-000000002", config, CLASSES)
+    weights = of_checkpoint(tmp_path / "step-000000002", config, CLASSES, whole=True)
     longer = dataclasses.replace(config, seed=1)
     state, said = warm_start(longer, weights, CLASSES, "w")
     assert not (state.tensors.keys() ^ {name for name in newest if not name.startswith("optimizer.")})
@@ -151,5 +151,10 @@ def test_a_sibling_goes_on_with_all_that_its_run_had(patterns: Path, tmp_path: P
 
     other = dataclasses.replace(longer, queue=48) if isinstance(longer, MoCo) else dataclasses.replace(longer, hidden=24)
     told = "head: taken; state: new" if kind is MoCo else "projector and predictor and state: new"
-    assert warm_start(other, weights, CLASSES, "w")[1].endswith(f"; {told}; classifier: taken")
+    state, said = warm_start(other, weights, CLASSES, "w")
+    assert said.endswith(f"; {told}; classifier: taken")
+    parts = ("state.encoder.", "state.head.") if kind is MoCo else ("state.encoder.",)
+    average = [name for name in state.tensors if name.startswith(parts)]
+    assert len(average) > 20  # each as the network that it is the average of
+    assert all(torch.equal(state.tensors[name], state.tensors[name.replace("state", "model")]) for name in average)
     assert warm_start(TINY, weights, CLASSES, "w")[1].endswith("; head: new, none was given; classifier: taken")

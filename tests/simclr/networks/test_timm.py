@@ -234,6 +234,11 @@ def test_timms_names_are_written_and_begun_with(published: Path, tmp_path: Path,
         assert all(torch.equal(t, tensors[name.removeprefix("model.")]) for name, t in found.encoder.items())
         assert found.unused == (("state_dict.module.fc.weight",) if path.suffix == ".pth" else ())
         assert "timm's own weights of this network want --views.mean 0.5" in warm_start._normalised_otherwise(CONFIG.views, found)
+        fitted = warm_start.fitted(CONFIG, found).views
+        assert (fitted.mean, fitted.std, fitted.resize) == ((0.5,) * 3, (0.5,) * 3, "bilinear")
+        assert not warm_start._normalised_otherwise(fitted, found) and "--views.mean 0.5 0.5 0.5" in capsys.readouterr().err
+        given = replace(CONFIG, views=replace(CONFIG.views, mean=(0.1, 0.2, 0.3)))
+        assert warm_start.fitted(given, found) == given and warm_start.fitted(CONFIG, None) == CONFIG
     other = replace(CONFIG, encoder=Encoder(timm="test_vit"))
     with pytest.raises(UserError, match=r"holds no test_vit by timm's names \(cls_token, …\), but bn1"):
         weights.of_file(tmp_path / "w.safetensors", other)

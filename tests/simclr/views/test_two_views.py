@@ -8,6 +8,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torchvision.transforms import RandomResizedCrop
 
 from simclr import keyed
 from simclr.config import Views
@@ -75,6 +77,35 @@ def test_crop_boxes_have_the_official_distribution(within: Within) -> None:
     for name, values in ours.items():
         within(f"quantiles of {name}", float(np.abs(np.quantile(values, levels) - golden[name]).max()), 0.012)
     within("mean area", abs(ours["area_fraction"].mean() - golden["mean_area"]), 0.005)
+
+
+def test_crop_boxes_have_torchvisions_distribution(within: Within) -> None:
+    """Of 16,000 each: means and deviations of area, log aspect and place, within four standard errors of the difference."""
+    views, n = Views(crop_law="torchvision"), 16_000
+    sizes = np.tile([[375, 500]], (n, 1))
+    ours = draw.crop_boxes(views, 0, 0, np.arange(n, dtype=np.int64), sizes)[:, 0].astype(np.float64)
+    torch.manual_seed(0)
+    image = torch.empty(3, 375, 500)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)], np.float64)
+
+    def measured(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        top, left, height, width = boxes.T
+        places = top / np.maximum(375 - height, 1), left / np.maximum(500 - width, 1)
+        return np.stack([height * width / (375 * 500), np.log(width / height), *places])
+
+    a, b = measured(ours), measured(theirs)
+    for power in (1, 2):
+        error = np.sqrt((np.var(a**power, 1) + np.var(b**power, 1)) / n)
+        within(f"moment {power}, standard errors", float((np.abs((a**power).mean(1) - (b**power).mean(1)) / error).max()), 4)
+    assert abs(a[0].mean() - 0.44) < 0.01 and a[0].min() < 0.1  # no floor of a tenth
+
+
+def test_where_no_crop_fits_it_is_torchvisions_middle() -> None:
+    views = Views(crop_law="torchvision", area=(1.0, 1.0), aspect=(0.8, 1.25))
+    for height, width in ((100, 500), (500, 100), (7, 90), (1, 3), (33, 2)):
+        wanted = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.0, 1.0], [0.8, 1.25])
+        found = draw.crop_boxes(views, 0, 0, np.arange(3, dtype=np.int64), np.tile([[height, width]], (3, 1)))
+        assert found.shape == (3, 2, 4) and (found == wanted).all()
 
 
 def test_each_operation_happens_with_its_probability() -> None:

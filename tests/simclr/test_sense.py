@@ -144,7 +144,7 @@ def test_what_does_not_apply_is_not_said() -> None:
     assert notes(config, small) == ()  # without labels there is no kNN, and 20 px are blurred
     blind = replace(config, views=Views(size_px=19, blur_p=(0, 0)), watch=Watch(k=150))
     assert notes(blind, replace(small, classes=("a", "b"))) == ()
-    assert notes(FineTune(train=Train(batch_size=60), views=Views(size_px=19)), replace(small, classes=("a", "b"))) == ()
+    assert notes(FineTune(train=Train(batch_size=60), views=Views(size_px=19), encoder=SMALL), replace(small, classes=("a", "b"))) == ()
 
 
 # ── Refused ────────────────────────────────────────────────────────────────────────────────────────────────────────

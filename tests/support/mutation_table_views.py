@@ -8,8 +8,8 @@ VIEWS = (
     Mutation(
         "crop-width-for-height",
         "simclr/views/draw.py",
-        "return fits, np.stack([top, left, height, width], 1)",
-        "return fits, np.stack([top, left, width, height], 1)",
+        "left = (u[:, 3] * np.maximum(w - width, 1)).astype(np.int64)\n    return fits, np.stack([top, left, height, width], 1)",
+        "left = (u[:, 3] * np.maximum(w - width, 1)).astype(np.int64)\n    return fits, np.stack([top, left, width, height], 1)",
         "tests/simclr/views/test_two_views.py::test_crop_boxes_have_the_official_distribution",
     ),
     Mutation(

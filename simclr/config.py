@@ -34,6 +34,7 @@ __all__ = [
     "Watch",
     "head_of",
     "require",
+    "require_whole_patches",
 ]
 
 RENAMED = {"begins": "encoder_sha256", "labelled": "labels_sha256"}
@@ -51,6 +52,7 @@ ADDED = {
     "views.crop_law": "tensorflow",
     "views.solarise_p": 0.0,
     "views.saturation": 1.0,
+    "optim.last_lr": 0.0,
     "optim.beta2": 0.999,
     "optim.rate_in_buffer": True,
     "optim.weight_decay_end": None,
@@ -184,10 +186,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
-        size, patch = self.views.size_px, self.encoder.patch_px
-        near = max(size // patch, 1) * patch
-        whole = self.encoder.vit is None or size % patch == 0
-        require(whole, f"encoder.patch_px {patch} does not divide views.size_px {size}; use --views.size-px {near} or {near + patch}")
+        require_whole_patches(self.encoder, "views.size_px", self.views.size_px)
 
     def of_batch(self, images: int) -> Self:
         """The same with steps of so many `images`; a queue keeps about its length, and holds whole batches."""
@@ -305,6 +304,14 @@ class SimCLR(Config):
     @property
     def whole_batch(self) -> str:
         return "loss.memory needs a whole batch at once" if self.loss.memory else ""
+
+
+def require_whole_patches(encoder: Encoder, name: str, size: int) -> None:
+    """Raise UserError unless a vision transformer's patches divide images of `size`, which the field `name` states."""
+    patch = encoder.patch_px
+    near, flag = max(size // patch, 1) * patch, name.replace("_", "-")
+    whole = encoder.vit is None or size % patch == 0
+    require(whole, f"encoder.patch_px {patch} does not divide {name} {size}; use --{flag} {near} or {near + patch}")
 
 
 def head_of(config: Config) -> Head:

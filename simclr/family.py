@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from simclr.config import Config, SimCLR, require
+from simclr.config import Config, SimCLR, require, require_whole_patches
 from simclr.errors import UserError
+from simclr.sections import Local
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,9 +109,61 @@ class BYOL(Config):
         require(self.hidden >= 1, f"hidden is {self.hidden}; expected a width of at least 1")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwAV(Config):
+    """SwAV (arXiv:2006.09882): each view predicts to which prototypes the other belongs, as an assignment in equal shares has it."""
+
+    METHOD = "swav"
+
+    local: Local = field(default_factory=Local)
+    prototypes: int = 3000
+    """K: vectors to which images are assigned."""
+    temperature: float = 0.1
+    """tau of the predictions."""
+    epsilon: float = 0.05
+    """Entropy of the assignment (Eq. 3); where the loss stays at ln K, the authors lower it to 0.03."""
+    iterations: int = 3
+    """Of Sinkhorn's algorithm."""
+    hidden: int = 2048
+    """Width of the head's hidden layer."""
+    d_out: int = 128
+    """Dimension of projections and prototypes."""
+    frozen_steps: int = 313
+    """First steps in which the prototypes do not learn."""
+    queue: int = 0
+    """Projections of earlier batches, of each of the two views, that are assigned together with the batch's, which a batch of few
+    images for K wants; a multiple of N, 0 = none."""
+    queue_epochs: float = 15.0
+    """Epochs before projections go into the queue; it is used once it is full."""
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        _require_common(self.temperature, 0.0, self.d_out)
+        require(self.prototypes >= 2, f"prototypes is {self.prototypes}; expected at least 2")
+        require(self.hidden >= 1, f"hidden is {self.hidden}; expected a width of at least 1")
+        require(self.epsilon >= 0.01, f"epsilon is {self.epsilon}; expected at least 0.01: exp(1 / epsilon) must be a number")
+        require(self.iterations >= 1, f"iterations is {self.iterations}; expected at least 1, the paper has 3")
+        require(self.frozen_steps >= 0, f"frozen_steps is {self.frozen_steps}; expected 0 or more")
+        require(self.queue_epochs >= 0, f"queue_epochs is {self.queue_epochs}; expected 0 or more")
+        n = self.train.batch_size
+        near = max(round(self.queue / n), 1) * n
+        require(self.queue >= 0 and self.queue % n == 0, f"queue {self.queue} is no multiple of the batch of {n}; use --queue {near}")
+        require_whole_patches(self.encoder, "local.size_px", self.local.size_px if self.local.crops else self.views.size_px)
+
+    def of_batch(self, images: int) -> Self:
+        train = dataclasses.replace(self.train, batch_size=images)
+        queue = self.queue and max(self.queue // images, 1) * images
+        return dataclasses.replace(self, train=train, queue=queue)
+
+    @property
+    def crops(self) -> int:
+        """Crops of an image, large and small."""
+        return 2 + self.local.crops
+
+
 _LISTED = 4
 
-METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL)}}
+METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL, SwAV)}}
 """Name of a method → its settings."""
 
 

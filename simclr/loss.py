@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr.collectives import all_gather, first_row, share_of_mean, world_size
+from simclr.collectives import all_gather, all_reduce_sum, first_row, share_of_mean, world_size
 from simclr.kernels.nt_xent import streamed
 from simclr.kernels.nt_xent_tiles import in_tiles
 
@@ -107,6 +107,43 @@ def byol(predictions: Tensor, projections: Tensor, images: int | None = None) ->
     with torch.autocast(predictions.device.type, enabled=False):
         p, t = (_unit(x) for x in (predictions, projections.detach().flip(0)))
         return share_of_mean((p - t).square().sum(2).sum(0).mean(), p.shape[1], images)
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int, samples: int) -> Tensor:
+    """Codes of SwAV (arXiv:2006.09882, Eq. 3 to 5): scores (n, K), cosines of this rank's samples with K prototypes, → (n, K) whose rows
+    sum to 1 and whose columns sum to about the same over all ranks' `samples`, n here.
+
+        Q = exp(scores / ε), over its sum; `iterations` times: each prototype's column over its sum and K, each sample's row over its sum
+        and the samples; in the end times the samples
+
+    Ranks exchange sums alone. In float32 at least.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        q = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
+        q = torch.exp(q / epsilon)
+        q = q / all_reduce_sum(q.sum())
+        for _ in range(iterations):
+            q = q / (all_reduce_sum(q.sum(0)) * q.shape[1])
+            q = q / (q.sum(1, keepdim=True) * samples)
+        return q * samples
+
+
+def swav(scores: Tensor, codes: Tensor, temperature: float, images: int | None = None) -> Tensor:
+    """SwAV's swapped prediction (arXiv:2006.09882, Eq. 2 and 6) of this rank's `scores` (V, n, K), cosines of V crops of n images with K
+    prototypes, and the `codes` (2, n, K) of the first two, which carry no gradient:
+
+        ½ Σ over c in (0, 1) of 1 / (V − 1) Σ over v ≠ c of the mean of −Σ_k code_c · log softmax(scores_v / τ)
+
+    The mean over ranks is the loss of the global batch, of so many `images`. In float32 at least.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        x = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
+        log_p, codes = F.log_softmax(x / temperature, dim=2), codes.detach().to(x.dtype)
+        # Σ over v ≠ c of log p_v: all crops' but the code's own.
+        others = log_p.sum(0) - log_p[:2]
+        mean = -(codes * others).sum(2).mean(1).mean() / (len(scores) - 1)
+        return share_of_mean(mean, scores.shape[1], images)
 
 
 def _unit(x: Tensor) -> Tensor:

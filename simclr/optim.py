@@ -25,12 +25,12 @@ def lr_peak(base_lr: float, batch_size: int, rule: Literal["linear", "sqrt"]) ->
     raise ValueError(f"unknown scaling rule {rule!r}; expected 'linear' or 'sqrt'")
 
 
-def warmup_cosine(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate at `step` (0-based): linear from 0 to `peak`, then half a cosine to 0 (App. B.6)."""
+def warmup_cosine(step: int, peak: float, warmup_steps: int, total_steps: int, last: float = 0.0) -> float:
+    """Learning rate at `step` (0-based): linear from 0 to `peak`, then half a cosine to `last` (App. B.6)."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def half_cosine(step: int, first: float, last: float, total_steps: int) -> float:
@@ -48,6 +48,9 @@ class LARS(torch.optim.Optimizer):
 
     Where lr stands matters: with it outside, a changing schedule rescales the whole history of gradients at once. The trust ratio
     η ‖w‖ / ‖g + λ w‖ is 1 where either norm is 0, and in groups with `adapt=False` (BatchNorm, biases, classifier).
+
+    With `larc` it is the optimizer of SwAV's authors (arXiv:2006.09882, App. A), LARC without its clipping: the ratio is
+    η ‖w‖ / (‖g‖ + λ ‖w‖ + 1e-8), and where ‖w‖ or ‖g‖ is 0 the gradient stays as it is, without decay.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: float = 1e-3,
         nesterov: bool = False,
         rate_in_buffer: bool = True,
+        larc: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -69,6 +73,7 @@ class LARS(torch.optim.Optimizer):
                 "trust_coefficient": trust_coefficient,
                 "nesterov": nesterov,
                 "rate_in_buffer": rate_in_buffer,
+                "larc": larc,
                 "adapt": True,
             },
         )
@@ -96,9 +101,7 @@ class LARS(torch.optim.Optimizer):
             # step's cost.
             scale = inside / (1 - momentum)
             if group["adapt"]:
-                grads = list(torch._foreach_add(grads, params, alpha=decay))
-                w, g = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
-                trust = torch.where((w > 0) & (g > 0), group["trust_coefficient"] * w / g, torch.ones_like(w))
+                grads, trust = _adapted(params, grads, decay, group["trust_coefficient"], group["larc"])
                 if params[0].is_cuda:
                     _follow(params, grads, buffers, list((trust * inside).unbind()), momentum, outside, group["nesterov"])
                     continue
@@ -113,6 +116,19 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_add_(params, buffers, alpha=(1 - momentum) * outside)
                 torch._foreach_sub_(params, grads, alpha=(1 - momentum) * outside)
         return result
+
+
+def _adapted(params: list[Tensor], grads: list[Tensor], decay: float, eta: float, larc: bool) -> tuple[list[Tensor], Tensor]:
+    """(gradients with decay, trust ratio of each)."""
+    w = torch.stack(torch._foreach_norm(params))
+    if larc:
+        g = torch.stack(torch._foreach_norm(grads))
+        known = (w > 0) & (g > 0)
+        trust = torch.where(known, eta * w / (g + decay * w + 1e-8), torch.ones_like(w))
+        return list(torch._foreach_add(grads, torch._foreach_mul(params, list((known.to(w.dtype) * decay).unbind())))), trust
+    grads = list(torch._foreach_add(grads, params, alpha=decay))
+    g = torch.stack(torch._foreach_norm(grads))
+    return grads, torch.where((w > 0) & (g > 0), eta * w / g, torch.ones_like(w))
 
 
 def _follow(
@@ -236,8 +252,9 @@ def _scaled(step: int, lr: Schedule, factor: float) -> float:
 def build_optimizer(groups: Sequence[Group], optim: Optim) -> torch.optim.Optimizer:
     """The configured optimizer over `groups`, with lr 0: `set_schedules` sets it before each step."""
     given = [{"params": list(group.params), **group.settings} for group in groups]
-    if optim.name == "lars":
-        return LARS(given, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov, rate_in_buffer=optim.rate_in_buffer)
+    if optim.name in ("lars", "larc"):
+        inside, larc = optim.rate_in_buffer and optim.name == "lars", optim.name == "larc"
+        return LARS(given, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov, rate_in_buffer=inside, larc=larc)
     # One launch for all tensors of a group; torch raises where a device has no such kernel, as a TPU.
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group.params) or None
     if optim.name == "adamw":

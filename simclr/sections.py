@@ -180,14 +180,38 @@ class Views:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Local:
+    """Small crops beside the two large ones (multi-crop, arXiv:2006.09882, Sec. 3.2): what differs from `Views`."""
+
+    crops: int = 6
+    """How many; 0 = none."""
+    size_px: int = 96
+    """Their side, in pixels."""
+    area: tuple[float, float] = (0.05, 0.14)
+    """Smallest and largest area of one, as a share of the image."""
+    blur_p: float = 0.5
+    """Probability of a Gaussian blur."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.crops <= 64, f"local.crops is {self.crops}; expected 0 to 64, the papers have 6 to 10")
+        self.of(Views())
+
+    def of(self, views: Views) -> Views:
+        """`views` with these fields; none of them is solarised."""
+        return replace(views, size_px=self.size_px, area=self.area, blur_p=self.blur_p, solarise_p=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Optim:
     """Optimizer and learning-rate schedule (arXiv:2002.05709, Sec. 2.2 and App. B.6)."""
 
-    name: Literal["lars", "sgd", "adamw"] = "lars"
-    """LARS (arXiv:1708.03888), SGD with momentum, which is good enough below about N = 1024, or AdamW (arXiv:1711.05101), for
-    transformers."""
+    name: Literal["lars", "larc", "sgd", "adamw"] = "lars"
+    """LARS (arXiv:1708.03888), LARC, as which SwAV has it (`simclr.optim.LARS`), SGD with momentum, which is good enough below about
+    N = 1024, or AdamW (arXiv:1711.05101), for transformers."""
     base_lr: float = 0.3
     """Learning rate per 256 images, before scaling (App. B.1)."""
+    last_lr: float = 0.0
+    """The rate at which the cosine ends, as `base_lr`; SwAV has a thousandth of that."""
     scaling: Literal["linear", "sqrt"] = "linear"
     """lr = base_lr * N / 256, or base_lr * sqrt(N), which trains better below N = 2048 (App. B.1)."""
     warmup_epochs: float = 10.0
@@ -217,11 +241,12 @@ class Optim:
 
     def __post_init__(self) -> None:
         require(self.base_lr > 0, f"optim.base_lr is {self.base_lr}; expected a positive learning rate")
+        require(0 <= self.last_lr <= self.base_lr, f"optim.last_lr is {self.last_lr}; expected 0 to optim.base_lr, {self.base_lr}")
         require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs}; expected 0 or more epochs")
         require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; expected [0, 1)")
         require(0 <= self.beta2 < 1, f"optim.beta2 is {self.beta2}; expected [0, 1)")
         require(self.momentum > 0 or not self.nesterov, "optim.nesterov asks for momentum; give optim.momentum 0.9, or leave it out")
-        require(not (self.nesterov and self.name == "adamw"), "optim.nesterov is for lars and sgd; leave it out")
+        require(not (self.nesterov and self.name in ("adamw", "larc")), "optim.nesterov is for lars and sgd; leave it out")
         require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; expected 0 or more")
         end = self.weight_decay_end
         require(end is None or end >= 0, f"optim.weight_decay_end is {end}; expected 0 or more")

@@ -9,7 +9,7 @@ import torch
 
 from simclr.config import Config, SimCLR
 from simclr.data.manifest import Manifest, read_manifest
-from simclr.family import BYOL, MoCo, MoCoV3
+from simclr.family import BYOL, MoCo, MoCoV3, SwAV
 from simclr.methods.byol import byol
 from simclr.methods.classifier import classifier
 from simclr.methods.distill import distill
@@ -17,6 +17,7 @@ from simclr.methods.method import Method, Start
 from simclr.methods.moco import moco
 from simclr.methods.mocov3 import mocov3
 from simclr.methods.simclr import simclr
+from simclr.methods.swav import swav
 from simclr.stages import Distill, FineTune
 
 
@@ -43,6 +44,8 @@ def pretraining(config: Config, start: Start, manifest: Manifest | None = None) 
             return moco(config, start, manifest)
         case MoCoV3():
             return mocov3(config, start, manifest)
+        case SwAV():
+            return swav(config, start, manifest)
         case _:
             raise TypeError(f"{type(config).__name__} is the config of no pretraining")
 

@@ -96,6 +96,26 @@ def pairs_for(batch: Batch, some: slice, config: Config, device: torch.device, l
     return {**found, "labels": to_device(batch.labels[some], device)[None]} if labelled else found
 
 
+def crops_for(batch: Batch, some: slice, crops: tuple[Crop, ...], config: Config, device: torch.device, labelled: bool) -> Rows:
+    """Input rows of a method of several sizes: "views" (2, n, 3, H, W) of the first of `crops`, "local" (crops, n, 3, h, w) of the second,
+    "paths" of all with drop path, "labels" (1, n) where they are `labelled`."""
+    found = views_for(batch, some, crops, config, device)
+    rows = {name: x.unflatten(0, (crop.count, -1)) for name, x, crop in zip(("views", "local"), found, crops, strict=False)}
+    rows |= paths_for(batch, some, crops, config, device)
+    return {**rows, "labels": to_device(batch.labels[some], device)[None]} if labelled else rows
+
+
+def by_size(rows: Rows) -> list[Rows]:
+    """What an encoder reads of input rows (`encoders.encoded`), the crops of each size by themselves: one pass for each size."""
+    found, first = [], 0
+    for name in ("views", "local"):
+        if name in rows:
+            last = first + len(rows[name])
+            found.append({"views": rows[name], **({"paths": rows["paths"][first:last]} if "paths" in rows else {})})
+            first = last
+    return found
+
+
 def by_view(rows: Rows) -> list[Rows]:
     """What an encoder reads of input rows (`encoders.encoded`), each view by itself, for methods whose BatchNorms see a view at a time."""
     return [{name: x[view : view + 1] for name, x in rows.items() if name != "labels"} for view in range(len(rows["views"]))]
@@ -191,6 +211,8 @@ def examples_of(config: Config, start: Start, manifest: Manifest) -> int:
 
 
 def schedule(config: Config, examples: int) -> Callable[[int], float]:
-    """Learning rate at a step of a run over `examples` images: linear warm-up to the scaled peak, then half a cosine to 0."""
-    peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
-    return partial(warmup_cosine, peak=peak, warmup_steps=config.warmup_steps(examples), total_steps=config.total_steps(examples))
+    """Learning rate at a step of a run over `examples` images: linear warm-up to the scaled peak, then half a cosine to the last one."""
+    optim, images = config.optim, config.train.batch_size
+    peak, last = (lr_peak(rate, images, optim.scaling) for rate in (optim.base_lr, optim.last_lr))
+    warmup, total = config.warmup_steps(examples), config.total_steps(examples)
+    return partial(warmup_cosine, peak=peak, warmup_steps=warmup, total_steps=total, last=last)

@@ -49,6 +49,16 @@ NAMED = {
     "mocov3": Named(
         "MoCo v3", (Paper("Chen, Xie, He", "An Empirical Study of Training Self-Supervised Vision Transformers", "2104.02057"),)
     ),
+    "swav": Named(
+        "SwAV",
+        (
+            Paper(
+                "Caron, Misra, Mairal, Goyal, Bojanowski, Joulin",
+                "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments",
+                "2006.09882",
+            ),
+        ),
+    ),
     "byol": Named(
         "BYOL",
         (

@@ -15,14 +15,17 @@ from simclr.recipes_siblings import (
     cifar10_byol,
     cifar10_moco,
     cifar10_mocov3,
+    cifar10_swav,
     imagenet_byol,
     imagenet_mocov2,
     imagenet_mocov3_resnet50,
     imagenet_mocov3_vit_small,
+    imagenet_swav,
     imagenette_byol,
     patterns_byol,
     patterns_moco,
     patterns_mocov3,
+    patterns_swav,
 )
 from simclr.recipes_simclr import (
     cifar10_resnet14,
@@ -59,6 +62,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
         cifar10_mocov3,
         imagenet_mocov3_resnet50,
         imagenet_mocov3_vit_small,
+        patterns_swav,
+        cifar10_swav,
+        imagenet_swav,
     )
 }
 

@@ -61,6 +61,16 @@ def words(method: str, config: Flat) -> Words:
                 chance=(4.0, "4: predictions at right angles"),
                 partner="share of projections whose partner, the other view’s, is the nearest in the batch, for which no loss asks.",
             )
+        case "swav":
+            k = _number(config, "prototypes")
+            return Words(
+                task="it learns to tell, by each crop, to which prototypes the image’s other large view was assigned",
+                loss="cross entropy of a crop’s softmax over the prototypes with the assignment of another large view, in which all "
+                "prototypes have equal shares of the batch; the mean over pairs of crops, and since the last report. A run that stays at "
+                "ln K has prototypes that mean nothing.",
+                chance=(math.log(max(k, 1)), "ln K: all prototypes alike"),
+                partner="share of projections whose partner, the other view’s, is the nearest in the batch, for which no loss asks.",
+            )
         case "finetune":
             return Words("it learns the labels", "cross entropy of the classifier with the labels; the mean since the last report.")
         case "distill":
@@ -97,7 +107,7 @@ def _number(config: Flat, name: str) -> float:
 
 def quantities(method: str, said: Words) -> tuple[Quantity, ...]:
     """The curves of a run of `method`, in their order."""
-    own = _AVERAGES if method not in ("simclr", "finetune", "distill") else ()
+    own = () if method in ("simclr", "finetune", "distill") else _AVERAGES[:1] if method == "swav" else _AVERAGES
     return (*_learning(said), *_QUANTITIES, *own)
 
 

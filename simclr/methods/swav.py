@@ -26,7 +26,20 @@ from simclr import loss as losses
 from simclr.collectives import all_gather, rank, world_size
 from simclr.data.manifest import Manifest
 from simclr.family import SwAV
-from simclr.methods.method import Method, Rows, Start, begun, by_size, crops_for, examples_of, labels_of, no_rows, placed, schedule
+from simclr.methods.method import (
+    Method,
+    Rows,
+    Start,
+    begun,
+    by_size,
+    crops_for,
+    examples_of,
+    labels_of,
+    no_rows,
+    nothing_after,
+    placed,
+    schedule,
+)
 from simclr.methods.online import neighbours, of_pairs, of_rows, with_classifier
 from simclr.networks.encoders import Encoder, encoded, encoder_of
 from simclr.networks.heads import MLP, linear_classifier
@@ -126,7 +139,7 @@ def swav(config: SwAV, start: Start, manifest: Manifest | None = None) -> Method
         targets=labels_of if labelled else no_rows,
         loss=partial(objective, network=network, queue=queue, config=config, images=images),
         gradients=partial(freeze, network.prototypes, steps=config.frozen_steps),
-        **({"after": queue.enqueue} if queue is not None else {}),
+        after=queue.enqueue if queue is not None else nothing_after,
         report=partial(diagnosed, images=images),
         groups=parameter_groups(network, config.optim, schedule(config, examples), config.total_steps(examples), rule),
         published={"encoder": network.encoder} | ({"classifier": network.classifier} if network.classifier is not None else {}),

@@ -161,9 +161,57 @@ class SwAV(Config):
         return 2 + self.local.crops
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DINO(Config):
+    """DINO (arXiv:2104.14294): every crop learns the softmax that a moving average of the network gives for another large view."""
+
+    METHOD = "dino"
+
+    local: Local = field(default_factory=lambda: Local(crops=8, area=(0.05, 0.4)))
+    temperature: float = 0.1
+    """tau of the network's softmax."""
+    teacher_temperature: float = 0.04
+    """tau of the average's softmax; above 0.07 it is not sharp enough, the authors say."""
+    first_teacher_temperature: float = 0.04
+    """That of the first epoch; from it to the last one in a line, epoch by epoch."""
+    teacher_epochs: int = 0
+    """Epochs that this takes."""
+    ema: float = 0.996
+    """m at the first step: the share of itself that the average keeps; it goes to 1 by half a cosine. Small batches want more."""
+    centre_ema: float = 0.9
+    """The share of itself that the centre keeps at a step."""
+    hidden: int = 2048
+    """Width of the head's hidden layers."""
+    bottleneck: int = 256
+    """Width of what the head's last layer reads."""
+    layers: int = 3
+    """Linear layers of the head ahead of the last one."""
+    d_out: int = 65_536
+    """K: dimension of the softmax."""
+    head_norm: bool = False
+    """BatchNorm in the head, as with ResNets."""
+    unit_rows: bool = True
+    """The rows of the last layer keep length 1; the authors free them for small ViTs that gain from it."""
+    frozen_epochs: float = 1.0
+    """First epochs in which the last layer does not learn."""
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        _require_common(self.temperature, self.ema, self.d_out)
+        for name in ("teacher_temperature", "first_teacher_temperature"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; expected a positive number, at most 0.07")
+        require(self.teacher_epochs >= 0, f"teacher_epochs is {self.teacher_epochs}; expected 0 or more")
+        require(0 <= self.centre_ema < 1, f"centre_ema is {self.centre_ema}; expected a share in [0, 1)")
+        require(1 <= self.layers <= 8, f"layers is {self.layers}; expected 3, at least 1 and at most 8")
+        for name in ("hidden", "bottleneck"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; expected a width of at least 1")
+        require(self.frozen_epochs >= 0, f"frozen_epochs is {self.frozen_epochs}; expected 0 or more")
+        require_whole_patches(self.encoder, "local.size_px", self.local.size_px if self.local.crops else self.views.size_px)
+
+
 _LISTED = 4
 
-METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL, SwAV)}}
+METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL, SwAV, DINO)}}
 """Name of a method → its settings."""
 
 

@@ -146,6 +146,23 @@ def swav(scores: Tensor, codes: Tensor, temperature: float, images: int | None =
         return share_of_mean(mean, scores.shape[1], images)
 
 
+def dino(scores: Tensor, taught: Tensor, centre: Tensor, temperature: float, sharp: float, images: int | None = None) -> Tensor:
+    """DINO's loss (arXiv:2104.14294, Eq. 3) of this rank's `scores` (V, n, K) of V crops of n images, and the scores `taught` (2, n, K) of
+    the first two by the network's moving average, whose mean so far is the `centre` (K,); these carry no gradient:
+
+        1 / (2 (V − 1)) Σ over i in (0, 1), v ≠ i of the mean of −Σ_k q_i log softmax(scores_v / τ)
+        q = softmax((taught − centre) / sharp)
+
+    The mean over ranks is the loss of the global batch, of so many `images`. In float32 at least.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        x, t = (y.float() if y.dtype in (torch.bfloat16, torch.float16) else y for y in (scores, taught.detach()))
+        q = F.softmax((t - centre) / sharp, dim=2)
+        log_p = F.log_softmax(x / temperature, dim=2)
+        mean = -(q * (log_p.sum(0) - log_p[:2])).sum(2).mean(1).mean() / (len(scores) - 1)
+        return share_of_mean(mean, scores.shape[1], images)
+
+
 def _unit(x: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least."""
     return F.normalize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=-1, eps=1e-6)

@@ -59,6 +59,16 @@ NAMED = {
             ),
         ),
     ),
+    "dino": Named(
+        "DINO",
+        (
+            Paper(
+                "Caron, Touvron, Misra, Jégou, Mairal, Bojanowski, Joulin",
+                "Emerging Properties in Self-Supervised Vision Transformers",
+                "2104.14294",
+            ),
+        ),
+    ),
     "byol": Named(
         "BYOL",
         (

@@ -13,16 +13,19 @@ from simclr.config import Config
 from simclr.errors import UserError
 from simclr.recipes_siblings import (
     cifar10_byol,
+    cifar10_dino,
     cifar10_moco,
     cifar10_mocov3,
     cifar10_swav,
     imagenet_byol,
+    imagenet_dino_vit_small,
     imagenet_mocov2,
     imagenet_mocov3_resnet50,
     imagenet_mocov3_vit_small,
     imagenet_swav,
     imagenette_byol,
     patterns_byol,
+    patterns_dino,
     patterns_moco,
     patterns_mocov3,
     patterns_swav,
@@ -65,6 +68,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
         patterns_swav,
         cifar10_swav,
         imagenet_swav,
+        patterns_dino,
+        cifar10_dino,
+        imagenet_dino_vit_small,
     )
 }
 

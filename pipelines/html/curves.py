@@ -71,6 +71,16 @@ def words(method: str, config: Flat) -> Words:
                 chance=(math.log(max(k, 1)), "ln K: all prototypes alike"),
                 partner="share of projections whose partner, the other view’s, is the nearest in the batch, for which no loss asks.",
             )
+        case "dino":
+            k = _number(config, "d_out")
+            return Words(
+                task="it learns to give, by each crop, the softmax that a moving average of itself gives for another large view",
+                loss="cross entropy of a crop’s softmax with the moving average’s, centred and sharpened, of another large view; the mean "
+                "over pairs of crops, and since the last report. There are no negatives: a run that stays at ln K, or falls to 0, has "
+                "collapsed.",
+                chance=(math.log(max(k, 1)), "ln K: all alike"),
+                partner="share of views whose partner, the other view of the image, is the nearest in the batch, for which no loss asks.",
+            )
         case "finetune":
             return Words("it learns the labels", "cross entropy of the classifier with the labels; the mean since the last report.")
         case "distill":

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr import keyed
-from simclr.config import Config
+from simclr.config import Config, Views
 from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
 from simclr.gradient_cache import Rows
@@ -22,6 +22,7 @@ from simclr.networks.initial import unfilled
 from simclr.networks.vit import SIZES, path_factors
 from simclr.optim import Group, lr_peak, warmup_cosine
 from simclr.precision import views_dtype, weights_dtype
+from simclr.sections import Local
 from simclr.telemetry.collapse import Least
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
@@ -94,6 +95,12 @@ def pairs_for(batch: Batch, some: slice, config: Config, device: torch.device, l
     (views,) = views_for(batch, some, crops, config, device)
     found = {"views": views.unflatten(0, (2, -1)), **paths_for(batch, some, crops, config, device)}
     return {**found, "labels": to_device(batch.labels[some], device)[None]} if labelled else found
+
+
+def crops_of(views: Views, local: Local) -> tuple[Crop, ...]:
+    """Two large crops, and the small ones."""
+    large = Crop(views=views)
+    return (large, Crop(count=local.crops, views=local.of(views))) if local.crops else (large,)
 
 
 def crops_for(batch: Batch, some: slice, crops: tuple[Crop, ...], config: Config, device: torch.device, labelled: bool) -> Rows:

@@ -33,6 +33,7 @@ from simclr.methods.method import (
     begun,
     by_size,
     crops_for,
+    crops_of,
     examples_of,
     labels_of,
     no_rows,
@@ -46,7 +47,6 @@ from simclr.networks.heads import MLP, linear_classifier
 from simclr.networks.initial import Linear, draw_uniform
 from simclr.optim import everything, parameter_groups, simclr_rule
 from simclr.shares import share
-from simclr.views.draw import Crop
 
 
 class Network(nn.Module):
@@ -111,15 +111,9 @@ def build_network(config: SwAV, classes: int = 0) -> Network:
     return Network(encoder, head, prototypes, classifier)
 
 
-def crops_of(config: SwAV) -> tuple[Crop, ...]:
-    """Two large crops, and the small ones."""
-    large, local = Crop(views=config.views), config.local
-    return (large, Crop(count=local.crops, views=local.of(config.views))) if local.crops else (large,)
-
-
 def swav(config: SwAV, start: Start, manifest: Manifest | None = None) -> Method:
     """SwAV on the images of `manifest`; without one there are neither labels nor online evaluation."""
-    precision, images, crops = config.train.precision, config.train.batch_size, crops_of(config)
+    precision, images, crops = config.train.precision, config.train.batch_size, crops_of(config.views, config.local)
     classes = len(manifest.classes) if manifest is not None else 0
     network = placed(begun(lambda: build_network(config, classes), start), start, precision)
     examples = examples_of(config, start, manifest) if manifest is not None else images

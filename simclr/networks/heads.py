@@ -3,15 +3,18 @@ evaluation and fine-tuning."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr import config as configs
 from simclr.errors import UserError
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.encoders import Encoder
-from simclr.networks.initial import Linear, draw, draw_uniform
+from simclr.networks.initial import Law, Linear, draw, draw_uniform, fill
 
 
 class ProjectionHead(nn.Module):
@@ -79,6 +82,56 @@ class MLP(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class UnitRows(nn.Module):
+    """x (n, d) → (n, K): x · g v / ‖v‖ for each row v of K, without bias. The lengths g begin at 1; they are trained unless `fixed`."""
+
+    def __init__(self, d_in: int, d_out: int, fixed: bool, seed: int, name: str) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(d_out, 1), requires_grad=not fixed)
+        self.weight_v = nn.Parameter(torch.empty(d_out, d_in))
+        fill([(f"{name}.weight_v", self.weight_v, Law("uniform", 1 / math.sqrt(d_in)))], seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class DINOHead(nn.Module):
+    """The head of DINO (arXiv:2104.14294, App. C): h (n, d_in) → (z (n, bottleneck) of length 1, scores (n, d_out)).
+
+    `layers` linear maps with biases, exact GELU between them and, with `norm`, BatchNorm before it; then rows of length 1 and `UnitRows`.
+    Initial weights are N(0, 0.02²), biases 0, the last layer's torch's in distribution; all keyed by `seed`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        layers: int = 3,
+        norm: bool = False,
+        unit_rows: bool = True,
+        norm_ranks: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        widths = [d_in, *[hidden] * (layers - 1), bottleneck]
+        self.layers = nn.ModuleList()
+        for index in range(layers):
+            linear = Linear(widths[index], widths[index + 1])
+            last = index == layers - 1
+            between = [] if last else [*([BatchNorm(hidden, ranks=norm_ranks)] if norm else []), nn.GELU()]
+            self.layers.append(nn.Sequential(linear, *between))
+        draw(self.layers, seed, "head", lambda name, layer: Law("normal", 0.02))
+        self.last_layer = UnitRows(bottleneck, d_out, unit_rows, seed, "head.last_layer")
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            h = layer(h)
+        z = F.normalize(h, dim=1)
+        return z, self.last_layer(z)
 
 
 def linear_classifier(d_in: int, classes: int, seed: int) -> nn.Linear:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from simclr.config import Config, SimCLR, require, require_whole_patches
 from simclr.errors import UserError
-from simclr.sections import Local
+from simclr.sections import Encoder, Local
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,9 +209,49 @@ class DINO(Config):
         require_whole_patches(self.encoder, "local.size_px", self.local.size_px if self.local.crops else self.views.size_px)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MAE(Config):
+    """MAE (arXiv:2111.06377): a vision transformer sees some patches of an image, and a decoder paints the others."""
+
+    METHOD = "mae"
+
+    encoder: Encoder = field(default_factory=lambda: Encoder(vit="base", positions="sin_cos"))
+    mask_ratio: float = 0.75
+    """Share of the patches that the encoder does not see."""
+    normalised: bool = True
+    """The pixels to paint are normalised patch by patch."""
+    decoder_width: int = 512
+    """Width of the decoder's tokens."""
+    decoder_blocks: int = 8
+    """Its blocks."""
+    decoder_heads: int = 16
+    """Attention heads of each."""
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        known = self.encoder.vit is not None
+        require(known, f"MAE hides patches, and {self.encoder.title} has none; give --encoder.vit small, or another size")
+        require(0 < self.mask_ratio < 1, f"mask_ratio is {self.mask_ratio}; expected a share between 0 and 1, the paper has 0.75")
+        few = f"mask_ratio {self.mask_ratio} of {self.patches} patches leaves the encoder {self.kept}"
+        require(1 <= self.kept < self.patches, f"{few}; give another, a larger views.size_px or smaller patches")
+        whole = self.decoder_width % self.decoder_heads == 0 and self.decoder_width % 4 == 0
+        require(whole, f"decoder_width is {self.decoder_width}; expected a multiple of decoder_heads, {self.decoder_heads}, and of 4")
+        require(self.decoder_blocks >= 1, f"decoder_blocks is {self.decoder_blocks}; expected at least 1")
+
+    @property
+    def patches(self) -> int:
+        """L: patches of an image."""
+        return (self.views.size_px // self.encoder.patch_px) ** 2
+
+    @property
+    def kept(self) -> int:
+        """Patches that the encoder sees, rounded down in floating point as in the authors' code."""
+        return int(self.patches * (1 - self.mask_ratio))
+
+
 _LISTED = 4
 
-METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL, SwAV, DINO)}}
+METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL, SwAV, DINO, MAE)}}
 """Name of a method → its settings."""
 
 

@@ -163,6 +163,16 @@ def dino(scores: Tensor, taught: Tensor, centre: Tensor, temperature: float, sha
         return share_of_mean(mean, scores.shape[1], images)
 
 
+def masked_mean_square(predicted: Tensor, patches: Tensor, gone: Tensor, images: int | None = None) -> Tensor:
+    """MAE's loss (arXiv:2111.06377, Sec. 3): (predicted − patches)², (n, L, values), averaged over the values of a patch and then over the
+    patches that are `gone`, (n, L) of 0 and 1, as many in each image. The mean over ranks is the loss of the global batch, of so many
+    `images`. In float32 at least."""
+    with torch.autocast(predicted.device.type, enabled=False):
+        p = predicted.float() if predicted.dtype in (torch.bfloat16, torch.float16) else predicted
+        of_patches = (p - patches.to(p.dtype)).square().mean(2)
+        return share_of_mean((of_patches * gone).sum() / gone.sum(), len(p), images)
+
+
 def _unit(x: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least."""
     return F.normalize(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, dim=-1, eps=1e-6)

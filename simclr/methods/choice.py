@@ -9,11 +9,12 @@ import torch
 
 from simclr.config import Config, SimCLR
 from simclr.data.manifest import Manifest, read_manifest
-from simclr.family import BYOL, DINO, MoCo, MoCoV3, SwAV
+from simclr.family import BYOL, DINO, MAE, MoCo, MoCoV3, SwAV
 from simclr.methods.byol import byol
 from simclr.methods.classifier import classifier
 from simclr.methods.dino import dino
 from simclr.methods.distill import distill
+from simclr.methods.mae import mae
 from simclr.methods.method import Method, Start
 from simclr.methods.moco import moco
 from simclr.methods.mocov3 import mocov3
@@ -49,6 +50,8 @@ def pretraining(config: Config, start: Start, manifest: Manifest | None = None) 
             return swav(config, start, manifest)
         case DINO():
             return dino(config, start, manifest)
+        case MAE():
+            return mae(config, start, manifest)
         case _:
             raise TypeError(f"{type(config).__name__} is the config of no pretraining")
 

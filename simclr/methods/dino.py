@@ -144,7 +144,7 @@ def follow(teacher: Teacher, network: Network, inputs: Rows, targets: Rows, step
 
 
 def diagnosed(outputs: Rows, targets: Rows, images: int) -> dict[str, Tensor]:
-    """SimCLR's measures, of what the head's last layer reads of both views. In a collapse their spread falls, while the loss stays at ln K or
+    """SimCLR's measures, of what the head's last layer reads of both views. In a collapse their spread falls, and the loss stays at ln K or
     goes to 0."""
     z = outputs["z"].flatten(0, 1)
     return of_pairs(z, None, images) | of_rows(z, len(z) // 2, images)

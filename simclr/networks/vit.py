@@ -111,11 +111,50 @@ class VisionTransformer(nn.Module):
             found.append(block(found[-1], factors[2 * index : 2 * index + 2] if factors is not None else None))
         return found
 
+    def visible(self, x: Tensor, kept: Tensor) -> Tensor:
+        """(n, 3, H, W), and (n, m) numbers of patches → (n, 1 + m, width) normed tokens: the class token's and those of these patches, in
+        this order, which have seen no others (arXiv:2111.06377, Sec. 3)."""
+        tokens = self.tokens(x)
+        patches = tokens[:, 1:].gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+        found = torch.cat([tokens[:, :1], patches], 1)
+        for block in self.blocks:
+            found = block(found)
+        normed: Tensor = self.norm(found)
+        return normed
+
     def forward(self, x: Tensor, paths: Tensor | None = None) -> Tensor:
         tokens = self.stages(x, paths)[-1]
         # Each image is normed by itself, so that the norm of the class token alone is that of all tokens, at less cost.
         h: Tensor = self.norm(tokens[:, 0] if self.pool == "class" else tokens[:, 1:].mean(1))
         return h
+
+
+class Decoder(nn.Module):
+    """The decoder of MAE (arXiv:2111.06377, Sec. 3): (n, 1 + m, d_in) tokens of the class and of m seen patches, and (n, L) an order of all
+    patches that begins with those, → (n, L, 3 p²) pixels of every patch, in its place. Positions are fixed (`sin_cos`). Initial weights
+    are keyed by `seed`, Xavier uniform; the mask's token is N(0, 0.02²)."""
+
+    def __init__(self, d_in: int, width: int, blocks: int, heads: int, patch_px: int, grid: int, seed: int = 0) -> None:
+        super().__init__()
+        self.embed, self.mask_token = Linear(d_in, width), nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid**2, width), requires_grad=False)
+        self.blocks = nn.ModuleList([_Block(width, heads, 4 * width, True) for _ in range(blocks)])
+        self.norm, self.pred = nn.LayerNorm(width, _EPS), Linear(width, 3 * patch_px**2)
+        draw(self, seed, "decoder", _xavier)
+        fill([("decoder.mask_token", self.mask_token, Law("normal", 0.02))], seed)
+        if not self.pos_embed.is_meta:
+            self.pos_embed.copy_(torch.from_numpy(sin_cos(grid, width))[None])
+
+    def forward(self, seen: Tensor, order: Tensor) -> Tensor:
+        x = self.embed(seen)
+        masks = self.mask_token.to(x.dtype).expand(len(x), order.shape[1] + 1 - x.shape[1], -1)
+        shuffled = torch.cat([x[:, 1:], masks], 1)
+        places = order.argsort(1)[:, :, None].expand(-1, -1, x.shape[2])
+        found = torch.cat([x[:, :1], shuffled.gather(1, places)], 1) + self.pos_embed
+        for block in self.blocks:
+            found = block(found)
+        pixels: Tensor = self.pred(self.norm(found[:, 1:]))
+        return pixels
 
 
 class _Patches(nn.Module):

@@ -69,6 +69,7 @@ NAMED = {
             ),
         ),
     ),
+    "mae": Named("MAE", (Paper("He, Chen, Xie, Li, Dollár, Girshick", "Masked Autoencoders Are Scalable Vision Learners", "2111.06377"),)),
     "byol": Named(
         "BYOL",
         (

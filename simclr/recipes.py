@@ -11,24 +11,28 @@ from collections.abc import Callable
 
 from simclr.config import Config
 from simclr.errors import UserError
+from simclr.recipes_predictive import (
+    cifar10_dino,
+    cifar10_swav,
+    imagenet_dino_vit_small,
+    imagenet_mae_vit_base,
+    imagenet_swav,
+    patterns_dino,
+    patterns_mae,
+    patterns_swav,
+)
 from simclr.recipes_siblings import (
     cifar10_byol,
-    cifar10_dino,
     cifar10_moco,
     cifar10_mocov3,
-    cifar10_swav,
     imagenet_byol,
-    imagenet_dino_vit_small,
     imagenet_mocov2,
     imagenet_mocov3_resnet50,
     imagenet_mocov3_vit_small,
-    imagenet_swav,
     imagenette_byol,
     patterns_byol,
-    patterns_dino,
     patterns_moco,
     patterns_mocov3,
-    patterns_swav,
 )
 from simclr.recipes_simclr import (
     cifar10_resnet14,
@@ -71,6 +75,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         patterns_dino,
         cifar10_dino,
         imagenet_dino_vit_small,
+        patterns_mae,
+        imagenet_mae_vit_base,
     )
 }
 

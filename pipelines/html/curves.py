@@ -81,6 +81,16 @@ def words(method: str, config: Flat) -> Words:
                 chance=(math.log(max(k, 1)), "ln K: all alike"),
                 partner="share of views whose partner, the other view of the image, is the nearest in the batch, for which no loss asks.",
             )
+        case "mae":
+            normalised = bool(config.get("normalised", True))
+            return Words(
+                task="it learns to paint the patches of an image that it does not see",
+                loss="mean square error of the patches that are hidden"
+                + (", each normalised by its own mean and deviation" if normalised else "")
+                + "; the mean since the last report. Neighbours in its features are no score of it: fine-tune it to see what it is worth.",
+                unit="",
+                chance=(1.0, "1: grey patches") if normalised else None,
+            )
         case "finetune":
             return Words("it learns the labels", "cross entropy of the classifier with the labels; the mean since the last report.")
         case "distill":
@@ -117,7 +127,7 @@ def _number(config: Flat, name: str) -> float:
 
 def quantities(method: str, said: Words) -> tuple[Quantity, ...]:
     """The curves of a run of `method`, in their order."""
-    own = () if method in ("simclr", "finetune", "distill") else _AVERAGES[:1] if method == "swav" else _AVERAGES
+    own = () if method in ("simclr", "mae", "finetune", "distill") else _AVERAGES[:1] if method == "swav" else _AVERAGES
     return (*_learning(said), *_QUANTITIES, *own)
 
 

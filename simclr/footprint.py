@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simclr.config import Config, SimCLR
-from simclr.family import MoCo, MoCoV3
+from simclr.family import MAE, MoCo, MoCoV3
 from simclr.loss import STREAMED_FROM
 from simclr.methods.choice import shapes
 from simclr.methods.method import Method, Rows
@@ -103,7 +103,7 @@ def footprint(config: Config, workers: int = 1, classes: int = 0, device: str = 
         del last
     gradients = sum(p.numel() * p.element_size() for group in method.groups for p in group.params)
     ranks = (gradients if workers > 1 else 0) + _rows_of_all(config, images, some)
-    loader = _BATCHES_AHEAD * images * 2 * 3 * config.views.size_px**2
+    loader = _BATCHES_AHEAD * images * sum(crop.count * 3 * crop.size_px**2 for crop in shaped.crops)
     used = sum(peak.values()) + ranks
     on_cpu = device == "cpu"
     return Footprint(
@@ -205,14 +205,18 @@ def _fake(method: Method) -> Method:
 
 
 def _inputs(method: Method, config: Config, live: _Live, device: str) -> Any:
-    px, dtype = config.views.size_px, views_dtype(config.train.precision, torch.device(device))
+    dtype = views_dtype(config.train.precision, torch.device(device))
     labelled = getattr(method.network, "classifier", None) is not None
 
     def inputs(batch: Any, some: slice) -> Rows:
-        n = len(range(*some.indices(len(batch.ids))))
-        views = torch.empty((2 * n, 3, px, px), dtype=dtype, memory_format=torch.channels_last)
-        live.are([views], "views")
-        rows = {"views": views.unflatten(0, (2, -1))}
+        n, rows = len(range(*some.indices(len(batch.ids)))), {}
+        for name, crop in zip(("views", "local"), method.crops, strict=False):
+            shape = (crop.count * n, 3, crop.size_px, crop.size_px)
+            views = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+            live.are([views], "views")
+            rows[name] = views.unflatten(0, (crop.count, -1))
+        if isinstance(config, MAE):
+            rows["order"] = torch.zeros((1, n, config.patches), dtype=torch.int64)
         return {**rows, "labels": torch.zeros((1, n), dtype=torch.int64)} if labelled else rows
 
     return inputs

@@ -45,7 +45,7 @@ class Args:
     loss: NT-Xent with its gradient, without stored logits ÷ written out: time, memory, difference.
     loop: the step under Ray Train with one worker ÷ the same step of the bare generator.
     optim: LARS ÷ torch's SGD (foreach, and fused) over ResNet-50's parameters.
-    loader: images/s of two crops from one decode, each kind of resize ÷ FFCV's own two pipelines.
+    loader: images/s of two crops from one decode, each kind of resize ÷ FFCV's own two pipelines; or of --crops of several sizes.
     views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
     methods: pretrainings by --recipes of one encoder, epochs and batch, --seeds each, by the loop alone: one table of kNN, linear probe and
@@ -90,6 +90,8 @@ class Args:
     sides: tuple[Literal["resident", "plain", "simclr", "cached", "fed", "views", "loader", "sums", "kernels"], ...] = ()
     """step: only these sides, as `cached` for a batch that does not fit at once; nothing = all that --micro-batch and --data allow, and,
     compiled on a GPU, BatchNorm as sums and as kernels."""
+    crops: str | None = None
+    """loader: crops of several sizes, as 2x224+6x96, against two of the first size and as many of it."""
     profile: Path | None = None
     """step: file for the table of the slowest operators; also prints how often the host waits for a GPU."""
     peer: Literal["none", "lightly"] = "none"
@@ -237,7 +239,7 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
     if args.what == "loader":
         from pipelines.bench.loader import loader
 
-        return loader(data, args.batch_size, **plan)
+        return loader(data, args.batch_size, crops=args.crops, **plan)
     if data is not None:
         read_manifest(data)
     if args.what == "agreement":

@@ -67,6 +67,15 @@ def test_bench_loader_prints_a_row_for_each_kind_of_resize(photographs: Path, ca
         assert row["ratio"] == row["low"] == row["high"] == pytest.approx(row["median"] / rows[0]["median"])  # of one pair
 
 
+def test_bench_loader_compares_crops_of_several_sizes(photographs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = loader(photographs, batch_size=8, steps=8, trials=1, threads=1, crops="2x24+3x16")
+    out = capfd.readouterr().out
+    assert "2x24+3x16 from each of 240 JPEGs" in out and [row["name"] for row in rows][1:] == ["2x24", "2x24+3x16", "5x24"]
+    for text in ("2x24+", "x24", "2x24+0x16", "2 x 24"):
+        with pytest.raises(UserError, match=r"expected numbers and sizes of crops, as 2x224\+6x96"):
+            loader(photographs, 8, 8, 1, 1, crops=text)
+
+
 def test_the_loaders_rate_is_of_the_batches_behind_the_warm_ones(clock: Clock) -> None:
     """3 s for each batch until the queue is full, then a quarter of a second for each of 8 images; what is left is not asked for."""
     asked = []

@@ -111,7 +111,7 @@ class Args:
             class_weights=config.class_weights,
             linear=config.linear,
             from_scratch=new,
-            encoder=classifiers.Shape.like(config.encoder) if new else classifiers.Shape(drop_path=config.encoder.drop_path or None),
+            encoder=classifiers.Shape.like(config.encoder) if new else classifiers.Shape.free(config.encoder),
         )
 
 

@@ -56,7 +56,7 @@ class Shape:
     heads: int | None = None
     """Attention heads of a vision transformer. Of another size than the given one, it has that size's."""
     pool: Literal["class", "mean"] | None = None
-    """What a vision transformer's h is: its class token, or the mean of its patches."""
+    """What a vision transformer's h is: its class token, or the mean of its patches, as MAE is fine-tuned. It needs no other weights."""
     drop_path: float | None = None
     """Largest probability that a vision transformer's attention or MLP is left out for an image. It needs no other weights."""
     timm: str | None = None
@@ -65,7 +65,7 @@ class Shape:
     @property
     def other_weights(self) -> bool:
         """Whether a network with weights is no longer itself with these fields."""
-        return replace(self, drop_path=None) != Shape()
+        return replace(self, drop_path=None, pool=None) != Shape()
 
     def of(self, encoder: Encoder) -> Encoder:
         """`encoder` with these fields, all of it to train, and of the kind that they belong to."""
@@ -81,6 +81,11 @@ class Shape:
         if resnets or self.vit:
             base = replace(base, timm="")
         return replace(base, **asked)
+
+    @classmethod
+    def free(cls, encoder: Encoder) -> Shape:
+        """What of `encoder` needs no other weights."""
+        return cls(drop_path=encoder.drop_path or None, pool=encoder.pool if encoder.vit else None)
 
     @classmethod
     def like(cls, encoder: Encoder) -> Shape:

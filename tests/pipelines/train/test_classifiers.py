@@ -23,8 +23,9 @@ def test_flags_change_the_network_or_its_kind() -> None:
         assert Shape.like(encoder).of(encoder) == encoder
 
 
-def test_drop_path_alone_is_no_other_network() -> None:
+def test_drop_path_and_pool_alone_are_no_other_network() -> None:
     assert not Shape().other_weights and not Shape(drop_path=0.1).other_weights and Shape(vit="tiny").other_weights
+    assert not Shape(pool="mean").other_weights and Shape.free(VIT) == Shape(pool="class") and Shape.free(RESNET) == Shape()
 
 
 def test_a_card_names_the_network() -> None:

@@ -196,7 +196,7 @@ def _rank(rank: int, world: int, store: str, config: dict[str, Any], steps: int,
     import torch.distributed as dist
 
     from pipelines.allocator import keep_freed_memory
-    from pipelines.bench.step import our_step, resident, resident_views
+    from pipelines.bench.step import our_step, resident, resident_rows
     from pipelines.bench.timing import rate
 
     torch.set_num_threads(threads)
@@ -210,7 +210,7 @@ def _rank(rank: int, world: int, store: str, config: dict[str, Any], steps: int,
     n = plan.images_per_rank(world)
 
     def step_s(config: Config) -> float:
-        return n / rate(partial(our_step(config, place), resident(resident_views(config, place))), steps, n, place)
+        return n / rate(partial(our_step(config, place), resident(resident_rows(config, place))), steps, n, place)
 
     found: Found = {}
     if world > 1:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ from simclr.collectives import data_parallel, world_size
 from simclr.config import Config, SimCLR
 from simclr.data.loader import Batch, batches, on_device
 from simclr.errors import UserError
-from simclr.family import method_name
-from simclr.methods.choice import pretraining
-from simclr.methods.method import Start, views_for
+from simclr.family import MAE, method_name
+from simclr.methods.choice import pretraining, shapes
+from simclr.methods.method import Rows, Start
 from simclr.methods.simclr import Network, build_model
 from simclr.networks.batchnorm import BatchNorm, share_statistics
 from simclr.networks.norm_forms import Form, give_form
@@ -31,12 +31,11 @@ from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.papers import named
 from simclr.precision import autocast, set_backends, views_dtype, weights_dtype
 from simclr.train import take_step
-from simclr.views.draw import Crop
 
 Step = Callable[[], Tensor]
 """Takes one optimizer step and returns its loss on the device, without waiting for it."""
-See = Callable[[slice], Tensor]
-"""Some of a rank's images → their views (2 rows, 3, size, size), channels last."""
+See = Callable[[slice], Rows]
+"""Some of a rank's images → their input rows."""
 Side = Literal["resident", "plain", "simclr", "cached", "fed", "views", "loader", "sums", "kernels"]
 
 OURS, PLAIN, FED = "simclr", "plain torch", "simclr, fed from shards"
@@ -117,24 +116,26 @@ def _sides(
     made: dict[str, Call] = {}
     if data is not None:  # before anything compiles: it raises if the shards are wrong
         loaders = Start(data, device, threads=threads).loader_threads
-        stream = stack.enter_context(contextlib.closing(on_device(batches(whole, data, 0, 0, 1, loaders), device)))
+        stream = stack.enter_context(
+            contextlib.closing(on_device(batches(whole, data, 0, 0, 1, loaders, crops=shapes(whole).crops), device))
+        )
         held = next(stream)
     if {"resident", "fed"} & set(wanted):
         ours = our_step(whole, device)
     if {"resident", "plain", "simclr", *FORMS} & set(wanted):
-        views = resident_views(whole, device)
+        rows = resident_rows(whole, device)
     if "resident" in wanted:
-        made[OURS] = partial(ours, resident(views))
+        made[OURS] = partial(ours, resident(rows))
     if "fed" in wanted:
         made[FED] = lambda: ours(of_batch(next(stream), whole, device))
     if "plain" in wanted:
         assert isinstance(whole, SimCLR)
-        made[PLAIN] = plain_step(whole, views)
+        made[PLAIN] = plain_step(whole, rows)
     if "simclr" in wanted:
-        made[_BESIDE] = partial(our_step(simclr_of(whole), device), resident(views))
+        made[_BESIDE] = partial(our_step(simclr_of(whole), device), resident(resident_rows(simclr_of(whole), device)))
     for form, name in FORMS.items():
         if form in wanted:
-            made[name] = partial(our_step(whole, device, form), resident(views))
+            made[name] = partial(our_step(whole, device, form), resident(rows))
     if "cached" in wanted:
         made[_cached(config)] = partial(our_step(config, device), of_noise(config, device))
     if "views" in wanted:
@@ -213,35 +214,41 @@ def _counted(steps: int, window_s: float) -> str:
     return f"{steps - WARM_STEPS} steps" + (f" or {window_s:g} s" if window_s else "")
 
 
-# ── The views of a step─────────────────────────────────────────────────────────────────────────────────────────────
+# ── The rows of a step ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def resident_views(config: Config, device: torch.device) -> Tensor:
-    """(2n, 3, size, size) noise on the device, in the dtype and memory format of the loop's views. Their content does not change the
+def resident_rows(config: Config, device: torch.device) -> Rows:
+    """The input rows of a step: noise on the device, in the dtype and memory format of the loop's views. Their content does not change the
     time."""
-    size, n = config.views.size_px, config.images_per_rank(world_size())
-    views = torch.randn(2 * n, 3, size, size, generator=torch.Generator(device).manual_seed(0), device=device)
-    return views.to(views_dtype(config.train.precision, device)).to(memory_format=torch.channels_last)
+    n, generator = config.images_per_rank(world_size()), torch.Generator(device).manual_seed(0)
+    rows: Rows = {}
+    for name, crop in zip(("views", "local"), shapes(config).crops, strict=False):
+        views = torch.randn(crop.count * n, 3, crop.size_px, crop.size_px, generator=generator, device=device)
+        views = views.to(views_dtype(config.train.precision, device)).to(memory_format=torch.channels_last)
+        rows[name] = views.unflatten(0, (crop.count, -1))
+    if isinstance(config, MAE):
+        rows["order"] = torch.rand(1, n, config.patches, generator=generator, device=device).argsort(2)
+    return rows
 
 
-def resident(views: Tensor) -> See:
-    """Given views: (2n, 3, size, size), [view 0 of n images; view 1]."""
-    n = len(views) // 2
-    return lambda rows: views if rows == slice(0, n) else torch.cat([views[rows], views[n + rows.start : n + rows.stop]])
+def resident(rows: Rows) -> See:
+    """Given rows of a rank's images."""
+    n = rows["views"].shape[1]
+    return lambda some: rows if some == slice(0, n) else {name: x[:, some] for name, x in rows.items()}
 
 
 def of_batch(batch: Batch, config: Config, device: torch.device) -> See:
-    """Views made of the loader's batch, as in `simclr.train`."""
-    crops = (Crop(views=config.views),)
-    return lambda rows: views_for(batch, rows, crops, config, device)[0]
+    """Rows made of the loader's batch, as in `simclr.train`."""
+    inputs: Any = shapes(config).inputs  # the method's own, made for the meta device
+    return partial(inputs, batch, device=device)
 
 
 def of_noise(config: Config, device: torch.device) -> See:
-    """Views made of resident uint8 crops. These take a quarter of the views' memory; with gradient caching only they are held whole."""
-    size, n = config.views.size_px, config.images_per_rank(world_size())
-    generator = torch.Generator(device).manual_seed(0)
-    crops = torch.randint(0, 256, (n, 2, size, size, 3), dtype=torch.uint8, generator=generator, device=device)
-    return of_batch(Batch(0, 0, (crops,), torch.arange(n), torch.full((n,), -1)), config, device)
+    """Rows made of resident uint8 crops. These take a quarter of the views' memory; with gradient caching only they are held whole."""
+    n, generator = config.images_per_rank(world_size()), torch.Generator(device).manual_seed(0)
+    shaped = ((n, crop.count, crop.size_px, crop.size_px, 3) for crop in shapes(config).crops)
+    crops = tuple(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=device) for shape in shaped)
+    return of_batch(Batch(0, 0, crops, torch.arange(n), torch.full((n,), -1)), config, device)
 
 
 # ── The steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -264,7 +271,7 @@ def our_step(config: Config, device: torch.device, form: Form | None = None) -> 
 
     def one(see: See) -> Tensor:
         nonlocal taken
-        seen = replace(made, groups=groups, inputs=lambda batch, rows: {"views": see(rows).unflatten(0, (2, -1))})
+        seen = replace(made, groups=groups, inputs=lambda batch, some: see(some))
         _, _, loss, _ = take_step(seen, network, optimizer, config, nobody, taken)
         taken += 1
         return loss.detach()
@@ -272,8 +279,9 @@ def our_step(config: Config, device: torch.device, form: Form | None = None) -> 
     return one
 
 
-def plain_step(config: SimCLR, views: Tensor) -> Step:
+def plain_step(config: SimCLR, given: Rows) -> Step:
     """The same network and weights in the usual form of the step: `nn.BatchNorm2d`, NT-Xent written out, fused SGD."""
+    views = given["views"].flatten(0, 1)
     network: nn.Module = (
         in_plain_torch(config).to(views.device, weights_dtype(config.train.precision)).to(memory_format=torch.channels_last).train()
     )
@@ -288,7 +296,7 @@ def plain_step(config: SimCLR, views: Tensor) -> Step:
     def one() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with autocast(config.train.precision, views.device):
-            z = network({"views": views.unflatten(0, (2, -1))})["z"].flatten(0, 1)
+            z = network(given)["z"].flatten(0, 1)
         z = z.float() if z.dtype == torch.bfloat16 else z
         z = F.normalize(z, dim=1)
         logits = z @ z.T / temperature

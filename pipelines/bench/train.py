@@ -89,14 +89,14 @@ def _resident(values: dict[str, Any], threads: int) -> Ask:
     import torch
 
     from pipelines.allocator import keep_freed_memory
-    from pipelines.bench.step import our_step, resident, resident_views
+    from pipelines.bench.step import our_step, resident, resident_rows
     from simclr.precision import set_backends
 
     torch.set_num_threads(threads)
     keep_freed_memory()
     config, device = pretraining(values), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     set_backends(config.train.precision, device)
-    return asks(partial(our_step(config, device), resident(resident_views(config, device))), device)
+    return asks(partial(our_step(config, device), resident(resident_rows(config, device))), device)
 
 
 # ── The peer ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -35,7 +35,7 @@ from pipelines.bench.scale_model import (
     two_level_all_reduce_s,
     two_level_tree_s,
 )
-from pipelines.bench.step import our_step, plain_step, resident, resident_views, step
+from pipelines.bench.step import our_step, plain_step, resident, resident_rows, step
 from pipelines.bench.timing import host_waits, rate
 from pipelines.bench.train import train
 from pipelines.commands import bench
@@ -60,7 +60,7 @@ def tiny(batch_size: int = 4) -> Config:
 
 def test_both_sides_of_bench_step_compute_the_same_loss() -> None:
     config = replace(tiny(8), train=Train(batch_size=8, precision="float64"))
-    views = resident_views(config, CPU)
+    views = resident_rows(config, CPU)
     ours, plain = our_step(config, CPU)(resident(views)), plain_step(config, views)()
     assert ours.item() == pytest.approx(plain.item(), abs=1e-12)
 
@@ -104,7 +104,7 @@ def test_batchnorms_forms_are_sides_that_are_asked_for(capfd: pytest.CaptureFixt
     assert [row["name"] for row in rows] == ["simclr", "simclr, norm as sums", "simclr, norm kernels", "cost"]
     assert capfd.readouterr().out.count("× the step with BatchNorm as it is (pairs ") == 2
     config = replace(tiny(8), train=Train(batch_size=8, precision="float64"))
-    views = resident_views(config, CPU)
+    views = resident_rows(config, CPU)
     losses = [our_step(config, CPU, form)(resident(views)).item() for form in (None, "sums", "kernels")]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-12)
 

@@ -49,6 +49,17 @@ NAMED = {
     "mocov3": Named(
         "MoCo v3", (Paper("Chen, Xie, He", "An Empirical Study of Training Self-Supervised Vision Transformers", "2104.02057"),)
     ),
+    "byol": Named(
+        "BYOL",
+        (
+            Paper(
+                "Grill, Strub, Altché, Tallec, Richemond, Buchatskaya, Doersch, Avila Pires, Guo, Gheshlaghi Azar, Piot, Kavukcuoglu, "
+                "Munos, Valko",
+                "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning",
+                "2006.07733",
+            ),
+        ),
+    ),
     "swav": Named(
         "SwAV",
         (
@@ -70,17 +81,6 @@ NAMED = {
         ),
     ),
     "mae": Named("MAE", (Paper("He, Chen, Xie, Li, Dollár, Girshick", "Masked Autoencoders Are Scalable Vision Learners", "2111.06377"),)),
-    "byol": Named(
-        "BYOL",
-        (
-            Paper(
-                "Grill, Strub, Altché, Tallec, Richemond, Buchatskaya, Doersch, Avila Pires, Guo, Gheshlaghi Azar, Piot, Kavukcuoglu, "
-                "Munos, Valko",
-                "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning",
-                "2006.07733",
-            ),
-        ),
-    ),
 }
 """Name of a method, as in `simclr.family.METHODS` → what people call it."""
 

@@ -58,8 +58,8 @@ class Args:
     weights drawn by the seed."""
     extend: Path | None = None
     """A complete run, on disk or at s3://bucket/prefix, to train on from in a new run, by its config: a new warm-up and cosine from its
-    weights (--train.epochs N long), not what more epochs from the beginning would have given. Of MoCo, MoCo v3 and BYOL averages, queue
-    and predictor go on too, from the newest checkpoint. Default of --seed: the run's + 1."""
+    weights (--train.epochs N long), not what more epochs from the beginning would have given. Of SimCLR's siblings averages, queues and
+    heads go on too, from the newest checkpoint. Default of --seed: the run's + 1."""
     resources: Annotated[Resources, tyro.conf.arg(name="")] = field(default_factory=Resources)
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else a database under runs/, without a server."""

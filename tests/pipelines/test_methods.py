@@ -20,9 +20,9 @@ from pipelines.runs.directory import open_run
 from pipelines.tracking.card import card
 from pipelines.tracking.record import Record
 from simclr import papers
-from simclr.config import Config, Train
+from simclr.config import Config, Encoder, Train
 from simclr.errors import UserError
-from simclr.family import BYOL, METHODS, MoCo, MoCoV3
+from simclr.family import BYOL, DINO, MAE, METHODS, MoCo, MoCoV3, SwAV
 from simclr.footprint import footprint
 from simclr.methods.choice import shapes
 from simclr.recipes import RECIPES, changed_from
@@ -60,7 +60,7 @@ def test_recipes_are_grouped_by_method(simclr: Run, known: None) -> None:
     assert any(line.split() == ["small_moco", "A", "small", "one."] for line in below)
 
 
-@pytest.mark.parametrize("config", [MOCO, MoCoV3(**SHARED, hidden=32), BYOL(**SHARED, hidden=32)], ids=lambda config: config.METHOD)
+@pytest.mark.parametrize("config", [MOCO, MoCoV3(**SHARED, hidden=32), BYOL(**SHARED, hidden=32), SwAV(**SHARED), DINO(**SHARED)], ids=lambda config: config.METHOD)
 def test_a_whole_file_of_each_method_is_read_back_without_a_recipe(tmp_path: Path, config: Config) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(config_file.written(config, "", {"method": config.METHOD}))
@@ -75,7 +75,7 @@ def test_files_of_other_methods_are_told_apart(tmp_path: Path, known: None, caps
     for changed, sentence in {
         text.replace("method: moco", "method: mocco"): "unknown method 'mocco'; nearest: moco",
         text.replace("method: moco", "method: byol"): "method is byol, and the recipe small_moco is of moco",
-        "recipe: patterns_tiny\nqueue: 96\n": "line 2: queue is a field of moco; simclr has .*; a line method: NAME asks for",
+        "recipe: patterns_tiny\nqueue: 96\n": "line 2: queue is a field of moco and swav; simclr has .*; a line method: NAME asks for",
         "method: moco\nqueue: 96\n": "leaves out d_out and .* more, and names no recipe",
     }.items():
         file.write_text(changed)
@@ -88,7 +88,7 @@ def test_a_flag_of_another_method_names_the_right_one(simclr: Run, known: None) 
         simclr("pretrain", "small_moco", "--data", "x", "--loss.temperature", "0.1"),
         "loss.temperature is a field of simclr; moco has temperature; `simclr pretrain small_moco --help`",
     )
-    refused(simclr("pretrain", "patterns_tiny", "--data", "x", "--queue=96"), "queue is a field of moco; simclr has head.layers")
+    refused(simclr("pretrain", "patterns_tiny", "--data", "x", "--queue=96"), "queue is a field of moco and swav; simclr has head.layers")
     parsed = cli.parse("pretrain", pretrain.Args, ["small_moco", "--data", "x", "--queue", "48", "--ema", "0.5"])
     assert parsed.config == replace(MOCO, queue=48, ema=0.5)
     _, out, _ = simclr("pretrain", "small_moco", "--help")
@@ -122,7 +122,8 @@ def test_a_card_names_the_method_and_has_no_head_that_is_not_there() -> None:
 
 @pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
 def test_a_pages_chance_level_is_the_methods(kind: type[Config]) -> None:
-    config = kind(**SHARED, queue=96, symmetric=True) if kind is MoCo else kind(**SHARED)  # type: ignore[call-arg]
+    transformer = {"encoder": Encoder(vit="micro", patch_px=8)} if kind is MAE else {}
+    config = kind(**(SHARED | transformer), **({"queue": 96, "symmetric": True} if kind is MoCo else {}))
     said = curves.words(config.METHOD or "simclr", config.flat()).chance
     assert said is not None and said[0] == pytest.approx(shapes(config).chance)
     text = str(curves.words(config.METHOD or "simclr", config.flat()))

@@ -51,8 +51,8 @@ MUTATIONS = (
     Mutation(
         "trust-ratio-inverted",
         "simclr/optim.py",
-        'group["trust_coefficient"] * w / g',
-        'group["trust_coefficient"] * g / w',
+        "(w > 0) & (g > 0), eta * w / g,",
+        "(w > 0) & (g > 0), eta * g / w,",
         "tests/simclr/test_optim.py::test_lars_follows_the_official_trajectory",
     ),
     Mutation(

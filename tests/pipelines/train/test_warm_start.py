@@ -26,7 +26,6 @@ from simclr.data.manifest import read_manifest
 from simclr.encoder.directory import read_text, write_encoder
 from simclr.encoder.export import torchvision_name
 from simclr.errors import UserError
-from simclr.family import BYOL
 from simclr.methods.classifier import build_classifier
 from simclr.recipes import recipe
 from simclr.stages import FineTune
@@ -274,28 +273,6 @@ def test_a_complete_run_is_extended(simclr: commands.Run, parent: Run, patterns:
     assert jobs[1].run.path == jobs[0].run.path
     assert simclr("pretrain", "--extend", parent.path, "--seed", "7", "--workers", "1")[0] == 0
     assert jobs[2].run.config == dataclasses.replace(parent.config, seed=7) and jobs[2].total == 3
-
-
-def test_a_siblings_run_is_extended_from_its_checkpoint(patterns: Path, tmp_path: Path) -> None:
-    """It has the predictor and the average, which are not published; --start takes what is."""
-    train = dataclasses.replace(CONFIG.train, steps=1, checkpoint_every_steps=1)
-    config = BYOL(encoder=CONFIG.encoder, views=CONFIG.views, train=train, watch=CONFIG.watch, hidden=12, d_out=8)
-    run = complete(tmp_path / "byol", patterns, config)
-    extended, started = (command.weights_at(run.path, None, None, extends) for extends in (True, False))
-    assert extended.method == "byol" and extended.rest and not started.rest
-    assert extended.sha256 != started.sha256  # they begin other runs
-    shutil.rmtree(run.checkpoints)
-    assert command.weights_at(run.path, None, None, True).sha256 == started.sha256
-
-
-def test_start_takes_the_same_of_a_siblings_run_before_its_end_and_behind_it(patterns: Path, tmp_path: Path) -> None:
-    train = dataclasses.replace(CONFIG.train, steps=1, checkpoint_every_steps=1)
-    config = BYOL(encoder=CONFIG.encoder, views=CONFIG.views, train=train, watch=CONFIG.watch, hidden=12, d_out=8)
-    run = complete(tmp_path / "byol", patterns, config)
-    behind = command.weights_at(run.path, None)
-    shutil.rmtree(run.encoder)
-    before = command.weights_at(run.path, None)
-    assert before.sha256 == behind.sha256 and not before.rest and not before.method
 
 
 def test_only_a_complete_pretraining_is_extended(simclr: commands.Run, parent: Run, patterns: Path, tmp_path: Path) -> None:

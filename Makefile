@@ -1,6 +1,7 @@
 # make demo    the whole job on this machine, in about four minutes; installs what is missing
 # make test    lint, format, types, tests; installs what is missing
 # make test-cluster    tests that start clusters of their own: ray up, faults, a TPU slice; as root
+# make test-long   tests that take most of a minute each, which CI runs behind `make test`
 # make test-attack     thousands of hostile files, and a second user of the machine (as root), in five minutes; see SECURITY.md
 # make test-compile    tests that compile networks with Inductor and every kernel for every GPU, in minutes
 # make test-torch211   the tests of what touches torch, under the oldest torch that we take, in an environment of its own
@@ -8,7 +9,7 @@
 # make notebook    runs docs/photos.ipynb again and keeps its outputs
 # make lock    renew requirements.lock and its kin after a change of pyproject.toml
 
-.PHONY: setup tools demo test test-cluster test-attack test-compile test-torch211 docs notebook lock
+.PHONY: setup tools demo test test-cluster test-long test-attack test-compile test-torch211 docs notebook lock
 .SILENT:
 
 setup:
@@ -25,6 +26,9 @@ test: setup
 
 test-cluster: setup
 	.venv/bin/pytest -m cluster -rs
+
+test-long: setup
+	.venv/bin/pytest --numprocesses 2 --dist loadgroup -m long
 
 test-attack: setup
 	.venv/bin/pytest --numprocesses 2 -m attack -rsP tests/attack

@@ -60,7 +60,11 @@ def test_recipes_are_grouped_by_method(simclr: Run, known: None) -> None:
     assert any(line.split() == ["small_moco", "A", "small", "one."] for line in below)
 
 
-@pytest.mark.parametrize("config", [MOCO, MoCoV3(**SHARED, hidden=32), BYOL(**SHARED, hidden=32), SwAV(**SHARED), DINO(**SHARED)], ids=lambda config: config.METHOD)
+@pytest.mark.parametrize(
+    "config",
+    [MOCO, MoCoV3(**SHARED, hidden=32), BYOL(**SHARED, hidden=32), SwAV(**SHARED), DINO(**SHARED)],
+    ids=lambda config: config.METHOD,
+)
 def test_a_whole_file_of_each_method_is_read_back_without_a_recipe(tmp_path: Path, config: Config) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(config_file.written(config, "", {"method": config.METHOD}))

@@ -222,7 +222,7 @@ def seen(config: Config, data: str, steps: int, threads: int) -> dict[tuple[int,
     return found
 
 
-@pytest.mark.parametrize("kind", ["raw", "photographs"])
+@pytest.mark.parametrize("kind", ["raw", pytest.param("photographs", marks=pytest.mark.long)])
 def test_256_samples_are_seen_alike_by_any_number_of_workers_and_threads(
     ranks: Ranks, patterns: Path, photographs: Path, kind: str
 ) -> None:

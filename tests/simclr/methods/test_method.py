@@ -92,7 +92,7 @@ def weights(config: Config, data: Path) -> tuple[list[float], dict[str, Tensor]]
     return [report.metrics["train/loss"] for report in reports], reports[-1].state.tensors
 
 
-@pytest.mark.parametrize("data", ["photographs", "patterns"])
+@pytest.mark.parametrize("data", [pytest.param("photographs", marks=pytest.mark.long), "patterns"])
 def test_a_method_of_its_own_trains_alike_on_any_number_of_ranks(
     request: pytest.FixtureRequest, ranks: Ranks, within: Within, data: str
 ) -> None:

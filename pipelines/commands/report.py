@@ -25,7 +25,7 @@ from simclr import fields, files
 from simclr.data.arrays import require_plain_headers, require_small
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
-from simclr.family import BYOL, MoCoV3, method_name
+from simclr.family import BYOL, DINO, MoCoV3, method_name
 from simclr.papers import named
 from simclr.recipes import changed_from
 
@@ -164,7 +164,7 @@ def _length(run: Run, history: list[dict[str, float]]) -> dict[str, str]:
 
 def _with_averages(run: Run, history: list[dict[str, float]]) -> list[dict[str, float]]:
     """The reports, with the share of itself that a moving average kept where the share goes to 1: a function of the step."""
-    if not isinstance(run.config, MoCoV3 | BYOL):
+    if not isinstance(run.config, MoCoV3 | BYOL | DINO):
         return history
     from simclr.methods.average import cosine_to_one
 

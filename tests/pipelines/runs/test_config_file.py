@@ -130,7 +130,7 @@ def test_what_is_no_value_of_a_field_is_named_with_its_line(tmp_path: Path, text
     ("text", "sentence"),
     [
         ("seed: 3", "leaves out encoder.batchnorm and [0-9]+ more, and names no recipe to take it from; add a line recipe: NAME"),
-        ("recipe: patterns\nseed: 3", "line 1: unknown recipe 'patterns', and .* would come from it; nearest: patterns_tiny"),
+        ("recipe: patterns\nseed: 3", "line 1: unknown recipe 'patterns', and .* would come from it; nearest: patterns_"),
         ("recipe: ../up\nseed: 3", "line 1: recipe is '../up'; expected a name"),
         ("", "is empty"),
         ("[1]", "has no fields"),

@@ -88,10 +88,11 @@ def patterns_byol() -> BYOL:
     return BYOL(
         encoder=base.encoder,
         views=base.views,
-        optim=replace(base.optim, warmup_epochs=0.5, rate_in_buffer=False),
+        # Searched on seed 0 over rates 1 to 32 and averages of 0.8 to 0.99: in 375 steps an average must be short to follow.
+        optim=replace(base.optim, base_lr=32.0, warmup_epochs=1, rate_in_buffer=False),
         train=base.train,
         watch=base.watch,
-        ema=0.99,
+        ema=0.9,
         hidden=256,
         d_out=64,
     )
@@ -186,10 +187,12 @@ def patterns_mocov3() -> MoCoV3:
     return MoCoV3(
         encoder=base.encoder,
         views=base.views,
-        optim=Optim(base_lr=4.0, warmup_epochs=2, weight_decay=1e-4, rate_in_buffer=False),
+        # Searched on seed 0 over rates 4 to 16 and averages of 0.8 to 0.99: in 375 steps an average must be short to follow.
+        optim=Optim(base_lr=4.0, warmup_epochs=1, weight_decay=1e-4, rate_in_buffer=False),
         train=base.train,
         watch=base.watch,
         temperature=0.2,
+        ema=0.8,
         hidden=256,
         d_out=64,
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from simclr.config import Encoder, Optim, Train, Views, Watch
 from simclr.family import DINO, MAE, SwAV
+from simclr.recipes_siblings import cifar10_views
 from simclr.recipes_simclr import patterns_tiny
 from simclr.sections import Local
 
@@ -45,15 +46,7 @@ def cifar10_swav() -> SwAV:
     """
     return SwAV(
         encoder=Encoder(depth=18, cifar_stem=True),
-        views=Views(
-            size_px=32,
-            area=(0.14, 1.0),
-            crop_law="torchvision",
-            colour_strength=0.5,
-            blur_p=0.0,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-        ),
+        views=replace(cifar10_views(), area=(0.14, 1.0)),
         local=Local(crops=0),
         optim=Optim(name="adamw", base_lr=2e-3, warmup_epochs=0, weight_decay=1e-6),
         train=Train(batch_size=512, epochs=200),
@@ -125,14 +118,7 @@ def cifar10_dino() -> DINO:
     """
     return DINO(
         encoder=Encoder(depth=18, cifar_stem=True),
-        views=Views(
-            size_px=32,
-            crop_law="torchvision",
-            colour_strength=0.5,
-            blur_p=0.0,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-        ),
+        views=cifar10_views(),
         local=Local(crops=0),
         optim=Optim(name="sgd", base_lr=0.12, warmup_epochs=0, weight_decay=5e-4),
         train=Train(batch_size=512, epochs=200),

@@ -32,15 +32,7 @@ def cifar10_moco() -> MoCo:
     """
     return MoCo(
         encoder=Encoder(depth=18, cifar_stem=True),
-        views=Views(
-            size_px=32,
-            crop_law="torchvision",
-            resize="bilinear",
-            colour_strength=0.5,
-            blur_p=0.0,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2023, 0.1994, 0.2010),
-        ),
+        views=replace(cifar10_views(), resize="bilinear", std=(0.2023, 0.1994, 0.2010)),
         temperature=0.1,
         queue=4096,
         ema=0.99,
@@ -111,14 +103,7 @@ def cifar10_byol() -> BYOL:
     """
     return BYOL(
         encoder=Encoder(depth=18, cifar_stem=True),
-        views=Views(
-            size_px=32,
-            crop_law="torchvision",
-            colour_strength=0.5,
-            blur_p=0.0,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-        ),
+        views=cifar10_views(),
         optim=Optim(name="sgd", base_lr=0.03, warmup_epochs=0, weight_decay=2e-3),
         train=Train(batch_size=512, epochs=200),
         watch=Watch(every_epochs=20, bank=10_000, queries=2_000),
@@ -267,4 +252,19 @@ def _mocov3_views() -> Views:
         solarise_p=(0.0, 0.2),
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
+    )
+
+
+# ── Views ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cifar10_views() -> Views:
+    """Those of lightly's benchmark on CIFAR-10."""
+    return Views(
+        size_px=32,
+        crop_law="torchvision",
+        colour_strength=0.5,
+        blur_p=0.0,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from simclr.config import Config, Encoder, SimCLR, Views
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
-from simclr.family import MoCo
+from simclr.family import DINO, MAE, MoCo, SwAV
 from simclr.networks.timm import looked_at
 from simclr.stages import Distill, FineTune
 
@@ -36,7 +36,7 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
     found += [_elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
     if pretrains:
-        found += [_unblurred(config.views), _neighbours(config, manifest)]
+        found += [_unblurred(config.views), _neighbours(config, manifest), *_never(config, examples)]
     return tuple(note for note in found if note)
 
 
@@ -63,8 +63,10 @@ def normalises(config: Config) -> bool:
         return False
     if isinstance(config, SimCLR):
         layers = config.tap if isinstance(config, FineTune) else 0 if isinstance(config, Distill) else config.head.layers
+    elif isinstance(config, DINO):
+        layers = int(config.head_norm)
     else:
-        layers = int(not isinstance(config, MoCo))
+        layers = int(not isinstance(config, MoCo | MAE))
     if layers or not (encoder.vit or encoder.timm):
         return True
     return not encoder.vit and looked_at(encoder.timm, config.views.size_px).normalises
@@ -131,6 +133,21 @@ def _warmup(config: Config, examples: int) -> str:
         return f"the warm-up lasts {steps:,} of {total:,} steps, {share} of the run; a smaller --optim.warmup-epochs leaves time to decay"
     epochs = config.optim.warmup_epochs
     return f"the warm-up lasts {steps:,} of {total:,} steps, a tenth of this short run, and not the {asked:,} steps of {epochs:g} epochs"
+
+
+def _never(config: Config, examples: int) -> list[str]:
+    """Of parts that wait for longer than the run lasts."""
+    total, per_epoch, found = config.total_steps(examples), config.steps_per_epoch(examples), []
+    if isinstance(config, SwAV):
+        if config.frozen_steps >= total:
+            waits = f"they wait for {config.frozen_steps:,} of {total:,} steps"
+            found.append(f"the prototypes never learn: {waits}; give a smaller --frozen-steps")
+        full = round(config.queue_epochs * per_epoch) + config.queue // config.train.batch_size
+        if config.queue and full >= total:
+            found.append(f"the queue is never used: it is full after {full:,} of {total:,} steps; give a smaller --queue-epochs or --queue")
+    if isinstance(config, DINO) and (until := round(config.frozen_epochs * per_epoch)) >= total:
+        found.append(f"the head's last layer never learns: it waits for {until:,} of {total:,} steps; give a smaller --frozen-epochs")
+    return found
 
 
 def _unused(encoder: Encoder) -> str:

@@ -16,7 +16,7 @@ from simclr import sense
 from simclr.config import Config, Encoder, Loss, Optim, SimCLR, Train, Views, Watch
 from simclr.data.manifest import Manifest, Shard, read_manifest
 from simclr.errors import UserError
-from simclr.family import MoCo
+from simclr.family import DINO, MAE, MoCo, SwAV
 from simclr.methods.method import schedule
 from simclr.optim import lr_peak
 from simclr.recipes import recipe
@@ -136,6 +136,30 @@ def test_statistics_of_few_images_are_said(config: Config, workers: tuple[int, .
     found, *_ = notes(config, PHOTOS, *workers)
     assert found == f"BatchNorm normalises over {images} images at a time and trains worse than over 16 or more"
     assert notes(replace(config, train=replace(config.train, micro_batch=None, batch_size=128)), PHOTOS, 2) == ()
+
+
+def test_what_waits_for_longer_than_the_run_is_said() -> None:
+    train = Train(batch_size=50, steps=20)  # 20 steps an epoch
+    waiting = SwAV(train=train, frozen_steps=20, queue=500, queue_epochs=0.5)
+
+    def said(config: Config) -> list[str]:
+        return [note for note in sense.notes(config, PHOTOS, 1000) if "never" in note]
+
+    assert said(waiting) == [
+        "the prototypes never learn: they wait for 20 of 20 steps; give a smaller --frozen-steps",
+        "the queue is never used: it is full after 20 of 20 steps; give a smaller --queue-epochs or --queue",
+    ]
+    assert said(replace(waiting, frozen_steps=19, queue=450)) == []
+    assert said(DINO(train=train)) == ["the head's last layer never learns: it waits for 20 of 20 steps; give a smaller --frozen-epochs"]
+    assert said(DINO(train=train, frozen_epochs=0.5)) == []
+
+
+def test_transformers_without_batchnorm_are_told_nothing_of_it() -> None:
+    vit = Encoder(vit="micro", patch_px=16)
+    assert not sense.normalises(MAE(encoder=vit)) and not sense.normalises(DINO(encoder=vit))
+    assert sense.normalises(DINO(encoder=vit, head_norm=True)) and sense.normalises(SwAV(encoder=vit)) and sense.normalises(DINO())
+    single = MAE(encoder=vit, train=Train(batch_size=60, micro_batch=1))
+    assert not [note for note in notes(single) if "BatchNorm" in note]
 
 
 def test_what_does_not_apply_is_not_said() -> None:

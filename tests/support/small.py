@@ -42,6 +42,17 @@ def mine(x: Tensor, views: int = 1) -> Tensor:
     return torch.cat([block[share(len(block), rank(), world_size())] for block in x.chunk(views)])
 
 
+def resumed(config: Config, patterns: Path, folder: Path, until: int) -> dict[str, Tensor]:
+    """The last checkpoint of a run in float32, after asserting that one which stopped behind step `until` and went on has it bit by bit."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="float32", checkpoint_every_steps=1))
+    last = max(run(config, patterns, folder / "whole"))
+    run(config, patterns, folder / "parts", until=until)
+    assert sorted(run(config, patterns, folder / "parts")) == list(range(until + 1, last + 1))
+    a, b = (checkpoint.read(folder / part / f"step-{last:09d}").tensors for part in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return a
+
+
 def run(config: Config, patterns: Path, folder: Path, until: int | None = None, resume: bool = True) -> dict[int, Report]:
     """Reports by step; checkpoints go to `folder`, as the worker writes them."""
     found = checkpoint.latest(folder, print) if resume and folder.exists() else None

@@ -10,12 +10,14 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from pipelines.html.curves import words
 from pipelines.runs import sync
 from pipelines.terminal import show
 from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
+from simclr.family import method_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,8 +65,10 @@ def main(args: Args) -> None:
     _made(out)
     rows = gallery(config, data, args.images)
     out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(rows).save(_made(out))
-    show(f"{out}: {len(rows)} images, each with its two views at {config.views.size_px} px")
+    titles = words(method_name(config), config.flat()).views
+    sheet(rows, titles).save(_made(out))
+    what = "two views" if titles == ("view 0", "view 1") else "crop and what the encoder sees of it"
+    show(f"{out}: {len(rows)} images, each with its {what} at {config.views.size_px} px")
 
 
 def _made(path: Path) -> Path:
@@ -76,7 +80,7 @@ def _made(path: Path) -> Path:
     return path
 
 
-def sheet(rows: NDArray[np.uint8]) -> Image:
+def sheet(rows: NDArray[np.uint8], titles: tuple[str, str] = ("view 0", "view 1")) -> Image:
     """(n, 3, H, W, 3) uint8: original and two views of n images, as blocks of three columns under their titles."""
     from PIL import Image as pictures
     from PIL import ImageDraw, ImageFont
@@ -93,7 +97,7 @@ def sheet(rows: NDArray[np.uint8]) -> Image:
     font = ImageFont.load_default(13)
     for number, row in enumerate(rows):
         left, top = number // deep * block + _GAP, _TITLE + number % deep * (tall + _GAP)
-        for column, (image, title) in enumerate(zip(row, ("original", "view 0", "view 1"), strict=True)):
+        for column, (image, title) in enumerate(zip(row, ("original", *titles), strict=True)):
             at = left + column * (wide + _GAP)
             picture.paste(pictures.fromarray(image).resize((wide, tall), pictures.Resampling.NEAREST), (at, top))
             if number % deep == 0:

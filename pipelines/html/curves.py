@@ -24,6 +24,10 @@ class Words:
     """The loss of guessing, and its name; None = there is none to draw."""
     partner: str = ""
     """What `train/contrastive_top1` counts."""
+    views: tuple[str, str] = ("view 0", "view 1")
+    """The pictures below an original."""
+    given: str = "the two random views of it that the network is given"
+    """They, in a sentence."""
 
 
 def words(method: str, config: Flat) -> Words:
@@ -90,6 +94,8 @@ def words(method: str, config: Flat) -> Words:
                 + "; the mean since the last report. Neighbours in its features are no score of it: fine-tune it to see what it is worth.",
                 unit="",
                 chance=(1.0, "1: grey patches") if normalised else None,
+                views=("crop", "seen"),
+                given="a random crop of it, and the patches of that which the encoder sees",
             )
         case "finetune":
             return Words("it learns the labels", "cross entropy of the classifier with the labels; the mean since the last report.")

@@ -110,7 +110,7 @@ def render(data: ReportData) -> str:
     training, points, near = _training(data, said), _points(data), data.neighbours
     sections = [
         ("training", "Training", _training_notes(training.drawn), training.figures),
-        ("views", "What the network sees", _VIEWS.format(task=escape(said.task)), _gallery(data)),
+        ("views", "What the network sees", _views(data, said), _gallery(data, said)),
         ("neighbours", "Nearest neighbours", neighbours.notes(near, data.classes), neighbours.drawn(near, data.classes)),
         ("map", "Map of the features", _map_notes(points), _map(data, points)),
         ("data", "The data", _DATA, data_table(data.understood)),
@@ -211,10 +211,7 @@ def _meter(value: float | None, chance: float | None) -> str:
 
 # ── Sections ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_VIEWS = (
-    "<p>From top to bottom: an image of the training split, and the two random views of it that the network is given. It never sees the "
-    "original or a label; {task}.</p>"
-)
+_VIEWS = "<p>From top to bottom: an image of the training split, {given}{small}. It never sees the original or a label; {task}.</p>"
 _DATA = "<p>Splits and classes, as they were read from the source when the shards were prepared.</p>"
 _TIME = "<p>Wall-clock time of each phase, in the order in which they ran.</p>"
 _REPRODUCE = (
@@ -237,11 +234,17 @@ def _training_notes(drawn: list[charts.Quantity]) -> str:
     )
 
 
-def _gallery(data: ReportData) -> str:
+def _views(data: ReportData, said: curves.Words) -> str:
+    small = data.config.get("local.crops")
+    beside = f", beside {small} small crops that are not shown" if small else ""
+    return _VIEWS.format(given=f"and {said.given}" if " and " not in said.given else said.given, small=beside, task=escape(said.task))
+
+
+def _gallery(data: ReportData, said: curves.Words) -> str:
     columns = ""
     for i, triple in enumerate(data.gallery):
         columns += "<li>"
-        for kind, image in zip(("original", "view 0", "view 1"), triple, strict=True):
+        for kind, image in zip(("original", *said.views), triple, strict=True):
             columns += f'<div><span aria-hidden="true">{kind}</span>{charts.picture(image, f"Image {i + 1}, {kind}")}</div>'
         columns += "</li>"
     return f'<ol class="gallery {charts.display(data.gallery)}>{columns}</ol>' if columns else ""

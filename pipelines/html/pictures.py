@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from simclr.data.sources.prepared import names_of
 from simclr.evaluation.features import Features
 from simclr.evaluation.knn import nearest
 from simclr.evaluation.rows import placed
+from simclr.family import MAE
+from simclr.methods.mae import seen
 from simclr.views.preprocessing import Preprocessing
 from simclr.views.two_views import raw_views
 
@@ -92,12 +95,19 @@ def _names(data: Path, split: str, ids: NDArray[np.int64], at: str | Path) -> ND
 
 
 def gallery(config: Config, data: Path, most: int) -> NDArray[np.uint8]:
-    """The first images of the first epoch, (n, 3, H, W, 3): original, view 0, view 1, before normalisation."""
+    """The first images of the first epoch, (n, 3, H, W, 3): original, view 0, view 1, before normalisation; of MAE original, crop, and what
+    its encoder sees of that, the rest grey."""
     stream = batches(config, data, 0, 0, 1)
     batch: Batch = next(stream)
     n = min(most, len(batch.ids))
     ids = batch.ids[:n].clone()
-    views = (raw_views(batch.images[0][:n], ids, batch.epoch, config.views, config.seed) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    shown = config.views
+    if isinstance(config, MAE):  # whose views are crops and flips alone
+        shown = replace(shown, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
+    pixels = raw_views(batch.images[0][:n], ids, batch.epoch, shown, config.seed)
+    if isinstance(config, MAE):
+        pixels = torch.cat([pixels[:n], seen(pixels[:n], config, batch.epoch, ids)])
+    views = (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
     stream.close()
     originals = _images(data, "train", config, ids.numpy())
     if originals.shape[1:] != views.shape[1:]:

@@ -93,6 +93,13 @@ def images_of(patches: Tensor, side: int) -> Tensor:
     return found.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, grid * side, grid * side)
 
 
+def seen(x: Tensor, config: MAE, epoch: int, ids: Tensor) -> Tensor:
+    """(n, 3, H, W) images in [0, 1] with the patches grey that the encoder does not see at `epoch`, for pictures."""
+    hidden = orders(config, epoch, ids.numpy())[:, config.kept :, None]
+    patches = patches_of(x, config.encoder.patch_px)
+    return images_of(patches.scatter(1, hidden.expand(-1, -1, patches.shape[2]), 0.5), config.encoder.patch_px)
+
+
 def mae(config: MAE, start: Start, manifest: Manifest | None = None) -> Method:
     """MAE on the images of `manifest`; without one there is no online evaluation."""
     precision, images = config.train.precision, config.train.batch_size

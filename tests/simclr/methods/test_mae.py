@@ -21,7 +21,7 @@ from simclr.family import MAE
 from simclr.gradient_cache import cached_gradient
 from simclr.methods import mae as module
 from simclr.methods.choice import shapes
-from simclr.methods.mae import Network, images_of, inputs_of, objective, orders, painted, patches_of
+from simclr.methods.mae import Network, images_of, inputs_of, objective, orders, painted, patches_of, seen
 from simclr.methods.method import Start
 from simclr.networks.vit import Decoder, vit
 from simclr.optim import dino_rule
@@ -215,6 +215,13 @@ def test_the_encoder_sees_the_kept_patches_alone() -> None:
         assert torch.allclose(network.encoder.visible(images_of(patches, 8), order[:, :4]), kept, atol=1e-6)
         all_of = network.encoder.visible(x, torch.arange(16).expand(2, -1))
         assert torch.allclose(all_of[:, 0], network.encoder(x), atol=1e-5)
+
+
+def test_pictures_show_the_patches_that_the_run_sees() -> None:
+    x, ids = torch.rand(3, 3, 32, 32), torch.tensor([4, 0, 9])
+    shown, order = patches_of(seen(x, SMALL, 2, ids), 8), orders(SMALL, 2, ids.numpy())
+    for image, patches, own in zip(shown, patches_of(x, 8), order, strict=True):
+        assert torch.equal(image[own[:4]], patches[own[:4]]) and bool((image[own[4:]] == 0.5).all())
 
 
 def test_the_network_compiles_in_one_graph() -> None:

@@ -117,6 +117,12 @@ def test_pretrain_refuses_data_that_is_none(simclr: Run, tmp_path: Path, pattern
 
 
 def test_an_mlflow_that_does_not_answer_costs_at_most_ten_seconds(simclr: Run, tmp_path: Path, patterns: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    refused(
+        simclr(*PRETRAIN, patterns, "--tracking-uri", f"http://127.0.0.1:{port}"), "no MLflow server at"
+    )  # what it imports is there now
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

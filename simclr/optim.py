@@ -259,7 +259,12 @@ def build_optimizer(groups: Sequence[Group], optim: Optim) -> torch.optim.Optimi
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group.params) or None
     if optim.name == "adamw":
         return torch.optim.AdamW(given, lr=0.0, betas=(optim.momentum, optim.beta2), eps=1e-8, fused=fused)
-    return torch.optim.SGD(given, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov, fused=fused)
+    sgd = torch.optim.SGD(given, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov, fused=fused)
+    # Torch's fused kernel takes momentum of all parameters or of none, and some have no gradient in the first steps (SwAV's prototypes,
+    # DINO's last layer). Momentum of 0 gives the step that none gives.
+    for p in (p for group in groups for p in group.params if optim.momentum):
+        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
+    return sgd
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, groups: Sequence[Group], step: int) -> None:

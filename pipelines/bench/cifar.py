@@ -12,7 +12,7 @@ import torch
 from pipelines.allocator import keep_freed_memory
 from pipelines.bench.result import Row
 from pipelines.evaluation.whole import scores_of
-from simclr.config import Config
+from simclr.config import Config, SimCLR
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.methods.method import Start
@@ -39,7 +39,7 @@ def cifar(name: str, config: Config, data: Path, epochs: int, threads: int, devi
     keep_freed_memory()
     settings = replace(config.train, epochs=float(epochs), steps=None, report_every_steps=_EVERY, checkpoint_every_steps=None)
     config = replace(config, train=settings, watch=replace(config.watch, every_epochs=0, bank=512, queries=256))
-    if config.optim.name == "sgd":
+    if config.optim.name == "sgd" and isinstance(config, SimCLR):
         config = replace(config, optim=replace(config.optim, base_lr=_BASE_LR))
     total, began, speeds = config.total_steps(manifest.examples("train")), time.perf_counter(), []
     for report in train(config, Start(data, device, threads=threads)):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,19 +31,29 @@ from simclr.papers import named
 from simclr.recipes import recipe
 from simclr.train import train
 
+Precision = Literal["float32", "tf32", "bfloat16"]
 _ROW = {"name": str, "method": str, "seed": int, "config": dict[str, Any]}
 _ROW |= dict.fromkeys(("knn_top1", "probe_top1", "loss", "step_ms", "train_s"), float)
 
 
 def methods(
-    names: tuple[str, ...], seeds: int, epochs: int | None, data: Path, out: Path, threads: int, device: torch.device
+    names: tuple[str, ...],
+    seeds: int,
+    epochs: int | None,
+    data: Path,
+    out: Path,
+    threads: int,
+    device: torch.device,
+    precision: Precision | None = None,
+    compile: bool = False,
 ) -> Iterator[Row]:
     """Print the table of the recipes `names` and give its runs, row by row: kNN (the recipe's watch.k) and linear probe on all images of
-    the shards in `data`, and the median time of a step. Without `epochs`, the recipes'. It needs no Ray.
+    the shards in `data`, and the median time of a step. Without `epochs` and `precision`, the recipes'. It needs no
+    Ray.
 
     Raises UserError, before anything is trained, for recipes of different encoder, epochs or batch.
     """
-    base = [_shortened(recipe(name), epochs) for name in names]
+    base = [_shortened(recipe(name), epochs, precision, compile) for name in names]
     if not base or seeds < 1:
         raise UserError(f"--recipes has {len(base)} recipes and --seeds is {seeds}; expected at least 1 of each")
     for name, config in zip(names, base, strict=True):
@@ -64,8 +74,9 @@ def methods(
         print(line)
 
 
-def _shortened(config: Config, epochs: int | None) -> Config:
+def _shortened(config: Config, epochs: int | None, precision: Precision | None, compile: bool) -> Config:
     train = config.train if epochs is None else replace(config.train, epochs=float(epochs), steps=None)
+    train = replace(train, precision=precision or train.precision, compile=compile or train.compile)
     return replace(config, train=train, watch=replace(config.watch, every_epochs=0, bank=512, queries=256))
 
 

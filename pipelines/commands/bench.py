@@ -81,10 +81,10 @@ class Args:
     """CPU threads of the one worker. As many threads as cores leave no core for Ray's own processes. Their time then counts, and more
     than once, because a worker's threads wait for one another."""
     precision: Literal["recipe", "float32", "tf32", "bfloat16"] = "recipe"
-    """step, train, scale, loop, cifar, embed: as in the config's `train.precision`; recipe = the recipe's. loss: bfloat16 = z as a step has
-    it."""
+    """step, train, scale, loop, cifar, methods, embed: as in the config's `train.precision`; recipe = the recipe's. loss: bfloat16 = z
+    as a step has it."""
     compile: bool = False
-    """step, train, scale, loop, cifar: torch.compile on both sides; step then counts graph breaks."""
+    """step, train, scale, loop, cifar, methods: torch.compile on both sides; step then counts graph breaks."""
     micro_batch: int | None = None
     """step: a third side embeds this many images at a time (gradient caching). train, scale: every side does."""
     sides: tuple[Literal["resident", "plain", "simclr", "cached", "fed", "views", "loader", "sums", "kernels"], ...] = ()
@@ -258,7 +258,9 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
     if args.what == "methods":
         from pipelines.bench.methods import methods
 
-        return methods(args.recipes, args.seeds, args.epochs, data, args.out or Path("runs/methods"), args.threads, _device(args))
+        precision = None if args.precision == "recipe" else args.precision
+        out = args.out or Path("runs/methods")
+        return methods(args.recipes, args.seeds, args.epochs, data, out, args.threads, _device(args), precision, args.compile)
     if args.what == "memory":
         from pipelines.bench.memory import memory
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from simclr.compiling import compiled
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -15,6 +18,13 @@ M = TypeVar("M", bound=nn.Module)
 def average_of(module: M) -> M:
     """A copy of `module` that needs no gradient: its moving average before the first step."""
     return copy.deepcopy(module).requires_grad_(False)
+
+
+def forward_of(network: nn.Module, compile: bool) -> Callable[[Tensor], Tensor]:
+    """The forward pass of an average or a teacher, with `compile` by torch.compile; `network` itself, and the names of its tensors in a
+    checkpoint, stay as they are. On the meta device nothing is compiled."""
+    real = next(network.parameters()).device.type != "meta"
+    return compiled(network) if compile and real else network
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ first view alone, ours from both; its convolutions are cut normals of 0.88 times
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -26,7 +27,7 @@ from simclr import keyed
 from simclr import loss as losses
 from simclr.data.manifest import Manifest
 from simclr.family import BYOL
-from simclr.methods.average import cosine_to_one, move
+from simclr.methods.average import cosine_to_one, forward_of, move
 from simclr.methods.method import Method, Rows, Start, begun, by_view, examples_of, pairs_for, placed, schedule
 from simclr.methods.online import neighbours, of_pairs, of_rows, with_classifier
 from simclr.networks.encoders import Encoder, build_encoder, encoded
@@ -119,7 +120,7 @@ def byol(config: BYOL, start: Start, manifest: Manifest | None = None) -> Method
         inputs=partial(pairs_for, config=config, device=start.device, labelled=network.classifier is not None),
         network=network,
         state=target,
-        targets=partial(projected, target),
+        targets=partial(projected, forward_of(target, config.train.compile)),
         loss=partial(objective, images=images),
         after=partial(follow, target, network, total=total, base=config.ema),
         report=partial(diagnosed, images=images),
@@ -133,7 +134,7 @@ def byol(config: BYOL, start: Start, manifest: Manifest | None = None) -> Method
     )
 
 
-def projected(target: Target, inputs: Rows) -> Rows:
+def projected(target: Callable[[Tensor], Tensor], inputs: Rows) -> Rows:
     """The target network's projections of both views, "t" (2, n, d), and the labels among the inputs."""
     return {"t": target(inputs["views"]), **{name: x for name, x in inputs.items() if name == "labels"}}
 

@@ -17,6 +17,7 @@ decay are those of a schedule whose warm-up reaches its peak behind its last ste
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,7 +27,7 @@ from simclr import loss as losses
 from simclr.collectives import all_reduce_sum
 from simclr.data.manifest import Manifest
 from simclr.family import DINO
-from simclr.methods.average import average_of, cosine_to_one, move
+from simclr.methods.average import average_of, cosine_to_one, forward_of, move
 from simclr.methods.method import Method, Rows, Start, begun, by_size, crops_for, crops_of, examples_of, placed, schedule
 from simclr.methods.online import neighbours, of_pairs, of_rows, with_classifier
 from simclr.networks.encoders import Encoder, encoded, encoder_of
@@ -99,7 +100,7 @@ def dino(config: DINO, start: Start, manifest: Manifest | None = None) -> Method
         inputs=partial(crops_for, crops=crops, config=config, device=start.device, labelled=network.classifier is not None),
         network=network,
         state=teacher,
-        targets=partial(taught, teacher),
+        targets=partial(taught, forward_of(teacher, config.train.compile)),
         loss=partial(objective, teacher=teacher, config=config, per_epoch=per_epoch),
         gradients=partial(freeze, network.head.last_layer, steps=round(config.frozen_epochs * per_epoch)),
         after=partial(follow, teacher, network, total=total, config=config),
@@ -111,7 +112,7 @@ def dino(config: DINO, start: Start, manifest: Manifest | None = None) -> Method
     )
 
 
-def taught(teacher: Teacher, inputs: Rows) -> Rows:
+def taught(teacher: Callable[[Tensor], Tensor], inputs: Rows) -> Rows:
     """The average's scores of both large views, "t" (2, n, K), and the labels among the inputs."""
     return {"t": teacher(inputs["views"]), **{name: x for name, x in inputs.items() if name == "labels"}}
 

@@ -16,6 +16,7 @@ from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
 from simclr.encoder.directory import read_classifier, read_text
 from simclr.errors import UserError
+from simclr.methods.average import forward_of
 from simclr.methods.classifier import build_classifier, classifying, hits, single
 from simclr.methods.method import Method, Rows, Start, begun, placed
 from simclr.stages import Distill
@@ -72,7 +73,8 @@ def _teacher(config: Distill, start: Start) -> Callable[[Tensor], Tensor]:
     assert start.teacher is not None
     if start.device.type == "meta":
         return lambda views: views
-    return placed(read_classifier(start.teacher)[0], start, config.train.precision).requires_grad_(False)
+    teacher = placed(read_classifier(start.teacher)[0], start, config.train.precision).requires_grad_(False)
+    return forward_of(teacher, config.train.compile)
 
 
 def require_teacher(directory: Path, classes: tuple[str, ...]) -> tuple[str, ...]:

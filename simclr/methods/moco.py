@@ -14,6 +14,7 @@ not: `encoder.batchnorm per_worker` on so many workers is its like.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -25,6 +26,7 @@ from simclr.collectives import all_gather, rank, world_size
 from simclr.data.manifest import Manifest
 from simclr.family import MoCo
 from simclr.loss import info_nce_queue
+from simclr.methods.average import forward_of
 from simclr.methods.method import Method, Rows, Start, begun, by_view, examples_of, pairs_for, placed, schedule
 from simclr.methods.online import neighbours, of_pairs, of_rows, with_classifier
 from simclr.methods.queue import Queue, random_rows
@@ -78,7 +80,7 @@ class Shuffle:
         """Take the order of `step`."""
         self.order = torch.from_numpy(keyed.permutation(self.seed, step, self.images, "shuffle"))
 
-    def __call__(self, view: Tensor, embed: nn.Module) -> Tensor:
+    def __call__(self, view: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """What `embed` makes of this rank's images of `view` (n, …), each on the rank where the order puts it."""
         order, own = to_device(self.order, self.device), share(self.images, rank(), world_size())
         there = all_gather(view, self.images)[order[own]]
@@ -95,7 +97,7 @@ def moco(config: MoCo, start: Start, manifest: Manifest | None = None) -> Method
     k, d = config.queue, config.d_out
     rows = random_rows(k, d, config.seed) if start.begins else torch.empty(k, d, device=start.device)
     queue = placed(Queue(model.encoder, model.head, rows), start, precision)
-    embed = nn.Sequential(queue.encoder, queue.head)
+    embed = forward_of(nn.Sequential(queue.encoder, queue.head), config.train.compile)
     shuffle = Shuffle(config.seed, images, device) if config.shuffle else None
 
     def before(step: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from simclr.data.manifest import Manifest
 from simclr.family import MoCoV3
 from simclr.loss import info_nce
-from simclr.methods.average import average_of, cosine_to_one, move
+from simclr.methods.average import average_of, cosine_to_one, forward_of, move
 from simclr.methods.method import (
     Method,
     Rows,
@@ -65,6 +65,7 @@ def mocov3(config: MoCoV3, start: Start, manifest: Manifest | None = None) -> Me
     classes = len(manifest.classes) if manifest is not None else 0
     model = placed(begun(lambda: Network(config, classes), start), start, precision)
     average = nn.ModuleDict({"encoder": average_of(model.encoder), "projector": average_of(model.projector)})
+    embed = forward_of(nn.Sequential(average["encoder"], average["projector"]), config.train.compile)
     examples = examples_of(config, start, manifest) if manifest is not None else images
     total = config.total_steps(examples)
 
@@ -75,7 +76,7 @@ def mocov3(config: MoCoV3, start: Start, manifest: Manifest | None = None) -> Me
 
     def targets(rows: Rows) -> Rows:
         """{"keys": (2, n, d) keys of both views}, and labels. The average leaves no block out (encoder.drop_path)."""
-        keys = torch.stack([average["projector"](average["encoder"](view)) for view in rows["views"]])
+        keys = torch.stack([embed(view) for view in rows["views"]])
         return {"keys": keys} if model.classifier is None else {"keys": keys, "labels": rows["labels"]}
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:

@@ -18,6 +18,7 @@ from simclr.collectives import all_gather
 from simclr.config import Loss
 from simclr.data.manifest import Manifest
 from simclr.loss import margin_triplet, nt_logistic, nt_xent, nt_xent_dot
+from simclr.methods.average import forward_of
 from simclr.methods.method import (
     Method,
     Rows,
@@ -76,6 +77,7 @@ def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = Non
     if loss.memory:
         rows_of = torch.zeros(loss.memory, config.head.d_out, device=start.device)
         queue = placed(Queue(model.encoder, model.head, rows_of), start, precision)
+        embed = forward_of(queue.encoder, config.train.compile)
 
     def objective(outputs: Rows, targets: Rows, step: int) -> tuple[Tensor, Rows]:
         contrasted = contrast(outputs["z"].flatten(0, 1), loss, queue.negatives(step, rows) if queue is not None else None, images)
@@ -85,7 +87,7 @@ def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = Non
         # The paper says neither which views are stored nor when the average moves: here both views of a batch, behind its update.
         assert queue is not None
         queue.follow(model.encoder, model.head, loss.memory_decay)
-        z = queue.head(queue.encoder(inputs["views"].flatten(0, 1)))[-1]
+        z = queue.head(embed(inputs["views"].flatten(0, 1)))[-1]
         queue.enqueue(all_gather(normalize(z.to(queue.rows.dtype), dim=1), images), step)
 
     examples = examples_of(config, start, manifest) if manifest is not None else config.train.batch_size

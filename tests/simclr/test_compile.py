@@ -30,6 +30,7 @@ from simclr.family import MoCo
 from simclr.stages import FineTune
 from simclr.train import Start, train
 from tests.conftest import Within
+from tests.simclr.methods import test_byol, test_dino, test_mae, test_mocov3, test_swav
 from tests.support.ranks import Ranks
 from tests.support.small import TINY
 
@@ -86,16 +87,32 @@ def test_two_compiled_ranks_compute_what_they_do_uncompiled(patient: Ranks, with
         assert found[2] == [(1, 0)] * 10 and found[3] == 1
 
 
+MOCO = MoCo(encoder=TINY.encoder, views=TINY.views, train=TINY.train, watch=TINY.watch, queue=96, ema=0.9, d_out=16, symmetric=True)
+VIT = Encoder(vit="micro", patch_px=8, drop_path=0.0)
+
+
 @pytest.mark.compile
-def test_moco_compiles_to_one_graph(within: Within, patterns: Path) -> None:
-    """Two passes through the encoder; the key network is not compiled."""
-    train = dataclasses.replace(TINY.train, precision="float64")
-    config = MoCo(encoder=TINY.encoder, views=TINY.views, train=train, watch=TINY.watch, queue=96, ema=0.9, d_out=16, symmetric=True)
+@pytest.mark.parametrize(
+    ("config", "graphs"),
+    [
+        (MOCO, 2),
+        (test_mocov3.SMALL, 2),
+        (test_byol.SMALL, 2),
+        (test_swav.SMALL, 1),
+        (dataclasses.replace(test_dino.SMALL, encoder=VIT), 2),
+        (test_mae.SMALL, 1),
+        (dataclasses.replace(TINY, loss=Loss(temperature=0.2, memory=96)), 2),
+    ],
+    ids=["MoCo", "MoCo v3", "BYOL", "SwAV", "DINO", "MAE", "SimCLR with a queue"],
+)
+def test_a_method_compiles_to_one_graph_and_its_average_to_another(config: Config, graphs: int, within: Within, patterns: Path) -> None:
+    """Of two crop sizes too: the network's passes, and those of a moving average, all in the first step."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="float64", batch_size=24))
     expected, found = (ten_steps(config, compile, str(patterns)) for compile in (False, True))
     loss, states = deviations(found, expected)
     within("loss", loss, 1e-12)
-    within("weights, momentum, statistics", states, 1e-12)
-    assert found[2] == [(1, 0)] * 10
+    within("weights, momentum, statistics, averages", states, 1e-12)
+    assert found[2] == [(graphs, 0)] * 10
 
 
 @pytest.mark.compile

@@ -191,6 +191,24 @@ def test_adamw_goes_on_with_another_number_of_ranks(ranks: Ranks, within: Within
     within("weights, moments, statistics", max(float((weights[name] - t).abs().max()) for name, t in state.items()), 1e-9)
 
 
+@pytest.mark.parametrize("name", ["sgd", "lars", "larc", "adamw"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_CUDA])])
+def test_a_parameter_may_have_its_first_gradient_late(name: Any, device: str) -> None:
+    """SwAV's prototypes and DINO's last layer wait. Then a parameter takes the step that it would have taken first."""
+    settings = Optim(name=name, momentum=0.9)
+    late, alone = (nn.ParameterList([nn.Parameter(torch.full((3, 4), v, device=device)) for v in (2.0, 5.0)]) for _ in range(2))
+    for params, gradients in ((late, ((1, None), (1, 3))), (alone, ((1, 3),))):
+        optimizer = build_optimizer(parameter_groups(params, settings, lambda step: 0.1, 3), settings)
+        for given in gradients:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
+            for p, value in zip(params, given, strict=True):
+                p.grad = None if value is None else torch.full_like(p, value)
+            optimizer.step()
+    assert torch.equal(late[1], alone[1]) and not torch.equal(late[1], torch.full_like(late[1], 5.0))
+    assert not torch.equal(late[0], alone[0])
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_CUDA])])
 def test_a_restored_optimizer_takes_the_very_next_step(device: str) -> None:
     """The count of steps too, which a fused AdamW reads from the parameters' device; and a channels-last kernel keeps its layout."""

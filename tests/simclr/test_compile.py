@@ -111,7 +111,7 @@ def test_a_method_compiles_to_one_graph_and_its_average_to_another(config: Confi
     expected, found = (ten_steps(config, compile, str(patterns)) for compile in (False, True))
     loss, states = deviations(found, expected)
     within("loss", loss, 1e-12)
-    within("weights, momentum, statistics, averages", states, 1e-12)
+    within("weights, momentum, statistics, averages", states, 1e-10)  # SwAV's assignments make 1e-11 of the orders of sums
     assert found[2] == [(graphs, 0)] * 10
 
 

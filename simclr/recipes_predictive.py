@@ -24,13 +24,13 @@ def patterns_swav() -> SwAV:
         encoder=base.encoder,
         views=base.views,
         local=Local(crops=0),
-        optim=base.optim,
+        optim=replace(base.optim, base_lr=8.0),
         train=base.train,
         watch=base.watch,
         prototypes=64,
         hidden=256,
         d_out=64,
-        frozen_steps=31,
+        frozen_steps=0,  # with LARS at this rate the prototypes may learn from the first step on
     )
 
 

@@ -1,4 +1,5 @@
-"""`simclr bench methods`: methods trained by the same encoder, epochs and batch, a few seeds each, and one table of their scores.
+"""`simclr bench methods`: methods trained for the same epochs by the same batch, a few seeds each, and one table of their scores. A row
+names the encoder where it is another than the first's: MAE takes a ViT.
 
 Each run leaves checkpoints and, at its end, a file of its scores in the folder --out: the same command again goes on, and trains nothing
 twice. Two commands with other recipes may share a folder, for two cores.
@@ -16,24 +17,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from pipelines.allocator import keep_freed_memory
 from pipelines.bench.result import Row
 from pipelines.evaluation.whole import scores_of
 from pipelines.terminal import say
 from simclr import checkpoint, fields, files
-from simclr.config import Config
+from simclr.config import Config, Optim, Train
+from simclr.data import labels, loader
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.family import method_name
+from simclr.footprint import footprint
+from simclr.methods.choice import method_of
 from simclr.methods.method import Start
 from simclr.papers import named
 from simclr.recipes import recipe
+from simclr.stages import FineTune
 from simclr.train import train
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 _ROW = {"name": str, "method": str, "seed": int, "config": dict[str, Any]}
-_ROW |= dict.fromkeys(("knn_top1", "probe_top1", "loss", "step_ms", "train_s"), float)
+_ROW |= dict.fromkeys(("knn_top1", "probe_top1", "loss", "step_ms", "train_s", "tuned_top1", "memory_mib"), float)
+_CHECKPOINT_S, _SAY_S = 60.0, 20.0  # seconds between two checkpoints of a run, and between two lines about it
+_FEW = 0.1  # share of the labels that fine-tuning sees
 
 
 def methods(
@@ -51,13 +59,13 @@ def methods(
     the shards in `data`, and the median time of a step. Without `epochs` and `precision`, the recipes'. It needs no
     Ray.
 
-    Raises UserError, before anything is trained, for recipes of different encoder, epochs or batch.
+    Raises UserError, before anything is trained, for recipes of different epochs or batch.
     """
     base = [_shortened(recipe(name), epochs, precision, compile) for name in names]
     if not base or seeds < 1:
         raise UserError(f"--recipes has {len(base)} recipes and --seeds is {seeds}; expected at least 1 of each")
     for name, config in zip(names, base, strict=True):
-        for what, ours, theirs in zip(("encoder", "epochs", "batch"), _same(base[0]), _same(config), strict=True):
+        for what, ours, theirs in zip(("epochs", "batch"), _same(base[0]), _same(config), strict=True):
             if ours != theirs:
                 raise UserError(f"{name} has another {what} than {names[0]}, and a table compares methods alone; leave out one of them")
     manifest = read_manifest(data)
@@ -81,7 +89,7 @@ def _shortened(config: Config, epochs: int | None, precision: Precision | None, 
 
 
 def _same(config: Config) -> tuple[object, ...]:
-    return config.encoder, (config.train.epochs, config.train.steps), config.train.batch_size
+    return (config.train.epochs, config.train.steps), config.train.batch_size
 
 
 def _row(name: str, config: Config, data: Path, folder: Path, device: torch.device) -> Row:
@@ -99,16 +107,23 @@ def _row(name: str, config: Config, data: Path, folder: Path, device: torch.devi
     if newest is not None and checkpoint.read(newest).config != config.to_dict():
         raise UserError(f"{folder} has a checkpoint of another config of {name}; {instead}")
     last, began, steps_ms = None, time.perf_counter(), []
+    written = said = began
     for report in train(config, Start(data, device, checkpoint=newest, threads=torch.get_num_threads())):
-        if report.due:
+        speed, now = report.metrics["speed/images_per_s"], time.perf_counter()
+        if report.due or now - written > _CHECKPOINT_S:
             checkpoint.write(checkpoints, report.state, config.train.keep_checkpoints)
-        steps_ms.append(1000 * config.train.batch_size / report.metrics["speed/images_per_s"])
+            written = time.perf_counter()
+        if now - said > _SAY_S:
+            say(f"{name}, seed {config.seed}: step {report.step:,} of {report.total_steps:,}, {speed:,.0f} images/s")
+            said = now
+        steps_ms.append(1000 * config.train.batch_size / speed)
         last = report
     if last is None:
         raise UserError(f"{folder} has a checkpoint of the last step and no scores; {instead}")
     encoder = {key.removeprefix("model.encoder."): t for key, t in last.state.tensors.items() if key.startswith("model.encoder.")}
     row: Row = {"name": name, "method": method_name(config), "seed": config.seed, "config": config.to_dict()}
     row |= scores_of(encoder, config, data, device, config.watch.k)
+    row |= {"tuned_top1": _tuned(encoder, config, data, device), "memory_mib": footprint(config, device=device.type).total / 2**20}
     row |= {"loss": last.metrics["train/loss"], "step_ms": statistics.median(steps_ms), "train_s": time.perf_counter() - began}
     files.write_text(file, json.dumps(row, indent=1) + "\n")
     shutil.rmtree(checkpoints)
@@ -122,14 +137,38 @@ def table(rows: list[Row]) -> Iterator[str]:
     names = list(dict.fromkeys(row["name"] for row in rows))
     of = {name: [row for row in rows if row["name"] == name] for name in names}
     base = statistics.median(row["step_ms"] for row in of[names[0]])
-    yield "| method | recipe | kNN, % | linear probe, % | ms a step | ÷ the first |"
-    yield "|---|---|---|---|---|---|"
+    yield "| method | recipe | kNN, % | linear probe, % | fine-tuned on 10 %, % | ms a step | ÷ the first | MiB |"
+    yield "|---|---|---|---|---|---|---|---|"
     for name, mine in of.items():
-        scores = [_spread([100 * row[score] for row in mine]) for score in ("knn_top1", "probe_top1")]
+        scores = [_spread([100 * row[score] for row in mine]) for score in ("knn_top1", "probe_top1", "tuned_top1")]
         ms = statistics.median(row["step_ms"] for row in mine)
-        yield f"| {named(mine[0]['method']).title} | `{name}` | {scores[0]} | {scores[1]} | {ms:,.0f} | {ms / base:.2f} |"
+        config, first = (recipe(one) for one in (name, names[0]))
+        title = named(mine[0]["method"]).title + (f", {config.encoder.title}" if config.encoder != first.encoder else "")
+        memory = max(row["memory_mib"] for row in mine)
+        yield f"| {title} | `{name}` | {' | '.join(scores)} | {ms:,.0f} | {ms / base:.2f} | {memory:,.0f} |"
     seeds = sorted({row["seed"] for row in rows})
     yield f"\nMean and range of seeds {', '.join(map(str, seeds))}."
+
+
+def _tuned(encoder: dict[str, Tensor], config: Config, data: Path, device: torch.device) -> float:
+    """Test accuracy of the encoder with these weights, fine-tuned from h as a whole on a tenth of the labels: a ResNet as `simclr finetune`
+    does by default, a ViT with AdamW and layer decay, as MAE's authors do (arXiv:2111.06377, App. A.1)."""
+    manifest, ids, optim = read_manifest(data), labels.subset(loader.labels(data), _FEW, config.seed), FineTune().optim
+    if config.encoder.vit:
+        optim = Optim(name="adamw", base_lr=1e-3, weight_decay=0.05, layer_decay=0.75, warmup_epochs=5)
+    settings = Train(batch_size=min(64, len(ids)), epochs=30, precision=config.train.precision, compile=config.train.compile)
+    tuning = FineTune(seed=config.seed, encoder=config.encoder, views=config.views, optim=optim, train=settings, tap=0)
+    start = Start(data, device, ids=ids, threads=torch.get_num_threads())
+    method = method_of(tuning, start, manifest)
+    method.published["encoder"].load_state_dict(encoder)
+    nn.init.zeros_(method.published["classifier"].get_parameter("weight"))
+    return [report.metrics for report in train(tuning, start, method)][-1]["eval/top1"]
+
+
+def _in_use(config: Config, device: torch.device) -> float:
+    """MiB of weights, optimizer, views and step, as `simclr pretrain --dry-run` estimates them."""
+    found = footprint(config, device=device.type)
+    return (found.weights + found.momentum + found.views + found.step) / 2**20
 
 
 def _spread(values: list[float]) -> str:

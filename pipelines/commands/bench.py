@@ -48,8 +48,8 @@ class Args:
     loader: images/s of two crops from one decode, each kind of resize ÷ FFCV's own two pipelines; or of --crops of several sizes.
     views: views/s of flip, colour, grey and blur ÷ kornia's, at 32 and 224 px.
     cifar: a short pretraining by the loop alone: images/s, kNN and linear probe on all images.
-    methods: pretrainings by --recipes of one encoder, epochs and batch, --seeds each, by the loop alone: one table of kNN, linear probe and
-    time of a step; the same command again goes on.
+    methods: pretrainings by --recipes of the same epochs and batch, --seeds each, by the loop alone: one table of kNN, linear probe,
+    fine-tuning on a tenth of the labels, time of a step and memory; the same command again goes on.
     memory: MiB of the loader's process, epoch by epoch, for each kind of cache.
     footprint: the most memory of a training process, as `simclr pretrain --dry-run` estimates it ÷ as it is.
     probe: bytes that kNN and the quick probe take for a row of ImageNet's features, and GiB for all.

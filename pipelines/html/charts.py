@@ -311,6 +311,17 @@ def picture(image: NDArray[np.uint8], alt: str, widest: int = 256) -> str:
     return f'<img class="{sort}" width="{width}" height="{height}" alt="{escape(alt)}" src="{_data_uri(file, kind)}">'
 
 
+def columns(images: NDArray[np.uint8], kinds: Sequence[str]) -> str:
+    """Columns of pictures (n, kinds, H, W, 3) as HTML, from top to bottom by their `kinds`; "" of none."""
+    found = ""
+    for i, column in enumerate(images):
+        found += "<li>"
+        for kind, image in zip(kinds, column, strict=True):
+            found += f'<div><span aria-hidden="true">{kind}</span>{picture(image, f"Image {i + 1}, {kind}")}</div>'
+        found += "</li>"
+    return f'<ol class="gallery {display(images)}>{found}</ol>' if found else ""
+
+
 def sheet(thumbs: NDArray[np.uint8]) -> str:
     """The data: URI of one PNG with all thumbs (n, h, w, 3), row by row, ⌈√n⌉ to a row.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.html.charts import Quantity
 
@@ -28,6 +29,17 @@ class Words:
     """The pictures below an original."""
     given: str = "the two random views of it that the network is given"
     """They, in a sentence."""
+    aside: str = ""
+    """What kNN and linear probes of its features are not, in a sentence; "" = they are scores."""
+
+
+def unscored(method: str, run: str = "RUN") -> str:
+    """A sentence where kNN and linear probes are no score of `method`, with the command that finds one for `run`; "" where they are."""
+    if method != "mae":
+        return ""
+    # Its authors' rates and decay of layers (arXiv:2111.06377, Tab. 9).
+    command = f"simclr finetune {shlex.quote(run)} --optim.name adamw --optim.layer-decay 0.75"
+    return f"neighbours in its features and linear probes are no score of MAE; fine-tuning is: {command}"
 
 
 def words(method: str, config: Flat) -> Words:
@@ -91,11 +103,12 @@ def words(method: str, config: Flat) -> Words:
                 task="it learns to paint the patches of an image that it does not see",
                 loss="mean square error of the patches that are hidden"
                 + (", each normalised by its own mean and deviation" if normalised else "")
-                + "; the mean since the last report. Neighbours in its features are no score of it: fine-tune it to see what it is worth.",
+                + "; the mean since the last report.",
                 unit="",
                 chance=(1.0, "1: grey patches") if normalised else None,
                 views=("crop", "seen"),
                 given="a random crop of it, and the patches of that which the encoder sees",
+                aside="Neighbours in its features and linear probes are no score of MAE; fine-tuning is.",
             )
         case "finetune":
             return Words("it learns the labels", "cross entropy of the classifier with the labels; the mean since the last report.")
@@ -134,7 +147,8 @@ def _number(config: Flat, name: str) -> float:
 def quantities(method: str, said: Words) -> tuple[Quantity, ...]:
     """The curves of a run of `method`, in their order."""
     own = () if method in ("simclr", "mae", "finetune", "distill") else _AVERAGES[:1] if method == "swav" else _AVERAGES
-    return (*_learning(said), *_QUANTITIES, *own)
+    shared = (replace(q, meaning=f"{q.meaning} {said.aside}") if q.key == "eval/knn_top1" and said.aside else q for q in _QUANTITIES)
+    return (*_learning(said), *shared, *own)
 
 
 def _learning(said: Words) -> tuple[Quantity, ...]:

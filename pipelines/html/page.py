@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.html import charts, curves, neighbours
+from pipelines.html import charts, curves, neighbours, patches
 from pipelines.html.charts import escape, percent
 from pipelines.html.data import data_table
 from pipelines.html.neighbours import Neighbours, class_name
@@ -86,6 +86,12 @@ class ReportData:
     """How the source was understood (`Manifest.understood`)."""
     measured: str = ""
     """The images that the scores are of, in words; "" = not known."""
+    attention: NDArray[np.floating] = field(default_factory=lambda: np.zeros((0, 0, 0, 0)))
+    """(m, heads, rows, columns): the class token's attention to the patches of the neighbours' queries; empty = it has no class token."""
+    painted: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 3, 0, 0, 3), np.uint8))
+    """(n, 3, H, W, 3) of MAE: masked, painted, original."""
+    finetuned: tuple[str, float] | None = None
+    """A run that fine-tuned this one's encoder, and the share of test images that it classifies right; None = none is known."""
     method: str = "simclr"
     """The method of a pretraining, or the name of a later stage: see `curves.words`."""
 
@@ -110,7 +116,9 @@ def render(data: ReportData) -> str:
     training, points, near = _training(data, said), _points(data), data.neighbours
     sections = [
         ("training", "Training", _training_notes(training.drawn), training.figures),
-        ("views", "What the network sees", _views(data, said), _gallery(data, said)),
+        ("views", "What the network sees", _views(data, said), charts.columns(data.gallery, ("original", *said.views))),
+        ("painted", "What it paints", _painted_notes(data), charts.columns(data.painted, patches.PAINTED)),
+        ("attention", "Where it looks", patches.attention_notes(data.method, data.attention), _attention(data)),
         ("neighbours", "Nearest neighbours", neighbours.notes(near, data.classes), neighbours.drawn(near, data.classes)),
         ("map", "Map of the features", _map_notes(points), _map(data, points)),
         ("data", "The data", _DATA, data_table(data.understood)),
@@ -159,11 +167,14 @@ def document(
 
 def headline(data: ReportData) -> tuple[str, str]:
     """The result, and its comparison: ("kNN 91.3 %", "2.4 × raw pixels, … and 9.1 × chance.")."""
-    if not data.scores or not math.isfinite(data.scores[-1].knn_top1):
+    unscored = bool(curves.unscored(data.method))
+    if unscored or not data.scores or not math.isfinite(data.scores[-1].knn_top1):
         losses = [(row["step"], row["train/loss"]) for row in data.history if math.isfinite(row.get("train/loss", math.nan))]
         if not losses:
             return "No result yet", "the run has no score and no loss."
-        return f"Loss {losses[-1][1]:.3f}", f"after {losses[-1][0]:,.0f} steps; it began at {losses[0][1]:.3f}."
+        tuned = f" Fine-tuned, its encoder reaches {percent(data.finetuned[1])} top-1 ({data.finetuned[0]})." if data.finetuned else ""
+        of = _painting(data) if data.method == "mae" else ""
+        return f"Loss {losses[-1][1]:.3f}", f"{of}after {losses[-1][0]:,.0f} steps; it began at {losses[0][1]:.3f}.{tuned}"
     *others, own = data.scores
     against = [(s.name, s.knn_top1) for s in others] + ([("chance", data.chance)] if data.chance else [])
     ratios = [f"{_ratio(own.knn_top1 / value)}\N{NO-BREAK SPACE}× {name}" for name, value in against if math.isfinite(value) and value > 0]
@@ -171,6 +182,10 @@ def headline(data: ReportData) -> tuple[str, str]:
     if own.probe_top1 is not None and math.isfinite(own.probe_top1):
         sentences.append(f"A linear probe on the same features reaches {percent(own.probe_top1)}.")
     return f"kNN {percent(own.knn_top1)}", " ".join(sentences)
+
+
+def _painting(data: ReportData) -> str:
+    return f"mean square error of hidden patches, in {'normalised ' if data.config.get('normalised', True) else ''}pixels, "
 
 
 def _ratio(value: float) -> str:
@@ -190,6 +205,9 @@ def _scores(data: ReportData) -> str:
         + (f": {escape(data.measured)}." if data.measured else "."),
         "<em>Weighted kNN</em>: the nearest training images by cosine vote for their class, each with weight exp(cosine / temperature).",
     ]
+    if aside := curves.unscored(data.method):
+        said, _, command = aside.partition(": ")
+        notes.insert(0, f"<strong>{said[0].upper()}{said[1:]}: <code>{escape(command)}</code>.</strong>")
     if probed:
         notes.append("<em>Linear probe</em>: a logistic regression fitted to the frozen features.")
     if data.chance:
@@ -237,17 +255,17 @@ def _training_notes(drawn: list[charts.Quantity]) -> str:
 def _views(data: ReportData, said: curves.Words) -> str:
     small = data.config.get("local.crops")
     beside = f", beside {small} small crops that are not shown" if small else ""
-    return _VIEWS.format(given=f"and {said.given}" if " and " not in said.given else said.given, small=beside, task=escape(said.task))
+    given = f"and {said.given}" if " and " not in said.given else said.given
+    text = _VIEWS.format(given=given, small=beside, task=escape(said.task))
+    return text + (patches.UNPAINTED if data.method == "mae" and not len(data.painted) else "")
 
 
-def _gallery(data: ReportData, said: curves.Words) -> str:
-    columns = ""
-    for i, triple in enumerate(data.gallery):
-        columns += "<li>"
-        for kind, image in zip(("original", *said.views), triple, strict=True):
-            columns += f'<div><span aria-hidden="true">{kind}</span>{charts.picture(image, f"Image {i + 1}, {kind}")}</div>'
-        columns += "</li>"
-    return f'<ol class="gallery {charts.display(data.gallery)}>{columns}</ol>' if columns else ""
+def _painted_notes(data: ReportData) -> str:
+    return patches.painted_notes(bool(data.config.get("normalised", True)), data.config.get("mask_ratio"))
+
+
+def _attention(data: ReportData) -> str:
+    return patches.attention_drawn(data.neighbours.queries, data.attention, data.neighbours.query_labels, data.classes)
 
 
 def _points(data: ReportData) -> FeatureMap | None:

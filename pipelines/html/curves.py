@@ -29,6 +29,10 @@ class Words:
     """The pictures below an original."""
     given: str = "the two random views of it that the network is given"
     """They, in a sentence."""
+    measure: str = ""
+    """What the number of the loss is, ahead of "after N steps"; "" = the curve says it."""
+    against: str = ""
+    """With what to compare it, behind "it began at X"."""
     aside: str = ""
     """What kNN and linear probes of its features are not, in a sentence; "" = they are scores."""
 
@@ -51,12 +55,15 @@ def words(method: str, config: Flat) -> Words:
             return _simclr(config, n)
         case "moco":
             both = 2 if config.get("symmetric") else 1
+            alike = both * math.log(k + 1)
             each = "the sum over both views as queries, and " if both == 2 else ""
             return Words(
                 task="it learns to tell, by one view, the key of the other among the keys of earlier images",
                 loss="InfoNCE: minus the log of the probability that a query gives to its own key, the moving average’s of the other view, "
-                f"among the {k:,.0f} keys of the queue; {each}the mean since the last report.",
-                chance=(both * math.log(k + 1), f"{'2 ' if both == 2 else ''}ln(K + 1): all keys alike"),
+                f"among the {k:,.0f} keys of the queue; {each}the mean since the last report. It begins low, since no random key of the "
+                "first queue is like a query, and rises before it falls.",
+                chance=(alike, f"{'2 ' if both == 2 else ''}ln(K + 1): all keys alike"),
+                against=f", since the first queue is random; all keys alike give {alike:.3f}",
                 partner="share of queries whose own key is the nearest among the candidates.",
             )
         case "mocov3":
@@ -106,6 +113,8 @@ def words(method: str, config: Flat) -> Words:
                 + "; the mean since the last report.",
                 unit="",
                 chance=(1.0, "1: grey patches") if normalised else None,
+                measure="mean square error of hidden patches" + (", in normalised pixels, " if normalised else ", "),
+                against=", and grey patches give 1" if normalised else "",
                 views=("crop", "seen"),
                 given="a random crop of it, and the patches of that which the encoder sees",
                 aside="Neighbours in its features and linear probes are no score of MAE; fine-tuning is.",

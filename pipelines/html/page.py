@@ -173,8 +173,9 @@ def headline(data: ReportData) -> tuple[str, str]:
         if not losses:
             return "No result yet", "the run has no score and no loss."
         tuned = f" Fine-tuned, its encoder reaches {percent(data.finetuned[1])} top-1 ({data.finetuned[0]})." if data.finetuned else ""
-        of = _painting(data) if data.method == "mae" else ""
-        return f"Loss {losses[-1][1]:.3f}", f"{of}after {losses[-1][0]:,.0f} steps; it began at {losses[0][1]:.3f}.{tuned}"
+        said = curves.words(data.method, data.config)
+        rest = f"{said.measure}after {losses[-1][0]:,.0f} steps; it began at {losses[0][1]:.3f}{said.against}.{tuned}"
+        return f"Loss {losses[-1][1]:.3f}", rest
     *others, own = data.scores
     against = [(s.name, s.knn_top1) for s in others] + ([("chance", data.chance)] if data.chance else [])
     ratios = [f"{_ratio(own.knn_top1 / value)}\N{NO-BREAK SPACE}× {name}" for name, value in against if math.isfinite(value) and value > 0]
@@ -182,10 +183,6 @@ def headline(data: ReportData) -> tuple[str, str]:
     if own.probe_top1 is not None and math.isfinite(own.probe_top1):
         sentences.append(f"A linear probe on the same features reaches {percent(own.probe_top1)}.")
     return f"kNN {percent(own.knn_top1)}", " ".join(sentences)
-
-
-def _painting(data: ReportData) -> str:
-    return f"mean square error of hidden patches, in {'normalised ' if data.config.get('normalised', True) else ''}pixels, "
 
 
 def _ratio(value: float) -> str:
@@ -205,9 +202,6 @@ def _scores(data: ReportData) -> str:
         + (f": {escape(data.measured)}." if data.measured else "."),
         "<em>Weighted kNN</em>: the nearest training images by cosine vote for their class, each with weight exp(cosine / temperature).",
     ]
-    if aside := curves.unscored(data.method):
-        said, _, command = aside.partition(": ")
-        notes.insert(0, f"<strong>{said[0].upper()}{said[1:]}: <code>{escape(command)}</code>.</strong>")
     if probed:
         notes.append("<em>Linear probe</em>: a logistic regression fitted to the frozen features.")
     if data.chance:
@@ -215,8 +209,14 @@ def _scores(data: ReportData) -> str:
     return (
         '<table class="scores"><thead><tr><th scope="col">Representation</th><th scope="col">Weighted kNN, top-1</th>'
         f"{'<th scope=col>Linear probe, top-1</th>' if probed else ''}</tr></thead><tbody>{rows}</tbody></table>"
-        f'<p class="note">{" ".join(notes)}</p>'
+        f'{_aside(data)}<p class="note">{" ".join(notes)}</p>'
     )
+
+
+def _aside(data: ReportData) -> str:
+    """Below the table of a method that it does not score: what does."""
+    said, _, command = curves.unscored(data.method, data.facts.get("run", "RUN")).partition(": ")
+    return f'<p class="note"><strong>{said[0].upper()}{said[1:]}:</strong> <code>{escape(command)}</code></p>' if said else ""
 
 
 def _meter(value: float | None, chance: float | None) -> str:

@@ -62,7 +62,7 @@ def attention_drawn(images: NDArray[np.uint8], shares: NDArray[np.floating], lab
             name = f"head {j}" if j else "mean"
             shown += f"<li>{charts.picture(picture, f'Attention, {name}', 192)}<small>{name}</small></li>"
         rows += f"<li><figure>{charts.picture(image, f'Test image {i + 1}')}<figcaption>{own}</figcaption></figure><ol>{shown}</ol></li>"
-    return f'<ol class="neighbours {charts.display(images)}>{rows}</ol>'
+    return f'<ol class="neighbours maps {charts.display(images)}>{rows}</ol>'
 
 
 # ── MAE ────────────────────────────────────────────────────────────────────────────────────────────────────────────

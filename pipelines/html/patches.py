@@ -25,16 +25,12 @@ def attention_notes(method: str, shares: NDArray[np.floating]) -> str:
     """What stands beside the maps of `shares` (n, heads, rows, columns), as HTML."""
     if not shares.size:
         return ""
-    # DINO publishes the network with gradient, as its authors' code keeps both.
-    whose = (
-        "the trained network, which the run publishes; the paper shows its moving average" if method == "dino" else "the published encoder"
-    )
+    student = "the trained one (the student), which the run publishes; the paper shows its moving average (the teacher)"
     return (
         "<p>How much the class token attends to each patch of a test image in the last block: the mean over the heads, then each head. "
-        f"The network is {whose}.</p>"
+        f"The network is {student if method == 'dino' else 'the published encoder'}.</p>"
         '<p class="scale"><i></i>none to the most of each map by itself</p>'
-        f"<p>The token gives {charts.percent(float(1 - shares.sum((2, 3)).mean()))} to itself, the rest to the patches; no label told it "
-        "where to look.</p>"
+        f"<p>The token gives {charts.percent(float(1 - shares.sum((2, 3)).mean()))} of its attention to itself, the rest to patches.</p>"
     )
 
 

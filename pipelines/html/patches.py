@@ -34,16 +34,19 @@ def attention_notes(method: str, shares: NDArray[np.floating]) -> str:
     )
 
 
-def maps(images: NDArray[np.uint8], shares: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """(n, 1 + heads, H, W, 3): the mean of the `shares` (n, heads, rows, columns) over heads, then each head's, as large as the images
-    (n, H, W, 3). A map goes from 0 to its own largest share."""
-    height, width = images.shape[1:3]
+def maps(shares: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """(n, heads, rows, columns) → (n, 1 + heads, rows, columns, 3): the mean over heads, then each head's. A map goes from 0 to its own
+    largest share."""
     found = np.concatenate([shares.mean(1, keepdims=True), shares], 1, dtype=np.float64)
     found /= np.maximum(found.max((2, 3), keepdims=True), 1e-12)
-    rows, columns = (np.arange(side) * there // side for side, there in ((height, shares.shape[2]), (width, shares.shape[3])))
-    large = found[:, :, rows][..., columns]
     steps = np.linspace(0, 1, len(_VIRIDIS))
-    return np.stack([np.interp(large, steps, channel) for channel in _VIRIDIS.T], -1).round().astype(np.uint8)
+    return np.stack([np.interp(found, steps, channel) for channel in _VIRIDIS.T], -1).round().astype(np.uint8)
+
+
+def enlarged(drawn: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Pictures (…, rows, columns, 3) → (…, height, width, 3), where a patch is a rectangle."""
+    rows, columns = (np.arange(side) * there // side for side, there in ((height, drawn.shape[-3]), (width, drawn.shape[-2])))
+    return drawn[..., rows, :, :][..., columns, :]
 
 
 def attention_drawn(images: NDArray[np.uint8], shares: NDArray[np.floating], labels: NDArray[np.integer], classes: Sequence[str]) -> str:
@@ -51,7 +54,7 @@ def attention_drawn(images: NDArray[np.uint8], shares: NDArray[np.floating], lab
     if not shares.size:
         return ""
     rows = ""
-    for i, (image, drawn) in enumerate(zip(images, maps(images, shares), strict=True)):
+    for i, (image, drawn) in enumerate(zip(images, maps(shares), strict=True)):
         own = charts.escape(class_name(classes, int(labels[i])) if classes else f"test image {i + 1}")
         shown = ""
         for j, picture in enumerate(drawn):

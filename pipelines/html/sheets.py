@@ -21,7 +21,7 @@ def write_sheets(data: ReportData, folder: Path) -> list[Path]:
     original) into `folder`, where the report has such pictures. Returns the files."""
     found = {"views": data.gallery.transpose(1, 0, 2, 3, 4), "painted": data.painted.transpose(1, 0, 2, 3, 4)}
     if data.attention.size:
-        drawn = patches.maps(data.neighbours.queries, data.attention)
+        drawn = patches.enlarged(patches.maps(data.attention), *data.neighbours.queries.shape[1:3])
         found["attention"] = np.concatenate([data.neighbours.queries[:, None], drawn], 1)
     if len(data.neighbours.queries):
         found["neighbours"] = np.concatenate([data.neighbours.queries[:, None], data.neighbours.images], 1)

@@ -192,7 +192,8 @@ class _Attention(nn.Module):
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """(n, tokens, width) → q, k, v, each (n, heads, tokens, width / heads)."""
-        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        found: Tensor = self.qkv(x).unflatten(2, (3, self.heads, -1))
+        return found.permute(2, 0, 3, 1, 4).unbind()
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.parts(x)
@@ -219,7 +220,8 @@ def class_attention(network: VisionTransformer, x: Tensor) -> Tensor:
     q, k, _ = block.attn.parts(block.norm1(network.stages(x)[-2]))
     # The network itself never has these numbers: its kernels compute attention without storing the probabilities.
     shares = torch.softmax(q[:, :, :1] @ k.mT / math.sqrt(q.shape[-1]), -1)
-    return shares[:, :, 0, 1:].unflatten(2, (x.shape[2] // network.patch_px, -1))
+    found: Tensor = shares[:, :, 0, 1:].unflatten(2, (x.shape[2] // network.patch_px, -1))
+    return found
 
 
 # ── Positions ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -55,13 +55,13 @@ def shares(*shape: int) -> NDArray[np.float32]:
 def test_maps_go_from_nothing_to_their_own_most() -> None:
     """Two heads over 1 × 2 patches of 4 px: one looks left alone, the other at both alike."""
     given = np.array([[[[0.5, 0.0]], [[0.25, 0.25]]]])
-    found = patches.maps(noise(1, 4, 8), given)
+    found = patches.enlarged(patches.maps(given), 4, 8)
     assert found.shape == (1, 3, 4, 8, 3)
     little, most, third = (68, 1, 84), (253, 231, 37), found[0, 0, 0, 7]
     assert (found[0, 1, :, :4] == most).all() and (found[0, 1, :, 4:] == little).all() and (found[0, 2] == most).all()
     # Mean: 0.375 and 0.125, a third of the most, is two of viridis's six steps.
     assert (found[0, 0, :, :4] == most).all() and tuple(third) == (49, 104, 142)
-    assert (patches.maps(noise(1, 4, 8), np.zeros((1, 1, 1, 2))) == little).all()
+    assert (patches.maps(np.zeros((1, 1, 1, 2))) == little).all()
 
 
 def test_the_page_shows_a_map_of_every_head_beside_each_query() -> None:

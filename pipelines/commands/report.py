@@ -15,7 +15,6 @@ import numpy as np
 import tyro
 
 from pipelines.html import page
-from pipelines.html.curves import unscored
 from pipelines.html.neighbours import Neighbours
 from pipelines.html.page import FeatureMap, ReportData, Score
 from pipelines.html.sheets import write_sheets
@@ -28,7 +27,7 @@ from simclr.data.arrays import require_plain_headers, require_small
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.family import BYOL, DINO, MoCoV3, method_name
-from simclr.papers import named
+from simclr.papers import named, unscored
 from simclr.recipes import changed_from
 
 _MOST_BYTES = 1 << 30  # of pictures.npz, unpacked; the largest that `evaluate` writes is a tenth

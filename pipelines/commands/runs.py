@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from pipelines.html.curves import unscored
 from pipelines.runs import status
 from pipelines.runs.home import LEASE
 from pipelines.runs.listing import NAMES, Line, last_time, line, sweep
@@ -19,7 +18,7 @@ from pipelines.terminal import show
 from simclr.data.s3.uri import Address, address
 from simclr.errors import UserError
 from simclr.family import METHODS
-from simclr.papers import named
+from simclr.papers import named, unscored
 from simclr.text import printable
 
 if TYPE_CHECKING:

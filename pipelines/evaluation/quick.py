@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.evaluation import spread
 from pipelines.evaluation.inputs import device_of, held_back, require_common_classes, resolve
-from pipelines.html.curves import unscored
 from pipelines.parts.run import Where
 from pipelines.runs import scores, sync
 from pipelines.runs.directory import Run, load_run
@@ -21,6 +20,7 @@ from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.s3.uri import address
 from simclr.errors import UserError
 from simclr.family import MAE, method_name
+from simclr.papers import unscored
 
 if TYPE_CHECKING:
     import torch

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pipelines.html.charts import Quantity
+from simclr.papers import unscored
 
 Flat = Mapping[str, str | int | float | bool | None]
 """A config: "optim.base_lr" → 0.3."""
@@ -33,17 +33,6 @@ class Words:
     """What the number of the loss is, ahead of "after N steps"; "" = the curve says it."""
     against: str = ""
     """With what to compare it, behind "it began at X"."""
-    aside: str = ""
-    """What kNN and linear probes of its features are not, in a sentence; "" = they are scores."""
-
-
-def unscored(method: str, run: str = "RUN") -> str:
-    """A sentence where kNN and linear probes are no score of `method`, with the command that finds one for `run`; "" where they are."""
-    if method != "mae":
-        return ""
-    # Its authors' rates and decay of layers (arXiv:2111.06377, Tab. 9).
-    command = f"simclr finetune {shlex.quote(run)} --optim.name adamw --optim.layer-decay 0.75"
-    return f"neighbours in its features and linear probes are no score of MAE; fine-tuning is: {command}"
 
 
 def words(method: str, config: Flat) -> Words:
@@ -117,7 +106,6 @@ def words(method: str, config: Flat) -> Words:
                 against=", and grey patches give 1" if normalised else "",
                 views=("crop", "seen"),
                 given="a random crop of it, and the patches of that which the encoder sees",
-                aside="Neighbours in its features and linear probes are no score of MAE; fine-tuning is.",
             )
         case "finetune":
             return Words("it learns the labels", "cross entropy of the classifier with the labels; the mean since the last report.")
@@ -156,7 +144,9 @@ def _number(config: Flat, name: str) -> float:
 def quantities(method: str, said: Words) -> tuple[Quantity, ...]:
     """The curves of a run of `method`, in their order."""
     own = () if method in ("simclr", "mae", "finetune", "distill") else _AVERAGES[:1] if method == "swav" else _AVERAGES
-    shared = (replace(q, meaning=f"{q.meaning} {said.aside}") if q.key == "eval/knn_top1" and said.aside else q for q in _QUANTITIES)
+    aside, _, _ = unscored(method).partition(": ")
+    marked = f" {aside[:1].upper()}{aside[1:]}." if aside else ""
+    shared = (replace(q, meaning=q.meaning + marked) if q.key == "eval/knn_top1" else q for q in _QUANTITIES)
     return (*_learning(said), *shared, *own)
 
 

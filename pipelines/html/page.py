@@ -17,6 +17,7 @@ from pipelines.html.charts import escape, percent
 from pipelines.html.data import data_table
 from pipelines.html.neighbours import Neighbours, class_name
 from simclr import files
+from simclr.papers import unscored
 
 # The page may use only its own style, script and data: pictures, so that no class name can make it load anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -167,8 +168,8 @@ def document(
 
 def headline(data: ReportData) -> tuple[str, str]:
     """The result, and its comparison: ("kNN 91.3 %", "2.4 × raw pixels, … and 9.1 × chance.")."""
-    unscored = bool(curves.unscored(data.method))
-    if unscored or not data.scores or not math.isfinite(data.scores[-1].knn_top1):
+    no_score = bool(unscored(data.method))
+    if no_score or not data.scores or not math.isfinite(data.scores[-1].knn_top1):
         losses = [(row["step"], row["train/loss"]) for row in data.history if math.isfinite(row.get("train/loss", math.nan))]
         if not losses:
             return "No result yet", "the run has no score and no loss."
@@ -215,7 +216,7 @@ def _scores(data: ReportData) -> str:
 
 def _aside(data: ReportData) -> str:
     """Below the table of a method that it does not score: what does."""
-    said, _, command = curves.unscored(data.method, data.facts.get("run", "RUN")).partition(": ")
+    said, _, command = unscored(data.method, data.facts.get("run", "RUN")).partition(": ")
     return f'<p class="note"><strong>{said[0].upper()}{said[1:]}:</strong> <code>{escape(command)}</code></p>' if said else ""
 
 

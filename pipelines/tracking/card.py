@@ -7,12 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipelines.html.curves import unscored
 from pipelines.runs.scores import score_text
 from pipelines.tracking.record import Record
 from simclr import files
 from simclr.config import Encoder
-from simclr.papers import Named, named
+from simclr.papers import Named, named, unscored
 from simclr.text import printable_lines
 
 UNKNOWN_LICENCE = "unknown: nobody stated one; ask whoever made the encoder, and mind the licence of its training images"

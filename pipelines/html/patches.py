@@ -29,7 +29,7 @@ def attention_notes(method: str, shares: NDArray[np.floating]) -> str:
     return (
         "<p>How much the class token attends to each patch of a test image in the last block: the mean over the heads, then each head. "
         f"The network is {student if method == 'dino' else 'the published encoder'}.</p>"
-        '<p class="scale"><i></i>none to the most of each map by itself</p>'
+        '<p class="scale"><i></i>none to the most of each map by itself; one colour alone is even attention</p>'
         f"<p>The token gives {charts.percent(float(1 - shares.sum((2, 3)).mean()))} of its attention to itself, the rest to patches.</p>"
     )
 

@@ -133,7 +133,8 @@ def _painter(run: Run, home: Path | None) -> mae.Network | None:
         sync.Home(home).fetch_newest()
     newest = checkpoint.latest(run.checkpoints, say)
     if newest is None:
-        say(f"the page will not show what the network paints: that takes a checkpoint, which has the decoder, and {run.path} has none left")
+        shown = sync.shown(home or run.path)
+        say(f"the page will not show what the network paints: that takes a checkpoint, which has the decoder, and {shown} has none left")
         return None
     return mae.network_in(checkpoint.read(newest), run.config)
 

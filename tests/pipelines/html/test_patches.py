@@ -12,14 +12,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipelines.commands import runs
+from pipelines.commands import evaluate, runs
 from pipelines.commands.report import gather
 from pipelines.evaluation import quick
 from pipelines.html import charts, patches
 from pipelines.html.page import headline, render
 from pipelines.html.pictures import attention, painted
 from pipelines.html.sheets import write_sheets
-from pipelines.runs.directory import Run, open_run
+from pipelines.runs import sync
+from pipelines.runs.directory import Run, load_run, open_run
 from pipelines.runs.listing import line
 from pipelines.runs.scores import Measured
 from pipelines.runs.scores import write as write_scores
@@ -38,6 +39,7 @@ from simclr.views.ops import normalise
 from simclr.views.preprocessing import Preprocessing
 from tests.pipelines.html.test_page import NBSP, Page, a_run, noise
 from tests.simclr.methods.test_mae import SMALL
+from tests.support.s3 import Proxy
 
 COMMAND = "simclr finetune {} --optim.name adamw --optim.layer-decay 0.75"
 UNSCORED = "eighbours in its features and linear probes are no score of MAE"
@@ -176,6 +178,21 @@ def test_evaluate_of_mae_paints_with_its_newest_checkpoint(patterns: Path, tmp_p
     assert (found.painted[:, 1] != found.painted[:, 2]).any() and found.painted.std() > 0
     sheets = {path.stem for path in write_sheets(found, run.path / "evaluation")}
     assert sheets == {"views", "neighbours", "attention", "painted"}
+
+
+def test_of_a_run_in_s3_the_newest_checkpoint_is_fetched(
+    patterns: Path, tmp_path: Path, s3: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that has none of it yet."""
+    at = "s3://photos/runs/mae"
+    home = sync.Home(at)
+    run, net = a_published(SMALL, patterns, home.path), mae.build_network(replace(SMALL, seed=9))
+    home.send()
+    state = checkpoint.capture(3, SMALL.to_dict(), net, torch.optim.SGD(net.parameters(), 0.1))
+    home.send_checkpoint(checkpoint.write(run.checkpoints, state, 1), 1)
+    monkeypatch.setenv("SIMCLR_CACHE", str(tmp_path / "another"))
+    evaluate.evaluate(evaluate.Args(Path(at), baselines=False, limit=40, device="cpu"))
+    assert sync.Home(at).path != home.path and len(gather(load_run(sync.Home(at).path)).painted) == 8
 
 
 @pytest.mark.parametrize("kind", ["vit", "mean", "resnet"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 
@@ -88,3 +89,12 @@ NAMED = {
 def named(method: str) -> Named:
     """The `method` of this name; one that a newer version has is called by its name and cites nothing."""
     return NAMED.get(method) or Named(method, ())
+
+
+def unscored(method: str, run: str = "RUN") -> str:
+    """A sentence where kNN and linear probes are no score of `method`, with the command that finds one for `run`; "" where they are."""
+    if method != "mae":
+        return ""
+    # The optimizer and the decay by layers of its authors (arXiv:2111.06377, Tab. 9).
+    command = f"simclr finetune {shlex.quote(run)} --optim.name adamw --optim.layer-decay 0.75"
+    return f"neighbours in its features and linear probes are no score of MAE; fine-tuning is: {command}"

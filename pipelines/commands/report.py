@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import zipfile
@@ -26,7 +27,7 @@ from simclr.data.arrays import require_plain_headers, require_small
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.family import BYOL, DINO, MoCoV3, method_name
-from simclr.papers import named
+from simclr.papers import named, unscored
 from simclr.recipes import changed_from
 
 _MOST_BYTES = 1 << 30  # of pictures.npz, unpacked; the largest that `evaluate` writes is a tenth
@@ -44,9 +45,13 @@ _ARRAYS: dict[str, tuple[tuple[str | int, ...], type[np.generic]]] = {
     "map_labels": (("n",), np.int64),
     "map_predicted": (("n",), np.int64),
     "thumbs": (("n", "thumb height", "thumb width", 3), np.uint8),
+    "attention": (("a", "heads", "rows", "columns"), np.float32),
+    "painted": (("p", 3, "painted height", "painted width", 3), np.uint8),
 }
 _NAMED = {"query_names": "query", "neighbour_names": "neighbour"}
 """Not in files of earlier versions."""
+_SOME = ("attention", "painted")
+"""Of some runs alone."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,9 @@ def gather(run: Run) -> ReportData:
         "data": f"{run.origin} (manifest sha256 {run.data_digest[:12]}…)",
         **run.environment,
     }
-    gallery, neighbours, points = _pictures(run.path / "pictures.npz", len(manifest.classes) if manifest is not None else 1 << 31)
+    gallery, neighbours, points, attention, painted = _pictures(
+        run.path / "pictures.npz", len(manifest.classes) if manifest is not None else 1 << 31
+    )
     return ReportData(
         title=f"{named(method_name(run.config)).title} · {changed_from(run.recipe, run.config)}",
         method=method_name(run.config) if run.stage == "pretrain" else run.stage,
@@ -111,6 +118,9 @@ def gather(run: Run) -> ReportData:
         gallery=gallery,
         neighbours=neighbours,
         map=points,
+        attention=attention,
+        painted=painted,
+        finetuned=_finetuned(run),
         timings=list(run.timings().items()),
         understood=manifest.understood if manifest is not None else {},
         measured=of[1].told("knn_top1") if of is not None and of[1].limit else "",
@@ -138,6 +148,22 @@ def _scores(run: Run) -> tuple[list[Score], dict[str, str]]:
     intervals = ", ".join(scored.with_interval(name, last[name], at) for name, at in measured.intervals.items() if name in last)
     facts = {"kNN": f"k = {text['k']}, τ = {run.config.watch.temperature:g}, cosine", **({"scores": intervals} if intervals else {})}
     return scores, facts | limited
+
+
+def _finetuned(run: Run) -> tuple[str, float] | None:
+    """Of a run whose method kNN is no score of: the best of the runs beside it that fine-tuned its encoder, by name and top-1."""
+    if run.stage != "pretrain" or not unscored(method_name(run.config)) or not run.encoder.is_dir():
+        return None
+    from pipelines.train.classifiers import digest
+
+    own, found = digest(run.encoder), list[tuple[float, str]]()
+    for path in run.path.parent.glob("*/run.json"):
+        with contextlib.suppress(UserError):  # the page is this run's, not that of a damaged one beside it
+            other = load_run(path.parent)
+            scores = scored.newest(other) if getattr(other.config, "encoder_sha256", "") == own else None
+            if scores is not None and "top1" in scores[0]["scores"][-1]:
+                found.append((scores[0]["scores"][-1]["top1"], path.parent.name))
+    return max(found)[::-1] if found else None
 
 
 def _limited(run: Run) -> dict[str, str]:
@@ -176,9 +202,9 @@ def _with_averages(run: Run, history: list[dict[str, float]]) -> list[dict[str, 
     return [{**row, "train/ema": keep} for row, keep in zip(history, kept, strict=True)]
 
 
-def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, FeatureMap]:
-    """Gallery, neighbours and map of pictures.npz, with labels of so many `classes`; empty ones without that file. Raises UserError for a
-    file that `evaluate` did not write."""
+def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, FeatureMap, np.ndarray, np.ndarray]:
+    """Gallery, neighbours, map, attention and what MAE paints of pictures.npz, with labels of so many `classes`; empty ones without that
+    file. Raises UserError for a file that `evaluate` did not write."""
     found = {name: np.zeros([0 if isinstance(side, str) else side for side in shape], kind) for name, (shape, kind) in _ARRAYS.items()}
     if path.is_file():
         try:
@@ -186,6 +212,7 @@ def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, Feature
             require_plain_headers(path)
             with np.load(path) as file:
                 named = {name: np.full(file[f"{of}_labels"].shape, "") for name, of in _NAMED.items() if name not in file}
+                named |= {name: found[name] for name in _SOME if name not in file}
                 found = {name: named[name] if name in named else file[name] for name in found}
             _require_pictures(found, classes)
         # Errors of the file: nothing here computes.
@@ -204,7 +231,7 @@ def _pictures(path: Path, classes: int) -> tuple[np.ndarray, Neighbours, Feature
         similarity=found["similarity"],
     )
     points = FeatureMap(xy=found["map"], labels=found["map_labels"], predicted=found["map_predicted"], thumbs=found["thumbs"])
-    return found["gallery"], neighbours, points
+    return found["gallery"], neighbours, points, found["attention"], found["painted"]
 
 
 def _require_pictures(found: dict[str, np.ndarray], classes: int) -> None:
@@ -222,3 +249,6 @@ def _require_pictures(found: dict[str, np.ndarray], classes: int) -> None:
             raise ValueError(f"{name} has classes from {array.min()} to {array.max()}, the data has {classes}")
         if array.dtype == np.uint8 and len(array) and not array.size:
             raise ValueError(f"{name} has no pixels")
+    shares = found["attention"]
+    if len(shares) and (len(shares) != len(found["queries"]) or not shares.size or not np.all((shares >= 0) & (shares <= 1))):
+        raise ValueError(f"attention {shares.shape} has no shares of {len(found['queries'])} images")

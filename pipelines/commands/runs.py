@@ -17,6 +17,8 @@ from pipelines.runs.listing import NAMES, Line, last_time, line, sweep
 from pipelines.terminal import show
 from simclr.data.s3.uri import Address, address
 from simclr.errors import UserError
+from simclr.family import METHODS
+from simclr.papers import named, unscored
 from simclr.text import printable
 
 if TYPE_CHECKING:
@@ -119,7 +121,8 @@ def _tail(path: Path, size: int = 1 << 16) -> str:
 
 
 def table(groups: list[list[Line]]) -> str:
-    """The lines in columns, for people. Of several sweeps only the best trials are shown, and methods only where not all are SimCLR."""
+    """The lines in columns, for people. Of several sweeps only the best trials are shown, and methods only where not all are SimCLR. Below
+    them a sentence where kNN is shown of a method that it does not score."""
     rows: list[tuple[str, ...]] = [("run", "recipe", "method", "state", "step", "images/s", "checkpoint", "loss", "score", "last report")]
     for first, *trials in groups:
         shown = trials if len(groups) == 1 else trials[:_TRIALS]
@@ -130,10 +133,13 @@ def table(groups: list[list[Line]]) -> str:
     numbers = {"step", "images/s", "checkpoint", "loss", "score"}
     right = {column for column, name in enumerate(rows[0]) if name in numbers}
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
+    lines = [
         "  ".join(f"{cell:>{w}}" if i in right else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in rows
-    )
+    ]
+    with_knn = {one.method for one, *_ in groups if one.metric == "eval/knn_top1"}
+    asides = [unscored(name) for name in METHODS if named(name).title in with_knn and unscored(name)]
+    return "\n".join([*lines, *asides])
 
 
 def _row(one: Line, more: str = "") -> tuple[str, ...]:

@@ -19,11 +19,14 @@ from simclr.config import Config
 from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.s3.uri import address
 from simclr.errors import UserError
+from simclr.family import MAE, method_name
+from simclr.papers import unscored
 
 if TYPE_CHECKING:
     import torch
 
     from simclr.evaluation.features import Features
+    from simclr.methods import mae
     from simclr.views.preprocessing import Preprocessing
 
 
@@ -95,17 +98,45 @@ def run(encoder_or_run: Path, data_at: Path | None, settings: Settings, home: Pa
     shown = sync.shown(data_at or (evaluated.origin if evaluated else data))
     measured = _measured(data, manifest, shown, limit, rows[-1], kept, k, config, directory)
     say(f"scored on {measured.told('knn_top1' if 'knn_top1' in rows[-1] else 'rankme')}")
+    if "knn_top1" in rows[-1] and (aside := unscored(method_name(config), sync.shown(home or encoder_or_run) if evaluated else "ENCODER")):
+        say(aside)
     if evaluated is not None:
         from pipelines.html.pictures import write_pictures
 
         _say_kept(evaluated, measured)
         if measured.whole or evaluated.evaluation() is None:
             write_pictures(
-                encoder_or_run / "pictures.npz", config, data, *kept, query_split=sorted(manifest.splits)[0], device=device, at=shown
+                encoder_or_run / "pictures.npz",
+                config,
+                data,
+                *kept,
+                query_split=sorted(manifest.splits)[0],
+                device=device,
+                published=published,
+                painter=_painter(evaluated, home),
+                at=shown,
             )
         scores.write(evaluated, rows, measured, k=k)
         evaluated.took("evaluate", time.monotonic() - began)
     return rows
+
+
+def _painter(run: Run, home: Path | None) -> mae.Network | None:
+    """Encoder and decoder of a run of MAE, from its newest checkpoint, since it publishes no decoder; None without a checkpoint, which is
+    said, and for other runs. `home`: as in `run`."""
+    if not isinstance(run.config, MAE):
+        return None
+    from simclr import checkpoint
+    from simclr.methods import mae
+
+    if home is not None:
+        sync.Home(home).fetch_newest()
+    newest = checkpoint.latest(run.checkpoints, say)
+    if newest is None:
+        shown = sync.shown(home or run.path)
+        say(f"the page will not show what the network paints: that takes a checkpoint, which has the decoder, and {shown} has none left")
+        return None
+    return mae.network_in(checkpoint.read(newest), run.config)
 
 
 def _measured(

@@ -180,7 +180,7 @@ def _curve(
     if reference and bottom <= factor * reference[0] <= top:
         at = (top - factor * reference[0]) / (top - bottom)
         drawn += f'<path class="reference" d="M0 {1000 * at:.1f}H1000"/>'
-        letters += f'<span class="name {"below" if at < 0.2 else "above"}" style="top:{100 * at:.2f}%">{escape(reference[1])}</span>'
+        letters += f'<span class="name {_side(at, px[ok], py[ok])}" style="top:{100 * at:.2f}%">{escape(reference[1])}</span>'
     for i, t in enumerate(t for t in ticks(left, right, steps_marked) if left <= t <= right and t == round(t)):
         at = (t - left) / (right - left)
         drawn += f'<path class="tick" d="M{1000 * at:.1f} 1000v12"/>'
@@ -206,6 +206,17 @@ def _curve(
         f'<div class="plot" data-curve="{number}" role="img" aria-label="{escape(alt)}">'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{drawn}</svg>{letters}</div></figure>'
     ), rows
+
+
+def _side(at: float, px: NDArray[np.float64], py: NDArray[np.float64]) -> str:
+    """The side of a reference, `at` of the plot's height from its top, on which its name does not lie on the curve, points (px, py) in
+    thousandths: above, but below near the top, or the other one."""
+    letters = 0.11  # of the height of the plot; their width is about 0.4 of it, at its right
+    line = np.interp(np.linspace(600, 1000, 81), px, py) / 1000 - at
+    struck = {"above": ((line > -letters) & (line < 0)).any(), "below": ((line > 0) & (line < letters)).any()}
+    usual, other = ("below", "above") if at < 0.2 else ("above", "below")
+    fits = letters <= at if other == "above" else at <= 1 - letters
+    return other if struck[usual] and not struck[other] and fits else usual
 
 
 def _rounded(epoch: float) -> float | None:
@@ -309,6 +320,17 @@ def picture(image: NDArray[np.uint8], alt: str, widest: int = 256) -> str:
         drawn.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS).save(file, "JPEG", quality=85, optimize=True)
     kind, sort = ("png", "pixels") if crisp(image) else ("jpeg", "photo")
     return f'<img class="{sort}" width="{width}" height="{height}" alt="{escape(alt)}" src="{_data_uri(file, kind)}">'
+
+
+def columns(images: NDArray[np.uint8], kinds: Sequence[str]) -> str:
+    """Columns of pictures (n, kinds, H, W, 3) as HTML, from top to bottom by their `kinds`; "" of none."""
+    found = ""
+    for i, column in enumerate(images):
+        found += "<li>"
+        for kind, image in zip(kinds, column, strict=True):
+            found += f'<div><span aria-hidden="true">{kind}</span>{picture(image, f"Image {i + 1}, {kind}")}</div>'
+        found += "</li>"
+    return f'<ol class="gallery {display(images)}>{found}</ol>' if found else ""
 
 
 def sheet(thumbs: NDArray[np.uint8]) -> str:

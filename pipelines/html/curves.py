@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.html.charts import Quantity
+from simclr.papers import unscored
 
 Flat = Mapping[str, str | int | float | bool | None]
 """A config: "optim.base_lr" → 0.3."""
@@ -28,6 +29,10 @@ class Words:
     """The pictures below an original."""
     given: str = "the two random views of it that the network is given"
     """They, in a sentence."""
+    measure: str = ""
+    """What the number of the loss is, ahead of "after N steps"; "" = the curve says it."""
+    against: str = ""
+    """With what to compare it, behind "it began at X"."""
 
 
 def words(method: str, config: Flat) -> Words:
@@ -39,12 +44,15 @@ def words(method: str, config: Flat) -> Words:
             return _simclr(config, n)
         case "moco":
             both = 2 if config.get("symmetric") else 1
+            alike = both * math.log(k + 1)
             each = "the sum over both views as queries, and " if both == 2 else ""
             return Words(
                 task="it learns to tell, by one view, the key of the other among the keys of earlier images",
                 loss="InfoNCE: minus the log of the probability that a query gives to its own key, the moving average’s of the other view, "
-                f"among the {k:,.0f} keys of the queue; {each}the mean since the last report.",
-                chance=(both * math.log(k + 1), f"{'2 ' if both == 2 else ''}ln(K + 1): all keys alike"),
+                f"among the {k:,.0f} keys of the queue; {each}the mean since the last report. It begins low, since no random key of the "
+                "first queue is like a query, and rises before it falls.",
+                chance=(alike, f"{'2 ' if both == 2 else ''}ln(K + 1): all keys alike"),
+                against=f", since the first queue is random; all keys alike give {alike:.3f}",
                 partner="share of queries whose own key is the nearest among the candidates.",
             )
         case "mocov3":
@@ -91,9 +99,11 @@ def words(method: str, config: Flat) -> Words:
                 task="it learns to paint the patches of an image that it does not see",
                 loss="mean square error of the patches that are hidden"
                 + (", each normalised by its own mean and deviation" if normalised else "")
-                + "; the mean since the last report. Neighbours in its features are no score of it: fine-tune it to see what it is worth.",
+                + "; the mean since the last report.",
                 unit="",
                 chance=(1.0, "1: grey patches") if normalised else None,
+                measure="mean square error of hidden patches" + (", in normalised pixels, " if normalised else ", "),
+                against=", and grey patches give 1" if normalised else "",
                 views=("crop", "seen"),
                 given="a random crop of it, and the patches of that which the encoder sees",
             )
@@ -134,7 +144,10 @@ def _number(config: Flat, name: str) -> float:
 def quantities(method: str, said: Words) -> tuple[Quantity, ...]:
     """The curves of a run of `method`, in their order."""
     own = () if method in ("simclr", "mae", "finetune", "distill") else _AVERAGES[:1] if method == "swav" else _AVERAGES
-    return (*_learning(said), *_QUANTITIES, *own)
+    aside, _, _ = unscored(method).partition(": ")
+    marked = f" {aside[:1].upper()}{aside[1:]}." if aside else ""
+    shared = (replace(q, meaning=q.meaning + marked) if q.key == "eval/knn_top1" else q for q in _QUANTITIES)
+    return (*_learning(said), *shared, *own)
 
 
 def _learning(said: Words) -> tuple[Quantity, ...]:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.html import charts, curves, neighbours
+from pipelines.html import charts, curves, neighbours, patches
 from pipelines.html.charts import escape, percent
 from pipelines.html.data import data_table
 from pipelines.html.neighbours import Neighbours, class_name
 from simclr import files
+from simclr.papers import unscored
 
 # The page may use only its own style, script and data: pictures, so that no class name can make it load anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -86,6 +87,12 @@ class ReportData:
     """How the source was understood (`Manifest.understood`)."""
     measured: str = ""
     """The images that the scores are of, in words; "" = not known."""
+    attention: NDArray[np.floating] = field(default_factory=lambda: np.zeros((0, 0, 0, 0)))
+    """(m, heads, rows, columns): the class token's attention to the patches of the neighbours' queries; empty = it has no class token."""
+    painted: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 3, 0, 0, 3), np.uint8))
+    """(n, 3, H, W, 3) of MAE: masked, painted, original."""
+    finetuned: tuple[str, float] | None = None
+    """A run that fine-tuned this one's encoder, and the share of test images that it classifies right; None = none is known."""
     method: str = "simclr"
     """The method of a pretraining, or the name of a later stage: see `curves.words`."""
 
@@ -110,7 +117,9 @@ def render(data: ReportData) -> str:
     training, points, near = _training(data, said), _points(data), data.neighbours
     sections = [
         ("training", "Training", _training_notes(training.drawn), training.figures),
-        ("views", "What the network sees", _views(data, said), _gallery(data, said)),
+        ("views", "What the network sees", _views(data, said), charts.columns(data.gallery, ("original", *said.views))),
+        ("painted", "What it paints", _painted_notes(data), charts.columns(data.painted, patches.PAINTED)),
+        ("attention", "Where it looks", patches.attention_notes(data.method, data.attention), _attention(data)),
         ("neighbours", "Nearest neighbours", neighbours.notes(near, data.classes), neighbours.drawn(near, data.classes)),
         ("map", "Map of the features", _map_notes(points), _map(data, points)),
         ("data", "The data", _DATA, data_table(data.understood)),
@@ -159,11 +168,15 @@ def document(
 
 def headline(data: ReportData) -> tuple[str, str]:
     """The result, and its comparison: ("kNN 91.3 %", "2.4 × raw pixels, … and 9.1 × chance.")."""
-    if not data.scores or not math.isfinite(data.scores[-1].knn_top1):
+    no_score = bool(unscored(data.method))
+    if no_score or not data.scores or not math.isfinite(data.scores[-1].knn_top1):
         losses = [(row["step"], row["train/loss"]) for row in data.history if math.isfinite(row.get("train/loss", math.nan))]
         if not losses:
             return "No result yet", "the run has no score and no loss."
-        return f"Loss {losses[-1][1]:.3f}", f"after {losses[-1][0]:,.0f} steps; it began at {losses[0][1]:.3f}."
+        tuned = f" Fine-tuned, its encoder reaches {percent(data.finetuned[1])} top-1 ({data.finetuned[0]})." if data.finetuned else ""
+        said = curves.words(data.method, data.config)
+        rest = f"{said.measure}after {losses[-1][0]:,.0f} steps; it began at {losses[0][1]:.3f}{said.against}.{tuned}"
+        return f"Loss {losses[-1][1]:.3f}", rest
     *others, own = data.scores
     against = [(s.name, s.knn_top1) for s in others] + ([("chance", data.chance)] if data.chance else [])
     ratios = [f"{_ratio(own.knn_top1 / value)}\N{NO-BREAK SPACE}× {name}" for name, value in against if math.isfinite(value) and value > 0]
@@ -197,8 +210,14 @@ def _scores(data: ReportData) -> str:
     return (
         '<table class="scores"><thead><tr><th scope="col">Representation</th><th scope="col">Weighted kNN, top-1</th>'
         f"{'<th scope=col>Linear probe, top-1</th>' if probed else ''}</tr></thead><tbody>{rows}</tbody></table>"
-        f'<p class="note">{" ".join(notes)}</p>'
+        f'{_aside(data)}<p class="note">{" ".join(notes)}</p>'
     )
+
+
+def _aside(data: ReportData) -> str:
+    """Below the table of a method that it does not score: what does."""
+    said, _, command = unscored(data.method, data.facts.get("run", "RUN")).partition(": ")
+    return f'<p class="note"><strong>{said[0].upper()}{said[1:]}:</strong> <code>{escape(command)}</code></p>' if said else ""
 
 
 def _meter(value: float | None, chance: float | None) -> str:
@@ -237,17 +256,17 @@ def _training_notes(drawn: list[charts.Quantity]) -> str:
 def _views(data: ReportData, said: curves.Words) -> str:
     small = data.config.get("local.crops")
     beside = f", beside {small} small crops that are not shown" if small else ""
-    return _VIEWS.format(given=f"and {said.given}" if " and " not in said.given else said.given, small=beside, task=escape(said.task))
+    given = f"and {said.given}" if " and " not in said.given else said.given
+    text = _VIEWS.format(given=given, small=beside, task=escape(said.task))
+    return text + (patches.UNPAINTED if data.method == "mae" and not len(data.painted) else "")
 
 
-def _gallery(data: ReportData, said: curves.Words) -> str:
-    columns = ""
-    for i, triple in enumerate(data.gallery):
-        columns += "<li>"
-        for kind, image in zip(("original", *said.views), triple, strict=True):
-            columns += f'<div><span aria-hidden="true">{kind}</span>{charts.picture(image, f"Image {i + 1}, {kind}")}</div>'
-        columns += "</li>"
-    return f'<ol class="gallery {charts.display(data.gallery)}>{columns}</ol>' if columns else ""
+def _painted_notes(data: ReportData) -> str:
+    return patches.painted_notes(bool(data.config.get("normalised", True)), data.config.get("mask_ratio"))
+
+
+def _attention(data: ReportData) -> str:
+    return patches.attention_drawn(data.neighbours.queries, data.attention, data.neighbours.query_labels, data.classes)
 
 
 def _points(data: ReportData) -> FeatureMap | None:

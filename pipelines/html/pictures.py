@@ -14,11 +14,13 @@ from simclr import files, keyed
 from simclr.config import Config
 from simclr.data.loader import Batch, batches, in_order
 from simclr.data.sources.prepared import names_of
+from simclr.encoder.directory import PublishedEncoder
 from simclr.evaluation.features import Features
 from simclr.evaluation.knn import nearest
 from simclr.evaluation.rows import placed
 from simclr.family import MAE
-from simclr.methods.mae import seen
+from simclr.methods import mae
+from simclr.networks.vit import VisionTransformer, class_attention
 from simclr.views.preprocessing import Preprocessing
 from simclr.views.two_views import raw_views
 
@@ -30,10 +32,20 @@ _NAME = 100  # letters
 
 
 def write_pictures(
-    path: Path, config: Config, data: Path, train: Features, test: Features, query_split: str, device: torch.device, at: str | Path = ""
+    path: Path,
+    config: Config,
+    data: Path,
+    train: Features,
+    test: Features,
+    query_split: str,
+    device: torch.device,
+    published: PublishedEncoder,
+    painter: mae.Network | None = None,
+    at: str | Path = "",
 ) -> None:
     """Gallery (8, 3, H, W, 3): original and two views; neighbours of 8 test images, with their files' names; a 2-D map of up to 1,000 test
-    features.
+    features; of the same 8 images the class token's attention in the `published` encoder, where it has one, and what MAE's `painter` makes
+    of them, where there is one.
 
     `query_split` is the split of the test features; it is train if a part of that was held back. `at` is where the shards in `data` are
     from, if they are a copy.
@@ -47,9 +59,10 @@ def write_pictures(
     points = np.sort(keyed.permutation(0, 0, len(test.h))[:_POINTS])
     train_ids, test_ids = train.ids.cpu().numpy(), test.ids.cpu().numpy()
     wanted = _images(data, "train", config, train_ids[index.ravel()])
+    shown = _images(data, query_split, config, test_ids[queries])
     arrays: dict[str, NDArray[Any]] = {
         "gallery": gallery(config, data, _SHOWN),
-        "queries": _images(data, query_split, config, test_ids[queries]),
+        "queries": shown,
         "query_names": _names(data, query_split, test_ids[queries], at),
         "query_labels": test.y[queries].cpu().numpy(),
         "neighbours": wanted.reshape(*index.shape, *wanted.shape[1:]),
@@ -61,6 +74,10 @@ def write_pictures(
         "map_predicted": predicted[points],
         "thumbs": _thumbs(_images(data, query_split, config, test_ids[points])),
     }
+    if isinstance(encoder := published.encoder, VisionTransformer) and encoder.pool == "class":
+        arrays["attention"] = attention(encoder, published.preprocessing, shown)
+    if painter is not None and isinstance(config, MAE):
+        arrays["painted"] = painted(painter, config, published.preprocessing, shown, test_ids[queries])
     with files.whole(path) as scratch, scratch.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
@@ -106,13 +123,35 @@ def gallery(config: Config, data: Path, most: int) -> NDArray[np.uint8]:
         shown = replace(shown, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
     pixels = raw_views(batch.images[0][:n], ids, batch.epoch, shown, config.seed)
     if isinstance(config, MAE):
-        pixels = torch.cat([pixels[:n], seen(pixels[:n], config, batch.epoch, ids)])
+        pixels = torch.cat([pixels[:n], mae.seen(pixels[:n], config, batch.epoch, ids)])
     views = (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
     stream.close()
     originals = _images(data, "train", config, ids.numpy())
     if originals.shape[1:] != views.shape[1:]:
         originals = np.stack([_resized(image, views.shape[1]) for image in originals])
     return np.stack([originals, views[:n], views[n:]], 1)
+
+
+@torch.no_grad()
+def attention(encoder: VisionTransformer, preprocessing: Preprocessing, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(n, heads, rows, columns) of images (n, H, W, 3): see `class_attention`."""
+    x = preprocessing(torch.from_numpy(images)).to(encoder.cls_token.device)
+    shares: NDArray[np.float32] = class_attention(encoder, x).float().cpu().numpy()
+    return shares
+
+
+@torch.no_grad()
+def painted(
+    network: mae.Network, config: MAE, preprocessing: Preprocessing, images: NDArray[np.uint8], ids: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """(n, 3, H, W, 3) of images (n, H, W, 3) with sample `ids`: grey where the encoder does not see them in the first epoch, painted there
+    by the decoder, and as they are."""
+    pixels, device = preprocessing.resized(torch.from_numpy(images)), network.decoder.mask_token.device
+    x, order = preprocessing(torch.from_numpy(images)).to(device), mae.orders(config, 0, ids).to(device)
+    found = mae.completed(network({"views": x[None], "order": order[None]})["pred"][0], x, order, config).cpu()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    rows = torch.stack([mae.seen(pixels, config, 0, torch.from_numpy(ids)), (found * std + mean).clamp(0, 1), pixels], 1)
+    return (rows * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
 
 
 def _resized(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

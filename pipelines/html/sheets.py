@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.html import patches
 from pipelines.html.page import ReportData
 from simclr import files
 
@@ -15,9 +16,13 @@ _GAP_PX, _LEAST_PX, _MOST_PX = 4, 64, 192
 
 
 def write_sheets(data: ReportData, folder: Path) -> list[Path]:
-    """Write views.png (a column an image: original, view 0, view 1) and neighbours.png (a row a test image, its neighbours behind it, the
-    nearest first) into `folder`, where the report has such pictures. Returns the files."""
-    found = {"views": data.gallery.transpose(1, 0, 2, 3, 4)}
+    """Write views.png (a column an image: original, view 0, view 1), neighbours.png (a row a test image, its neighbours behind it, the
+    nearest first), attention.png (the same with the maps of `patches.maps`) and painted.png (a column a test image: masked, painted,
+    original) into `folder`, where the report has such pictures. Returns the files."""
+    found = {"views": data.gallery.transpose(1, 0, 2, 3, 4), "painted": data.painted.transpose(1, 0, 2, 3, 4)}
+    if data.attention.size:
+        drawn = patches.enlarged(patches.maps(data.attention), *data.neighbours.queries.shape[1:3])
+        found["attention"] = np.concatenate([data.neighbours.queries[:, None], drawn], 1)
     if len(data.neighbours.queries):
         found["neighbours"] = np.concatenate([data.neighbours.queries[:, None], data.neighbours.images], 1)
     written = []

@@ -11,7 +11,7 @@ from pipelines.runs.scores import score_text
 from pipelines.tracking.record import Record
 from simclr import files
 from simclr.config import Encoder
-from simclr.papers import Named, named
+from simclr.papers import Named, named, unscored
 from simclr.text import printable_lines
 
 UNKNOWN_LICENCE = "unknown: nobody stated one; ask whoever made the encoder, and mind the licence of its training images"
@@ -71,7 +71,7 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
         "  curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' --data-binary @-\n```\n\n"
         "A picture is the base64 of its file. The version brings its code and its requirements; this package need not be installed.",
         "## What it is\n\n" + _table(("", ""), rows),
-        "## Scores\n\n" + _scores(record),
+        "## Scores\n\n" + _scores(record) + _unscored(str(config.get("method", "simclr")), record),
     ]
     if not converted:
         parts.append("## Know before use\n\n" + _limits(seen))
@@ -148,6 +148,12 @@ def _scores(record: Record) -> str:
     first = next((name for name in ("knn_top1", "top1") if name in rows), next(iter(record.scores)))
     spread = "\n\nIn brackets: the 95 % interval over test sets (Wilson), not over training runs." if about.intervals else ""
     return _table(("score", f"on {about.told(first)}"), rows) + spread
+
+
+def _unscored(method: str, record: Record) -> str:
+    """Below scores that are none of the encoder's method: what finds one."""
+    said, _, command = unscored(method, "DIR").partition(": ") if "knn_top1" in record.scores else ("", "", "")
+    return f"\n\n{said[0].upper()}{said[1:]}:\n`{command}`." if said else ""
 
 
 def _limits(views: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from simclr import keyed
 from simclr import loss as losses
+from simclr.checkpoint import State, check, part
 from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
 from simclr.family import MAE
@@ -72,10 +73,38 @@ def painted(inputs: Rows, config: MAE) -> Rows:
     views = inputs["views"][0]
     patches = patches_of(views.float() if views.dtype == torch.bfloat16 else views, config.encoder.patch_px)
     if config.normalised:
-        patches = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+        mean, deviation = _moments(patches)
+        patches = (patches - mean) / deviation
     order = inputs["order"][0]
     gone = torch.ones(order.shape, dtype=patches.dtype, device=order.device).scatter_(1, order[:, : config.kept], 0.0)
     return {"patches": patches[None], "gone": gone[None]}
+
+
+def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, L, 3 p²) → mean and deviation of each patch, (n, L, 1), as the authors normalise by them."""
+    return patches.mean(2, keepdim=True), (patches.var(2, keepdim=True) + 1e-6).sqrt()
+
+
+def completed(pred: Tensor, x: Tensor, order: Tensor, config: MAE) -> Tensor:
+    """(n, 3, H, W) images: the patches of `x` that the encoder saw, the first `config.kept` of `order` (n, L), and in the other places the
+    decoder's, `pred` (n, L, 3 p²), as the authors paste them (arXiv:2111.06377, Fig. 2).
+
+    Of a normalised patch the decoder tells no mean and no deviation. For pictures it gets those of the patch that it stands for.
+    """
+    patches = patches_of(x, config.encoder.patch_px)
+    if config.normalised:
+        mean, deviation = _moments(patches)
+        pred = pred * deviation + mean
+    hidden = order[:, config.kept :, None].expand(-1, -1, patches.shape[2])
+    return images_of(patches.scatter(1, hidden, pred.to(patches.dtype).gather(1, hidden)), config.encoder.patch_px)
+
+
+def network_in(state: State, config: MAE) -> Network:
+    """The network in a checkpoint of a run with `config`, its decoder too, on the CPU. Raises UserError where it does not fit."""
+    network = build_network(config)
+    check(state, network)
+    network.load_state_dict(part(state, network, network))
+    return network.eval()
 
 
 def patches_of(x: Tensor, side: int) -> Tensor:

@@ -190,8 +190,13 @@ class _Attention(nn.Module):
         self.heads = heads
         self.qkv, self.proj = Linear(width, 3 * width, bias=qkv_bias), Linear(width, width)
 
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(n, tokens, width) → q, k, v, each (n, heads, tokens, width / heads)."""
+        found: Tensor = self.qkv(x).unflatten(2, (3, self.heads, -1))
+        return found.permute(2, 0, 3, 1, 4).unbind()
+
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = self.parts(x)
         y: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return y
 
@@ -204,6 +209,19 @@ class _Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return y
+
+
+def class_attention(network: VisionTransformer, x: Tensor) -> Tensor:
+    """(n, 3, H, W) → (n, heads, rows, columns): how much the class token attends to each patch in the last block, by head, as DINO's
+    authors show it (arXiv:2104.14294, Fig. 1): the first row of softmax(q kᵀ / √(width / heads)), without its first entry, which is the
+    token's attention to itself. So a head's map adds up to 1 less that. H and W are any whole numbers of patches."""
+    block = network.blocks[-1]
+    assert isinstance(block, _Block)
+    q, k, _ = block.attn.parts(block.norm1(network.stages(x)[-2]))
+    # The network itself never has these numbers: its kernels compute attention without storing the probabilities.
+    shares = torch.softmax(q[:, :, :1] @ k.mT / math.sqrt(q.shape[-1]), -1)
+    found: Tensor = shares[:, :, 0, 1:].unflatten(2, (x.shape[2] // network.patch_px, -1))
+    return found
 
 
 # ── Positions ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -163,6 +163,20 @@ FAMILY = (
         f"{_VIT}::test_sines_and_cosines_are_mocov3s",
     ),
     Mutation(
+        "attention-behind-the-last-block",
+        "simclr/networks/vit.py",
+        "block.norm1(network.stages(x)[-2])",
+        "block.norm1(network.stages(x)[-1])",
+        f"{_VIT}::test_the_class_tokens_attention_is_dinos",
+    ),
+    Mutation(
+        "painted-patches-left-normalised",
+        "simclr/methods/mae.py",
+        "pred = pred * deviation + mean",
+        "pred = pred + mean",
+        "tests/simclr/methods/test_mae.py::test_a_completed_picture_has_its_seen_patches_and_painted_ones_in_their_scale",
+    ),
+    Mutation(
         "paths-that-keep-their-length",
         "simclr/networks/vit.py",
         "(np.floor(keep + uniform) / keep)",

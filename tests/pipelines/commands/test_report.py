@@ -16,12 +16,12 @@ from pipelines.runs.directory import load_run
 from simclr.errors import UserError
 from tests.support.paths import GOLDEN
 
-_SIDES = {"g": 2, "m": 3, "k": 4, "n": 5}
+_SIDES = {"g": 2, "m": 3, "k": 4, "n": 5, "a": 3}
 
 
 def written(path: Path, **changed: Any) -> Path:
     """pictures.npz of unlabelled images of 8 px, with some arrays changed."""
-    fills: dict[type[np.generic], tuple[Any, Any]] = {np.uint8: (0, np.uint8), np.str_: ("a/b.jpg", "U9")}
+    fills: dict[type[np.generic], tuple[Any, Any]] = {np.uint8: (0, np.uint8), np.str_: ("a/b.jpg", "U9"), np.float32: (0, np.float32)}
     arrays = {
         name: np.full([_SIDES.get(side, 8) if isinstance(side, str) else side for side in shape], *fills.get(kind, (-1, kind)))
         for name, (shape, kind) in _ARRAYS.items()
@@ -31,16 +31,18 @@ def written(path: Path, **changed: Any) -> Path:
 
 
 def test_pictures_come_back(tmp_path: Path) -> None:
-    gallery, neighbours, points = _pictures(written(tmp_path / "pictures.npz"), 3)
+    gallery, neighbours, points, attention, painted = _pictures(written(tmp_path / "pictures.npz"), 3)
     assert gallery.shape == (2, 3, 8, 8, 3) and neighbours.images.shape == (3, 4, 8, 8, 3) and points.xy.shape == (5, 2)
+    assert attention.shape == (3, 8, 8, 8) and painted.shape == (8, 3, 8, 8, 3)
 
 
 def test_pictures_of_earlier_versions_have_no_names(tmp_path: Path) -> None:
     with np.load(written(tmp_path / "pictures.npz")) as file:
-        arrays = {name: file[name] for name in file if not name.endswith("names")}
+        arrays = {name: file[name] for name in file if not name.endswith("names") and name not in ("attention", "painted")}
         assert file["neighbour_names"][2, 3] == "a/b.jpg"
     np.savez_compressed(tmp_path / "pictures.npz", **arrays)
-    _, neighbours, _ = _pictures(tmp_path / "pictures.npz", 3)
+    _, neighbours, _, attention, painted = _pictures(tmp_path / "pictures.npz", 3)
+    assert attention.shape == (0, 0, 0, 0) and painted.shape == (0, 3, 0, 0, 3)
     assert neighbours.names is not None and neighbours.names.shape == (3, 4) and not neighbours.names.any()
 
 
@@ -53,6 +55,11 @@ def test_pictures_of_earlier_versions_have_no_names(tmp_path: Path) -> None:
         ({"thumbs": np.zeros((5, 8, 8, 3), np.float64)}, "thumbs is float64"),
         ({"neighbours": np.zeros((3, 4, 8, 0, 3), np.uint8)}, r"neighbours is uint8 \(3, 4, 8, 0, 3\)"),
         ({"thumbs": np.zeros((5, 0, 8, 3), np.uint8)}, "thumbs has no pixels"),
+        ({"attention": np.zeros((2, 1, 4, 4), np.float32)}, r"attention \(2, 1, 4, 4\) has no shares of 3 images"),
+        ({"attention": np.full((3, 1, 4, 4), np.nan, np.float32)}, r"attention \(3, 1, 4, 4\) has no shares of 3 images"),
+        ({"attention": np.zeros((3, 1, 4, 0), np.float32)}, r"attention \(3, 1, 4, 0\) has no shares of 3 images"),
+        ({"painted": np.zeros((3, 2, 8, 8, 3), np.uint8)}, r"painted is uint8 \(3, 2, 8, 8, 3\)"),
+        ({"painted": np.zeros((3, 3, 8, 0, 3), np.uint8)}, "painted has no pixels"),
         ({"map_labels": np.array([0, 1, 2, 3, 3])}, "map_labels has classes from 0 to 3, the data has 3"),
         ({"map": np.array([[{}, {}]] * 5, dtype=object)}, "allow_pickle"),
     ],

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simclr import loss
+from simclr import checkpoint, loss
 from simclr.config import Encoder, Optim, Views
 from simclr.data.loader import batches
 from simclr.errors import UserError
@@ -21,7 +21,7 @@ from simclr.family import MAE
 from simclr.gradient_cache import cached_gradient
 from simclr.methods import mae as module
 from simclr.methods.choice import shapes
-from simclr.methods.mae import Network, images_of, inputs_of, objective, orders, painted, patches_of, seen
+from simclr.methods.mae import Network, completed, images_of, inputs_of, network_in, objective, orders, painted, patches_of, seen
 from simclr.methods.method import Start
 from simclr.networks.vit import Decoder, vit
 from simclr.optim import dino_rule
@@ -222,6 +222,36 @@ def test_pictures_show_the_patches_that_the_run_sees() -> None:
     shown, order = patches_of(seen(x, SMALL, 2, ids), 8), orders(SMALL, 2, ids.numpy())
     for image, patches, own in zip(shown, patches_of(x, 8), order, strict=True):
         assert torch.equal(image[own[:4]], patches[own[:4]]) and bool((image[own[4:]] == 0.5).all())
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_completed_picture_has_its_seen_patches_and_painted_ones_in_their_scale(normalised: bool, within: Within) -> None:
+    """Written out patch by patch; what `painted` asks for gives the picture back."""
+    config, x = dataclasses.replace(SMALL, normalised=normalised), torch.rand(2, 3, 32, 32).double()
+    order, pred = torch.rand(2, 16).argsort(1), torch.randn(2, 16, 192).double()
+    found = patches_of(completed(pred, x, order, config), 8)
+    for i, patches in enumerate(patches_of(x, 8)):
+        for place, patch in enumerate(patches):
+            if place in order[i, :4].tolist():
+                assert torch.equal(found[i, place], patch)
+                continue
+            there = pred[i, place]
+            if normalised:
+                there = there * float(patch.var() + 1e-6) ** 0.5 + patch.mean()
+            within("patch", float((found[i, place] - there).abs().max()), 1e-12)
+    right = painted({"views": x[None], "order": order[None]}, config)["patches"][0]
+    within("back", float((completed(right, x, order, config) - x).abs().max()), 1e-12)
+
+
+def test_a_checkpoint_gives_the_decoder_back() -> None:
+    network = module.build_network(dataclasses.replace(SMALL, seed=7))
+    state = checkpoint.capture(3, SMALL.to_dict(), network, torch.optim.SGD(network.parameters(), 0.1))
+    found = network_in(state, SMALL)
+    rows = {"views": torch.rand(1, 2, 3, 32, 32), "order": torch.rand(1, 2, 16).argsort(2)}
+    assert torch.equal(found(rows)["pred"], network(rows)["pred"]) and not found.training
+    assert not torch.equal(module.build_network(SMALL)(rows)["pred"], network(rows)["pred"])
+    with pytest.raises(UserError, match=r"the checkpoint of step 3 does not fit this config: model\.decoder"):
+        network_in(state, dataclasses.replace(SMALL, decoder_width=24))
 
 
 def test_the_network_compiles_in_one_graph() -> None:

@@ -22,7 +22,7 @@ from simclr.methods.choice import pretraining
 from simclr.methods.method import Start
 from simclr.networks.encoders import build_encoder, depths
 from simclr.networks.resnet import resnet
-from simclr.networks.vit import SIZES, VisionTransformer, drop_path_rates, path_factors, positions_at, sin_cos, vit
+from simclr.networks.vit import SIZES, VisionTransformer, class_attention, drop_path_rates, path_factors, positions_at, sin_cos, vit
 from tests.conftest import Within
 from tests.support.paths import GOLDEN, SHARED
 
@@ -77,6 +77,37 @@ def test_attention_is_dinos(golden: dict[str, Tensor], network: VisionTransforme
     block: Any = network.blocks[-1]
     q, k, _ = block.attn.qkv(block.norm1(golden["block0_16"])).unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
     within("attention", apart(torch.softmax(q @ k.mT / math.sqrt(8), -1), golden["attention_last_16"]), 1e-10)
+
+
+def test_the_class_tokens_attention_is_dinos(golden: dict[str, Tensor], network: VisionTransformer, within: Within) -> None:
+    """The maps of their last block; with the token's attention to itself they add up to 1."""
+    theirs, ours = golden["attention_last_16"], class_attention(network, golden["x16"])
+    within("maps", apart(ours.flatten(2), theirs[:, :, 0, 1:]), 1e-10)
+    within("whole", apart(ours.sum((2, 3)) + theirs[:, :, 0, 0], torch.ones(ours.shape[:2]).double()), 1e-10)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sin_cos"])
+def test_the_class_tokens_attention_of_other_sizes(positions: Literal["learned", "sin_cos"], within: Within) -> None:
+    """A softmax written out, image by image and head by head, over 6 × 4 patches of a network whose table has 4 × 4."""
+    net, x = (
+        vit(width=32, blocks=2, heads=4, patch_px=4, size_px=16, positions=positions, seed=3).double(),
+        torch.rand(2, 3, 24, 16).double(),
+    )
+    block: Any = net.blocks[-1]
+    for p in block.parameters():  # as after training: at first all scores are nearly alike
+        p.data.mul_(3)
+    found, tokens = class_attention(net, x), block.norm1(net.stages(x)[1])
+    assert found.shape == (2, 4, 6, 4)
+    weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
+    for i in range(2):
+        for head in range(4):
+            of_q, of_k = slice(8 * head, 8 * head + 8), slice(32 + 8 * head, 32 + 8 * head + 8)
+            q = weight[of_q] @ tokens[i, 0] + bias[of_q]
+            scores = torch.stack([q @ (weight[of_k] @ token + bias[of_k]) / math.sqrt(8) for token in tokens[i]])
+            shares = scores.exp() / scores.exp().sum()
+            within("map", apart(found[i, head].flatten(), shares[1:]), 1e-12)
+            within("whole", abs(float((found[i, head].sum() + shares[0]).detach()) - 1), 1e-12)
+    assert float(found.detach().std()) > 1e-3 and apart(found[0], found[1]) > 1e-3
 
 
 def test_gradients_are_dinos(golden: dict[str, Tensor], network: VisionTransformer, within: Within) -> None:

@@ -20,8 +20,9 @@ from pipelines.bench.timing import Call, graph_breaks, peak_gib, rate, wait, wri
 from simclr.collectives import data_parallel, world_size
 from simclr.config import Config, SimCLR
 from simclr.data.loader import Batch, batches, on_device
+from simclr.data.tokens import VOCABULARY
 from simclr.errors import UserError
-from simclr.family import MAE, method_name
+from simclr.family import CLIP, MAE, method_name
 from simclr.methods.choice import pretraining, shapes
 from simclr.methods.method import Rows, Start
 from simclr.methods.simclr import Network, build_model
@@ -228,6 +229,8 @@ def resident_rows(config: Config, device: torch.device) -> Rows:
         rows[name] = views.unflatten(0, (crop.count, -1))
     if isinstance(config, MAE):
         rows["order"] = torch.rand(1, n, config.patches, generator=generator, device=device).argsort(2)
+    if isinstance(config, CLIP):
+        rows["tokens"] = torch.randint(VOCABULARY, (1, n, config.context), generator=generator, device=device)
     return rows
 
 

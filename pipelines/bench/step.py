@@ -20,7 +20,6 @@ from pipelines.bench.timing import Call, graph_breaks, peak_gib, rate, wait, wri
 from simclr.collectives import data_parallel, world_size
 from simclr.config import Config, SimCLR
 from simclr.data.loader import Batch, batches, on_device
-from simclr.data.tokens import VOCABULARY
 from simclr.errors import UserError
 from simclr.family import CLIP, MAE, method_name
 from simclr.methods.choice import pretraining, shapes
@@ -28,6 +27,7 @@ from simclr.methods.method import Rows, Start
 from simclr.methods.simclr import Network, build_model
 from simclr.networks.batchnorm import BatchNorm, share_statistics
 from simclr.networks.norm_forms import Form, give_form
+from simclr.networks.text import VOCABULARY
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.papers import named
 from simclr.precision import autocast, set_backends, views_dtype, weights_dtype

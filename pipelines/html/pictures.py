@@ -17,7 +17,7 @@ from simclr.data.sources.prepared import names_of
 from simclr.evaluation.features import Features
 from simclr.evaluation.knn import nearest
 from simclr.evaluation.rows import placed
-from simclr.family import MAE
+from simclr.family import CLIP, MAE
 from simclr.methods.mae import seen
 from simclr.views.preprocessing import Preprocessing
 from simclr.views.two_views import raw_views
@@ -102,7 +102,7 @@ def gallery(config: Config, data: Path, most: int) -> NDArray[np.uint8]:
     n = min(most, len(batch.ids))
     ids = batch.ids[:n].clone()
     shown = config.views
-    if isinstance(config, MAE):  # whose views are crops and flips alone
+    if isinstance(config, MAE | CLIP):  # whose views are crops and flips alone
         shown = replace(shown, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
     pixels = raw_views(batch.images[0][:n], ids, batch.epoch, shown, config.seed)
     if isinstance(config, MAE):

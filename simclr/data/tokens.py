@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,6 @@ from numpy.typing import NDArray
 from simclr.errors import UserError
 from simclr.extras import command, has
 
-VOCABULARY = 49_408
-"""Numbers of tokens, the begin's and the end's included; the end has the highest."""
 _KEPT = 1 << 17  # captions whose tokens are kept: a caption takes 0.1 ms
 
 
@@ -32,6 +32,12 @@ def _tokens(caption: str, context: int) -> tuple[int, ...]:
 def _tokenizer(context: int) -> Any:
     if not has("open_clip"):
         raise UserError(f"open_clip_torch, whose tokenizer reads captions, is not installed; add it with `{command('pairs')}`")
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer(context_length=context)
+    # The package imports timm and its own models first, for five seconds in every worker; the tokenizer's file stands alone.
+    found = importlib.util.find_spec("open_clip")
+    assert found is not None and found.submodule_search_locations
+    path = Path(found.submodule_search_locations[0]) / "tokenizer.py"
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer(context_length=context)

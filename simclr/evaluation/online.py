@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from simclr.config import Config
 from simclr.evaluation import features, knn, representation
-from simclr.evaluation.zero_shot import class_directions, zero_shot
-from simclr.family import CLIP
 from simclr.precision import autocast
 from simclr.views.preprocessing import Preprocessing
 
 _RANKED = 2048  # features whose singular values are taken
-
-
-def zero_shot_of(towers: Any, config: CLIP, classes: Sequence[str], data: Path, device: torch.device, threads: int) -> dict[str, float]:
-    """{"eval/zero_shot_top1"} of `towers` (`simclr.methods.clip.Towers`) as they stand, on images of the test split."""
-    seen, dtype = Preprocessing.of(config.views), next(towers.parameters()).dtype
-    with autocast(config.train.precision, device):
-        queries = features.embed_split(towers, data, "test", seen, config.watch.queries, device, dtype, threads=threads).labelled()
-        directions = class_directions(classes, (config.prompt,), partial(towers.texts, context=config.context))
-    return {"eval/zero_shot_top1": zero_shot(queries.h, queries.y, directions)} if len(queries.y) else {}
 
 
 def knn_of(encoder: nn.Module, config: Config, data: Path, device: torch.device, threads: int) -> dict[str, float]:

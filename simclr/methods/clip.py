@@ -11,6 +11,7 @@ initial weights keyed. The tokenizer is CLIP's, from open_clip's wheel.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -22,17 +23,19 @@ from simclr.data import tokens as words
 from simclr.data.loader import Batch
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
-from simclr.evaluation.online import zero_shot_of
+from simclr.evaluation.features import embed_split
+from simclr.evaluation.zero_shot import class_directions, similarities
 from simclr.family import CLIP
-from simclr.methods.method import Method, Rows, Start, begun, examples_of, paths_for, placed, schedule, views_for
+from simclr.methods.method import Method, Rows, Start, begun, examples_of, no_evaluation, paths_for, placed, schedule, views_for
 from simclr.methods.online import neighbours, of_pairs, of_rows
 from simclr.networks.encoders import Encoder, encoded, encoder_of
-from simclr.networks.initial import Law, Linear, draw
-from simclr.networks.text import TextTransformer
+from simclr.networks.text import VOCABULARY, Towers
 from simclr.optim import dino_rule, parameter_groups
+from simclr.precision import autocast
 from simclr.telemetry.collapse import Least
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
+from simclr.views.preprocessing import Preprocessing
 
 
 class Network(nn.Module):
@@ -42,22 +45,19 @@ class Network(nn.Module):
     def __init__(self, config: CLIP) -> None:
         super().__init__()
         self.encoder: Encoder = encoder_of(config)
-        self.text = TextTransformer(words.VOCABULARY, config.context, config.text_width, config.text_blocks, config.text_heads, config.seed)
-        self.image_head = Linear(self.encoder.d_h, config.d_out, bias=False)
-        self.text_head = Linear(config.text_width, config.d_out, bias=False)
-        for name in ("image_head", "text_head"):
-            draw(getattr(self, name), config.seed, name, _law)
+        self.towers = build_towers(config, self.encoder.d_h)
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / config.temperature)))
 
     def forward(self, rows: Rows) -> Rows:
         seen = {name: x for name, x in rows.items() if name != "tokens"}
-        image, text = self.image_head(encoded(self.encoder, seen)), self.text_head(self.text(rows["tokens"][0]))
+        image, text = self.towers.images(encoded(self.encoder, seen)), self.towers.texts(rows["tokens"][0])
         return {"image": image[None], "text": text[None], "scale": self.log_scale.exp().expand(len(image), 1)[None]}
 
 
-def _law(name: str, layer: nn.Module) -> Law:
-    assert isinstance(layer, Linear)
-    return Law("normal", layer.weight.shape[1] ** -0.5)
+def build_towers(config: CLIP, d_h: int) -> Towers:
+    """Behind an encoder whose representations have `d_h` numbers, the text tower and both heads, with the initial weights of the seed."""
+    c = config
+    return Towers(d_h, c.d_out, VOCABULARY, c.context, c.text_width, c.text_blocks, c.text_heads, c.seed)
 
 
 def clip(config: CLIP, start: Start, manifest: Manifest | None = None) -> Method:
@@ -72,10 +72,8 @@ def clip(config: CLIP, start: Start, manifest: Manifest | None = None) -> Method
 
     def evaluate() -> dict[str, float]:
         """kNN of the encoder and, by the names of the classes, zero-shot accuracy."""
-        found = nearest()
-        if not found or manifest is None:
-            return {}
-        return found | zero_shot_of(Towers(network), config, manifest.classes, start.data, start.device, start.loader_threads)
+        assert manifest is not None
+        return nearest() | zero_shot_of(network.encoder, network.towers, config, manifest.classes, start)
 
     return Method(
         crops=crops,
@@ -85,37 +83,11 @@ def clip(config: CLIP, start: Start, manifest: Manifest | None = None) -> Method
         after=partial(clamp, network, config.scale_most),
         report=partial(diagnosed, images=images),
         groups=parameter_groups(network, config.optim, schedule(config, examples), config.total_steps(examples), dino_rule),
-        published={"encoder": network.encoder},
-        evaluate=evaluate if manifest is not None else no_towers,
+        published={"encoder": network.encoder, "towers": network.towers},
+        evaluate=evaluate if nearest is not no_evaluation else no_evaluation,
         chance=math.log(images),
         least=Least(dimension=1.2),
     )
-
-
-def no_towers() -> dict[str, float]:
-    """No score."""
-    return {}
-
-
-class Towers(nn.Module):
-    """(n, 3, H, W) images → (n, d) in the common space; and `texts`, captions → (n, d) there."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-        self.d_h = network.image_head.weight.shape[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.network.image_head(self.network.encoder(x))
-        return found
-
-    @torch.no_grad()
-    def texts(self, captions: list[str], context: int) -> Tensor:
-        """(n, d) of n texts."""
-        weight = self.network.text_head.weight
-        tokens = torch.from_numpy(words.tokens_of(captions, context)).to(weight.device)
-        found: Tensor = self.network.text_head(self.network.text(tokens))
-        return found
 
 
 def inputs_of(batch: Batch, some: slice, crops: tuple[Crop, ...], config: CLIP, device: torch.device) -> Rows:
@@ -129,6 +101,24 @@ def objective(outputs: Rows, targets: Rows, step: int, images: int) -> tuple[Ten
     """This rank's share of the loss, and its sums: both losses' mean, and the factor of the cosines."""
     found = losses.clip(outputs["image"][0], outputs["text"][0], outputs["scale"][0, :, 0], images)
     return found, {"train/loss": found}
+
+
+@torch.no_grad()
+def zero_shot_of(encoder: Encoder, towers: Towers, config: CLIP, classes: Sequence[str], start: Start) -> dict[str, float]:
+    """{"eval/zero_shot_top1"} of the towers as they stand, on images of the test split: of watch.queries images, or all."""
+    seen, dtype = Preprocessing.of(config.views), next(encoder.parameters()).dtype
+    with autocast(config.train.precision, start.device):
+        given = encoder, start.data, "test", seen, config.watch.queries, start.device, dtype
+        queries = embed_split(*given, threads=start.loader_threads).labelled()
+        directions = class_directions(classes, (config.prompt,), partial(texts_of, towers, config.context))
+        images = towers.images(queries.h.to(towers.image_head.weight.device, dtype))
+    return {"eval/zero_shot_top1": float((similarities(images, directions).argmax(1).cpu() == queries.y).double().mean())}
+
+
+@torch.no_grad()
+def texts_of(towers: Towers, context: int, captions: list[str]) -> Tensor:
+    """(n, d) of n texts in the common space."""
+    return towers.texts(to_device(torch.from_numpy(words.tokens_of(captions, context)), towers.text_head.weight.device))
 
 
 @torch.no_grad()

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from simclr.networks.initial import Law, Linear, draw, fill
 from simclr.networks.vit import Block
 
+VOCABULARY = 49_408
+"""Numbers of CLIP's tokens, the begin's and the end's included; the end has the highest."""
+
 
 class TextTransformer(nn.Module):
     """(n, L) tokens → (n, width): the last token of each text, which has the highest number, behind the blocks and the last norm.
@@ -38,6 +41,33 @@ class TextTransformer(nn.Module):
         ends = tokens.argmax(1)
         found: Tensor = self.norm(x[torch.arange(len(x), device=x.device), ends])
         return found
+
+
+class Towers(nn.Module):
+    """What leads into the common space of images and texts: a text transformer, and a linear map behind it and behind the encoder of images
+    (arXiv:2103.00020, Fig. 3), of N(0, 1 / fan-in)."""
+
+    def __init__(self, d_h: int, d_out: int, vocabulary: int, context: int, width: int, blocks: int, heads: int, seed: int = 0) -> None:
+        super().__init__()
+        self.transformer = TextTransformer(vocabulary, context, width, blocks, heads, seed)
+        self.image_head, self.text_head = Linear(d_h, d_out, bias=False), Linear(width, d_out, bias=False)
+        for name in ("image_head", "text_head"):
+            draw(getattr(self, name), seed, name, _fan_in)
+
+    def images(self, h: Tensor) -> Tensor:
+        """Representations (n, d_h) → (n, d_out), of any length."""
+        found: Tensor = self.image_head(h)
+        return found
+
+    def texts(self, tokens: Tensor) -> Tensor:
+        """Tokens (n, L) → (n, d_out), of any length."""
+        found: Tensor = self.text_head(self.transformer(tokens))
+        return found
+
+
+def _fan_in(name: str, layer: nn.Module) -> Law:
+    assert isinstance(layer, Linear)
+    return Law("normal", layer.weight.shape[1] ** -0.5)
 
 
 def _law(name: str, layer: nn.Module, width: int, blocks: int) -> Law:

@@ -101,8 +101,6 @@ def _step(rows: list[Row]) -> str:
         said.append(f"{found['plain torch']['ratio']:.3f} × plain torch")
     if "simclr, fed from shards" in found:
         said.append(f"fed {100 / found['simclr, fed from shards']['ratio']:.1f} % of resident")
-    forms = [form for form in ("norm as sums", "norm kernels") if f"simclr, {form}" in found]
-    said += [f"{form} {1 / found[f'simclr, {form}']['ratio']:.3f} ×" for form in forms]
     if first["peak_gib"] is not None:
         said.append(f"{first['peak_gib']:.1f} GiB")
     return ", ".join(said)
@@ -145,7 +143,6 @@ def _train(rows: list[Row]) -> str:
 _R50 = "--recipe imagenet_resnet50 --precision bfloat16"
 _TINY = "--recipe patterns_tiny"
 _TOY = "--recipe patterns_tiny --batch-size 8 --steps 6 --trials 1 --window-s 0"
-_SIDES = "resident plain fed views loader"  # without BatchNorm's other forms, each of which compiles a network of its own
 # The limits at toy size end a phase that hangs; the others end a phase that takes more time than it is worth.
 _PLAN = (
     Line(
@@ -188,7 +185,7 @@ _PLAN = (
         what="step --data photographs --profile step-photographs.txt",
         needs="photographs",
         figure=_step,
-        gpu=Run(f"{_R50} --compile --batch-size 512 --steps 20 --sides {_SIDES}", 190, 270),
+        gpu=Run(f"{_R50} --compile --batch-size 512 --steps 20", 190, 270),
         cpu=Run(f"{_TINY} --batch-size 64 --steps 10", 70, 150),  # the same path at 32 px: at 224 a step takes minutes
         dry=Run(_TOY, 15, 180),
     ),
@@ -206,7 +203,7 @@ _PLAN = (
         what="step --data small --profile step-small.txt",
         needs="small",
         figure=_step,
-        gpu=Run(f"--batch-size 512 --precision bfloat16 --compile --steps 100 --sides {_SIDES}", 100, 150),
+        gpu=Run("--batch-size 512 --precision bfloat16 --compile --steps 100", 100, 150),
         cpu=Run("--recipe cifar10_resnet14 --batch-size 32 --steps 8", 50, 120),
         dry=Run(_TOY, 12, 180),
     ),
@@ -266,14 +263,6 @@ _PLAN = (
         gpu=Run("--steps 30 --trials 5", 15, 40),
         cpu=Run("--steps 15", 15, 90),
         dry=Run("--steps 6 --trials 1", 6, 180),
-    ),
-    Line(
-        name="BatchNorm's forms",
-        what="step",
-        figure=_step,
-        gpu=Run(f"{_R50} --compile --batch-size 512 --steps 20 --sides resident sums kernels", 290, 360),
-        cpu="each compiles a network of its own, and all are for photographs",
-        dry=Run(f"{_TOY} --sides resident sums kernels", 15, 180),
     ),
     Line(
         name="gradient caching, N = 8,192",

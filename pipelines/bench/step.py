@@ -26,7 +26,6 @@ from simclr.methods.choice import pretraining, shapes
 from simclr.methods.method import Rows, Start
 from simclr.methods.simclr import Network, build_model
 from simclr.networks.batchnorm import BatchNorm, share_statistics
-from simclr.networks.norm_forms import Form, give_form
 from simclr.networks.text import VOCABULARY
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.papers import named
@@ -37,10 +36,9 @@ Step = Callable[[], Tensor]
 """Takes one optimizer step and returns its loss on the device, without waiting for it."""
 See = Callable[[slice], Rows]
 """Some of a rank's images → their input rows."""
-Side = Literal["resident", "plain", "simclr", "cached", "fed", "views", "loader", "sums", "kernels"]
+Side = Literal["resident", "plain", "simclr", "cached", "fed", "views", "loader"]
 
 OURS, PLAIN, FED = "simclr", "plain torch", "simclr, fed from shards"
-FORMS: dict[Form, str] = {"sums": "simclr, norm as sums", "kernels": "simclr, norm kernels"}
 _BESIDE = "beside"
 """SimCLR's step where the config is another method's; it is printed as simclr, and the sides of ours by the method's name."""
 _VIEWS, _LOADER = "views alone", "loader alone"
@@ -61,8 +59,8 @@ def step(
 ) -> Iterator[Row]:
     """Print and give, row by row, images/s of the sides `asked` for, or of all possible ones: our step and plain torch's on resident views,
     for another method than SimCLR our step and SimCLR's with the same encoder, batch, precision and optimizer; with `train.micro_batch`
-    gradient caching's; with shards in `data` our step fed by loader and views, and these two alone; compiled on a GPU our step with each of
-    `simclr.networks.norm_forms`. The fed side shares our network, every other compiles its own. Then profile and cost."""
+    gradient caching's; with shards in `data` our step fed by loader and views, and these two alone. The fed side shares our network, every
+    other compiles its own. Then profile and cost."""
     n = config.images_per_rank(1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -106,13 +104,12 @@ def _sides(
     beside: tuple[Side, ...] = ("simclr",) if not isinstance(config, SimCLR) else ("plain",) if comparable else ()
     there: tuple[Side, ...] = ("resident", *beside, *(("cached",) if config.pieces(1) > 1 else ()))
     there += ("fed", "views", "loader") if data is not None else ()
-    if missing := [side for side in asked if side not in (*there, *FORMS)]:
+    if missing := [side for side in asked if side not in there]:
         needs = {"cached": "--micro-batch", "plain": "SimCLR with NT-Xent", "simclr": "a recipe of another method"}.get(
             missing[0], "--data"
         )
         raise UserError(f"--sides {missing[0]} needs {needs}; give it, or leave that side out")
-    forms = tuple(FORMS) if config.train.compile and device.type == "cuda" else ()
-    wanted = asked or (*there, *forms)
+    wanted = asked or there
     whole = replace(config, train=replace(config.train, micro_batch=None))
     made: dict[str, Call] = {}
     if data is not None:  # before anything compiles: it raises if the shards are wrong
@@ -123,7 +120,7 @@ def _sides(
         held = next(stream)
     if {"resident", "fed"} & set(wanted):
         ours = our_step(whole, device)
-    if {"resident", "plain", "simclr", *FORMS} & set(wanted):
+    if {"resident", "plain", "simclr"} & set(wanted):
         rows = resident_rows(whole, device)
     if "resident" in wanted:
         made[OURS] = partial(ours, resident(rows))
@@ -134,9 +131,6 @@ def _sides(
         made[PLAIN] = plain_step(whole, rows)
     if "simclr" in wanted:
         made[_BESIDE] = partial(our_step(simclr_of(whole), device), resident(resident_rows(simclr_of(whole), device)))
-    for form, name in FORMS.items():
-        if form in wanted:
-            made[name] = partial(our_step(whole, device, form), resident(rows))
     if "cached" in wanted:
         made[_cached(config)] = partial(our_step(config, device), of_noise(config, device))
     if "views" in wanted:
@@ -203,8 +197,6 @@ def _print_table(rows: list[Row], config: Config, how: str) -> None:
             than = f"   simclr is {row['ratio']:.3f} × {pairs}"
         elif row["name"] == _BESIDE and base == OURS:
             than = f"   a step of {method_name(config)} takes {1 / row['ratio']:.3f} × (pairs {1 / row['high']:.3f} … {1 / row['low']:.3f})"
-        elif row["name"] in FORMS.values() and base == OURS:
-            than = f"   {1 / row['ratio']:.3f} × the step with BatchNorm as it is (pairs {1 / row['high']:.3f} … {1 / row['low']:.3f})"
         elif row["name"] == _cached(config) and base == OURS:
             than = f"   an image costs {row['ratio']:.3f} × the whole batch's {pairs}, its views made twice"
         memory = "" if row["peak_gib"] is None else f" {row['peak_gib']:6.1f} GiB"
@@ -257,14 +249,12 @@ def of_noise(config: Config, device: torch.device) -> See:
 # ── The steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def our_step(config: Config, device: torch.device, form: Form | None = None) -> Callable[[See], Tensor]:
-    """The loop's own step (`simclr.train.take_step`) without labels, in the process group if there is one; with `form`, its BatchNorms in
-    this form. It takes the views and returns the loss on the device, without waiting for it."""
+def our_step(config: Config, device: torch.device) -> Callable[[See], Tensor]:
+    """The loop's own step (`simclr.train.take_step`) without labels, in the process group if there is one. It takes the views and
+    returns the loss on the device, without waiting for it."""
     n, taken = config.images_per_rank(world_size()), 0
     made = pretraining(config, Start(Path(), device))
     share_statistics((made.network, made.state), config.train.batch_size)
-    if form is not None:
-        give_form(made.network, form)
     peak = lr_peak(config.optim.base_lr, config.train.batch_size, config.optim.scaling)
     schedule = partial(warmup_cosine, peak=peak, warmup_steps=_WARMUP, total_steps=_TOTAL)
     groups = tuple(replace(group, schedules={**group.schedules, "lr": schedule}) for group in made.groups)

@@ -87,9 +87,8 @@ class Args:
     """step, train, scale, loop, cifar, methods: torch.compile on both sides; step then counts graph breaks."""
     micro_batch: int | None = None
     """step: a third side embeds this many images at a time (gradient caching). train, scale: every side does."""
-    sides: tuple[Literal["resident", "plain", "simclr", "cached", "fed", "views", "loader", "sums", "kernels"], ...] = ()
-    """step: only these sides, as `cached` for a batch that does not fit at once; nothing = all that --micro-batch and --data allow, and,
-    compiled on a GPU, BatchNorm as sums and as kernels."""
+    sides: tuple[Literal["resident", "plain", "simclr", "cached", "fed", "views", "loader"], ...] = ()
+    """step: only these sides, as `cached` for a batch that does not fit at once; nothing = all that --micro-batch and --data allow."""
     crops: str | None = None
     """loader: crops of several sizes, as 2x224+6x96, against two of the first size and as many of it."""
     profile: Path | None = None

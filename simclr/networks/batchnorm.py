@@ -61,7 +61,8 @@ class BatchNorm(nn.Module):
             mean, var = mean.detach(), invstd.detach().pow(-2) - self.eps
         else:
             weight = self.weight if self.weight is not None else torch.ones_like(self.running_mean)
-            y, mean, var = _GlobalBatchNorm.apply(x, weight, self.bias, self.before(), self.eps, over)
+            shift = _before(self.running_mean) if _MUTATED_SAVED and torch.compiler.is_compiling() else self.running_mean.clone()
+            y, mean, var = _GlobalBatchNorm.apply(x, weight, self.bias, shift, self.eps, over)
         self.move(mean, var)
         return y
 
@@ -73,10 +74,6 @@ class BatchNorm(nn.Module):
         if 1 < together < world_size():
             raise RuntimeError(f"BatchNorm over {together} of {world_size()} ranks has no group of them: call share_statistics first")
         return Over(together)
-
-    def before(self) -> Tensor:
-        """A copy of the running mean as it is before this step moves it."""
-        return _before(self.running_mean) if _MUTATED_SAVED and torch.compiler.is_compiling() else self.running_mean.clone()
 
     @torch.no_grad()
     def move(self, mean: Tensor, var: Tensor) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from simclr.networks.batchnorm import BatchNorm
 from simclr.networks.initial import Conv2d, draw
-from simclr.networks.norm_forms import KernelNorm
 from simclr.networks.pooling import SameMaxPool
 
 # depth → (blocks per stage, bottleneck). 8, 14, 20: three stages of 16, 32, 64 channels (arXiv:1512.03385, Sec. 4.2).
@@ -92,11 +90,9 @@ class ResNet(nn.Module):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """(n, 3, H, W) → feature maps (n, c, h, w) after the stem and after each block group."""
-        end: Any = self.stem(x)
-        maps = [end]
+        maps = [self.stem(x)]
         for group in self.groups:
-            end = group(end)
-            maps.append(end[0] if isinstance(end, tuple) else end)
+            maps.append(group(maps[-1]))
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,27 +157,14 @@ class _SqueezeExcite(nn.Module):
 
 
 class _Block(nn.Module):
-    """relu(gate(body(x)) + shortcut(x)); the body's last layer is a norm. With kernels for norms, blocks hand each other their end twice:
-    see `KernelNorm.end`."""
+    """relu(gate(body(x)) + shortcut(x)); the body's last layer is a norm."""
 
     shortcut: nn.Module
     body: nn.Sequential
     gate: nn.Module
 
-    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        y, beside = x if isinstance(x, tuple) else (x, x)
-        *layers, norm = self.body
-        if not isinstance(norm, KernelNorm) or not isinstance(self.gate, nn.Identity):
-            return F.relu(self.gate(self.body(y)) + self.shortcut(beside), inplace=True)
-        for layer in layers:
-            y = layer(y)
-        if isinstance(self.shortcut, nn.Identity):
-            return norm.end(y, beside, None)
-        *layers, projected = self.shortcut.children()
-        for layer in layers:
-            beside = layer(beside)
-        assert isinstance(projected, KernelNorm)
-        return norm.end(y, beside, projected)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.gate(self.body(x)) + self.shortcut(x), inplace=True)
 
 
 class _Basic(_Block):

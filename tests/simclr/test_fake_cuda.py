@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +22,9 @@ from simclr.config import Config, Views
 from simclr.data import loader, memory
 from simclr.data.manifest import read_manifest
 from simclr.evaluation import features
-from simclr.kernels import norm as norms
 from simclr.loss import nt_xent
 from simclr.methods.classifier import build_classifier
 from simclr.methods.simclr import simclr
-from simclr.networks.norm_forms import Form, give_form
-from simclr.networks.resnet import resnet
 from simclr.telemetry.guards import Health
 from simclr.telemetry.timing import Clock
 from simclr.train import Start, train
@@ -149,67 +145,6 @@ def test_a_queue_and_other_ranks_keys_have_a_gradient_of_their_own(monkeypatch: 
     assert [one.grid for one in gradients] == [(2, 2), (6,), (4, 1), (13,)]
     assert [one.settings["WHOLE"] for one in gradients[::2]] == [True, False], "queries are fewer than a tile's rows"
     assert [tuple(one.arguments[3].shape) for one in gradients[::2]] == [(2, 96, 128), (1, 200, 128)]
-
-
-# ── BatchNorm's kernels ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("last", [True, False])
-def test_batchnorms_kernels_are_launched_on_channels_side_by_side(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, last: bool) -> None:
-    launched: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    class Kernels:
-        def __getattr__(self, name: str) -> Any:
-            class At:
-                def __getitem__(self, grid: Any) -> Any:
-                    return lambda *arguments, **settings: launched.append((name, grid, arguments, settings))
-
-            return At()
-
-    monkeypatch.setitem(sys.modules, "simclr.kernels.norm_triton", Kernels())
-    with fake_cuda(monkeypatch) as watched:
-        layout = torch.channels_last if last else torch.contiguous_format
-        x, grad, other, y = (torch.empty(64, 256, 56, 56, dtype=dtype, device=CUDA).to(memory_format=layout) for _ in range(4))
-        a, b = (torch.empty(256, device=CUDA) for _ in range(2))
-        assert norms.in_kernels(x)
-        found = [norms.launch_sums(x, a), norms.launch_affine(x, a, b, other, a, True)]
-        found += [norms.launch_gradient_sums(grad, x, a, a, b, True), *norms.launch_end_gradient_sums(grad, other, x, a, y)]
-        found.append(norms.launch_gradient(grad, x, a, b, a, b, True))
-        promised = [norms._sums(x, a), norms._affine(x, a, b, other, a, True)]
-        promised += [norms._gradient_sums(grad, x, a, a, b, True), *norms._end_gradient_sums(grad, other, x, a, y)]
-        promised.append(norms._gradient(grad, x, a, b, a, b, True))
-    assert watched.waits == []
-    for ours, theirs in zip(found, promised, strict=True):
-        assert (ours.shape, ours.stride(), ours.dtype, ours.device) == (theirs.shape, theirs.stride(), theirs.dtype, theirs.device)
-    assert [name for name, *_ in launched] == [
-        *("sums_kernel", "total_kernel", "affine_kernel", "gradient_sums_kernel", "total_kernel"),
-        *("end_gradient_sums_kernel", "total_kernel", "gradient_kernel"),
-    ]
-    for name, grid, arguments, settings in launched:
-        tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
-        assert all(t.device == CUDA and (t.ndim < 4 or t.is_contiguous(memory_format=torch.channels_last)) for t in tensors)
-        if name == "total_kernel":
-            assert grid == (16, 2)
-            continue
-        rows, per, channels = arguments[-3:]
-        assert (rows, channels, grid[0] * settings["COLUMNS"]) == (64 * 56 * 56, 256, 256) and grid[1] * per >= rows
-        assert per % (settings["DEEP"] * settings["ROWS"]) == 0 and settings["ROWS"] * settings["COLUMNS"] == 1024
-
-
-@pytest.mark.parametrize("form", ["sums", "kernels"])
-def test_a_network_of_another_form_runs_on_the_device(monkeypatch: pytest.MonkeyPatch, form: Form) -> None:
-    """Shapes, dtypes and devices of the operations agree with their promises; the host waits for nothing."""
-    with fake_cuda(monkeypatch) as watched:
-        network = resnet(50)
-        give_form(network, form)
-        network = network.to(CUDA).to(memory_format=torch.channels_last)
-        x = torch.empty(4, 3, 64, 64, device=CUDA).to(memory_format=torch.channels_last)
-        watched.waits.clear()  # the weights' copy
-        h = network(x)
-        h.sum().backward()
-    assert h.shape == (4, 2048) and h.device == CUDA and watched.waits == []
-    assert all(p.grad is not None and p.grad.shape == p.shape and p.grad.device == CUDA for p in network.parameters())
 
 
 # ── Loader ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -44,15 +44,6 @@ class Report:
         return f"{name:<50} {used} {total:>6,} instructions"
 
 
-def fits(report: Report, registers: int, shared: int) -> bool:
-    """Whether a kernel keeps to its share of a multiprocessor: registers of a thread, bytes of shared memory. Triton 3.6, of torch 2.11,
-    takes more of both for some kernels; there only spills count."""
-    import triton
-
-    older = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
-    return report.spilled == 0 and (older or (report.registers <= registers and report.shared <= shared))
-
-
 def compiled(
     kernel: Any, arguments: dict[str, Any], capability: int, warps: int = 4, stages: int = 2, aligned: tuple[str, ...] = ()
 ) -> Report:

@@ -139,7 +139,7 @@ def test_shards_are_made_beside_the_first_phases_and_waited_for(tmp_path: Path) 
 @pytest.mark.parametrize("size", get_args(Size))
 def test_every_command_of_the_plan_is_one(size: Size) -> None:
     phases = plan(size, 2, {"small": Path("cifar10.tar.xz"), "photographs": None}, ("tests/simclr/test_ranks.py",), ray=False)
-    assert len({p.name for p in phases}) == len(phases) == 18 and all(0 < p.expected_s < p.limit_s for p in phases)
+    assert len({p.name for p in phases}) == len(phases) == 17 and all(0 < p.expected_s < p.limit_s for p in phases)
     assert {p.needs for p in phases} - {""} == {p.makes for p in phases} - {""} == {"small", "photographs"}
     for phase in phases:
         if phase.command[0] == "simclr":

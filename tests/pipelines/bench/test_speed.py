@@ -99,16 +99,6 @@ def test_the_fed_step_and_its_parts_are_sides_of_bench_step(patterns: Path, capf
         list(step(tiny(), 6, 1, 1, CPU, None, None, ("fed",)))
 
 
-def test_batchnorms_forms_are_sides_that_are_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
-    rows = list(step(tiny(), 6, 1, 1, CPU, None, None, ("resident", "sums", "kernels")))
-    assert [row["name"] for row in rows] == ["simclr", "simclr, norm as sums", "simclr, norm kernels", "cost"]
-    assert capfd.readouterr().out.count("× the step with BatchNorm as it is (pairs ") == 2
-    config = replace(tiny(8), train=Train(batch_size=8, precision="float64"))
-    views = resident_rows(config, CPU)
-    losses = [our_step(config, CPU, form)(resident(views)).item() for form in (None, "sums", "kernels")]
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-12)
-
-
 def test_a_window_lasts_as_long_as_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of the test's own: a step takes 1/64 s."""
     clock, asked = [0.0], []

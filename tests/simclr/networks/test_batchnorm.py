@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr.collectives import rank, world_size
 from simclr.networks.batchnorm import BatchNorm, Over, _GlobalBatchNorm, share_statistics
-from simclr.networks.norm_forms import Form, give_form
 from tests.conftest import Within
 from tests.support.ranks import Ranks
 from tests.support.small import mine
@@ -53,38 +52,33 @@ def test_running_statistics_move_by_a_tenth_towards_mean_and_biased_variance(wit
 
 Sides = dict[str, Tensor]
 SHAPES: list[tuple[int, ...]] = [(3,), (3, 5, 4)]  # of an image
-FORMS: list[Form | None] = [None, "sums", "kernels"]
 
 
 def rows_of(rank: int, world: int, batch: int) -> slice:
     return slice(rank * batch // world, (rank + 1) * batch // world)
 
 
-def shared(shape: tuple[int, ...], form: Form | None, over: int | None) -> Sides:
+def shared(shape: tuple[int, ...], over: int | None) -> Sides:
     """This rank's rows through a norm with weights that tell channels apart: output, gradients and statistics."""
     random = torch.Generator().manual_seed(3)
     x, target = (torch.randn(shape, dtype=torch.float64, generator=random) + 7 for _ in range(2))
-    layers = nn.Sequential(BatchNorm(shape[1], ranks=over)).double()
-    norm = layers[0]
+    norm = BatchNorm(shape[1], ranks=over).double()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(-0.5, 2, shape[1]))
         norm.bias.copy_(torch.linspace(-1, 1, shape[1]))
         norm.running_mean.copy_(torch.linspace(6, 8, shape[1]))
-    share_statistics([layers], shape[0])
-    if form is not None:
-        give_form(layers, form)
+    share_statistics([norm], shape[0])
     rows = rows_of(rank(), world_size(), shape[0])
     own = x[rows].clone().requires_grad_()
-    y = layers(own)
+    y = norm(own)
     (y * target[rows]).sum().backward()
-    norm = layers[0]
     parameters = torch.stack([norm.weight.grad, norm.bias.grad])
     assert own.grad is not None
     return {"y": y.detach(), "dx": own.grad, "parameters": parameters, "mean": norm.running_mean, "var": norm.running_var}
 
 
 def every_share(over: int | None, batch: int) -> list[Sides]:
-    return [shared((batch, *shape), form, over) for shape in SHAPES for form in FORMS]
+    return [shared((batch, *shape), over) for shape in SHAPES]
 
 
 def by_definition(shape: tuple[int, ...], rows: slice) -> Sides:
@@ -121,7 +115,7 @@ def test_ranks_that_share_statistics_are_one_process_with_their_images(
     """Each group of ranks against one process with the group's images: output, gradients and running statistics."""
     every = ranks(world, every_share, over, batch)
     size = min(over or world, world)
-    for case, (shape, form) in enumerate(itertools.product(SHAPES, FORMS)):
+    for case, shape in enumerate(SHAPES):
         for first in range(0, world, size):
             sides = [found[case] for found in every[first : first + size]]
             rows = slice(rows_of(first, world, batch).start, rows_of(first + size - 1, world, batch).stop)
@@ -129,7 +123,7 @@ def test_ranks_that_share_statistics_are_one_process_with_their_images(
             whole["parameters"] = torch.stack([side["parameters"] for side in sides]).sum(0)
             for side, (name, value) in itertools.product(sides, by_definition((batch, *shape), rows).items()):
                 found = whole[name] if name in whole else side[name]
-                within(f"{form or 'BatchNorm'}, {name}", float((found - value).abs().max()), 1e-9)
+                within(name, float((found - value).abs().max()), 1e-9)
 
 
 def own_groups() -> tuple[bool, bool, list[float], list[int], str]:

@@ -56,7 +56,7 @@ def _of_table(reading: Reading, names: Collection[str], notes: list[str]) -> dic
     if path.suffix.lower() not in _TABLES:
         raise UserError(f"--captions {path} is no table; expected CSV, TSV or JSON lines of names and captions")
     table = read_table(str(path), path.read_bytes(), _WORDS, reading.caption_columns, first_counts=True)
-    if table is None:
+    if table is None or not table.column or not table.known:  # two columns that nobody names may be anything
         raise UserError(
             f"{path} has no columns of names and captions; expected file_name or filepath beside caption, title or text, or say which: "
             "--caption-columns NAME CAPTION"

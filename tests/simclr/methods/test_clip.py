@@ -19,6 +19,7 @@ from simclr.data import shards, tokens
 from simclr.data.loader import batches
 from simclr.data.sources.open import open_source
 from simclr.errors import UserError
+from simclr.evaluation.metrics import wilson
 from simclr.evaluation.zero_shot import class_directions, similarities
 from simclr.family import CLIP
 from simclr.methods import clip as module
@@ -26,12 +27,14 @@ from simclr.methods.choice import shapes
 from simclr.methods.method import Start
 from simclr.networks.text import VOCABULARY, TextTransformer
 from simclr.optim import dino_rule
+from simclr.recipes import recipe
 from simclr.train import train
 from simclr.views.draw import Crop
 from tests.conftest import Within
 from tests.support.paths import GOLDEN
 from tests.support.ranks import Ranks
 from tests.support.small import TINY, mine, resumed
+from tests.support.sources import source_of
 
 pytest.importorskip("open_clip")
 SMALL = CLIP(
@@ -200,6 +203,26 @@ def ours(data: str) -> list[str]:
 
 def test_every_rank_has_the_captions_of_its_images(ranks: Ranks, pairs: Path) -> None:
     assert [text for texts in ranks(3, ours, str(pairs)) for text in texts] == ours(str(pairs))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_classes_are_known_by_their_names_and_by_chance_from_shuffled_captions(shuffled: bool, tmp_path: Path) -> None:
+    """Three epochs of the recipe: the lower end of the 95 % interval is at least three times chance, a tenth. With captions of other images
+    the interval's lower end is below chance."""
+    source = open_source("patterns:captions")
+    if shuffled:
+        items = list(source.items())
+        order = np.random.default_rng(0).permutation(len(items))
+        others = [dataclasses.replace(item, caption=items[at].caption) for item, at in zip(items, order, strict=True)]
+        source = source_of(others, captioned=True)
+    shards.prepare(source, tmp_path / "pairs", shards.Options(), 1, lambda count: None)
+    config = recipe("patterns_clip")
+    settings = dataclasses.replace(config.train, epochs=3.0)
+    config = dataclasses.replace(config, train=settings, watch=dataclasses.replace(config.watch, every_epochs=0, queries=1000))
+    scores = [report.metrics for report in train(config, Start(tmp_path / "pairs"))][-1]
+    low, high = wilson(scores["eval/zero_shot_top1"], 1000)
+    assert (low < 0.1 < high + 0.05) if shuffled else low >= 0.3, scores
 
 
 def test_data_without_captions_is_refused(patterns: Path) -> None:

@@ -32,6 +32,7 @@ _EXTRAS = {
     "hub": {"huggingface_hub": "huggingface_hub"},
     "tensorboard": {"tensorboard": "TensorBoard"},
     "timm": {"timm": "timm"},
+    "pairs": {"open_clip": "open_clip_torch"},
 }
 
 

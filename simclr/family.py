@@ -249,9 +249,45 @@ class MAE(Config):
         return int(self.patches * (1 - self.mask_ratio))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CLIP(Config):
+    """CLIP (arXiv:2103.00020) on image–text pairs: shards with captions (`simclr prepare --captions`)."""
+
+    METHOD = "clip"
+
+    temperature: float = 0.07
+    """tau at the first step; it is learnt, and does not fall below 1 / scale_most."""
+    scale_most: float = 100.0
+    """The largest factor of cosines."""
+    d_out: int = 512
+    """Dimension of the common space of images and texts."""
+    context: int = 77
+    """Tokens of a caption, its begin and end included; longer ones are cut."""
+    text_width: int = 512
+    """Width of the text transformer."""
+    text_blocks: int = 12
+    """Its blocks."""
+    text_heads: int = 8
+    """Attention heads of each."""
+    prompt: str = "a photo of a {}."
+    """What zero-shot evaluation makes of a class's name, in the place of {}."""
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        _require_common(self.temperature, 0.0, self.d_out)
+        require(self.scale_most >= 1, f"scale_most is {self.scale_most}; expected at least 1, the paper has 100")
+        fits = 1 / self.scale_most <= self.temperature <= 1
+        require(fits, f"temperature is {self.temperature}; expected 1 / scale_most = {1 / self.scale_most:g} to 1")
+        require(3 <= self.context <= 1024, f"context is {self.context}; expected 3 to 1024 tokens, the paper has 77")
+        whole = self.text_width % self.text_heads == 0 if self.text_heads else False
+        require(whole, f"text_width is {self.text_width}; expected a multiple of text_heads, {self.text_heads}")
+        require(self.text_blocks >= 1, f"text_blocks is {self.text_blocks}; expected at least 1")
+        require(self.prompt.count("{}") == 1, f"prompt is {self.prompt!r}; expected a text with {{}} where the class stands")
+
+
 _LISTED = 4
 
-METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL, SwAV, DINO, MAE)}}
+METHODS: dict[str, type[Config]] = {"simclr": SimCLR, **{kind.METHOD: kind for kind in (MoCo, MoCoV3, BYOL, SwAV, DINO, MAE, CLIP)}}
 """Name of a method → its settings."""
 
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simclr.config import Config, SimCLR
-from simclr.family import MAE, MoCo, MoCoV3
+from simclr.family import CLIP, MAE, MoCo, MoCoV3
 from simclr.loss import STREAMED_FROM
 from simclr.methods.choice import shapes
 from simclr.methods.method import Method, Rows
@@ -217,6 +217,8 @@ def _inputs(method: Method, config: Config, live: _Live, device: str) -> Any:
             rows[name] = views.unflatten(0, (crop.count, -1))
         if isinstance(config, MAE):
             rows["order"] = torch.zeros((1, n, config.patches), dtype=torch.int64)
+        if isinstance(config, CLIP):
+            rows["tokens"] = torch.zeros((1, n, config.context), dtype=torch.int64)
         return {**rows, "labels": torch.zeros((1, n), dtype=torch.int64)} if labelled else rows
 
     return inputs

@@ -97,6 +97,25 @@ def info_nce(q: Tensor, k: Tensor, temperature: float, images: int | None = None
         return share_of_mean(2 * temperature * F.cross_entropy(logits, own), len(q), images)
 
 
+def clip(image: Tensor, text: Tensor, scale: Tensor, images: int | None = None) -> Tensor:
+    """CLIP's loss (arXiv:2103.00020, Fig. 3) of this rank's features of images and of their captions, both (n, d) and of any scale, and the
+    factor `scale` (n,) of cosines, the same number in every row:
+
+        ½ [cross entropy of s a_i·b_j over j + cross entropy of s b_i·a_j over j], each to i;  a = image / ‖image‖,  b = text / ‖text‖
+
+    j goes over the pairs of all ranks, of so many `images`, with gradients through the gathering: without these the gradient is another,
+    and no smaller multiple of it. In float32 at least.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        image, text, scale = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (image, text, scale))
+        a, b = F.normalize(image, dim=1), F.normalize(text, dim=1)
+        own = first_row(a, images) + torch.arange(len(a), device=a.device)
+        factors = scale[:, None]
+        rows = F.cross_entropy(factors * (a @ all_gather(b, images).T), own)
+        columns = F.cross_entropy(factors * (b @ all_gather(a, images).T), own)
+        return share_of_mean((rows + columns) / 2, len(a), images)
+
+
 def byol(predictions: Tensor, projections: Tensor, images: int | None = None) -> Tensor:
     """d(p₁, t₂) + d(p₂, t₁), averaged over images, with d(p, t) = ‖p̄ − t̄‖² = 2 − 2 cos(p, t) (arXiv:2006.07733, Eq. 2): BYOL's loss of
     the predictions p (2, n, d) of both views and the target network's projections t (2, n, d), which carry no gradient.

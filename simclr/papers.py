@@ -82,6 +82,16 @@ NAMED = {
         ),
     ),
     "mae": Named("MAE", (Paper("He, Chen, Xie, Li, Dollár, Girshick", "Masked Autoencoders Are Scalable Vision Learners", "2111.06377"),)),
+    "clip": Named(
+        "CLIP",
+        (
+            Paper(
+                "Radford, Kim, Hallacy, Ramesh, Goh, Agarwal, Sastry, Askell, Mishkin, Clark, Krueger, Sutskever",
+                "Learning Transferable Visual Models From Natural Language Supervision",
+                "2103.00020",
+            ),
+        ),
+    ),
 }
 """Name of a method, as in `simclr.family.METHODS` → what people call it."""
 

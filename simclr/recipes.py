@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from simclr.config import Config
 from simclr.errors import UserError
+from simclr.recipes_pairs import pairs_clip, patterns_clip
 from simclr.recipes_predictive import (
     cifar10_dino,
     cifar10_swav,
@@ -77,6 +78,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         imagenet_dino_vit_small,
         patterns_mae,
         imagenet_mae_vit_base,
+        patterns_clip,
+        pairs_clip,
     )
 }
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from simclr.config import Config, Encoder, SimCLR, Views
 from simclr.data.manifest import Manifest
 from simclr.errors import UserError
-from simclr.family import DINO, MAE, MoCo, SwAV
+from simclr.family import CLIP, DINO, MAE, MoCo, SwAV
 from simclr.networks.timm import looked_at
 from simclr.stages import Distill, FineTune
 
@@ -66,7 +66,7 @@ def normalises(config: Config) -> bool:
     elif isinstance(config, DINO):
         layers = int(config.head_norm)
     else:
-        layers = int(not isinstance(config, MoCo | MAE))
+        layers = int(not isinstance(config, MoCo | MAE | CLIP))
     if layers or not (encoder.vit or encoder.timm):
         return True
     return not encoder.vit and looked_at(encoder.timm, config.views.size_px).normalises

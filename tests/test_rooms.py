@@ -36,7 +36,7 @@ LAYERS = [
     ("simclr.encoder",),
     ("simclr.data",),
     ("simclr.networks", "simclr.views", "simclr.loss", "simclr.optim", "simclr.checkpoint", "simclr.stages", "simclr.recipes"),
-    ("simclr.recipes_predictive", "simclr.recipes_siblings", "simclr.recipes_simclr"),
+    ("simclr.recipes_pairs", "simclr.recipes_predictive", "simclr.recipes_siblings", "simclr.recipes_simclr"),
     ("simclr.family",),
     ("simclr.collectives", "simclr.config", "simclr.precision"),
     ("simclr.sections",),

@@ -21,11 +21,12 @@ from simclr.collectives import data_parallel, world_size
 from simclr.config import Config, SimCLR
 from simclr.data.loader import Batch, batches, on_device
 from simclr.errors import UserError
-from simclr.family import MAE, method_name
+from simclr.family import CLIP, MAE, method_name
 from simclr.methods.choice import pretraining, shapes
 from simclr.methods.method import Rows, Start
 from simclr.methods.simclr import Network, build_model
 from simclr.networks.batchnorm import BatchNorm, share_statistics
+from simclr.networks.text import VOCABULARY
 from simclr.optim import build_optimizer, lr_peak, warmup_cosine
 from simclr.papers import named
 from simclr.precision import autocast, set_backends, views_dtype, weights_dtype
@@ -220,6 +221,8 @@ def resident_rows(config: Config, device: torch.device) -> Rows:
         rows[name] = views.unflatten(0, (crop.count, -1))
     if isinstance(config, MAE):
         rows["order"] = torch.rand(1, n, config.patches, generator=generator, device=device).argsort(2)
+    if isinstance(config, CLIP):
+        rows["tokens"] = torch.randint(VOCABULARY, (1, n, config.context), generator=generator, device=device)
     return rows
 
 

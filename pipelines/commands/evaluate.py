@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,8 +57,10 @@ class Args:
     where: Annotated[Where, tyro.conf.arg(name="")] = field(default_factory=Where)
     protocol: tuple[protocols.Protocol, ...] = ()
     """knn: weighted votes. probe: the quick table's. lbfgs: the transfer protocol's 45 penalties, chosen on a fifth of every class,
-    then fitted again (arXiv:2002.05709, App. B.8). sgd: linear evaluation on random crops and flips (App. B.6). Default: the
-    quick table."""
+    then fitted again (arXiv:2002.05709, App. B.8). sgd: linear evaluation on random crops and flips (App. B.6). zero-shot: by the names of
+    the classes, for an encoder of image–text pairs (arXiv:2103.00020, Sec. 3.1). Default: the quick table."""
+    prompts: tuple[str, ...] = ()
+    """zero-shot: what is made of a class's name, in the place of {}; of several the features' mean. Default: the config's prompt."""
     temperature: float | None = None
     """knn: a neighbour's vote weighs exp(cosine / temperature). Default: the config's watch.temperature."""
     epochs: float = 90.0
@@ -98,6 +100,8 @@ class Args:
 def main(args: Args) -> None:
     if args.suite and args.protocol:
         raise UserError("--suite transfer has a protocol of its own; leave out --protocol, or evaluate twice")
+    if args.prompts and "zero-shot" not in args.protocol:
+        raise UserError("--prompts are for --protocol zero-shot; add that, or leave them out")
     if args.tuning_steps < 1 or min(args.rates, default=1.0) <= 0 or min(args.decays, default=0.0) < 0:
         raise UserError("expected --tuning-steps of at least 1, --rates above 0 and --decays of 0 or more")
     if not args.suite and (args.root or args.only or args.download or args.fine_tune):
@@ -160,6 +164,7 @@ def _features(args: Args) -> None:
 
     if args.encoder is not None:
         raise UserError(f"--features are an encoder's already; leave out {args.encoder}, or give it after the command alone, without them")
+    _require_an_encoder(args)
     if args.suite or args.data or "sgd" in args.protocol:
         raise UserError("--features have no pictures, which --suite, --data and --protocol sgd read; leave those out")
     if len(args.features) > 2:
@@ -169,6 +174,12 @@ def _features(args: Args) -> None:
     if args.out is not None:
         files.require_folder(args.out)
     tables.run(args.features, tuple(dict.fromkeys(args.protocol)), device_of(args.device), settings, args.out)
+
+
+def _require_an_encoder(args: Args) -> None:
+    """Raise UserError for the protocol that has to read shards by the encoder itself."""
+    if "zero-shot" in args.protocol:
+        raise UserError("--protocol zero-shot reads shards by an encoder with a text tower; give these, or leave it out")
 
 
 def _is_no_shards(data: Path) -> bool:
@@ -183,6 +194,7 @@ def _pictures(args: Args, data: Path) -> None:
     from pipelines.commands import embed
     from pipelines.evaluation import tables
 
+    _require_an_encoder(args)
     if "sgd" in args.protocol:
         raise UserError(
             f"{data} are no shards, which --protocol sgd draws crops from; run `simclr prepare --source {data} --out DIR` first"
@@ -226,7 +238,7 @@ def _protocols(args: Args, directory: Path, out: Path, name: str) -> None:
     import simclr
 
     device = device_of(args.device)
-    settings = _protocol_settings(args)
+    settings = replace(_protocol_settings(args), prompts=args.prompts, published=published)
     encoder = simclr.load_encoder(published)
     own = load_run(directory).origin if (directory / "run.json").is_file() else data
     shown = sync.shown(args.data or own)

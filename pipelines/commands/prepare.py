@@ -32,7 +32,7 @@ class Args:
     source: str
     """A folder or archive (tar, zip) of split/class/file, class/file or files alone, a folder of archives, WebDataset shards
     (train-{000..146}.tar), Parquet, .beton files; on disk, and folders and archives also at s3://bucket/prefix; a dataset's name
-    (cifar10, torchvision:NAME); or patterns[:train=4000,test=1000,size=32,seed=0,coloured]."""
+    (cifar10, torchvision:NAME); or patterns[:train=4000,test=1000,size=32,seed=0,coloured,captions]."""
     out: Path | None = None
     """Directory or s3://bucket/prefix for the shards: new, empty, or holding the same dataset already."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)

@@ -248,6 +248,7 @@ def publish_newest(run: Run, classes: Sequence[str], method: Method | None = Non
         run.encoder,
         published,
         head=parts.get("head"),
+        towers=parts.get("towers"),
         classifier=parts.get("classifier"),
         classes=list(classes),
     )

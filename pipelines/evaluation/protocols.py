@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from simclr.evaluation.features import Features
     from simclr.views.preprocessing import Preprocessing
 
-Protocol = Literal["knn", "probe", "lbfgs", "sgd"]
+Protocol = Literal["knn", "probe", "lbfgs", "sgd", "zero-shot"]
 _BATCH = 256
 _LISTED = 12  # classes on the terminal; the file has all
 
@@ -40,6 +41,10 @@ class Settings:
     resamples: int
     limit: int | None
     threads: int
+    prompts: tuple[str, ...] = ()
+    """Of zero-shot classification, with {} for a class's name; () = the config's."""
+    published: Path | None = None
+    """The encoder's directory, where its text tower lies."""
 
 
 def run(
@@ -66,7 +71,9 @@ def run(
     if "sgd" in protocols and "test" not in manifest.splits:
         raise UserError(f"{data} has no test split, which --protocol sgd cannot hold back for itself; prepare the data with one")
     out.mkdir(parents=True, exist_ok=True)
-    parts = ("test",) if set(protocols) == {"sgd"} else ("train", "test")  # sgd embeds its own crops
+    if "zero-shot" in protocols:
+        require_texts(settings)
+    parts = ("test",) if set(protocols) <= {"sgd", "zero-shot"} else ("train", "test")  # sgd embeds its own crops
     train, test = features(encoder, data, manifest, published.preprocessing, device, settings, parts)
     if not len(train.y) or not len(test.y):
         raise UserError(f"none of the {settings.limit or 'given'} images of a split of {data} has a label; raise --limit")
@@ -77,9 +84,11 @@ def run(
         began = time.monotonic()
         if protocol == "sgd":
             scores, told = _sgd(encoder, data, config, device, settings, len(manifest.classes), test)
+        elif protocol == "zero-shot":
+            scores, told = _zero_shot(test, manifest.classes, settings)
         else:
             scores, told = FITTED[protocol](train, test, config, settings, len(manifest.classes))
-        fitted = manifest.examples("train") if protocol == "sgd" else len(train.y)
+        fitted = {"sgd": manifest.examples("train"), "zero-shot": 0}.get(protocol, len(train.y))
         told = {"protocol": protocol, "encoder": name, "train": fitted, "test": len(test.y), **told}
         rows.append(finish(scores, test.y, list(manifest.classes), settings, told, measured, out, began))
     return rows
@@ -172,6 +181,32 @@ def _lbfgs(train: Features, test: Features, config: Config, settings: Settings, 
     return swept.scores, told | {"refit_converged": swept.refit_converged, "validation_top1": list(swept.validation.items())}
 
 
+def require_texts(settings: Settings) -> None:
+    """Raise UserError, before anything is computed, where class names cannot be read: without a text tower, or for prompts without {}."""
+    if settings.published is None:
+        raise UserError("--protocol zero-shot reads class names by the encoder's own text tower, which features have not; give the encoder")
+    if wrong := [prompt for prompt in settings.prompts if prompt.count("{}") != 1]:
+        raise UserError(f"--prompts has {wrong[0]!r}; expected texts with {{}} where the class stands")
+    from simclr.encoder.directory import read_towers
+
+    read_towers(settings.published)
+
+
+def _zero_shot(test: Features, classes: Sequence[str], settings: Settings) -> tuple[torch.Tensor, dict[str, Any]]:
+    from functools import partial
+
+    from simclr.encoder.directory import read_towers
+    from simclr.evaluation.zero_shot import class_directions, similarities
+    from simclr.methods.clip import texts_of
+
+    assert settings.published is not None
+    towers, config = read_towers(settings.published)
+    towers = towers.to(test.h.device)
+    prompts = settings.prompts or (config.prompt,)
+    directions = class_directions(classes, prompts, partial(texts_of, towers, config.context))
+    return similarities(towers.images(test.h.float()), directions).float(), {"prompts": list(prompts)}
+
+
 FITTED = {"knn": _knn, "probe": _probe, "lbfgs": _lbfgs}
 
 
@@ -237,7 +272,8 @@ def text(result: dict[str, Any], classes: list[str], measured: Measured) -> str:
     at = result["top1_interval"]
     interval = f"95 % interval {100 * at['low']:.1f} … {100 * at['high']:.1f}, {at['resamples']} resamples"
     scores = f"top-1 {100 * result['top1']:.1f} % ({interval})"
-    lines = [f"{name}: {settings}; {train:,} training and {test:,} test images{of}", f"  {scores}"]
+    fitted = f"{train:,} training and " if train else ""
+    lines = [f"{name}: {settings}; {fitted}{test:,} test images{of}", f"  {scores}"]
     lines[-1] += f", top-5 {100 * result['top5']:.1f} %, mean per class {100 * result['mean_per_class']:.1f} %"
     ranked = sorted((share, c) for c, share in result["per_class"].items() if share is not None)
     if len(ranked) > _LISTED:

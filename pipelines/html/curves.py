@@ -107,6 +107,16 @@ def words(method: str, config: Flat) -> Words:
                 views=("crop", "seen"),
                 given="a random crop of it, and the patches of that which the encoder sees",
             )
+        case "clip":
+            return Words(
+                task="it learns which caption belongs to which image of the batch",
+                loss="cross entropy of an image with the captions of the batch and of a caption with its images, the mean of both, by "
+                "cosines over a learnt temperature; the mean since the last report.",
+                chance=(math.log(n), "ln N: all captions alike") if n > 1 else None,
+                partner="share of images and captions whose partner is the nearest among all others, images and captions.",
+                views=("crop", "another"),
+                given="a random crop of it, beside its caption, and how another crop would look",
+            )
         case "finetune":
             return Words("it learns the labels", "cross entropy of the classifier with the labels; the mean since the last report.")
         case "distill":
@@ -143,7 +153,7 @@ def _number(config: Flat, name: str) -> float:
 
 def quantities(method: str, said: Words) -> tuple[Quantity, ...]:
     """The curves of a run of `method`, in their order."""
-    own = () if method in ("simclr", "mae", "finetune", "distill") else _AVERAGES[:1] if method == "swav" else _AVERAGES
+    own = () if method in ("simclr", "mae", "clip", "finetune", "distill") else _AVERAGES[:1] if method == "swav" else _AVERAGES
     aside, _, _ = unscored(method).partition(": ")
     marked = f" {aside[:1].upper()}{aside[1:]}." if aside else ""
     shared = (replace(q, meaning=q.meaning + marked) if q.key == "eval/knn_top1" else q for q in _QUANTITIES)

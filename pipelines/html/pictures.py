@@ -18,7 +18,7 @@ from simclr.encoder.directory import PublishedEncoder
 from simclr.evaluation.features import Features
 from simclr.evaluation.knn import nearest
 from simclr.evaluation.rows import placed
-from simclr.family import MAE
+from simclr.family import CLIP, MAE
 from simclr.methods import mae
 from simclr.networks.vit import VisionTransformer, class_attention
 from simclr.views.preprocessing import Preprocessing
@@ -119,7 +119,7 @@ def gallery(config: Config, data: Path, most: int) -> NDArray[np.uint8]:
     n = min(most, len(batch.ids))
     ids = batch.ids[:n].clone()
     shown = config.views
-    if isinstance(config, MAE):  # whose views are crops and flips alone
+    if isinstance(config, MAE | CLIP):  # whose views are crops and flips alone
         shown = replace(shown, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
     pixels = raw_views(batch.images[0][:n], ids, batch.epoch, shown, config.seed)
     if isinstance(config, MAE):

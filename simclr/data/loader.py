@@ -68,6 +68,8 @@ class Batch:
     """(n,) int64; −1 = unlabelled."""
     drawn: tuple[Drawn | None, ...] = ()
     """In training, for each `Crop` what was drawn for its views; None if it has no distortions."""
+    captions: tuple[str, ...] = ()
+    """Of each image, where the shards are of pairs."""
 
 
 def batches(
@@ -125,7 +127,7 @@ def batches(
         mine = found[place % at_once * n : (place % at_once + 1) * n]
         boxes = None if split.raw else boxes_of(crops, config.seed, epoch, mine.ids, mine.sizes)
         drawn = draw_batch(crops, config.seed, epoch, mine.ids, mine.sizes if split.raw else None)
-        return replace(_batch(read, step, epoch, mine, boxes), drawn=drawn)
+        return replace(_batch(read, step, epoch, mine, boxes), drawn=drawn, captions=split.shards.captions(mine))
 
     return _prefetched(batch, itertools.count(start_step), ahead, training=True)
 

@@ -63,6 +63,8 @@ class Manifest:
     """How splits and classes were found in the source; {} = not known."""
     options: dict[str, Any]
     """Options of `simclr prepare`: the same source and options give the same bytes."""
+    captions: bool = False
+    """Whether every image has a caption in the shards."""
     skipped: int
     """Images that could not be read; skipped.csv names them."""
     duplicates: int = 0
@@ -113,7 +115,10 @@ class Manifest:
         return groups * min(sum(shard.samples for shard in self.splits[split][group::groups]) for group in range(groups))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        values = asdict(self)
+        if not self.captions:  # as in manifests of before
+            del values["captions"]
+        return json.dumps(values, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: object = "the manifest") -> Self:

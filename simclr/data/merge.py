@@ -100,6 +100,7 @@ def merged(
         content=found.content,
         understood=counted(source.understood, found.classes),
         options=stated(options),
+        captions=source.captioned,
         skipped=sum(about.skipped for about in abouts),
         duplicates=len(pairs.same),
         conflicts=len(pairs.conflicts),

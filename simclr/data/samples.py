@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr.data.ffcv.reader import ALLOCATION_BYTES, IMAGE, Layout, contradicting, contradiction, open_in_place
+from simclr.data.ffcv.reader import ALLOCATION_BYTES, CAPTION, IMAGE, Layout, contradicting, contradiction, open_in_place, straying
 from simclr.data.manifest import Manifest, Shard
 from simclr.data.memory import PAGE, copied, mapped
 
@@ -36,6 +36,8 @@ class Samples:
     """(n,) lengths of what is stored."""
     labels: Ids
     """(n,) −1 = unlabelled."""
+    captions: Any = None
+    """(n,) rows (ptr, size), as `images`; None where the shards have none."""
 
     @property
     def sizes(self) -> Ids:
@@ -43,7 +45,8 @@ class Samples:
         return np.stack([self.images["height"], self.images["width"]], 1).astype(np.int64)
 
     def __getitem__(self, some: Any) -> Samples:
-        return Samples(self.rows[some], self.ids[some], self.images[some], self.bytes[some], self.labels[some])
+        captions = None if self.captions is None else self.captions[some]
+        return Samples(self.rows[some], self.ids[some], self.images[some], self.bytes[some], self.labels[some], captions)
 
 
 class Shards:
@@ -77,7 +80,7 @@ class Shards:
         self._bases, self._bytes = np.array(bases[:-1]), np.array([shard.bytes for shard in self.shards], np.uint64)
         ids = np.cumsum([0, *(shard.samples for shard in whole)])[:-1]
         self._to_id = np.concatenate([ids[group::groups] for group in held]) - self.first[:-1]
-        self._image_at, self._step, self._label_at, self._size_at = np.array(list(map(_numbers, layouts)), np.int64).T
+        self._image_at, self._step, self._label_at, self._size_at, self._caption_at = np.array(list(map(_numbers, layouts)), np.int64).T
         self._places = {at: layout.place for at, layout in enumerate(layouts) if layout.place is not None}
         self._labelled = bool((self._label_at >= 0).all())
 
@@ -96,11 +99,24 @@ class Shards:
             place = np.where(shard == which, places[np.where(shard == which, own, 0)], place)
         size = self._read(base + self._size_at[shard] + ALLOCATION_BYTES * place, "<u8")
         bad = contradicting(images, labels, size, self._bytes[shard], self.manifest)
+        captions = None
+        if self.manifest.captions:
+            captions = self._read(at + self._caption_at[shard], CAPTION)
+            bad |= straying(captions, self._bytes[shard])
         if bad.any():
             first = int(np.flatnonzero(bad)[0])
             raise contradiction(self.data / self.shards[shard[first]].name, self.shards[shard[first]], int(own[first]))
         images["data_ptr"] += base.astype(np.uint64)
-        return Samples(rows, rows + self._to_id[shard], images, size, labels)
+        if captions is not None:
+            captions["ptr"] += base.astype(np.uint64)
+        return Samples(rows, rows + self._to_id[shard], images, size, labels, captions)
+
+    def captions(self, samples: Samples) -> tuple[str, ...]:
+        """The caption of each sample; () where the shards have none."""
+        if samples.captions is None:
+            return ()
+        places = zip(samples.captions["ptr"].tolist(), samples.captions["size"].tolist(), strict=True)
+        return tuple(self.region[at : at + size].tobytes().decode(errors="replace").strip() for at, size in places)
 
     def all(self) -> Iterator[Samples]:
         """Every sample, some at a time."""
@@ -126,5 +142,5 @@ class Shards:
         return window[at].view(dtype)
 
 
-def _numbers(layout: Layout) -> tuple[int, int, int, int]:
-    return layout.image_at, layout.step, layout.label_at, layout.size_at
+def _numbers(layout: Layout) -> tuple[int, int, int, int, int]:
+    return layout.image_at, layout.step, layout.label_at, layout.size_at, layout.caption_at

@@ -106,6 +106,8 @@ class Making:
     choice: Choice
     classes: tuple[str, ...]
     """Class names that the listing has; labels are the ranks of these. With fewer than two, nothing is told apart."""
+    captioned: bool = False
+    """Whether captions go into the shards."""
 
     @property
     def rule(self) -> Rule:
@@ -129,6 +131,7 @@ class Making:
             options=Options(**options),
             choice=Choice(**choice),
             classes=tuple(values["classes"]),
+            captioned=values["captioned"],
         )
 
 
@@ -166,7 +169,10 @@ class Maker:
         and Refused for an image that contradicts the sample."""
         written = note.Writer(note.About(key=self.making.key, number=number, ranked=self.ranked))
         most = int((self.making.options.shard_mib << 20) * _MOST_LARGER)
-        writers = {split: SplitWriter(self.output.scratch, split, number, most, self.output.keep, self.behind) for split in note.SPLITS}
+        captioned = self.making.captioned
+        writers = {
+            split: SplitWriter(self.output.scratch, split, number, most, self.output.keep, self.behind, captioned) for split in note.SPLITS
+        }
         try:
             for encoded in self._in_order(items):
                 written.add(encoded)

@@ -177,6 +177,7 @@ class _Job:
     def _run(self, choice: Choice) -> Manifest:
         key = _hash([self.about, choice.times, choice.kind, choice.ranges, choice.size_px, choice.mean_bytes, choice.images_unnamed])
         making = Making(source=self.source.spec, key=key, options=self.options, choice=choice, classes=_listed(self.source))
+        making = replace(making, captioned=self.source.captioned)
         parts = plan(self.source, choice, self.options)
         notes = self.output.notes(key, range(len(parts)))
         if not notes and self.output.has_shards():

@@ -2,6 +2,7 @@
 
 encoder.safetensors      names as in the `state_dict()` of its network (`simclr.networks`)
 head.safetensors         the projection head, or its first layers; v2 fine-tunes and distils from them
+towers.safetensors       the text tower of image–text pairs, and the maps of image and text into their common space
 classifier.safetensors   a linear classifier, where there is one; config.json names its classes and the tap it reads
 config.json              schema, the run's config, `preprocessing`, `published` (recipe, step, data), `classifier`
 """
@@ -32,9 +33,10 @@ from simclr.data.options import Options
 from simclr.encoder import pictures
 from simclr.encoder.pictures import Listed, Pictures
 from simclr.errors import UserError
-from simclr.family import METHODS
+from simclr.family import CLIP, METHODS
 from simclr.networks.encoders import Encoder, build_encoder
 from simclr.networks.heads import Classifier, ProjectionHead, build_head
+from simclr.networks.text import VOCABULARY, Towers
 from simclr.views.preprocessing import Preprocessing
 
 ENCODER_SCHEMA = 1
@@ -124,6 +126,7 @@ def write_encoder(
     published: dict[str, Any],
     *,
     head: dict[str, Tensor] | None = None,
+    towers: dict[str, Tensor] | None = None,
     classifier: dict[str, Tensor] | None = None,
     tap: int = 0,
     classes: list[str] | None = None,
@@ -132,13 +135,14 @@ def write_encoder(
     """Publish an encoder's `tensors` (names as in its `state_dict()`) as `directory`; an older version in it is replaced at once.
 
     `published` says where it comes from (recipe, step, data). `head` (as `ProjectionHead.state_dict()`, all layers or the first
-    ones), `classifier` (weight, bias), which reads the head's layer `tap`, and the `classes` that it tells apart, are optional.
+    ones), `towers` (as `networks.text.Towers`), `classifier` (weight, bias), which reads the head's layer `tap`, and the `classes` that it
+    tells apart, are optional.
     """
     scratch = directory.with_name(f".{directory.name}-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        for name, part in (("encoder", tensors), ("head", head), ("classifier", classifier)):
+        for name, part in (("encoder", tensors), ("head", head), ("towers", towers), ("classifier", classifier)):
             if part:
                 file = scratch / f"{name}.safetensors"
                 save_file({key: t.detach().cpu().contiguous() for key, t in part.items()}, file)
@@ -189,6 +193,20 @@ def read_head(directory: Path) -> ProjectionHead | None:
     del head.layers[1 + max((int(found[1]) for found in layers if found), default=0) :]
     _fill(head, tensors, directory)
     return head.eval()
+
+
+def read_towers(directory: Path) -> tuple[Towers, CLIP]:
+    """What leads the encoder published in `directory` into the common space of images and texts, and its config. Raises UserError where
+    there is none."""
+    text = read_text(directory)
+    config = config_of(text)
+    if not isinstance(config, CLIP) or not (directory / "towers.safetensors").is_file():
+        raise UserError(f"{directory} has no text tower, by which class names could be read; an encoder of CLIP has one")
+    with torch.device("meta"):
+        c = config
+        towers = Towers(_build(text).d_h, c.d_out, VOCABULARY, c.context, c.text_width, c.text_blocks, c.text_heads)
+    _fill(towers, read_part(directory, "towers"), directory)
+    return towers.eval(), config
 
 
 def read_classifier(directory: Path) -> tuple[Classifier, list[str]]:

@@ -9,9 +9,10 @@ import torch
 
 from simclr.config import Config, SimCLR
 from simclr.data.manifest import Manifest, read_manifest
-from simclr.family import BYOL, DINO, MAE, MoCo, MoCoV3, SwAV
+from simclr.family import BYOL, CLIP, DINO, MAE, MoCo, MoCoV3, SwAV
 from simclr.methods.byol import byol
 from simclr.methods.classifier import classifier
+from simclr.methods.clip import clip
 from simclr.methods.dino import dino
 from simclr.methods.distill import distill
 from simclr.methods.mae import mae
@@ -52,6 +53,8 @@ def pretraining(config: Config, start: Start, manifest: Manifest | None = None) 
             return dino(config, start, manifest)
         case MAE():
             return mae(config, start, manifest)
+        case CLIP():
+            return clip(config, start, manifest)
         case _:
             raise TypeError(f"{type(config).__name__} is the config of no pretraining")
 

@@ -90,7 +90,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, width))
         self.patch_embed = _Patches(width, patch_px)
-        self.blocks = nn.ModuleList([_Block(width, heads, round(mlp_ratio * width), qkv_bias) for _ in range(blocks)])
+        self.blocks = nn.ModuleList([Block(width, heads, round(mlp_ratio * width), qkv_bias) for _ in range(blocks)])
         self.norm = nn.LayerNorm(width, _EPS)
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed, self.mask_token = Linear(d_in, width), nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid**2, width), requires_grad=False)
-        self.blocks = nn.ModuleList([_Block(width, heads, 4 * width, True) for _ in range(blocks)])
+        self.blocks = nn.ModuleList([Block(width, heads, 4 * width, True) for _ in range(blocks)])
         self.norm, self.pred = nn.LayerNorm(width, _EPS), Linear(width, 3 * patch_px**2)
         draw(self, seed, "decoder", _xavier)
         fill([("decoder.mask_token", self.mask_token, Law("normal", 0.02))], seed)
@@ -167,12 +167,13 @@ class _Patches(nn.Module):
         return patches.flatten(2).transpose(1, 2)
 
 
-class _Block(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x)); `factors` are those of the two terms, each (n, 1, 1)."""
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)); `factors` are those of the two terms, each (n, 1, 1). In `causal` attention a token
+    sees those before it, and itself."""
 
-    def __init__(self, width: int, heads: int, hidden: int, qkv_bias: bool) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, qkv_bias: bool, causal: bool = False) -> None:
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width, _EPS), _Attention(width, heads, qkv_bias)
+        self.norm1, self.attn = nn.LayerNorm(width, _EPS), _Attention(width, heads, qkv_bias, causal)
         self.norm2, self.mlp = nn.LayerNorm(width, _EPS), _Mlp(width, hidden)
 
     def forward(self, x: Tensor, factors: tuple[Tensor, ...] | None = None) -> Tensor:
@@ -185,9 +186,9 @@ class _Block(nn.Module):
 class _Attention(nn.Module):
     """Softmax attention of all tokens to all (arXiv:1706.03762, Eq. 1) in each head, with q, k and v from one matrix."""
 
-    def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
+    def __init__(self, width: int, heads: int, qkv_bias: bool, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv, self.proj = Linear(width, 3 * width, bias=qkv_bias), Linear(width, width)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -197,7 +198,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.parts(x)
-        y: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
         return y
 
 

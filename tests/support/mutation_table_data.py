@@ -274,7 +274,7 @@ DATA = (
     Mutation(
         "a-portion-takes-its-source-for-listed",
         "simclr/data/sources/portions.py",
-        "return Portion(number, first, part.name, names, splits, labels, source.loose)",
+        "return Portion(number, first, part.name, names, splits, labels, captions, source.loose)",
         "return Portion(number, first, part.name, names, splits, labels)",
         "tests/simclr/data/test_portions.py::test_loose_pictures_are_read_without_a_listing",
     ),

@@ -14,7 +14,7 @@ import numpy as np
 import simclr.data.ffcv.imports  # noqa: F401  (first: it makes the next import fast)
 
 # isort: split
-from ffcv.fields import IntField, RGBImageField
+from ffcv.fields import BytesField, IntField, RGBImageField
 from ffcv.reader import Reader
 from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_handlers, get_metadata_type
 from numpy.typing import NDArray
@@ -24,12 +24,17 @@ from simclr.data.pixels import MOST_PIXELS
 from simclr.data.s3.uri import Corrupt
 
 _FIELDS = (RGBImageField, IntField)
+CAPTION: Any = BytesField().metadata_type
+"""Type of a caption's row: ptr, size."""
 IMAGE: Any = RGBImageField().metadata_type
 """Type of an image's row: mode, width, height, data_ptr."""
 ALLOCATION_BYTES = ALLOC_TABLE_TYPE.itemsize
 HEAD_BYTES = HeaderType.itemsize + len(_FIELDS) * FieldDescType.itemsize
 SAMPLE_BYTES: int = get_metadata_type([RGBImageField(), IntField()]).itemsize
 """Of the files of our writer: bytes in front of the samples' rows, and of a row."""
+
+
+_MOST_CAPTION_BYTES = 1 << 16
 
 
 class Unfit(Exception):
@@ -47,6 +52,8 @@ class Layout:
     """−1: no sample has a label."""
     size_at: int
     """In the allocation table, whose rows are `ALLOCATION_BYTES` long."""
+    caption_at: int
+    """As `label_at`; −1: there are no captions."""
     place: NDArray[np.uint32] | None
     """Per sample, its row in that table; None where this is its own number, as in files of ours."""
 
@@ -55,24 +62,36 @@ def read_rows(path: Path) -> tuple[Any, NDArray[np.int64], Any]:
     """Metadata rows, labels (−1 where there are none) and rows of the allocation table (ptr, size) of the samples of an FFCV file of one
     image and at most one whole number a sample, whatever the fields are called and whichever comes first. Raises Unfit for other files;
     places are not checked."""
-    image, label, table, _ = _read(path)
+    image, label, table, _, _ = _read(path)
     return image, label, table
 
 
-def _read(path: Path) -> tuple[Any, NDArray[np.int64], Any, Layout]:
+def _read(path: Path, captioned: bool = False) -> tuple[Any, NDArray[np.int64], Any, Layout, Any]:
     try:
         _require_room_for_what_it_states(path)
         reader = Reader(str(path))
         stored, table, fields = reader.metadata, reader.alloc_table, reader.handlers
     except Exception as error:  # FFCV and numpy may raise anything for a damaged header
         raise Unfit(str(error) or type(error).__name__) from None
-    column = {kind: [n for n, field in zip(stored.dtype.names, fields.values(), strict=True) if type(field) is kind] for kind in _FIELDS}
-    if len(column[RGBImageField]) != 1 or len(column[IntField]) > 1 or sum(map(len, column.values())) < len(fields):
-        kinds = ", ".join(f"{name}: {type(field).__name__}" for name, field in fields.items())
-        raise Unfit(f"its fields are {kinds}, and not one RGBImageField with one IntField")
+    kinds = (*_FIELDS, BytesField) if captioned else _FIELDS
+    column = {kind: [n for n, field in zip(stored.dtype.names, fields.values(), strict=True) if type(field) is kind] for kind in kinds}
+    several = len(column[IntField]) > 1 or len(column.get(BytesField, [""])) != 1
+    if len(column[RGBImageField]) != 1 or several or sum(map(len, column.values())) < len(fields):
+        found = ", ".join(f"{name}: {type(field).__name__}" for name, field in fields.items())
+        pairs = " and, of pairs, one BytesField" if captioned else ""
+        raise Unfit(f"its fields are {found}, and not one RGBImageField with one IntField{pairs}")
     if len(stored) != reader.num_samples:
         raise Unfit(f"{len(stored)} images")
     samples, place = np.arange(len(stored)), None
+    texts = None
+    if captioned:  # of our writer alone: the images' rows, then the captions'
+        (caption,) = column[BytesField]
+        texts, others, table = stored[caption].copy(), table[len(stored) :], table[: len(stored)]
+        same = np.array_equal(others["sample_id"], samples) and all(
+            np.array_equal(others[a], texts[b]) for a, b in (("ptr", "ptr"), ("size", "size"))
+        )
+        if not same:
+            raise Unfit("another table of captions")
     if not np.array_equal(table["sample_id"], samples):  # FFCV's own writer notes samples as its processes are done with them
         place = np.argsort(table["sample_id"], kind="stable").astype(np.uint32)
         table = table[place]
@@ -85,9 +104,10 @@ def _read(path: Path) -> tuple[Any, NDArray[np.int64], Any, Layout]:
         step=stored.dtype.itemsize,
         label_at=first + offset[labels[0]] if labels else -1,
         size_at=int(reader.header["alloc_table_ptr"]) + ALLOC_TABLE_TYPE.fields["size"][1],
+        caption_at=first + offset[caption] if captioned else -1,
         place=place,
     )
-    return stored[image].copy(), stored[labels[0]].copy() if labels else np.full(len(stored), -1, np.int64), table, layout
+    return stored[image].copy(), stored[labels[0]].copy() if labels else np.full(len(stored), -1, np.int64), table, layout, texts
 
 
 def _require_room_for_what_it_states(path: Path) -> None:
@@ -129,7 +149,7 @@ def open_in_place(
 ) -> tuple[Any, NDArray[np.int64], NDArray[np.uint64], Layout]:
     """As `open_shard`, and where the shard has all that."""
     try:
-        image, label, table, layout = _read(path)
+        image, label, table, layout, texts = _read(path, manifest.captions)
         if len(image) != shard.samples:
             raise Unfit(f"{len(image)} images")
     except Unfit as error:
@@ -141,6 +161,8 @@ def open_in_place(
     # The loader finds a sample's size by its place: of two samples in one place both have to have the same.
     order = np.argsort(at, kind="stable")
     bad[order[1:]] |= (at[order][1:] == at[order][:-1]) & (size[order][1:] != size[order][:-1])
+    if texts is not None:
+        bad |= straying(texts, shard.bytes)
     if bad.any():
         raise contradiction(path, shard, int(np.flatnonzero(bad)[0]), instead)
     return image, label, size, layout
@@ -160,6 +182,15 @@ def contradicting(
     if manifest.kind == "raw":  # other shards may have images as pixels, too: FFCV's writer has such a mode
         bad |= ~raw
     return bad | (label < -1) | (label >= max(len(manifest.classes), 1))
+
+
+def straying(captions: Any, shard_bytes: NDArray[np.uint64] | int) -> NDArray[np.bool_]:
+    """(n,) captions whose bytes leave their shard of `shard_bytes`, or are none, or more than a caption has."""
+    at, size = captions["ptr"], captions["size"]
+    bad: NDArray[np.bool_] = (
+        (size == 0) | (size > _MOST_CAPTION_BYTES) | (at > shard_bytes) | (size > shard_bytes - np.minimum(at, shard_bytes))
+    )
+    return bad
 
 
 def contradiction(path: Path, shard: Shard, sample: int, instead: str = "prepare the data again") -> Corrupt:

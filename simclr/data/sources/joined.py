@@ -52,11 +52,18 @@ def joined(spec: str, trees: Sequence[Tree]) -> Tree:
     def read(part: Part) -> Iterator[tuple[str, Data]]:
         return trees[holder[part.names[0] if part.names else f"{part.name}/"]].read(part)
 
+    def captions() -> dict[str, str]:
+        found: dict[str, str] = {}
+        for tree in trees:
+            found = dict(tree.captions()) | found
+        return found
+
     return Tree(
         spec=spec,
         parts=parts,
         read=alone[0].read if len(alone) == 1 else read,
         stated=stated,
+        captions=captions,
         texts=texts,
         ignored=ignored,
         junk=junk,

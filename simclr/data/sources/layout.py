@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from simclr import files
-from simclr.data.sources import label_files
+from simclr.data.sources import captions, label_files
 from simclr.data.sources.classes import decide_classes, require_names
 from simclr.data.sources.label_files import few_texts
 from simclr.data.sources.masks import without_masks
@@ -16,7 +16,7 @@ from simclr.data.sources.name_tables import Pictures
 from simclr.data.sources.names import chosen
 from simclr.data.sources.plan import Plan, above_of
 from simclr.data.sources.reading import Reading, Split, Understood, pictures, some
-from simclr.data.sources.source import Item, Part, Source, Together, Tree, digest, ending
+from simclr.data.sources.source import Item, Part, Source, Together, Tree, captioned, digest, ending
 from simclr.data.sources.splits import KINDS, Kind, split_depth, split_of
 from simclr.errors import UserError
 
@@ -33,7 +33,10 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         left = tree.ignored + tree.junk
         found = f"{left.total()} other files ({', '.join(sorted(left)[:5])})" if left else "nothing"
         raise UserError(f"no images in {tree.spec}, only {found}; expected pictures, as split/class/file, class/file or files alone")
-    notes = list(tree.notes)
+    with_captions, notes = reading.captions != "none", list(tree.notes)
+    said = captions.taken(tree, reading, names, notes) if with_captions else {}
+    if with_captions:  # what says it in words is no class
+        tree = dataclasses.replace(tree, stated={name: label for name, label in tree.stated.items() if said.get(name) != label})
     modest = _Modest(tree.texts)
     tree = dataclasses.replace(tree, texts={path: functools.partial(modest.read, path) for path in tree.texts})
     folders: dict[str, int] = Counter(name.rpartition("/")[0] for name in names)
@@ -42,11 +45,15 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
     splits = _judged(plan, names, notes)
     notes += modest.notes()
 
+    def caption_of(name: str) -> str:
+        return said.get(name, "")
+
     def read(part: Part) -> Iterator[Item]:
         for name, data in tree.read(part):
             split = plan.split[plan.kind(name)]
             if split is not None:
-                yield Item(split, plan.label(name), name, data)
+                item = Item(split, plan.label(name), name, data, caption_of(name))
+                yield captioned(item) if with_captions else item
 
     left_out = {kind for kind, split in plan.split.items() if split is None}
     parts: Sequence[Part] = tree.parts
@@ -72,11 +79,13 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         parts=parts,
         read=read,
         place=lambda name: (str(plan.split[plan.kind(name)]), plan.label(name)),
+        captioned=with_captions,
+        caption=caption_of if with_captions else None,
         loose=tree.loose,
         total=sum(len(part.names) for part in parts) if counted else None,
         identity=tree.identity,
         times=tree.times,
-        understood=understood.to_dict() | {"asked": reading.to_dict(), "values": _digest(plan)},
+        understood=understood.to_dict() | {"asked": reading.to_dict(), "values": _digest(plan, said)},
     )
     return source, understood
 
@@ -233,7 +242,8 @@ def _judged(plan: Plan, names: Collection[str], notes: list[str]) -> dict[str, S
     return splits
 
 
-def _digest(plan: Plan) -> str:
+def _digest(plan: Plan, said: Mapping[str, str]) -> str:
     """A hash of all that files and data say of single pictures; "" where folders say everything."""
     stated = (*sorted(plan.values.items()), *sorted((plan.split_values or {}).items()))
+    stated = (*stated, *((("captions", ""), *sorted(said.items())) if said else ()))
     return digest(*(f"{name}\0{value}" for name, value in stated)) if stated else ""

@@ -26,7 +26,7 @@ class Table:
 
     path: str
     values: Mapping[str, str]
-    """Name as in the file → value. Names that the file gives several values are missing."""
+    """Name as in the file → value. Names that the file gives several values are missing, unless the first counts."""
     several: tuple[str, ...] = ()
     """Names that have several values."""
     known: bool = True
@@ -62,12 +62,14 @@ def decoded(data: bytes) -> str:
         return data.decode("latin-1")
 
 
-def read_table(path: str, data: bytes, want: Sequence[str], columns: tuple[str, str] | None = None) -> Table | None:
+def read_table(
+    path: str, data: bytes, want: Sequence[str], columns: tuple[str, str] | None = None, first_counts: bool = False
+) -> Table | None:
     """The names and values in a text file, None if it does not look like one of names and values.
 
     CSV with or without a head, TSV, JSON lines with `file_name`, and plain text with a name and a value on each line. `columns` names
     the two of a table with a head; else they are guessed by common names, `want` those of the value. Raises UserError for `columns`
-    that the file does not have.
+    that the file does not have. Of several values of a name none counts, or with `first_counts` the first.
     """
     text, ending = decoded(data), PurePosixPath(path).suffix.lower()
     rows: list[list[str]]
@@ -99,7 +101,7 @@ def read_table(path: str, data: bytes, want: Sequence[str], columns: tuple[str, 
             found = found.split()[0]  # ImageNet's: class and box, class and box …
         if values.setdefault(row[name], found) != found:
             several[row[name]] = None
-    for key in several:
+    for key in several if not first_counts else ():
         del values[key]
     column = rows[0][value] if headed else ""
     others = tuple(cell for cell in rows[0] if cell.lower() in want and cell != column) if headed and columns is None else ()

@@ -30,7 +30,7 @@ def open_source(spec: str, reading: Reading | None = None) -> Source:
 
     A folder or archive, on disk or at s3://bucket/prefix; WebDataset shards by a path with braces; Parquet; the name of a dataset
     (`cifar10`, or `torchvision:NAME`), downloaded where there is a network; `patterns`, with options as in
-    `patterns:train=4000,test=1000,size=32,seed=0,coloured`. Raises UserError if it is missing, empty, damaged or unknown.
+    `patterns:train=4000,test=1000,size=32,seed=0,coloured,captions`. Raises UserError if it is missing, empty, damaged or unknown.
     """
     name, _, options = spec.partition(":")
     own = None

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from simclr.data.sources.captions import caption_in, captions_column
 from simclr.data.sources.members import MOST_PICTURE_BYTES, ends_of
 from simclr.data.sources.parquet_pages import pages
 from simclr.data.sources.source import Data, Part, Tree, Unread, digest, is_image, is_junk, too_long
@@ -165,6 +166,14 @@ def tables_tree(spec: str, tables: Mapping[str, Path]) -> Tree:
         table, group, row_of = pieces[part.name]
         yield from zip(part.names, _pictures(table, columns, group, [row_of[name] for name in part.names]), strict=True)
 
+    def captions() -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, table in opened.items():
+            if (column := captions_column(table.schema, (columns.image, columns.label))) is not None:
+                values = (caption_in(value) for value in table.values(column))
+                found |= {picture: caption for picture, caption in zip(places[name], values, strict=True) if caption}
+        return found
+
     folders: dict[str, set[str]] = {}
     for name in tables:
         folders.setdefault(name.rpartition("/")[0], set()).add(name.rpartition("/")[2])
@@ -177,6 +186,7 @@ def tables_tree(spec: str, tables: Mapping[str, Path]) -> Tree:
         parts=parts,
         read=read,
         stated=stated,
+        captions=captions,
         identity=digest(*(f"{name} {ends_of(path)}" for name, path in tables.items())),
         times=digest(*(str(path.stat().st_mtime_ns) for path in tables.values())),
         notes=(*columns.notes, *([several] if alike else [])),

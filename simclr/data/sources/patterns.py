@@ -20,6 +20,12 @@ from simclr.errors import UserError
 
 CLASSES = ("bricks", "checks", "crosses", "diamonds", "dots", "grid", "rings", "stripes", "waves", "zigzag")
 Field = NDArray[np.floating]
+_FORMS = (
+    "{ink} {kind} on {ground}",
+    "a picture of {width} {kind}, {ink} on a {ground} ground",
+    "{width} {kind} in {ink} grey",
+    "{ink} and {width}: {kind}",
+)
 _DRAWS = 16
 _PIXELS = 1 << 19  # rendered at a time: 512 images of 32 px, small enough to stay near the cache
 _LARGEST_PX = 511  # beyond this an image's noise would need more draws than a key of `keyed` has
@@ -78,6 +84,20 @@ def _render(ids: NDArray[np.int64], labels: NDArray[np.int64], seed: int, size_p
         mixed = grey[..., None] * (1 + 0.12 * (u[:, 8:11, 0, 0][:, None, None] - 0.5))
     image: NDArray[np.uint8] = np.rint(255 * np.clip(mixed, 0, 1)).astype(np.uint8)
     return image
+
+
+def captions(ids: NDArray[np.int64], seed: int) -> list[str]:
+    """A caption of each sample of `render`: its class, whether it is bright on dark or dark on bright, and how wide its period is, in a
+    form of words that is keyed by (seed, id)."""
+    ids = np.asarray(ids, np.int64)
+    draws = keyed.uniform(seed, "patterns", 0, ids, 0, _DRAWS).astype(np.float32)
+    forms = keyed.uniform(seed, "captions", 0, ids, 0, 1)[:, 0]
+    said = []
+    for label, u, form in zip(ids % len(CLASSES), draws, forms, strict=True):
+        ink, ground = ("dark", "bright") if u[4] < 0.5 else ("bright", "dark")
+        width = "narrow" if u[1] < 0.5 else "wide"
+        said.append(_FORMS[int(form * len(_FORMS))].format(kind=CLASSES[label], ink=ink, ground=ground, width=width))
+    return said
 
 
 def _hue(turn: Field) -> Field:
@@ -162,10 +182,10 @@ _RENDER_BLOCK = 512
 
 
 def patterns_source(spec: str, options: str) -> Source:
-    values: dict[str, int] = {"train": 4_000, "test": 1_000, "size": 32, "seed": 0, "coloured": 0}
+    values: dict[str, int] = {"train": 4_000, "test": 1_000, "size": 32, "seed": 0, "coloured": 0, "captions": 0}
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
-        if key not in values or not (value.isdigit() or (key == "coloured" and not value)):
+        if key not in values or not (value.isdigit() or (key in ("coloured", "captions") and not value)):
             raise UserError(f"patterns has no option {option!r}; expected {', '.join(f'{k}=NUMBER' for k in values)}")
         values[key] = int(value or 1)
     if values["size"] < 8:
@@ -184,10 +204,11 @@ def patterns_source(spec: str, options: str) -> Source:
     def read(part: Part) -> Iterator[Item]:
         ids = np.array([int(name.rpartition("/")[2]) for name in part.names])
         images, labels = render(ids, values["seed"], values["size"], bool(values["coloured"]))
-        for name, image, label in zip(part.names, images, labels, strict=True):
-            yield Item(part.name, CLASSES[label], name, image)
+        said = captions(ids, values["seed"]) if values["captions"] else [""] * len(ids)
+        for name, image, label, caption in zip(part.names, images, labels, said, strict=True):
+            yield Item(part.name, CLASSES[label], name, image, caption)
 
-    stated = ",".join(f"{k}={v}" for k, v in values.items())
+    stated = ",".join(f"{k}={v}" for k, v in values.items() if k != "captions" or v)
     understood = Understood(
         splits={split: Split(_classes(first[split], count), ()) for split, count in counts.items() if count},
         how_split="rendered as such",
@@ -195,7 +216,14 @@ def patterns_source(spec: str, options: str) -> Source:
         notes=(),
         counted=True,
     )
-    return Source(spec=f"patterns:{stated}", parts=parts, read=read, total=sum(counts.values()), understood=understood.to_dict())
+    return Source(
+        spec=f"patterns:{stated}",
+        parts=parts,
+        read=read,
+        total=sum(counts.values()),
+        understood=understood.to_dict(),
+        captioned=bool(values["captions"]),
+    )
 
 
 def _classes(first: int, count: int) -> Counter[str | None]:

@@ -22,7 +22,7 @@ from simclr.data.s3.uri import address
 from simclr.data.sources.names import pack, unpack
 from simclr.data.sources.open import is_named_set, listed, loose_reader, open_source
 from simclr.data.sources.reading import Reading
-from simclr.data.sources.source import Data, Item, Part, Source, Tree
+from simclr.data.sources.source import Data, Item, Part, Source, Tree, captioned
 from simclr.errors import UserError
 
 
@@ -41,18 +41,20 @@ class Portion:
     splits: tuple[str, ...] = ()
     """Of each name; () = the source says it when it is read."""
     labels: tuple[str | None, ...] = ()
+    captions: tuple[str, ...] = ()
+    """Of each name, where captions were asked for."""
     loose: bool = False
     """As in `Source`."""
 
     def to_dict(self) -> dict[str, Any]:
         """In plain values; names, splits and classes are one packed text, of some twelve letters a picture."""
-        packed = base64.b64encode(pack([self.names, self.splits, self.labels])).decode()
+        packed = base64.b64encode(pack([self.names, self.splits, self.labels, self.captions])).decode()
         return {"number": self.number, "first": self.first, "part": self.part, "pictures": packed, "loose": self.loose}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        names, splits, labels = map(tuple, unpack(base64.b64decode(values["pictures"])))
-        return cls(values["number"], values["first"], values["part"], names, splits, labels, values["loose"])
+        names, splits, labels, captions = map(tuple, unpack(base64.b64decode(values["pictures"])))
+        return cls(values["number"], values["first"], values["part"], names, splits, labels, captions, values["loose"])
 
 
 def portions(source: Source, images: int) -> Iterator[Portion]:
@@ -74,7 +76,8 @@ def portion_of(source: Source, part: Part, number: int = 0, first: int | None = 
     names = tuple(part.names)
     placed = [source.place(name) for name in names] if source.place else []
     splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
-    return Portion(number, first, part.name, names, splits, labels, source.loose)
+    captions = tuple(map(source.caption, names)) if source.caption else ()
+    return Portion(number, first, part.name, names, splits, labels, captions, source.loose)
 
 
 def _runs(source: Source, images: int) -> Iterator[Part]:
@@ -129,8 +132,9 @@ class _Reader:
             pictures = self._passed(part)
         else:
             pictures = self.tree.read(part)
-        for (name, data), split, label in zip(pictures, portion.splits, portion.labels, strict=True):
-            yield Item(split, label, name, data)
+        captions = portion.captions or ("",) * len(portion.names)
+        for (name, data), split, label, caption in zip(pictures, portion.splits, portion.labels, captions, strict=True):
+            yield captioned(Item(split, label, name, data, caption)) if portion.captions else Item(split, label, name, data)
 
     @functools.cached_property
     def loose(self) -> Callable[[Part], Iterator[tuple[str, Data]]]:

@@ -30,6 +30,12 @@ class Reading:
     and splits, or of the test split's names; or a fraction of the training pictures to hold out, as 0.1. auto: folder, where there are."""
     keep_masks: bool = False
     """Read folders that are called like masks of others as well."""
+    captions: str = "none"
+    """Whether and whence shards get captions, for training on image–text pairs. auto: what the source itself has in words: KEY.txt of
+    WebDataset, a column caption or text of Parquet; or a file of names and captions (CSV, TSV, JSON lines: file_name or filepath, and
+    caption or title). Training images without one are skipped."""
+    caption_columns: tuple[str, str] | None = None
+    """Columns of names and of captions in that file, where they are not called as usual."""
     label_columns: tuple[str, str] | None = None
     """Columns of names and of values in those files, where they are not called as usual (file_name, label)."""
 
@@ -40,6 +46,12 @@ class Reading:
                 raise UserError(
                     f"{path} has {size / 2**20:,.0f} MiB; expected a file of names and values of at most 1,024; leave columns out"
                 )
+        if self.captions not in ("none", "auto") and not files.user_path(self.captions).is_file():
+            raise UserError(
+                f"--captions is {self.captions!r}, and there is no such file; expected none, auto or a file of names and captions"
+            )
+        if self.caption_columns and self.captions in ("none", "auto"):
+            raise UserError("--caption-columns names columns of a file, and --captions names none; leave it out")
         if self.label_columns and not given:
             raise UserError("--label-columns names columns of a file, and neither --labels nor --split-from is one; leave it out")
         if self.labels not in HOW and not files.user_path(self.labels).is_file():
@@ -66,6 +78,11 @@ class Reading:
             path = files.user_path(value)
             known = value in (*HOW, *SPLIT_HOW) or not path.is_file()
             stated[name] = value if known else f"{path.name} {digest(path.read_bytes())}"
+        if self.captions != "none":
+            path = files.user_path(self.captions)
+            if self.caption_columns:
+                stated["caption_columns"] = " ".join(self.caption_columns)
+            stated["captions"] = f"{path.name} {digest(path.read_bytes())}" if path.is_file() else self.captions
         return stated
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,8 @@ class Item:
     name: str
     """Its name in the source, for messages."""
     data: Data
+    caption: str = ""
+    """What its source says in words of it, where captions were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Tree:
     part's only: so a sample is read."""
     stated: Mapping[str, str] = field(default_factory=dict)
     """Picture → its class, where the source itself states it in data (a table's column, WebDataset's .cls), not in folders' names."""
+    captions: Callable[[], Mapping[str, str]] = dict
+    """Reads what the source itself says of pictures in words (a table's column, WebDataset's .txt): picture → caption."""
     texts: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
     """Files that may hold labels, by their paths: .txt .csv .tsv .jsonl .mat, each with a way to read it."""
     ignored: Counter[str] = field(default_factory=Counter)
@@ -112,6 +116,10 @@ class Source:
     read: Callable[[Part], Iterator[Item]]
     place: Callable[[str], tuple[str, str | None]] | None = None
     """Name of a picture → its split and class; None = they are known only when it is read."""
+    captioned: bool = False
+    """Whether its items have captions, which go into the shards."""
+    caption: Callable[[str], str] | None = None
+    """Name of a picture → its caption, as `place`."""
     loose: bool = False
     """As in `Tree`."""
     total: int | None = None
@@ -211,6 +219,11 @@ def bundles(items: Iterator[Item], count: int, most_bytes: int) -> Iterator[list
 def divided(name: str, names: Sequence[str], most: int = PART_IMAGES) -> list[Part]:
     """Parts of at most `most` of the `names`, in their order."""
     return [Part(name, tuple(names[begin : begin + most])) for begin in range(0, len(names), most)]
+
+
+def captioned(item: Item) -> Item:
+    """The image of a pair; a training image without a caption is none, and is listed with those that cannot be used."""
+    return item if item.caption.strip() or item.split != "train" else replace(item, data=Unread("it has no caption"))
 
 
 class Digest:

@@ -74,10 +74,12 @@ def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
         stated = texts | stated
     elif texts and (bare := len(texts.keys() - stated.keys())):
         what = "rows of numbers" if numbers else "captions"
-        notes.append(f"the .txt files of {bare:,} pictures are {what} ({len(distinct):,} different ones), and no classes")
+        keeps = "" if numbers else "; --captions auto keeps them"
+        notes.append(f"the .txt files of {bare:,} pictures are {what} ({len(distinct):,} different ones), and no classes{keeps}")
     whole = joined(spec, trees)
+    captions = {} if numbers else texts
     notes += _folders_overruled({name: label for name, label in stated.items() if name in guessed})
-    return dataclasses.replace(whole, stated=stated, notes=(*whole.notes, *notes))
+    return dataclasses.replace(whole, stated=stated, captions=lambda: captions, notes=(*whole.notes, *notes))
 
 
 def _folders_overruled(stated: Mapping[str, str]) -> list[str]:

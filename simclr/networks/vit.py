@@ -217,7 +217,7 @@ def class_attention(network: VisionTransformer, x: Tensor) -> Tensor:
     authors show it (arXiv:2104.14294, Fig. 1): the first row of softmax(q kᵀ / √(width / heads)), without its first entry, which is the
     token's attention to itself. So a head's map adds up to 1 less that. H and W are any whole numbers of patches."""
     block = network.blocks[-1]
-    assert isinstance(block, _Block)
+    assert isinstance(block, Block)
     q, k, _ = block.attn.parts(block.norm1(network.stages(x)[-2]))
     # The network itself never has these numbers: its kernels compute attention without storing the probabilities.
     shares = torch.softmax(q[:, :, :1] @ k.mT / math.sqrt(q.shape[-1]), -1)

@@ -106,6 +106,8 @@ class Making:
     choice: Choice
     classes: tuple[str, ...]
     """Class names that the listing has; labels are the ranks of these. With fewer than two, nothing is told apart."""
+    videos: bool = False
+    """Whether the pictures are frames of videos."""
 
     @property
     def rule(self) -> Rule:
@@ -129,6 +131,7 @@ class Making:
             options=Options(**options),
             choice=Choice(**choice),
             classes=tuple(values["classes"]),
+            videos=values["videos"],
         )
 
 
@@ -164,7 +167,7 @@ class Maker:
 
         Returns the note, and, for when all is on the disk or in S3, what the driver is told: rows, skipped, first, reasons. Raises Again
         and Refused for an image that contradicts the sample."""
-        written = note.Writer(note.About(key=self.making.key, number=number, ranked=self.ranked))
+        written = note.Writer(note.About(key=self.making.key, number=number, ranked=self.ranked), self.making.videos)
         most = int((self.making.options.shard_mib << 20) * _MOST_LARGER)
         writers = {split: SplitWriter(self.output.scratch, split, number, most, self.output.keep, self.behind) for split in note.SPLITS}
         try:

@@ -176,7 +176,8 @@ class _Job:
 
     def _run(self, choice: Choice) -> Manifest:
         key = _hash([self.about, choice.times, choice.kind, choice.ranges, choice.size_px, choice.mean_bytes, choice.images_unnamed])
-        making = Making(source=self.source.spec, key=key, options=self.options, choice=choice, classes=_listed(self.source))
+        source, options = self.source, self.options
+        making = Making(source=source.spec, key=key, options=options, choice=choice, classes=_listed(source), videos=source.videos)
         parts = plan(self.source, choice, self.options)
         notes = self.output.notes(key, range(len(parts)))
         if not notes and self.output.has_shards():
@@ -299,7 +300,7 @@ class _Job:
         manifest, conflicts = merge.merged(self.source, self.options, making.choice, making.rule, notes, found, _versions(), folder)
         write_manifest(folder, manifest)
         self.output.finished(manifest)
-        for line in (*remarks(manifest.pixels), conflicts):
+        for line in (*remarks(manifest.pixels), conflicts, merge.uneven(notes)):
             if line:
                 self.told.says(line)
         return manifest

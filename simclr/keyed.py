@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-Stream = Literal["order", "crop", "colour", "weights", "patterns", "subset", "operation", "path", "shuffle", "mask"]
+Stream = Literal["order", "crop", "colour", "weights", "patterns", "subset", "operation", "path", "shuffle", "mask", "neighbour", "videos"]
 _STREAMS: dict[Stream, int] = {name: number for number, name in enumerate(get_args(Stream))}
 Rule = Literal["sort", "by size"]
 """How ids are put in order: by a sort at every size, or by a sort up to `SORTED_UP_TO` ids and by `entries` above."""

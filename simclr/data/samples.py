@@ -42,6 +42,10 @@ class Samples:
         """(n, 2) height and width in pixels."""
         return np.stack([self.images["height"], self.images["width"]], 1).astype(np.int64)
 
+    def then(self, others: Samples) -> Samples:
+        """These samples, and behind them `others`."""
+        return Samples(*(np.concatenate([getattr(self, name), getattr(others, name)]) for name in self.__slots__))
+
     def __getitem__(self, some: Any) -> Samples:
         return Samples(self.rows[some], self.ids[some], self.images[some], self.bytes[some], self.labels[some])
 

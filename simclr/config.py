@@ -29,12 +29,14 @@ __all__ = [
     "Optim",
     "Resize",
     "SimCLR",
+    "Time",
     "Train",
     "Views",
     "Watch",
     "head_of",
     "require",
     "require_whole_patches",
+    "time_of",
 ]
 
 RENAMED = {"begins": "encoder_sha256", "labelled": "labels_sha256"}
@@ -59,6 +61,8 @@ ADDED = {
     "optim.layer_decay": 1.0,
     "optim.clip_norm": 0.0,
     "optim.clip_each": 0.0,
+    "time.neighbours": 0,
+    "time.one_per_video": False,
 }
 """Fields that came later, and what older runs did: with this value they are left out of the name of a default run directory."""
 
@@ -167,6 +171,21 @@ class Watch:
         for name in ("k", "bank", "queries"):
             require(getattr(self, name) >= 1, f"watch.{name} is {getattr(self, name)}; expected at least 1")
         require(self.temperature > 0, f"watch.temperature is {self.temperature}; expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Time:
+    """Pairs from time, of frames of videos (`simclr prepare --videos`), after SimCLR-TT (openreview HTCRs8taN8)."""
+
+    neighbours: int = 0
+    """View 1 is of another frame of the same video, drawn anew in every epoch from the frames at most so many before or behind;
+    0 = of the same image."""
+    one_per_video: bool = False
+    """An order in which a batch holds as few frames of a video as can be, one where no video has more frames than an epoch has batches:
+    else frames of a video are each other's negatives."""
+
+    def __post_init__(self) -> None:
+        require(self.neighbours >= 0, f"time.neighbours is {self.neighbours}; expected a number of frames, 0 = no pairs from time")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -289,12 +308,15 @@ class SimCLR(Config):
 
     head: Head = field(default_factory=Head)
     loss: Loss = field(default_factory=Loss)
+    time: Time = field(default_factory=Time)
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)  # super() without arguments fails in a dataclass with slots
         rows, memory = 2 * self.train.batch_size, self.loss.memory
         require(memory % rows == 0, f"loss.memory {memory} holds no whole batches; use a multiple of {rows}, 2 views of train.batch_size")
         require(not self.whole_batch or self.train.micro_batch is None, f"{self.whole_batch}; leave out train.micro_batch")
+        whole = self.time == Time() or self.train.shard_groups == 1
+        require(whole, "time.neighbours and time.one_per_video want every shard; leave out train.shard_groups, or both")
 
     def of_batch(self, images: int) -> Self:
         queue = self.loss.memory and max(self.loss.memory // (2 * self.train.batch_size), 1) * 2 * images
@@ -312,6 +334,11 @@ def require_whole_patches(encoder: Encoder, name: str, size: int) -> None:
     near, flag = max(size // patch, 1) * patch, name.replace("_", "-")
     whole = encoder.vit is None or size % patch == 0
     require(whole, f"encoder.patch_px {patch} does not divide {name} {size}; use --{flag} {near} or {near + patch}")
+
+
+def time_of(config: Config) -> Time:
+    """The pairs from time of a run of SimCLR; another method has none."""
+    return config.time if isinstance(config, SimCLR) else Time()
 
 
 def head_of(config: Config) -> Head:

@@ -16,7 +16,23 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-Stream = Literal["order", "crop", "colour", "weights", "patterns", "subset", "operation", "path", "shuffle", "mask", "captions"]
+Stream = Literal[
+    "order",
+    "crop",
+    "colour",
+    "weights",
+    "patterns",
+    "subset",
+    "operation",
+    "path",
+    "shuffle",
+    "mask",
+    "neighbour",
+    "videos",
+    "captions",
+]
+    "order", "crop", "colour", "weights", "patterns", "subset", "operation", "path", "shuffle", "mask", "neighbour", "videos", "captions"
+]
 _STREAMS: dict[Stream, int] = {name: number for number, name in enumerate(get_args(Stream))}
 Rule = Literal["sort", "by size"]
 """How ids are put in order: by a sort at every size, or by a sort up to `SORTED_UP_TO` ids and by `entries` above."""

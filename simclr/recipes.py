@@ -43,6 +43,7 @@ from simclr.recipes_simclr import (
     imagenet_resnet50_2x,
     imagenet_resnet50_4x,
     imagenet_resnet152_3x_sk,
+    patterns_time,
     patterns_tiny,
 )
 
@@ -52,6 +53,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
     for recipe in (
         patterns_tiny,
+        patterns_time,
         cifar10_resnet14,
         cifar10_resnet18,
         cifar10_speedrun,

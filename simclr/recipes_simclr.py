@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from simclr.config import Encoder, Head, Loss, Optim, SimCLR, Train, Views, Watch
+from simclr.config import Encoder, Head, Loss, Optim, SimCLR, Time, Train, Views, Watch
 
 
 def patterns_tiny() -> SimCLR:
@@ -23,6 +23,18 @@ def patterns_tiny() -> SimCLR:
         train=Train(batch_size=128, epochs=12, report_every_steps=5, checkpoint_every_steps=100),
         watch=Watch(every_epochs=3, k=20),
     )
+
+
+def patterns_time() -> SimCLR:
+    """Pairs from time on videos of rotating patterns: view 1 is of a frame at most three before or behind, and a batch has one frame of a
+    video (after SimCLR-TT, openreview HTCRs8taN8).
+
+    simclr prepare --source rotating-patterns --out runs/rotating
+    simclr pretrain patterns_time --data runs/rotating --workers 2
+
+    The paper's pairs have no other distortion; these keep `patterns_tiny`'s, since tint and contrast stay alike throughout a video.
+    """
+    return replace(patterns_tiny(), time=Time(neighbours=3, one_per_video=True))
 
 
 def cifar10_resnet14() -> SimCLR:

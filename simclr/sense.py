@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from simclr.config import Config, Encoder, SimCLR, Views
+from simclr.config import Config, Encoder, SimCLR, Time, Views, time_of
 from simclr.data.manifest import Manifest
+from simclr.data.videos import false_negatives, videos_of
 from simclr.errors import UserError
 from simclr.family import CLIP, DINO, MAE, MoCo, SwAV
 from simclr.networks.timm import looked_at
@@ -29,14 +30,14 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     pretrains = not isinstance(config, FineTune | Distill)
     if config.encoder.timm:
         looked_at(config.encoder.timm, config.views.size_px)
-    refusals = [_crops(config.views, manifest), _queue(config, examples), single_image(config, workers)]
+    refusals = [_crops(config.views, manifest), _queue(config, examples), single_image(config, workers), _no_videos(config, manifest)]
     found = [f"{what.partition(';')[0]}; this run goes on all the same, and a new one is refused" for what in refusals if what]
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
     found += [_elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
     if pretrains:
-        found += [_unblurred(config.views), _neighbours(config, manifest), *_never(config, examples)]
+        found += [_unblurred(config.views), _neighbours(config, manifest), *_never(config, examples), *_frames(config, manifest, examples)]
     return tuple(note for note in found if note)
 
 
@@ -121,6 +122,15 @@ def _queue(config: Config, examples: int) -> str:
     return f"{name} {length:,} exceeds the {epoch:,} projections of an epoch; use --{name} {epoch} or less" if length > epoch else ""
 
 
+def _no_videos(config: Config, manifest: Manifest) -> str:
+    if time_of(config) == Time() or manifest.videos.get("train"):
+        return ""
+    return (
+        "time.neighbours and time.one_per_video want frames of videos, and the shards hold none; prepare folders of frames with --videos, "
+        "or leave both out"
+    )
+
+
 # ── Said ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -147,6 +157,30 @@ def _never(config: Config, examples: int) -> list[str]:
             found.append(f"the queue is never used: it is full after {full:,} of {total:,} steps; give a smaller --queue-epochs or --queue")
     if isinstance(config, DINO) and (until := round(config.frozen_epochs * per_epoch)) >= total:
         found.append(f"the head's last layer never learns: it waits for {until:,} of {total:,} steps; give a smaller --frozen-epochs")
+    return found
+
+
+def _frames(config: Config, manifest: Manifest, examples: int) -> list[str]:
+    """Of frames without a neighbour, and of frames of one video that are each other's negatives. Of a subset neither is known."""
+    time, n, per_epoch = time_of(config), config.train.batch_size, config.steps_per_epoch(examples)
+    if time == Time() or not manifest.videos.get("train") or examples != manifest.examples("train"):
+        return []
+    videos, found = videos_of(manifest), []
+    lengths, longest = videos.lengths, int(videos.lengths.max())
+    if time.neighbours and (alone := int((lengths == 1).sum())):
+        found.append(f"{alone:,} of {len(lengths):,} videos have one frame, which is paired with itself")
+    if not time.one_per_video and (others := false_negatives(videos, n)):
+        found.append(
+            f"a frame has {others:.3g} frames of its own video among the {n - 1:,} other images of its batch, in the mean, as false "
+            f"negatives; --time.one-per-video keeps them apart{' as far as can be' if longest > per_epoch else ''}"
+        )
+    if time.one_per_video and longest > per_epoch:
+        fits = examples // longest
+        found.append(
+            f"a batch of {n:,} has up to {-(-longest // per_epoch):,} frames of a video, and no order of all frames has fewer: the longest "
+            f"video has {longest:,} frames, an epoch {per_epoch:,} batches"
+            + (f"; --train.batch-size {fits} leaves one" if fits > 1 else "")
+        )
     return found
 
 

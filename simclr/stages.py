@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from simclr.config import Config, Optim, SimCLR, Train, Watch, require
+from simclr.config import Config, Optim, SimCLR, Time, Train, Watch, require
 from simclr.family import pretraining
 
 _LAST_ONLY = 0.0
@@ -74,6 +74,7 @@ class Distill(SimCLR):
 
 def _require_plain(config: SimCLR) -> None:
     require(config.train.micro_batch is None, "train.micro_batch is for pretraining, whose loss needs all of a batch; use a smaller batch")
+    require(config.time == Time(), "time.neighbours and time.one_per_video are for pretraining, where images come in pairs; leave them out")
     require(config.train.shard_groups == 1, "train.shard_groups is for pretraining; fine-tuning and distilling read all shards")
 
 

@@ -18,6 +18,7 @@ from simclr.data import shards
 from simclr.data.manifest import Manifest
 from simclr.data.pixels import unread
 from simclr.data.s3.uri import address
+from simclr.data.sources import videos
 from simclr.data.sources.open import betons_at, open_source
 from simclr.data.sources.reading import Reading, rows_of
 from simclr.data.sources.source import Source
@@ -32,7 +33,8 @@ class Args:
     source: str
     """A folder or archive (tar, zip) of split/class/file, class/file or files alone, a folder of archives, WebDataset shards
     (train-{000..146}.tar), Parquet, .beton files; on disk, and folders and archives also at s3://bucket/prefix; a dataset's name
-    (cifar10, torchvision:NAME); or patterns[:train=4000,test=1000,size=32,seed=0,coloured,captions]."""
+    (cifar10, torchvision:NAME); patterns[:train=4000,test=1000,size=32,seed=0,coloured,captions]; or videos of them,
+    rotating-patterns[:train=400,test=100,frames=10,size=32,seed=0,coloured]."""
     out: Path | None = None
     """Directory or s3://bucket/prefix for the shards: new, empty, or holding the same dataset already."""
     reading: Annotated[Reading, tyro.conf.arg(name="")] = field(default_factory=Reading)
@@ -87,7 +89,9 @@ def told(source: Source) -> str:
     if not understood:
         return f"{source.spec}: {source.total or 'some'} images"
     lines = [f"{source.spec}: {f'{source.total:,} images' if source.total is not None else 'images are counted as they are read'}"]
-    lines += [f"  splits   {understood['splits_by']}", f"  classes  {understood['classes_by']}", ""]
+    lines += [f"  splits   {understood['splits_by']}", f"  classes  {understood['classes_by']}"]
+    lines += [f"  videos   {videos.counted(understood['videos'])}"] if "videos" in understood else []
+    lines += [""]
     table = [("split", "images", "labelled", "classes", "smallest", "largest")]
     for row in rows_of(understood):
         share = f"{100 * row.labelled / max(row.images, 1):.4g} %"

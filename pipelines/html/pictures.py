@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr import files, keyed
-from simclr.config import Config
+from simclr.config import Config, time_of
 from simclr.data.loader import Batch, batches, in_order
 from simclr.data.sources.prepared import names_of
 from simclr.encoder.directory import PublishedEncoder
@@ -21,6 +21,7 @@ from simclr.evaluation.rows import placed
 from simclr.family import CLIP, MAE
 from simclr.methods import mae
 from simclr.networks.vit import VisionTransformer, class_attention
+from simclr.views.draw import Crop
 from simclr.views.preprocessing import Preprocessing
 from simclr.views.two_views import raw_views
 
@@ -114,7 +115,7 @@ def _names(data: Path, split: str, ids: NDArray[np.int64], at: str | Path) -> ND
 def gallery(config: Config, data: Path, most: int) -> NDArray[np.uint8]:
     """The first images of the first epoch, (n, 3, H, W, 3): original, view 0, view 1, before normalisation; of MAE original, crop, and what
     its encoder sees of that, the rest grey."""
-    stream = batches(config, data, 0, 0, 1)
+    stream = batches(config, data, 0, 0, 1, crops=(Crop(views=config.views, neighbours=time_of(config).neighbours),))
     batch: Batch = next(stream)
     n = min(most, len(batch.ids))
     ids = batch.ids[:n].clone()
@@ -122,6 +123,8 @@ def gallery(config: Config, data: Path, most: int) -> NDArray[np.uint8]:
     if isinstance(config, MAE | CLIP):  # whose views are crops and flips alone
         shown = replace(shown, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarise_p=0.0)
     pixels = raw_views(batch.images[0][:n], ids, batch.epoch, shown, config.seed)
+    if batch.mates is not None and len(batch.images) == 2:  # whole images; view 1 is of another frame
+        pixels = torch.cat([pixels[:n], raw_views(batch.images[1][:n], ids, batch.epoch, shown, config.seed)[n:]])
     if isinstance(config, MAE):
         pixels = torch.cat([pixels[:n], mae.seen(pixels[:n], config, batch.epoch, ids)])
     views = (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()

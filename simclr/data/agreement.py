@@ -107,6 +107,8 @@ def _require_understood_alike(manifest: Manifest, source: Source, out: object) -
     now, before = essence(source.understood), essence(manifest.understood)
     if not now or now == before:
         return
+    if ("videos" in now) != ("videos" in before):
+        raise UserError(f"{out} holds shards that were made with{'out' * ('videos' in now)} --videos; use another --out")
     ours, theirs = now["splits"], before.get("splits", {})
     if not source.understood.get("counted", True) and manifest.understood:  # what there is of each class is known only when it is read
         there_now = [{label for classes in of.values() for label in classes} for of in (theirs, ours)]

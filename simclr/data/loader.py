@@ -33,13 +33,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr import keyed
-from simclr.config import Config
+from simclr.config import Config, time_of
 from simclr.data.ffcv.decode import Crops, read_bytes
 from simclr.data.ffcv.resize import KINDS, REDUCE
 from simclr.data.manifest import read_manifest, require_sizes
 from simclr.data.memory import slots_for
 from simclr.data.s3.uri import Corrupt
 from simclr.data.samples import Samples, Shards
+from simclr.data.videos import apart, neighbours, videos_of
 from simclr.shares import groups_of, share
 from simclr.telemetry import progress
 from simclr.to_device import to_device
@@ -70,6 +71,9 @@ class Batch:
     """In training, for each `Crop` what was drawn for its views; None if it has no distortions."""
     captions: tuple[str, ...] = ()
     """Of each image, where the shards are of pairs."""
+    mates: Tensor | None = None
+    """(n,) int64: of pairs from time (`Crop.neighbours`) the ids of the images of which view 1 is. `images` of raw shards are then two,
+    one for each view. None = both views are of the same images."""
 
 
 def batches(
@@ -90,7 +94,8 @@ def batches(
     for damaged shards, naming shard and sample.
 
     `ids`, ascending, restrict training to a subset, of ungrouped shards. `crops` are cut from JPEG shards; by default the two of
-    `config.views`.
+    `config.views`. With `Crop.neighbours` the second is cut from another frame of the same video, which is decoded as well; parameters of
+    both views are keyed by the first frame. Raises UserError where that, or time.one_per_video, meets shards without videos.
     """
     groups, held = config.train.shard_groups, config.groups_of(rank, world)
     split = _Split(data, "train", threads, groups, held, config.train.cache == "process")
@@ -103,7 +108,12 @@ def batches(
     numbers = [split.shards.rows_of[group] for group in held]
     crops = crops or (Crop(views=config.views),)
     assert all(crop.views.resize == config.views.resize for crop in crops), "one decode resizes all its crops alike"
-    read, ahead = split.reader(n, tuple((crop.count, crop.size_px) for crop in crops), KINDS.index(config.views.resize))
+    one_per_video, most = time_of(config).one_per_video, crops[0].neighbours
+    videos = videos_of(split.manifest, data) if one_per_video or most else None
+    assert not most or [crop.count for crop in crops] == [2], "pairs from time are of two crops"
+    # Two images that give a crop each lie in memory like one that gives two.
+    shapes = tuple((crop.count, crop.size_px) for crop in crops) if not most else ((1, crops[0].size_px),)
+    read, ahead = split.reader(2 * n if most else n, shapes, KINDS.index(config.views.resize))
     at_once = max(_LOOKED_UP // n, 1)  # steps
     order_of = -1
     orders: list[Callable[[NDArray[np.int64]], NDArray[np.int64]]] = []
@@ -115,7 +125,10 @@ def batches(
         if epoch != order_of:
             split.require_sizes()
             order_of = epoch
-            orders = [keyed.order(config.seed, epoch, len(rows) if ids is None else ids, split.order) for rows in numbers]
+            if videos is not None and one_per_video:
+                orders = [apart(videos, config.seed, epoch, split.examples if ids is None else ids, config.train.batch_size)]
+            else:
+                orders = [keyed.order(config.seed, epoch, len(rows) if ids is None else ids, split.order) for rows in numbers]
         if (epoch, place // at_once) != found_of:
             found_of = epoch, place // at_once
             steps = np.arange(place - place % at_once, min(place - place % at_once + at_once, per_epoch))
@@ -123,11 +136,20 @@ def batches(
                 rows.start + order((steps[:, None] * taken + own).ravel()).reshape(len(steps), len(own))
                 for order, own, rows in zip(orders, entries, numbers, strict=True)
             ]
-            found = split.shards.find(np.concatenate(of_groups, 1).ravel())
+            wanted = np.concatenate(of_groups, 1).ravel()
+            if most and videos is not None:  # behind them their mates; of ungrouped shards, whose rows are ids
+                wanted = np.concatenate([wanted, neighbours(videos, config.seed, epoch, wanted, most, ids)])
+            found = split.shards.find(wanted)
         mine = found[place % at_once * n : (place % at_once + 1) * n]
         boxes = None if split.raw else boxes_of(crops, config.seed, epoch, mine.ids, mine.sizes)
         drawn = draw_batch(crops, config.seed, epoch, mine.ids, mine.sizes if split.raw else None)
-        return replace(_batch(read, step, epoch, mine, boxes), drawn=drawn, captions=split.shards.captions(mine))
+        if not most:
+            return replace(_batch(read, step, epoch, mine, boxes), drawn=drawn, captions=split.shards.captions(mine))
+        mates = found[len(found.ids) // 2 :][place % at_once * n : (place % at_once + 1) * n]
+        if boxes is not None:
+            boxes = np.stack([boxes[:, 0], boxes_of(crops, config.seed, epoch, mine.ids, mates.sizes)[:, 1]], 1)
+        images, rows = _of_pairs(read, mine, mates, boxes), (torch.from_numpy(mine.ids), torch.from_numpy(mine.labels))
+        return Batch(step, epoch, images, *rows, drawn, split.shards.captions(mine), torch.from_numpy(mates.ids))
 
     return _prefetched(batch, itertools.count(start_step), ahead, training=True)
 
@@ -241,7 +263,7 @@ class _Split:
             manifest = read_manifest(data, groups=groups, group=group)
         self.groups = groups
         self.examples = manifest.examples(split, groups)  # for an unknown split, raises with the names of all
-        self.raw, self.order = manifest.kind == "raw", manifest.order
+        self.raw, self.order, self.manifest = manifest.kind == "raw", manifest.order, manifest
         self.threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         self.data, self.own_memory = data, own_memory
         self.shards = Shards(data, manifest, split, groups, held, own_memory)
@@ -298,13 +320,30 @@ def _batch(
     read: Callable[[Any, Samples], tuple[Tensor, ...]], step: int, epoch: int, samples: Samples, boxes: NDArray[np.int64] | None
 ) -> Batch:
     """The images of `samples`; `boxes` (n, crops, 4) of photographs."""
+    return Batch(step, epoch, _images(read, samples, boxes), torch.from_numpy(samples.ids), torch.from_numpy(samples.labels))
+
+
+def _images(read: Callable[[Any, Samples], tuple[Tensor, ...]], samples: Samples, boxes: NDArray[np.int64] | None) -> tuple[Tensor, ...]:
     rows: Any = samples.images
     if boxes is not None:
         rows = np.empty(len(boxes), [*rows.dtype.descr, ("box", "<i4", boxes.shape[1:])])
         for name in samples.images.dtype.names:
             rows[name] = samples.images[name]
         rows["box"] = boxes
-    return Batch(step, epoch, read(rows, samples), torch.from_numpy(samples.ids), torch.from_numpy(samples.labels))
+    return read(rows, samples)
+
+
+def _of_pairs(
+    read: Callable[[Any, Samples], tuple[Tensor, ...]], mine: Samples, mates: Samples, boxes: NDArray[np.int64] | None
+) -> tuple[Tensor, ...]:
+    """`Batch.images` of pairs: view 0 is of `mine`, view 1 of `mates`; `boxes` (n, 2, 4) of photographs."""
+    n, both = len(mine.ids), mine.then(mates)
+    if boxes is None:
+        (whole,) = _images(read, both, None)
+        return whole[:n], whole[n:]
+    # An image and its mate by turns: so the two crops of a pair lie as those of one image do.
+    (crops,) = _images(read, both[np.arange(2 * n).reshape(2, n).T.ravel()], boxes.reshape(2 * n, 1, 4))
+    return (crops.view(n, 2, *crops.shape[2:]),)
 
 
 def _compile(operation: Operation, threads: int, anew: bool = False) -> Callable[..., Any]:

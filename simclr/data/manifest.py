@@ -74,6 +74,9 @@ class Manifest:
     pixels: dict[str, Any] = field(default_factory=dict)
     """How pictures became 8-bit RGB, where they were not: `ranges` (kind of pixels → black, white), `stated` (by the user, not by a
     sample), and the number of images that are `rescaled`, `clipped` (more than 1 % of the pixels outside) and `grey` (one channel)."""
+    videos: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Split → id of the first frame of each video, ascending from 0: a video's frames follow each other, in their order, up to the next
+    one's first. {} = the images are no frames of videos."""
     versions: dict[str, str]
 
     def __post_init__(self) -> None:
@@ -118,6 +121,8 @@ class Manifest:
         values = asdict(self)
         if not self.captions:  # as in manifests of before
             del values["captions"]
+        if not self.videos:  # which manifests of before have not
+            del values["videos"]
         return json.dumps(values, indent=1) + "\n"
 
     @classmethod
@@ -128,7 +133,9 @@ class Manifest:
             raise UserError(f"{where} has shard schema {fields.short(schema)}, this version reads 1 to {SCHEMA}; {_INSTEAD}")
         fields.require(values, {"splits": dict[str, list[dict[str, Any]]]}, where, _INSTEAD)
         shards = {split: tuple(fields.build(Shard, s, where, _INSTEAD) for s in rows) for split, rows in values.pop("splits").items()}
-        found = fields.build(cls, values, where, _INSTEAD, splits=shards)
+        fields.require({"videos": {}, **values}, {"videos": dict[str, list[int]]}, where, _INSTEAD)
+        videos = {split: tuple(firsts) for split, firsts in values.pop("videos", {}).items()}
+        found = fields.build(cls, values, where, _INSTEAD, splits=shards, videos=videos)
         for trouble in _troubles(found):
             raise UserError(f"{where} is damaged: {trouble}; {_INSTEAD}")
         return found
@@ -157,6 +164,10 @@ def _troubles(manifest: Manifest) -> Iterator[str]:
         yield f"mean and standard deviation of pixels between 0 and 1 are {fields.short(manifest.mean)} and {fields.short(manifest.std)}"
     if min(manifest.skipped, manifest.duplicates, manifest.conflicts) < 0:
         yield "a number of images is negative"
+    for split, firsts in manifest.videos.items():
+        ends = [*firsts[1:], sum(shard.samples for shard in manifest.splits.get(split, ()))]
+        if firsts[:1] != (0,) or any(first >= end for first, end in zip(firsts, ends, strict=True)):
+            yield f"videos of {split} begin at {fields.short(list(firsts))}, which are no ascending ids from 0 in that split"
     if not _table_fits(manifest.understood):
         yield f"understood is {fields.short(manifest.understood)}"
 
@@ -164,6 +175,7 @@ def _troubles(manifest: Manifest) -> Iterator[str]:
 def _table_fits(understood: dict[str, Any]) -> bool:
     """Whether the splits that were `understood` are a table, as the report shows it."""
     hints = {"notes": list[str], "left_out": dict[str, int], "splits": dict[str, dict[str, Any]], "counted": bool}
+    hints["videos"] = dict[str, dict[str, int]]
     if not all(fields.fits(understood[name], hint) for name, hint in hints.items() if name in understood):
         return False
     row = {"images": int, "labelled": int, "classes": dict[str, int], "examples": list[tuple[str, str | None]]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,9 +106,41 @@ def merged(
         duplicates=len(pairs.same),
         conflicts=len(pairs.conflicts),
         pixels=pixels if any(counts.values()) else {},
+        videos=_videos(notes) if source.videos else {},
         versions=versions,
     )
     return manifest, shown(len(pairs.conflicts), conflict)
+
+
+def _videos(notes: Sequence[Note]) -> dict[str, tuple[int, ...]]:
+    """For `Manifest.videos`: split → id of the first frame of each video."""
+    firsts: dict[str, list[int]] = {}
+    ids = Counter[str]()
+    before: dict[str, str] = {}
+    for video, split, samples, *_ in _runs(notes):
+        if before.get(split) != video:  # a video may go on in the next part
+            firsts.setdefault(split, []).append(ids[split])
+        before[split] = video
+        ids[split] += samples
+    return {split: tuple(firsts[split]) for split in SPLITS if split in firsts}
+
+
+def uneven(notes: Sequence[Note]) -> str:
+    """A sentence on videos whose frames differ in size; "" where there is none."""
+    runs = _runs(notes)
+    found = {name: (a, b) for (name, *a), (other, *b) in itertools.pairwise(runs) if name == other and a[2:] != b[2:]}
+    if not found:
+        return ""
+    name, (one, two) = next(iter(found.items()))
+    return (
+        f"{len(found):,} video{'s have' if len(found) != 1 else ' has'} frames of several sizes, as {name} of {one[3]} × {one[2]} and "
+        f"{two[3]} × {two[2]} px; each is cropped by its own size, but is this one video?"
+    )
+
+
+def _runs(notes: Sequence[Note]) -> Iterator[tuple[str, str, int, int, int]]:
+    for note in notes:
+        yield from note.about.videos
 
 
 def _skipped(notes: Sequence[Note]) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,7 @@ from simclr import fields, files
 from simclr.data.encode import Encoded
 from simclr.data.manifest import Shard
 from simclr.data.sources.parquet_pages import require_modest
+from simclr.data.sources.videos import video_of
 from simclr.errors import UserError
 
 SPLITS = ("train", "test")
@@ -72,6 +73,8 @@ class About:
 
     nameless: list[str] = field(default_factory=list)
     """Splits with a sample that has no name."""
+    videos: list[tuple[str, str, int, int, int]] = field(default_factory=list)
+    """Of videos: name, split, samples, and their height and width, of each run of samples that have all but the third in common."""
 
     def of(self, split: str) -> list[Shard]:
         """The shards of a split."""
@@ -85,8 +88,9 @@ class About:
 class Writer:
     """Collects the rows of a part that is being made."""
 
-    def __init__(self, about: About) -> None:
-        self.about = about
+    def __init__(self, about: About, videos: bool = False) -> None:
+        """`videos`: the pictures are frames, each in its video's folder."""
+        self.about, self.videos = about, videos
         self.rows: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         self.places: dict[str | None, int] = {None: -1}
         self.reasons: Counter[str] = Counter()
@@ -112,6 +116,11 @@ class Writer:
             about.nameless.append(item.split)
         for name in about.counts:
             about.counts[name] += getattr(encoded, name)
+        if self.videos:
+            run = (video_of(item.name), item.split, encoded.height, encoded.width)
+            before = about.videos[-1] if about.videos else ("", "", 0, 0, 0)
+            goes_on = run == (*before[:2], *before[3:])
+            about.videos[len(about.videos) - goes_on :] = [(*run[:2], goes_on * before[2] + 1, *run[2:])]
         if item.split == "train":
             about.sums = (np.array(about.sums) + encoded.moments).tolist()
         about.height_px = [min([*about.height_px, encoded.height]), max([*about.height_px, encoded.height])]
@@ -180,8 +189,12 @@ def _holds(about: About, split: NDArray[Any], reason: NDArray[Any]) -> bool:
         return False
     if len(about.first) != bool(about.skipped):
         return False
+    if any(of not in SPLITS or min(numbers) < 1 for _, of, *numbers in about.videos):
+        return False
     for place, name in enumerate(SPLITS):
         shards = about.of(name)
+        if about.videos and sum(samples for _, of, samples, *_ in about.videos if of == name) != int((used & (split == place)).sum()):
+            return False
         called = [f"{name}-{about.number:05d}{f'-{roll}' if roll else ''}.beton" for roll in range(len(shards))]
         counts = [shard.samples for shard in shards]
         if [shard.name for shard in shards] != called or min([1, *counts]) < 1 or sum(counts) != int((used & (split == place)).sum()):

@@ -44,6 +44,13 @@ class Samples:
         """(n, 2) height and width in pixels."""
         return np.stack([self.images["height"], self.images["width"]], 1).astype(np.int64)
 
+    def then(self, others: Samples) -> Samples:
+        """These samples, and behind them `others`."""
+        found: list[Any] = []
+        for ours, theirs in ((getattr(self, name), getattr(others, name)) for name in self.__slots__):
+            found.append(None if ours is None else np.concatenate([ours, theirs]))
+        return Samples(*found)
+
     def __getitem__(self, some: Any) -> Samples:
         captions = None if self.captions is None else self.captions[some]
         return Samples(self.rows[some], self.ids[some], self.images[some], self.bytes[some], self.labels[some], captions)

@@ -108,6 +108,8 @@ class Making:
     """Class names that the listing has; labels are the ranks of these. With fewer than two, nothing is told apart."""
     captioned: bool = False
     """Whether captions go into the shards."""
+    videos: bool = False
+    """Whether the pictures are frames of videos."""
 
     @property
     def rule(self) -> Rule:
@@ -132,6 +134,7 @@ class Making:
             choice=Choice(**choice),
             classes=tuple(values["classes"]),
             captioned=values["captioned"],
+            videos=values["videos"],
         )
 
 
@@ -167,7 +170,7 @@ class Maker:
 
         Returns the note, and, for when all is on the disk or in S3, what the driver is told: rows, skipped, first, reasons. Raises Again
         and Refused for an image that contradicts the sample."""
-        written = note.Writer(note.About(key=self.making.key, number=number, ranked=self.ranked))
+        written = note.Writer(note.About(key=self.making.key, number=number, ranked=self.ranked), self.making.videos)
         most = int((self.making.options.shard_mib << 20) * _MOST_LARGER)
         captioned = self.making.captioned
         writers = {

@@ -176,8 +176,9 @@ class _Job:
 
     def _run(self, choice: Choice) -> Manifest:
         key = _hash([self.about, choice.times, choice.kind, choice.ranges, choice.size_px, choice.mean_bytes, choice.images_unnamed])
-        making = Making(source=self.source.spec, key=key, options=self.options, choice=choice, classes=_listed(self.source))
-        making = replace(making, captioned=self.source.captioned)
+        source, options = self.source, self.options
+        making = Making(source=source.spec, key=key, options=options, choice=choice, classes=_listed(source), videos=source.videos)
+        making = replace(making, captioned=source.captioned)
         parts = plan(self.source, choice, self.options)
         notes = self.output.notes(key, range(len(parts)))
         if not notes and self.output.has_shards():
@@ -300,7 +301,7 @@ class _Job:
         manifest, conflicts = merge.merged(self.source, self.options, making.choice, making.rule, notes, found, _versions(), folder)
         write_manifest(folder, manifest)
         self.output.finished(manifest)
-        for line in (*remarks(manifest.pixels), conflicts):
+        for line in (*remarks(manifest.pixels), conflicts, merge.uneven(notes)):
             if line:
                 self.told.says(line)
         return manifest

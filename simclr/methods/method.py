@@ -72,6 +72,10 @@ def views_for(batch: Batch, some: slice, crops: tuple[Crop, ...], config: Config
         ahead = batch.drawn[index] if batch.drawn else None
         drawn = ahead and ahead.some(some)
         views = views_of(images, batch.ids[some], batch.epoch, crop, config.seed, device, first, drawn, dtype)
+        if batch.mates is not None and images.ndim == 4:  # whole images; view 1 is of another one
+            mates, n = batch.images[1][some], len(images)
+            others = views_of(mates, batch.ids[some], batch.epoch, crop, config.seed, device, first, drawn, dtype)
+            views = torch.cat([views[:n], others[n:]])
         found.append(views.to(dtype, memory_format=torch.channels_last))
         first += crop.count
     return found

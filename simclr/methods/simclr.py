@@ -69,7 +69,7 @@ def build_model(config: configs.SimCLR, classes: int = 0, drawn: bool = True) ->
 def simclr(config: configs.SimCLR, start: Start, manifest: Manifest | None = None) -> Method:
     """SimCLR on the images of `manifest`; without one there are neither labels nor online evaluation."""
     precision, loss = config.train.precision, config.loss
-    crops, images = (Crop(views=config.views),), config.train.batch_size
+    crops, images = (Crop(views=config.views, neighbours=config.time.neighbours),), config.train.batch_size
     rows = 2 * images
     classes = len(manifest.classes) if manifest is not None else 0
     model = placed(begun(lambda: Network(config, classes), start), start, precision)

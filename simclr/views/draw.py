@@ -31,6 +31,8 @@ class Crop:
     """Their size, area, aspect and resize, and the distortions that follow."""
     distorted: bool = True
     """Whether colour, grey, blur and solarisation follow, or a flip alone."""
+    neighbours: int = 0
+    """Of two crops, the second is of another frame at most so many before or behind (`simclr.data.videos`); 0 = of the same image."""
 
     @property
     def size_px(self) -> int:

@@ -10,6 +10,7 @@ from tests.support.mutation_table_family import FAMILY
 from tests.support.mutation_table_norms import NORMS
 from tests.support.mutation_table_ranks import RANKS
 from tests.support.mutation_table_resume import RESUME
+from tests.support.mutation_table_time import TIME
 from tests.support.mutation_table_tracking import TRACKING
 from tests.support.mutation_table_uses import USES
 from tests.support.mutation_table_views import VIEWS
@@ -17,6 +18,7 @@ from tests.support.mutation_table_views import VIEWS
 MUTATIONS = (
     *DATA,
     *ATTACK,
+    *TIME,
     *TRACKING,
     *FAMILY,
     *NORMS,

@@ -43,6 +43,8 @@ class Files:
         self.ignored = Counter[str]()
         self.junk = Counter[str]()
         self.notes: list[str] = []
+        self.bare: list[str] = []
+        self.pictures = 0
         self._kept, self._new = Kept(), list[str]()
         self._identity, self._times, self._timed = Digest(), Digest(), False
         self._texts = Counter[tuple[str, str]]()
@@ -54,6 +56,7 @@ class Files:
             self._times.add(str(time))
             self._timed = True
         self._new.append(name)
+        self.pictures += 1
         if len(self._new) == PART_IMAGES:
             self._end_part()
 
@@ -107,6 +110,7 @@ def _walk(folder: Path, prefix: str, found: Files, above: frozenset[tuple[int, i
     times[here] += 1
     if times[here] > _MOST_TIMES:  # folders that link to each other are reached by more ways than can be counted
         raise UserError(f"the folder {folder} is reached by more than {_MOST_TIMES} links to folders; give a folder without such links")
+    before = found.pictures
     for entry in entries:
         name = prefix + entry.name
         if entry.is_dir():
@@ -129,6 +133,8 @@ def _walk(folder: Path, prefix: str, found: Files, above: frozenset[tuple[int, i
         found.add_other(name, size)
         if is_text(name) and size > MOST_TEXT_BYTES:
             found.notes.append(f"{name} has {size / 2**20:,.0f} MiB and was not looked at for classes; --labels {name} does it")
+    if prefix and found.pictures == before and not any(entry.is_dir() for entry in entries):
+        found.bare.append(prefix.removesuffix("/"))
 
 
 def folder_tree(root: Path, files: Files) -> Tree:
@@ -159,4 +165,5 @@ def tree_of(spec: str, files: Files, read: Callable[[Part], Iterator[tuple[str, 
         times=files.times,
         notes=tuple(files.notes),
         loose=True,
+        bare=files.bare,
     )

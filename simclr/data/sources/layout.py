@@ -18,6 +18,7 @@ from simclr.data.sources.plan import Plan, above_of
 from simclr.data.sources.reading import Reading, Split, Understood, pictures, some
 from simclr.data.sources.source import Item, Part, Source, Together, Tree, captioned, digest, ending
 from simclr.data.sources.splits import KINDS, Kind, split_depth, split_of
+from simclr.data.sources.videos import by_video, films_left, table
 from simclr.errors import UserError
 
 _EXAMPLES = 5
@@ -28,21 +29,26 @@ _MOST_READ_BYTES, _READINGS = 512 << 20, 8  # of all texts, and how often they m
 def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
     """The source of a tree's pictures, each with its split and class, and what was understood. Raises UserError if there is no picture."""
     tree = tree if reading.keep_masks else without_masks(tree)
-    names = Together(tree.parts)
-    if not names:
+    if not Together(tree.parts):
         left = tree.ignored + tree.junk
         found = f"{left.total()} other files ({', '.join(sorted(left)[:5])})" if left else "nothing"
-        raise UserError(f"no images in {tree.spec}, only {found}; expected pictures, as split/class/file, class/file or files alone")
+        films = f"; {left_films}" if (left_films := films_left(tree.ignored)) else ""
+        raise UserError(f"no images in {tree.spec}, only {found}; expected pictures, as split/class/file, class/file or files alone{films}")
+    if reading.videos:
+        tree = by_video(tree)
+    names = Together(tree.parts)
     with_captions, notes = reading.captions != "none", list(tree.notes)
     said = captions.taken(tree, reading, names, notes) if with_captions else {}
     if with_captions:  # what says it in words is no class
         tree = dataclasses.replace(tree, stated={name: label for name, label in tree.stated.items() if said.get(name) != label})
     modest = _Modest(tree.texts)
     tree = dataclasses.replace(tree, texts={path: functools.partial(modest.read, path) for path in tree.texts})
-    folders: dict[str, int] = Counter(name.rpartition("/")[0] for name in names)
+    folders: dict[str, int] = Counter(map(Plan(None, videos=reading.videos).folder_of, names))
     plan, how_split = _splits(tree, reading, names, folders, notes)
+    plan.videos = reading.videos
     how_labelled = decide_classes(tree, reading, plan, names, folders, notes)
     splits = _judged(plan, names, notes)
+    videos = {"videos": table(names, lambda name: plan.split[plan.kind(name)])} if reading.videos else {}
     notes += modest.notes()
 
     def caption_of(name: str) -> str:
@@ -85,7 +91,8 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
         total=sum(len(part.names) for part in parts) if counted else None,
         identity=tree.identity,
         times=tree.times,
-        understood=understood.to_dict() | {"asked": reading.to_dict(), "values": _digest(plan, said)},
+        videos=reading.videos,
+        understood=understood.to_dict() | {"asked": reading.to_dict(), "values": _digest(plan, said)} | videos,
     )
     return source, understood
 
@@ -166,7 +173,8 @@ def _splits(tree: Tree, reading: Reading, names: Collection[str], folders: Mappi
         return plan, f"{path.name}, which names {len(taken.values):,} of {len(names):,} pictures"
     plan.share = float(reading.split_from)
     plan.split["test"] = None  # the folders of other splits; what is held out counts as val
-    return plan, f"{plan.share:g} of the training pictures are held out, chosen by a hash of their names"
+    what = "videos" if reading.videos else "pictures"
+    return plan, f"{plan.share:g} of the training {what} are held out, chosen by a hash of their names"
 
 
 def _listed(tree: Tree, names: Collection[str], notes: list[str]) -> tuple[Plan, str]:

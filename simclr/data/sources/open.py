@@ -15,6 +15,7 @@ from simclr.data.sources.joined import joined
 from simclr.data.sources.layout import understand
 from simclr.data.sources.patterns import patterns_source
 from simclr.data.sources.reading import Reading
+from simclr.data.sources.rotating import rotating_source
 from simclr.data.sources.s3 import s3_archive, s3_prefix, s3_reader
 from simclr.data.sources.source import Data, Part, Source, Tree
 from simclr.data.sources.splits import split_of
@@ -30,12 +31,15 @@ def open_source(spec: str, reading: Reading | None = None) -> Source:
 
     A folder or archive, on disk or at s3://bucket/prefix; WebDataset shards by a path with braces; Parquet; the name of a dataset
     (`cifar10`, or `torchvision:NAME`), downloaded where there is a network; `patterns`, with options as in
-    `patterns:train=4000,test=1000,size=32,seed=0,coloured,captions`. Raises UserError if it is missing, empty, damaged or unknown.
+    `patterns:train=4000,test=1000,size=32,seed=0,coloured,captions`; videos of them,
+    `rotating-patterns:train=400,test=100,frames=10`. Raises UserError if it is missing, empty, damaged or unknown.
     """
     name, _, options = spec.partition(":")
     own = None
     if name == "patterns":
         own = patterns_source(spec, options)
+    elif name == "rotating-patterns":
+        own = rotating_source(options)
     elif spec in ("torchvision", "torchvision:"):
         raise UserError("which torchvision dataset? torchvision:NAME, as in torchvision:CIFAR10")
     elif is_named_set(spec):
@@ -45,13 +49,15 @@ def open_source(spec: str, reading: Reading | None = None) -> Source:
     if own is None:
         return understand(listed(spec), reading or Reading())[0]
     if reading not in (None, Reading()):
-        raise UserError(f"{spec} has splits and classes of its own; leave out --labels and --split-from")
+        raise UserError(f"{spec} has splits and classes of its own; leave out --labels, --split-from and --videos")
     return own
 
 
 def is_named_set(spec: str) -> bool:
     """Whether `spec` names pictures that lie at no place of the user's: rendered ones, or a set of torchvision's."""
-    return spec.partition(":")[0] in ("patterns", "torchvision") or bool(spec in DATASETS and DATASETS[spec].torchvision)
+    return spec.partition(":")[0] in ("patterns", "rotating-patterns", "torchvision") or bool(
+        spec in DATASETS and DATASETS[spec].torchvision
+    )
 
 
 def listed(spec: str) -> Tree:
@@ -75,7 +81,7 @@ def listed(spec: str) -> Tree:
         return archive_tree(path)
     if "{" in spec and "}" in spec:
         return braces_tree(spec)
-    known = ["patterns", *(n for n, d in DATASETS.items() if d.torchvision)]
+    known = ["patterns", "rotating-patterns", *(n for n, d in DATASETS.items() if d.torchvision)]
     near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"give a folder, an archive or one of {', '.join(known)}"
     raise UserError(f"no source at {spec}: there is no such file or folder and no dataset of that name; {hint}")

@@ -26,7 +26,7 @@ _FORMS = (
     "{width} {kind} in {ink} grey",
     "{ink} and {width}: {kind}",
 )
-_DRAWS = 16
+DRAWS = 16
 _PIXELS = 1 << 19  # rendered at a time: 512 images of 32 px, small enough to stay near the cache
 _LARGEST_PX = 511  # beyond this an image's noise would need more draws than a key of `keyed` has
 
@@ -50,8 +50,14 @@ def render(ids: NDArray[np.int64], seed: int, size_px: int = 32, coloured: bool 
 
 
 def _render(ids: NDArray[np.int64], labels: NDArray[np.int64], seed: int, size_px: int, coloured: bool) -> NDArray[np.uint8]:
-    draws = keyed.uniform(seed, "patterns", 0, ids, 0, _DRAWS + size_px * size_px).astype(np.float32)
-    u, noise = draws[:, :_DRAWS, None, None], draws[:, _DRAWS:].reshape(-1, size_px, size_px) - 0.5
+    draws = keyed.uniform(seed, "patterns", 0, ids, 0, DRAWS + size_px * size_px).astype(np.float32)
+    return painted(draws[:, :DRAWS], draws[:, DRAWS:], labels, size_px, coloured)
+
+
+def painted(drawn: Field, noise: Field, labels: NDArray[np.int64], size_px: int, coloured: bool) -> NDArray[np.uint8]:
+    """Images (n, size, size, 3) of the classes `labels` (n,) by uniform numbers: `drawn` (n, 16), which are angle, period, two of
+    position, polarity, contrast, level, strength of the noise and three of colour, and `noise` (n, size²)."""
+    u, noise = drawn[:, :, None, None], noise.reshape(-1, size_px, size_px) - 0.5
 
     # Pixel centres in periods of the pattern, turned by up to 40°; diamonds are taller than wide, so checks stay checks.
     angle = np.deg2rad(80) * (u[:, 0] - 0.5)
@@ -62,7 +68,7 @@ def _render(ids: NDArray[np.int64], labels: NDArray[np.int64], seed: int, size_p
     b = (np.cos(angle) * y - np.sin(angle) * x) / period
     shift_a, shift_b = u[:, 2], u[:, 3]
 
-    shape = np.empty((len(ids), size_px, size_px), np.float32)
+    shape = np.empty((len(labels), size_px, size_px), np.float32)
     for label, name in enumerate(CLASSES):
         chosen = labels == label
         # Rings have a centre, which lies in the middle half of the image; the others have only a phase, and repeat within two periods.
@@ -90,7 +96,7 @@ def captions(ids: NDArray[np.int64], seed: int) -> list[str]:
     """A caption of each sample of `render`: its class, whether it is bright on dark or dark on bright, and how wide its period is, in a
     form of words that is keyed by (seed, id)."""
     ids = np.asarray(ids, np.int64)
-    draws = keyed.uniform(seed, "patterns", 0, ids, 0, _DRAWS).astype(np.float32)
+    draws = keyed.uniform(seed, "patterns", 0, ids, 0, DRAWS).astype(np.float32)
     forms = keyed.uniform(seed, "captions", 0, ids, 0, 1)[:, 0]
     said = []
     for label, u, form in zip(ids % len(CLASSES), draws, forms, strict=True):
@@ -181,15 +187,21 @@ _SHAPES: dict[str, Callable[[Field, Field], Field]] = {
 _RENDER_BLOCK = 512
 
 
-def patterns_source(spec: str, options: str) -> Source:
-    values: dict[str, int] = {"train": 4_000, "test": 1_000, "size": 32, "seed": 0, "coloured": 0, "captions": 0}
+def options_of(name: str, options: str, usual: dict[str, int]) -> dict[str, int]:
+    """The numbers that `options` state, as train=4000,coloured, else those of `usual`. Raises UserError for an unknown one."""
+    values = dict(usual)
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
         if key not in values or not (value.isdigit() or (key in ("coloured", "captions") and not value)):
-            raise UserError(f"patterns has no option {option!r}; expected {', '.join(f'{k}=NUMBER' for k in values)}")
+            raise UserError(f"{name} has no option {option!r}; expected {', '.join(f'{k}=NUMBER' for k in values)}")
         values[key] = int(value or 1)
     if values["size"] < 8:
-        raise UserError(f"patterns of {values['size']} px show nothing; use size=32, at least 8")
+        raise UserError(f"{name} of {values['size']} px show nothing; use size=32, at least 8")
+    return values
+
+
+def patterns_source(spec: str, options: str) -> Source:
+    values = options_of("patterns", options, {"train": 4_000, "test": 1_000, "size": 32, "seed": 0, "coloured": 0, "captions": 0})
     counts = {"train": values["train"], "test": values["test"]}
     if values["train"] < 2:
         raise UserError(f"patterns:train={values['train']} leaves nothing to contrast; use at least 2")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from simclr.data.sources.source import digest
 from simclr.data.sources.splits import Folders, Kind, split_of
+from simclr.data.sources.videos import video_of
 
 
 @dataclass(slots=True)
@@ -29,6 +30,8 @@ class Plan:
     """Picture → split's word, from a file."""
     share: float = 0.0
     """Fraction held out."""
+    videos: bool = False
+    """Whether a picture's folder is its video: then the folders above that one tell split and class, and videos are held out whole."""
     split: dict[Kind, str | None] = field(
         default_factory=lambda: {"train": "train", "val": "test", "test": "test", "pred": None, "other": None}
     )
@@ -51,18 +54,27 @@ class Plan:
             found = self.known[folder] = (kind, above)
         return found
 
+    def folder_of(self, name: str) -> str:
+        """The folder in which a picture lies, or its video."""
+        folder = name.rpartition("/")[0]
+        return folder.rpartition("/")[0] if self.videos else folder
+
+    def unit_of(self, name: str) -> str:
+        """What is held out as a whole: a picture, or its video."""
+        return video_of(name) if self.videos else name
+
     def kind(self, name: str) -> Kind:
         if self.split_values is not None:
             return split_of(self.split_values.get(name, "train"))[0] or "train"
-        kind = self.divided(name.rpartition("/")[0])[0]
+        kind = self.divided(self.folder_of(name))[0]
         if not self.share or name.endswith("/"):  # of an archive whose pictures are not known yet
             return kind
-        return "test" if kind != "train" else "val" if int(digest(name), 16) < self.share * 2**64 else "train"
+        return "test" if kind != "train" else "val" if int(digest(self.unit_of(name)), 16) < self.share * 2**64 else "train"
 
     def label(self, name: str) -> str | None:
         if (stated := self.values.get(name)) is not None or (self.only_values and self.kind(name) in self.only_values):
             return stated
-        kind, above = self.divided(name.rpartition("/")[0])
+        kind, above = self.divided(self.folder_of(name))
         return labelled(above, self.how, self.level.get(kind))
 
 

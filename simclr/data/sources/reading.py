@@ -38,6 +38,9 @@ class Reading:
     """Columns of names and of captions in that file, where they are not called as usual."""
     label_columns: tuple[str, str] | None = None
     """Columns of names and of values in those files, where they are not called as usual (file_name, label)."""
+    videos: bool = False
+    """Each folder of pictures is a video, DIR/video/frame.jpg or DIR/class/video/frame.jpg, its frames in the order of the numbers in their
+    names; splits are of whole videos, and classes are the folders above them. For pairs from time (--time.neighbours)."""
 
     def __post_init__(self) -> None:
         given = [value for value in (self.labels, self.split_from) if value not in (*HOW, *SPLIT_HOW) and files.user_path(value).is_file()]
@@ -83,7 +86,7 @@ class Reading:
             if self.caption_columns:
                 stated["caption_columns"] = " ".join(self.caption_columns)
             stated["captions"] = f"{path.name} {digest(path.read_bytes())}" if path.is_file() else self.captions
-        return stated
+        return stated | ({"videos": "yes"} if self.videos else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,8 @@ def essence(understood: dict[str, Any]) -> dict[str, Any]:
     """What of a manifest's `understood` two sources must have in common: how many pictures of each class a split has, and what files say
     of single ones. Words, notes and files that are left out may differ."""
     splits = {name: split["classes"] for name, split in understood.get("splits", {}).items()}
-    return {"splits": splits, "values": understood.get("values", "")} if splits else {}
+    videos = {"videos": understood["videos"]} if "videos" in understood else {}
+    return {"splits": splits, "values": understood.get("values", "")} | videos if splits else {}
 
 
 def counted(understood: dict[str, Any], found: dict[str, Counter[str | None]]) -> dict[str, Any]:

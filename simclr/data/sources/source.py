@@ -105,6 +105,8 @@ class Tree:
     """Sentences about what was found, for the user."""
     loose: bool = False
     """Whether each picture is a file of its own, called by its name below `spec`: then it can be read without a listing."""
+    bare: Sequence[str] = ()
+    """Folders in which no file is a picture's and no folder lies."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +128,8 @@ class Source:
     """Number of images, if it is known without reading."""
     identity: str = ""
     times: str = ""
+    videos: bool = False
+    """Whether a folder of pictures is a video: they are frames in their order, and follow each other."""
     understood: dict[str, object] = field(default_factory=dict)
     """How splits and classes were found, in plain values; it goes into the manifest."""
 

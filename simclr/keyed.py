@@ -17,20 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Stream = Literal[
-    "order",
-    "crop",
-    "colour",
-    "weights",
-    "patterns",
-    "subset",
-    "operation",
-    "path",
-    "shuffle",
-    "mask",
-    "neighbour",
-    "videos",
-    "captions",
-]
     "order", "crop", "colour", "weights", "patterns", "subset", "operation", "path", "shuffle", "mask", "neighbour", "videos", "captions"
 ]
 _STREAMS: dict[Stream, int] = {name: number for number, name in enumerate(get_args(Stream))}

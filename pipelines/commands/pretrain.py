@@ -23,7 +23,7 @@ from simclr import sense
 from simclr.config import Config
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
-from simclr.family import method_name
+from simclr.family import MoCo, MoCoV3, method_name
 from simclr.papers import named
 from simclr.recipes import changed_from
 
@@ -74,8 +74,10 @@ class Args:
         network = {"--encoder.timm": "the network"} if encoder.timm else {"--encoder.vit": "size of the vision transformer"}
         own = {
             "--loss.temperature": "tau of NT-Xent",
-            "--temperature": "tau of InfoNCE",
-            "--queue": "K, keys of earlier batches",
+            "--temperature": "tau of InfoNCE" if isinstance(config, MoCo | MoCoV3) else "tau of the softmax that learns",
+            "--prototypes": "K, vectors to which images are assigned",
+            "--queue": "K, keys of earlier batches" if isinstance(config, MoCo) else "projections of earlier batches, 0 = none",
+            "--mask-ratio": "share of the patches that the encoder does not see",
             "--ema": "share of itself that the moving average keeps at a step",
         }
         return {

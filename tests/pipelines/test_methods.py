@@ -122,6 +122,26 @@ def test_a_card_names_the_method_and_has_no_head_that_is_not_there() -> None:
     assert "that learned from a classifier, whose own encoder was pretrained by MoCo" in card(student, 1000, "name", Record(), "none")
     assert "of the SimCLR family" in theirs and "| Projection head | 2 layers, z has 16 numbers |" in theirs and "τ = 0.2" in theirs
     assert "arxiv.org/abs/2002.05709" in theirs and "arxiv.org/abs/2006.10029" in theirs and "| Method |" not in theirs
+    assert "that point the same way" in text and "It was taught that a picture stays the same" in text
+    swav = card({**SwAV(**SHARED, prototypes=30).to_dict(), **about, "preprocessing": views}, 1000, "name", Record(), "none")
+    assert "K = 30;" in swav and "K = 0" not in swav
+
+
+def test_a_card_of_mae_does_not_promise_what_neighbours_say() -> None:
+    """Its views are crops that it completes: nothing taught it that two views are the same, or one of other colours."""
+    about = {"published": {"recipe": "mae", "step": 2, "data": "d"}}
+    views = {"size_px": 32, "centre_crop": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1), "resize": "bicubic"}
+    config = MAE(**(SHARED | {"encoder": Encoder(vit="micro", patch_px=8)}))
+    text = card({**config.to_dict(), **about, "preprocessing": views}, 1000, "name", Record(), "none")
+    assert "its worth shows when it is fine-tuned" in text and "point the same way" not in text
+    assert "stays the same" not in text and "colour" not in text and "It knows what its training pictures show" in text
+
+
+def test_the_usual_flags_are_of_the_method(simclr: Run) -> None:
+    assert pretrain.Args.usual(MOCO)["--temperature"] == "tau of InfoNCE"
+    swav = pretrain.Args.usual(SwAV(**SHARED))
+    assert "InfoNCE" not in swav["--temperature"] and "keys" not in swav["--queue"] and "--prototypes" in swav
+    assert "InfoNCE" not in pretrain.Args.usual(DINO(**SHARED))["--temperature"]
 
 
 @pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)

@@ -90,3 +90,20 @@ def test_a_dry_run_takes_its_time_from_a_run_like_it(tmp_path: Path, patterns: P
     assert "no measured rate" in plan.duration(config, 240, 4, "cpu", tmp_path / "runs")
     wider = replace(config, encoder=replace(config.encoder, width=2))
     assert "no measured rate" in plan.duration(wider, 240, 2, "cpu", tmp_path / "runs")
+
+
+def test_a_dry_run_speaks_of_batchnorm_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from pipelines.train import plan
+    from simclr import footprint, sense
+    from simclr.family import DINO
+    from tests.support.small import TINY
+
+    room, most = plan.Room("cpu", 1, "this machine's memory"), footprint.footprint(TINY)
+    monkeypatch.setattr(footprint, "fitting", lambda *_: 2)
+    monkeypatch.setattr(footprint, "footprint", lambda *_: most)
+    vit = replace(TINY.encoder, vit="micro", patch_px=8)
+    dino = DINO(encoder=vit, views=TINY.views, optim=TINY.optim, train=TINY.train)
+    assert not sense.normalises(dino) and "BatchNorm" not in "".join(plan.memory(dino, 1, 0, room))
+    assert "with BatchNorm over a piece of every worker" in "".join(plan.memory(TINY, 1, 0, room))

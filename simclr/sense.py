@@ -36,7 +36,7 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
     found += [_elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
     if pretrains:
-        found += [_unblurred(config.views), _neighbours(config, manifest), *_never(config, examples)]
+        found += [_unblurred(config), _neighbours(config, manifest), *_never(config, examples)]
     return tuple(note for note in found if note)
 
 
@@ -131,8 +131,8 @@ def _warmup(config: Config, examples: int) -> str:
             return ""
         share = f"{100 * steps / total:.0f} %"
         return f"the warm-up lasts {steps:,} of {total:,} steps, {share} of the run; a smaller --optim.warmup-epochs leaves time to decay"
-    epochs = config.optim.warmup_epochs
-    return f"the warm-up lasts {steps:,} of {total:,} steps, a tenth of this short run, and not the {asked:,} steps of {epochs:g} epochs"
+    epochs = f"{config.optim.warmup_epochs:g} epoch{'' if config.optim.warmup_epochs == 1 else 's'}"
+    return f"the warm-up lasts {steps:,} of {total:,} steps, a tenth of this short run, and not the {asked:,} steps of {epochs}"
 
 
 def _never(config: Config, examples: int) -> list[str]:
@@ -190,7 +190,10 @@ def _enlarged(views: Views, manifest: Manifest) -> str:
     return f"every image is enlarged: views are {views.size_px} px, and the largest image in the shards is {height} × {width} px"
 
 
-def _unblurred(views: Views) -> str:
+def _unblurred(config: Config) -> str:
+    views = config.views
+    if isinstance(config, MAE):  # whose crops are flipped and no more
+        return ""
     blurs = views.of_view("blur_p", 0) + views.of_view("blur_p", 1) > 0
     asked = blurs if views.operations is None else "blur" in views.operations
     if not asked or views.size_px // 10 // 2:

@@ -123,6 +123,16 @@ def test_what_has_no_effect_is_said(config: Config, manifest: Manifest, said: st
     assert found.startswith(said)
 
 
+def test_maes_crops_are_flipped_and_no_more_so_a_missing_blur_is_not_said() -> None:
+    config = MAE(encoder=Encoder(vit="micro", patch_px=4), views=Views(size_px=16))
+    assert not [note for note in notes(config, PHOTOS) if "blurred" in note]
+
+
+def test_one_epoch_is_not_epochs() -> None:
+    config = SimCLR(optim=Optim(warmup_epochs=1), train=Train(epochs=1))
+    assert notes(config)[0].endswith(" steps of 1 epoch")
+
+
 @pytest.mark.parametrize(
     ("config", "workers", "images"),
     [

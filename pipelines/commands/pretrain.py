@@ -143,6 +143,11 @@ def dry(args: Args) -> Iterator[str]:
         run = open_run(args.run, args.recipe, config, data, str(at or ""), start=start, subset=described)
         run_at, under_way = run.path, run.under_way
         yield plan.line("run", f"{run.path}, {'which goes on from its newest checkpoint' if under_way else 'a new one'}")
+        if weights and not under_way:
+            from simclr.encoder.weights import require_fit
+
+            require_fit(config.encoder, weights, run.start["from"], config.views.size_px)
+            yield plan.line("begins with", run.began_with)
     for note in sense.notes(config, manifest, examples, args.resources.counts(config), under_way):
         yield plan.line("note", note)
     yield from plan.steps(config, examples, workers)

@@ -14,6 +14,7 @@ import pytest
 
 from pipelines import cli
 from tests.pipelines.test_cli import PRETRAIN, a_run, listing
+from tests.pipelines.train.test_warm_start import TINY_FLAGS, complete
 from tests.support.command import Run, refused
 
 
@@ -107,3 +108,11 @@ def test_a_dry_run_speaks_of_batchnorm_only_where_there_is_one(monkeypatch: pyte
     dino = DINO(encoder=vit, views=TINY.views, optim=TINY.optim, train=TINY.train)
     assert not sense.normalises(dino) and "BatchNorm" not in "".join(plan.memory(dino, 1, 0, room))
     assert "with BatchNorm over a piece of every worker" in "".join(plan.memory(TINY, 1, 0, room))
+
+
+def test_a_dry_run_refuses_weights_that_the_run_would_refuse(simclr: Run, tmp_path: Path, patterns: Path) -> None:
+    given = complete(tmp_path / "given", patterns).path
+    words = ("pretrain", "patterns_tiny", "--data", patterns, *TINY_FLAGS, "--device", "cpu", "--start", given, "--dry-run")
+    refused(simclr(*words, "--encoder.depth", "14"), "do not fit the encoder: .*; would fit: --encoder.depth 8")
+    code, out, _ = simclr(*words)
+    assert code == 0 and f"begins with  {given}, step 3" in out

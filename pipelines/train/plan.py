@@ -75,7 +75,7 @@ def memory(config: Config, workers: int, classes: int, room: Room | None, device
         "libraries": found.base,
         "kept by the allocator": found.kept,
     }
-    listed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size >= 1 << 22)
+    listed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size >= (1 << 30) / 200)  # what shows as 0.01
     where = "on a GPU" if device == "cuda" else "of a process on the CPU"
     yield line("memory", f"about {_gib(found.total)} GiB a worker, {where}: {listed}")
     if room is None:

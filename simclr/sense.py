@@ -16,6 +16,11 @@ from simclr.networks.timm import looked_at
 from simclr.stages import Distill, FineTune
 
 _LEAST_PX = 64  # a ResNet with ImageNet's stem has one place for every 32 × 32 px; below this it has a single one
+# As MAE's authors (arXiv:2111.06377, App. A.1) and the bench of methods do.
+_TRANSFORMERS = (
+    "--optim.name adamw --optim.base-lr 1e-3 --optim.scaling linear --optim.weight-decay 0.05 --optim.layer-decay 0.75 "
+    "--optim.warmup-epochs 5"
+)
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
 
 
@@ -34,7 +39,7 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
-    found += [_elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
+    found += [_lars(config), _elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
     if pretrains:
         found += [_unblurred(config), _neighbours(config, manifest), *_never(config, examples)]
     return tuple(note for note in found if note)
@@ -173,6 +178,12 @@ def _few(images: int, config: Config) -> str:
     if images >= min(_ENOUGH, config.train.batch_size) or images == 1:
         return ""
     return f"BatchNorm normalises over {images} images at a time and trains worse than over {_ENOUGH} or more"
+
+
+def _lars(config: Config) -> str:
+    if not isinstance(config, FineTune) or config.linear or not config.encoder.vit or config.optim.name != "lars":
+        return ""
+    return f"LARS with the settings of a ResNet fine-tunes {config.encoder.title} badly; vision transformers want {_TRANSFORMERS}"
 
 
 def _elastic(config: Config, workers: Sequence[int]) -> str:

@@ -16,11 +16,8 @@ from simclr.networks.timm import looked_at
 from simclr.stages import Distill, FineTune
 
 _LEAST_PX = 64  # a ResNet with ImageNet's stem has one place for every 32 × 32 px; below this it has a single one
-# As MAE's authors (arXiv:2111.06377, App. A.1) and the bench of methods do.
-_TRANSFORMERS = (
-    "--optim.name adamw --optim.base-lr 1e-3 --optim.scaling linear --optim.weight-decay 0.05 --optim.layer-decay 0.75 "
-    "--optim.warmup-epochs 5"
-)
+# To fine-tune, as MAE's authors (arXiv:2111.06377, App. A.1) and the bench of methods do; for a student, as DeiT (2012.12877, Table 9).
+_TRANSFORMERS = "--optim.name adamw --optim.base-lr {} --optim.scaling linear --optim.weight-decay 0.05 --optim.warmup-epochs 5"
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
 
 
@@ -181,9 +178,16 @@ def _few(images: int, config: Config) -> str:
 
 
 def _lars(config: Config) -> str:
-    if not isinstance(config, FineTune) or config.linear or not config.encoder.vit or config.optim.name != "lars":
+    if not config.encoder.vit or config.optim.name != "lars":
         return ""
-    return f"LARS with the settings of a ResNet fine-tunes {config.encoder.title} badly; vision transformers want {_TRANSFORMERS}"
+    match config:
+        case FineTune(linear=False):
+            wanted = f"{_TRANSFORMERS.format('1e-3')} --optim.layer-decay 0.75"
+        case Distill():
+            wanted = _TRANSFORMERS.format("2.5e-4")
+        case _:
+            return ""
+    return f"LARS with the settings of a ResNet trains {config.encoder.title} badly; vision transformers want {wanted}"
 
 
 def _elastic(config: Config, workers: Sequence[int]) -> str:

@@ -132,7 +132,7 @@ def _recipe(config: dict[str, Any]) -> str:
     loss = config.get("loss") or config
     own = not published.get("recipe", "").startswith(("finetune-", "distill-"))  # those have a loss of labels
     tau = loss.get("temperature") if own and loss.get("name", "nt_xent") == "nt_xent" else None
-    stated = [f"N = {config['train']['batch_size']:,}", config["optim"]["name"].upper()]
+    stated = [f"N = {config['train']['batch_size']:,}", {"adamw": "AdamW"}.get(optim := config["optim"]["name"], optim.upper())]
     stated += [f"τ = {tau:g}"] if tau is not None else []
     stated += [f"K = {config['prototypes']:,}"] if "prototypes" in config else [f"K = {config['queue']:,}"] if "queue" in config else []
     stated += [f"a moving average that keeps {config['ema']:g}"] if "ema" in config else []

@@ -20,7 +20,7 @@ from pipelines.runs.directory import open_run
 from pipelines.tracking.card import card
 from pipelines.tracking.record import Record
 from simclr import papers
-from simclr.config import Config, Encoder, Train
+from simclr.config import Config, Encoder, Optim, Train
 from simclr.errors import UserError
 from simclr.family import BYOL, DINO, MAE, METHODS, MoCo, MoCoV3, SwAV
 from simclr.footprint import footprint
@@ -127,8 +127,14 @@ def test_a_card_names_the_method_and_has_no_head_that_is_not_there() -> None:
     assert "of the SimCLR family" in theirs and "| Projection head | 2 layers, z has 16 numbers |" in theirs and "τ = 0.2" in theirs
     assert "arxiv.org/abs/2002.05709" in theirs and "arxiv.org/abs/2006.10029" in theirs and "| Method |" not in theirs
     assert "that point the same way" in text and "It was taught that a picture stays the same" in text
-    swav = card({**SwAV(**SHARED, prototypes=30).to_dict(), **about, "preprocessing": views}, 1000, "name", Record(), "none")
-    assert "K = 30;" in swav and "K = 0" not in swav
+    swav = card(
+        {**SwAV(**(SHARED | {"optim": Optim(name="adamw")}), prototypes=30).to_dict(), **about, "preprocessing": views},
+        1000,
+        "name",
+        Record(),
+        "none",
+    )
+    assert "AdamW, τ = 0.1, K = 30;" in swav and "K = 0" not in swav
 
 
 def test_a_card_of_mae_does_not_promise_what_neighbours_say() -> None:

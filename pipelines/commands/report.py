@@ -49,6 +49,9 @@ _NAMED = {"query_names": "query", "neighbour_names": "neighbour"}
 """Not in files of earlier versions."""
 
 
+_TITLES = {"finetune": "Fine-tuning", "distill": "Distilling"}  # of an encoder that may be of any method
+
+
 @dataclass(frozen=True)
 class Args:
     """Write a run's report: one HTML file that needs no network and nothing beside it."""
@@ -100,7 +103,7 @@ def gather(run: Run) -> ReportData:
     }
     gallery, neighbours, points = _pictures(run.path / "pictures.npz", len(manifest.classes) if manifest is not None else 1 << 31)
     return ReportData(
-        title=f"{named(method_name(run.config)).title} · {changed_from(run.recipe, run.config)}",
+        title=f"{_TITLES.get(run.stage) or named(method_name(run.config)).title} · {changed_from(run.recipe, run.config)}",
         method=method_name(run.config) if run.stage == "pretrain" else run.stage,
         command=run.command,
         config=run.config.flat(),

@@ -13,10 +13,10 @@ import torch
 from pipelines import cli
 from pipelines.bench import methods as table
 from pipelines.bench.step import step
-from pipelines.commands import pretrain, recipes
+from pipelines.commands import pretrain, recipes, report
 from pipelines.html import curves
 from pipelines.runs import config_file
-from pipelines.runs.directory import open_run
+from pipelines.runs.directory import load_run, open_run
 from pipelines.tracking.card import card
 from pipelines.tracking.record import Record
 from simclr import papers
@@ -26,6 +26,7 @@ from simclr.family import BYOL, DINO, MAE, METHODS, MoCo, MoCoV3, SwAV
 from simclr.footprint import footprint
 from simclr.methods.choice import shapes
 from simclr.recipes import RECIPES, changed_from
+from simclr.stages import FineTune
 from tests.support.command import Run, refused
 from tests.support.small import TINY
 from tune import resolve, spaces
@@ -107,6 +108,15 @@ def test_a_changed_recipe_tells_its_own_methods_fields(known: None) -> None:
     assert changed_from("small_moco", replace(MOCO, queue=48, seed=3)) == "small_moco, queue 48"
     assert changed_from("small_moco", MOCO) == changed_from("small_moco", replace(MOCO, watch=replace(MOCO.watch, k=3))) == "small_moco"
     assert changed_from("finetune-small_moco", TINY) == "finetune-small_moco"
+    mae = RECIPES["patterns_mae"]()
+    tuned = FineTune(encoder=mae.encoder.trained, views=mae.views, tap=0)
+    assert mae.encoder.trained != mae.encoder and changed_from("finetune-patterns_mae", tuned) == "finetune-patterns_mae"
+
+
+def test_the_page_of_a_later_stage_is_not_said_to_be_simclrs(tmp_path: Path, patterns: Path) -> None:
+    tuned = FineTune(encoder=TINY.encoder, head=TINY.head, views=TINY.views, train=TINY.train, tap=0)
+    open_run(tmp_path / "run", "finetune-small_moco", tuned, patterns, stage="finetune").save()
+    assert report.gather(load_run(tmp_path / "run")).title == "Fine-tuning · finetune-small_moco"
 
 
 def test_a_directory_of_another_methods_run_is_refused(tmp_path: Path, patterns: Path) -> None:

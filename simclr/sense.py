@@ -187,7 +187,7 @@ def _lars(config: Config) -> str:
             wanted = _TRANSFORMERS.format("2.5e-4")
         case _:
             return ""
-    return f"LARS with the settings of a ResNet trains {config.encoder.title} badly; vision transformers want {wanted}"
+    return f"LARS has a ResNet's settings here, and the encoder is {config.encoder.title}; authors of vision transformers have {wanted}"
 
 
 def _elastic(config: Config, workers: Sequence[int]) -> str:

@@ -321,7 +321,8 @@ def foreign(path: str, config: Config) -> str:
     own = [field for field in mine if field not in Config().flat() and field != "method"]
     near = [field for field in own if field.rpartition(".")[2] == last] or difflib.get_close_matches(path, own, n=1, cutoff=0.5)
     instead = f"{name} has {near[0] if near else ', '.join(own[:_LISTED]) + (' …' if len(own) > _LISTED else '')}"
-    return f"{path} is a field of {' and '.join(theirs)}; {instead}"
+    whose = " and ".join(filter(None, (", ".join(theirs[:-1]), theirs[-1])))
+    return f"{path} is a field of {whose}; {instead}"
 
 
 def _require_common(temperature: float, ema: float, d_out: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
 from simclr.config import Config
 from simclr.errors import UserError
@@ -106,7 +107,10 @@ def changed_from(name: str, config: Config) -> str:
     base = name.removeprefix("distill-").removeprefix("finetune-")
     if base not in RECIPES:
         return name
-    theirs, ours = RECIPES[base]().flat(), config.flat()
+    made = RECIPES[base]()
+    if base != name:  # later stages train all of the network, also what the pretraining had fixed
+        made = replace(made, encoder=made.encoder.trained)
+    theirs, ours = made.flat(), config.flat()
     if base == name:
         counted = [field for field in ours if field in _WHAT or not field.startswith(_HOW)]
     else:

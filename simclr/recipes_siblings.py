@@ -219,8 +219,8 @@ def imagenet_mocov3_resnet50() -> MoCoV3:
     simclr prepare --source /data/imagenet --out /data/imagenet-shards
     simclr pretrain imagenet_mocov3_resnet50 --data /data/imagenet-shards --workers 16 --train.precision bfloat16 --train.compile
 
-    *Published*: linear probe 68.9 after 100 epochs. After 300 and 1,000, 72.8 and 74.6 with --optim.base_lr 0.3; 1,000 take
-    --optim.weight_decay 1.5e-6 and --ema 0.996 too.
+    *Published*: linear probe 68.9 after 100 epochs. After 300 and 1,000, 72.8 and 74.6 with --optim.base-lr 0.3; 1,000 take
+    --optim.weight-decay 1.5e-6 and --ema 0.996 too.
     """
     return MoCoV3(
         views=replace(_mocov3_views(), area=(0.2, 1.0)),

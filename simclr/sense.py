@@ -17,6 +17,8 @@ from simclr.networks.timm import looked_at
 from simclr.stages import Distill, FineTune
 
 _LEAST_PX = 64  # a ResNet with ImageNet's stem has one place for every 32 × 32 px; below this it has a single one
+# To fine-tune, as MAE's authors (arXiv:2111.06377, App. A.1) and the bench of methods do; for a student, as DeiT (2012.12877, Table 9).
+_TRANSFORMERS = "--optim.name adamw --optim.base-lr {} --optim.scaling linear --optim.weight-decay 0.05 --optim.warmup-epochs 5"
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
 
 
@@ -35,9 +37,9 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
-    found += [_elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
+    found += [_lars(config), _elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
     if pretrains:
-        found += [_unblurred(config.views), _neighbours(config, manifest), *_never(config, examples), *_frames(config, manifest, examples)]
+        found += [_unblurred(config), _neighbours(config, manifest), *_never(config, examples), *_frames(config, manifest, examples)]
     return tuple(note for note in found if note)
 
 
@@ -141,8 +143,8 @@ def _warmup(config: Config, examples: int) -> str:
             return ""
         share = f"{100 * steps / total:.0f} %"
         return f"the warm-up lasts {steps:,} of {total:,} steps, {share} of the run; a smaller --optim.warmup-epochs leaves time to decay"
-    epochs = config.optim.warmup_epochs
-    return f"the warm-up lasts {steps:,} of {total:,} steps, a tenth of this short run, and not the {asked:,} steps of {epochs:g} epochs"
+    epochs = f"{config.optim.warmup_epochs:g} epoch{'' if config.optim.warmup_epochs == 1 else 's'}"
+    return f"the warm-up lasts {steps:,} of {total:,} steps, a tenth of this short run, and not the {asked:,} steps of {epochs}"
 
 
 def _never(config: Config, examples: int) -> list[str]:
@@ -209,6 +211,19 @@ def _few(images: int, config: Config) -> str:
     return f"BatchNorm normalises over {images} images at a time and trains worse than over {_ENOUGH} or more"
 
 
+def _lars(config: Config) -> str:
+    if not config.encoder.vit or config.optim.name != "lars":
+        return ""
+    match config:
+        case FineTune(linear=False):
+            wanted = f"{_TRANSFORMERS.format('1e-3')} --optim.layer-decay 0.75"
+        case Distill():
+            wanted = _TRANSFORMERS.format("2.5e-4")
+        case _:
+            return ""
+    return f"LARS has a ResNet's settings here, and the encoder is {config.encoder.title}; authors of vision transformers have {wanted}"
+
+
 def _elastic(config: Config, workers: Sequence[int]) -> str:
     images = [normalised_over(config, [count]) for count in workers]
     few, many = min(images), max(images)
@@ -224,7 +239,10 @@ def _enlarged(views: Views, manifest: Manifest) -> str:
     return f"every image is enlarged: views are {views.size_px} px, and the largest image in the shards is {height} × {width} px"
 
 
-def _unblurred(views: Views) -> str:
+def _unblurred(config: Config) -> str:
+    views = config.views
+    if isinstance(config, MAE):  # whose crops are flipped and no more
+        return ""
     blurs = views.of_view("blur_p", 0) + views.of_view("blur_p", 1) > 0
     asked = blurs if views.operations is None else "blur" in views.operations
     if not asked or views.size_px // 10 // 2:

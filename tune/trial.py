@@ -170,7 +170,8 @@ def _open(sweep: Sweep, directory: Path, config: Config, donor: str) -> Run:
     if (directory / "run.json").is_file() and donor:
         inherit.take(load_run(directory), config, sweep.path / "trials" / donor)
     run = open_run(directory, sweep.recipe, config, data, str(at or ""))
-    flags = [word for key in config.flat() if _differs(sweep, config, key) for word in _flag(key, resolve.value_of(config, key))]
+    paths = [key for key in config.flat() if key != "method"]  # a method is its recipe's, and no flag
+    flags = [word for key in paths if _differs(sweep, config, key) for word in _flag(key, resolve.value_of(config, key))]
     workers = Resources(**sweep.resources).counts(config)
     notes = sense.notes(config, manifest, manifest.examples("train", config.train.shard_groups), workers, run.under_way)
     run = dataclasses.replace(run, command=shlex.join(["simclr", "pretrain", sweep.recipe, "--data", sweep.data, *flags]), notes=notes)

@@ -23,7 +23,7 @@ from simclr import sense
 from simclr.config import Config
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
-from simclr.family import method_name
+from simclr.family import MoCo, MoCoV3, method_name
 from simclr.papers import named
 from simclr.recipes import changed_from
 
@@ -74,8 +74,10 @@ class Args:
         network = {"--encoder.timm": "the network"} if encoder.timm else {"--encoder.vit": "size of the vision transformer"}
         own = {
             "--loss.temperature": "tau of NT-Xent",
-            "--temperature": "tau of InfoNCE",
-            "--queue": "K, keys of earlier batches",
+            "--temperature": "tau of InfoNCE" if isinstance(config, MoCo | MoCoV3) else "tau of the softmax that learns",
+            "--prototypes": "K, vectors to which images are assigned",
+            "--queue": "K, keys of earlier batches" if isinstance(config, MoCo) else "projections of earlier batches, 0 = none",
+            "--mask-ratio": "share of the patches that the encoder does not see",
             "--ema": "share of itself that the moving average keeps at a step",
         }
         return {
@@ -141,6 +143,11 @@ def dry(args: Args) -> Iterator[str]:
         run = open_run(args.run, args.recipe, config, data, str(at or ""), start=start, subset=described)
         run_at, under_way = run.path, run.under_way
         yield plan.line("run", f"{run.path}, {'which goes on from its newest checkpoint' if under_way else 'a new one'}")
+        if weights and not under_way:
+            from simclr.encoder.weights import require_fit
+
+            require_fit(config.encoder, weights, run.start["from"], config.views.size_px)
+            yield plan.line("begins with", run.began_with)
     for note in sense.notes(config, manifest, examples, args.resources.counts(config), under_way):
         yield plan.line("note", note)
     yield from plan.steps(config, examples, workers)

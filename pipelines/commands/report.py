@@ -54,6 +54,9 @@ _SOME = ("attention", "painted")
 """Of some runs alone."""
 
 
+_TITLES = {"finetune": "Fine-tuning", "distill": "Distilling"}  # of an encoder that may be of any method
+
+
 @dataclass(frozen=True)
 class Args:
     """Write a run's report: one HTML file that needs no network and nothing beside it."""
@@ -107,7 +110,7 @@ def gather(run: Run) -> ReportData:
         run.path / "pictures.npz", len(manifest.classes) if manifest is not None else 1 << 31
     )
     return ReportData(
-        title=f"{named(method_name(run.config)).title} · {changed_from(run.recipe, run.config)}",
+        title=f"{_TITLES.get(run.stage) or named(method_name(run.config)).title} · {changed_from(run.recipe, run.config)}",
         method=method_name(run.config) if run.stage == "pretrain" else run.stage,
         command=run.command,
         config=run.config.flat(),

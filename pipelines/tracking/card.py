@@ -17,6 +17,16 @@ from simclr.text import printable_lines
 UNKNOWN_LICENCE = "unknown: nobody stated one; ask whoever made the encoder, and mind the licence of its training images"
 
 
+_WORTH = (
+    "Pictures that show the same thing get vectors\n"
+    "that point the same way, so a nearest-neighbour search or a linear classifier on them goes far."
+)
+_WORTH_OF_MAE = (
+    "It learned to paint hidden parts of\n"
+    "pictures, so its worth shows when it is fine-tuned; neighbours and a linear classifier on its vectors say little of it."
+)
+
+
 def write_card(directory: Path, name: str, record: Record, licence: str) -> str:
     """Write the card of the encoder published in `directory` under the title `name`, beside its weights; returns its text."""
     from simclr.encoder.directory import config_of, preprocessing_of, read_text
@@ -57,11 +67,11 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
         rows["Classifier"] = f"{len(found['classes']):,} classes, from {reads}"
     rows["Licence"] = licence
     whose = "of the SimCLR family" if method == "simclr" else f"trained by {called.title}"
+    paints = method == "mae" and "classifier" not in config  # fine-tuned, its vectors tell the classes apart
     if taught := published.get("teacher_pretrained"):
         whose = f"that learned from a classifier, whose own encoder was pretrained by {named(str(taught)).title}"
     parts = [
-        f"# {name}\n\nAn image encoder {whose}: a picture in, a vector out. Pictures that show the same thing get vectors\n"
-        "that point the same way, so a nearest-neighbour search or a linear classifier on them goes far.",
+        f"# {name}\n\nAn image encoder {whose}: a picture in, a vector out. {_WORTH_OF_MAE if paints else _WORTH}",
         f'## Use it\n\n```python\nimport simclr\n\nencoder = simclr.load_encoder("DIR")       # DIR: the directory of this file\n'
         'features = encoder.embed(images)           # uint8 (n, H, W, 3), any size → (n, d)\nfeatures = encoder.embed_files(["a.jpg"])\n'
         "```\n\n"
@@ -74,7 +84,7 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
         "## Scores\n\n" + _scores(record) + _unscored(str(config.get("method", "simclr")), record),
     ]
     if not converted:
-        parts.append("## Know before use\n\n" + _limits(seen))
+        parts.append("## Know before use\n\n" + _limits(seen, method == "mae"))
     if config["encoder"].get("timm"):
         parts.append("## In timm\n\n" + _in_timm(config["encoder"]["timm"], size))
     beside = (
@@ -122,9 +132,9 @@ def _recipe(config: dict[str, Any]) -> str:
     loss = config.get("loss") or config
     own = not published.get("recipe", "").startswith(("finetune-", "distill-"))  # those have a loss of labels
     tau = loss.get("temperature") if own and loss.get("name", "nt_xent") == "nt_xent" else None
-    stated = [f"N = {config['train']['batch_size']:,}", config["optim"]["name"].upper()]
+    stated = [f"N = {config['train']['batch_size']:,}", {"adamw": "AdamW"}.get(optim := config["optim"]["name"], optim.upper())]
     stated += [f"τ = {tau:g}"] if tau is not None else []
-    stated += [f"K = {config['queue']:,}"] if "queue" in config else []
+    stated += [f"K = {config['prototypes']:,}"] if "prototypes" in config else [f"K = {config['queue']:,}"] if "queue" in config else []
     stated += [f"a moving average that keeps {config['ema']:g}"] if "ema" in config else []
     setting = ", ".join(stated)
     return f"`{published.get('recipe', 'unknown')}`: {setting}; `config.json` has every field"
@@ -156,8 +166,10 @@ def _unscored(method: str, record: Record) -> str:
     return f"\n\n{said[0].upper()}{said[1:]}:\n`{command}`." if said else ""
 
 
-def _limits(views: dict[str, Any]) -> str:
+def _limits(views: dict[str, Any], paints: bool) -> str:
     changed = ["cut and scaled"]
+    if paints:  # its views are crops, which it completes: no two of them are compared
+        return "It knows what its training pictures show; expect less of it on pictures unlike those."
     if views["flip_p"]:
         changed.append("mirrored")
     jitters = views["jitter_p"] and views["colour_strength"]

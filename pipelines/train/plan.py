@@ -60,6 +60,7 @@ def shares(config: Config, workers: int) -> Iterator[str]:
 
 def memory(config: Config, workers: int, classes: int, room: Room | None, device: str = "") -> Iterator[str]:
     """The memory of a worker, by `simclr.footprint`, and a --train.micro-batch where there is not so much `room`; None = unknown."""
+    from simclr import sense
     from simclr.footprint import fitting, footprint  # torch takes seconds
 
     device = room.device if room is not None else device or "cuda"
@@ -74,7 +75,7 @@ def memory(config: Config, workers: int, classes: int, room: Room | None, device
         "libraries": found.base,
         "kept by the allocator": found.kept,
     }
-    listed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size >= 1 << 22)
+    listed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size >= (1 << 30) / 200)  # what shows as 0.01
     where = "on a GPU" if device == "cuda" else "of a process on the CPU"
     yield line("memory", f"about {_gib(found.total)} GiB a worker, {where}: {listed}")
     if room is None:
@@ -85,9 +86,10 @@ def memory(config: Config, workers: int, classes: int, room: Room | None, device
     piece = fitting(config, workers, room.bytes, classes, device)
     if piece is not None:
         smaller = footprint(replace(config, train=replace(config.train, micro_batch=piece)), workers, classes, device)
-        mend = f"--train.micro-batch {piece} takes about {_gib(smaller.total)} GiB, with BatchNorm over a piece of every worker"
+        norm = ", with BatchNorm over a piece of every worker" if sense.normalises(config) else ""
+        mend = f"--train.micro-batch {piece} takes about {_gib(smaller.total)} GiB{norm}"
     elif config.whole_batch:
-        mend = f"{config.whole_batch}; use more workers, a smaller batch, or no queue"
+        mend = f"{config.whole_batch}; use more workers or a smaller batch, or leave it out"
     else:
         mend = "no --train.micro-batch does; use a smaller encoder or views"
     yield line("", f"does NOT fit {room.what}, {_gib(room.bytes)} GiB: {mend}")

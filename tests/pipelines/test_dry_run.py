@@ -14,6 +14,7 @@ import pytest
 
 from pipelines import cli
 from tests.pipelines.test_cli import PRETRAIN, a_run, listing
+from tests.pipelines.train.test_warm_start import TINY_FLAGS, complete
 from tests.support.command import Run, refused
 
 
@@ -90,3 +91,28 @@ def test_a_dry_run_takes_its_time_from_a_run_like_it(tmp_path: Path, patterns: P
     assert "no measured rate" in plan.duration(config, 240, 4, "cpu", tmp_path / "runs")
     wider = replace(config, encoder=replace(config.encoder, width=2))
     assert "no measured rate" in plan.duration(wider, 240, 2, "cpu", tmp_path / "runs")
+
+
+def test_a_dry_run_speaks_of_batchnorm_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from pipelines.train import plan
+    from simclr import footprint, sense
+    from simclr.family import DINO
+    from tests.support.small import TINY
+
+    room, most = plan.Room("cpu", 1, "this machine's memory"), footprint.footprint(TINY)
+    monkeypatch.setattr(footprint, "fitting", lambda *_: 2)
+    monkeypatch.setattr(footprint, "footprint", lambda *_: most)
+    vit = replace(TINY.encoder, vit="micro", patch_px=8)
+    dino = DINO(encoder=vit, views=TINY.views, optim=TINY.optim, train=TINY.train)
+    assert not sense.normalises(dino) and "BatchNorm" not in "".join(plan.memory(dino, 1, 0, room))
+    assert "with BatchNorm over a piece of every worker" in "".join(plan.memory(TINY, 1, 0, room))
+
+
+def test_a_dry_run_refuses_weights_that_the_run_would_refuse(simclr: Run, tmp_path: Path, patterns: Path) -> None:
+    given = complete(tmp_path / "given", patterns).path
+    words = ("pretrain", "patterns_tiny", "--data", patterns, *TINY_FLAGS, "--device", "cpu", "--start", given, "--dry-run")
+    refused(simclr(*words, "--encoder.depth", "14"), "do not fit the encoder: .*; would fit: --encoder.depth 8")
+    code, out, _ = simclr(*words)
+    assert code == 0 and f"begins with  {given}, step 3" in out

@@ -13,19 +13,20 @@ import torch
 from pipelines import cli
 from pipelines.bench import methods as table
 from pipelines.bench.step import step
-from pipelines.commands import pretrain, recipes
+from pipelines.commands import pretrain, recipes, report
 from pipelines.html import curves
 from pipelines.runs import config_file
-from pipelines.runs.directory import open_run
+from pipelines.runs.directory import load_run, open_run
 from pipelines.tracking.card import card
 from pipelines.tracking.record import Record
 from simclr import papers
-from simclr.config import Config, Encoder, Train
+from simclr.config import Config, Encoder, Optim, Train
 from simclr.errors import UserError
 from simclr.family import BYOL, DINO, MAE, METHODS, MoCo, MoCoV3, SwAV
 from simclr.footprint import footprint
 from simclr.methods.choice import shapes
 from simclr.recipes import RECIPES, changed_from
+from simclr.stages import FineTune
 from tests.support.command import Run, refused
 from tests.support.small import TINY
 from tune import resolve, spaces
@@ -92,6 +93,10 @@ def test_a_flag_of_another_method_names_the_right_one(simclr: Run, known: None) 
         simclr("pretrain", "small_moco", "--data", "x", "--loss.temperature", "0.1"),
         "loss.temperature is a field of simclr; moco has temperature; `simclr pretrain small_moco --help`",
     )
+    refused(
+        simclr("pretrain", "patterns_byol", "--data", "x", "--temperature", "0.2"),
+        "temperature is a field of moco, mocov3, swav and dino; byol has ema, hidden, d_out, predictor",
+    )
     refused(simclr("pretrain", "patterns_tiny", "--data", "x", "--queue=96"), "queue is a field of moco and swav; simclr has head.layers")
     parsed = cli.parse("pretrain", pretrain.Args, ["small_moco", "--data", "x", "--queue", "48", "--ema", "0.5"])
     assert parsed.config == replace(MOCO, queue=48, ema=0.5)
@@ -103,6 +108,15 @@ def test_a_changed_recipe_tells_its_own_methods_fields(known: None) -> None:
     assert changed_from("small_moco", replace(MOCO, queue=48, seed=3)) == "small_moco, queue 48"
     assert changed_from("small_moco", MOCO) == changed_from("small_moco", replace(MOCO, watch=replace(MOCO.watch, k=3))) == "small_moco"
     assert changed_from("finetune-small_moco", TINY) == "finetune-small_moco"
+    mae = RECIPES["patterns_mae"]()
+    tuned = FineTune(encoder=mae.encoder.trained, views=mae.views, tap=0)
+    assert mae.encoder.trained != mae.encoder and changed_from("finetune-patterns_mae", tuned) == "finetune-patterns_mae"
+
+
+def test_the_page_of_a_later_stage_is_not_said_to_be_simclrs(tmp_path: Path, patterns: Path) -> None:
+    tuned = FineTune(encoder=TINY.encoder, head=TINY.head, views=TINY.views, train=TINY.train, tap=0)
+    open_run(tmp_path / "run", "finetune-small_moco", tuned, patterns, stage="finetune").save()
+    assert report.gather(load_run(tmp_path / "run")).title == "Fine-tuning · finetune-small_moco"
 
 
 def test_a_directory_of_another_methods_run_is_refused(tmp_path: Path, patterns: Path) -> None:
@@ -122,6 +136,32 @@ def test_a_card_names_the_method_and_has_no_head_that_is_not_there() -> None:
     assert "that learned from a classifier, whose own encoder was pretrained by MoCo" in card(student, 1000, "name", Record(), "none")
     assert "of the SimCLR family" in theirs and "| Projection head | 2 layers, z has 16 numbers |" in theirs and "τ = 0.2" in theirs
     assert "arxiv.org/abs/2002.05709" in theirs and "arxiv.org/abs/2006.10029" in theirs and "| Method |" not in theirs
+    assert "that point the same way" in text and "It was taught that a picture stays the same" in text
+    swav = card(
+        {**SwAV(**(SHARED | {"optim": Optim(name="adamw")}), prototypes=30).to_dict(), **about, "preprocessing": views},
+        1000,
+        "name",
+        Record(),
+        "none",
+    )
+    assert "AdamW, τ = 0.1, K = 30;" in swav and "K = 0" not in swav
+
+
+def test_a_card_of_mae_does_not_promise_what_neighbours_say() -> None:
+    """Its views are crops that it completes: nothing taught it that two views are the same, or one of other colours."""
+    about = {"published": {"recipe": "mae", "step": 2, "data": "d"}}
+    views = {"size_px": 32, "centre_crop": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1), "resize": "bicubic"}
+    config = MAE(**(SHARED | {"encoder": Encoder(vit="micro", patch_px=8)}))
+    text = card({**config.to_dict(), **about, "preprocessing": views}, 1000, "name", Record(), "none")
+    assert "its worth shows when it is fine-tuned" in text and "point the same way" not in text
+    assert "stays the same" not in text and "colour" not in text and "It knows what its training pictures show" in text
+
+
+def test_the_usual_flags_are_of_the_method(simclr: Run) -> None:
+    assert pretrain.Args.usual(MOCO)["--temperature"] == "tau of InfoNCE"
+    swav = pretrain.Args.usual(SwAV(**SHARED))
+    assert "InfoNCE" not in swav["--temperature"] and "keys" not in swav["--queue"] and "--prototypes" in swav
+    assert "InfoNCE" not in pretrain.Args.usual(DINO(**SHARED))["--temperature"]
 
 
 @pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)

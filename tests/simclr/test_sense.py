@@ -123,6 +123,28 @@ def test_what_has_no_effect_is_said(config: Config, manifest: Manifest, said: st
     assert found.startswith(said)
 
 
+def test_maes_crops_are_flipped_and_no_more_so_a_missing_blur_is_not_said() -> None:
+    config = MAE(encoder=Encoder(vit="micro", patch_px=4), views=Views(size_px=16))
+    assert not [note for note in notes(config, PHOTOS) if "blurred" in note]
+
+
+def test_tuning_a_vision_transformer_with_lars_is_said_with_the_flags_that_it_wants() -> None:
+    encoder = Encoder(vit="micro", patch_px=4)
+    (said,) = notes(FineTune(encoder=encoder, views=Views(size_px=32), tap=0))
+    optim = Optim(name="adamw", base_lr=1e-3, weight_decay=0.05, layer_decay=0.75, warmup_epochs=5)
+    flags = {f"--optim.{name.replace('_', '-')} {getattr(optim, name):g}" for name in ("weight_decay", "layer_decay", "warmup_epochs")}
+    assert "--optim.name adamw" in said and "--optim.scaling linear" in said and all(flag in said for flag in flags)
+    assert notes(FineTune(encoder=encoder, views=Views(size_px=32), tap=0, optim=optim)) == ()
+    assert notes(FineTune(encoder=encoder, views=Views(size_px=32), tap=0, linear=True)) == ()
+    (student,) = notes(Distill(encoder=encoder, views=Views(size_px=32)))
+    assert "--optim.base-lr 2.5e-4" in student and "layer-decay" not in student
+
+
+def test_one_epoch_is_not_epochs() -> None:
+    config = SimCLR(optim=Optim(warmup_epochs=1), train=Train(epochs=1))
+    assert notes(config)[0].endswith(" steps of 1 epoch")
+
+
 @pytest.mark.parametrize(
     ("config", "workers", "images"),
     [

@@ -21,7 +21,7 @@ from tests.support.command import Run, refused
 from tests.support.sweeps import a_sweep, trained
 from tune import plan, report, resolve, spaces, sweep, sweep_dir, validate, words
 from tune.spaces import Between, Peak, PeakBetween, Times, WholeBetween
-from tune.trial import _flag
+from tune.trial import _flag, _open
 
 TINY = recipe("patterns_tiny")
 VALUES: list[tuple[str, Any, Any]] = [
@@ -232,6 +232,15 @@ def test_a_trials_command_gives_its_config(tmp_path: Path) -> None:
     config = resolve.point(space, TINY, resolve.combinations(space)[0], 0).config
     line = shlex.split(shlex.join([word for path in vary for word in _flag(path, resolve.value_of(config, path))]))
     assert cli.parse("pretrain", pretrain.Args, ["patterns_tiny", "--data", "x", *line]).config == config
+
+
+def test_a_trial_of_another_method_opens_its_run(tmp_path: Path, patterns: Path) -> None:
+    """A sibling's config states its method, which is no field and no flag."""
+    found = dataclasses.replace(a_sweep(tmp_path / "s", "vary", vary={"ema": "0.5,0.9"}, recipe="patterns_moco"), data=str(patterns))
+    base = dataclasses.replace(recipe("patterns_moco"), queue=128)
+    run = _open(found, tmp_path / "s" / "trials" / "one", resolve.changed(base, {"ema": 0.5}), "")
+    words = shlex.split(run.command)
+    assert run.config.METHOD == "moco" and words[2] == "patterns_moco" and words[-2:] == ["--queue=128", "--ema=0.5"]
 
 
 def test_the_page_of_a_space_of_ones_own(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def _enlarged(views: Views, manifest: Manifest) -> str:
 
 def _unblurred(config: Config) -> str:
     views = config.views
-    if isinstance(config, MAE):  # whose crops are flipped and no more
+    if isinstance(config, MAE | CLIP):  # whose crops are flipped and no more
         return ""
     blurs = views.of_view("blur_p", 0) + views.of_view("blur_p", 1) > 0
     asked = blurs if views.operations is None else "blur" in views.operations

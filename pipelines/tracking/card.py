@@ -84,7 +84,7 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
         "## Scores\n\n" + _scores(record) + _unscored(str(config.get("method", "simclr")), record),
     ]
     if not converted:
-        parts.append("## Know before use\n\n" + _limits(seen, method == "mae"))
+        parts.append("## Know before use\n\n" + _limits(seen, method in ("mae", "clip")))
     if config["encoder"].get("timm"):
         parts.append("## In timm\n\n" + _in_timm(config["encoder"]["timm"], size))
     beside = (
@@ -166,9 +166,9 @@ def _unscored(method: str, record: Record) -> str:
     return f"\n\n{said[0].upper()}{said[1:]}:\n`{command}`." if said else ""
 
 
-def _limits(views: dict[str, Any], paints: bool) -> str:
+def _limits(views: dict[str, Any], one: bool) -> str:
     changed = ["cut and scaled"]
-    if paints:  # its views are crops, which it completes: no two of them are compared
+    if one:  # a view of each picture, which it completes or names: no two of them are compared
         return "It knows what its training pictures show; expect less of it on pictures unlike those."
     if views["flip_p"]:
         changed.append("mirrored")

@@ -141,8 +141,8 @@ def moco(config: MoCo, start: Start, manifest: Manifest | None = None) -> Method
         published={"encoder": model.encoder} | ({"classifier": model.classifier} if model.classifier is not None else {}),
         evaluate=neighbours(model.encoder, config, start, manifest),
         chance=model.queries * math.log(config.queue + 1),
-        # Without BatchNorm in the head, queries begin near each other: measured on rendered patterns, the spread at 0.09 in the first epoch,
-        # later at 0.14 and more, and the dimension at 1.2.
+        # Without BatchNorm in the head, queries begin near each other: measured on rendered patterns, the spread at 0.09 in the first
+        # epoch, later at 0.14 and more, and the dimension at 1.2.
         least=Least(spread=0.05, dimension=1.1),
     )
 

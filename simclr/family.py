@@ -279,7 +279,7 @@ class CLIP(Config):
         fits = 1 / self.scale_most <= self.temperature <= 1
         require(fits, f"temperature is {self.temperature}; expected 1 / scale_most = {1 / self.scale_most:g} to 1")
         require(3 <= self.context <= 1024, f"context is {self.context}; expected 3 to 1024 tokens, the paper has 77")
-        whole = self.text_width % self.text_heads == 0 if self.text_heads else False
+        whole = self.text_heads >= 1 and self.text_width >= 1 and self.text_width % self.text_heads == 0
         require(whole, f"text_width is {self.text_width}; expected a multiple of text_heads, {self.text_heads}")
         require(self.text_blocks >= 1, f"text_blocks is {self.text_blocks}; expected at least 1")
         require(self.prompt.count("{}") == 1, f"prompt is {self.prompt!r}; expected a text with {{}} where the class stands")

@@ -233,8 +233,8 @@ def _evaluate(method: Method, config: Config) -> None:
 
 def _rows_of_all(config: Config, images: int, counted: int) -> int:
     """Bytes that the loss takes for the rows of all images, but for those of the `counted` ones of this rank's `images`: NT-Xent's
-    projections with gradient and logits, or blocks of them; MoCo v3's keys and logits; MoCo's logits against the queue, and the views that
-    a shuffle gathers. BYOL compares no others."""
+    projections with gradient and logits, or blocks of them; MoCo v3's keys and logits, and CLIP's, of images and of texts; MoCo's logits
+    against the queue, and the views that a shuffle gathers. BYOL compares no others."""
     if isinstance(config, SimCLR):
         every = 2 * config.train.batch_size + config.loss.memory
         logits = min(2 * images * every, STREAMED_FROM) - min(4 * counted * counted, STREAMED_FROM)
@@ -246,4 +246,7 @@ def _rows_of_all(config: Config, images: int, counted: int) -> int:
     if isinstance(config, MoCoV3):
         every = config.train.batch_size
         return 4 * (2 * (every - counted) * config.d_out + 3 * 2 * (images * every - counted * counted))
+    if isinstance(config, CLIP):
+        every = config.train.batch_size
+        return 4 * (2 * 2 * (every - counted) * config.d_out + 3 * 2 * (images * every - counted * counted))
     return 0

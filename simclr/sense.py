@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from simclr.config import Config, Encoder, SimCLR, Time, Views, time_of
 from simclr.data.manifest import Manifest
+from simclr.data.tokens import NEEDED
 from simclr.data.videos import false_negatives, videos_of
 from simclr.errors import UserError
+from simclr.extras import command, has
 from simclr.family import CLIP, DINO, MAE, MoCo, SwAV
 from simclr.networks.timm import looked_at
 from simclr.stages import Distill, FineTune
@@ -33,6 +35,7 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if config.encoder.timm:
         looked_at(config.encoder.timm, config.views.size_px)
     refusals = [_crops(config.views, manifest), _queue(config, examples), single_image(config, workers), _no_videos(config, manifest)]
+    refusals.append(_no_captions(config, manifest))
     found = [f"{what.partition(';')[0]}; this run goes on all the same, and a new one is refused" for what in refusals if what]
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
@@ -122,6 +125,14 @@ def _queue(config: Config, examples: int) -> str:
             return ""
     epoch = each * config.steps_per_epoch(examples)
     return f"{name} {length:,} exceeds the {epoch:,} projections of an epoch; use --{name} {epoch} or less" if length > epoch else ""
+
+
+def _no_captions(config: Config, manifest: Manifest) -> str:
+    if not isinstance(config, CLIP):
+        return ""
+    if not manifest.captions:
+        return "the shards have no captions, and CLIP trains on pairs; prepare them with --captions auto, or --captions FILE"
+    return "" if has("open_clip") else f"{NEEDED}; add it with `{command('pairs')}`"
 
 
 def _no_videos(config: Config, manifest: Manifest) -> str:

@@ -243,7 +243,8 @@ def of_noise(config: Config, device: torch.device) -> See:
     n, generator = config.images_per_rank(world_size()), torch.Generator(device).manual_seed(0)
     shaped = ((n, crop.count, crop.size_px, crop.size_px, 3) for crop in shapes(config).crops)
     crops = tuple(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device=device) for shape in shaped)
-    return of_batch(Batch(0, 0, crops, torch.arange(n), torch.full((n,), -1)), config, device)
+    captions = ("a picture",) * n if isinstance(config, CLIP) else ()
+    return of_batch(Batch(0, 0, crops, torch.arange(n), torch.full((n,), -1), captions=captions), config, device)
 
 
 # ── The steps ──────────────────────────────────────────────────────────────────────────────────────────────────────

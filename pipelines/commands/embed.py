@@ -85,6 +85,8 @@ def run_embed(args: Args) -> str:
     """Write the features; returns how many there are, and where."""
     if not args.images:
         raise UserError("which images? give files, folders, archives, s3://bucket/prefix, shards or an .npy file")
+    if args.reading.captions != "none":
+        raise UserError("--captions is for `simclr prepare`: features of pictures have no use for captions; leave it out")
     one_file = args.out.suffix.lower() in _FILES
     if address(args.out) is not None and one_file:
         raise UserError(f"{sync.shown(args.out)}: in S3 features are parts below a prefix; leave out {args.out.suffix}")

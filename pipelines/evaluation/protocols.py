@@ -73,7 +73,9 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     if "zero-shot" in protocols:
         require_texts(settings)
-    parts = ("test",) if set(protocols) <= {"sgd", "zero-shot"} else ("train", "test")  # sgd embeds its own crops
+    parts = (
+        ("test",) if set(protocols) <= {"sgd", "zero-shot"} and "test" in manifest.splits else ("train", "test")
+    )  # sgd embeds its own crops
     train, test = features(encoder, data, manifest, published.preprocessing, device, settings, parts)
     if not len(train.y) or not len(test.y):
         raise UserError(f"none of the {settings.limit or 'given'} images of a split of {data} has a label; raise --limit")
@@ -187,13 +189,17 @@ def require_texts(settings: Settings) -> None:
         raise UserError("--protocol zero-shot reads class names by the encoder's own text tower, which features have not; give the encoder")
     if wrong := [prompt for prompt in settings.prompts if prompt.count("{}") != 1]:
         raise UserError(f"--prompts has {wrong[0]!r}; expected texts with {{}} where the class stands")
+    from simclr.data.tokens import require_tokenizer
     from simclr.encoder.directory import read_towers
 
+    require_tokenizer()
     read_towers(settings.published)
 
 
 def _zero_shot(test: Features, classes: Sequence[str], settings: Settings) -> tuple[torch.Tensor, dict[str, Any]]:
     from functools import partial
+
+    import torch
 
     from simclr.encoder.directory import read_towers
     from simclr.evaluation.zero_shot import class_directions, similarities
@@ -204,7 +210,9 @@ def _zero_shot(test: Features, classes: Sequence[str], settings: Settings) -> tu
     towers = towers.to(test.h.device)
     prompts = settings.prompts or (config.prompt,)
     directions = class_directions(classes, prompts, partial(texts_of, towers, config.context))
-    return similarities(towers.images(test.h.float()), directions).float(), {"prompts": list(prompts)}
+    with torch.no_grad():
+        images = towers.images(test.h.float())
+    return similarities(images, directions).float(), {"prompts": list(prompts)}
 
 
 FITTED = {"knn": _knn, "probe": _probe, "lbfgs": _lbfgs}

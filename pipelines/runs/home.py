@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from simclr.data.s3.lease import Register
 
 # The files of a run directory or a published encoder, without checkpoints. run.json comes first: it says which run the others are of.
-_PUBLISHED = ("encoder.safetensors", "head.safetensors", "classifier.safetensors", "README.md", "config.json")
+_PUBLISHED = ("encoder.safetensors", "head.safetensors", "towers.safetensors", "classifier.safetensors", "README.md", "config.json")
 _FILES = (
     *("run.json", "metrics.jsonl", "state.json", "timings.json", "labels.txt", "subset.txt"),
     *(f"{folder}/{name}" for folder in ("encoder", "teacher") for name in _PUBLISHED),

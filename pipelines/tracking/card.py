@@ -92,6 +92,11 @@ def card(config: dict[str, Any], parameters: int, name: str, record: Record, lic
     )
     if method != "simclr":
         beside = "`classifier.safetensors`, where\npresent, is"
+    if method == "clip":
+        beside = (
+            "`towers.safetensors` is the text tower, with\nthe maps into the common space of images and texts; `classifier.safetensors`, "
+            "where present, is"
+        )
     parts.append(f"## Files\n\n`encoder.safetensors` and `config.json` are the encoder; {beside} a linear classifier. Nothing is pickled.")
     if called.papers:
         parts[-1] += f"\n\n{_cited(called)}"

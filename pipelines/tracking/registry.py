@@ -20,7 +20,7 @@ from simclr import files
 from simclr.errors import UserError
 from simclr.text import printable, redacted
 
-FILES = ("encoder.safetensors", "config.json", "head.safetensors", "classifier.safetensors", "README.md")
+FILES = ("encoder.safetensors", "config.json", "head.safetensors", "towers.safetensors", "classifier.safetensors", "README.md")
 """A published encoder. Nothing else of its directory is registered or pulled."""
 _LOOK_S = 0.25
 

@@ -104,6 +104,8 @@ def unfinished(out: Path) -> list[Path]:
 
 
 def _require_understood_alike(manifest: Manifest, source: Source, out: object) -> None:
+    if manifest.captions != source.captioned:
+        raise UserError(f"{out} holds shards that were made with{'out' * source.captioned} captions; use another --out")
     now, before = essence(source.understood), essence(manifest.understood)
     if not now or now == before:
         return

@@ -14,24 +14,36 @@ from numpy.typing import NDArray
 from simclr.errors import UserError
 from simclr.extras import command, has
 
-_KEPT = 1 << 17  # captions whose tokens are kept: a caption takes 0.1 ms
+_KEPT = 1 << 16  # captions whose tokens are kept: a caption takes 0.1 ms
 
 
 def tokens_of(captions: Sequence[str], context: int) -> NDArray[np.int64]:
     """(n, context) tokens of each caption, in lower case: its begin, its byte pairs, its end, and zeros. A caption that is too long ends at
     the last place. Raises UserError without open_clip."""
-    return np.array([_tokens(caption, context) for caption in captions], np.int64).reshape(len(captions), context)
+    found = np.empty((len(captions), context), np.int64)
+    for row, caption in zip(found, captions, strict=True):
+        row[:] = _tokens(caption, context)
+    return found
+
+
+def require_tokenizer() -> None:
+    """Raise UserError without open_clip."""
+    if not has("open_clip"):
+        raise UserError(f"{NEEDED}; add it with `{command('pairs')}`")
+
+
+NEEDED = "open_clip_torch, whose tokenizer reads captions, is not installed"
 
 
 @functools.lru_cache(_KEPT)
-def _tokens(caption: str, context: int) -> tuple[int, ...]:
-    return tuple(_tokenizer(context)(caption)[0].tolist())
+def _tokens(caption: str, context: int) -> NDArray[np.int32]:
+    row: NDArray[np.int32] = _tokenizer(context)(caption)[0].numpy().astype(np.int32)
+    return row
 
 
 @functools.cache
 def _tokenizer(context: int) -> Any:
-    if not has("open_clip"):
-        raise UserError(f"open_clip_torch, whose tokenizer reads captions, is not installed; add it with `{command('pairs')}`")
+    require_tokenizer()
     # The package imports timm and its own models first, for five seconds in every worker; the tokenizer's file stands alone.
     found = importlib.util.find_spec("open_clip")
     assert found is not None and found.submodule_search_locations

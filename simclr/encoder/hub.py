@@ -41,7 +41,7 @@ def fetched(address: str | Path, whole: bool = False) -> Path:
         from huggingface_hub import errors as hub
     except ModuleNotFoundError:
         raise UserError(EXTRA) from None
-    parts = [*_PARTS, "head.safetensors", "classifier.safetensors"] if whole else list(_PARTS)
+    parts = [*_PARTS, "head.safetensors", "towers.safetensors", "classifier.safetensors"] if whole else list(_PARTS)
     at = f"{constants.ENDPOINT}/{name}"
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=parts))

@@ -11,7 +11,7 @@ from torch import Tensor
 def class_directions(names: Sequence[str], prompts: Sequence[str], texts: Callable[[list[str]], Tensor]) -> Tensor:
     """(classes, d) unit rows in float64: of each name the mean, over `prompts` such as "a photo of a {}.", of the unit features that
     `texts` makes, (n, d) of n texts (Sec. 3.1.4). In names _ stands for a space, as in folders'."""
-    said = [prompt.format(name.replace("_", " ")) for name in names for prompt in prompts]
+    said = [prompt.replace("{}", name.replace("_", " ")) for name in names for prompt in prompts]
     rows = F.normalize(texts(said).double(), dim=1).unflatten(0, (len(names), len(prompts)))
     return F.normalize(rows.mean(1), dim=1)
 

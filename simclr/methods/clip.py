@@ -37,6 +37,8 @@ from simclr.to_device import to_device
 from simclr.views.draw import Crop
 from simclr.views.preprocessing import Preprocessing
 
+_TEXTS = 256  # at a time
+
 
 class Network(nn.Module):
     """{"views": (1, n, 3, H, W), "tokens": (1, n, L)} → {"image": (1, n, d), "text": (1, n, d), of any length, "scale": (1, n, 1) the
@@ -110,6 +112,8 @@ def zero_shot_of(encoder: Encoder, towers: Towers, config: CLIP, classes: Sequen
     with autocast(config.train.precision, start.device):
         given = encoder, start.data, "test", seen, config.watch.queries, start.device, dtype
         queries = embed_split(*given, threads=start.loader_threads).labelled()
+        if not len(queries.y):
+            return {}
         directions = class_directions(classes, (config.prompt,), partial(texts_of, towers, config.context))
         images = towers.images(queries.h.to(towers.image_head.weight.device, dtype))
     return {"eval/zero_shot_top1": float((similarities(images, directions).argmax(1).cpu() == queries.y).double().mean())}
@@ -118,7 +122,8 @@ def zero_shot_of(encoder: Encoder, towers: Towers, config: CLIP, classes: Sequen
 @torch.no_grad()
 def texts_of(towers: Towers, context: int, captions: list[str]) -> Tensor:
     """(n, d) of n texts in the common space."""
-    return towers.texts(to_device(torch.from_numpy(words.tokens_of(captions, context)), towers.text_head.weight.device))
+    tokens = to_device(torch.from_numpy(words.tokens_of(captions, context)), towers.text_head.weight.device)
+    return torch.cat([towers.texts(some) for some in tokens.split(_TEXTS)])  # thousands of classes by many prompts would not fit at once
 
 
 @torch.no_grad()

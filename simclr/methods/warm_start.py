@@ -23,6 +23,7 @@ class _Classes:
 
     classes: tuple[str, ...]
     splits: tuple[str, ...] = ()
+    captions: bool = True
 
     def examples(self, split: str, groups: int = 1) -> int:
         return 1 << 40

@@ -64,6 +64,7 @@ def joined(spec: str, trees: Sequence[Tree]) -> Tree:
         read=alone[0].read if len(alone) == 1 else read,
         stated=stated,
         captions=captions,
+        worded=frozenset().union(*(tree.worded for tree in trees)),
         texts=texts,
         ignored=ignored,
         junk=junk,

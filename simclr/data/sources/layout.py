@@ -39,8 +39,8 @@ def understand(tree: Tree, reading: Reading) -> tuple[Source, Understood]:
     names = Together(tree.parts)
     with_captions, notes = reading.captions != "none", list(tree.notes)
     said = captions.taken(tree, reading, names, notes) if with_captions else {}
-    if with_captions:  # what says it in words is no class
-        tree = dataclasses.replace(tree, stated={name: label for name, label in tree.stated.items() if said.get(name) != label})
+    if reading.captions == "auto" and tree.worded:  # a caption is no class
+        tree = dataclasses.replace(tree, stated={name: label for name, label in tree.stated.items() if name not in tree.worded})
     modest = _Modest(tree.texts)
     tree = dataclasses.replace(tree, texts={path: functools.partial(modest.read, path) for path in tree.texts})
     folders: dict[str, int] = Counter(map(Plan(None, videos=reading.videos).folder_of, names))

@@ -26,7 +26,7 @@ class Table:
 
     path: str
     values: Mapping[str, str]
-    """Name as in the file → value. Names that the file gives several values are missing, unless the first counts."""
+    """Name as in the file → value. Names that the file gives several values are missing."""
     several: tuple[str, ...] = ()
     """Names that have several values."""
     known: bool = True
@@ -62,14 +62,12 @@ def decoded(data: bytes) -> str:
         return data.decode("latin-1")
 
 
-def read_table(
-    path: str, data: bytes, want: Sequence[str], columns: tuple[str, str] | None = None, first_counts: bool = False
-) -> Table | None:
+def read_table(path: str, data: bytes, want: Sequence[str], columns: tuple[str, str] | None = None) -> Table | None:
     """The names and values in a text file, None if it does not look like one of names and values.
 
     CSV with or without a head, TSV, JSON lines with `file_name`, and plain text with a name and a value on each line. `columns` names
     the two of a table with a head; else they are guessed by common names, `want` those of the value. Raises UserError for `columns`
-    that the file does not have. Of several values of a name none counts, or with `first_counts` the first.
+    that the file does not have.
     """
     text, ending = decoded(data), PurePosixPath(path).suffix.lower()
     rows: list[list[str]]
@@ -101,7 +99,7 @@ def read_table(
             found = found.split()[0]  # ImageNet's: class and box, class and box …
         if values.setdefault(row[name], found) != found:
             several[row[name]] = None
-    for key in several if not first_counts else ():
+    for key in several:
         del values[key]
     column = rows[0][value] if headed else ""
     others = tuple(cell for cell in rows[0] if cell.lower() in want and cell != column) if headed and columns is None else ()

@@ -49,7 +49,7 @@ def open_source(spec: str, reading: Reading | None = None) -> Source:
     if own is None:
         return understand(listed(spec), reading or Reading())[0]
     if reading not in (None, Reading()):
-        raise UserError(f"{spec} has splits and classes of its own; leave out --labels, --split-from and --videos")
+        raise UserError(f"{spec} has splits and classes of its own; leave out --labels, --split-from, --videos and --captions")
     return own
 
 

@@ -91,6 +91,8 @@ class Tree:
     """Picture → its class, where the source itself states it in data (a table's column, WebDataset's .cls), not in folders' names."""
     captions: Callable[[], Mapping[str, str]] = dict
     """Reads what the source itself says of pictures in words (a table's column, WebDataset's .txt): picture → caption."""
+    worded: frozenset[str] = frozenset()
+    """Pictures whose stated class is what their caption would be."""
     texts: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
     """Files that may hold labels, by their paths: .txt .csv .tsv .jsonl .mat, each with a way to read it."""
     ignored: Counter[str] = field(default_factory=Counter)

@@ -56,7 +56,7 @@ def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
         name_of = {path: name for name, path in names[prefix].items()}
         keyed = [(name_of[path], files) for files in samples[prefix].values() if (path := _picture(files))]
         for kind in _SIDECARS:
-            beside = {files[kind]: name for name, files in keyed if kind in files and name not in stated}
+            beside = {files[kind]: name for name, files in keyed if kind in files and (kind == "txt" or name not in stated)}
             for path, text in shard.read([path for path in shard.sizes if path in beside and shard.sizes[path] <= _MOST_BYTES]):
                 if (found := _class(kind, text)) is not None:
                     (texts if kind == "txt" else stated)[beside[path]] = found
@@ -65,21 +65,23 @@ def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
         used = {path for name, files in keyed for path in (names[prefix][name], *(files[k] for k in _SIDECARS if k in files))}
         left = Counter("." + PurePosixPath(path).name.partition(".")[2].lower() for path in shard.sizes if path not in used)
         trees.append(dataclasses.replace(tree_of(shard, prefix, names[prefix], texts=False), ignored=shard.ignored + left))
-    distinct = set(texts.values())
+    loose = {name: text for name, text in texts.items() if name not in stated}  # what may be a class
+    distinct = set(loose.values())
     numbers = bool(texts) and all(_NUMBERS.fullmatch(text) for text in distinct)
     short = all(len(text) <= _MOST_LABEL and "\n" not in text for text in distinct)
     notes = []
-    if 2 <= len(distinct) <= len(texts) / 2 and short and not numbers:
-        guessed |= texts.keys() - stated.keys()
-        stated = texts | stated
-    elif texts and (bare := len(texts.keys() - stated.keys())):
+    worded: frozenset[str] = frozenset()
+    if 2 <= len(distinct) <= len(loose) / 2 and short and not numbers:
+        guessed |= loose.keys()
+        worded, stated = frozenset(loose), loose | stated
+    elif bare := len(loose):
         what = "rows of numbers" if numbers else "captions"
         keeps = "" if numbers else "; --captions auto keeps them"
         notes.append(f"the .txt files of {bare:,} pictures are {what} ({len(distinct):,} different ones), and no classes{keeps}")
     whole = joined(spec, trees)
     captions = {} if numbers else texts
     notes += _folders_overruled({name: label for name, label in stated.items() if name in guessed})
-    return dataclasses.replace(whole, stated=stated, captions=lambda: captions, notes=(*whole.notes, *notes))
+    return dataclasses.replace(whole, stated=stated, captions=lambda: captions, worded=worded, notes=(*whole.notes, *notes))
 
 
 def _folders_overruled(stated: Mapping[str, str]) -> list[str]:

@@ -115,6 +115,46 @@ def test_a_table_gives_captions_by_name(tmp_path: Path) -> None:
     assert manifest.examples("test") == 3 and manifest.skipped >= 1
 
 
+def test_a_caption_beside_a_class_is_kept_with_it(tmp_path: Path) -> None:
+    """KEY.cls, KEY.txt; also where the caption is the class's very word."""
+    files = {}
+    for i in range(6):
+        files |= {f"{i}.cls": b"cat" if i % 2 else b"dog", f"{i}.png": png(i), f"{i}.txt": (b"dog" if i == 0 else b"number %d" % i)}
+    packed(tmp_path / "a.tar", files)
+    manifest = prepared(open_source(str(tmp_path / "a.tar"), AUTO), tmp_path / "out")
+    assert stored(tmp_path / "out") == {0: "dog"} | {i: f"number {i}" for i in range(1, 6)}
+    assert manifest.classes == ("cat", "dog") and (loader.labels(tmp_path / "out") >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.tsv", 'file_name\tcaption\n0.png\t"so he said\n1.png\tone\n2.png\ttwo "quoted" words\n'),
+        ("a.jsonl", '{"file_name": "0.png", "caption": ["\\"so he said", "more"]}\n{"file_name": "1.png", "caption": "one"}\n'
+                    '{"file_name": "2.png", "caption": "two \\"quoted\\" words"}\n{"file_name": "3.png", "caption": null}\n'),
+        ("a.csv", 'file_name,caption\n0.png,"""so he said"\n1.png,one\n2.png,"two ""quoted"" words"\n3.png,\n'),
+    ],
+)  # fmt: skip
+def test_quotation_marks_nulls_and_lists(tmp_path: Path, name: str, text: str) -> None:
+    root, table = folder(tmp_path / "photos"), tmp_path / name
+    table.write_text(text)
+    prepared(open_source(str(root), Reading(captions=str(table))), tmp_path / "out")
+    assert stored(tmp_path / "out") == {0: '"so he said', 1: "one", 2: 'two "quoted" words'}
+
+
+def test_a_quotation_mark_that_nobody_closes_is_an_error(tmp_path: Path) -> None:
+    root, table = folder(tmp_path / "photos"), tmp_path / "a.csv"
+    table.write_text('file_name,caption\ntrain/0.png,"open\n' + "x" * 200_000)
+    with pytest.raises(UserError, match="a quotation mark there is not closed"):
+        open_source(str(root), Reading(captions=str(table)))
+
+
+def test_shards_with_and_without_captions_are_told_apart(tmp_path: Path) -> None:
+    prepared(pair_source(), tmp_path / "out")
+    with pytest.raises(UserError, match=r"were made without captions|were made with captions"):
+        prepared(replace(pair_source(), captioned=False), tmp_path / "out")
+
+
 def test_columns_of_other_names_are_given(tmp_path: Path) -> None:
     root = folder(tmp_path / "photos")
     table = tmp_path / "said.csv"

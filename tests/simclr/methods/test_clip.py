@@ -12,12 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from simclr import loss
+from pipelines.runs import home
+from pipelines.tracking import registry
+from simclr import loss, sense
 from simclr.collectives import rank, world_size
 from simclr.config import Encoder, Optim
 from simclr.data import shards, tokens
 from simclr.data.loader import batches
+from simclr.data.manifest import read_manifest
 from simclr.data.sources.open import open_source
+from simclr.encoder.directory import read_towers, write_encoder
+from simclr.encoder.weights import Weights
 from simclr.errors import UserError
 from simclr.evaluation.metrics import wilson
 from simclr.evaluation.zero_shot import class_directions, similarities
@@ -25,6 +30,7 @@ from simclr.family import CLIP
 from simclr.methods import clip as module
 from simclr.methods.choice import shapes
 from simclr.methods.method import Start
+from simclr.methods.warm_start import warm_start
 from simclr.networks.text import VOCABULARY, TextTransformer
 from simclr.optim import dino_rule
 from simclr.recipes import recipe
@@ -223,6 +229,39 @@ def test_classes_are_known_by_their_names_and_by_chance_from_shuffled_captions(s
     scores = [report.metrics for report in train(config, Start(tmp_path / "pairs"))][-1]
     low, high = wilson(scores["eval/zero_shot_top1"], 1000)
     assert (low < 0.1 < high + 0.05) if shuffled else low >= 0.3, scores
+
+
+def test_a_run_begins_with_given_weights(pairs: Path, tmp_path: Path) -> None:
+    begun = losses(dataclasses.replace(SMALL, seed=5), str(pairs))[1]
+    encoder = {name.removeprefix("model.encoder."): t for name, t in begun.items() if name.startswith("model.encoder.")}
+    state, said = warm_start(SMALL, Weights(encoder=encoder), ("a", "b"), "there")
+    assert "encoder tensors" in said and all(torch.equal(state.tensors[f"model.encoder.{name}"], t) for name, t in encoder.items())
+
+
+def test_what_is_published_reads_class_names(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The towers come back from the directory, in chunks as in one; and whoever lists a published encoder's files has theirs."""
+    tensors = {name.removeprefix("model."): t for name, t in losses(SMALL, str(pairs))[1].items()}
+    parts = [{n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")} for part in ("encoder", "towers")]
+    write_encoder(parts[0], SMALL, tmp_path / "encoder", {}, towers=parts[1])
+    towers, config = read_towers(tmp_path / "encoder")
+    assert config == SMALL
+    whole = module.texts_of(towers, 16, ["a cat", "rings", "dots"])
+    monkeypatch.setattr(module, "_TEXTS", 2)
+    assert torch.allclose(module.texts_of(towers, 16, ["a cat", "rings", "dots"]), whole, rtol=0, atol=1e-12)
+    assert "towers.safetensors" in registry.FILES and "encoder/towers.safetensors" in home._FILES
+    write_encoder(parts[0], TINY, tmp_path / "other", {})
+    with pytest.raises(UserError, match="has no text tower"):
+        read_towers(tmp_path / "other")
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_run_that_cannot_read_captions_is_refused_before_it_begins(
+    pairs: Path, patterns: Path, monkeypatch: pytest.MonkeyPatch, absent: bool
+) -> None:
+    if absent:
+        monkeypatch.setattr(sense, "has", lambda name: False)
+    with pytest.raises(UserError, match="is not installed; add it" if absent else "the shards have no captions"):
+        sense.notes(SMALL, read_manifest(pairs if absent else patterns))
 
 
 def test_data_without_captions_is_refused(patterns: Path) -> None:

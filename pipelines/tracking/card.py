@@ -171,7 +171,7 @@ def _unscored(method: str, record: Record) -> str:
     return f"\n\n{said[0].upper()}{said[1:]}:\n`{command}`." if said else ""
 
 
-def _limits(views: dict[str, Any], one: bool) -> str:
+def _limits(views: dict[str, Any], one: bool = False) -> str:
     changed = ["cut and scaled"]
     if one:  # a view of each picture, which it completes or names: no two of them are compared
         return "It knows what its training pictures show; expect less of it on pictures unlike those."

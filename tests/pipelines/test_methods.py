@@ -95,7 +95,7 @@ def test_a_flag_of_another_method_names_the_right_one(simclr: Run, known: None) 
     )
     refused(
         simclr("pretrain", "patterns_byol", "--data", "x", "--temperature", "0.2"),
-        "temperature is a field of moco, mocov3, swav and dino; byol has ema, hidden, d_out, predictor",
+        "temperature is a field of moco, mocov3, swav, dino and clip; byol has ema, hidden, d_out, predictor",
     )
     refused(simclr("pretrain", "patterns_tiny", "--data", "x", "--queue=96"), "queue is a field of moco and swav; simclr has head.layers")
     parsed = cli.parse("pretrain", pretrain.Args, ["small_moco", "--data", "x", "--queue", "48", "--ema", "0.5"])

@@ -57,7 +57,7 @@ DATA = (
     Mutation(
         "captions-are-classes",
         "simclr/data/sources/webdataset.py",
-        "<= len(distinct) <= len(texts) / 2",
+        "<= len(distinct) <= len(loose) / 2",
         "<= len(distinct) <= len(texts)",
         "tests/simclr/data/test_webdataset.py::test_a_txt_that_pictures_share_is_a_class_and_else_a_caption",
     ),
@@ -274,7 +274,7 @@ DATA = (
     Mutation(
         "a-portion-takes-its-source-for-listed",
         "simclr/data/sources/portions.py",
-        "return Portion(number, first, part.name, names, splits, labels, captions, source.loose)",
+        "return Portion(number, first, part.name, names, splits, labels, source.loose, captions)",
         "return Portion(number, first, part.name, names, splits, labels)",
         "tests/simclr/data/test_portions.py::test_loose_pictures_are_read_without_a_listing",
     ),

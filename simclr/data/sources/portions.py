@@ -41,10 +41,10 @@ class Portion:
     splits: tuple[str, ...] = ()
     """Of each name; () = the source says it when it is read."""
     labels: tuple[str | None, ...] = ()
-    captions: tuple[str, ...] = ()
-    """Of each name, where captions were asked for."""
     loose: bool = False
     """As in `Source`."""
+    captions: tuple[str, ...] = ()
+    """Of each name, where captions were asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """In plain values; names, splits and classes are one packed text, of some twelve letters a picture."""
@@ -54,7 +54,7 @@ class Portion:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         names, splits, labels, captions = map(tuple, unpack(base64.b64decode(values["pictures"])))
-        return cls(values["number"], values["first"], values["part"], names, splits, labels, captions, values["loose"])
+        return cls(values["number"], values["first"], values["part"], names, splits, labels, values["loose"], captions)
 
 
 def portions(source: Source, images: int) -> Iterator[Portion]:
@@ -77,7 +77,7 @@ def portion_of(source: Source, part: Part, number: int = 0, first: int | None = 
     placed = [source.place(name) for name in names] if source.place else []
     splits, labels = tuple(split for split, _ in placed), tuple(label for _, label in placed)
     captions = tuple(map(source.caption, names)) if source.caption else ()
-    return Portion(number, first, part.name, names, splits, labels, captions, source.loose)
+    return Portion(number, first, part.name, names, splits, labels, source.loose, captions)
 
 
 def _runs(source: Source, images: int) -> Iterator[Part]:

@@ -67,7 +67,7 @@ def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
         trees.append(dataclasses.replace(tree_of(shard, prefix, names[prefix], texts=False), ignored=shard.ignored + left))
     loose = {name: text for name, text in texts.items() if name not in stated}  # what may be a class
     distinct = set(loose.values())
-    numbers = bool(texts) and all(_NUMBERS.fullmatch(text) for text in distinct)
+    numbers = bool(texts) and all(_NUMBERS.fullmatch(text) for text in set(texts.values()))
     short = all(len(text) <= _MOST_LABEL and "\n" not in text for text in distinct)
     notes = []
     worded: frozenset[str] = frozenset()

@@ -86,7 +86,7 @@ def test_a_txt_that_pictures_share_is_a_class_and_else_a_caption(tmp_path: Path)
     assert archives_tree("", words).stated == {f"{s}00{i}.jpg": name for s in (0, 1) for i, name in enumerate(("cat", "dog", "cow", "fox"))}
     alone = archives_tree("", {"0": words["0"]})
     assert not alone.stated and not alone.texts and len(read(alone)) == 4
-    assert alone.notes == ("the .txt files of 4 pictures are captions (4 different ones), and no classes",)
+    assert alone.notes == ("the .txt files of 4 pictures are captions (4 different ones), and no classes; --captions auto keeps them",)
     both = beside(pictures(2), "txt", ["one", "two", "three", "four"]) | {"2000.cls": b"0", "2001.cls": b"1"}
     tree = archives_tree("", shards(tmp_path, {"2.tar": both}))
     assert tree.stated == {"2000.jpg": "0", "2001.jpg": "1"} and tree.notes[0].startswith("the .txt files of 2 pictures are captions")
@@ -98,7 +98,8 @@ def test_a_txt_is_no_class_if_it_tells_nothing_apart_or_holds_a_box(tmp_path: Pa
     boxes = ["0 0.5 0.5 0.1 0.1", "1 0.5 0.5 0.1 0.1"]
     for contents, what in (([boxes[0]] * 8, "rows of numbers (1"), (boxes * 4, "rows of numbers (2"), (["a photo"] * 8, "captions (1")):
         tree = archives_tree("", shards(tmp_path, {"0.tar": beside(folders, "txt", [*contents])}))
-        assert not tree.stated and tree.notes == (f"the .txt files of 8 pictures are {what} different ones), and no classes",)
+        keeps = "; --captions auto keeps them" if what.startswith("captions") else ""
+        assert not tree.stated and tree.notes == (f"the .txt files of 8 pictures are {what} different ones), and no classes{keeps}",)
     tree = archives_tree("", shards(tmp_path, {"0.tar": beside(folders, "txt", ["0", "1"] * 4)}))
     assert set(tree.stated.values()) == {"0", "1"}  # one number is a class's
 

@@ -153,10 +153,14 @@ def _number(config: Flat, name: str) -> float:
 
 def quantities(method: str, said: Words) -> tuple[Quantity, ...]:
     """The curves of a run of `method`, in their order."""
-    own = () if method in ("simclr", "mae", "clip", "finetune", "distill") else _AVERAGES[:1] if method == "swav" else _AVERAGES
+    alone = {"simclr": (), "mae": (), "finetune": (), "distill": (), "swav": _AVERAGES[:1], "clip": _TEXTS}
+    own = alone.get(method, _AVERAGES)
     aside, _, _ = unscored(method).partition(": ")
     marked = f" {aside[:1].upper()}{aside[1:]}." if aside else ""
     shared = (replace(q, meaning=q.meaning + marked) if q.key == "eval/knn_top1" else q for q in _QUANTITIES)
+    if method == "clip":
+        between = "mean squared distance between an image and its caption on the unit sphere; 0 is perfect."
+        shared = (replace(q, meaning=between) if q.key == "health/alignment" else q for q in shared)
     return (*_learning(said), *shared, *own)
 
 
@@ -215,6 +219,22 @@ _QUANTITIES = (
         name="Uniformity",
         from_zero=False,
         meaning="log of the mean of exp(−2 d²) over pairs of views, d apart on the unit sphere; lower is more evenly spread.",
+    ),
+)
+_TEXTS = (
+    Quantity(
+        key="eval/zero_shot_top1",
+        name="Zero-shot top-1",
+        unit="%",
+        share=True,
+        meaning="test images whose nearest class name, in the common space of images and texts, is their own. No label is learnt from.",
+    ),
+    Quantity(
+        key="train/temperature",
+        name="Temperature",
+        digits=".3g",
+        from_zero=False,
+        meaning="by which cosines are divided; it is learnt.",
     ),
 )
 _AVERAGES = (

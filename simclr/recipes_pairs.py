@@ -37,7 +37,7 @@ def pairs_clip() -> CLIP:
     simclr prepare --source '/data/cc12m/{00000..01242}.tar' --captions auto --out s3://bucket/cc12m
     simclr pretrain pairs_clip --data s3://bucket/cc12m --workers 8 --train.precision bfloat16 --train.compile
 
-    Text tower, scale and AdamW are the paper's (Tables 18 and 19: beta 0.9 and 0.98, decay 0.2), the batch is an eighth of its 32,768.
+    Text tower, scale and AdamW are the paper's (Tables 18 and 20: beta 0.9 and 0.98, decay 0.2), the batch is an eighth of its 32,768.
     Not run here.
     """
     return CLIP(

@@ -56,8 +56,8 @@ def methods(
     compile: bool = False,
 ) -> Iterator[Row]:
     """Print the table of the recipes `names` and give its runs, row by row: kNN (the recipe's watch.k) and linear probe on all images of
-    the shards in `data`, and the median time of a step. Without `epochs` and `precision`, the recipes'. It needs no
-    Ray.
+    the shards in `data`, and the median time of a step. Without `epochs` and `precision`, the recipes'. It needs
+    no Ray.
 
     Raises UserError, before anything is trained, for recipes of different epochs or batch.
     """
@@ -123,7 +123,7 @@ def _row(name: str, config: Config, data: Path, folder: Path, device: torch.devi
     encoder = {key.removeprefix("model.encoder."): t for key, t in last.state.tensors.items() if key.startswith("model.encoder.")}
     row: Row = {"name": name, "method": method_name(config), "seed": config.seed, "config": config.to_dict()}
     row |= scores_of(encoder, config, data, device, config.watch.k)
-    row |= {"tuned_top1": _tuned(encoder, config, data, device), "memory_mib": footprint(config, device=device.type).total / 2**20}
+    row |= {"tuned_top1": _tuned(encoder, config, data, device), "memory_mib": _in_use(config, device)}
     row |= {"loss": last.metrics["train/loss"], "step_ms": statistics.median(steps_ms), "train_s": time.perf_counter() - began}
     files.write_text(file, json.dumps(row, indent=1) + "\n")
     shutil.rmtree(checkpoints)

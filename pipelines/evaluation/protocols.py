@@ -185,8 +185,7 @@ def _lbfgs(train: Features, test: Features, config: Config, settings: Settings, 
 
 def require_texts(settings: Settings) -> None:
     """Raise UserError, before anything is computed, where class names cannot be read: without a text tower, or for prompts without {}."""
-    if settings.published is None:
-        raise UserError("--protocol zero-shot reads class names by the encoder's own text tower, which features have not; give the encoder")
+    assert settings.published is not None, "the command refuses features"
     if wrong := [prompt for prompt in settings.prompts if prompt.count("{}") != 1]:
         raise UserError(f"--prompts has {wrong[0]!r}; expected texts with {{}} where the class stands")
     from simclr.data.tokens import require_tokenizer

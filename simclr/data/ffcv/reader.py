@@ -34,7 +34,8 @@ SAMPLE_BYTES: int = get_metadata_type([RGBImageField(), IntField()]).itemsize
 """Of the files of our writer: bytes in front of the samples' rows, and of a row."""
 
 
-_MOST_CAPTION_BYTES = 1 << 16
+MOST_CAPTION_BYTES = 1 << 16
+"""A caption goes into a shard up to here: no tokenizer reads on."""
 
 
 class Unfit(Exception):
@@ -188,7 +189,7 @@ def straying(captions: Any, shard_bytes: NDArray[np.uint64] | int) -> NDArray[np
     """(n,) captions whose bytes leave their shard of `shard_bytes`, or are none, or more than a caption has."""
     at, size = captions["ptr"], captions["size"]
     bad: NDArray[np.bool_] = (
-        (size == 0) | (size > _MOST_CAPTION_BYTES) | (at > shard_bytes) | (size > shard_bytes - np.minimum(at, shard_bytes))
+        (size == 0) | (size > MOST_CAPTION_BYTES) | (at > shard_bytes) | (size > shard_bytes - np.minimum(at, shard_bytes))
     )
     return bad
 

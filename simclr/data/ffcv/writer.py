@@ -27,6 +27,7 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderT
 
 from simclr import files
 from simclr.data.encode import PAGE, Encoded
+from simclr.data.ffcv.reader import MOST_CAPTION_BYTES
 from simclr.data.manifest import Shard
 
 _FIELDS = (("image", 2, RGBImageField()), ("label", 1, IntField()), ("caption", 3, BytesField()))  # name, FFCV's type id, field
@@ -38,8 +39,6 @@ _IMAGE, _LABEL, _CAPTION = _PAIRS.names
 _METADATA_AT = HeaderType.itemsize + 2 * FieldDescType.itemsize
 MOST_SAMPLES: int = (PAGE - HeaderType.itemsize - 3 * FieldDescType.itemsize) // _PAIRS.itemsize
 """Of a shard: so many rows fit the first page, also those of pairs."""
-MOST_CAPTION_BYTES = 1 << 16
-"""A caption goes into a shard up to here: no tokenizer reads on."""
 
 
 class SplitWriter:

@@ -249,8 +249,8 @@ def test_batches_have_the_captions_of_their_images(tmp_path: Path) -> None:
 
 def test_long_captions_are_cut_at_a_letter_and_empty_ones_stay_empty(tmp_path: Path) -> None:
     assert writer.stored_caption(" ä" * 3 + "\n") == "ä ä ä".encode() and writer.stored_caption("  ") == b""
-    cut = writer.stored_caption("x" + "ä" * writer.MOST_CAPTION_BYTES)
-    assert len(cut) == writer.MOST_CAPTION_BYTES - 1 and cut.decode().endswith("ä")
+    cut = writer.stored_caption("x" + "ä" * reader.MOST_CAPTION_BYTES)
+    assert len(cut) == reader.MOST_CAPTION_BYTES - 1 and cut.decode().endswith("ä")
     prepared(pair_source(caption=""), tmp_path / "out")
     assert set(stored(tmp_path / "out").values()) == {""}
 

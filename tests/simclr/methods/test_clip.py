@@ -110,7 +110,7 @@ def test_the_wrong_gradients_are_told_apart() -> None:
 
 
 def test_tokens_are_clips() -> None:
-    """From open_clip's own examples: begin 49406, end 49407, lower case, and the end kept where a caption is cut."""
+    """Begin 49406, end 49407, lower case, and the end kept where a caption is cut."""
     found = tokens.tokens_of(("A photo of a cat", "a photo of a cat ", "", "cat " * 40), 8)
     assert found.shape == (4, 8) and found.dtype == np.int64 and VOCABULARY == 49_408
     assert found[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]

@@ -157,7 +157,7 @@ def test_films_alone_and_archives_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"a film")
     with pytest.raises(UserError, match=r"no images in .*1 file \(.mp4\) of whole videos is not read; `ffmpeg"):
         opened(tmp_path)
-    with pytest.raises(UserError, match="splits and classes of its own; leave out --labels, --split-from and --videos"):
+    with pytest.raises(UserError, match="splits and classes of its own; leave out --labels, --split-from, --videos and --captions"):
         open_source("rotating-patterns", Reading(videos=True))
 
 

@@ -21,6 +21,8 @@ from pipelines.tracking.card import UNKNOWN_LICENCE, write_card
 from pipelines.tracking.outbox import logged_at
 from pipelines.tracking.record import Record
 from simclr.errors import UserError
+from simclr.family import method_name
+from simclr.papers import unscored
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Args:
     """The score that decides the champion; higher is better. Default: knn_top1, for a classifier top1, or rankme for data
     without labels."""
     force: bool = False
-    """Make it champion also where the present champion's score is of other data, another metric or another protocol, and say so. Scores of
-    some images (`evaluate --limit`) never do."""
+    """Make it champion also where the present champion's score is of other data, another metric or another protocol, or its method is MAE,
+    of which these are no scores, and say so. Scores of some images (`evaluate --limit`) never do."""
     tracking_uri: str | None = None
     """MLflow address. Default: $MLFLOW_TRACKING_URI, else the one that the run was logged at, unless it would get credentials of yours.
     A server that does not know the run gets it first."""
@@ -105,7 +107,8 @@ def _publish(args: Args, asked: Path) -> dict[str, Any]:
     write_card(run.encoder, name, record, args.licence)  # refuses a run without an encoder, before anything is logged
     run, run_id = logged_at(run, uri)
     version = registry.register(uri, run_id, run.encoder, name, record)
-    verdict = champion.promote(uri, name, version, metric, args.force)
+    aside = unscored(method_name(run.config), sync.shown(asked)) if run.stage == "pretrain" else ""
+    verdict = champion.promote(uri, name, version, metric, args.force, aside.replace(": ", " (`", 1) + "`)" * bool(aside))
     say(verdict.said)
     run = run.noted(registered=f"{name}/{version}")
     run.took("publish", time.monotonic() - began)

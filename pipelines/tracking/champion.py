@@ -23,9 +23,10 @@ class Verdict:
     """Score of the version that held it, if it has one in the same metric."""
 
 
-def promote(uri: str, name: str, version: int, metric: str, force: bool = False) -> Verdict:
+def promote(uri: str, name: str, version: int, metric: str, force: bool = False, no_score: str = "") -> Verdict:
     """Move the alias to `version` if its score in `metric` is of a whole evaluation and higher than that of the version that holds it, and
     if the two compare: the same data, metric and protocol. `force` moves it also where they do not, but not for some images' scores.
+    `no_score`: why `metric` says little of this version's method, in words, or "".
 
     Raises UserError if the version has no such score.
     """
@@ -40,18 +41,18 @@ def promote(uri: str, name: str, version: int, metric: str, force: bool = False)
             held = of_tags(client.get_model_version(name, str(number)).tags) if number is not None else None
             # A version that holds the alias without any score was given it by hand, and is no measure.
             held = held if held is not None and held.scores else None
-            verdict = _verdict(what, ours, f"{name}/{number}", held, metric, force)
+            verdict = _verdict(what, ours, f"{name}/{number}", held, metric, force, no_score)
             if verdict.moved:
                 client.set_registered_model_alias(name, ALIAS, str(version))
         return verdict
 
 
-def _verdict(what: str, ours: Record, holder: str, held: Record | None, metric: str, force: bool) -> Verdict:
+def _verdict(what: str, ours: Record, holder: str, held: Record | None, metric: str, force: bool, no_score: str) -> Verdict:
     own, before = ours.scores[metric], held.scores.get(metric) if held is not None else None
     if ours.measured.limit and not ours.measured.whole:
         again = "evaluate the run without --limit and publish it again"
         return Verdict(False, f"{what} is registered and cannot be champion: its scores are of {ours.measured.limit}; {again}", before)
-    doubts = differences(ours, held, metric)
+    doubts = [no_score] * bool(no_score) + differences(ours, held, metric)
     if doubts and not force:
         stays = f"{holder} stays champion" if held is not None else "it is not champion"
         return Verdict(False, f"{what} is registered, and {stays}: {'; '.join(doubts)}; --force moves the alias all the same", before)

@@ -46,7 +46,7 @@ def test_nodes_get_what_runs_and_a_checkout_the_same_and_the_tools() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     own = project["project"]
     wanted = [*own["dependencies"], *own["optional-dependencies"]["train"], *project["dependency-groups"]["node"]]
-    assert packages(RUN) >= {re.split(r"[\[><=!]", line)[0] for line in wanted}
+    assert packages(RUN) >= {re.split(r"[\[><=!]", line)[0].replace("_", "-") for line in wanted}
 
 
 @pytest.mark.parametrize("name", BESIDE)

@@ -67,8 +67,8 @@ def run(uri: str, patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 # ── Among equals ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def verdict(ours: Record, held: Record | None, metric: str = "knn_top1", force: bool = False) -> champion.Verdict:
-    return champion._verdict("m/2", ours, "m/1", held, metric, force)
+def verdict(ours: Record, held: Record | None, metric: str = "knn_top1", force: bool = False, no_score: str = "") -> champion.Verdict:
+    return champion._verdict("m/2", ours, "m/1", held, metric, force, no_score)
 
 
 def test_a_better_score_among_equals_moves_the_alias_and_says_where_intervals_overlap() -> None:
@@ -102,6 +102,17 @@ def test_what_does_not_compare_is_named_and_needs_force(held: Record, differs: s
     assert not kept.moved and differs in kept.said and "m/1 stays champion" in kept.said and "--force moves the alias" in kept.said
     forced = verdict(of(0.05), held, force=True)
     assert forced.moved and differs in forced.said and "--force took the alias from m/1, although" in forced.said
+
+
+def test_a_method_that_neighbours_do_not_score_is_no_champion_by_them() -> None:
+    """kNN of MAE's features says little of them: the first version of a name is not its champion either."""
+    why = "neighbours in its features and linear probes are no score of MAE; fine-tuning is (`simclr finetune runs/one`)"
+    first, later, forced = (
+        verdict(of(0.5), held, force=force, no_score=why) for held, force in ((None, False), (of(0.3), False), (None, True))
+    )
+    assert not first.moved and first.said == f"m/2 is registered, and it is not champion: {why}; --force moves the alias all the same"
+    assert not later.moved and "m/1 stays champion: neighbours in its features" in later.said
+    assert forced.moved and f"--force gave it the alias, although {why}" in forced.said
 
 
 def test_scores_of_some_images_never_move_the_alias() -> None:

@@ -8,6 +8,7 @@ from tests.support.mutation_table_cluster import CLUSTER
 from tests.support.mutation_table_data import DATA
 from tests.support.mutation_table_family import FAMILY
 from tests.support.mutation_table_norms import NORMS
+from tests.support.mutation_table_predictive import PREDICTIVE
 from tests.support.mutation_table_ranks import RANKS
 from tests.support.mutation_table_resume import RESUME
 from tests.support.mutation_table_time import TIME
@@ -21,6 +22,7 @@ MUTATIONS = (
     *TIME,
     *TRACKING,
     *FAMILY,
+    *PREDICTIVE,
     *NORMS,
     *RANKS,
     *RESUME,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,37 @@ def test_tokens_are_clips() -> None:
     assert (found[0] == found[1]).all() and found[2].tolist() == [49406, 49407] + 6 * [0]
     assert found[3].tolist() == [49406] + 6 * [2368] + [49407]
     assert tokens.tokens_of((), 8).shape == (0, 8)
+
+
+def test_tokens_are_the_tokenizers_whatever_a_caption_has_in_it() -> None:
+    """Captions are read word by word where that is the same."""
+    odd = [
+        "",
+        " ",
+        "a  b\tc\nd",
+        "Don't, it'S we'll",
+        "50 % off!!! <end_of_text>",
+        "AT&amp;T &lt;b&gt;",
+        "&amp;amp;amp;",
+        "café ÉCOLE",
+        "\u00c3\u00a9",
+    ]
+    odd += [
+        "日本語 text",
+        "\x1b[31mred\x1b[0m",
+        "nul\x00nul",
+        "non\u00a0break",
+        "\u2018quoted\u2019",
+        "A" * 300,
+        "x-y_z/1.5e-3",
+        "🙂 ok",
+        "<|endoftext|>",
+    ]
+    draw = random.Random(0)
+    letters = [chr(code) for code in range(32, 127)]
+    odd += ["".join(draw.choices(letters + [" "] * 30, k=draw.randrange(60))) for _ in range(500)]
+    for context in (77, 12, 2):
+        assert tokens.tokens_of(odd, context).tolist() == tokens._tokenizer()(odd, context).tolist()
 
 
 def test_a_text_is_what_stands_up_to_its_end() -> None:

@@ -28,7 +28,7 @@ from simclr.config import Config, Optim, Train
 from simclr.data import labels, loader
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
-from simclr.family import method_name
+from simclr.family import method_name, pretraining
 from simclr.footprint import footprint
 from simclr.methods.choice import method_of
 from simclr.methods.method import Start
@@ -54,20 +54,22 @@ def methods(
     device: torch.device,
     precision: Precision | None = None,
     compile: bool = False,
+    like: Config | None = None,
 ) -> Iterator[Row]:
     """Print the table of the recipes `names` and give its runs, row by row: kNN (the recipe's watch.k) and linear probe on all images of
-    the shards in `data`, and the median time of a step. Without `epochs` and `precision`, the recipes'. It needs
-    no Ray.
+    the shards in `data`, and the median time of a step. Without `epochs` and `precision`, the recipes'. Of `like`
+    all of them take encoder, epochs and batch. It needs no Ray.
 
     Raises UserError, before anything is trained, for recipes of different epochs or batch.
     """
-    base = [_shortened(recipe(name), epochs, precision, compile) for name in names]
+    base = [_shortened(_like(recipe(name), like), epochs, precision, compile) for name in names]
     if not base or seeds < 1:
         raise UserError(f"--recipes has {len(base)} recipes and --seeds is {seeds}; expected at least 1 of each")
     for name, config in zip(names, base, strict=True):
         for what, ours, theirs in zip(("epochs", "batch"), _same(base[0]), _same(config), strict=True):
             if ours != theirs:
-                raise UserError(f"{name} has another {what} than {names[0]}, and a table compares methods alone; leave out one of them")
+                instead = "--like RECIPE gives all of them the encoder, epochs and batch of one"
+                raise UserError(f"{name} and {names[0]} differ in {what}, and a table compares methods alone; {instead}")
     manifest = read_manifest(data)
     if not manifest.classes or "test" not in manifest.splits:
         raise UserError(f"{data} has no labelled test split to score on; use other shards")
@@ -80,6 +82,13 @@ def methods(
             yield rows[-1]
     for line in table(rows):
         print(line)
+
+
+def _like(config: Config, other: Config | None) -> Config:
+    if other is None:
+        return config
+    same = replace(config.train, batch_size=other.train.batch_size, epochs=other.train.epochs, steps=other.train.steps)
+    return replace(config, encoder=other.encoder, train=same)
 
 
 def _shortened(config: Config, epochs: int | None, precision: Precision | None, compile: bool) -> Config:
@@ -142,8 +151,8 @@ def table(rows: list[Row]) -> Iterator[str]:
     for name, mine in of.items():
         scores = [_spread([100 * row[score] for row in mine]) for score in ("knn_top1", "probe_top1", "tuned_top1")]
         ms = statistics.median(row["step_ms"] for row in mine)
-        config, first = (recipe(one) for one in (name, names[0]))
-        title = named(mine[0]["method"]).title + (f", {config.encoder.title}" if config.encoder != first.encoder else "")
+        own, first = (pretraining(of[one][0]["config"]).encoder for one in (name, names[0]))
+        title = named(mine[0]["method"]).title + (f", {own.title}" if own != first else "")
         memory = max(row["memory_mib"] for row in mine)
         yield f"| {title} | `{name}` | {' | '.join(scores)} | {ms:,.0f} | {ms / base:.2f} | {memory:,.0f} |"
     seeds = sorted({row["seed"] for row in rows})

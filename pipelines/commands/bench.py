@@ -119,6 +119,8 @@ class Args:
     """memory, cifar, methods: passes over the data. Default: 50; of methods the recipes'."""
     recipes: tuple[str, ...] = ("patterns_tiny", "patterns_moco", "patterns_mocov3", "patterns_byol")
     """methods: the recipes to compare, the baseline first."""
+    like: str | None = None
+    """methods: a recipe whose encoder, epochs and batch all of --recipes take in the place of their own."""
     seeds: int = 3
     """methods: runs of each recipe, of seeds 0, 1, …"""
     kind: Literal["small", "photographs"] = "photographs"
@@ -259,7 +261,8 @@ def _of_shards(args: Args, plan: dict[str, Any]) -> Iterable[Row]:
 
         precision = None if args.precision == "recipe" else args.precision
         out = args.out or Path("runs/methods")
-        return methods(args.recipes, args.seeds, args.epochs, data, out, args.threads, _device(args), precision, args.compile)
+        like = recipe(args.like) if args.like else None
+        return methods(args.recipes, args.seeds, args.epochs, data, out, args.threads, _device(args), precision, args.compile, like)
     if args.what == "memory":
         from pipelines.bench.memory import memory
 

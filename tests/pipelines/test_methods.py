@@ -216,7 +216,14 @@ def test_bench_methods_trains_a_complete_run_once(
     monkeypatch.setattr(table, "train", lambda *_: pytest.fail("it was trained again"))
     assert list(table.methods(*asked)) == first and capsys.readouterr().out == text
     monkeypatch.setitem(RECIPES, "small", lambda: replace(TINY, train=replace(SHARED["train"], steps=3)))
-    with pytest.raises(UserError, match="small_moco has another epochs than small"):
+    with pytest.raises(UserError, match=r"small_moco and small differ in epochs, and .*; --like RECIPE gives"):
         list(table.methods(*asked))
+    like = replace(TINY, encoder=replace(TINY.encoder, width=16), train=replace(SHARED["train"], batch_size=48, steps=1))
+    monkeypatch.setattr(table, "_row", lambda name, config, *_: {"name": name, "config": config})
+    monkeypatch.setattr(table, "table", lambda rows: [])
+    alike = [row["config"] for row in table.methods(*asked, like=like)]
+    assert [(c.encoder, c.train.batch_size, c.train.steps) for c in alike] == 2 * [(like.encoder, 48, 1)]
+    monkeypatch.undo()
+    monkeypatch.setitem(RECIPES, "small", lambda: replace(TINY, train=replace(SHARED["train"], steps=3)))
     with pytest.raises(UserError, match="is a run of another config of small; remove"):
         list(table.methods(("small",), *asked[1:]))

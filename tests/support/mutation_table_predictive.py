@@ -17,10 +17,10 @@ PREDICTIVE = (
         f"{_SWAV}::test_assignments_are_the_authors",
     ),
     Mutation(
-        "codes-of-samples-that-are-not-counted",
+        "codes-of-the-queues-rows",
         "simclr/methods/swav.py",
-        "samples = torch.cat([earlier, views], 1), images + queue.used(step)",
-        "samples = torch.cat([earlier, views], 1), images",
+        "codes[:, -scores.shape[1] :]",
+        "codes[:, : scores.shape[1]]",
         f"{_SWAV}::test_seven_steps_are_the_authors",
     ),
     Mutation(
@@ -38,10 +38,10 @@ PREDICTIVE = (
         f"{_SWAV}::test_seven_steps_are_the_authors {_SWAV}::test_prototypes_wait_and_then_learn",
     ),
     Mutation(
-        "prototypes-that-decay-while-they-wait",
+        "prototypes-that-never-wait",
         "simclr/methods/swav.py",
-        "        prototypes.weight.grad = None",
-        "        prototypes.weight.grad.zero_()",
+        "    if step < steps:\n",
+        "    if step < 0:\n",
         f"{_SWAV}::test_seven_steps_are_the_authors {_SWAV}::test_prototypes_wait_and_then_learn",
     ),
     Mutation(
@@ -78,7 +78,7 @@ PREDICTIVE = (
         "simclr/methods/dino.py",
         "teacher_temperature(config, step // per_epoch)",
         "teacher_temperature(config, step)",
-        f"{_DINO}::test_four_steps_are_the_authors",
+        f"{_DINO}::test_the_temperature_of_the_average_is_set_epoch_by_epoch",
     ),
     Mutation(
         "average-that-misses-the-head",

@@ -25,7 +25,7 @@ from simclr.gradient_cache import cached_gradient
 from simclr.methods import dino as module
 from simclr.methods.average import cosine_to_one
 from simclr.methods.choice import shapes
-from simclr.methods.dino import Network, Teacher, freeze, objective, taught, teacher_temperature
+from simclr.methods.dino import Network, Teacher, follow, freeze, objective, taught, teacher_temperature
 from simclr.methods.method import Method, Start
 from simclr.networks.heads import DINOHead
 from simclr.networks.vit import vit
@@ -178,7 +178,16 @@ def four_steps(file: str) -> list[tuple[float, Tensor, dict[str, Tensor], dict[s
         p.data.copy_(g[f"init|{theirs(name)}"])
     teacher = Teacher(network)
     optim = Optim(name="adamw", clip_each=float(g["clip"]))
-    config = dataclasses.replace(SMALL, optim=optim, train=dataclasses.replace(SMALL.train, batch_size=images))
+    # The authors' temperatures: 0.04, and 0.07 from the second epoch on, which are of one step here.
+    assert g["teacher_temperature"].tolist() == [0.04, 0.07, 0.07, 0.07]
+    config = dataclasses.replace(
+        SMALL,
+        optim=optim,
+        train=dataclasses.replace(SMALL.train, batch_size=images),
+        temperature=float(g["student_temperature"]),
+        teacher_epochs=2,
+        centre_ema=float(g["center_momentum"]),
+    )
     groups = parameter_groups(network, optim, lambda step: float(g["lr"][step]), 4, dino_rule)
     groups = tuple(
         dataclasses.replace(group, settings={**group.settings}, schedules={**group.schedules, "weight_decay": partial(_decay, g["wd"])})
@@ -186,15 +195,9 @@ def four_steps(file: str) -> list[tuple[float, Tensor, dict[str, Tensor], dict[s
         else group
         for group in groups
     )
-    temperatures = g["teacher_temperature"] if "teacher_temperature" in g else g["teacher_temperature_per_epoch"]
-
-    def objected(outputs: Any, targets: Any, step: int) -> Any:
-        value = loss.dino(outputs["scores"], targets["t"], teacher.centre, 0.1, float(temperatures[step]), images)
-        return value, {"train/loss": value}
 
     def after(inputs: Any, targets: Any, step: int) -> None:
-        teacher.recentre(targets["t"], images, float(g["center_momentum"]))
-        teacher.follow(network, float(g["m"][step]))
+        follow(teacher, network, inputs, targets, 0, 4, dataclasses.replace(config, ema=float(g["m"][step])))  # as if it were the first
 
     method = Method(
         crops=(),
@@ -202,7 +205,7 @@ def four_steps(file: str) -> list[tuple[float, Tensor, dict[str, Tensor], dict[s
         network=network,
         state=teacher,
         targets=partial(taught, teacher),
-        loss=objected,
+        loss=partial(objective, teacher=teacher, config=config, per_epoch=1),
         gradients=partial(freeze, network.head.last_layer, steps=int(g["freeze_last_layer"])),
         after=after,
         groups=groups,
@@ -281,6 +284,16 @@ def test_the_last_layer_waits_and_centre_and_average_follow(patterns: Path, with
         for name in ("encoder.stem.0.weight", "head.layers.0.0.weight", "head.last_layer.weight_v"):
             expected = keep * before[f"state.{name}"] + (1 - keep) * now[f"model.{name}"]
             within("average", float((now[f"state.{name}"] - expected).abs().max()), 1e-12)
+
+
+def test_the_temperature_of_the_average_is_set_epoch_by_epoch() -> None:
+    """SMALL's goes from 0.04 to 0.07 in three epochs, of two steps here."""
+    teacher = Teacher(module.build_network(SMALL, 5).double())
+    draw = torch.Generator().manual_seed(0)
+    scores, taught = (torch.rand(count, 25, 24, generator=draw).double() for count in (4, 2))
+    for step, sharp in enumerate((0.04, 0.04, 0.055, 0.055, 0.07, 0.07, 0.07)):
+        found, _ = objective({"scores": scores}, {"t": taught}, step, teacher, SMALL, 2)
+        assert float(found) == pytest.approx(float(loss.dino(scores, taught, teacher.centre, SMALL.temperature, sharp)), rel=1e-12)
 
 
 def test_pieces_give_the_whole_batchs_gradient(within: Within) -> None:

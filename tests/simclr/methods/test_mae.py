@@ -162,6 +162,8 @@ def test_masks_are_keyed_by_seed_epoch_and_image(patterns: Path) -> None:
     stream.close()
     a, b = (inputs_of(batch, some, crops, SMALL, torch.device("cpu")) for some in (slice(0, 24), slice(6, 12)))
     assert a["views"].shape == (1, 24, 3, 32, 32) and all(torch.equal(a[name][:, 6:12], b[name]) for name in a)
+    later = inputs_of(dataclasses.replace(batch, epoch=5), slice(0, 24), crops, SMALL, torch.device("cpu"))
+    assert torch.equal(later["order"][0], orders(SMALL, 5, batch.ids[:24].numpy())) and not torch.equal(later["order"], a["order"])
 
 
 def steps(config: MAE, data: Path) -> tuple[list[dict[str, float]], list[dict[str, Tensor]]]:

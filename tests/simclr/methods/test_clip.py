@@ -215,10 +215,10 @@ def test_the_scale_is_learnt_and_stays_within_its_bounds(pairs: Path) -> None:
     highest = dataclasses.replace(SMALL, scale_most=1 / 0.07, optim=dataclasses.replace(SMALL.optim, base_lr=5.0))
     assert losses(highest, str(pairs))[1]["model.log_scale"].item() <= begun + 1e-6
     network = module.Network(SMALL)
-    with torch.no_grad():
-        network.log_scale.fill_(-3.0)
-    module.clamp(network, 100.0, {}, {}, 0)
-    assert network.log_scale.item() == 0.0
+    for begins, ends in ((-3.0, 0.0), (6.0, math.log(50.0)), (1.0, 1.0)):
+        torch.nn.init.constant_(network.log_scale, begins)
+        module.clamp(network, 50.0, {}, {}, 0)
+        assert network.log_scale.item() == pytest.approx(ends)
     spared = [name for name, p in network.named_parameters() if not dino_rule(name, p)[0]]
     assert "log_scale" in spared and not any(name.endswith("_embed") for name in spared)
 

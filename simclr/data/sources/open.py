@@ -107,12 +107,22 @@ def _folder(root: Path) -> Tree:
             note = f"{many} beside loose pictures: not opened; to read that instead, give it, or its folder, as the source"
             loose = dataclasses.replace(loose, notes=(*loose.notes, note))
         return joined(str(root), [loose, archives_tree(str(root), devkits)]) if devkits else loose
+    tables: list[str] = []
     if any(name.lower().endswith((".parquet", ".arrow")) for name in found.others):
-        from simclr.data.sources.parquet import is_parquet_folder, parquet_tree
+        from simclr.data.sources.parquet import NoPictures, is_parquet_folder, parquet_tree
 
-        if is_parquet_folder(found.others):
-            return parquet_tree(root)
+        tables = sorted(name for name in found.others if is_parquet_folder([name]))
+        try:
+            if tables:
+                return parquet_tree(root)
+        except NoPictures:
+            if not any(map(is_archive, found.others)):
+                raise
     archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(found.others)), str(root)).items()}
+    if tables:  # as img2dataset leaves them: beside each shard a table of addresses and captions
+        others = f" and {len(tables) - 1:,} other tables" if len(tables) > 1 else ""
+        note = f"{tables[0]}{others}: left out, without a column of pictures; the archives beside them are read"
+        loose = dataclasses.replace(loose, notes=(*loose.notes, note))
     if not archives:
         return loose
     opened = archives_tree(str(root), archives)

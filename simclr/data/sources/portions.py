@@ -145,7 +145,7 @@ class _Reader:
     @functools.cached_property
     def tree(self) -> Tree:
         _require_seen(self.spec)
-        tree = listed(self.spec)
+        tree = listed(self.spec, sidecars=False)
         self._require_same(tree.identity)
         return tree
 

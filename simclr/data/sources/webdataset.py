@@ -39,12 +39,12 @@ def is_webdataset(paths: Iterable[str]) -> bool:
     return bool(samples) and 2 * sum(any(kind in files for kind in _SIDECARS) for files in samples) >= len(samples)
 
 
-def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
+def webdataset_tree(spec: str, shards: Mapping[str, Listing], sidecars: bool = True) -> Tree:
     """The tree of WebDataset shards: path of the archive, without its ending → its members. Pictures are called as `unnumbered` says.
 
     A class is the content of KEY.cls, or a field class_name, label, cls or class of KEY.json, or the content of KEY.txt, if those of all
     shards are short, there are several, and at least two pictures share one on average: otherwise they are captions, and no classes.
-    Rows of numbers, as YOLO's boxes, are no classes either.
+    Rows of numbers, as YOLO's boxes, are no classes either. Without `sidecars` none of these files is read.
     """
     samples = {prefix: _samples(shard.sizes) for prefix, shard in shards.items()}
     chosen = {prefix: {_picture(files) for files in samples[prefix].values()} for prefix in shards}
@@ -57,7 +57,7 @@ def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
     for prefix, shard in shards.items():
         name_of = {path: name for name, path in names[prefix].items()}
         keyed = [(name_of[path], files) for files in samples[prefix].values() if (path := _picture(files))]
-        for kind in _SIDECARS:
+        for kind in _SIDECARS if sidecars else ():
             beside = {files[kind]: name for name, files in keyed if kind in files and (kind == "txt" or name not in stated)}
             for path, text in shard.read([path for path in shard.sizes if path in beside and shard.sizes[path] <= _MOST_BYTES]):
                 if (found := _class(kind, text)) is not None:

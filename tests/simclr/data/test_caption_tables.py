@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from simclr.data.sources.open import open_source
+from simclr.data.sources.portions import portions, reader
 from simclr.data.sources.reading import Reading
 from simclr.data.sources.source import Source
 from simclr.errors import UserError
@@ -221,3 +222,22 @@ def test_archives_beside_tables_without_pictures_are_read(tmp_path: Path) -> Non
         path.unlink()
     with pytest.raises(UserError, match="has no column of pictures, only url, caption, key"):
         open_source(str(tmp_path / "laion"))
+
+
+def test_another_process_reads_nothing_beside_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its portions carry classes and captions."""
+    files = {}
+    for i in range(6):
+        files |= {f"{i}.cls": b"ab"[i % 2 :][:1], f"{i}.jpg": png(i), f"{i}.txt": b"number %d" % i}
+    packed(tmp_path / "s/000000.tar", files)
+    packed(tmp_path / "s/000001.tar", {f"1{name}": data for name, data in files.items()})
+    braces = str(tmp_path / "s/{000000..000001}.tar")
+    for spec in (str(tmp_path / "s"), str(tmp_path / "s/000000.tar"), braces):
+        source = open_source(spec, AUTO)
+        expected = [(item.name, item.label, item.caption, item.data) for item in source.items()]
+        assert expected[3][1:3] == ("b", "number 3")
+        with monkeypatch.context() as patch:
+            patch.setattr("simclr.data.sources.webdataset._class", None)  # whoever reads one calls this
+            read = reader(spec, None, source.identity)
+            found = [item for portion in portions(source, 4) for item in read(portion)]
+        assert [(item.name, item.label, item.caption, item.data) for item in found] == expected

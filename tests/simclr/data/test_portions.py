@@ -180,9 +180,9 @@ def test_a_large_archive_is_listed_once_by_a_process(tmp_path: Path, monkeypatch
     plan = list(portions(open_source(str(packed(tmp_path / "a.tar", PHOTOS))), 3))
     opened: list[str] = []
 
-    def counted(spec: str, tree: Callable[[str], Any] = opening.listed) -> Any:
+    def counted(spec: str, sidecars: bool, tree: Callable[[str, bool], Any] = opening.listed) -> Any:
         opened.append(spec)
-        return tree(spec)
+        return tree(spec, sidecars)
 
     monkeypatch.setattr("simclr.data.sources.portions.listed", counted)
     read = reader(str(tmp_path / "a.tar"))

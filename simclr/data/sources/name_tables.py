@@ -71,8 +71,9 @@ def is_utf8(data: bytes) -> bool:
     return True
 
 
-def decoded(data: bytes, errors: str = "replace") -> str:
-    """Text in the encoding that it seems to have. `errors`: what becomes of bytes that are not UTF-8, as in `bytes.decode`."""
+def decoded(data: bytes, errors: str = "backslashreplace") -> str:
+    """Text in the encoding that it seems to have. `errors`: what becomes of single bytes that are not UTF-8, as in `bytes.decode`; as they
+    are by themselves, two names of classes that differ in them stay two."""
     encoding = encoding_of(data)
     return data.decode(encoding, "replace" if encoding == "utf-16" else errors)
 

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from simclr.data.sources.name_tables import read_table
 from simclr.data.sources.open import open_source
 from simclr.data.sources.portions import portions, reader
 from simclr.data.sources.reading import Reading
@@ -126,6 +127,14 @@ def test_a_whole_table_may_be_latin_1_or_utf_16(root: Path, encoding: str, note:
     source = opened(root, "a.csv", "file,caption\n0.png,größer\n1.png,café\n2.png,plain\n".encode(encoding))
     assert said(source) == {"0.png": "größer", "1.png": "café", "2.png": "plain"}
     assert note in notes(source) and ("Latin-1" in notes(source)) is bool(note)
+
+
+def test_names_of_classes_that_differ_in_a_bad_byte_stay_two() -> None:
+    table = "0.jpg,größer\n1.jpg,日本\n2.jpg,naïve\n".encode() + b"3.jpg,caf\xe9\n4.jpg,caf\xe8\n"
+    found = read_table("a.csv", table, ("label",))
+    assert found is not None and len(set(found.values.values())) == 5 and found.values["0.jpg"] == "größer"
+    latin = read_table("a.csv", b"0.jpg,gr\xf6\xdfer\n1.jpg,plain\n", ("label",))
+    assert latin is not None and latin.values == {"0.jpg": "größer", "1.jpg": "plain"}
 
 
 def test_texts_of_webdataset_may_be_latin_1_or_utf_16(tmp_path: Path) -> None:

@@ -108,11 +108,12 @@ def _of_table(reading: Reading, names: Collection[str], notes: list[str]) -> _Sa
     rows = [(line, cells) for line, cells in rows if cells[caption] not in (None, "", [])]
     known = Pictures(names)
     found: dict[int, Found] = {}
+    meant: dict[int, Mapping[str, str]] = {}
     for column in columns:
         keys = {key: key for _, cells in rows if (key := _key(cells[column]))}
         found[column] = known.find(Table("", keys))  # its own folder says nothing: it need not lie in the source
-    if len(columns) > 1:
-        _require_agreement(path, head, rows, {column: of.values for column, of in found.items()}, head[caption])
+        meant[column] = found[column].values or (_by_file(known, keys) if len(columns) > 1 else {})
+    _require_agreement(path, head, rows, meant, head[caption])
     column = max(columns, key=lambda column: found[column].named)
     said = _Said()
     for line, cells in rows:
@@ -148,6 +149,13 @@ def _columns(path: Path, head: Sequence[str], given: tuple[str, str] | None) -> 
 
 def _key(cell: Any) -> str:
     return plain(str(cell).strip()) if isinstance(cell, str | int) and not isinstance(cell, bool) else ""
+
+
+def _by_file(known: Pictures, keys: Collection[str]) -> Mapping[str, str]:
+    """Picture → the key whose last part is the picture's file, where no other key ends so. That is too little to take a caption by, and
+    enough to doubt another column."""
+    count = Counter(key.rpartition("/")[2] for key in keys)
+    return known.find(Table("", {file: key for key in keys if count[file := key.rpartition("/")[2]] == 1})).values
 
 
 def _require_agreement(path: Path, head: Sequence[str], rows: Rows, found: Mapping[int, Mapping[str, str]], caption: str) -> None:

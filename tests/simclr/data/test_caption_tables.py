@@ -99,6 +99,8 @@ def test_columns_that_name_different_pictures_are_refused(root: Path) -> None:
         opened(root, "a.csv", table)
     assert "line 2: the column image_path names 1.png, and image_id names 0.png" in str(refused.value)
     assert "--caption-columns image_path caption, or image_id caption" in str(refused.value)
+    with pytest.raises(UserError, match=r"line 2: the column image_path names 1.png, and image_id names 0.png"):
+        opened(root, "a.csv", table.replace("./", "/elsewhere/photos/"))
     source = opened(root, "a.csv", table, caption_columns=("image_path", "caption"))
     assert said(source) == {"1.png": "one", "2.png": "two", "0.png": "zero"}
 

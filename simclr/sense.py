@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from simclr.config import Config, Encoder, SimCLR, Time, Views, time_of
 from simclr.data.manifest import Manifest
-from simclr.data.tokens import NEEDED
+from simclr.data.tokens import NEEDED, judged_prompts
 from simclr.data.videos import false_negatives, videos_of
 from simclr.errors import UserError
 from simclr.extras import command, has
@@ -35,12 +35,13 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if config.encoder.timm:
         looked_at(config.encoder.timm, config.views.size_px)
     refusals = [_crops(config.views, manifest), _queue(config, examples), single_image(config, workers), _no_videos(config, manifest)]
-    refusals.append(_no_captions(config, manifest))
+    alike, cut = _prompts(config, manifest)
+    refusals += [_no_captions(config, manifest), alike]
     found = [f"{what.partition(';')[0]}; this run goes on all the same, and a new one is refused" for what in refusals if what]
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
-    found += [_lars(config), _elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
+    found += [cut, _lars(config), _elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
     if pretrains:
         found += [_unblurred(config), _neighbours(config, manifest), *_never(config, examples), *_frames(config, manifest, examples)]
     return tuple(note for note in found if note)
@@ -133,6 +134,13 @@ def _no_captions(config: Config, manifest: Manifest) -> str:
     if not manifest.captions:
         return "the shards have no captions, and CLIP trains on pairs; prepare them with --captions auto, or --captions FILE"
     return "" if has("open_clip") else f"{NEEDED}; add it with `{command('pairs')}`"
+
+
+def _prompts(config: Config, manifest: Manifest) -> tuple[str, str]:
+    """What refuses the prompt of online evaluation, and what is said of it."""
+    if not isinstance(config, CLIP) or not manifest.classes or "test" not in manifest.splits or not has("open_clip"):
+        return "", ""
+    return judged_prompts(manifest.classes, (config.prompt,), config.context)
 
 
 def _no_videos(config: Config, manifest: Manifest) -> str:

@@ -72,7 +72,7 @@ def run(
         raise UserError(f"{data} has no test split, which --protocol sgd cannot hold back for itself; prepare the data with one")
     out.mkdir(parents=True, exist_ok=True)
     if "zero-shot" in protocols:
-        require_texts(settings)
+        require_texts(settings, manifest.classes)
     parts = (
         ("test",) if set(protocols) <= {"sgd", "zero-shot"} and "test" in manifest.splits else ("train", "test")
     )  # sgd embeds its own crops
@@ -183,16 +183,22 @@ def _lbfgs(train: Features, test: Features, config: Config, settings: Settings, 
     return swept.scores, told | {"refit_converged": swept.refit_converged, "validation_top1": list(swept.validation.items())}
 
 
-def require_texts(settings: Settings) -> None:
-    """Raise UserError, before anything is computed, where class names cannot be read: without a text tower, or for prompts without {}."""
+def require_texts(settings: Settings, classes: Sequence[str]) -> None:
+    """Raise UserError, before anything is computed, where class names cannot be read: without a text tower, for prompts without {}, or
+    for such that say the same of two classes."""
     assert settings.published is not None, "the command refuses features"
     if wrong := [prompt for prompt in settings.prompts if prompt.count("{}") != 1]:
         raise UserError(f"--prompts has {wrong[0]!r}; expected texts with {{}} where the class stands")
-    from simclr.data.tokens import require_tokenizer
+    from simclr.data.tokens import judged_prompts, require_tokenizer
     from simclr.encoder.directory import read_towers
 
     require_tokenizer()
-    read_towers(settings.published)
+    _, config = read_towers(settings.published)
+    alike, cut = judged_prompts(classes, settings.prompts or (config.prompt,), config.context)
+    if alike:
+        raise UserError(alike)
+    if cut:
+        say(cut)
 
 
 def _zero_shot(test: Features, classes: Sequence[str], settings: Settings) -> tuple[torch.Tensor, dict[str, Any]]:

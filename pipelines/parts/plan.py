@@ -56,6 +56,8 @@ class _Opened:
     identity: object
     divided: Callable[[int], Iterator[Portion]]
     sample: Callable[[], Iterator[Item]] = field(default=lambda: iter(()))
+    listed: str = ""
+    """The identity that whoever opens the source must find; "" = any."""
 
 
 def plan(words: Sequence[str], reading: Reading, options: Options) -> Plan:
@@ -77,7 +79,7 @@ def plan(words: Sequence[str], reading: Reading, options: Options) -> Plan:
     about = [[one.kind, one.spec, one.total, one.identity] for one in opened]
     key = hashlib.sha256(json.dumps([_RULE, about, images, reading.to_dict()]).encode()).hexdigest()
     # Another process may have another working directory.
-    sources: list[Plain] = [{"kind": one.kind, "spec": portions.elsewhere(one.spec)} for one in opened]
+    sources: list[Plain] = [{"kind": one.kind, "spec": portions.elsewhere(one.spec), "identity": one.listed} for one in opened]
     return Plan(parts, sources, total, ranges, key)
 
 
@@ -99,7 +101,7 @@ def reader(source: Plain, reading: Reading | Plain, scratch: Path) -> Callable[[
             array = _array(Path(source["spec"]))
             return lambda portion: (Item("train", None, name, np.array(array[int(name)])) for name in portion.names)
         case _:
-            return portions.reader(source["spec"], reading)
+            return portions.reader(source["spec"], reading, source["identity"])
 
 
 def _opened(words: Sequence[str], reading: Reading, options: Options) -> list[_Opened]:
@@ -121,7 +123,7 @@ def _opened(words: Sequence[str], reading: Reading, options: Options) -> list[_O
             _tell(source)
             about = [source.identity, source.times, source.spec]
             divided = lambda n, s=source: portions.portions(s, n)  # noqa: E731
-            found.append(_Opened("source", word, source.total, about, divided, lambda s=source: _sample(s)))  # type: ignore[misc]
+            found.append(_Opened("source", word, source.total, about, divided, lambda s=source: _sample(s), source.identity))  # type: ignore[misc]
     if single:
         states = [Path(name).stat() for name in single]
         marks = [[name, s.st_size, s.st_mtime_ns] for name, s in zip(single, states, strict=True)]

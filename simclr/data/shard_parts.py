@@ -280,7 +280,7 @@ def make_parts(settings: Plain) -> Callable[[Plain], Plain]:
     output = opened.enter_context(outputs.opened(settings["out"]))
     atexit.register(opened.close)
     output.require_seen()
-    read = reader(making.source, settings["reading"])
+    read = reader(making.source, settings["reading"], settings["identity"])
     maker = Maker(making, output, settings["threads"])
 
     def make(part: Plain) -> Plain:

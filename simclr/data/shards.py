@@ -229,6 +229,7 @@ class _Job:
             return
         settings = {"making": making.to_dict(), "out": str(self.output), "from": str(Path.cwd())}
         settings |= {"reading": {name: getattr(self.elsewhere.reading, name) for name in Reading.__dataclass_fields__}}
+        settings |= {"identity": self.source.identity}
         plain = [{"number": number, "portions": [run.portion(self.source) for run in runs]} for number, runs in parts.items()]
         for part, result in self.elsewhere.run(make_parts, settings, plain):
             self.told.progress(count := count + result.get("rows", 0))

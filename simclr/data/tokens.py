@@ -19,13 +19,40 @@ _WORDS = 1 << 18  # whose tokens are kept
 
 def tokens_of(captions: Sequence[str], context: int) -> NDArray[np.int64]:
     """(n, context) tokens of each caption, in lower case: its begin, its byte pairs, its end, and zeros. A caption that is too long ends at
-    the last place. Raises UserError without open_clip."""
+    the last place. The words <start_of_text> and <end_of_text> within one are letters, other than CLIP's own tokenizer has them. Raises
+    UserError without open_clip."""
     found = np.zeros((len(captions), context), np.int64)
     for row, caption in zip(found, captions, strict=True):
         begin, end = _tokenizer().sot_token_id, _tokenizer().eot_token_id
         some = [begin, *_pairs(caption)[: context - 2], end]
         row[: len(some)] = some
     return found
+
+
+def prompted(prompt: str, name: str) -> str:
+    """What a prompt says of a class. In names _ stands for a space, as in folders'."""
+    return prompt.replace("{}", name.replace("_", " "))
+
+
+def judged_prompts(classes: Sequence[str], prompts: Sequence[str], context: int) -> tuple[str, str]:
+    """(why zero-shot classification by `prompts` cannot tell the classes apart, with what mends it after a semicolon; what is to be said of
+    prompts that are cut), "" each where there is nothing. Raises UserError without open_clip."""
+    longer = [tokens_of([prompted(prompt, name) for name in classes], context + 1) for prompt in prompts]  # whose last place tells a cut
+    rows: dict[bytes, str] = {}
+    for at, name in enumerate(classes):
+        key = b"".join(found[at, : context - 1].tobytes() for found in longer)  # at the place behind these is an end, or nothing
+        if (other := rows.setdefault(key, name)) is not name:
+            return (
+                f"zero-shot classification cannot tell {other!r} from {name!r}: with a context of {context:,} tokens every prompt says the "
+                f"same of both, as {prompted(prompts[0], name)!r}; give a shorter prompt, a longer context to train with, or other names",
+                "",
+            )
+    cut = [(int(at), prompt) for prompt, found in zip(prompts, longer, strict=True) for at in found[:, context].nonzero()[0]]
+    if not cut:
+        return "", ""
+    at, prompt = cut[0]
+    count = f"{len(cut):,} of {len(classes) * len(prompts):,} prompts with a class's name are"
+    return "", f"{count} cut at {context:,} tokens, the context, as {prompted(prompt, classes[at])!r}"
 
 
 def _pairs(caption: str) -> list[int]:
@@ -36,13 +63,21 @@ def _pairs(caption: str) -> list[int]:
     """
     if caption.isascii() and caption.isprintable() and "&" not in caption:
         return [pair for word in caption.lower().split() for pair in _of_word(word)]
-    pairs: list[int] = _tokenizer().encode(caption)
-    return pairs
+    return _encoded(caption)
 
 
 @functools.lru_cache(_WORDS)
 def _of_word(word: str) -> tuple[int, ...]:
-    return tuple(_tokenizer().encode(word))
+    return tuple(_encoded(word))
+
+
+def _encoded(text: str) -> list[int]:
+    tokenizer = _tokenizer()
+    # The tokenizer itself keeps every word that it ever saw, in an attribute that it has for itself.
+    if len(tokenizer.cache) > _WORDS:
+        tokenizer.cache.clear()
+    pairs: list[int] = tokenizer.encode(text)
+    return pairs
 
 
 def require_tokenizer() -> None:
@@ -65,4 +100,8 @@ def _tokenizer() -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.SimpleTokenizer()
+    tokenizer = module.SimpleTokenizer()
+    # From the beginning this holds `<start_of_text>` and `<end_of_text>` as whole tokens. A caption is read up to its first end, so within
+    # one they are letters like others.
+    tokenizer.cache.clear()
+    return tokenizer

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from simclr.data.tokens import prompted
+
 
 def class_directions(names: Sequence[str], prompts: Sequence[str], texts: Callable[[list[str]], Tensor]) -> Tensor:
     """(classes, d) unit rows in float64: of each name the mean, over `prompts` such as "a photo of a {}.", of the unit features that
-    `texts` makes, (n, d) of n texts (Sec. 3.1.4). In names _ stands for a space, as in folders'."""
-    said = [prompt.replace("{}", name.replace("_", " ")) for name in names for prompt in prompts]
+    `texts` makes, (n, d) of n texts (Sec. 3.1.4)."""
+    said = [prompted(prompt, name) for name in names for prompt in prompts]
     rows = F.normalize(texts(said).double(), dim=1).unflatten(0, (len(names), len(prompts)))
     return F.normalize(rows.mean(1), dim=1)
 

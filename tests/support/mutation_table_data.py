@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.support.mutation import Mutation
 
+_CAPTIONS = "tests/simclr/data/test_caption_tables.py"
+
 DATA = (
     Mutation(
         "a-part-of-other-options-is-done",
@@ -60,6 +62,34 @@ DATA = (
         "<= len(distinct) <= len(loose) / 2",
         "<= len(distinct) <= len(texts)",
         "tests/simclr/data/test_webdataset.py::test_a_txt_that_pictures_share_is_a_class_and_else_a_caption",
+    ),
+    Mutation(
+        "captions-are-cut-at-a-comma",
+        "simclr/data/sources/caption_tables.py",
+        "if len(cells) > len(head):",
+        "if len(cells) > len(head) + 9:",
+        f"{_CAPTIONS}::test_a_row_that_would_be_cut_or_merged_is_refused",
+    ),
+    Mutation(
+        "marks-of-two-rows-make-them-one",
+        "simclr/data/sources/caption_tables.py",
+        'quoted = not any("\\n" in cell and "\\t" in cell',
+        'quoted = not any("\\n" in cell and "\\r" in cell',
+        f"{_CAPTIONS}::test_a_tsv_is_quoted_where_all_of_it_is",
+    ),
+    Mutation(
+        "a-running-id-names-pictures",
+        "simclr/data/sources/captions.py",
+        "if a and b and a != b:",
+        "if a and b and a == line:",
+        f"{_CAPTIONS}::test_columns_that_name_different_pictures_are_refused",
+    ),
+    Mutation(
+        "another-copy-of-an-archive-is-read",
+        "simclr/data/sources/portions.py",
+        "if self.identity and identity != self.identity:",
+        "if self.identity and not identity:",
+        "tests/simclr/data/test_portions.py::test_a_machine_with_another_copy_of_an_archive_or_table_says_so",
     ),
     Mutation(
         "boxes-are-classes",

@@ -153,6 +153,20 @@ PREDICTIVE = (
         f"{_CLIP}::test_an_image_meets_its_own_caption",
     ),
     Mutation(
+        "an-end-within-a-caption-ends-it",
+        "simclr/data/tokens.py",
+        "    tokenizer.cache.clear()\n    return tokenizer",
+        "    return tokenizer",
+        f"{_CLIP}::test_an_end_within_a_caption_is_a_word",
+    ),
+    Mutation(
+        "names-that-the-context-cuts-tell-classes-apart",
+        "simclr/data/tokens.py",
+        "found[at, : context - 1]",
+        "found[at, :context]",
+        f"{_CLIP}::test_prompts_that_a_short_context_cuts_ahead_of_the_name_are_refused",
+    ),
+    Mutation(
         "a-scale-without-bounds",
         "simclr/methods/clip.py",
         "network.log_scale.clamp_(0.0, math.log(most))",

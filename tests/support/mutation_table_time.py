@@ -61,9 +61,16 @@ TIME = (
     Mutation(
         "frame-10-comes-before-frame-2",
         "simclr/data/sources/videos.py",
-        "(natural(_stem(name)), name) for",
+        "(key_of(_stem(name)), name) for",
         "((_stem(name),), name) for",
         f"{_FOLDERS}::test_frames_of_a_video_follow_each_other_in_natural_order",
+    ),
+    Mutation(
+        "decimals-in-names-count-on-behind-the-dot",
+        "simclr/data/sources/videos.py",
+        "key_of = decimal if",
+        "key_of = natural if",
+        f"{_FOLDERS}::test_decimal_numbers_in_names_count_by_their_value",
     ),
     Mutation(
         "a-table-of-videos-is-not-checked",

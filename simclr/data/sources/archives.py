@@ -27,13 +27,14 @@ def is_archive_file(path: Path) -> bool:
     return is_archive(path.name) or is_tar(path) or zipfile.is_zipfile(path)
 
 
-def archive_tree(path: Path, prefix: str = "", spec: str = "") -> Tree:
+def archive_tree(path: Path, prefix: str = "", spec: str = "", sidecars: bool = True) -> Tree:
     """The tree of one archive, tar, zip or WebDataset shard, with `prefix` as the folder above its members. `spec` is what messages call
-    it. Raises UserError for an archive that is damaged or cannot be read."""
-    return archives_tree(spec or str(path), {prefix: path}, {prefix: spec or str(path)})
+    it. Without `sidecars` what lies beside pictures of WebDataset is not read. Raises UserError for an archive that is damaged or cannot be
+    read."""
+    return archives_tree(spec or str(path), {prefix: path}, {prefix: spec or str(path)}, sidecars)
 
 
-def archives_tree(spec: str, archives: Mapping[str, Path], called: Mapping[str, str] | None = None) -> Tree:
+def archives_tree(spec: str, archives: Mapping[str, Path], called: Mapping[str, str] | None = None, sidecars: bool = True) -> Tree:
     """The tree of all `archives` of a folder: path in the folder without its ending (`stem`) → archive. WebDataset shards among them are
     read as one set; so are archives called like shards (`are_shards`). `called`: what messages call each, instead of its path."""
     listings: dict[str, Listing] = {}
@@ -47,7 +48,7 @@ def archives_tree(spec: str, archives: Mapping[str, Path], called: Mapping[str, 
     numbered = are_shards(prefix for prefix, listing in others.items() if not (listing.inner or listing.listed))
     names = unnumbered({prefix: filter(is_image, others[prefix].sizes) for prefix in others if prefix in numbered})
     trees = [tree_of(listing, prefix, names.get(prefix)) for prefix, listing in others.items()]
-    whole = joined(spec, [*trees, *([webdataset_tree(spec, samples)] if samples else [])])
+    whole = joined(spec, [*trees, *([webdataset_tree(spec, samples, sidecars)] if samples else [])])
     if numbered:
         some = sorted(numbered)
         whole = dataclasses.replace(
@@ -56,7 +57,7 @@ def archives_tree(spec: str, archives: Mapping[str, Path], called: Mapping[str, 
     return whole
 
 
-def braces_tree(spec: str) -> Tree:
+def braces_tree(spec: str, sidecars: bool = True) -> Tree:
     """The tree of the shards that a path with braces names, as data/train-{000000..000146}.tar. Raises UserError if one is missing."""
     paths = [Path(name).expanduser() for name in expand(spec)]
     if missing := [path for path in paths if not path.is_file()]:
@@ -67,7 +68,7 @@ def braces_tree(spec: str) -> Tree:
         raise UserError(f"{spec} names {strange[0]}, which is no tar or zip archive; braces stand for shards, as in train-{{000..146}}.tar")
     root = Path(os.path.commonpath([path.parent for path in paths]))
     named = stems((path.relative_to(root).as_posix() for path in paths), spec)
-    return archives_tree(spec, {called: root / name for called, name in named.items()})
+    return archives_tree(spec, {called: root / name for called, name in named.items()}, None, sidecars)
 
 
 def _flat(prefix: str, listing: Listing) -> dict[str, Listing]:

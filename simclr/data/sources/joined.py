@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from simclr.data.sources.source import Data, Part, Tree, digest
 from simclr.errors import UserError
@@ -52,8 +53,8 @@ def joined(spec: str, trees: Sequence[Tree]) -> Tree:
     def read(part: Part) -> Iterator[tuple[str, Data]]:
         return trees[holder[part.names[0] if part.names else f"{part.name}/"]].read(part)
 
-    def captions() -> dict[str, str]:
-        found: dict[str, str] = {}
+    def captions() -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for tree in trees:
             found = dict(tree.captions()) | found
         return found

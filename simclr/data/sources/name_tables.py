@@ -52,14 +52,30 @@ class Found:
         return len(self.values) + len(self.several)
 
 
-def decoded(data: bytes) -> str:
-    """Text in UTF-8 or UTF-16, with or without a byte-order mark; else Latin-1, in which every byte is a letter."""
+def encoding_of(data: bytes) -> str:
+    """utf-16 where a byte-order mark says so; latin-1, in which every byte is a letter, where most of the lines that are not ASCII are not
+    UTF-8; else utf-8-sig, which passes over a byte-order mark."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return data.decode("utf-16", errors="replace")
+        return "utf-16"
+    if is_utf8(data):
+        return "utf-8-sig"
+    lines = [line for line in io.BytesIO(data) if not line.isascii()]
+    return "latin-1" if 2 * sum(not is_utf8(line) for line in lines) > len(lines) else "utf-8-sig"
+
+
+def is_utf8(data: bytes) -> bool:
     try:
-        return data.decode("utf-8-sig")
+        data.decode()
     except UnicodeDecodeError:
-        return data.decode("latin-1")
+        return False
+    return True
+
+
+def decoded(data: bytes, errors: str = "backslashreplace") -> str:
+    """Text in the encoding that it seems to have. `errors`: what becomes of single bytes that are not UTF-8, as in `bytes.decode`; as they
+    are by themselves, two names of classes that differ in them stay two."""
+    encoding = encoding_of(data)
+    return data.decode(encoding, "replace" if encoding == "utf-16" else errors)
 
 
 def read_table(path: str, data: bytes, want: Sequence[str], columns: tuple[str, str] | None = None) -> Table | None:
@@ -109,7 +125,7 @@ def read_table(path: str, data: bytes, want: Sequence[str], columns: tuple[str, 
 def _json_rows(text: str) -> list[list[str]]:
     """The objects of JSON lines as a table with a head."""
     objects = []
-    for line in filter(str.strip, text.splitlines()):
+    for line in filter(str.strip, text.split("\n")):  # a text within may have the other signs at which Python ends a line
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):

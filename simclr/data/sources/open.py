@@ -60,16 +60,16 @@ def is_named_set(spec: str) -> bool:
     )
 
 
-def listed(spec: str) -> Tree:
-    """The tree of what `spec` names."""
+def listed(spec: str, sidecars: bool = True) -> Tree:
+    """The tree of what `spec` names. Without `sidecars` the classes and captions beside pictures of WebDataset are not read."""
     remote = address(spec)
     if remote is not None:
         if is_archive(remote.name):
-            return s3_archive(remote, lambda path, called: archive_tree(path, spec=called))
+            return s3_archive(remote, lambda path, called: archive_tree(path, spec=called, sidecars=sidecars))
         return s3_prefix(remote)
     path = files.user_path(spec)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, sidecars)
     if path.is_file():
         if path.suffix.lower() == ".parquet":
             from simclr.data.sources.parquet import parquet_tree  # pyarrow takes 0.3 s
@@ -78,9 +78,9 @@ def listed(spec: str) -> Tree:
         if not is_archive_file(path):
             endings = ", ".join((*ARCHIVES, ".zip", ".parquet"))
             raise UserError(f"{path} is no archive and no table; expected a folder, one of {endings}, or a dataset's name")
-        return archive_tree(path)
+        return archive_tree(path, sidecars=sidecars)
     if "{" in spec and "}" in spec:
-        return braces_tree(spec)
+        return braces_tree(spec, sidecars)
     known = ["patterns", "rotating-patterns", *(n for n, d in DATASETS.items() if d.torchvision)]
     near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"give a folder, an archive or one of {', '.join(known)}"
@@ -93,7 +93,7 @@ def loose_reader(spec: str) -> Callable[[Part], Iterator[tuple[str, Data]]]:
     return s3_reader(remote) if remote is not None else folder_reader(files.user_path(spec))
 
 
-def _folder(root: Path) -> Tree:
+def _folder(root: Path, sidecars: bool) -> Tree:
     """The tree of a folder: of its tables, else of its loose pictures, else of its archives."""
     found = walk(root)
     loose = folder_tree(root, found)
@@ -107,15 +107,25 @@ def _folder(root: Path) -> Tree:
             note = f"{many} beside loose pictures: not opened; to read that instead, give it, or its folder, as the source"
             loose = dataclasses.replace(loose, notes=(*loose.notes, note))
         return joined(str(root), [loose, archives_tree(str(root), devkits)]) if devkits else loose
+    tables: list[str] = []
     if any(name.lower().endswith((".parquet", ".arrow")) for name in found.others):
-        from simclr.data.sources.parquet import is_parquet_folder, parquet_tree
+        from simclr.data.sources.parquet import NoPictures, is_parquet_folder, parquet_tree
 
-        if is_parquet_folder(found.others):
-            return parquet_tree(root)
+        tables = sorted(name for name in found.others if is_parquet_folder([name]))
+        try:
+            if tables:
+                return parquet_tree(root)
+        except NoPictures:
+            if not any(map(is_archive, found.others)):
+                raise
     archives = {prefix: root / name for prefix, name in stems(filter(is_archive, sorted(found.others)), str(root)).items()}
+    if tables:  # as img2dataset leaves them: beside each shard a table of addresses and captions
+        others = f" and {len(tables) - 1:,} other tables" if len(tables) > 1 else ""
+        note = f"{tables[0]}{others}: left out, without a column of pictures; the archives beside them are read"
+        loose = dataclasses.replace(loose, notes=(*loose.notes, note))
     if not archives:
         return loose
-    opened = archives_tree(str(root), archives)
+    opened = archives_tree(str(root), archives, None, sidecars)
     for name in archives.values():
         loose.ignored[name.suffix.lower()] -= 1
     return joined(str(root), [dataclasses.replace(loose, ignored=+loose.ignored), opened])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from simclr.data.sources.captions import caption_in, captions_column
+from simclr.data.sources.arrow_messages import is_packed
+from simclr.data.sources.captions import captions_column
 from simclr.data.sources.members import MOST_PICTURE_BYTES, ends_of
 from simclr.data.sources.parquet_pages import pages
 from simclr.data.sources.source import Data, Part, Tree, Unread, digest, is_image, is_junk, too_long
@@ -29,8 +29,11 @@ _BOMB_BYTES, _BOMB_RATIO = 256 << 20, 200  # of a column in a row group: unpacke
 _MANY = 1_000_000  # rows that a table may have, whatever its size
 _BATCH_BYTES = 128 << 20  # where each row may be the whole dictionary
 _MOST_LABEL = 1000  # letters
-_DICTIONARY, _BATCH = 2, 3  # kinds of Arrow messages
 _KINDS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif", b"RIFF": ".webp"}
+
+
+class NoPictures(UserError):
+    """A table has no column of pictures."""
 
 
 def is_parquet_folder(names: Iterable[str]) -> bool:
@@ -110,11 +113,13 @@ class _Table:
         """Of the pictures of a row group: a column may hold one and name it in every row."""
         return _BOMB_BYTES + _BOMB_RATIO * self.path.stat().st_size
 
-    def values(self, column: str, inner: str = "") -> Iterator[Any]:
-        """All values of a small column."""
+    def values(self, column: str, inner: str = "", raw: bool = False) -> Iterator[Any]:
+        """All values of a small column; `raw`: texts may be bytes, where one near them is not UTF-8."""
         for group in range(len(self.groups)):
             for batch in self.batches(group, column, inner):
-                yield from batch.to_pylist()
+                with _sound(self.path):
+                    found = _plain(batch) if raw else batch.to_pylist()
+                yield from found
 
     def features(self) -> dict[str, dict[str, Any]]:
         """What Hugging Face's `datasets` noted on each column."""
@@ -166,12 +171,11 @@ def tables_tree(spec: str, tables: Mapping[str, Path]) -> Tree:
         table, group, row_of = pieces[part.name]
         yield from zip(part.names, _pictures(table, columns, group, [row_of[name] for name in part.names]), strict=True)
 
-    def captions() -> dict[str, str]:
-        found: dict[str, str] = {}
+    def captions() -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for name, table in opened.items():
             if (column := captions_column(table.schema, (columns.image, columns.label))) is not None:
-                values = (caption_in(value) for value in table.values(column))
-                found |= {picture: caption for picture, caption in zip(places[name], values, strict=True) if caption}
+                found |= {picture: said for picture, said in zip(places[name], table.values(column, raw=True), strict=True) if said}
         return found
 
     folders: dict[str, set[str]] = {}
@@ -193,11 +197,19 @@ def tables_tree(spec: str, tables: Mapping[str, Path]) -> Tree:
     )
 
 
+def _plain(batch: Any) -> Any:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        kind = pyarrow.large_binary()
+        return batch.cast(pyarrow.list_(kind) if pyarrow.types.is_nested(batch.type) else kind).to_pylist()
+
+
 @contextlib.contextmanager
 def _sound(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} ends early or is damaged ({(str(error).splitlines() or [''])[0]}); fetch it again") from None
 
 
@@ -210,31 +222,6 @@ def _open(path: Path) -> _Table:
     return table
 
 
-def _is_packed(message: Any) -> bool:
-    """Whether the body of an Arrow message is compressed: its header is a flatbuffer, in which a table begins with the distance back to
-    the list of its fields' places. Arrow itself tells only by unpacking."""
-    head = message.metadata.to_pybytes()
-
-    def place(table: int, number: int) -> int:
-        """Of a table's field; 0 where it is left out."""
-        fields = table - struct.unpack_from("<i", head, table)[0]
-        inside = 4 + 2 * number < struct.unpack_from("<H", head, fields)[0]
-        found: int = struct.unpack_from("<H", head, fields + 4 + 2 * number)[0] if inside else 0
-        return table + found if found else 0
-
-    def below(at: int) -> int:
-        return at + int(struct.unpack_from("<I", head, at)[0])
-
-    try:
-        root = below(0)
-        if (kind := head[place(root, 1)]) not in (_DICTIONARY, _BATCH):
-            return False
-        batch = below(place(root, 2))
-        return bool(place(below(place(batch, 1)) if kind == _DICTIONARY else batch, 3))
-    except (struct.error, IndexError):
-        raise pyarrow.ArrowInvalid("a header is damaged") from None
-
-
 def _opened(path: Path) -> _Table:
     with _sound(path):
         if path.suffix.lower() == ".parquet":
@@ -244,7 +231,7 @@ def _opened(path: Path) -> _Table:
         mapped = pyarrow.memory_map(str(path))
         random_access = mapped.read(6) == b"ARROW1"
         mapped.seek(8 if random_access else 0)
-        if any(map(_is_packed, pyarrow.ipc.MessageReader.open_stream(mapped))):
+        if any(map(is_packed, pyarrow.ipc.MessageReader.open_stream(mapped))):
             raise UserError(
                 f"{path} is compressed, so that all of it would be in memory at once; write it without compression, or as Parquet"
             )
@@ -268,7 +255,7 @@ def _columns(tables: Sequence[_Table]) -> _Columns:
         if fitting and (kind == "Image" or (kind in ("", "Value", "dict") and _holds_pictures(first, column.name, fields))):
             found[column.name] = fields
     if not found:
-        raise UserError(
+        raise NoPictures(
             f"{first.path} has no column of pictures, only {', '.join(first.schema.names)}; expected a column of encoded pictures, "
             "alone or as bytes and path, as Hugging Face writes them"
         )

@@ -101,21 +101,22 @@ def elsewhere(spec: str) -> str:
     return str(files.user_path(spec).absolute())
 
 
-def reader(spec: str, reading: Reading | Mapping[str, Any] | None = None) -> Callable[[Portion], Iterator[Item]]:
+def reader(spec: str, reading: Reading | Mapping[str, Any] | None = None, identity: str = "") -> Callable[[Portion], Iterator[Item]]:
     """A function that reads portions of the source that another process has opened as `open_source(spec, reading)`. Nothing is opened
     before it is asked for. `reading`, or its fields in plain values, counts for parts whose names are not known alone; for these it names
-    no files, and for others its files need not be on this machine, if it is given in plain values.
+    no files, and for others its files need not be on this machine, if it is given in plain values. `identity`: the source's own; "" =
+    unknown.
 
-    The function raises UserError where this machine does not see the source.
+    The function raises UserError where this machine does not see the source, or sees another copy of its archives or tables.
     """
-    return _Reader(spec, reading).read
+    return _Reader(spec, reading, identity).read
 
 
 class _Reader:
     """What a process keeps open of a source while it reads portions."""
 
-    def __init__(self, spec: str, reading: Reading | Mapping[str, Any] | None) -> None:
-        self.spec, self.reading = spec, reading
+    def __init__(self, spec: str, reading: Reading | Mapping[str, Any] | None, identity: str) -> None:
+        self.spec, self.reading, self.identity = spec, reading, identity
         self.passing: _Passing | None = None
 
     def read(self, portion: Portion) -> Iterator[Item]:
@@ -144,7 +145,9 @@ class _Reader:
     @functools.cached_property
     def tree(self) -> Tree:
         _require_seen(self.spec)
-        return listed(self.spec)
+        tree = listed(self.spec, sidecars=False)
+        self._require_same(tree.identity)
+        return tree
 
     @functools.cached_property
     def one_pass(self) -> frozenset[str]:
@@ -157,7 +160,16 @@ class _Reader:
         if isinstance(given, Mapping):
             fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
             given = Reading(**fields)
-        return open_source(self.spec, given)
+        source = open_source(self.spec, given)
+        self._require_same(source.identity)
+        return source
+
+    def _require_same(self, identity: str) -> None:
+        if self.identity and identity != self.identity:
+            raise UserError(
+                f"{socket.gethostname()} sees another {self.spec} than was listed: names, sizes or contents of its files differ; give all "
+                "machines the same files or, if these have changed, run the command again"
+            )
 
     def _passed(self, part: Part) -> Iterator[tuple[str, Data]]:
         """The pictures of a portion of a compressed archive. Each portion behind the last goes on where that one ended: else all that lies

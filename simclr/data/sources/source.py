@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,8 +90,9 @@ class Tree:
     part's only: so a sample is read."""
     stated: Mapping[str, str] = field(default_factory=dict)
     """Picture → its class, where the source itself states it in data (a table's column, WebDataset's .cls), not in folders' names."""
-    captions: Callable[[], Mapping[str, str]] = dict
-    """Reads what the source itself says of pictures in words (a table's column, WebDataset's .txt): picture → caption."""
+    captions: Callable[[], Mapping[str, str | bytes | list[Any]]] = dict
+    """Reads what the source itself says of pictures in words (a table's column, WebDataset's .txt): picture → caption, or captions, as
+    they are stored; bytes where they are not UTF-8."""
     worded: frozenset[str] = frozenset()
     """Pictures whose stated class is what their caption would be."""
     texts: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from simclr.data.sources.source import PART_IMAGES, Part, Together, Tree
 from simclr.errors import UserError
 
 _FILMS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"})
+_DECIMAL = re.compile(r"[0-9]+\.([0-9]+)")
 _WANTED = "with --videos a folder is a video: DIR/video/frame.jpg, DIR/class/video/frame.jpg or DIR/split/class/video/frame.jpg"
 
 
@@ -25,6 +26,12 @@ def video_of(name: str) -> str:
 def natural(name: str) -> tuple[str | int, ...]:
     """A key that puts names into natural order: runs of digits count by their value, so frame2 comes before frame10."""
     return tuple(int(piece) if at % 2 else piece for at, piece in enumerate(re.split(r"([0-9]+)", name)))
+
+
+def decimal(name: str) -> tuple[str | int, ...]:
+    """A key that puts names that are decimal numbers into their order: 0.25 before 0.5."""
+    whole, _, behind = name.rpartition("/")[2].partition(".")
+    return int(whole), behind.rstrip("0")
 
 
 def films_left(ignored: Counter[str]) -> str:
@@ -50,7 +57,7 @@ def by_video(tree: Tree) -> Tree:
     folders = {video_of(name) for name in Together(tree.parts)}
     _require_apart(tree.spec, folders)
     kept, parts, waiting = Kept(), list[Part](), list[str]()
-    single, unnumbered, mixed = list[str](), list[str](), list[str]()
+    single, unnumbered, mixed, decimals = list[str](), list[str](), list[str](), list[str]()
     for video, frames in videos_of(Together(tree.parts)):
         ordered = _ordered(video, frames)
         shapes = {re.sub(r"[0-9]+", "#", _stem(name.rpartition("/")[2])) for name in ordered}
@@ -60,6 +67,8 @@ def by_video(tree: Tree) -> Tree:
             unnumbered.append(ordered[0])
         elif len(shapes) > 1:
             mixed.append(f"{video} ({some(sorted(shapes))})")
+        elif _are_decimals(ordered):
+            decimals.append(ordered[0])
         waiting += ordered
         whole = len(waiting) // PART_IMAGES * PART_IMAGES
         parts += [Part(tree.spec, Packed(waiting[first : first + PART_IMAGES], kept)) for first in range(0, whole, PART_IMAGES)]
@@ -72,6 +81,7 @@ def by_video(tree: Tree) -> Tree:
         f"{_videos(single)} one frame, which is its own neighbour: {some(single)}": single,
         f"{_videos(unnumbered)} frames without numbers, which come in the order of letters: as {some(unnumbered, 1)}": unnumbered,
         f"{_videos(mixed)} frames with several kinds of names, whose letters count before their numbers: {some(mixed, 1)}": mixed,
+        f"{_videos(decimals)} frames named by decimal numbers, which come by their value: as {some(decimals, 1)}": decimals,
         f"without a frame, and left out: {some(tree.bare)}": tree.bare,
         films_left(tree.ignored): films_left(tree.ignored),
     }
@@ -104,12 +114,22 @@ def table(names: Collection[str], split_of: Callable[[str], str | None]) -> dict
 
 
 def _ordered(video: str, frames: list[str]) -> list[str]:
-    found = sorted((natural(_stem(name)), name) for name in frames)
+    key_of = decimal if _are_decimals(frames) else natural
+    found = sorted((key_of(_stem(name)), name) for name in frames)
     for (key, name), (following, other) in itertools.pairwise(found):
         if key == following:  # 1.jpg and 01.jpg, or 1.jpg and 1.png
             one, two = name.rpartition("/")[2], other.rpartition("/")[2]
             raise UserError(f"{video} has {one} and {two}, whose names state the same place in the video; keep one of them")
     return [name for _, name in found]
+
+
+def _are_decimals(frames: list[str]) -> bool:
+    """Whether the names are decimal numbers, as a script writes times: 0.25, 0.5, 1.0. With as many digits behind each dot their order is
+    the natural one. A script ends no such number in 0, but for 1.0; so 1.9, 1.10 are none: they count on behind the dot."""
+    found = [_DECIMAL.fullmatch(_stem(name.rpartition("/")[2])) for name in frames]
+    behind = [match[1] for match in found if match]
+    counted = any(len(digits) > 1 and digits.endswith("0") for digits in behind)
+    return len(behind) == len(frames) and len(set(map(len, behind))) > 1 and not counted
 
 
 def _stem(name: str) -> str:

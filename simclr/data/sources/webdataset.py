@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 
 from simclr.data.sources.joined import joined
 from simclr.data.sources.members import Listing, below, tree_of
+from simclr.data.sources.name_tables import decoded, is_utf8
 from simclr.data.sources.source import IMAGE_SUFFIXES, Tree
 from simclr.data.sources.splits import split_of
 from simclr.errors import UserError
@@ -38,12 +39,12 @@ def is_webdataset(paths: Iterable[str]) -> bool:
     return bool(samples) and 2 * sum(any(kind in files for kind in _SIDECARS) for files in samples) >= len(samples)
 
 
-def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
+def webdataset_tree(spec: str, shards: Mapping[str, Listing], sidecars: bool = True) -> Tree:
     """The tree of WebDataset shards: path of the archive, without its ending → its members. Pictures are called as `unnumbered` says.
 
     A class is the content of KEY.cls, or a field class_name, label, cls or class of KEY.json, or the content of KEY.txt, if those of all
     shards are short, there are several, and at least two pictures share one on average: otherwise they are captions, and no classes.
-    Rows of numbers, as YOLO's boxes, are no classes either.
+    Rows of numbers, as YOLO's boxes, are no classes either. Without `sidecars` none of these files is read.
     """
     samples = {prefix: _samples(shard.sizes) for prefix, shard in shards.items()}
     chosen = {prefix: {_picture(files) for files in samples[prefix].values()} for prefix in shards}
@@ -51,17 +52,20 @@ def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
     stated: dict[str, str] = {}
     guessed: set[str] = set()  # pictures whose class stands in a file that may hold other things
     texts: dict[str, str] = {}
+    strange: dict[str, bytes] = {}  # texts that are not UTF-8
     trees = []
     for prefix, shard in shards.items():
         name_of = {path: name for name, path in names[prefix].items()}
         keyed = [(name_of[path], files) for files in samples[prefix].values() if (path := _picture(files))]
-        for kind in _SIDECARS:
+        for kind in _SIDECARS if sidecars else ():
             beside = {files[kind]: name for name, files in keyed if kind in files and (kind == "txt" or name not in stated)}
             for path, text in shard.read([path for path in shard.sizes if path in beside and shard.sizes[path] <= _MOST_BYTES]):
                 if (found := _class(kind, text)) is not None:
                     (texts if kind == "txt" else stated)[beside[path]] = found
                     if kind == "json":
                         guessed.add(beside[path])
+                    if kind == "txt" and not is_utf8(text):
+                        strange[beside[path]] = text
         used = {path for name, files in keyed for path in (names[prefix][name], *(files[k] for k in _SIDECARS if k in files))}
         left = Counter("." + PurePosixPath(path).name.partition(".")[2].lower() for path in shard.sizes if path not in used)
         trees.append(dataclasses.replace(tree_of(shard, prefix, names[prefix], texts=False), ignored=shard.ignored + left))
@@ -79,7 +83,7 @@ def webdataset_tree(spec: str, shards: Mapping[str, Listing]) -> Tree:
         keeps = "" if numbers else "; --captions auto keeps them"
         notes.append(f"the .txt files of {bare:,} pictures are {what} ({len(distinct):,} different ones), and no classes{keeps}")
     whole = joined(spec, trees)
-    captions = {} if numbers else texts
+    captions = {} if numbers else texts | strange
     notes += _folders_overruled({name: label for name, label in stated.items() if name in guessed})
     return dataclasses.replace(whole, stated=stated, captions=lambda: captions, worded=worded, notes=(*whole.notes, *notes))
 
@@ -175,7 +179,7 @@ def _picture(files: Mapping[str, str]) -> str | None:
 
 def _class(kind: str, content: bytes) -> str | None:
     """The class, or for a .txt the text, that a sample's file states; None if it states none."""
-    text = content.decode("utf-8-sig", "replace").strip()
+    text = decoded(content).strip()
     if kind == "json":
         try:
             fields = json.loads(text)
@@ -184,6 +188,7 @@ def _class(kind: str, content: bytes) -> str | None:
         values = [fields.get(name) for name in _FIELDS] if isinstance(fields, dict) else []
         values = [value for value in values if isinstance(value, str | int) and not isinstance(value, bool)]
         text = str(next((value for value in values if isinstance(value, str)), values[0] if values else "")).strip()
+        text = text.encode(errors="replace").decode()  # JSON may write half a pair of surrogates
     if kind == "cls" and "\n" in text:
         return None
     return text if text and (kind == "txt" or text != "-1") else None

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines.parts import embedding
-from pipelines.parts.plan import plan
+from pipelines.parts.plan import plan, reader
 from simclr import files
 from simclr.data.depth import Rule
 from simclr.data.feature_parts import About, FeatureParts, open_features, write_failed
@@ -28,8 +28,10 @@ from simclr.data.sources import prepared
 from simclr.data.sources.portions import Portion
 from simclr.data.sources.reading import Reading
 from simclr.data.sources.source import Item
+from simclr.errors import UserError
 from simclr.evaluation import decoding
 from simclr.views.preprocessing import Preprocessing
+from tests.simclr.data.test_archives import packed
 from tests.support.bucket import Bucket, store_of
 from tests.support.command import Run
 from tests.support.paths import ROOT
@@ -154,6 +156,16 @@ def test_the_driver_keeps_a_few_bytes_of_each_picture(monkeypatch: pytest.Monkey
         tracemalloc.stop()
         assert planned.total == count and sum(len(Portion.from_dict(p["portion"]).names) for p in planned.parts) == count
     assert sizes[10_000] - sizes[1_000] < 9_000 * 40
+
+
+def test_a_plan_carries_the_identity_of_its_sources(tmp_path: Path) -> None:
+    archive = packed(tmp_path / "a.tar", {f"{i}.jpg": b"x" * 100 for i in range(3)})
+    planned = plan([str(archive)], Reading(), Options(value_range=(0, 1)))
+    portion = Portion.from_dict(planned.parts[0]["portion"])
+    assert len(list(reader(planned.sources[0], Reading(), tmp_path)(portion))) == 3
+    packed(archive, {f"{i}.jpg": b"y" * 100 for i in range(3)})
+    with pytest.raises(UserError, match=r"sees another .*/a.tar than was listed"):
+        list(reader(planned.sources[0], Reading(), tmp_path)(portion))
 
 
 # ── Who decodes ────────────────────────────────────────────────────────────────────────────────────────────────────

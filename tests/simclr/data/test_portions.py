@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from simclr.data.s3.store import Store
@@ -178,9 +180,9 @@ def test_a_large_archive_is_listed_once_by_a_process(tmp_path: Path, monkeypatch
     plan = list(portions(open_source(str(packed(tmp_path / "a.tar", PHOTOS))), 3))
     opened: list[str] = []
 
-    def counted(spec: str, tree: Callable[[str], Any] = opening.listed) -> Any:
+    def counted(spec: str, sidecars: bool, tree: Callable[[str, bool], Any] = opening.listed) -> Any:
         opened.append(spec)
-        return tree(spec)
+        return tree(spec, sidecars)
 
     monkeypatch.setattr("simclr.data.sources.portions.listed", counted)
     read = reader(str(tmp_path / "a.tar"))
@@ -222,6 +224,25 @@ def test_who_reads_needs_no_file_of_labels(tmp_path: Path) -> None:
     (portion,), expected = portions(source, 4), told(source.items())
     labels.unlink()
     assert told(reader(source.spec, plain)(portion)) == expected and expected[1][1] == "b"
+
+
+@pytest.mark.parametrize("packer", ["tar", "parquet"])
+def test_a_machine_with_another_copy_of_an_archive_or_table_says_so(tmp_path: Path, packer: str) -> None:
+    """Its names may be the same, and its pictures others."""
+    path = tmp_path / f"a.{packer}"
+
+    def write(shade: int) -> str:
+        if packer == "tar":
+            return str(packed(path, {"1.png": bytes([shade]) * 40, "2.png": b"x"}))
+        pyarrow.parquet.write_table(pyarrow.table({"image": [b"\x89PNG" + bytes([shade])]}), path)
+        return str(path)
+
+    source = open_source(write(1))
+    (portion,) = portions(source, 9)
+    assert len(list(reader(str(path), None, source.identity)(portion))) == len(portion.names)
+    write(2)
+    with pytest.raises(UserError, match=f"{socket.gethostname()} sees another {path} than was listed: names, sizes or contents"):
+        list(reader(str(path), None, source.identity)(portion))
 
 
 def test_a_machine_that_does_not_see_the_source_says_which(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ from simclr.data.manifest import Manifest, read_manifest, read_names
 from simclr.data.note import SPLITS, opened
 from simclr.data.options import Options
 from simclr.data.shard_parts import make_parts, plan
+from simclr.data.sources.open import open_source
 from simclr.data.sources.source import Item, Part, Source
 from simclr.data.survey import Choice
 from simclr.data.verify import verify
 from simclr.errors import UserError
+from tests.simclr.data.test_archives import packed
 from tests.simclr.data.test_shards import encoded, noise
 from tests.support.s3 import Proxy
 from tests.support.sources import source_of
@@ -177,6 +179,22 @@ def test_a_node_with_another_disk_says_so(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"does not see .*/out as the node does that runs this; give --out on a disk that all nodes share"):
         make_parts(settings)
+
+
+def test_a_node_with_another_copy_of_an_archive_says_so(tmp_path: Path) -> None:
+    """Before it writes a picture, whose class and caption would be another's."""
+
+    def write(first: int) -> Source:
+        return open_source(str(packed(tmp_path / "a.tar", {f"{i}.jpg": encoded(noise(150, 150, first + i), quality=95) for i in range(4)})))
+
+    def run(make: Any, given: Any, parts: Any) -> Any:
+        each = make(json.loads(json.dumps(given)) | {"threads": 1})
+        write(10)
+        for part in parts:
+            yield part, each(json.loads(json.dumps(part)))
+
+    with pytest.raises(UserError, match=r"sees another .*/a.tar than was listed: names, sizes or contents of its files differ"):
+        prepare(write(0), tmp_path / "out", elsewhere=shards.Elsewhere(run=run, reading=shards.Reading()))
 
 
 def test_one_prepare_at_a_time_writes_to_an_address(s3: Proxy, tmp_path: Path) -> None:

@@ -70,6 +70,23 @@ def test_frames_of_a_video_follow_each_other_in_natural_order(tmp_path: Path) ->
     assert read_names(tmp_path / "out", "train", 12) == names(source)
 
 
+def test_decimal_numbers_in_names_count_by_their_value(tmp_path: Path) -> None:
+    """Times, as a script writes them; names that count on behind the dot, and those with several dots, are no decimals."""
+    videos = {
+        "times": ["0.04", "0.25", "0.4", "0.5", "1.0", "10.5"],
+        "scenes": ["1.1", "1.2", "1.9", "1.10", "1.11", "2.1"],
+        "dates": ["1.2.9", "1.2.10", "1.10.1"],
+        "even": ["0.05", "0.40", "0.50"],
+    }
+    root = made(tmp_path / "in", [f"{video}/{stem}.png" for video, stems in videos.items() for stem in reversed(stems)], (8, 8))
+    source = opened(root)
+    assert names(source) == [f"{video}/{stem}.png" for video in sorted(videos) for stem in videos[video]]
+    assert "1 video has frames named by decimal numbers, which come by their value: as times/0.04.png" in notes(source)
+    made(root, ["even/0.5.png"], (8, 8))  # with a 0 at an end they count on behind the dot
+    with pytest.raises(UserError, match=r"even has 0.05.png and 0.5.png, whose names state the same place"):
+        opened(root)
+
+
 def test_many_frames_keep_their_order_over_parts(tmp_path: Path) -> None:
     root = made(tmp_path / "in", [f"{video}/{i}.png" for video in ("a", "b") for i in range(700)], (8, 8))
     source = opened(root)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipelines.evaluation import protocols
 from pipelines.runs import home
 from pipelines.tracking import registry
 from simclr import loss, sense
@@ -121,13 +122,14 @@ def test_tokens_are_clips() -> None:
 
 
 def test_tokens_are_the_tokenizers_whatever_a_caption_has_in_it() -> None:
-    """Captions are read word by word where that is the same."""
+    """Captions are read word by word where that is the same. The tokenizer of comparison is as it comes: but for its own two words, ours
+    differs in nothing."""
     odd = [
         "",
         " ",
         "a  b\tc\nd",
         "Don't, it'S we'll",
-        "50 % off!!! <end_of_text>",
+        "50 % off!!! <end of text>",
         "AT&amp;T &lt;b&gt;",
         "&amp;amp;amp;",
         "café ÉCOLE",
@@ -147,8 +149,60 @@ def test_tokens_are_the_tokenizers_whatever_a_caption_has_in_it() -> None:
     draw = random.Random(0)
     letters = [chr(code) for code in range(32, 127)]
     odd += ["".join(draw.choices(letters + [" "] * 30, k=draw.randrange(60))) for _ in range(500)]
+    theirs = type(tokens._tokenizer())()
     for context in (77, 12, 2):
-        assert tokens.tokens_of(odd, context).tolist() == tokens._tokenizer()(odd, context).tolist()
+        assert tokens.tokens_of(odd, context).tolist() == theirs(odd, context).tolist()
+
+
+def test_an_end_within_a_caption_is_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text tower reads up to the first end. The word is one also after the tokenizer has forgotten what it saw."""
+    given = ("before <end_of_text> after", "before &lt;End_Of_Text&gt; after", "<start_of_text> x")
+    for _ in range(2):
+        found = tokens.tokens_of(given, 32)
+        assert ((found == 49407).sum(1) == 1).all() and ((found == 49406).sum(1) == 1).all()
+        assert tokens._tokenizer().decode(found[1][1 : found[1].argmax()].tolist()).split() == ["before", "<end_of_text>", "after"]
+        assert (found[0] == found[1]).all() and found.argmax(1).min() > 5
+        tokens._tokenizer().cache.clear()
+        tokens._of_word.cache_clear()
+    assert 49407 in type(tokens._tokenizer())().encode(given[0])
+    monkeypatch.setattr(tokens, "_WORDS", 50)
+    said = [f"&amp; word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(300)]
+    assert tokens.tokens_of(said, 16).tolist() == type(tokens._tokenizer())()(said, 16).tolist()
+    assert len(tokens._tokenizer().cache) < 60
+
+
+# ── Prompts that say nothing ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_prompts_that_a_short_context_cuts_ahead_of_the_name_are_refused(pairs: Path, tmp_path: Path) -> None:
+    """By several prompts one that tells classes apart is enough. Before a run begins, and before an evaluation computes anything."""
+    classes = ("sea_lion", "fox", "sea_urchin")
+    assert tokens.judged_prompts(classes, ("a {}",), 77) == ("", "")
+    alike, _ = tokens.judged_prompts(classes, ("a photo of a {}",), 6)  # begin, four words, end
+    assert "cannot tell 'sea_lion' from 'fox': with a context of 6 tokens" in alike and "as 'a photo of a fox'; give" in alike
+    alike, _ = tokens.judged_prompts(classes, ("a {}",), 4)  # a, sea: cut between the words of two names
+    assert "cannot tell 'sea_lion' from 'sea_urchin'" in alike
+    alike, cut = tokens.judged_prompts(classes, ("a photo of a {}", "{}"), 6)
+    assert not alike and cut == "3 of 6 prompts with a class's name are cut at 6 tokens, the context, as 'a photo of a sea lion'"
+    assert "cannot tell 'a_b' from 'A b'" in tokens.judged_prompts(("a_b", "A b"), ("the {}",), 77)[0]
+
+    manifest, short = read_manifest(pairs), dataclasses.replace(SMALL, context=6, prompt="a photo of a {}")
+    assert not any("prompt" in note for note in sense.notes(SMALL, manifest, 240))
+    with pytest.raises(UserError, match="zero-shot classification cannot tell 'bricks' from 'checks'"):
+        sense.notes(short, manifest, 240)
+    said = sense.notes(short, manifest, 240, under_way=True)
+    assert any("cannot tell 'bricks' from 'checks'" in note and "this run goes on all the same" in note for note in said)
+    cut_short = dataclasses.replace(SMALL, context=6, prompt="a {} on a wall")
+    assert any("10 of 10 prompts with a class's name are cut at 6 tokens" in note for note in sense.notes(cut_short, manifest, 240))
+
+    network = module.Network(short)
+    write_encoder(network.encoder.state_dict(), short, tmp_path / "encoder", {}, towers=network.towers.state_dict())
+    settings = protocols.Settings(
+        k=None, temperature=None, epochs=1, batch_size=None, resamples=1, limit=None, threads=1, published=tmp_path / "encoder"
+    )
+    with pytest.raises(UserError, match="zero-shot classification cannot tell 'bricks' from 'checks'"):
+        protocols.require_texts(settings, manifest.classes)
+    protocols.require_texts(dataclasses.replace(settings, prompts=("{} on a wall",)), manifest.classes)
 
 
 def test_a_text_is_what_stands_up_to_its_end() -> None:

@@ -16,11 +16,13 @@ from simclr.errors import UserError
 from simclr.extras import command, has
 from simclr.family import CLIP, DINO, MAE, MoCo, SwAV
 from simclr.networks.timm import looked_at
+from simclr.optim import lr_peak
+from simclr.papers import TUNED, adamw
 from simclr.stages import Distill, FineTune
 
 _LEAST_PX = 64  # a ResNet with ImageNet's stem has one place for every 32 × 32 px; below this it has a single one
-# To fine-tune, as MAE's authors (arXiv:2111.06377, App. A.1) and the bench of methods do; for a student, as DeiT (2012.12877, Table 9).
-_TRANSFORMERS = "--optim.name adamw --optim.base-lr {} --optim.scaling linear --optim.weight-decay 0.05 --optim.warmup-epochs 5"
+_STUDENT = adamw("2.5e-4")  # for a student, as DeiT (arXiv:2012.12877, Table 9: 5e-4 for 512 images)
+_MOST_ADAMW = 0.02  # a peak rate of AdamW: authors come to 0.016 with batches of 4096, LARS's settings to 0.16 with 1024
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
 
 
@@ -40,7 +42,13 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
-    found += [_lars(config), _elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
+    found += [
+        _lars(config),
+        _adamw(config),
+        _elastic(config, workers),
+        _unused(config.encoder),
+        _stem(config.encoder, config.views.size_px),
+    ]
     if pretrains:
         found += [_unblurred(config), _neighbours(config, manifest), *_never(config, examples), *_frames(config, manifest, examples)]
     return tuple(note for note in found if note)
@@ -227,12 +235,27 @@ def _lars(config: Config) -> str:
         return ""
     match config:
         case FineTune(linear=False):
-            wanted = f"{_TRANSFORMERS.format('1e-3')} --optim.layer-decay 0.75"
+            wanted = TUNED
         case Distill():
-            wanted = _TRANSFORMERS.format("2.5e-4")
+            wanted = _STUDENT
         case _:
             return ""
     return f"LARS has a ResNet's settings here, and the encoder is {config.encoder.title}; authors of vision transformers have {wanted}"
+
+
+def _adamw(config: Config) -> str:
+    """Of AdamW with the rate of LARS, which both stages have unless they are told another."""
+    optim = config.optim
+    if optim.name != "adamw" or not isinstance(config, FineTune | Distill):
+        return ""
+    peak = lr_peak(optim.base_lr, config.train.batch_size, optim.scaling)
+    if peak <= _MOST_ADAMW:
+        return ""
+    wanted = TUNED if isinstance(config, FineTune) else _STUDENT
+    return (
+        f"AdamW's rate rises to {peak:.2g}, as LARS's may (optim.base_lr {optim.base_lr:g}, scaling {optim.scaling}); authors of vision "
+        f"transformers have {wanted}"
+    )
 
 
 def _elastic(config: Config, workers: Sequence[int]) -> str:

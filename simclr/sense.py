@@ -42,13 +42,8 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
-    found += [
-        _lars(config),
-        _adamw(config),
-        _elastic(config, workers),
-        _unused(config.encoder),
-        _stem(config.encoder, config.views.size_px),
-    ]
+    found += [_lars(config), _adamw(config), _elastic(config, workers)]
+    found += [_unused(config.encoder), _stem(config.encoder, config.views.size_px)]
     if pretrains:
         found += [_unblurred(config), _neighbours(config, manifest), *_never(config, examples), *_frames(config, manifest, examples)]
     return tuple(note for note in found if note)

@@ -15,6 +15,7 @@ from simclr.data.videos import false_negatives, videos_of
 from simclr.errors import UserError
 from simclr.extras import command, has
 from simclr.family import CLIP, DINO, MAE, MoCo, SwAV
+from simclr.networks.encoders import small_px
 from simclr.networks.timm import looked_at
 from simclr.optim import lr_peak
 from simclr.papers import TUNED, adamw
@@ -35,7 +36,7 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     """
     pretrains = not isinstance(config, FineTune | Distill)
     if config.encoder.timm:
-        looked_at(config.encoder.timm, config.views.size_px)
+        looked_at(config.encoder.timm, config.views.size_px, small_px(config))
     refusals = [_crops(config.views, manifest), _queue(config, examples), single_image(config, workers), _no_videos(config, manifest)]
     refusals.append(_no_captions(config, manifest))
     found = [f"{what.partition(';')[0]}; this run goes on all the same, and a new one is refused" for what in refusals if what]
@@ -78,7 +79,7 @@ def normalises(config: Config) -> bool:
         layers = int(not isinstance(config, MoCo | MAE | CLIP))
     if layers or not (encoder.vit or encoder.timm):
         return True
-    return not encoder.vit and looked_at(encoder.timm, config.views.size_px).normalises
+    return not encoder.vit and looked_at(encoder.timm, config.views.size_px, small_px(config)).normalises
 
 
 def statistics_over(config: Config, workers: int) -> int:

@@ -16,13 +16,12 @@ from simclr.errors import UserError
 from simclr.extras import command, has
 from simclr.family import CLIP, DINO, MAE, MoCo, SwAV
 from simclr.networks.encoders import small_px
-from simclr.networks.timm import looked_at
+from simclr.networks.timm import looked_at, require_grouped
 from simclr.optim import lr_peak
 from simclr.papers import TUNED, adamw
 from simclr.stages import Distill, FineTune
 
 _LEAST_PX = 64  # a ResNet with ImageNet's stem has one place for every 32 × 32 px; below this it has a single one
-_STUDENT = adamw("2.5e-4")  # for a student, as DeiT (arXiv:2012.12877, Table 9: 5e-4 for 512 images)
 _MOST_ADAMW = 0.02  # a peak rate of AdamW: authors come to 0.016 with batches of 4096, LARS's settings to 0.16 with 1024
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
 
@@ -36,7 +35,9 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     """
     pretrains = not isinstance(config, FineTune | Distill)
     if config.encoder.timm:
-        looked_at(config.encoder.timm, config.views.size_px, small_px(config))
+        seen = looked_at(config.encoder.timm, config.views.size_px, small_px(config))
+        if config.optim.layer_decay != 1:
+            require_grouped(config.encoder.timm, seen)
     refusals = [_crops(config.views, manifest), _queue(config, examples), single_image(config, workers), _no_videos(config, manifest)]
     refusals.append(_no_captions(config, manifest))
     found = [f"{what.partition(';')[0]}; this run goes on all the same, and a new one is refused" for what in refusals if what]
@@ -227,31 +228,38 @@ def _few(images: int, config: Config) -> str:
 
 
 def _lars(config: Config) -> str:
-    if not config.encoder.vit or config.optim.name != "lars":
+    encoder, wanted = config.encoder, _wanted(config)
+    if config.optim.name != "lars" or not wanted or isinstance(config, FineTune) and config.linear:
         return ""
-    match config:
-        case FineTune(linear=False):
-            wanted = TUNED
-        case Distill():
-            wanted = _STUDENT
-        case _:
-            return ""
-    return f"LARS has a ResNet's settings here, and the encoder is {config.encoder.title}; authors of vision transformers have {wanted}"
+    if not encoder.vit and (not encoder.timm or looked_at(encoder.timm, config.views.size_px).normalises):
+        return ""
+    title = encoder.title + ", without BatchNorm" * bool(encoder.timm)
+    return f"LARS has a ResNet's settings here, and the encoder is {title}; authors of vision transformers have {wanted}"
 
 
 def _adamw(config: Config) -> str:
     """Of AdamW with the rate of LARS, which both stages have unless they are told another."""
-    optim = config.optim
-    if optim.name != "adamw" or not isinstance(config, FineTune | Distill):
-        return ""
+    optim, wanted = config.optim, _wanted(config)
     peak = lr_peak(optim.base_lr, config.train.batch_size, optim.scaling)
-    if peak <= _MOST_ADAMW:
+    if optim.name != "adamw" or not wanted or peak <= _MOST_ADAMW:
         return ""
-    wanted = TUNED if isinstance(config, FineTune) else _STUDENT
     return (
         f"AdamW's rate rises to {peak:.2g}, as LARS's may (optim.base_lr {optim.base_lr:g}, scaling {optim.scaling}); authors of vision "
         f"transformers have {wanted}"
     )
+
+
+def _wanted(config: Config) -> str:
+    """The flags with which a stage trains a vision transformer; "" for a pretraining."""
+    match config:
+        case FineTune():
+            name = config.encoder.timm
+            ordered = not name or looked_at(name, config.views.size_px).grouped
+            return TUNED if ordered and not config.linear else adamw("1e-3")
+        case Distill():
+            return adamw("2.5e-4")  # as DeiT (arXiv:2012.12877, Table 9: 5e-4 for 512 images)
+        case _:
+            return ""
 
 
 def _elastic(config: Config, workers: Sequence[int]) -> str:

@@ -58,13 +58,15 @@ def depths(encoder: Encoder) -> tuple[dict[str, int], int]:
     """(the depth of each parameter by its name in `encoder`, number of depths), for rates that shrink towards the input.
 
     Depth 0 is what comes before the blocks: patch embedding, tokens and positions, or the stem. Block i has i + 1, and the last depth is
-    for what comes behind the blocks: the last norm, and what a method puts on the encoder.
+    for what comes behind the blocks: the last norm, and what a method puts on the encoder. Raises UserError for a network of timm's whose
+    blocks timm does not order.
     """
     if isinstance(encoder, TimmEncoder):
         of_timm = encoder.depths()
-        last = max(of_timm.values()) + 1
-        ends = ("model.norm.", "model.fc_norm.", "model.head.")  # which timm counts to the last block
-        return {name: last if name.startswith(ends) else depth for name, depth in of_timm.items()}, last + 1
+        ends = ("model.norm.", "model.fc_norm.", "model.head.", "model.attn_pool.")  # timm: of the last block, or of a depth of their own
+        dense = {depth: i for i, depth in enumerate(sorted({d for name, d in of_timm.items() if not name.startswith(ends)}))}
+        last = len(dense)
+        return {name: last if name.startswith(ends) else dense[depth] for name, depth in of_timm.items()}, last + 1
     behind: tuple[str, ...] = ()
     if isinstance(encoder, VisionTransformer):
         blocks = {f"blocks.{i}.": i + 1 for i in range(len(encoder.blocks))}

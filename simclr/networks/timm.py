@@ -58,7 +58,9 @@ class TimmEncoder(nn.Module):
         return h
 
     def depths(self) -> dict[str, int]:
-        """The depth of each parameter by timm's own grouping: 0 is the stem, and it grows block by block."""
+        """The depth of each parameter by timm's own grouping: 0 is the stem, and it grows block by block. What the grouping does not name has
+        the last depth, by itself. Raises UserError for a network that timm does not group."""
+        require_grouped(self.name, self._found)
         from timm.models import group_parameters
 
         model: Any = self.model  # nn.Module knows no method of timm's
@@ -106,6 +108,8 @@ class Found:
     """Buffers that no state dict has."""
     normalises: bool
     """Whether it has BatchNorms."""
+    grouped: bool
+    """Whether timm says the order of its blocks."""
     pretrained_cfg: dict[str, Any]
     """What timm says of the network: its input, mean and std that its own weights want, the names of its first and last layers."""
 
@@ -160,7 +164,8 @@ def looked_at(name: str, size_px: int, small_px: int | None = None) -> Found:
     derived = {buffer for buffer, _ in network.named_buffers()} - set(network.state_dict())
     unused = (parameter for parameter, p in network.named_parameters() if p.grad is None)
     normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-    return Found(arguments, h.shape[1], frozenset(unused), frozenset(derived), normalises, dict(network.pretrained_cfg))
+    grouped = hasattr(network, "group_matcher")
+    return Found(arguments, h.shape[1], frozenset(unused), frozenset(derived), normalises, grouped, dict(network.pretrained_cfg))
 
 
 def _takes(network: nn.Module, size_px: int) -> bool:
@@ -173,6 +178,12 @@ def _takes(network: nn.Module, size_px: int) -> bool:
 
 
 _OTHER = "give another size (--views.size-px) or another network"
+
+
+def require_grouped(name: str, found: Found) -> None:
+    """Raise UserError unless timm says the order of the blocks of network `name`, which rates that shrink block by block want."""
+    if not found.grouped:
+        raise UserError(f"optim.layer_decay goes by the order of blocks, which timm does not say of {name}; leave --optim.layer-decay out")
 
 
 def pooling(network: nn.Module) -> str:

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from simclr.config import Encoder, Views
+from simclr.config import Encoder, Optim, Views
 from simclr.errors import UserError
 from simclr.family import DINO, SwAV
 from simclr.methods.choice import shapes
-from simclr.networks.encoders import build_encoder, encoder_of
+from simclr.methods.simclr import build_model
+from simclr.networks.encoders import build_encoder, depths, encoder_of
 from simclr.networks.timm import looked_at
+from simclr.optim import parameter_groups
+from simclr.papers import TUNED
 from simclr.sections import Local
+from simclr.stages import FineTune
 from tests.simclr.test_sense import notes
 from tests.support.small import TINY, run
 
@@ -70,3 +74,44 @@ def test_small_crops_that_a_network_does_not_take_are_refused_before_anything_ru
         with pytest.raises(UserError, match=words):
             notes(config)
         notes(replace(config, local=replace(config.local, crops=0)))
+
+
+# ── Depths ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "first", "behind"),
+    [
+        # Blocks as timm groups them: ConvNeXt's 2 + 2 + 6 + 2 with a down-sampling ahead of three stages, in a depth with their first block.
+        ("convnext_atto", 12, "stem", {"head.norm"}),
+        ("vit_tiny_patch16_224", 12, "patch_embed", {"norm"}),
+        ("swin_tiny_patch4_window7_224", 12, "patch_embed", {"norm"}),
+        ("beit_base_patch16_224", 12, "patch_embed", {"fc_norm"}),
+        ("vit_base_patch16_siglip_224", 12, "patch_embed", {"attn_pool", "norm"}),
+        ("resnet18", 8, "conv1", set()),
+    ],
+)
+def test_the_last_block_has_one_factor_less_than_what_is_behind_it(name: str, blocks: int, first: str, behind: set[str]) -> None:
+    """No depth between the ends is empty; a factor that belongs to none of the layers would slow all of them."""
+    with torch.device("meta"):
+        found, count = depths(build_encoder(Encoder(timm=name)))
+    assert count == blocks + 2 and found[f"model.{first}.{'proj.' * (first == 'patch_embed')}{'0.' * (first == 'stem')}weight"] == 0
+    last = {parameter.removeprefix("model.").rpartition(".")[0] for parameter, depth in found.items() if depth == count - 1}
+    assert {next(end for end in behind if part.startswith(end)) for part in last} == behind
+    assert set(found.values()) >= set(range(count - 1))
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "pit_ti_224"])
+def test_layer_decay_of_a_network_that_timm_does_not_order_is_refused_before_anything_runs(name: str) -> None:
+    config = FineTune(encoder=Encoder(timm=name), optim=Optim(name="adamw", base_lr=1e-3, layer_decay=0.75))
+    for look in (lambda: notes(config), lambda: parameter_groups(build_model(config, 2), config.optim, float, 1)):
+        with torch.device("meta"), pytest.raises(UserError, match=f"timm does not say of {name}; leave --optim.layer-decay out"):
+            look()
+
+
+@pytest.mark.parametrize(("name", "said"), [("convnext_atto", True), ("vit_tiny_patch16_224", True), ("resnet18", False), ("", False)])
+def test_lars_for_a_network_without_batchnorm_is_said(name: str, said: bool) -> None:
+    found = [note for note in notes(FineTune(encoder=Encoder(timm=name))) if note.startswith("LARS has a ResNet's settings here")]
+    assert len(found) == said and all(f"the encoder is {name}, without BatchNorm" in note and TUNED in note for note in found)
+    (other,) = notes(FineTune(encoder=Encoder(timm="poolformer_s12")))
+    assert "--optim.base-lr 1e-3" in other and "layer-decay" not in other

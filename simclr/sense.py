@@ -23,6 +23,7 @@ from simclr.stages import Distill, FineTune
 
 _LEAST_PX = 64  # a ResNet with ImageNet's stem has one place for every 32 × 32 px; below this it has a single one
 _MOST_ADAMW = 0.02  # a peak rate of AdamW: authors come to 0.016 with batches of 4096, LARS's settings to 0.16 with 1024
+_LEAST_SHARE = 25  # percent of an image; authors train classifiers from 8 % on
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
 
 
@@ -49,6 +50,14 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if pretrains:
         found += [_unblurred(config), _neighbours(config, manifest), *_never(config, examples), *_frames(config, manifest, examples)]
     return tuple(note for note in found if note)
+
+
+def mild_crops(views: Views) -> dict[str, str]:
+    """Field of `views` → what few train a classifier with, in words: crops of more than a quarter of an image, which CLIP has, and no
+    flips."""
+    low, high = (100 * share for share in views.area)
+    found = {"area": f"crops cover {low:g} to {high:g} % of an image"} if low > _LEAST_SHARE else {}
+    return found | ({} if views.flip_p else {"flip_p": "no image is mirrored"})
 
 
 # ── Refused, with what mends it after a semicolon ──────────────────────────────────────────────────────────────────
@@ -229,7 +238,7 @@ def _few(images: int, config: Config) -> str:
 
 def _lars(config: Config) -> str:
     encoder, wanted = config.encoder, _wanted(config)
-    if config.optim.name != "lars" or not wanted or isinstance(config, FineTune) and config.linear:
+    if config.optim.name != "lars" or not wanted or (isinstance(config, FineTune) and config.linear):
         return ""
     if not encoder.vit and (not encoder.timm or looked_at(encoder.timm, config.views.size_px).normalises):
         return ""

@@ -221,7 +221,10 @@ def _sgd(
     encoder: Any, data: Path, config: Config, device: torch.device, settings: Settings, classes: int, test: Features
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     from simclr.evaluation.linear import batch_size_for, sgd_probe
+    from simclr.sense import mild_crops
 
+    if mild := mild_crops(config.views):
+        say(f"sgd: {' and '.join(mild.values())}, as in the encoder's training; papers have 8 to 100 % and mirror one half")
     examples = read_manifest(data).examples("train")
     batch_size = settings.batch_size or batch_size_for(examples)
     with Bar("sgd", None) as bar:

@@ -20,11 +20,12 @@ from pipelines.terminal import say
 from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.train import driver, subset
-from simclr.config import Config, Encoder, SimCLR, Train
+from simclr.config import Config, Encoder, SimCLR, Train, Views
 from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 from simclr.sections import Size
+from simclr.sense import mild_crops
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,6 +99,29 @@ class Shape:
         return cls(depth=encoder.depth, width=encoder.width, sk_ratio=encoder.sk_ratio, cifar_stem=encoder.cifar_stem)
 
 
+@dataclass(frozen=True)
+class Crops:
+    """How images are cropped and mirrored. None = as in the training of the given network."""
+
+    area: tuple[float, float] | None = None
+    """Smallest and largest area of a crop, as a share of the image."""
+    flip_p: float | None = None
+    """Probability of a left-right flip."""
+
+    def of(self, views: Views) -> Views:
+        """`views` with these fields."""
+        return replace(views, area=self.area or views.area, flip_p=views.flip_p if self.flip_p is None else self.flip_p)
+
+    def inherited(self, views: Views) -> str:
+        """A sentence where crops are taken over from the given network's `views` that few train a classifier with; "" elsewhere."""
+        found, flags = mild_crops(self.of(views)), {"area": "--views.area 0.08 1", "flip_p": "--views.flip-p 0.5"}
+        inherited = [name for name in found if getattr(self, name) is None]
+        if not inherited:
+            return ""
+        said, given = (" and ".join(texts[name] for name in inherited) for texts in (found, flags))
+        return f"{said}, as in the training of the given network; classifiers mostly have {given}"
+
+
 def settings_of(config: Config, run: Path) -> dict[str, Any]:
     """What both stages' commands can repeat of a `run` with this config, as their flags."""
     labels = run / "labels.txt"
@@ -105,6 +129,7 @@ def settings_of(config: Config, run: Path) -> dict[str, Any]:
         "label_file": labels if labels.is_file() else None,
         "epochs": config.train.epochs,
         "batch_size": config.train.batch_size,
+        "views": Crops(config.views.area, config.views.flip_p),
         "optim": config.optim,
         "seed": config.seed,
         "test_every_epochs": config.watch.every_epochs,

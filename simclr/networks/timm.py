@@ -58,8 +58,8 @@ class TimmEncoder(nn.Module):
         return h
 
     def depths(self) -> dict[str, int]:
-        """The depth of each parameter by timm's own grouping: 0 is the stem, and it grows block by block. What the grouping does not name has
-        the last depth, by itself. Raises UserError for a network that timm does not group."""
+        """The depth of each parameter by timm's own grouping: 0 is the stem, and it grows block by block; what it does not name has a last
+        one to itself. Raises UserError for a network that timm does not group."""
         require_grouped(self.name, self._found)
         from timm.models import group_parameters
 

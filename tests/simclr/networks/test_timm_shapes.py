@@ -82,7 +82,7 @@ def test_small_crops_that_a_network_does_not_take_are_refused_before_anything_ru
 @pytest.mark.parametrize(
     ("name", "blocks", "first", "behind"),
     [
-        # Blocks as timm groups them: ConvNeXt's 2 + 2 + 6 + 2 with a down-sampling ahead of three stages, in a depth with their first block.
+        # ConvNeXt's blocks are 2 + 2 + 6 + 2; a down-sampling ahead of a stage has the depth of its first block.
         ("convnext_atto", 12, "stem", {"head.norm"}),
         ("vit_tiny_patch16_224", 12, "patch_embed", {"norm"}),
         ("swin_tiny_patch4_window7_224", 12, "patch_embed", {"norm"}),

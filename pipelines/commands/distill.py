@@ -142,9 +142,8 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
             shutil.rmtree(run.path / "teacher", ignore_errors=True)
             shutil.copytree(directory, run.path / ".teacher", dirs_exist_ok=True)
             (run.path / ".teacher").rename(run.path / "teacher")
-
-    about: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
-    about |= {f"teacher_{name}": method for name, method in classifiers.pretrained(directory).items()}
+        about: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
+        about |= {f"teacher_{name}": method for name, method in classifiers.pretrained(directory).items()}
     return driver.Job(
         run=run,
         home=home,

@@ -182,8 +182,8 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         if state is not None:
             driver.begin_with(run, state)
 
-    about: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
-    about |= {} if args.from_scratch else classifiers.pretrained(directory)
+        about: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
+        about |= {} if args.from_scratch else classifiers.pretrained(directory) | classifiers.pooled(directory, config)
     return driver.Job(
         run=run,
         home=home,

@@ -26,6 +26,7 @@ from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 from simclr.sections import Size
 from simclr.sense import mild_crops
+from simclr.stages import FineTune
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +87,7 @@ class Shape:
     @classmethod
     def free(cls, encoder: Encoder) -> Shape:
         """What of `encoder` needs no other weights."""
-        return cls(drop_path=encoder.drop_path or None, pool=encoder.pool if encoder.vit else None)
+        return cls(drop_path=encoder.drop_path, pool=encoder.pool) if encoder.vit else cls()
 
     @classmethod
     def like(cls, encoder: Encoder) -> Shape:
@@ -277,6 +278,15 @@ def pretrained(directory: Path) -> dict[str, str]:
     text = read_text(directory)
     method = text.get("published", {}).get("pretrained") or text.get("method")
     return {"pretrained": str(method)} if method else {}
+
+
+def pooled(directory: Path, config: FineTune) -> dict[str, str]:
+    """With which pooling the frozen weights of the encoder in `directory` were trained, for the `published` of a run of `config` that pools
+    them otherwise: the weights alone do not tell its features from theirs; {} = as the run pools them."""
+    from simclr.encoder.directory import read_text, trained_pool
+
+    before = trained_pool(read_text(directory)) if config.linear and config.encoder_sha256 else config.encoder.pool
+    return {"trained_pool": before} if before != config.encoder.pool else {}
 
 
 def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, object], method: Method | None = None) -> None:

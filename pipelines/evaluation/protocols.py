@@ -17,6 +17,7 @@ from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import Manifest, read_manifest
 from simclr.errors import UserError
+from simclr.papers import unscored
 
 if TYPE_CHECKING:
     import torch
@@ -235,6 +236,12 @@ def _sgd(
 
         classifier = sgd_probe(encoder, data, config, classes, batch_size, settings.epochs, device, settings.threads, progress)
     return classifier(test.h), {"epochs": settings.epochs, "batch_size": batch_size, "peak_lr": 0.1 * batch_size / 256, "weight_decay": 0.0}
+
+
+def say_unscored(method: str, run: str = "ENCODER") -> None:
+    """Say where neighbours and linear probes are no score of the `method` that pretrained an encoder, and what finds one of the `run`."""
+    if aside := unscored(method, run):
+        say(aside)
 
 
 # ── The results ──────────────────────────────────────────────────────────────────────────────────────────────────

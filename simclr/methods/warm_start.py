@@ -70,6 +70,9 @@ def warm_start(config: Config, weights: Weights, classes: tuple[str, ...], where
     if others:
         taken = {name: t if t.dtype in kept else t.float() for name, t in taken.items()}
         said.append(f"{' and '.join(sorted(others))} became float32")
+    pool = weights.pool or (weights.shape.pool if weights.shape else "")
+    if config.encoder.vit and pool and pool != config.encoder.pool:
+        said.append(f"encoder.pool was {pool}, and is {config.encoder.pool} here")
     if weights.unused:
         said.append(f"not used: {', '.join(weights.unused[:3])}{f' and {len(weights.unused) - 3} more' if len(weights.unused) > 3 else ''}")
 

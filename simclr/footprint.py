@@ -30,7 +30,7 @@ from simclr.loss import STREAMED_FROM
 from simclr.methods.choice import shapes
 from simclr.methods.method import Method, Rows
 from simclr.optim import build_optimizer
-from simclr.precision import autocast, views_dtype
+from simclr.precision import autocast, views_dtype, weights_dtype
 from simclr.train import take_step
 
 _EVALUATED = 256  # images that an online evaluation embeds at a time
@@ -205,7 +205,8 @@ def _fake(method: Method) -> Method:
 
 
 def _inputs(method: Method, config: Config, live: _Live, device: str) -> Any:
-    dtype = views_dtype(config.train.precision, torch.device(device))
+    precision = config.train.precision
+    dtype = weights_dtype(precision) if isinstance(config, MAE) else views_dtype(precision, torch.device(device))
     labelled = getattr(method.network, "classifier", None) is not None
 
     def inputs(batch: Any, some: slice) -> Rows:

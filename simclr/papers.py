@@ -101,10 +101,18 @@ def named(method: str) -> Named:
     return NAMED.get(method) or Named(method, ())
 
 
+def adamw(base_lr: str) -> str:
+    """The flags with which authors of vision transformers train on labels or a teacher's answers, with a `base_lr` of their own."""
+    return f"--optim.name adamw --optim.base-lr {base_lr} --optim.scaling linear --optim.weight-decay 0.05 --optim.warmup-epochs 5"
+
+
+TUNED = f"{adamw('1e-3')} --optim.layer-decay 0.75"
+"""The flags to fine-tune a vision transformer, as MAE's authors (arXiv:2111.06377, App. A.1, Tab. 9) and the bench of methods have them."""
+
+
 def unscored(method: str, run: str = "RUN") -> str:
     """A sentence where kNN and linear probes are no score of `method`, with the command that finds one for `run`; "" where they are."""
     if method != "mae":
         return ""
-    # The optimizer and the decay by layers of its authors (arXiv:2111.06377, Tab. 9).
-    command = f"simclr finetune {shlex.quote(run)} --optim.name adamw --optim.layer-decay 0.75"
+    command = f"simclr finetune {shlex.quote(run)} --encoder.pool mean {TUNED}"
     return f"neighbours in its features and linear probes are no score of MAE; fine-tuning is: {command}"

@@ -15,12 +15,15 @@ from simclr.data.videos import false_negatives, videos_of
 from simclr.errors import UserError
 from simclr.extras import command, has
 from simclr.family import CLIP, DINO, MAE, MoCo, SwAV
-from simclr.networks.timm import looked_at
+from simclr.networks.encoders import small_px
+from simclr.networks.timm import looked_at, require_grouped
+from simclr.optim import lr_peak
+from simclr.papers import TUNED, adamw
 from simclr.stages import Distill, FineTune
 
 _LEAST_PX = 64  # a ResNet with ImageNet's stem has one place for every 32 × 32 px; below this it has a single one
-# To fine-tune, as MAE's authors (arXiv:2111.06377, App. A.1) and the bench of methods do; for a student, as DeiT (2012.12877, Table 9).
-_TRANSFORMERS = "--optim.name adamw --optim.base-lr {} --optim.scaling linear --optim.weight-decay 0.05 --optim.warmup-epochs 5"
+_MOST_ADAMW = 0.02  # a peak rate of AdamW: authors come to 0.016 with batches of 4096, LARS's settings to 0.16 with 1024
+_LEAST_SHARE = 25  # percent of an image; authors train classifiers from 8 % on
 _ENOUGH = 16  # images; with fewer the error of a ResNet-50 rises (arXiv:1803.08494, Fig. 1)
 
 
@@ -33,7 +36,9 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     """
     pretrains = not isinstance(config, FineTune | Distill)
     if config.encoder.timm:
-        looked_at(config.encoder.timm, config.views.size_px)
+        seen = looked_at(config.encoder.timm, config.views.size_px, small_px(config))
+        if config.optim.layer_decay != 1:
+            require_grouped(config.encoder.timm, seen)
     refusals = [_crops(config.views, manifest), _queue(config, examples), single_image(config, workers), _no_videos(config, manifest)]
     alike, cut = _prompts(config, manifest)
     refusals += [_no_captions(config, manifest), alike]
@@ -41,10 +46,19 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
     found += [_warmup(config, examples), _enlarged(config.views, manifest), _few(normalised_over(config, workers), config)]
-    found += [cut, _lars(config), _elastic(config, workers), _unused(config.encoder), _stem(config.encoder, config.views.size_px)]
+    found += [cut, _lars(config), _adamw(config), _elastic(config, workers)]
+    found += [_unused(config.encoder), _stem(config.encoder, config.views.size_px)]
     if pretrains:
         found += [_unblurred(config), _neighbours(config, manifest), *_never(config, examples), *_frames(config, manifest, examples)]
     return tuple(note for note in found if note)
+
+
+def mild_crops(views: Views) -> dict[str, str]:
+    """Field of `views` → what few train a classifier with, in words: crops of more than a quarter of an image, which CLIP has, and no
+    flips."""
+    low, high = (100 * share for share in views.area)
+    found = {"area": f"crops cover {low:g} to {high:g} % of an image"} if low > _LEAST_SHARE else {}
+    return found | ({} if views.flip_p else {"flip_p": "no image is mirrored"})
 
 
 # ── Refused, with what mends it after a semicolon ──────────────────────────────────────────────────────────────────
@@ -76,7 +90,7 @@ def normalises(config: Config) -> bool:
         layers = int(not isinstance(config, MoCo | MAE | CLIP))
     if layers or not (encoder.vit or encoder.timm):
         return True
-    return not encoder.vit and looked_at(encoder.timm, config.views.size_px).normalises
+    return not encoder.vit and looked_at(encoder.timm, config.views.size_px, small_px(config)).normalises
 
 
 def statistics_over(config: Config, workers: int) -> int:
@@ -231,16 +245,38 @@ def _few(images: int, config: Config) -> str:
 
 
 def _lars(config: Config) -> str:
-    if not config.encoder.vit or config.optim.name != "lars":
+    encoder, wanted = config.encoder, _wanted(config)
+    if config.optim.name != "lars" or not wanted or (isinstance(config, FineTune) and config.linear):
         return ""
+    if not encoder.vit and (not encoder.timm or looked_at(encoder.timm, config.views.size_px).normalises):
+        return ""
+    title = encoder.title + ", without BatchNorm" * bool(encoder.timm)
+    return f"LARS has a ResNet's settings here, and the encoder is {title}; authors of vision transformers have {wanted}"
+
+
+def _adamw(config: Config) -> str:
+    """Of AdamW with the rate of LARS, which both stages have unless they are told another."""
+    optim, wanted = config.optim, _wanted(config)
+    peak = lr_peak(optim.base_lr, config.train.batch_size, optim.scaling)
+    if optim.name != "adamw" or not wanted or peak <= _MOST_ADAMW:
+        return ""
+    return (
+        f"AdamW's rate rises to {peak:.2g}, as LARS's may (optim.base_lr {optim.base_lr:g}, scaling {optim.scaling}); authors of vision "
+        f"transformers have {wanted}"
+    )
+
+
+def _wanted(config: Config) -> str:
+    """The flags with which a stage trains a vision transformer; "" for a pretraining."""
     match config:
-        case FineTune(linear=False):
-            wanted = f"{_TRANSFORMERS.format('1e-3')} --optim.layer-decay 0.75"
+        case FineTune():
+            name = config.encoder.timm
+            ordered = not name or looked_at(name, config.views.size_px).grouped
+            return TUNED if ordered and not config.linear else adamw("1e-3")
         case Distill():
-            wanted = _TRANSFORMERS.format("2.5e-4")
+            return adamw("2.5e-4")  # as DeiT (arXiv:2012.12877, Table 9: 5e-4 for 512 images)
         case _:
             return ""
-    return f"LARS has a ResNet's settings here, and the encoder is {config.encoder.title}; authors of vision transformers have {wanted}"
 
 
 def _elastic(config: Config, workers: Sequence[int]) -> str:

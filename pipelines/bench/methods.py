@@ -28,7 +28,7 @@ from simclr.config import Config, Optim, Train
 from simclr.data import labels, loader
 from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
-from simclr.family import method_name, pretraining
+from simclr.family import MAE, method_name, pretraining
 from simclr.footprint import footprint
 from simclr.methods.choice import method_of
 from simclr.methods.method import Start
@@ -88,7 +88,8 @@ def _like(config: Config, other: Config | None) -> Config:
     if other is None:
         return config
     same = replace(config.train, batch_size=other.train.batch_size, epochs=other.train.epochs, steps=other.train.steps)
-    return replace(config, encoder=other.encoder, train=same)
+    encoder = replace(other.encoder, drop_path=0.0) if isinstance(config, MAE) else other.encoder  # which MAE has not
+    return replace(config, encoder=encoder, train=same)
 
 
 def _shortened(config: Config, epochs: int | None, precision: Precision | None, compile: bool) -> Config:

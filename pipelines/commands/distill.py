@@ -13,11 +13,11 @@ import tyro
 
 from pipelines.runs import config_file, sync
 from pipelines.runs.directory import Run
-from pipelines.terminal import show
+from pipelines.terminal import say, show
 from pipelines.tracking import tensorboard
 from pipelines.train import classifiers, driver
 from pipelines.train.resources import Resources
-from simclr.config import Optim, Watch, head_of
+from simclr.config import Config, Optim, Watch, head_of
 from simclr.errors import UserError
 from simclr.stages import Distill
 
@@ -30,7 +30,7 @@ class Args:
     """
 
     SETTINGS: ClassVar = (
-        *("encoder", "temperature", "alpha", "labels", "label_seed", "epochs", "batch_size", "optim", "seed"),
+        *("encoder", "temperature", "alpha", "labels", "label_seed", "epochs", "batch_size", "views", "optim", "seed"),
         *("test_every_epochs", "precision", "compile"),
     )
     """What a file of --config may have."""
@@ -57,6 +57,7 @@ class Args:
     """Passes over the training images."""
     batch_size: int | None = None
     """Images per step over all workers. Default: 4096, or as many as there are."""
+    views: classifiers.Crops = field(default_factory=classifiers.Crops)
     optim: Optim = field(default_factory=lambda: Distill().optim)
     seed: int = 0
     """Seed of the student's weights, of order and crops."""
@@ -116,18 +117,23 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         data, manifest = sync.manifest(at)
         examples = manifest.examples("train")
         from simclr.data import labels
+        from simclr.encoder.directory import config_of, read_text
         from simclr.methods.distill import require_teacher
 
         classes = require_teacher(directory, manifest.classes)
         seed = args.seed if args.label_seed is None else args.label_seed
         seen = None if args.alpha == 1 else classifiers.choose_labels(data, at, manifest, args.labels, args.label_file, seed)
         ids = seen.ids if seen is not None else None
-        config = _config(args, directory, examples, labels.digest(ids) if ids is not None else "")
+        base = config_of(read_text(directory))
+        config = _config(args, base, directory, examples, labels.digest(ids) if ids is not None else "")
         driver.require_shares(config, examples, args.resources)
         name = f"distill-{classifiers.recipe_of(directory).removeprefix('finetune-')}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "distill", alone=lock)
         scalars = tensorboard.scalars(args.tensorboard, run, home.at)
         run = driver.checked(run, manifest, examples, args.resources)
+        if about_crops := args.views.inherited(base.views):
+            say(about_crops)
+            run = replace(run, notes=(*run.notes, about_crops))
         lock.enter_context(run.alone())
         run.save()
         if seen is not None:
@@ -136,9 +142,8 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
             shutil.rmtree(run.path / "teacher", ignore_errors=True)
             shutil.copytree(directory, run.path / ".teacher", dirs_exist_ok=True)
             (run.path / ".teacher").rename(run.path / "teacher")
-
-    about: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
-    about |= {f"teacher_{name}": method for name, method in classifiers.pretrained(directory).items()}
+        about: dict[str, object] = {"temperature": config.temperature, "alpha": config.alpha, "labels": 0 if ids is None else len(ids)}
+        about |= {f"teacher_{name}": method for name, method in classifiers.pretrained(directory).items()}
     return driver.Job(
         run=run,
         home=home,
@@ -152,17 +157,15 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
     )
 
 
-def _config(args: Args, directory: Path, images: int, labels_sha256: str) -> Distill:
-    from simclr.encoder.directory import config_of, read_text
-
-    base = config_of(read_text(directory))
+def _config(args: Args, base: Config, directory: Path, images: int, labels_sha256: str) -> Distill:
+    """The config of distilling the teacher in `directory`, which a run of `base` made."""
     student = args.encoder.of(base.encoder)
     alike = replace(student, drop_path=0.0) == replace(base.encoder.trained, drop_path=0.0)
     return Distill(
         seed=args.seed,
         encoder=student,
         head=head_of(base),
-        views=base.views,
+        views=args.views.of(base.views),
         optim=args.optim,
         train=classifiers.stage_train(
             classifiers.batch_for(args.batch_size, 4096, images, args.resources.workers), args.epochs, args.precision, args.compile

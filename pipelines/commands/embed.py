@@ -32,6 +32,7 @@ from simclr.data.s3.uri import address
 from simclr.data.sources.reading import Reading
 from simclr.errors import UserError
 from simclr.extras import has
+from simclr.papers import unscored
 
 if TYPE_CHECKING:
     from simclr.data.feature_parts import About
@@ -166,6 +167,7 @@ def _embed(
     from simclr.encoder.directory import preprocessing_of, read_text, weights_digest, width_of
 
     text = read_text(directory)
+    method = str(text.get("method", ""))
     options = Options(value_range=args.value_range, bands=args.bands, max_pixels=args.max_pixels)
     planned = plan(args.images, args.reading, options)
     preprocessing = dataclasses.asdict(preprocessing_of(text))
@@ -188,6 +190,7 @@ def _embed(
         key=key,
         ranges=dict(options.rule(planned.ranges).ranges),
         bands=args.bands or (),
+        method=method if unscored(method) else "",
     )
     parts = _left(planned.parts, place, stated, one_file)
     if parts:

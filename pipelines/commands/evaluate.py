@@ -126,8 +126,18 @@ def main(args: Args) -> None:
             _suite(args, directory, out, name)
         else:
             _protocols(args, directory, out, name)
-            if args.limit is None:
-                _logged(args, directory)
+        if set(args.protocol) != {"zero-shot"}:
+            protocols.say_unscored(_pretrained(directory), name if (directory / "run.json").is_file() else "ENCODER")
+        if not args.suite and args.limit is None:
+            _logged(args, directory)
+
+
+def _pretrained(directory: Path) -> str:
+    """The method of the run or published encoder in `directory`."""
+    from simclr.encoder.directory import read_text
+
+    published = directory / "encoder" if (directory / "run.json").is_file() else directory
+    return str(read_text(published).get("method", ""))
 
 
 def _logged(args: Args, directory: Path) -> None:

@@ -16,7 +16,7 @@ from pipelines.terminal import say, show
 from pipelines.tracking import tensorboard
 from pipelines.train import classifiers, driver
 from pipelines.train.resources import Resources
-from simclr.config import Optim, SimCLR, Watch, head_of
+from simclr.config import Config, Optim, SimCLR, Watch, head_of
 from simclr.errors import UserError
 from simclr.family import method_name
 from simclr.papers import named
@@ -39,7 +39,20 @@ class Args:
     """
 
     SETTINGS: ClassVar = (
-        *("labels", "tap", "class_weights", "linear", "from_scratch", "encoder", "epochs", "batch_size", "optim", "seed", "label_seed"),
+        *(
+            "labels",
+            "tap",
+            "class_weights",
+            "linear",
+            "from_scratch",
+            "encoder",
+            "epochs",
+            "batch_size",
+            "views",
+            "optim",
+            "seed",
+            "label_seed",
+        ),
         *("test_every_epochs", "precision", "compile"),
     )
     """What a file of --config may have."""
@@ -72,6 +85,7 @@ class Args:
     """Passes over the labelled images. Default: 60 if less than 5 % of the labels are seen, else 30."""
     batch_size: int | None = None
     """Images per step over all workers. Default: 1024, or as many as there are."""
+    views: classifiers.Crops = field(default_factory=classifiers.Crops)
     optim: Optim = field(default_factory=lambda: FineTune().optim)
     seed: int = 0
     """Seed of the choice of labels, of order and crops, and of new weights."""
@@ -139,6 +153,7 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         data, manifest = sync.manifest(at)
         classes = classifiers.require_classes(manifest, data)
         from simclr.data import labels
+        from simclr.encoder.directory import config_of, read_text
         from simclr.methods.classifier import first_state
 
         seed = args.seed if args.label_seed is None else args.label_seed
@@ -150,22 +165,25 @@ def _job(args: Args, lock: contextlib.ExitStack) -> driver.Job:
         ids = seen.ids
         if args.class_weights == "balanced":
             say(_weights(seen.y, classes))
-        config = _config(args, directory, len(ids), len(ids) / manifest.examples("train"), labels.digest(ids))
+        base = config_of(read_text(directory))
+        config = _config(args, base, directory, len(ids), len(ids) / manifest.examples("train"), labels.digest(ids))
         driver.require_shares(config, len(ids), args.resources)
         state = None if args.from_scratch else first_state(config, directory, len(classes))
         name = f"finetune-{classifiers.recipe_of(directory)}"
         run, home, uri = driver.home_of(args.run, name, config, data, at, args.tracking_uri, "finetune", alone=lock)
         scalars = tensorboard.scalars(args.tensorboard, run, home.at)
         run = driver.checked(run, manifest, len(ids), args.resources)
-        run = replace(run, notes=(*run.notes, about_held)) if about_held else run
+        if about_crops := args.views.inherited(base.views):
+            say(about_crops)
+        run = replace(run, notes=(*run.notes, *filter(None, (about_crops, about_held))))
         lock.enter_context(run.alone())
         run.save()
         classifiers.write_labels(run, seen)
         if state is not None:
             driver.begin_with(run, state)
 
-    about: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
-    about |= {} if args.from_scratch else classifiers.pretrained(directory)
+        about: dict[str, object] = {"labels": len(ids), "from_scratch": args.from_scratch}
+        about |= {} if args.from_scratch else classifiers.pretrained(directory) | classifiers.pooled(directory, config)
     return driver.Job(
         run=run,
         home=home,
@@ -188,10 +206,8 @@ def _weights(y: NDArray[np.int64], classes: tuple[str, ...]) -> str:
     return "class weights from " + " to ".join(f"{weights[c]:.3g} ({classes[c]}, {(y == c).sum():,} images)" for c in (seen[0], seen[-1]))
 
 
-def _config(args: Args, directory: Path, images: int, share: float, labels_sha256: str) -> FineTune:
-    from simclr.encoder.directory import config_of, read_text
-
-    base = config_of(read_text(directory))
+def _config(args: Args, base: Config, directory: Path, images: int, share: float, labels_sha256: str) -> FineTune:
+    """The config of fine-tuning the encoder in `directory`, which a run of `base` made."""
     if args.encoder.other_weights and not args.from_scratch:
         raise UserError("--encoder.… asks for another network than the given one, which has weights; add --from-scratch, or leave it out")
     if args.tap and not isinstance(base, SimCLR):
@@ -206,7 +222,7 @@ def _config(args: Args, directory: Path, images: int, share: float, labels_sha25
         seed=args.seed,
         encoder=args.encoder.of(base.encoder),
         head=head_of(base),
-        views=base.views,
+        views=args.views.of(base.views),
         optim=args.optim,
         train=classifiers.stage_train(batch_size, epochs, args.precision, args.compile),
         watch=Watch(every_epochs=args.test_every_epochs),

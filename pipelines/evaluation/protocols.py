@@ -17,6 +17,7 @@ from simclr import files
 from simclr.config import Config
 from simclr.data.manifest import Manifest, read_manifest
 from simclr.errors import UserError
+from simclr.papers import unscored
 
 if TYPE_CHECKING:
     import torch
@@ -227,7 +228,10 @@ def _sgd(
     encoder: Any, data: Path, config: Config, device: torch.device, settings: Settings, classes: int, test: Features
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     from simclr.evaluation.linear import batch_size_for, sgd_probe
+    from simclr.sense import mild_crops
 
+    if mild := mild_crops(config.views):
+        say(f"sgd: {' and '.join(mild.values())}, as in the encoder's training; papers have 8 to 100 % and mirror one half")
     examples = read_manifest(data).examples("train")
     batch_size = settings.batch_size or batch_size_for(examples)
     with Bar("sgd", None) as bar:
@@ -238,6 +242,12 @@ def _sgd(
 
         classifier = sgd_probe(encoder, data, config, classes, batch_size, settings.epochs, device, settings.threads, progress)
     return classifier(test.h), {"epochs": settings.epochs, "batch_size": batch_size, "peak_lr": 0.1 * batch_size / 256, "weight_decay": 0.0}
+
+
+def say_unscored(method: str, run: str = "ENCODER") -> None:
+    """Say where neighbours and linear probes are no score of the `method` that pretrained an encoder, and what finds one of the `run`."""
+    if aside := unscored(method, run):
+        say(aside)
 
 
 # ── The results ──────────────────────────────────────────────────────────────────────────────────────────────────

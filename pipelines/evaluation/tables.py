@@ -49,6 +49,7 @@ def run(
         k, temperature = settings.k or config.watch.k, settings.temperature or config.watch.temperature
         row |= quick.scored(train, test, k, temperature, device)
         show(quick.table([row]))
+        protocols.say_unscored(first.about.method)
         return [row]
     if not classes:
         raise UserError(f"the features in {' and '.join(places)} have no labels, and every protocol needs them; leave out --protocol")
@@ -64,6 +65,7 @@ def run(
         scores, told = protocols.FITTED[protocol](train, test, config, settings, len(classes))
         told = {"protocol": protocol, "encoder": first.about.encoder[:12], "train": len(train.y), "test": len(test.y), **told}
         rows.append(protocols.finish(scores, test.y, classes, settings, told, measured, out, began))
+    protocols.say_unscored(first.about.method)
     return rows
 
 

@@ -20,11 +20,13 @@ from pipelines.terminal import say
 from pipelines.tracking import registry
 from pipelines.tracking import uri as mlflow_uri
 from pipelines.train import driver, subset
-from simclr.config import Config, Encoder, SimCLR, Train
+from simclr.config import Config, Encoder, SimCLR, Train, Views
 from simclr.data.manifest import Manifest, read_manifest
 from simclr.data.s3 import uri as s3_uri
 from simclr.errors import UserError
 from simclr.sections import Size
+from simclr.sense import mild_crops
+from simclr.stages import FineTune
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +87,7 @@ class Shape:
     @classmethod
     def free(cls, encoder: Encoder) -> Shape:
         """What of `encoder` needs no other weights."""
-        return cls(drop_path=encoder.drop_path or None, pool=encoder.pool if encoder.vit else None)
+        return cls(drop_path=encoder.drop_path, pool=encoder.pool) if encoder.vit else cls()
 
     @classmethod
     def like(cls, encoder: Encoder) -> Shape:
@@ -98,6 +100,29 @@ class Shape:
         return cls(depth=encoder.depth, width=encoder.width, sk_ratio=encoder.sk_ratio, cifar_stem=encoder.cifar_stem)
 
 
+@dataclass(frozen=True)
+class Crops:
+    """How images are cropped and mirrored. None = as in the training of the given network."""
+
+    area: tuple[float, float] | None = None
+    """Smallest and largest area of a crop, as a share of the image."""
+    flip_p: float | None = None
+    """Probability of a left-right flip."""
+
+    def of(self, views: Views) -> Views:
+        """`views` with these fields."""
+        return replace(views, area=self.area or views.area, flip_p=views.flip_p if self.flip_p is None else self.flip_p)
+
+    def inherited(self, views: Views) -> str:
+        """A sentence where crops are taken over from the given network's `views` that few train a classifier with; "" elsewhere."""
+        found, flags = mild_crops(self.of(views)), {"area": "--views.area 0.08 1", "flip_p": "--views.flip-p 0.5"}
+        inherited = [name for name in found if getattr(self, name) is None]
+        if not inherited:
+            return ""
+        said, given = (" and ".join(texts[name] for name in inherited) for texts in (found, flags))
+        return f"{said}, as in the training of the given network; classifiers mostly have {given}"
+
+
 def settings_of(config: Config, run: Path) -> dict[str, Any]:
     """What both stages' commands can repeat of a `run` with this config, as their flags."""
     labels = run / "labels.txt"
@@ -105,6 +130,7 @@ def settings_of(config: Config, run: Path) -> dict[str, Any]:
         "label_file": labels if labels.is_file() else None,
         "epochs": config.train.epochs,
         "batch_size": config.train.batch_size,
+        "views": Crops(config.views.area, config.views.flip_p),
         "optim": config.optim,
         "seed": config.seed,
         "test_every_epochs": config.watch.every_epochs,
@@ -252,6 +278,15 @@ def pretrained(directory: Path) -> dict[str, str]:
     text = read_text(directory)
     method = text.get("published", {}).get("pretrained") or text.get("method")
     return {"pretrained": str(method)} if method else {}
+
+
+def pooled(directory: Path, config: FineTune) -> dict[str, str]:
+    """With which pooling the frozen weights of the encoder in `directory` were trained, for the `published` of a run of `config` that pools
+    them otherwise: the weights alone do not tell its features from theirs; {} = as the run pools them."""
+    from simclr.encoder.directory import read_text, trained_pool
+
+    before = trained_pool(read_text(directory)) if config.linear and config.encoder_sha256 else config.encoder.pool
+    return {"trained_pool": before} if before != config.encoder.pool else {}
 
 
 def publish(run: Run, classes: tuple[str, ...], tap: int, notes: dict[str, object], method: Method | None = None) -> None:

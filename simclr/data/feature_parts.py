@@ -68,12 +68,14 @@ class About:
     """Black and white point of pixels of more than 8 bits (`depth.Rule`)."""
     bands: tuple[int, ...] = ()
     """Which bands were red, green and blue; () = those of the pictures."""
+    method: str = ""
+    """What pretrained the encoder, where neighbours and probes are no score of it (`papers.unscored`); "" elsewhere."""
     schema: int = SCHEMA
 
     def to_json(self) -> bytes:
         values = {name: getattr(self, name) for name in self.__slots__}
         # Earlier versions refuse fields that they do not know.
-        return json.dumps({name: value for name, value in values.items() if value or name not in ("ranges", "bands")}).encode()
+        return json.dumps({name: value for name, value in values.items() if value or name not in ("ranges", "bands", "method")}).encode()
 
     def rule(self, others: Mapping[str, tuple[float, float]] | None = None) -> Rule:
         """How other pictures are to be read to be seen as these were; `others` are ranges of kinds of pixels that these had not."""

@@ -241,9 +241,20 @@ def read_text(directory: Path) -> dict[str, Any]:
 
 
 def weights_digest(directory: Path) -> str:
-    """sha256 (hex) of a published encoder's weights, as its features state it."""
+    """sha256 (hex) of a published encoder's weights, as its features state it; of frozen weights that are pooled otherwise than they were
+    trained, of the pooling too, since their features are others. Of what else tells equal weights apart, the preprocessing is stated beside
+    it, and other heads want other weights. Raises UserError where `directory` is no published encoder."""
+    text = read_text(directory)
     with (directory / "encoder.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    pool = shape_of(text).pool
+    return found if pool == trained_pool(text) else hashlib.sha256(f"{found} pool {pool}".encode()).hexdigest()
+
+
+def trained_pool(text: dict[str, Any]) -> str:
+    """The pooling with which the weights were trained that a config.json describes: the encoder's own, unless `published` says that a
+    classifier was trained on frozen weights with another."""
+    return str(text.get("published", {}).get("trained_pool") or shape_of(text).pool)
 
 
 def width_of(text: dict[str, Any]) -> int:

@@ -123,8 +123,9 @@ def torchvision(published: PublishedEncoder, classifier: dict[str, Tensor] | Non
 
     config = Encoder(**published.config["encoder"])
     if config.vit:
+        but = "as it is" if config.pool == "class" else "but for norm, which timm calls fc_norm behind a mean of patches"
         raise UserError(
-            f"torchvision's names are for ResNets, and this is a {config.title}, whose encoder.safetensors has timm's names as it is; "
+            f"torchvision's names are for ResNets, and this is a {config.title}, whose encoder.safetensors has timm's names {but}; "
             "export a program (.pt2) or ONNX (.onnx), or use that file"
         )
     if config.depth not in (*_SHALLOW, 50, 101, 152) or config.width != 1 or config.sk_ratio or config.se_ratio or config.cifar_stem:

@@ -60,6 +60,8 @@ class Weights:
     """Mean and standard deviation that normalised their images; None = unknown."""
     timm: tuple[Triple, Triple, str] | None = None
     """Mean, standard deviation and interpolation that timm's own weights of the network want; None = not timm's, or `norm` is known."""
+    pool: str = ""
+    """How a vision transformer's file says that it pools; "" = it does not, or `shape` has it."""
     step: int | None = None
     """Optimizer steps after which they were; None = unknown."""
 
@@ -151,15 +153,18 @@ def of_file(path: Path, config: Config | None = None) -> Weights:
         )
     (prefix,) = prefixes
     encoder, unused = {}, []
+    # timm's name of the norm where patches are averaged: the Hub's file of such a network has it.
+    averaged = f"{prefix}fc_norm.weight" in tensors and f"{prefix}norm.weight" not in tensors
     for name, t in tensors.items():
         rest = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        rest = re.sub(r"^fc_norm\.", "norm.", rest) if averaged else rest
         own = rest if _OWN.match(rest) else own_name(rest)
         if own is None:
             unused.append(name)
         elif not own.endswith(_NEVER_USED):
             _require_numbers(t, name, path)
             encoder[own] = t
-    return Weights(encoder=encoder, unused=tuple(unused))
+    return Weights(encoder=encoder, unused=tuple(unused), pool="mean" if averaged else "")
 
 
 def _of_timm(tensors: dict[str, Tensor], config: Config, path: Path) -> Weights:

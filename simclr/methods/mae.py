@@ -28,6 +28,7 @@ from simclr.methods.online import neighbours
 from simclr.networks.encoders import encoder_of
 from simclr.networks.vit import Decoder, VisionTransformer
 from simclr.optim import dino_rule, parameter_groups
+from simclr.precision import weights_dtype
 from simclr.to_device import to_device
 from simclr.views.draw import Crop
 
@@ -63,15 +64,15 @@ def orders(config: MAE, epoch: int, ids: NDArray[np.int64]) -> Tensor:
 
 
 def inputs_of(batch: Batch, some: slice, crops: tuple[Crop, ...], config: MAE, device: torch.device) -> Rows:
-    """The rows that the network reads, of some images of this rank."""
-    (views,) = views_for(batch, some, crops, config, device)
+    """The rows that the network reads, of some images of this rank. Their pixels are targets too, so they are not rounded to bfloat16, as
+    autocast does for the network."""
+    (views,) = views_for(batch, some, crops, config, device, weights_dtype(config.train.precision))
     return {"views": views[None], "order": to_device(orders(config, batch.epoch, batch.ids[some].numpy()), device)[None]}
 
 
 def painted(inputs: Rows, config: MAE) -> Rows:
     """{"patches": (1, n, L, 3 p²) what the decoder is to paint, "gone": (1, n, L) 1 for each patch that the encoder did not see}."""
-    views = inputs["views"][0]
-    patches = patches_of(views.float() if views.dtype == torch.bfloat16 else views, config.encoder.patch_px)
+    patches = patches_of(inputs["views"][0], config.encoder.patch_px)
     if config.normalised:
         mean, deviation = _moments(patches)
         patches = (patches - mean) / deviation

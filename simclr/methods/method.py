@@ -64,9 +64,12 @@ class Start:
         return self.threads if self.device.type == "cpu" else max(self.threads - 1, 1)
 
 
-def views_for(batch: Batch, some: slice, crops: tuple[Crop, ...], config: Config, device: torch.device) -> list[Tensor]:
-    """The views of some images of a batch, as a network reads them: for each of `crops` (count·n, 3, size, size), channels last."""
-    dtype, found, first = views_dtype(config.train.precision, device), [], 0
+def views_for(
+    batch: Batch, some: slice, crops: tuple[Crop, ...], config: Config, device: torch.device, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """The views of some images of a batch: for each of `crops` (count·n, 3, size, size), channels last, as a network reads them or in
+    `dtype`."""
+    dtype, found, first = dtype or views_dtype(config.train.precision, device), [], 0
     for index, crop in enumerate(crops):
         images = batch.images[0 if batch.images[0].ndim == 4 else index][some]  # whole images serve all crops
         ahead = batch.drawn[index] if batch.drawn else None

@@ -70,6 +70,9 @@ def warm_start(config: Config, weights: Weights, classes: tuple[str, ...], where
     if others:
         taken = {name: t if t.dtype in kept else t.float() for name, t in taken.items()}
         said.append(f"{' and '.join(sorted(others))} became float32")
+    pool = weights.pool or (weights.shape.pool if weights.shape else "")
+    if config.encoder.vit and pool and pool != config.encoder.pool:
+        said.append(f"encoder.pool was {pool}, and is {config.encoder.pool} here")
     if weights.unused:
         said.append(f"not used: {', '.join(weights.unused[:3])}{f' and {len(weights.unused) - 3} more' if len(weights.unused) > 3 else ''}")
 
@@ -84,15 +87,18 @@ def warm_start(config: Config, weights: Weights, classes: tuple[str, ...], where
 def _rest(config: Config, weights: Weights, model: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """(what is taken of `weights.rest`, by names in a checkpoint; what is taken and what begins anew, in words). `model` and `state` are
     the first tensors of the run's network and state; each part of the network is taken or not, and the state as a whole."""
-    names = [f"model.{part}." for part in dict.fromkeys(name.partition(".")[0] for name in model) if part not in ("encoder", "classifier")]
+    names = [f"model.{part}" for part in dict.fromkeys(name.partition(".")[0] for name in model) if part not in ("encoder", "classifier")]
     own = {f"model.{name}": t for name, t in model.items()} | {f"state.{name}": t for name, t in state.items()}
     given = weights.rest if weights.method == config.METHOD else {}
     taken: dict[str, Tensor] = {}
     said: dict[str, list[str]] = {"taken": [], "new": []}
-    for prefix in [*names, *(["state."] if state else [])]:
-        found = {name: t for name, t in given.items() if name.startswith(prefix)}
-        fits = not differences({name: t for name, t in own.items() if name.startswith(prefix)}, found)
+    for part in [*names, *(["state"] if state else [])]:
+        found, wanted = (
+            {name: t for name, t in tensors.items() if name == part or name.startswith(f"{part}.")}  # a parameter is a part by itself
+            for tensors in (given, own)
+        )
+        fits = not differences(wanted, found)
         taken |= {name: t.to(own[name].dtype) for name, t in found.items()} if fits else {}
-        if given or prefix != "state.":
-            said["taken" if fits else "new"].append(prefix.removeprefix("model.").removesuffix("."))
+        if given or part != "state":
+            said["taken" if fits else "new"].append(part.removeprefix("model."))
     return taken, [f"{' and '.join(parts)}: {how}" for how, parts in said.items() if parts]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from simclr import config as configs
 from simclr.errors import UserError
+from simclr.family import DINO, SwAV
 from simclr.networks.resnet import ResNet, resnet
 from simclr.networks.timm import TimmEncoder
 from simclr.networks.vit import SIZES, VisionTransformer, vit
@@ -17,9 +18,10 @@ Encoder: TypeAlias = ResNet | VisionTransformer | TimmEncoder
 """Images (n, 3, H, W) → representations h (n, d_h), with d_h in `.d_h`."""
 
 
-def build_encoder(config: configs.Encoder, seed: int = 0, size_px: int = 224) -> Encoder:
-    """The encoder that `config` describes, for images of `size_px` pixels a side, with initial weights keyed by `seed`. Raises UserError
-    where a vision transformer's parts do not divide each other."""
+def build_encoder(config: configs.Encoder, seed: int = 0, size_px: int = 224, small_px: int | None = None) -> Encoder:
+    """The encoder that `config` describes, for images of `size_px` pixels a side, with initial weights keyed by `seed`; a network of timm's
+    also for small crops of `small_px`, as the others are anyway. Raises UserError where a vision transformer's parts do not divide each
+    other, and for a network that timm has not or that does not take such images."""
     c = config
     if c.vit:
         width, blocks, heads = SIZES[c.vit]
@@ -29,13 +31,18 @@ def build_encoder(config: configs.Encoder, seed: int = 0, size_px: int = 224) ->
         except ValueError as error:
             raise UserError(f"no {c.title} is like this: {error}; change encoder.heads, encoder.patch_px or views.size_px") from None
     if c.timm:
-        return TimmEncoder(c.timm, size_px, c.norm_ranks, seed)
+        return TimmEncoder(c.timm, size_px, c.norm_ranks, seed, small_px)
     return resnet(c.depth, c.width, c.sk_ratio, c.se_ratio, c.cifar_stem, c.norm_ranks, seed)
 
 
 def encoder_of(config: configs.Config) -> Encoder:
     """The encoder of a run of `config`, with its initial weights."""
-    return build_encoder(config.encoder, config.seed, config.views.size_px)
+    return build_encoder(config.encoder, config.seed, config.views.size_px, small_px(config))
+
+
+def small_px(config: configs.Config) -> int | None:
+    """Side of the small crops that the encoder of a run of `config` sees beside the views; None where there are none."""
+    return config.local.size_px if isinstance(config, SwAV | DINO) and config.local.crops else None
 
 
 def encoded(encoder: Encoder, rows: Mapping[str, Tensor]) -> Tensor:
@@ -51,13 +58,15 @@ def depths(encoder: Encoder) -> tuple[dict[str, int], int]:
     """(the depth of each parameter by its name in `encoder`, number of depths), for rates that shrink towards the input.
 
     Depth 0 is what comes before the blocks: patch embedding, tokens and positions, or the stem. Block i has i + 1, and the last depth is
-    for what comes behind the blocks: the last norm, and what a method puts on the encoder.
+    for what comes behind the blocks: the last norm, and what a method puts on the encoder. Raises UserError for a network of timm's whose
+    blocks timm does not order.
     """
     if isinstance(encoder, TimmEncoder):
         of_timm = encoder.depths()
-        last = max(of_timm.values()) + 1
-        ends = ("model.norm.", "model.fc_norm.", "model.head.")  # which timm counts to the last block
-        return {name: last if name.startswith(ends) else depth for name, depth in of_timm.items()}, last + 1
+        ends = ("model.norm.", "model.fc_norm.", "model.head.", "model.attn_pool.")  # timm: of the last block, or of a depth of their own
+        dense = {depth: i for i, depth in enumerate(sorted({d for name, d in of_timm.items() if not name.startswith(ends)}))}
+        last = len(dense)
+        return {name: last if name.startswith(ends) else dense[depth] for name, depth in of_timm.items()}, last + 1
     behind: tuple[str, ...] = ()
     if isinstance(encoder, VisionTransformer):
         blocks = {f"blocks.{i}.": i + 1 for i in range(len(encoder.blocks))}

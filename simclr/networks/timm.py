@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -30,16 +31,18 @@ class TimmEncoder(nn.Module):
     - nothing is left out by chance: dropout, drop path and the like are 0 whatever timm has, since all randomness here is keyed;
     - parameters that h does not depend on are not trained.
 
-    A network that has a fixed size of input is built for `size_px`. It pools as timm's default for it has it, which is stated by name.
+    A network that has a fixed size of input is built for `size_px`; where a method shows it crops of `small_px` too, with timm's
+    `dynamic_img_size`, by which its weights and what it computes at `size_px` are the same. It pools as timm's default for it has it, which
+    is stated by name.
     Initial weights are drawn as timm does, from a generator of their own that `seed` sets: the same on every rank, whatever was
     drawn before, and torch's global generator stays as it is. Unlike our networks' they depend on the versions of torch and timm.
 
     Raises UserError for a name that timm has not, for images that the network cannot take, and for one without a vector per image.
     """
 
-    def __init__(self, name: str, size_px: int, norm_ranks: int | None = None, seed: int = 0) -> None:
+    def __init__(self, name: str, size_px: int, norm_ranks: int | None = None, seed: int = 0, small_px: int | None = None) -> None:
         super().__init__()
-        self._found = looked_at(name, size_px)
+        self._found = looked_at(name, size_px, small_px)
         self.name, self.d_h, self.pretrained_cfg = name, self._found.d_h, self._found.pretrained_cfg
         self.model = _without_chance(_drawn(name, self._found.arguments, seed))
         for parameter, p in self.model.named_parameters():
@@ -55,7 +58,9 @@ class TimmEncoder(nn.Module):
         return h
 
     def depths(self) -> dict[str, int]:
-        """The depth of each parameter by timm's own grouping: 0 is the stem, and it grows block by block."""
+        """The depth of each parameter by timm's own grouping: 0 is the stem, and it grows block by block; what it does not name has a last
+        one to itself. Raises UserError for a network that timm does not group."""
+        require_grouped(self.name, self._found)
         from timm.models import group_parameters
 
         model: Any = self.model  # nn.Module knows no method of timm's
@@ -103,14 +108,16 @@ class Found:
     """Buffers that no state dict has."""
     normalises: bool
     """Whether it has BatchNorms."""
+    grouped: bool
+    """Whether timm says the order of its blocks."""
     pretrained_cfg: dict[str, Any]
     """What timm says of the network: its input, mean and std that its own weights want, the names of its first and last layers."""
 
 
 @functools.lru_cache(maxsize=32)
-def looked_at(name: str, size_px: int) -> Found:
-    """Timm's network `name` for images of `size_px`, from one pass forward and backward on the meta device, without memory. Raises
-    UserError as `TimmEncoder` does."""
+def looked_at(name: str, size_px: int, small_px: int | None = None) -> Found:
+    """Timm's network `name` for images of `size_px`, and small crops of `small_px` if there are some, from one pass forward and backward on
+    the meta device, without memory. Raises UserError as `TimmEncoder` does."""
     create = _door(name)
     with torch.device("meta"):
         arguments: dict[str, Any] = {"pretrained": False, "num_classes": 0}
@@ -128,10 +135,20 @@ def looked_at(name: str, size_px: int) -> Found:
             raise UserError(f"timm cannot build {name} for images of {size_px} px: {_first_line(error)}; {_OTHER}") from None
         _without_chance(network)
         patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
-        if isinstance(patch, tuple) and any(isinstance(side, int) and size_px % side for side in patch):
-            raise UserError(
-                f"encoder.timm {name} cuts images into patches of {patch[0]} px, and views.size_px is {size_px}; give a multiple of it"
-            )
+        for field, side_px in (("views.size_px", size_px), ("local.size_px", small_px or size_px)):
+            if isinstance(patch, tuple) and any(isinstance(side, int) and side_px % side for side in patch):
+                raise UserError(
+                    f"encoder.timm {name} cuts images into patches of {patch[0]} px, and {field} is {side_px}; give a multiple of it"
+                )
+        if small_px and _takes(network, size_px) and not _takes(network, small_px):
+            with contextlib.suppress(TypeError):  # of a network that knows no such argument, as most of a fixed size
+                network = _without_chance(create(name, **arguments, dynamic_img_size=True))
+                arguments["dynamic_img_size"] = True
+            if not _takes(network, small_px):
+                raise UserError(
+                    f"encoder.timm {name} takes images of {size_px} px alone, and the small crops have {small_px}; give --local.crops 0 or "
+                    "another network"
+                )
         random = _Random()
         try:
             with random:
@@ -147,10 +164,26 @@ def looked_at(name: str, size_px: int) -> Found:
     derived = {buffer for buffer, _ in network.named_buffers()} - set(network.state_dict())
     unused = (parameter for parameter, p in network.named_parameters() if p.grad is None)
     normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
-    return Found(arguments, h.shape[1], frozenset(unused), frozenset(derived), normalises, dict(network.pretrained_cfg))
+    grouped = hasattr(network, "group_matcher")
+    return Found(arguments, h.shape[1], frozenset(unused), frozenset(derived), normalises, grouped, dict(network.pretrained_cfg))
+
+
+def _takes(network: nn.Module, size_px: int) -> bool:
+    """Whether a network on the meta device gives a vector for each image of `size_px`."""
+    try:
+        h = network(torch.empty(2, 3, size_px, size_px, device="meta"))
+    except Exception:  # whatever timm's networks raise
+        return False
+    return isinstance(h, Tensor) and h.ndim == 2
 
 
 _OTHER = "give another size (--views.size-px) or another network"
+
+
+def require_grouped(name: str, found: Found) -> None:
+    """Raise UserError unless timm says the order of the blocks of network `name`, which rates that shrink block by block want."""
+    if not found.grouped:
+        raise UserError(f"optim.layer_decay goes by the order of blocks, which timm does not say of {name}; leave --optim.layer-decay out")
 
 
 def pooling(network: nn.Module) -> str:

@@ -223,6 +223,8 @@ def test_bench_methods_trains_a_complete_run_once(
     monkeypatch.setattr(table, "table", lambda rows: [])
     alike = [row["config"] for row in table.methods(*asked, like=like)]
     assert [(c.encoder, c.train.batch_size, c.train.steps) for c in alike] == 2 * [(like.encoder, 48, 1)]
+    vit = table._like(RECIPES["patterns_mae"](), RECIPES["imagenet_dino_vit_small"]()).encoder  # but for drop path, which MAE refuses
+    assert vit == replace(RECIPES["imagenet_dino_vit_small"]().encoder, drop_path=0.0)
     monkeypatch.undo()
     monkeypatch.setitem(RECIPES, "small", lambda: replace(TINY, train=replace(SHARED["train"], steps=3)))
     with pytest.raises(UserError, match="is a run of another config of small; remove"):

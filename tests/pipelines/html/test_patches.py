@@ -41,7 +41,10 @@ from tests.pipelines.html.test_page import NBSP, Page, a_run, noise
 from tests.simclr.methods.test_mae import SMALL
 from tests.support.s3 import Proxy
 
-COMMAND = "simclr finetune {} --optim.name adamw --optim.layer-decay 0.75"
+COMMAND = (
+    "simclr finetune {} --encoder.pool mean --optim.name adamw --optim.base-lr 1e-3 --optim.scaling linear --optim.weight-decay 0.05 "
+    "--optim.warmup-epochs 5 --optim.layer-decay 0.75"
+)
 UNSCORED = "eighbours in its features and linear probes are no score of MAE"
 VIT = DINO(encoder=Encoder(vit="micro", patch_px=8), views=SMALL.views, train=SMALL.train, watch=SMALL.watch, d_out=64)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipelines.tracking.card import network
 from pipelines.train.classifiers import Shape
 from simclr.config import Encoder, SimCLR
@@ -25,7 +27,9 @@ def test_flags_change_the_network_or_its_kind() -> None:
 
 def test_drop_path_and_pool_alone_are_no_other_network() -> None:
     assert not Shape().other_weights and not Shape(drop_path=0.1).other_weights and Shape(vit="tiny").other_weights
-    assert not Shape(pool="mean").other_weights and Shape.free(VIT) == Shape(pool="class") and Shape.free(RESNET) == Shape()
+    assert not Shape(pool="mean").other_weights and Shape.free(VIT) == Shape(pool="class", drop_path=0.0) and Shape.free(RESNET) == Shape()
+    regular = replace(VIT, drop_path=0.2)  # a run without drop path is repeated without it, whatever the given encoder's was
+    assert Shape.free(VIT).of(regular).drop_path == 0 and Shape.free(regular).of(VIT).drop_path == 0.2
 
 
 def test_a_card_names_the_network() -> None:

@@ -186,6 +186,9 @@ def test_a_vision_transformer_is_a_program_and_has_timms_names(tmp_path: Path, w
     within("program", export.program(encoder, tmp_path / "vit.pt2"), 1e-5)
     with pytest.raises(UserError, match=r"this is a ViT-micro/16, whose encoder\.safetensors has timm's names as it is; export a program"):
         export.torchvision(encoder, None, tmp_path / "vit.safetensors")
+    mean = published(tmp_path / "mean", Encoder(vit="micro", pool="mean"), 32)
+    with pytest.raises(UserError, match=r"has timm's names but for norm, which timm calls fc_norm behind a mean of patches; export"):
+        export.torchvision(mean, None, tmp_path / "vit.safetensors")
 
 
 def test_a_vision_transformer_is_a_graph(tmp_path: Path, within: Within) -> None:

@@ -17,6 +17,7 @@ from simclr.encoder.directory import write_encoder
 from simclr.encoder.export import own_name, torchvision_name
 from simclr.errors import UserError
 from simclr.methods.simclr import build_model
+from simclr.methods.warm_start import warm_start
 from simclr.networks.encoders import build_encoder
 from tests.support.small import TINY
 
@@ -55,6 +56,24 @@ def test_the_names_here_are_read_too(tmp_path: Path) -> None:
     encoder = tensors_of(Encoder(depth=50, sk_ratio=0.0625))
     save_file(encoder, tmp_path / "encoder.safetensors")
     assert alike(weights.of_file(tmp_path / "encoder.safetensors").encoder, encoder)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_the_norm_behind_a_mean_of_patches_is_read_by_timms_name(tmp_path: Path, prefix: str) -> None:
+    """As the Hub's model.safetensors has it; a run that pools otherwise is told."""
+    config = dataclasses.replace(TINY, encoder=Encoder(vit="micro", pool="mean"), views=dataclasses.replace(TINY.views, size_px=224))
+    encoder = tensors_of(config.encoder)
+    theirs = {f"{prefix}{'fc_' * name.startswith('norm.')}{name}": t for name, t in encoder.items()}
+    assert f"{prefix}fc_norm.weight" in theirs and f"{prefix}norm.weight" not in theirs
+    save_file(theirs, tmp_path / "model.safetensors")
+    found = weights.of_file(tmp_path / "model.safetensors", config)
+    assert alike(found.encoder, encoder) and not found.unused
+    weights.require_fit(config.encoder, found, "there")
+    other = dataclasses.replace(config, encoder=Encoder(vit="micro"))
+    assert "encoder.pool was mean, and is class here" in warm_start(other, found, (), "there")[1]
+    assert "pool" not in warm_start(config, found, (), "there")[1]
+    save_file(theirs | {f"{prefix}norm.weight": torch.ones(96)}, tmp_path / "both.safetensors")
+    assert len(weights.of_file(tmp_path / "both.safetensors").unused) == 2  # then fc_norm is a classifier's
 
 
 def test_files_that_are_no_single_network_are_refused(tmp_path: Path) -> None:

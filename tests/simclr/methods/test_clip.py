@@ -322,6 +322,18 @@ def test_a_run_begins_with_given_weights(pairs: Path, tmp_path: Path) -> None:
     encoder = {name.removeprefix("model.encoder."): t for name, t in begun.items() if name.startswith("model.encoder.")}
     state, said = warm_start(SMALL, Weights(encoder=encoder), ("a", "b"), "there")
     assert "encoder tensors" in said and all(torch.equal(state.tensors[f"model.encoder.{name}"], t) for name, t in encoder.items())
+    assert said.endswith("log_scale and towers: new") and state.tensors["model.log_scale"].item() == pytest.approx(math.log(1 / 0.07))
+
+
+def test_an_extended_run_has_the_learnt_temperature(pairs: Path) -> None:
+    """It is a parameter by itself, in no module of the network."""
+    learnt = dict(losses(dataclasses.replace(SMALL, seed=5), str(pairs))[1])
+    learnt["model.log_scale"] = torch.tensor([math.log(80.0)])
+    encoder = {name.removeprefix("model.encoder."): t for name, t in learnt.items() if name.startswith("model.encoder.")}
+    rest = {name: t for name, t in learnt.items() if name.startswith("model.") and not name.startswith("model.encoder.")}
+    state, said = warm_start(SMALL, Weights(encoder=encoder, method="clip", rest=rest), ("a", "b"), "there")
+    assert said.endswith("log_scale and towers: taken") and state.tensors["model.log_scale"].exp().item() == pytest.approx(80)
+    assert all(torch.equal(state.tensors[name], t) for name, t in rest.items())
 
 
 def test_what_is_published_reads_class_names(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

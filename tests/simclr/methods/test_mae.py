@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from functools import partial
@@ -20,6 +21,7 @@ from simclr.errors import UserError
 from simclr.family import MAE
 from simclr.gradient_cache import cached_gradient
 from simclr.methods import mae as module
+from simclr.methods import method
 from simclr.methods.choice import shapes
 from simclr.methods.mae import Network, completed, images_of, inputs_of, network_in, objective, orders, painted, patches_of, seen
 from simclr.methods.method import Start
@@ -166,6 +168,21 @@ def test_masks_are_keyed_by_seed_epoch_and_image(patterns: Path) -> None:
     assert torch.equal(later["order"][0], orders(SMALL, 5, batch.ids[:24].numpy())) and not torch.equal(later["order"], a["order"])
 
 
+def test_targets_of_a_bfloat16_run_are_those_of_float32(patterns: Path, monkeypatch: pytest.MonkeyPatch, within: Within) -> None:
+    """Also where views are written as bfloat16 for the network, on a GPU; and its step goes on under autocast."""
+    monkeypatch.setattr(method, "views_dtype", lambda precision, device: torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    crops, found = (Crop(count=1, views=SMALL.views, distorted=False),), []
+    for precision in ("float32", "bfloat16"):
+        config = dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, precision=precision, steps=1))
+        with contextlib.closing(batches(config, patterns, 0, 0, 1, crops=crops)) as stream:
+            rows = inputs_of(next(stream), slice(0, 24), crops, config, torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            found.append(painted(rows, config)["patches"])
+        assert steps(config, patterns)[0][0]["train/loss"] > 0
+    assert found[1].dtype == torch.float32
+    within("targets", float((found[0] - found[1]).abs().max()), 1e-6)
+
+
 def steps(config: MAE, data: Path) -> tuple[list[dict[str, float]], list[dict[str, Tensor]]]:
     """Metrics and state after every step."""
     found = [(r.metrics, {name: t.clone() for name, t in r.state.tensors.items()}) for r in train(config, Start(data))]
@@ -280,4 +297,6 @@ def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
         dataclasses.replace(SMALL, mask_ratio=0.97)
     with pytest.raises(UserError, match="decoder_width is 18; expected a multiple of decoder_heads"):
         dataclasses.replace(SMALL, decoder_width=18)
+    with pytest.raises(UserError, match=r"encoder.drop_path is 0.1, and MAE leaves no path out; leave it out, `simclr finetune` has it"):
+        dataclasses.replace(SMALL, encoder=dataclasses.replace(SMALL.encoder, drop_path=0.1))
     assert MAE.from_dict(SMALL.to_dict()) == SMALL and MAE().encoder.vit == "base"

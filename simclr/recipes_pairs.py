@@ -14,6 +14,9 @@ def patterns_clip() -> CLIP:
 
     simclr prepare --source patterns:captions --out runs/pairs
     simclr pretrain patterns_clip --data runs/pairs --workers 2
+
+    kNN 98.6 (97.9 … 99.6), probe 97.7: captions name the classes;
+    mean and range of seeds 0, 1, 2, by `simclr bench methods` (docs/methods.md).
     """
     base = patterns_tiny()
     return CLIP(

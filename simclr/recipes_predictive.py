@@ -18,6 +18,8 @@ def patterns_swav() -> SwAV:
 
     simclr prepare --source patterns --out runs/patterns
     simclr pretrain patterns_swav --data runs/patterns --workers 2
+
+    kNN 79.8 (55.6 … 93.0), probe 82.7; mean and range of seeds 0, 1, 2, by `simclr bench methods` (docs/methods.md).
     """
     base = patterns_tiny()
     return SwAV(
@@ -89,6 +91,8 @@ def patterns_dino() -> DINO:
 
     simclr prepare --source patterns --out runs/patterns
     simclr pretrain patterns_dino --data runs/patterns --workers 2
+
+    kNN 58.5 (55.2 … 62.9), probe 67.9; mean and range of seeds 0, 1, 2, by `simclr bench methods` (docs/methods.md).
     """
     base = patterns_tiny()
     return DINO(
@@ -173,7 +177,8 @@ def patterns_mae() -> MAE:
     simclr prepare --source patterns --out runs/patterns
     simclr pretrain patterns_mae --data runs/patterns --workers 2
 
-    Neighbours in its features are no score of it; `simclr finetune` is.
+    Neighbours in its features are no score of it; `simclr finetune` is. In 12 epochs it learns next to nothing: fine-tuned on a tenth
+    of the labels 18.7 (17.3 … 19.6), where an untrained encoder of its kind comes to 27.2, n = 1 (docs/methods.md).
     """
     base = patterns_tiny()
     return MAE(

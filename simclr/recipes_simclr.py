@@ -12,6 +12,9 @@ def patterns_tiny() -> SimCLR:
 
     simclr prepare --source patterns --out runs/patterns
     simclr pretrain patterns_tiny --data runs/patterns --workers 2
+
+    kNN 93.3 (90.7 … 95.7), probe 88.9, an untrained encoder 34.2 and 42.5;
+    mean and range of seeds 0, 1, 2, by `simclr bench methods` (docs/methods.md).
     """
     return SimCLR(
         encoder=Encoder(depth=8, cifar_stem=True),

@@ -157,7 +157,7 @@ def table(rows: list[Row]) -> Iterator[str]:
         memory = max(row["memory_mib"] for row in mine)
         yield f"| {title} | `{name}` | {' | '.join(scores)} | {ms:,.0f} | {ms / base:.2f} | {memory:,.0f} |"
     seeds = sorted({row["seed"] for row in rows})
-    yield f"\nMean and range of seeds {', '.join(map(str, seeds))}."
+    yield f"\nMean and range of seeds {', '.join(map(str, seeds))}." if len(seeds) > 1 else f"\nSeed {seeds[0]}, one run each."
 
 
 def _tuned(encoder: dict[str, Tensor], config: Config, data: Path, device: torch.device) -> float:

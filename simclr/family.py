@@ -231,8 +231,6 @@ class MAE(Config):
         Config.__post_init__(self)
         known = self.encoder.vit is not None
         require(known, f"MAE hides patches, and {self.encoder.title} has none; give --encoder.vit small, or another size")
-        path = self.encoder.drop_path
-        require(not path, f"encoder.drop_path is {path}, and MAE leaves no path out; leave it out, `simclr finetune` has it")
         require(0 < self.mask_ratio < 1, f"mask_ratio is {self.mask_ratio}; expected a share between 0 and 1, the paper has 0.75")
         few = f"mask_ratio {self.mask_ratio} of {self.patches} patches leaves the encoder {self.kept}"
         require(1 <= self.kept < self.patches, f"{few}; give another, a larger views.size_px or smaller patches")

@@ -41,7 +41,7 @@ def notes(config: Config, manifest: Manifest, examples: int, workers: Sequence[i
             require_grouped(config.encoder.timm, seen)
     refusals = [_crops(config.views, manifest), _queue(config, examples), single_image(config, workers), _no_videos(config, manifest)]
     alike, cut = _prompts(config, manifest)
-    refusals += [_no_captions(config, manifest), alike]
+    refusals += [_no_captions(config, manifest), alike, _paths(config)]
     found = [f"{what.partition(';')[0]}; this run goes on all the same, and a new one is refused" for what in refusals if what]
     if found and not under_way:
         raise UserError(next(filter(None, refusals)))
@@ -155,6 +155,14 @@ def _prompts(config: Config, manifest: Manifest) -> tuple[str, str]:
     if not isinstance(config, CLIP) or not manifest.classes or "test" not in manifest.splits or not has("open_clip"):
         return "", ""
     return judged_prompts(manifest.classes, (config.prompt,), config.context)
+
+
+def _paths(config: Config) -> str:
+    """Refuses MAE with paths to leave out, which it has not; a run of before, which had them for nothing, goes on."""
+    path = config.encoder.drop_path
+    if not isinstance(config, MAE) or not path:
+        return ""
+    return f"encoder.drop_path is {path}, and MAE leaves no path out; leave it out, `simclr finetune` has it"
 
 
 def _no_videos(config: Config, manifest: Manifest) -> str:

@@ -36,23 +36,28 @@ def prompted(prompt: str, name: str) -> str:
 
 def judged_prompts(classes: Sequence[str], prompts: Sequence[str], context: int) -> tuple[str, str]:
     """(why zero-shot classification by `prompts` cannot tell the classes apart, with what mends it after a semicolon; what is to be said of
-    prompts that are cut), "" each where there is nothing. Raises UserError without open_clip."""
+    prompts that are cut and of names that differ in case alone), "" each where there is nothing. Raises UserError without open_clip."""
     longer = [tokens_of([prompted(prompt, name) for name in classes], context + 1) for prompt in prompts]  # whose last place tells a cut
     rows: dict[bytes, str] = {}
+    same: list[str] = []
     for at, name in enumerate(classes):
         key = b"".join(found[at, : context - 1].tobytes() for found in longer)  # at the place behind these is an end, or nothing
-        if (other := rows.setdefault(key, name)) is not name:
+        other = rows.setdefault(key, name)
+        if other is not name and all(prompted(prompt, other).lower() == prompted(prompt, name).lower() for prompt in prompts):
+            same.append(f"zero-shot classification cannot tell {other!r} from {name!r}, which differ in case or _ alone")
+        elif other is not name:
             return (
                 f"zero-shot classification cannot tell {other!r} from {name!r}: with a context of {context:,} tokens every prompt says the "
                 f"same of both, as {prompted(prompts[0], name)!r}; give a shorter prompt, a longer context to train with, or other names",
                 "",
             )
     cut = [(int(at), prompt) for prompt, found in zip(prompts, longer, strict=True) for at in found[:, context].nonzero()[0]]
-    if not cut:
-        return "", ""
-    at, prompt = cut[0]
-    count = f"{len(cut):,} of {len(classes) * len(prompts):,} prompts with a class's name are"
-    return "", f"{count} cut at {context:,} tokens, the context, as {prompted(prompt, classes[at])!r}"
+    said = same[:1]
+    if cut:
+        at, prompt = cut[0]
+        count = f"{len(cut):,} of {len(classes) * len(prompts):,} prompts with a class's name are"
+        said.append(f"{count} cut at {context:,} tokens, the context, as {prompted(prompt, classes[at])!r}")
+    return "", "; ".join(said)
 
 
 def _pairs(caption: str) -> list[int]:

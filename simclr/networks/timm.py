@@ -134,8 +134,11 @@ def looked_at(name: str, size_px: int, small_px: int | None = None) -> Found:
         except Exception as error:  # whatever timm's constructors raise
             raise UserError(f"timm cannot build {name} for images of {size_px} px: {_first_line(error)}; {_OTHER}") from None
         _without_chance(network)
-        patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
-        for field, side_px in (("views.size_px", size_px), ("local.size_px", small_px or size_px)):
+        embed = getattr(network, "patch_embed", None)
+        patch = getattr(embed, "patch_size", None)
+        # Patches that overlap fit any size.
+        cut = getattr(getattr(embed, "proj", None), "stride", patch) == patch
+        for field, side_px in (("views.size_px", size_px), ("local.size_px", small_px if small_px and cut else size_px)):
             if isinstance(patch, tuple) and any(isinstance(side, int) and side_px % side for side in patch):
                 raise UserError(
                     f"encoder.timm {name} cuts images into patches of {patch[0]} px, and {field} is {side_px}; give a multiple of it"

@@ -112,6 +112,8 @@ def _even(path: Path, rows: Rows, mend: str, notes: list[str]) -> tuple[list[str
     head = [cell.strip() for cell in rows[0][1]]
     short: list[int] = []
     for line, cells in rows[1:]:
+        while len(cells) > len(head) and not cells[-1].strip():  # a separator at the end of a line
+            cells.pop()
         if len(cells) > len(head):
             raise UserError(f"{path}, line {line:,} has {len(cells):,} cells, and its head has {len(head):,}; {mend}")
         if len(cells) < len(head):

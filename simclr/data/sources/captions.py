@@ -130,7 +130,8 @@ def _of_table(reading: Reading, names: Collection[str], notes: list[str]) -> _Sa
 def _columns(path: Path, head: Sequence[str], given: tuple[str, str] | None) -> tuple[list[int], int]:
     """The columns that may have names of pictures, the likeliest first, and the one of captions."""
     lower = [column.lower() for column in head]
-    if twice := [column for column, count in Counter(filter(None, lower)).items() if count > 1]:
+    wanted = {column.lower() for column in given} if given else {*_NAMES, *_WORDS}
+    if twice := [column for column, count in Counter(lower).items() if count > 1 and column in wanted]:
         raise UserError(f"{path} has two columns {twice[0]}, and nobody says which counts; rename one")
     if given:
         missing = [column for column in given if column.lower() not in lower]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ _NAMES = (
     "image index",
 )
 _AMBIGUOUS = ""
+_ESCAPED, _NOT_ASCII = re.compile("[\udc80-\udcff]"), re.compile("[^\x00-\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +56,17 @@ class Found:
 
 
 def encoding_of(data: bytes) -> str:
-    """utf-16 where a byte-order mark says so; latin-1, in which every byte is a letter, where most of the lines that are not ASCII are not
-    UTF-8; else utf-8-sig, which passes over a byte-order mark."""
+    """utf-16 where a byte-order mark says so; latin-1, in which every byte is a letter, where more bytes are no UTF-8 than there are
+    letters in UTF-8 that are not ASCII; else utf-8-sig, which passes over a byte-order mark. Bytes of a last letter that is cut do not
+    count beside other letters."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     if is_utf8(data):
         return "utf-8-sig"
-    lines = [line for line in io.BytesIO(data) if not line.isascii()]
-    return "latin-1" if 2 * sum(not is_utf8(line) for line in lines) > len(lines) else "utf-8-sig"
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)  # without the bytes of a last letter that is cut
+    bad = sum(1 for _ in _ESCAPED.finditer(text))
+    letters = sum(1 for _ in _NOT_ASCII.finditer(text)) - bad
+    return "latin-1" if bad > letters or not letters else "utf-8-sig"
 
 
 def is_utf8(data: bytes) -> bool:

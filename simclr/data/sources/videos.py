@@ -57,7 +57,7 @@ def by_video(tree: Tree) -> Tree:
     folders = {video_of(name) for name in Together(tree.parts)}
     _require_apart(tree.spec, folders)
     kept, parts, waiting = Kept(), list[Part](), list[str]()
-    single, unnumbered, mixed, decimals = list[str](), list[str](), list[str](), list[str]()
+    single, unnumbered, mixed, decimals, counted = list[str](), list[str](), list[str](), list[str](), list[str]()
     for video, frames in videos_of(Together(tree.parts)):
         ordered = _ordered(video, frames)
         shapes = {re.sub(r"[0-9]+", "#", _stem(name.rpartition("/")[2])) for name in ordered}
@@ -69,6 +69,8 @@ def by_video(tree: Tree) -> Tree:
             mixed.append(f"{video} ({some(sorted(shapes))})")
         elif _are_decimals(ordered):
             decimals.append(ordered[0])
+        elif shapes == {"#.#"} and len({len(name.rpartition("/")[2].split(".")[1]) for name in ordered}) > 1:
+            counted.append(ordered[-1])
         waiting += ordered
         whole = len(waiting) // PART_IMAGES * PART_IMAGES
         parts += [Part(tree.spec, Packed(waiting[first : first + PART_IMAGES], kept)) for first in range(0, whole, PART_IMAGES)]
@@ -82,6 +84,7 @@ def by_video(tree: Tree) -> Tree:
         f"{_videos(unnumbered)} frames without numbers, which come in the order of letters: as {some(unnumbered, 1)}": unnumbered,
         f"{_videos(mixed)} frames with several kinds of names, whose letters count before their numbers: {some(mixed, 1)}": mixed,
         f"{_videos(decimals)} frames named by decimal numbers, which come by their value: as {some(decimals, 1)}": decimals,
+        f"{_videos(counted)} frames named by two numbers, which count on behind the dot, as {some(counted, 1)}; pad decimal ones": counted,
         f"without a frame, and left out: {some(tree.bare)}": tree.bare,
         films_left(tree.ignored): films_left(tree.ignored),
     }
@@ -124,12 +127,28 @@ def _ordered(video: str, frames: list[str]) -> list[str]:
 
 
 def _are_decimals(frames: list[str]) -> bool:
-    """Whether the names are decimal numbers, as a script writes times: 0.25, 0.5, 1.0. With as many digits behind each dot their order is
-    the natural one. A script ends no such number in 0, but for 1.0; so 1.9, 1.10 are none: they count on behind the dot."""
-    found = [_DECIMAL.fullmatch(_stem(name.rpartition("/")[2])) for name in frames]
-    behind = [match[1] for match in found if match]
-    counted = any(len(digits) > 1 and digits.endswith("0") for digits in behind)
-    return len(behind) == len(frames) and len(set(map(len, behind))) > 1 and not counted
+    """Whether the names are decimal numbers, as a script writes times: 0.25, 0.5, 0.75, 1.0. With as many digits behind each dot their
+    order is the natural one. They are none where they count on behind the dot: 1.9, 1.10, or 1.9, 1.11, 1.13. Else a 0 behind the dot says
+    that they are, as in 0.05, or that their steps are all equal."""
+    stems = [_stem(name.rpartition("/")[2]) for name in frames]
+    behind = [match[1] for stem in stems if (match := _DECIMAL.fullmatch(stem))]
+    longest = max(map(len, behind), default=0)
+    if len(behind) < len(frames) or min(map(len, behind)) == longest or any(len(digits) > 1 and digits.endswith("0") for digits in behind):
+        return False
+    counts: dict[str, list[float]] = {}
+    for stem, digits in zip(stems, behind, strict=True):
+        counts.setdefault(stem.partition(".")[0], []).append(int(digits))
+    longer = [count for count in counts.values() if len(count) > 2]
+    if longer and all(_even(count, 0.0) for count in longer):
+        return False
+    rounding = 1.5 * 10.0**-longest
+    return any(len(digits) > 1 and digits.startswith("0") for digits in behind) or _even([float(stem) for stem in stems], rounding)
+
+
+def _even(numbers: list[float], rounding: float) -> bool:
+    """Whether at least three numbers have equal steps."""
+    steps = [b - a for a, b in itertools.pairwise(sorted(numbers))]
+    return len(steps) > 1 and max(steps) - min(steps) <= rounding
 
 
 def _stem(name: str) -> str:

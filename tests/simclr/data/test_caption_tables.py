@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from simclr.data.sources.name_tables import read_table
+from simclr.data.sources.name_tables import decoded, read_table
 from simclr.data.sources.open import open_source
 from simclr.data.sources.portions import portions, reader
 from simclr.data.sources.reading import Reading
@@ -129,6 +129,23 @@ def test_a_whole_table_may_be_latin_1_or_utf_16(root: Path, encoding: str, note:
     source = opened(root, "a.csv", "file,caption\n0.png,größer\n1.png,café\n2.png,plain\n".encode(encoding))
     assert said(source) == {"0.png": "größer", "1.png": "café", "2.png": "plain"}
     assert note in notes(source) and ("Latin-1" in notes(source)) is bool(note)
+
+
+def test_a_text_that_is_cut_within_a_letter_stays_utf_8() -> None:
+    """As by a limit of bytes; and one bad byte among letters. A single text is a whole file of WebDataset."""
+    assert decoded("中文说明".encode()[:-1], "replace") == "中文说�"
+    assert decoded("ein größerer Hund, schön".encode()[:-1] + b"\xff", "replace") == "ein größerer Hund, schö�"
+    assert [decoded(text.encode("latin-1")) for text in ("café", "größer", "ein größerer Hund")] == ["café", "größer", "ein größerer Hund"]
+
+
+def test_a_separator_at_the_end_and_columns_that_nobody_reads_are_no_reason(root: Path) -> None:
+    assert said(opened(root, "a.csv", "file,caption\n0.png,one,\n1.png,two,,\n")) == {"0.png": "one", "1.png": "two"}
+    twice = "URL,file,caption,url\na,0.png,one,b\n"
+    assert said(opened(root, "b.csv", twice)) == {"0.png": "one"}
+    named = {"caption_columns": ("file", "caption")}
+    assert said(opened(root, "c.csv", "title,file,caption,title\na,0.png,one,b\n", **named)) == {"0.png": "one"}
+    with pytest.raises(UserError, match="has two columns title, and nobody says which counts"):
+        opened(root, "d.csv", "title,file,caption,title\na,0.png,one,b\n")
 
 
 def test_names_of_classes_that_differ_in_a_bad_byte_stay_two() -> None:

@@ -77,11 +77,19 @@ def test_decimal_numbers_in_names_count_by_their_value(tmp_path: Path) -> None:
         "scenes": ["1.1", "1.2", "1.9", "1.10", "1.11", "2.1"],
         "dates": ["1.2.9", "1.2.10", "1.10.1"],
         "even": ["0.05", "0.40", "0.50"],
+        "quarters": ["0.25", "0.5", "0.75", "1.0"],
+        "strides": ["1.1", "1.3", "1.5", "1.7", "1.9", "1.11", "1.13", "2.1", "2.3"],
+        "thirds": ["1.333", "1.667", "2.0", "2.333"],
+        "window": ["3.8", "3.9", "3.11"],
     }
     root = made(tmp_path / "in", [f"{video}/{stem}.png" for video, stems in videos.items() for stem in reversed(stems)], (8, 8))
     source = opened(root)
     assert names(source) == [f"{video}/{stem}.png" for video in sorted(videos) for stem in videos[video]]
-    assert "1 video has frames named by decimal numbers, which come by their value: as times/0.04.png" in notes(source)
+    assert "3 videos have frames named by decimal numbers, which come by their value: as quarters/0.25.png" in notes(source)
+    assert (
+        "3 videos have frames named by two numbers, which count on behind the dot, as scenes/2.1.png and 2 more; pad decimal ones"
+        in notes(source)
+    )
     made(root, ["even/0.5.png"], (8, 8))  # with a 0 at an end they count on behind the dot
     with pytest.raises(UserError, match=r"even has 0.05.png and 0.5.png, whose names state the same place"):
         opened(root)

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from simclr import checkpoint, loss
+from simclr import checkpoint, loss, sense
 from simclr.config import Encoder, Optim, Views
 from simclr.data.loader import batches
+from simclr.data.manifest import read_manifest
 from simclr.errors import UserError
 from simclr.family import MAE
 from simclr.gradient_cache import cached_gradient
@@ -297,6 +298,14 @@ def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
         dataclasses.replace(SMALL, mask_ratio=0.97)
     with pytest.raises(UserError, match="decoder_width is 18; expected a multiple of decoder_heads"):
         dataclasses.replace(SMALL, decoder_width=18)
-    with pytest.raises(UserError, match=r"encoder.drop_path is 0.1, and MAE leaves no path out; leave it out, `simclr finetune` has it"):
-        dataclasses.replace(SMALL, encoder=dataclasses.replace(SMALL.encoder, drop_path=0.1))
     assert MAE.from_dict(SMALL.to_dict()) == SMALL and MAE().encoder.vit == "base"
+
+
+def test_paths_to_leave_out_are_refused_and_a_run_that_has_them_goes_on(patterns: Path) -> None:
+    """MAE leaves none out; a run of before states them, and is read, evaluated and resumed."""
+    config, manifest = dataclasses.replace(SMALL, encoder=dataclasses.replace(SMALL.encoder, drop_path=0.1)), read_manifest(patterns)
+    assert MAE.from_dict(config.to_dict()) == config
+    with pytest.raises(UserError, match=r"encoder.drop_path is 0.1, and MAE leaves no path out; leave it out, `simclr finetune` has it"):
+        sense.notes(config, manifest, 240)
+    said = sense.notes(config, manifest, 240, under_way=True)
+    assert any("MAE leaves no path out; this run goes on all the same" in note for note in said)

@@ -22,13 +22,13 @@ test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	.venv/bin/pytest --timeout 600 --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 test-cluster: setup
-	.venv/bin/pytest -m cluster -rs
+	.venv/bin/pytest --timeout 900 -m cluster -rs
 
 test-long: setup
-	.venv/bin/pytest --numprocesses 2 --dist loadgroup -m long
+	.venv/bin/pytest --timeout 600 --numprocesses 2 --dist loadgroup -m long
 
 test-attack: setup
 	.venv/bin/pytest --numprocesses 2 -m attack -rsP tests/attack

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,18 @@ def _place(item: pytest.Item) -> int:
     if item.get_closest_marker("cluster"):
         return 2 + ("shared_ray" in getattr(item, "fixturenames", ()))
     return int(item.path.stem not in _WITH_RAY)
+
+
+def pytest_configure() -> None:
+    """Where somebody ends a run that hangs, each process says in which line it was."""
+    faulthandler.register(signal.SIGTERM, os.dup(2), chain=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """pytest-xdist writes a test's group into its name. Where pytest does not read it (9.2), tests would be dealt out one by one."""
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("this pytest does not keep groups of tests together under this pytest-xdist")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

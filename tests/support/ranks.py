@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
@@ -23,17 +24,20 @@ class Ranks:
     """`ranks(W, function, *arguments)` runs `function(*arguments)` on W ranks and returns their results in order of ranks.
 
     The function must be importable (a module's, not a local one). A failure on any rank raises here, with its traceback. Ranks wait for
-    each other half as long as the caller waits for them.
+    each other half as long as the caller waits for them. After one that did not answer, the next call has processes of its own.
     """
 
     def __init__(self, patience_s: int = _PATIENCE_S) -> None:
         self.patience_s = patience_s
-        context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
-        self.processes = []
+        self.processes: list[SpawnProcess] = []
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
         for _ in range(_MOST):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, patience_s // 2), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, self.patience_s // 2), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -44,9 +48,14 @@ class Ranks:
             for rank, pipe in enumerate(self.pipes[:world]):
                 pipe.send((f"{folder}/store", rank, world, function, arguments))
             answers = []
-            for rank, pipe in enumerate(self.pipes[:world]):
-                assert pipe.poll(self.patience_s), f"rank {rank} did not answer within {self.patience_s} s"
-                answers.append(pipe.recv())
+            try:
+                for rank, pipe in enumerate(self.pipes[:world]):
+                    assert pipe.poll(self.patience_s), f"rank {rank} did not answer within {self.patience_s} s"
+                    answers.append(pipe.recv())
+            except BaseException:  # what comes late would be taken for the next call's answer
+                self.close()
+                self._start()
+                raise
         failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
         assert not failed, "\n".join(failed)
         return [value for _, value in answers]
@@ -55,6 +64,8 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        self.pipes.clear()
+        self.processes.clear()
 
 
 def _serve(pipe: Connection, timeout_s: int) -> None:

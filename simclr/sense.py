@@ -269,8 +269,8 @@ def _adamw(config: Config) -> str:
     if optim.name != "adamw" or not wanted or peak <= _MOST_ADAMW:
         return ""
     return (
-        f"AdamW's rate rises to {peak:.2g}, as LARS's may (optim.base_lr {optim.base_lr:g}, scaling {optim.scaling}); authors of vision "
-        f"transformers have {wanted}"
+        f"AdamW's rate rises to {peak:.2g}, as LARS's may (optim.base_lr {optim.base_lr:g}, scaling {optim.scaling}); with AdamW a usual "
+        f"setting is {wanted}"
     )
 
 

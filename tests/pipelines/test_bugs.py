@@ -168,6 +168,7 @@ def test_a_bug_in_the_thread_of_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:9"))
     monkeypatch.setattr(messages, "make", queue.Queue)
+    monkeypatch.setattr(ray_train.own_ray, "begun", lambda: True)  # no other job to wait for, whether or not a Ray runs here
     monkeypatch.setattr(ray_train, "_trainer", lambda *given: SimpleNamespace(fit=fails))
     task = messages.Task(stage="pretrain", config=TINY, data="", run="")
     running = ray_train.launch(lambda task: None, task, ray_train.Resources(), tmp_path)

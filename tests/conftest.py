@@ -67,10 +67,10 @@ def pytest_configure() -> None:
     faulthandler.register(signal.SIGTERM, os.dup(2), chain=True)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_finish(session: pytest.Session) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     """pytest-xdist writes a test's group into its name. Where pytest does not read it (9.2), tests would be dealt out one by one."""
-    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+    if node.config.option.dist == "loadgroup" and not all("@" in name for name in ids):
         raise pytest.UsageError("this pytest does not keep groups of tests together under this pytest-xdist")
 
 

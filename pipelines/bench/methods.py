@@ -12,7 +12,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,8 @@ _ROW = {"name": str, "method": str, "seed": int, "config": dict[str, Any]}
 _ROW |= dict.fromkeys(("knn_top1", "probe_top1", "loss", "step_ms", "train_s", "tuned_top1", "memory_mib"), float)
 _CHECKPOINT_S, _SAY_S = 60.0, 20.0  # seconds between two checkpoints of a run, and between two lines about it
 _FEW = 0.1  # share of the labels that fine-tuning sees
+_SGD = Optim(name="sgd", base_lr=0.2, nesterov=True, warmup_epochs=0, weight_decay=0.0)
+_ADAMW = Optim(name="adamw", base_lr=8e-3, weight_decay=0.05, layer_decay=0.75, warmup_epochs=3)
 
 
 def methods(
@@ -110,6 +112,8 @@ def _row(name: str, config: Config, data: Path, folder: Path, device: torch.devi
         fields.require(found, _ROW, file, instead)
         if found["config"] != json.loads(json.dumps(config.to_dict())):
             raise UserError(f"{folder} is a run of another config of {name}; {instead}")
+        if found.get("tuned_by", asdict(_SGD)) != asdict(_tuning(config)):  # runs of before do not say it, and a ViT had another rate
+            raise UserError(f"{folder} was fine-tuned with other settings than today's; {instead}")
         return Row(found)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = folder / "checkpoints"
@@ -133,7 +137,8 @@ def _row(name: str, config: Config, data: Path, folder: Path, device: torch.devi
     encoder = {key.removeprefix("model.encoder."): t for key, t in last.state.tensors.items() if key.startswith("model.encoder.")}
     row: Row = {"name": name, "method": method_name(config), "seed": config.seed, "config": config.to_dict()}
     row |= scores_of(encoder, config, data, device, config.watch.k)
-    row |= {"tuned_top1": _tuned(encoder, config, data, device), "memory_mib": _in_use(config, device)}
+    row |= {"tuned_top1": _tuned(encoder, config, data, device), "tuned_by": asdict(_tuning(config))}
+    row |= {"memory_mib": _in_use(config, device)}
     row |= {"loss": last.metrics["train/loss"], "step_ms": statistics.median(steps_ms), "train_s": time.perf_counter() - began}
     files.write_text(file, json.dumps(row, indent=1) + "\n")
     shutil.rmtree(checkpoints)
@@ -160,16 +165,18 @@ def table(rows: list[Row]) -> Iterator[str]:
     yield f"\nMean and range of seeds {', '.join(map(str, seeds))}." if len(seeds) > 1 else f"\nSeed {seeds[0]}, one run each."
 
 
+def _tuning(config: Config) -> Optim:
+    """How the encoder is fine-tuned: a ResNet with SGD and Nesterov's momentum, as SimCLR v1 (arXiv:2002.05709, App. B.5) but at four times
+    its rate, since there are few steps; a ViT with AdamW and layer decay, as MAE (arXiv:2111.06377, App. A.1) but at eight times its rate:
+    at MAE's own, 180 steps leave it nearly as it was."""
+    return _ADAMW if config.encoder.vit else _SGD
+
+
 def _tuned(encoder: dict[str, Tensor], config: Config, data: Path, device: torch.device) -> float:
-    """Test accuracy of the encoder with these weights, fine-tuned from h as a whole on a tenth of the labels: a ResNet with SGD and
-    Nesterov's momentum, as SimCLR v1 (arXiv:2002.05709, App. B.5) but at four times its rate, since there are few steps; a ViT with AdamW
-    and layer decay, as MAE (arXiv:2111.06377, App. A.1) but at eight times its rate: at MAE's own, 180 steps leave it as it was."""
+    """Test accuracy of the encoder with these weights, fine-tuned from h as a whole on a tenth of the labels."""
     manifest, ids = read_manifest(data), labels.subset(loader.labels(data), _FEW, config.seed)
-    optim = Optim(name="sgd", base_lr=0.2, nesterov=True, warmup_epochs=0, weight_decay=0.0)
-    if config.encoder.vit:
-        optim = Optim(name="adamw", base_lr=8e-3, weight_decay=0.05, layer_decay=0.75, warmup_epochs=3)
     settings = Train(batch_size=min(64, len(ids)), epochs=30, precision=config.train.precision, compile=config.train.compile)
-    tuning = FineTune(seed=config.seed, encoder=config.encoder, views=config.views, optim=optim, train=settings, tap=0)
+    tuning = FineTune(seed=config.seed, encoder=config.encoder, views=config.views, optim=_tuning(config), train=settings, tap=0)
     start = Start(data, device, ids=ids, threads=torch.get_num_threads())
     method = method_of(tuning, start, manifest)
     method.published["encoder"].load_state_dict(encoder)

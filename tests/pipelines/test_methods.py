@@ -215,6 +215,9 @@ def test_bench_methods_trains_a_complete_run_once(
     assert math.isfinite(first[1]["loss"]) and all(0 < row["memory_mib"] < 1000 for row in first)  # libraries, which are more, left out
     monkeypatch.setattr(table, "train", lambda *_: pytest.fail("it was trained again"))
     assert list(table.methods(*asked)) == first and capsys.readouterr().out == text
+    monkeypatch.setattr(table, "_tuning", lambda config: table._ADAMW)
+    with pytest.raises(UserError, match="small-0 was fine-tuned with other settings than today's; remove"):
+        list(table.methods(*asked))
     monkeypatch.setitem(RECIPES, "small", lambda: replace(TINY, train=replace(SHARED["train"], steps=3)))
     with pytest.raises(UserError, match=r"small_moco and small differ in epochs, and .*; --like RECIPE gives"):
         list(table.methods(*asked))
